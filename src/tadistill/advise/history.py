@@ -28,7 +28,7 @@ class EdgeMeasures:
     """Measures of a teacher and a learner. None means not measured. KLs are in nats per token. k is `advise.measures.TOP_K`."""
 
     size_ratio: float | None = None
-    """Number of the teacher's parameters divided by that of the learner."""
+    """The teacher's number of parameters divided by the learner's number of parameters."""
     reverse_kl: float | None = None
     """KL(learner || teacher) on the learner's samples, before distillation."""
     forward_kl: float | None = None
@@ -294,7 +294,7 @@ class TwinPair:
     differences: tuple[float, ...]
     """Quality of the chain minus quality of the twin. There is one value per seed."""
     twin: tuple[float, ...]
-    """Costs of the direct runs that give the twin's quality. There are two runs if the quality is interpolated between them, else one."""
+    """Costs of the direct runs that give the twin's quality: one run, or two runs between which the quality is interpolated."""
 
     reported: float = 0.0
     """Standard deviation of the difference on the test sets (`Observation.reported`)."""
@@ -305,7 +305,7 @@ class TwinPair:
 
 
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin. This is a direct run of the same family, student and seed, whose cost is equal within 5 %.
+    """Pair each chain with its twin: a run of direct distillation with the same family, student, seed and cost (within 5 %).
 
     If there is no such run, the twin's quality is interpolated between a cheaper and a more expensive direct run, linearly in the log of
     the cost. A chain without these two runs is left out.

@@ -57,7 +57,7 @@ class Pair:
     teacher: str
     learner: str
     size_ratio: float
-    """Number of parameters of p divided by that of q."""
+    """Number of parameters of p, divided by the number of parameters of q."""
     reverse_kl: Mean
     """KL(q ‖ p) per token on q's own answers. It is the loss at the start of on-policy distillation."""
     forward_kl: Mean

@@ -35,9 +35,9 @@ Array = NDArray[np.float64]
 SIZE_LAW = 2.5
 """Ratio of teacher to learner parameters that the law of capacity gap recommends (Zhang et al. 2025, arXiv 2311.07052)."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
-"""Maps values of b (weight of a hop / weight of the next hop) to their prior probabilities."""
+"""Maps possible ratios (weight of a hop / weight of the next hop) to their prior probabilities."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
-"""Possible standard deviations of c . x, as multiples of `unit`. `unit` is the typical size of a difference (see `predict`)."""
+"""Possible standard deviations of the contrasts' part of a difference, as multiples of `unit` (the typical size of a difference)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
 """Possible standard deviations of a family's effect, as multiples of `unit`."""
 EDGES = (0.1, 0.3, 0.8)
@@ -46,7 +46,7 @@ TINY = 1e-9
 INTERCEPT = 2.0
 """Standard deviation of the intercept, as a multiple of `unit`."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
-"""Prior of the seed noise: its standard deviation, as a multiple of the margin; and the prior's weight, as a number of seeds."""
+"""Prior of the seed noise: its standard deviation, as a multiple of the margin; and its weight, as a number of seeds."""
 
 
 @lru_cache(maxsize=4096)
@@ -155,7 +155,7 @@ def predict(
     beyond: list[tuple[str, ...]] = []
     for carry, prior in CARRIES.items():
         columns = _contrasts(rows, carry)
-        if carry == 0.3:  # the measures outside history hardly depend on b
+        if carry == 0.3:  # the measures outside history hardly depend on `carry`
             beyond = [_beyond(columns, len(history), len(history) + i) for i in range(len(candidates))]
         x_RK, excess_R = _standardised(columns, len(rows), len(history))
         parts.append(_conditional(_kernels(rows, x_RK, excess_R, carry, unit), y_N, noise_NN, prior))

@@ -33,7 +33,7 @@ def plan(
     ] = False,
     runs: Runs = None,
 ) -> None:
-    """Show the stages of a study, which of them are finished, and what the others will cost (docs/concepts/compute.md)."""
+    """Show the stages of a study, which of them are finished, and what the unfinished ones will cost (docs/concepts/compute.md)."""
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
     from tadistill.runner.trackers import missing_trackers

@@ -191,7 +191,7 @@ class Requests:
             if asked > there:
                 raise ConfigError(
                     f"{where}: the job asks for {asked} {what} on a node, but {self.profile.name} gives at most {there:g} with this GPU; "
-                    f"lower {'cpus' if what == 'cores' else 'memory'}, or leave it out"
+                    f"lower `{'cpus' if what == 'cores' else 'memory'}`, or remove this key"
                 )
 
 

@@ -94,9 +94,9 @@ def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[st
     """Return Rouge-L over words of any script, times 100. If there are several references, the best score counts. On ASCII text it equals
     `rouge_l`.
 
-    A word is a run of letters, marks and digits, after NFKC and lower case. There are two exceptions. In scripts without spaces (Chinese,
-    Japanese, Thai, Lao, Khmer, Burmese, Tibetan), each character is a word. Each symbol that is not ASCII, such as an emoji, is a word too.
-    Only ASCII words are stemmed.
+    Texts are first normalised (Unicode NFKC) and converted to lower case. A word is then a run of letters, marks and digits. There are two
+    exceptions. In scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan), each character is a word. Each symbol
+    that is not ASCII, such as an emoji, is a word too. Only ASCII words are stemmed.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.

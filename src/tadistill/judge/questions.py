@@ -43,7 +43,7 @@ class Answers:
 def read_answers(
     study_dir: Path, store: Store, *, arms: Sequence[str] = (), sets: Sequence[str] = (), all_seeds: bool = False, limit: int | None = None
 ) -> Answers:
-    """Read the chosen prompts with the answers of the chosen arms. By default, these are all arms of the study.
+    """Read prompts of a study with the answers of its arms. By default, all prompts and all arms are read.
 
     Args:
         all_seeds: read all training seeds for which these arms are evaluated, not only the first one.
@@ -163,7 +163,7 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """A question about two answers to one prompt. The answer of `left` is shown as Assistant 1, that of `right` as Assistant 2.
+    """A question about two answers to one prompt. The answer of `left` is shown as Assistant 1, and the answer of `right` as Assistant 2.
 
     `seed` is the position of the training seed in `Answers.seeds`.
     """

@@ -126,7 +126,7 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
 
 
 def answers(results: Results, found: Samples) -> str:
-    """Return a sentence that says how often the first two compared arms give the same answer, among the samples."""
+    """Return a sentence that says how often the first two compared arms gave the same answer to a prompt."""
     prompts = [prompt for of_set in found.values() for prompt in of_set]
     compared = comparisons(results)
     if compared:

@@ -132,7 +132,7 @@ def escape_markdown(value: str) -> str:
 
 
 def code(text: str, language: str = "") -> str:
-    """Format text as Markdown code. Without `language` it is part of a line, else a block. Backticks in the text are allowed."""
+    """Format text as Markdown code: as part of a line or, with `language`, as a block. Backticks in the text are allowed."""
     most = max((len(run) for run in re.findall("`+", text)), default=0)
     if language:
         fence = "`" * max(4, most + 1)

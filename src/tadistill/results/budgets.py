@@ -41,7 +41,7 @@ class BudgetPoint:
 class Limit:
     """The score to which a curve converges at large budgets, with its 95 % interval.
 
-    It is `value` in the fitted curve score(t) = value - b * t ** -c. t is the budget.
+    It is `value` in the fitted curve score(t) = value - b * t ** -c, where t is the budget.
     """
 
     value: float
@@ -68,7 +68,7 @@ class BudgetCurve:
     name: str
     points: tuple[BudgetPoint, ...]
     crossing: Crossing | None
-    """Where the curve crosses that of the reference arm. None if they do not cross within the budgets, or for the reference arm itself."""
+    """Where the curve crosses the reference arm's curve. None if they do not cross within the budgets, or for the reference arm itself."""
     last_gain: Difference | None
     """Difference between the results at the largest and the second largest budget. None for a single budget."""
     limit: Limit | None
@@ -171,9 +171,9 @@ def _limit(points: list[BudgetPoint]) -> Limit | None:
 
 
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
-    """Return the score to which each curve converges, (R,). It is a in the weighted least-squares fit scores = a - b * times ** -c.
+    """Return the score to which each curve converges, (R,). It is `a` in the weighted least-squares fit scores = a - b * times ** -c.
 
-    c lies between 0.05 and 3. For a given c the fit is linear, so the best c is found on a fine grid.
+    The exponent `c` is between 0.05 and 3. For a given `c` the fit is linear, so the best `c` is found on a fine grid.
     """
     x_CN = times_N ** -np.geomspace(*_RATES, _GRID)[:, None]
     weights_N = errors_N**-2 / (errors_N**-2).sum()

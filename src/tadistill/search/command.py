@@ -31,7 +31,7 @@ MOST_PATHS = 256
 
 
 def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
-    """Search the best path of a recipe, print the paths that were tried, and write RUNS/STUDY/search.json and confirm.yaml.
+    """Search for the best path of a recipe, print the paths that were tried, and write RUNS/STUDY/search.json and confirm.yaml.
 
     Raises:
         TadistillError: the recipe is wrong (raised before any training), or a stage failed.

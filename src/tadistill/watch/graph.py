@@ -90,7 +90,7 @@ def nodes_of(stages: Iterable[StageState]) -> list[Node]:
 
 
 def draw(nodes: Sequence[Node]) -> Drawn:
-    """Place the nodes. A node is in the column after those of its parents. A column has at most `_ROWS` nodes."""
+    """Place the nodes in columns. A node is to the right of its parents. A column has at most `_ROWS` nodes."""
     depth: dict[str, int] = {}
     for node in nodes:  # parents come before children
         depth[node.id] = 1 + max((depth[parent] for parent in node.parents if parent in depth), default=-1)

@@ -55,7 +55,7 @@ def gaps_figure(results: Results) -> Chart | None:
 def curve_sentences(results: Results) -> list[str]:
     """Return one sentence for each curve over budgets of training compute.
 
-    It says where the curve crosses that of the reference arm, what the last increase of the budget gained, and where the curve converges.
+    It says where the curve crosses the reference arm's curve, what the last increase of the budget gained, and where the curve converges.
     """
     metric, curves = primary_metric(results), budget_curves(results)
     found: list[str] = []
