@@ -56,6 +56,10 @@ class Metric:
 
 _ROWS = (
     Metric("fact_accuracy", "fact accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy"),
+    Metric("numeric", "numeric accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
+    Metric("choice", "choice accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
+    Metric("math", "math accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
+    Metric("checks", "checks passed", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
     Metric("rouge_l", "ROUGE-L", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("rouge_l_unicode", "ROUGE-L (all scripts)", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),

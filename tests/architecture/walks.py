@@ -27,7 +27,7 @@ from tadistill.store import Store
 
 MODEL = "{load: 'scratch:gpt2', tokenizer: tinyworld, seed: %d, config: {n_embd: 8, n_layer: 1, n_head: 1, n_positions: 96}}"
 
-def recipe(method):
+def recipe(method, select="metric: last", arms="new: xl > s"):
     return parse(f'''
 study: walk
 seeds: [1]
@@ -35,9 +35,9 @@ models: {{xl: {MODEL % 1}, s: {MODEL % 2}}}
 data:
   {{train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 64, world: {{people: 10}},
    limit: {{train: 8, dev: 4, test: 4}}}}
-method: {{{method}, optim: {{steps: 1, batch: 4}}, select: {{metric: last}}}}
+method: {{{method}, optim: {{steps: 1, batch: 4}}, select: {{{select}}}}}
 evaluate: {{seeds: [1], max_new_tokens: 4}}
-arms: {{new: xl > s}}
+arms: {{{arms}}}
 ''', source="walk")
 
 def run(plan, *kinds):
@@ -145,26 +145,38 @@ KIND = Walk(
 # --- a metric -----------------------------------------------------------------------------------------------------------
 
 USE_METRIC = """
+import json
 from tadistill.report import read_results, write_report
+from tadistill.report.cards import model_card
 from tadistill.runner.study import save_plan
 
-plan = make_plan(recipe("objective: {type: forward_kl}, sampler: {type: dataset}"))
+method = "objective: {type: forward_kl}, sampler: {type: dataset}"
+plan = make_plan(recipe(method, "metric: rouge_l", "new: xl > s, old: {path: xl > s, optim: {lr: 1e-3}}"))
 store = run(plan, *{stage.kind for stage in plan.stages.values()})
 results = read_results(save_plan(plan, store.root.parent, recipe_text="", command=""), store)
 page = write_report(results)
-(row,) = [row for row in results.rows if row.metric == "words"]
-assert 0 <= row.value <= 4 and row.low is not None
-assert "number of words" in page.read_text() and "number of words (words)" in page.with_suffix(".md").read_text()
+rows = [row for row in results.rows if row.metric == "words"]
+assert len(rows) == 2 and all(0 <= row.value <= 4 and row.low is not None for row in rows)
+assert "### number of words\\n" in page.with_suffix(".md").read_text()  # a table of scores
+assert "number of words on dev" in page.read_text()  # a learning curve
+found = json.loads(page.with_name("results.json").read_text())
+assert any(d["metric"] == "words" for d in found["differences"])
+card = model_card(results, "new", 1, store.folder(results.arm("new").final[1]), "new")
+assert "number of words (words) | tinyworld" in card
 """
 METRIC = Walk(
     most_files=2,
     edits=(
         (
             "evaluation/text_scores.py",
-            '        "repetition": repetition(tokens),\n',
-            '@        "words": [float(len(p.split())) for p in predictions],\n',
+            '    scores = {"rouge_l": rouge_l(predictions, references)}\n',
+            '    scores = {"rouge_l": rouge_l(predictions, references), "words": [float(len(p.split())) for p in predictions]}\n',
         ),
-        ("metrics.py", '    Metric("length",', '    Metric("words", "number of words", "text", "words", 1),\n@'),
+        (
+            "metrics.py",
+            '    Metric("numeric",',
+            '    Metric("words", "number of words", "quality", "words", 1, "higher", selects=True, logs=("dev",)),\n@',
+        ),
     ),
     use=USE_METRIC,
     forgotten="metric `words` is not known",

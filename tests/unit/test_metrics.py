@@ -3,6 +3,7 @@
 import pytest
 
 from tadistill.config.method import Select
+from tadistill.data.answers import RULES
 from tadistill.errors import StoreError
 from tadistill.metrics import LOGS, METRICS, NOT_COMPARABLE, SELECTABLE, higher_is_better, improves, metric_of, metric_title, metric_unit
 
@@ -24,9 +25,10 @@ def test_suffixes_name_the_decoding_and_the_hop():
 
 
 def test_selection_reads_the_table():
-    assert set(SELECTABLE) == {"last", "loss", "rouge_l", "rouge_l_unicode", "fact_accuracy", "reverse_kl"}
+    quality = {"rouge_l", "rouge_l_unicode", "fact_accuracy", *RULES}
+    assert set(SELECTABLE) == {"last", "loss", "reverse_kl", *quality}
     assert [Select(metric=name).metric for name in SELECTABLE] == list(SELECTABLE)
-    assert {name for name in SELECTABLE if higher_is_better(name)} == {"rouge_l", "rouge_l_unicode", "fact_accuracy"}
+    assert {name for name in SELECTABLE if higher_is_better(name)} == quality
     assert set(NOT_COMPARABLE) == {"last", "reverse_kl"}
     with pytest.raises(ValueError, match="metric"):
         Select(metric="length")
@@ -39,5 +41,6 @@ def test_directions():
 
 
 def test_panels_of_learning_curves():
-    assert LOGS[:5] == ("dev/fact_accuracy", "dev/rouge_l", "dev/rouge_l_unicode", "dev/loss", "train/loss")
-    assert set(LOGS[5:]) == {"rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"}
+    answers = [f"dev/{rule}" for rule in RULES]
+    assert LOGS[:9] == ("dev/fact_accuracy", *answers, "dev/rouge_l", "dev/rouge_l_unicode", "dev/loss", "train/loss")
+    assert set(LOGS[9:]) == {"rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"}

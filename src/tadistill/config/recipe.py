@@ -33,6 +33,8 @@ class World(Strict):
 
 
 _LONGEST_SET = 200
+Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts",
+                 "numeric", "choice", "math", "checks"]  # fmt: skip
 
 
 class DataRef(Strict):
@@ -46,9 +48,9 @@ class DataRef(Strict):
     """Name of the split to read. By default, it is the name of the key that uses the data set: train, dev or test."""
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
-    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts"], str] = {}
-    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `choices` and `facts` are read only
-    if they are given here, as in {choices: choices}."""
+    columns: dict[Column, str] = {}
+    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `choices`, `facts` and those of right
+    answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here, as in {choices: choices, numeric: answer}."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
     index of this list."""

@@ -1,17 +1,20 @@
 """Rows of a data set, and how they become examples (`Example`).
 
-A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns `choices`
-and `facts` are read only if the recipe names them (`columns: {choices: choices}`), because a user's own columns often have these names.
+A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns `choices`,
+`facts` and those of right answers (`data.answers`) are read only if the recipe names them (`columns: {choices: choices}`), because a user's
+own columns often have these names.
 """
 
 import json
 import reprlib
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tadistill.config import DataRef
 from tadistill.data import tinyworld
+from tadistill.data.answers import RULES
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
@@ -42,6 +45,8 @@ class Example:
     facts: Facts = ()
     choices: tuple[str, ...] = ()
     """All possible answers of a classification task, including the references. Empty for any other task."""
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    """The right answer for each rule of `data.answers` that the recipe names."""
 
 
 def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
@@ -53,7 +58,7 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
     where = where_of(ref, index)
     choices = _choices(ref.choices or _optional("choices", row, ref, index), where)
     facts = _facts(_optional("facts", row, ref, index), where)
-    more: dict[str, Any] = {"choices": choices, "facts": facts}
+    more: dict[str, Any] = {"choices": choices, "facts": facts, "answers": _right_answers(row, ref, index, choices)}
     form = form_of(row, ref)
     if form == "messages":
         turns, answer = _conversation(_get("messages", row, ref), ref, where)
@@ -127,6 +132,18 @@ def _optional(name: str, row: dict[str, Any], ref: DataRef, index: int) -> Any:
     if named and named not in row:
         raise DataError(no_column(ref, index, f"`{named}` (the {name})", row))
     return row.get(named or name) if named or ref.load in tinyworld.SPLITS else None
+
+
+def _right_answers(row: dict[str, Any], ref: DataRef, index: int, choices: tuple[str, ...]) -> dict[str, Any]:
+    found, where = {}, where_of(ref, index)
+    for name in (name for name in RULES if name in ref.columns):
+        column = ref.columns[name]
+        if column not in row:
+            raise DataError(
+                f"{where} has no column `{column}`, which `columns` names for `{name}`; write its right answer, or delete the row"
+            )
+        found[name] = RULES[name].read(row[column], choices, where)
+    return found
 
 
 def _answer(row: dict[str, Any], ref: DataRef, index: int, wanted: str) -> Any:

@@ -10,10 +10,11 @@ import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tadistill.data.answers import RULES
 from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
 from tadistill.errors import ConfigError, DataError
 from tadistill.own_code import OwnFunction
@@ -29,9 +30,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, metric: str = "") -> dict[str, list[float]]:
-    """Return rouge_l of every prediction, and fact_accuracy if every example has facts. Dev evaluations use only these scores.
+    """Return rouge_l of every prediction, fact_accuracy if every example has facts, and a score for each rule with right answers.
 
-    rouge_l_unicode is added in two cases: rouge_l ignores too many letters of the references (`UNSEEN`), or `metric` is rouge_l_unicode.
+    Dev evaluations use only these scores. rouge_l_unicode is added in two cases: rouge_l ignores too many letters of the references
+    (`UNSEEN`), or `metric` is rouge_l_unicode.
     """
     references = [e.references for e in examples]
     scores = {"rouge_l": rouge_l(predictions, references)}
@@ -39,7 +41,7 @@ def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, me
         scores["rouge_l_unicode"] = rouge_l_unicode(predictions, references)
     if all(e.facts for e in examples):
         scores["fact_accuracy"] = fact_accuracy(predictions, [e.facts for e in examples])
-    return scores
+    return scores | {rule: answer_accuracy(rule, predictions, [e.answers[rule] for e in examples]) for rule in examples[0].answers}
 
 
 def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], examples: Sequence[Example]) -> dict[str, list[float]]:
@@ -157,6 +159,11 @@ def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[fl
     """
     _check(predictions, facts)
     return [100 * sum(_states(p, v, rivals) for v, rivals in known) / len(known) for p, known in zip(predictions, facts, strict=True)]
+
+
+def answer_accuracy(rule: str, predictions: Sequence[str], answers: Sequence[Any]) -> list[float]:
+    """Return 100 for each prediction that is right by a rule of `data.answers`, else 0. `answers` has what the rule read from the rows."""
+    return [100.0 * RULES[rule].right(p, right) for p, right in zip(predictions, answers, strict=True)]
 
 
 def _plain(text: str) -> str:

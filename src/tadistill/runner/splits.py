@@ -11,6 +11,7 @@ from tadistill.config import Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
+from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
 from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
@@ -56,7 +57,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
     Raises:
         DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.
         ModelError: the tokenizer puts BOS first, but its files do not say so.
-        ConfigError: a checkpoint is selected by fact accuracy, but the dev set has no facts.
+        ConfigError: a checkpoint is selected by a metric of facts or right answers, but the dev set has none.
     """
     found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
     data, rules = recipe.data, tokens.encoding(name)
@@ -97,6 +98,11 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
         raise ConfigError(
             f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set `select.metric` to rouge_l or loss"
+        )
+    if unnamed := [s.metric for s in selects if s.metric in RULES and s.metric not in data.dev.columns]:
+        raise ConfigError(
+            f"select.metric is {unnamed[0]}, but the dev set `{data.dev.name}` names no right answers; name their column in "
+            f"data.dev.columns, for instance {{{unnamed[0]}: answer}}, or set `select.metric` to loss"
         )
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))

@@ -1,0 +1,238 @@
+"""Right answers of rows, and the rules that compare a model's answer with them.
+
+A data set names the column of a right answer for a rule: `columns: {numeric: answer}`. Each rule has the name of its metric:
+
+- `numeric`: the final number equals the right number.
+- `choice`: the chosen letter or label word is the right one.
+- `math`: the final expression equals the right expression, decided by the library math-verify.
+- `checks`: the answer passes all checks of the row, such as {"kind": "max_words", "n": 20}.
+"""
+
+import importlib.util
+import json
+import logging
+import re
+import string
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from tadistill.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a row's right answer is read, and how an answer is compared with it."""
+
+    read: Callable[[Any, tuple[str, ...], str], Any]
+    """Takes the value of the column, the choices of the row, and the place of the row for messages. Raises DataError if it is wrong."""
+    right: Callable[[str, Any], bool]
+    """Takes an answer and what `read` returned."""
+
+
+def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return DataError(f"{where}: the answer for `{rule}` is `{text[:200]}`; {fix}, or delete the row")
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------------
+
+_NUMBER = re.compile(r"(?<![\w.])([-−+]?)[$€£¥]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)([eE][-+]?\d+)?")
+_MARK = "####"
+
+
+def final_number(text: str) -> Decimal | None:
+    r"""Return the number that a text ends in: the first number after the last ####, else the last one in the last \boxed{}, else the last.
+
+    Commas between groups of three digits and signs of currency are skipped. Return None if there is no number.
+    """
+    marked, boxed = text.rpartition(_MARK)[2] if _MARK in text else "", final_box(text) or ""
+    found = _numbers(marked)[:1] or _numbers(boxed)[-1:] or _numbers(text)[-1:]
+    return found[0] if found else None
+
+
+def final_box(text: str) -> str | None:
+    r"""Return the content of the last \boxed{} of a text. Return None if there is none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start, depth = start + len("\\boxed{"), 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return text[start:]
+
+
+def _numbers(text: str) -> list[Decimal]:
+    found = []
+    for sign, digits, exponent in _NUMBER.findall(text):
+        try:
+            found.append(Decimal(f"{sign.replace('−', '-')}{digits.replace(',', '')}{exponent}"))
+        except InvalidOperation:  # an exponent of more than 18 digits
+            continue
+    return found
+
+
+def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    alone = isinstance(text, str) and (_MARK in text or final_box(text) is not None or len(_numbers(text)) == 1)
+    number = final_number(text) if alone else None
+    if number is None:
+        raise _wrong("numeric", value, where, "write one number, or a text that ends in #### and a number (expressions need `math`)")
+    return number
+
+
+# --- choices ------------------------------------------------------------------------------------------------------------
+
+_SAID = re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?(.*)", re.IGNORECASE)
+_LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The right one of several choices. `options` is empty if the row names only a letter."""
+
+    options: tuple[str, ...]
+    right: int
+
+
+def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
+    letters = _LETTERS[: len(choices)] if choices else _LETTERS
+    if choices and isinstance(value, int) and 0 <= value < len(choices):
+        return Choice(choices, int(value))
+    if isinstance(value, str) and value in choices:
+        return Choice(choices, choices.index(value))
+    letter = value.strip("(). \n") if isinstance(value, str) else ""
+    if len(letter) == 1 and letter in letters:
+        return Choice(choices, letters.index(letter))
+    of_row = f"one of the choices {', '.join(choices)}, its letter or its number from 0"
+    raise _wrong("choice", value, where, f"write {of_row if choices else 'a letter such as B, or name `choices`'}")
+
+
+def chosen(text: str, options: tuple[str, ...]) -> int | None:
+    r"""Return the index of the option that a text chooses, or None. The letters A, B, C … stand for the options in their order.
+
+    The first of these places that has an option or a letter counts: the last \boxed{}; the text after the last "answer is" or "answer:";
+    the beginning of the text; the whole text, if it names exactly one option, or one letter in brackets.
+    """
+    boxed, said = final_box(text), _SAID.findall(text)
+    for place, letter_ends in ((boxed or "", r"\b"), (said[-1] if said else "", r"\b"), (text, r"(?=[.):,\]]|\s*$|\n)")):
+        found = _at_start(place.lstrip(" \n\t([{*$\"'`"), options, letter_ends)
+        if found is not None:
+            return found
+    return _only_one(text, options)
+
+
+def _at_start(text: str, options: tuple[str, ...], letter_ends: str) -> int | None:
+    for i in sorted(range(len(options)), key=lambda i: -len(options[i])):  # "not good" before "not"
+        if re.match(rf"{re.escape(options[i])}(?!\w)", text, re.IGNORECASE):
+            return i
+    letter = re.match(rf"([A-Z]){letter_ends}", text)
+    return _index(letter[1], options) if letter else None
+
+
+def _only_one(text: str, options: tuple[str, ...]) -> int | None:
+    named, rest = set[int | None](), text
+    for i in sorted(range(len(options)), key=lambda i: -len(options[i])):
+        rest, count = re.subn(rf"(?<!\w){re.escape(options[i])}(?!\w)", "\0", rest, flags=re.IGNORECASE)
+        named |= {i} if count else set()
+    named = named or {_index(letter, options) for letter in re.findall(r"\(([A-Z])\)", text)}
+    return next(iter(named)) if len(named) == 1 else None
+
+
+def _index(letter: str, options: tuple[str, ...]) -> int | None:
+    index = _LETTERS.index(letter)
+    return index if not options or index < len(options) else None
+
+
+# --- mathematics --------------------------------------------------------------------------------------------------------
+
+_SECONDS = 5  # math-verify's own limit for one expression
+
+
+def _read_math(value: Any, choices: tuple[str, ...], where: str) -> str:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ConfigError("the column `math` needs `pip install 'tadistill[math]'`; install it, or use `numeric` if answers are numbers")
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text.strip():
+        raise _wrong("math", value, where, "write an expression, for instance \\frac{1}{2}")
+    text = text.rpartition(_MARK)[2].strip()
+    marked = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
+    text = text if marked else f"${text}$"
+    if not any(not isinstance(found, str) for found in _parsed(text)):
+        raise _wrong("math", value, where, "write an expression that math-verify reads, for instance \\frac{1}{2}")
+    return text
+
+
+def _same_math(answer: str, right: str) -> bool:
+    from math_verify import verify  # here: it imports sympy, which is slow
+
+    return bool(verify(_parsed(right), _parsed(answer), timeout_seconds=_limit()))  # the right one comes first
+
+
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # an expression that takes too long is a wrong answer, and no warning
+    return parse(text, parsing_timeout=_limit())  # type: ignore[arg-type]  # None means no limit
+
+
+def _limit() -> int | None:
+    return _SECONDS if threading.current_thread() is threading.main_thread() else None  # math-verify's limit is a signal
+
+
+# --- checks of form -----------------------------------------------------------------------------------------------------
+
+
+def _is_json(answer: str) -> bool:
+    try:
+        json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", answer.strip()))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+_NUMBERS: Mapping[str, Callable[[str, int], bool]] = {
+    "min_words": lambda answer, n: len(answer.split()) >= n,
+    "max_words": lambda answer, n: len(answer.split()) <= n,
+}
+_TEXTS: Mapping[str, Callable[[str, str], bool]] = {
+    "contains": lambda answer, text: text.lower() in answer.lower(),
+    "excludes": lambda answer, text: text.lower() not in answer.lower(),
+    "starts_with": lambda answer, text: answer.strip().lower().startswith(text.lower()),
+    "ends_with": lambda answer, text: answer.strip().lower().endswith(text.lower()),
+}
+_PLAIN: Mapping[str, Callable[[str], bool]] = {"lowercase": lambda answer: answer == answer.lower(), "json": _is_json}
+
+
+def _read_checks(value: Any, choices: tuple[str, ...], where: str) -> tuple[tuple[str, Any], ...]:
+    found = []
+    for check in value if isinstance(value, list) and value else [None]:
+        kind = check.get("kind") if isinstance(check, dict) else None
+        if kind in _NUMBERS and isinstance(check.get("n"), int) and not isinstance(check["n"], bool) and set(check) == {"kind", "n"}:
+            found.append((kind, check["n"]))
+        elif kind in _TEXTS and isinstance(check.get("text"), str) and check["text"] and set(check) == {"kind", "text"}:
+            found.append((kind, check["text"]))
+        elif kind in _PLAIN and set(check) == {"kind"}:
+            found.append((kind, None))
+        else:
+            kinds = f"{', '.join(_NUMBERS)} with a number `n`, {', '.join(_TEXTS)} with a `text`, or {', '.join(_PLAIN)}"
+            raise _wrong("checks", value, where, f'write a list of objects such as {{"kind": "max_words", "n": 20}}; a kind is {kinds}')
+    return tuple(found)
+
+
+def _passes(answer: str, checks: tuple[tuple[str, Any], ...]) -> bool:
+    tests: dict[str, Callable[..., bool]] = {**_NUMBERS, **_TEXTS, **_PLAIN}
+    return all(tests[kind](answer) if kind in _PLAIN else tests[kind](answer, value) for kind, value in checks)
+
+
+RULES: Mapping[str, Rule] = {
+    "numeric": Rule(_read_number, lambda answer, right: final_number(answer) == right),
+    "choice": Rule(_read_choice, lambda answer, right: chosen(answer, right.options) == right.right),
+    "math": Rule(_read_math, _same_math),
+    "checks": Rule(_read_checks, _passes),
+}
+"""The rules by name. A rule's name is also our name of its column, and the name of its metric."""
