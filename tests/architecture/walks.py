@@ -162,7 +162,7 @@ assert "number of words on dev" in page.read_text()  # a learning curve
 found = json.loads(page.with_name("results.json").read_text())
 assert any(d["metric"] == "words" for d in found["differences"])
 card = model_card(results, "new", 1, store.folder(results.arm("new").final[1]), "new")
-assert "number of words (words) | tinyworld" in card
+assert "| number of words (words) | mean over sets |" in card
 """
 METRIC = Walk(
     most_files=2,
@@ -175,7 +175,7 @@ METRIC = Walk(
         (
             "metrics.py",
             '    Metric("numeric",',
-            '    Metric("words", "number of words", "quality", "words", 1, "higher", selects=True, logs=("dev",)),\n@',
+            '    Metric("words", "number of words", "quality", "words", 1, "higher", selects=True, logs=("dev",), on_card=True),\n@',
         ),
     ),
     use=USE_METRIC,

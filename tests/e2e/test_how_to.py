@@ -37,6 +37,7 @@ WAYS = {"replaced", "extra", "plan", "dry-run", "after-submit", "interrupted", "
 SMALLER = {"steps": 4, "every": 2, "batch": 4, "micro_batch": 2, "rollouts": 4, "inner_epochs": 1, "max_new_tokens": 4}
 SAYS = {
     "custom-metric": "brief answers",
+    "right-answers": "choice accuracy",
     "custom-sampler": "ramp",
     "lora": "models/with-lora",
     "out-of-memory": "signal",

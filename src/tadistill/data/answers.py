@@ -37,6 +37,12 @@ def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
     return DataError(f"{where}: the answer for `{rule}` is `{text[:200]}`; {fix}, or delete the row")
 
 
+def _as_text(value: Any) -> str:
+    """Return a text or a number as text. Return an empty text for anything else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number or isinstance(value, str) else ""
+
+
 # --- numbers ------------------------------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(r"(?<![\w.])([-−+]?)[$€£¥]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)([eE][-+]?\d+)?")
@@ -77,8 +83,8 @@ def _numbers(text: str) -> list[Decimal]:
 
 
 def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    alone = isinstance(text, str) and (_MARK in text or final_box(text) is not None or len(_numbers(text)) == 1)
+    text = _as_text(value)
+    alone = _MARK in text or final_box(text) is not None or len(_numbers(text)) == 1
     number = final_number(text) if alone else None
     if number is None:
         raise _wrong("numeric", value, where, "write one number, or a text that ends in #### and a number (expressions need `math`)")
@@ -101,6 +107,7 @@ class Choice:
 
 def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
     letters = _LETTERS[: len(choices)] if choices else _LETTERS
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value  # of a column of references
     if choices and isinstance(value, int) and 0 <= value < len(choices):
         return Choice(choices, int(value))
     if isinstance(value, str) and value in choices:
@@ -156,10 +163,9 @@ _SECONDS = 5  # math-verify's own limit for one expression
 def _read_math(value: Any, choices: tuple[str, ...], where: str) -> str:
     if importlib.util.find_spec("math_verify") is None:
         raise ConfigError("the column `math` needs `pip install 'tadistill[math]'`; install it, or use `numeric` if answers are numbers")
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not text.strip():
+    text = _as_text(value).rpartition(_MARK)[2].strip()
+    if not text:
         raise _wrong("math", value, where, "write an expression, for instance \\frac{1}{2}")
-    text = text.rpartition(_MARK)[2].strip()
     marked = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
     text = text if marked else f"${text}$"
     if not any(not isinstance(found, str) for found in _parsed(text)):
@@ -210,8 +216,9 @@ _PLAIN: Mapping[str, Callable[[str], bool]] = {"lowercase": lambda answer: answe
 
 def _read_checks(value: Any, choices: tuple[str, ...], where: str) -> tuple[tuple[str, Any], ...]:
     found = []
-    for check in value if isinstance(value, list) and value else [None]:
-        kind = check.get("kind") if isinstance(check, dict) else None
+    for given in value if isinstance(value, list) and value else [None]:
+        check: dict[str, Any] = given if isinstance(given, dict) else {}
+        kind = check.get("kind")
         if kind in _NUMBERS and isinstance(check.get("n"), int) and not isinstance(check["n"], bool) and set(check) == {"kind", "n"}:
             found.append((kind, check["n"]))
         elif kind in _TEXTS and isinstance(check.get("text"), str) and check["text"] and set(check) == {"kind", "text"}:

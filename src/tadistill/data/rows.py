@@ -136,12 +136,11 @@ def _optional(name: str, row: dict[str, Any], ref: DataRef, index: int) -> Any:
 
 def _right_answers(row: dict[str, Any], ref: DataRef, index: int, choices: tuple[str, ...]) -> dict[str, Any]:
     found, where = {}, where_of(ref, index)
-    for name in (name for name in RULES if name in ref.columns):
-        column = ref.columns[name]
+    for name, column in ref.columns.items():
+        if name not in RULES:
+            continue
         if column not in row:
-            raise DataError(
-                f"{where} has no column `{column}`, which `columns` names for `{name}`; write its right answer, or delete the row"
-            )
+            raise DataError(f"{where} has no column `{column}`, which `columns` names for `{name}`; write the answer, or delete the row")
         found[name] = RULES[name].read(row[column], choices, where)
     return found
 

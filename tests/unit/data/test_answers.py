@@ -94,7 +94,7 @@ def test_each_named_rule_scores_every_answer(read):
     assert score_quality(["5"], read({"a": 5})).keys() == {"rouge_l"}  # a column that is not named is not read
 
 
-@pytest.mark.parametrize("answer", [1, "b", "B", "(B)"])
+@pytest.mark.parametrize("answer", [1, "b", "B", "(B)", ["b"]])
 def test_a_choice_is_written_as_label_letter_or_number(read, answer):
     row = {"output": "b", "c": answer, "options": ["a", "b"]}
     (example,) = read(row, columns={"choice": "c", "choices": "options"})
