@@ -49,8 +49,8 @@ class DataRef(Strict):
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
     columns: dict[Column, str] = {}
-    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `choices`, `facts` and those of right
-    answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here, as in {choices: choices, numeric: answer}."""
+    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `choices`, `facts` and those of
+    right answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here: {choices: choices, numeric: answer}."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
     index of this list."""

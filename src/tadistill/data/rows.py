@@ -1,8 +1,8 @@
 """Rows of a data set, and how they become examples (`Example`).
 
-A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns `choices`,
-`facts` and those of right answers (`data.answers`) are read only if the recipe names them (`columns: {choices: choices}`), because a user's
-own columns often have these names.
+A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns
+`choices`, `facts` and those of right answers (`data.answers`) are read only if the recipe names them (`columns: {choices: choices}`),
+because a user's own columns often have these names.
 """
 
 import json
