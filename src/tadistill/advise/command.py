@@ -64,7 +64,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         recipe: the recipe, with the overrides of the command line.
         source: the recipe's file name, as it appears in the proposed commands.
         overrides: the KEY=VALUE arguments of the command line. The proposed commands repeat them.
-        runs: the directory that contains the studies and the store.
+        runs: the directory of all studies and their stored results.
         prompts: the largest number of dev prompts to read.
         console: where the advice is printed.
 

@@ -88,7 +88,9 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of the difference between a path and its equal-compute baseline, as a weighted mixture of normal distributions."""
+    """The forecast of the difference between a path and direct distillation at equal compute, as a weighted mixture of normal
+    distributions.
+    """
 
     weights: Array
     means: Array

@@ -49,7 +49,6 @@ def settings(incomplete: str) -> list[str]:
 
 
 def method_names(incomplete: str) -> list[str]:
-    """Complete the names of the methods."""
     from tadistill.config.shorthand import METHODS
 
     return _beginning(incomplete, METHODS)

@@ -306,7 +306,7 @@ def trackers(recipe: Recipe) -> Check:
 
 
 def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None = None) -> list[Check]:
-    """Run all checks. With `profile`, the rules of this cluster are checked too; with `recipe`, its models and data."""
+    """Run all checks. With `profile`, also check the rules of this cluster. With `recipe`, also check the recipe's models and data."""
     from huggingface_hub import constants  # imported here because other commands do not need this package
 
     site, environment = (profile.name if profile else None), os.environ

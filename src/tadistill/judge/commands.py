@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm: Callable[[str], bool], command: str) -> Path | None:
     """Let a model rate the answers of a study. Return the path of the summary, or None if the user does not confirm.
 
-    `root` is the directory that contains the studies and the store. `confirm` asks the user before the first request is sent.
+    `root` is the directory of all studies (`--runs`). `confirm` asks the user before the first request is sent.
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.

@@ -150,8 +150,8 @@ _STYLES = {"gain": "green", "best": "green", "loss": "red", "open": "yellow", "u
 def summary_table(results: Results) -> Group:
     """Return the answer for the terminal, and a table with one row per arm. The table is at most 80 characters wide.
 
-    It shows the main metrics with intervals, and the training FLOPs relative to the direct arm. If an arm has unfinished seeds, its row
-    shows the number of finished seeds.
+    It shows the main metrics with intervals, and the training FLOPs relative to direct distillation. If an arm has unfinished seeds, its
+    row shows the number of finished seeds.
     """
     found = answer(results)
     said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES.get(found.kind, '')}".strip()), found.answer)

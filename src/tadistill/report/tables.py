@@ -68,7 +68,7 @@ def _best(results: Results, column: str, metric: str) -> frozenset[str]:
 
 
 def cost_rows(results: Results) -> list[CostRow]:
-    """Return every arm's parameters and training FLOPs, also relative to the direct arm."""
+    """Return every arm's parameters and training FLOPs. FLOPs are also given relative to direct distillation."""
     rows: list[CostRow] = []
     for arm in results.plan.arms:
         direct = direct_of(results, arm)

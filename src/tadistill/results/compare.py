@@ -71,7 +71,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants): direct distillation with ``compute: as CHAIN``.
 
-    If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that it is a direct arm.
+    If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that this is direct distillation.
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference
@@ -207,18 +207,18 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the decoding that differs from the main one only in its temperature of 0. Return None if there is none."""
+    """Return the name of the decoding that differs from the main one (`evaluate`) only in its temperature of 0, or None without one."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 
 def temperatures(results: Results) -> list[str]:
-    """Return the names of the decodings that differ from the main one only in temperature, or in temperature and seeds."""
+    """Return the names of the decodings that differ from the main one (`evaluate`) only in temperature, or in temperature and seeds."""
     allowed = {"temperature", "seeds"}
     return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
 
 
 def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
-    """Return one point per decoding of an arm, in ascending order of entropy. The main decoding is always included.
+    """Return one point per decoding of an arm, in ascending order of entropy. The main decoding (`evaluate`) is always included.
 
     The values of a point are means over training seeds and test sets. A decoding that was not measured is omitted.
     """

@@ -149,7 +149,7 @@ class StudyPlan:
 
 @dataclass(frozen=True)
 class StageManifest:
-    """The part of a finished stage's manifest that a report shows."""
+    """The facts about a finished stage that a report shows. They are in its manifest.json."""
 
     seconds: float
     versions: Mapping[str, str]

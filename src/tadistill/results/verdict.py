@@ -78,7 +78,7 @@ class Comparison:
     mechanism: Mechanism | None
     """Differences that show whether a gain is only sharpening. None for pairs of a study without chains."""
     credit: Credit | None
-    """Why a gain is credited to the path, or why not. None unless it is a gain over an equal-compute baseline."""
+    """Why a gain is credited to the path, or why not. None unless it is a gain over direct distillation with the same compute."""
 
 
 @dataclass(frozen=True)

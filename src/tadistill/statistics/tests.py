@@ -26,9 +26,9 @@ class SignFlip:
 def sign_flip(differences_S: ArrayLike) -> SignFlip:
     """Return the two-sided p-value of the exact sign-flip test, for differences of two models.
 
-    ``differences_S`` has one paired difference per training seed. The test flips the signs of the values in all 2^S ways, and compares the
-    sum with these sums. It assumes that, without a true difference, each value is symmetric about zero. Source: R. A. Fisher, The Design of
-    Experiments (1935), section 21.
+    ``differences_S`` has one paired difference per training seed. Their sum is compared with the sums that result if the signs of the
+    values are flipped in all 2^S ways. The test assumes that, without a true difference, each value is symmetric about zero. Source: R. A.
+    Fisher, The Design of Experiments (1935), section 21.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
     if differences.ndim != 1 or not 1 <= len(differences) <= MOST_SEEDS:

@@ -17,9 +17,9 @@ _CALIBRATED = Look(GREY, "circle", "5 4")
 
 
 def exposure_figure(results: Results) -> Chart | None:
-    """Draw each arm's exposure bias (ExAccErr) by position in the answer. The thick line is the mean, and each faint line is one seed.
+    """Draw each arm's exposure bias (extra error after its own text) by position in the answer.
 
-    The mean is dotted where fewer than 10 answers are long enough.
+    The thick line is the mean, and each faint line is one seed. The mean is dotted where fewer than 10 answers are long enough.
     """
     found, styles = exposures(results), looks(results)
     if not found:

@@ -157,11 +157,14 @@ class Budget:
     terms: tuple[tuple[str, Summary], ...]
     total: tuple[str, Summary]
     twin: tuple[str, Summary] | None
-    """KL(student ‖ teacher) of the path's equal-compute baseline."""
+    """KL(student ‖ teacher) of direct distillation with the same compute. None if it was not measured."""
 
 
 def budgets(results: Results) -> list[Budget]:
-    """Return the error budget of each path with assistants for which all terms were measured."""
+    """Return the error budget of each path with assistants. It says how much each step of the path adds to the divergence.
+
+    Paths for which a term was not measured are left out.
+    """
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
@@ -180,7 +183,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw each path's error budget as a waterfall chart: one bar for each term, and one for the sum. All charts have the same scale."""
+    """Draw how much each step of a path adds to the divergence, as a waterfall chart for each path. All charts have the same scale."""
     found = budgets(results)
     if not found:
         return {}

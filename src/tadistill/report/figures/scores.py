@@ -23,7 +23,7 @@ _MOST, _LAST = 0.08, 0.985  # shares of the width: how far a point is moved at m
 
 @dataclass(frozen=True)
 class ForestRow:
-    """A row in the figure of differences: the paired difference of an arm and its reference arm. `word` is the verdict, if there is one."""
+    """A row in the figure of differences: the paired difference of an arm and the arm with which it is compared. `word` is the verdict."""
 
     arm: ArmRecord
     other: ArmRecord
@@ -33,7 +33,10 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the arm with which an arm is compared: its equal-compute baseline, or else the direct arm, or else the first competing arm."""
+    """Return the arm with which an arm is compared. It is direct distillation, if possible with the same compute.
+
+    If there is no direct distillation, it is the first competing arm.
+    """
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
