@@ -28,7 +28,7 @@ class Lattice:
     """Paths from teacher to student. If two are equally good, the first one wins. Paths with few and big assistants come first."""
 
     def prefixes(self) -> tuple[ModelPath, ...]:
-        """Return all beginnings of the paths that have at least two models. Whole paths are included."""
+        """Return all beginnings of paths. A beginning has at least two models, and may be a whole path."""
         return trainings(self.paths)
 
 
@@ -220,8 +220,8 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     """Run successive halving (Jamieson & Talwalkar 2016): train all paths for a few updates, keep the better half, and repeat.
 
-    Each repetition is a rung, with longer trainings than the rung before. They start anew, because the learning-rate schedule depends on
-    their length.
+    Each repetition is a rung, with longer trainings than the rung before. Every training starts anew, because its learning-rate schedule
+    depends on its length.
 
     Args:
         rungs: for each rung, the share of a training's updates that is run. At least two rising values; the last value must be 1.

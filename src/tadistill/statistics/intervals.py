@@ -13,13 +13,16 @@ C is subtracted because A and B both contain it. B - C is set to 0 if it is nega
 the result is a macro mean: the mean of the sets' mean scores. B and C are then added over the sets with squared weights. A is computed from
 the macro means, because a seed affects all sets.
 
-The interval is Student's: mean ± t se, where se is the standard error. Its degrees of freedom df follow from
-1/df = w / (S - 1) + (1 - w) / (df of the prompts), where w = A / (A + B - C).
+The interval is Student's: mean ± t se. The standard error se is the root of the variance. The degrees of freedom df follow from
 
-If a score has two bounds, such as 0 and 100, the interval is Wilson's with this t and this se. With p = (mean - low) / (high - low), it
-contains every share s with |p - s| <= t sqrt(s (1 - s) / n). n = p (1 - p) / se^2 is the effective number of independent answers. No
-interval crosses a bound. Near a bound, the interval is longer on the other side. If there is only one bound, an interval that would cross
-it ends there.
+    1 / df = w / (S - 1) + (1 - w) / (df of the prompts), where w = A / (A + B - C)
+
+If a score has two bounds, such as 0 and 100, the interval is Wilson's. It contains every share s for which
+
+    |p - s| <= t sqrt(s (1 - s) / n), where n = p (1 - p) / se^2
+
+Here p is the mean as a share of the range, se is in the same unit, and n is the effective number of independent answers. Such an interval
+never crosses a bound. Near a bound, it is longer on the other side. If there is only one bound, an interval that would cross it ends there.
 
 Sources: E. B. Wilson, JASA 22 (1927); E. L. Korn and B. I. Graubard, Survey Methodology 24 (1998), for the effective number.
 """

@@ -64,8 +64,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def equivalent(difference: Difference, margin: float) -> bool:
     """Return True if a test at the 5 % level shows that the true difference is between -``margin`` and ``margin``.
 
-    It does so if the 90 % confidence interval lies between them. This is the same as two one-sided tests at 5 %. Source: D. J. Schuirmann,
-    Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
+    This is so if the 90 % confidence interval lies inside this range. The rule is the same as two one-sided tests at 5 %. Source: D. J.
+    Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
     if not margin > 0:
         raise ValueError(f"an equivalence margin must be greater than 0, not {margin}")
@@ -95,9 +95,13 @@ def detectable(
 ) -> float:
     """Return the smallest true difference that a planned comparison of two models detects with probability ``power``.
 
-    The variance of the difference is s_prompt^2 / prompts + 2 s_seed^2 / seeds + 2 s_decode^2 / (prompts * decodes). ``s_prompt`` is the
-    standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of the score of one model,
-    over training seeds and over decoding seeds. They are treated as exact, so the result is too small if there are only 3 seeds.
+    The difference has this variance:
+
+        s_prompt^2 / prompts + 2 s_seed^2 / seeds + 2 s_decode^2 / (prompts * decodes)
+
+    ``s_prompt`` is the standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of the
+    score of one model, over training seeds and over decoding seeds. They are treated as exact, so the result is too small if there are only
+    3 seeds.
     """
     if min(prompts, seeds, decodes) < 1:
         raise ValueError(f"`prompts`, `seeds` and `decodes` are {prompts}, {seeds} and {decodes}; each must be at least 1")
@@ -143,10 +147,11 @@ def expected_best_of(k: int) -> float:
 
 
 def inflation(k_a: int, k_b: int, sigma: float) -> float:
-    """Return the bias of a - b that comes from choosing the best checkpoint: a is the best of ``k_a``, and b the best of ``k_b``.
+    """Return the bias of a difference of two scores, if each score is the best of several checkpoints.
 
-    ``sigma`` is the standard deviation of the measurement error of one checkpoint's score. The bias has the same unit. It is an upper
-    bound, because checkpoints of one run have correlated scores.
+    The first score is the best of ``k_a`` checkpoints, and the second is the best of ``k_b``. ``sigma`` is the standard deviation of the
+    measurement error of one checkpoint's score. The bias has the same unit. It is an upper bound, because checkpoints of one run have
+    correlated scores.
     """
     if not sigma >= 0:
         raise ValueError(f"`sigma` is {sigma}; it is a standard deviation and cannot be negative")

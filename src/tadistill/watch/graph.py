@@ -118,8 +118,8 @@ def draw(nodes: Sequence[Node]) -> Drawn:
 def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Iterable[str]) -> tuple[list[StageState], str]:
     """Return the trainings whose curves are shown, and a sentence that says which they are.
 
-    They are the trainings in the nodes `wanted`. If there are none, they are the running trainings, or else those that were interrupted, or
-    else those whose logs are newest.
+    The trainings in the nodes `wanted` are shown. Without any, the running trainings are shown, or else the interrupted ones, or else those
+    with the newest logs.
     """
     chosen, nodes = set(wanted), list(nodes)
     some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]
