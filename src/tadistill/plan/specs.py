@@ -14,7 +14,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Dense, Precision, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
-from tadistill.config.sampling import HiddenSignal, Sampler, TopKSignal
+from tadistill.config.sampling import HiddenSignal, OnPolicy, Sampler, TopKSignal
 from tadistill.models.counting.cost import Cost
 from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, stage_of
 from tadistill.store import key_of
@@ -73,6 +73,11 @@ class Spec(Part):
         """Number of checkpoints that are evaluated on dev. The best one is selected."""
         return 0
 
+    @property
+    def saves_memory(self) -> list[str]:
+        """Changes of the recipe with which the stage needs less memory, such as `optim.micro_batch: 4`, the most useful first."""
+        return []
+
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         """Return the predicted cost. Return None if it cannot be predicted, or if the stage only measures.
 
@@ -111,6 +116,15 @@ class TrainingSpec(Spec):
     @property
     def steps(self) -> int | None:
         return self.optim.steps
+
+    @property
+    def saves_memory(self) -> list[str]:
+        optim, sampler = self.optim, self.method.sampler
+        smaller = [n for n in range(1, (optim.micro_batch or optim.batch) // 2 + 1) if optim.batch % n == 0]
+        found = [f"optim.micro_batch: {smaller[-1]}"] if smaller else []
+        found += [f"sampler.chunk: {sampler.chunk // 2}"] if isinstance(sampler, OnPolicy) and sampler.chunk > 1 else []
+        found += ["optim.gradient_checkpointing: true"] if not optim.gradient_checkpointing else []
+        return found + (["optim.precision: bf16"] if optim.precision == "fp32" else [])
 
     @property
     def checkpoints(self) -> int:
@@ -254,6 +268,10 @@ class EvaluateSpec(_OnTestSets):
     own: tuple[OwnCode, ...] = ()
     """The recipe's own metrics."""
 
+    @property
+    def saves_memory(self) -> list[str]:
+        return [f"evaluate.batch: {size // 2}"] if (size := self.decoding.batch) > 1 else []
+
 
 class AnalyseSpec(_OnTestSets):
     """Comparison of a model with the original teacher and with the teacher assistants in its path, on the test sets."""
@@ -269,6 +287,10 @@ class AnalyseSpec(_OnTestSets):
     teacher_answers: Output
     assistants: tuple[Handle, ...]
     batch: int
+
+    @property
+    def saves_memory(self) -> list[str]:
+        return [f"evaluate.batch: {self.batch // 2}"] if self.batch > 1 else []
 
 
 class ProbeSpec(Spec):

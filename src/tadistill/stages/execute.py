@@ -110,7 +110,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         ranks.agree(_GO)
         start = time.monotonic()
         context = Context(task, store, folder, progress, alarm, stop)
-        facts = work(context)
+        facts = _worked(work, context)
         rows = [{"role": role, "set": name, **asdict(counts)} for (role, name), counts in context.counts.items()]
         seconds = round(time.monotonic() - start, 2)
         versions = {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
@@ -140,4 +140,16 @@ def _follow(task: Task, work: _Work, store: Store, ranks: Ranks, stop: Callable[
     if word == _STOPPED:
         raise Interrupted(_STOPPED)
     if word == _GO:
-        work(Context(task, store, store.folder(task.key), lambda done, total, text: None, lambda text: None, stop))
+        _worked(work, Context(task, store, store.folder(task.key), lambda done, total, text: None, lambda text: None, stop))
+
+
+def _worked(work: _Work, context: Context) -> dict[str, Any]:
+    try:
+        return work(context)
+    except torch.OutOfMemoryError as error:
+        used, changes = str(error).split(". ", 2)[:2], context.spec.saves_memory
+        advice = f"set `{'`, or `'.join(changes)}`, or use" if changes else "use"
+        raise StageFailed(
+            f"{context.device} has too little memory for this stage ({'; '.join(used)}); {advice} a device with more memory, and run the "
+            "same command again: finished stages are kept"
+        ) from error

@@ -252,3 +252,19 @@ def test_what_finished_costs(tmp_path):
     for path in folder.rglob("*.safetensors"):
         path.write_bytes(b"")  # not read
     assert Store(tmp_path).finished(task.key)
+
+
+# --- a full GPU ---------------------------------------------------------------------------------------------------------
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.15 GiB is free. Process 7 has …"
+
+
+def test_a_full_gpu_is_one_sentence_with_the_keys_to_change(tmp_path, monkeypatch):
+    def full(context) -> dict:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("tadistill.stages.execute.work_of", lambda spec: full)
+    sft, evaluate = tasks(tmp_path)
+    with pytest.raises(StageFailed, match=r"Tried to allocate 2.00 GiB\).*`optim.micro_batch: \d+`, or `optim.grad"):
+        run(sft)
+    assert evaluate.spec.saves_memory == [f"evaluate.batch: {evaluate.spec.decoding.batch // 2}"]
