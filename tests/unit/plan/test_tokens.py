@@ -101,12 +101,12 @@ def test_signals_move_only_if_references_end_with_another_token(plan):
 @pytest.mark.parametrize(
     ("teacher", "student", "rows", "template", "why"),
     [
-        ("instruct", "base", "rows", "alpaca", "its own has the EOS <eos> (1)"),
-        ("base", "plain", "rows", "chat", "its own has no chat template"),
-        ("base", "plain", "chats", "alpaca", "its own has no chat template"),
-        ("base", "other", "rows", "chat", "its own has another chat template"),
-        ("gemma", "base", "rows", "alpaca", "its own puts no BOS first"),
-        ("base", "gemma", "rows", "alpaca", "its own puts BOS first"),
+        ("instruct", "base", "rows", "alpaca", "has the EOS <eos> (1)"),
+        ("base", "plain", "rows", "chat", "has no chat template"),
+        ("base", "plain", "chats", "alpaca", "has no chat template"),
+        ("base", "other", "rows", "chat", "has another chat template"),
+        ("gemma", "base", "rows", "alpaca", "puts no BOS first"),
+        ("base", "gemma", "rows", "alpaca", "puts BOS first"),
         ("base", "other", "rows", "alpaca", None),
         ("gemma", "base", "rows", "chat", None),
     ],
@@ -116,7 +116,9 @@ def test_a_student_uses_the_teachers_tokenizer_where_its_own_differs(plan, folde
     (sft,) = (stage.spec for stage in found.stages.values() if stage.kind == "sft")
     assert sft.student.tokenizer == (str(folder / teacher) if why else None)
     assert (sft.student.tokenizer_fingerprint is not None) == bool(why)
-    assert [f"s uses the tokenizer of t, because {why}."] * bool(why) == [s for s in found.tokens.cautions() if "uses" in s]
+    assert [f"s uses the tokenizer of t, because the tokenizer of s {why}."] * bool(why) == [
+        s for s in found.tokens.cautions() if "uses" in s
+    ]
 
 
 def test_a_teacher_without_a_chat_template_gets_the_students(plan, folder):
