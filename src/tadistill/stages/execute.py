@@ -120,7 +120,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 
 def work_of(spec: type[Spec]) -> _Work:
-    """Return the function that does the work of a kind of stage. Its result is stored in the stage's manifest.json."""
+    """Return the function that does the work of a kind of stage. The function's result is stored in the stage's manifest.json."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 
