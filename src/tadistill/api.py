@@ -28,6 +28,7 @@ from tadistill.plan import preview
 from tadistill.plan import throughput as speeds
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.report import read_results, summary_table, write_report
+from tadistill.results.collect import with_passes
 from tadistill.results.find import find_study, trained_model
 from tadistill.results.study import load_plan
 from tadistill.runner.study import evaluation_recipe, run_study
@@ -267,7 +268,8 @@ def evaluate(
         if counts.text:
             warnings.warn(f"{ref.name}: {counts.text}", stacklevel=2)
         evaluation = evaluate_set(subject, EvalSet(ref.name, examples, encoded), decoding)
-        means = {metric: float(np.mean(values)) for metric, values in evaluation.scores.items()}
+        scores = with_passes({metric: np.asarray(values) for metric, values in evaluation.scores.items()}, decoding.pass_at)
+        means = {metric: float(np.mean(values)) for metric, values in scores.items()}
         found[ref.name] = means | evaluation.corpus["numbers"]
     return found
 

@@ -3,10 +3,11 @@
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
 A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
-of a student's error, one part for each model on the way from the teacher to the student.
+of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of a metric of right answers.
 """
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
@@ -47,6 +48,8 @@ class Metric:
     """True if a model card shows the metric as a secondary value."""
     signed: bool = False
     """True if the metric can be negative."""
+    right_or_wrong: bool = False
+    """True if each response is right (100) or wrong (0). Reports then have pass@k as METRIC/k."""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -54,12 +57,13 @@ class Metric:
         return -inf if self.signed else 0.0, 100.0 if self.unit in (POINTS, PERCENT) else inf
 
 
+_SHARE: tuple[Group, str, int, Literal["higher"]] = ("quality", PERCENT, 1, "higher")
 _ROWS = (
     Metric("fact_accuracy", "fact accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy"),
-    Metric("numeric", "numeric accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
-    Metric("choice", "choice accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
-    Metric("math", "math accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
-    Metric("checks", "checks passed", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy", on_card=True),
+    Metric("numeric", "numeric accuracy", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
+    Metric("choice", "choice accuracy", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
+    Metric("math", "math accuracy", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
+    Metric("checks", "checks passed", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
     Metric("rouge_l", "ROUGE-L", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("rouge_l_unicode", "ROUGE-L (all scripts)", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),
@@ -117,6 +121,14 @@ def names_in(group: Group) -> tuple[str, ...]:
     return tuple(row.name for row in METRICS.values() if row.group == group)
 
 
+def sorted_names(measured: Iterable[str], keep: Callable[[Metric], bool]) -> tuple[str, ...]:
+    """Return the names of the main decoding whose metric is kept, in the order of the tables. A metric's parts come after the metric."""
+    order = {name: i for i, name in enumerate(METRICS)}
+    names = [name for name in dict.fromkeys(measured) if "@" not in name and keep(metric_of(name))]
+    parts = {name: (name.partition("/")[0], int(name.partition("/")[2] or -1)) for name in names}
+    return tuple(sorted(names, key=lambda name: (order[parts[name][0]], parts[name][1])))
+
+
 def higher_is_better(name: str) -> bool:
     """Return True if a higher value is better. Return False if a lower value is better or the metric has no direction."""
     return name != LAST and metric_of(name).better == "higher"
@@ -136,6 +148,8 @@ def metric_title(name: str) -> str:
     if base.startswith("budget/"):
         hop = base.removeprefix("budget/")
         title = "KL to the last assistant" if hop == "0" else f"error of hop {hop} above it"
+    elif "/" in base:
+        title = f"{title}, pass@{base.rpartition('/')[2]}"
     return f"{title}, {decoding}" if decoding else title
 
 

@@ -1,11 +1,12 @@
 """The evaluation of a recipe: how responses to the test sets are sampled, and metrics in the user's own code."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Decoding, FunctionName, Name, Strict
-from tadistill.metrics import BUILT_IN, PERCENT, POINTS, Metric
+from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
 
 class OtherDecoding(Decoding):
@@ -22,6 +23,11 @@ class Evaluate(Decoding):
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """Seeds for sampling responses (the default is MiniLLM's five). Each seed gives one response to every test prompt. On the dev set, only
     the first seed is used."""
+    samples: int | None = Field(default=None, ge=1, le=10_000)
+    """Number of responses to each test prompt, by default one for each seed. If there are fewer seeds, the numbers after the largest seed
+    are used too; if there are more, only the first."""
+    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """The values of k for which reports have pass@k of right answers: the chance that at least one of k responses is right."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in a forward pass."""
     also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
@@ -37,10 +43,45 @@ class Evaluate(Decoding):
             raise ValueError(f"decoding seeds {list(seeds)} contain a seed twice; give each seed only once")
         return seeds
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_seeds_as_samples(cls, values: Any) -> Any:
+        seeds, samples = (values.get(name) for name in ("seeds", "samples")) if isinstance(values, dict) else (None, None)
+        seeds = cls.model_fields["seeds"].default if seeds is None else seeds
+        if not isinstance(samples, int) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+            return values  # without samples, or with a mistake that the fields name
+        more = range(max(seeds) + 1, max(seeds) + 1 + samples)
+        return values | {"seeds": [*seeds, *more][:samples]}
+
+    @model_validator(mode="after")
+    def _enough_samples(self):
+        if twice := [k for k in self.pass_at if self.pass_at.count(k) > 1]:
+            raise ValueError(f"pass_at has {twice[0]} twice; give each value only once")
+        if (most := max(self.pass_at, default=0)) > len(self.seeds):
+            raise ValueError(
+                f"pass_at has {most}, but there are only {len(self.seeds)} responses to a prompt; set `evaluate.samples` to {most}, or use "
+                "smaller values"
+            )
+        return self
+
+    def check_answers(self, columns: Sequence[Mapping[Any, str]]) -> None:
+        """Raise a ValueError if `pass_at` is set but no test set names right answers. `columns` has the columns of each test set."""
+        rules = [name for name, row in METRICS.items() if row.right_or_wrong]
+        if self.pass_at and not any(rule in of_set for of_set in columns for rule in rules):
+            raise ValueError(
+                f"evaluate.pass_at needs right answers, but no test set names any; name their column for one of {', '.join(rules)}, as in "
+                "columns: {numeric: answer}"
+            )
+
     def other(self, name: str) -> "Evaluate":
         """Return the settings of the entry `name` of `also`. Fields that the entry leaves out have the values of the main settings."""
         changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
-        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
+        return self.one_response.model_copy(update=changes)
+
+    @property
+    def one_response(self) -> "Evaluate":
+        """The settings with the first seed only, and without other decodings."""
+        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, "samples": None, "pass_at": ()})
 
 
 class OwnMetric(Strict):

@@ -248,6 +248,7 @@ class Recipe(Strict):
             expanded = self.budgets.expand(self.arms)
             self.arms.clear()
             self.arms.update(expanded)
+        self.evaluate.check_answers([ref.columns for ref in self.data.test])
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions with the name `{twice[0]}`; rename one of them")

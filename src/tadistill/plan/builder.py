@@ -310,7 +310,7 @@ class StageBuilder:
         main = self.recipe.evaluate
         found: dict[str, Any] = {"data": self.encoding(name), "train": self.split("train"), "select": select}
         if select.metric != "last":
-            found |= {"dev": self.split("dev"), "decoding": main.model_copy(update={"seeds": main.seeds[:1], "also": {}})}
+            found |= {"dev": self.split("dev"), "decoding": main.one_response}
         return found
 
     def with_steps(self, optim: Optim) -> Optim:

@@ -43,7 +43,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.content()
     if isinstance(value, Evaluate):
-        return value.model_dump(exclude={"also"})  # each other decoding has its own stage
+        # each other decoding has its own stage, `samples` only adds seeds, and reports compute pass@k from stored scores
+        return value.model_dump(exclude={"also", "samples", "pass_at"})
     if isinstance(value, BaseModel):
         later = _LATER.get(type(value), ())
         return {k: v for k, v in value.model_dump().items() if v or k not in later}

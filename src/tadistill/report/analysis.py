@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from tadistill.config.arm import path_text
-from tadistill.metrics import METRICS, improves, metric_title, metric_unit
+from tadistill.metrics import METRICS, improves, metric_title, metric_unit, sorted_names
 from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
 from tadistill.results.study import ArmRecord
@@ -89,7 +89,7 @@ def _rows(results: Results, c: Comparison) -> Iterable[Row]:
         for bucket in BUCKETS:
             where = f"references of {bucket_title(bucket)} tokens"
             yield Row("rouge_l", where, bucket_difference(results, c.arm, c.other, "rouge_l", bucket))
-    for metric in (m.name for m in METRICS.values() if m.better and m.name in results.metrics and m.name not in main):
+    for metric in (m for m in sorted_names(results.metrics, lambda metric: bool(metric.better)) if m not in main):
         yield Row(metric, MEAN, difference(results, c.arm, c.other, metric))
 
 

@@ -10,7 +10,7 @@ import yaml
 from tadistill.data.datasets import NAMED
 from tadistill.disk import ordinary_permissions, write_text
 from tadistill.errors import ConfigError, StoreError
-from tadistill.metrics import METRICS, metric_title, metric_unit
+from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
 from tadistill.report.analysis import analyses
 from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
@@ -144,8 +144,10 @@ def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
     for metric in main:
         sets = sets_with(results, metric)
         shown += [(metric, name) for name in ((*sets, MEAN) if len(sets) > 1 else sets)]
+    present = [metric for name, _, metric in (*results.summaries, *results.averages) if name == arm.name]
+    others = [metric for metric in sorted_names(present, lambda metric: metric.on_card) if metric not in main]
     body: list[list[str]] = []
-    for metric, name in [*shown, *((m.name, MEAN) for m in METRICS.values() if m.on_card and m.name not in main)]:
+    for metric, name in [*shown, *((metric, MEAN) for metric in others)]:
         title = f"{metric_title(metric)} ({metric_unit(metric)})" if metric_unit(metric) else metric_title(metric)
         cells = _number_cells(results, arm, seed, metric, name)
         body += [[title, "mean over sets" if name == MEAN else name, *cells]] if cells else []

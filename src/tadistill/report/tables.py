@@ -1,9 +1,9 @@
 """The tables of a report as plain data. The page and the Markdown file show the same tables."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from tadistill.metrics import higher_is_better, metric_title, metric_unit, names_in
+from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
 from tadistill.results.collect import MEAN, Results, Summary, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, direct_of
 from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
@@ -42,7 +42,7 @@ class StageRow:
 
 def main_metrics(results: Results) -> tuple[str, ...]:
     """Return the quality metrics that the study measured. Each of them has a table of scores in the report."""
-    return tuple(metric for metric in names_in("quality") if metric in results.metrics)
+    return sorted_names(results.metrics, lambda metric: metric.group == "quality")
 
 
 def score_table(results: Results, metric: str) -> ScoreTable:
@@ -171,11 +171,10 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 def detail_tables(results: Results) -> list[Table]:
     """Return the secondary tables: everything that the score tables do not show. Tables and rows without values are omitted."""
     main = main_metrics(results)
-    budget = sorted(metric for metric in results.metrics if metric.startswith("budget/"))
     tables = [
-        _group(results, "divergence", "Divergence from the teacher", (*names_in("divergence"), *budget)),
-        _group(results, "language", "Language", names_in("language")),
-        _group(results, "text", "Text", names_in("text")),
+        _group(results, "divergence", "Divergence from the teacher"),
+        _group(results, "language", "Language"),
+        _group(results, "text", "Text"),
         *(_decodings(results, metric) for metric in main),
         _buckets(results),
         _published(results),
@@ -185,9 +184,8 @@ def detail_tables(results: Results) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
-def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> Table | None:
-    present = {metric for _, _, metric in (*results.summaries, *results.averages)}
-    having = [metric for metric in metrics if metric in present]
+def _group(results: Results, name: str, title: str) -> Table | None:
+    having = sorted_names((metric for _, _, metric in (*results.summaries, *results.averages)), lambda metric: metric.group == name)
     columns = tuple(Column(metric_title(metric), metric_unit(metric)) for metric in having)
     note = "Means over the test sets that have the metric, with 95 % intervals. Metrics of whole sets have no interval."
     return _by_arm(results, name, title, note, columns, lambda arm: [mean_cell(results, arm, metric) for metric in having])

@@ -17,7 +17,7 @@ from tadistill.disk import damaged
 from tadistill.metrics import metric_of, names_in
 from tadistill.results.actual import UsedRows, count_rows, load_rows, places, shared_rows, with_spent
 from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
-from tadistill.statistics import macro_interval
+from tadistill.statistics import macro_interval, pass_at_k
 from tadistill.store import Store
 
 _BLIND = 0.5  # share of the references' letters: if ROUGE-L sees less than half, the verdict rests on ROUGE-L for all scripts
@@ -143,6 +143,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
     numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
     lengths: dict[str, NDArray[np.int64]] = {}
     unseen: dict[str, float] = {}
+    pass_at = plan.recipe["evaluate"].get("pass_at", ())
     finished = {(a.name, seed) for a in plan.arms for seed in a.evaluate if all(store.finished(key) for key in a.measured_by(seed))}
     read = _Reader(store)
     rows = {key: read.rows(key) for arm in plan.arms for seed, key in arm.evaluate.items() if (arm.name, seed) in finished}
@@ -152,7 +153,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
             if (arm.name, seed) not in finished:
                 continue
             chosen = {name: places(of_set, shared[name]) for name, of_set in rows[key].items()}
-            scores[arm.name][seed] = read.scores(arm, seed, chosen)
+            scores[arm.name][seed] = {of: with_passes(table, pass_at) for of, table in read.scores(arm, seed, chosen).items()}
             found = read.corpora[key]
             numbers[arm.name][seed] = {name: of_set["numbers"] for name, of_set in found.items()}
             for name, of_set in found.items():
@@ -165,6 +166,12 @@ def read_results(study_dir: Path, store: Store) -> Results:
     compared = {name: np.sort(of_set) for name, of_set in shared.items()}
     used = count_rows(plan, store, rows, compared)
     return Results(study_dir, plan, store, sets, metrics, missing, scores, numbers, lengths, unseen, compared, used)
+
+
+def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """Return the scores of a set with pass@k of its metrics of right answers, as METRIC/k. pass@1 is the metric itself."""
+    verified = [name for name in table if "@" not in name and metric_of(name).right_or_wrong]
+    return table | {f"{name}/{k}": 100 * pass_at_k(table[name] > 50, k) for name in verified for k in sorted(pass_at) if k > 1}
 
 
 class _Reader:

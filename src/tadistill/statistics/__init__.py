@@ -1,6 +1,6 @@
 """Confidence intervals, significance tests and statistical power, for models that share training seeds and test prompts."""
 
-from tadistill.statistics.intervals import ROUNDING, Difference, macro_difference, macro_interval
+from tadistill.statistics.intervals import ROUNDING, Difference, macro_difference, macro_interval, pass_at_k
 from tadistill.statistics.tests import (
     SignFlip,
     detectable,
@@ -27,6 +27,7 @@ __all__ = [
     "macro_difference",
     "macro_interval",
     "minimum_detectable_effect",
+    "pass_at_k",
     "seeds_spread",
     "sign_flip",
     "spread_claimed",

@@ -77,6 +77,23 @@ class Difference:
         return self.low <= 0.0 <= self.high
 
 
+def pass_at_k(right_NK: ArrayLike, k: int) -> Array:
+    """Return the chance that at least one of k responses to a prompt is right, from 0 to 1, as an array (prompts, 1).
+
+    It is the unbiased estimate 1 - C(n - c, k) / C(n, k) from n >= k responses, of which c are right (Chen et al., arXiv:2107.03374).
+
+    Args:
+        right_NK: 1 or True for each right response, else 0, with the shape (prompts, responses).
+    """
+    right = np.asarray(right_NK, dtype=bool)
+    n = right.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"`k` is {k}, but there are {n} responses to a prompt; k must be from 1 to {n}")
+    wrong_N = n - right.sum(axis=1)
+    factors = (wrong_N[:, None] - np.arange(k)).clip(0) / (n - np.arange(k))  # C(n - c, k) / C(n, k), factor by factor
+    return 1 - factors.prod(axis=1, keepdims=True)
+
+
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95) -> tuple[float, float]:
     """Return the confidence interval (low, high) of a macro mean: the mean over test sets of their mean scores.
 
