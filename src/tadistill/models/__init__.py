@@ -1,1 +1,2 @@
-"""Models: sources, sizes, memory, loading, saving and pruning. Only `sources`, `wheels` and `counting` work without torch."""
+"""Models: where they come from, their sizes and memory, loading, saving and pruning. Only `sources`, `wheels` and `counting` work without
+torch."""

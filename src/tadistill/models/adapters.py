@@ -16,14 +16,16 @@ _USED = (
     *("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias"),
     *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters"),
 )
-"""Settings that change what an adapter computes. Other settings are about its training or could import code, and keep their defaults."""
+"""The settings of an adapter that change its outputs. All other settings keep their defaults: they concern training, or could import
+code."""
 _REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 
 
 def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) -> None:
-    """Write base and adapter as one ordinary model in float32. The adapter's tokenizer is used if it has one.
+    """Merge an adapter into its base model, and write the result to `target` as an ordinary model in float32.
 
-    Messages call the base `base_name` and the adapter `load`.
+    The tokenizer is that of the adapter if it has one, and otherwise that of the base. Error messages call the base `base_name` and the
+    adapter `load`.
 
     Raises:
         ModelError: peft is missing, or the adapter is damaged or does not fit its base.
@@ -36,7 +38,7 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
     settings = read_description(adapter / ADAPTER, load)
     if odd := [name for name in _REFUSED if settings.get(name)]:
         raise ModelError(
-            f"adapter `{load}` has the setting {odd[0]}, with which it cannot be merged here; merge it with the program that trained it"
+            f"adapter `{load}` has the setting {odd[0]}, which tadistill cannot merge; merge the adapter with the program that trained it"
         )
     model = read_model(base, base_name, torch.float32)
     own = any((adapter / name).is_file() for name in sources.TOKENIZERS)
@@ -50,12 +52,15 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
             merged = tuner.merge_and_unload(safe_merge=True)
         except Exception as error:  # peft raises whatever a damaged adapter leads to
             raise ModelError(
-                f"adapter `{load}` cannot be merged with its base `{base_name}` ({first_line(error)}); check its base"
+                f"adapter `{load}` cannot be merged with its base `{base_name}` ({first_line(error)}); check that this is the right "
+                "base model"
             ) from error
         lacking = [name for name in found.missing_keys if "lora_" in name]
         if lacking or found.unexpected_keys:
             name = (lacking or found.unexpected_keys)[0]
-            raise ModelError(f"adapter `{load}` does not fit its base `{base_name}` (weight {name}); correct base_model_name_or_path")
+            raise ModelError(
+                f"adapter `{load}` does not fit its base `{base_name}` (weight {name}); correct `base_model_name_or_path` of the adapter"
+            )
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
     ordinary_permissions(target)

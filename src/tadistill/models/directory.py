@@ -1,4 +1,4 @@
-"""Check the files of a model's directory before transformers reads them. The files may come from strangers."""
+"""Check the files of a model before transformers reads them, because they may come from strangers."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and to
 _TEXTS = (".jinja", ".txt")  # they may be empty, as merges.txt of a tokenizer without merges
 _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
-"""The end of a sentence about a file that Git LFS has not downloaded."""
+"""The end of a sentence about a file of which only the pointer of Git LFS was downloaded."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return True if a directory contains an adapter but no weights of a whole model."""
+    """Return True if a directory contains an adapter, but not the weights of a whole model."""
     return (directory / ADAPTER).is_file() and not any(
         any(directory.glob(f"{name}*")) for name in ("model*.safetensors", "pytorch_model*.bin")
     )
 
 
 def complete(directory: Path) -> bool:
-    """Return True if the directory has a configuration and all its weight files. Raises ModelError if an index is damaged."""
+    """Return True if the directory has a configuration and all weight files. Raises a ModelError if an index is damaged."""
     if not (directory / "config.json").is_file():
         return False
     for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
@@ -40,18 +40,19 @@ def complete(directory: Path) -> bool:
 
 
 def shards(index: Path) -> set[str]:
-    """Return the names of the weight files in an index. Raises ModelError if the index is damaged or names a file of another folder."""
+    """Return the names of the weight files that an index lists. Raises a ModelError if the index is damaged, or names a file outside its
+    folder."""
     named = read_description(index, str(index.parent)).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) and 0 < len(name) < 250 for name in named.values()):
         raise ModelError(f"{index} does not map weights to files; download or save the model again")
     for name in named.values():
         if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
-            raise ModelError(f"{index} names the file `{name}`, which is outside its own folder; do not use this model")
+            raise ModelError(f"{index} names the file `{name}`, which is outside the folder of the model; do not use this model")
     return set(named.values())
 
 
 def read_description(path: Path, load: str) -> dict[str, Any]:
-    """Read a JSON object of the model `load`, such as its config.json. Raises ModelError if it is damaged."""
+    """Return the content of a JSON file of the model `load`, such as its config.json. Raises a ModelError if the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -62,10 +63,11 @@ def read_description(path: Path, load: str) -> dict[str, Any]:
 
 
 def check_files(directory: Path, load: str) -> None:
-    """Check that no file of a model is empty, and that no file is only a Git LFS pointer.
+    """Check that no file of a model is empty, and that no file is only a pointer of Git LFS.
 
     Raises:
-        ModelError: a file is empty or a pointer, or the directory contains both an adapter and a whole model. The message names it.
+        ModelError: a file is empty or only a pointer, or the directory contains both an adapter and a whole model. The message names the
+            file.
     """
     for path in sorted(directory.iterdir()):
         if path.suffix not in (*WEIGHTS, ".json", ".model", *_TEXTS) or not path.is_file():
@@ -90,14 +92,16 @@ def is_pointer(path: Path) -> bool:
 
 
 def base_of(adapter: Path, load: str) -> tuple[str, str]:
-    """Return source and revision of an adapter's base model. Messages call the adapter `load`.
+    """Return the source and the revision of the base model of an adapter. Error messages call the adapter `load`.
 
     Raises:
         ModelError: the adapter is not a LoRA adapter, or its base is unknown.
     """
     settings = read_description(adapter / ADAPTER, load)
     if str(settings.get("peft_type")).upper() != "LORA":
-        raise ModelError(f"adapter `{load}` has the kind {settings.get('peft_type')}, but only LORA adapters can be merged")
+        raise ModelError(
+            f"adapter `{load}` has the kind {settings.get('peft_type')}, but only LORA adapters can be merged; choose a LORA adapter"
+        )
     local = Path(load).expanduser() == adapter
     fix = f"as base_model_name_or_path into {ADAPTER}"
     if not local:
@@ -118,7 +122,7 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
 
 
 def directory_digest(directory: Path) -> str:
-    """Return a digest of a model's descriptions, tokenizer and weights. Only evenly spaced blocks of large weight files are read."""
+    """Return a digest of a model's JSON files, tokenizer and weights. Of large weight files, only evenly spaced blocks are read."""
     described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
     weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
     lines = [f"{p.name} {disk.sha256(p)}" for p in described] + [f"{p.name} {disk.sampled_digest(p)}" for p in weights]

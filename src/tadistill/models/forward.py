@@ -1,9 +1,9 @@
-"""The forward pass of training and scoring. It returns the last hidden states at the scored positions, and the LM head.
+"""The forward pass of training and scoring. It returns the last hidden states at the positions of the loss, and the LM head.
 
     reader = Reader(model)
     hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
 
-This module computes no logits, because the loss applies the head itself, tile by tile.
+This module computes no logits: the loss itself applies the head, to some positions at a time.
 """
 
 import inspect
@@ -22,10 +22,10 @@ from tadistill.objectives import Head, Hidden
 
 
 class Reader:
-    """A causal language model, split into its body and its LM head. The split is checked once against the model's own logits."""
+    """A causal language model, split into its body and its LM head. When it is created, the two parts are compared with the whole model."""
 
     def __init__(self, model: PreTrainedModel):
-        """Raises ModelError if the model's logits differ from its head's output on the last hidden states."""
+        # raises a ModelError if the model's logits are not those of its head on the last hidden states
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
             raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
@@ -42,9 +42,9 @@ class Reader:
         return Head(weight, bias, self._scale, self._softcap)
 
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the last hidden states, (N, H), at the N positions where the mask is True, in row-major order.
+        """Return the last hidden states, of shape (N, H), at the N positions where the mask is True, in row-major order.
 
-        `model` is the model of this reader, or a wrapper around that model (for several processes).
+        `model` is the model of this reader, or a wrapper around it (for several processes).
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
         end = int(columns[-1]) + 1 if len(columns) else 1  # no position in the mask reads later tokens
@@ -55,7 +55,7 @@ class Reader:
         return seen[0][at]
 
     def target(self, model: nn.Module, batch: Batch) -> Hidden:
-        """Return a teacher's last hidden states (without gradients) and its head, in the form that losses need."""
+        """Return the last hidden states of a teacher (without gradients) together with its head, as the losses need them."""
         with torch.no_grad():
             return Hidden(self.hidden(model, batch), self.head)
 
@@ -72,14 +72,14 @@ class Reader:
         )
         if not near:
             raise ModelError(
-                f"models of type {model.config.model_type} change their logits after the head, but the loss supports only a scale, a soft "
-                "cap and a bias there; choose another model"
+                f"models of type {model.config.model_type} change their logits after the head in a way that the loss does not support (it "
+                "supports only a scale, a soft cap and a bias); choose another model"
             )
 
 
 @torch.no_grad()
 def check_reading(model: PreTrainedModel) -> None:
-    """Check a model on four tokens: padding changes no logits, positions start at 0, and no token depends on later tokens.
+    """Check three things on four tokens: padding does not change logits, positions start at 0, and no token depends on later tokens.
 
     Raises:
         ModelError: the logits of a padded text, or of the beginning of a text, differ from those of the text alone.
@@ -94,14 +94,14 @@ def check_reading(model: PreTrainedModel) -> None:
         padded = model(input_ids=rows, use_cache=False, **taken(inspect.signature(model.forward).parameters, inputs)).logits.float()
     # in half precision, rounding may choose another expert at some positions
     decisive = max if rounding.precise else min
-    for got, what in ((padded[0], "count positions in another way than from 0"), (padded[1, :2], "read later tokens")):
+    for got, what in ((padded[0], "do not count positions from 0"), (padded[1, :2], "read later tokens")):
         if decisive(apart(z, expected) for z, expected in zip(got, alone, strict=False)) > rounding.largest:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode inside the `with` block."""
+    """Put a model into eval mode inside a `with` block."""
     training = model.training
     model.eval()
     try:
@@ -126,14 +126,15 @@ class Rounding:
 
     @property
     def largest(self) -> float:
-        """The largest distance (`apart`) that rounding explains. It is 7e-5 in float32 on a CPU, 0.03 in float16 and 0.09 in bfloat16."""
+        """The largest difference between two logit vectors (see `apart`) that rounding can explain: 7e-5 in float32 on a CPU, 0.03 in
+        float16 and 0.09 in bfloat16."""
         eps = max(self.eps, 2**-10) if self.tf32 else self.eps
         return eps ** (0.6 if eps < 1e-5 else 0.5)
 
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Measure the rounding of the forward passes inside the block. The dtype of the head's products determines it."""
+    """Measure the rounding errors of the forward passes inside a `with` block. They depend on the dtype in which the head computes."""
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -149,19 +150,22 @@ def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
 
 
 def apart(got_V: Tensor, expected_V: Tensor) -> float:
-    """Return how far two logit vectors differ beyond a constant, as a fraction of their spread. Two NaN values count as equal."""
+    """Return the difference between two logit vectors as a fraction of their spread. A constant added to all logits does not matter. Two
+    NaN values are equal."""
     got, expected = ((z - z.mean()).nan_to_num() for z in (got_V, expected_V))
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that a forward pass with the parameters `takes` accepts. With `**kwargs` it accepts all inputs."""
+    """Return those of the `inputs` that a forward function with the parameters `takes` accepts. A function with `**kwargs` accepts all
+    inputs."""
     return {name: value for name, value in inputs.items() if "kwargs" in takes or name in takes}
 
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Collect the inputs of the head in a list. With `skip`, the head computes no logits."""
+    """Inside a `with` block, collect the inputs of the output head in a list. With `skip`, the head gets no positions and computes no
+    logits."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

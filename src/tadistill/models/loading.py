@@ -1,10 +1,10 @@
-"""Load, save and compare models and tokenizers, and make models with random weights. Every kind of source in `models.sources` works.
+"""Load, save and compare models and tokenizers. All kinds of sources in `models.sources` are supported, also models with random weights.
 
     tokenizer = load_tokenizer("gpt2")
     model = load_model("gpt2", dtype=torch.float32)
     save_model(model, tokenizer, folder)
 
-If a model's files lack some weights, this module raises an error. transformers would initialise these weights at random.
+If weights are missing in the files of a model, this module raises an error. transformers would initialise these weights at random.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model source.
 
-    A tokenizer without a pad token gets EOS as its pad token. No result depends on it, because padding is masked by length.
-    `world` gives the seed and the number of people of the synthetic data set `tinyworld`, and is used for that source only.
+    If a tokenizer has no pad token, EOS becomes its pad token. This does not change results, because padding is masked by length. `world`
+    gives the seed and the number of people of the synthetic data set `tinyworld`. It is used for the source `tinyworld` only.
 
     Raises:
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
@@ -73,11 +73,11 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model to the CPU, in eval mode.
 
-    `config`, `seed` and `tokenizer` are used for `scratch:TYPE` only. Such a model needs a tokenizer.
+    `config`, `seed` and `tokenizer` are used for the source `scratch:TYPE` only. For this source, the tokenizer must be given.
 
     Raises:
-        ModelError: the model cannot be found or read, its files lack some weights, or its architecture cannot be distilled.
-        ConfigError: the dtype or the configuration of a scratch model is not valid.
+        ModelError: the model cannot be found or read, weights are missing in its files, or its architecture cannot be distilled.
+        ConfigError: the dtype, or the configuration of a `scratch:` model, is not valid.
     """
     load, dtype = str(load), _dtype(dtype)
     source = sources.parse_source(load)
@@ -91,7 +91,8 @@ def load_model(
 
 
 def check_model(load: str, revision: str = "main") -> PreTrainedModel:
-    """Read the headers of a model's files, and return the model without weights. Raises ModelError as `load_model` does."""
+    """Read only the headers of the weight files, and return the model without weights. Raises a ModelError in the same cases as
+    `load_model`."""
     directory = sources.fetch(load, revision)
     assert directory is not None
     return read_model(directory, load, torch.float32, device="meta")
@@ -107,12 +108,12 @@ def save_model(
 ) -> None:
     """Write an ordinary Hugging Face directory: weights as safetensors, configuration and tokenizer.
 
-    Only the token ids of the generation configuration are saved. Its sampling defaults (temperature, penalties) were made for the parent
-    model, and transformers refuses to save inconsistent ones.
+    Only the token ids of the generation configuration are saved. Its sampling settings (temperature, penalties) were made for the original
+    model, and transformers refuses to save settings that contradict each other.
 
     Args:
-        weights: the full state dict. It is needed if `model` has only a shard.
-        ends: the tokens that end an answer in every program that uses the model. By default, they are those of the model.
+        weights: the full state dict. It is needed if `model` has only one shard of the weights.
+        ends: the tokens that end an answer, for every program that uses the model. The default is those of the model.
     """
     before, config = model.generation_config, model.config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "pad_token_id")} if before else {}
@@ -140,10 +141,10 @@ def _ending(config: PreTrainedConfig, ends: tuple[int, ...]) -> PreTrainedConfig
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file to a Hugging Face directory. `sources.fetch` calls this once per file.
+    """Convert a GGUF file to a Hugging Face directory with model and tokenizer. `sources.fetch` calls this function once per file.
 
-    The directory contains the dequantised float32 weights (4 bytes per parameter). Its logits are identical to those of the GGUF file.
-    transformers can also load the GGUF file directly. That is slow, and the loaded model cannot be saved (`quantization_config`).
+    The weights are dequantised to float32 (4 bytes per parameter). The logits are identical to those of the GGUF file. transformers can
+    also load the GGUF file directly, but this is slow, and the loaded model cannot be saved (`quantization_config`).
 
     Raises:
         ModelError: the `gguf` package is missing, the architecture is not supported, or the file is damaged.
@@ -191,13 +192,12 @@ def column_major(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids of the tokens that end an answer of a model. EOS of the tokenizer comes first. A study joins the ids of its models."""
+    """Return the ids of all tokens that end an answer of this model. EOS of the tokenizer comes first."""
     return tokens.ends(tokens.of(model, tokenizer))
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Check that the tokenizers of all models have the same token for every id, and the same EOS. `tokenizers` has one entry per model
-    name.
+    """Check that all tokenizers have the same token for every id, and the same EOS. `tokenizers` maps the name of a model to its tokenizer.
 
     Raises:
         ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
@@ -231,7 +231,7 @@ def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
 def _fix(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, other_name: str) -> str:
     if first.get_vocab() == other.get_vocab():
         return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
-    return "cross-tokenizer distillation is not supported, so choose models with the same tokenizer"
+    return "distillation between different tokenizers is not supported; choose models with the same tokenizer"
 
 
 def _token(token: str | None) -> str:
@@ -239,10 +239,10 @@ def _token(token: str | None) -> str:
 
 
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> int:
-    """Return the smallest vocabulary size among the tokenizer and the models' output heads.
+    """Return the smallest vocabulary size among the tokenizer and the output heads of all models.
 
-    Some families (Qwen2.5) have more logits than tokens, and the number differs between models. Callers keep only this many logits and
-    renormalise.
+    In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
+    must therefore keep only the first logits, up to this number, and renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])

@@ -1,4 +1,4 @@
-"""Changes to a loaded model, in place: low-rank adapters, gradient checkpointing, tempered logits.
+"""Changes to a loaded model, in place: low-rank adapters, gradient checkpointing, and a temperature of the logits.
 
 tuner = adapt(model, Lora(r=16), seed=1)         # adds adapters to the linear layers; only the adapters are trained
 save_model(merged(tuner), tokenizer, folder)     # an ordinary model with the adapters added to its weights
@@ -35,7 +35,7 @@ _RANGE = (0.05, 20.0)  # the search range of temperatures
 
 
 def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
-    """Add low-rank adapters to a model with peft and freeze all other weights. The model's outputs do not change until training.
+    """Add low-rank adapters to a model with peft, and freeze all other weights. Until training, the outputs of the model do not change.
 
     `seed` determines the random initial weights of the adapters.
 
@@ -68,9 +68,9 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
 
 
 def merged(tuner: "LoraModel") -> PreTrainedModel:
-    """Return a copy of the model with the adapters merged into its weights. The original keeps its adapters and can be trained further.
+    """Return a copy of the model with the adapters merged into its weights. The original keeps its adapters, and can be trained further.
 
-    The copy is made in this machine's memory, because a GPU may have no room for a second model.
+    The copy is made in the memory of the CPU, because the memory of a GPU may be too small for a second model.
     """
     device = next(tuner.parameters()).device
     whole = copy.deepcopy(tuner.cpu()).merge_and_unload()
@@ -80,7 +80,8 @@ def merged(tuner: "LoraModel") -> PreTrainedModel:
 
 
 def adapters_in(model: PreTrainedModel) -> Adapters | None:
-    """Return the parameter counts of a model's adapters. Return None without adapters, or if `counting.sizes` does not know the family."""
+    """Return the parameter counts of the adapters in a model. Return None if there are none, or if `counting.sizes` does not know the model
+    family."""
     found = {name.removesuffix(_DOWN): weight.shape[0] for name, weight in model.named_parameters() if name.endswith(_DOWN)}
     if not found:
         return None
@@ -100,10 +101,10 @@ def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing. The backward pass computes each layer again from its input; other activations are not stored.
+    """Turn on gradient checkpointing. Only the input of each layer is stored, and the backward pass computes the layer again.
 
-    This works in training and in eval mode. transformers' own gradient checkpointing works in training mode only, where dropout is on and
-    caches are off. Forward passes without gradients (sampling, evaluation) do not change.
+    This works in training mode and in eval mode. The version of transformers works in training mode only, which turns dropout on and caches
+    off. Forward passes without gradients (sampling, evaluation) do not change.
 
     Raises:
         ModelError: transformers does not support gradient checkpointing for this model type.
@@ -130,7 +131,8 @@ def _layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
-    """Divide the model's logits by `tau`. This scales the weights of the head or, if the head is tied to the embeddings, of the last norm.
+    """Divide the logits of the model by `tau`, in place. The weights of the head are scaled or, if the head shares its weights with the
+    embeddings, those of the last norm.
 
     Raises:
         ModelError: scaling these weights does not scale the logits, for instance because a soft cap follows the head.
@@ -144,8 +146,8 @@ def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
     after = model(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose(after * tau, before, rtol=0.02, atol=0.02 * float(before.abs().max())):
         raise ModelError(
-            f"models of type {model.config.model_type} cannot have a temperature, because scaling the head or the last norm does not "
-            "scale their logits; choose another model"
+            f"models of type {model.config.model_type} cannot have a temperature, because their logits cannot be scaled by scaling the "
+            "head or the last norm; choose another model"
         )
     return model
 
@@ -164,7 +166,7 @@ def _last_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def matching_temperature(entropy: Callable[[float], float], wanted: float) -> float:
-    """Return the temperature tau at which `entropy(tau)` equals `wanted` (nats). `entropy` must increase with tau.
+    """Return the temperature tau at which `entropy(tau)` equals `wanted` (in nats). `entropy` must increase with tau.
 
     Raises:
         ConfigError: no tau between 0.05 and 20 gives this entropy.

@@ -1,4 +1,4 @@
-"""Read a model directory safely with transformers. No code of the model runs, and missing or extra weights are errors.
+"""Read a model directory with transformers, safely: no code of the model runs, and missing or additional weights are errors.
 
 tokenizer = read_tokenizer(directory, "ORG/NAME")
 model = read_model(directory, "ORG/NAME", torch.float32)
@@ -24,7 +24,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
 
 
 def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a directory. Messages call the model `load`.
+    """Read the tokenizer of a directory. Error messages call the model `load`.
 
     Raises:
         ModelError: there is no tokenizer, it cannot be read, or it needs code of its own.
@@ -52,13 +52,13 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
 
 
 def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
-    """Read the causal language model of a directory, in eval mode. Messages call the model `load`.
+    """Read the causal language model of a directory, in eval mode. Error messages call the model `load`.
 
-    On the device `meta` only the files' headers are read.
+    On the device `meta`, only the headers of the files are read.
 
     Raises:
-        ModelError: the files cannot be read, need code of their own, do not fit the configuration, or describe an architecture that cannot
-            be distilled.
+        ModelError: the files cannot be read, need code of their own, do not fit the configuration, or have an architecture that cannot be
+            distilled.
     """
     check_files(directory, load)
     options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
@@ -88,15 +88,16 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
 
 
 def _check_weights(load: str, info: dict[str, Any]) -> None:
-    """Raise a ModelError if files lack weights or have extra weights. transformers would only warn."""
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:_SHOWN])
-        raise ModelError(f"the files of `{load}` lack {len(missing)} weights of this architecture ({some}); download or save it again")
+        raise ModelError(
+            f"{len(missing)} weights of this architecture are missing in the files of `{load}` ({some}); download or save the model again"
+        )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise ModelError(
-            f"{len(mismatched)} weights of `{load}` have another shape than config.json says: {name} is {list(stored)}, not "
-            f"{list(wanted)}; correct config.json (vocab_size or another size), or download the model again"
+            f"{len(mismatched)} weights of `{load}` have another shape than in config.json: {name} has the shape {list(stored)}, but "
+            f"needs {list(wanted)}; correct config.json (vocab_size or another size), or download the model again"
         )
     if layers := _layers(info["unexpected_keys"]):
         raise ModelError(
@@ -130,8 +131,8 @@ def _refuse_code(directory: Path, load: str, error: Exception) -> None:
     parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
     named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
     raise ModelError(
-        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which is never run; use a model with an "
-        "architecture of transformers, or read this code, and put it into a package of your own that registers it with transformers"
+        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which tadistill never runs; use a model with an "
+        "architecture of transformers, or check this code, and register it with transformers in a package of your own"
     ) from error
 
 
@@ -143,6 +144,7 @@ def _wrong_field(error: Exception, directory: Path, load: str) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, and also the second if the first ends with a colon; without text, the error's class."""
+    """Return the first line of an error's text, with the second line if the first ends with a colon. Return the name of the error's class
+    if it has no text."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")

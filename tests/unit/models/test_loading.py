@@ -56,7 +56,7 @@ def test_scratch_in_half_precision_draws_the_same_weights(tokenizer):
         ("scratch:lama", {}, "scratch:lama: transformers has no causal language model of this type; did you mean `llama`"),
         ("scratch:vit", {}, "scratch:vit: transformers has no causal language model of this type"),
         ("scratch:llama", {"hiden_size": 8}, "config.hiden_size is not a field of scratch:llama; did you mean `hidden_size`"),
-        ("scratch:llama", {"vocab_size": 8}, "config.vocab_size of scratch:llama follows from the tokenizer; remove it"),
+        ("scratch:llama", {"vocab_size": 8}, "config.vocab_size of scratch:llama is set by the tokenizer; remove this field"),
         ("scratch:llama", {"hidden_size": "big"}, "`config` of scratch:llama is not valid: .*hidden_size.* expected int"),
         ("scratch:llama", {"hidden_size": 10, "num_attention_heads": 3}, "hidden size .10. is not a multiple"),
         ("scratch:gpt2", {"n_embd": 10, "n_head": 3}, "transformers cannot build scratch:gpt2 from `config`: .*divisible"),
@@ -107,7 +107,7 @@ def test_lacking_weights_are_an_error(model_directory):
     state = load_file(file)
     del state["model.layers.2.mlp.up_proj.weight"]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lack 1 weights of this architecture \(model.layers.2.mlp.up_proj.weight\)"):
+    with pytest.raises(ModelError, match=r"1 weights of this architecture are missing .* \(model.layers.2.mlp.up_proj.weight\)"):
         load_model(model_directory)
 
 

@@ -62,14 +62,14 @@ def test_shapes_import_no_torch():
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning can only remove some of them; write 1 to 3"),
-        ("llama", {"hidden": 0}, "hidden is 0, but the model has 24, .*write 1 to 24"),
-        ("llama", {"intermediate": 21}, "intermediate is 21, but the model has 20, .*write 1 to 20"),
-        ("llama", {"heads": 12}, "heads is 12, but the model has 6, .*write 1 to 6"),
-        ("llama", {"kv_heads": 6}, "kv_heads is 6, but the model has 3, .*write 1 to 3"),
-        ("llama", {"kv_heads": None, "heads": 6}, "kv_heads is 6, but the model has 3, .*write 1 to 3"),
-        ("llama", {"kv_heads": 0}, "kv_heads is 0, but the model has 3, .*write 1 to 3"),
-        ("llama", {"heads": 5}, "heads is 5, but it must be a multiple of kv_heads, which is 3; change one of them"),
+        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning cannot add any; write a number from 1 to 3"),
+        ("llama", {"hidden": 0}, "hidden is 0, but the model has 24, .*write a number from 1 to 24"),
+        ("llama", {"intermediate": 21}, "intermediate is 21, but the model has 20, .*write a number from 1 to 20"),
+        ("llama", {"heads": 12}, "heads is 12, but the model has 6, .*write a number from 1 to 6"),
+        ("llama", {"kv_heads": 6}, "kv_heads is 6, but the model has 3, .*write a number from 1 to 3"),
+        ("llama", {"kv_heads": None, "heads": 6}, "kv_heads is 6, but the model has 3, .*write a number from 1 to 3"),
+        ("llama", {"kv_heads": 0}, "kv_heads is 0, but the model has 3, .*write a number from 1 to 3"),
+        ("llama", {"heads": 5}, "heads is 5, but it must be a multiple of kv_heads .3.; change `heads` or `kv_heads`"),
         (
             "llama",
             {"heads": 4, "kv_heads": 1},

@@ -84,7 +84,7 @@ def test_unknown_family_is_none():
 
 @pytest.mark.parametrize("missing", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
 def test_missing_size_is_named(missing):
-    with pytest.raises(ConfigError, match=f"llama configuration has no `{missing}`; add it"):
+    with pytest.raises(ConfigError, match=f"llama configuration has no `{missing}`; add this field"):
         size_of({k: v for k, v in BASE.items() if k != missing} | {"model_type": "llama"})
 
 

@@ -95,18 +95,18 @@ def test_directory_errors(tmp_path, model_directory):
         locate("./nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ModelError, match=r"is not a complete Hugging Face model: config.json, or model.safetensors .* missing; download it again"
+        ModelError, match=r"is not a complete Hugging Face model: it must have config.json, and model.safetensors .*; download it again"
     ):
         fetch(str(tmp_path / "empty"))
     shutil.copytree(model_directory, tmp_path / "run" / "checkpoint-10")
     with pytest.raises(ModelError, match=r"is not a complete Hugging Face model: .* did you mean `.*/run/checkpoint-10`\?"):
         fetch(str(tmp_path / "run"))
-    with pytest.raises(ModelError, match=r"model.safetensors` is a file, and not the directory of a model; write the directory: .*/model$"):
+    with pytest.raises(ModelError, match=r"model.safetensors` is a file, but a directory is needed; write the directory: .*/model$"):
         fetch(str(model_directory / "model.safetensors"))
     (model_directory / "model.safetensors").rename(model_directory / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (model_directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"or model\.safetensors with all its shards"):
+    with pytest.raises(ModelError, match=r"and model\.safetensors with all its shards"):
         fetch(str(model_directory))
     (model_directory / "model-00002-of-00002.safetensors").write_bytes(b"x")
     assert fetch(str(model_directory)) == model_directory
@@ -242,7 +242,7 @@ def test_a_gguf_file_that_git_lfs_has_not_downloaded(tmp_path):
 def test_a_damaged_conversion_is_named(gguf_file):
     directory = fetch(str(gguf_file))
     (directory / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="is damaged; delete that folder"):
+    with pytest.raises(ModelError, match="is damaged; delete this folder"):
         fetch(str(gguf_file))
 
 

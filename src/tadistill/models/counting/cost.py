@@ -1,20 +1,20 @@
-"""The parts of a compute cost. Both the prediction (`plan.costs`) and the measurement (`train.meter`) use them.
+"""The parts of a compute cost. Both the predicted costs (`plan.costs`) and the measured costs (`train.meter`) have these parts.
 
-A part is named PHASE/MODEL, where MODEL is student or teacher. The phases are: training (forward and backward on training text), rollout
-(sampling), scoring (forward passes over rollouts before the update), corpus (MiniLLM's loss on plain text), recording (storing the
-teacher's outputs), selection (evaluations on dev) and watching (metrics of rollouts).
+A part is named PHASE/MODEL, where MODEL is student or teacher. There are seven phases: training (forward and backward on training text),
+rollout (sampling), scoring (forward passes over sampled text before an update), corpus (MiniLLM's loss on plain text), recording (storing
+the teacher's outputs), selection (evaluations on the dev set) and watching (metrics of sampled text).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 NOT_LEARNING = ("selection", "watching")
-"""Phases that only measure the student. The compute of an equal-compute baseline does not include them."""
+"""Phases that only measure the student. They are left out when two arms are compared at equal compute."""
 
 
 @dataclass(frozen=True)
 class CostPart:
-    """The FLOPs and token positions of one part. Forward passes add both. Backward passes add only FLOPs."""
+    """The FLOPs and the token positions of one part of a cost. Forward passes add to both. Backward passes add only to the FLOPs."""
 
     flops: float = 0.0
     positions: float = 0.0
@@ -28,21 +28,22 @@ class CostPart:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a stage (one step of a study, such as a training): its parts by name, and estimates for the whole stage."""
+    """The cost of a stage (one step of a study, such as a training): its parts by name, and some numbers for the whole stage."""
 
     parts: Mapping[str, CostPart] = field(default_factory=dict)
     padding: float = 0.0
-    """Number of padding positions in the student's training and corpus parts."""
+    """Number of padding positions in the parts training/student and corpus/student."""
     published: float | None = None
-    """FLOPs that MiniLLM's released code needs for the same number of rollouts; None for other methods."""
+    """FLOPs that MiniLLM's released code needs for the same number of sampled sequences. None for other methods."""
     memory: float | None = None
     """Estimated peak memory, in bytes."""
     kind: str = ""
-    """A string that is equal for stages that differ only in their number of updates. Such stages run at the same speed."""
+    """A text that is equal for two stages if they differ only in their number of updates. Such stages run at the same speed."""
 
     @property
     def learning(self) -> float:
-        """FLOPs of all phases except selection and watching. An equal-compute baseline (`compute: as ARM`) matches this number."""
+        """The FLOPs of all phases except selection and watching. An equal-compute baseline (`compute: as ARM`) has the same number of these
+        FLOPs."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property
@@ -50,7 +51,7 @@ class Cost:
         return self.of(*self.parts)
 
     def of(self, *names: str) -> float:
-        """Return the sum of the FLOPs of the parts `names`."""
+        """Return the FLOPs of the parts `names` together."""
         return float(sum(self.parts[name].flops for name in names))
 
     def phases(self) -> dict[str, float]:
@@ -61,9 +62,9 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Add up the FLOPs of phases that the training loop times together. `flops` has one value per phase.
+    """Return the FLOPs by time span. The training loop measures the time of some phases together, so their FLOPs are added.
 
-    Rollout and scoring become `sampling`. Corpus and training become `training`.
+    Rollout and scoring become `sampling`. Corpus and training become `training`. `flops` has one value per phase.
     """
     found: dict[str, float] = {}
     for name, value in flops.items():

@@ -17,10 +17,10 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 
 def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
-    """Return the bytes of a model's weights. With `training`, add its gradients and AdamW's two moments (float32).
+    """Return the number of bytes of a model's weights. With `training`, its gradients and AdamW's two moments (float32) are included.
 
-    Training in half precision keeps float32 weights and adds a half-precision copy (autocast). If only adapters are trained, `adapters` is
-    the number of their parameters, and `parameters` includes them.
+    Training in half precision keeps the weights in float32, and adds a copy in half precision (autocast). If only adapters are trained,
+    `adapters` is the number of their parameters. `parameters` then includes them.
 
     Raises:
         ConfigError: `dtype` is not float32, bfloat16 or float16.
@@ -37,10 +37,10 @@ def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", a
 def check_memory(
     needs: Mapping[str, int], available: int | None = None, advice: str = "use smaller models, or a machine with more memory"
 ) -> None:
-    """Raise an error if the sum of `needs` (bytes by name) exceeds `available` bytes. None means the free memory of this process.
+    """Check that `available` bytes are enough for all `needs` (bytes by name) together. None means the free memory of this process.
 
     Raises:
-        ModelError: the memory is too small. The message lists the parts of `needs`, their sum, the free memory and the `advice`.
+        ModelError: the memory is too small. The message lists the `needs`, their sum, the free memory and the `advice`.
     """
     if available is None:
         available = available_memory()
@@ -51,10 +51,11 @@ def check_memory(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep large freed blocks in this process for later use. With another C library, nothing changes.
+    """Let this process keep large blocks of freed memory for later use. This works with the C library glibc only.
 
-    By default, malloc returns large blocks to the system, and each tile of a loss must map its pages again. That costs 3 to 5 % of a small
-    student's update. The peak memory of the process stays the same, but the process keeps this memory until it ends.
+    By default, glibc gives large blocks back to the system, and asks for new ones in each update. This costs 3 to 5 % of the time of a
+    small student's update. With this function, the peak memory of the process stays the same, but the memory is not free until the process
+    ends.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -63,7 +64,8 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the number of bytes that this process can still use. It is the free memory, or the limit of a Slurm job or container."""
+    """Return the number of bytes that this process can still use: the free memory, or the rest below the limit of a Slurm job or
+    container."""
     import psutil  # not at the top, because `plan` checks no memory
 
     free = psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Shapes of decoders: the sizes that pruning can change, and the limits in each model family.
+"""Shapes of decoders: the sizes that pruning can change, and the rules of each model family for these sizes.
 
     have = shape_of(config)                                      # a config.json as a dict, or transformers' own object
     want = dataclasses.replace(have, layers=6, intermediate=1024)
@@ -24,27 +24,27 @@ Config = Mapping[str, Any] | Describes
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a decoder that pruning can change, and `head_dim`, which it never changes."""
+    """The sizes of a decoder that pruning can change. It also has `head_dim`, which pruning never changes."""
 
     layers: int
     hidden: int
-    """Number of channels of the residual stream."""
+    """Width of the hidden states (the residual stream)."""
     intermediate: int
     """Number of neurons of each MLP."""
     heads: int
     """Number of query heads of each layer."""
     kv_heads: int | None = None
-    """Number of key-value heads of each layer. None means one per query head. It is always None for gpt2 and opt."""
+    """Number of key-value heads of each layer. None means that each query head has its own. It is always None for gpt2 and opt."""
     head_dim: int
 
     @property
     def groups(self) -> int:
-        """Number of key-value heads, also if `kv_heads` is None. Each key-value head serves heads / groups query heads."""
+        """Number of key-value heads, even if `kv_heads` is None. Each key-value head belongs to heads / groups query heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
 
 PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
-"""The families that can be pruned in width."""
+"""The model families that can be pruned in width."""
 
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
@@ -79,9 +79,9 @@ def shape_of(config: Config) -> Shape:
 
 
 def resized(shape: Shape, **sizes: int) -> Shape:
-    """Return `shape` with new `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`.
+    """Return `shape` with new values of `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`.
 
-    If the shape has one key-value head per query head, a new number of `heads` also sets `kv_heads`.
+    If each query head has its own key-value head, a new number of `heads` also sets `kv_heads`.
     """
     if "heads" in sizes and shape.groups == shape.heads:
         sizes.setdefault("kv_heads", sizes["heads"])
@@ -89,11 +89,11 @@ def resized(shape: Shape, **sizes: int) -> Shape:
 
 
 def check_shape(config: Config, shape: Shape) -> None:
-    """Check that a model of this configuration can be pruned to `shape`.
+    """Check that a model with this configuration can be pruned to `shape`.
 
     Raises:
         ModelError: the family cannot be pruned in width.
-        ConfigError: a size is larger than the model's, or the family's configuration cannot describe the shape.
+        ConfigError: a size is larger than that of the model, or a configuration of this family cannot have the shape.
     """
     have, fields = shape_of(config), _fields(config)
     if shape.head_dim != have.head_dim:
@@ -106,18 +106,19 @@ def check_shape(config: Config, shape: Shape) -> None:
         ("kv_heads", shape.groups, have.groups),
     ):
         if not 1 <= value <= limit:
-            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning can only remove some of them; write 1 to {limit}")
+            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning cannot add any; write a number from 1 to {limit}")
     _check_groups(shape, have)
     _check_hidden(fields, shape)
 
 
 def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration with the sizes of `shape`, only for counting parameters. Lists with one entry per layer do not change."""
+    """Return the configuration with the sizes of `shape`, for counting parameters only. Fields with a list of one value per layer do not
+    change."""
     return {**_fields(config), **changes(config, shape)}
 
 
 def changes(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration fields (by name) that give a model the sizes of `shape`."""
+    """Return the configuration fields, with their values, that give a model the sizes of `shape`."""
     fields = _fields(config)
     family, have = fields["model_type"], shape_of(config)
     if family == "gpt2":
@@ -138,7 +139,7 @@ def _check_groups(shape: Shape, have: Shape) -> None:
     # a key-value head is removed with all its query heads, and each remaining one keeps the same number of query heads
     kv_heads, most = shape.groups, have.heads // have.groups
     if shape.heads % kv_heads:
-        raise ConfigError(f"heads is {shape.heads}, but it must be a multiple of kv_heads, which is {kv_heads}; change one of them")
+        raise ConfigError(f"heads is {shape.heads}, but it must be a multiple of kv_heads ({kv_heads}); change `heads` or `kv_heads`")
     if shape.heads // kv_heads > most:
         raise ConfigError(
             f"heads is {shape.heads}, but at most {most * kv_heads} are possible, because each of the {kv_heads} `kv_heads` serves at "
@@ -161,8 +162,8 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
     if family == "opt" and outer not in (None, have) and shape.hidden == outer:
         raise ConfigError(
-            f"hidden is {shape.hidden}, but it must differ from the model's word_embed_proj_dim {outer}, because an equal value removes "
-            "the projections of its embeddings; write another size"
+            f"hidden is {shape.hidden}, but it must differ from the model's word_embed_proj_dim {outer}, because an equal value would "
+            "remove the projections of the embeddings; write another size"
         )
 
 

@@ -1,4 +1,4 @@
-"""Exact parameter counts and FLOPs from a config.json alone, for gpt2, opt, llama, mistral, qwen2 and qwen3.
+"""Exact parameter counts and FLOPs, computed from a config.json alone, for gpt2, opt, llama, mistral, qwen2 and qwen3.
 
     config = read_config("gpt2")            # from this disk; None if the model is not on it
     size = size_of(config)                  # None for other families
@@ -29,26 +29,26 @@ class Size:
     total: int
     """Number of parameters. Tied weights are counted once."""
     matmul: int
-    """Number of entries of all matrices that are multiplied with each token. The LM head is included, and the embeddings are not."""
+    """Number of entries of all matrices with which each token is multiplied. These include the LM head, but not the embeddings."""
     layers: int
     attention: int
-    """Width of attention: number of query heads times head_dim."""
+    """Width of the attention: the number of query heads times head_dim."""
     head: int
     """Number of entries of the LM head's matrix."""
     hidden: int
     """Width of the hidden states."""
     keys: int
-    """Width of the keys (and also of the values) at one position in one layer."""
+    """Width of the keys at one position of one layer. The values have the same width."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The amount of work in forward passes. FLOPs are computed from it."""
+    """The amount of work in forward passes, from which FLOPs are computed."""
 
     positions: float = 0.0
     """Token positions that pass through the layers, including padding."""
     pairs: float = 0.0
-    """Query-key pairs of attention, including masked pairs. A sequence of T positions has T^2 pairs."""
+    """Number of query-key pairs in attention, including masked pairs. A sequence of T positions has T^2 pairs."""
     heads: float = 0.0
     """Token positions at which logits are computed."""
 
@@ -60,10 +60,10 @@ class Work:
 
 
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
-    """Read a model's config.json without network. For `scratch:TYPE`, return the recipe's `config` with model_type and vocab_size.
+    """Return the content of a model's config.json, without using the network.
 
-    If the model is not on this disk, return the recipe's `config`, or None. Also return None if the vocabulary size of a scratch model is
-    unknown.
+    For `scratch:TYPE`, return the recipe's `config` with model_type and vocab_size. Return None if vocab_size is not known. If the model is
+    not on this disk, return the recipe's `config`, or None if the recipe has none.
 
     Raises:
         ModelError: a local source does not exist or is damaged, or the recipe's `config` differs from the model's own.
@@ -80,23 +80,21 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
     found = read_description(file, load)
     for name, value in (config or {}).items():
         if found.get(name) != value:
-            raise ModelError(
-                f"`config` says {name}: {value}, but config.json of `{load}` has {found.get(name)}; correct or remove `config`"
-            )
+            raise ModelError(f"`config` has {name}: {value}, but config.json of `{load}` has {found.get(name)}; correct or remove `config`")
     return found
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
-    """Return the configuration with another number of layers, only for counting parameters."""
+    """Return the configuration with another number of layers, for counting parameters only."""
     return {**config, "n_layer" if config.get("model_type") == "gpt2" else "num_hidden_layers": layers}
 
 
 def size_of(config: Config) -> Size | None:
-    """Return the parameter counts of a model from its configuration. Return None for other families than those of this module.
+    """Return the parameter counts of a model from its configuration. Return None for a model family that is not in this module.
 
-    Required fields for gpt2: vocab_size, n_positions, n_embd, n_layer; for opt: vocab_size, max_position_embeddings, hidden_size, ffn_dim,
-    num_hidden_layers; for the others: vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads. All other fields
-    default to the values of transformers.
+    The required fields for gpt2 are vocab_size, n_positions, n_embd and n_layer. For opt they are vocab_size, max_position_embeddings,
+    hidden_size, ffn_dim and num_hidden_layers. For the others they are vocab_size, hidden_size, intermediate_size, num_hidden_layers and
+    num_attention_heads. All other fields have the defaults of transformers.
 
     Raises:
         ConfigError: a required field is missing or is not a positive whole number.
@@ -106,10 +104,10 @@ def size_of(config: Config) -> Size | None:
 
 
 def forward_flops(size: Size, work: Work) -> float:
-    """Return the FLOPs of forward passes. A backward pass costs twice as much (Kaplan et al. 2020).
+    """Return the FLOPs of forward passes. A backward pass costs twice as many (Kaplan et al. 2020).
 
-    The layers cost 2 FLOPs per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). Masked
-    pairs are included, as in `torch.utils.flop_counter`. The LM head costs 2 FLOPs per entry and position with logits.
+    Layers cost 2 FLOPs per matrix entry and position. Attention costs 4 x its width per query-key pair and layer. Masked pairs are
+    included, as in `torch.utils.flop_counter`. The LM head costs 2 FLOPs per entry and position with logits.
     """
     return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
 
@@ -128,7 +126,7 @@ def _get(config: Config, *names: str) -> int:
     close = difflib.get_close_matches(names[0], [name for name in config if name not in names], n=1)
     hint = f" (is `{close[0]}` a mistyped `{names[0]}`?)" if close else ""
     raise ConfigError(
-        f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add it, because it is needed to count parameters"
+        f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add this field, because it is needed to count parameters"
     )
 
 
@@ -204,14 +202,14 @@ _LAYER = 10  # layer i has the places 10 i to 10 i + 9, for its matrices in the 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The parameter counts of one model's low-rank adapters."""
+    """The parameter counts of the low-rank adapters of one model."""
 
     trained: int
-    """Number of trained parameters. Each of them is multiplied with every token."""
+    """Number of trained parameters. Each token is multiplied with each of them."""
     idle: int
-    """Number of entries of the matrices before the first trained parameter, including adapters. They have no backward pass."""
+    """Number of entries of the matrices that a forward pass uses before the first trained parameter. They have no backward pass."""
     idle_attention: int
-    """Number of layers whose attention comes before the first trained parameter."""
+    """Number of layers whose attention a forward pass computes before the first trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +221,9 @@ class _Matrix:
 
 
 def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapters | None:
-    """Return the parameter counts of adapters on all linear layers whose names end in one of `targets`.
+    """Return the parameter counts of adapters on all linear layers whose names end with one of `targets`.
 
-    Without `targets`, all linear layers except the head have adapters. The result is None for a family that this module does not know.
+    Without `targets`, all linear layers except the head have adapters. The result is None for a model family that is not in this module.
 
     Raises:
         ConfigError: a target is not the name of a linear layer.
@@ -250,19 +248,19 @@ def _named(name: str, target: str) -> bool:
 
 
 def with_adapters(size: Size, adapters: Adapters | None) -> Size:
-    """Return the size of a model in training: the model with its LoRA adapters."""
+    """Return the size of a model during training, which includes its LoRA adapters."""
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 
 def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = False) -> float:
-    """Return the FLOPs of forward and backward passes when only the adapters are trained.
+    """Return the FLOPs of forward and backward passes if only adapters are trained.
 
-    The backward pass has two costs: one forward pass, for the gradients of the inputs; and a second forward pass of attention and of the
-    adapters. Matrices before the first adapter have no backward pass.
+    The backward pass has two costs. The gradients of the inputs cost as much as a forward pass. The gradients in attention and of the
+    adapters cost as much as a second forward pass of these two parts. Matrices before the first adapter have no backward pass.
 
     Args:
-        size: size of the model with its adapters.
-        again: True with gradient checkpointing, in which the layers run a second forward pass.
+        size: the size of the model with its adapters.
+        again: True with gradient checkpointing, which runs the forward pass of the layers a second time.
     """
     passes = work * 2 + (Work(work.positions, work.pairs) if again else Work())
     attention = 4 * size.attention * work.pairs

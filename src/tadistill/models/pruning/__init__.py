@@ -1,4 +1,4 @@
-"""Pruning: make a smaller model from a part of a larger model's weights. Models with `init` in the recipe start this way.
+"""Pruning: make a smaller model from parts of a larger model's weights. Models with the key `init` start in this way.
 
     student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # keeps evenly spaced layers; works for any family
 
@@ -6,8 +6,8 @@
     shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
     student = prune(teacher, shape, measured)
 
-The result is an ordinary model of the same family. `cut` makes the pruned model, `activations` measures importances, and `families` lists
-the axes of each weight. Shapes are in `tadistill.models.counting.shapes`.
+The result is an ordinary model of the same family. `cut` makes the pruned model, `activations` measures which parts are important, and
+`families` lists the axes of each weight. Shapes are in `tadistill.models.counting.shapes`.
 """
 
 from tadistill.models.counting.shapes import Shape, check_shape, shape_of

@@ -1,10 +1,10 @@
-"""Importance of each channel, neuron, head and layer of a model, measured by activations on a small calibration set.
+"""The importance of each channel, neuron, head and layer of a model, measured by activations on a small calibration set.
 
     measured = importance(model, sequences)          # one list of token ids per sequence; runs forward passes only
 
-For channels, neurons and heads, importance is the mean of absolute values over the tokens of a sequence, then the L2 norm over the
-sequences (Muralidharan et al. 2024, Minitron, arXiv 2407.14679, section 2.2). For layers it is the block influence (Men et al. 2024,
-ShortGPT, arXiv 2403.03853).
+The importance of channels, neurons and heads is computed in two steps: the mean of absolute values over the tokens of a sequence, and then
+the L2 norm over the sequences (Muralidharan et al. 2024, Minitron, arXiv 2407.14679, section 2.2). The importance of layers is the block
+influence (Men et al. 2024, ShortGPT, arXiv 2403.03853).
 
 Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
 """
@@ -27,20 +27,21 @@ from tadistill.models.pruning.families import FAMILIES
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Importance scores in float64 on the CPU. Scores can be compared only within a row, which is one layer."""
+    """The importance scores of the parts of a model, in float64 on the CPU. Only scores of the same layer can be compared."""
 
     hidden: Tensor
-    """(H,): absolute output of the norms, summed over both norms of all layers."""
+    """Scores of the channels, of shape (H,): absolute outputs of the norms, summed over both norms of all layers."""
     neurons: Tensor
-    """(L, I): absolute input of the MLP's last projection."""
+    """Scores of the neurons, of shape (L, I): absolute inputs of the last projection of each MLP."""
     heads: Tensor
-    """(L, A): L2 norm of a head's output before the output projection."""
+    """Scores of the heads, of shape (L, A): L2 norms of the outputs of the heads, before the output projection."""
     layers: Tensor
-    """(L,): block influence, which is 1 - cos(the layer's input, its output), averaged over tokens; from 0 to 2."""
+    """Scores of the layers, of shape (L,): the block influence, from 0 to 2. It is 1 - cos(input of the layer, output of the layer),
+    averaged over tokens."""
 
 
 def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
-    """Measure the importance of a model's parts on `sequences` of token ids. `batch_size` changes the scores only by rounding errors.
+    """Return the importance of the parts of a model, measured on `sequences` of token ids. `batch_size` changes only rounding errors.
 
     Raises:
         ModelError: the model's family cannot be pruned in width, or its activations are not finite.
@@ -72,7 +73,7 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
 
 
 def keep_important(count: int, scores: Tensor) -> tuple[int, ...]:
-    """Return the indices of the `count` highest values in `scores` (n,), in ascending order. Among equal scores, the lower index is kept.
+    """Return the indices of the `count` highest of the n scores, in ascending order. Among equal scores, lower indices are kept.
 
     Raises:
         ConfigError: `count` is not between 1 and n.

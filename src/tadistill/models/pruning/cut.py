@@ -1,4 +1,4 @@
-"""Pruning in depth, for any family with one stack of layers; or in depth and width (Muralidharan et al. 2024, Minitron).
+"""Pruning in depth, for any family with a single stack of layers; and pruning in depth and width (Muralidharan et al. 2024, Minitron).
 
 student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))
 student = prune(teacher, shape, importance(teacher, sequences))
@@ -24,9 +24,9 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 
 
 def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
-    """Return the indices of the layers to keep. `layers` is a list of indices, or a number of evenly spaced layers.
+    """Return the indices of the layers to keep. `layers` is a list of indices, or a number.
 
-    The evenly spaced layers include the first and the last of the `total` layers.
+    For a number, so many evenly spaced layers are kept. The first and the last of the `total` layers are among them.
 
     Raises:
         ConfigError: the number is not between 2 and `total`, or the list is empty, not ascending or out of range.
@@ -36,8 +36,7 @@ def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
             return (0,)
         if not 2 <= layers <= total:
             raise ConfigError(
-                f"layers is {layers}; write a number from 2 to {total} (evenly spaced layers, with the first and the last one), or a list "
-                "of layers such as [0]"
+                f"layers is {layers}; write a number from 2 to {total} (for evenly spaced layers), or a list of layers such as [0]"
             )
         # rounds to the nearest whole number (halves up) with integers only, so that all machines agree
         return tuple((2 * i * (total - 1) + layers - 1) // (2 * (layers - 1)) for i in range(layers))
@@ -48,9 +47,9 @@ def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
 
 
 def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
-    """Return a new, ordinary model with copies of the weights of the layers `keep`. `model` is not changed.
+    """Return a new, ordinary model that has only the layers `keep`, with copies of their weights. `model` is not changed.
 
-    The new model has the same dtype and device and is in eval mode. Its layers are renumbered from 0.
+    The new model has the same dtype and device, and is in eval mode. Its layers are numbered from 0.
 
     Raises:
         ConfigError: `keep` is empty, not ascending or out of range.
@@ -63,16 +62,16 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
 
 
 def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:
-    """Return a new, ordinary model of the same family with the sizes of `shape` and copies of the kept weights. `model` is not changed.
+    """Return a new, ordinary model of the same family with the sizes of `shape`. It has copies of the kept weights. `model` is not changed.
 
-    All layers keep the same channels. Each layer keeps its own neurons and heads. Kept weights do not change their order or values. The
-    norms are not corrected for the removed channels, as in Minitron. With grouped-query attention, each kept key-value head keeps its best
-    `heads / kv_heads` query heads. The sum of their scores is the key-value head's own score. The new model has the same dtype and device,
-    and is in eval mode.
+    All layers keep the same channels, but each layer keeps its own neurons and heads. Kept weights keep their order and their values. As in
+    Minitron, the norms are not corrected for the removed channels. With grouped-query attention, the best key-value heads are kept, each
+    with its best `heads / kv_heads` query heads. The score of a key-value head is the sum of the scores of these query heads. The new model
+    has the same dtype and device, and is in eval mode.
 
     Args:
-        importance: the importances of this model. It can be None if the width stays the same.
-        layers: the layers to keep. With None, the layers of highest block influence stay or, without `importance`, evenly spaced layers.
+        importance: the importance scores of this model. They can be None if the width stays the same.
+        layers: the layers to keep. None means the layers with the highest block influence or, without `importance`, evenly spaced layers.
 
     Raises:
         ConfigError: the model cannot have this shape, `layers` does not have `shape.layers` entries, or `importance` is missing for a
@@ -104,8 +103,8 @@ def _configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConf
     config, total = copy.deepcopy(config), config.num_hidden_layers
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2 only
         raise ModelError(
-            "the model cannot be pruned in depth, because with scale_attn_by_inverse_layer_idx a layer depends on its number; choose "
-            "another model"
+            "the model cannot be pruned in depth: its setting scale_attn_by_inverse_layer_idx makes each layer depend on its number; "
+            "choose another model"
         )
     for name in _PER_LAYER:
         values = getattr(config, name, None)  # only some families have these fields
@@ -137,7 +136,7 @@ def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mappin
         pruned.load_state_dict(weights)
     except RuntimeError as error:
         raise ModelError(
-            f"this {config.model_type} model cannot be pruned; choose another ({str(error).splitlines()[-1].strip()})"
+            f"this {config.model_type} model cannot be pruned; choose another model ({str(error).splitlines()[-1].strip()})"
         ) from error
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.to(model.device).eval()

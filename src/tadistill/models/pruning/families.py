@@ -1,6 +1,6 @@
-"""The names of each family's weights, and the axes of each weight.
+"""The names of the weights in each model family, and the axes of each weight.
 
-A weight has one axis name per dimension:
+Each dimension of a weight has one of these axis names:
 
     channels   the residual stream, H
     neurons    the inner width of the MLP, I
@@ -23,20 +23,20 @@ Axes = Mapping[str, tuple[Axis, ...]]
 
 @dataclass(frozen=True)
 class Family:
-    """The names of modules and weights in a family's transformers model."""
+    """The names of modules and weights in the transformers model of a family."""
 
     stack: str
     """Name of the list of layers."""
     norms: tuple[str, str]
     """Names of the two norms of a layer."""
     attention: str
-    """Name of the projection that reads the concatenated outputs of all heads."""
+    """Name of the projection whose input is the concatenated outputs of all heads."""
     mlp: str
-    """Name of the projection that reads the neurons."""
+    """Name of the projection whose input is the neurons of the MLP."""
     inside: Axes
-    """Axes of a layer's weights, by name within the layer."""
+    """Maps the name of a weight inside a layer to its axes."""
     outside: Axes
-    """Axes of all other weights, by full name."""
+    """Maps the full name of any other weight to its axes."""
 
 
 def _linear(name: str, output: Axis, inputs: Axis) -> Axes:
@@ -124,4 +124,4 @@ _ROTARY = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(set(PRUNABLE) - {"gpt2", "opt"}, _ROTARY)
-"""Families by `model_type`."""
+"""Maps `model_type` to the family."""
