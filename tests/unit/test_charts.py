@@ -10,7 +10,7 @@ import pytest
 
 from tadistill.charts import COLOURS, Axis, Chart, Point, Strip, look, nice_span, script, style
 from tadistill.charts.axis import number_text
-from tadistill.charts.labels import Label, place_labels, spread, text_width
+from tadistill.charts.labels import WIDTHS, Label, Mark, place_labels, spread, text_width
 from tadistill.charts.looks import SHAPES
 
 
@@ -67,7 +67,7 @@ def test_marks_are_where_their_values_are():
 
 def test_labels_do_not_meet():
     labels = [Label(0.9 + 0.01 * i, 100 + 2 * i, f"arm-number-{i}", f"a{i}", "red") for i in range(8)]
-    for width in (560, 300):
+    for width in WIDTHS:
         nodes = [
             ElementTree.fromstring(text) for svg in place_labels(labels, width, (0, 300)) for text in re.findall("<text.*?</text>", svg)
         ]
@@ -80,6 +80,15 @@ def test_labels_do_not_meet():
         assert all(left >= 0 and right <= width + 12 for left, _, right in boxes)
         for i, (left, y, right) in enumerate(boxes):
             assert not [1 for a, b, c in boxes[:i] if abs(b - y) < 14 and a < right and left < c]
+
+
+def test_labels_avoid_intervals_if_there_is_room_beside_them():
+    label, interval = Label(0.5, 100, "an arm", "a", "red"), Mark(0.53, 60, 140)
+    (alone,), (beside,) = place_labels([label], 560, (0, 300)), place_labels([label], 560, (0, 300), [interval])
+    assert 'text-anchor="start"' in alone
+    assert 'text-anchor="end"' in beside
+    crowd = [Mark(share / 100, 0, 300) for share in range(0, 101, 2)]
+    assert place_labels([label], 560, (0, 300), crowd) == [alone]
 
 
 def test_ends_are_spread():

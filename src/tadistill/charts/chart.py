@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tadistill.charts.axis import Axis
-from tadistill.charts.labels import WIDTHS, Label, place_labels, text_width
+from tadistill.charts.labels import WIDTHS, Label, Mark, place_labels, text_width
 from tadistill.charts.looks import Look, marker, safe
 from tadistill.visible import visible_parts
 
@@ -44,6 +44,7 @@ class Chart:
         self.height, self.head, self.frame = height, head, frame
         self._layers: dict[str, list[str]] = {"back": [], "paths": [], "marks": [], "text": []}
         self._labels: list[Label] = []
+        self._points: list[Mark] = []
         self._ends: list[Label] = []
         self._data: dict[str, list[Any]] = {"lines": [], "points": [], "bars": []}
 
@@ -100,6 +101,8 @@ class Chart:
                 ends = f'x1="{at}" x2="{at}" y1="{self._top(point.low):.1f}" y2="{self._top(point.high):.1f}"'
                 self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
             self._marker(point.x, point.y, look, size, name, point.tip)
+            heights = [self._top(y) for y in (point.y, point.low, point.high) if y is not None]
+            self._points.append(Mark(self.x.place(point.x), min(heights) - size, max(heights) + size))
             self._data["points"].append([name, _short(point.x), _short(point.y), *map(_short, (point.low, point.high)), point.tip])
             if label and not index:
                 self._labels.append(Label(self.x.place(point.x), self._top(point.y), label, name, look.colour))
@@ -248,7 +251,7 @@ class Chart:
         found: list[str] = []
         box = (self.head, self.head + self.height)
         for width in WIDTHS if self._labels else ():
-            placed = "".join(place_labels(self._labels, width, box))
+            placed = "".join(place_labels(self._labels, width, box, self._points))
             found.append(f'<g class="labels at{width}">{placed}</g>')
         if self._ends:
             found.append(f'<g class="labels ends">{"".join(place_labels(self._ends, None, box))}</g>')

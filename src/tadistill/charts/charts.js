@@ -59,8 +59,8 @@
     const names = ["--ink", "--soft", "--line", "--page", "--guide", "--grid", "--band", "--better", "--worse", "--unclear", ...[...Array(12).keys()].map((i) => `--c${i}`)];
     const look = getComputedStyle(document.documentElement);
     const variables = names.map((name) => `${name}:${look.getPropertyValue(name)}`).join(";");
-    const copy = plot.cloneNode(true), narrow = box.width < 440;
-    copy.querySelectorAll(`.off, .cursor, ${narrow ? ".at560, .ends, .wide" : ".at300"}`).forEach((node) => node.remove());
+    const copy = plot.cloneNode(true), other = box.width < 440 ? ".at560, .at960, .ends, .wide" : box.width < 940 ? ".at300, .at960" : ".at300, .at560";
+    copy.querySelectorAll(`.off, .cursor, ${other}`).forEach((node) => node.remove());
     copy.querySelectorAll(".labels").forEach((node) => { node.style.display = "inline"; });
     copy.setAttribute("x", box.left - around.left + 8);
     copy.setAttribute("y", 8);

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from tadistill.charts.looks import safe
 
-WIDTHS = (560, 300)
+WIDTHS = (960, 560, 300)
 """Widths of the plot, in pixels, for which labels are placed. The style sheet shows the placement that fits the page."""
 _HIGH, _GAP = 15, 9  # pixels of a line of text, and between a point and its label
+_NEAR = 48  # pixels: a label moves at most so far from its point to avoid marks without a label
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,32 @@ def text_width(text: str) -> float:
     return sum(3.6 if c in "iljtfrI.,:;|' " else 9.6 if c in "mwMW" else 8.2 if c.isupper() else 6.7 for c in text)
 
 
-def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int]) -> list[str]:
+@dataclass(frozen=True)
+class Mark:
+    """A vertical mark at `x`, a share of the width, from `top` to `bottom` in pixels: a point with its interval."""
+
+    x: float
+    top: float
+    bottom: float
+
+
+def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int], marks: Sequence[Mark] = ()) -> list[str]:
     """Return the labels as SVG. Each label is beside its point. If there is no room, it is farther away, with a thin line to the point.
 
     Args:
         width: width of the plot in pixels. None places all labels in a column at the right of the plot.
         box: top and bottom of the plot in pixels.
+        marks: points and intervals that labels cover only if there is no other place near their point.
     """
     if width is None:
         return _column(labels, box)
+    thin = [_Box(mark.x * width - 4, mark.top, mark.x * width + 4, mark.bottom) for mark in marks]
     taken = [_Box(label.x * width - 7, label.y - 7, label.x * width + 7, label.y + 7) for label in labels]
     placed: list[str] = []
     for label in sorted(labels, key=lambda label: label.y):
-        spot = next(spot for spot in _spots(label, width, box) if spot.free(taken) or spot.last)
+        spots = _spots(label, width, box)
+        clear = (spot for spot in spots[:-1] if abs(spot.y - label.y) <= _NEAR and spot.free([*taken, *thin]))
+        spot = next(clear, None) or next(spot for spot in spots if spot.free(taken) or spot.last)
         taken.append(spot.box)
         placed.append(_drawn(label, spot, width))
     return placed
