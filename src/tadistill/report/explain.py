@@ -3,6 +3,8 @@
 `tadistill.results.verdict` decides the verdicts. This module only puts them into words.
 """
 
+from collections import Counter
+
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.results.actual import rows_text
@@ -13,6 +15,56 @@ from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Compariso
 from tadistill.runner.local import local_runs
 from tadistill.store import FAILURE
 from tadistill.visible import one_line, shortened
+
+_TEXTS = {
+    "dataset": "the training data",
+    "teacher": "the teacher's answers",
+    "student": "its own answers",
+    "teacher_mixed": "answers that teacher and student write together",
+    "speculative": "its own answers, corrected by the teacher",
+    "mix": "the training data and its own answers",
+    "replay": "the training data and its own answers",
+    "pair": "the teacher's and its own answers",
+}
+
+
+def arm_words(results: Results) -> dict[str, str]:
+    """Return what each arm is, in a few plain words, such as "taught by xl through l". Models that the study does not train have none.
+
+    The training text and the objective are named only where they tell arms apart.
+    """
+    arms = [arm for arm in results.plan.arms if arm.is_trained]
+    taught = [arm for arm in arms if len(arm.models) > 1]
+    usual = Counter(_sampler(arm) for arm in taught).most_common(1)
+    found = {arm.name: _words(arm, usual[0][0] if usual else "") for arm in arms}
+    twins = Counter((arm.model, found[arm.name], arm.compute) for arm in taught)
+    alike = {arm.name for arm in taught if twins[arm.model, found[arm.name], arm.compute] > 1}
+    objective = {arm.name: f", {arm.method.partition(' ')[0]}" if arm.name in alike else "" for arm in arms}
+    return {arm.name: f"{found[arm.name]}{objective[arm.name]}{_budget(arm)}" for arm in arms}
+
+
+def _sampler(arm: ArmRecord) -> str:
+    return arm.method.partition(" (")[2].rstrip(")")
+
+
+def _words(arm: ArmRecord, usual: str) -> str:
+    if len(arm.models) == 1:
+        return "plain fine-tuning, continued" if arm.method.endswith("continued") else "plain fine-tuning"
+    if not arm.is_plain:
+        return f"taught along {arm.path_text}"
+    teacher, assistants = arm.path[0], arm.path[1:-1]
+    through = f" through {' and '.join(filter(None, (', '.join(assistants[:-1]), assistants[-1])))}" if assistants else ""
+    texts = _TEXTS.get(_sampler(arm), "").replace("the teacher's", f"{arm.path[-2]}'s")
+    if arm.method.startswith("cross_entropy"):
+        return f"fine-tuned on {texts}{through}"
+    return f"taught by {teacher}{through}{f' on {texts}' if texts and _sampler(arm) != usual else ''}"
+
+
+def _budget(arm: ArmRecord) -> str:
+    if not arm.compute:
+        return ""
+    times, _, other = arm.compute.partition(" ")
+    return f", with {other}'s compute" if times == "as" else f", with {times.rstrip('x')} times {other}'s compute"
 
 
 def undecided_text(pair: ComparedPair) -> str:

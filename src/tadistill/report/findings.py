@@ -98,13 +98,13 @@ def paths(results: Results) -> str:
     if found:
         b = found[0]
         added = sum(term.mean for _, term in b.terms[1:])
-        share = f", {100 * added / b.total[1].mean:.0f} % of it" if b.total[1].mean > 0 else ""
-        word = "adds" if added > 0 else "removes"
-        hops = "the hop" if len(b.terms) == 2 else "the hops"
-        return (
-            f"{b.arm.name} ends {number(b.total[1].mean, 'reverse_kl')} nats/token away from its teacher; "
-            f"{hops} above the last assistant {word} {number(abs(added), 'reverse_kl')}{share}"
-        )
+        first, total, last = b.terms[0][1].mean, b.total[1].mean, b.arm.path[-2]
+        if added <= 0 or total <= 0:
+            ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
+            return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
+        steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {results.plan.teacher or b.arm.path[0]}"
+        ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
+        return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
     distilled = [arm for arm in results.plan.arms if len(arm.path) > 1]
     if len(distilled) == 1:
         return f"{distilled[0].name} learns from {distilled[0].path[0]}"

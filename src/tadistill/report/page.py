@@ -22,7 +22,7 @@ from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
 from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
-from tadistill.report.explain import cautions, verdict_text
+from tadistill.report.explain import arm_words, cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, paths, scores
 from tadistill.report.figures.style import looks, titled
 from tadistill.report.tables import (
@@ -53,6 +53,8 @@ class ArmRow:
     summary: Summary | None
     plot: Markup
     best: bool
+    words: str
+    """What the arm is, in plain words."""
     done: str
     """How many seeds are finished, such as ``1/3 seeds``. Empty if all are finished."""
 
@@ -119,7 +121,7 @@ def _first(results: Results) -> dict[str, Any]:
 def arm_groups(results: Results) -> list[ArmGroup]:
     """Group the arms by the model that they train. The student comes first, then the other models from small to big."""
     metric, strip, styles = primary_metric(results), _strip(results), looks(results)
-    costs = {row.arm.name: row for row in cost_rows(results)}
+    costs, words = {row.arm.name: row for row in cost_rows(results)}, arm_words(results)
     student, parameters = student_of(results), results.plan.parameters
     models = sorted({arm.model for arm in results.plan.arms}, key=lambda model: (model != student, parameters[model]))
     groups: list[ArmGroup] = []
@@ -137,7 +139,16 @@ def arm_groups(results: Results) -> list[ArmGroup]:
                 else strip.empty()
             )
             best = s is not None and len(means) > 1 and means.count(means[0]) == 1 and units.number(s.mean, metric) == means[0]
-            rows.append(ArmRow(costs[arm.name], s, plot, best, "" if done == len(arm.evaluate) else f"{done}/{len(arm.evaluate)} seeds"))
+            rows.append(
+                ArmRow(
+                    costs[arm.name],
+                    s,
+                    plot,
+                    best,
+                    words.get(arm.name, ""),
+                    "" if done == len(arm.evaluate) else f"{done}/{len(arm.evaluate)} seeds",
+                )
+            )
         groups.append(ArmGroup(model, roles(results).get(model, ""), units.parameters_text(parameters[model]), tuple(rows)))
     return groups
 

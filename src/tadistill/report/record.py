@@ -12,7 +12,7 @@ import numpy as np
 
 from tadistill.disk import write_text
 from tadistill.report.analysis import analyses
-from tadistill.report.explain import cautions, undecided_text, verdict_text
+from tadistill.report.explain import arm_words, cautions, undecided_text, verdict_text
 from tadistill.report.figures import scores
 from tadistill.report.figures.paths import lattice
 from tadistill.report.findings import sections
@@ -37,7 +37,7 @@ def write_results(results: Results) -> None:
         "findings": {section.anchor: section.finding for section in sections(results)},
         "cautions": cautions(results) if results.summaries else [],
         "models": results.plan.parameters,
-        "arms": [_arm(results, row) for row in cost_rows(results)],
+        "arms": [_arm(results, row, arm_words(results).get(row.arm.name, "")) for row in cost_rows(results)],
         "rows": [vars(row) for row in results.rows],
         "means": means(results),
         "differences": differences(results),
@@ -78,10 +78,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _arm(results: Results, row: CostRow) -> dict[str, Any]:
+def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
     arm = row.arm
     return {
         "arm": arm.name,
+        "words": words,
         "path": arm.path_text,
         "method": arm.method,
         "model": arm.model,

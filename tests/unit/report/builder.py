@@ -16,7 +16,7 @@ NASTY = "</script><script>window.hacked = 1</script> <b>bold</b> & 'quotes' \u20
 VERSIONS = {"tadistill": "0.1.0", "torch": "2.13.0", "transformers": "5.8.1"}
 
 
-@dataclass
+@dataclass(eq=False)
 class ArmSpec:
     """What the builder needs to know of an arm: its path, and by how much it beats the baseline."""
 

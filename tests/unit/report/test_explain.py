@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tadistill.report.analysis import Row, analyses, hop_text, published
+from tadistill.report.explain import arm_words
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
 from tadistill.results.units import number, summary_text
@@ -33,6 +34,25 @@ def test_published_values_match_inside_the_interval(tmp_path):
     assert f"on dolly {summary_text(dolly, 'rouge_l')} matches the published 24.5" in sentence
     assert f"is {number(40 - vicuna.mean, 'rouge_l')} below the published 40.0" in sentence
     assert "on sinst 25.3 is published and not measured here" in sentence
+
+
+def test_every_arm_is_explained_in_plain_words(tmp_path):
+    data, teacher = "forward_kl (dataset)", "cross_entropy (teacher)"
+    arms = {
+        ArmSpec("sft", ("s",), method="sft"): "plain fine-tuning",
+        ArmSpec("longer", ("s",), method="sft, continued"): "plain fine-tuning, continued",
+        ArmSpec("direct", ("xl", "s")): "taught by xl",
+        ArmSpec("chain", ("xl", "l", "m", "s")): "taught by xl through l and m",
+        ArmSpec("equal", ("xl", "s"), compute="as chain"): "taught by xl, with chain's compute",
+        ArmSpec("direct-2x", ("xl", "s"), compute="2x direct"): "taught by xl, with 2 times direct's compute",
+        ArmSpec("kd", ("xl", "s"), method=data): "taught by xl on the training data, forward_kl",
+        ArmSpec("reverse", ("xl", "s"), method="reverse_kl (dataset)"): "taught by xl on the training data, reverse_kl",
+        ArmSpec("seqkd", ("xl", "s"), method=teacher): "fine-tuned on xl's answers",
+    }
+    results = build_study(tmp_path, StudySpec(list(arms), seeds=(1,))).read()
+    assert arm_words(results) == {arm.name: words for arm, words in arms.items()}
+    alone = build_study(tmp_path / "alone", StudySpec([ArmSpec("gpt2", ("s",))], seeds=(1,), teacher=None, trained=False)).read()
+    assert arm_words(alone) == {}
 
 
 def test_where_a_chain_helps(tmp_path):
