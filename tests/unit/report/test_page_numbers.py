@@ -215,10 +215,8 @@ def test_figures_tables_and_sentences_are_those_of_results_json(browser, study):
     said = page.locator("main").inner_text().replace("\n", " ")
     sentences = [*content["cautions"], *(s for e in content["explanations"] for s in e["sentences"])]
     assert [text for text in sentences if " ".join(text.replace("`", "").split()) not in " ".join(said.split())] == []
-    words = page.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('#arms [data-row]')].map((r) => [r.dataset.row, r.querySelector('.words')?.innerText]))"
-    )
-    assert words == {row["arm"]: row["words"] for row in content["arms"]}
+    script = "[...document.querySelectorAll('#arms [data-row]')].map((row) => [row.dataset.row, row.querySelector('.words').innerText])"
+    assert dict(page.evaluate(script)) == {row["arm"]: row["words"] for row in content["arms"]}
     for row in content["paths"]:
         text = f"{row['method']}: {flops_text(row['flops'])} FLOPs of one seed, for {', '.join(row['arms'])}"
         assert page.locator(f'#figure-paths [data-tip="{text}"]').count() >= 1
