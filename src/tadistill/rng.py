@@ -1,8 +1,9 @@
 """Random numbers from addresses. The same address, such as (seed, stage, step, purpose), always gives the same random numbers.
 
 No random number depends on earlier draws. Only dropout uses torch's global generator, which is seeded from an address before every update.
-So a resumed run needs no saved generator state. All arms of a study use the same data order and the same random numbers for the same seed,
-so that their differences are less noisy.
+So a resumed run needs no saved generator state.
+
+All arms of a study use the same data order and the same random numbers for the same seed, so that their differences are less noisy.
 """
 
 import hashlib
