@@ -266,7 +266,7 @@ class BudgetOf(NamedTuple):
 
 
 def budget_of(name: str, compute: str | None) -> BudgetOf | None:
-    """Return the budget of the arm `name`, whose key `compute` is `compute`. Return None if `Budgets.expand` did not make this arm."""
+    """Return the training budget of an arm, given its name and its key `compute`. Return None if `Budgets.expand` did not make the arm."""
     found = _COMPUTE.fullmatch(compute) if compute else None
     if found is None or not found["times"]:
         return None

@@ -18,7 +18,8 @@ def _name(value: str) -> str:
         raise ValueError(f"a name has at most {_LONGEST_NAME} characters, but this one has {len(value)}; shorten it")
     if re.search(r"[/\\]", value) or value.startswith(("-", ".")) or value.endswith(".") or _DEVICES.fullmatch(value):
         raise ValueError(
-            "choose another name: it must not contain a slash, begin with `-` or `.`, end with `.`, or be the name of a device (con, nul …)"
+            "choose another name: it must not contain a slash, begin with `-` or `.`, end with `.`, or be the name of a Windows device "
+            "(con, nul …)"
         )
     return value
 
@@ -46,7 +47,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     text_sets: ClassVar[str] = ""
-    """Name of the key that a plain text sets, if a recipe has a text in place of this part's keys. Empty if a text is not allowed there."""
+    """Name of the key that gets the value if a recipe gives only a text for this part. Empty if a text is not allowed here."""
 
     @model_validator(mode="before")
     @classmethod

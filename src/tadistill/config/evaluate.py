@@ -24,10 +24,10 @@ class Evaluate(Decoding):
     """Seeds for sampling responses (the default is MiniLLM's five). Each seed gives one response to every test prompt. On the dev set, only
     the first seed is used."""
     samples: int | None = Field(default=None, ge=1, le=10_000)
-    """Number of responses to each test prompt, by default one for each seed. If there are fewer seeds, the numbers after the largest seed
-    are used too; if there are more, only the first."""
+    """Number of responses to each test prompt. The default is one for each seed in `seeds`. If `seeds` has fewer seeds, the numbers after
+    the largest seed are used too. If it has more, only the first ones are used."""
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """The values of k for which reports have pass@k of right answers: the chance that at least one of k responses is right."""
+    """The values of k for which reports show pass@k: the probability that at least one of k responses is right."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in a forward pass."""
     also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
@@ -65,11 +65,13 @@ class Evaluate(Decoding):
         return self
 
     def check_answers(self, columns: Sequence[Mapping[Any, str]]) -> None:
-        """Raise a ValueError if `pass_at` is set but no test set names right answers. `columns` has the columns of each test set."""
+        """Raise a ValueError if `pass_at` is set, but no test set has right answers. `columns` has the mapping `columns` of each test
+        set."""
         rules = [name for name, row in METRICS.items() if row.right_or_wrong]
         if self.pass_at and not any(rule in of_set for of_set in columns for rule in rules):
             raise ValueError(
-                f"evaluate.pass_at needs right answers, but no test set names any; name their column for one of {', '.join(rules)}, as in "
+                "evaluate.pass_at needs right answers, but no test set has them; name the column of right answers under one of "
+                f"{', '.join(rules)}, as in "
                 "columns: {numeric: answer}"
             )
 
@@ -80,7 +82,7 @@ class Evaluate(Decoding):
 
     @property
     def one_response(self) -> "Evaluate":
-        """The settings with the first seed only, and without other decodings."""
+        """These settings with the first seed only, and without `also`. They give one response to each prompt."""
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, "samples": None, "pass_at": ()})
 
 

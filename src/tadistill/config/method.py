@@ -168,12 +168,12 @@ class Method(Strict):
 
     @property
     def round_rollouts(self) -> int:
-        """Number of sequences that are sampled before each round of training on them, on all devices together. The default is one batch."""
+        """Number of sequences that are sampled before each round of updates, on all devices together. The default is one batch."""
         return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch
 
     @property
     def round_updates(self) -> int:
-        """Number of updates between two times of sampling. It is 1 if the sampler does not work in rounds."""
+        """Number of updates in a round, after which new sequences are sampled. It is 1 if the sampler does not work in rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
 

@@ -27,7 +27,6 @@ class ObjectiveBase(Strict):
 
     @property
     def label(self) -> str:
-        """The name of the objective in reports and in labels of trainings."""
         return self.type  # type: ignore[attr-defined]
 
     @property
@@ -141,7 +140,8 @@ class AlphaBeta(Divergence):
 
 
 class AlphaMixture(Divergence):
-    """A divergence between a model and a mixture of teacher and student (Shin et al. 2025, AMiD). Defaults: values of the WASD paper."""
+    """A divergence between a model and a mixture of teacher and student (Shin et al. 2025, AMiD). The defaults are the settings of another
+    paper, WASD."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
     alpha: Modest = -5.0
@@ -289,7 +289,8 @@ class MiniLLM(ObjectiveBase):
     """How the importance ratio is clipped. `ratio` (preset `paper`): min(ratio, clip(ratio)) for every return A. `ppo` (preset `official`):
     PPO's loss max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
     clip_weight: bool = True
-    """True: clip the whole ratio q / p~ (both presets). False: clip only q / q_old, where q_old is the student at the time of sampling."""
+    """True: clip the whole ratio q / p~, where q is the student and p~ is the distribution from which tokens were sampled (both presets).
+    False: clip only q / q_old, where q_old is the student at the time of sampling."""
     single_step: bool = True
     """Add the single-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True

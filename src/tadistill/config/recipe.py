@@ -303,7 +303,8 @@ def own_functions(recipe: Recipe) -> list[str]:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if the references `edges` (from name to name) form a cycle. The message calls them `what`."""
+    """Raise a ValueError if references form a cycle. `edges` maps a name to the name to which it refers. `what` is the word for the
+    references in the message."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

@@ -1,10 +1,11 @@
-"""Right answers of rows, and the rules that compare a model's answer with them.
+"""Right answers of rows, and the rules that compare a model's answer with the right answer.
 
-A data set names the column of a right answer for a rule: `columns: {numeric: answer}`. Each rule has the name of its metric:
+In a recipe, a data set names the column of its right answers under the name of a rule, as in `columns: {numeric: answer}`. There are four
+rules, which are also the names of metrics:
 
 - `numeric`: the final number equals the right number.
 - `choice`: the chosen letter or label word is the right one.
-- `math`: the final expression equals the right expression, decided by the library math-verify.
+- `math`: the final expression equals the right expression, as the library math-verify decides.
 - `checks`: the answer passes all checks of the row, such as {"kind": "max_words", "n": 20}.
 """
 
@@ -24,12 +25,13 @@ from tadistill.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Rule:
-    """How a row's right answer is read, and how an answer is compared with it."""
+    """A rule: how the right answer of a row is read, and how a model's answer is compared with it."""
 
     read: Callable[[Any, tuple[str, ...], str], Any]
-    """Takes the value of the column, the choices of the row, and the place of the row for messages. Raises DataError if it is wrong."""
+    """Returns the right answer. Its arguments are the value of the column, the choices of the row, and the place of the row for messages.
+    Raises a DataError if the value is not valid."""
     right: Callable[[str, Any], bool]
-    """Takes an answer and what `read` returned."""
+    """Returns True if an answer is right. Its arguments are the model's answer and the result of `read`."""
 
 
 def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
@@ -38,7 +40,7 @@ def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
 
 
 def _as_text(value: Any) -> str:
-    """Return a text or a number as text. Return an empty text for anything else."""
+    # empty for anything but a text or a number
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if number or isinstance(value, str) else ""
 
@@ -50,9 +52,10 @@ _MARK = "####"
 
 
 def final_number(text: str) -> Decimal | None:
-    r"""Return the number that a text ends in: the first number after the last ####, else the last one in the last \boxed{}, else the last.
+    r"""Return the final number of a text. Return None if there is no number.
 
-    Commas between groups of three digits and signs of currency are skipped. Return None if there is no number.
+    Three places are searched in this order: the text after the last ####, where the first number is taken; the last \boxed{}; and the
+    whole text. In these two, the last number is taken. Commas between groups of three digits, and currency signs, are skipped.
     """
     marked, boxed = text.rpartition(_MARK)[2] if _MARK in text else "", final_box(text) or ""
     found = _numbers(marked)[:1] or _numbers(boxed)[-1:] or _numbers(text)[-1:]
@@ -60,7 +63,6 @@ def final_number(text: str) -> Decimal | None:
 
 
 def final_box(text: str) -> str | None:
-    r"""Return the content of the last \boxed{} of a text. Return None if there is none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -99,7 +101,7 @@ _LETTERS = string.ascii_uppercase
 
 @dataclass(frozen=True)
 class Choice:
-    """The right one of several choices. `options` is empty if the row names only a letter."""
+    """The right choice of a row, as an index. `options` is empty if the row names only the letter of the choice."""
 
     options: tuple[str, ...]
     right: int
@@ -120,10 +122,10 @@ def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
 
 
 def chosen(text: str, options: tuple[str, ...]) -> int | None:
-    r"""Return the index of the option that a text chooses, or None. The letters A, B, C … stand for the options in their order.
+    r"""Return the index of the option that a text chooses, by its words or by its letter (A, B, C …). Return None if it chooses none.
 
-    The first of these places that has an option or a letter counts: the last \boxed{}; the text after the last "answer is" or "answer:";
-    the beginning of the text; the whole text, if it names exactly one option, or one letter in brackets.
+    Four places are searched in this order: the last \boxed{}; the text after the last "answer is" or "answer:"; the beginning of the
+    text; and the whole text, which must name exactly one option, or one letter in brackets.
     """
     boxed, said = final_box(text), _SAID.findall(text)
     for place, letter_ends in ((boxed or "", r"\b"), (said[-1] if said else "", r"\b"), (text, r"(?=[.):,\]]|\s*$|\n)")):
@@ -242,4 +244,4 @@ RULES: Mapping[str, Rule] = {
     "math": Rule(_read_math, _same_math),
     "checks": Rule(_read_checks, _passes),
 }
-"""The rules by name. A rule's name is also our name of its column, and the name of its metric."""
+"""Maps the name of a rule to the rule. A metric has the same name, and so has the rule's column in a recipe."""

@@ -140,7 +140,10 @@ def _right_answers(row: dict[str, Any], ref: DataRef, index: int, choices: tuple
         if name not in RULES:
             continue
         if column not in row:
-            raise DataError(f"{where} has no column `{column}`, which `columns` names for `{name}`; write the answer, or delete the row")
+            raise DataError(
+                f"{where} has no column `{column}`, but `columns` of this data set names it (as `{name}`); add the column to the row, or "
+                "delete the row"
+            )
         found[name] = RULES[name].read(row[column], choices, where)
     return found
 

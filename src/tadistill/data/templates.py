@@ -52,7 +52,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The limits of lengths in the part `data` of a recipe."""
+    """The settings of a recipe (in `data`) that limit the lengths of prompts and responses."""
 
     max_prompt: int
     max_length: int
@@ -90,7 +90,6 @@ class Counts:
         return self.rows - self.long - self.empty
 
     def plus(self, rows: int, long: int, empty: int, cut: int, shortened: int) -> "Counts":
-        """Return the sum of two counts."""
         added = {"rows": rows, "long": long, "empty": empty, "cut": cut, "shortened": shortened}
         return replace(self, **{name: getattr(self, name) + number for name, number in added.items()})
 
@@ -282,7 +281,8 @@ def _check_choices(choices: list[list[int]], labels: Seq[str], room: int, where:
     for ids, label in zip(choices, labels, strict=True):
         if not 0 < len(ids) <= room:
             raise DataError(
-                f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} tokens (data.max_length minus the prompt)"
+                f"{where}: choice `{label}` has {len(ids)} tokens, but the prompt leaves room for 1 to {room} (data.max_length); "
+                "reword the choice, or raise data.max_length"
             )
         if choices.count(ids) > 1:
             raise DataError(

@@ -103,8 +103,8 @@ def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
 def recompute_layers(model: PreTrainedModel) -> None:
     """Turn on gradient checkpointing. Only the input of each layer is stored, and the backward pass computes the layer again.
 
-    This works in training mode and in eval mode. The version of transformers works in training mode only, which turns dropout on and caches
-    off. Forward passes without gradients (sampling, evaluation) do not change.
+    This works in training mode and in eval mode. The function of transformers for this purpose works only in training mode, where dropout
+    is on and caches are off. Forward passes without gradients (sampling, evaluation) do not change.
 
     Raises:
         ModelError: transformers does not support gradient checkpointing for this model type.

@@ -88,7 +88,9 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
             if why := wrong_field(error, config):
                 raise ModelError(f"config.json of model `{model}`: {why}") from error
             reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"transformers cannot build model `{model}` from its config.json: {reason or type(error).__name__}") from error
+            raise ModelError(
+                f"transformers cannot build model `{model}` from its config.json ({reason or type(error).__name__}); correct config.json"
+            ) from error
 
 
 def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:

@@ -48,7 +48,7 @@ def test_gpt2_that_keeps_four_times_its_width_says_no_inner_size():
 def test_mistakes():
     with pytest.raises(ModelError, match="a mamba model cannot be pruned in width; choose a model of one of the families gpt2"):
         shape_of({"model_type": "mamba"})
-    with pytest.raises(ConfigError, match="the llama configuration has no hidden_size that is a positive whole number"):
+    with pytest.raises(ConfigError, match="the llama configuration needs a positive whole number as hidden_size"):
         shape_of({"model_type": "llama", "num_attention_heads": 2})
     with pytest.raises(ConfigError, match="in gpt2 models it must be heads x head_dim"):
         check_shape(GPT2, dataclasses.replace(shape_of(GPT2), hidden=512))
@@ -73,7 +73,8 @@ def test_shapes_import_no_torch():
         (
             "llama",
             {"heads": 4, "kv_heads": 1},
-            "heads is 4, but at most 2 are possible, because each of the 1 `kv_heads` serves at most 2 heads; lower `heads`, or raise",
+            "heads is 4, but at most 2 are possible, because each of the 1 key-value heads serves at most 2 query heads; lower `heads`, "
+            "or raise",
         ),
         ("llama", {"head_dim": 2}, "head_dim is 2, but pruning cannot change it; write 4"),
         ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but in llama models it must be a multiple.*write hidden 18"),

@@ -20,7 +20,7 @@ def test_refused_types_are_named_with_the_reason(kind):
         ({"model_type": "bart"}, "is of type bart, which is an encoder with a decoder"),
         ({"model_type": "bert"}, 'reads text in both directions unless its config.json has "is_decoder": true'),
         ({"model_type": "xlm"}, 'unless its config.json has "causal": true'),
-        ({"model_type": "llama", "hidden_size": "wide"}, "transformers cannot build model `mine` from its config.json: .*hidden_size"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "transformers cannot build model `mine` from its config.json .*hidden_size"),
         ({"model_type": "llama", "hidden_act": "none"}, "hidden_act is `none`, which transformers does not know; known values are gelu"),
         ({}, "is of type None"),
         (

@@ -112,7 +112,7 @@ def check_shape(config: Config, shape: Shape) -> None:
 
 
 def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration with the sizes of `shape`, for counting parameters only. Fields with a list of one value per layer do not
+    """Return the configuration with the sizes of `shape`, for counting parameters only. Fields that have one value per layer do not
     change."""
     return {**_fields(config), **changes(config, shape)}
 
@@ -142,8 +142,8 @@ def _check_groups(shape: Shape, have: Shape) -> None:
         raise ConfigError(f"heads is {shape.heads}, but it must be a multiple of kv_heads ({kv_heads}); change `heads` or `kv_heads`")
     if shape.heads // kv_heads > most:
         raise ConfigError(
-            f"heads is {shape.heads}, but at most {most * kv_heads} are possible, because each of the {kv_heads} `kv_heads` serves at "
-            f"most {most} heads; lower `heads`, or raise `kv_heads`"
+            f"heads is {shape.heads}, but at most {most * kv_heads} are possible, because each of the {kv_heads} key-value heads serves "
+            f"at most {most} query heads; lower `heads`, or raise `kv_heads`"
         )
 
 
@@ -179,4 +179,4 @@ def _size(fields: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if isinstance(fields.get(name), int) and not isinstance(fields[name], bool) and fields[name] > 0:
             return fields[name]
-    raise ConfigError(f"the {fields['model_type']} configuration has no {names[0]} that is a positive whole number; add it to config.json")
+    raise ConfigError(f"the {fields['model_type']} configuration needs a positive whole number as {names[0]}; write one into config.json")

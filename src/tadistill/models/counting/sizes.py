@@ -207,7 +207,8 @@ class Adapters:
     trained: int
     """Number of trained parameters. Each token is multiplied with each of them."""
     idle: int
-    """Number of entries of the matrices that a forward pass uses before the first trained parameter. They have no backward pass."""
+    """Number of entries of all matrices that a forward pass uses before the first trained parameter. These matrices have no backward
+    pass."""
     idle_attention: int
     """Number of layers whose attention a forward pass computes before the first trained parameter."""
 
@@ -248,7 +249,7 @@ def _named(name: str, target: str) -> bool:
 
 
 def with_adapters(size: Size, adapters: Adapters | None) -> Size:
-    """Return the size of a model during training, which includes its LoRA adapters."""
+    """Return the size of a model during training, with its LoRA adapters included."""
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 

@@ -124,4 +124,4 @@ _ROTARY = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(set(PRUNABLE) - {"gpt2", "opt"}, _ROTARY)
-"""Maps `model_type` to the family."""
+"""Maps a `model_type` of transformers to the names and axes of its weights."""
