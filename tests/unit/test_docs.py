@@ -1,6 +1,7 @@
 """What the package, its recipes and its pages say about other files: every file that they name exists."""
 
 import re
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +35,10 @@ def test_links_of_a_page_lead_to_files():
         if wrong := sorted(target for target in local if not (path.parent / target).exists()):
             missing[str(path.relative_to(ROOT))] = wrong
     assert not missing
+
+
+def test_the_index_of_results_has_the_pages_answers():
+    script = runpy.run_path(str(ROOT / "docs/index_results.py"))
+    advice = "run `python docs/index_results.py`"
+    assert (ROOT / "docs/results/index.md").read_text(encoding="utf-8") == script["index"](), advice
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == script["readme"](), advice
