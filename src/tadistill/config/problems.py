@@ -267,7 +267,7 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
         if not elsewhere or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7:
             return close[0], f"did you mean `{close[0]}`?"
     for other in wanted:
-        if found := [other] if "." in other else _places(root).get(other, []):
+        if found := [other] if other != plain and "." in other else _places(root).get(other, []):
             place = next((p for p in found if other in p.split(".")), found[0])
             if place != ".".join(map(str, key)):
                 return "", f"did you mean `{place}`?"

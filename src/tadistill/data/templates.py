@@ -11,8 +11,8 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from tadistill.config.recipe import LongPrompts
 from tadistill.data import chat
@@ -83,15 +83,19 @@ class Counts:
     token."""
     limit: int = 0
     max_length: int = 0
+    unknown: int = field(default=0, compare=False)
+    """Number of tokens of the kept prompts that are the tokenizer's unknown token, which replaces text that the tokenizer cannot read."""
+    tokens: int = field(default=0, compare=False)
+    """Number of all tokens of the kept prompts."""
 
     @property
     def used(self) -> int:
         """The number of rows that are not left out."""
         return self.rows - self.long - self.empty
 
-    def plus(self, rows: int, long: int, empty: int, cut: int, shortened: int) -> "Counts":
-        added = {"rows": rows, "long": long, "empty": empty, "cut": cut, "shortened": shortened}
-        return replace(self, **{name: getattr(self, name) + number for name, number in added.items()})
+    def plus(self, **numbers: int) -> "Counts":
+        """Return these counts with `numbers` added."""
+        return replace(self, **{name: getattr(self, name) + number for name, number in numbers.items()})
 
     @property
     def text(self) -> str:
@@ -106,6 +110,11 @@ class Counts:
         ]
         found = [text for count, text in parts if count]
         return "; ".join([f"{self.used} of {self.rows} rows", *found]) if found else ""
+
+    @property
+    def unknown_text(self) -> str:
+        """Return text such as ``12 of 345 tokens of the prompts are unknown to the tokenizer``. It is empty if no token is unknown."""
+        return f"{self.unknown} of {self.tokens} tokens of the prompts are unknown to the tokenizer" if self.unknown else ""
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ def encode_parts(
     """
     rows, shortest = iter(examples), 0
     counts = Counts(0, limit=lengths.limit, max_length=lengths.max_length)
-    turn = chat.closing(tokenizer)
+    turn, unknown = chat.closing(tokenizer), _unknown(tokenizer)
     while part := list(itertools.islice(rows, _PART)):
         start = counts.rows
         prompts = [render(e, template, tokenizer, f"{name}, row {i}") for i, e in enumerate(part, start + 1)]
@@ -226,7 +235,7 @@ def encode_parts(
         responses = _after(tokenizer, prompts, plain, [e.references[0] for e in part])
         ids = [with_bos(p, tokenizer) if lengths.bos and not in_chat(e, template) else p for p, e in zip(plain, part, strict=True)]
         encoded: list[Encoded] = []
-        long = cut = shortened = 0
+        long = cut = shortened = unread = 0
         for i, (prompt, response) in enumerate(zip(ids, responses, strict=True)):
             if not prompt or (len(prompt) > lengths.limit and lengths.long_prompts == "drop"):
                 long += bool(prompt)
@@ -236,16 +245,24 @@ def encode_parts(
             end = turn if in_chat(part[i], template) else tokenizer.eos_token_id
             cut += len(prompt) > lengths.limit
             prompt = prompt[: lengths.limit]
+            unread += prompt.count(unknown)
             room = lengths.max_length - len(prompt)
             if choices:
                 _check_choices(choices, labels, room, f"{name}, row {start + i + 1}")
             shortened += len(response) + 1 > room
             encoded.append(Encoded(start + i, tuple(prompt), tuple([*response, end][:room]), tuple(map(tuple, choices))))
-        counts = counts.plus(len(part), long, len(part) - long - len(encoded), cut, shortened)
+        empty, tokens = len(part) - long - len(encoded), sum(len(e.prompt) for e in encoded)
+        counts = counts.plus(rows=len(part), long=long, empty=empty, cut=cut, shortened=shortened, unknown=unread, tokens=tokens)
         shortest = min(filter(None, [shortest, *map(len, ids)]), default=0)
         yield encoded, counts
     if not counts.used:
         raise DataError(_nothing_left(counts, shortest, name))
+
+
+def _unknown(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    unknown: Any = tokenizer.unk_token_id
+    # GPT-2 names its EOS here, although it can read every byte
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def _nothing_left(counts: Counts, shortest: int, name: str) -> str:

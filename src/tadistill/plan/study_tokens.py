@@ -9,6 +9,7 @@ from functools import cached_property
 
 from tadistill.config import Recipe
 from tadistill.data import datasets
+from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens
 from tadistill.plan.inputs import Encoding
@@ -32,7 +33,12 @@ class StudyTokens:
         return other if self._differences(own, lead, str) else None
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model."""
+        """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model.
+
+        Raises:
+            ModelError: a chat template writes the prompts, but no model of the group has one.
+        """
+        self._check_template(name)
         data, lead = self.recipe.data, self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
@@ -45,6 +51,17 @@ class StudyTokens:
     def ends(self, name: str) -> tuple[int, ...]:
         """Return every token that ends an answer of a model. The first one ends the reference answers."""
         return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat)
+
+    def _check_template(self, name: str) -> None:
+        group = self._group(name)
+        if not self._chat or any(self._of(other).template or self._of(other).eos is None for other in group):
+            return  # a model without a known EOS is not on this disk
+        talks = "messages" in self._forms
+        why = "the data has conversations" if talks else "data.template is chat"
+        raise ModelError(
+            f"models.{group[0]}: {why}, but the tokenizer of {_join(group)} has no chat template; set `tokenizer:` of the models to one "
+            f"that has a chat template{'' if talks else ', or set data.template to alpaca or plain'}"
+        )
 
     # --- sentences ------------------------------------------------------------------------------------------------------
 

@@ -156,11 +156,12 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
     for role, name in next(iter(read.values())).counts:
         if role != "test" and not training:
             continue
-        texts = {model: of_model.counts[role, name].text for model, of_model in read.items() if (role, name) in of_model.counts}
-        alike = len(set(texts.values())) == 1
-        for model, text in list(texts.items())[: 1 if alike else None]:
-            if text:
-                found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
+        counts = {model: of_model.counts[role, name] for model, of_model in read.items() if (role, name) in of_model.counts}
+        for texts in ({m: c.text for m, c in counts.items()}, {m: c.unknown_text for m, c in counts.items()}):
+            alike = len(set(texts.values())) == 1
+            for model, text in list(texts.items())[: 1 if alike else None]:
+                if text:
+                    found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
         shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
         if not shared:
             raise DataError(

@@ -46,6 +46,7 @@ def test_overrides_and_dotted_names(recipe):
     [
         ("method.objective.pt_weigth=1", ["`method.objective.pt_weigth`", "did you mean `pt_weight`?"]),
         ("models.s.sft.optim.stps=1", ["`models.s.sft.optim.stps`", "did you mean `steps`?"]),
+        ("data={train: a, dev: b, test: [c], v1.5: d}", ["`data.v1.5`", "the known keys here are"]),
         ("sedes=[1]", ["`sedes`", "did you mean `seeds`?"]),
         ("arms.a=xl > s > s", ["override `arms.a=xl > s > s`", "names model s twice"]),
         ("arms.a=xl > q", ["`arms.a.path` names `q`", "choose one of xl, s"]),

@@ -296,6 +296,16 @@ def test_rows_that_are_left_out_are_counted():
     assert counts.text == "2 of 5 rows; 2 longer than data.max_prompt (5); 1 with an empty prompt"
 
 
+def test_tokens_that_the_tokenizer_cannot_read_are_counted():
+    tokenizer = world_tokenizer()
+    rows = [datasets.Example(text, "", ("x",)) for text in ("красное слово", "where")]
+    encoded, counts = encode_counted(rows, tokenizer, Lengths(9, 20), template="plain")
+    assert (counts.unknown, counts.tokens) == (2, sum(len(e.prompt) for e in encoded))
+    assert counts.unknown_text == f"2 of {counts.tokens} tokens of the prompts are unknown to the tokenizer"
+    tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2, whose tokens are bytes
+    assert encode_counted(rows, tokenizer, Lengths(9, 20), template="plain")[1].unknown_text == ""
+
+
 def test_rows_that_are_cut_are_counted():
     """As MiniLLM's PromptDataset does: the first max_prompt tokens are kept, and the whole reference."""
     tokenizer = world_tokenizer()

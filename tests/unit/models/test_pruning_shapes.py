@@ -48,8 +48,10 @@ def test_gpt2_that_keeps_four_times_its_width_says_no_inner_size():
 def test_mistakes():
     with pytest.raises(ModelError, match="a mamba model cannot be pruned in width; choose a model of one of the families gpt2"):
         shape_of({"model_type": "mamba"})
-    with pytest.raises(ConfigError, match="the llama configuration needs a positive whole number as hidden_size"):
+    with pytest.raises(ConfigError, match="the llama configuration has no `hidden_size`; add this field"):
         shape_of({"model_type": "llama", "num_attention_heads": 2})
+    with pytest.raises(ConfigError, match="hidden_size in the llama configuration is too large; write at most 1,000,000,000"):
+        shape_of({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 10**300})
     with pytest.raises(ConfigError, match="in gpt2 models it must be heads x head_dim"):
         check_shape(GPT2, dataclasses.replace(shape_of(GPT2), hidden=512))
 

@@ -303,6 +303,9 @@ def test_the_plan_counts_the_first_rows(tmp_path):
         f"Rows of own ({role}), among the first 3: 2 of 3 rows; 1 longer than data.max_prompt (256)." for role in ("train", "dev", "test")
     ]
     assert list(preview._rows(plan())) == []
+    path.write_text('{"instruction": "name это слово", "output": "cat"}\n')
+    first = next(iter(preview._rows(plan(data=data))))
+    assert first == "Rows of own (train), among the first 1: 2 of 4 tokens of the prompts are unknown to the tokenizer."
 
 
 def test_long_prompts_change_keys_only_where_they_are_cut():

@@ -4,6 +4,7 @@ import pytest
 from tests.byte_models import BOS, CHATML, EOS, IM_END, ROWS, byte_model, byte_tokenizer, save, write_rows
 
 from tadistill.config.recipe import Recipe
+from tadistill.errors import ModelError
 from tadistill.plan.arms import make_plan
 
 OTHER = CHATML.replace("\n{% endfor %}", "{% endfor %}")
@@ -47,6 +48,18 @@ def plan(folder):
         return make_plan(Recipe.model_validate(recipe))
 
     return plan
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "why"),
+    [("rows", "chat", "data.template is chat"), ("chats", "alpaca", "the data has conversations")],
+)
+def test_prompts_that_need_a_template_which_no_model_has(plan, rows, template, why):
+    with pytest.raises(ModelError, match=f"{why}, but the tokenizer of s and t has no chat template; set `tokenizer:`"):
+        plan("bare", "plain", rows, template=template)
+    with pytest.raises(ModelError, match=f"models.s: {why}, but the tokenizer of s has no chat template"):
+        plan(None, "bare", rows, template=template)
+    assert plan("bare", "plain", "prompts", template=template).stages  # a prompt is a text already
 
 
 def rules(found) -> dict[str, tuple]:

@@ -90,7 +90,7 @@ def test_left_out_rows_are_counted_everywhere(study, old):
     card = model_card(results, "chain", 10, study.study_dir, "out")
     assert said in card
     (split,) = [s for s in json.loads((study.study_dir / "results.json").read_text())["data"] if s["set"] == "dolly"]
-    assert split == COUNTS | {"used": 12, "compared": 12, "arms": []}
+    assert split == COUNTS | {"unknown": 0, "tokens": 0, "used": 12, "compared": 12, "arms": []}
 
 
 def test_training_rows_are_counted_too(study):

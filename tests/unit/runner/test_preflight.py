@@ -1,6 +1,7 @@
 """What is found before a study: architectures, rows left out, other scripts, too little memory. What a sentence advises helps."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -100,6 +101,12 @@ def test_rows_left_out_are_counted_before_anything_runs(tmp_path):
     text = said(of_rows(tmp_path, *rows, max_prompt=16, long_prompts="cut"))
     assert "own (test): 4 of 4 rows; 2 with a prompt cut at data.max_prompt (16)" in text
     assert said(of_rows(tmp_path, *rows)) == ""
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path):
+    text = said(of_rows(tmp_path, {"instruction": "name это слово", "output": "cat"}))
+    for role in ("train", "test"):
+        assert re.search(rf"own \({role}\): 2 of \d+ tokens of the prompts are unknown to the tokenizer", text)
 
 
 def test_models_that_keep_different_rows_are_named():

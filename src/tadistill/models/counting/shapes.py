@@ -8,6 +8,7 @@
 `models.pruning.prune` makes the pruned model.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ class Shape:
 PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 """The model families that can be pruned in width."""
 
+_LARGEST = 10**9  # larger than any size of a model; products of much larger numbers have no float
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
 _HEAD_DIM = {"qwen3": 128}
@@ -61,21 +63,41 @@ def shape_of(config: Config) -> Shape:
     fields = _fields(config)
     family = fields["model_type"]
     if family == "gpt2":
-        hidden, heads = _size(fields, "n_embd", "hidden_size"), _size(fields, "n_head", "num_attention_heads")
+        hidden, heads = size_in(fields, "n_embd", "hidden_size"), size_in(fields, "n_head", "num_attention_heads")
         layers, inner = (
-            _size(fields, "n_layer", "num_hidden_layers"),
-            _size(fields, "n_inner") if fields.get("n_inner") is not None else 4 * hidden,
+            size_in(fields, "n_layer", "num_hidden_layers"),
+            size_in(fields, "n_inner") if fields.get("n_inner") is not None else 4 * hidden,
         )
         return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
-    hidden, heads = _size(fields, "hidden_size"), _size(fields, "num_attention_heads")
-    layers, inner = _size(fields, "num_hidden_layers"), _size(fields, "ffn_dim" if family == "opt" else "intermediate_size")
+    hidden, heads = size_in(fields, "hidden_size"), size_in(fields, "num_attention_heads")
+    layers, inner = size_in(fields, "num_hidden_layers"), size_in(fields, "ffn_dim" if family == "opt" else "intermediate_size")
     if family == "opt":
         return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
     # An explicit null means one key-value head per query head; a missing field means the family's default.
     optional = {"num_key_value_heads": _KV_HEADS.get(family), "head_dim": _HEAD_DIM.get(family), **fields}
-    kv_heads = heads if optional["num_key_value_heads"] is None else _size(optional, "num_key_value_heads")
-    head_dim = hidden // heads if optional["head_dim"] is None else _size(optional, "head_dim")
+    kv_heads = heads if optional["num_key_value_heads"] is None else size_in(optional, "num_key_value_heads")
+    head_dim = hidden // heads if optional["head_dim"] is None else size_in(optional, "head_dim")
     return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def size_in(config: Mapping[str, Any], *names: str) -> int:
+    """Return the first of these fields that a configuration has.
+
+    Raises:
+        ConfigError: the configuration has none of them, or the value is not a whole number from 1 to a billion.
+    """
+    for name in names:
+        if (value := config.get(name)) is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is {value!r}; write a positive whole number")
+            if value > _LARGEST:
+                raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is too large; write at most {_LARGEST:,}")
+            return value
+    close = difflib.get_close_matches(names[0], [name for name in config if name not in names], n=1)
+    hint = f" (is `{close[0]}` a mistyped `{names[0]}`?)" if close else ""
+    raise ConfigError(
+        f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add this field, because it is needed to count parameters"
+    )
 
 
 def resized(shape: Shape, **sizes: int) -> Shape:
@@ -173,10 +195,3 @@ def _fields(config: Config) -> Mapping[str, Any]:
     if family not in PRUNABLE:
         raise ModelError(f"a {family} model cannot be pruned in width; choose a model of one of the families {', '.join(PRUNABLE)}")
     return fields
-
-
-def _size(fields: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        if isinstance(fields.get(name), int) and not isinstance(fields[name], bool) and fields[name] > 0:
-            return fields[name]
-    raise ConfigError(f"the {fields['model_type']} configuration needs a positive whole number as {names[0]}; write one into config.json")

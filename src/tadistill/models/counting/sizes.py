@@ -9,14 +9,13 @@
 A study can therefore be planned before any weights are loaded.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.counting.shapes import PRUNABLE, shape_of
+from tadistill.models.counting.shapes import PRUNABLE, shape_of, size_in
 from tadistill.models.directory import read_description
 
 Config = Mapping[str, Any]
@@ -112,31 +111,17 @@ def forward_flops(size: Size, work: Work) -> float:
     return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
 
 
-_LARGEST = 10**9  # larger than any size of a model; products of much larger numbers have no float
-
-
-def _get(config: Config, *names: str) -> int:
-    for name in names:
-        if (value := config.get(name)) is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is {value!r}; write a positive whole number")
-            if value > _LARGEST:
-                raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is too large; write at most {_LARGEST:,}")
-            return value
-    close = difflib.get_close_matches(names[0], [name for name in config if name not in names], n=1)
-    hint = f" (is `{close[0]}` a mistyped `{names[0]}`?)" if close else ""
-    raise ConfigError(
-        f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add this field, because it is needed to count parameters"
-    )
-
-
 def _or(config: Config, name: str, default: int) -> int:
-    return default if config.get(name) is None else _get(config, name)
+    return default if config.get(name) is None else size_in(config, name)
 
 
 def _gpt2(config: Config) -> Size:
-    vocab, width, layers = _get(config, "vocab_size"), _get(config, "n_embd", "hidden_size"), _get(config, "n_layer", "num_hidden_layers")
-    positions, inner = _get(config, "n_positions", "max_position_embeddings"), _or(config, "n_inner", 4 * width)
+    vocab, width, layers = (
+        size_in(config, "vocab_size"),
+        size_in(config, "n_embd", "hidden_size"),
+        size_in(config, "n_layer", "num_hidden_layers"),
+    )
+    positions, inner = size_in(config, "n_positions", "max_position_embeddings"), _or(config, "n_inner", 4 * width)
     matrices = 4 * width * width + 2 * width * inner
     biases = 3 * width + width + inner + width
     block = matrices + biases + 4 * width  # two layer norms
@@ -146,8 +131,12 @@ def _gpt2(config: Config) -> Size:
 
 
 def _opt(config: Config) -> Size:
-    vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
-    positions, inner = _get(config, "max_position_embeddings"), _get(config, "ffn_dim")
+    vocab, width, layers = (
+        size_in(config, "vocab_size"),
+        size_in(config, "hidden_size"),
+        size_in(config, "num_hidden_layers"),
+    )
+    positions, inner = size_in(config, "max_position_embeddings"), size_in(config, "ffn_dim")
     outer = _or(config, "word_embed_proj_dim", width)
     bias = 1 if config.get("enable_bias", True) else 0
     norm = 2 * width if config.get("layer_norm_elementwise_affine", True) else 0
@@ -167,8 +156,12 @@ def _llama_like(
     # kv (key-value heads) and head_dim are defaults of transformers. qkv_bias: these biases always exist; bias_fields: the fields
     # attention_bias and mlp_bias add biases; query_norm: queries and keys have a norm per head
     def count(config: Config) -> Size:
-        vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
-        inner, heads = _get(config, "intermediate_size"), _get(config, "num_attention_heads")
+        vocab, width, layers = (
+            size_in(config, "vocab_size"),
+            size_in(config, "hidden_size"),
+            size_in(config, "num_hidden_layers"),
+        )
+        inner, heads = size_in(config, "intermediate_size"), size_in(config, "num_attention_heads")
         # An explicit null means one key-value head per query head; a missing field means the family's default.
         kv_heads = _or({"num_key_value_heads": kv, **config}, "num_key_value_heads", heads)
         size = _or({"head_dim": head_dim, **config}, "head_dim", width // heads)

@@ -104,15 +104,18 @@ def chunk(recipe: Recipe) -> int:
     return total
 
 
+UNKNOWN = -2
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
-"""A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared."""
+"""A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
+Text that the tokenizer cannot read is UNKNOWN."""
 
 
 def study_tokenizer(recipe: Recipe) -> Ids | None:
     """Return the study's tokenizer. Return None if its tokenizer.json is not on this disk."""
     model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share their tokenizer
     if model.tokenizer_source == "tinyworld":
-        return lambda texts: [re.findall(r"\S+|\n", text) for text in texts]
+        words = {*tinyworld.words(seed=recipe.data.world.seed, people=recipe.data.world.people), *tinyworld.SPECIALS}
+        return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(r"\S+|\n", text)] for text in texts]
     file = _tokenizer_file(model)
     return _from_file(file) if file else None
 
@@ -143,7 +146,9 @@ def _from_file(file: Path) -> Ids:
     backend = Tokenizer.from_file(str(file))
     backend.no_truncation()
     backend.no_padding()
-    return lambda texts: [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+    name = getattr(backend.model, "unk_token", None)
+    unknown = backend.token_to_id(name) if name else None
+    return lambda texts: [[UNKNOWN if i == unknown else i for i in e.ids] for e in backend.encode_batch(texts, add_special_tokens=False)]
 
 
 def _pieces(texts: list[str]) -> list[list[str]]:
@@ -158,7 +163,7 @@ _CHATML = (
 
 class _StandIn:
     # replaces a tokenizer in `encode`; formats conversations as ChatML, whatever the model's own template is
-    eos_token_id = -1
+    eos_token_id, bos_token_id, unk_token_id = -1, None, UNKNOWN
     chat_template = _CHATML
     added_tokens_encoder: ClassVar[dict[str, int]] = {}
     special_tokens_map: ClassVar[dict[str, str]] = {}
