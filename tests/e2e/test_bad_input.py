@@ -37,7 +37,7 @@ def jsonl(tmp_path: Path, *rows: dict) -> Path:
         ("arms.sft=xl > l > l", "names model l twice"),
         ("data.train=missing.jsonl", "data set `missing.jsonl` does not exist"),
         ("models.s.init.from=s", "has a cycle"),
-        ("arms.twin.path=xl > l > s", "direct path"),
+        ("arms.twin.path=xl > l > s", "needs a path of two models"),
         ("models.l.config.n_emb=3", "n_emb"),
         ("models.s.init.layers=[7]", "7"),
         ("models.s.sft.select.metric=reverse_kl", "sft has no teacher"),

@@ -192,9 +192,9 @@ def _rows(plan: Plan) -> Iterable[str]:
     splits = (splits if any(s.trains for s in plan.stages.values()) else []) + [("test", ref) for ref in data.test]
     for role, ref in splits:
         counts = passes.count_first_rows(plan.recipe, ref, role)
-        for text in (counts.text, counts.unknown_text) if counts else ():
-            if text:
-                yield f"Rows of {ref.name} ({role}), among the first {counts.rows}: {text}."
+        if counts:
+            texts = filter(None, (counts.text, counts.unknown_text))
+            yield from (f"Rows of {ref.name} ({role}), among the first {counts.rows}: {text}." for text in texts)
 
 
 def _flops(value: float | None) -> str:

@@ -215,7 +215,7 @@ def test_specs_are_plain_data():
             ConfigError,
             "no teacher in its path",
         ),
-        ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),
+        ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "needs a path of two models"),
         ({"arms": {"a": "s", "b": {"path": "xl > s", "compute": "as a"}}}, ConfigError, "costs less"),
         ({"data": recipe()["data"] | {"train": "nowhere.jsonl"}}, DataError, "data set `nowhere.jsonl` does not exist"),
         ({"data": recipe()["data"] | {"train": "tinyworld_open"}}, DataError, "has no split `train`"),
@@ -288,7 +288,7 @@ def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
 def test_entries_of_resources_that_do_not_fit_together():
     wanted = validate(recipe(resources={"default": {"processes": 4, "parallel": "fsdp"}, "sft": {"processes": 1}, "distill": {"hours": 1}}))
     stages = {stage.kind: stage for stage in make_plan(wanted).stages.values()}
-    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from default, sft\): parallel fsdp splits a model"):
+    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from the entries default, sft\): parallel fsdp splits a model"):
         layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
     assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others
