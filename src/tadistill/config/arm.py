@@ -47,7 +47,8 @@ A = TypeVar("A", bound=ComparableArm)
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
     """Return the first arm in which the teacher itself teaches the student. Return None if there is no such arm.
 
-    Two kinds of arms are skipped: arms whose training budget depends on another arm (`compute` is set), and arms that are not plain.
+    Two kinds of arms are skipped: arms whose budget depends on another arm (`compute`), and arms with several paths, several teachers at
+    once, or `init` (not `is_plain`).
 
     Args:
         teacher: the original teacher. None accepts any teacher.
@@ -275,7 +276,7 @@ def budget_of(name: str, compute: str | None) -> BudgetOf | None:
 
 
 def at_budget(arm: str, times: float) -> str:
-    """Return the name of the arm that trains like `arm` at `times` the budget, such as `chain-4x`."""
+    """Return the name of the copy of `arm` whose budget is `times` x, such as `chain-4x`."""
     return f"{arm}-{times:g}x"
 
 

@@ -221,7 +221,7 @@ def _lines(text: str, source: str) -> Lines:
 
 _IN_WORDS = (
     # a part of PyYAML's message -> what is wrong, and how to mend it
-    ("found character '\\t'", "a tab stands where spaces belong; indent with spaces only"),
+    ("found character '\\t'", "a tab is used for indentation; indent with spaces only"),
     ("mapping values are not allowed here", "a colon is not allowed here; put the text in quotes, or correct the indentation"),
     ("while scanning a quoted scalar", "the quote that opens here is never closed; add the second quote, or remove this one"),
     ("while parsing a flow sequence", "the list that opens here is never closed; close it with ], and put a comma between its items"),

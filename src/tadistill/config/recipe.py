@@ -194,7 +194,7 @@ class Resources(Strict):
     memory: float | None = Field(default=None, gt=0, le=1e6)
     """Host memory of each process, in GB."""
     hours: float | None = Field(default=None, gt=0, le=1e5)
-    """Time limit of a job. A stage that needs more time saves its state, is queued again, and continues."""
+    """Time limit of a job. A step that needs more time saves its state, is queued again, and continues."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -236,7 +236,7 @@ class Recipe(Strict):
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
-    """Devices and limits of stages. The name of an entry is `default`, a kind of stage, or `KIND MODEL`."""
+    """Devices and limits of the steps of a study. A name is `default`, a kind of step (`sft`), or a kind with a model (`sft xl`)."""
 
     @model_validator(mode="after")
     def _check(self):

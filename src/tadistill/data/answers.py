@@ -89,7 +89,9 @@ def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
     alone = _MARK in text or final_box(text) is not None or len(_numbers(text)) == 1
     number = final_number(text) if alone else None
     if number is None:
-        raise _wrong("numeric", value, where, "write one number, or a text that ends in #### and a number (expressions need `math`)")
+        raise _wrong(
+            "numeric", value, where, "write one number, or a text that ends in #### and a number (for expressions, use the column `math`)"
+        )
     return number
 
 
@@ -164,7 +166,10 @@ _SECONDS = 5  # math-verify's own limit for one expression
 
 def _read_math(value: Any, choices: tuple[str, ...], where: str) -> str:
     if importlib.util.find_spec("math_verify") is None:
-        raise ConfigError("the column `math` needs `pip install 'tadistill[math]'`; install it, or use `numeric` if answers are numbers")
+        raise ConfigError(
+            "the column `math` needs the package math-verify; run `pip install 'tadistill[math]'`, or use `numeric` if the answers are "
+            "numbers"
+        )
     text = _as_text(value).rpartition(_MARK)[2].strip()
     if not text:
         raise _wrong("math", value, where, "write an expression, for instance \\frac{1}{2}")

