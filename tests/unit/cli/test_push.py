@@ -102,7 +102,7 @@ def test_a_model_is_sent_to_a_new_private_repository(server, runs):
 
 def test_a_model_is_copied_and_sent(server, runs, tmp_path):
     found = export(str(tmp_path / "out"), "--push", "me/small", "--public", "--runs", runs)
-    assert f"{tmp_path / 'out'}: load it with" in found.output.replace("\n", "")
+    assert f"{tmp_path / 'out'} contains the model; load it with" in found.output.replace("\n", "")
     assert server.created[0]["visibility"] == "public"
     assert (tmp_path / "out" / "README.md").read_bytes() == server.files["README.md"]
 
