@@ -42,7 +42,7 @@ def test_measures_and_paths_are_checked():
         EdgeMeasures(size_ratio=-1.0)
     with pytest.raises(ConfigError, match=r"reverse_kl is nan.*finite"):
         EdgeMeasures(reverse_kl=float("nan"))
-    with pytest.raises(ConfigError, match="one edge .teacher and learner. for each step"):
+    with pytest.raises(ConfigError, match=r"one edge .teacher and learner. for each step"):
         Candidate(("t", "a", "s"), 1.0, hops("ts", SIZES))
     with pytest.raises(ConfigError, match="positive number"):
         Candidate(("t", "s"), 0.0, hops("ts", SIZES))
