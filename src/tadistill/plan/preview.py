@@ -20,6 +20,7 @@ from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 
 _LARGEST = 3  # number of stages whose parts are shown
+_OFF = 0.1  # largest share by which an arm's FLOPs may differ from its `compute` without a note
 _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels
 
 
@@ -54,6 +55,28 @@ def threads(plan: Plan) -> int:
     """Return the number of CPU threads per stage: the number of cores divided by the number of parallel jobs."""
     jobs = plan.recipe.runtime.jobs or throughput.cores()
     return max(1, throughput.cores() // jobs)
+
+
+def off_budget(plan: Plan) -> Iterable[str]:
+    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. Numbers of updates are whole rounds, so this can happen."""
+    arms = {arm.name: arm for arm in plan.arms}
+    for arm in plan.arms:
+        if arm.arm.like is None:
+            continue
+        times, other = arm.arm.like[0] or 1.0, arms[arm.arm.like[1]]
+        own, theirs = _without_teacher(plan, arm), _without_teacher(plan, other)
+        if own and theirs and abs(own / (times * theirs) - 1) > _OFF:
+            yield (
+                f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {own / (times * theirs):.2g} times these FLOPs, because its "
+                "updates come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`) or a larger budget"
+            )
+
+
+def _without_teacher(plan: Plan, arm: PlannedArm) -> float | None:
+    final = next(iter(arm.final.values()))
+    above = with_ancestors(plan.stages, [final] if final else [], without="like")
+    flops = [plan.stages[key].flops for key in above if plan.stages[key].model != plan.teacher]
+    return None if None in flops else sum(f for f in flops if f is not None)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -164,6 +187,7 @@ def _absent(plan: Plan) -> Iterable[str]:
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
     yield from (f"[yellow]{escape(sentence)}[/]" for sentence in _absent(plan))
     yield from _rows(plan)
+    yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_budget(plan))
     head = plan.teacher or "a loaded model"
     yield (
         f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "

@@ -21,6 +21,7 @@ from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
+from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
@@ -58,7 +59,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
             from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
             jobs = check_study(recipe, console)
-        for sentence in plan.tokens.cautions():
+        for sentence in (*plan.tokens.cautions(), *off_budget(plan)):
             console.note(sentence, problem=True)
         console.note(_beginning(plan, store, missing, jobs))
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)

@@ -7,6 +7,7 @@ from tadistill.config import validate
 from tadistill.config.arm import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.preview import off_budget
 
 METHOD = {
     "objective": {"type": "reverse_kl"},
@@ -47,6 +48,15 @@ def test_updates_warmup_and_looks_at_dev_are_scaled():
     assert scale > 4  # fine-tuning before the distillation is not repeated
     assert long.optim.warmup == round(4 * scale)
     assert long.optim.steps // long.select.every == short.optim.steps // short.select.every
+
+
+def test_a_budget_that_whole_rounds_cannot_meet_is_said():
+    assert not [*off_budget(plan())]
+    rounds = {"sampler": METHOD["sampler"] | {"rollouts": 256, "inner_epochs": 4}, "optim": METHOD["optim"] | {"steps": 128}}
+    found = [*off_budget(plan(method=METHOD | rounds, budgets=[1, 8]))]
+    assert len(found) == 1
+    assert found[0].startswith("arms.chain-1x has `compute: 1x direct`, but it needs ")
+    assert "choose smaller rounds" in found[0]
 
 
 def test_equal_stages_are_shared():

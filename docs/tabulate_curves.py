@@ -1,0 +1,275 @@
+"""Writes docs/results/curves.md and its pictures from the finished studies of recipes/takd/tinyworld-curves.yaml and results/curves.md.j2.
+
+    tadistill run recipes/takd/tinyworld-curves.yaml           and the command of its header for the nearer student
+    python docs/tabulate_curves.py [RUNS]
+
+The script also packs both files results.json into docs/results/curves/.
+"""
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from tadistill.report.figures.compute import curve_sentences
+from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
+from tadistill.results.collect import MEAN, Results, Summary, read_results
+from tadistill.results.compare import difference, reference_at
+from tadistill.results.study import ArmRecord
+from tadistill.results.units import flops_text, number, parameters_text, signed, summary_text
+from tadistill.statistics import Difference
+from tadistill.store import store_of
+
+HERE = Path(__file__).parent
+METRIC = "fact_accuracy"
+STUDIES = {"far": "tinyworld-curves", "near": "tinyworld-curves-near"}
+REFERENCE = "direct"
+TEACHING = ("via-m", "via-l-m", "dense")
+"""The arms in which an assistant teaches the student."""
+WHAT = {
+    "direct": "the teacher teaches; no assistant",
+    "via-m": "chain of one assistant",
+    "via-l-m": "chain of two assistants",
+    "dense": "teacher and assistant teach at once",
+    "init-m": "starts from the assistant, pruned; the teacher teaches",
+    "init-xl": "starts from the teacher, pruned; the teacher teaches",
+    "sft": "SFT on the reference answers; no teacher",
+    "no-teacher": "control: a constant advantage in the teacher's place",
+}
+LOOKS = {
+    "direct": ("black", "o", "-"),
+    "via-m": ("#0072B2", "s", "-"),
+    "via-l-m": ("#56B4E9", "D", "-"),
+    "dense": ("#009E73", "^", "-"),
+    "init-m": ("#D55E00", "v", "-"),
+    "init-xl": ("#E69F00", "P", "-"),
+    "sft": ("#CC79A7", "x", "--"),
+    "no-teacher": ("0.55", "+", "--"),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One student: its results, and the curve of each arm."""
+
+    name: str
+    results: Results
+    steps: dict[str, int | None]
+    """Updates of each stage of the plan, by key."""
+
+    @classmethod
+    def read(cls, name: str, runs: Path) -> "Study":
+        """Read a student's study, finished or not."""
+        folder = runs / STUDIES[name]
+        stages = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["stages"]
+        return cls(name, read_results(folder, store_of(runs)), {stage["key"]: stage["steps"] for stage in stages})
+
+    @property
+    def curves(self) -> dict[str, BudgetCurve]:
+        return {curve.name: curve for curve in budget_curves(self.results, METRIC)}
+
+    @property
+    def times(self) -> list[float]:
+        return [point.times for point in self.curves[REFERENCE].points]
+
+    @property
+    def seeds(self) -> int:
+        return min(len(p.summary.per_seed) for curve in self.curves.values() for p in curve.points)
+
+    def mean(self, arm: str, metric: str = METRIC) -> Summary:
+        return self.results.summaries[arm, MEAN, metric]
+
+    def points(self, curve: str, metric: str = METRIC) -> Iterator[tuple[BudgetPoint, Summary, Difference | None]]:
+        """Yield each point of a curve, its mean in a metric, and the difference from the reference arm at the same budget."""
+        for point in self.curves[curve].points:
+            other = reference_at(self.results, self.arm(point.arm))
+            gap = difference(self.results, point.arm, other.name, metric) if other else None
+            yield point, self.mean(point.arm, metric), gap
+
+    def arm(self, name: str) -> ArmRecord:
+        return next(arm for arm in self.results.plan.arms if arm.name == name)
+
+
+def times_text(times: list[float]) -> str:
+    """Return budgets as text: `1× and 2×`."""
+    texts = [f"{t:g}×" for t in times]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def gap_text(gap: Difference, metric: str = METRIC) -> str:
+    """Return a difference with its interval: `+1.0 [−0.5, 2.5]`."""
+    return f"{signed(gap.mean, metric)} [{number(gap.low, metric)}, {number(gap.high, metric)}]"
+
+
+# --- the answer ---------------------------------------------------------------------------------------------------------
+
+
+def clear_budgets(study: Study, curve: str) -> tuple[list[float], list[float]]:
+    """Return the budgets at which an arm is clearly better than the reference arm, and those at which it is clearly worse."""
+    gaps = [(p.times, gap) for p, _, gap in study.points(curve) if gap]
+    return [t for t, gap in gaps if gap.low > 0], [t for t, gap in gaps if gap.high < 0]
+
+
+def best_gap(study: Study, curves: tuple[str, ...]) -> tuple[str, float, Difference]:
+    """Return the arm and the budget with the largest mean difference from the reference arm."""
+    found = [(name, p.times, gap) for name in curves for p, _, gap in study.points(name) if gap]
+    return max(found, key=lambda each: each[2].mean)
+
+
+def verdict(study: Study, curves: tuple[str, ...]) -> str:
+    """Say at which budgets one of these arms is clearly better or worse than the reference arm."""
+    found = {name: clear_budgets(study, name) for name in curves}
+    better = [f"`{name}` at {times_text(up)}" for name, (up, _) in found.items() if up]
+    worse = [f"`{name}` at {times_text(down)}" for name, (_, down) in found.items() if down]
+    parts = [f"clearly better: {'; '.join(better) or 'none'}", f"clearly worse: {'; '.join(worse) or 'none'}"]
+    return "; ".join(parts)
+
+
+def answer(studies: dict[str, Study]) -> str:
+    """Return the first sentence: whether an assistant that teaches pays, and at which budgets."""
+    paid = {name: [t for arm in TEACHING for t in clear_budgets(study, arm)[0]] for name, study in studies.items()}
+    said = []
+    for name, study in studies.items():
+        arm, times, gap = best_gap(study, TEACHING)
+        word = f"paid at {times_text(sorted({*paid[name]}))}" if paid[name] else f"paid at none of the budgets {times_text(study.times)}"
+        best = f"the best case, `{arm}` at {times:g}×, differs from `direct` by {gap_text(gap)} percentage points"
+        said.append(f"for the {name} student it {word} ({best})")
+    seeds = min(study.seeds for study in studies.values())
+    return f"**Does an assistant that teaches pay at equal compute? {_capital('; '.join(said))} (95 % intervals, {seeds} training seeds).**"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------
+
+
+def means_table(study: Study, metric: str = METRIC) -> str:
+    """Return one row per arm with its mean at each budget."""
+    lines = [f"| arm | what it is | {' | '.join(f'{t:g}×' for t in study.times)} |", "|---|---|" + "---:|" * len(study.times)]
+    for name in (n for n in WHAT if n in study.curves):
+        cells = {p.times: summary_text(summary, metric) for p, summary, _ in study.points(name, metric)}
+        lines.append(f"| `{name}` | {WHAT[name]} | {' | '.join(cells.get(t, '–') for t in study.times)} |")
+    return "\n".join(lines)
+
+
+def gaps_table(study: Study, metric: str = METRIC) -> str:
+    """Return one row per arm with its difference from the reference arm at each budget. Bold intervals exclude 0."""
+    lines = [f"| arm minus `{REFERENCE}` | {' | '.join(f'{t:g}×' for t in study.times)} |", "|---|" + "---:|" * len(study.times)]
+    for name in (n for n in WHAT if n in study.curves and n != REFERENCE):
+        cells = {}
+        for p, _, gap in study.points(name, metric):
+            if gap:
+                cells[p.times] = gap_text(gap, metric) if gap.covers_zero else f"**{gap_text(gap, metric)}**"
+        lines.append(f"| `{name}` | {' | '.join(cells.get(t, '–') for t in study.times)} |")
+    return "\n".join(lines)
+
+
+def updates_table(study: Study) -> str:
+    """Return, for each arm at the smallest and the largest budget, its FLOPs and the updates of each of its distillations."""
+    ends = (study.times[0], study.times[-1])
+    lines = [f"| arm | {' | '.join(f'updates at {t:g}×' for t in ends)} | FLOPs at {ends[1]:g}× |", "|---|---|---|---:|"]
+    for name in (n for n in WHAT if n in study.curves):
+        arms = {p.times: study.arm(p.arm) for p in study.curves[name].points}
+        cells = [_updates(study, arms[t]) if t in arms else "–" for t in ends]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {flops_text(_own_flops(study.results, arms[max(arms)]))} |")
+    return "\n".join(lines)
+
+
+def _updates(study: Study, arm: ArmRecord) -> str:
+    stages = study.results.plan.ancestors(arm.final[min(arm.final)])
+    own = [s for s in reversed(stages) if s.kind == "distill" or "continued" in s.label]
+    return ", ".join(f"{s.model} {study.steps[s.key]}" for s in own)
+
+
+def _own_flops(results: Results, arm: ArmRecord) -> float:
+    stages = results.plan.ancestors(arm.final[min(arm.final)])
+    return sum(s.flops or 0.0 for s in stages if s.model != results.plan.teacher)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------
+
+
+def draw(studies: dict[str, Study], metric: str, title: str, target: Path) -> None:
+    """Draw the curves of both students side by side, and below them the differences from the reference arm."""
+    figure, axes = plt.subplots(2, len(studies), figsize=(11, 7.6), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+    for column, (name, study) in enumerate(studies.items()):
+        above, below = axes[0][column], axes[1][column]
+        size = study.results.plan.parameters[study.arm(REFERENCE).model]
+        above.set_title(f"the {name} student ({parameters_text(size)} parameters)")
+        for reference, style in (("teacher", "-."), ("start", ":")):
+            level = study.mean(reference, metric).mean
+            above.axhline(level, color="0.6", linestyle=style, linewidth=1)
+            above.annotate(reference, (study.times[0], level), fontsize=8, color="0.4", va="bottom")
+        for i, arm in enumerate(n for n in LOOKS if n in study.curves):
+            colour, marker, line = LOOKS[arm]
+            drawn = [*study.points(arm, metric)]
+            shift = 1.02 ** (i - len(LOOKS) / 2)
+            xs = [p.times * shift for p, *_ in drawn]
+            above.plot(xs, [s.mean for _, s, _ in drawn], color=colour, marker=marker, linestyle=line, label=arm, markersize=5)
+            above.fill_between(xs, [s.low for _, s, _ in drawn], [s.high for _, s, _ in drawn], color=colour, alpha=0.10, linewidth=0)
+            gaps = [(x, gap) for x, (_, _, gap) in zip(xs, drawn, strict=True) if gap]
+            if gaps:
+                errors = [[g.mean - g.low for _, g in gaps], [g.high - g.mean for _, g in gaps]]
+                x = [x for x, _ in gaps]
+                below.errorbar(x, [g.mean for _, g in gaps], errors, color=colour, marker=marker, linestyle=line, markersize=4, linewidth=1)
+        below.axhline(0, color="black", linewidth=1)
+        below.set_xscale("log", base=2)
+        below.set_xticks(study.times, [f"{t:g}×" for t in study.times])
+        below.set_xlabel("training compute, as a multiple of direct's")
+        for axis in (above, below):
+            axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel(title)
+    axes[1][0].set_ylabel("difference from direct")
+    axes[0][-1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    with plt.rc_context({"svg.hashsalt": "curves", "svg.fonttype": "none"}):
+        figure.savefig(target, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write the page, its pictures and the packed results."""
+    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
+    studies = {name: Study.read(name, runs) for name in STUDIES}
+    draw(studies, METRIC, "fact accuracy, %", HERE / "pictures" / "curves.svg")
+    draw(studies, f"{METRIC}@greedy", "fact accuracy, greedy decoding, %", HERE / "pictures" / "curves-greedy.svg")
+    kept = HERE / "results" / "curves"
+    kept.mkdir(exist_ok=True)
+    for name, study in STUDIES.items():
+        packed = gzip.compress((runs / study / "results.json").read_bytes(), mtime=0)
+        (kept / f"{name}.json.gz").write_bytes(packed)
+    template = (HERE / "results" / "curves.md.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    page = environment.from_string(template).render(
+        studies=studies,
+        answer=answer(studies),
+        verdict=lambda name, *arms: verdict(studies[name], arms),
+        means=lambda name: means_table(studies[name]),
+        gaps=lambda name, metric=METRIC: gaps_table(studies[name], metric),
+        updates=lambda name: updates_table(studies[name]),
+        sentences=lambda name: curve_sentences(studies[name].results),
+        mean=lambda name, arm, metric=METRIC: summary_text(studies[name].mean(arm, metric), metric),
+        gap=lambda name, arm, other, metric=METRIC: gap_text(_difference(studies[name], arm, other, metric), metric),
+        parameters=lambda name, model: parameters_text(studies[name].results.plan.parameters[model]),
+    )
+    (HERE / "results" / "curves.md").write_text(page, encoding="utf-8")
+
+
+def _difference(study: Study, arm: str, other: str, metric: str) -> Difference:
+    found = difference(study.results, arm, other, metric)
+    assert found is not None, f"{arm} and {other} have no common finished seed"
+    return found
+
+
+if __name__ == "__main__":
+    main()
