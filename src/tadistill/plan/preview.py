@@ -58,7 +58,7 @@ def threads(plan: Plan) -> int:
 
 
 def off_budget(plan: Plan) -> Iterable[str]:
-    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. Numbers of updates are whole rounds, so this can happen."""
+    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`, because updates come in whole rounds."""
     arms = {arm.name: arm for arm in plan.arms}
     for arm in plan.arms:
         if arm.arm.like is None:
@@ -66,9 +66,10 @@ def off_budget(plan: Plan) -> Iterable[str]:
         times, other = arm.arm.like[0] or 1.0, arms[arm.arm.like[1]]
         own, theirs = _without_teacher(plan, arm), _without_teacher(plan, other)
         if own and theirs and abs(own / (times * theirs) - 1) > _OFF:
+            ratio = own / (times * theirs)
             yield (
-                f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {own / (times * theirs):.2g} times these FLOPs, because its "
-                "updates come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`) or a larger budget"
+                f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {ratio:.2g} times these FLOPs, because its updates "
+                "come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`) or a larger budget"
             )
 
 
