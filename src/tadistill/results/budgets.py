@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import chdtri, ndtri, stdtrit
 
 from tadistill.config.arm import budget_of
+from tadistill.metrics import metric_of
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, reference_at
 from tadistill.results.study import ArmRecord
@@ -22,6 +23,8 @@ BUDGETS_FOR_A_FIT = 4
 _DRAWS, _FIT_DRAWS, _GRID = 4000, 300, 2000
 _SEED = 0
 _RATES = (0.05, 3.0)  # exponents of the fitted power law
+_FITTED = 3  # numbers that a fit chooses
+_MISFIT = 0.01  # a curve whose points are so improbable under the best power law is no power law
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class BudgetCurve:
     last_gain: Difference | None
     """Difference between the results at the largest and the second largest budget. None for a single budget."""
     limit: Limit | None
+<<<<<<< HEAD
     """The score to which the curve converges. None with fewer than four budgets."""
+=======
+    """None with fewer than four budgets, and where no power law fits the points within the metric's bounds."""
+>>>>>>> a4a5d19 (A fitted limit is given only where a power law fits, within the metric's bounds)
 
 
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
@@ -109,7 +116,7 @@ def _curve(results: Results, name: str, arms: list[tuple[float, ArmRecord]], met
     if not points:
         return None
     last_gain = difference(results, points[-1].arm, points[-2].arm, metric) if len(points) > 1 else None
-    return BudgetCurve(name, tuple(points), _crossing(points), last_gain, _limit(points))
+    return BudgetCurve(name, tuple(points), _crossing(points), last_gain, _limit(points, metric_of(metric).bounds))
 
 
 # --- where two curves cross ---------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
 # --- where a curve converges --------------------------------------------------------------------------------------------
 
 
-def _limit(points: list[BudgetPoint]) -> Limit | None:
+def _limit(points: list[BudgetPoint], bounds: tuple[float, float]) -> Limit | None:
     if len(points) < BUDGETS_FOR_A_FIT:
         return None
     times = np.array([point.times for point in points])
@@ -166,14 +173,23 @@ def _limit(points: list[BudgetPoint]) -> Limit | None:
     errors = np.array([(point.summary.high - point.summary.low) / 4 for point in points])
     errors = np.maximum(errors, 1e-6 * max(1.0, float(np.abs(scores).max())))
     drawn_RN = scores + errors * np.random.default_rng((_SEED, len(points))).normal(size=(_FIT_DRAWS, len(scores)))
-    value, *values = fitted_limits(times, errors, np.vstack([scores, drawn_RN]))
-    return Limit(float(value), *(float(end) for end in np.quantile(values, [0.025, 0.975])))
+    (value, *values), (misfit, *_) = fitted_limits(times, errors, np.vstack([scores, drawn_RN]))
+    if misfit > chdtri(len(points) - _FITTED, _MISFIT) or not bounds[0] <= value <= bounds[1]:
+        return None
+    return Limit(float(value), *(float(end) for end in np.clip(np.quantile(values, [0.025, 0.975]), *bounds)))
 
 
+<<<<<<< HEAD
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
     """Return the score to which each curve converges, (R,). It is `a` in the weighted least-squares fit scores = a - b * times ** -c.
 
     The exponent `c` is between 0.05 and 3. For a given `c` the fit is linear, so the best `c` is found on a fine grid.
+=======
+def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> tuple[Array, Array]:
+    """Return a of the weighted least-squares fit scores = a - b times^-c, and chi squared of the fit, for each row of scores: (R,), (R,).
+
+    c lies between 0.05 and 3. For a given c the fit is linear, so the best c is found on a fine grid.
+>>>>>>> a4a5d19 (A fitted limit is given only where a power law fits, within the metric's bounds)
     """
     x_CN = times_N ** -np.geomspace(*_RATES, _GRID)[:, None]
     weights_N = errors_N**-2 / (errors_N**-2).sum()
@@ -181,5 +197,8 @@ def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
     weighted_CN = weights_N * (x_CN - x_C[:, None])
     shared_RC = (scores_RN - y_R[:, None]) @ weighted_CN.T
     slope_RC = shared_RC / ((x_CN - x_C[:, None]) * weighted_CN).sum(axis=1)
-    best_R = (slope_RC * shared_RC).argmax(axis=1)  # the largest part of the variance that a fit explains
-    return y_R - slope_RC[np.arange(len(y_R)), best_R] * x_C[best_R]
+    explained_RC = slope_RC * shared_RC  # the part of the variance that a fit explains
+    best_R = explained_RC.argmax(axis=1)
+    variance_R = (scores_RN - y_R[:, None]) ** 2 @ weights_N
+    misfit_R = (variance_R - explained_RC.max(axis=1)) * (errors_N**-2).sum()
+    return y_R - slope_RC[np.arange(len(y_R)), best_R] * x_C[best_R], misfit_R

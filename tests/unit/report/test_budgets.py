@@ -16,6 +16,7 @@ from .builder import ArmSpec, StudySpec, build_study
 
 SEEDS = (1, 2, 3, 4, 5)
 TIMES = (1, 2, 4, 8)
+PERCENT = (0.0, 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +82,28 @@ def points(scores, width):
 
 def test_a_power_law_converges_to_its_limit():
     scores = [30 - 20 * (2.0**i) ** -0.8 for i in range(6)]
-    found = _limit(points(scores, 0.2))
+    found = _limit(points(scores, 0.2), PERCENT)
     assert found is not None
     assert found.value == pytest.approx(30, abs=0.01)
     assert 29 < found.low < 30 < found.high < 31
-    wide = _limit(points(scores, 4.0))
+    wide = _limit(points(scores, 4.0), PERCENT)
     assert wide is None or wide.high - wide.low > 3 * (found.high - found.low)  # noisy scores leave the limit open
 
 
 def test_three_budgets_are_too_few_for_a_limit():
-    assert _limit(points([10, 15, 18], 0.1)) is None
+    assert _limit(points([10, 15, 18], 0.1), PERCENT) is None
+
+
+@pytest.mark.parametrize("scores", [(10, 12, 14, 50), (10, 30, 60, 40), (10, 20, 40, 80)], ids=["late", "falls", "beyond 100"])
+def test_a_curve_that_is_no_power_law_has_no_limit(scores):
+    assert _limit(points(scores, 1.0), PERCENT) is None
+
+
+def test_the_interval_of_a_limit_stays_within_the_bounds():
+    found = _limit(points([92, 95, 96.5, 97.5], 2.0), PERCENT)
+    assert found is not None
+    assert found.high == 100
+    assert found.low < found.value <= 100
 
 
 def test_the_page_has_the_curves(study):
