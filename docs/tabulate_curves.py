@@ -185,6 +185,18 @@ def updates_table(study: Study) -> str:
     return "\n".join(lines)
 
 
+def deviation(studies: dict[str, Study]) -> str:
+    """Return by how much the planned FLOPs of an arm differ from its budget, at most, at the smallest budget and at the others."""
+    found: dict[bool, float] = {}
+    for study in studies.values():
+        unit = _own_flops(study.results, study.arm(REFERENCE))
+        for curve in study.curves.values():
+            for p in curve.points:
+                off = abs(_own_flops(study.results, study.arm(p.arm)) / (p.times * unit) - 1)
+                found[p.times > 1] = max(off, found.get(p.times > 1, 0.0))
+    return f"{100 * found[False]:.0f} % at 1× and {100 * found[True]:.0f} % at larger budgets"
+
+
 def _updates(study: Study, arm: ArmRecord) -> str:
     stages = study.results.plan.ancestors(arm.final[min(arm.final)])
     own = [s for s in reversed(stages) if s.kind == "distill" or "continued" in s.label]
@@ -253,6 +265,8 @@ def main() -> None:
     page = environment.from_string(template).render(
         studies=studies,
         answer=answer(studies),
+        deviation=deviation(studies),
+        seeds=min(study.seeds for study in studies.values()),
         verdict=lambda name, *arms: verdict(studies[name], arms),
         means=lambda name: means_table(studies[name]),
         gaps=lambda name, metric=METRIC: gaps_table(studies[name], metric),
