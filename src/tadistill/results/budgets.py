@@ -75,11 +75,7 @@ class BudgetCurve:
     last_gain: Difference | None
     """Difference between the results at the largest and the second largest budget. None for a single budget."""
     limit: Limit | None
-<<<<<<< HEAD
-    """The score to which the curve converges. None with fewer than four budgets."""
-=======
-    """None with fewer than four budgets, and where no power law fits the points within the metric's bounds."""
->>>>>>> a4a5d19 (A fitted limit is given only where a power law fits, within the metric's bounds)
+    """The score to which the curve converges. None with fewer than four budgets, and if no power law fits within the metric's bounds."""
 
 
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
@@ -179,17 +175,11 @@ def _limit(points: list[BudgetPoint], bounds: tuple[float, float]) -> Limit | No
     return Limit(float(value), *(float(end) for end in np.clip(np.quantile(values, [0.025, 0.975]), *bounds)))
 
 
-<<<<<<< HEAD
-def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
-    """Return the score to which each curve converges, (R,). It is `a` in the weighted least-squares fit scores = a - b * times ** -c.
-
-    The exponent `c` is between 0.05 and 3. For a given `c` the fit is linear, so the best `c` is found on a fine grid.
-=======
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> tuple[Array, Array]:
-    """Return a of the weighted least-squares fit scores = a - b times^-c, and chi squared of the fit, for each row of scores: (R,), (R,).
+    """Return the score to which each curve converges, (R,), and the misfit of each fit as chi squared, (R,).
 
-    c lies between 0.05 and 3. For a given c the fit is linear, so the best c is found on a fine grid.
->>>>>>> a4a5d19 (A fitted limit is given only where a power law fits, within the metric's bounds)
+    The score is `a` in the weighted least-squares fit scores = a - b * times ** -c. The exponent `c` is between 0.05 and 3. For a given `c`
+    the fit is linear, so the best `c` is found on a fine grid.
     """
     x_CN = times_N ** -np.geomspace(*_RATES, _GRID)[:, None]
     weights_N = errors_N**-2 / (errors_N**-2).sum()
