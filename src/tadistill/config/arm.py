@@ -65,7 +65,7 @@ class Published(Strict):
     """A published result of an arm, for example from a paper. The report shows it beside our own result."""
 
     source: str
-    """The publication, as the report shall name it."""
+    """Name of the publication, which the report shows."""
     rouge_l: dict[str, float]
     """Maps the name of a test set to the published Rouge-L."""
 
@@ -276,7 +276,7 @@ def budget_of(name: str, compute: str | None) -> BudgetOf | None:
 
 
 def at_budget(arm: str, times: float) -> str:
-    """Return the name of the copy of `arm` whose budget is `times` x, such as `chain-4x`."""
+    """Return the name of the arm that is `arm` with `times` the budget. For 4 times the budget of `chain`, it is `chain-4x`."""
     return f"{arm}-{times:g}x"
 
 

@@ -1,7 +1,7 @@
 """Read examples from tinyworld, from JSONL files, and from data sets on the Hugging Face Hub.
 
-A data set is looked for in this order: the built-in tinyworld, a local path, a folder under `data.root` (or TADISTILL_DATA), the Hub.
-`data.rows` describes the columns of a row.
+A data set is looked for in four places, in this order: the built-in tinyworld, a local path, a folder in `data.root` (or TADISTILL_DATA),
+and the Hub. `data.rows` describes the columns of a row.
 """
 
 import difflib

@@ -16,7 +16,7 @@ _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and to
 _TEXTS = (".jinja", ".txt")  # they may be empty, as merges.txt of a tokenizer without merges
 _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
-"""The end of a sentence about a file of which only the pointer of Git LFS was downloaded."""
+"""Text for messages about a file that Git LFS has not downloaded yet."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

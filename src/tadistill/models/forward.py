@@ -164,8 +164,7 @@ def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> 
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Inside a `with` block, collect the inputs of the output head in a list. With `skip`, the head gets no positions and computes no
-    logits."""
+    """Inside a `with` block, collect the inputs of the output head in a list. With `skip`, the head computes no logits."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -67,10 +67,10 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Return FLOPs by the parts of an update that the training loop times. `flops` has one value per phase.
+    """Return the FLOPs of each part of an update whose time is measured. `flops` has one value per phase.
 
-    The training loop times some phases together, so their FLOPs are added. Rollout and scoring become `sampling`. Corpus and training
-    become `training`.
+    The training loop measures the time of some phases together, so their FLOPs are added. Rollout and scoring become `sampling`. Corpus and
+    training become `training`.
     """
     found: dict[str, float] = {}
     for name, value in flops.items():

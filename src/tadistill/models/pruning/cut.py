@@ -24,9 +24,9 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 
 
 def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
-    """Return the indices of the layers to keep. `layers` is a list of indices, or a number.
+    """Return the indices of the layers to keep. `layers` is a list of these indices, or the number of layers to keep.
 
-    For a number, so many evenly spaced layers are kept. The first and the last of the `total` layers are among them.
+    If it is a number, the kept layers are evenly spaced, and include the first and the last of the `total` layers.
 
     Raises:
         ConfigError: the number is not between 2 and `total`, or the list is empty, not ascending or out of range.
