@@ -5,6 +5,7 @@ configuration.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tadistill.glossary import GLOSSARY
 
 MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
 """The info string of a block that a test runs in another way: `test_how_to.py` reads it, pymdownx does not know it."""
+
+_HEAD = re.compile(r"^# (.+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -134,5 +137,14 @@ def _row(parameter: Any) -> str:
 
 
 def _linked(text: str) -> str:
-    """Turn the pages that a text names into links."""
-    return re.sub(r"docs/([\w/-]+\.md)", lambda found: f"[{Path(found[1]).stem}](../{found[1]})", text)
+    """Turn the pages that a text names by their titles into links."""
+    return re.sub(r'the page "([^"]+)" of the documentation', lambda found: f"[{found[1]}](../{_pages()[found[1]]})", text)
+
+
+@functools.cache
+def _pages() -> dict[str, str]:
+    """Return title -> path of every page."""
+    folder = Path(__file__).parent
+    heads = {path.relative_to(folder).as_posix(): _HEAD.search(path.read_text(encoding="utf-8")) for path in folder.rglob("*.md")}
+    written = {head[1]: path for path, head in heads.items() if head}
+    return written | {"Glossary": "reference/glossary.md", "Keys of a recipe": "reference/keys.md", "Commands": "reference/commands.md"}

@@ -1,8 +1,12 @@
 """What the package, its recipes and its pages say about other files: every file that they name exists."""
 
+import ast
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+
+from tadistill.config.reference import _TITLES, reference
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"(?<![\w/])((?:docs|recipes|examples|benchmarks)/[\w./-]*\w\.\w+)")
@@ -24,6 +28,37 @@ def test_files_that_a_text_names_exist():
         if wrong := sorted(name for name in named if not (ROOT / name).exists() and Path(name).name not in GENERATED):
             missing[str(path.relative_to(ROOT))] = wrong
     assert not missing
+
+
+def test_messages_name_pages_by_their_titles():
+    """An installed package has no `docs/`, so what a user reads names a page by its title. Comments and other docstrings name files."""
+    heads = {found[1] for path in (ROOT / "docs").rglob("*.md") if (found := re.search(r"^# (.+)$", path.read_text("utf-8"), re.MULTILINE))}
+    titles, named, paths = heads | {"Glossary", "Keys of a recipe", "Commands"}, set(page_titles()), []
+    for path in [*(ROOT / "src").rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        hidden = set() if "cli" in path.parts else {id(text) for text in docstrings(tree)}
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in hidden]
+        paths += [f"{path.name}: {text.value}" for text in texts if "docs/" in text.value and ".md" in text.value]
+        named |= {title for text in texts for title in re.findall(r'page "([^"]+)" of the doc', text.value)}
+    named |= {
+        t for p in (ROOT / "recipes").rglob("*.yaml") for t in re.findall(r'page "([^"]+)" of the doc', p.read_text(encoding="utf-8"))
+    }
+    assert not paths
+    assert len(named) > 9
+    assert named <= titles
+
+
+def page_titles() -> Iterator[str]:
+    """Return the titles that `tadistill explain` names. Their pages must be those of the groups of keys."""
+    for page, title in _TITLES.items():
+        assert (ROOT / "docs" / page).read_text(encoding="utf-8").startswith(f"# {title}\n")
+        yield title
+    assert {part.page.partition("#")[0] for part in reference()} <= set(_TITLES)
+
+
+def docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """Return the strings that are expressions of their own: docstrings of modules, classes, functions and fields."""
+    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
 def test_links_of_a_page_lead_to_files():

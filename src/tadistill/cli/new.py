@@ -94,7 +94,7 @@ def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) 
 # One distillation: the teacher teaches the student. The student is then measured on the test set.
 #   tadistill plan {file.name}     # what will be done, and what it costs
 #   tadistill run {file.name}      # does it, and writes runs/{study}/report.html
-# `tadistill explain KEY` says what a key means, for instance optim.lr. docs/reference/recipe.md has all keys.
+# `tadistill explain KEY` says what a key means, for instance optim.lr. The page "The recipe" of the documentation explains them.
 study: {_scalar(study)}
 seeds: [10]                   # one student for each training seed; several seeds show how much the result varies
 teacher: {_scalar(models["teacher"])}

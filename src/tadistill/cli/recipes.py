@@ -33,7 +33,10 @@ def plan(
     ] = False,
     runs: Runs = None,
 ) -> None:
-    """Show the stages of a study, which of them are finished, and what the unfinished ones will cost (docs/concepts/compute.md)."""
+    """Show the stages of a study, which of them are finished, and what the unfinished ones will cost.
+
+    More: the page "Compute: predicted, metered, counted" of the documentation.
+    """
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
     from tadistill.runner.trackers import missing_trackers
@@ -86,7 +89,10 @@ def search(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Choose a path by dev scores: train paths of the section `search` until its strategy has chosen one (docs/concepts/paths.md)."""
+    """Choose a path by dev scores: train paths of the section `search` until its strategy has chosen one.
+
+    More: the page "Paths" of the documentation.
+    """
     from tadistill.search.command import find_path
 
     terminal = terminal_for(quiet, verbose, log)
@@ -101,7 +107,10 @@ def advise(
     prompts: Annotated[int, typer.Option(help="Number of dev prompts to measure on.")] = 256,
     runs: Runs = None,
 ) -> None:
-    """Measure a recipe's models on dev prompts and predict which path is worth its compute (docs/reference/advise.md)."""
+    """Measure a recipe's models on dev prompts and predict which path is worth its compute.
+
+    More: the page "Advice: which path is worth its compute" of the documentation.
+    """
     from tadistill.advise.command import advise_recipe
 
     chosen = overrides or []

@@ -125,7 +125,7 @@ def _with_more_seeds(command: str, seeds: Sequence[int]) -> str:
 
 @contextmanager
 def interruptible(terminal: Terminal = console) -> Iterator[None]:
-    """Run a block. On Ctrl-C, SIGTERM or SIGUSR2, print a message and exit with code 128 + signal (docs/concepts/interruptions.md)."""
+    """Run a block. On Ctrl-C, SIGTERM or SIGUSR2, print a message and exit with code 128 + signal."""
     from tadistill.runner.interruption import Stopped, raising
 
     try:

@@ -32,7 +32,10 @@ def watch(
     port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1; 0 takes any free port.", min=0, max=65535)] = 8765,
     runs: Runs = None,
 ) -> None:
-    """Show a running or finished study in the browser, on a page that updates itself (docs/how-to/watch.md). No file is changed."""
+    """Show a running or finished study in the browser, on a page that updates itself. No file is changed.
+
+    More: the page "Watch a run" of the documentation.
+    """
     from tadistill.results.find import find_study
     from tadistill.watch.server import serve
 
@@ -101,12 +104,18 @@ def judge(
     limit: Limit = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8 (docs/reference/judge.md)."),
+        typer.Option(
+            "--set",
+            help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8.",
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Let a language model rate the answers of a study (docs/reference/judge.md). Replies are kept, so the same command can continue."""
+    """Let a language model rate the answers of a study. Replies are kept, so the same command can continue.
+
+    More: the page "Judges: a language model, or people" of the documentation.
+    """
     from tadistill.config.judge import Judge
     from tadistill.config.load import read_settings
     from tadistill.judge import commands
@@ -141,7 +150,10 @@ def human(
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
 ) -> None:
-    """Write a sheet for people who rate answers without knowing the models, or read filled-in sheets (docs/reference/judge.md)."""
+    """Write a sheet for people who rate answers without knowing the models, or read filled-in sheets.
+
+    More: the page "Judges: a language model, or people" of the documentation.
+    """
     from tadistill.config.judge import BlindSheet
     from tadistill.config.load import read_settings
     from tadistill.judge import commands

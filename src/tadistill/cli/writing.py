@@ -64,9 +64,9 @@ def _entries(asked: str) -> "list[Entry]":
     from tadistill.glossary import GLOSSARY, metric_text
     from tadistill.metrics import METRICS
 
-    said = {word.lower(): Entry(word, text, (("more in", "docs/reference/glossary.md"),)) for word, text in GLOSSARY.items()}
+    said = {word.lower(): Entry(word, text, (("more in", 'the page "Glossary" of the documentation'),)) for word, text in GLOSSARY.items()}
     for name, metric in METRICS.items():
-        said[name] = Entry(f"{metric.title} ({name})", metric_text(name), (("more in", "docs/reference/evaluation.md"),))
+        said[name] = Entry(f"{metric.title} ({name})", metric_text(name), (("more in", 'the page "Evaluation" of the documentation'),))
     found = [said[asked.lower()]] if asked.lower() in said else []
     try:
         return found + in_recipes(asked, others=said)

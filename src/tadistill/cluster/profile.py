@@ -99,7 +99,9 @@ def load_profile(name: str) -> Profile:
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(names())
-        raise ConfigError(f"there is no cluster profile `{name}`; use one of {known}, or write a YAML file (docs/reference/cluster.md)")
+        raise ConfigError(
+            f'there is no cluster profile `{name}`; use one of {known}, or write a YAML file (the page "On a cluster" of the documentation)'
+        )
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError) as error:
@@ -107,4 +109,6 @@ def load_profile(name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"cluster profile {path}: {where}: {first['msg']}; docs/reference/cluster.md lists the fields") from error
+        raise ConfigError(
+            f'cluster profile {path}: {where}: {first["msg"]}; the page "On a cluster" of the documentation lists the fields'
+        ) from error

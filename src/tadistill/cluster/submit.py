@@ -333,5 +333,7 @@ def _cluster(given: str | None) -> str:
     name = given or os.environ.get("CC_CLUSTER")
     if not name:
         known = ", ".join(profiles.names())
-        raise ConfigError(f"--cluster is not given; use one of {known}, or write a YAML file (docs/reference/cluster.md)")
+        raise ConfigError(
+            f'--cluster is not given; use one of {known}, or write a YAML file (the page "On a cluster" of the documentation)'
+        )
     return name

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from tadistill.config.problems import SYNONYMS
-from tadistill.config.reference import NAME, Key, Part, reference
+from tadistill.config.reference import NAME, Key, Part, page_text, reference
 from tadistill.config.shorthand import METHODS
 from tadistill.errors import ConfigError
 
@@ -103,7 +103,7 @@ def _entry(found: _Found) -> Entry:
     full = ".".join(filter(None, (place, key.name)))
     places = [".".join(filter(None, (other, key.name))) for other in found.part.places]
     also = [("also at", ", ".join(each for each in places if each != full))] if len(places) > 1 else []
-    more = ("more in", f"docs/{found.part.page}")
+    more = ("more in", found.part.more)
     if key.name == "type":
         text = f"Selects the kind of {_split(place)[-1]}. The kind decides which other keys are allowed."
         return Entry(full, text, (*also, more), tuple(_types(place)))
@@ -134,7 +134,9 @@ def _named(word: str) -> Iterator[Entry]:
             yield _group(part, f"{part.places[0]}, type {word}")
     if word in METHODS:
         settings = tuple((name, ", ".join(f"{key} {value}" for key, value in given.items())) for name, given in METHODS[word].items())
-        yield Entry(f"method: {word}", "A published method by name.", (*settings, ("more in", "docs/reference/recipe.md#methods-by-name")))
+        yield Entry(
+            f"method: {word}", "A published method by name.", (*settings, ("more in", page_text("reference/recipe.md#methods-by-name")))
+        )
     for part in reference():
         for key in part.keys:
             if word in key.choices and word not in METHODS and key.type == "text" and key.name != "type":
@@ -143,7 +145,7 @@ def _named(word: str) -> Iterator[Entry]:
 
 def _group(part: Part, title: str) -> Entry:
     keys = tuple((key.name, _sentence(key.meaning)) for key in part.keys if key.name != "type")
-    return Entry(title, part.meaning, (("more in", f"docs/{part.page}"),), keys)
+    return Entry(title, part.meaning, (("more in", part.more),), keys)
 
 
 def _hint(asked: str, words: list[str], others: Iterable[str]) -> str:
@@ -153,7 +155,7 @@ def _hint(asked: str, words: list[str], others: Iterable[str]) -> str:
     names = {name.rsplit(".", 1)[-1] for name in full} | {part.type for part in reference() if part.type} | {*METHODS}
     close = difflib.get_close_matches(asked.lower(), sorted(full.union(others)), n=1, cutoff=0.8)
     close = close or difflib.get_close_matches((words or [""])[-1], sorted(names), n=1)
-    return f"did you mean `{close[0]}`?" if close else "`docs/reference/recipe.md` explains the parts of a recipe"
+    return f"did you mean `{close[0]}`?" if close else f"{page_text('reference/recipe.md')} explains the parts of a recipe"
 
 
 def _split(place: str) -> list[str]:

@@ -44,6 +44,15 @@ _PAGES = {
 }
 """Maps the place of a group of keys, or the last word of the place, to the page of `docs/` that explains the group."""
 
+_TITLES = {
+    "concepts/compute.md": "Compute: predicted, metered, counted",
+    "concepts/minillm.md": "MiniLLM and the samplers",
+    "concepts/paths.md": "Paths",
+    "reference/cluster.md": "On a cluster",
+    "reference/objectives.md": "Objectives",
+    "reference/recipe.md": "The recipe",
+}
+
 _SHORT_FORM = "One distillation: a teacher and a student replace `models` and `arms`. The student is not compared with the teacher."
 
 
@@ -79,6 +88,18 @@ class Part:
     keys: tuple[Key, ...]
     page: str
     """The page of `docs/` about the group, such as `reference/recipe.md#data`."""
+
+    @property
+    def more(self) -> str:
+        """The title of this page, for messages: an installed package has no `docs/`."""
+        return page_text(self.page)
+
+
+def page_text(page: str) -> str:
+    """Return the name of a page of the documentation for messages. `page` is a path in `docs/`, such as `reference/recipe.md#data`."""
+    path, _, anchor = page.partition("#")
+    section = f', section "{anchor.replace("-", " ").capitalize()}"' if anchor else ""
+    return f'the page "{_TITLES[path]}" of the documentation{section}'
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from tadistill.runner.local import local_runs
 from tadistill.store import FAILURE
 from tadistill.visible import one_line, shortened
 
+_NAMED = 5  # arms that are named in one sentence
 _TEXTS = {
     "dataset": "the training data",
     "teacher": "the teacher's answers",
@@ -147,13 +148,15 @@ def _credit_text(c: Comparison) -> list[str]:
 
 
 def missing_text(results: Results) -> str:
-    """Return the sentence that lists the unfinished evaluations and names the command that continues them."""
+    """Return sentences that list the failed stages and the unfinished evaluations, and name the command that continues them."""
     by_arm: dict[str, list[int]] = {}
     for entry in results.missing:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
     total = sum(len(arm.evaluate) for arm in results.plan.arms)
-    listed = "; ".join(f"{arm} (seed {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items())
-    left = f"{len(results.missing)} of {total} evaluations are not finished: {listed}."
+    named = [f"{arm} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items()]
+    more = f"; and {len(named) - _NAMED} more arms" if len(named) > _NAMED else ""
+    listed = f"{len(results.missing)} of {total} evaluations are not finished: {'; '.join(named[:_NAMED])}{more}."
+    left = listed if len(results.missing) < total else f"None of {total} evaluations is finished."
     return f"{_failed_text(results)}{left} `{results.plan.command}` continues where it stopped."
 
 
@@ -190,9 +193,13 @@ def cautions(results: Results) -> list[str]:
     texts = [text for text in (rows_text(results.used), _unseen_text(results)) if text]
     for c in comparisons(results):
         texts += caution_texts(c)
-    trained = [len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]]
-    if trained and min(trained) < SEEDS_FOR_A_CLAIM:
-        texts.append(f"{seeds_text(min(trained))}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
+    trained = {arm.name: len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]}
+    few = [f"{name}: {seeds_text(count)}" for name, count in trained.items() if count < SEEDS_FOR_A_CLAIM]
+    if few:
+        same = len(few) == len(trained) and len(set(trained.values())) == 1
+        more = f", and {len(few) - _NAMED} more arms" if len(few) > _NAMED else ""
+        said = seeds_text(min(trained.values())) if same else f"{', '.join(few[:_NAMED])}{more}"
+        texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
 
 

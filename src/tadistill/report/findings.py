@@ -8,7 +8,7 @@ import numpy as np
 from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.paths import budgets
-from tadistill.report.figures.scores import differences, entropy_curves
+from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
@@ -57,7 +57,7 @@ def against(results: Results) -> str:
         return _sentence(f"{metric_title(primary_metric(results))} by arm and test set")
     decided = comparisons(results)
     if not decided:
-        clear = [row for row in rows if not row.difference.covers_zero]
+        clear = [row for row in rows if _is_clear(row)]
         if len(rows) == 1:
             return f"{rows[0].arm.name} {'differs' if clear else 'does not clearly differ'} from {rows[0].other.name}"
         return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
@@ -70,8 +70,13 @@ def against(results: Results) -> str:
             f"{better or 'None'} of {len(decided)} comparisons {'is' if better < 2 else 'are'} a clear gain, {worse or 'none'} a clear loss"
         )
     named = {(c.arm, c.other) for c in decided}
-    more = [row.arm.name for row in rows if (row.arm.name, row.other.name) not in named and not row.difference.covers_zero]
+    more = [row.arm.name for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
     return f"{said}; of the other arms, {_some(more)} differ{'s' if len(more) == 1 else ''} from direct distillation" if more else said
+
+
+def _is_clear(row: ForestRow) -> bool:
+    enough = len(row.per_seed) >= SEEDS_FOR_A_CLAIM or not row.arm.is_trained
+    return enough and not row.difference.covers_zero
 
 
 def over_compute(results: Results) -> str:

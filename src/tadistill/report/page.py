@@ -20,6 +20,7 @@ from tadistill import charts
 from tadistill.charts import Axis, Chart, Look, Strip, nice_span
 from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
+from tadistill.plan.specs import KINDS
 from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import arm_words, cautions, verdict_text
@@ -173,10 +174,10 @@ def roles(results: Results) -> dict[str, str]:
 
 
 def _progress(results: Results) -> list[tuple[str, int, int]]:
-    kinds: dict[str, list[bool]] = {}
-    for stage in results.plan.stages:
-        kinds.setdefault(stage.kind, []).append(results.store.finished(stage.key))
-    return [(kind, sum(done), len(done)) for kind, done in kinds.items()]
+    done = {stage.key for stage in results.plan.stages if results.store.finished(stage.key)}
+    kinds = {kind: [stage.key in done for stage in results.plan.stages if stage.kind == kind] for kind in KINDS}
+    rows = [(kind, sum(found), len(found)) for kind, found in kinds.items() if found]
+    return [*rows, ("all stages", len(done), len(results.plan.stages))]
 
 
 # --- the sections -----------------------------------------------------------------------------------------------------

@@ -279,7 +279,7 @@ def ledger_rows(results: Results) -> list[LedgerRow]:
 def _ledger(results: Results) -> Table | None:
     rows = tuple((row.stage, _ledger_cells(row)) for row in ledger_rows(results))
     columns = (Column("predicted FLOPs"), Column("metered FLOPs"), Column("metered / predicted"), Column("time", "of the stage"))
-    note = "Means over seeds, without dev evaluations. The plan predicts FLOPs from the recipe alone (docs/concepts/compute.md)."
+    note = "Means over seeds, without dev evaluations. The plan predicts FLOPs from the recipe alone."
     return Table("ledger", "Predicted and metered compute", note, columns, rows) if rows else None
 
 

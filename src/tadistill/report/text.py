@@ -308,7 +308,13 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
 
 def _cost(results: Results) -> str:
     seconds = [row.manifest.seconds for row in stage_rows(results) if row.manifest]
-    spent = f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'} took {spoken(sum(seconds))} of computing" if seconds else ""
+    total = len(results.plan.stages)
+    done = (
+        f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'}"
+        if len(seconds) == total
+        else f"{len(seconds)} finished stages (of {total})"
+    )
+    spent = f"{done} took {spoken(sum(seconds))} of computing" if seconds else ""
     found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
     known = [arm for arm in found if arm.flops is not None]
     if not known:

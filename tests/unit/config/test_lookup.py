@@ -17,7 +17,7 @@ def test_a_key_has_its_type_default_places_and_page():
         ("type", "number, greater than 0, at most 10"),
         ("default", "0.0005"),
         ("also at", "arms.NAME.optim.lr, models.NAME.sft.optim.lr, models.NAME.distill.optim.lr"),
-        ("more in", "docs/reference/recipe.md#method"),
+        ("more in", 'the page "The recipe" of the documentation, section "Method"'),
     )
 
 

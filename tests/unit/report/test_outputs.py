@@ -215,7 +215,7 @@ def test_models_alone_in_every_output(tmp_path):
 
 def test_missing_evaluations_are_named_everywhere(unfinished):
     page = write_report(unfinished.results)
-    sentence = "3 of 6 evaluations are not finished: direct (seed 20); chain (seed 10, 20)."
+    sentence = "3 of 6 evaluations are not finished: direct (seed 20); chain (seeds 10, 20)."
     for name in ("report.html", "report.md"):
         assert sentence in (unfinished.study_dir / name).read_text(encoding="utf-8")
     cells = parse(page).cells
