@@ -7,6 +7,7 @@ from collections import Counter
 
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
+from tadistill.plan.graph import distinct_labels
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.study import ArmRecord
@@ -148,7 +149,7 @@ def _credit_text(c: Comparison) -> list[str]:
 
 
 def missing_text(results: Results) -> str:
-    """Return sentences that list the failed stages and the unfinished evaluations, and name the command that continues them."""
+    """Return sentences that list the unfinished evaluations, and name the command that continues them."""
     by_arm: dict[str, list[int]] = {}
     for entry in results.missing:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
@@ -157,20 +158,21 @@ def missing_text(results: Results) -> str:
     more = f"; and {len(named) - _NAMED} more arms" if len(named) > _NAMED else ""
     listed = f"{len(results.missing)} of {total} evaluations are not finished: {'; '.join(named[:_NAMED])}{more}."
     left = listed if len(results.missing) < total else f"None of {total} evaluations is finished."
-    return f"{_failed_text(results)}{left} `{results.plan.command}` continues where it stopped."
+    return f"{left} `{results.plan.command}` continues where it stopped."
 
 
-def _failed_text(results: Results) -> str:
-    """Return a sentence that lists the failed stages. It ends with a space, and is empty if no stage failed."""
+def failed_text(results: Results) -> str:
+    """Return a sentence that lists the failed stages with their reasons. It is empty if no stage failed."""
+    labels = distinct_labels((stage.key, stage.label, stage.arms) for stage in results.plan.stages)
     reasons = {key: reason for run in local_runs(results.study_dir) for key, reason in run.failed.items()}
     texts = []
     for stage in results.plan.stages:
         job = results.store.folder(stage.key) / FAILURE
         reason = job.read_text(encoding="utf-8") if job.is_file() else reasons.get(stage.key, "")
         if reason and not results.store.finished(stage.key):
-            texts.append(f"{stage.label} ({shortened(one_line(reason.strip()))})")
+            texts.append(f"{labels[stage.key]} ({shortened(one_line(reason.strip()))})")
     more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return f"{len(texts)} stage{'' if len(texts) == 1 else 's'} failed: {'; '.join(texts[:3])}{more}. " if texts else ""
+    return f"{len(texts)} stage{'' if len(texts) == 1 else 's'} failed: {'; '.join(texts[:3])}{more}." if texts else ""
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:

@@ -54,7 +54,8 @@ def against(results: Results) -> str:
     """Return a sentence that says how many arms differ clearly from the arm with which they are compared."""
     rows = differences(results)
     if not rows:
-        return _sentence(f"{metric_title(primary_metric(results))} by arm and test set")
+        what = "arm" if any(arm.is_trained for arm in results.plan.arms) else "model"
+        return _sentence(f"{metric_title(primary_metric(results))} by {what} and test set")
     decided = comparisons(results)
     if not decided:
         clear = [row for row in rows if _is_clear(row)]
@@ -140,7 +141,7 @@ def answers(results: Results, found: Samples) -> str:
         same = sum(said[arm]["text"].strip() == said[other]["text"].strip() for said in both)
         if both:
             return f"{arm} and {other} give the same answer to {same} of {len(both)} prompts"
-    return f"The answers to {len(prompts)} prompts, side by side"
+    return f"The answers to {len(prompts)} prompts{', side by side' if len(results.plan.arms) > 1 else ''}"
 
 
 def behaviour(results: Results) -> str:
@@ -168,7 +169,7 @@ def how(results: Results) -> str:
     seconds = sum(row.manifest.seconds for row in stage_rows(results) if row.manifest)
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = len(seeds_of(results))
-    parts = [_count(len(plan.arms), "arm")]
+    parts = [_count(len(plan.arms), "arm" if trained else "model")]
     parts += [_count(seeds, "training seed")] if trained else []
     parts += [_count(len(results.sets), "test set")] if results.sets else []
     time = f", {spoken(seconds)} of computing" if seconds else ""

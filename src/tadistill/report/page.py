@@ -9,7 +9,7 @@ numbers that it shows in `record`.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ from tadistill.results import units
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
 from tadistill.results.samples import Samples, judgements, samples, shown_first
+from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import comparisons
 from tadistill.visible import visible, visible_parts
 
@@ -121,37 +122,37 @@ def _first(results: Results) -> dict[str, Any]:
 
 def arm_groups(results: Results) -> list[ArmGroup]:
     """Group the arms by the model that they train. The student comes first, then the other models from small to big."""
-    metric, strip, styles = primary_metric(results), _strip(results), looks(results)
+    metric, strip = primary_metric(results), _strip(results)
     costs, words = {row.arm.name: row for row in cost_rows(results)}, arm_words(results)
-    student, parameters = student_of(results), results.plan.parameters
-    models = sorted({arm.model for arm in results.plan.arms}, key=lambda model: (model != student, parameters[model]))
+    parameters, student = results.plan.parameters, student_of(results)
+    if not any(arm.is_trained for arm in results.plan.arms):  # models as they are: one list, from good to bad
+        words = {arm.name: f"{units.parameters_text(parameters[arm.model])} parameters" for arm in results.plan.arms}
+        rows = [_arm_row(results, costs[arm.name], words[arm.name], strip, best=False) for arm in _ranked(results, results.plan.arms)]
+        return [ArmGroup("", "", "", tuple(rows))]
     groups: list[ArmGroup] = []
-    for model in models:
-        arms = [arm for arm in results.plan.arms if arm.model == model]
-        found = {arm.name: results.summaries.get((arm.name, MEAN, metric)) for arm in arms}
-        arms.sort(key=lambda arm: -(s.mean if (s := found[arm.name]) else -1e9))
-        means = [units.number(s.mean, metric) for arm in arms if (s := found[arm.name])]
-        rows: list[ArmRow] = []
-        for arm in arms:
-            s, done = found[arm.name], len(results.scores[arm.name])
-            plot = (
-                strip.bar(s.mean, s.low, s.high, styles[arm.name], tip=f"{arm.name}: {units.summary_text(s, metric)}")
-                if s
-                else strip.empty()
-            )
-            best = s is not None and len(means) > 1 and means.count(means[0]) == 1 and units.number(s.mean, metric) == means[0]
-            rows.append(
-                ArmRow(
-                    costs[arm.name],
-                    s,
-                    plot,
-                    best,
-                    words.get(arm.name, ""),
-                    "" if done == len(arm.evaluate) else f"{done}/{len(arm.evaluate)} seeds",
-                )
-            )
+    for model in sorted({arm.model for arm in results.plan.arms}, key=lambda model: (model != student, parameters[model])):
+        arms = _ranked(results, [arm for arm in results.plan.arms if arm.model == model])
+        found = [results.summaries.get((arm.name, MEAN, metric)) for arm in arms]
+        means = [units.number(s.mean, metric) for s in found if s]
+        single = len(means) > 1 and means.count(means[0]) == 1
+        rows = [
+            _arm_row(results, costs[arm.name], words.get(arm.name, ""), strip, best=single and index == 0) for index, arm in enumerate(arms)
+        ]
         groups.append(ArmGroup(model, roles(results).get(model, ""), units.parameters_text(parameters[model]), tuple(rows)))
     return groups
+
+
+def _ranked(results: Results, arms: Iterable[ArmRecord]) -> list[ArmRecord]:
+    found = {arm.name: results.summaries.get((arm.name, MEAN, primary_metric(results))) for arm in arms}
+    return sorted(arms, key=lambda arm: -(s.mean if (s := found[arm.name]) else -1e9))
+
+
+def _arm_row(results: Results, cost: CostRow, words: str, strip: Strip, *, best: bool) -> ArmRow:
+    name, metric = cost.arm.name, primary_metric(results)
+    s, done, planned = results.summaries.get((name, MEAN, metric)), len(results.scores[name]), len(cost.arm.evaluate)
+    tip = f"{name}: {units.summary_text(s, metric)}" if s else ""
+    plot = strip.bar(s.mean, s.low, s.high, looks(results)[name], tip=tip) if s else strip.empty()
+    return ArmRow(cost, s, plot, best, words, "" if done == planned else f"{done}/{planned} seeds")
 
 
 def _strip(results: Results) -> Strip:

@@ -113,7 +113,7 @@ def _stages(results: Results) -> str:
     rows = stage_rows(results)
     body = [[f"`{row.stage.key}`", row.stage.label, f"{row.manifest.seconds:.0f} s" if row.manifest else "not finished"] for row in rows]
     found = pipe_table(["stage", "what", "time"], body)
-    return f"<details>\n<summary>{len(rows)} stages, their keys and times</summary>\n\n{found}\n\n</details>"
+    return f"<details>\n<summary>{len(rows)} stage{'s' * (len(rows) != 1)}: keys and times</summary>\n\n{found}\n\n</details>"
 
 
 def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -157,6 +157,7 @@ def summary_table(results: Results) -> Group:
     said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES.get(found.kind, '')}".strip()), found.answer)
     above = [Text(found.question, style="bold"), said, *([Text(found.against_sft)] if found.against_sft else [])]
     below = [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
+    below += [Text(found.failed, style="red")] if found.failed else []
     below += [Text(found.next)] if found.next else []
     above, below = ([Padding(text, (0, 0, 0, 1)) for text in texts] for texts in (above, below))
     return Group(Text(results.plan.study, style="bold"), *above, _ArmTable(results), *below)

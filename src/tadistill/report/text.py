@@ -12,7 +12,7 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.explain import missing_text, seeds_text
+from tadistill.report.explain import failed_text, missing_text, seeds_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
@@ -46,6 +46,8 @@ class Answer:
     against_sft: str
     """Says whether distillation beat plain fine-tuning (SFT), with sampled and with greedy answers."""
     cost: str
+    failed: str
+    """The stages that failed, with their reasons."""
     next: str
     """What the user should do or look at next."""
 
@@ -57,7 +59,7 @@ class Answer:
     @property
     def sentences(self) -> tuple[str, ...]:
         """All sentences except the question, in the order in which they are shown."""
-        return tuple(text for text in (self.answer, self.against_sft, self.cost, self.next) if text)
+        return tuple(text for text in (self.answer, self.against_sft, self.cost, self.failed, self.next) if text)
 
 
 def answer(results: Results) -> Answer:
@@ -67,7 +69,7 @@ def answer(results: Results) -> Answer:
 
 def _make(results: Results) -> Answer:
     kind, said = _answer(results)
-    return Answer(kind, _question(results), said, _against_sft(results), _cost(results), _next(results, kind))
+    return Answer(kind, _question(results), said, _against_sft(results), _cost(results), failed_text(results), _next(results, kind))
 
 
 def student_of(results: Results) -> str:
@@ -128,7 +130,8 @@ def _answer(results: Results) -> tuple[Kind, str]:
     groups = [group for group in _ranked(results) if len(group) > 1]
     if not groups:
         summary, arm = _ranked(results)[0][0]
-        return "measured", f"{arm.name} scores {_score(results, summary)}. The study has no other arm to compare it with."
+        other = "arm" if arm.is_trained else "model"
+        return "measured", f"{arm.name} scores {_score(results, summary)}. The study has no other {other} to compare it with."
     parts = [_of_group(results, group, list(decided.values())) for group in groups]
     return parts[0][0], " ".join(text for _, text in parts)
 

@@ -223,7 +223,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         path=tuple(entry["path"]),
         models=tuple(entry.get("models", entry["path"])),
         path_text=entry.get("text") or path_text(entry["path"]),  # a plan of an earlier version has only `path`
-        method=entry["method"],
+        method=entry["method"] if any(entry["final"].values()) else "not trained",
         model=entry["model"],
         compute=entry["compute"],
         flops=entry["flops"],

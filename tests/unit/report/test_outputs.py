@@ -232,9 +232,11 @@ def test_failed_stages_are_named(tmp_path):
     folder = study.study_dir / "local"
     folder.mkdir()
     (folder / "h-1.json").write_text(json.dumps(run | {"failed": failed}))
-    said = "1 stage failed: evaluate direct, seed 20 (out of memory\\nat step 3). 1 of 6 evaluations are not finished: direct (seed 20)."
-    assert said in answer(study.read()).next
-    assert said in parse(write_report(study.read())).text
+    found, page = answer(study.read()), parse(write_report(study.read())).text
+    assert found.failed == "1 stage failed: evaluate direct, seed 20 (out of memory\\nat step 3)."
+    assert found.next.startswith("1 of 6 evaluations are not finished: direct (seed 20).")
+    assert found.failed in page
+    assert found.failed in " ".join(render(summary_table(study.read())).split())
 
 
 def test_nothing_finished_still_makes_a_report(tmp_path):
