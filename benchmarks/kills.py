@@ -177,7 +177,7 @@ def disk_full(study: Study, whole: dict[str, object]) -> None:
         print(f"{study.name}: left out, because a tmpfs cannot be mounted here")
         return
     try:
-        for size in ("200k", "1m", "3m"):
+        for size in ("200k", "600k", "1m"):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(runs)], check=True)
             study.end(study.start("run"), 1)
             if "free some space" not in (text := " ".join((study.folder / "output").read_text().split())):
