@@ -38,7 +38,11 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     # By default a layer prefetches the layer that ran before it. That differs between processes: only the main one watches rollouts.
     for before, layer in zip([model, *layers], layers, strict=False):
         layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
-    return model.to(device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    for part in (*layers, placed):  # buffers that are first made in inference mode could not be used in training
+        part.unshard()  # type: ignore[operator]
+        part.reshard()  # type: ignore[operator]
+    return placed
 
 
 def sharded(model: nn.Module) -> bool:
