@@ -26,9 +26,8 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
-from tadistill.plan.inputs import FromStage, Handle, Loaded
-from tadistill.plan.specs import TemperSpec, TrainingSpec
-from tadistill.plan.task import layout
+from tadistill.plan.specs import TemperSpec
+from tadistill.plan.task import frozen_bytes, layout, process_bytes
 from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate
@@ -117,7 +116,7 @@ class Requests:
     # --- memory ---------------------------------------------------------------------------------------------------------
 
     def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
-        needs = max((self._need(stage, wanted) for stage in stages), default=0.0)
+        needs = max((self._need(stage) for stage in stages), default=0.0)
         usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
         fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
         if fits:
@@ -130,32 +129,12 @@ class Requests:
             "offloaded), lower `optim.micro_batch`, or set `gradient_checkpointing`"
         )
 
-    def _need(self, stage: Stage, wanted: Resources) -> float:
-        others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
-        frozen = [self._name(handle) for i, handle in enumerate(others) if handle not in others[:i]]
-        half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
-        teachers = sum(self._weights(name, "bfloat16" if half else "float32") for name in frozen)
-        if stage.cost is None or stage.cost.memory is None:
-            return teachers + self._weights(stage.model, "float32") + _WORK
-        need, size = stage.cost.memory, self.ledger.size(stage.model)
-        if wanted.parallel == "fsdp" and size:
-            need -= resident_bytes(size.total, training=True) * (1 - 1 / wanted.processes)
-        if wanted.teacher != "replicated":
-            need -= teachers * (1 - 1 / wanted.processes if wanted.teacher == "sharded" else 1)
-        return need
-
-    def _weights(self, name: str | None, dtype: str) -> float:
-        size = self.ledger.size(name) if name else None
-        return resident_bytes(size.total, training=False, dtype=dtype) if size else 0.0
-
-    def _name(self, handle: Handle) -> str | None:
-        if isinstance(handle, FromStage):
-            return self.plan.stages[handle.stage].model
-        if not isinstance(handle, Loaded):
-            return self._name(handle.of)
-        wanted = handle.source, handle.revision, handle.config
-        models = self.plan.recipe.models
-        return next((name for name, model in models.items() if (model.load, model.revision, model.config) == wanted), None)
+    def _need(self, stage: Stage) -> float:
+        known = process_bytes(self.plan, stage)
+        if known is not None:
+            return known
+        size = self.ledger.size(stage.model) if stage.model else None
+        return frozen_bytes(self.plan, stage) + (resident_bytes(size.total, training=False) if size else 0) + _WORK
 
     # --- time -----------------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,8 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
     model, info = loaded
     check_ends(directory, load)
     _check_weights(load, info)
+    if device != "meta":
+        _check_finite(model, load)
     quantised = getattr(model.config, "quantization_config", None)
     if quantised and not getattr(model, "is_quantized", False):  # transformers skips what it does not know
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -104,6 +106,14 @@ def _check_weights(load: str, info: dict[str, Any]) -> None:
             f"the files of `{load}` have more layers than config.json says ({', '.join(layers[:_SHOWN])}); correct num_hidden_layers, or "
             f"prune with `init: {{from: …, layers: …}}`"
         )
+
+
+def _check_finite(model: PreTrainedModel, load: str) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():  # a sum needs no second tensor
+            raise ModelError(
+                f"model `{load}`: the weight {name} contains NaN or infinite values; download the model again, or save it again"
+            )
 
 
 def _layers(unexpected: Collection[str]) -> list[str]:

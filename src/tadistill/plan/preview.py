@@ -16,6 +16,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.costs import passes
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
+from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 
@@ -103,7 +104,8 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
         flops = "–" if stage.measures else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
-        memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
+        needs = process_bytes(plan, stage)
+        memory = f"{needs / 1e9:.2g} GB" if needs else "–"
         key = stage.key if wide else stage.key[:8]
         takes = throughput.seconds(stage.cost, speeds)
         cells = [key, state, flops, "–" if takes is None else throughput.spoken(takes), memory, escape(labels[stage.key])]
@@ -199,6 +201,9 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
     yield from map(escape, plan.tokens.notes())
     yield from (f"[yellow]{escape(sentence)}[/]" for sentence in plan.tokens.cautions())
+    placed = [layout(plan.recipe, stage) for stage in plan.stages.values()]
+    if any(resources.processes > 1 or resources.teacher != "replicated" for resources in placed):
+        yield "The memory is that of one process with the given `resources`. An offloaded teacher is in host memory and is not included."
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if not todo:

@@ -10,7 +10,10 @@ from tadistill.config.recipe import Resources
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
+from tadistill.models.counting.memory import resident_bytes
+from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
+from tadistill.plan.inputs import FromStage, Handle, Loaded
 from tadistill.plan.specs import KINDS, Spec, TrainingSpec
 from tadistill.store import Store
 
@@ -108,6 +111,42 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from the entries {', '.join(names)}): {reason}") from error
+
+
+def process_bytes(plan: "Plan", stage: Stage) -> float | None:
+    """Return the estimated peak memory of one process of a stage, in bytes, with the stage's resources. Return None if it is not known.
+
+    Raises:
+        ConfigError: as in `layout`.
+    """
+    wanted = layout(plan.recipe, stage)
+    if stage.cost is None or stage.cost.memory is None:
+        return None
+    need, size = stage.cost.memory, Ledger(plan.recipe).size(stage.model)
+    if wanted.parallel == "fsdp" and size:
+        need -= resident_bytes(size.total, training=True) * (1 - 1 / wanted.processes)
+    if wanted.teacher != "replicated":
+        need -= frozen_bytes(plan, stage) * (1 - 1 / wanted.processes if wanted.teacher == "sharded" else 1)
+    return need
+
+
+def frozen_bytes(plan: "Plan", stage: Stage) -> float:
+    """Return the bytes of the weights of all models that a stage only runs, such as the teachers of a training."""
+    others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
+    names = [_name(plan, handle) for i, handle in enumerate(others) if handle not in others[:i]]
+    half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
+    ledger, dtype = Ledger(plan.recipe), "bfloat16" if half else "float32"
+    sizes = [ledger.size(name) for name in names if name]
+    return float(sum(resident_bytes(size.total, training=False, dtype=dtype) for size in sizes if size))
+
+
+def _name(plan: "Plan", handle: Handle) -> str | None:
+    if isinstance(handle, FromStage):
+        return plan.stages[handle.stage].model
+    if not isinstance(handle, Loaded):
+        return _name(plan, handle.of)
+    wanted = handle.source, handle.revision, handle.config
+    return next((name for name, model in plan.recipe.models.items() if (model.load, model.revision, model.config) == wanted), None)
 
 
 def layout(recipe: Recipe, stage: Stage) -> Resources:

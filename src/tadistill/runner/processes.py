@@ -57,6 +57,20 @@ def prepare() -> Any:
 
 
 @contextmanager
+def prepared() -> Iterator[None]:
+    """Start the server before the block, which checks the input. If the block fails, kill the server: no stage will need its imports."""
+    prepare()
+    try:
+        yield
+    except BaseException:
+        server: Any = getattr(forkserver, "_forkserver", None)
+        if pid := getattr(server, "_forkserver_pid", None):
+            os.kill(pid, signal.SIGKILL)
+            server._stop()
+        raise
+
+
+@contextmanager
 def _without_main() -> Iterator[None]:
     # the new process would import the main module, so a script without a `__main__` guard would run again
     main = sys.modules["__main__"]

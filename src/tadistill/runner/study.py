@@ -23,7 +23,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
-from tadistill.runner.processes import prepare
+from tadistill.runner.processes import prepared
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
 from tadistill.store import Store, key_of, store_of
@@ -54,8 +54,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
     jobs = 0
     if missing:
-        prepare()
-        with console.working("checking models and data"):
+        with prepared(), console.working("checking models and data"):
             from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
             jobs = check_study(recipe, console)

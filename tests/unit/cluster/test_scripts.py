@@ -9,7 +9,6 @@ import pytest
 from tadistill.cluster import profile, sbatch
 from tadistill.cluster.submit import Submission
 from tadistill.config import load, validate
-from tadistill.config.recipe import Resources
 from tadistill.plan.arms import make_plan
 from tadistill.plan.specs import KINDS
 
@@ -122,4 +121,4 @@ def test_teachers_of_one_family_have_their_own_sizes():
     requests = sbatch.Requests(plan, profile.load_profile("narval"), {})
     (analyse,) = [stage for stage in plan.stages.values() if stage.kind == "analyse" and stage.model == "s"]
     parameters = {name: size.total for name in ("xl", "s") if (size := requests.ledger.size(name))}
-    assert requests._need(analyse, Resources()) == 4 * (parameters["xl"] + parameters["s"]) + sbatch._WORK
+    assert requests._need(analyse) == 4 * (parameters["xl"] + parameters["s"]) + sbatch._WORK

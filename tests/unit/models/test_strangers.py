@@ -204,6 +204,17 @@ def test_a_strangers_model_is_refused_or_loaded(kind, whole, tmp_path, monkeypat
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, whole, tmp_path):
+    """They would fail while a stage samples, in a sentence of torch."""
+    shutil.copytree(whole, tmp_path / "model")
+    weights(lambda state: {**state, "model.norm.weight": state["model.norm.weight"].index_fill(0, torch.tensor(3), value)})(
+        tmp_path / "model"
+    )
+    with pytest.raises(ModelError, match=r"the weight model.norm.weight contains NaN or infinite values; download the model again"):
+        load_model(str(tmp_path / "model"))
+
+
 def test_every_call_of_transformers_forbids_code():
     """Each from_pretrained and from_config of the package says trust_remote_code=False."""
     found = 0

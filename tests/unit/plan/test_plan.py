@@ -1,8 +1,10 @@
 """The graph of stages: sharing, keys, equal compute, and mistakes found before anything runs."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
@@ -11,8 +13,9 @@ from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import HashedData
-from tadistill.plan.task import layout
+from tadistill.plan.task import layout, process_bytes
 from tadistill.runner import preflight
+from tadistill.store import Store
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -292,6 +295,34 @@ def test_entries_of_resources_that_do_not_fit_together():
         layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
     assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others
+
+
+def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
+    """FSDP divides the student with its gradients and moments; a sharded teacher is divided, an offloaded one is not there."""
+
+    def said(found) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        preview.print_plan(found, Store(tmp_path), console)
+        return console.file.getvalue()
+
+    alone, note = plan(), "The memory is that of one process"
+    split = plan(resources={"distill": {"processes": 4, "parallel": "fsdp", "teacher": "sharded"}, "distill l": {"teacher": "offloaded"}})
+    size = {name: Ledger(alone.recipe).size(name).total for name in ("xl", "l", "s")}
+    for key, stage in split.stages.items():
+        saved = alone.stages[key].cost.memory - process_bytes(split, stage) if stage.cost else 0
+        assert process_bytes(alone, stage) == (stage.cost and stage.cost.memory)
+        if stage.kind == "distill" and stage.model == "l":
+            assert saved == 12 * size["l"] + 4 * size["xl"]
+        elif stage.kind == "distill":
+            teacher = "xl" if "xl" in stage.label else "l"
+            assert saved == 12 * size["s"] + 3 * size[teacher]
+        else:
+            assert saved == 0
+    text = said(split)
+    assert note in text
+    assert note not in said(alone)
+    with pytest.raises(ConfigError, match="`optim.batch` is 16, but it must be a multiple of the 3 processes"):
+        said(plan(resources={"distill": {"processes": 3}}))
 
 
 def test_the_plan_counts_the_first_rows(tmp_path):

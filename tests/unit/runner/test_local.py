@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,7 +19,7 @@ from tadistill.config import parse
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan.arms import make_plan
 from tadistill.results.find import find_study
-from tadistill.runner import local, screen
+from tadistill.runner import local, processes, screen
 from tadistill.runner.local import Journal, StageProgress, local_runs
 from tadistill.runner.screen import Screen
 from tadistill.runner.study import _beginning, save_plan
@@ -259,6 +261,25 @@ def test_a_study_is_found_by_its_recipe(study, tmp_path):
     recipe.write_text("study: nowhere")
     with pytest.raises(ConfigError, match="there is no study `nowhere`"):
         find_study(str(recipe), tmp_path)
+
+
+def refuse() -> int:
+    """Refuse the input of a study, and return the process id of the server that was to fork its stages."""
+    pid = 0
+    with pytest.raises(ConfigError), processes.prepared():
+        pid = forkserver._forkserver._forkserver_pid
+        raise ConfigError("the input is wrong")
+    return pid
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a server")
+def test_a_refused_study_leaves_no_server():
+    """It would go on importing torch after the command has ended. The next study of the same program gets a new one."""
+    first, second = refuse(), refuse()
+    assert first != second
+    for pid in (first, second):
+        assert pid > 0
+        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_an_interrupted_run_says_so(plan, study):
