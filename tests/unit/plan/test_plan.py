@@ -305,8 +305,12 @@ def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
         preview.print_plan(found, Store(tmp_path), console)
         return console.file.getvalue()
 
-    alone, note = plan(), "The memory is that of one process"
-    split = plan(resources={"distill": {"processes": 4, "parallel": "fsdp", "teacher": "sharded"}, "distill l": {"teacher": "offloaded"}})
+    method = recipe()["method"] | {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}
+    alone, note = plan(method=method), "The memory is that of one process"
+    split = plan(
+        method=method,
+        resources={"distill": {"processes": 4, "parallel": "fsdp", "teacher": "sharded"}, "distill l": {"teacher": "offloaded"}},
+    )
     size = {name: Ledger(alone.recipe).size(name).total for name in ("xl", "l", "s")}
     for key, stage in split.stages.items():
         saved = alone.stages[key].cost.memory - process_bytes(split, stage) if stage.cost else 0
@@ -321,7 +325,7 @@ def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
     text = said(split)
     assert note in text
     assert note not in said(alone)
-    with pytest.raises(ConfigError, match="`optim.batch` is 16, but it must be a multiple of the 3 processes"):
+    with pytest.raises(ConfigError, match=r"`optim\.batch` is 16, but it must be a multiple of the 3 processes"):
         said(plan(resources={"distill": {"processes": 3}}))
 
 

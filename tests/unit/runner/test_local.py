@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
     mine.log("a")
     mine.save()
     assert len(said) == 1
-    assert "the run goes on" in said[0]
+    assert "The run goes on" in said[0]
 
 
 def shown(plan, study, monkeypatch, *, fail=False, **options):
@@ -265,11 +265,16 @@ def test_a_study_is_found_by_its_recipe(study, tmp_path):
 
 def refuse() -> int:
     """Refuse the input of a study, and return the process id of the server that was to fork its stages."""
-    pid = 0
-    with pytest.raises(ConfigError), processes.prepared():
-        pid = forkserver._forkserver._forkserver_pid
-        raise ConfigError("the input is wrong")
-    return pid
+    found = []
+
+    def check() -> None:
+        with processes.prepared():
+            found.append(forkserver._forkserver._forkserver_pid)
+            raise ConfigError("the input is wrong")
+
+    with pytest.raises(ConfigError):
+        check()
+    return found[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a server")
