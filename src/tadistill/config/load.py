@@ -88,6 +88,8 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
         raise ConfigError(f"{source} is not a recipe; write a YAML mapping with the keys study, seeds, models, data and arms")
     lines = _with_overrides(lines, overrides)
     recipe = _recipe(_string_keys(raw), source, lines)
+    if is_short(raw):
+        lines = lines_of_whole(lines)
     if folder:
         recipe = settled(recipe, source, folder, lines)
     if not own_functions(recipe):

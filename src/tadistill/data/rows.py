@@ -164,7 +164,10 @@ def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[s
         )
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
     if not turns or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: `messages` must be a list of at least two messages, of which the last one has the role assistant")
+        raise DataError(
+            f"{where}: `messages` must be a list of at least two messages, of which the last one has the role assistant; write each one as "
+            '{"role": "user", "content": "…"}'
+        )
     *prompt, answer = (_turn(turn, f"turn {i} of messages", where) for i, turn in enumerate(messages, 1))
     for i, turn in enumerate(prompt, 1):
         if turn.get("content") is None and turn["role"] in ("user", "system"):  # many templates would write "None"

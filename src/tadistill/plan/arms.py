@@ -12,7 +12,7 @@ from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.method import apply
 from tadistill.config.places import placed
 from tadistill.config.sampling import DatasetSampler
-from tadistill.errors import ConfigError, NotHere
+from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
@@ -207,7 +207,7 @@ class _Planner:
             method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
             self._check_method(method, model)
             optim = self.stages.with_steps(method.optim)
-        except NotHere:
+        except (NotHere, DataError, ModelError):  # a fault of the data or of a model, which every arm meets
             raise
         except ValueError as error:
             raise ConfigError(f"arms.{name}: {error}") from error

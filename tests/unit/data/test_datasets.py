@@ -349,7 +349,7 @@ def test_choices_are_encoded_as_responses_are():
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        (("cat", "nosuchword cat"), "must have 1 to 1"),
+        (("cat", "nosuchword cat"), "leaves room for 1 to 1"),
         (("nosuchword", "norsuchone"), "same tokens as another"),
         (("cat", " "), "has 0 tokens"),
     ],

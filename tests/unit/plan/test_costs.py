@@ -78,6 +78,7 @@ def test_meter_and_prediction_agree_with_torch(family, tmp_path):
     assert len(found) == 2 + len(ARMS)  # the teacher's SFT, and t > a
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", COUNTED["FAMILIES"])
 @pytest.mark.parametrize("part", [(), ("c_fc", "down_proj")])
 def test_adapters_and_layers_that_run_again_agree_with_torch(family, part, tmp_path):

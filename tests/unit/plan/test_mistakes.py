@@ -182,3 +182,17 @@ def test_misuse_of_the_python_functions(folder):
         fused_divergence(reverse_kl, hidden, teacher.head, Hidden(hidden, layer))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"`Head` takes the weight of the last layer"):
         Head(layer)  # pyright: ignore[reportArgumentType]
+
+
+def test_places_in_the_short_form(folder):
+    """Its teacher is a model of the long form, and its only arm is named by nobody."""
+    text = "study: my\nteacher: ./mydri\nstudent: ./mydri\ndata: chat.jsonl\nmethod: {name: gkd, optim: {epochs: 1}}\n"
+    found = problems(folder, text)
+    assert [problem.split(": model directory")[0] for problem in found] == [
+        "my.yaml, line 2: models.teacher",
+        "my.yaml, line 3: models.student",
+    ]
+    model = "{" + OWN.replace("scratch", "load: scratch", 1).replace("\n    ", ", ") + "}"
+    (folder / "chat.jsonl").write_text('{"question": "a"}\n')
+    (problem,) = problems(folder, text.replace("./mydri", model))
+    assert problem.startswith("my.yaml, line 4: `data.train`: data set `chat.jsonl`, row 1 has no column")
