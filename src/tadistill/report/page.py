@@ -245,7 +245,13 @@ def _markups(panels: Mapping[str, Chart]) -> dict[str, Markup]:
 
 def _prose(sentence: str) -> Markup:
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(visible(sentence))))
-    return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|95 % interval|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
+    return Markup(
+        re.sub(
+            r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|[\d.]+ [kMB](?: parameters)?|95 % interval|\S+ … \S+)",
+            r'<span class="unbroken">\1</span>',
+            marked,
+        )
+    )
 
 
 def _embedded(value: Any) -> Markup:

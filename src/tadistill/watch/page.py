@@ -81,6 +81,7 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
         "counts": _in_order(moment),
         "reports": reports,
         "bad": [stage for stage in moment.stages if stage.state in BAD],
+        "stopped": [stage for stage in moment.stages if stage.state == "stopped"],
         "running": [(stage, _spark(moment, stage)) for stage in running[:_CARDS]],
         "more": max(len(running) - _CARDS, 0),
         "about": about,

@@ -205,7 +205,8 @@ class Watched:
         updates = stage.total if stage.trains else None
         where = continuation(self.store, stage.key, updates, "dead" if stage.state == "killed" else stage.state)
         done = self.store.saved_update(stage.key) if where and updates else None
-        return replace(stage, note="; ".join(filter(None, (stage.note, where))), done=done or stage.done)
+        state = "stopped" if where and stage.state == "waiting" else stage.state
+        return replace(stage, state=state, note="; ".join(filter(None, (stage.note, where))), done=done or stage.done)
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
         path = self.store.folder(key) / MANIFEST

@@ -351,6 +351,8 @@ def test_models_alone(browser, tmp_path, arms, changes, present, absent):
     assert not {*absent, "learning"} & set(sections)
     assert opened.page.evaluate("[...document.querySelectorAll('nav a')].map((a) => a.hash.slice(1))") == ["answer", *sections]
     assert opened.page.locator("#first-figure").count() == 1
+    assert opened.page.locator("#arms [data-row]").count() == (0 if len(arms) == 1 else 2)  # a single model has its numbers in the figure
+    assert opened.page.locator("#how table").first.locator("th[scope=col]").all_inner_texts() == ["model", "parameters"]
     opened.assert_fits()
     opened.assert_quiet()
 

@@ -10,7 +10,8 @@ from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.watch.graph import draw, nodes_of, picked
-from tadistill.watch.machine import Machine, read_gpus
+from tadistill.watch.machine import Machine, Use, read_gpus
+from tadistill.watch.page import render
 from tadistill.watch.state import Watched
 
 from .folder import D1, D2, E1, PLAN, S1, S2, XL
@@ -59,6 +60,10 @@ def test_a_stage_shows_the_update_at_which_the_next_run_continues_it(folder):
     folder.run(S1, ended="interrupted")
     stopped = look(folder).stages[1]
     assert (stopped.state, stopped.done, stopped.note) == ("stopped", 52, "the next run continues at update 52 of 100")
+    folder.run()  # another run works on other stages
+    assert look(folder).stages[1].state == "stopped"
+    alerts = render(look(folder), Use("here", 1, 0.0, 1, 1, 0, 0.0, 0, (), ""), (), ())["alerts"]
+    assert "<b>Stopped</b> sft s, seed 1: the next run continues at update 52 of 100" in alerts
 
 
 def test_other_ends_of_a_run(folder):
