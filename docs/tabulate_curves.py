@@ -174,14 +174,28 @@ def gaps_table(study: Study, metric: str = METRIC) -> str:
     return "\n".join(lines)
 
 
-def updates_table(study: Study) -> str:
-    """Return, for each arm at the smallest and the largest budget, its FLOPs and the updates of each of its distillations."""
-    ends = (study.times[0], study.times[-1])
-    lines = [f"| arm | {' | '.join(f'updates at {t:g}×' for t in ends)} | FLOPs at {ends[1]:g}× |", "|---|---|---|---:|"]
-    for name in (n for n in WHAT if n in study.curves):
-        arms = {p.times: study.arm(p.arm) for p in study.curves[name].points}
-        cells = [_updates(study, arms[t]) if t in arms else "–" for t in ends]
-        lines.append(f"| `{name}` | {' | '.join(cells)} | {flops_text(_own_flops(study.results, arms[max(arms)]))} |")
+def largest_table(study: Study) -> str:
+    """Return, for each arm at the largest budget, its FLOPs, the updates of its distillations, and what else was measured."""
+    metrics = {"fact_accuracy@greedy": "greedy", "loss": "loss", "reverse_kl": "KL(q‖T)", "forward_kl": "KL(T‖q)", "entropy": "entropy"}
+    lines = [f"| arm | updates | FLOPs | {' | '.join(metrics.values())} |", "|---|---|---:|" + "---:|" * len(metrics)]
+    rows = {name: study.arm(study.curves[name].points[-1].arm) for name in WHAT if name in study.curves}
+    for name, arm in {"teacher": study.arm("teacher"), "start": study.arm("start"), **rows}.items():
+        cells = [summary_text(study.mean(arm.name, metric), metric) for metric in metrics]
+        own = flops_text(_own_flops(study.results, arm)) if name in rows else "–"
+        lines.append(f"| `{name}` | {_updates(study, arm) or '–'} | {own} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hops_table(study: Study) -> str:
+    """Return the error budget of the chains: KL(q‖T), the part that the last stage minimises, and what the hops above add."""
+    lines = ["| arm | KL(q‖T) | to its last teacher, minimised | added by the hops above, from the student up |", "|---|---:|---:|---|"]
+    for name in (n for n in ("direct", "via-m", "via-l-m") if n in study.curves):
+        for point in study.curves[name].points:
+            terms = [study.mean(point.arm, at) for k in range(3) if (point.arm, MEAN, at := f"budget/{k}") in study.results.summaries]
+            whole = study.mean(point.arm, "reverse_kl")
+            texts = [summary_text(term, "reverse_kl") for term in terms or [whole]]
+            cells = [f"`{name}` at {point.times:g}×", summary_text(whole, "reverse_kl"), texts[0], ", ".join(texts[1:]) or "none"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -200,7 +214,7 @@ def deviation(studies: dict[str, Study]) -> str:
 def _updates(study: Study, arm: ArmRecord) -> str:
     stages = study.results.plan.ancestors(arm.final[min(arm.final)])
     own = [s for s in reversed(stages) if s.kind == "distill" or "continued" in s.label]
-    return ", ".join(f"{s.model} {study.steps[s.key]}" for s in own)
+    return ", ".join(f"{s.model} {study.steps[s.key]:,}" for s in own)
 
 
 def _own_flops(results: Results, arm: ArmRecord) -> float:
@@ -270,7 +284,8 @@ def main() -> None:
         verdict=lambda name, *arms: verdict(studies[name], arms),
         means=lambda name: means_table(studies[name]),
         gaps=lambda name, metric=METRIC: gaps_table(studies[name], metric),
-        updates=lambda name: updates_table(studies[name]),
+        largest=lambda name: largest_table(studies[name]),
+        hops=lambda name: hops_table(studies[name]),
         sentences=lambda name: curve_sentences(studies[name].results),
         mean=lambda name, arm, metric=METRIC: summary_text(studies[name].mean(arm, metric), metric),
         gap=lambda name, arm, other, metric=METRIC: gap_text(_difference(studies[name], arm, other, metric), metric),
