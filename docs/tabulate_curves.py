@@ -32,6 +32,8 @@ HERE = Path(__file__).parent
 METRIC = "fact_accuracy"
 STUDIES = {"far": "tinyworld-curves", "near": "tinyworld-curves-near"}
 REFERENCE = "direct"
+LARGE = ("rows", "curves", "exposure", "calibration", "stages")
+"""The parts of results.json that are not kept: values of single seeds and sets, and learning curves."""
 TEACHING = ("via-m", "via-l-m", "dense")
 """The arms in which an assistant teaches the student."""
 WHAT = {
@@ -84,6 +86,11 @@ class Study:
     def seeds(self) -> int:
         return min(len(p.summary.per_seed) for curve in self.curves.values() for p in curve.points)
 
+    def seeds_of(self, arm: str) -> int:
+        """Return the number of training seeds of an arm that are measured."""
+        found = self.results.summaries.get((arm, MEAN, METRIC))
+        return len(found.per_seed) if found else 0
+
     def mean(self, arm: str, metric: str = METRIC) -> Summary:
         return self.results.summaries[arm, MEAN, metric]
 
@@ -93,6 +100,11 @@ class Study:
             other = reference_at(self.results, self.arm(point.arm))
             gap = difference(self.results, point.arm, other.name, metric) if other else None
             yield point, self.mean(point.arm, metric), gap
+
+    def student_updates(self, curve: str) -> str:
+        """Return the number of updates of the student's own distillation at the largest budget."""
+        final = self.arm(self.curves[curve].points[-1].arm).final
+        return f"{self.steps[final[min(final)] or ''] or 0:,}"
 
     def arm(self, name: str) -> ArmRecord:
         return next(arm for arm in self.results.plan.arms if arm.name == name)
@@ -112,15 +124,15 @@ def gap_text(gap: Difference, metric: str = METRIC) -> str:
 # --- the answer ---------------------------------------------------------------------------------------------------------
 
 
-def clear_budgets(study: Study, curve: str) -> tuple[list[float], list[float]]:
+def clear_budgets(study: Study, curve: str, metric: str = METRIC) -> tuple[list[float], list[float]]:
     """Return the budgets at which an arm is clearly better than the reference arm, and those at which it is clearly worse."""
-    gaps = [(p.times, gap) for p, _, gap in study.points(curve) if gap]
+    gaps = [(p.times, gap) for p, _, gap in study.points(curve, metric) if gap]
     return [t for t, gap in gaps if gap.low > 0], [t for t, gap in gaps if gap.high < 0]
 
 
-def best_gap(study: Study, curves: tuple[str, ...]) -> tuple[str, float, Difference]:
-    """Return the arm and the budget with the largest mean difference from the reference arm."""
-    found = [(name, p.times, gap) for name in curves for p, _, gap in study.points(name) if gap]
+def best_gap(study: Study, curves: tuple[str, ...], times: float | None) -> tuple[str, float, Difference]:
+    """Return the arm and the budget with the largest mean difference from the reference arm, at one budget or (None) at any."""
+    found = [(name, p.times, gap) for name in curves for p, _, gap in study.points(name) if gap and times in (None, p.times)]
     return max(found, key=lambda each: each[2].mean)
 
 
@@ -135,15 +147,16 @@ def verdict(study: Study, curves: tuple[str, ...]) -> str:
 
 def answer(studies: dict[str, Study]) -> str:
     """Return the first sentence: whether an assistant that teaches pays, and at which budgets."""
-    paid = {name: [t for arm in TEACHING for t in clear_budgets(study, arm)[0]] for name, study in studies.items()}
     said = []
     for name, study in studies.items():
-        arm, times, gap = best_gap(study, TEACHING)
-        word = f"paid at {times_text(sorted({*paid[name]}))}" if paid[name] else f"paid at none of the budgets {times_text(study.times)}"
-        best = f"the best case, `{arm}` at {times:g}×, differs from `direct` by {gap_text(gap)} percentage points"
-        said.append(f"for the {name} student it {word} ({best})")
+        paid = sorted({t for arm in TEACHING for t in clear_budgets(study, arm)[0]})
+        arm, times, gap = best_gap(study, TEACHING, None if paid else study.times[-1])
+        word = f"it pays at {times_text(paid)}" if paid else f"it pays at none of the budgets {times_text(study.times)}"
+        best = f"the best of the three arms at {times:g}×, `{arm}`, differs from `direct` by {gap_text(gap)} percentage points"
+        said.append(f"for the student {'far from' if name == 'far' else 'nearer to'} the teacher {word} ({best})")
     seeds = min(study.seeds for study in studies.values())
-    return f"**Does an assistant that teaches pay at equal compute? {_capital('; '.join(said))} (95 % intervals, {seeds} training seeds).**"
+    text = f"Does an assistant that teaches pay at equal compute? {_capital('; '.join(said))}"
+    return f"**{text} (95 % intervals, {seeds} training seeds).**"
 
 
 def _capital(text: str) -> str:
@@ -199,6 +212,59 @@ def hops_table(study: Study) -> str:
     return "\n".join(lines)
 
 
+def initialisation(studies: dict[str, Study]) -> str:
+    """Say at which budgets a start from the assistant or from the teacher is clearly better or worse than `direct`."""
+    sentences = []
+    for name, study in studies.items():
+        said = []
+        for arm in ("init-m", "init-xl"):
+            parts = [f"{word} at {times_text(t)}" for word, t in zip(("better", "worse"), clear_budgets(study, arm), strict=True) if t]
+            said.append(f"`{arm}` is clearly {' and '.join(parts)}" if parts else f"`{arm}` is never clearly better or worse")
+        sentences.append(f"For the {name} student, {' and '.join(said)} than `direct`.")
+    return " ".join(sentences)
+
+
+def greedy(studies: dict[str, Study]) -> str:
+    """Say which comparisons with the reference arm are clear under greedy decoding but not with sampling, or the other way round."""
+    words, differ = ("better", "worse"), []
+    for name, study in studies.items():
+        for arm in (n for n in WHAT if n in study.curves and n != REFERENCE):
+            sampled, at_best = clear_budgets(study, arm), clear_budgets(study, arm, f"{METRIC}@greedy")
+            for word, before, now in zip(words, sampled, at_best, strict=True):
+                gone, new = [t for t in before if t not in now], [t for t in now if t not in before]
+                differ += [f"`{arm}` of the {name} student is no longer clearly {word} at {times_text(gone)}"] if gone else []
+                differ += [f"`{arm}` of the {name} student is clearly {word} at {times_text(new)} too"] if new else []
+    return f"The same comparisons with `direct` are clear under greedy decoding{', except that ' if differ else ''}{'; '.join(differ)}."
+
+
+def against(study: Study, curve: str, other: str) -> str:
+    """Return the paired differences of two arms at each budget."""
+    pairs = {p.times: p.arm for p in study.curves[other].points}
+    found = [(p.times, _difference(study, p.arm, pairs[p.times], METRIC)) for p in study.curves[curve].points if p.times in pairs]
+    return ", ".join(f"{gap_text(gap)} at {times:g}×" for times, gap in found)
+
+
+def control(studies: dict[str, Study]) -> str:
+    """Return the largest mean of the control without a teacher, and the mean of the start, for each student."""
+    found = []
+    for name, study in studies.items():
+        best = max((p for p, *_ in study.points("no-teacher")), key=lambda p: p.summary.mean)
+        start = summary_text(study.mean("start"), METRIC)
+        found.append(f"{summary_text(best.summary, METRIC)} at {best.times:g}× for the {name} student, which starts with {start}")
+    return "; ".join(found)
+
+
+def unfinished(studies: dict[str, Study]) -> str:
+    """Return a sentence on the arms that have not all training seeds. Empty if the studies are finished."""
+    parts = []
+    for name, study in studies.items():
+        arms = study.results.plan.arms
+        done = [arm for arm in arms if study.seeds_of(arm.name) == len(arm.evaluate)]
+        if len(done) < len(arms):
+            parts.append(f"{len(arms) - len(done)} of {len(arms)} arms of the {name} student")
+    return f"**Not finished**: {' and '.join(parts)} do not have all training seeds yet." if parts else ""
+
+
 def deviation(studies: dict[str, Study]) -> str:
     """Return by how much the planned FLOPs of an arm differ from its budget, at most, at the smallest budget and at the others."""
     found: dict[bool, float] = {}
@@ -235,7 +301,7 @@ def draw(studies: dict[str, Study], metric: str, title: str, target: Path) -> No
         for reference, style in (("teacher", "-."), ("start", ":")):
             level = study.mean(reference, metric).mean
             above.axhline(level, color="0.6", linestyle=style, linewidth=1)
-            above.annotate(reference, (study.times[0], level), fontsize=8, color="0.4", va="bottom")
+            above.annotate(reference, (study.times[-1], level), fontsize=8, color="0.4", va="bottom", ha="right")
         for i, arm in enumerate(n for n in LOOKS if n in study.curves):
             colour, marker, line = LOOKS[arm]
             drawn = [*study.points(arm, metric)]
@@ -272,14 +338,22 @@ def main() -> None:
     kept = HERE / "results" / "curves"
     kept.mkdir(exist_ok=True)
     for name, study in STUDIES.items():
-        packed = gzip.compress((runs / study / "results.json").read_bytes(), mtime=0)
-        (kept / f"{name}.json.gz").write_bytes(packed)
+        content = json.loads((runs / study / "results.json").read_text(encoding="utf-8"))
+        text = json.dumps({key: value for key, value in content.items() if key not in LARGE}, ensure_ascii=False)
+        (kept / f"{name}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     template = (HERE / "results" / "curves.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     page = environment.from_string(template).render(
         studies=studies,
         answer=answer(studies),
+        unfinished=unfinished(studies),
         deviation=deviation(studies),
+        initialisation=initialisation(studies),
+        greedy=greedy(studies),
+        against=lambda name, curve, other: against(studies[name], curve, other),
+        control=control(studies),
+        last=f"{max(study.times[-1] for study in studies.values()):g}",
+        steps=lambda name, curve: studies[name].student_updates(curve),
         seeds=min(study.seeds for study in studies.values()),
         verdict=lambda name, *arms: verdict(studies[name], arms),
         means=lambda name: means_table(studies[name]),
