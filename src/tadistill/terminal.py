@@ -71,10 +71,11 @@ class Terminal(Console):
 
 @contextmanager
 def output() -> Iterator[None]:
-    """Run a command inside the `with` block. Characters that the output's encoding lacks are printed as escapes.
+    """Inside the `with` block, problems with the output are handled. The block contains the whole command.
 
-    The command ends if its output cannot be written. If the reader has closed the pipe (`| head`), the command ends without a message and
-    with exit code 141. On a full disk, it ends with one sentence and exit code 1.
+    Characters that the output's encoding lacks are printed as escapes. The command ends if its output cannot be written. If the reader has
+    closed the pipe (`| head`), the command ends without a message and with exit code 141. On a full disk, it ends with one sentence and
+    exit code 1.
     """
     codecs.register_error("tadistill", _replaced)
     for stream in (sys.stdout, sys.stderr):

@@ -110,7 +110,7 @@ class Observation:
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Raise a ConfigError unless a path has one edge (teacher and learner) for each pair of neighbours, in order."""
+    """Raise a ConfigError if the edges do not fit the path. Each model and the next one need one edge, in the order of the path."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
         raise ConfigError(
             f"path {path_text(path)} must have two or more models, and one edge (teacher and learner) for each step, in the same order"

@@ -71,9 +71,9 @@ class Job:
 
 
 def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int, tuple[Stage, ...]]]:
-    """Group the stages `todo` into jobs. Return the depth (`Job.depth`) and the stages of each job, parents first.
+    """Divide the stages `todo` into jobs. Return (depth, stages) for each job; a job comes after the jobs that it waits for.
 
-    All stages that measure one model share a job. Every other stage has a job of its own.
+    All stages that measure one model share a job. Every other stage has a job of its own. The depth is explained in `Job`.
     """
     found: dict[str, list[Stage]] = {}
     for key in todo:
@@ -118,10 +118,10 @@ class Place:
 
 
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
-    """Group jobs that differ only in their seed into Slurm arrays. Return each array's jobs, with its dependency or None.
+    """Put jobs that differ only in their seed into Slurm arrays. Return the jobs and the dependency (or None) of each array.
 
-    If the parents are in arrays with the same seeds, the job of a seed waits only for the parents of this seed. A failed seed then does not
-    cancel other seeds. Otherwise, jobs share an array only if they wait for the same jobs.
+    If the earlier jobs are arrays with the same seeds, all jobs are one array. Each job then waits for its own seed in the earlier arrays,
+    so a failed seed does not cancel other seeds. Otherwise, jobs share an array if they wait for the same jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:
@@ -218,7 +218,7 @@ class StageJob:
             os._exit(0)  # as in `runner.processes`: torch's exit sometimes aborts when other ranks have exited
 
     def checkpoint(self) -> Any:
-        """Return the work for the job that Slurm queues again: this same work, which continues from the saved state."""
+        """Return what the job does when Slurm starts it again: the same work, from the saved state. submitit calls this."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

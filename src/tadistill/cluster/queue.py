@@ -44,7 +44,7 @@ def queued() -> dict[str, Entry]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return the entries of the jobs in `ids` that have left the queue, by id. Jobs that Slurm has forgotten are left out."""
+    """Return one entry, by id, for each of these jobs that has left the queue. Jobs that Slurm has forgotten are left out."""
     wanted = sorted(ids)
     if not wanted:
         return {}

@@ -1,8 +1,8 @@
 """The resources that a job requests from Slurm, and its batch script.
 
-A request follows from the plan's estimates, the cluster's profile and the section `resources` of the recipe. If the cluster would refuse
-it, an error names the rule. The GPU is the smallest one with enough memory for models, gradients and optimizer moments, plus 10 %. The time
-is 1.5 x the estimate. If it is longer than the profile allows, the work needs several jobs.
+A request is computed from the plan's estimates, the cluster's profile and the section `resources` of the recipe. If the cluster would
+refuse the request, an error names the rule. The GPU is the smallest one with enough memory for models, gradients and optimizer moments,
+plus 10 %. The time is 1.5 x the estimate. If it is longer than the profile allows, the work needs several jobs.
 
 The library submitit writes the script, pickles the work, and queues a job again if it saved its state before the time limit.
 """
@@ -124,9 +124,9 @@ class Requests:
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
             f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
-            f"{largest:.0f} GB; spread the stage over several GPUs with resources: "
-            f"{{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} (also with teacher: sharded or "
-            "offloaded), lower `optim.micro_batch`, or set `gradient_checkpointing`"
+            f"{largest:.0f} GB; lower `optim.micro_batch`, set `gradient_checkpointing`, or spread the stage over several GPUs: "
+            f"`resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}}` (to spread the teacher too, add "
+            "`teacher: sharded`; to keep it in host memory, add `teacher: offloaded`)"
         )
 
     def _need(self, stage: Stage) -> float:

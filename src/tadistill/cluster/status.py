@@ -64,8 +64,7 @@ _NOT_STARTED = StatusRow("", "", "not started", "", "")
 
 
 def continuation(store: Store, key: str, updates: int | None, state: str) -> str:
-    """Return a short sentence that says where the next run continues a stage. It is empty for a stage that runs, is done or has not
-    started.
+    """Return a short sentence that says where the next run continues an unfinished stage. It may be empty.
 
     Args:
         updates: the number of updates of a training, and None for other stages.
@@ -79,7 +78,7 @@ def continuation(store: Store, key: str, updates: int | None, state: str) -> str
 
 
 def local_rows(run: LocalRun) -> dict[str, StatusRow]:
-    """Return the status rows of the stages that ran without Slurm, by key. Their labels are empty."""
+    """Return the status rows of the stages of a run without Slurm, by key. The caller fills in the labels."""
     failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
     state = run.state
     if state not in ("running", "dead"):
@@ -89,7 +88,7 @@ def local_rows(run: LocalRun) -> dict[str, StatusRow]:
 
 
 def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
-    """Return the status rows of the unfinished stages that were submitted to Slurm, by key. Their labels are empty.
+    """Return the status rows of the unfinished stages that were submitted to Slurm, by key. The caller fills in the labels.
 
     Raises ConfigError if there are such stages and squeue does not answer.
     """

@@ -106,7 +106,7 @@ def label_probabilities(
         prompts: token ids of each prompt.
         choices: for each prompt, the token ids of each of its choices (`Encoded.choices`). A choice has at least one token.
         pad: the token id for padding; any id works.
-        vocab: number of token ids that the model may give a probability. Logits of larger ids are cut off.
+        vocab: the vocabulary size. The model's logits of larger ids are left out.
         batch: sequences per forward pass.
 
     Returns:
@@ -137,7 +137,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays with one entry per prompt: the probability of its most likely choice, and True if this choice is a reference."""
+    """Return two arrays with one entry per prompt: the probability of its most likely choice, and whether this choice is right."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]

@@ -70,8 +70,9 @@ def score(
     *,
     read_references: bool = True,
 ) -> Evaluation:
-    """Score sampled answers. `own` are metrics that the user wrote. With `read_references`, loss and calibration on the references are
-    added.
+    """Score sampled answers, also with the metrics `own` that the user wrote.
+
+    If `read_references` is True, loss and calibration on the references are measured too.
     """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}

@@ -7,8 +7,8 @@ with k assistants:
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-Training minimised the first term. Each other term belongs to two neighbours of the path. It is KL(q ‖ upper model) minus
-KL(q ‖ lower model), and it may be negative. All terms are means over the tokens of the student's own answers.
+Training minimised the first term. Each other term compares two neighbours of the path: it is KL(q ‖ the one nearer to T) minus
+KL(q ‖ the one nearer to q). It may be negative. All terms are means over the tokens of the student's own answers.
 
 Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares KL(p ‖ q) after text that the student sampled with KL(p ‖ q)
 after text that the teacher sampled. The value at a position is the mean over the answers that are long enough. MiniLLM's released code
@@ -170,9 +170,9 @@ def analyse(
         tick: called after each batch with its number of sequences.
 
     Returns:
-        Two things: values and curves. The values are {metric: [prompt][decoding seed]}, with forward_kl on the references and reverse_kl on
-        the subject's answers. With assistants, budget/0, budget/1, … are the terms of the error budget, in the order of the formula in this
-        file. The curves show the exposure bias.
+        Two things: values and curves. The values are {metric: [prompt][decoding seed]}. forward_kl is measured on the references, and
+        reverse_kl on the subject's answers. If there are assistants, budget/0, budget/1, … are the terms of the error budget: see the
+        formula in the docstring of this file. The curves show the exposure bias.
     """
     teacher, *assistants = others
     (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch, tick=tick)

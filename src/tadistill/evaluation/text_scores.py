@@ -162,7 +162,7 @@ def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[fl
 
 
 def answer_accuracy(rule: str, predictions: Sequence[str], answers: Sequence[Any]) -> list[float]:
-    """Return 100 for each prediction that is right by a rule of `data.answers`, else 0. `answers` has what the rule read from the rows."""
+    """Return 100 for each prediction that is right by a rule of `data.answers`, else 0. `answers` are the right answers."""
     return [100.0 * RULES[rule].right(p, right) for p, right in zip(predictions, answers, strict=True)]
 
 

@@ -64,7 +64,8 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
     """Return the cross-entropy of the student to the target of `taid_target`. It has the same gradient as the forward KL to this target.
 
-    `TaidSchedule` needs this cross-entropy. For the KL itself, call `forward_kl` with the target as the teacher's logits.
+    The value is not the KL, because `TaidSchedule` needs the cross-entropy. To get the KL, call `forward_kl` with the target as the
+    teacher's logits.
 
     Args:
         t: interpolation weight, in [0, 1]. `TaidSchedule` changes it during training.
@@ -136,7 +137,8 @@ def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1)
     differ less. A negative gap also gives `base`.
 
     Args:
-        gap: (B,) geometric mean of the tokens' probabilities under the model that wrote the response, minus the one under the other model.
+        gap: (B,) m - m'. m is the geometric mean of the tokens' probabilities under the model that wrote the response, and m' is the
+            same mean under the other model.
         anchor: mean of all gaps so far in training.
         base: the largest value, in [0.01, 1].
 

@@ -1,7 +1,7 @@
 """Checks of arguments that all objectives use. Each error message names the argument, its value and the allowed range.
 
-The checks look for a NaN in the result, which has one value per token, and not in the logits. So a check takes almost no time on a CPU, and
-one synchronisation on a GPU. A caller can skip these checks with `deferred()`.
+A NaN in the logits makes the result NaN, and the result has only one value per token. So the checks read the result. This takes almost no
+time on a CPU, and one synchronisation on a GPU. A caller can skip these checks with `deferred()`.
 """
 
 import math
@@ -20,7 +20,7 @@ _deferred = ContextVar("_deferred", default=False)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Skip the checks that read the values of tensors. A NaN in a result then raises no error inside the `with` block."""
+    """Inside the `with` block, the checks that read the values of tensors are skipped. A NaN in a result then raises no error."""
     token = _deferred.set(True)
     try:
         yield

@@ -35,7 +35,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
         temperature: divides both logits.
 
     Returns:
-        (...) nats. The gradient in the student's logits is (q - p) / temperature.
+        (...) nats. The gradient with respect to the student's logits is (q - p) / temperature.
 
     Raises:
         ConfigError: the shapes differ, a logit is NaN or +inf, or temperature is not above 0.
@@ -47,7 +47,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `forward_kl` and its slope, which is the gradient in the student's logits. The slope is 0 where a logit is -inf."""
+    """Return `forward_kl` and its slope: the gradient with respect to the student's logits. The slope is 0 where a logit is -inf."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
     value = _dot(p, log_p.sub_(log_q))
@@ -59,7 +59,8 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Return the reverse KL of teacher p and student q: sum_v q (log q - log p). It is mode-seeking.
 
-    Args, returns and errors are as in `forward_kl`. The gradient in the student's logits is q (log q - log p - KL) / temperature.
+    Args, returns and errors are as in `forward_kl`. The gradient with respect to the student's logits is
+    q (log q - log p - KL) / temperature.
 
     Source: Gu et al. 2024 (MiniLLM), section 2.2.
     """
@@ -68,7 +69,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `reverse_kl` and its slope, which is the gradient in the student's logits."""
+    """Return `reverse_kl` and its slope: the gradient with respect to the student's logits."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_q, log_p, out=log_p)  # g
     q = log_q.exp_()
@@ -89,8 +90,8 @@ def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Return the generalised JSD: beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q.
 
-    p is the teacher and q is the student. beta = 0 returns KL(p || q), and beta = 1 returns KL(q || p), as in GKD and TRL. These are
-    special cases: the formula itself goes to 0 at both ends.
+    p is the teacher and q is the student. The formula would give 0 at beta = 0 and at beta = 1. There, as in GKD and TRL, the function
+    returns KL(p || q) at beta = 0, and KL(q || p) at beta = 1.
 
     Args:
         beta: weight of the teacher, in [0, 1]. The weights `lam` of DistiLLM and `jsd_beta` of KDFlow are equal to 1 - beta.
@@ -112,7 +113,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
 def jensen_shannon_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `jensen_shannon` and its slope, which is the gradient in the student's logits."""
+    """Return `jensen_shannon` and its slope: the gradient with respect to the student's logits."""
     checks.within("beta", beta, 0, 1)
     if beta in (0, 1):
         limit = forward_kl_with_slope if beta == 0 else reverse_kl_with_slope
@@ -145,7 +146,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
 def skew_forward_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `skew_forward_kl` and its slope, which is the gradient in the student's logits."""
+    """Return `skew_forward_kl` and its slope: the gradient with respect to the student's logits."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -176,7 +177,7 @@ def skew_reverse_kl(
 def skew_reverse_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `skew_reverse_kl` and its slope, which is the gradient in the student's logits."""
+    """Return `skew_reverse_kl` and its slope: the gradient with respect to the student's logits."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)

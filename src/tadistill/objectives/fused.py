@@ -146,10 +146,10 @@ def fused_head(
 
     Args:
         hidden: (N, H).
-        values: a function that computes the terms of a small tile. Autograd is on if a gradient is needed.
-        weights: (K, N) or (K, 1). If they include the factor 1 / count, the backward pass need not scale the gradient.
-        slopes: a function that also computes the gradient. If a gradient is needed and `head.plain` is true, it is called instead of
-            `values`.
+        values: a function that computes the K terms of a few tokens.
+        weights: (K, N) or (K, 1). Include the factor 1 / count in the weights: then the backward pass need not scale the gradient.
+        slopes: a function that computes the terms and their gradient. It is used instead of `values` and autograd, if a gradient is
+            needed and the head has no scale or softcap.
         teachers: the teachers' outputs at the same N tokens.
         vocab: as in `fused_divergence`.
 
@@ -198,7 +198,7 @@ _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar
 
 @contextmanager
 def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
-    """Inside the `with` block, call `watcher(head, number of tokens, vocabulary size, with gradient)` for every head that is used."""
+    """Inside the `with` block, each use of a head calls `watcher(head, number of tokens, vocabulary size, with gradient)`."""
     token = _watcher.set(watcher)
     try:
         yield

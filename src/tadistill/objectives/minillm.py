@@ -31,11 +31,11 @@ def returns(
 ) -> Tensor:
     """Return the discounted sum of later rewards for each token (MiniLLM, Eq. 6).
 
-    For the token at place t of a response of T tokens, let n = T - t + 1. `length_normalisation` selects the divisor of the sum:
+    `length_normalisation` selects the divisor of the sum. Let n be the number of tokens from this token to the end of the response:
 
-        after        n - 2 = T - t - 1 (Eq. 6), but at least 1
-        remaining    n, the number of tokens from t to T (the released code)
-        discounts    the discounted sum of ones, so that equal rewards r give the return r
+        after        n - 2 (Eq. 6), but at least 1
+        remaining    n (the released code)
+        discounts    the same discounted sum with all rewards equal to 1. If all rewards are r, the return is r
         none         1
 
     Args:
@@ -69,7 +69,7 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
     Args:
         sums: the sum and the sum of squares of all values, from `moments`. Mean and variance are computed from them.
-        places: the number of values. MiniLLM's released code also counts padding positions, as values of zero.
+        places: the number of values. In MiniLLM's released code, this number includes padding positions.
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)
@@ -104,8 +104,8 @@ def policy_gradient(
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`. No gradient flows through it.
-        weight: factor of the result. To clip only the part q / q_old of the ratio, give log q_old as `log_behaviour` and q_old / p~ as
-            `weight`. q_old is the student at the time of sampling.
+        weight: a factor by which the result is multiplied. The ratio is the product of q / q_old and q_old / p~, where q_old is the
+            student at the time of sampling. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~ as `weight`.
 
     Returns:
         One value per token, of the shape of the inputs.
@@ -155,7 +155,7 @@ def single_step_with_slope(
     weight: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return `single_step` and its slope, which is the gradient in the student's logits."""
+    """Return `single_step` and its slope: the gradient with respect to the student's logits."""
     by = _importance(student_logits, tokens, log_behaviour, clip, weight)
     value, slope = reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
     return value * by, slope.mul_(by.unsqueeze(-1))

@@ -70,9 +70,10 @@ def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
 
 
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the values (...) of a loss that takes the tokens' log-probabilities, and its gradient in the logits (..., V).
+    """Return the values (...) of a loss, and their gradient with respect to the logits (..., V). Both have no autograd graph.
 
-    Neither of the two has an autograd graph.
+    Args:
+        loss: a function that takes the tokens' log-probabilities (...).
     """
     log_q, at = log_probs(student_logits), tokens.unsqueeze(-1)
     leaf = log_q.gather(-1, at).requires_grad_()
@@ -98,15 +99,15 @@ class TokenTerm:
     weight: float = 1.0
 
     def values(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> Tensor:
-        """Return the loss of each token in `rows`, (n,), from the logits of these tokens, (n, V)."""
+        """Return one loss (n,) for each token in `rows`. `logits` (n, V) are the student's logits at these tokens."""
         return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:
-        """Return True, because `with_slope` works for any teachers."""
+        """Return True: `with_slope` always works, because the loss uses no teacher."""
         return True
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the values (n,) and their gradients in the logits (n, V)."""
+        """Return the values (n,) and their gradients with respect to the logits (n, V)."""
         return token_loss_with_slope(logits, self.tokens[rows], lambda log_q: self._loss(log_q, rows))
 
     def _loss(self, log_q: Tensor, rows: slice) -> Tensor:

@@ -124,7 +124,7 @@ class TargetMixture:
                 return TargetMixture(self.kind, kept)
 
     def check(self, name: str, count: int) -> None:
-        """Raise a ConfigError unless `count`, the number of entries of argument `name`, equals the number of weights."""
+        """Raise a ConfigError if the argument `name` does not have one entry per weight. `count` is its number of entries."""
         if count != len(self.weights):
             raise ConfigError(f"the mixture has {len(self.weights)} weights, but `{name}` has {count} entries; give one entry per weight")
 
@@ -150,7 +150,7 @@ class TargetMixture:
         """Return the logits (..., V) of the mixture. Each distribution is the softmax of its logits at `temperature`.
 
         Args:
-            teacher_logits: one tensor (..., V) per weight.
+            teacher_logits: the logits (..., V) of each teacher, in the order of `weights`.
         """
         self.check("teacher_logits", len(teacher_logits))
         checks.positive("temperature", temperature)
@@ -197,8 +197,8 @@ class TopK:
         Use them in a divergence at temperature 1.
 
         Raises:
-            ConfigError: an id is outside the student's vocabulary, or there is a tail and `temperature` is not 1. (The probability of the
-                other tokens is known at temperature 1 only.)
+            ConfigError: an id is outside the student's vocabulary, or there is a tail and `temperature` is not 1. The tail is the
+                probability of all other tokens, and it is known at temperature 1 only.
         """
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
@@ -213,8 +213,8 @@ class TopK:
             return at_least_float32(student_logits).gather(-1, self.ids) / temperature, self.log_probs / temperature
         if temperature != 1.0:
             raise ConfigError(
-                f"`temperature` is {temperature}, but the total probability of the other tokens is known at temperature 1 only; use 1, or "
-                "tail='drop'"
+                f"`temperature` is {temperature}, but the tail (the probability of all tokens outside the top k) is known at temperature 1 "
+                "only; use 1, or leave out the tail with tail='drop'"
             )
         log_q = log_probs(student_logits)
         if self.ids.shape[-1] == width:
@@ -228,7 +228,7 @@ Target = Tensor | Hidden | TopK
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the tensor of a target that has one row per token: its logits, hidden states or log-probabilities."""
+    """Return the target's logits, hidden states or log-probabilities. This tensor has one row per token."""
     return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
 
 
@@ -256,16 +256,16 @@ class TeacherTerm:
     weight: float = 1.0
 
     def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> Tensor:
-        """Return the loss of each token in `rows`, (n,), from the logits of these tokens, (n, V)."""
+        """Return one loss (n,) for each token in `rows`. `logits` (n, V) are the student's logits at these tokens."""
         student, teacher, temperature = self._sides(logits, teachers)
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 
     def has_slope(self, teachers: Sequence[Target]) -> bool:
-        """Return True if `with_slope` works for these teachers. It works for all targets except top-k tokens."""
+        """Return True if `with_slope` works. It needs a divergence in `WITH_SLOPE`, and teachers without top-k tokens."""
         return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the values (n,) and their gradients in the student's logits (n, V)."""
+        """Return the values (n,) and their gradients with respect to the student's logits (n, V)."""
         student, teacher, temperature = self._sides(logits, teachers)
         return WITH_SLOPE[self.divergence](student, teacher, temperature=temperature, **self._arguments(rows))
 

@@ -77,13 +77,13 @@ def slower(model: PreTrainedModel) -> str | None:
 
 
 def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
-    """Divide prompts into groups that are answered together, and return their indices. Without padding, a group has equal lengths."""
+    """Divide prompts into batches, and return the indices of each batch. Without padding, all prompts of a batch have the same length."""
     lengths = np.array([len(prompt) for prompt in prompts])
     return [np.arange(len(prompts))] if padded else [(lengths == n).nonzero()[0] for n in np.unique(lengths)]
 
 
 class Decoder:
-    """A model and its memory of the tokens that it has read in a batch."""
+    """A model, with its stored state of the tokens of a batch that it has read (usually a KV cache)."""
 
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way

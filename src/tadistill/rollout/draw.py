@@ -33,9 +33,9 @@ _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture b = (1 - alpha) q + alpha p of the student's q and the teacher's p at every token (MiniLLM, Gu et al. 2024, Eq. 4).
+    """A mixture of student q and teacher p: every token is drawn from b = (1 - alpha) q + alpha p (MiniLLM, Gu et al. 2024, Eq. 4).
 
-    Each token is drawn by the teacher with probability alpha, and otherwise by the student. The token's random number selects the model.
+    The teacher draws a token with probability alpha, and otherwise the student draws it. The token's random number selects the model.
     `switch` then rescales this number to [0, 1), so that the selected model can draw the token with it.
     """
 

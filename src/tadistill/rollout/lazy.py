@@ -8,8 +8,8 @@ of every row in one call. Such a call takes little longer than a call with one t
 Tokens and probabilities equal those of the loop in `generate`, where both models read every token (tests/unit/rollout/test_lazy.py). On
 a CPU, this file takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
 
-Axes: N tokens of a call, M tokens of the call after which a token is predicted, B rows in the batch, R all rows, w the largest number of
-tokens of one row in a call, L columns of the cache, V vocabulary, H hidden size.
+Axes: N tokens of a call, M of these tokens whose next token is predicted, R all rows, B rows in the batch, w the largest number of tokens
+that a row has in a call, L columns of the cache, V vocabulary, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -215,8 +215,8 @@ AttentionInterface.register(_ATTENTION, _attention)
 class _Packed:
     """A model with a KV cache of `rows` x `capacity` tokens. A call may contain a different number of tokens for each row.
 
-    The N tokens of a call are packed into a single row without padding. Only attention needs to know their rows. The attention function
-    unpacks the queries to (B, w), runs transformers' `sdpa` with a mask, and packs the result again.
+    The model gets all N tokens of a call as a single row without padding. Only attention must know which token belongs to which row: it
+    arranges the queries as (B, w), runs transformers' `sdpa` with a mask, and turns the result back into a single row.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
@@ -230,9 +230,9 @@ class _Packed:
 
         Args:
             ids_N: the token ids.
-            rows_N: the tokens' rows, in ascending order.
-            columns_N: the tokens' columns, in ascending order within a row.
-            predict_M: indices into the N tokens.
+            rows_N: the cache row of each token, in ascending order.
+            columns_N: the position of each token in its row, in ascending order within a row.
+            predict_M: indices of the tokens whose logits are returned.
         """
         device, config = self.model.device, self.model.config
         self.places = places = _Places(rows_N, columns_N, self.rows, self.capacity, device)

@@ -1,8 +1,8 @@
 """Rounds of sampling and training: sample many sequences from the current student, train on them, then sample again.
 
-The teacher reads each sequence once. If the teacher helps to sample, its hidden states and log-probabilities are kept from sampling. If
-not, the teacher usually reads the sequences after sampling. It reads them in the training step instead if each sequence is used only once
-and the loss needs no log-probabilities before that step. Logits are never stored.
+The teacher reads each sequence once, at one of three times. If it helps to sample, its hidden states and log-probabilities are stored
+during sampling. Otherwise, it reads the sequences after sampling. There is one exception: if each sequence is used only once, and the loss
+needs no log-probabilities before the training step, the teacher reads the sequences in this step. Logits are never stored.
 """
 
 from collections.abc import Sequence as Seq
@@ -213,7 +213,7 @@ def on_policy(
     Args:
         texts: the responses of the data set. For the sampler `pair`, these are the teacher's responses.
         prompts: the prompts for samplers that work in rounds.
-        common: the arguments engine, pad, seed and shard of every sampler.
+        common: the arguments that every sampler takes: engine, pad, seed and shard.
     """
     config = method.sampler
     if isinstance(config, Rounds):

@@ -41,7 +41,7 @@ class Sampler:
 
     @property
     def wants_dev(self) -> bool:
-        """True if the training loop must evaluate the student on dev before the first update, and call `observe` with the metrics."""
+        """True if the sampler needs dev metrics before the first update. The training loop then calls `observe` with them."""
         return False
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -181,11 +181,11 @@ class Replay(_WithStudent):
 
     @property
     def wants_dev(self) -> bool:
-        """True until the dev loss of the untrained student is known."""
+        """True until `observe` has received the dev loss of the untrained student, which it compares with later ones."""
         return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of update `step`. They are new text of the student, or text from the buffer, or fixed responses."""
+        """Return the micro-batches of update `step`. They contain new text of the student, or text from the buffer, or fixed responses."""
         u = self.draw(step)
         if u < self._share_of_fresh(step) or (u < self.phi and len(self.buffer) < self.config.capacity):
             found = self.shard.gather(list(self.fresh(step).items()))

@@ -126,7 +126,7 @@ class Signals:
         self._ends = [np.cumsum(n) for n in lengths]
 
     def target(self, rows: Seq[int]) -> Hidden | TopK:
-        """Return the teacher's outputs at the response tokens. They are concatenated in the order of the sequences `rows`."""
+        """Return the teacher's outputs at the response tokens of these sequences, one sequence after the other."""
         found = [self._row(int(row)) for row in rows]
         joined = {name: torch.cat([f[name] for f in found]).to(self._device) for name in found[0]}
         if self.head is not None:

@@ -225,7 +225,7 @@ class Estimate:
         self._before: dict[str, float] = {}  # share of the work that earlier runs have done
 
     def begins(self, key: str, progress: float) -> None:
-        """Record the progress (0 to 1) from which a stage continues. An earlier run has saved it."""
+        """Record that a stage starts at this progress (0 to 1). It is above 0 if an earlier run saved a state."""
         self._before[key] = min(self.work[key].share(progress), 0.999) if progress > 0 else 0.0
 
     def finished(self, key: str, seconds: float) -> None:
@@ -244,7 +244,7 @@ class Estimate:
         self._running.pop(key, None)
 
     def left(self, key: str) -> float | None:
-        """Return the predicted seconds until a stage is finished, as of the last call of `running`. Return None if no speed is known."""
+        """Return the seconds from the last call of `running` to the predicted end of a stage. Return None if no speed is known."""
         return self._left(key, self._speeds())
 
     def total_left(self, waiting: Iterable[str]) -> float | None:

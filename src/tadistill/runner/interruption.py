@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that becomes True when one of the signals arrives. Later signals only call the function `told`, so that a save can finish.
+    """A flag that becomes True at the first of the signals. Each later signal only calls `told`, so that the process can save its state.
 
     A signal that the process already ignores stays ignored, such as SIGINT in a background job of a shell. Only the main thread can catch
     signals. In another thread the flag stays False.
@@ -63,7 +63,7 @@ class StopFlag:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Make SIGTERM and SIGUSR2 raise `Stopped` inside the `with` block. After the first signal, all later ones are ignored."""
+    """Inside the `with` block, SIGTERM and SIGUSR2 raise `Stopped`. After the first signal, all later ones are ignored."""
     before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
     ending = False
     try:
@@ -90,7 +90,7 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block the signals in `ENDING` inside the `with` block. A process that is started in it blocks them too, until it calls `release`."""
+    """Inside the `with` block, the signals in `ENDING` are blocked. A process that starts there blocks them until it calls `release`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -99,5 +99,5 @@ def held() -> Iterator[None]:
 
 
 def release() -> None:
-    """Unblock the signals in `ENDING`, in a process that was started inside `held`."""
+    """Unblock the signals that `held` blocked. A process that was started inside `held` calls this."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

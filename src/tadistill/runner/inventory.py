@@ -83,7 +83,7 @@ def unneeded(runs: Path, store: Store) -> list[Unneeded]:
 
 
 def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
-    """Delete stages, and return the number of freed bytes. A stage that a process works on is kept, and `told` is called with a note."""
+    """Delete stages, and return the number of freed bytes. A stage that is in use is kept, and `told` is called with a note."""
     freed = 0
     for key in keys:
         lock = store.lock(key)

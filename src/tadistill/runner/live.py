@@ -35,7 +35,7 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Board:
-    """The states of a run's stages. There is a group for each arm (a path of models), and one for the stages that arms share."""
+    """The states of a run's stages. They are grouped by arm (a path of models). Stages that several arms share are a group of their own."""
 
     def __init__(self, plan: Plan, labels: Mapping[str, str], todo: Iterable[str]):
         self.stages, self.labels = plan.stages, labels

@@ -32,7 +32,7 @@ State = Literal["running", "dead", "finished", "failed", "interrupted"]
 
 @dataclass
 class StageProgress:
-    """A stage that runs, or that was running when its run ended."""
+    """The progress of an unfinished stage. If its run has ended, this is the last progress."""
 
     label: str
     done: int = 0

@@ -41,7 +41,7 @@ _STARTS = 10
 def check_study(recipe: Recipe, console: Console | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
-    Notes on the data are printed on the console: about rows that will be left out or cut, and about references that ROUGE-L ignores.
+    The function prints notes on the data. They name rows that will be left out or cut, and references that ROUGE-L ignores.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.

@@ -44,7 +44,7 @@ _LAST_WORDS = 1.0
 
 
 def prepare() -> Any:
-    """Return the multiprocessing context. On Linux, also start the server that is forked for each stage. It imports in the background."""
+    """Return the multiprocessing context. On Linux, also start the server from which stages are forked. It imports in the background."""
     if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -77,7 +77,7 @@ class Screen:
         self.journal.log(text)
 
     def remind(self) -> None:
-        """Make the next `tick` print that the stages are already saving their state. A signal handler may call this."""
+        """Tell the user at the next `tick` that the stages are already saving their state. A signal handler may call this."""
         self.reminded = True
 
     def start(self, key: str) -> None:

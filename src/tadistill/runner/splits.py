@@ -56,7 +56,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
 
     Raises:
         DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.
-        ModelError: the tokenizer puts BOS first, but its files do not say so.
+        ModelError: the tokenizer puts BOS before a text, but its files do not contain this setting.
         ConfigError: a checkpoint is selected by a metric of facts or right answers, but the dev set has none.
     """
     found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
@@ -64,8 +64,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, rules.bos)
     if data.bos == "auto" and tokens.bos_matters and not rules.bos and adds_bos(tokenizer):
         raise ModelError(
-            f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not say so; save it again "
-            "with save_pretrained, or set data.bos: never"
+            f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not contain this setting; "
+            "save it again with save_pretrained, or set data.bos: never"
         )
     splits = {"train": data.train, "dev": data.dev}
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
@@ -147,10 +147,10 @@ def trains(recipe: Recipe) -> bool:
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
-    """Return sentences about rows that are left out or cut, and about test sets in which not all models keep the same rows.
+    """Return sentences about rows that are left out or cut, and about test sets whose rows are not the same for all models.
 
     Raises:
-        DataError: no row of a test set is kept by all models.
+        DataError: the models have no row of a test set in common.
     """
     found: list[str] = []
     for role, name in next(iter(read.values())).counts:
@@ -173,7 +173,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a warning for every split in which ROUGE-L, which reads only ASCII, ignores a large part of the references."""
+    """Return a warning for every split whose references ROUGE-L ignores in large part. ROUGE-L reads only ASCII."""
     data, found = recipe.data, list[str]()
     selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:

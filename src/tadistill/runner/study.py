@@ -96,7 +96,7 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Terminal | None = None) -> Path:
     """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
 
-    An existing report of other evaluations, for instance of other seeds, is moved to runs/STUDY/earlier/KEY.
+    If an old report shows other evaluations than the plan (for instance other seeds), it is moved to runs/STUDY/earlier/KEY.
     """
     study = runs / plan.recipe.study
     path = study / "plan.json"

@@ -23,7 +23,7 @@ _ROWS = 128  # training rows of a stage that writes or reads a teacher's signal 
 
 
 def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
-    """Measure one stage of each kind in the plan. Return FLOP/s by kind of stage and by part (such as training or sampling)."""
+    """Measure one stage of each kind in the plan. For each kind, return the FLOP/s of its parts, such as training or sampling."""
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
         if stage.cost and stage.cost.parts:

@@ -46,7 +46,7 @@ class Ranks:
         if world != processes:
             raise ConfigError(
                 f"`resources.processes` is {processes} for this stage, but the environment variable WORLD_SIZE is {world}; set "
-                f"`resources.processes` to {world}, or unset WORLD_SIZE and RANK if no launcher set them"
+                f"`resources.processes` to {world}; or unset WORLD_SIZE and RANK, if no launcher (such as torchrun) has set them"
             )
         if world > 1 and not dist.is_initialized():
             device = own_device()

@@ -63,7 +63,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Save the teacher with the temperature at which its mean entropy on dev responses equals that of the model `like`."""
+    """Change the teacher's temperature until its mean entropy on dev responses equals that of another model (`like`). Save it."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count every call of a model or of the fused head inside the `with` block."""
+        """Inside the `with` block, every call of a model or of the fused head is counted."""
         handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
         handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
         try:
@@ -64,9 +64,9 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the calls inside the `with` block under the phase `name`.
+        """Inside the `with` block, all calls are counted for the phase `name`.
 
-        In the phase `sampling`, a call in inference mode counts as `rollout`, and any other call as `scoring`.
+        The phase `sampling` has two counts: `rollout` for calls in inference mode, and `scoring` for all other calls.
         """
         outer, self._phase = self._phase, name
         try:
@@ -76,7 +76,7 @@ class Meter:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the calls inside the `with` block under the phase `name`, and add the elapsed seconds to the phase."""
+        """Do the same as `phase`, and also add up the seconds that the `with` block takes."""
         # No device is still working for a phase at its end, because each phase ends with numbers on the host.
         start = time.perf_counter()
         try:

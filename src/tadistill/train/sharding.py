@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Shard a model in place over all processes. Its decoder layers move to `device` one after the other.
 
-    The embeddings, the last norm and the head form one group. Its weights stay gathered from the forward pass to the end of the backward
-    pass, because the fused head reads the head's weight between the two. If no backward pass follows, they stay gathered.
+    The weights of the embeddings, the last norm and the head are gathered together. They stay gathered from the forward pass to the end
+    of the backward pass, because the fused head reads the head's weight between the two. Without a backward pass, they stay gathered.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = _layers(model)
@@ -51,7 +51,7 @@ def sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Gather the whole model on every process inside the `with` block. All processes must enter the block together.
+    """Inside the `with` block, every process has the whole model. All processes must enter the block together.
 
     Nothing happens if the model is not sharded or `when` is False. A forward pass inside the block waits for no other process. Sampling
     needs this, because each process makes a different number of forward passes.

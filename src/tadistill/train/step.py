@@ -87,7 +87,7 @@ class Step:
     mixture: TargetMixture | None = None
     """The mixture that combines several teachers into one target; None for a single teacher."""
     seed: int = 0
-    """The seed for choosing the teachers that an update leaves out."""
+    """The random seed that decides which teachers an update leaves out."""
     schedule: TaidSchedule | None = None
     """TAID's state, which changes once per update and is saved with the training state."""
     phase: Phase = nullcontext
@@ -110,7 +110,7 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: the number by which each sum over tokens is divided. It has the keys of `counts`.
+            per: the numbers by which the sums over response tokens (key `response`) and plain text (key `corpus`) are divided.
         """
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
@@ -156,7 +156,7 @@ def make_step(
     Args:
         teachers: the teachers that run in training, the original one first. Empty if the objective uses no teacher, or if the batches
             already contain the teacher's outputs.
-        seed: the seed for choosing the teachers that an update leaves out.
+        seed: the random seed that decides which teachers an update leaves out.
         own: the function of objective `custom`.
     """
     models = Models(student, teachers, vocab)
