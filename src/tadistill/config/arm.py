@@ -47,8 +47,7 @@ A = TypeVar("A", bound=ComparableArm)
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
     """Return the first arm in which the teacher itself teaches the student. Return None if there is no such arm.
 
-    Two kinds of arms are skipped: arms whose budget depends on another arm (`compute`), and arms with several paths, several teachers at
-    once, or `init` (not `is_plain`).
+    An arm counts only if it has one path, one teacher at a time, no `init` (`is_plain`), and no `compute`.
 
     Args:
         teacher: the original teacher. None accepts any teacher.
@@ -126,14 +125,14 @@ class Arm(Strict):
                     )
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
             raise ValueError(
-                f"path `{self.text}` has a part (separated by `then`) with only one model; write each part with two models or more, as A > "
-                "B"
+                f"path `{self.text}` has a part with only one model (`then` separates the parts), so nothing is trained there; write each "
+                "part with two models or more, as A > B"
             )
         for i, path in enumerate(self.path[:-1]):
             used = {m for later in self.path[i + 1 :] for m in later} | set(self.init.values())
             if path[-1] not in used:
                 raise ValueError(
-                    f"path `{self.text}` teaches {path[-1]}, but no later part (after `then`) uses {path[-1]}; add a part with {path[-1]}"
+                    f"path `{self.text}` trains {path[-1]}, but does not use it after the next `then`; use {path[-1]} in a later part"
                 )
         return self
 
@@ -162,8 +161,7 @@ class Arm(Strict):
 
     @property
     def like(self) -> tuple[float | None, str] | None:
-        """The budget in `compute`, as a pair: the factor on the FLOPs, and the name of the other arm. The factor is None for `as ARM`. If
-        `compute` is not set, the property is None."""
+        """The factor and the arm in `compute`: (4.0, ARM) for `4x ARM`, and (None, ARM) for `as ARM`. None if `compute` is not set."""
         found = _COMPUTE.fullmatch(self.compute) if self.compute else None
         return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
 
@@ -188,16 +186,15 @@ class Arm(Strict):
 
     @property
     def patch(self) -> MethodPatch:
-        """The changes of this arm to the recipe's method."""
+        """This arm's changes to the recipe's method."""
         return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
 
 
 class Budgets(Strict):
     """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget. Its updates and its warmup are scaled.
 
-    For example, the arm `direct` defines the budget 1x, and the recipe also has the arm `chain`. With `times: [1, 2]`, `chain` is replaced
-    by
-    `chain-1x` and `chain-2x`, and `direct-2x` is added. The arm `direct` itself stays, because its budget is 1x.
+    For example, a recipe has the arms `direct` and `chain`. With `times: [1, 2]` and `of: direct`, its new arms are `direct` (which defines
+    the budget 1x), `direct-2x`, `chain-1x` and `chain-2x`.
     """
 
     text_sets: ClassVar[str] = "times"
@@ -222,23 +219,23 @@ class Budgets(Strict):
         return times
 
     def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
-        """Return the arms of a recipe, in which each arm is replaced by one arm per budget. Arms that already have `compute` stay as they
-        are.
+        """Return the arms of a recipe, with one arm per budget in place of each arm. Arms with `compute` or without training stay.
 
         Raises:
-            ValueError: a name is not an arm, an arm cannot be trained at several budgets, or the name of a new arm is already used.
+            ValueError: an arm in `of` or `arms` is missing, has `compute` or trains no model; or a new arm's name is already used.
         """
         able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
         of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
         if of is None or of not in able:
-            what = f"budgets.of is `{of}`" if of else "no arm has a path `teacher > student`"
+            what = f"budgets.of is `{of}`, which defines no budget" if of else "no arm `teacher > student` defines the budget 1x"
             raise ValueError(
                 f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
             )
         for name in self.arms or ():
             if name not in able and at_budget(name, self.times[0]) not in arms:
                 raise ValueError(
-                    f"budgets.arms names `{name}`; name only arms that train a model and have no `compute` (such arms: {', '.join(able)})"
+                    f"budgets.arms names `{name}`, whose budget cannot change; name only arms that train a model and have no "
+                    f"`compute` (such arms: {', '.join(able)})"
                 )
         found: dict[str, Arm] = {}
         for name, arm in arms.items():
@@ -258,8 +255,8 @@ class Budgets(Strict):
 
 
 class BudgetOf(NamedTuple):
-    """The budget of an arm that `Budgets.expand` made. `arm` is the original arm, `times` is the factor, and `reference` is the arm whose
-    training FLOPs are the budget 1x."""
+    """The budget of an arm that `Budgets.expand` made from the original arm `arm`. It is `times` the training FLOPs of the arm
+    `reference`."""
 
     arm: str
     times: float
@@ -276,7 +273,7 @@ def budget_of(name: str, compute: str | None) -> BudgetOf | None:
 
 
 def at_budget(arm: str, times: float) -> str:
-    """Return the name of the arm that is `arm` with `times` the budget. For 4 times the budget of `chain`, it is `chain-4x`."""
+    """Return the name of an arm at a budget. For example, the arm `chain` at the budget 4x has the name `chain-4x`."""
     return f"{arm}-{times:g}x"
 
 

@@ -10,8 +10,7 @@ from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
 
 class OtherDecoding(Decoding):
-    """Settings of another sampling of responses to the test sets. A field that is left out has the value of the main settings,
-    `evaluate`."""
+    """Another way to sample responses to the test sets. A field that is left out has the value of the main settings, `evaluate`."""
 
     seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
     """Seeds of this sampling. The default is the first of the main seeds, `evaluate.seeds`."""
@@ -65,24 +64,22 @@ class Evaluate(Decoding):
         return self
 
     def check_answers(self, columns: Sequence[Mapping[Any, str]]) -> None:
-        """Raise a ValueError if `pass_at` is set, but no test set has right answers. `columns` has the mapping `columns` of each test
-        set."""
+        """Raise a ValueError if `pass_at` is set, but no test set has right answers. `columns` has the key `columns` of each test set."""
         rules = [name for name, row in METRICS.items() if row.right_or_wrong]
         if self.pass_at and not any(rule in of_set for of_set in columns for rule in rules):
             raise ValueError(
-                "evaluate.pass_at needs right answers, but no test set has them; name the column of right answers under one of "
-                f"{', '.join(rules)}, as in "
-                "columns: {numeric: answer}"
+                "evaluate.pass_at needs right answers, but no test set names a column that has them; add `columns` to a test set, such as "
+                f"columns: {{numeric: answer}} for numbers in the column `answer` (possible keys: {', '.join(rules)})"
             )
 
     def other(self, name: str) -> "Evaluate":
-        """Return the settings of the entry `name` of `also`. Fields that the entry leaves out have the values of the main settings."""
+        """Return the settings of another decoding. `name` is its key in `also`. Fields that it leaves out have the main values."""
         changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
         return self.one_response.model_copy(update=changes)
 
     @property
     def one_response(self) -> "Evaluate":
-        """These settings with the first seed only, and without `also`. They give one response to each prompt."""
+        """The same settings, but for one response to each prompt: with the first seed only, and without `also`."""
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, "samples": None, "pass_at": ()})
 
 

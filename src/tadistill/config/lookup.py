@@ -38,7 +38,7 @@ def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
     """Return all explanations of a word: a key (`lr`, `method.optim.lr` or `arms.X.path`), a `type`, a method, or an allowed value.
 
     Args:
-        others: more words, besides those of recipes, that the error message can suggest for a mistyped word.
+        others: words that are not from recipes. If a word is mistyped, the error message can suggest them too.
 
     Raises:
         ConfigError: nothing has this name.

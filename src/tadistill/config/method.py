@@ -179,7 +179,7 @@ class Method(Strict):
 
 
 class MethodPatch(Strict):
-    """The changes of one model or one arm to the recipe's method."""
+    """Changes to the recipe's method for one model or one arm."""
 
     objective: Objective | None = None
     """Changes to the recipe's `method.objective`. If the `type` differs, this objective replaces the recipe's objective."""

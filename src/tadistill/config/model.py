@@ -32,7 +32,7 @@ class Init(Strict):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The new sizes that the recipe gives, by key. The value of `layers` is always the number of layers."""
+        """The sizes that this pruning changes, by key. `layers` is always a number, even if the recipe has a list of layers."""
         depth = {} if self.layers is None else {"layers": self.layers if isinstance(self.layers, int) else len(self.layers)}
         return depth | {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
 
@@ -99,8 +99,8 @@ class Lora(Strict):
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but LoRA cannot train the head or the embeddings here: the loss uses the "
-                "head's original weights; name other linear layers, or remove `targets` to train all of them"
+                f"lora.targets has {', '.join(refused)}, but the head and the embeddings cannot have adapters, because the loss reads the "
+                "head's weights without adapters; name other linear layers, or remove `targets` to adapt all other linear layers"
             )
         return self
 

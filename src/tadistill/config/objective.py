@@ -239,11 +239,11 @@ class SampledKL(ObjectiveBase):
 
 
 class NoTeacher(ObjectiveBase):
-    """A control without a teacher (arXiv 2608.31046): a policy gradient with the advantage -1 for sampled tokens that the student finds
-    improbable.
+    """A control without a teacher (arXiv 2608.31046). It is a policy gradient in which sampled tokens that the student finds
+    improbable have the advantage -1.
 
-    This objective needs the sampler `student`. If a student gains as much from it as from distillation, the gain does not come from the
-    teacher.
+    This objective needs the sampler `student`. If it improves a student as much as distillation does, then the teacher does not cause the
+    improvement.
     """
 
     needs_teacher: ClassVar[bool] = False

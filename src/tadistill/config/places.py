@@ -1,5 +1,5 @@
-"""The places of keys and files of a recipe. Relative paths start in the folder of the recipe. Error messages name the recipe's file and
-line."""
+"""Where the keys and the files of a recipe are. Error messages name the file and the line of a key. Relative paths start in the folder of
+the recipe."""
 
 import functools
 import os
@@ -33,7 +33,7 @@ class Origin:
 def where(source: str, lines: Lines, key: tuple) -> str:
     """Return the text that names a key in messages: file, line and key, or the override and the key.
 
-    A key without a place of its own, such as a default, gets the place of the group that contains it.
+    A default has no line of its own. Its text names the line of the group that contains it.
     """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{'.'.join(map(str, key))}`" if key else ""
@@ -43,7 +43,7 @@ def where(source: str, lines: Lines, key: tuple) -> str:
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
-    """Return the recipe with resolved relative paths. A path is looked for beside the recipe's file, and then in the working directory."""
+    """Return the recipe with its relative paths resolved. A path is tried beside the recipe's file, then in the working directory."""
     written: dict[str, str] = {}
 
     def found(load: str | None) -> str | None:

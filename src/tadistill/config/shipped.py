@@ -49,7 +49,7 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence that says which file the name `recipe` means: the package's or the user's. Return an empty string for a path."""
+    """Return a sentence that says whether a recipe's name means a file of the package or of the user. Return an empty string for a path."""
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""

@@ -35,9 +35,9 @@ SHORT_KEYS = {
 
 
 def written_out(value: Any, *, string: str, name: str) -> Any:
-    """Return the keys of a method or an arm, with the name of a method replaced by this method's objective and sampler.
+    """Return the keys of a method or an arm. If they contain the name of a method, its objective and sampler replace the name.
 
-    Keys that `value` itself gives in its objective or sampler replace those of the named method. Another `type` replaces the whole part.
+    Keys in the `objective` or `sampler` of `value` override those of the named method. If the `type` differs, nothing is taken from it.
 
     Args:
         value: the part of the recipe. A text is read as the value of the key `string`. A value without keys is returned unchanged.

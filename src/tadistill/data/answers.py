@@ -54,8 +54,8 @@ _MARK = "####"
 def final_number(text: str) -> Decimal | None:
     r"""Return the final number of a text. Return None if there is no number.
 
-    Three places are searched in this order: the text after the last ####, where the first number is taken; the last \boxed{}; and the
-    whole text. In these two, the last number is taken. Commas between groups of three digits, and currency signs, are skipped.
+    Three places are searched in this order: the text after the last ####, the last \boxed{}, and the whole text. After ####, the first
+    number counts. In the other two places, the last number counts. Commas between groups of three digits, and currency signs, are skipped.
     """
     marked, boxed = text.rpartition(_MARK)[2] if _MARK in text else "", final_box(text) or ""
     found = _numbers(marked)[:1] or _numbers(boxed)[-1:] or _numbers(text)[-1:]

@@ -67,7 +67,7 @@ class Batch:
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
 
     def first(self, rows: int) -> "Batch":
-        """Return the first `rows` sequences as a batch, without `corpus`."""
+        """Return the first `rows` sequences as a batch. Its `corpus` is None."""
         mask = self.mask_BT[:rows]
         targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
@@ -97,7 +97,7 @@ class _OnDisk(Seq[Sequence]):
 
 
 def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
-    """Return one sequence per prompt, whose response is the first reference. The rows of a large set are read from the disk when they are
+    """Return one sequence per prompt. Its response is the first reference. The rows of a large set are read from the disk when they are
     used."""
 
     def read(i: int) -> Sequence:
@@ -122,7 +122,7 @@ def responses(file: Path) -> Seq[Sequence]:
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:
-    """Return plain text as at most `limit` sequences of `length` tokens. The documents are joined, with EOS after each, and then cut.
+    """Return at most `limit` sequences of plain text, each of `length` tokens. The documents are joined, with EOS after each, and then cut.
 
     A shorter piece at the end is dropped, unless it is the only one. With `bos`, the first token of every sequence is BOS. MiniLLM prepares
     its pre-training text in the same way.

@@ -102,7 +102,7 @@ def empty(ref: DataRef, role: str) -> DataError:
 
 
 def check_sources(data: Data) -> None:
-    """Check that every data set exists on this disk, or has a name that can be on the Hub. No data is read.
+    """Check that every data set exists on this disk. A name that may be a Hub id is accepted too. No data is read.
 
     Raises:
         DataError: some data sets do not exist. The message names all of them.
@@ -115,8 +115,8 @@ def check_sources(data: Data) -> None:
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read: the
-    keys in its `columns` decide."""
+    """Return the form of the first row: an instruction, a conversation or a whole prompt. A data set on the Hub is not read. Its form
+    follows from the keys in its `columns`."""
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
     first = next(jsonl.read(path), None) if path else None
     if first is not None:
@@ -278,8 +278,8 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
         path = hub.download(repository, ref.revision, file)
     except DataError as error:
         raise DataError(
-            f"data set `{ref.load}` (split {split}) is neither on this disk (as {named.folder}/{split}.jsonl in data.root or "
-            f"TADISTILL_DATA), nor can it be loaded from the Hub: {error}"
+            f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
+            f"and it cannot be loaded from the Hub: {error}"
         ) from error
     return itertools.islice(jsonl.read(path), first, last)
 

@@ -78,8 +78,8 @@ class RowsOnDisk:
     limit: int | None
 
     def glance(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str) -> Kept | None:
-        """Return the tokenised data set if its file is in the cache folder. Otherwise, only check that a row is short enough, and return
-        None.
+        """Return the tokenised data set if its file is in the cache folder. Otherwise return None, after a check that at least one row is
+        short enough.
 
         Raises:
             DataError: no row is short enough.
@@ -99,10 +99,10 @@ class RowsOnDisk:
         name: str,
         tick: Callable[[int], None] = lambda rows: None,
     ) -> Kept:
-        """Return the tokenised data set. If its file is not in the cache folder, it is tokenised now.
+        """Return the tokenised data set. It is tokenised now, unless its file is already in the cache folder.
 
-        If another process is already tokenising this data set, the call waits for it. A data set of the Hub is not stored in the cache,
-        because its content can change.
+        If another process is tokenising the same data set, the call waits for it. A data set of the Hub is not stored in the cache, because
+        its content can change.
 
         Args:
             name: the name of the data set in messages.

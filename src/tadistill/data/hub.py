@@ -75,7 +75,7 @@ def reachable() -> bool:
 
 
 def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
-    """Return the error for a repository that is not in the local cache, while HF_HUB_OFFLINE=1 forbids downloads."""
+    """Return the error for a repository that is not in the local cache, if HF_HUB_OFFLINE=1 forbids its download."""
     return error(
         f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
         "run `tadistill fetch RECIPE` on a machine with network access"
@@ -89,7 +89,7 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """Inside a `with` block, turn download errors into an exception of the class `error` with one clear sentence.
+    """While a `with` block runs, turn download errors into an exception of the class `error` with one clear sentence.
 
     Args:
         kind: `model` or `data set`, for the sentence.

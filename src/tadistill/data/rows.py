@@ -141,7 +141,7 @@ def _right_answers(row: dict[str, Any], ref: DataRef, index: int, choices: tuple
             continue
         if column not in row:
             raise DataError(
-                f"{where} has no column `{column}`, but `columns` of this data set names it (as `{name}`); add the column to the row, or "
+                f"{where} has no column `{column}`, which the recipe reads (columns: {{{name}: {column}}}); add the column to the row, or "
                 "delete the row"
             )
         found[name] = RULES[name].read(row[column], choices, where)
@@ -230,7 +230,8 @@ def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str,
         wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
         if wrong:
             raise DataError(
-                f"{where}: label {shown(wrong[0])} is outside 0 to {len(choices) - 1}; {known}. Use a split that has labels in all rows"
+                f"{where}: label {shown(wrong[0])} is outside 0 to {len(choices) - 1}; {known}. Correct the label. Some test sets write -1 "
+                "in every row, because their labels are secret; then use another split"
             )
         answers = [choices[a] if isinstance(a, int) else a for a in answers]
     for answer in answers:

@@ -119,8 +119,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A data set with its name, encoded for one tokenizer. Rows that were left out, such as those with long prompts, are not in
-    `encoded`."""
+    """A data set with its name, encoded for one tokenizer. `encoded` has no row that was left out, for example because its prompt is too
+    long."""
 
     name: str
     examples: Seq[Example]
@@ -220,10 +220,10 @@ def encode_counted(
 def encode_parts(
     examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str = "data"
 ) -> Iterator[tuple[list[Encoded], Counts]]:
-    """Encode examples as `encode` does, some hundred rows at a time. Yield each part, with the counts of all rows up to this part.
+    """Yield the examples in parts, encoded as by `encode`. Each part comes with the counts of all rows so far.
 
     Raises:
-        DataError, ModelError: as in `encode`. The error for a split in which no row is left comes after the last part.
+        DataError, ModelError: as in `encode`. The check that at least one row is left comes after the last part.
     """
     rows, shortest = iter(examples), 0
     counts = Counts(0, limit=lengths.limit, max_length=lengths.max_length)

@@ -52,7 +52,11 @@ def shards(index: Path) -> set[str]:
 
 
 def read_description(path: Path, load: str) -> dict[str, Any]:
-    """Return the content of a JSON file of the model `load`, such as its config.json. Raises a ModelError if the file is damaged."""
+    """Return the content of a JSON file of a model, such as its config.json. `load` is the name of the model in error messages.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -92,7 +96,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def base_of(adapter: Path, load: str) -> tuple[str, str]:
-    """Return the source and the revision of the base model of an adapter. Error messages call the adapter `load`.
+    """Return the source and the revision of the base model of an adapter. `load` is the name of the adapter in messages.
 
     Raises:
         ModelError: the adapter is not a LoRA adapter, or its base is unknown.
@@ -122,7 +126,7 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
 
 
 def directory_digest(directory: Path) -> str:
-    """Return a digest of a model's JSON files, tokenizer and weights. Of large weight files, only evenly spaced blocks are read."""
+    """Return a digest of a model's JSON files, tokenizer and weights. From a large weight file, it reads only some blocks."""
     described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
     weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
     lines = [f"{p.name} {disk.sha256(p)}" for p in described] + [f"{p.name} {disk.sampled_digest(p)}" for p in weights]

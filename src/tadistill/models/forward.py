@@ -44,7 +44,7 @@ class Reader:
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the last hidden states, of shape (N, H), at the N positions where the mask is True, in row-major order.
 
-        `model` is the model of this reader, or a wrapper around it (for several processes).
+        `model` is this reader's model, possibly in a wrapper for several processes.
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
         end = int(columns[-1]) + 1 if len(columns) else 1  # no position in the mask reads later tokens
@@ -101,7 +101,7 @@ def check_reading(model: PreTrainedModel) -> None:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode inside a `with` block."""
+    """Put a model into eval mode while a `with` block runs. After the block, the model has its old mode again."""
     training = model.training
     model.eval()
     try:
@@ -134,7 +134,7 @@ class Rounding:
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Measure the rounding errors of the forward passes inside a `with` block. They depend on the dtype in which the head computes."""
+    """Give a `with` block the size of the rounding errors in its forward passes. It depends on the dtype in which the head computes."""
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -150,21 +150,24 @@ def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
 
 
 def apart(got_V: Tensor, expected_V: Tensor) -> float:
-    """Return the difference between two logit vectors as a fraction of their spread. A constant added to all logits does not matter. Two
-    NaN values are equal."""
+    """Return how far two logit vectors are apart: the norm of their difference, divided by the norm of `expected_V`.
+
+    Each vector is first shifted to mean 0. Two NaN values are equal.
+    """
     got, expected = ((z - z.mean()).nan_to_num() for z in (got_V, expected_V))
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the `inputs` that a forward function with the parameters `takes` accepts. A function with `**kwargs` accepts all
-    inputs."""
+    """Return the `inputs` that a forward function accepts. `takes` are the parameters of this function. If it has `**kwargs`, it accepts
+    all inputs."""
     return {name: value for name, value in inputs.items() if "kwargs" in takes or name in takes}
 
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Inside a `with` block, collect the inputs of the output head in a list. With `skip`, the head computes no logits."""
+    """Give a `with` block a list. Each forward pass in the block adds the input of the output head to it. With `skip`, the head computes no
+    logits."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

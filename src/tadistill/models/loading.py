@@ -38,8 +38,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model source.
 
-    If a tokenizer has no pad token, EOS becomes its pad token. This does not change results, because padding is masked by length. `world`
-    gives the seed and the number of people of the synthetic data set `tinyworld`. It is used for the source `tinyworld` only.
+    If a tokenizer has no pad token, EOS becomes its pad token. This does not change results, because padding is always masked.
+    For the source `tinyworld`, `world` has the seed and the number of people of this synthetic data set.
 
     Raises:
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
@@ -239,10 +239,10 @@ def _token(token: str | None) -> str:
 
 
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> int:
-    """Return the smallest vocabulary size among the tokenizer and the output heads of all models.
+    """Return the number of tokens that the tokenizer and the output heads of all models have.
 
     In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
-    must therefore keep only the first logits, up to this number, and renormalise.
+    must therefore keep only this number of logits, from the first one, and renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])

@@ -35,7 +35,7 @@ _RANGE = (0.05, 20.0)  # the search range of temperatures
 
 
 def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
-    """Add low-rank adapters to a model with peft, and freeze all other weights. Until training, the outputs of the model do not change.
+    """Add low-rank adapters to a model with peft, and freeze all other weights. Before training, they do not change the outputs.
 
     `seed` determines the random initial weights of the adapters.
 
@@ -131,8 +131,8 @@ def _layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
-    """Divide the logits of the model by `tau`, in place. The weights of the head are scaled or, if the head shares its weights with the
-    embeddings, those of the last norm.
+    """Divide the logits of the model by `tau`, in place. This scales the weights of the head. If the head shares its weights with
+    the embeddings, the weights of the last norm are scaled instead.
 
     Raises:
         ModelError: scaling these weights does not scale the logits, for instance because a soft cap follows the head.

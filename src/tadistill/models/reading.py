@@ -24,7 +24,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
 
 
 def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a directory. Error messages call the model `load`.
+    """Read the tokenizer of a directory. `load` is the name of the model in error messages.
 
     Raises:
         ModelError: there is no tokenizer, it cannot be read, or it needs code of its own.
@@ -52,7 +52,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
 
 
 def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
-    """Read the causal language model of a directory, in eval mode. Error messages call the model `load`.
+    """Read the causal language model of a directory, in eval mode. `load` is the name of the model in error messages.
 
     On the device `meta`, only the headers of the files are read.
 
@@ -103,8 +103,8 @@ def _check_weights(load: str, info: dict[str, Any]) -> None:
         )
     if layers := _layers(info["unexpected_keys"]):
         raise ModelError(
-            f"the files of `{load}` have more layers than config.json says ({', '.join(layers[:_SHOWN])}); correct num_hidden_layers, or "
-            f"prune with `init: {{from: …, layers: …}}`"
+            f"the files of `{load}` have more layers than num_hidden_layers in config.json (weights {', '.join(layers[:_SHOWN])}); "
+            "correct num_hidden_layers. For a model with fewer layers, keep this number, and prune with `init: {from: …, layers: …}`"
         )
 
 

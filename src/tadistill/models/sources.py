@@ -104,9 +104,9 @@ def check_source(load: str) -> None:
 
 
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
-    """Return the Hugging Face directory of a source on this disk, without network. Return None if it must be fetched, and for `scratch:`.
+    """Return the Hugging Face directory of a source, without network. Return None if there is none on this disk, as for `scratch:`.
 
-    If `weights` is False, the directory need not contain weights, but only configuration and tokenizer.
+    If `weights` is False, a directory with configuration and tokenizer is enough.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -166,8 +166,8 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
     """Return a string that identifies a source, without network. If two sources have equal strings (and seeds), their weights are equal.
 
-    A model of the Hub is identified by its id and revision. Local files are identified by their content, and not by their path. Of large
-    weight files, only evenly spaced blocks are read. Set `weights` to False for a directory that has only a tokenizer.
+    A model of the Hub is identified by its id and revision. Local files are identified by their content, and not by their path. From a
+    large weight file, only some blocks are read. Set `weights` to False for a directory that has only a tokenizer.
 
     Raises:
         ModelError: a local source does not exist.

@@ -1,7 +1,7 @@
 """Refuse architectures that cannot be distilled. All other causal language models of transformers can be distilled.
 
-`tests/e2e/test_architectures.py` checks every architecture of transformers. Either the architecture is refused here by name, or two results
-equal those of a forward pass over the whole text: the logits in training, and the sampled tokens.
+`tests/e2e/test_architectures.py` checks every architecture of transformers that is not refused here. Its logits in training and its sampled
+tokens must equal those of a forward pass over the whole text.
 """
 
 import difflib
@@ -128,7 +128,7 @@ def _refusal(model: str, kind: Any, reason: str) -> ModelError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide progress bars and warnings of transformers inside a `with` block, because they would break our own progress display. Errors are
+    """Hide progress bars and warnings of transformers while a `with` block runs. They would break our own progress display. Errors are
     still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

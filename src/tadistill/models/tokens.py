@@ -105,7 +105,7 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
 
 
 def check_ends(directory: Path, load: str) -> None:
-    """Check that the generation configuration of the model `load` ends answers only with tokens that the model has.
+    """Check that the EOS ids in a model's generation_config.json are tokens of the model. `load` is the model's name in messages.
 
     Raises:
         ModelError: an id is not a token of the model.

@@ -64,7 +64,7 @@ def recorded_digest(wheel: WheelFile) -> str | None:
     """Return the stored sha256 of the cached file, or None if there is none. The network is not used, and the file is not read.
 
     Raises:
-        ModelError: the cached file has another size than stored, or the stored sha256 differs from the one in the reference.
+        ModelError: the cached file is missing or has the wrong size, or the stored sha256 differs from the one in the reference.
     """
     record_path = _record(wheel)
     if not record_path.is_file():

@@ -108,7 +108,7 @@ class StageBuilder:
         )
 
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:
-        """Return the model `source`, pruned to the shape of the model `name`. `handle` gives the weights of `source`.
+        """Return the weights `handle` of the model `source`, pruned to the shape of the model `name`.
 
         Raises:
             ConfigError: the size of a model is not known, or `source` cannot be pruned to this shape.
@@ -159,8 +159,8 @@ class StageBuilder:
             )
         if sft.keep and sft.select.patience:
             raise ConfigError(
-                f"models.{name}.sft has both `keep` and `select.patience`. With patience, training may stop before update "
-                f"{max(sft.keep)} of `keep`; remove one of them"
+                f"models.{name}.sft has both `keep` and `select.patience`. With `patience`, training may stop early, before update "
+                f"{max(sft.keep)} is stored (`keep`); remove one of the two keys"
             )
         spec = specs.SftSpec(
             student=student,
@@ -241,7 +241,7 @@ class StageBuilder:
         return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets with one decoding. `other` names the decoding; the main one has no name."""
+        """Add the evaluation of a model on the test sets. `other` is the key of its decoding in `evaluate.also`. The main one has none."""
         spec = specs.EvaluateSpec(
             data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
         )

@@ -94,7 +94,7 @@ class Graph:
 
 
 def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:
-    """Return the given keys, and those of all stages on which they depend. Parents with the role `without` (such as `like`) are ignored."""
+    """Return the keys of these stages and of all stages before them. Parents with the role `without`, such as `like`, are left out."""
     found, todo = set(), list(keys)
     while todo:
         at = todo.pop()
@@ -108,8 +108,8 @@ def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short
     """Return a label for each stage, by the stage's key. No two stages have the same label.
 
     A full label is, for instance, `distill xl -> s, minillm on teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`. With
-    `short`, a label loses its text in brackets and its number of updates if it stays unique. If two full labels are equal, the label also
-    names the arms that use the stage, or the start of its key.
+    `short`, the text in brackets and the number of updates are left out if the label is unique without them. Equal full labels become
+    different: they get the arms that use the stage, or the start of its key.
 
     Args:
         stages: the key, the full label and the names of the arms of each stage.

@@ -1,7 +1,7 @@
 """The inputs of a stage: models, data sets, and the outputs of other stages. Each kind of input has a frozen class.
 
-`content` returns an input as plain data. The file stage.json stores this data, and the stage's key is a hash of it. If a field got
-another name, the keys of finished stages would change.
+`content` returns an input as plain data. The file stage.json stores this data, and the stage's key is a hash of it. Do not
+rename a field: this would change the keys of finished stages.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -90,7 +90,7 @@ class Split(HashedData):
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set as plain data, without `limit`. The object that has this split as a field stores `limit`."""
+        """Return the data set as plain data, without `limit`. The limit is stored beside the split, in the object that has this split."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 

@@ -75,7 +75,7 @@ class Spec(Part):
 
     @property
     def saves_memory(self) -> list[str]:
-        """Changes of the recipe with which the stage needs less memory, such as `optim.micro_batch: 4`, the most useful first."""
+        """Changes of the recipe that save memory in this stage, such as `optim.micro_batch: 4`. The most useful change comes first."""
         return []
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
@@ -132,7 +132,7 @@ class TrainingSpec(Spec):
         return 0 if self.optim.steps is None or self.select.metric == "last" else -(-self.optim.steps // self.select.every)
 
     def content(self) -> dict[str, Any]:
-        """Return the stage as plain data. If the dev metric is the loss, all decoding settings except `batch` are left out."""
+        """Return the stage as plain data. The dev metric `loss` samples no text, so it needs only `batch` of the decoding settings."""
         found = super().content()
         if self.select.metric == "loss" and self.decoding:
             found["decoding"] = {"batch": self.decoding.batch}

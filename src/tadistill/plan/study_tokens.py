@@ -1,7 +1,7 @@
 """The tokenizer of each model of a study, the tokens that end an answer, and BOS. All are read from the models' files on this disk.
 
-Models that teach each other must read the same tokens and end their answers in the same way. So all of them use one tokenizer, that of the
-original teacher. Any token that ends an answer of one of these models ends the answers of all.
+Models that teach each other must read the same tokens and end their answers in the same way. So all of them use the tokenizer of the
+original teacher, and a token that ends the answers of one of these models ends the answers of all.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class StudyTokens:
         """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model.
 
         Raises:
-            ModelError: a chat template writes the prompts, but no model of the group has one.
+            ModelError: the prompts need a chat template, but no model that shares this tokenizer has one.
         """
         self._check_template(name)
         data, lead = self.recipe.data, self._of(self._lead(name))
@@ -77,7 +77,7 @@ class StudyTokens:
         return found
 
     def cautions(self) -> list[str]:
-        """Return warnings about tokenizers that are replaced, about BOS, and about a template that may not suit chat models."""
+        """Return warnings: a model uses another model's tokenizer, BOS is put first or left out, or a template may not suit a chat model."""
         return [sentence for group in self._groups for sentence in self._cautions_of(group)]
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
@@ -186,7 +186,7 @@ class StudyTokens:
 
     @cached_property
     def bos_matters(self) -> bool:
-        """True if some texts are not written by a chat template. For these, the study must decide whether they begin with BOS."""
+        """True if some texts are not written by a chat template. Then `data.bos` decides whether these texts begin with BOS."""
         data = self.recipe.data
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 

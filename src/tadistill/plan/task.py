@@ -79,7 +79,7 @@ def check_entries(recipe: Recipe) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Check that the recipe's models and data sets exist on this disk, or have names that may exist on the Hub. No file is read.
+    """Check that the recipe's models and data sets exist on this disk. A name that may be a Hub id is accepted too. No file is read.
 
     Raises:
         DataError, ModelError: some do not exist. The message names all of them.
@@ -166,8 +166,8 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     sampler = spec.method.sampler
     if given.teacher == "sharded" and sampler.guided:
         raise ConfigError(
-            f"{stage.label}: `resources` has teacher: sharded, but sampler {sampler.type} runs the teacher a different number of times in "
-            "each process; set teacher: offloaded"
+            f"{stage.label}: `resources` has teacher: sharded, so all processes must run the teacher together, but sampler {sampler.type} "
+            "runs it independently in each process; set teacher: offloaded"
         )
     if given.parallel == "fsdp" and sampler.vllm:
         raise ConfigError(

@@ -73,7 +73,8 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. Return None if the speed of a part with more than 1 % of the FLOPs is not known."""
+    """Predict the seconds of a stage. A part without a known speed is left out if it has at most 1 % of the FLOPs. Otherwise, return
+    None."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0

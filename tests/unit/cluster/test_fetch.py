@@ -253,7 +253,7 @@ for ref in (DataRef(load="org/other"), DataRef(load="vicuna")):
         "at revision `main` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; run `tadistill fetch RECIPE` "
     )
     assert other == f"data set `org/other` {said}on a machine with network access"
-    assert vicuna.startswith("data set `vicuna` (split test) is neither on this disk")
+    assert vicuna.startswith("data set `vicuna` (split test) is not on this disk")
     assert vicuna.endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}on a machine with network access")
 
 

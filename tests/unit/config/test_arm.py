@@ -21,8 +21,11 @@ def test_paths_and_their_models():
     ("arm", "sentence"),
     [
         ("xl > s > s", "names model s twice, but a model cannot teach itself"),
-        ("xl > s then s", "has a part (separated by `then`) with only one model; write each part with two models or more, as A > B"),
-        ("l > s then xl > l", "teaches s, but no later part (after `then`) uses s; add a part with s"),
+        (
+            "xl > s then s",
+            "has a part with only one model (`then` separates the parts), so nothing is trained there; write each part with two models",
+        ),
+        ("l > s then xl > l", "trains s, but does not use it after the next `then`; use s in a later part"),
         ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach m"),
         ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, but s is not before m in `xl > m > s`"),
         ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),

@@ -126,7 +126,10 @@ def test_bad_rows(tmp_path, rows, words):
         ({"instruction": "a", "output": "b", "choices": ["b", ""]}, "none of them empty"),
         ({"instruction": "a", "output": "c", "choices": ["a", "b"]}, "reference `c` is not one of the choices; the choices are a, b"),
         ({"instruction": "a", "output": 2, "choices": ["a", "b"]}, "label 2 is outside 0 to 1; the choices are a, b"),
-        ({"instruction": "a", "output": -1, "choices": ["a", "b"]}, "label -1 is outside 0 to 1.*Use a split that has labels in all rows"),
+        (
+            {"instruction": "a", "output": -1, "choices": ["a", "b"]},
+            "label -1 is outside 0 to 1.*Correct the label. Some test sets write -1",
+        ),
         ({"instruction": "a", "output": 1.0, "choices": ["a", "b"]}, "the response is 1.0; it must be a string"),
     ],
 )

@@ -79,13 +79,13 @@ def test_shapes_import_no_torch():
             "or raise",
         ),
         ("llama", {"head_dim": 2}, "head_dim is 2, but pruning cannot change it; write 4"),
-        ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but in llama models it must be a multiple.*write hidden 18"),
+        ("llama", {"hidden": 20}, "hidden 20 does not fit 6 heads: in llama models, hidden must be a multiple.*write hidden 18"),
         (
             "gpt2",
             {"hidden": 16},
-            "hidden is 16 with 3 heads, but in gpt2 models it must be heads x head_dim, and head_dim is 8; write `hidden` 24",
+            "hidden 16 does not fit 3 heads: in gpt2 models, hidden must be heads x head_dim, and head_dim is 8; write `hidden` 24",
         ),
-        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write `hidden` 16, or another number of heads"),
+        ("opt", {"heads": 2}, "hidden 24 does not fit 2 heads: in opt models, .*write `hidden` 16, or another number of heads"),
         ("gpt2", {"kv_heads": 1}, "heads is 3, but at most 1 are possible, because"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_shape_that_cannot_be_is_one_sentence(kind, fields, message):
 
 def test_opt_whose_projections_would_vanish():
     model = tiny("opt-350m", word_embed_proj_dim=16)
-    with pytest.raises(ConfigError, match="hidden is 16, but it must differ from the model's word_embed_proj_dim"):
+    with pytest.raises(ConfigError, match="hidden must not be 16. This is also the model's word_embed_proj_dim"):
         prune(model, target("opt-350m", model), scores(model))
 
 

@@ -77,11 +77,14 @@ def test_a_recipe_that_is_read_again_has_the_same_arms():
         ([1], "at least 2"),
         ([2, 1], "write them in rising order, such as"),
         ([0, 1], "greater than or equal to 0.001|at least 0.001"),
-        ({"times": [1, 2], "of": "teacher"}, "`budgets.of` is `teacher`; set budgets.of to an arm that trains a model"),
+        (
+            {"times": [1, 2], "of": "teacher"},
+            "`budgets.of` is `teacher`, which defines no budget; set budgets.of to an arm that trains a model",
+        ),
         ({"times": [1, 2], "of": "nobody"}, "`budgets.of` is `nobody`"),
         (
             {"times": [1, 2], "arms": ["sft"]},
-            "`budgets.arms` names `sft`; name only arms that train a model and have no `compute` .such arms: longer, direct",
+            "`budgets.arms` names `sft`, whose budget cannot change; name only arms that train a model and have no `compute` .such arms: longer, direct",
         ),
         ([0.001, 1], r"arms.direct-0.001x has `compute: 0.001x direct`, but the budget of .* before its distillation; raise the budget"),
     ],

@@ -85,7 +85,7 @@ def test_pass_at_changes_no_stage_and_samples_are_those_of_their_seeds():
 def test_pass_at_without_right_answers_is_refused():
     with pytest.raises(
         ValueError,
-        match=r"evaluate\.pass_at` needs right answers, but no test set has them; name the column of right answers under one of numer",
+        match=r"evaluate\.pass_at` needs right answers, but no test set names a column that has them; add `columns` to a test set",
     ):
         recipe({}, pass_at=[2])
 

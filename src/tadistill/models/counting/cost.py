@@ -47,8 +47,7 @@ class Cost:
 
     @property
     def learning(self) -> float:
-        """The FLOPs of all phases except selection and watching. An equal-compute baseline (`compute: as ARM`) has the same number of these
-        FLOPs."""
+        """The FLOPs of all phases except selection and watching. `compute: as ARM` makes this number equal for two arms."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property
@@ -56,7 +55,7 @@ class Cost:
         return self.of(*self.parts)
 
     def of(self, *names: str) -> float:
-        """Return the FLOPs of the parts `names` together."""
+        """Return the sum of the FLOPs of these parts."""
         return float(sum(self.parts[name].flops for name in names))
 
     def phases(self) -> dict[str, float]:
@@ -67,10 +66,10 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Return the FLOPs of each part of an update whose time is measured. `flops` has one value per phase.
+    """Return the FLOPs of each span. A span is a phase, or two phases that the training loop times together. `flops` has the FLOPs of each
+    phase.
 
-    The training loop measures the time of some phases together, so their FLOPs are added. Rollout and scoring become `sampling`. Corpus and
-    training become `training`.
+    Rollout and scoring together are the span `sampling`. Corpus and training together are the span `training`.
     """
     found: dict[str, float] = {}
     for name, value in flops.items():

@@ -19,8 +19,11 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
     """Return the number of bytes of a model's weights. With `training`, its gradients and AdamW's two moments (float32) are included.
 
-    Training in half precision keeps the weights in float32, and adds a copy in half precision (autocast). If only adapters are trained,
-    `adapters` is the number of their parameters. `parameters` then includes them.
+    Training in half precision keeps the weights in float32, and adds a copy in half precision (autocast).
+
+    Args:
+        parameters: number of all parameters, including those of adapters.
+        adapters: number of the adapters' parameters, if only adapters are trained.
 
     Raises:
         ConfigError: `dtype` is not float32, bfloat16 or float16.
@@ -37,7 +40,9 @@ def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", a
 def check_memory(
     needs: Mapping[str, int], available: int | None = None, advice: str = "use smaller models, or a machine with more memory"
 ) -> None:
-    """Check that `available` bytes are enough for all `needs` (bytes by name) together. None means the free memory of this process.
+    """Check that the memory is large enough for the sum of all `needs`, which are bytes by name.
+
+    `available` is the memory in bytes. The default is the free memory of this process.
 
     Raises:
         ModelError: the memory is too small. The message lists the `needs`, their sum, the free memory and the `advice`.
@@ -64,8 +69,8 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the number of bytes that this process can still use: the free memory, or the rest below the limit of a Slurm job or
-    container."""
+    """Return the number of bytes that this process can still use. A Slurm job or a container can have less than the free memory of the
+    machine."""
     import psutil  # not at the top, because `plan` checks no memory
 
     free = psutil.virtual_memory().available

@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def groups(self) -> int:
-        """Number of key-value heads, even if `kv_heads` is None. Each key-value head belongs to heads / groups query heads."""
+        """Number of key-value heads. If `kv_heads` is None, every query head has its own key-value head."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
 
@@ -81,10 +81,10 @@ def shape_of(config: Config) -> Shape:
 
 
 def size_in(config: Mapping[str, Any], *names: str) -> int:
-    """Return the first of these fields that a configuration has.
+    """Return the value of a field of a configuration. The field can have several names: the first one that is found counts.
 
     Raises:
-        ConfigError: the configuration has none of them, or the value is not a whole number from 1 to a billion.
+        ConfigError: the configuration has no such field, or the value is not a whole number from 1 to a billion.
     """
     for name in names:
         if (value := config.get(name)) is not None:
@@ -140,7 +140,7 @@ def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 def changes(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration fields, with their values, that give a model the sizes of `shape`."""
+    """Return the configuration fields that must change to give a model the sizes of `shape`. They are a mapping from name to value."""
     fields = _fields(config)
     family, have = fields["model_type"], shape_of(config)
     if family == "gpt2":
@@ -173,19 +173,19 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     family = fields["model_type"]
     if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models it must be heads x head_dim, and "
-            f"head_dim is {shape.head_dim}; write `hidden` {shape.heads * shape.head_dim}, or another number of heads"
+            f"hidden {shape.hidden} does not fit {shape.heads} heads: in {family} models, hidden must be heads x head_dim, and head_dim "
+            f"is {shape.head_dim}; write `hidden` {shape.heads * shape.head_dim}, or another number of heads"
         )
     if family == "llama" and shape.hidden % shape.heads:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but in llama models it must be a multiple of heads; "
+            f"hidden {shape.hidden} does not fit {shape.heads} heads: in llama models, hidden must be a multiple of heads; "
             f"write hidden {max(shape.hidden // shape.heads, 1) * shape.heads}"
         )
     have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
     if family == "opt" and outer not in (None, have) and shape.hidden == outer:
         raise ConfigError(
-            f"hidden is {shape.hidden}, but it must differ from the model's word_embed_proj_dim {outer}, because an equal value would "
-            "remove the projections of the embeddings; write another size"
+            f"hidden must not be {shape.hidden}. This is also the model's word_embed_proj_dim, and with equal values, the projections of "
+            "the embeddings would be lost; write another size"
         )
 
 

@@ -249,12 +249,12 @@ def with_adapters(size: Size, adapters: Adapters | None) -> Size:
 def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = False) -> float:
     """Return the FLOPs of forward and backward passes if only adapters are trained.
 
-    The backward pass has two costs. The gradients of the inputs cost as much as a forward pass. The gradients in attention and of the
-    adapters cost as much as a second forward pass of these two parts. Matrices before the first adapter have no backward pass.
+    In frozen matrices, a backward pass costs as much as a forward pass, because their weights have no gradients. In attention and in
+    adapters, it costs twice as much. Parts of the model before the first adapter have no backward pass.
 
     Args:
         size: the size of the model with its adapters.
-        again: True with gradient checkpointing, which runs the forward pass of the layers a second time.
+        again: True if gradient checkpointing runs the forward pass of the layers a second time.
     """
     passes = work * 2 + (Work(work.positions, work.pairs) if again else Work())
     attention = 4 * size.attention * work.pairs

@@ -66,7 +66,7 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
 
     All layers keep the same channels, but each layer keeps its own neurons and heads. Kept weights keep their order and their values. As in
     Minitron, the norms are not corrected for the removed channels. With grouped-query attention, the best key-value heads are kept, each
-    with its best `heads / kv_heads` query heads. The score of a key-value head is the sum of the scores of these query heads. The new model
+    with its best query heads. The score of a key-value head is the sum of the scores of the query heads that stay with it. The new model
     has the same dtype and device, and is in eval mode.
 
     Args:
@@ -74,8 +74,8 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
         layers: the layers to keep. None means the layers with the highest block influence or, without `importance`, evenly spaced layers.
 
     Raises:
-        ConfigError: the model cannot have this shape, `layers` does not have `shape.layers` entries, or `importance` is missing for a
-            narrower shape or belongs to another model.
+        ConfigError: the model cannot have this shape, `layers` does not have `shape.layers` entries, the shape is narrower but
+            `importance` is None, or `importance` is from another model.
         ModelError: the family of the model, or one of its weights, is not supported.
     """
     check_shape(model.config, shape)
@@ -203,7 +203,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
         keep = keep_list(tuple(layers), total)
         if len(keep) != count:
             raise ConfigError(
-                f"layers is {list(keep)}, which has {len(keep)} entries, but the shape has {count} layers; make the two numbers equal"
+                f"layers is {list(keep)}. These are {len(keep)} layers, but the shape has {count}; list {count} layers, or change the shape"
             )
         return keep
     return keep_list(count, total) if importance is None else keep_important(count, importance.layers)

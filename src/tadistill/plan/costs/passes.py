@@ -51,9 +51,9 @@ class Texts:
         return sum(response for _, response in self.rows) / len(self.rows)
 
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
-        """Return the same prompts with the assumed lengths of sampled answers.
+        """Return the lengths with sampled answers in place of the references. The prompts stay the same.
 
-        If `endless` is True, each answer has `most` tokens. Otherwise it is as long as the reference, but has at most `most` tokens.
+        With `endless`, each answer has `most` tokens. Otherwise it is as long as the reference, up to `most` tokens.
         """
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
@@ -180,7 +180,7 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the expected value of `max(sample) ** power`. A sample is `draws` of the values, drawn at random without replacement."""
+    """Return the mean of `max(sample) ** power` over all samples. Each sample has `draws` of the `values`, without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)

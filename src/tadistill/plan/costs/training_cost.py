@@ -1,6 +1,7 @@
 """Predict the cost of one training: FLOPs of each part, padding, and peak memory.
 
-The memory of weights, gradients and AdamW's moments is exact. Activations are estimated for fused attention, which stores no scores.
+The memory of weights, gradients and AdamW's moments is exact. That of activations is an estimate for fused attention, which does not store
+the attention scores.
 """
 
 from dataclasses import asdict
@@ -22,7 +23,7 @@ class TrainingCost:
     """Adds up the cost of one training. Its methods add parts, such as sampling, and `total` returns their sum."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
-        """An update leaves out each of several teachers with probability `drop`. If `adapters` are given, only they are trained."""
+        """With several teachers, an update leaves out each one with probability `drop`. If `adapters` are given, only they are trained."""
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
@@ -50,7 +51,7 @@ class TrainingCost:
             self.parts[name] = self.parts.get(name, CostPart()) + CostPart(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of training on `texts`. `share` (0 to 1) says which part of all updates uses these texts.
+        """Add the cost of training on `texts`. `share` (0 to 1) is the fraction of updates that use these texts.
 
         With `teacher`, each teacher runs in the update too. With `teacher_head`, only the teacher's head runs, on stored hidden states.
         """
@@ -72,7 +73,7 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the cost of sampling one batch from the student before an update. `share` (0 to 1) is the part of updates with sampling."""
+        """Add the cost of sampling one batch from the student before an update. A fraction `share` (0 to 1) of the updates does this."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
@@ -101,7 +102,7 @@ class TrainingCost:
         self.batch = max(self.batch, kept + min(logits * (2 if teacher else 1), TILE_BYTES) + gradient)
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """Return the cost of the training. `published` gives the FLOPs of MiniLLM's released code for the same number of rollouts."""
+        """Return the cost of the training. `published` is the number of FLOPs that MiniLLM's released code needs for the same rollouts."""
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
