@@ -79,7 +79,7 @@ class Evaluate(Decoding):
 
     @property
     def one_response(self) -> "Evaluate":
-        """The same settings, but for one response to each prompt: with the first seed only, and without `also`."""
+        """A copy of these settings that gives one response to each prompt: only the first seed, and no `also`."""
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, "samples": None, "pass_at": ()})
 
 

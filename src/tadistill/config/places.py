@@ -1,4 +1,4 @@
-"""Where the keys and the files of a recipe are. Error messages name the file and the line of a key. Relative paths start in the folder of
+"""Find the place of a key or a file of a recipe. Error messages name the file and the line of a key. Relative paths start in the folder of
 the recipe."""
 
 import functools

@@ -84,7 +84,8 @@ def test_a_recipe_that_is_read_again_has_the_same_arms():
         ({"times": [1, 2], "of": "nobody"}, "`budgets.of` is `nobody`"),
         (
             {"times": [1, 2], "arms": ["sft"]},
-            "`budgets.arms` names `sft`, whose budget cannot change; name only arms that train a model and have no `compute` .such arms: longer, direct",
+            "`budgets.arms` names `sft`, whose budget cannot change; name only arms that train a model and have no `compute` "
+            ".such arms: longer, direct",
         ),
         ([0.001, 1], r"arms.direct-0.001x has `compute: 0.001x direct`, but the budget of .* before its distillation; raise the budget"),
     ],
