@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.profile import Cpu, Gpu, Profile
+from tadistill.config.common import DTYPES
 from tadistill.config.recipe import Resources
 from tadistill.disk import cache_root, user_cache
 from tadistill.errors import ConfigError
@@ -134,7 +135,8 @@ class Requests:
         if known is not None:
             return known
         size = self.ledger.size(stage.model) if stage.model else None
-        return frozen_bytes(self.plan, stage) + (resident_bytes(size.total, training=False) if size else 0) + _WORK
+        dtype = DTYPES[self.plan.recipe.evaluate.precision]
+        return frozen_bytes(self.plan, stage) + (resident_bytes(size.total, training=False, dtype=dtype) if size else 0) + _WORK
 
     # --- time -----------------------------------------------------------------------------------------------------------
 

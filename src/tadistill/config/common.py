@@ -3,7 +3,7 @@
 import functools
 import re
 import typing
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -35,6 +35,10 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]
 uniform."""
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """A function in the user's own code, written as MODULE:FUNCTION. `tadistill.own_code` imports it."""
+Precision = Literal["fp32", "bf16"]
+"""A number format: float32 or bfloat16."""
+DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}
+"""torch's names of the formats."""
 MOST = 10**9
 """Upper bound for numbers of rows, tokens, updates and processes."""
 _LARGEST = 2**63 - 1

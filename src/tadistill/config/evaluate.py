@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Decoding, FunctionName, Name, Strict
+from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Strict
 from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
 
@@ -29,6 +29,9 @@ class Evaluate(Decoding):
     """The values of k for which reports show pass@k: the probability that at least one of k responses is right."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in a forward pass."""
+    precision: Precision = "fp32"
+    """Number format of the models in stages that only run models: tests, comparisons with the teacher, and the teacher's answers to the
+    training prompts. With `bf16` the weights take half the memory, and a GPU is several times as fast. Scores are sums in float32."""
     also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
         "greedy": OtherDecoding(temperature=0),
         "t0.5": OtherDecoding(temperature=0.5),

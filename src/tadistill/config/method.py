@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from tadistill.config.common import MOST, Strict
+from tadistill.config.common import MOST, Precision, Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
 from tadistill.config.shorthand import MethodName, written_out
 from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
 
-TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Maps a value of `optim.precision` to the number format of the frozen teacher during training."""
-
-
-Precision = Literal["fp32", "bf16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """The decay rate of a moving average. A larger value averages over more updates."""
 

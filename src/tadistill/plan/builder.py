@@ -231,7 +231,7 @@ class StageBuilder:
         if not sampler.teacher_text:
             return None
         decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
-        spec = specs.GenerateSpec(data=self.encoding(name), teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
+        spec = specs.GenerateSpec(**self._only_runs(name), teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
         return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
 
     def _corpus(self, method: Method) -> HashedData | None:
@@ -243,7 +243,7 @@ class StageBuilder:
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the key of its decoding in `evaluate.also`. The main one has none."""
         spec = specs.EvaluateSpec(
-            data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
+            **self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
         )
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
@@ -252,7 +252,7 @@ class StageBuilder:
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
         spec = specs.AnalyseSpec(
-            data=self.encoding(name, samples=False),
+            **self._only_runs(name, samples=False),
             sets=self._test_sets(),
             teacher=teacher,
             model=models[-1],
@@ -267,14 +267,14 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = specs.ProbeSpec(data=self.encoding(name), model=model, decoding=own, dev=self.split("dev", prompts))
+        spec = specs.ProbeSpec(**self._only_runs(name), model=model, decoding=own, dev=self.split("dev", prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
         """Add the stage that compares a student with a bigger model. It compares their `k` most likely tokens on the student's answers."""
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
-            data=self.encoding(name, samples=False),
+            **self._only_runs(name, samples=False),
             teacher=handle,
             model=model,
             answers=Output(stage=answers),
@@ -286,6 +286,9 @@ class StageBuilder:
 
     def _label(self, name: str, model: Handle) -> str:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
+
+    def _only_runs(self, name: str, *, samples: bool = True) -> dict[str, Any]:
+        return {"data": self.encoding(name, samples=samples), "precision": self.recipe.evaluate.precision}
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
         """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model."""

@@ -43,8 +43,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.content()
     if isinstance(value, Evaluate):
-        # each other decoding has its own stage, `samples` only adds seeds, and reports compute pass@k from stored scores
-        return value.model_dump(exclude={"also", "samples", "pass_at"})
+        # each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from stored scores, and a stage has its
+        # own `precision`
+        return value.model_dump(exclude={"also", "samples", "pass_at", "precision"})
     if isinstance(value, BaseModel):
         later = _LATER.get(type(value), ())
         return {k: v for k, v in value.model_dump().items() if v or k not in later}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from tadistill.config import Evaluate, Method, Optim
-from tadistill.config.common import Decoding
-from tadistill.config.method import Dense, Precision, Select
+from tadistill.config.common import Decoding, Precision
+from tadistill.config.method import Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import HiddenSignal, OnPolicy, Sampler, TopKSignal
@@ -218,6 +218,8 @@ class GenerateSpec(Spec):
     sampler: Decoding
     seed: int
     train: Split
+    precision: Precision = "fp32"
+    """Number format of the models (`evaluate.precision`)."""
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         return ledger.generate(model, self.sampler)
@@ -248,6 +250,8 @@ class _OnTestSets(Spec):
 
     sets: tuple[Split, ...] = Field(min_length=1)
     """The test sets, all with the same limit."""
+    precision: Precision = "fp32"
+    """Number format of the models (`evaluate.precision`)."""
 
     def content(self) -> dict[str, Any]:
         return super().content() | {"limit": self.sets[0].limit}
@@ -305,6 +309,8 @@ class ProbeSpec(Spec):
     model: Handle
     decoding: Evaluate
     dev: Split
+    precision: Precision = "fp32"
+    """Number format of the models (`evaluate.precision`)."""
 
 
 class PairSpec(Spec):
@@ -324,6 +330,8 @@ class PairSpec(Spec):
     """Number of most likely tokens that are compared."""
     dev: Split
     batch: int
+    precision: Precision = "fp32"
+    """Number format of the models (`evaluate.precision`)."""
 
 
 KINDS: dict[str, type[Spec]] = {

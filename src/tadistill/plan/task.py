@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from tadistill.config import Recipe
+from tadistill.config.common import DTYPES
 from tadistill.config.recipe import Resources
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering
@@ -134,8 +135,8 @@ def frozen_bytes(plan: "Plan", stage: Stage) -> float:
     """Return the bytes of the weights of all models that a stage only runs, such as the teachers of a training."""
     others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
     names = [_name(plan, handle) for i, handle in enumerate(others) if handle not in others[:i]]
-    half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
-    ledger, dtype = Ledger(plan.recipe), "bfloat16" if half else "float32"
+    how = stage.spec.optim if isinstance(stage.spec, TrainingSpec) else plan.recipe.evaluate
+    ledger, dtype = Ledger(plan.recipe), DTYPES[how.precision]
     sizes = [ledger.size(name) for name in names if name]
     return float(sum(resident_bytes(size.total, training=False, dtype=dtype) for size in sizes if size))
 

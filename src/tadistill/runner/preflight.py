@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
+from tadistill.config.common import DTYPES
 from tadistill.config.objective import Custom
 from tadistill.config.places import placed
 from tadistill.config.recipe import methods
@@ -211,7 +212,8 @@ def _need(plan: Plan, stage: Stage) -> int:
     ledger, names = Ledger(plan.recipe), {stage.model}
     if stage.kind == "analyse":
         names |= {name for arm in plan.arms if arm.name in stage.arms for name in (plan.teacher, *arm.arm.last) if name}
-    return sum(resident_bytes(size.total, training=False) for name in names if (size := ledger.size(name)))
+    dtype = DTYPES[plan.recipe.evaluate.precision]
+    return sum(resident_bytes(size.total, training=False, dtype=dtype) for name in names if (size := ledger.size(name)))
 
 
 def _largest_group(plan: Plan, needs: Mapping[str, int], jobs: int) -> dict[str, int]:

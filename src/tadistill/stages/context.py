@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
-from tadistill.config.method import TEACHER_DTYPES
+from tadistill.config.common import DTYPES, Precision
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.encoded import RowsOnDisk
@@ -180,6 +180,6 @@ def stop_if_asked(context: Context) -> None:
         raise Interrupted("the stage was stopped before its end; its finished parts are kept")
 
 
-def teacher_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of a teacher. `precision` is the training precision of its student: fp32 or bf16."""
-    return getattr(torch, TEACHER_DTYPES[precision])
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Return torch's dtype for a precision of the recipe."""
+    return getattr(torch, DTYPES[precision])

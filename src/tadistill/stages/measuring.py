@@ -15,13 +15,13 @@ from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
-from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
+from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     """Sample a model's answers to all test sets. Write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
-    model, tokenizer = context.model(spec.model)
+    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     context.say_if_slower(model)
@@ -68,9 +68,9 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     """Compare a model with the original teacher. Write its divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
-    model, tokenizer = context.model(spec.model)
-    teacher, _ = context.frozen(spec.teacher)
-    assistants = [context.model(handle)[0].eval() for handle in spec.assistants]
+    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
+    teacher, _ = context.frozen(spec.teacher, dtype_of(spec.precision))
+    assistants = [context.model(handle, dtype_of(spec.precision))[0].eval() for handle in spec.assistants]
     subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     own, of_teacher = (_read_answers(context, answers, sets) for answers in (spec.answers, spec.teacher_answers))
@@ -108,7 +108,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     """Sample a model's answers to the dev prompts. Write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     (seed,) = settings.seeds
-    model, tokenizer = context.model(spec.model)
+    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer)
     dev = context.split(spec.dev, tokenizer)
     done = Done(context, len(dev.encoded), "answers")
@@ -124,8 +124,8 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
     """Compare a student with a bigger model on dev prompts. Write metrics on the student's answers and on the references."""
     spec = context.spec
-    model, tokenizer = context.model(spec.model)
-    teacher, _ = context.frozen(spec.teacher)
+    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
+    teacher, _ = context.frozen(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer, teacher)
     dev = context.split(spec.dev, tokenizer)
     own = _own_answers(context, spec.answers, dev)

@@ -18,14 +18,14 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import record
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked, teacher_dtype
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
 
 
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     """Write the teacher's answer to every training prompt. After an interruption, finished parts are kept."""
     spec = context.spec
-    model, tokenizer = context.frozen(spec.teacher)
+    model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model, tokenizer)
     train = context.split(spec.train, tokenizer)
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
@@ -50,7 +50,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     """Record the teacher's hidden states or top-k log-probabilities on the training set. After an interruption, finished parts are kept."""
     spec = context.spec
-    model, tokenizer = context.frozen(spec.teacher, teacher_dtype(spec.precision))
+    model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
     sequences = references(context.split(spec.train, tokenizer).encoded)
     subject = context.subject(model, tokenizer)
 

@@ -24,7 +24,7 @@ from tadistill.rollout.engine import Engine, Native, Vllm
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import shard, weights
@@ -41,7 +41,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     accelerator = _accelerator(context, optim)
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
-    teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
+    teachers = tuple(context.frozen(handle, dtype_of(optim.precision))[0] for handle in handles)
     recorded = distill.signal if distill else None
     signals = Signals(context.store.folder(recorded.stage) / SIGNAL, context.device) if recorded else None
     subject = context.subject(student, tokenizer, *teachers)

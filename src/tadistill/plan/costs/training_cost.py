@@ -7,7 +7,8 @@ the attention scores.
 from dataclasses import asdict
 
 from tadistill.config import Method
-from tadistill.config.method import TEACHER_DTYPES, Optim
+from tadistill.config.common import DTYPES
+from tadistill.config.method import Optim
 from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, forward_flops, training_flops, with_adapters
@@ -106,7 +107,7 @@ class TrainingCost:
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
-            dtype = TEACHER_DTYPES[self.optim.precision]
+            dtype = DTYPES[self.optim.precision]
             needs += sum(resident_bytes(t.total, training=False, dtype=dtype) for t in self.teachers)
         return Cost(self.parts, self.padding, published, needs, self._kind(method))
 
