@@ -99,7 +99,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise StoreError if writing fails inside the `with` block. The message names `path`, the reason and the fix."""
+    """Inside the `with` block, a failed write raises StoreError. The message names `path`, the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full

@@ -39,7 +39,7 @@ class Entry:
 
 
 def queued() -> dict[str, Entry]:
-    """Return this user's waiting and running jobs by id. Each element of a job array is an entry. Raises ConfigError if squeue fails."""
+    """Return this user's waiting and running jobs, by id. A job array has one entry per element. Raises ConfigError if squeue fails."""
     return _squeue("--me")
 
 

@@ -64,7 +64,7 @@ _NOT_STARTED = StatusRow("", "", "not started", "", "")
 
 
 def continuation(store: Store, key: str, updates: int | None, state: str) -> str:
-    """Return a short sentence that says where the next run continues an unfinished stage. It may be empty.
+    """Return a short sentence that says where the next run continues an unfinished stage. It is empty if no sentence is needed.
 
     Args:
         updates: the number of updates of a training, and None for other stages.

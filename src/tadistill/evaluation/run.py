@@ -143,8 +143,8 @@ def dev_metrics(
 ) -> dict[str, float]:
     """Return the dev loss. If `metric` needs sampled answers, sample them and return their metrics too.
 
-    For `metric="reverse_kl"`, this is the reverse KL to `teacher`. For a text score, these are all text scores and the mean length in
-    tokens.
+    If `metric` is "reverse_kl", the second metric is the reverse KL to `teacher`. If `metric` is a text score, the other metrics are all
+    text scores and the mean length in tokens.
     """
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     reads_text = metric in names_in("quality")

@@ -77,7 +77,7 @@ class LocalRun:
 
     @property
     def state(self) -> State:
-        """How the run ended; `running` if it goes on. A run is `dead` if its process does not exist any more and has recorded no end."""
+        """How the run ended; `running` if it goes on. A run is `dead` if its process no longer exists and did not record its end."""
         if self.ended:
             return self.ended
         if self.host != platform.node():

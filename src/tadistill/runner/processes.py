@@ -82,7 +82,7 @@ def _without_main() -> Iterator[None]:
 
 
 class StageProcesses:
-    """The processes of one stage, one for each rank. They share `threads` threads. Raises StageFailed if they cannot start."""
+    """The processes of one stage, one for each rank. Together they use `threads` CPU threads. Raises StageFailed if they cannot start."""
 
     def __init__(self, task: Task, *, threads: int):
         self.ended = False

@@ -1,4 +1,4 @@
-"""Measure the speed of each kind of stage on this machine with twenty updates in a temporary directory.
+"""Measure the speed of each kind of stage on this machine. A training makes only twenty updates, in a temporary directory.
 
 The models are not trained first, because speed does not depend on the values of weights.
 """

@@ -97,7 +97,7 @@ class Step:
     def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
         """Return the update's micro-batches of this process, with all values that the loss needs.
 
-        `done` is the number of earlier updates. `total` adds up a tensor over all processes.
+        `done` is the number of earlier updates. `total` is a function that sums a tensor over all processes.
         """
         if self.mixture is not None:
             drop = self.mixture.drop > 0
