@@ -39,9 +39,9 @@ def user_cache() -> Path:
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the error sentence for a file that none of the `folders` contains. The sentence suggests the most similar name.
+    """Return the error sentence for a file that is in none of the `folders`. It suggests the most similar name there.
 
-    Names of folders may be suggested, and names of files with one of the `suffixes`.
+    This is the name of a folder, or of a file with one of the `suffixes`.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:

@@ -3,7 +3,7 @@
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
 A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
-of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of a metric of right answers.
+of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC.
 """
 
 import re
@@ -122,7 +122,7 @@ def names_in(group: Group) -> tuple[str, ...]:
 
 
 def sorted_names(measured: Iterable[str], keep: Callable[[Metric], bool]) -> tuple[str, ...]:
-    """Return the names of the main decoding whose metric is kept, in the order of the tables. A metric's parts come after the metric."""
+    """Return the measured metrics that `keep` accepts, in the order of the tables. Only the main decoding is included."""
     order = {name: i for i, name in enumerate(METRICS)}
     names = [name for name in dict.fromkeys(measured) if "@" not in name and keep(metric_of(name))]
     parts = {name: (name.partition("/")[0], int(name.partition("/")[2] or -1)) for name in names}

@@ -38,7 +38,7 @@ class OwnFunction:
     def check(self, how: str, *positions: str, **settings: Any) -> None:
         """Raise a ConfigError if the function cannot be called with these arguments.
 
-        `how` is a part of the message, such as "a metric is called with".
+        The message contains `how`, for example "a metric is called with".
         """
         try:
             signature = inspect.signature(self.call)

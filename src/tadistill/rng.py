@@ -26,5 +26,5 @@ def uniforms(rows: list[int] | range, count: int, *address: int | str) -> np.nda
 
 
 def torch_seed(*address: int | str) -> int:
-    """Return the address's seed for `torch.manual_seed`. It is used for initial weights and dropout."""
+    """Return a seed for `torch.manual_seed`, computed from an address. It is used for initial weights and dropout."""
     return int(generator(*address).integers(2**62))

@@ -82,7 +82,7 @@ def test_real_server(served, tmp_path):
 
     found = run(2)
     assert (found["rows"], found["unparsed"], found["missing"]) == ([], 8, 0)
-    assert "the replies to 8 of 8 questions have no two scores" in said.getvalue()
+    assert "no scores can be read from the replies to 8 of 8 questions" in said.getvalue()
     replies = [json.loads(line) for line in (study.study_dir / "judge" / "replies.jsonl").read_text().splitlines()]
     assert len({reply["key"] for reply in replies}) == len(replies) == 8 * 3
     assert any(reply["text"].strip() for reply in replies)

@@ -148,7 +148,7 @@ def margin_on(recipe: Recipe, metric: str) -> float:
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return the mean of each measure for each pair (teacher, learner). A loss ratio that is not positive and finite becomes None."""
+    """Return the mean of each measure for each pair (teacher, learner). A loss ratio becomes None if it is infinite or not above 0."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}

@@ -90,7 +90,7 @@ class Advice:
 
     @property
     def likeliest(self) -> Option | None:
-        """The recommended chain. Without one, the chain with the largest `p_better`. None if there is no chain."""
+        """The recommended chain, or else the chain with the largest `p_better`. None if there is no chain."""
         chains = self.options[1:]
         recommended = [o for o in chains if o.path == self.path]
         return recommended[0] if recommended else max(chains, key=lambda o: o.p_better, default=None)

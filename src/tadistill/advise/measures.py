@@ -229,7 +229,7 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
 
 
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return two things: a copy of the recipe that trains all paths within its compute budget; and the cost of each of these paths.
+    """Return a copy of the recipe that trains all paths within `search.budget`, and the cost of each path.
 
     For each path with assistants, the copy also trains direct distillation with the same compute.
 

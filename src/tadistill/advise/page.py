@@ -164,7 +164,7 @@ def cost_figure(report: Report) -> Chart | None:
 
 
 def lambda_figure(report: Report) -> Chart | None:
-    """Draw which assistant the rule of MiniDisc chooses for each lambda, the weight of a small size against a good score.
+    """Draw which assistant MiniDisc's rule chooses for each lambda. A larger lambda favours smaller models.
 
     Return None if there are fewer than two assistants.
     """
@@ -173,7 +173,7 @@ def lambda_figure(report: Report) -> Chart | None:
         return None
     switches = [c.high for chosen in report.sweeps.values() for c in chosen if c.high != float("inf")]
     right = max(1.0, 1.25 * max(switches, default=1.0))
-    x, rows = Axis(0, right, "lambda: weight of a small size against the score"), len(report.sweeps)
+    x, rows = Axis(0, right, "lambda (a larger value favours smaller models)"), len(report.sweeps)
     summary = "; ".join(f"{name}: {sweep_text(chosen)}" for name, chosen in report.sweeps.items())
     chart = Chart("figure-lambda", summary, x, Axis(-0.4, rows - 0.35, marks={}, grid=False), height=66 * rows, head=4)
     for y, (name, chosen) in enumerate(reversed(list(report.sweeps.items()))):

@@ -71,9 +71,9 @@ def hop_weights(hops: int, carry: float) -> list[float]:
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return how much more teachers and learners differ along a path than in direct distillation, for each measure.
+    """Return, for each measure, the weighted sum of the `gaps` along a path, minus the gap in direct distillation.
 
-    The entry `cost` is the logarithm of the path's relative cost.
+    In the result, `cost` is the logarithm of the path's relative cost.
     """
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)

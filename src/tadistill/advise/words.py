@@ -51,9 +51,9 @@ def scores(measures: Measures) -> dict[str, dict[str, float]]:
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Return which assistant the rule of MiniDisc chooses, for each kind of score.
+    """Return which assistant MiniDisc's rule chooses, for each kind of score.
 
-    The choice depends on lambda, the weight of a small size against a good score (see `lambda_tradeoff`).
+    The choice depends on lambda. A larger lambda favours smaller models (see `lambda_tradeoff`).
     """
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
@@ -231,7 +231,7 @@ class Report:
     measures: Measures
     costs: Mapping[tuple[str, ...], PathCost]
     sweeps: Mapping[str, tuple[Chosen, ...]]
-    """Maps a kind of score to the assistants that the rule of MiniDisc chooses, each with its range of lambda."""
+    """Maps a kind of score to the assistants that MiniDisc's rule chooses, each with its range of lambda."""
     rules: tuple[Rule, ...]
     history: History
     advice: Advice

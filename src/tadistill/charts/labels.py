@@ -42,7 +42,7 @@ def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int
     Args:
         width: width of the plot in pixels. None places all labels in a column at the right of the plot.
         box: top and bottom of the plot in pixels.
-        marks: points and intervals that labels cover only if there is no other place near their point.
+        marks: points and intervals. A label avoids them if there is another place near its point.
     """
     if width is None:
         return _column(labels, box)
@@ -118,7 +118,7 @@ def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
 
 
 def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:
-    """Move values so that any two are at least `apart`, but as little as possible. They stay inside `box` if it is large enough."""
+    """Move values, as little as possible, until any two are at least `apart`. They stay inside `box` if it is large enough."""
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = [values[i] for i in order]
     for _ in range(60):

@@ -138,7 +138,7 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
 
 
 def runs_option(runs: Path | None) -> list[str]:
-    """Return the words of the option `--runs`, for a command that is shown to the user. Empty if the user did not give the option."""
+    """Return the option `--runs` as words of a command that is shown to the user. Empty if the user did not give it."""
     return ["--runs", str(runs)] if runs else []
 
 

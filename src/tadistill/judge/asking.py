@@ -42,7 +42,7 @@ class RequestEstimate:
 
     @property
     def requests(self) -> int:
-        """The number of questions that have no cached reply. If a reply has no two scores, its question is asked up to two more times."""
+        """The number of questions without a cached reply. A question is asked up to two more times if its reply has no readable scores."""
         return self.questions - self.cached
 
 

@@ -116,14 +116,15 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
     if plan.requests:
         out = f"{plan.tokens_out:,} output tokens (at most {plan.most_out:,})"
         console.print(
-            f"estimate: {plan.tokens_in:,} input tokens, {out}. A question is asked again if its reply has no two scores", highlight=False
+            f"estimate: {plan.tokens_in:,} input tokens, {out}. If no scores can be read from a reply, its question is asked again",
+            highlight=False,
         )
 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
         console.print(
-            f"the replies to {len(verdicts.unparsed)} of {plan.questions} questions have no two scores; these questions are left out"
+            f"no scores can be read from the replies to {len(verdicts.unparsed)} of {plan.questions} questions; these are left out"
         )
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))

@@ -205,7 +205,7 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:
     """Return how well the raters agree: Krippendorff's alpha (ordinal), over the answers that at least two raters rated.
 
-    The entry ``value`` is None if there are no such answers, or if all their ratings are equal.
+    In the result, `value` is None if no answer has two ratings, or if all these ratings are equal.
 
     Raises:
         ConfigError: the package `krippendorff` is needed but not installed.
@@ -253,7 +253,8 @@ def _rating(place: str, row: Mapping[str, str], key: Mapping[str, Any], *, rater
     item, letter, text = (row[name].strip() for name in _NEEDED)
     if row.get("sheet", "").strip() not in ("", key["sheet"]):
         raise DataError(
-            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but this sheet is {key['sheet']}; give its name with --name"
+            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but the key belongs to sheet {key['sheet']}; "
+            "choose the key of the row's sheet with --name"
         )
     if item not in key["items"]:
         raise DataError(f"{place}: the sheet has no item `{item}`; use one of its items, p001 to {list(key['items'])[-1]}")

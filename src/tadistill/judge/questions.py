@@ -180,7 +180,7 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
     """Write the questions that compare each arm with `against`, for every prompt and training seed. Each pair is asked in both orders.
 
     Raises:
-        ConfigError: `against` is neither an arm nor `REFERENCE`; or it is the only arm; or it is an arm although `mode` is `score`.
+        ConfigError: `against` is not known or is the only arm, or mode `score` is used against an arm.
     """
     if mode == "score" and against != REFERENCE:
         raise ConfigError(f"mode `score` compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")

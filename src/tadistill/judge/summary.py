@@ -53,9 +53,9 @@ def verdict(first: Scores, second: Scores) -> int:
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
     """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over test sets.
 
-    Each array has the shape (training seeds, prompts, 2): scores of the arm, then scores of the other answer. With the delta method, each
-    seed and prompt gets one value. These values have the mean of the ratio and, to first order, its variance. `macro_interval` computes the
-    interval from them.
+    Each array has the shape (training seeds, prompts, 2): scores of the arm, then scores of the other answer. The delta method
+    computes one value for each seed and prompt. Their mean is the ratio. The variance of this mean is, to first order, that of the ratio.
+    `macro_interval` computes the interval from these values.
     """
     linear = []
     for values in strata_SN2:

@@ -34,7 +34,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Return `where` in words for readers."""
+        """`where` as text for readers, such as "mean over sets"."""
         return "mean over sets" if self.where == MEAN else self.where
 
     @property
@@ -111,7 +111,7 @@ def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
 
 
 def published(results: Results) -> list[str]:
-    """Return one sentence for each arm that has published scores. It says which of these scores this study matches."""
+    """Return one sentence for each arm with published scores: which of these scores does this study match?"""
     return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 

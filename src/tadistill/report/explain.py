@@ -31,7 +31,7 @@ _TEXTS = {
 
 
 def arm_words(results: Results) -> dict[str, str]:
-    """Return what each arm is, in a few plain words, such as "taught by xl through l". Models that the study does not train have none.
+    """Return a few plain words about each trained arm, such as "taught by xl through l".
 
     The training text and the objective are named only where they tell arms apart.
     """
@@ -218,7 +218,7 @@ def _unseen_text(results: Results) -> str:
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """Return warnings about two compared arms that differ in checkpoints on dev, decoding seeds or finished training seeds."""
+    """Return warnings if the compared arms have different numbers of checkpoints or decoding seeds, or different finished seeds."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection

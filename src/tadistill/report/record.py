@@ -70,7 +70,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not allow by null, such as the infinite perplexity of a diverged model."""
+    """Replace infinite numbers and NaN by None (null in JSON). For example, the perplexity of a diverged model is infinite."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -185,7 +185,7 @@ def _budget(curve: BudgetCurve) -> dict[str, Any]:
 
 
 def distillations(results: Results) -> list[dict[str, Any]]:
-    """Return the lines of the figure of paths. Each is one distillation, with the FLOPs of one seed and an assistant's last dev value."""
+    """Return the distillations in the figure of paths. `flops` is for one seed. `dev` is the last dev value of an assistant."""
     nodes, metric = lattice(results), primary_metric(results)
     found: list[dict[str, Any]] = []
     for at, node in nodes.items():
@@ -197,7 +197,7 @@ def distillations(results: Results) -> list[dict[str, Any]]:
 
 
 def lengths(results: Results) -> list[dict[str, Any]]:
-    """Return each arm's mean of ROUGE-L over the prompts whose first reference has `first` to `last` tokens."""
+    """Return each arm's mean ROUGE-L by the length of the first reference, which has `first` to `last` tokens."""
     metric = "rouge_l"
     return [
         {"arm": arm.name, "metric": metric, "first": b[0], "last": b[1], "prompts": bucket_size(results, metric, b)} | _summary(s)
@@ -208,7 +208,7 @@ def lengths(results: Results) -> list[dict[str, Any]]:
 
 
 def curves(results: Results) -> list[dict[str, Any]]:
-    """Return the learning curves of the last training of each arm. The seed null is the mean over the seeds."""
+    """Return the learning curves of the last training of each arm. Each entry is one seed, or the mean over seeds (`seed` is None)."""
     found: list[dict[str, Any]] = []
     for curve in (curve for curve in learning_curves(results) if curve.arm is not None):
         for seed, (steps, values) in {None: curve.mean, **(curve.seeds if len(curve.seeds) > 1 else {})}.items():
@@ -217,7 +217,7 @@ def curves(results: Results) -> list[dict[str, Any]]:
 
 
 def exposure(results: Results) -> list[dict[str, Any]]:
-    """Return the exposure bias of each arm at the positions 1, 2, ... of a response. The seed null is the mean over the seeds."""
+    """Return the exposure bias of each arm at positions 1, 2, … Each entry is one seed, or the mean over seeds (`seed` is None)."""
     found: list[dict[str, Any]] = []
     for arm, bias in exposures(results).items():
         series = {None: bias.mean, **(bias.seeds if len(bias.seeds) > 1 else {})}

@@ -258,7 +258,7 @@ def _cost(results: Results) -> Table:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """The compute of the stages that differ only in their seed: the means of their predicted FLOPs, metered FLOPs and seconds."""
+    """The compute of one training, as means over its seeds: predicted FLOPs, metered FLOPs and seconds."""
 
     stage: str
     predicted: float

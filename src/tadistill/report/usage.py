@@ -44,7 +44,7 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     """Return the format of the prompts on which a model was trained.
 
-    It is the format of the training rows if they have one of their own, and the recipe's template otherwise.
+    If the training rows have their own format, it is that format. Otherwise it is the recipe's template.
     """
     template = _data(results)["template"]
     if template == "chat" or not (prompt := _first_prompt(results, arm)):

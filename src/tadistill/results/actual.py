@@ -22,7 +22,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """Counts of the rows of one split that the arms of a study (paths of models) used."""
+    """How many rows of one split a study used, for all arms (paths of models) or for some of them."""
 
     role: str
     """The part of the data: train, dev or test."""
@@ -84,13 +84,14 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
         if not len(of_set):
             stages = ", ".join(store.label(key) for key, of_stage in rows.items() if name in of_stage)
             raise StoreError(
-                f"the evaluations of {name} have no row in common ({stages}), so arms cannot be compared; raise data.max_prompt"
+                f"the evaluations of {name} have no row in common ({stages}), so arms cannot be compared; raise data.max_prompt, so that "
+                "fewer long prompts are left out"
             )
     return shared
 
 
 def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
-    """Return the positions of the rows `chosen` in the array `answered`, in ascending order of the row numbers."""
+    """Return where the rows `chosen` are in the array `answered`. These positions are sorted by row number."""
     order = np.argsort(answered, kind="stable")
     return order[np.isin(answered[order], chosen)]
 
@@ -130,7 +131,7 @@ def rows_text(used: Sequence[UsedRows]) -> str:
 
 
 def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:
-    """Return the plan with measured FLOPs and numbers of checkpoints for trainings that stopped early.
+    """Return the plan with measured values (FLOPs, number of checkpoints) for trainings that stopped early.
 
     A training with `select.patience` may stop before its last update.
     """

@@ -139,10 +139,9 @@ def _draws(gap: Difference, stream: int) -> Array:
 
 
 def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
-    """Return the first place at which each curve crosses 0, with straight lines between its points.
+    """Return the first place at which each curve crosses 0, (R,). The points of a curve are connected by straight lines.
 
-    If a curve does not cross 0, the result is -inf or inf. It is -inf if the curve already has the sign that is expected after the
-    crossing.
+    If a curve does not cross 0, the result is -inf or inf. It is -inf if the curve is already on the side that it should cross to.
 
     Args:
         x_N: places of the points, in ascending order.
@@ -176,7 +175,7 @@ def _limit(points: list[BudgetPoint], bounds: tuple[float, float]) -> Limit | No
 
 
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> tuple[Array, Array]:
-    """Return the score to which each curve converges, (R,), and the misfit of each fit as chi squared, (R,).
+    """Return the score to which each curve converges, and the misfit of its fit as chi squared. Both have the shape (R,).
 
     The score is `a` in the weighted least-squares fit scores = a - b * times ** -c. The exponent `c` is between 0.05 and 3. For a given `c`
     the fit is linear, so the best `c` is found on a fine grid.

@@ -130,7 +130,7 @@ class Results:
 def read_results(study_dir: Path, store: Store) -> Results:
     """Read the plan of a study and all its finished evaluations.
 
-    Tokenizers differ, so models may leave out different prompts that are too long. Only prompts that all arms answered are kept.
+    Models with different tokenizers may leave out different long prompts. Only prompts that all arms answered are kept.
 
     Raises:
         StoreError: a file is damaged or has changed, or the evaluations of a set have no prompt in common.
@@ -169,7 +169,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
 
 
 def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """Return the scores of a set with pass@k of its metrics of right answers, as METRIC/k. pass@1 is the metric itself."""
+    """Return the scores of a set. If a metric says right or wrong, its pass@k is added as METRIC/k. pass@1 is the metric itself."""
     verified = [name for name in table if "@" not in name and metric_of(name).right_or_wrong]
     return table | {f"{name}/{k}": 100 * pass_at_k(table[name] > 50, k) for name in verified for k in sorted(pass_at) if k > 1}
 
@@ -215,9 +215,9 @@ class _Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the metric for verdicts and main figures: the first quality metric that was measured, or Rouge-L without one.
+    """Return the metric for verdicts and main figures: the first quality metric that was measured, or else Rouge-L.
 
-    If Rouge-L sees less than half of the letters of the references, Rouge-L for all scripts takes its place.
+    Rouge-L reads only a-z, A-Z and 0-9. If most letters of the references are others, Rouge-L for all scripts is used instead.
     """
     first = next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]
@@ -231,7 +231,7 @@ def seeds_of(results: Results) -> tuple[int, ...]:
 
 
 def sets_with(results: Results, metric: str) -> tuple[str, ...]:
-    """Return the test sets on which at least one arm has a value of the metric. The set `MEAN` is the mean over these sets."""
+    """Return the test sets on which at least one arm has a value of the metric. The mean over sets (`MEAN`) uses these sets."""
     tables = [table for by_seed in results.scores.values() for table in by_seed.values()]
     return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
 
@@ -304,7 +304,7 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], metric: str) -> Summary:
     """Return the mean of a metric over test sets, with its 95 % interval. Each set has the same weight.
 
-    There is one array per set, with the axes training seeds, prompts and decoding seeds. `seeds` names the training seeds.
+    `strata_SNK` has one array per set, with the shape (training seeds, prompts, decoding seeds). `seeds` are the training seeds.
     """
     low, high = macro_interval(strata_SNK, bounds=metric_of(metric).bounds)
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)

@@ -71,7 +71,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants): direct distillation with ``compute: as CHAIN``.
 
-    If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that this is direct distillation.
+    If the chain has several `budgets`, the reference arm at the same budget is used instead. It must be plain (`ArmRecord.is_plain`).
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference
@@ -131,9 +131,7 @@ def _bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> 
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return the paired difference ``arm - other`` over the prompts whose reference length is in the range `bucket`, or None without
-    scores.
-    """
+    """Return the paired difference ``arm - other`` over prompts with a reference length in `bucket`. None if there are no scores."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
@@ -207,7 +205,7 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the decoding that differs from the main one (`evaluate`) only in its temperature of 0, or None without one."""
+    """Return the name of the decoding at temperature 0 that is otherwise like the main one (`evaluate`). None if there is none."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 

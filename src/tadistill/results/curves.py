@@ -116,7 +116,7 @@ def _thinned(points: Mapping[int, float]) -> Series:
 class ExposureBias:
     """Exposure bias (ExAccErr, in per cent) by position in the answer, from 1: the mean over the seeds, and the curve of each seed.
 
-    Few answers are long. At positions up to `solid`, at least `FEW` answers are left in every seed.
+    Few answers are long. `solid` is the last position that at least `FEW` answers reach in every seed.
     """
 
     mean: Array
@@ -125,16 +125,16 @@ class ExposureBias:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read two KL curves by position in the answer: after text of the student, and after text of the teacher.
+    """Read two KL curves by position in the answer for each test set: after text of the student, and after text of the teacher.
 
-    There is one entry per test set. It also has the number of answers that reach each position.
+    In a curve, `kl` has the values, and `count` the number of answers that reach each position.
     """
     path = store.artifact(key, "exposure.json")
     content = read_json(path, fix=store.redo(key))
     try:
         curves = [content[name][side] for name in content for side in ("student", "teacher")]
         if not curves or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
-            raise ValueError("a set has no exposure curve, or a curve has no position")
+            raise ValueError("there is no curve, or `kl` and `count` have different lengths")
         for curve in curves:
             np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
     except (KeyError, TypeError, ValueError) as error:

@@ -58,7 +58,7 @@ class PublishedScores:
 class ArmRecord:
     """One arm (a named path of models) of the plan.
 
-    `evaluate`, `analyse` and `final` map each training seed to the key of a stage. `also` does so for each additional decoding.
+    `evaluate`, `analyse` and `final` map each training seed to the key of a stage. `also` has such a map for each additional decoding.
     """
 
     name: str
@@ -106,7 +106,7 @@ class ArmRecord:
 
     @property
     def has_assistant(self) -> bool:
-        """True if the arm uses a teacher assistant: in its path, as the start of another model, or as a teacher for some of the updates."""
+        """True if the arm uses three or more models. One of them is then a teacher assistant."""
         return len(self.models) > 2
 
 
@@ -134,7 +134,7 @@ class StudyPlan:
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
 
-        With `paid`, stages whose FLOPs do not count for an arm are left out (`StageRecord.like`).
+        With `paid`, a stage is left out if its FLOPs do not count for an arm (`StageRecord.like`).
         """
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
@@ -191,9 +191,9 @@ def load_plan(study_dir: Path) -> StudyPlan:
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the uncertainty of each compared arm in the study's report: (arm, metric) -> standard deviation.
+    """Return the standard deviation of each difference in the study's report, by (arm, metric).
 
-    It is empty if there is no report.
+    The result is empty if there is no report.
     """
     path = study_dir / "results.json"
     if not path.is_file():
@@ -292,8 +292,8 @@ def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
     wrong = values[(values < low - ROUNDING) | (values > high + ROUNDING)]
     if wrong.size:
         raise StoreError(
-            f"{path}: {wrong.size} scores of `{metric}` lie outside {low:g} to {high:g}, for instance {wrong[0]:g}; "
-            f"give the metric another `unit` in the recipe, because `{metric_of(metric).unit}` has these bounds"
+            f"{path}: {wrong.size} scores of `{metric}` lie outside {low:g} to {high:g}, the bounds of its unit "
+            f"`{metric_of(metric).unit}`, for instance {wrong[0]:g}; give the metric another `unit` in the recipe"
         )
 
 
@@ -308,9 +308,9 @@ def _table(values: Any) -> NDArray[np.float64] | str:
 
 
 def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
-    """Read the results of an evaluation that belong to whole test sets.
+    """Read the results of an evaluation for whole test sets, by the name of the set.
 
-    For each set, the keys are numbers, calibration, reference_length, rows and unseen.
+    Each set has the keys `numbers`, `calibration`, `reference_length`, `rows` and `unseen`.
     """
     path = store.artifact(key, "corpus.json")
     content = read_json(path, fix=store.redo(key))

@@ -34,10 +34,10 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """How much an arm may gain because it chose its best checkpoint on dev among more checkpoints than the other arm.
+    """The advantage of an arm that chose its best checkpoint on dev among more checkpoints (``mine``) than the other (``theirs``).
 
-    ``sigma`` is the standard deviation of the primary metric on dev, over the later half of the checkpoints. It includes progress in
-    training, so the gain ``inflation`` is an upper bound. Both are None if dev did not log the metric.
+    ``inflation`` is an upper bound of this advantage. It is computed from ``sigma``, the standard deviation of the primary metric on dev
+    over the later half of the checkpoints. Both are None if dev did not log the metric.
     """
 
     mine: int
@@ -91,7 +91,7 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return each chain (path with assistants) with the arm to which it is compared. Without chains, return all pairs of competing arms."""
+    """Return each chain (path with assistants) with direct distillation. Without chains, return all pairs of competing arms."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
@@ -203,7 +203,7 @@ def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[
 
 
 def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
-    """Return from how many checkpoints an arm chose, over all its trainings with one training seed. It is 0 if it chose none."""
+    """Return how many checkpoints an arm chose from, in all its trainings with one training seed. It is 0 if nothing was chosen."""
     return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
 
 

@@ -156,8 +156,8 @@ def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Latti
         return _lattice(search)
     if len(costs) < len(flops):
         raise ConfigError(
-            f"search.budget is {search.budget:g}, but the size of a model is unknown (it is known for gpt2, opt, llama, mistral, qwen2 and "
-            "qwen3 models); remove `search.budget`"
+            f"search.budget is {search.budget:g}, but the cost of a path cannot be computed, because the size of a model is unknown; use "
+            "only gpt2, opt, llama, mistral, qwen2 or qwen3 models, or remove `search.budget`"
         )
     budget = search.budget
     lattice = _lattice(search, cost=costs.__getitem__, budget=budget)

@@ -45,7 +45,7 @@ class Concordance:
 
     @property
     def share(self) -> float | None:
-        """Share of concordant pairs among the pairs without ties. It is None if all pairs are tied.
+        """concordant / (concordant + discordant), or None if all pairs are tied.
 
         1/2 means that the quality of the teacher has no effect.
         """
@@ -103,8 +103,8 @@ def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
     If this is always so, the strategy `best_prefix` finds the best path (the Bellman condition).
 
     Args:
-        quality: quality of every path and of every beginning of a path. Higher is better. A pair is used only if the qualities of both
-            teachers are given.
+        quality: quality of paths and of beginnings of paths. Higher is better. A pair counts only if the qualities of both teachers are
+            given.
     """
     found = {1: 0, -1: 0, 0: 0}
     for a, b in combinations(quality, 2):
@@ -141,7 +141,7 @@ class Outcome:
 
     @property
     def trainings(self) -> int:
-        """Number of trainings in the search. Paths with the same beginning share its training if their runs have the same length."""
+        """Number of trainings in the search. A training that several paths share counts once for each length of training."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 
@@ -224,7 +224,7 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     depends on its length.
 
     Args:
-        rungs: for each rung, the share of a training's updates that is run. At least two rising values; the last value must be 1.
+        rungs: the share of a training's updates in each rung. There must be at least two values. They rise, and the last one is 1.
 
     Raises:
         ValueError: `rungs` breaks one of these rules.
@@ -300,8 +300,8 @@ class Chosen:
 def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
     """Return which assistant MiniDisc's rule chooses for each lambda >= 0, in rising order of lambda.
 
-    Lambda is the weight of a small size. The rule takes the assistant with the largest score + lambda * (1 - size / size of the teacher).
-    Scores are from 0 to 1. Where the choice changes, two assistants have the same value. Source: Zhang et al. 2022, arXiv 2205.14570.
+    The rule takes the assistant with the largest score + lambda * (1 - size / size of the teacher). So a larger lambda favours smaller
+    models. Scores are from 0 to 1. Source: Zhang et al. 2022, arXiv 2205.14570.
     """
     left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}
     at, found = 0.0, []

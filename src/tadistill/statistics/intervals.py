@@ -101,7 +101,7 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDE
     differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval does not show how
     scores vary over trainings. A report must say so.
 
-    If all scores equal one of two bounds, the other end of the interval is the exact (Clopper-Pearson) limit for the prompts.
+    If all scores are equal to one of two bounds, the interval goes from this bound to the exact (Clopper-Pearson) limit.
     """
     return _Estimate(_prompt_means(strata_SNK), bounds).interval(level)
 
@@ -160,7 +160,7 @@ class _Estimate:
 
     @property
     def p(self) -> float:
-        """The two-sided p-value for a mean of zero, by the same test as the interval. The bounds must be symmetric about zero."""
+        """The two-sided p-value for a true mean of 0, by the same test as the interval. Scores must have bounds of the form -b and b."""
         if self.mean == 0:
             return 1.0
         if self.se == 0:

@@ -46,10 +46,10 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values that are corrected for multiple testing by Holm's method, in the given order.
+    """Return the p-values, corrected for multiple testing by Holm's method. Their order stays the same.
 
-    If all hypotheses with a corrected p-value below 0.05 are rejected, the chance of one or more false rejections is at most 5 %. Source:
-    S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
+    The usual rule rejects each hypothesis whose corrected p-value is below 0.05. The chance of any false rejection is then at most 5 %.
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
     """
     p = np.asarray(p_values, dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
@@ -112,9 +112,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation that a report implies for its mean. One is computed from the 95 % interval, another from the p-value.
-
-    The larger one is returned.
+    """Return the standard deviation of a mean in a report. The interval implies one, and the p-value another; the larger one is returned.
 
     Args:
         half: half the width of the 95 % interval.
@@ -125,7 +123,10 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return `spread_claimed` (a standard deviation) for a t-test of paired differences, one per training seed. It is 0 for one seed."""
+    """Return the standard deviation that a t-test of paired differences implies (`spread_claimed`). It is 0 for one seed.
+
+    ``differences_S`` has one paired difference per training seed.
+    """
     differences = np.asarray(differences_S, dtype=np.float64)
     df = len(differences) - 1
     if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:

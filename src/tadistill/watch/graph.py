@@ -23,7 +23,7 @@ _SEED = re.compile(r",?\s*seed \d+")
 
 @dataclass(frozen=True)
 class Node:
-    """One node of the graph: the stages that differ only in their seed, and the stages that measure their models."""
+    """One node of the graph. Its `stages` differ only in their seed. Its `measures` are the stages that measure the trained models."""
 
     id: str
     title: str
@@ -34,14 +34,14 @@ class Node:
 
     @property
     def state(self) -> str:
-        """The state to show for the whole node: a failure if there is one, or else running, or else what is left to do."""
+        """The state to show for the whole node. A failure comes first, then running stages, then other unfinished stages."""
         found = {stage.state for stage in (*self.stages, *self.measures)}
         order = (*sorted(BAD), "running", "stopped", "queued", "waiting", "done")
         return next((state for state in order if state in found), "waiting")
 
     @property
     def says(self) -> str:
-        """The states of the node's stages in a few words, with their numbers."""
+        """The states of the node's stages as text, such as ``2 done, 1 running · 1/3 measured``."""
         every = self.stages or self.measures
         counts = Counter(stage.state for stage in every)
         text = every[0].state if len(every) == 1 else ", ".join(f"{n} {state}" for state, n in counts.items())

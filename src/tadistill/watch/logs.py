@@ -25,7 +25,7 @@ _ALARM = re.compile(r"^(?P<time>[\d: -]*\d:\d\d)(?: \d+)? alarm: (?P<text>.*)$")
 
 
 class Follower:
-    """Reads each line of a growing file once. If the file is replaced or becomes shorter, it is read again from its end."""
+    """Reads each line of a growing file once. If the file is replaced or becomes shorter, reading starts again near its end."""
 
     def __init__(self, path: Path, take: Callable[[int, bytes], None], forget: Callable[[], None]):
         """`take` is called for each line, with its offset in the file and its bytes. `forget` is called if the file was replaced."""

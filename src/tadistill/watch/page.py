@@ -69,7 +69,7 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
 
     Args:
         wanted: ids of the graph's nodes whose curves and samples are shown. If it is empty, running stages are shown.
-        reports: names of the study's files to which the page has links.
+        reports: names of files of the study. The page has a link to each of them.
     """
     nodes = nodes_of(moment.stages)
     wanted = set(wanted) & {node.id for node in nodes}

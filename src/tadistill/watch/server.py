@@ -199,9 +199,9 @@ def read_file(study: Path, name: str) -> bytes | None:
 
 
 def same_user(address: str, client: int, *, port: int) -> bool:
-    """Return False if a connection belongs to another user of this machine. This is known only on Linux; elsewhere the result is True.
+    """Return False if another user of this machine opened the connection. Only Linux tells; elsewhere the result is True.
 
-    All users of a login node can connect to a port of 127.0.0.1. `address` and `client` (a port) are the other end of the connection.
+    All users of a login node can connect to a port of 127.0.0.1. `address` and `client` are the address and the port of the browser.
     """
     try:
         lines = _TABLE.read_text(encoding="ascii").splitlines()[1:]

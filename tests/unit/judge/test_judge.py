@@ -120,7 +120,7 @@ def test_unparsable_for_ever_is_counted_not_guessed(judged):
     assert len(set(fake.asked)) == asked  # a judge at temperature 0 would say the same to the same words
     assert found["unparsed"] == 2
     assert {r["arm"]: r["n"] for r in found["rows"]} == {"good": 3, "bad": 4}
-    assert "the replies to 2 of 16 questions have no two scores" in judged.said
+    assert "no scores can be read from the replies to 2 of 16 questions" in judged.said
 
 
 def test_429_then_fine(judged):

@@ -33,9 +33,9 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the arm with which an arm is compared. It is direct distillation, if possible with the same compute.
+    """Return the baseline of an arm: direct distillation, if possible with the same compute.
 
-    If there is no direct distillation, it is the first competing arm.
+    If there is no direct distillation, the baseline is the first competing arm.
     """
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
