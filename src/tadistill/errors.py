@@ -60,7 +60,7 @@ class Gathering:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put `what` (such as `models.xl`) in front of an error of the block. A message that begins with `models.` is not changed."""
+    """Put `what` (such as `models.xl`) in front of the message of an error in the block. If it begins with `models.`, it stays as it is."""
     try:
         yield
     except TadistillError as error:

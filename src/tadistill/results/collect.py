@@ -217,7 +217,7 @@ class _Reader:
 def primary_metric(results: Results) -> str:
     """Return the metric for verdicts and main figures: the first quality metric that was measured, or else Rouge-L.
 
-    Rouge-L reads only a-z, A-Z and 0-9. If most letters of the references are others, Rouge-L for all scripts is used instead.
+    Rouge-L reads only a-z, A-Z and 0-9. If it cannot read most letters of the references, Rouge-L for all scripts is used.
     """
     first = next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]

@@ -71,7 +71,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants): direct distillation with ``compute: as CHAIN``.
 
-    If the chain has several `budgets`, the reference arm at the same budget is used instead. It must be plain (`ArmRecord.is_plain`).
+    If the chain has several `budgets`, the reference arm at the same budget is used instead if it is plain (`is_plain`).
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference

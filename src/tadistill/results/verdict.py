@@ -91,7 +91,7 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return each chain (path with assistants) with direct distillation. Without chains, return all pairs of competing arms."""
+    """Return pairs of arms: each chain (path with assistants) with direct distillation or, without chains, all competing arms."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]

@@ -141,7 +141,7 @@ class Outcome:
 
     @property
     def trainings(self) -> int:
-        """Number of trainings in the search. A training that several paths share counts once for each length of training."""
+        """Number of trainings in the search. Paths that begin alike share trainings of the same length."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 

@@ -160,7 +160,7 @@ class _Estimate:
 
     @property
     def p(self) -> float:
-        """The two-sided p-value for a true mean of 0, by the same test as the interval. Scores must have bounds of the form -b and b."""
+        """The two-sided p-value for a true mean of 0, by the same test as the interval. The bounds of the values must be -b and b."""
         if self.mean == 0:
             return 1.0
         if self.se == 0:
