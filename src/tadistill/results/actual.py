@@ -22,7 +22,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """How many rows of one split a study used, for all arms (paths of models) or for some of them."""
+    """The rows of one split that a study used, as counts for all arms (paths of models) or for some of them."""
 
     role: str
     """The part of the data: train, dev or test."""
