@@ -168,7 +168,7 @@ class Runtime(Strict):
 
 
 class Resources(Strict):
-    """Devices and limits of stages (single steps of work). A change affects only rounding, so stored results stay valid.
+    """Devices and limits of stages (single steps of work). Changing them affects only rounding, so stored results stay valid.
 
         resources:
           default: {hours: 3}
@@ -303,8 +303,8 @@ def own_functions(recipe: Recipe) -> list[str]:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if references form a cycle. `edges` maps a name to the name to which it refers. The message calls such a
-    reference `what`."""
+    """Raise a ValueError if references form a cycle. `edges` maps a name to the name to which it refers. In the message, `what`
+    names these references."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

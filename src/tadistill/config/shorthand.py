@@ -37,7 +37,7 @@ SHORT_KEYS = {
 def written_out(value: Any, *, string: str, name: str) -> Any:
     """Return the keys of a method or an arm. If they contain the name of a method, its objective and sampler replace the name.
 
-    Keys in the `objective` or `sampler` of `value` override those of the named method. If the `type` differs, nothing is taken from it.
+    Keys in the `objective` or `sampler` of `value` override those of the named method. If the `type` differs, the whole part is replaced.
 
     Args:
         value: the part of the recipe. A text is read as the value of the key `string`. A value without keys is returned unchanged.

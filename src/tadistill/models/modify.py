@@ -35,7 +35,7 @@ _RANGE = (0.05, 20.0)  # the search range of temperatures
 
 
 def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
-    """Add low-rank adapters to a model with peft, and freeze all other weights. Before training, they do not change the outputs.
+    """Add low-rank adapters to a model with peft, and freeze all other weights. Before training, the adapters change no outputs.
 
     `seed` determines the random initial weights of the adapters.
 

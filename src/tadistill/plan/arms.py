@@ -253,9 +253,9 @@ class _Planner:
             fixed -= self._of_teacher(trial, final)
             target = times * (target - self._of_teacher(self.graph, like.final[self.recipe.first_seed]))
         if target <= fixed:
-            spent, fix = (f"the budget of {target:.3g} FLOPs", "raise the budget") if times else ("that arm", "remove `compute`")
+            spent, fix = (f"the budget of {target:.3g} FLOPs is", "raise the budget") if times else ("that arm costs", "remove `compute`")
             raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but {spent} costs less than the {fixed:.3g} FLOPs that `{name}` needs "
+                f"arms.{name} has `compute: {arm.compute}`, but {spent} less than the {fixed:.3g} FLOPs that `{name}` needs "
                 f"before its distillation; {fix}"
             )
         return (target - fixed) / scaled

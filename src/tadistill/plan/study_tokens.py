@@ -77,7 +77,7 @@ class StudyTokens:
         return found
 
     def cautions(self) -> list[str]:
-        """Return warnings: a model uses another model's tokenizer, BOS is put first or left out, a template may not suit a chat model."""
+        """Return warnings: a model uses another model's tokenizer, BOS is first or left out, or a template may not suit a chat model."""
         return [sentence for group in self._groups for sentence in self._cautions_of(group)]
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:

@@ -73,8 +73,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. A part without a known speed is left out if it has at most 1 % of the FLOPs. Otherwise, return
-    None."""
+    """Predict the seconds of a stage. Return None if a part with more than 1 % of the FLOPs has no known speed."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0

@@ -173,7 +173,7 @@ def test_a_wrong_answer_of_a_row_is_named_with_file_and_row(read, column, value,
 
 
 def test_a_row_without_an_answer(read):
-    with pytest.raises(DataError, match=r"x\.jsonl`, row 2 has no column `a`, but `columns` of this data set names it .as `numeric`."):
+    with pytest.raises(DataError, match=r"x\.jsonl`, row 2 has no column `a`, which the recipe reads \(columns: \{numeric: a\}\)"):
         read({"a": 1}, {}, columns={"numeric": "a"})
 
 

@@ -55,7 +55,7 @@ class Cost:
         return self.of(*self.parts)
 
     def of(self, *names: str) -> float:
-        """Return the sum of the FLOPs of these parts."""
+        """Return the sum of the FLOPs of the named parts."""
         return float(sum(self.parts[name].flops for name in names))
 
     def phases(self) -> dict[str, float]:

@@ -103,7 +103,7 @@ class TrainingCost:
         self.batch = max(self.batch, kept + min(logits * (2 if teacher else 1), TILE_BYTES) + gradient)
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """Return the cost of the training. `published` is the number of FLOPs that MiniLLM's released code needs for the same rollouts."""
+        """Return the cost of the training. `published` is what MiniLLM's released code needs for the same number of rollouts."""
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
