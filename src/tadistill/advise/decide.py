@@ -61,7 +61,7 @@ class Advice:
 
     verdict: Verdict
     path: tuple[str, ...]
-    """The path to run now: the direct path unless the verdict is `chain`."""
+    """The path to run now. If the verdict is `chain`, it is the best chain, otherwise the direct path."""
     options: tuple[Option, ...]
     """All candidates in the given order. The first one is the direct path."""
     hypothesis: tuple[str, ...] | None

@@ -65,7 +65,7 @@ class Comparison:
     family: int
     """The number of comparisons for which Holm's method adjusts the p-value."""
     sign_flip: SignFlip | None
-    """The sign-flip test. None unless the arms are trained and have 2 to 5 seeds in common."""
+    """The sign-flip test, for trained arms with 2 to 5 common seeds. None for all others."""
     margin: float
     equivalent: bool
     detectable: float | None
@@ -78,7 +78,7 @@ class Comparison:
     mechanism: Mechanism | None
     """Differences that show whether a gain is only sharpening. None for pairs of a study without chains."""
     credit: Credit | None
-    """Why a gain is credited to the path, or why not. None unless it is a gain over direct distillation with the same compute."""
+    """Why a gain over direct distillation with the same compute is credited to the path, or why not. None if there is no such gain."""
 
 
 @dataclass(frozen=True)
