@@ -50,6 +50,7 @@ GLOSSARY: dict[str, str] = {
     "math accuracy": "The share of answers whose final expression equals the right one, by the library math-verify.",
     "checks passed": "The share of answers that pass all checks of their row, such as a largest number of words.",
     "pass@k": "The chance that at least one of k sampled answers is right, estimated from all answers to a prompt (Chen et al. 2021).",
+    "task score": "The first metric of a task of lm-eval, mostly the share of right answers.",
     "ROUGE-L": "The overlap of an answer with the reference: the F-score of their longest common sequence of words.",
     "ROUGE-L (all scripts)": "ROUGE-L over the letters of every script, not only a-z.",
     "exact match": "The share of answers that equal a reference.",

@@ -3,7 +3,8 @@
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
 A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
-of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC.
+of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC. `task_score` is the
+first metric of a task of lm-eval, and `task_score/NAME` is another one.
 """
 
 import re
@@ -64,6 +65,7 @@ _ROWS = (
     Metric("choice", "choice accuracy", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
     Metric("math", "math accuracy", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
     Metric("checks", "checks passed", *_SHARE, selects=True, logs=("dev",), hub="accuracy", on_card=True, right_or_wrong=True),
+    Metric("task_score", "task score", *_SHARE, hub="accuracy", on_card=True),
     Metric("rouge_l", "ROUGE-L", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("rouge_l_unicode", "ROUGE-L (all scripts)", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),
@@ -125,8 +127,8 @@ def sorted_names(measured: Iterable[str], keep: Callable[[Metric], bool]) -> tup
     """Return the measured metrics that `keep` accepts, in the order of the tables. Only the main decoding is included."""
     order = {name: i for i, name in enumerate(METRICS)}
     names = [name for name in dict.fromkeys(measured) if "@" not in name and keep(metric_of(name))]
-    parts = {name: (name.partition("/")[0], int(name.partition("/")[2] or -1)) for name in names}
-    return tuple(sorted(names, key=lambda name: (order[parts[name][0]], parts[name][1])))
+    parts = {name: name.partition("/")[::2] for name in names}
+    return tuple(sorted(names, key=lambda name: (order[parts[name][0]], int(part) if (part := parts[name][1]).isdigit() else -1, part)))
 
 
 def higher_is_better(name: str) -> bool:
@@ -149,7 +151,8 @@ def metric_title(name: str) -> str:
         hop = base.removeprefix("budget/")
         title = "KL to the last assistant" if hop == "0" else f"error of hop {hop} above it"
     elif "/" in base:
-        title = f"{title}, pass@{base.rpartition('/')[2]}"
+        part = base.partition("/")[2]
+        title = f"{title}, {'pass@' if metric_of(name).right_or_wrong else ''}{part}"
     return f"{title}, {decoding}" if decoding else title
 
 

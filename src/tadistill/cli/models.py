@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,11 @@ from tadistill.terminal import Terminal
 
 app = typer.Typer()
 On = Annotated[str, typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids.")]
+OnOrSuite = Annotated[
+    str | None,
+    typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids. By default MiniLLM's five, without --tasks."),
+]
+Harness = Annotated[Literal["lm-eval"] | None, typer.Option("--harness", help="Also measure tasks of EleutherAI's lm-eval, see --tasks.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated by commas.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences to this model.")]
 Settings = Annotated[
@@ -29,9 +34,11 @@ Settings = Annotated[
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, directory, x.gguf, or wheel://…", metavar="MODEL")],
-    on: On = "dolly,self_inst,vicuna,sinst,uinst",
+    on: OnOrSuite = None,
     seeds: Seeds = "10,20,30,40,50",
     teacher: Teacher = None,
+    harness: Harness = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of the harness, separated by commas: names or YAML files.")] = "",
     settings: Settings = None,
     runs: Runs = None,
     quiet: Quiet = False,
@@ -39,7 +46,9 @@ def evaluate(
     log: Log = "text",
 ) -> None:
     """Evaluate any model, by default on MiniLLM's five test sets, and write a report."""
-    _evaluate([model], on, seeds, teacher, settings, runs, terminal_for(quiet, verbose, log))
+    if (harness is None) != (tasks == ""):
+        raise ConfigError("--harness and --tasks belong together, for instance --harness lm-eval --tasks arc_easy,gsm8k; give both or none")
+    _evaluate([model], (on, tasks), seeds, teacher, settings, runs, terminal_for(quiet, verbose, log))
 
 
 @app.command()
@@ -62,23 +71,33 @@ def compare(
     if len(models) < 2:
         raise ConfigError(f"`tadistill compare` needs at least two models, but got only {models[0]}; add one, or use `tadistill eval`")
     terminal = terminal_for(quiet, verbose, log)
-    study = _evaluate(models, on, seeds, teacher, settings, runs, terminal)
+    study = _evaluate(models, (on, ""), seeds, teacher, settings, runs, terminal)
     terminal.print(side_by_side(read_results(study, store_of(study.parent)), show))
 
 
 def _evaluate(
-    models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, terminal: Terminal
+    models: list[str],
+    measured: tuple[str | None, str],
+    seeds: str,
+    teacher: str | None,
+    settings: list[str] | None,
+    runs: Path | None,
+    terminal: Terminal,
 ) -> Path:
+    """Run the study of these models. `measured` has the test sets and the tasks of lm-eval."""
     from tadistill.config import parse
-    from tadistill.runner.study import evaluation_recipe
+    from tadistill.runner.study import SUITE, evaluation_recipe
 
+    tasks = measured[1]
+    on = measured[0] if measured[0] is not None else "" if tasks else ",".join(SUITE)
     numbers = comma_separated(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
-    text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher)
+    text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher, tasks=_sets(tasks))
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
     verb = ["tadistill", "eval" if len(models) == 1 else "compare", *models]
-    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen, *runs_option(runs)])
+    what = [*(["--on", on] if on else []), *(["--harness", "lm-eval", "--tasks", tasks] if tasks else [])]
+    command = shlex.join([*verb, *what, "--seeds", seeds, *chosen, *runs_option(runs)])
     return run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs), terminal)
 
 

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Strict
 from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
+TASK_FILE = (".yaml", ".yml")
+"""Endings of files that define a task of lm-eval."""
+
 
 class OtherDecoding(Decoding):
     """Another way to sample responses to the test sets. A field that is left out has the value of the main settings, `evaluate`."""
@@ -27,6 +30,10 @@ class Evaluate(Decoding):
     the largest seed are used too. If it has more, only the first ones are used."""
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """The values of k for which reports show pass@k: the probability that at least one of k responses is right."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval that are measured too: names of its tasks, groups or tags, or YAML files of tasks."""
+    fewshot: int | None = Field(default=None, ge=0, le=1000)
+    """Number of examples in the prompts of lm-eval's tasks. By default, each task has its own number."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in a forward pass."""
     precision: Precision = "fp32"
@@ -61,13 +68,18 @@ class Evaluate(Decoding):
             raise ValueError(f"pass_at has {twice[0]} twice; give each value only once")
         if (most := max(self.pass_at, default=0)) > len(self.seeds):
             raise ValueError(
-                f"pass_at has {most}, but there are only {len(self.seeds)} responses to a prompt; set `evaluate.samples` to {most}, or use "
-                "smaller values"
+                f"pass_at has {most}, but the number of responses to a prompt is {len(self.seeds)}; set `evaluate.samples` to {most}, or "
+                "use smaller values"
             )
         return self
 
-    def check_answers(self, columns: Sequence[Mapping[Any, str]]) -> None:
-        """Raise a ValueError if `pass_at` is set, but no test set has right answers. `columns` has the key `columns` of each test set."""
+    def check_sets(self, columns: Sequence[Mapping[Any, str]]) -> None:
+        """Raise a ValueError if there is nothing to measure, or if `pass_at` is set but no test set has right answers.
+
+        `columns` has the key `columns` of each test set.
+        """
+        if not columns and not self.tasks:
+            raise ValueError("data.test names no set, so nothing can be measured; name a test set, or tasks of lm-eval in `evaluate.tasks`")
         rules = [name for name, row in METRICS.items() if row.right_or_wrong]
         if self.pass_at and not any(rule in of_set for of_set in columns for rule in rules):
             raise ValueError(
@@ -83,7 +95,7 @@ class Evaluate(Decoding):
     @property
     def one_response(self) -> "Evaluate":
         """A copy of these settings that gives one response to each prompt: only the first seed, and no `also`."""
-        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, "samples": None, "pass_at": ()})
+        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, "samples": None, "pass_at": (), "tasks": ()})
 
 
 class OwnMetric(Strict):

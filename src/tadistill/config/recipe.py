@@ -119,7 +119,7 @@ class Data(Strict):
     """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set."""
     dev: DataRef
     """The data set on which checkpoints and paths are chosen."""
-    test: tuple[DataRef, ...] = Field(min_length=1)
+    test: tuple[DataRef, ...]
     """The data sets on which trained models are measured."""
     corpus: DataRef | None = None
     """Plain text for the language-modelling part of MiniLLM's loss."""
@@ -248,7 +248,7 @@ class Recipe(Strict):
             expanded = self.budgets.expand(self.arms)
             self.arms.clear()
             self.arms.update(expanded)
-        self.evaluate.check_answers([ref.columns for ref in self.data.test])
+        self.evaluate.check_sets([ref.columns for ref in self.data.test])
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions with the name `{twice[0]}`; rename one of them")

@@ -124,10 +124,10 @@ class _Planner:
         evaluate = {seed: self.stages.evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
         also = {
             other: {seed: self.stages.evaluate(last, of_path[-1], seed, main.other(other), other) for seed, of_path in models.items()}
-            for other in main.also
+            for other in (main.also if self.recipe.data.test else ())  # tasks of lm-eval decode by their own rules
         }
         analyse = {}
-        if self.teacher:
+        if self.teacher and self.recipe.data.test:
             analyse = {seed: self.stages.analyse(last, of_path, seed, evaluate[seed], self.teacher) for seed, of_path in models.items()}
         for measured in (evaluate, analyse, *also.values()):
             for key in measured.values():

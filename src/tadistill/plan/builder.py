@@ -30,6 +30,7 @@ from tadistill.plan.inputs import (
     Tempered,
     plan_metrics,
     plan_objective,
+    plan_tasks,
 )
 from tadistill.plan.study_tokens import StudyTokens
 
@@ -242,8 +243,9 @@ class StageBuilder:
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the key of its decoding in `evaluate.also`. The main one has none."""
+        own, tasks = self._own_metrics, None if other else plan_tasks(self.recipe)
         spec = specs.EvaluateSpec(
-            **self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
+            **self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=own, tasks=tasks
         )
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 

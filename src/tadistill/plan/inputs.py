@@ -4,16 +4,20 @@
 rename a field: this would change the keys of finished stages.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
 from tadistill.config.common import Strict
+from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Select
 from tadistill.config.objective import Custom, ObjectiveBase
 from tadistill.config.recipe import LongPrompts, Template, World
-from tadistill.errors import about
+from tadistill.disk import digest
+from tadistill.errors import ConfigError, about
 from tadistill.own_code import load_function
 
 
@@ -44,8 +48,8 @@ def _plain(value: Any) -> Any:
         return value.content()
     if isinstance(value, Evaluate):
         # each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from stored scores, and a stage has its
-        # own `precision`
-        return value.model_dump(exclude={"also", "samples", "pass_at", "precision"})
+        # own `precision` and tasks
+        return value.model_dump(exclude={"also", "samples", "pass_at", "precision", "tasks", "fewshot"})
     if isinstance(value, BaseModel):
         later = _LATER.get(type(value), ())
         return {k: v for k, v in value.model_dump().items() if v or k not in later}
@@ -185,6 +189,44 @@ def stage_of(part: Handle | Output) -> str | None:
     if isinstance(part, FromStage | Output):
         return part.stage
     return None if isinstance(part, Loaded) else stage_of(part.of)
+
+
+# --- tasks of lm-eval -------------------------------------------------------------------------------------------------------
+
+
+class Tasks(Part):
+    """Tasks of lm-eval."""
+
+    names: tuple[str, ...]
+    lm_eval: str
+    """Version of lm-eval, which has the tasks' definitions."""
+    files: tuple[str, ...] = ()
+    """Digests of the tasks' YAML files."""
+    fewshot: int | None = None
+    limit: int | None = None
+
+
+def plan_tasks(recipe: Recipe) -> Tasks | None:
+    """Return the tasks of a recipe, None if it has none.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task's file does not exist.
+    """
+    evaluate = recipe.evaluate
+    if not evaluate.tasks:
+        return None
+    try:
+        installed = version("lm-eval")
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            "evaluate.tasks needs lm-eval: `pip install 'tadistill[lm-eval]'`; install it, or remove `evaluate.tasks`"
+        ) from error
+    files = [Path(name).expanduser() for name in evaluate.tasks if name.endswith(TASK_FILE)]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"evaluate.tasks names the file {file}, which does not exist; correct the path")
+    digests = tuple(digest(file)[:16] for file in files)
+    return Tasks(names=evaluate.tasks, lm_eval=installed, files=digests, fewshot=evaluate.fewshot, limit=recipe.data.limit.test)
 
 
 # --- functions of the user's own code ------------------------------------------------------------------------------------

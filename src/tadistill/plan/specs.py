@@ -16,7 +16,7 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import HiddenSignal, OnPolicy, Sampler, TopKSignal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, stage_of
+from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, Tasks, stage_of
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -248,13 +248,13 @@ class SignalSpec(Spec):
 class _OnTestSets(Spec):
     measures = True
 
-    sets: tuple[Split, ...] = Field(min_length=1)
+    sets: tuple[Split, ...]
     """The test sets, all with the same limit."""
     precision: Precision = "fp32"
     """Number format of the models (`evaluate.precision`)."""
 
     def content(self) -> dict[str, Any]:
-        return super().content() | {"limit": self.sets[0].limit}
+        return super().content() | {"limit": self.sets[0].limit if self.sets else None}
 
 
 class EvaluateSpec(_OnTestSets):
@@ -271,6 +271,8 @@ class EvaluateSpec(_OnTestSets):
     decoding."""
     own: tuple[OwnCode, ...] = ()
     """The recipe's own metrics."""
+    tasks: Tasks | None = None
+    """Tasks of lm-eval that are measured too."""
 
     @property
     def saves_memory(self) -> list[str]:

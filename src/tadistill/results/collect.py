@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.disk import damaged
-from tadistill.metrics import metric_of, names_in
+from tadistill.metrics import metric_of, sorted_names
 from tadistill.results.actual import UsedRows, count_rows, load_rows, places, shared_rows, with_spent
 from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
 from tadistill.statistics import macro_interval, pass_at_k
@@ -192,12 +192,14 @@ class _Reader:
         return found
 
     def scores(self, arm: ArmRecord, seed: int, chosen: Mapping[str, NDArray[np.intp]]) -> Scores:
-        answered = {name: len(of_set["reference_length"]) for name, of_set in self.corpora[arm.evaluate[seed]].items()}
+        corpus = self.corpora[arm.evaluate[seed]]
+        answered = {name: len(of_set["reference_length"]) for name, of_set in corpus.items()}
         keys = {arm.evaluate[seed]: "", **({arm.analyse[seed]: ""} if seed in arm.analyse else {})}
         keys |= {of_seed[seed]: f"@{decoding}" for decoding, of_seed in arm.also.items()}
         found: Scores = {name: {} for name in chosen}
         for key, suffix in keys.items():
-            if set(self._of(key)) != set(answered):
+            wanted = answered if key == arm.evaluate[seed] else [name for name, of_set in corpus.items() if not of_set.get("task")]
+            if set(self._of(key)) != set(wanted):
                 reason = f"it has the sets {', '.join(self._of(key)) or 'none'}, but the evaluation answered {', '.join(answered)}"
                 raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
             for name, table in self._of(key).items():
@@ -219,7 +221,7 @@ def primary_metric(results: Results) -> str:
 
     Rouge-L reads only a-z, A-Z and 0-9. If it cannot read most letters of the references, Rouge-L for all scripts is used.
     """
-    first = next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
+    first = next(iter(sorted_names(results.metrics, lambda metric: metric.group == "quality")), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]
     if first != "rouge_l" or not all("rouge_l_unicode" in table for table in tables):
         return first

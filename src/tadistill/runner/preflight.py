@@ -25,6 +25,7 @@ from tadistill.own_code import load_function
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import layout, original_teacher
 from tadistill.plan.throughput import cores
@@ -64,6 +65,8 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
         _check_peft(recipe)
     with found.about():
         _try_own_code(recipe)
+    with found.about("evaluate.tasks"):
+        _check_tasks(recipe)
     plan = make_plan(recipe)
     for stage in plan.stages.values() if recipe.resources else ():
         with found.about():
@@ -115,6 +118,13 @@ def _check_peft(recipe: Recipe) -> None:
         raise ConfigError(f"models.{wanted[0]} has `lora`, which needs `pip install 'tadistill[lora]'`; install it, or remove `lora`")
 
 
+def _check_tasks(recipe: Recipe) -> None:
+    if plan_tasks(recipe) is not None:
+        from tadistill.evaluation.harness import load_tasks  # here: it imports lm-eval, which is optional
+
+        load_tasks(recipe.evaluate.tasks, recipe.data.root)
+
+
 def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedTokenizerBase:
     model, world = recipe.models[_root(recipe, name)], recipe.data.world.model_dump()
     assert model.tokenizer_source is not None
@@ -146,6 +156,8 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 def _try_own_code(recipe: Recipe) -> None:
     for i, metric in enumerate(recipe.metrics):
+        if not recipe.data.test:
+            raise ConfigError("`metrics` need a test set, but data.test names none; name one, or remove `metrics`")
         row = datasets.load(recipe.data.test[0], "test", recipe.data)[0]
         with about(f"metrics.{i}"):
             own = {metric.name: load_function(metric.function, recipe.runtime.code)}

@@ -222,30 +222,32 @@ def _method(arm: PlannedArm) -> str:
 # --- evaluation of models as they are -----------------------------------------------------------------------------------
 
 
-def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str | None = None) -> str:
+def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str | None = None, tasks: Seq[str] = ()) -> str:
     """Return the YAML of a study that trains nothing and evaluates models as they are. Each model is a separate arm.
 
     Args:
         models: sources of models, as in `load:` of a recipe.
         on: test sets.
         seeds: decoding seeds.
+        tasks: tasks of lm-eval.
         teacher: a further model. The KL divergence of each model from it is measured. All must have the same tokenizer.
 
     Raises:
         ConfigError: there is no test set, or a model is given twice.
     """
-    if not on:
+    if not on and not tasks:
         raise ConfigError(f"--on names no test set; give at least one, for instance --on {','.join(SUITE[:2])}")
     sources = list(models) + ([teacher] if teacher and teacher not in models else [])
     names = _names(sources)
     arms = names[: len(models)]
+    unused = {"load": on[0] if on else "tinyworld_open", "split": "test"}
     content: dict[str, Any] = {
         "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{_identity(models)}",
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
         # nothing is trained, but a recipe must name train and dev
-        "data": {"train": {"load": on[0], "split": "test"}, "dev": {"load": on[0], "split": "test"}, "test": list(on)},
-        "evaluate": {"seeds": list(seeds), "also": {}},
+        "data": {"train": unused, "dev": unused, "test": list(on)},
+        "evaluate": {"seeds": list(seeds), "also": {}, **({"tasks": list(tasks)} if tasks else {})},
         "runtime": {"jobs": 1},  # few stages: each gets all cores
         "arms": dict(zip(arms, arms, strict=True)),
     }

@@ -4,7 +4,8 @@
 one value per prompt and metric, so that standard errors can be computed from the file.
 """
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
@@ -16,6 +17,9 @@ from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
+
+if TYPE_CHECKING:
+    from tadistill.evaluation.harness import TaskResult
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
@@ -35,6 +39,10 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
         found = score(subject, data, settings, answers[data.name], own, read_references=spec.references)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
+    for name, found in _tasks(context, subject, settings).items():
+        scores[name] = found.scores
+        corpus[name] = {"numbers": {}, "reference_length": [0] * len(found.rows), "rows": found.rows, "unseen": 0.0, "task": True}
+        predictions += found.records
     write_rows(context.folder / "predictions.jsonl", predictions)
     rows = [
         {"set": data.name, "index": e.row, "seed": seed, "tokens": a.response}
@@ -46,6 +54,29 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "corpus.json", corpus)
     return {}
+
+
+def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate) -> "dict[str, TaskResult]":
+    planned, found = context.spec.tasks, {}
+    if planned is None:
+        return found
+    from tadistill.evaluation import harness  # here: it imports lm-eval, which is optional
+
+    context.progress(0, 1, "loading tasks of lm-eval")
+    tasks = harness.load_tasks(planned.names, context.task.data_root)
+    for i, (name, task) in enumerate(tasks.items()):
+        part = context.folder / "parts" / f"task-{i}.json"
+        if not part.is_file():
+            stop_if_asked(context)
+            context.progress(i, len(tasks), f"running {name} of lm-eval")
+            chat = context.spec.data.template == "chat"
+            limits = {"fewshot": planned.fewshot, "limit": planned.limit, "batch": settings.batch, "chat": chat}
+            result = harness.read_samples(name, harness.run_task(name, task, subject, **limits), settings.seeds[0])
+            write_json(part, asdict(result))
+        found[name] = harness.TaskResult(**read_json(part))
+        if found[name].left_out:
+            context.alarm(f"{name}: {', '.join(found[name].left_out)} of lm-eval is left out, because it has no value from 0 to 1 per item")
+    return found
 
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:

@@ -56,7 +56,10 @@ def test_samples_are_seeds(given, seeds):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"pass_at": [6]}, "pass_at has 6, but there are only 5 responses to a prompt; set `evaluate.samples` to 6, or use smaller values"),
+        (
+            {"pass_at": [6]},
+            "pass_at has 6, but the number of responses to a prompt is 5; set `evaluate.samples` to 6, or use smaller values",
+        ),
         ({"pass_at": [2, 2]}, "pass_at has 2 twice"),
         ({"pass_at": [0]}, "greater than or equal to 1"),
         ({"samples": 0}, "greater than or equal to 1"),
