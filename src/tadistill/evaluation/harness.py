@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import datasets
@@ -23,9 +23,8 @@ from tadistill.config.evaluate import TASK_FILE
 from tadistill.errors import ConfigError, DataError, StageFailed
 from tadistill.evaluation.scoring import Subject
 
-if TYPE_CHECKING:
-    from lm_eval.api.task import Task
-
+Task = Any
+"""`lm_eval.api.task.Task`; lm-eval is optional."""
 SCORE = "task_score"
 _SEED = 1234  # of lm-eval's command line, for examples in prompts, numpy and torch
 
@@ -44,38 +43,41 @@ class TaskResult:
     """Metrics of the task that have no value from 0 to 1 for each item."""
 
 
-def load_tasks(names: Sequence[str], root: str | None) -> "dict[str, Task]":
+def load_tasks(names: Sequence[str], root: str | None) -> dict[str, Task]:
     """Load tasks with their data. A name is that of a task, group or tag of lm-eval, or the path of a task's YAML file.
 
     Raises:
-        ConfigError: lm-eval has no such task.
+        ConfigError: lm-eval has no such task, or the task runs code that the model writes.
         DataError: a task's data is neither on this disk nor on the Hub.
     """
-    from lm_eval.tasks import TaskManager  # here: lm-eval is optional
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     _quiet()
     manager = TaskManager(include_defaults=not all(name.endswith(TASK_FILE) for name in names))  # the index of all tasks takes seconds
     found: dict[str, Task] = {}
     for name in names:
+        asked: list[str] = []
         try:
-            with _local_files_first(root or os.environ.get("TADISTILL_DATA")) as asked:
+            with _local_files_first(root or os.environ.get("TADISTILL_DATA"), asked):
                 found |= manager.load([str(Path(name).expanduser()) if name.endswith(TASK_FILE) else name])["tasks"]
-        except KeyError as error:
-            raise ConfigError(f"lm-eval has no task `{name}`; `lm-eval ls tasks` lists all tasks") from error
         except Exception as error:  # of the hub's libraries, or of a task's own code
+            if isinstance(error, KeyError) and not asked:
+                raise ConfigError(f"lm-eval has no task `{name}`; `lm-eval ls tasks` lists all tasks") from error
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             where = f"its data set `{asked[-1]}`" if asked else "its files"
             raise DataError(
                 f"task `{name}` of lm-eval cannot be loaded, because of {where}: {reason}; connect to the Hub once, or write the splits as "
                 f"JSON Lines files, such as {asked[-1] if asked else 'DATASET'}/test.jsonl in `data.root`"
             ) from error
+    if unsafe := [name for name, task in found.items() if getattr(task, "UNSAFE_CODE", False)]:
+        raise ConfigError(f"task `{unsafe[0]}` of lm-eval runs code that the model writes, which is not safe here; remove the task")
     return found
 
 
 @contextlib.contextmanager
-def _local_files_first(root: str | None) -> Iterator[list[str]]:
-    """Let `datasets.load_dataset` look below `root` first. The list gets the names of the data sets that are asked for."""
-    original, asked = datasets.load_dataset, list[str]()
+def _local_files_first(root: str | None, asked: list[str]) -> Iterator[None]:
+    """Let `datasets.load_dataset` look below `root` first. `asked` gets the names of the data sets that are asked for."""
+    original = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **settings: Any) -> Any:
         asked.append(path)
@@ -86,11 +88,11 @@ def _local_files_first(root: str | None) -> Iterator[list[str]]:
         return original(path, name, **settings)
 
     with mock.patch.object(datasets, "load_dataset", load):  # lm-eval has no other place for local files of a task that it knows
-        yield asked
+        yield
 
 
 def run_task(
-    name: str, task: "Task", subject: Subject, *, fewshot: int | None, limit: int | None, batch: int, chat: bool
+    name: str, task: Task, subject: Subject, *, fewshot: int | None, limit: int | None, batch: int, chat: bool
 ) -> list[dict[str, Any]]:
     """Run a task on a model, and return lm-eval's log of every item.
 
@@ -102,8 +104,8 @@ def run_task(
     Raises:
         StageFailed: lm-eval fails.
     """
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import evaluate  # type: ignore[import-not-found]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
     own = task.get_config("num_fewshot")
     task.set_config("num_fewshot", own or 0 if fewshot is None or own == 0 else fewshot)  # a task with 0 keeps it, as lm-eval itself does

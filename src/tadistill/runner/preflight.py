@@ -122,7 +122,9 @@ def _check_tasks(recipe: Recipe) -> None:
     if plan_tasks(recipe) is not None:
         from tadistill.evaluation.harness import load_tasks  # here: it imports lm-eval, which is optional
 
-        load_tasks(recipe.evaluate.tasks, recipe.data.root)
+        tasks = load_tasks(recipe.evaluate.tasks, recipe.data.root)
+        if twice := [ref.name for ref in recipe.data.test if ref.name in tasks]:
+            raise ConfigError(f"a task of lm-eval and a test set are both called `{twice[0]}`; remove one of them")
 
 
 def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedTokenizerBase:
