@@ -3,8 +3,8 @@
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
 A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
-of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC. `task_score` is the
-first metric of a task of lm-eval, and `task_score/NAME` is another one.
+of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC. `task_score` is
+the first metric of a task of lm-eval, and `task_score/NAME` is another one.
 """
 
 import re

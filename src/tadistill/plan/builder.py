@@ -312,10 +312,9 @@ class StageBuilder:
 
     def _texts(self, name: str, select: Select) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
-        main = self.recipe.evaluate
         found: dict[str, Any] = {"data": self.encoding(name), "train": self.split("train"), "select": select}
         if select.metric != "last":
-            found |= {"dev": self.split("dev"), "decoding": main.one_response}
+            found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.one_response}
         return found
 
     def with_steps(self, optim: Optim) -> Optim:
@@ -325,9 +324,7 @@ class StageBuilder:
             ConfigError: the settings have neither `steps` nor `epochs`, or both.
         """
         if optim.steps is None and optim.epochs is None:
-            raise ConfigError(
-                "an `optim` of the recipe has neither `steps` nor `epochs`; write one of them, for instance optim: {epochs: 3}"
-            )
+            raise ConfigError("an `optim` of the recipe has neither `steps` nor `epochs`; write one of them, such as optim: {epochs: 3}")
         if optim.steps is not None and optim.epochs is not None:
             raise ConfigError(f"an `optim` of the recipe has both `steps` {optim.steps} and `epochs` {optim.epochs}; remove one of them")
         if optim.epochs is not None:

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 from tests.conftest import tiny_model
-from tests.e2e.inprocess import tadistill
 from tests.unit.report.builder import SMALL, StudySpec, build_study, key_of
+from typer.testing import CliRunner
 
+from tadistill.cli import app
 from tadistill.config import validate
 from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError, StageFailed
@@ -149,9 +150,8 @@ def test_nothing_to_measure_is_refused():
 
 @pytest.mark.parametrize("options", [["--harness", "lm-eval"], ["--tasks", "arc_easy"]])
 def test_harness_and_tasks_belong_together(tmp_path, options):
-    done = tadistill("eval", "gpt2", *options, "--runs", str(tmp_path))
-    assert done.code == 2
-    assert "--harness and --tasks belong together" in done.err
+    with pytest.raises(ConfigError, match="--harness and --tasks belong together, for instance --harness lm-eval --tasks arc_easy"):
+        CliRunner().invoke(app, ["eval", "gpt2", *options, "--runs", str(tmp_path)], catch_exceptions=False)
 
 
 def test_tasks_stand_beside_test_sets_with_the_same_statistics(tmp_path):
