@@ -43,7 +43,7 @@ def offered(place, monkeypatch):
         ("export demo di", ["direct", "direct-long"]),
         ("judge demo --arm c", ["chain"]),
         ("run quickstart method.optim.schedule=", ["method.optim.schedule=cosine", "method.optim.schedule=linear"]),
-        ("run quickstart arms.takd.opt", ["arms.takd.optim.lr="]),
+        ("run quickstart arms.assistant-teaches.opt", ["arms.assistant-teaches.optim.lr="]),
         ("run quickstart models.xl.init.lay", ["models.xl.init.layers=", "models.xl.init.layers_by="]),
         ("run quickstart analyse=", ["analyse=true", "analyse=false"]),
         ("run nothing.yaml method.se", ["method.select.metric=", "method.select.every="]),
