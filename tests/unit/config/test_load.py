@@ -53,7 +53,7 @@ def test_overrides_and_dotted_names(recipe):
         ("arms.a={path: xl > s, compute: as b}", ["has a cycle"]),
         ("models.s={load: null, tokenizer: null, init: {from: s, layers: 1}}", ["has a cycle"]),
         ("models.s.load=null", ["line 5", "exactly one of `load`, `init`"]),
-        ("data.test=[]", ["data.test", "at least 1"]),
+        ("data.test=[]", ["data.test", "names no set, so nothing can be measured"]),
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("seeds=[1,1]", ["contain a seed twice"]),
