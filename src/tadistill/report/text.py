@@ -270,12 +270,11 @@ def sft_arm(results: Results) -> ArmRecord | None:
 def _against_sft(results: Results) -> str:
     model, tuned = student_of(results), sft_arm(results)
     distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) > 1]
-    if not distilled or not results.summaries:
+    if not (distilled and results.summaries):
         return ""
     if tuned is None:
         return f"The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes {model}."
-    metric, greedy = primary_metric(results), greedy_decoding(results)
-    main = results.plan.recipe["evaluate"].get("temperature", 1.0)
+    metric, greedy, main = primary_metric(results), greedy_decoding(results), results.plan.recipe["evaluate"].get("temperature", 1.0)
     ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
     found = {way: [(d, arm) for arm in distilled if (d := difference(results, arm.name, tuned.name, m))] for way, m in ways.items()}
     known = {way: ds for way, ds in found.items() if ds}
@@ -283,21 +282,23 @@ def _against_sft(results: Results) -> str:
         return f"Distillation is not compared with plain fine-tuning ({tuned.name}) yet: they share no finished seed."
     adjusted = iter(holm([d.p for ds in known.values() for d, _ in ds]))
     clear = {way: [(d, arm) for d, arm in ds if next(adjusted) < _ALPHA and not d.covers_zero] for way, ds in known.items()}
-    few = min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM
-    clear = {way: [] for way in known} if few else clear
+    if few := min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM:
+        clear = {way: [] for way in known}
     wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
     claim = "did not clearly beat" if not wins else "beat" if len(wins) == len(known) else f"beat, with {wins[0]} answers only,"
     worse = {way: [arm.name for d, arm in found if d.mean < 0] for way, found in clear.items()}
     if all(len(worse[way]) == len(ds) for way, ds in known.items()):
         claim = "did worse than"
     best = distilled[0].name if len(distilled) == 1 else f"the best of {len(distilled)} arms"
-    parts = [_way_text(way, ds, ways[way]) for way, ds in known.items()]
+    strict = not (few or wins) and any(d.mean > 0 and not d.covers_zero for ds in known.values() for d, _ in ds)
+    after = f" after the correction for {sum(map(len, known.values()))} comparisons" if strict else ""
     bad = "".join(
         f" With {way} answers, {_listed(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
         for way, names in worse.items()
         if names and len(distilled) > 1
     )
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {best} differs by {' and '.join(parts)}.{bad}"
+    differs = " and ".join(_way_text(way, ds, ways[way]) for way, ds in known.items())
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){after}: {best} differs by {differs}.{bad}"
 
 
 def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str) -> str:
