@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 
 import jinja2
@@ -101,10 +102,10 @@ class Study:
             gap = difference(self.results, point.arm, other.name, metric) if other else None
             yield point, self.mean(point.arm, metric), gap
 
-    def student_updates(self, curve: str) -> str:
-        """Return the number of updates of the student's own distillation at the largest budget."""
-        final = self.arm(self.curves[curve].points[-1].arm).final
-        return f"{self.steps[final[min(final)] or ''] or 0:,}"
+    def student_updates(self, arm: str) -> int:
+        """Return the number of updates of the student's own distillation."""
+        final = self.arm(arm).final
+        return self.steps[final[min(final)] or ""] or 0
 
     def arm(self, name: str) -> ArmRecord:
         return next(arm for arm in self.results.plan.arms if arm.name == name)
@@ -237,6 +238,18 @@ def greedy(studies: dict[str, Study]) -> str:
     return f"The same comparisons with `direct` are clear under greedy decoding{', except that ' if differ else ''}{'; '.join(differ)}."
 
 
+def free(study: Study) -> str:
+    """Compare the chain of one assistant at the largest budget with the reference arm whose student has the nearest number of updates."""
+    chain = study.curves["via-m"].points[-1].arm
+    updates = study.student_updates(chain)
+    other = min((p.arm for p in study.curves[REFERENCE].points), key=lambda arm: abs(log(study.student_updates(arm) / updates)))
+    gap = gap_text(_difference(study, chain, other, METRIC))
+    return (
+        f"The {study.name} student of `{chain}` has {updates:,} updates of its own, that of `{other}` has "
+        f"{study.student_updates(other):,}; the difference is {gap} points."
+    )
+
+
 def against(study: Study, curve: str, other: str) -> str:
     """Return the paired differences of two arms at each budget."""
     pairs = {p.times: p.arm for p in study.curves[other].points}
@@ -353,7 +366,8 @@ def main() -> None:
         against=lambda name, curve, other: against(studies[name], curve, other),
         control=control(studies),
         last=f"{max(study.times[-1] for study in studies.values()):g}",
-        steps=lambda name, curve: studies[name].student_updates(curve),
+        steps=lambda name, curve: f"{studies[name].student_updates(studies[name].curves[curve].points[-1].arm):,}",
+        free=" ".join(free(study) for study in studies.values()),
         seeds=min(study.seeds for study in studies.values()),
         verdict=lambda name, *arms: verdict(studies[name], arms),
         means=lambda name: means_table(studies[name]),
