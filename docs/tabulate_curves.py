@@ -137,15 +137,6 @@ def best_gap(study: Study, curves: tuple[str, ...], times: float | None) -> tupl
     return max(found, key=lambda each: each[2].mean)
 
 
-def verdict(study: Study, curves: tuple[str, ...]) -> str:
-    """Say at which budgets one of these arms is clearly better or worse than the reference arm."""
-    found = {name: clear_budgets(study, name) for name in curves}
-    better = [f"`{name}` at {times_text(up)}" for name, (up, _) in found.items() if up]
-    worse = [f"`{name}` at {times_text(down)}" for name, (_, down) in found.items() if down]
-    parts = [f"clearly better: {'; '.join(better) or 'none'}", f"clearly worse: {'; '.join(worse) or 'none'}"]
-    return "; ".join(parts)
-
-
 def answer(studies: dict[str, Study]) -> str:
     """Return the first sentence: whether an assistant that teaches pays, and at which budgets."""
     said = []
@@ -213,12 +204,12 @@ def hops_table(study: Study) -> str:
     return "\n".join(lines)
 
 
-def initialisation(studies: dict[str, Study]) -> str:
-    """Say at which budgets a start from the assistant or from the teacher is clearly better or worse than `direct`."""
+def beside_direct(studies: dict[str, Study], *arms: str) -> str:
+    """Say at which budgets these arms are clearly better or worse than the reference arm."""
     sentences = []
     for name, study in studies.items():
         said = []
-        for arm in ("init-m", "init-xl"):
+        for arm in arms:
             parts = [f"{word} at {times_text(t)}" for word, t in zip(("better", "worse"), clear_budgets(study, arm), strict=True) if t]
             said.append(f"`{arm}` is clearly {' and '.join(parts)}" if parts else f"`{arm}` is never clearly better or worse")
         sentences.append(f"For the {name} student, {' and '.join(said)} than `direct`.")
@@ -361,7 +352,7 @@ def main() -> None:
         answer=answer(studies),
         unfinished=unfinished(studies),
         deviation=deviation(studies),
-        initialisation=initialisation(studies),
+        beside_direct=lambda *arms: beside_direct(studies, *arms),
         greedy=greedy(studies),
         against=lambda name, curve, other: against(studies[name], curve, other),
         control=control(studies),
@@ -369,7 +360,6 @@ def main() -> None:
         steps=lambda name, curve: f"{studies[name].student_updates(studies[name].curves[curve].points[-1].arm):,}",
         free=" ".join(free(study) for study in studies.values()),
         seeds=min(study.seeds for study in studies.values()),
-        verdict=lambda name, *arms: verdict(studies[name], arms),
         means=lambda name: means_table(studies[name]),
         gaps=lambda name, metric=METRIC: gaps_table(studies[name], metric),
         largest=lambda name: largest_table(studies[name]),
