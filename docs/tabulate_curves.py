@@ -212,7 +212,7 @@ def beside_direct(studies: dict[str, Study], *arms: str) -> str:
         for arm in arms:
             parts = [f"{word} at {times_text(t)}" for word, t in zip(("better", "worse"), clear_budgets(study, arm), strict=True) if t]
             said.append(f"`{arm}` is clearly {' and '.join(parts)}" if parts else f"`{arm}` is never clearly better or worse")
-        sentences.append(f"For the {name} student, {' and '.join(said)} than `direct`.")
+        sentences.append(f"For the {name} student, {', and '.join(said)} than `direct`.")
     return " ".join(sentences)
 
 
@@ -262,11 +262,9 @@ def unfinished(studies: dict[str, Study]) -> str:
     """Return a sentence on the arms that have not all training seeds. Empty if the studies are finished."""
     parts = []
     for name, study in studies.items():
-        arms = study.results.plan.arms
-        done = [arm for arm in arms if study.seeds_of(arm.name) == len(arm.evaluate)]
-        if len(done) < len(arms):
-            parts.append(f"{len(arms) - len(done)} of {len(arms)} arms of the {name} student")
-    return f"**Not finished**: {' and '.join(parts)} do not have all training seeds yet." if parts else ""
+        if left := [f"`{arm.name}`" for arm in study.results.plan.arms if study.seeds_of(arm.name) < len(arm.evaluate)]:
+            parts.append(f"{', '.join(left)} ({name})")
+    return f"**Not finished**: {'; '.join(parts)}. `tadistill run` continues." if parts else ""
 
 
 def deviation(studies: dict[str, Study]) -> str:
