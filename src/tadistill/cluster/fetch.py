@@ -3,8 +3,8 @@
     fetch_recipe(recipe, runs, console)   -> downloads what is missing, prints a table, records commits in RUNS/fetched.json
     missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
-A model is complete if all its shards and a tokenizer are on the disk. For a data set, fetched.json has the list of required files, because
-its repository has none. Without this list, a data set is accepted as complete if some of its files are there.
+A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say
+which files are needed. So fetched.json lists them. Without this list, a data set counts as complete if some of its files are there.
 """
 
 import os
@@ -139,8 +139,9 @@ def _found(path: Path) -> Found:
 
 @placed
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download the models and data sets of a recipe, print a table and record the commits. A failed download raises TadistillError at the
-    end.
+    """Download the models and data sets of a recipe, print a table and record the commits.
+
+    If a download fails, the other downloads are still made. Then TadistillError is raised.
     """
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")

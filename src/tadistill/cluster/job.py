@@ -118,10 +118,10 @@ class Place:
 
 
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
-    """Put jobs that differ only in their seed into Slurm arrays. Return the jobs and the dependency (or None) of each array.
+    """Put jobs that differ only in their seed into Slurm arrays. Return (jobs, dependency or None) for each array.
 
-    If the earlier jobs are arrays with the same seeds, all jobs are one array. Each job then waits for its own seed in the earlier arrays,
-    so a failed seed does not cancel other seeds. Otherwise, jobs share an array if they wait for the same jobs.
+    If the jobs wait for earlier arrays with the same seeds, they form one array. Each job then waits only for its own seed, so a failed
+    seed does not cancel other seeds. Otherwise, jobs share an array if they wait for the same earlier jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:

@@ -44,7 +44,7 @@ def queued() -> dict[str, Entry]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return one entry, by id, for each of these jobs that has left the queue. Jobs that Slurm has forgotten are left out."""
+    """Return an entry for each given job that has left the queue. The keys are job ids. Jobs that Slurm has forgotten are left out."""
     wanted = sorted(ids)
     if not wanted:
         return {}

@@ -98,7 +98,7 @@ class Submission:
                 yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
 
     def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
-        """Submit the jobs. Return two things: the submitted jobs; and the number of stages that were in the queue before.
+        """Submit the jobs. Return two things: the submitted jobs; and the number of stages that were already in the queue.
 
         Args:
             ready: called before the first job is submitted. Its argument is False if there is no job to submit.

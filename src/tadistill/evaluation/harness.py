@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval: load them with their data, run them on a model in this process, and read the results per item.
 
-A data set of a task is read from `ROOT/DATASET` or `ROOT/DATASET/CONFIG`, where ROOT is `data.root`, if there are JSON Lines files named
-after its splits. Otherwise, lm-eval loads it from the cache of the Hub or from the Hub.
+The data of a task is read from JSON Lines files in `ROOT/DATASET/CONFIG` or `ROOT/DATASET`, where ROOT is `data.root`. The files are named
+after the splits. Without such files, lm-eval loads the data from the cache of the Hub or from the Hub.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def load_tasks(names: Sequence[str], root: str | None) -> dict[str, Task]:
 
 @contextlib.contextmanager
 def _local_files_first(root: str | None, asked: list[str]) -> Iterator[None]:
-    """Let `datasets.load_dataset` look below `root` first. `asked` gets the names of the data sets that are asked for."""
+    """Let `datasets.load_dataset` look below `root` first. Each requested name is added to `asked`."""
     original = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **settings: Any) -> Any:

@@ -7,12 +7,12 @@ with k assistants:
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-Training minimised the first term. Each other term compares two neighbours of the path: it is KL(q ‖ the one nearer to T) minus
-KL(q ‖ the one nearer to q). It may be negative. All terms are means over the tokens of the student's own answers.
+Training minimised the first term. Each other term compares two neighbours of the path: a (nearer to T) and b (nearer to q).
+It is KL(q ‖ p_a) - KL(q ‖ p_b), and may be negative. All terms are means over the tokens of the student's own answers.
 
 Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares KL(p ‖ q) after text that the student sampled with KL(p ‖ q)
 after text that the teacher sampled. The value at a position is the mean over the answers that are long enough. MiniLLM's released code
-differs: an ended answer counts as an error of 0, and the second token is the first one that counts.
+differs: it counts an error of 0 where an answer has ended, and it ignores the first token.
 """
 
 from collections.abc import Callable, Mapping

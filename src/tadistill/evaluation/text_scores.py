@@ -30,10 +30,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, metric: str = "") -> dict[str, list[float]]:
-    """Return rouge_l of every prediction, fact_accuracy if every example has facts, and a score for each rule with right answers.
+    """Return several scores of every prediction. Dev evaluations use only these scores.
 
-    Dev evaluations use only these scores. rouge_l_unicode is added in two cases: rouge_l ignores too many letters of the references
-    (`UNSEEN`), or `metric` is rouge_l_unicode.
+    `rouge_l` is always included, and `fact_accuracy` if every example has facts. If the examples have right answers, there is one score
+    per rule of `data.answers`. `rouge_l_unicode` is added if `metric` is its name, or if `rouge_l` ignores too many letters (`UNSEEN`).
     """
     references = [e.references for e in examples]
     scores = {"rouge_l": rouge_l(predictions, references)}

@@ -116,7 +116,7 @@ def contrastive(
     Args:
         student_logits, teacher_logits: (..., V).
         from_teacher: bool, broadcastable to (...). True where the teacher wrote the text.
-        alpha: the `alpha` of both losses, in [0, 1]: a number, or a tensor from `contrastive_alpha`, broadcastable to (...).
+        alpha: a number in [0, 1] for both losses. A tensor from `contrastive_alpha` is also possible, if it is broadcastable to (...).
 
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """

@@ -90,8 +90,8 @@ def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Return the generalised JSD: beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q.
 
-    p is the teacher and q is the student. The formula would give 0 at beta = 0 and at beta = 1. There, as in GKD and TRL, the function
-    returns KL(p || q) at beta = 0, and KL(q || p) at beta = 1.
+    p is the teacher and q is the student. There are two exceptions, as in GKD and TRL: beta = 0 gives KL(p || q), and beta = 1 gives
+    KL(q || p). The formula would give 0 for both.
 
     Args:
         beta: weight of the teacher, in [0, 1]. The weights `lam` of DistiLLM and `jsd_beta` of KDFlow are equal to 1 - beta.

@@ -1,7 +1,7 @@
 """Compute a loss and its gradients from hidden states, without a tensor of shape [tokens, vocabulary], for any objective.
 
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
-    mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made
+    mean.backward()  # the mask already contains 1 / count; dividing the sum later would copy the head's gradient
 
 The tokens are processed in tiles (groups of tokens). Matrix products use large tiles of at most `TILE_BYTES`. The objective uses small
 tiles, which stay in the processor's cache. The forward pass already computes the gradient, either by autograd or by a faster
@@ -63,7 +63,7 @@ def fused_divergence(
 
     Returns:
         Two tensors. The first is the weighted sum, a scalar with gradients to the hidden states and to the head's weight and bias. The
-        second has the value of each token (...), without a graph. Where the mask is zero, nothing is computed and the values are zero.
+        second has one value per token, of shape (...), without a graph. It is zero where the mask is zero: nothing is computed there.
 
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
@@ -95,7 +95,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute several loss terms with `fused_head`. Return their weighted sum over the tokens, and the values (K, N) of each term."""
+    """Compute several loss terms with `fused_head`. Return their weighted sum, and their values of shape (K, N)."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -198,7 +198,10 @@ _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar
 
 @contextmanager
 def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
-    """Inside the `with` block, each use of a head calls `watcher(head, number of tokens, vocabulary size, with gradient)`."""
+    """Inside the `with` block, each use of a head calls `watcher(head, tokens, vocab, grad)`.
+
+    `tokens` is the number of tokens, and `vocab` the number of vocabulary entries. `grad` is True if gradients are enabled.
+    """
     token = _watcher.set(watcher)
     try:
         yield

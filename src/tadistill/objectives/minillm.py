@@ -104,8 +104,8 @@ def policy_gradient(
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`. No gradient flows through it.
-        weight: a factor by which the result is multiplied. The ratio is the product of q / q_old and q_old / p~, where q_old is the
-            student at the time of sampling. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~ as `weight`.
+        weight: a factor of the result that is not clipped. The ratio equals (q / q_old) (q_old / p~), where q_old is the student at
+            the time of sampling. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~ as `weight`.
 
     Returns:
         One value per token, of the shape of the inputs.
@@ -129,7 +129,7 @@ def single_step(
     weight: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the single-step term: `clipped_ratio` at the sampled token times `reverse_kl` (MiniLLM, Eq. 3 and 7).
+    """Return the single-step term: `reverse_kl`, multiplied by the `clipped_ratio` of the sampled token (MiniLLM, Eq. 3 and 7).
 
     The gradient flows through the KL only. The released code leaves the ratio out.
 

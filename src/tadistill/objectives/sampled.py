@@ -57,23 +57,25 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
     """Return log q for tokens with a probability q below `below`, and 0 for all other tokens.
 
-    This loss is a control for on-policy distillation: unlikely tokens become less likely without a teacher. On tokens drawn from q, its
-    gradient is a policy gradient with an advantage of -1 for the unlikely tokens.
+    This loss is a control for on-policy distillation. It needs no teacher, and makes unlikely tokens even less likely. On tokens drawn
+    from q, its gradient is a policy gradient: the advantage is -1 for unlikely tokens, and 0 for all others.
 
     Args:
         student_log_probs: log-probabilities of the tokens, of any shape.
         below: a probability from 0 to 1.
 
-    Source: arXiv 2608.31046, which compares teachers with one fixed negative advantage.
+    Source: arXiv 2608.31046. There, a fixed negative advantage replaces the teacher, for comparison.
     """
     return torch.where(student_log_probs.detach() < math.log(below), student_log_probs, torch.zeros_like(student_log_probs))
 
 
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the values (...) of a loss, and their gradient with respect to the logits (..., V). Both have no autograd graph.
+    """Return two tensors without a graph: the values of a loss, and their gradient with respect to the logits.
+
+    The values are of shape (...), and the gradient is of shape (..., V).
 
     Args:
-        loss: a function that takes the tokens' log-probabilities (...).
+        loss: a function of the tokens' log-probabilities, which are of shape (...).
     """
     log_q, at = log_probs(student_logits), tokens.unsqueeze(-1)
     leaf = log_q.gather(-1, at).requires_grad_()
@@ -99,7 +101,7 @@ class TokenTerm:
     weight: float = 1.0
 
     def values(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> Tensor:
-        """Return one loss (n,) for each token in `rows`. `logits` (n, V) are the student's logits at these tokens."""
+        """Return one value per token in `rows`, of shape (n,). `logits` are the student's at these tokens, of shape (n, V)."""
         return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:

@@ -124,7 +124,7 @@ class TargetMixture:
                 return TargetMixture(self.kind, kept)
 
     def check(self, name: str, count: int) -> None:
-        """Raise a ConfigError if the argument `name` does not have one entry per weight. `count` is its number of entries."""
+        """Raise a ConfigError unless the argument `name` has one entry per weight. It has `count` entries."""
         if count != len(self.weights):
             raise ConfigError(f"the mixture has {len(self.weights)} weights, but `{name}` has {count} entries; give one entry per weight")
 
@@ -134,7 +134,7 @@ class TargetMixture:
         return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
 
     def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
-        """Return the mixture's log-probability of each sampled token, for a reward.
+        """Return the mixture's log-probability of each sampled token. Rewards are computed from it.
 
         The result and each tensor of `log_p` (one per teacher) have the same shape (...). For the geometric mixture, the result is the
         weighted mean of `log_p`, without normalisation over the vocabulary.
@@ -192,7 +192,7 @@ class TopK:
             )
 
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's logits on the k tokens, (..., K), or (..., K + 1) with `tail`.
+        """Return the logits of student and teacher on the k tokens, each of shape (..., K). A tail adds one entry, unless K = V.
 
         Use them in a divergence at temperature 1.
 
@@ -256,7 +256,7 @@ class TeacherTerm:
     weight: float = 1.0
 
     def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> Tensor:
-        """Return one loss (n,) for each token in `rows`. `logits` (n, V) are the student's logits at these tokens."""
+        """Return one value per token in `rows`, of shape (n,). `logits` are the student's at these tokens, of shape (n, V)."""
         student, teacher, temperature = self._sides(logits, teachers)
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 

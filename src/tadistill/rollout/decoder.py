@@ -83,7 +83,7 @@ def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
 
 
 class Decoder:
-    """A model, with its stored state of the tokens of a batch that it has read (usually a KV cache)."""
+    """A model and its memory of the tokens that it has read (usually a KV cache), for one batch."""
 
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way
@@ -107,7 +107,7 @@ class Decoder:
         return out.logits[:, -1, : self.vocab].float()
 
     def keep(self, index: Tensor) -> None:
-        """Remove all rows except the rows `index` from the memory."""
+        """Keep only the rows `index` in the memory."""
         self.memory = _rows(self.memory, index)
 
 

@@ -46,7 +46,10 @@ class Mixture:
         return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a mask that is True where the teacher draws, and the random numbers rescaled to [0, 1). Both have the input's shape."""
+        """Return two tensors of the input's shape: a mask, and the random numbers.
+
+        The mask is True where the teacher draws. The random numbers are rescaled to [0, 1).
+        """
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
         return teachers, rest.clamp(max=_BELOW_ONE)

@@ -1,8 +1,8 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
-This file contains the loop over positions. `lazy` gives the same result faster for a mixture of two models, but not for all models and
-settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The caller gives the random numbers of each
-sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences are removed from the batch.
+This file contains the loop over positions. `lazy` samples faster from a mixture of two models, with the same result. It does not support
+all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The caller gives the random numbers
+of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences are removed from the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
@@ -49,7 +49,7 @@ class _Batch:
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """Return the tokens so far, to find repeated n-grams. Padding gets an id that no token has, so it is never part of one."""
+        """Return the tokens so far. Repeated n-grams are looked for in them. Padding gets an id that no token has."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)

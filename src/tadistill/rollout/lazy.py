@@ -8,7 +8,7 @@ of every row in one call. Such a call takes little longer than a call with one t
 Tokens and probabilities equal those of the loop in `generate`, where both models read every token (tests/unit/rollout/test_lazy.py). On
 a CPU, this file takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
 
-Axes: N tokens of a call, M of these tokens whose next token is predicted, R all rows, B rows in the batch, w the largest number of tokens
+Axes: N tokens of a call, M tokens of a call whose logits are needed, R all rows, B rows in the batch, w the largest number of tokens
 that a row has in a call, L columns of the cache, V vocabulary, H hidden size.
 """
 

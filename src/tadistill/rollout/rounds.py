@@ -1,8 +1,12 @@
 """Rounds of sampling and training: sample many sequences from the current student, train on them, then sample again.
 
-The teacher reads each sequence once, at one of three times. If it helps to sample, its hidden states and log-probabilities are stored
-during sampling. Otherwise, it reads the sequences after sampling. There is one exception: if each sequence is used only once, and the loss
-needs no log-probabilities before the training step, the teacher reads the sequences in this step. Logits are never stored.
+A single teacher reads each sequence once, at one of three times:
+
+    during sampling         if it helps to sample; its hidden states and log-probabilities are then stored
+    in the training step    if each sequence is used only once, and the loss needs no log-probabilities before this step
+    after sampling          in all other cases
+
+Logits are never stored.
 """
 
 from collections.abc import Sequence as Seq

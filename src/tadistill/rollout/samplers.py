@@ -181,7 +181,7 @@ class Replay(_WithStudent):
 
     @property
     def wants_dev(self) -> bool:
-        """True until `observe` has received the dev loss of the untrained student, which it compares with later ones."""
+        """True until `observe` has received the dev loss of the untrained student. Later losses are compared with it."""
         return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:

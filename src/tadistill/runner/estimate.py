@@ -1,8 +1,8 @@
 """Predict the remaining time of a run: the work of its remaining stages, divided by the speed of the run so far.
 
 The work of a stage (one step of a study) is given in seconds on an assumed machine. It is the sum of the time for FLOPs and a fixed time
-for each call of a layer. The calls take most of the time of small models and single decoding steps. The assumed values may be wrong,
-because only the ratios between stages matter.
+for each call of a layer. The calls take most of the time of small models and single decoding steps. Only the ratios between
+stages matter, so the assumed values need not be exact.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -68,7 +68,7 @@ class Workload:
         return _START + self.even + self.looks
 
     def share(self, progress: float) -> float:
-        """Return how much of the work is done (0 to 1). `progress` is the share of the updates or answers that are done."""
+        """Convert `progress` (0 to 1), the finished share of updates or answers, to the finished share of all the work."""
         looked = 1.0 if progress >= 1 else progress // self.every * self.every
         return (_START + self.even * progress + self.looks * looked) / self.total
 

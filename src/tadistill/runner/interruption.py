@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that becomes True at the first of the signals. Each later signal only calls `told`, so that the process can save its state.
+    """A flag that becomes True when the first signal arrives. Later signals only call `told`: they do not disturb the saving of the state.
 
     A signal that the process already ignores stays ignored, such as SIGINT in a background job of a shell. Only the main thread can catch
     signals. In another thread the flag stays False.

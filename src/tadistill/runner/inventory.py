@@ -1,7 +1,7 @@
 """The studies of a runs directory, and the stages in its store that no study needs.
 
-A stage is needed if a JSON file in a study's folder contains its key, or if a needed stage was made from its output. plan.json contains the
-keys of all stages of a study. `advise` and `search` write such files too.
+A stage is needed in two cases: a JSON file in a study's folder contains its key, or another needed stage has used its output. plan.json
+contains the keys of all stages of a study. `advise` and `search` write such files too.
 """
 
 import datetime

@@ -44,7 +44,7 @@ _LAST_WORDS = 1.0
 
 
 def prepare() -> Any:
-    """Return the multiprocessing context. On Linux, also start the server from which stages are forked. It imports in the background."""
+    """Return the multiprocessing context. On Linux, also start the server that forks the stages, without waiting for its imports."""
     if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -58,7 +58,7 @@ def prepare() -> Any:
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Start the server before the block, which checks the input. If the block fails, kill the server: no stage will need its imports."""
+    """Start the server, then run the `with` block, which checks the input. If the block fails, no stage will run: kill the server."""
     prepare()
     try:
         yield

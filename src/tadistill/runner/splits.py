@@ -57,7 +57,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
     Raises:
         DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.
         ModelError: the tokenizer puts BOS before a text, but its files do not contain this setting.
-        ConfigError: a checkpoint is selected by a metric of facts or right answers, but the dev set has none.
+        ConfigError: the metric that selects a checkpoint needs facts or right answers, but the dev set does not contain them.
     """
     found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
     data, rules = recipe.data, tokens.encoding(name)
@@ -173,7 +173,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a warning for every split whose references ROUGE-L ignores in large part. ROUGE-L reads only ASCII."""
+    """Return a warning for each split whose references have too many characters outside ASCII (`UNSEEN`). ROUGE-L ignores these."""
     data, found = recipe.data, list[str]()
     selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:

@@ -230,7 +230,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         on: test sets.
         seeds: decoding seeds.
         tasks: tasks of lm-eval.
-        teacher: a further model. The KL divergence of each model from it is measured. All must have the same tokenizer.
+        teacher: the KL divergence of each model from this teacher is measured. Models and teacher must have the same tokenizer.
 
     Raises:
         ConfigError: there is no test set, or a model is given twice.

@@ -106,7 +106,7 @@ class Context(Generic[AnySpec]):
         return place(model, self.device), tokenizer
 
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-        """Prepare a model for sampling or measuring. Only tokens that all `others` also have keep their logits."""
+        """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `others` have too."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), ends)
 
@@ -164,7 +164,7 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of `size` items. The call that completes the part does not raise Interrupted, so that the part can be saved."""
+        """Begin a part of `size` items. The call for its last item does not raise Interrupted, so that the part can be saved."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

@@ -63,7 +63,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Change the teacher's temperature until its mean entropy on dev responses equals that of another model (`like`). Save it."""
+    """Save the teacher with a new temperature. Its mean entropy on dev responses then equals that of the model `like`."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

@@ -1,8 +1,8 @@
-"""The files of one training: its log, its two newest training states, and the best weights of each state.
+"""The files of one training: its log, its two newest states, and the best weights up to each state.
 
 A file is written under a temporary name, flushed to disk and renamed. So after a crash it is either the complete old file or the complete
-new file. A file with best weights has the number of its update in its name. So a resumed training finds the best weights of the state from
-which it resumes, even if a later update had better weights before the crash.
+new file. A file with best weights has the number of its update in its name. So newer best weights do not overwrite older ones, which a
+resumed training may need.
 """
 
 import json

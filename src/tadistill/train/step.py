@@ -110,7 +110,7 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: the numbers by which the sums over response tokens (key `response`) and plain text (key `corpus`) are divided.
+            per: two divisors: `response` for the sum over response tokens, and `corpus` for the sum over plain text.
         """
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
