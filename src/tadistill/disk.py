@@ -39,9 +39,9 @@ def user_cache() -> Path:
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the error sentence for a file that is in none of the `folders`. It suggests the most similar name there.
+    """Return the error sentence for a file that is in none of the `folders`.
 
-    This is the name of a folder, or of a file with one of the `suffixes`.
+    It suggests the most similar name of a folder, or of a file with one of the `suffixes`, in these folders.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:

@@ -60,7 +60,10 @@ class Gathering:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put `what` (such as `models.xl`) in front of the message of an error in the block. If it begins with `models.`, it stays as it is."""
+    """Put `what` (such as `models.xl`) in front of the message of an error in the block.
+
+    A message that already begins with `models.` is not changed.
+    """
     try:
         yield
     except TadistillError as error:

@@ -104,10 +104,10 @@ class Store:
         return self.folder(key) / name
 
     def check(self, keys: Iterable[str], names: Iterable[str]) -> None:
-        """Check that files of finished stages have not changed since the stages wrote them. A file that a stage does not have is skipped.
+        """Check that files of finished stages have not changed since the stages wrote them.
 
-        Size and modification time are compared with the manifest. The content is compared only if they differ or are not in the manifest. A
-        file without a digest in the manifest is not checked.
+        Size and modification time are compared with the manifest. If they differ, or if the manifest lacks them, the content is compared. A
+        file is skipped if the manifest has no digest of it.
 
         Raises:
             StoreError: files have changed. The message names all of them, their stages, and how to make the stages again.

@@ -110,7 +110,7 @@ class Observation:
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Raise a ConfigError if the edges do not fit the path. Each model and the next one need one edge, in the order of the path."""
+    """Raise a ConfigError if the edges do not fit the path. One edge from each model to the next is needed, in this order."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
         raise ConfigError(
             f"path {path_text(path)} must have two or more models, and one edge (teacher and learner) for each step, in the same order"
@@ -307,8 +307,8 @@ class TwinPair:
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
     """Pair each chain with its twin: a run of direct distillation with the same family, student, seed and cost (within 5 %).
 
-    If there is no such run, the twin's quality is interpolated between a cheaper and a more expensive direct run, linearly in the log of
-    the cost. A chain without these two runs is left out.
+    If no direct run has this cost, the twin's quality is interpolated between the next cheaper and the next more expensive run, linearly in
+    the log of the cost. A chain is left out if one of these two runs is missing.
     """
     directs: dict[tuple[str, str, str, str, int], dict[float, Observation]] = {}
     for o in observations:

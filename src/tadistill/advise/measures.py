@@ -52,7 +52,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """Measures of a bigger model p and a smaller model q, both before any distillation. p may teach q. k is `TOP_K`."""
+    """Measures of two models before any distillation. p is the bigger model, a possible teacher. q is the smaller one. k is `TOP_K`."""
 
     teacher: str
     learner: str
@@ -173,7 +173,7 @@ class PathCost:
 def with_search(recipe: Recipe) -> Recipe:
     """Return a recipe whose section `search` names a teacher, assistants and a student. An existing section is kept.
 
-    A new section has the original teacher, the student, and as assistants all models of a size between them.
+    A new section has the original teacher and the student. The assistants are all models whose size is between theirs.
 
     Raises:
         ConfigError: no model can be an assistant, there are too many paths, or models are not in order of size.
@@ -229,9 +229,10 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
 
 
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return a copy of the recipe that trains all paths within `search.budget`, and the cost of each path.
+    """Return a copy of the recipe, and the cost of each path.
 
-    For each path with assistants, the copy also trains direct distillation with the same compute.
+    The copy trains all paths within `search.budget`. For each path with assistants, it also trains direct distillation with the same
+    compute.
 
     Raises:
         ConfigError: the budget is too small for any path.

@@ -188,7 +188,7 @@ def lambda_figure(report: Report) -> Chart | None:
 
 
 def bias_figure(report: Report) -> Chart:
-    """Draw a bar for each model p that is bigger than the student q. The bar has two parts: KL(q ‖ p), and the bias of p.
+    """Draw a bar for each model p that is bigger than the student q. The bar has two parts: KL(q ‖ p), and the bias of p (`Pair.bias`).
 
     Their sum is the KL from q to the original teacher.
     """

@@ -71,7 +71,9 @@ def hop_weights(hops: int, carry: float) -> list[float]:
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return, for each measure, the weighted sum of the `gaps` along a path, minus the gap in direct distillation.
+    """Return how a path differs from direct distillation in each measure.
+
+    The `gaps` along the path are added up, weighted by `hop_weights`. The gap in direct distillation is then subtracted.
 
     In the result, `cost` is the logarithm of the path's relative cost.
     """

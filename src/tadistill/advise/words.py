@@ -61,13 +61,16 @@ def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
 
 
 def sweep_text(chosen: Sequence[Chosen]) -> str:
-    """Describe for which lambda each assistant is chosen. For example, ``a up to 0.13, then b`` says that b is chosen above 0.13."""
+    """Return the values of lambda for which each assistant is chosen, as text.
+
+    For example, ``a up to 0.13, then b`` says that a is chosen up to 0.13, and b above 0.13.
+    """
     parts = [c.assistant if c.high == inf else f"{c.assistant} up to {c.high:.2g}" for c in chosen]
     return ", then ".join(parts)
 
 
 def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, ...]:
-    """Return three rules of thumb with the paths that they choose. They use only the models' sizes and dev scores."""
+    """Return three rules of thumb, each with the path that it chooses. The rules use only the models' sizes and dev scores."""
     ends, between = (ladder.teacher, ladder.assistants, ladder.student), scores(measures)["exp(−loss)"]
     return (
         Rule(
@@ -149,7 +152,9 @@ class NextRun:
 def steps(
     recipe: Recipe, source: str, overrides: Sequence[str], advice: Advice, costs: Mapping[tuple[str, ...], PathCost]
 ) -> tuple[NextRun, ...]:
-    """Return the run to start now, then the proposed experiments. Their commands only add paths to the recipe, so nothing is trained twice.
+    """Return the runs that the advice proposes. The first is the run to start now. The others are experiments.
+
+    The commands only add paths to the recipe, so nothing is trained twice.
 
     Args:
         recipe: the recipe, with the overrides of the command line.

@@ -30,9 +30,9 @@ def number_text(value: float, step: float | None = None) -> str:
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """Return both ends of an axis for these values. A margin is added at each end: `pad`, as a share of the range.
+    """Return both ends of an axis for these values. A margin is added at each end. `pad` is its size, as a share of the values' range.
 
-    With `zero`, the axis includes 0.
+    With `zero`, the axis includes 0. An end at 0 has no margin then.
     """
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)

@@ -61,8 +61,9 @@ class Chart:
         label: bool = False,
         step: bool = False,
     ) -> None:
-        """Draw a line, with gaps where y is None or NaN. The line of one `seed` is faint. With `label`, the name is written at the right
-        end.
+        """Draw a line, with gaps where y is None or NaN. With `seed`, it shows one training seed and is faint.
+
+        With `label`, the name is written at the right end of the line.
         """
         known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and math.isfinite(y)]
         if not known:
@@ -181,9 +182,9 @@ class Chart:
         kind: str = "",
         shift: tuple[float, float] = (0, 0),
     ) -> None:
-        """Write a text at (x, y), moved by `shift` pixels. `side` says which part of the text is at this point: start, middle or end.
+        """Write a text at (x, y), moved by `shift` pixels. `side` is the part of the text that is at this point: start, middle or end.
 
-        If x is None, the text is at the left end (start), in the middle or at the right end of the plot.
+        If x is None, the text is at this side of the plot: `start` is its left end, and `end` its right end.
         """
         at = {"start": "0%", "middle": "50%", "end": "100%"}[side] if x is None else self._at(x)
         place = f'x="{at}" y="{self._top(y):.1f}" dx="{shift[0]:g}" dy="{shift[1]:g}" text-anchor="{side}"'

@@ -29,7 +29,7 @@ def text_width(text: str) -> float:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical mark at `x`, a share of the width, from `top` to `bottom` in pixels: a point with its interval."""
+    """A point with its interval, as a vertical line. `x` is a share of the width. `top` and `bottom` are in pixels."""
 
     x: float
     top: float
@@ -118,7 +118,10 @@ def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
 
 
 def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:
-    """Move values, as little as possible, until any two are at least `apart`. They stay inside `box` if it is large enough."""
+    """Return the values, moved until any two are at least `apart`. They move as little as possible.
+
+    They stay inside `box` if it is large enough.
+    """
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = [values[i] for i in order]
     for _ in range(60):

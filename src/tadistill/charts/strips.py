@@ -42,7 +42,7 @@ class Strip:
         return self._drawn("", "")
 
     def ruler(self, count: int = 4) -> Markup:
-        """Draw the ticks of the axis. They belong above the plots of the column."""
+        """Draw the ticks of the axis, for the heading of the column."""
         places = (
             (f'x="{self._at(v)}" y="10" text-anchor="{_anchor(self.axis.place(v))}"', text) for v, text in self.axis.ticks(count).items()
         )

@@ -42,7 +42,10 @@ class RequestEstimate:
 
     @property
     def requests(self) -> int:
-        """The number of questions without a cached reply. A question is asked up to two more times if its reply has no readable scores."""
+        """The number of requests if every reply has readable scores: one for each unanswered question.
+
+        Otherwise there are more requests, but at most three times as many.
+        """
         return self.questions - self.cached
 
 

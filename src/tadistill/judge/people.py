@@ -169,8 +169,8 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mean ratings of every arm, the wins of every pair of arms, and the agreement of the raters.
 
-    Every prompt has the same weight. Its rating of an arm is the mean over the raters. For a pair of arms, each rater votes +1, 0 or -1,
-    and the sign of the mean vote decides the prompt. n is the number of prompts.
+    Every prompt has the same weight. For one arm, its value is the mean rating over the raters. For a pair of arms, each rater votes +1, 0
+    or -1. The sign of the mean vote says which arm wins the prompt, and 0 is a tie. n is the number of prompts.
     """
     items = key["items"]
     arms = tuple(sorted({arm for item in items.values() for arm in item["letters"].values()}))

@@ -40,11 +40,11 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has the higher score in both, else 0.
+    """Return 1 if the arm has the higher score in both orders. Return -1 if the other answer has it. Otherwise return 0.
 
     Args:
-        first: the scores of both answers, in the order shown, if the arm is shown first.
-        second: the scores of both answers, in the order shown, if the arm is shown second.
+        first: the scores (arm, other answer) if the arm is shown first.
+        second: the scores (other answer, arm) if the arm is shown second.
     """
     signs = {_sign(first[0] - first[1]), _sign(second[1] - second[0])}
     return signs.pop() if len(signs) == 1 else 0
@@ -53,9 +53,10 @@ def verdict(first: Scores, second: Scores) -> int:
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
     """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over test sets.
 
-    Each array has the shape (training seeds, prompts, 2): scores of the arm, then scores of the other answer. The delta method
-    computes one value for each seed and prompt. Their mean is the ratio. The variance of this mean is, to first order, that of the ratio.
-    `macro_interval` computes the interval from these values.
+    Each array is of shape (training seeds, prompts, 2). The last axis has the arm's score and then the score of the other answer.
+
+    The delta method computes one value for each seed and prompt. The mean of these values is the ratio. To first order, the mean also has
+    the variance of the ratio. `macro_interval` therefore computes the interval from these values.
     """
     linear = []
     for values in strata_SN2:

@@ -191,7 +191,7 @@ def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
 
 
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return step `j` of a path as text, such as ``xl > l``. Step 0 is the last one, whose learner is the student."""
+    """Return step `j` of a path as text, such as ``xl > l``. Steps are counted from the end: step 0 trains the student."""
     return path_text((models[-2 - j], models[-1 - j]))
 
 

@@ -185,7 +185,10 @@ def _budget(curve: BudgetCurve) -> dict[str, Any]:
 
 
 def distillations(results: Results) -> list[dict[str, Any]]:
-    """Return the distillations in the figure of paths. `flops` is for one seed. `dev` is the last dev value of an assistant."""
+    """Return the distillations in the figure of paths. `flops` is for one seed.
+
+    `dev` is the last dev value of the learner. It is None if the learner is the student.
+    """
     nodes, metric = lattice(results), primary_metric(results)
     found: list[dict[str, Any]] = []
     for at, node in nodes.items():
@@ -197,7 +200,10 @@ def distillations(results: Results) -> list[dict[str, Any]]:
 
 
 def lengths(results: Results) -> list[dict[str, Any]]:
-    """Return each arm's mean ROUGE-L by the length of the first reference, which has `first` to `last` tokens."""
+    """Return each arm's mean ROUGE-L for each range of reference lengths. The first reference of a prompt counts.
+
+    `first` and `last` are the ends of the range, in tokens. `last` is None if the range has no upper end.
+    """
     metric = "rouge_l"
     return [
         {"arm": arm.name, "metric": metric, "first": b[0], "last": b[1], "prompts": bucket_size(results, metric, b)} | _summary(s)

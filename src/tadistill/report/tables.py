@@ -86,7 +86,7 @@ def stage_rows(results: Results) -> list[StageRow]:
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:
-    """Return the versions of all packages with which the finished stages ran."""
+    """Return, for each package, the versions that the finished stages used."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in (row.manifest.versions if row.manifest else {}).items():

@@ -91,7 +91,7 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
 
 
 def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
-    """Return where the rows `chosen` are in the array `answered`. These positions are sorted by row number."""
+    """Return the positions of the rows `chosen` in the array `answered`, in ascending order of the row numbers."""
     order = np.argsort(answered, kind="stable")
     return order[np.isin(answered[order], chosen)]
 

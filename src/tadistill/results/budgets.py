@@ -1,5 +1,5 @@
-"""Curves of quality over training compute. The key `budgets` of a recipe trains an arm (a path of models) several times, each time with
-another multiple of a reference arm's FLOPs.
+"""Curves of quality over training compute. The key `budgets` of a recipe trains an arm (a path of models) several times, with
+different budgets. A budget is a multiple of a reference arm's FLOPs.
 
 At every budget, an arm is compared with the reference arm, paired by training seed and prompt.
 """
@@ -139,9 +139,9 @@ def _draws(gap: Difference, stream: int) -> Array:
 
 
 def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
-    """Return the first place at which each curve crosses 0, (R,). The points of a curve are connected by straight lines.
+    """Return the first place at which each curve crosses 0, of shape (R,). The points of a curve are connected by straight lines.
 
-    If a curve does not cross 0, the result is -inf or inf. It is -inf if the curve is already on the side that it should cross to.
+    If a curve does not cross 0 in this range, the result is -inf (it would cross before the first point) or inf (after the last point).
 
     Args:
         x_N: places of the points, in ascending order.

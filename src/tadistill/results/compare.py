@@ -4,7 +4,7 @@ Differences are paired by training seed and prompt.
 
 Sharpening means that a student scores higher but does not know more. Training with reverse KL lowers the entropy of a student, and answers
 that are sampled at temperature 1 then score higher. Two controls test for this. One decodes both arms greedily. The other decodes each arm
-at the temperature that gives both arms the same entropy. A gain from sharpening vanishes under them.
+at the temperature that gives both arms the same entropy. If a gain is only sharpening, it vanishes in both controls.
 """
 
 from collections.abc import Iterable, Sequence
@@ -71,7 +71,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants): direct distillation with ``compute: as CHAIN``.
 
-    If the chain has several `budgets`, the reference arm at the same budget is used instead if it is plain (`is_plain`).
+    If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that this arm is plain (`is_plain`).
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference
@@ -79,9 +79,9 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
 
 
 def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the reference arm, with which all arms are compared, at the same training budget as `arm`.
+    """Return the arm with which `arm` is compared: the reference arm, trained with the same budget.
 
-    Return None if `arm` has no budget, or is the reference arm.
+    Return None if `arm` has no budget, or is the reference arm itself.
     """
     made = arms.budget_of(arm.name, arm.compute)
     if made is None or made.arm == made.reference:
@@ -210,7 +210,10 @@ def greedy_decoding(results: Results) -> str | None:
 
 
 def temperatures(results: Results) -> list[str]:
-    """Return the names of the decodings that differ from the main one (`evaluate`) only in temperature, or in temperature and seeds."""
+    """Return the names of the decodings with another temperature than the main one (`evaluate`).
+
+    Their seeds may differ too, but nothing else.
+    """
     allowed = {"temperature", "seeds"}
     return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
 

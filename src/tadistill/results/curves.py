@@ -114,9 +114,10 @@ def _thinned(points: Mapping[int, float]) -> Series:
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Exposure bias (ExAccErr, in per cent) by position in the answer, from 1: the mean over the seeds, and the curve of each seed.
+    """Exposure bias (ExAccErr, in per cent) at each position of the answer, from position 1. `seeds` has one curve per training seed.
 
-    Few answers are long. `solid` is the last position that at least `FEW` answers reach in every seed.
+    Few answers are long, so the values at late positions are uncertain. `solid` is the last position that at least `FEW`
+    answers of every seed reach.
     """
 
     mean: Array
@@ -204,7 +205,10 @@ class Reliability:
 
 
 def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
-    """Return each arm's calibration bins. `what` is ``tokens`` (next tokens of the references) or ``labels`` (chosen answers)."""
+    """Return each arm's calibration bins.
+
+    `what` is ``tokens`` for predictions of the references' next tokens, or ``labels`` for chosen answers.
+    """
     return results.once(("reliabilities", what), lambda: _reliabilities(results, what))
 
 

@@ -100,7 +100,7 @@ class ArmRecord:
 
     @property
     def is_plain(self) -> bool:
-        """True if each model of the arm only teaches the next one: one path, one teacher per model, and no other use of a model."""
+        """True if the arm is one simple path: each model has one teacher, and no model is used in any other way."""
         text = path_text(self.path)
         return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
 
@@ -134,7 +134,7 @@ class StudyPlan:
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
 
-        With `paid`, a stage is left out if its FLOPs do not count for an arm (`StageRecord.like`).
+        With `paid`, only stages whose FLOPs count for an arm are returned. `StageRecord.like` explains which do not count.
         """
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
@@ -191,7 +191,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard deviation of each difference in the study's report, by (arm, metric).
+    """Return the standard deviation of each mean difference in the study's report. The keys are (arm, metric).
 
     The result is empty if there is no report.
     """

@@ -34,10 +34,10 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """The advantage of an arm that chose its best checkpoint on dev among more checkpoints (``mine``) than the other (``theirs``).
+    """The advantage of an arm that chose its best checkpoint on dev among more checkpoints than the other arm.
 
-    ``inflation`` is an upper bound of this advantage. It is computed from ``sigma``, the standard deviation of the primary metric on dev
-    over the later half of the checkpoints. Both are None if dev did not log the metric.
+    ``mine`` and ``theirs`` are the numbers of checkpoints. ``inflation`` is an upper bound of the advantage. It is computed from ``sigma``,
+    the standard deviation of the primary metric on dev over the later half of the checkpoints. Both are None if dev did not log the metric.
     """
 
     mine: int
@@ -91,7 +91,10 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return pairs of arms: each chain (path with assistants) with direct distillation or, without chains, all competing arms."""
+    """Return the pairs of arms to compare. Each chain (path with assistants) is compared with direct distillation.
+
+    If the study has no chains, all competing arms are compared with each other.
+    """
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
@@ -203,7 +206,10 @@ def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[
 
 
 def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
-    """Return how many checkpoints an arm chose from, in all its trainings with one training seed. It is 0 if nothing was chosen."""
+    """Return the number of checkpoints from which an arm chose. It is the sum over all its trainings with one training seed.
+
+    It is 0 if nothing was chosen.
+    """
     return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
 
 

@@ -76,10 +76,9 @@ class Choice:
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """Return by how much the best of the compared paths looks better by chance alone, in the metric's unit. Return None if there is one
-        seed.
+        """Return the bias of the best value: chance alone makes the best of the compared paths look better. The unit is that of the metric.
 
-        This is an upper bound, because paths that share stages have correlated values.
+        It is an upper bound, because paths that share stages have correlated values. Return None if there is one seed.
         """
         seeds = len(self.tried[0].values)
         if seeds < 2:

@@ -89,9 +89,9 @@ def count_paths(assistants: int, max_assistants: int | None = None) -> int:
 
 
 def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
-    """Return the trainings that these paths need. Each is given as the beginning of a path that ends with the trained model.
+    """Return the trainings that these paths need. A training is given as the path from the teacher to the trained model.
 
-    A beginning that several paths share is trained once. Short beginnings come first.
+    A training that several paths share is returned once. Short paths come first.
     """
     found = dict.fromkeys(path[:end] for path in paths for end in range(2, len(path) + 1))
     return tuple(sorted(found, key=len))

@@ -160,7 +160,10 @@ class _Estimate:
 
     @property
     def p(self) -> float:
-        """The two-sided p-value for a true mean of 0, by the same test as the interval. The bounds of the values must be -b and b."""
+        """The two-sided p-value for a true mean of 0, by the same test as the interval.
+
+        The lower bound of the values must be minus their upper bound.
+        """
         if self.mean == 0:
             return 1.0
         if self.se == 0:

@@ -24,11 +24,11 @@ class SignFlip:
 
 
 def sign_flip(differences_S: ArrayLike) -> SignFlip:
-    """Return the two-sided p-value of the exact sign-flip test, for differences of two models.
+    """Return the result of the exact two-sided sign-flip test, for differences of two models.
 
-    ``differences_S`` has one paired difference per training seed. Their sum is compared with the sums that result if the signs of the
-    values are flipped in all 2^S ways. The test assumes that, without a true difference, each value is symmetric about zero. Source: R. A.
-    Fisher, The Design of Experiments (1935), section 21.
+    ``differences_S`` has one paired difference per training seed. The test flips the signs of these values in all 2^S ways, and adds them
+    up each time. ``p`` is the share of sums that are at least as far from zero as the sum without flips. The test assumes that each value
+    is symmetric about zero if there is no true difference. Source: R. A. Fisher, The Design of Experiments (1935), section 21.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
     if differences.ndim != 1 or not 1 <= len(differences) <= MOST_SEEDS:
@@ -112,7 +112,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation of a mean in a report. The interval implies one, and the p-value another; the larger one is returned.
+    """Return the standard deviation of a mean in a report. It is computed from the interval and from the p-value; the larger result counts.
 
     Args:
         half: half the width of the 95 % interval.
@@ -123,7 +123,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return the standard deviation that a t-test of paired differences implies (`spread_claimed`). It is 0 for one seed.
+    """Return the standard deviation of the mean difference, from a t-test (see `spread_claimed`). It is 0 for one seed.
 
     ``differences_S`` has one paired difference per training seed.
     """
@@ -138,7 +138,7 @@ def seeds_spread(differences_S: ArrayLike) -> float:
 def expected_best_of(k: int) -> float:
     """Return the expected maximum of ``k`` standard normal draws.
 
-    It is the number of standard deviations by which chance alone raises the best of k equally good scores.
+    If k scores are equally good, chance alone raises the best of them by this number of standard deviations.
     """
     if k < 1:
         raise ValueError(f"`k`, the number of draws, is {k}; it must be at least 1")

@@ -68,7 +68,7 @@ class StageState:
 
     @property
     def measures(self) -> bool:
-        """True if the stage only measures a model, and changes none."""
+        """True if the stage only measures models. It does not change them."""
         return self.kind in KINDS and KINDS[self.kind].measures
 
 

@@ -148,9 +148,9 @@ _ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")
 
 @dataclass(frozen=True)
 class Budget:
-    """The error budget of a path: which part of KL(student ‖ teacher) comes from which step, in nats/token.
+    """The error budget of a path: KL(student ‖ teacher) in nats/token, divided into one part for each step of the path.
 
-    `terms` are the parts, and their sum is this KL. `total` is the same KL, measured separately.
+    `terms` are the parts, and they add up to the KL. `total` is a direct measurement of the KL.
     """
 
     arm: ArmRecord

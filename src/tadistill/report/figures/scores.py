@@ -177,9 +177,9 @@ def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) 
 
 
 def _apart(places: Sequence[float]) -> list[float]:
-    """Move places apart until no point hides another, and return them. The places are in ascending order.
+    """Return the places, moved apart so that no point hides another. `places` are in ascending order.
 
-    If that needs more than a small move, they are returned unchanged.
+    If a point would have to move far, all places are returned unchanged.
     """
     moved: list[float] = []
     for place in places:
