@@ -193,8 +193,8 @@ class Arm(Strict):
 class Budgets(Strict):
     """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget. Its updates and its warmup are scaled.
 
-    For example, a recipe has the arms `direct` and `chain`. With `times: [1, 2]` and `of: direct`, its new arms are `direct` (which defines
-    the budget 1x), `direct-2x`, `chain-1x` and `chain-2x`.
+    For example, a recipe has the arms `direct` and `chain`. `times: [1, 2]` and `of: direct` turn these two into four arms: `direct`,
+    `direct-2x`, `chain-1x` and `chain-2x`. The arm `direct` defines the budget 1x.
     """
 
     text_sets: ClassVar[str] = "times"
@@ -219,7 +219,7 @@ class Budgets(Strict):
         return times
 
     def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
-        """Return the arms of a recipe, with one arm per budget in place of each arm. Arms with `compute` or without training stay.
+        """Return the recipe's arms, with one arm per budget in place of each arm in `self.arms`. All other arms stay as they are.
 
         Raises:
             ValueError: an arm in `of` or `arms` is missing, has `compute` or trains no model; or a new arm's name is already used.
@@ -255,8 +255,8 @@ class Budgets(Strict):
 
 
 class BudgetOf(NamedTuple):
-    """The budget of an arm that `Budgets.expand` made from the original arm `arm`. It is `times` the training FLOPs of the arm
-    `reference`."""
+    """The budget of an arm that `Budgets.expand` made from the original arm `arm`. To get the budget, multiply the training FLOPs of the
+    arm `reference` by `times`."""
 
     arm: str
     times: float

@@ -99,8 +99,8 @@ class Evaluate(Decoding):
 
 
 class OwnMetric(Strict):
-    """A metric in the user's own code. Its function `score(prediction, references)` returns a number for one answer. In a recipe, a text is
-    short for `{function: TEXT}`."""
+    """A metric in the user's own code. Its function `score(prediction, references)` returns a number for one answer. In a recipe, `NAME` is
+    short for `{function: NAME}`."""
 
     text_sets: ClassVar[str] = "function"
     function: FunctionName

@@ -38,7 +38,7 @@ def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
     """Return all explanations of a word: a key (`lr`, `method.optim.lr` or `arms.X.path`), a `type`, a method, or an allowed value.
 
     Args:
-        others: words that are not from recipes. If a word is mistyped, the error message can suggest them too.
+        others: words that are not from recipes. For a mistyped word, the error message can suggest one of these.
 
     Raises:
         ConfigError: nothing has this name.

@@ -120,8 +120,8 @@ class TotalVariation(Divergence):
 
 
 class AdaptiveKL(Divergence):
-    """A weighted sum of the forward and the reverse KL (Wu et al. 2025, AKL). The weights of a position depend on the tokens at which the
-    two models differ most."""
+    """A weighted sum of the forward and the reverse KL (Wu et al. 2025, AKL). At each position, the weights depend on where teacher and
+    student differ more: on the teacher's most probable tokens, or on the others."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
@@ -256,12 +256,12 @@ class NoTeacher(ObjectiveBase):
 class MiniLLM(ObjectiveBase):
     """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6). Each part can follow the paper or the released code.
 
-    The loss of each token is the following sum. A is the return: the normalised sum of the later rewards (log p - log q) / reward_scale.
+    The loss of each token is this sum:
 
         -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT
 
-    p is the teacher, q is the student, and p~ is the distribution from which the tokens were sampled. ratio is q / p~. L_PT is a loss on
-    plain text.
+    p is the teacher, q is the student, and p~ is the distribution from which the tokens were sampled. ratio is q / p~. A is the return: the
+    normalised sum of the later rewards (log p - log q) / reward_scale. L_PT is a loss on plain text.
     """
 
     needs_scores: ClassVar[bool] = True

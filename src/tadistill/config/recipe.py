@@ -38,7 +38,7 @@ Column = Literal["instruction", "input", "output", "prompt", "completion", "mess
 
 
 class DataRef(Strict):
-    """A data set. In a recipe, a text is short for `{load: TEXT}`."""
+    """A data set. In a recipe, `NAME` is short for `{load: NAME}`."""
 
     text_sets: ClassVar[str] = "load"
     load: str
@@ -175,7 +175,7 @@ class Resources(Strict):
           sft: {processes: 4, parallel: fsdp}          # all stages of the kind `sft`
           sft xl: {gpu: h100, processes: 8, nodes: 2}  # the stages of the kind `sft` for the model xl
 
-    On a cluster, values that are left out are chosen from two sources: the estimates of the plan, and the description of the cluster.
+    On a cluster, missing values are chosen automatically, from the plan's estimates and the description of the cluster.
     """
 
     processes: int = Field(default=1, ge=1, le=MOST)
@@ -303,8 +303,8 @@ def own_functions(recipe: Recipe) -> list[str]:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if references form a cycle. `edges` maps a name to the name to which it refers. In the message, `what`
-    names these references."""
+    """Raise a ValueError if references form a cycle. `edges` maps each name to the name that it refers to. `what` is the key of these
+    references, for the message."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

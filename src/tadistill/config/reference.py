@@ -91,7 +91,7 @@ class Part:
 
     @property
     def more(self) -> str:
-        """The title of this page. Messages do not name its file, because an installed package has no `docs/`."""
+        """The title of `page`. Messages show it in place of the file's path, because an installed package has no `docs/`."""
         return page_text(self.page)
 
 

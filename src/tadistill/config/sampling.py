@@ -166,10 +166,10 @@ class MixSampler(OnPolicy):
 class ReplaySampler(OnPolicy):
     """The sampler of DistiLLM, with a buffer of older student text (Ko et al. 2024, section 3.2).
 
-    An update uses student text with probability phi, and otherwise the data set. phi starts at 0. It rises by `increment` each time the dev
-    loss is `tolerance` above its value at the last rise. At first, each update with student text samples new text into the buffer. When the
-    buffer is full, only some of these updates sample new text (`schedule`). The others read from the buffer. The dev loss is measured
-    before training and every `select.every` updates.
+    An update uses student text with probability phi, and otherwise the data set. phi starts at 0. The dev loss is measured before training
+    and every `select.every` updates. If it has grown by at least `tolerance` since the start, phi rises by `increment`. After that, the
+    growth is counted from the last rise of phi. At first, each update with student text samples new text into the buffer. When the buffer
+    is full, only some of these updates sample new text (`schedule`). The others read from the buffer.
     """
 
     follows_dev: ClassVar[bool] = True

@@ -37,8 +37,9 @@ def summary(recipe: Path) -> str:
 def located(recipe: str | Path) -> Path:
     """Return the file of a recipe, given by its path or name. If there is no such file, return the path itself.
 
-    If both the user and the package have a file of this name (also NAME.yaml), the user's file is returned. A recipe of the package is
-    found by its name, by the last part of its name if this is unique, or by its path in the repository (`recipes/quickstart.yaml`).
+    A recipe of the package is found by its name, by the last part of its name if this is unique, or by its path in the repository
+    (`recipes/quickstart.yaml`). If the user also has a file of this name, the user's file is returned. For `gkd`, this can be `gkd`,
+    `gkd.yaml` or `gkd.yml`.
     """
     path = Path(recipe)
     if path.is_file() or path.is_absolute():
@@ -49,7 +50,7 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence that says whether a recipe's name means a file of the package or of the user. Return an empty string for a path."""
+    """Return a sentence about the file that a recipe's name stands for: the package's or the user's. Return an empty string for a path."""
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""

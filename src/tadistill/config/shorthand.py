@@ -35,12 +35,14 @@ SHORT_KEYS = {
 
 
 def written_out(value: Any, *, string: str, name: str) -> Any:
-    """Return the keys of a method or an arm. If they contain the name of a method, its objective and sampler replace the name.
+    """Return the keys of a method or an arm. The name of a method is replaced by the objective and the sampler of this method.
 
-    Keys in the `objective` or `sampler` of `value` override those of the named method. If the `type` differs, the whole part is replaced.
+    If `value` has an `objective` or `sampler` too, its keys override those of the named method. If its `type` differs, none of the named
+    method's keys are used there.
 
     Args:
-        value: the part of the recipe. A text is read as the value of the key `string`. A value without keys is returned unchanged.
+        value: the method or arm in the recipe. Anything except a string or a dict is returned unchanged.
+        string: the key to use if `value` is only a string. The string becomes the value of this key.
         name: the key that contains the method's name. The result does not have this key.
 
     Raises:
@@ -134,5 +136,5 @@ def _data(data: Any) -> Any:
 
 
 def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:
-    """Return the line of each key of the long form. `lines` maps the keys of the short form to their lines."""
+    """Return the line of each key in the long form of a recipe. `lines` has the line of each key in its short form."""
     return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}

@@ -24,7 +24,7 @@ _GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # a tag of tr
 def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
     """Return a conversation as text, up to the point where the assistant's answer begins.
 
-    If the template does not write the start of an answer when it is asked to, this function adds it.
+    Some templates do not write the start of an answer, even on request. This function then adds it.
 
     Args:
         where: the data set and the row, for error messages.

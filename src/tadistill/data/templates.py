@@ -1,8 +1,8 @@
 """Convert an `Example` into a prompt text, and into token ids of the prompt and the response.
 
 Two rules differ from MiniLLM's preprocessing:
-- Sometimes a tokenizer would merge the end of the prompt with the start of the response. The response is then encoded alone. MiniLLM
-  encodes both together, and cuts the token ids at the length of the prompt.
+- Prompt and response are encoded together. If this changes the tokens of the prompt, the response is encoded alone. MiniLLM always encodes
+  both together, and cuts the token ids at the length of the prompt.
 - Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets. In
   test sets, MiniLLM cuts them on the right, which removes "### Response:".
 """
@@ -63,7 +63,7 @@ class Lengths:
 
     @property
     def limit(self) -> int:
-        """Largest number of tokens in a prompt. There is always room for one token of the answer."""
+        """Largest number of tokens in a prompt. It is below `max_length`, so that an answer has room for at least one token."""
         return min(self.max_prompt, self.max_length - 1)
 
 

@@ -4,8 +4,8 @@ All text is lower case, with one space between tokens. Punctuation marks are tok
 and `{v}` for its value. The tests check three rules:
 - A word is a value of only one attribute, and does not occur in the wordings.
 - A rewording uses only words that rows of the training set use too.
-- The answers to one question differ in their first words. A model that uses all of them therefore behaves differently from a model that
-  uses only one.
+- The answers to one question differ in their first two words. Therefore, a model that uses only one answer behaves differently from a
+  model that uses all answers.
 """
 
 import json

@@ -134,7 +134,7 @@ class Rounding:
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Give a `with` block the size of the rounding errors in its forward passes. It depends on the dtype in which the head computes."""
+    """Yield the size of rounding errors in the forward passes of a `with` block. This size depends on the dtypes of model and logits."""
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -166,8 +166,8 @@ def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> 
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Give a `with` block a list. Each forward pass in the block adds the input of the output head to it. With `skip`, the head computes no
-    logits."""
+    """Yield a list for a `with` block. Each forward pass in the block appends the input of the output head to this list. With `skip`, the
+    head computes no logits."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -242,7 +242,7 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedMod
     """Return the number of tokens that the tokenizer and the output heads of all models have.
 
     In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
-    must therefore keep only this number of logits, from the first one, and renormalise.
+    must therefore cut the logits to this number (`logits[..., :n]`), and renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])

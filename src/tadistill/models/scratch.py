@@ -75,7 +75,7 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
 
 
 def check_scratch(config: PreTrainedConfig) -> None:
-    """Build the model without memory for its weights. A small model is also built with weights, and run on two tokens.
+    """Check that the model can be built, without memory for its weights. If it is small, also give it weights and run it on two tokens.
 
     Raises:
         ConfigError: transformers cannot build or run a model of this configuration, or its logits are not finite.

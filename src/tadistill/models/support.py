@@ -1,7 +1,7 @@
 """Refuse architectures that cannot be distilled. All other causal language models of transformers can be distilled.
 
-`tests/e2e/test_architectures.py` checks every architecture of transformers that is not refused here. Its logits in training and its sampled
-tokens must equal those of a forward pass over the whole text.
+`tests/e2e/test_architectures.py` checks every architecture of transformers that is not refused here. It compares training and sampling with
+a plain forward pass over the whole text: the logits and the sampled tokens must be equal.
 """
 
 import difflib

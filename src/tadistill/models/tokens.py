@@ -54,12 +54,11 @@ TINYWORLD = Tokens(tinyworld.SPECIALS.index("<eos>"), texts=dict(enumerate(tinyw
 def ends(first: Tokens, others: Iterable[Tokens] = (), *, in_chat: bool = False) -> tuple[int, ...]:
     """Return the ids of all tokens that end an answer in a study of several models.
 
+    The tuple starts with the token that ends a reference answer: EOS or, with `in_chat`, the chat template's own end token.
+
     Args:
         first: the tokens of the tokenizer that the study uses.
         in_chat: True if this tokenizer's chat template writes the prompts.
-
-    Returns:
-        First the token that ends a reference: the token of the chat template if `in_chat`, and EOS otherwise. All other tokens follow.
     """
     closing = [first.turn] if in_chat and first.turn is not None else []
     return tuple(dict.fromkeys([*closing, *first.all, *(i for other in others for i in other.all)]))

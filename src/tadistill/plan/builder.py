@@ -36,7 +36,7 @@ from tadistill.plan.study_tokens import StudyTokens
 
 
 class StageBuilder:
-    """Builds the stages of one recipe. A method adds a stage unless the graph has it already. It returns the stage's key or its model."""
+    """Builds a recipe's stages. Its functions add a stage unless the graph has it, and return the stage's key or the model it makes."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
@@ -67,7 +67,7 @@ class StageBuilder:
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return a model after its own fine-tuning (`sft`), if it has one. `start` replaces the model's own initial weights."""
+        """Return a model. If it has the key `sft`, it is fine-tuned first. `start` replaces the model's own initial weights."""
         model, seed = self.recipe.models[name], self.seed(name, seed)
         handle = start or self._untrained(name, seed)
         return self.sft(name, handle, model.sft, seed) if model.sft else handle
@@ -179,7 +179,7 @@ class StageBuilder:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small. There is one, unless the method has `dense`: then all bigger models teach.
+            teachers: names and models, from big to small. With `dense`, these are all bigger models. Otherwise, there is one teacher.
             turn: number of earlier distillations of this model in the same arm. Each distillation has its own order of prompts.
 
         Raises:
@@ -242,7 +242,7 @@ class StageBuilder:
         return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets. `other` is the key of its decoding in `evaluate.also`. The main one has none."""
+        """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
         own, tasks = self._own_metrics, None if other else plan_tasks(self.recipe)
         spec = specs.EvaluateSpec(
             **self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=own, tasks=tasks

@@ -85,7 +85,7 @@ class Graph:
     def flops(self, key: str | None) -> float | None:
         """Return the training FLOPs of a stage and all its ancestors. Return None if the FLOPs of one of them are unknown.
 
-        Each stage is counted once. The training of a model that only sets another model's temperature (role `like`) is not counted.
+        Each stage is counted once. A model in the role `like` only sets another model's temperature, so its training is not counted.
         """
         if key is None:
             return 0.0
@@ -94,7 +94,7 @@ class Graph:
 
 
 def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:
-    """Return the keys of these stages and of all stages before them. Parents with the role `without`, such as `like`, are left out."""
+    """Return the keys of these stages and of all stages before them. Parents in one role, such as `like`, can be left out (`without`)."""
     found, todo = set(), list(keys)
     while todo:
         at = todo.pop()
@@ -108,8 +108,8 @@ def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short
     """Return a label for each stage, by the stage's key. No two stages have the same label.
 
     A full label is, for instance, `distill xl -> s, minillm on teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`. With
-    `short`, the text in brackets and the number of updates are left out if the label is unique without them. Equal full labels become
-    different: they get the arms that use the stage, or the start of its key.
+    `short`, the text in brackets and the number of updates are left out if the label is unique without them. If two full labels are equal,
+    each label gets the names of the stage's arms, or else the start of the stage's key.
 
     Args:
         stages: the key, the full label and the names of the arms of each stage.

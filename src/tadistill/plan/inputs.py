@@ -95,7 +95,7 @@ class Split(HashedData):
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set as plain data, without `limit`. The limit is stored beside the split, in the object that has this split."""
+        """Return the data set as plain data, without `limit`. The stage stores the limit in an entry of its own, such as `train_limit`."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 

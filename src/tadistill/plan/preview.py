@@ -59,7 +59,7 @@ def threads(plan: Plan) -> int:
 
 
 def off_budget(plan: Plan) -> Iterable[str]:
-    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`, because updates come in whole rounds."""
+    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. They differ because updates come in whole rounds."""
     arms = {arm.name: arm for arm in plan.arms}
     for arm in plan.arms:
         if arm.arm.like is None:

@@ -132,7 +132,7 @@ class TrainingSpec(Spec):
         return 0 if self.optim.steps is None or self.select.metric == "last" else -(-self.optim.steps // self.select.every)
 
     def content(self) -> dict[str, Any]:
-        """Return the stage as plain data. The dev metric `loss` samples no text, so it needs only `batch` of the decoding settings."""
+        """Return the stage as plain data. With the dev metric `loss`, no text is sampled, so only `batch` of the decoding is stored."""
         found = super().content()
         if self.select.metric == "loss" and self.decoding:
             found["decoding"] = {"batch": self.decoding.batch}

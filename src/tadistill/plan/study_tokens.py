@@ -1,7 +1,7 @@
 """The tokenizer of each model of a study, the tokens that end an answer, and BOS. All are read from the models' files on this disk.
 
 Models that teach each other must read the same tokens and end their answers in the same way. So all of them use the tokenizer of the
-original teacher, and a token that ends the answers of one of these models ends the answers of all.
+original teacher. If a token ends the answers of one of these models, it ends the answers of all of them.
 """
 
 from collections.abc import Callable

@@ -97,7 +97,7 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def resources_of(recipe: Recipe, stage: Stage) -> Resources:
-    """Return the resources of a stage. They are merged from the entries `default`, `KIND` and `KIND MODEL`; the later entry wins.
+    """Return the resources of a stage. The entry `KIND MODEL` of the recipe overrides `KIND`, and `KIND` overrides `default`.
 
     Raises:
         ConfigError: the merged settings contradict each other.

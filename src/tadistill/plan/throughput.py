@@ -73,7 +73,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. Return None if a part with more than 1 % of the FLOPs has no known speed."""
+    """Predict the seconds of a stage. Return None if a part has no known speed and more than 1 % of the FLOPs."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0

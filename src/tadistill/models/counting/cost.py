@@ -47,7 +47,7 @@ class Cost:
 
     @property
     def learning(self) -> float:
-        """The FLOPs of all phases except selection and watching. `compute: as ARM` makes this number equal for two arms."""
+        """The FLOPs of all phases except selection and watching. An arm with `compute: as ARM` gets as many of these FLOPs as ARM."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property
@@ -66,10 +66,10 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Return the FLOPs of each span. A span is a phase, or two phases that the training loop times together. `flops` has the FLOPs of each
-    phase.
+    """Return the FLOPs of each span, a part of the training loop with one measured time. `flops` has the FLOPs of each phase.
 
-    Rollout and scoring together are the span `sampling`. Corpus and training together are the span `training`.
+    The span `sampling` consists of the phases rollout and scoring. The span `training` consists of corpus and training. Every other phase
+    is a span of its own.
     """
     found: dict[str, float] = {}
     for name, value in flops.items():

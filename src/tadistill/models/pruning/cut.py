@@ -65,9 +65,9 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
     """Return a new, ordinary model of the same family with the sizes of `shape`. It has copies of the kept weights. `model` is not changed.
 
     All layers keep the same channels, but each layer keeps its own neurons and heads. Kept weights keep their order and their values. As in
-    Minitron, the norms are not corrected for the removed channels. With grouped-query attention, the best key-value heads are kept, each
-    with its best query heads. The score of a key-value head is the sum of the scores of the query heads that stay with it. The new model
-    has the same dtype and device, and is in eval mode.
+    Minitron, the norms are not corrected for the removed channels. With grouped-query attention, each key-value head keeps only its best
+    query heads. The sum of their scores is the score of the key-value head. The best key-value heads are kept. The new model has the same
+    dtype and device, and is in eval mode.
 
     Args:
         importance: the importance scores of this model. They can be None if the width stays the same.

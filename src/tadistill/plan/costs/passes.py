@@ -180,7 +180,7 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the mean of `max(sample) ** power` over all samples. Each sample has `draws` of the `values`, without replacement."""
+    """Return the mean of `max(drawn) ** power`, where `drawn` are `draws` of the `values`, drawn at random without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)

@@ -1,7 +1,7 @@
 """Predict the cost of one training: FLOPs of each part, padding, and peak memory.
 
-The memory of weights, gradients and AdamW's moments is exact. That of activations is an estimate for fused attention, which does not store
-the attention scores.
+The memory of weights, gradients and AdamW's moments is exact. The memory of activations is an estimate. It assumes fused attention, which
+does not store the attention scores.
 """
 
 from dataclasses import asdict
@@ -78,7 +78,7 @@ class TrainingCost:
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of the metrics of sampled text (`train.watch`). At most every tenth update is measured, on its first rows."""
+        """Add the cost of metrics of sampled text (`train.watch`). They use the first rows of some updates, at least ten updates apart."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
@@ -87,7 +87,7 @@ class TrainingCost:
             self.add("watching/teacher", (work if teacher else Work(heads=work.heads)) * self.used)
 
     def caches(self, answers: Texts, chunk: int, most: int, *sizes: Size) -> None:
-        """Set the memory of the KV caches. The models of these `sizes` sample `chunk` sequences at a time, of at most `most` new tokens."""
+        """Set the memory of the KV caches of these models. They sample `chunk` answers at a time. An answer has up to `most` tokens."""
         length = max(prompt for prompt, _ in answers.rows) + most
         self.cache = sum(cache_bytes(size, chunk, length) for size in sizes)
 
