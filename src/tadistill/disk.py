@@ -41,7 +41,7 @@ def user_cache() -> Path:
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
     """Return the error sentence for a file that is in none of the `folders`.
 
-    It suggests the most similar name of a folder, or of a file with one of the `suffixes`, in these folders.
+    If these folders contain a folder, or a file with one of the `suffixes`, with a similar name, the sentence suggests this name.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:

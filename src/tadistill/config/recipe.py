@@ -303,8 +303,8 @@ def own_functions(recipe: Recipe) -> list[str]:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if references form a cycle. `edges` maps each name to the name that it refers to. `what` is the key of these
-    references, for the message."""
+    """Raise a ValueError if references form a cycle. `edges` maps each name to the name that it refers to. `what` is the
+    key with the references; the message names it."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

@@ -50,7 +50,8 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence about the file that a recipe's name stands for: the package's or the user's. Return an empty string for a path."""
+    """Return a sentence that says if a recipe's name means a file of the package or a file of the user. Return an empty string if the user
+    gave a path."""
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""

@@ -44,7 +44,7 @@ class Reader:
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the last hidden states, of shape (N, H), at the N positions where the mask is True, in row-major order.
 
-        `model` is this reader's model, possibly in a wrapper for several processes.
+        `model` is the model of this `Reader`. It may be in a wrapper for several processes.
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
         end = int(columns[-1]) + 1 if len(columns) else 1  # no position in the mask reads later tokens

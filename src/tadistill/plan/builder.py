@@ -179,7 +179,7 @@ class StageBuilder:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small. With `dense`, these are all bigger models. Otherwise, there is one teacher.
+            teachers: names and models, from big to small. With `dense`, there are several. Otherwise, there is one.
             turn: number of earlier distillations of this model in the same arm. Each distillation has its own order of prompts.
 
         Raises:

@@ -57,7 +57,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The comparison of two arms: their differences in rows, and possible explanations if one is a path with assistants."""
+    """The comparison of two arms, with a row for each difference. A path with assistants also has possible explanations."""
 
     arm: str
     other: str

@@ -218,7 +218,8 @@ def _unseen_text(results: Results) -> str:
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """Return warnings if the compared arms have different numbers of checkpoints or decoding seeds, or different finished seeds."""
+    """Return warnings if the compared arms have different numbers of checkpoints or decoding seeds, or if
+    different training seeds have finished."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection

@@ -3,8 +3,8 @@
 The first screen has the question, the answer, one figure and a table of arms. Each section below begins with its main finding. Tables and
 definitions are closed until the reader opens them.
 
-To add a section, add three things: its heading and its entry in `findings.sections`; its block in ``templates/report.html.j2``; and the
-numbers that it shows in `record`.
+To add a section, add three things: its heading and its entry in `findings.sections`; its block in ``templates/report.html.j2``; and its
+numbers, which `record` collects.
 """
 
 import json

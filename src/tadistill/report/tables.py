@@ -192,7 +192,7 @@ def _group(results: Results, name: str, title: str) -> Table | None:
 
 
 def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
-    """Return a table cell with an arm's value of a metric, on one test set or on the mean over sets."""
+    """Return a table cell with an arm's value of a metric: on one test set, or the mean over all sets."""
     average = results.averages.get((arm, set_name, metric))
     return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
 

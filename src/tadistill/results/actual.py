@@ -69,7 +69,7 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
 
 
 def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
-    """Return, for each test set, the numbers of the rows that all evaluations answered.
+    """Return the rows of each test set that all evaluations answered. A row is given by its number in the set.
 
     `rows` maps a stage and a set to the numbers of its rows.
 

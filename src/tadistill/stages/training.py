@@ -34,7 +34,8 @@ _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
 
 
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
-    """Train the student, and save its selected checkpoint as a Hugging Face directory. Return values for the stage's manifest.json."""
+    """Train the student, and save its selected checkpoint as a Hugging Face directory. The result contains values for the stage's
+    manifest.json."""
     spec = context.spec
     method, optim = spec.method, spec.optim
     distill = spec if isinstance(spec, DistillSpec) else None

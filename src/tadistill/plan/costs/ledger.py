@@ -34,7 +34,7 @@ class Ledger:
     """Predicts the costs of one recipe's stages. Text lengths and model sizes are read once and cached."""
 
     def __init__(self, recipe: Recipe, *, partial: bool = False):
-        """With `partial`, methods raise NotHere if they need a data set that is not on this disk and the Hub cannot be reached."""
+        """With `partial`, a method raises NotHere if it needs a data set that is neither on this disk nor on a Hub that can be reached."""
         self.recipe, self.partial = recipe, partial
         self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
 

@@ -18,7 +18,7 @@ def looks(results: Results) -> Mapping[str, Look]:
 
 
 def kinds(names: Iterable[str]) -> Mapping[str, Look]:
-    """Return the look (a colour and a dash) for each kind of line, such as each method."""
+    """Return a colour and a dash for each kind of line. A figure may have one kind for each method."""
     return {name: Look(f"var(--c{i % COLOURS})", "circle", _DASHES[i % len(_DASHES)]) for i, name in enumerate(names)}
 
 
