@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def test_padding_changes_no_log_probability(kind, stand_in):
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
 def test_runs_end_to_end(path, data, stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr("tadistill.runner.study.run_stages", run_here)
-    monkeypatch.setattr("tadistill.runner.study.prepare", lambda: None)
+    monkeypatch.setattr("tadistill.runner.study.prepared", nullcontext)
     kind = next(k for k in FAMILIES if path.stem.startswith(k.removesuffix("2")))
     recipe = load(path)
     overrides = [*SMALL, f"data.root={data}"]

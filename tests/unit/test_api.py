@@ -1,6 +1,7 @@
 """The Python API: what it takes, what it returns, what it records, and its mistakes in sentences."""
 
 import importlib
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ arms: {trained: a}
 def study(tmp_path_factory):
     """A study of one stage and its evaluation, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tadistill.runner.study.prepare", lambda: None)
+        patch.setattr("tadistill.runner.study.prepared", nullcontext)
         patch.setattr("tadistill.runner.study.run_stages", run_here)
         return tadistill.run(TINY, ["study=api"], runs=tmp_path_factory.mktemp("runs"))
 

@@ -162,7 +162,7 @@ def test_tail():
 
 
 def test_a_lumped_tail_with_a_temperature():
-    refused(lambda: top_k(T, 2).align(S, 2.0), "`temperature` is 2.0", "probability of the other tokens")
+    refused(lambda: top_k(T, 2).align(S, 2.0), "`temperature` is 2.0", "is known at temperature 1 only")
     refused(lambda: top_k(T, 2).align(S, 0.0), "`temperature` is 0.0", "above 0")
 
 

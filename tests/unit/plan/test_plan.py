@@ -252,7 +252,7 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
         ConfigError, match=r"models\.s\.lora\.targets: `gate` is not a linear layer of this model; choose from self_attn\.q_proj"
     ):
         plan(models=models)
-    with pytest.raises(ConfigError, match="LoRA cannot train the head or the embeddings"):
+    with pytest.raises(ConfigError, match="the head and the embeddings cannot have adapters"):
         plan(models=models | {"s": model(16, lora={"targets": ["lm_head"]})})
     models["s"] = model(16, lora={})
     method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "engine": "vllm"}, "optim": {"steps": 16, "batch": 16}}
