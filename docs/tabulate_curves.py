@@ -139,20 +139,18 @@ def best_gap(study: Study, curves: tuple[str, ...], times: float | None) -> tupl
 
 def answer(studies: dict[str, Study]) -> str:
     """Return the first sentence: whether an assistant that teaches pays, and at which budgets."""
+    paid = {name: sorted({t for arm in TEACHING for t in clear_budgets(study, arm)[0]}) for name, study in studies.items()}
     said = []
     for name, study in studies.items():
-        paid = sorted({t for arm in TEACHING for t in clear_budgets(study, arm)[0]})
-        arm, times, gap = best_gap(study, TEACHING, None if paid else study.times[-1])
-        word = f"it pays at {times_text(paid)}" if paid else f"it pays at none of the budgets {times_text(study.times)}"
-        best = f"the best of the three arms at {times:g}×, `{arm}`, differs from `direct` by {gap_text(gap)} percentage points"
-        said.append(f"for the student {'far from' if name == 'far' else 'nearer to'} the teacher {word} ({best})")
+        arm, times, gap = best_gap(study, TEACHING, None if paid[name] else study.times[-1])
+        where = f"it pays at {times_text(paid[name])}: there" if paid[name] else f"at {times:g}×"
+        best = f"the best of the three ways, `{arm}`, differs from direct distillation by {gap_text(gap)} percentage points"
+        said.append(f"For the student {'far from' if name == 'far' else 'nearer to'} the teacher, {where} {best}")
+    first = next(iter(studies.values()))
+    every = "An assistant that teaches pays" if any(paid.values()) else "An assistant that teaches does not pay"
+    head = f"{every} at {'some' if any(paid.values()) else 'any'} of the training budgets {times_text(first.times)}, at equal compute"
     seeds = min(study.seeds for study in studies.values())
-    text = f"Does an assistant that teaches pay at equal compute? {_capital('; '.join(said))}"
-    return f"**{text} (95 % intervals, {seeds} training seeds).**"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"**{head}. {'. '.join(said)} (95 % intervals, {seeds} training seeds).**"
 
 
 # --- tables -------------------------------------------------------------------------------------------------------------
