@@ -25,7 +25,7 @@ from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
 from tadistill.results.collect import MEAN, Results, Summary, read_results
 from tadistill.results.compare import difference, reference_at
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import flops_text, number, parameters_text, signed, summary_text
+from tadistill.results.units import flops_text, gap_text, parameters_text, summary_text
 from tadistill.statistics import Difference
 from tadistill.store import store_of
 
@@ -117,11 +117,6 @@ def times_text(times: list[float]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
-def gap_text(gap: Difference, metric: str = METRIC) -> str:
-    """Return a difference with its interval: `+1.0 [−0.5, 2.5]`."""
-    return f"{signed(gap.mean, metric)} [{number(gap.low, metric)}, {number(gap.high, metric)}]"
-
-
 # --- the answer ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +139,7 @@ def answer(studies: dict[str, Study]) -> str:
     for name, study in studies.items():
         arm, times, gap = best_gap(study, TEACHING, None if paid[name] else study.times[-1])
         where = f"it pays at {times_text(paid[name])}: there" if paid[name] else f"at {times:g}×"
-        best = f"the best of the three ways, `{arm}`, differs from direct distillation by {gap_text(gap)} percentage points"
+        best = f"the best of the three ways, `{arm}`, differs from direct distillation by {gap_text(gap, METRIC)} percentage points"
         said.append(f"For the student {'far from' if name == 'far' else 'nearer to'} the teacher, {where} {best}")
     first = next(iter(studies.values()))
     every = "An assistant that teaches pays" if any(paid.values()) else "An assistant that teaches does not pay"
@@ -232,7 +227,7 @@ def free(study: Study) -> str:
     chain = study.curves["via-m"].points[-1].arm
     updates = study.student_updates(chain)
     other = min((p.arm for p in study.curves[REFERENCE].points), key=lambda arm: abs(log(study.student_updates(arm) / updates)))
-    gap = gap_text(_difference(study, chain, other, METRIC))
+    gap = gap_text(_difference(study, chain, other, METRIC), METRIC)
     return (
         f"The {study.name} student of `{chain}` has {updates:,} updates of its own, that of `{other}` has "
         f"{study.student_updates(other):,}; the difference is {gap} points."
@@ -243,7 +238,7 @@ def against(study: Study, curve: str, other: str) -> str:
     """Return the paired differences of two arms at each budget."""
     pairs = {p.times: p.arm for p in study.curves[other].points}
     found = [(p.times, _difference(study, p.arm, pairs[p.times], METRIC)) for p in study.curves[curve].points if p.times in pairs]
-    return ", ".join(f"{gap_text(gap)} at {times:g}×" for times, gap in found)
+    return ", ".join(f"{gap_text(gap, METRIC)} at {times:g}×" for times, gap in found)
 
 
 def control(studies: dict[str, Study]) -> str:

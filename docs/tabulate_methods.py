@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tadistill.results.collect import MEAN, Results, read_results
 from tadistill.results.compare import compare
-from tadistill.results.units import difference_text, summary_text
+from tadistill.results.units import gap_text, summary_text
 from tadistill.store import store_of
 
 BASE = "kd"
@@ -84,7 +84,7 @@ def difference(results: Results, arm: str, metric: str) -> str:
     found = compare(results, arm, BASE, metric)
     if found is None or arm in (BASE, NO_STUDENT):
         return ""
-    text = difference_text(found[0], metric).removesuffix(" points").removesuffix(" percentage")
+    text = gap_text(found[0], metric)
     return f"**{text}**" if is_real(results, arm, metric) else text
 
 
@@ -126,7 +126,7 @@ def answer(results: Results) -> str:
     facts, rouge = higher("fact_accuracy"), higher("rouge_l")
     return (
         f"**Compared with plain KD, which trains on the data set's text, {facts or 'no method'} ends with a higher fact accuracy on "
-        f"tinyworld. A higher Rouge-L is reached by {rouge or 'none'} ({len(results.plan.recipe.seeds)} training seeds, 240 updates).**"
+        f"tinyworld. A higher Rouge-L is reached by {rouge or 'none'} ({len(results.plan.recipe['seeds'])} training seeds, 240 updates).**"
     )
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from tadistill.report import read_results, summary_table
 from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.compare import compare
-from tadistill.results.units import DASH, interval, ratio_text, signed, summary_text
+from tadistill.results.units import DASH, gap_text, ratio_text, summary_text
 from tadistill.store import runs_directory, store_of
 
 HERE = Path(__file__).parent
@@ -76,8 +76,8 @@ def answer(runs: Sequence[Results]) -> str:
     return (
         f"**{'Yes' if always else 'No'}: in all {len(runs)} runs the 95 % intervals of {len(always)} of {len(names)} distilled students "
         f"lie above that of the fine-tuned student from which they start ({', '.join(f'`{name}`' for name in always) or 'none'}).** In the "
-        f"example itself (run 1), the fine-tuned student states {cell(runs[0], START)} % of the facts, the best distilled student "
-        f"(`{best}`) {cell(runs[0], best)} %, and the teacher {cell(runs[0], TEACHER)} %. "
+        f"example itself (run 1), the fine-tuned student states {cell(runs[0], START)} % of the facts. The best distilled student "
+        f"(`{best}`) states {cell(runs[0], best)} %, and the teacher {cell(runs[0], TEACHER)} %. "
         f"Fine-tuning with as many updates (`{LONGER}`) reaches {cell(runs[0], LONGER)} %: most of the gain of KD is that of more updates."
     )
 
@@ -111,7 +111,7 @@ def difference(results: Results, one: str, other: str, metric: str) -> str:
     if found is None:
         return DASH
     gap = found[0]
-    text = f"{signed(gap.mean, metric)} {interval(gap.low, gap.high, metric)}"
+    text = gap_text(gap, metric)
     return text if gap.covers_zero else f"**{text}**"
 
 

@@ -13,9 +13,10 @@ import jinja2
 import matplotlib.pyplot as plt
 from playwright.sync_api import sync_playwright
 
+from tadistill.metrics import metric_unit
 from tadistill.results.collect import MEAN, Results, primary_metric, read_results
 from tadistill.results.compare import compare
-from tadistill.results.units import difference_text, flops_text, number, ratio_text, summary_text
+from tadistill.results.units import flops_text, gap_text, number, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons
 from tadistill.store import store_of
 
@@ -65,7 +66,8 @@ def answer(results: Results) -> str:
     word = said.get(best.word, "no teacher assistant (TA) that teaches helped")
     return (
         f"**At equal compute {word} on tinyworld: the best of the three chains, `{best.arm}`, differs from direct distillation with the "
-        f"same compute by {difference_text(best.difference, best.metric)} (95 % interval, {len(best.seeds)} training seeds).**"
+        f"same compute by {gap_text(best.difference, best.metric)} {metric_unit(best.metric)} (95 % interval, "
+        f"{len(best.seeds)} training seeds).**"
     )
 
 
@@ -101,7 +103,7 @@ def chains_table(results: Results) -> list[str]:
         free = _difference(results, c.arm, DIRECT, metric)
         word = {"gain": "gain", "loss": "loss"}.get(c.word, c.word)
         against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
-        cells = [f"`{c.arm}`", against, _bare(difference_text(c.difference, metric)), f"{c.p_holm:.3f}", word, *others, free]
+        cells = [f"`{c.arm}`", against, gap_text(c.difference, metric), f"{c.p_holm:.3f}", word, *others, free]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -124,12 +126,7 @@ def _difference(results: Results, arm: str, other: str, metric: str) -> str:
     found = compare(results, arm, other, metric)
     if found is None or arm == other:
         return "–"
-    return _bare(difference_text(found[0], metric))
-
-
-def _bare(text: str) -> str:
-    """Remove the unit of a difference, because the page says it once."""
-    return text.removesuffix(" points").removesuffix(" percentage").removesuffix(" nats/token")
+    return gap_text(found[0], metric)
 
 
 def budget_table(results: Results) -> list[str]:

@@ -44,8 +44,8 @@ class StageBuilder:
         self._splits: dict[tuple[str, str, int | None], Split] = {}
 
     @cached_property
-    def _own_metrics(self) -> tuple[OwnCode, ...]:
-        return plan_metrics(self.recipe)
+    def _own_and_tasks(self) -> tuple[tuple[OwnCode, ...], Any]:
+        return plan_metrics(self.recipe), plan_tasks(self.recipe)
 
     def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.
@@ -243,10 +243,9 @@ class StageBuilder:
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
-        own, tasks = self._own_metrics, None if other else plan_tasks(self.recipe)
-        spec = specs.EvaluateSpec(
-            **self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=own, tasks=tasks
-        )
+        own, tasks = self._own_and_tasks
+        more: dict[str, Any] = {"references": not other, "own": own, "tasks": None if other else tasks}
+        spec = specs.EvaluateSpec(**self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:

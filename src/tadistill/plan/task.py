@@ -123,8 +123,8 @@ def process_bytes(plan: "Plan", stage: Stage) -> float | None:
     wanted = layout(plan.recipe, stage)
     if stage.cost is None or stage.cost.memory is None:
         return None
-    need, size = stage.cost.memory, Ledger(plan.recipe).size(stage.model)
-    if wanted.parallel == "fsdp" and size:
+    need = stage.cost.memory
+    if wanted.parallel == "fsdp" and (size := Ledger(plan.recipe).size(stage.model)):
         need -= resident_bytes(size.total, training=True) * (1 - 1 / wanted.processes)
     if wanted.teacher != "replicated":
         need -= frozen_bytes(plan, stage) * (1 - 1 / wanted.processes if wanted.teacher == "sharded" else 1)

@@ -30,6 +30,11 @@ def span(difference: Difference, metric: str) -> str:
     return f"{signed(difference.mean, metric)}, 95 % {low} … {high}"
 
 
+def gap_text(difference: Difference, metric: str) -> str:
+    """Return a difference with its 95 % interval as text for a table: ``+0.3 [−0.4, 1.0]``."""
+    return f"{signed(difference.mean, metric)} {interval(difference.low, difference.high, metric)}"
+
+
 def detectable_text(effect: float | None, metric: str, *, more: int = 0) -> str:
     """Return the smallest detectable difference as text, such as ``< 0.1``. It is a dash if the difference is unknown."""
     if effect is None:
