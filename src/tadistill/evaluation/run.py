@@ -20,6 +20,7 @@ from tadistill.evaluation import calibration, text_scores
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import names_in
+from tadistill.models.teacher import Teacher
 from tadistill.own_code import OwnFunction
 from tadistill.rollout.engine import Native
 
@@ -139,7 +140,7 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 
 
 def dev_metrics(
-    subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
+    subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | Teacher | None = None
 ) -> dict[str, float]:
     """Return the dev loss. If `metric` needs sampled answers, sample them and return their metrics too.
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill.data.batch import Sequence, by_length, collate, references
 from tadistill.data.templates import EvalSet
 from tadistill.models.forward import Reader
+from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
 
 Answers = Mapping[int, Seq[Sequence]]
@@ -86,7 +87,12 @@ def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperatu
 
 
 def divergences(
-    subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int, tick: Callable[[int], None] = lambda n: None
+    subject: Subject,
+    sequences: Seq[Sequence],
+    others: Seq[PreTrainedModel | Teacher],
+    *,
+    batch: int,
+    tick: Callable[[int], None] = lambda n: None,
 ) -> list[PerToken]:
     """Return `forward_kl` and `reverse_kl` at each response token, for each model in `others`.
 
@@ -115,7 +121,7 @@ def per_token(
     values: Callable[[Tensor, tuple, Tensor], Tensor],
     *,
     batch: int,
-    others: Seq[PreTrainedModel] = (),
+    others: Seq[PreTrainedModel | Teacher] = (),
     tick: Callable[[int], None] = lambda n: None,
 ) -> PerToken:
     """Compute several metrics at every token of the answers.
@@ -125,10 +131,10 @@ def per_token(
     of sequences.
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
-    reader, readers = Reader(subject.model), [Reader(model) for model in others]
+    reader, teachers = Reader(subject.model), [*map(teacher_of, others)]
     for part in by_length(sequences, batch):
         rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
-        targets = [r.target(model, rows) for r, model in zip(readers, others, strict=True)]
+        targets = [teacher.target(rows) for teacher in teachers]
         tokens = rows.targets_BT[rows.mask_BT]
 
         def of_tile(logits: Tensor, teachers: tuple, at: slice, tokens: Tensor = tokens) -> Tensor:
@@ -157,7 +163,7 @@ def analyse(
     answers: Answers,
     teacher_answers: Answers,
     *,
-    others: Seq[PreTrainedModel],
+    others: Seq[PreTrainedModel | Teacher],
     batch: int,
     tick: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, list[list[float]]], Exposure]:
@@ -231,7 +237,7 @@ def entropy_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def pair_measures(
-    learner: Subject, teacher: PreTrainedModel, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
+    learner: Subject, teacher: PreTrainedModel | Teacher, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
 ) -> PerToken:
     """Return metrics that tell how well a teacher suits a learner.
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
-from tadistill.objectives import Head, Hidden
+from tadistill.objectives import Head
 
 
 class Reader:
@@ -53,11 +53,6 @@ class Reader:
             model(input_ids=batch.ids_BT[:, :end], use_cache=False, **taken(self._takes, inputs))
         at = batch.mask_BT[:, columns] if "logits_to_keep" in self._takes else batch.mask_BT[:, :end]
         return seen[0][at]
-
-    def target(self, model: nn.Module, batch: Batch) -> Hidden:
-        """Return the last hidden states of a teacher (without gradients) together with its head, as the losses need them."""
-        with torch.no_grad():
-            return Hidden(self.hidden(model, batch), self.head)
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ If weights are missing in the files of a model, this module raises an error. tra
 import contextlib
 import copy
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +238,14 @@ def _token(token: str | None) -> str:
     return "absent" if token is None else repr(token)
 
 
-def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> int:
-    """Return the number of tokens that the tokenizer and the output heads of all models have.
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel, widths: Iterable[int] = ()) -> int:
+    """Return the number of tokens that the tokenizer and the output heads of all models have. `widths` are the sizes of further heads.
 
     In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
     must therefore cut the logits to this number (`logits[..., :n]`), and renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
-    return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])
+    return min([len(tokenizer), *(head.weight.shape[0] for head in heads), *widths])
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -25,18 +25,18 @@ from tadistill.config.objective import Objective
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate
 from tadistill.data.templates import Encoded
-from tadistill.models.forward import Reader
-from tadistill.objectives import Hidden, fused_head, token_log_probs
+from tadistill.models.teacher import HiddenTeacher, InProcess, Teacher, teacher_of
+from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.generate import Mixture, Speculation
 from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, pack, shuffled, unpack
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teachers:
     """The teachers of a student, with two flags that say which of their outputs the objective needs."""
 
-    models: tuple[PreTrainedModel, ...]
+    each: tuple[Teacher, ...]
     """The original teacher, and then the assistants that also teach the student. Only the original teacher can help to sample."""
     vocab: int
     scores: bool
@@ -45,9 +45,21 @@ class Teacher:
     """True if the loss needs the teachers' distribution at every token."""
 
     @classmethod
-    def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
+    def of(cls, objective: Objective, models: tuple[PreTrainedModel | Teacher, ...], vocab: int) -> "Teachers":
         """Return the teachers, with flags for the outputs that `objective` needs."""
-        return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
+        return cls(tuple(map(teacher_of, models)), vocab, objective.needs_scores, objective.needs_distribution)
+
+    @property
+    def stored(self) -> bool:
+        """True if the loss needs the teachers' distributions, and the hidden states that give them can be stored with a sequence."""
+        return self.states and all(isinstance(teacher, HiddenTeacher) for teacher in self.each)
+
+    @property
+    def guide(self) -> PreTrainedModel:
+        """The model that helps to sample."""
+        model = self.each[0].model
+        assert model is not None, "a recipe in which a served teacher helps to sample is refused"
+        return model
 
 
 class Rollouts(Sampler):
@@ -64,7 +76,7 @@ class Rollouts(Sampler):
         method: Method,
         *,
         engine: Engine,
-        teacher: Teacher,
+        teacher: Teachers,
         pad: int,
         seed: int,
         corpus: Seq[Sequence] = (),
@@ -75,7 +87,6 @@ class Rollouts(Sampler):
         self.pad, self.seed, self.corpus, self.shard = pad, seed, corpus, shard
         self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
         self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
-        self.readers = [Reader(model) for model in teacher.models]
         self.round = -1
         self.sequences: list[Sequence] = []
 
@@ -113,24 +124,24 @@ class Rollouts(Sampler):
 
     def _guide(self) -> Mixture | Speculation | None:
         if isinstance(self.config, TeacherMixedSampler) and self.config.guided:
-            return Mixture(self.teacher.models[0], self.config.alpha)
+            return Mixture(self.teacher.guide, self.config.alpha)
         if isinstance(self.config, SpeculativeSampler):
-            return Speculation(self.teacher.models[0], self.config.k)
+            return Speculation(self.teacher.guide, self.config.k)
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
         teacher = self.teacher  # it runs here if its outputs are needed before the training step, or in several epochs
-        if not sequences or not (teacher.scores or (teacher.states and self.config.inner_epochs > 1)):
-            return sequences if teacher.states and len(teacher.models) == 1 else [replace(s, states=()) for s in sequences]
-        if len(teacher.models) > 1 or not sequences[0].states:
+        if not sequences or not (teacher.scores or (teacher.stored and self.config.inner_epochs > 1)):
+            return sequences if teacher.stored and len(teacher.each) == 1 else [replace(s, states=()) for s in sequences]
+        if len(teacher.each) > 1 or not sequences[0].states:
             sequences = self._scored(sequences)
-        return sequences if teacher.states else [replace(s, states=()) for s in sequences]
+        return sequences if teacher.stored else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
-        for k, (model, reader) in enumerate(zip(teacher.models, self.readers, strict=True)):
-            name = "teacher" if len(teacher.models) == 1 else f"teacher {k}"
-            passes = self._passes(sequences, reader, model, states=teacher.states, scores=teacher.scores)
+        for k, one in enumerate(teacher.each):
+            name = "teacher" if len(teacher.each) == 1 else f"teacher {k}"
+            passes = self._passes(sequences, one, states=teacher.stored, scores=teacher.scores)
             found = [
                 replace(
                     s,
@@ -146,7 +157,7 @@ class Rollouts(Sampler):
         # These log-probabilities come from a pass that rounds as training does. `behaviour` of speculative sampling is not changed.
         guide, found = self._guide(), []
         with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
-            passes = self._passes(sequences, self._student_reader, self.engine.student, states=False, scores=True)
+            passes = self._passes(sequences, self._student, states=False, scores=True)
         for s, (_, scores) in zip(sequences, passes, strict=True):
             assert scores is not None
             log_q = behaviour = scores.numpy()
@@ -160,34 +171,29 @@ class Rollouts(Sampler):
         return found
 
     @cached_property
-    def _student_reader(self) -> Reader:
-        return Reader(self.engine.student)
+    def _student(self) -> InProcess:
+        return InProcess(self.engine.student)
 
     @torch.no_grad()
     def _passes(
-        self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, states: bool, scores: bool
+        self, sequences: list[Sequence], model: Teacher, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
-            hidden, lengths = reader.hidden(model, batch), batch.mask_BT.sum(1).tolist()
-            log_p = self._log_probs(reader, hidden, batch).cpu().split(lengths) if scores else [None] * len(rows)
-            kept = [part.clone() for part in hidden.cpu().split(lengths)] if states else [None] * len(rows)
-            found |= dict(zip(rows, zip(kept, log_p, strict=True), strict=True))
+            target, log_p = model.scored(batch, self.teacher.vocab) if scores else (model.target(batch), None)
+            lengths = batch.mask_BT.sum(1).tolist()
+            kept: Seq[Tensor | None] = [None] * len(rows)
+            if states and isinstance(target, Hidden):
+                kept = [part.clone() for part in target.states.cpu().split(lengths)]
+            scored = [None] * len(rows) if log_p is None else log_p.cpu().split(lengths)
+            found |= dict(zip(rows, zip(kept, scored, strict=True), strict=True))
         return [found[i] for i in range(len(sequences))]
-
-    def _log_probs(self, reader: Reader, hidden: Tensor, batch: Batch) -> Tensor:
-        tokens = batch.targets_BT[batch.mask_BT]
-
-        def values(logits: Tensor, _: tuple, rows: slice) -> Tensor:
-            return token_log_probs(logits, tokens[rows]).unsqueeze(0)
-
-        weights = torch.ones(1, 1, device=hidden.device)
-        return fused_head(hidden, reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
 
     def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
         states = zip(*(s.states for s in sequences), strict=True)
-        return tuple(Hidden(torch.cat(parts), reader.head) for parts, reader in zip(states, self.readers, strict=False))
+        heads = [teacher.head for teacher in self.teacher.each if isinstance(teacher, HiddenTeacher)]
+        return tuple(Hidden(torch.cat(parts), head) for parts, head in zip(states, heads, strict=False))
 
     def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
         if not self.corpus:
@@ -207,7 +213,7 @@ def on_policy(
     texts: Seq[Sequence],
     prompts: Seq[Encoded],
     *,
-    teachers: tuple[PreTrainedModel, ...],
+    teachers: tuple[PreTrainedModel | Teacher, ...],
     vocab: int,
     corpus: Seq[Sequence] = (),
     **common: Any,
@@ -221,5 +227,5 @@ def on_policy(
     """
     config = method.sampler
     if isinstance(config, Rounds):
-        return Rollouts(prompts, method, teacher=Teacher.of(method.objective, teachers, vocab), corpus=corpus, **common)
+        return Rollouts(prompts, method, teacher=Teachers.of(method.objective, teachers, vocab), corpus=corpus, **common)
     return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)

@@ -23,6 +23,7 @@ from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
+from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, Split, Tempered
 from tadistill.plan.specs import Spec
@@ -105,10 +106,14 @@ class Context(Generic[AnySpec]):
         place = {"replicated": lambda model, _: column_major(model), "sharded": shard, "offloaded": offload}[where]
         return place(model, self.device), tokenizer
 
-    def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-        """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `others` have too."""
+    def teacher(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Teacher:
+        """Return the model as a teacher, at its place."""
+        return teacher_of(self.frozen(handle, dtype)[0])
+
+    def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher) -> Subject:
+        """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `teachers` have too."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
-        return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), ends)
+        return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, widths=(t.width for t in teachers)), ends)
 
     # --- data -----------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.run import generate_answers, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
+from tadistill.models.teacher import teacher_of
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
@@ -100,8 +101,8 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     """Compare a model with the original teacher. Write its divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
-    teacher, _ = context.frozen(spec.teacher, dtype_of(spec.precision))
-    assistants = [context.model(handle, dtype_of(spec.precision))[0].eval() for handle in spec.assistants]
+    teacher = context.teacher(spec.teacher, dtype_of(spec.precision))
+    assistants = [teacher_of(context.model(handle, dtype_of(spec.precision))[0].eval()) for handle in spec.assistants]
     subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     own, of_teacher = (_read_answers(context, answers, sets) for answers in (spec.answers, spec.teacher_answers))
@@ -156,7 +157,7 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     """Compare a student with a bigger model on dev prompts. Write metrics on the student's answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
-    teacher, _ = context.frozen(spec.teacher, dtype_of(spec.precision))
+    teacher = context.teacher(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer, teacher)
     dev = context.split(spec.dev, tokenizer)
     own = _own_answers(context, spec.answers, dev)

@@ -16,6 +16,7 @@ from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
+from tadistill.models.teacher import teacher_of
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
@@ -67,7 +68,7 @@ def temper(context: Context[TemperSpec]) -> dict[str, Any]:
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)
-    subject = context.subject(teacher.eval(), tokenizer, like)
+    subject = context.subject(teacher.eval(), tokenizer, teacher_of(like))
     sequences = references(context.split(spec.dev, tokenizer).encoded)
 
     def mean_entropy(of: Subject, tau: float) -> float:

@@ -18,6 +18,7 @@ from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
+from tadistill.models.teacher import Teacher
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
 from tadistill.rollout.engine import Engine, Native, Vllm
@@ -42,7 +43,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     accelerator = _accelerator(context, optim)
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
-    teachers = tuple(context.frozen(handle, dtype_of(optim.precision))[0] for handle in handles)
+    teachers = tuple(context.teacher(handle, dtype_of(optim.precision)) for handle in handles)
     recorded = distill.signal if distill else None
     signals = Signals(context.store.folder(recorded.stage) / SIGNAL, context.device) if recorded else None
     subject = context.subject(student, tokenizer, *teachers)
@@ -131,7 +132,7 @@ def _accelerator(context: Context, optim: Optim) -> Accelerator:
 
 
 def _sampler(
-    context: Context[TrainingSpec], subject: Subject, teachers: tuple[PreTrainedModel, ...], signals: Signals | None, shard: Shard
+    context: Context[TrainingSpec], subject: Subject, teachers: tuple[Teacher, ...], signals: Signals | None, shard: Shard
 ) -> Sampler:
     spec = context.spec
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
@@ -143,7 +144,8 @@ def _sampler(
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
     if config.engine == "native":
-        context.say_if_slower(subject.model, *(teachers[:1] if config.guided else ()))
+        guides = [teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None]
+        context.say_if_slower(subject.model, *guides)
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     common |= {"engine": _engine(config, subject), "vocab": subject.vocab, "corpus": plain}
     return on_policy(method, texts, train.encoded, teachers=teachers, **common)
@@ -155,7 +157,7 @@ def _engine(config: OnPolicy, subject: Subject) -> Engine:
     return Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk)
 
 
-def _dev(context: Context[TrainingSpec], subject: Subject, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
+def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | None) -> Callable[[], dict[str, float]]:
     spec = context.spec
     if spec.dev is None or spec.decoding is None:
         return dict

@@ -189,7 +189,7 @@ class _Run:
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
         main = self.accelerator.is_main_process
-        if not main and not any(map(sharding.sharded, (self.student, *self.step.models.teachers))):  # sharded models need all processes
+        if not main and not any(map(sharding.sharded, self.step.models.here)):  # sharded models need all processes
             return {}
         with self.accelerator.autocast():
             found = watch(self.step, [b.to(self.accelerator.device) for b in batches])

@@ -8,11 +8,12 @@
 
 Only the shapes of tensors are read, so counting never waits for the GPU. Two things are counted: matrix products with weights, and
 attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes; with LoRA
-adapters, `models.counting.adapters` gives the number.
+adapters, `models.counting.adapters` gives the number. The passes of a teacher that runs on a server are counted from the tokens that were sent
+to it.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
 from tadistill.models.counting.cost import CostPart
-from tadistill.models.counting.sizes import Work, forward_flops, size_of, training_flops, with_adapters
+from tadistill.models.counting.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
 from tadistill.models.modify import adapters_in
+from tadistill.models.teacher import Teacher, nothing
 from tadistill.objectives import Head
 from tadistill.objectives.fused import heads_watched
 
@@ -41,11 +43,13 @@ class _Side:
 class Meter:
     """A counter for the tokens and FLOPs of a student and its teachers."""
 
-    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], *, checkpointing: bool = False):
         """With gradient checkpointing (`checkpointing`), the backward pass computes the student's layers again. This is counted too."""
         self._again = checkpointing
         self._phase = "training"
-        self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
+        here = [teacher.model if isinstance(teacher, Teacher) else teacher for teacher in teachers]
+        self._sides = [_Side("student", student), *(_Side("teacher", model) for model in here if model is not None)]
+        self._elsewhere = [teacher for teacher in teachers if isinstance(teacher, Teacher) and teacher.model is None]
         self._parts: dict[str, CostPart] = {}
         self._seconds: dict[str, float] = {}
         self._padding = 0
@@ -55,10 +59,14 @@ class Meter:
         """Inside the `with` block, every call of a model or of the fused head is counted."""
         handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
         handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
+        for teacher in self._elsewhere:
+            teacher.passed = self._remote(size_of(teacher.config))
         try:
             with heads_watched(self._fused):
                 yield
         finally:
+            for teacher in self._elsewhere:
+                teacher.passed = nothing
             for handle in handles:
                 handle.remove()
 
@@ -126,6 +134,12 @@ class Meter:
                 pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))
             work, backward = Work(rows * width, pairs), side.name == "student" and torch.is_grad_enabled()
             self._add(side.name, _flops(side, work, backward, self._again), rows * width, 0)
+
+        return count
+
+    def _remote(self, size: Size | None) -> Callable[[Work], None]:
+        def count(work: Work) -> None:
+            self._add("teacher", float("nan") if size is None else forward_flops(size, work), int(work.positions), int(work.heads))
 
         return count
 

@@ -23,6 +23,7 @@ from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
+from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture
 from tadistill.objectives.fused import Term, fused_terms
 from tadistill.objectives.sampled import TokenTerm
@@ -40,20 +41,24 @@ class Loss:
 class Models:
     """A student and its teachers. `loss` runs them on a batch."""
 
-    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
-        self.student_model, self.teachers, self.vocab = student, teachers, vocab
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int):
+        self.student_model, self.teachers, self.vocab = student, tuple(map(teacher_of, teachers)), vocab
         self.student = Reader(student)
-        self.readers = [Reader(teacher) for teacher in teachers]
+
+    @property
+    def here(self) -> tuple[PreTrainedModel, ...]:
+        """The student, and the teachers that are in this process."""
+        return (self.student_model, *(teacher.model for teacher in self.teachers if teacher.model is not None))
 
     def targets(self, batch: Batch) -> tuple[Target, ...]:
         """Return the teachers' outputs for the batch's response tokens.
 
-        Recorded outputs are taken from the batch. Without them, the teachers run. Teachers that the batch leaves out are skipped.
+        Recorded outputs are taken from the batch. Without them, the teachers are asked. Teachers that the batch leaves out are skipped.
         """
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
         if batch.targets:
             return tuple(batch.targets[k] for k in kept)
-        return tuple(self.readers[k].target(self.teachers[k], batch) for k in kept)
+        return tuple(self.teachers[k].target(batch) for k in kept)
 
     def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
         """Return the loss of a batch. Each term is summed over the response tokens and divided by the number `per`.
@@ -145,7 +150,7 @@ def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
 def make_step(
     method: Method,
     student: PreTrainedModel,
-    teachers: tuple[PreTrainedModel, ...],
+    teachers: tuple[PreTrainedModel | Teacher, ...],
     vocab: int,
     *,
     seed: int = 0,

@@ -64,7 +64,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
-    teachers = models.targets(batch) if batch.targets or models.teachers else ()
+    exact = all(teacher.gives_hidden for teacher in models.teachers)
+    teachers = models.targets(batch) if batch.targets or (models.teachers and exact) else ()
     mixture = mixture_of(batch)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
@@ -82,8 +83,9 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
     if teachers:
         entropy, log_q, top_mass, log_p = found.unbind()
         return entropy, top_mass, log_q, log_p
-    known = batch.values.get("teacher")
-    return found[0], None, found[1], known[batch.mask_BT] if known is not None else None
+    if (known := batch.values.get("teacher")) is not None:
+        return found[0], None, found[1], known[batch.mask_BT]
+    return found[0], None, found[1], None if exact else models.teachers[0].scored(batch, models.vocab)[1]
 
 
 def _repetition(batches: list[Batch]) -> float:

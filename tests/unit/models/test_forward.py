@@ -21,6 +21,7 @@ from transformers import (
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
 from tadistill.models.forward import Reader, rounded
+from tadistill.models.teacher import teacher_of
 
 SHAPE = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
 WIDE = {"intermediate_size": 32, "num_key_value_heads": 1}
@@ -79,7 +80,7 @@ def test_the_gradient_reaches_body_and_head():
 
 def test_a_target_has_no_graph():
     model = tiny_model("llama")
-    assert not Reader(model).target(model, BATCH).states.requires_grad
+    assert not teacher_of(model).target(BATCH).states.requires_grad
 
 
 @pytest.mark.parametrize(("where", "eps"), [("plain", 2**-23), ("weights", 2**-7), ("autocast", 2**-7), ("accelerate", 2**-7)])
