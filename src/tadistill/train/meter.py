@@ -8,8 +8,7 @@
 
 Only the shapes of tensors are read, so counting never waits for the GPU. Two things are counted: matrix products with weights, and
 attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes; with LoRA
-adapters, `models.counting.adapters` gives the number. The passes of a teacher that runs on a server are counted from the tokens that were sent
-to it.
+adapters, `models.counting.adapters` gives the number. The passes of a teacher on a server are counted from the tokens that it reads.
 """
 
 import time
