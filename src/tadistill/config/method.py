@@ -10,7 +10,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from tadistill.config.common import MOST, Precision, Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
-from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
+from tadistill.config.sampling import (
+    DatasetSampler,
+    OnPolicy,
+    ReplaySampler,
+    Rounds,
+    SampledSignal,
+    Sampler,
+    Signal,
+    StudentSampler,
+    TopKSignal,
+)
 from tadistill.config.shorthand import MethodName, written_out
 from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
@@ -147,9 +157,19 @@ class Method(Strict):
         return written_out(value, string=cls.text_sets, name="name")
 
     @property
-    def signal(self) -> HiddenSignal | TopKSignal | None:
+    def signal(self) -> Signal | None:
         """Settings of the teacher outputs that are recorded before training. None if no outputs are recorded."""
-        return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
+        return self.sampler.recording
+
+    @property
+    def recorded_text(self) -> bool:
+        """True if the student's text is sampled once, before training, so that training samples nothing."""
+        return isinstance(self.sampler, StudentSampler) and self.sampler.recorded
+
+    @property
+    def samples(self) -> bool:
+        """True if the current student samples text during training."""
+        return isinstance(self.sampler, OnPolicy) and not self.recorded_text
 
     @property
     def trains_with_teacher(self) -> bool:
@@ -222,6 +242,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
 
 def check_pairing(method: Method) -> None:
     """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer settings do not fit together."""
+    method.sampler.check()
     _check_text(method)
     _check_signal(method)
     method.select.check()
@@ -245,6 +266,11 @@ def check_pairing(method: Method) -> None:
 
 def _check_text(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
+    if method.recorded_text and (objective.needs_rounds or objective.needs_own_samples):
+        raise ConfigError(
+            f"objective `{objective.type}` needs new samples of the current student, but sampler `student` has `recorded: true`, so "
+            "its text is sampled once, before training; remove `recorded`, or use a divergence, such as `reverse_kl`"
+        )
     if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
             f"objective `{objective.type}` needs a sampler that works in rounds, but sampler `{sampler.type}` does not; use "
@@ -294,6 +320,11 @@ def _check_signal(method: Method) -> None:
             f"objective `{objective.type.removeprefix('top_k_')}`"
         )
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
+    if isinstance(signal, SampledSignal) and (not isinstance(objective, ForwardKL) or tempered):
+        raise ConfigError(
+            f"sampler.signal `sampled` gives an unbiased gradient only for objective `forward_kl` at temperature 1, but the recipe has "
+            f"objective `{objective.type}`{' at another temperature' if tempered else ''}; change it, or use `signal: {{type: hidden}}`"
+        )
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
         raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tadistill.config.common import MOST, Decoding, Share, Strict
+from tadistill.errors import ConfigError
 
 
 class SamplerBase(Strict):
@@ -41,13 +42,21 @@ class SamplerBase(Strict):
         """True if vLLM samples the text."""
         return False
 
+    def check(self) -> None:
+        """Raise a ConfigError if a setting has no effect, or if two settings contradict each other."""
+
+    @property
+    def recording(self) -> "Signal | None":
+        """What is recorded of the teacher before training. None if nothing is recorded, or if the objective needs no teacher."""
+        return None
+
 
 # --- fixed text ---------------------------------------------------------------------------------------------------------
 
 
 class HiddenSignal(Strict):
-    """Record the teacher's last hidden states for the whole training set. Training then loads only the teacher's output head. The result is
-    exact if `dtype` is float32."""
+    """Record the teacher's last hidden states for the whole text. Training then loads only the teacher's output head. The result is exact
+    if `dtype` is float32."""
 
     type: Literal["hidden"] = "hidden"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,22 +64,45 @@ class HiddenSignal(Strict):
 
 
 class TopKSignal(Strict):
-    """Record the teacher's k most probable tokens at every position of the training set. Training then does not load the teacher."""
+    """Record the teacher's k most probable tokens at every position of the text. Training then does not load the teacher."""
 
     type: Literal["top_k"] = "top_k"
     k: int = Field(default=64, ge=1, le=MOST)
     """Number of recorded tokens per position."""
     tail: Literal["lump", "drop"] = "lump"
     """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
+    dtype: Literal["packed", "float32"] = "packed"
+    """Number format on disk. `packed`: at most 150 bytes a token with k = 64, and rounded log-probabilities. `float32`: 8 k + 4 bytes."""
+
+
+class SampledSignal(Strict):
+    """Record tokens that are drawn from the teacher's distribution at every position of the text (Anshumann et al. 2025, arXiv 2503.16870).
+
+    Training then does not load the teacher. The gradient of `forward_kl`, the only objective for this recording, is unbiased.
+    """
+
+    type: Literal["sampled"] = "sampled"
+    draws: int = Field(default=50, ge=1, le=4096)
+    """Number of draws per position. A token that is drawn several times is stored once, with its number of draws."""
+    seed: int = Field(default=0, ge=0, le=MOST)
+    """Seed of the draws. It is independent of the seeds of training."""
+
+
+Signal = Annotated[HiddenSignal | TopKSignal | SampledSignal, Field(discriminator="type")]
+"""What is recorded of a teacher before training."""
 
 
 class DatasetSampler(SamplerBase):
     """The sampler that uses the responses in the training set."""
 
     type: Literal["dataset"] = "dataset"
-    signal: Annotated[HiddenSignal | TopKSignal, Field(discriminator="type")] | None = None
+    signal: Signal | None = None
     """What to record of the teacher before training, once for all arms with this teacher. By default nothing is recorded, and the teacher
     runs during training."""
+
+    @property
+    def recording(self) -> Signal | None:
+        return self.signal
 
 
 class TeacherSampler(SamplerBase, Decoding):
@@ -113,13 +145,40 @@ class Rounds(OnPolicy):
 
 
 class StudentSampler(Rounds):
-    """The sampler that uses the student's own responses (on-policy distillation). It equals GKD with lambda = 1 (Agarwal et al. 2024)."""
+    """The sampler that uses the student's own responses (on-policy distillation). It equals GKD with lambda = 1 (Agarwal et al. 2024).
+
+    With `recorded`, the responses are sampled once, before training, and the teacher's outputs on them are recorded (offline on-policy
+    distillation, as in Lightning OPD, arXiv 2604.13010). All arms, seeds and assistants then train on these responses.
+    """
 
     type: Literal["student"] = "student"
+    recorded: bool = False
+    """True: one response to every training prompt is sampled before training. The last model of the arm's path samples them, after its own
+    `sft` with the study's first seed. The outputs of each teacher on these responses are recorded (`signal`). All models of the path train
+    on them, in a new order every epoch."""
+    signal: Signal | None = None
+    """What to record of the teacher if `recorded` is true. The default is then `hidden`."""
 
     @property
     def student_only(self) -> bool:
-        return self.plain
+        return self.plain and not self.recorded
+
+    @property
+    def recording(self) -> Signal | None:
+        return (self.signal or HiddenSignal()) if self.recorded else None
+
+    def check(self) -> None:
+        if self.signal and not self.recorded:
+            raise ConfigError("sampler `student` has `signal`, which needs `recorded: true`; add `recorded: true`, or set `signal: null`")
+        given = [name for name in _OF_ROUNDS if getattr(self, name) != StudentSampler.model_fields[name].default]
+        if self.recorded and given:
+            raise ConfigError(
+                f"sampler `student` has `recorded: true`, so its text is sampled once, before training, and `{given[0]}` has no effect; "
+                f"remove `{given[0]}`"
+            )
+
+
+_OF_ROUNDS = ("rollouts", "inner_epochs", "engine", "chunk")  # settings of sampling during training
 
 
 class TeacherMixedSampler(Rounds):

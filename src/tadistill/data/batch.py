@@ -18,7 +18,7 @@ from tadistill.data.encoded import EncodedRows
 from tadistill.data.templates import Encoded, with_bos
 from tadistill.disk import stream_jsonl
 from tadistill.errors import DataError
-from tadistill.objectives import Hidden, TargetMixture, TopK
+from tadistill.objectives import Hidden, Sampled, TargetMixture, TopK
 from tadistill.objectives.targets import select
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Batch:
     """Maps a name to float32 numbers of shape (B, T). They are 0 where the mask is False."""
     corpus: "Batch | None" = None
     """A batch of plain text for an additional language-modelling loss. None if there is no such loss."""
-    targets: tuple[Hidden | TopK, ...] = ()
+    targets: tuple[Hidden | TopK | Sampled, ...] = ()
     """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. Empty if nothing was recorded
     before training."""
     mixture: TargetMixture | None = None
@@ -150,7 +150,7 @@ def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
+def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK | Sampled, ...] = ()) -> Batch:
     """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)

@@ -21,11 +21,13 @@ from tadistill.objectives.families import alpha_beta, alpha_mixture
 from tadistill.objectives.fused import fused_divergence, fused_head
 from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
 from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, no_teacher, token_log_probs
-from tadistill.objectives.targets import Head, Hidden, TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
+from tadistill.objectives.sparse import Sampled, TopK, sampled_target, top_k, top_k_forward_kl, top_k_reverse_kl
+from tadistill.objectives.targets import Head, Hidden, TargetMixture
 
 __all__ = [
     "Head",
     "Hidden",
+    "Sampled",
     "TaidSchedule",
     "TargetMixture",
     "TopK",
@@ -50,6 +52,7 @@ __all__ = [
     "policy_gradient",
     "returns",
     "reverse_kl",
+    "sampled_target",
     "single_step",
     "skew_forward_kl",
     "skew_reverse_kl",

@@ -24,7 +24,8 @@ from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
 from tadistill.objectives.sampled import TokenTerm
-from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, TopK, check_head, check_target, per_token, select
+from tadistill.objectives.sparse import Sampled, TopK
+from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, check_head, check_target, per_token, select
 from tadistill.tuning import TILE_BYTES
 
 # Number of elements of a small tile. On a CPU such a tile stays in the cache; on a GPU its work outweighs the launch of a kernel.
@@ -34,7 +35,8 @@ _STREAMED = 2**22
 _ENOUGH = {"cpu": 384}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
-"""A function of the student's logits (n, V), each teacher's logits (n, V) or TopK, and the slice of tokens. It returns (K, n) values."""
+"""A function of the student's logits (n, V), of each teacher's logits (n, V), TopK or Sampled, and of the slice of tokens. It returns
+(K, n) values."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
 """A function of the arguments of `Values` and weights (K, n). It returns the values, and the gradient (n, V) of their weighted sum."""
 Term = TokenTerm | TeacherTerm
@@ -161,7 +163,7 @@ def fused_head(
     watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
     watcher(head, len(hidden), width, torch.is_grad_enabled())
     for target in teachers:
-        if isinstance(target, TopK):
+        if isinstance(target, TopK | Sampled):
             target.check(width)
         elif isinstance(target, Hidden):
             watcher(target.head, len(hidden), width, False)
@@ -181,7 +183,8 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     widths = [head.weight.shape[0]]
-    widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
+    whole = [t for t in teachers if not isinstance(t, TopK | Sampled)]
+    widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in whole]
     if vocab is None and len(set(widths)) > 1:
         raise ConfigError(
             f"student and teacher have {widths} logits; set `vocab` to the size of their shared vocabulary, which is at most {min(widths)}"

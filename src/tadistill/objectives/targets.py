@@ -1,7 +1,10 @@
-"""Forms of a teacher other than its logits: hidden states with a head, the top-k tokens, and a mixture of several teachers.
+"""Forms of a teacher other than its logits: hidden states with a head, and a mixture of several teachers.
+
+Two more forms, which keep a few tokens only, are in `tadistill.objectives.sparse`.
 
 Every divergence takes logits, so each form is converted to logits. `Head.logits` and `TargetMixture.logits` return the teacher's logits.
-`TopK.align` returns both models' logits on the top-k tokens. `TeacherTerm` makes this conversion for a loss.
+`TopK.align` returns both models' logits on the top-k tokens. `TeacherTerm` makes this conversion for a loss. Only `Sampled` is not
+converted: it has its own forward KL.
 
 Axes: N tokens, H hidden, V vocabulary, K tokens that are kept.
 """
@@ -17,8 +20,6 @@ from torch import Tensor
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import (
-    LOG_ZERO,
-    at_least_float32,
     forward_kl,
     forward_kl_with_slope,
     jensen_shannon,
@@ -32,6 +33,7 @@ from tadistill.objectives.divergence import (
     skew_reverse_kl_with_slope,
 )
 from tadistill.objectives.minillm import single_step, single_step_with_slope
+from tadistill.objectives.sparse import Sampled, TopK
 
 WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
     forward_kl: forward_kl_with_slope,
@@ -168,68 +170,20 @@ class TargetMixture:
         return out * temperature
 
 
-@dataclass(frozen=True)
-class TopK:
-    """A teacher's k most probable tokens. Recorded teacher outputs contain them instead of all V logits."""
-
-    ids: Tensor
-    """Token ids (..., K)."""
-    log_probs: Tensor
-    """Log-probabilities (..., K) of these tokens under the teacher's whole softmax."""
-    tail: Tensor | None
-    """Log-probability (...) of all other tokens together. They count as one additional token. If `tail` is None, the other tokens are
-    dropped, and teacher and student are renormalised over the k tokens."""
-
-    def to(self, device: torch.device) -> "TopK":
-        """Return a copy on another device."""
-        return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
-
-    def check(self, width: int) -> None:
-        """Raise a ConfigError unless all ids are in a vocabulary of `width` tokens."""
-        if self.ids.numel() and not checks.is_deferred() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
-            raise ConfigError(
-                f"the token ids of a top-k target are from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]"
-            )
-
-    def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the logits of student and teacher on the k tokens, each of shape (..., K). A tail adds one entry, unless K = V.
-
-        Use them in a divergence at temperature 1.
-
-        Raises:
-            ConfigError: an id is outside the student's vocabulary, or there is a tail and `temperature` is not 1. The tail is the
-                probability of all other tokens, and it is known at temperature 1 only.
-        """
-        checks.positive("temperature", temperature)
-        width = student_logits.shape[-1]
-        if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
-            raise ConfigError(
-                f"the shapes of `student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `log_probs` "
-                f"{tuple(self.log_probs.shape)} do not fit; `ids` and `log_probs` need the same shape, and `student_logits` may differ "
-                "only in the last axis"
-            )
-        self.check(width)
-        if self.tail is None:
-            return at_least_float32(student_logits).gather(-1, self.ids) / temperature, self.log_probs / temperature
-        if temperature != 1.0:
-            raise ConfigError(
-                f"`temperature` is {temperature}, but the tail (the probability of all tokens outside the top k) is known at temperature 1 "
-                "only; use 1, or leave out the tail with tail='drop'"
-            )
-        log_q = log_probs(student_logits)
-        if self.ids.shape[-1] == width:
-            return log_q.gather(-1, self.ids), self.log_probs
-        rest = _rest(log_q, self.ids)
-        return torch.cat([log_q.gather(-1, self.ids), rest], -1), torch.cat([self.log_probs, self.tail.unsqueeze(-1)], -1)
-
-
-Target = Tensor | Hidden | TopK
-"""A teacher in one of three forms: logits (..., V), hidden states with their head, or top-k tokens."""
+Target = Tensor | Hidden | TopK | Sampled
+"""A teacher in one of four forms: logits (..., V), hidden states with their head, top-k tokens, or drawn tokens."""
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the target's logits, hidden states or log-probabilities. This tensor has one row per token."""
-    return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
+    """Return the target's logits, hidden states, log-probabilities or shares. This tensor has one row per token."""
+    match target:
+        case Hidden():
+            return target.states
+        case TopK():
+            return target.log_probs
+        case Sampled():
+            return target.shares
+    return target
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
@@ -238,6 +192,8 @@ def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Ta
         return Hidden(target.states[rows], target.head)
     if isinstance(target, TopK):
         return TopK(target.ids[rows], target.log_probs[rows], None if target.tail is None else target.tail[rows])
+    if isinstance(target, Sampled):
+        return Sampled(target.ids[rows], target.shares[rows], target.entropy[rows])
     return target[rows] if width is None else target[rows][..., :width]
 
 
@@ -255,16 +211,18 @@ class TeacherTerm:
     temperature: float = 1.0
     weight: float = 1.0
 
-    def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> Tensor:
+    def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK | Sampled], rows: slice) -> Tensor:
         """Return one value per token in `rows`, of shape (n,). `logits` are the student's at these tokens, of shape (n, V)."""
+        if isinstance(teachers[0], Sampled):
+            return self._of_sampled(teachers[0], len(teachers)).forward_kl(logits, self.temperature)
         student, teacher, temperature = self._sides(logits, teachers)
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 
     def has_slope(self, teachers: Sequence[Target]) -> bool:
-        """Return True if `with_slope` works. It needs a divergence in `WITH_SLOPE`, and teachers without top-k tokens."""
-        return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
+        """Return True if `with_slope` works. It needs a divergence in `WITH_SLOPE`, and teachers that are not only a few tokens."""
+        return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK | Sampled) for t in teachers)
 
-    def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:
+    def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK | Sampled], rows: slice) -> tuple[Tensor, Tensor]:
         """Return the values (n,) and their gradients with respect to the student's logits (n, V)."""
         student, teacher, temperature = self._sides(logits, teachers)
         return WITH_SLOPE[self.divergence](student, teacher, temperature=temperature, **self._arguments(rows))
@@ -272,7 +230,15 @@ class TeacherTerm:
     def _arguments(self, rows: slice) -> dict[str, Any]:
         return {name: values[rows] for name, values in self.per_token.items()} | dict(self.settings)
 
-    def _sides(self, student: Tensor, teachers: Sequence[Tensor | TopK]) -> tuple[Tensor, Tensor, float]:
+    def _of_sampled(self, teacher: Sampled, count: int) -> Sampled:
+        if self.divergence is not forward_kl or count > 1:
+            what = "a mixture of teachers" if count > 1 else getattr(self.divergence, "__name__", "this divergence")
+            raise ConfigError(
+                f"a sampled target gives an unbiased `forward_kl` of one teacher, but not {what}; use hidden states or logits instead"
+            )
+        return teacher
+
+    def _sides(self, student: Tensor, teachers: Sequence[Tensor | TopK | Sampled]) -> tuple[Tensor, Tensor, float]:
         # the temperature of a top-k target is 1 in the divergence, because `align` applies it
         if isinstance(teachers[0], TopK):
             if len(teachers) > 1:
@@ -286,55 +252,6 @@ class TeacherTerm:
         return student, mixed, self.temperature
 
 
-def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
-    """Return the k most probable tokens of softmax(teacher_logits / temperature). tail="lump" adds the probability of all other tokens."""
-    width = teacher_logits.shape[-1]
-    if not 1 <= k <= width:
-        raise ConfigError(f"`k` is {k}; it must be in [1, {width}], because the vocabulary has {width} tokens")
-    if tail not in ("lump", "drop"):
-        raise ConfigError(f"`tail` is {tail!r}; it must be `lump` or `drop`")
-    log_p = log_probs(teacher_logits, temperature)
-    found, ids = log_p.topk(k)
-    if tail == "drop":
-        return TopK(ids, found, None)
-    rest = _rest(log_p, ids).squeeze(-1) if k < width else torch.full_like(found[..., 0], LOG_ZERO)
-    return TopK(ids, found, rest)
-
-
-def _rest(log_all: Tensor, ids: Tensor) -> Tensor:
-    # log of the mass outside `ids`, (..., 1); 1 - (mass inside) would round to 0 if the model is confident
-    return log_all.scatter(-1, ids, LOG_ZERO).logsumexp(-1, keepdim=True)
-
-
-def top_k_forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
-) -> Tensor:
-    """Return the forward KL on the teacher's k most probable tokens. k = V gives `forward_kl`.
-
-    Args:
-        k: number of tokens that are kept, in [1, V].
-        tail: `lump` treats all other tokens as one token, which gives a lower bound of the whole KL. `drop` leaves the other tokens out,
-            and renormalises both models over the k tokens.
-
-    Other args, returns and errors are as in `forward_kl`. Source: Anshumann et al. 2025 (sparse logits); TRL server distillation (lump).
-    """
-    return forward_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
-
-
-def top_k_reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
-) -> Tensor:
-    """Return the reverse KL on the teacher's k most probable tokens. k = V gives `reverse_kl`. Args are as in `top_k_forward_kl`."""
-    return reverse_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
-
-
-def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "drop"], temperature: float) -> tuple[Tensor, Tensor]:
-    checks.check_pair(student, teacher)
-    checks.positive("temperature", temperature)
-    # the temperature is applied to both sides before the tokens are selected, so the tail is exact at any temperature
-    return top_k(teacher, k, tail=tail, temperature=temperature).align(at_least_float32(student) / temperature)
-
-
 def check_head(head: Any, name: str) -> None:
     """Raise a ConfigError if `head` is not a `Head`, for example if it is a weight or a layer."""
     if not isinstance(head, Head):
@@ -346,5 +263,7 @@ def check_target(target: Any) -> None:
     """Raise a ConfigError if `target` is not one of the forms of a teacher (`Target`)."""
     if isinstance(target, Hidden):
         check_head(target.head, "the head of `Hidden`")
-    elif not isinstance(target, Tensor | TopK):
-        raise ConfigError(f"`teacher` is a {type(target).__name__}; it must be logits (..., V), Hidden(states, Head(weight)) or TopK")
+    elif not isinstance(target, Tensor | TopK | Sampled):
+        raise ConfigError(
+            f"`teacher` is a {type(target).__name__}; it must be logits (..., V), Hidden(states, Head(weight)), TopK or Sampled"
+        )

@@ -157,7 +157,7 @@ class _Planner:
             for i, model in enumerate(path[1:], 1):
                 method = self._method(name, arm, model, scale / arm.learners.count(model))
                 teachers = [(m, made[m]) for m in (path[:i] if method.dense else path[i - 1 : i])]
-                made[model] = self.stages.distill(teachers, model, made[model], method, seed, taught.count(model))
+                made[model] = self.stages.distill(teachers, model, made[model], method, seed, taught.count(model), arm.last[-1])
                 taught.append(model)
         return [made[m] for m in arm.last], method
 

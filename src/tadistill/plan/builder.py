@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
-from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.sampling import Rounds
 from tadistill.data import datasets
@@ -20,7 +19,6 @@ from tadistill.plan.inputs import (
     Encoding,
     FromStage,
     Handle,
-    HashedData,
     Loaded,
     Output,
     OwnCode,
@@ -32,6 +30,7 @@ from tadistill.plan.inputs import (
     plan_objective,
     plan_tasks,
 )
+from tadistill.plan.recording import texts
 from tadistill.plan.study_tokens import StudyTokens
 
 
@@ -174,19 +173,27 @@ class StageBuilder:
         return FromStage(stage=self.add(spec, f"sft {name}{', continued' if continues else ''}, seed {seed}", name, seed))
 
     def distill(
-        self, teachers: list[tuple[str, Handle]], name: str, student: Handle, method: Method, seed: int, turn: int = 0
+        self,
+        teachers: list[tuple[str, Handle]],
+        name: str,
+        student: Handle,
+        method: Method,
+        seed: int,
+        turn: int = 0,
+        writer: str | None = None,
     ) -> FromStage:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
             teachers: names and models, from big to small. With `dense`, there are several. Otherwise, there is one.
             turn: number of earlier distillations of this model in the same arm. Each distillation has its own order of prompts.
+            writer: name of the model that writes the text of a sampler with `recorded: true`. By default, the model `name` writes it.
 
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
         """
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
-        (above, teacher), *others = teachers
+        (_, teacher), *others = teachers
         names = [n for n, _ in teachers]
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
@@ -203,49 +210,20 @@ class StageBuilder:
             optim=method.optim,
             dense=dense,
             assistants=tuple(handle for _, handle in others) if dense else (),
-            signal=self._signal(above, teacher, method, seed),
-            responses=self._responses(above, teacher, method, seed),
-            corpus=self._corpus(method),
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
+            **texts(self, teachers[0], method, seed, writer or name),
             **self._texts(name, method.select),
         )
         again = f" (turn {turn + 1})" if turn else ""
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))
 
-    def _signal(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
-        signal = method.signal
-        if signal is None:
-            return None
-        spec = specs.SignalSpec(
-            data=self.encoding(name, samples=False),
-            teacher=teacher,
-            signal=signal,
-            precision=method.optim.precision,
-            train=self.split("train"),
-        )
-        return Output(stage=self.add(spec, f"{signal.type} signal of {name}, seed {seed}", name, seed))
-
-    def _responses(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
-        sampler = method.sampler
-        if not sampler.teacher_text:
-            return None
-        decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
-        spec = specs.GenerateSpec(**self._only_runs(name), teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
-        return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
-
-    def _corpus(self, method: Method) -> HashedData | None:
-        corpus = self.recipe.data.corpus
-        if corpus is None or not method.objective.needs_corpus:
-            return None
-        return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
-
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
         own, tasks = self._own_and_tasks
         more: dict[str, Any] = {"references": not other, "own": own, "tasks": None if other else tasks}
-        spec = specs.EvaluateSpec(**self._only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, **more)
+        spec = specs.EvaluateSpec(**self.only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
@@ -253,7 +231,7 @@ class StageBuilder:
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
         spec = specs.AnalyseSpec(
-            **self._only_runs(name, samples=False),
+            **self.only_runs(name, samples=False),
             sets=self._test_sets(),
             teacher=teacher,
             model=models[-1],
@@ -268,14 +246,14 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = specs.ProbeSpec(**self._only_runs(name), model=model, decoding=own, dev=self.split("dev", prompts))
+        spec = specs.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.split("dev", prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
         """Add the stage that compares a student with a bigger model. It compares their `k` most likely tokens on the student's answers."""
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
-            **self._only_runs(name, samples=False),
+            **self.only_runs(name, samples=False),
             teacher=handle,
             model=model,
             answers=Output(stage=answers),
@@ -288,7 +266,8 @@ class StageBuilder:
     def _label(self, name: str, model: Handle) -> str:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
-    def _only_runs(self, name: str, *, samples: bool = True) -> dict[str, Any]:
+    def only_runs(self, name: str, *, samples: bool = True) -> dict[str, Any]:
+        """Return the fields of a stage that only runs a model: the rules of encoding, and the precision."""
         return {"data": self.encoding(name, samples=samples), "precision": self.recipe.evaluate.precision}
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
@@ -334,7 +313,8 @@ class StageBuilder:
 
 def _describe(method: Method) -> str:
     sampler = method.sampler
-    detail = f" ({method.signal.type} signal)" if method.signal else ""
+    recorded = "recorded, " if method.recorded_text else ""
+    detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
     if isinstance(sampler, Rounds) and sampler.rollouts:
         detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
     return f"{method.objective.label} on {sampler.type}{detail}"

@@ -6,7 +6,7 @@ rename a field: this would change the keys of finished stages.
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
@@ -16,6 +16,7 @@ from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Select
 from tadistill.config.objective import Custom, ObjectiveBase
 from tadistill.config.recipe import LongPrompts, Template, World
+from tadistill.config.sampling import StudentSampler
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, about
 from tadistill.own_code import load_function
@@ -39,7 +40,11 @@ class Part(Strict):
         return found
 
 
-_LATER: dict[type[BaseModel], tuple[str, ...]] = {DataRef: ("choices", "instruction"), Select: ("patience",)}
+_LATER: dict[type[BaseModel], tuple[str, ...]] = {
+    DataRef: ("choices", "instruction"),
+    Select: ("patience",),
+    StudentSampler: ("recorded", "signal"),
+}
 """Fields that stages of earlier versions do not have. An empty field is left out, so that the keys of those stages do not change."""
 
 
@@ -107,6 +112,11 @@ class Output(Part):
 
     stage: str
     """Key of the stage, which must finish first."""
+
+
+TextOf = Annotated[tuple[str, int] | None, Field(exclude=True)]
+"""The name of the model that writes the recorded text, and the largest number of tokens of an answer. It is not a part of the key, because
+it only helps to predict costs."""
 
 
 class FromStage(Part):

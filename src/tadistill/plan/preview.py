@@ -190,6 +190,7 @@ def _absent(plan: Plan) -> Iterable[str]:
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
     yield from (f"[yellow]{escape(sentence)}[/]" for sentence in _absent(plan))
     yield from _rows(plan)
+    yield from _recordings(plan)
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_budget(plan))
     head = plan.teacher or "a loaded model"
     yield (
@@ -214,6 +215,17 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
         yield f"Stages with a known time take {total} if {jobs} run at a time. Evaluations and analyses take additional time."
+
+
+def _recordings(plan: Plan) -> Iterable[str]:
+    # a recording is shared: the number of distillations that read it says how often the teacher does not run
+    for stage in plan.stages.values():
+        if stage.cost is None or stage.cost.disk is None:
+            continue
+        disk, readers = stage.cost.disk, sum(stage.key in other.parents.values() for other in plan.stages.values())
+        space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
+        shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
+        yield escape(f"{stage.label}: {'' if disk.exact else 'at most '}{space}; {shared}.")
 
 
 def _rows(plan: Plan) -> Iterable[str]:

@@ -7,16 +7,14 @@ kinds. A new kind needs a class here, a function in `tadistill.stages`, and a ca
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.common import Decoding, Precision
 from tadistill.config.method import Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
-from tadistill.config.sampling import HiddenSignal, OnPolicy, Sampler, TopKSignal
+from tadistill.config.sampling import OnPolicy, Sampler, Signal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, Tasks, stage_of
+from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, Tasks, TextOf, stage_of
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -122,7 +120,8 @@ class TrainingSpec(Spec):
         optim, sampler = self.optim, self.method.sampler
         smaller = [n for n in range(1, (optim.micro_batch or optim.batch) // 2 + 1) if optim.batch % n == 0]
         found = [f"optim.micro_batch: {smaller[-1]}"] if smaller else []
-        found += [f"sampler.chunk: {sampler.chunk // 2}"] if isinstance(sampler, OnPolicy) and sampler.chunk > 1 else []
+        samples = isinstance(sampler, OnPolicy) and self.method.samples
+        found += [f"sampler.chunk: {sampler.chunk // 2}"] if samples and sampler.chunk > 1 else []
         found += ["optim.gradient_checkpointing: true"] if not optim.gradient_checkpointing else []
         return found + (["optim.precision: bf16"] if optim.precision == "fp32" else [])
 
@@ -160,7 +159,8 @@ class DistillSpec(TrainingSpec):
 
     teacher: Handle
     responses: Output | None = None
-    """The teacher's answers to the training prompts, if the sampler trains on them."""
+    """The answers to the training prompts that a model gave before training, if the sampler trains on them."""
+    text_of: TextOf = None
     signal: Output | None = None
     """The teacher's recorded outputs, if the sampler reads them instead of running the teacher."""
     objective: Objective
@@ -183,7 +183,7 @@ class DistillSpec(TrainingSpec):
         return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.distill(teachers, model, self.method)
+        return ledger.distill(teachers, model, self.method, self.text_of)
 
 
 # --- preparing a teacher ---------------------------------------------------------------------------------------------------
@@ -208,13 +208,14 @@ class TemperSpec(Spec):
 
 
 class GenerateSpec(Spec):
-    """Sampling of a teacher's answer to every training prompt."""
+    """Sampling of a model's answer to every training prompt."""
 
     kind = "generate"
     version = 2
     work = "teacher:generate"
 
     teacher: Handle
+    """The model that answers: a teacher, or the student whose text is recorded."""
     sampler: Decoding
     seed: int
     train: Split
@@ -226,20 +227,23 @@ class GenerateSpec(Spec):
 
 
 class SignalSpec(Spec):
-    """Recording of a teacher's outputs on the training set. Students train on the recorded outputs later."""
+    """Recording of a teacher's outputs on the training set, or on a model's answers. Students train on the recorded outputs later."""
 
     kind = "signal"
     version = 1
     work = "teacher:signal"
 
     teacher: Handle
-    signal: HiddenSignal | TopKSignal = Field(discriminator="type")
+    signal: Signal
     precision: Precision
     """Precision of the students' training, on which the teacher's dtype depends."""
     train: Split
+    responses: Output | None = None
+    """The answers to the training prompts that are the text. None if the training set's own responses are the text."""
+    text_of: TextOf = None
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.signal(model, self.signal)
+        return ledger.signal(model, self.signal, self.text_of)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

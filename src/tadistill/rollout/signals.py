@@ -1,15 +1,16 @@
-"""Record a teacher's outputs for a fixed data set once, and read them during training.
+"""Record a teacher's outputs for fixed texts once, and read them during training.
 
-    record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # continues where a killed process stopped
-    Signals(folder, device).target([3, 17])                                    # outputs at the response tokens of sequences 3 and 17
+    record(of_model(teacher, pad), sequences, config, folder, vocab=...)     # continues where a killed process stopped
+    Signals(folder, device).target([3, 17])                                  # outputs at the response tokens of sequences 3 and 17
 
-The outputs are hidden states or top-k log-probabilities. Each safetensors file contains 256 sequences. Hidden states are stored with the
-teacher's output head, so that training does not load the teacher. They take 4 H bytes per token (2 H in bfloat16), where H is the hidden
-size. Top-k outputs take 8 k + 4 bytes per token.
+`config` chooses hidden states, top-k tokens or drawn tokens. Hidden states are stored with the teacher's output head, so that training does
+not load the teacher. `docs/concepts/recorded.md` describes the files: safetensors with 256 sequences each, which are read by memory map.
+Every sequence has a checksum, which is tested when it is read.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -20,86 +21,149 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tadistill.config.sampling import HiddenSignal, TopKSignal
+from tadistill import rng
+from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.disk import replacing
 from tadistill.errors import StoreError
 from tadistill.models.forward import Reader
-from tadistill.objectives import Head, Hidden, TopK, top_k
+from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
+from tadistill.rollout import packing
+from tadistill.rollout.samplers import Shard
 from tadistill.tuning import RECORDING_BATCH
 
 _PART = 256
 _ROWS = 128  # number of tokens whose logits are in memory at the same time
+_CHECK = 8  # bytes of a sequence's checksum
+
+Outputs = Callable[[Seq[Sequence]], Hidden | TopK]
+"""A teacher: a function from sequences to its outputs at their response tokens, one sequence after the other. `Hidden` allows every kind of
+recording. `TopK` allows only `top_k`, with its tokens sorted from the most to the least probable."""
+
+
+def of_model(teacher: PreTrainedModel, pad: int) -> Outputs:
+    """Return a model of this process as a teacher."""
+    reader = Reader(teacher)
+    return lambda sequences: reader.target(teacher, collate(sequences, pad=pad).to(teacher.device))
 
 
 @torch.no_grad()
 def record(
-    teacher: PreTrainedModel,
+    outputs: Outputs,
     sequences: Seq[Sequence],
-    config: HiddenSignal | TopKSignal,
+    config: Signal,
     folder: Path,
     *,
     vocab: int,
-    pad: int,
     tick: Callable[[int], None] = lambda done: None,
+    shard: Shard = Shard(),
 ) -> None:
     """Write the teacher's outputs at every response token of `sequences`. Files that already exist are kept.
 
-    After each batch, and after each file, `tick` is called with the number of sequences that are done.
+    Each process of `shard` writes its own files. After each batch, and after each file, `tick` is called with the number of sequences that
+    are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    reader = Reader(teacher)
-    if isinstance(config, HiddenSignal):
-        _write_head(reader.head, vocab, folder)
-    for start in range(0, len(sequences), _PART):
+    for number, start in enumerate(range(0, len(sequences), _PART)):
         path = folder / f"{start:08d}.safetensors"
         chunk = sequences[start : start + _PART]
-        if not path.is_file():
-            _write(path, _part(teacher, reader, chunk, config, vocab, pad, lambda done, start=start: tick(start + done)))
+        if number % shard.world == shard.rank and not path.is_file():
+            writer = _Writer(outputs, config, vocab, folder)
+            writer.write(path, chunk, start, lambda done, start=start: tick(start + done))
         tick(start + len(chunk))
 
 
-def _part(
-    teacher: PreTrainedModel,
-    reader: Reader,
-    sequences: Seq[Sequence],
-    config: HiddenSignal | TopKSignal,
-    vocab: int,
-    pad: int,
-    tick: Callable[[int], None],
-) -> dict[str, Tensor]:
-    found: dict[int, dict[str, Tensor]] = {}
-    for rows in by_length(sequences, RECORDING_BATCH):
-        batch = collate([sequences[i] for i in rows], pad=pad).to(teacher.device)
-        tensors = _signal(reader.hidden(teacher, batch), reader.head, config, vocab)
-        lengths = batch.mask_BT.sum(1).tolist()
-        split = {name: tensor.cpu().split(lengths) for name, tensor in tensors.items()}
-        found |= {row: {name: parts[i] for name, parts in split.items()} for i, row in enumerate(rows)}
-        if len(found) < len(sequences):
-            tick(len(found))
-    ordered = [found[i] for i in range(len(sequences))]
-    joined = {name: torch.cat([part[name] for part in ordered]).contiguous() for name in ordered[0]}
-    return joined | {"lengths": torch.tensor([len(next(iter(part.values()))) for part in ordered])}
+class _Writer:
+    def __init__(self, outputs: Outputs, config: Signal, vocab: int, folder: Path):
+        self.outputs, self.config, self.vocab, self.folder = outputs, config, vocab, folder
+
+    def write(self, path: Path, sequences: Seq[Sequence], start: int, tick: Callable[[int], None]) -> None:
+        found: dict[int, dict[str, Tensor]] = {}
+        for rows in by_length(sequences, RECORDING_BATCH):
+            part = [sequences[i] for i in rows]
+            target, lengths = self.outputs(part), [len(s.response) for s in part]
+            if isinstance(target, Hidden) and isinstance(self.config, HiddenSignal):
+                self._write_head(target.head)
+            columns = self._columns(target, [start + i for i in rows], lengths)
+            split = {name: tensor.cpu().split(sizes) for name, (tensor, sizes) in columns.items()}
+            found |= {row: {name: parts[i] for name, parts in split.items()} for i, row in enumerate(rows)}
+            if len(found) < len(sequences):
+                tick(len(found))
+        ordered = [found[i] for i in range(len(sequences))]
+        joined = {name: torch.cat([part[name] for part in ordered]).contiguous() for name in ordered[0]}
+        index = {"lengths": torch.tensor([len(s.response) for s in sequences])}
+        if "entries" in joined:
+            index["entries of"] = torch.tensor([len(part["entries"]) for part in ordered])
+        index["checks"] = torch.stack([_check(part) for part in ordered])
+        _write(path, joined | index, {"index": _digest(index.values()), **self.config.model_dump(), "vocab": self.vocab})
+
+    def _write_head(self, head: Head) -> None:
+        path = self.folder / "head.safetensors"
+        if path.is_file():
+            return
+        tensors = {"weight": head.weight[: self.vocab]} | ({} if head.bias is None else {"bias": head.bias[: self.vocab]})
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        _write(path, tensors, {"scale": head.scale, "softcap": head.softcap, "index": _digest(tensors.values())})
+
+    def _columns(self, target: Hidden | TopK, rows: list[int], lengths: list[int]) -> dict[str, tuple[Tensor, list[int]]]:
+        # tensors whose first axis is tokens or entries, each with its number of rows for every sequence
+        match self.config:
+            case HiddenSignal(dtype=dtype):
+                assert isinstance(target, Hidden)
+                return {"hidden": (target.states.to(getattr(torch, dtype)), lengths)}
+            case TopKSignal() as config:
+                kept = target if isinstance(target, TopK) else self._top_k(target, config)
+                if config.dtype == "packed":
+                    assert kept.tail is not None
+                    arrays = (t.cpu().numpy() for t in (kept.ids, kept.log_probs.float(), kept.tail.float()))
+                    return {"rows": (torch.from_numpy(packing.pack_top_k(*arrays, self.vocab)), lengths)}
+                found = {"ids": (kept.ids.int(), lengths), "log_probs": (kept.log_probs, lengths)}
+                return found if kept.tail is None or config.tail == "drop" else found | {"tail": (kept.tail, lengths)}
+            case SampledSignal() as config:
+                assert isinstance(target, Hidden)
+                return self._sampled(target, config, rows, lengths)
+
+    def _top_k(self, target: Hidden, config: TopKSignal) -> TopK:
+        parts = [top_k(logits, min(config.k, self.vocab)) for _, logits in self._logits(target)]
+        tails = [p.tail for p in parts if p.tail is not None]
+        return TopK(torch.cat([p.ids for p in parts]), torch.cat([p.log_probs for p in parts]), torch.cat(tails))
+
+    def _sampled(self, target: Hidden, config: SampledSignal, rows: list[int], lengths: list[int]) -> dict[str, tuple[Tensor, list[int]]]:
+        # a sequence has its own random numbers, so its tokens do not depend on the batch
+        numbers = [rng.generator(config.seed, "drawn tokens", row).random((n, config.draws)) for row, n in zip(rows, lengths, strict=True)]
+        uniforms = torch.from_numpy(np.concatenate(numbers))
+        parts = [sampled_target(logits, uniforms[tokens]) for tokens, logits in self._logits(target)]
+        distinct = torch.cat([(p.shares > 0).sum(1) for p in parts]).cpu()
+        ids = torch.cat([p.ids[p.shares > 0] for p in parts]).cpu().numpy()
+        counts = torch.cat([(p.shares[p.shares > 0] * config.draws).round().long() for p in parts]).cpu().numpy()
+        entries = torch.from_numpy(packing.pack_entries(ids, counts, config.draws, self.vocab))
+        of_sequences = [int(part.sum()) for part in distinct.split(lengths)]
+        entropy = torch.cat([p.entropy for p in parts])
+        return {"entries": (entries, of_sequences), "distinct": (distinct.short(), lengths), "entropy": (entropy, lengths)}
+
+    def _logits(self, target: Hidden) -> Iterable[tuple[slice, Tensor]]:
+        for start in range(0, len(target.states), _ROWS):
+            tokens = slice(start, start + _ROWS)
+            yield tokens, target.head.logits(target.states[tokens])[:, : self.vocab]
 
 
-def _signal(hidden: Tensor, head: Head, config: HiddenSignal | TopKSignal, vocab: int) -> dict[str, Tensor]:
-    if isinstance(config, HiddenSignal):
-        return {"hidden": hidden.to(getattr(torch, config.dtype))}
-    parts = [
-        top_k(head.logits(hidden[i : i + _ROWS])[:, :vocab], min(config.k, vocab), tail=config.tail) for i in range(0, len(hidden), _ROWS)
-    ]
-    kept = {"ids": torch.cat([p.ids for p in parts]).int(), "log_probs": torch.cat([p.log_probs for p in parts])}
-    tails = [p.tail for p in parts if p.tail is not None]
-    return kept | ({"tail": torch.cat(tails)} if tails else {})
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def _write_head(head: Head, vocab: int, folder: Path) -> None:
-    tensors = {"weight": head.weight[:vocab]} | ({} if head.bias is None else {"bias": head.bias[:vocab]})
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    _write(folder / "head.safetensors", tensors, {"scale": head.scale, "softcap": head.softcap})
+def _digest(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(_bytes(tensor))
+    return found.hexdigest()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], settings: dict | None = None) -> None:
+def _check(part: dict[str, Tensor]) -> Tensor:
+    digest = bytes.fromhex(_digest(part[name] for name in sorted(part)))
+    return torch.frombuffer(bytearray(digest[:_CHECK]), dtype=torch.uint8)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], settings: dict) -> None:
     # written under a temporary name and renamed, so that a killed process leaves no incomplete file
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"settings": json.dumps(settings)})
@@ -110,38 +174,88 @@ class Signals:
 
     def __init__(self, folder: Path, device: torch.device):
         """Open the files in `folder`. Raises StoreError if a file is missing or damaged."""
-        self._device = device
+        self._device, self._folder = device, folder
         head = folder / "head.safetensors"
         paths = sorted(p for p in folder.glob("*.safetensors") if p != head)
         try:
             if [int(p.stem) for p in paths] != list(range(0, _PART * len(paths), _PART)) or not paths:
                 raise ValueError("a part is missing")
             self.head = _read_head(head, device) if head.is_file() else None
-            self._parts = [safe_open(p, "pt") for p in paths]
-            lengths = [part.get_tensor("lengths").numpy() for part in self._parts]
+            self._parts = [_Part(path) for path in paths]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"the recorded outputs of the teacher in {folder} are damaged ({error}); delete this folder and run the same command again"
-            ) from error
-        self._ends = [np.cumsum(n) for n in lengths]
+            raise self._damaged(error) from error
 
-    def target(self, rows: Seq[int]) -> Hidden | TopK:
-        """Return the teacher's outputs at the response tokens of these sequences, one sequence after the other."""
-        found = [self._row(int(row)) for row in rows]
-        joined = {name: torch.cat([f[name] for f in found]).to(self._device) for name in found[0]}
+    def _damaged(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"the recorded outputs of the teacher in {self._folder} are damaged ({error}); delete this folder and run the same command "
+            "again"
+        )
+
+    def target(self, rows: Seq[int]) -> Hidden | TopK | Sampled:
+        """Return the teacher's outputs at the response tokens of these sequences, one sequence after the other.
+
+        Raises:
+            StoreError: the bytes of a sequence have changed since they were written.
+        """
+        try:
+            found = [self._parts[row // _PART].sequence(row % _PART) for row in map(int, rows)]
+        except (OSError, SafetensorError, ValueError) as error:
+            raise self._damaged(error) from error
+        joined = {name: torch.cat([f[name] for f in found]) for name in found[0]}
+        settings = self._parts[0].settings
         if self.head is not None:
-            return Hidden(joined["hidden"].to(self.head.weight.dtype), self.head)
-        return TopK(joined["ids"].long(), joined["log_probs"], joined.get("tail"))
+            return Hidden(joined["hidden"].to(self._device, self.head.weight.dtype), self.head)
+        if "rows" in joined:
+            ids, log_p, tail = map(torch.from_numpy, packing.unpack_top_k(joined["rows"].numpy(), *_kept(settings)))
+            return TopK(ids, log_p, tail if settings["tail"] == "lump" else None).to(self._device)
+        if "entries" in joined:
+            return _sampled(joined, settings).to(self._device)
+        return TopK(joined["ids"].long(), joined["log_probs"], joined.get("tail")).to(self._device)
 
-    def _row(self, row: int) -> dict[str, Tensor]:
-        number, inside = divmod(row, _PART)
-        part, ends = self._parts[number], self._ends[number]
-        at = slice(int(ends[inside - 1]) if inside else 0, int(ends[inside]))
-        return {name: part.get_slice(name)[at] for name in part.keys() if name != "lengths"}  # noqa: SIM118 (not a mapping)
+
+def _kept(settings: dict) -> tuple[int, int]:
+    return min(settings["k"], settings["vocab"]), settings["vocab"]
+
+
+def _sampled(joined: dict[str, Tensor], settings: dict) -> Sampled:
+    found_ids, counts = map(torch.from_numpy, packing.unpack_entries(joined["entries"].numpy(), settings["vocab"]))
+    distinct = joined["distinct"].long()
+    rows = torch.arange(len(distinct)).repeat_interleave(distinct)
+    places = torch.arange(len(rows)) - (distinct.cumsum(0) - distinct)[rows]
+    shape = len(distinct), int(distinct.max()) if len(distinct) else 0
+    ids, shares = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    ids[rows, places], shares[rows, places] = found_ids, counts / settings["draws"]
+    return Sampled(ids, shares, joined["entropy"])
+
+
+class _Part:
+    # one file: the sequences' tensors, joined along their first axis, and an index of their sizes and checksums
+
+    def __init__(self, path: Path):
+        self.path, self._file = path, safe_open(path, "pt")
+        self.settings = json.loads(self._file.metadata()["settings"]) or {}  # empty in files of earlier versions, which have no checksums
+        names = set(self._file.keys())
+        index = {name: self._file.get_tensor(name) for name in ("lengths", "entries of", "checks") if name in names}
+        if "index" in self.settings and _digest(index.values()) != self.settings["index"]:
+            raise ValueError(f"the index of {path.name} does not fit its checksum")
+        self._checks = index.get("checks")
+        self._names = sorted(names - index.keys())
+        self._ends = {name: np.cumsum(index.get(f"{name} of", index["lengths"]).numpy()) for name in self._names}
+
+    def sequence(self, inside: int) -> dict[str, Tensor]:
+        found = {}
+        for name in self._names:
+            ends = self._ends[name]
+            found[name] = self._file.get_slice(name)[slice(int(ends[inside - 1]) if inside else 0, int(ends[inside]))]
+        if self._checks is not None and not torch.equal(_check(found), self._checks[inside]):
+            raise ValueError(f"sequence {inside} of {self.path.name} does not fit its checksum")
+        return found
 
 
 def _read_head(path: Path, device: torch.device) -> Head:
     tensors = load_file(path, str(device))
     with safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["settings"])
+    if "index" in settings and _digest(tensors[name].cpu() for name in ("weight", "bias") if name in tensors) != settings["index"]:
+        raise ValueError(f"{path.name} does not fit its checksum")
     return Head(tensors["weight"], tensors.get("bias"), settings["scale"], settings["softcap"])

@@ -125,7 +125,7 @@ def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
     # passes with gradients take longer than those of sampling, so an update counts as six passes, and the optimizer as two
     even = sizes.passes(name, steps * (optim.batch / micro * (6 + method.trains_with_teacher) + 2))
     sampler = method.sampler
-    if isinstance(sampler, OnPolicy):
+    if method.samples and isinstance(sampler, OnPolicy):
         each, updates = (method.round_rollouts, method.round_updates) if isinstance(sampler, Rounds) else (optim.batch, 1)
         chunks = -(-each // sampler.chunk) * -(-steps // updates)
         even += sizes.passes(name, chunks * sampler.max_new_tokens * (1 + sampler.guided))

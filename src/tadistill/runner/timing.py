@@ -57,9 +57,12 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
 
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
     if isinstance(spec, GenerateSpec | SignalSpec):
-        return spec.model_copy(update={"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)})
+        changes: dict[str, Any] = {"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)}
+        if isinstance(spec, SignalSpec) and spec.responses:
+            changes["responses"] = _reduced_output(plan, spec.responses, graph)
+        return spec.model_copy(update=changes)
     assert isinstance(spec, TrainingSpec)
-    changes: dict[str, Any] = {
+    changes = {
         "student": _origin(plan, spec.student),
         "optim": spec.optim.model_copy(update={"steps": _UPDATES}),
         "select": spec.select.model_copy(update={"every": _UPDATES}),
@@ -68,11 +71,15 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
         changes["teacher"] = _origin(plan, spec.teacher)
         changes["assistants"] = tuple(_origin(plan, handle) for handle in spec.assistants)
         parents = {"signal": spec.signal, "responses": spec.responses}
-        for role, parent in [(role, plan.stages[p.stage]) for role, p in parents.items() if p]:
-            changes["train"] = _few(spec.train)
-            key = graph.add(_reduced(plan, parent.spec, graph), parent.label, parent.model, parent.seed, None)
-            changes[role] = Output(stage=key)
+        for role, parent in parents.items():
+            if parent:
+                changes |= {"train": _few(spec.train), role: _reduced_output(plan, parent, graph)}
     return spec.model_copy(update=changes)
+
+
+def _reduced_output(plan: Plan, output: Output, graph: Graph) -> Output:
+    stage = plan.stages[output.stage]
+    return Output(stage=graph.add(_reduced(plan, stage.spec, graph), stage.label, stage.model, stage.seed, None))
 
 
 def _few(split: Split) -> Split:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config import Evaluate
-from tadistill.data.batch import references
+from tadistill.data.batch import references, responses
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, write_json, write_rows
 from tadistill.evaluation.run import generate_answers as generate_answers
@@ -18,13 +18,13 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.teacher import teacher_of
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
-from tadistill.rollout.signals import record
+from tadistill.rollout.signals import of_model, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
 
 
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
-    """Write the teacher's answer to every training prompt. After an interruption, finished parts are kept."""
+    """Write a model's answer to every training prompt. After an interruption, finished parts are kept."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model, tokenizer)
@@ -49,17 +49,21 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
 
 
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:
-    """Record the teacher's hidden states or top-k log-probabilities on the training set. After an interruption, finished parts are kept."""
+    """Record the teacher's outputs on the training set, or on a model's answers. After an interruption, finished parts are kept."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
-    sequences = references(context.split(spec.train, tokenizer).encoded)
+    if spec.responses:
+        sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES))
+    else:
+        sequences = references(context.split(spec.train, tokenizer).encoded)
     subject = context.subject(model, tokenizer)
 
     def tick(done: int) -> None:
         context.progress(done, len(sequences), "sequences")
         stop_if_asked(context)
 
-    record(model, sequences, spec.signal, context.folder / SIGNAL, vocab=subject.vocab, pad=subject.pad, tick=tick)
+    outputs = of_model(model, subject.pad)
+    record(outputs, sequences, spec.signal, context.folder / SIGNAL, vocab=subject.vocab, tick=tick)
     return {"sequences": len(sequences)}
 
 

@@ -117,7 +117,7 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
 def _counts(method: Method, devices: int) -> dict[str, Any]:
     batch, sampler = method.optim.batch, method.sampler
     found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
-    if isinstance(sampler, Rounds):
+    if method.samples and isinstance(sampler, Rounds):
         rollouts = method.round_rollouts
         found |= {"rollouts": rollouts, "rollouts_per_device": rollouts // devices, "updates_per_round": method.round_updates}
     return found
@@ -141,7 +141,7 @@ def _sampler(
     answered = distill.responses if distill else None
     texts = responses(context.store.folder(answered.stage) / RESPONSES) if answered else references(train.encoded)
     config = method.sampler
-    if not isinstance(config, OnPolicy):
+    if not (method.samples and isinstance(config, OnPolicy)):
         return FixedSequences(texts, method.optim, signals=signals, **common)
     if config.engine == "native":
         guides = [teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None]

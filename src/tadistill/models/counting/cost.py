@@ -32,6 +32,18 @@ class CostPart:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """The space on disk of a teacher's recorded outputs."""
+
+    token: float
+    """Bytes per token of the text."""
+    total: float
+    """Estimated bytes of the whole recording."""
+    exact: bool
+    """False if `token` and `total` are upper limits, because the tokens of a text need different numbers of bytes."""
+
+
+@dataclass(frozen=True)
 class Cost:
     """The cost of a stage (one step of a study, such as a training): its parts by name, and some numbers for the whole stage."""
 
@@ -44,6 +56,8 @@ class Cost:
     """Estimated peak memory, in bytes."""
     kind: str = ""
     """A text that is equal for two trainings if they differ only in their number of updates. Such trainings run at the same speed."""
+    disk: Disk | None = None
+    """Space on disk of recorded outputs. None for other stages."""
 
     @property
     def learning(self) -> float:

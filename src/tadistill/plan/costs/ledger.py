@@ -20,7 +20,7 @@ from tadistill.data import datasets, hub
 from tadistill.data.survey import Survey, survey
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models.counting import shapes, sizes
-from tadistill.models.counting.cost import Cost, CostPart
+from tadistill.models.counting.cost import Cost, CostPart, Disk
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
 from tadistill.plan.costs import passes
@@ -36,7 +36,7 @@ class Ledger:
     def __init__(self, recipe: Recipe, *, partial: bool = False):
         """With `partial`, a method raises NotHere if it needs a data set that is neither on this disk nor on a Hub that can be reached."""
         self.recipe, self.partial = recipe, partial
-        self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
+        self._distilled: dict[tuple, Cost | None] = {}  # all seeds have the same cost
 
     def _survey(self, role: Literal["train", "dev"]) -> Survey:
         data = self.recipe.data
@@ -163,25 +163,37 @@ class Ledger:
         kind = key_of(["generate", asdict(size), decoding.model_dump(include=set(Decoding.model_fields))])
         return Cost({"rollout/teacher": _part(size, work)}, memory=needs, kind=kind)
 
-    def signal(self, name: str, signal: samplers.HiddenSignal | samplers.TopKSignal) -> Cost | None:
-        """Predict the cost of a `signal` stage, which records a teacher's hidden states or top-k probabilities on the training set."""
+    def signal(self, name: str, signal: samplers.Signal, text_of: tuple[str, int] | None = None) -> Cost | None:
+        """Predict the cost of a `signal` stage, which records a teacher's outputs on a text.
+
+        Args:
+            text_of: the model that wrote the text, and the largest number of tokens of an answer. None for the training set's responses.
+        """
+        from tadistill.rollout import packing  # not at the top, because numpy is slow to import and few plans need it
+
         size = self.size(name)
         if size is None:
             return None
-        work = passes.pass_by_length(self.train, RECORDING_BATCH, self.train.count)
+        texts = self._text_of(*text_of) if text_of else self.train
+        work = passes.pass_by_length(texts, RECORDING_BATCH, texts.count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
         kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(size.total, training=False)
-        return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind)
+        each = packing.token_bytes(signal, size.hidden, size.head // size.hidden)
+        disk = Disk(each, each * texts.mean_response * texts.count, exact=not isinstance(signal, samplers.SampledSignal))
+        return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind, disk=disk)
 
-    def distill(self, teachers: tuple[str, ...], name: str, method: Method) -> Cost | None:
-        """Predict the cost of a distillation. With several teachers, the first one is the original teacher."""
-        key = teachers, name, method.model_dump_json()
+    def _text_of(self, name: str, most: int) -> Texts:
+        return self.train.answered(most, endless=self.untrained(name))
+
+    def distill(self, teachers: tuple[str, ...], name: str, method: Method, text_of: tuple[str, int] | None = None) -> Cost | None:
+        """Predict the cost of a distillation. With several teachers, the first one is the original teacher. `text_of` is as in `signal`."""
+        key = teachers, name, method.model_dump_json(), text_of
         if key not in self._distilled:
-            self._distilled[key] = self._distill(teachers, name, method)
+            self._distilled[key] = self._distill(teachers, name, method, text_of)
         return self._distilled[key]
 
-    def _distill(self, teachers: tuple[str, ...], name: str, method: Method) -> Cost | None:
+    def _distill(self, teachers: tuple[str, ...], name: str, method: Method, text_of: tuple[str, int] | None) -> Cost | None:
         student, sizes_above = self.size(name), tuple(size for model in teachers if (size := self.size(model)))
         if student is None or len(sizes_above) < len(teachers) or method.optim.steps is None:
             return None
@@ -190,20 +202,25 @@ class Ledger:
         sampler, objective = method.sampler, method.objective
         count = _SAMPLERS.get(type(sampler))
         assert count is not None, f"sampler {sampler.type} has no predicted cost; add it to _SAMPLERS in tadistill.plan.costs.ledger"
-        count(self, cost, method, teachers[0], name)
-        if isinstance(sampler, samplers.OnPolicy):
+        if text_of:
+            self._recorded(cost, method, self._text_of(*text_of))
+        else:
+            count(self, cost, method, teachers[0], name)
+        if method.samples and isinstance(sampler, samplers.OnPolicy):
             sampling = (student, sizes_above[0]) if sampler.guided else (student,)
             cost.caches(self.train, min(sampler.chunk, method.round_rollouts), sampler.max_new_tokens, *sampling)
         self._selection(cost, method.select, extra=sampler.follows_dev)
         return cost.total(method, self._published(cost, objective, sampler, name) if isinstance(objective, MiniLLM) else None)
 
     def _answers(self, name: str, decoding: Decoding) -> Texts:
-        return self.train.answered(decoding.max_new_tokens, endless=self.untrained(name))
+        return self._text_of(name, decoding.max_new_tokens)
 
     def _fixed(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         # rollout.samplers.FixedSequences
         sampler = method.sampler
-        texts = self._answers(teacher, sampler) if isinstance(sampler, samplers.TeacherSampler) else self.train
+        self._recorded(cost, method, self._answers(teacher, sampler) if isinstance(sampler, samplers.TeacherSampler) else self.train)
+
+    def _recorded(self, cost: TrainingCost, method: Method, texts: Texts) -> None:
         cost.train(texts, teacher=method.trains_with_teacher, teacher_head=isinstance(method.signal, samplers.HiddenSignal))
 
     def _mix(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:

@@ -1,0 +1,64 @@
+"""The stages before a distillation that make its texts: a model's answers to the training prompts, and a teacher's outputs on a text.
+
+Students with `sampler: {type: student, recorded: true}` share one text. The last model of the arm's path writes it, after its own
+fine-tuning with the study's first seed, whatever the arm's `init` is. So the text depends on the weights of this model, on the seed, the
+decoding, the training prompts and `evaluate.precision`, but on no arm, and on no other seed of the study. Every teacher of a path is
+recorded on the same text.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tadistill.config import Method
+from tadistill.config.common import Decoding
+from tadistill.data import datasets
+from tadistill.plan import specs
+from tadistill.plan.inputs import Handle, HashedData, Output
+
+if TYPE_CHECKING:
+    from tadistill.plan.builder import StageBuilder
+
+
+def texts(stages: "StageBuilder", teacher: tuple[str, Handle], method: Method, seed: int, writer: str) -> dict[str, Any]:
+    """Add the stages that write the texts of a distillation. Return the fields of its `DistillSpec` that name them.
+
+    Args:
+        teacher: name and model of the teacher.
+        writer: name of the model that writes the recorded text, the last model of the arm's path.
+    """
+    sampler, name = method.sampler, teacher[0]
+    found: dict[str, Any] = {"corpus": _corpus(stages, method)}
+    if method.recorded_text:
+        assert isinstance(sampler, Decoding)
+        first = stages.recipe.first_seed
+        found["responses"] = _answers(stages, (writer, stages.trained(writer, first)), sampler, stages.seed(writer, first))
+        found["text_of"] = writer, sampler.max_new_tokens
+    elif sampler.teacher_text:
+        assert isinstance(sampler, Decoding)
+        found["responses"] = _answers(stages, teacher, sampler, seed)
+    if method.signal is None or not method.objective.needs_teacher:
+        return found
+    of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
+    spec = specs.SignalSpec(
+        data=stages.encoding(name, samples=False),
+        teacher=teacher[1],
+        signal=method.signal,
+        precision=method.optim.precision,
+        train=stages.split("train"),
+        **of_text,
+    )
+    label = f"{method.signal.type} signal of {name}{f' on the text of {writer}' if of_text else ''}, seed {seed}"
+    return found | {"signal": Output(stage=stages.add(spec, label, name, seed))}
+
+
+def _answers(stages: "StageBuilder", model: tuple[str, Handle], sampler: Decoding, seed: int) -> Output:
+    name, handle = model
+    decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
+    spec = specs.GenerateSpec(**stages.only_runs(name), teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
+    return Output(stage=stages.add(spec, f"generate with {name}, seed {seed}", name, seed))
+
+
+def _corpus(stages: "StageBuilder", method: Method) -> HashedData | None:
+    corpus = stages.recipe.data.corpus
+    if corpus is None or not method.objective.needs_corpus:
+        return None
+    return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", stages.recipe.data))

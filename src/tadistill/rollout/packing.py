@@ -1,0 +1,177 @@
+"""The packed form of sparse teacher outputs on disk: some bytes per token, without torch.
+
+    rows = pack_top_k(ids, log_probs, tail, vocab)         # (T, row_bytes(k, vocab)) bytes
+    ids, log_probs, tail = unpack_top_k(rows, k, vocab)
+
+**Top-k tokens.** A row has a fixed number of bytes, so that any token can be read from a memory map. Its fields are, bit by bit, with the
+lowest bit of a number first:
+
+    first ids, other ids        the 10 most probable tokens and the others, each as a sorted set of ids
+    first codes, other codes    7 bits for each of the first tokens and 4 bits for each other token, in the order of the ids
+    first range, other range    8 bits each, in units of 1/8 nat
+    tail                        16 bits: log of (probability of all other tokens / largest probability), see below
+
+A sorted set of n ids below V is stored as in Elias 1974 and Fano 1971. The lowest l = floor(log2(V / n)) bits of every id come first. Then
+there is a field in which bit (id >> l) + i is set for the i-th id. This takes about 2 + log2(V / n) bits per id: 13 of the 17 bits that an
+id below 131,072 has.
+
+Code c of a first token is the log-probability L1 - c * range / 127, where L1 is the largest log-probability. Code c of another token is
+L2 - c * range / 15, where L2 is the smallest log-probability of the first tokens. The tail code c is 16 - c / 1024, and 65,535 is a
+probability of 0. L1 is not stored: the probabilities of all tokens and of the tail have the sum 1. So a log-probability, relative to the
+largest one, is wrong by at most half a step: (range + 1/8) / 254 for the first tokens, and (range + 1/8) / 30 for the others.
+
+**Drawn tokens.** An entry has ceil((i + c) / 8) bytes: the id in its i lowest bits, and above it the number of draws of this token, minus
+1, in c bits. i is the number of bits of V - 1, and c that of the number of draws minus 1.
+
+Axes: T tokens, K kept tokens, E entries.
+"""
+
+import numpy as np
+
+from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
+
+_FIRST, _FIRST_BITS, _OTHER_BITS = 10, 7, 4
+_RANGE_BITS, _PER_NAT, _TAIL_BITS, _HIGHEST, _TAIL_PER_NAT = 8, 8, 16, 16.0, 1024
+_NO_TAIL = 2**_TAIL_BITS - 1
+LOG_ZERO = -1e15
+"""The log-probability of a tail that is empty, as in `objectives.divergence`."""
+
+
+def _low_bits(count: int, vocab: int) -> int:
+    return max(0, (vocab // count).bit_length() - 1)
+
+
+def _set_bits(count: int, vocab: int) -> int:
+    low = _low_bits(count, vocab)
+    return count * low + ((vocab - 1) >> low) + count
+
+
+def _groups(k: int) -> list[tuple[slice, int]]:
+    # the places of a group among tokens sorted by probability, and the bits of its codes
+    first = min(k, _FIRST)
+    return [(slice(0, first), _FIRST_BITS), *([(slice(first, k), _OTHER_BITS)] if k > first else [])]
+
+
+def row_bytes(k: int, vocab: int) -> int:
+    """Return the number of bytes of a token with its k most probable tokens, of a vocabulary of `vocab` tokens."""
+    groups = [(places.stop - places.start, bits) for places, bits in _groups(k)]
+    total = sum(_set_bits(count, vocab) + count * bits + _RANGE_BITS for count, bits in groups) + _TAIL_BITS
+    return -(-total // 8)
+
+
+def pack_top_k(ids_TK: np.ndarray, log_probs_TK: np.ndarray, tail_T: np.ndarray, vocab: int) -> np.ndarray:
+    """Return the rows (T, row_bytes) of uint8 for tokens whose K columns are sorted from the most to the least probable token."""
+    count, k = ids_TK.shape
+    log_p = log_probs_TK.astype(np.float64) - log_probs_TK[:, :1]
+    top_T, sets, codes, ranges = np.zeros(count), [], [], []
+    for places, bits in _groups(k):
+        steps = 2**bits - 1
+        below = top_T[:, None] - log_p[:, places]
+        # the first code of a range of 0 would divide by 0; a token far below the others gets the last code
+        range_T = np.clip(np.ceil(below[:, -1] * _PER_NAT), 1, 2**_RANGE_BITS - 1)
+        width_T = range_T / _PER_NAT
+        code = np.clip(np.rint(below * (steps / width_T[:, None])), 0, steps).astype(np.int64)
+        top_T = top_T - code[:, -1] * width_T / steps
+        order = np.argsort(ids_TK[:, places], axis=1)
+        sets.append(_set_fields(np.take_along_axis(ids_TK[:, places].astype(np.int64), order, 1), vocab))
+        codes.append(_bits(np.take_along_axis(code, order, 1), bits))
+        ranges.append(_bits(range_T.astype(np.int64)[:, None], _RANGE_BITS))
+    rest = tail_T.astype(np.float64) - log_probs_TK[:, 0]
+    tail = np.clip(np.rint((_HIGHEST - rest) * _TAIL_PER_NAT), 0, _NO_TAIL).astype(np.int64)
+    fields = [*sets, *codes, *ranges, _bits(tail[:, None], _TAIL_BITS)]
+    return np.packbits(np.concatenate(fields, axis=1), axis=1, bitorder="little")
+
+
+def unpack_top_k(rows: np.ndarray, k: int, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids (T, K) as int64, their log-probabilities (T, K) and those of the tails (T,) as float32.
+
+    The first tokens come first, and then the others. Both groups are sorted by id.
+    """
+    bits_TB = np.unpackbits(rows, axis=1, bitorder="little")
+    groups, at = _groups(k), 0
+
+    def take(count: int, bits: int) -> np.ndarray:
+        nonlocal at
+        at += count * bits
+        return _numbers(bits_TB[:, at - count * bits : at], count, bits)
+
+    ids = []
+    for places, _ in groups:
+        count = places.stop - places.start
+        low = take(count, bits) if (bits := _low_bits(count, vocab)) else 0
+        length = _set_bits(count, vocab) - count * bits
+        high = np.nonzero(bits_TB[:, at : at + length])[1].reshape(len(rows), count) - np.arange(count)
+        at += length
+        ids.append((high << bits) + low)
+    codes = [take(places.stop - places.start, bits) for places, bits in groups]
+    ranges = [take(1, _RANGE_BITS) / _PER_NAT for _ in groups]
+    tail = take(1, _TAIL_BITS)
+    top, found = np.zeros((len(rows), 1)), []
+    for (_, bits), code, width in zip(groups, codes, ranges, strict=True):
+        found.append(top - code * (width / (2**bits - 1)))
+        top = found[-1].min(1, keepdims=True)
+    rest = np.where(tail == _NO_TAIL, LOG_ZERO, _HIGHEST - tail / _TAIL_PER_NAT)
+    log_p = np.concatenate([*found, rest], axis=1)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    log_p = log_p.astype(np.float32)
+    return np.concatenate(ids, axis=1), log_p[:, :-1], log_p[:, -1]
+
+
+def _set_fields(ids_TK: np.ndarray, vocab: int) -> np.ndarray:
+    count, k = ids_TK.shape
+    low = _low_bits(k, vocab)
+    upper = np.zeros((count, ((vocab - 1) >> low) + k), np.uint8)
+    np.put_along_axis(upper, (ids_TK >> low) + np.arange(k), 1, axis=1)
+    return np.concatenate([_bits(ids_TK & ((1 << low) - 1), low), upper], axis=1)
+
+
+def _bits(numbers_TK: np.ndarray, bits: int) -> np.ndarray:
+    return ((numbers_TK[:, :, None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(len(numbers_TK), -1)
+
+
+def _numbers(bits_TB: np.ndarray, count: int, bits: int) -> np.ndarray:
+    # numbers of up to 32 bits: bits -> whole bytes -> one integer
+    size = next(n for n in (1, 2, 4) if 8 * n >= bits)
+    whole = np.zeros((len(bits_TB), count, 8 * size), np.uint8)
+    whole[:, :, :bits] = bits_TB.reshape(len(bits_TB), count, bits)
+    return np.packbits(whole, axis=2, bitorder="little").view(f"<u{size}")[:, :, 0].astype(np.int64)
+
+
+# --- drawn tokens -------------------------------------------------------------------------------------------------------
+
+
+def entry_bytes(draws: int, vocab: int) -> int:
+    """Return the number of bytes of one drawn token, with the number of times that it was drawn."""
+    return max(1, -(-((vocab - 1).bit_length() + (draws - 1).bit_length()) // 8))
+
+
+def pack_entries(ids_E: np.ndarray, counts_E: np.ndarray, draws: int, vocab: int) -> np.ndarray:
+    """Return the entries (E, entry_bytes) of uint8."""
+    numbers = (ids_E.astype(np.uint64) | (counts_E.astype(np.uint64) - np.uint64(1)) << np.uint64((vocab - 1).bit_length())).astype("<u8")
+    return np.ascontiguousarray(numbers[:, None].view(np.uint8)[:, : entry_bytes(draws, vocab)])
+
+
+def unpack_entries(entries: np.ndarray, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (E,) and the counts (E,) as int64."""
+    whole = np.zeros((len(entries), 8), np.uint8)
+    whole[:, : entries.shape[1]] = entries
+    numbers, bits = whole.view("<u8")[:, 0].astype(np.int64), (vocab - 1).bit_length()
+    return numbers & ((1 << bits) - 1), (numbers >> bits) + 1
+
+
+def token_bytes(signal: Signal, hidden: int, vocab: int) -> int:
+    """Return the bytes on disk of one token's recorded outputs. With `sampled`, it is an upper limit, because tokens differ.
+
+    Args:
+        hidden: width of the teacher's hidden states.
+        vocab: number of tokens of the teacher's vocabulary.
+    """
+    match signal:
+        case HiddenSignal(dtype=dtype):
+            return hidden * {"float32": 4, "bfloat16": 2}[dtype]
+        case TopKSignal(dtype="packed", k=k):
+            return row_bytes(min(k, vocab), vocab)
+        case TopKSignal(k=k, tail=tail):
+            return 8 * min(k, vocab) + 4 * (tail == "lump")
+        case SampledSignal(draws=draws):
+            return min(draws, vocab) * entry_bytes(draws, vocab) + 6
