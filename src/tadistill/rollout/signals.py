@@ -29,7 +29,6 @@ from tadistill.errors import StoreError
 from tadistill.models.forward import Reader
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
 from tadistill.rollout import packing
-from tadistill.rollout.samplers import Shard
 from tadistill.tuning import RECORDING_BATCH
 
 _PART = 256
@@ -56,18 +55,18 @@ def record(
     *,
     vocab: int,
     tick: Callable[[int], None] = lambda done: None,
-    shard: Shard = Shard(),
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Write the teacher's outputs at every response token of `sequences`. Files that already exist are kept.
 
-    Each process of `shard` writes its own files. After each batch, and after each file, `tick` is called with the number of sequences that
-    are done.
+    Several processes write different files: `share` is the rank of this process and the number of processes. After each batch, and after
+    each file, `tick` is called with the number of sequences that are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(sequences), _PART)):
         path = folder / f"{start:08d}.safetensors"
         chunk = sequences[start : start + _PART]
-        if number % shard.world == shard.rank and not path.is_file():
+        if number % share[1] == share[0] and not path.is_file():
             writer = _Writer(outputs, config, vocab, folder)
             writer.write(path, chunk, start, lambda done, start=start: tick(start + done))
         tick(start + len(chunk))

@@ -1,19 +1,31 @@
 """A teacher's recorded signal: equal to the live teacher, resumable, and damaged files say so."""
 
+import json
+
 import pytest
 import torch
 from tests.conftest import response_logits, tiny_model
 
-from tadistill.config.method import HiddenSignal, Optim, TopKSignal
+from tadistill.config.method import Optim
+from tadistill.config.sampling import HiddenSignal, SampledSignal, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import StoreError
 from tadistill.objectives import top_k
 from tadistill.rollout import signals
 from tadistill.rollout.samplers import FixedSequences
-from tadistill.rollout.signals import Signals, record
+from tadistill.rollout.signals import Signals, of_model
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(11)]
 CPU = torch.device("cpu")
+KINDS = [HiddenSignal(), TopKSignal(k=5), TopKSignal(k=5, dtype="float32"), SampledSignal(draws=7)]
+
+
+def record(teacher, rows, config, folder, **more) -> None:
+    signals.record(of_model(teacher, pad=0), rows, config, folder, **more)
+
+
+def tensors(target) -> list[torch.Tensor]:
+    return [value for value in vars(target).values() if isinstance(value, torch.Tensor)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +38,7 @@ def small_parts(monkeypatch):
 @pytest.mark.parametrize("wanted", [[0], [10, 3, 3, 7]])
 def test_hidden_states_and_head_give_the_live_logits(tmp_path, kind, wanted):
     teacher = tiny_model(kind)
-    record(teacher, ROWS, HiddenSignal(), tmp_path, vocab=29, pad=0)
+    record(teacher, ROWS, HiddenSignal(), tmp_path, vocab=29)
     found = Signals(tmp_path, CPU).target(wanted)
     live = response_logits(teacher, collate([ROWS[i] for i in wanted], pad=0), 29)
     torch.testing.assert_close(found.head.logits(found.states), live, atol=1e-5, rtol=0)
@@ -35,7 +47,7 @@ def test_hidden_states_and_head_give_the_live_logits(tmp_path, kind, wanted):
 @pytest.mark.parametrize("tail", ["lump", "drop"])
 def test_top_k_is_that_of_the_live_logits(tmp_path, tail):
     teacher = tiny_model("llama")
-    record(teacher, ROWS, TopKSignal(k=5, tail=tail), tmp_path, vocab=31, pad=0)
+    record(teacher, ROWS, TopKSignal(k=5, tail=tail, dtype="float32"), tmp_path, vocab=31)
     found = Signals(tmp_path, CPU).target([2, 9])
     live = top_k(response_logits(teacher, collate([ROWS[2], ROWS[9]], pad=0), 31), 5, tail=tail)
     assert torch.equal(found.ids, live.ids)
@@ -49,14 +61,39 @@ def test_half_precision_halves_the_files(tmp_path):
     teacher = tiny_model("llama")
     sizes = {}
     for dtype in ("float32", "bfloat16"):
-        record(teacher, ROWS, HiddenSignal(dtype=dtype), tmp_path / dtype, vocab=31, pad=0)
-        tensors = signals.load_file(tmp_path / dtype / "00000000.safetensors")
-        sizes[dtype] = tensors["hidden"].numel() * tensors["hidden"].element_size()
+        record(teacher, ROWS, HiddenSignal(dtype=dtype), tmp_path / dtype, vocab=31)
+        hidden = signals.load_file(tmp_path / dtype / "00000000.safetensors")["hidden"]
+        sizes[dtype] = hidden.numel() * hidden.element_size()
     assert sizes["float32"] == 2 * sizes["bfloat16"]
     assert Signals(tmp_path / "bfloat16", CPU).target([1]).states.dtype == torch.float32
 
 
-def test_a_killed_recording_goes_on(tmp_path):
+def test_packed_top_k_is_near_that_of_the_live_logits(tmp_path):
+    teacher = tiny_model("llama")
+    record(teacher, ROWS, TopKSignal(k=5), tmp_path, vocab=31)
+    found = Signals(tmp_path, CPU).target([2, 9])
+    live = top_k(response_logits(teacher, collate([ROWS[2], ROWS[9]], pad=0), 31), 5)
+    assert torch.equal(found.ids.sort(-1).values, live.ids.sort(-1).values)
+    torch.testing.assert_close(found.log_probs.sort(-1, descending=True).values, live.log_probs, atol=0.01, rtol=0)
+    torch.testing.assert_close(found.tail, live.tail, atol=0.01, rtol=0)
+
+
+def test_drawn_tokens_depend_on_the_seed_and_not_on_the_batch(tmp_path, monkeypatch):
+    teacher = tiny_model("llama")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        monkeypatch.setattr(signals, "RECORDING_BATCH", {"a": 3, "b": 1, "c": 3}[name])
+        record(teacher, ROWS, SampledSignal(draws=7, seed=seed), tmp_path / name, vocab=31)
+    a, b, c = (Signals(tmp_path / name, CPU).target(range(len(ROWS))) for name in "abc")
+    assert torch.equal(a.ids, b.ids)
+    assert torch.equal(a.shares, b.shares)
+    assert a.ids.shape != c.ids.shape or not torch.equal(a.ids, c.ids)
+    torch.testing.assert_close(a.shares.sum(-1), torch.ones(len(a.shares)))
+    log_p = response_logits(teacher, collate(ROWS, pad=0), 31).log_softmax(-1)
+    torch.testing.assert_close(a.entropy, -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.type} {getattr(c, 'dtype', '')}")
+def test_a_killed_recording_goes_on(tmp_path, config):
     teacher = tiny_model("llama")
 
     def stop(done):
@@ -64,20 +101,70 @@ def test_a_killed_recording_goes_on(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        record(teacher, ROWS, TopKSignal(k=3), tmp_path / "parts", vocab=31, pad=0, tick=stop)
+        record(teacher, ROWS, config, tmp_path / "parts", vocab=31, tick=stop)
     first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
-    assert len(first) == 2
-    record(teacher, ROWS, TopKSignal(k=3), tmp_path / "parts", vocab=31, pad=0)
-    record(teacher, ROWS, TopKSignal(k=3), tmp_path / "whole", vocab=31, pad=0)
+    assert len(first) == 2 + (config.type == "hidden")
+    record(teacher, ROWS, config, tmp_path / "parts", vocab=31)
+    record(teacher, ROWS, config, tmp_path / "whole", vocab=31)
     assert all((tmp_path / "parts" / name).stat().st_mtime_ns == at for name, at in first.items())
     a, b = (Signals(tmp_path / d, CPU).target(range(len(ROWS))) for d in ("parts", "whole"))
-    assert torch.equal(a.ids, b.ids)
-    assert torch.equal(a.log_probs, b.log_probs)
+    assert all(map(torch.equal, tensors(a), tensors(b)))
+
+
+def test_several_processes_write_the_files_of_one(tmp_path):
+    teacher = tiny_model("llama")
+    record(teacher, ROWS, HiddenSignal(), tmp_path / "one", vocab=31)
+    for rank in (1, 0):
+        record(teacher, ROWS, HiddenSignal(), tmp_path / "two", vocab=31, share=(rank, 2))
+        assert len([*(tmp_path / "two").glob("0*")]) == {1: 1, 0: 3}[rank]
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_teacher_may_give_its_top_k_tokens_only(tmp_path):
+    """A served teacher gives the tokens and log-probabilities themselves; the recording is that of the local teacher."""
+    teacher, config = tiny_model("llama"), TopKSignal(k=5)
+    local = of_model(teacher, pad=0)
+
+    def outputs(sequences):
+        hidden = local(sequences)
+        return top_k(hidden.head.logits(hidden.states)[:, :31], 5)
+
+    record(teacher, ROWS, config, tmp_path / "local", vocab=31)
+    signals.record(outputs, ROWS, config, tmp_path / "served", vocab=31)
+    a, b = (Signals(tmp_path / name, CPU).target(range(len(ROWS))) for name in ("local", "served"))
+    assert all(map(torch.equal, tensors(a), tensors(b)))
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.type} {getattr(c, 'dtype', '')}")
+@pytest.mark.parametrize("place", ["data", "index"])
+def test_one_wrong_byte_is_found_by_its_checksum(tmp_path, config, place):
+    record(tiny_model("llama"), ROWS, config, tmp_path, vocab=31)
+    path = tmp_path / "00000004.safetensors"
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    fields = {name: field for name, field in json.loads(data[8:start]).items() if name != "__metadata__"}
+    at = next(f for name, f in sorted(fields.items()) if (name in ("lengths", "checks")) == (place == "index"))["data_offsets"]
+    data[start + at[0]] ^= 1
+    path.write_bytes(data)
+    wrong = "the index of 00000004.safetensors" if place == "index" else "sequence 0 of 00000004.safetensors"
+    with pytest.raises(StoreError, match=f"{wrong} does not fit its checksum.; delete this folder and run the same command again"):
+        Signals(tmp_path, CPU).target([4])
+
+
+def test_hidden_states_of_earlier_versions_are_read(tmp_path):
+    """Their files have no checksums."""
+    record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31)
+    new = Signals(tmp_path, CPU).target([1, 9])
+    for path in tmp_path.glob("0*"):
+        kept = {name: t for name, t in signals.load_file(path).items() if name != "checks"}
+        signals.save_file(kept, path, {"settings": "null"})
+    assert torch.equal(Signals(tmp_path, CPU).target([1, 9]).states, new.states)
 
 
 def test_the_sampler_hands_out_the_signal_of_its_rows(tmp_path):
     teacher = tiny_model("llama")
-    record(teacher, ROWS, HiddenSignal(), tmp_path, vocab=31, pad=0)
+    record(teacher, ROWS, HiddenSignal(), tmp_path, vocab=31)
     optim = Optim(steps=3, batch=6, micro_batch=2)
     sampler = FixedSequences(ROWS, optim, pad=0, seed=1, signals=Signals(tmp_path, CPU))
     for step in range(3):
@@ -89,7 +176,7 @@ def test_the_sampler_hands_out_the_signal_of_its_rows(tmp_path):
 @pytest.mark.parametrize("name", ["00000004", "head"])
 @pytest.mark.parametrize("content", [b"junk", None])
 def test_a_damaged_or_missing_part_is_named(tmp_path, name, content):
-    record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31, pad=0)
+    record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31)
     if content:
         (tmp_path / f"{name}.safetensors").write_bytes(content)
     else:
