@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 ARMS = yaml.safe_load(Path(__file__).with_name("interrupted.yaml").read_text())["arms"]
 TRAINING = ["sft", *(f"distill {arm}" for arm in ARMS)]
-IN_PARTS = ["generate", "signal hidden", "signal top_k", "evaluate", "analyse"]
+IN_PARTS = ["generate", "signal hidden", "signal top_k", "signal sampled", "evaluate", "analyse"]
 OTHERS = ["temper", "probe", "pair"]  # take seconds, and start again from the beginning
 UPDATES = 8
 

@@ -179,7 +179,7 @@ class Resources(Strict):
     """
 
     processes: int = Field(default=1, ge=1, le=MOST)
-    """Number of processes (ranks) of a training. Each process has a GPU of its own if there are GPUs. Other stages use one process."""
+    """Number of processes (ranks) of a training or a recording. Each has its own GPU if there are GPUs. Other stages use one process."""
     nodes: int = Field(default=1, ge=1, le=MOST)
     """Number of machines on which the processes run."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

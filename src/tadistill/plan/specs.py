@@ -30,7 +30,8 @@ class Spec(Part):
     work: ClassVar[str]
     """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch and a plan must work without torch."""
     trains: ClassVar[bool] = False
-    """True if the stage updates weights. Only such a stage may use several processes."""
+    """True if the stage updates weights."""
+    shared: ClassVar[bool] = False  # True if several processes may share the stage's work
     measures: ClassVar[bool] = False
     """True if the stage changes no model. The plan predicts no cost for such a stage."""
     in_recipes: ClassVar[bool] = True
@@ -94,7 +95,7 @@ class TrainingSpec(Spec):
     """Base class of the stages that train a model."""
 
     work = "training:train"
-    trains = True
+    trains = shared = True
 
     student: Handle
     optim: Optim
@@ -232,6 +233,7 @@ class SignalSpec(Spec):
     kind = "signal"
     version = 1
     work = "teacher:signal"
+    shared = True
 
     teacher: Handle
     signal: Signal

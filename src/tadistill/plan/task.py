@@ -55,7 +55,7 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
     )
 
 
-_SEVERAL = ("processes", "nodes", "parallel")  # settings of stages that run in several processes
+_SEVERAL = ("processes", "nodes")  # settings of stages that run in several processes
 
 
 def check_entries(recipe: Recipe) -> None:
@@ -73,7 +73,7 @@ def check_entries(recipe: Recipe) -> None:
             raise ConfigError(
                 f"resources.{name} names the model `{model}`, which is not in the recipe; the models are {', '.join(recipe.models)}"
             )
-        if kind in kinds and not KINDS[kind].trains and entry.processes > 1:
+        if kind in kinds and not KINDS[kind].shared and entry.processes > 1:
             raise ConfigError(
                 f"resources.{name}.processes is {entry.processes}, but stages of kind {kind} run in one process; remove this setting"
             )
@@ -105,8 +105,9 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     entries = recipe.resources
     names = [name for name in ("default", stage.kind, f"{stage.kind} {stage.model}") if name in entries]
     given = {f: getattr(entries[n], f) for n in names for f in entries[n].model_fields_set}
-    if not stage.trains:  # such a stage runs in one process, whatever `default` sets
-        given = {f: v for f, v in given.items() if f not in _SEVERAL and (f, v) != ("teacher", "sharded")}
+    if not stage.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
+        unused = ("parallel",) if stage.spec.shared else (*_SEVERAL, "parallel")
+        given = {f: v for f, v in given.items() if f not in unused and (f, v) != ("teacher", "sharded")}
     try:
         return Resources.model_validate(given)
     except ValidationError as error:

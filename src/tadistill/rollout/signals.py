@@ -72,6 +72,11 @@ def record(
         tick(start + len(chunk))
 
 
+def complete(folder: Path, count: int) -> bool:
+    """Return True if the outputs for all `count` sequences are in `folder`."""
+    return all((folder / f"{start:08d}.safetensors").is_file() for start in range(0, count, _PART))
+
+
 class _Writer:
     def __init__(self, outputs: Outputs, config: Signal, vocab: int, folder: Path):
         self.outputs, self.config, self.vocab, self.folder = outputs, config, vocab, folder

@@ -3,6 +3,8 @@
 They sample its answers (`generate`), record its outputs (`signal`) or change its temperature (`temper`).
 """
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.teacher import teacher_of
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
-from tadistill.rollout.signals import of_model, record
+from tadistill.rollout.signals import complete, of_model, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
+
+_POLL = 0.2  # seconds between two looks at the files of other processes
 
 
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
@@ -62,8 +66,11 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
         context.progress(done, len(sequences), "sequences")
         stop_if_asked(context)
 
-    outputs = of_model(model, subject.pad)
-    record(outputs, sequences, spec.signal, context.folder / SIGNAL, vocab=subject.vocab, tick=tick)
+    folder, share = context.folder / SIGNAL, (int(os.environ.get("RANK", 0)), context.task.resources.processes)
+    record(of_model(model, subject.pad), sequences, spec.signal, folder, vocab=subject.vocab, tick=tick, share=share)
+    while not complete(folder, len(sequences)):  # the other processes write their own files
+        stop_if_asked(context)
+        time.sleep(_POLL)
     return {"sequences": len(sequences)}
 
 

@@ -40,11 +40,13 @@ def test_short_stages_from_untrained_weights(tasks):
         reads = isinstance(task.spec, DistillSpec) and (task.spec.signal or task.spec.responses)
         if reads or not isinstance(task.spec, TrainingSpec):
             assert task.spec.train.limit == 128
-        if reads:  # the teacher's part was run just before, on the same rows and in the same folder
-            before = tasks[at - 1]
-            assert [*task.spec.parents.values()] == [before.key]
-            assert (before.store, before.spec.train) == (task.store, task.spec.train)
-            assert before.spec.teacher == task.spec.teacher
+        if reads:  # the texts were made just before, on the same rows and in the same folder
+            before = tasks[at - len(task.spec.parents) : at]
+            assert sorted(task.spec.parents.values()) == sorted(other.key for other in before)
+            assert all((other.store, other.spec.train) == (task.store, task.spec.train) for other in before)
+            assert before[-1].spec.teacher == task.spec.teacher
+            if task.spec.signal and task.spec.responses:  # the teacher reads the text that the student wrote
+                assert [*before[-1].spec.parents.values()] == [before[0].key]
     assert any(isinstance(task.spec, DistillSpec) and task.spec.assistants for task in tasks)
     # a teacher at the temperature of another model's entropy is timed as it was loaded
     assert all(isinstance(task.spec.teacher, Loaded) for task in tasks if isinstance(task.spec, DistillSpec))
