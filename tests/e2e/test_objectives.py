@@ -1,6 +1,7 @@
 """Objectives and recorded signals in whole studies: one of each kind of step, and a signal that changes no number."""
 
 import json
+from collections import Counter
 
 import pytest
 from tests.e2e.test_study import manifests, rows, run_here
@@ -9,6 +10,7 @@ ARMS = """
   jsd: {path: xl > s, objective: {type: jensen_shannon, beta: 0.1, kd_ratio: 0.5}, sampler: {type: dataset}}
   recorded: {path: xl > s, objective: {type: jensen_shannon, beta: 0.1, kd_ratio: 0.5}, sampler: {type: dataset, signal: {type: hidden}}}
   top_k: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: dataset, signal: {type: top_k, k: 8}}}
+  offline: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: student, recorded: true, max_new_tokens: 8}}
   taid: {path: xl > s, objective: {type: taid}, sampler: {type: dataset}}
   contrastive: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 8}}
   control: {path: xl > s, objective: {type: no_teacher}, sampler: {type: student, max_new_tokens: 8}}
@@ -25,7 +27,7 @@ def finished(tmp_path_factory):
 
 
 def test_all_train_and_are_measured(finished):
-    assert {r["arm"] for r in rows(finished)} == {"jsd", "recorded", "top_k", "taid", "contrastive", "control", "sampled"}
+    assert {r["arm"] for r in rows(finished)} == {"jsd", "recorded", "top_k", "offline", "taid", "contrastive", "control", "sampled"}
 
 
 def test_recorded_hidden_states_give_the_live_teachers_numbers(finished):
@@ -38,9 +40,12 @@ def test_recorded_hidden_states_give_the_live_teachers_numbers(finished):
 
 def test_the_signal_is_written_once_and_reused(finished):
     stages = [json.loads((path.parent / "stage.json").read_text()) for path in finished.glob("store/*/*/manifest.json")]
-    assert sorted(s["spec"]["signal"]["type"] for s in stages if s["kind"] == "signal") == ["hidden", "top_k"]
+    assert sorted(s["spec"]["signal"]["type"] for s in stages if s["kind"] == "signal") == ["hidden", "hidden", "top_k"]
     before = manifests(finished)
     more = ARMS + "  again: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset, signal: {type: hidden}}}\n"
+    offline = "sampler: {type: student, recorded: true, max_new_tokens: 8}"
+    more += f"  second offline: {{path: xl > s, objective: {{type: forward_kl}}, {offline}}}\n"
+    more += f"  chain offline: {{path: xl > l > s, objective: {{type: reverse_kl}}, {offline}}}\n"
     run_here(finished, *SETTINGS, arms=more)
     after = manifests(finished)
     assert before.items() <= after.items()
@@ -48,4 +53,5 @@ def test_the_signal_is_written_once_and_reused(finished):
         json.loads((finished / "store" / p[-2][:2] / p[-2] / "stage.json").read_text())["kind"]
         for p in (k.split("/") for k in after.keys() - before.keys())
     ]
-    assert sorted(kinds) == ["analyse", "distill", "evaluate", "evaluate"]
+    # no text is written again, and only the assistant of the chain is recorded
+    assert Counter(kinds) == {"distill": 4, "sft": 1, "signal": 1, "evaluate": 6, "analyse": 3}

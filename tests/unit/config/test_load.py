@@ -176,6 +176,23 @@ def test_patches_change_only_what_they_name():
             {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "top_k"}}},
             "tail: drop",
         ),
+        (
+            {"objective": {"type": "sampled_kl"}, "sampler": {"type": "student", "recorded": True}},
+            "needs new samples of the current student",
+        ),
+        ({"objective": {"type": "minillm"}, "sampler": {"type": "student", "recorded": True}}, "needs new samples of the current student"),
+        ({"sampler": {"type": "student", "signal": {"type": "hidden"}}}, "`signal`, which needs `recorded: true`"),
+        ({"sampler": {"type": "student", "recorded": True, "rollouts": 64}}, "`rollouts` has no effect; remove `rollouts`"),
+        ({"sampler": {"type": "student", "recorded": True, "engine": "vllm"}}, "`engine` has no effect; remove `engine`"),
+        (
+            {"objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
+            "unbiased gradient only for objective `forward_kl` at temperature 1, but the recipe has objective `reverse_kl`",
+        ),
+        (
+            {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
+            "objective `forward_kl` at another temperature",
+        ),
+        ({"sampler": {"type": "student", "recorded": True}, "dense": {}}, "`hidden` records only one teacher, but `dense` uses several"),
     ],
 )
 def test_objectives_and_samplers_that_do_not_go_together(method, words):

@@ -175,6 +175,73 @@ def test_a_plan_counts_what_selection_looks_at():
     assert {s.checkpoints for s in found.stages.values() if s.kind in ("evaluate", "analyse")} == {0}
 
 
+RECORDED = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "recorded": True, "max_new_tokens": 16}}
+
+
+def recorded(arms: dict, **changes):
+    return plan(method=RECORDED | {"optim": {"steps": 4}}, arms=arms, **changes)
+
+
+def stages(found, kind: str) -> list:
+    return [s for s in found.stages.values() if s.kind == kind]
+
+
+def test_a_recording_of_the_students_text_serves_all_arms_seeds_and_assistants():
+    """One text of s. One recording of xl, for both arms, both seeds and the assistant l. One recording of l for each of its seeds."""
+    found = recorded({"direct": "xl > s", "other": {"path": "xl > s", "objective": {"type": "forward_kl"}}, "takd": "xl > l > s"})
+    (text,) = stages(found, "generate")
+    assert (text.model, text.label) == ("s", "generate with s, seed 1")
+    assert found.stages[text.parents["teacher"]].label == "sft s, seed 1"
+    signals = stages(found, "signal")
+    assert sorted(s.model for s in signals) == ["l", "l", "xl"]
+    assert all(s.parents["responses"] == text.key for s in signals)
+    assert len({s.parents["teacher"] for s in signals}) == 3
+    learners = stages(found, "distill")
+    readers = {s.label: [d.label for d in learners if d.parents["signal"] == s.key] for s in signals}
+    assert sorted(map(len, readers.values())) == [1, 1, 6]  # direct, other and takd's assistant, for two seeds
+    assert {d.parents["responses"] for d in learners} == {text.key}
+    assert {d.parents["student"] for d in learners if d.model == "s"} == {s.key for s in stages(found, "sft") if s.model == "s"}
+
+
+def test_a_recording_depends_on_student_decoding_and_rows_and_not_on_seeds_arms_or_the_objective():
+    def key(**changes) -> str:
+        return stages(recorded({"direct": "xl > s"}, **changes), "generate")[0].key
+
+    first = key()
+    assert key(seeds=[1]) == key(seeds=[1, 5]) == first
+    assert key(seeds=[2, 1]) != first  # the first seed's student writes
+    cold = {"xl": model(64, seed=1), "s": model(16) | {"sft": {"optim": {"steps": 11}}}}
+    assert key(models=cold) != first
+    assert key(data=recipe()["data"] | {"limit": {"train": 9}}) != first
+    longer = {"direct": {"path": "xl > s", "sampler": {"type": "student", "max_new_tokens": 17}}}
+    assert stages(recorded(longer), "generate")[0].key != first
+    others = {"direct": {"path": "xl > s", "objective": {"type": "forward_kl"}}, "start": {"path": "xl > l > s", "init": {"s": "l"}}}
+    assert [s.key for s in stages(recorded(others), "generate")] == [first]
+
+
+def test_a_plan_says_the_bytes_of_a_recording_and_how_often_it_is_read():
+    kinds_of = {"hidden": {"type": "hidden"}, "top": {"type": "top_k", "k": 16}, "drawn": {"type": "sampled", "draws": 4}}
+    sampler = RECORDED["sampler"]
+    arms = {
+        name: {"path": "xl > s", "objective": {"type": "forward_kl"}, "sampler": sampler | {"signal": signal}}
+        for name, signal in kinds_of.items()
+    }
+    found = recorded(arms)
+    text = io.StringIO()
+    preview.print_plan(found, Store("nowhere"), Console(file=text, width=250))
+    assert "hidden signal of xl on the text of s, seed 1: 256 bytes a token and " in text.getvalue()
+    assert "sampled signal of xl on the text of s, seed 1: at most 14 bytes a token and " in text.getvalue()
+    assert text.getvalue().count("MB on disk; 2 distillations read it.") == 3
+
+
+def test_a_signal_may_be_recorded_by_several_processes():
+    resources = {"default": {"processes": 2, "parallel": "fsdp", "teacher": "sharded"}, "signal": {"processes": 4}}
+    found = recorded({"direct": "xl > s"}, resources=resources)
+    (signal,), (text,) = stages(found, "signal"), stages(found, "generate")
+    assert (layout(found.recipe, signal).processes, layout(found.recipe, signal).teacher) == (4, "replicated")
+    assert layout(found.recipe, text).processes == 1
+
+
 def test_a_recorded_signal_is_one_stage_of_its_teacher():
     signal = {"sampler": {"type": "dataset", "signal": {"type": "top_k", "k": 8}}}
     arms = {name: {"path": "xl > s", "objective": {"type": name}, **signal} for name in ("forward_kl", "reverse_kl")}
