@@ -26,6 +26,7 @@ from tadistill import rng
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
 from tadistill.data.batch import Sequence
 from tadistill.models.loading import load_model, load_tokenizer
+from tadistill.models.teacher import teacher_of
 from tadistill.objectives import Hidden, TopK, forward_kl, log_probs, sampled_target
 from tadistill.objectives.targets import select
 from tadistill.rollout import signals
@@ -114,7 +115,7 @@ def run(sizes: Sizes) -> dict[str, Any]:
     model, tokenizer = load_model(TEACHER).eval(), load_tokenizer(TEACHER)
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     sequences = pieces(tokenizer(text)["input_ids"], sizes.pieces)
-    outputs = signals.of_model(model, pad=0)
+    outputs = signals.of_teacher(teacher_of(model), pad=0)
     states, head = {}, outputs(sequences[:1]).head
     for start in range(0, len(sequences), BATCH):
         part = sequences[start : start + BATCH]

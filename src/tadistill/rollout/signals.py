@@ -1,6 +1,6 @@
 """Record a teacher's outputs for fixed texts once, and read them during training.
 
-    record(of_model(teacher, pad), sequences, config, folder, vocab=...)     # continues where a killed process stopped
+    record(of_teacher(teacher, pad), sequences, config, folder, vocab=...)     # continues where a killed process stopped
     Signals(folder, device).target([3, 17])                                  # outputs at the response tokens of sequences 3 and 17
 
 `config` chooses hidden states, top-k tokens or drawn tokens. Hidden states are stored with the teacher's output head, so that training does
@@ -19,14 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.disk import replacing
 from tadistill.errors import StoreError
-from tadistill.models.forward import Reader
+from tadistill.models.teacher import Teacher
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
 from tadistill.rollout import packing
 from tadistill.tuning import RECORDING_BATCH
@@ -36,14 +35,13 @@ _ROWS = 128  # number of tokens whose logits are in memory at the same time
 _CHECK = 8  # bytes of a sequence's checksum
 
 Outputs = Callable[[Seq[Sequence]], Hidden | TopK]
-"""A teacher: a function from sequences to its outputs at their response tokens, one sequence after the other. `Hidden` allows every kind of
+"""A function from sequences to a teacher's outputs at their response tokens, one sequence after the other. `Hidden` allows every kind of
 recording. `TopK` allows only `top_k`, with its tokens sorted from the most to the least probable."""
 
 
-def of_model(teacher: PreTrainedModel, pad: int) -> Outputs:
-    """Return a model of this process as a teacher."""
-    reader = Reader(teacher)
-    return lambda sequences: reader.target(teacher, collate(sequences, pad=pad).to(teacher.device))
+def of_teacher(teacher: Teacher, pad: int) -> Outputs:
+    """Return the outputs of a teacher, wherever it runs. `pad` is the token that fills up the sequences of a batch."""
+    return lambda sequences: teacher.target(collate(sequences, pad=pad).to(teacher.device))
 
 
 @torch.no_grad()

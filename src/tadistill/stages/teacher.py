@@ -20,7 +20,7 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.teacher import teacher_of
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
-from tadistill.rollout.signals import complete, of_model, record
+from tadistill.rollout.signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
 
@@ -67,7 +67,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
         stop_if_asked(context)
 
     folder, share = context.folder / SIGNAL, (int(os.environ.get("RANK", 0)), context.task.resources.processes)
-    record(of_model(model, subject.pad), sequences, spec.signal, folder, vocab=subject.vocab, tick=tick, share=share)
+    record(of_teacher(teacher_of(model), subject.pad), sequences, spec.signal, folder, vocab=subject.vocab, tick=tick, share=share)
     while not complete(folder, len(sequences)):  # the other processes write their own files
         stop_if_asked(context)
         time.sleep(_POLL)

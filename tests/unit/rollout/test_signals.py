@@ -10,10 +10,11 @@ from tadistill.config.method import Optim
 from tadistill.config.sampling import HiddenSignal, SampledSignal, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import StoreError
+from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
 from tadistill.rollout import signals
 from tadistill.rollout.samplers import FixedSequences
-from tadistill.rollout.signals import Signals, of_model
+from tadistill.rollout.signals import Signals, of_teacher
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(11)]
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ KINDS = [HiddenSignal(), TopKSignal(k=5), TopKSignal(k=5, dtype="float32"), Samp
 
 
 def record(teacher, rows, config, folder, **more) -> None:
-    signals.record(of_model(teacher, pad=0), rows, config, folder, **more)
+    signals.record(of_teacher(teacher_of(teacher), pad=0), rows, config, folder, **more)
 
 
 def tensors(target) -> list[torch.Tensor]:
@@ -124,7 +125,7 @@ def test_several_processes_write_the_files_of_one(tmp_path):
 def test_a_teacher_may_give_its_top_k_tokens_only(tmp_path):
     """A served teacher gives the tokens and log-probabilities themselves; the recording is that of the local teacher."""
     teacher, config = tiny_model("llama"), TopKSignal(k=5)
-    local = of_model(teacher, pad=0)
+    local = of_teacher(teacher_of(teacher), pad=0)
 
     def outputs(sequences):
         hidden = local(sequences)
