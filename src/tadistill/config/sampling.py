@@ -47,7 +47,7 @@ class SamplerBase(Strict):
 
     @property
     def recording(self) -> "Signal | None":
-        """Settings of what is recorded of the teacher before training. None if nothing is recorded, or if the objective needs no teacher."""
+        """Settings of what is recorded of the teacher before training. None if nothing is recorded."""
         return None
 
 
