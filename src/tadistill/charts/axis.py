@@ -11,22 +11,29 @@ _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 def number_text(value: float, step: float | None = None) -> str:
     """Return a number as text for an axis, such as ``0.25``, ``12k`` or ``3e17``.
 
-    `step` is the distance of two ticks, which sets the number of decimals.
+    `step` is the distance of two ticks. It sets the number of decimals: the text is exact if `value` is a multiple of `step`.
     """
     if value == 0:
         return "0"
     size = abs(value)
     if size >= 1e15 or size < 1e-4:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    elif size >= 1e4:
-        scale, letter = next(entry for entry in _LARGE if size >= entry[0])
-        text = f"{value / scale:.4g}{letter}"
+        exponent = math.floor(math.log10(size) + 1e-9)
+        text = f"{_fixed(value / 10.0**exponent, step and step / 10.0**exponent, 1)}e{exponent}"
     else:
-        decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 4
-        text = f"{value:.{decimals}f}"
-        text = text if step or "." not in text else text.rstrip("0").rstrip(".")
+        scale, letter = next((entry for entry in _LARGE if size >= max(entry[0], 1e4)), (1.0, ""))
+        if step and step < 0.01 * scale:  # many decimals of thousands are harder to read than all digits
+            scale, letter = 1.0, ""
+        text = f"{_fixed(value / scale, step and step / scale, 4)}{letter}"
     return text.replace("-", MINUS)
+
+
+def _fixed(value: float, step: float | None, most: int) -> str:
+    if step:
+        # a step is 1, 2, 2.5 or 5 times a power of ten
+        decimals = next(count for count in range(16) if count == 15 or abs(round(step, count) / step - 1) < 1e-6)
+        return f"{value:.{decimals}f}"
+    text = f"{value:.{most}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:

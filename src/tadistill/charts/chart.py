@@ -14,18 +14,23 @@ from tadistill.charts.looks import Look, marker, safe
 from tadistill.visible import visible_parts
 
 _ACROSS = 1000  # units of a path along x, whatever the width in pixels
+_VISIBLE = 0.004  # share of the width: a point that is moved less seems to be in its place
 _TITLE, _TICKS, _LINE = 20, 18, 14  # pixels below the plot: title of the axis, ticks, further lines of a tick
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval, and the text that appears when the mouse is over it. Without an interval, `low` and `high` are None."""
+    """A value with its interval, and the text that appears when the mouse is over it. Without an interval, `low` and `high` are None.
+
+    `at` is the x at which the point is drawn, if it is moved aside. The figure then says so, and its saved data have `x`.
+    """
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
     tip: str = ""
+    at: float | None = None
 
 
 class Chart:
@@ -46,6 +51,7 @@ class Chart:
         self._labels: list[Label] = []
         self._points: list[Mark] = []
         self._ends: list[Label] = []
+        self._moved = False
         self._data: dict[str, list[Any]] = {"lines": [], "points": [], "bars": []}
 
     # --- marks ----------------------------------------------------------------------------------------------------------
@@ -97,16 +103,18 @@ class Chart:
     def points(self, name: str, points: Iterable[Point], look: Look, *, size: float = 5.0, label: str = "") -> None:
         """Draw points with vertical intervals. `label` is a text beside the first point."""
         for index, point in enumerate(points):
+            x = point.x if point.at is None else point.at
+            self._moved |= abs(self.x.place(x) - self.x.place(point.x)) > _VISIBLE
             if point.low is not None and point.high is not None:
-                at = self._at(point.x)
+                at = self._at(x)
                 ends = f'x1="{at}" x2="{at}" y1="{self._top(point.low):.1f}" y2="{self._top(point.high):.1f}"'
                 self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
-            self._marker(point.x, point.y, look, size, name, point.tip)
+            self._marker(x, point.y, look, size, name, point.tip)
             heights = [self._top(y) for y in (point.y, point.low, point.high) if y is not None]
-            self._points.append(Mark(self.x.place(point.x), min(heights) - size, max(heights) + size))
+            self._points.append(Mark(self.x.place(x), min(heights) - size, max(heights) + size))
             self._data["points"].append([name, _short(point.x), _short(point.y), *map(_short, (point.low, point.high)), point.tip])
             if label and not index:
-                self._labels.append(Label(self.x.place(point.x), self._top(point.y), label, name, look.colour))
+                self._labels.append(Label(self.x.place(x), self._top(point.y), label, name, look.colour))
 
     def row(self, name: str, y: float, point: tuple[float, float, float], look: Look, *, dots: Sequence[float] = (), tip: str = "") -> None:
         """Draw a mean with a horizontal interval (mean, low, high) at height `y`. `dots` are single values, drawn below the mean."""
@@ -208,7 +216,9 @@ class Chart:
         svg = f'<svg class="plot" role="img" aria-label="{safe(self.summary)}" width="100%" height="{whole}">{"".join(inner)}</svg>'
         sides = f"--left:{left}px;--right:{right}px"
         sized = f'<div class="sides" style="{sides}">{svg}</div>'
-        return Markup(f'<div class="chart" id="{safe(self.name)}">{sized}{self._saves()}{self._values()}</div>')
+        said = "Points at nearly the same place are drawn side by side; saved values are exact."
+        moved = f'<p class="moved">{said}</p>' if self._moved else ""
+        return Markup(f'<div class="chart" id="{safe(self.name)}">{sized}{moved}{self._saves()}{self._values()}</div>')
 
     def _saves(self) -> str:
         kinds = (("SVG", "the figure"), ("PNG", "the figure"), ("CSV", "its values"))

@@ -16,7 +16,7 @@ from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import number, span, summary_text
-from tadistill.results.verdict import Comparison, comparisons
+from tadistill.results.verdict import Comparison, by_importance
 from tadistill.statistics import Difference
 
 _MOST_PAIRS = 6  # in a study without chains; a longer analysis would not be read
@@ -68,12 +68,15 @@ class Analysis:
 
 
 def analyses(results: Results) -> list[Analysis]:
-    """Return the analysis of each comparison. The list is empty if there are too many pairs of arms for a reader."""
+    """Return the analysis of each comparison; that of the answer is the first.
+
+    The list is empty if there are too many pairs of arms for a reader.
+    """
     return results.once("analyses", lambda: _analyses(results))
 
 
 def _analyses(results: Results) -> list[Analysis]:
-    compared = comparisons(results)
+    compared = by_importance(results)
     if len(compared) > _MOST_PAIRS and compared[0].against == "pair":
         return []
     return [Analysis(c.arm, c.other, tuple(_rows(results, c)), tuple(_whole(results, c)), _explanations(results, c)) for c in compared]

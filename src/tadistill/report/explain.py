@@ -8,11 +8,12 @@ from collections import Counter
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
+from tadistill.report.routes import listed, taught
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import detectable_text, number, p_text, signed, span
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons
+from tadistill.results.units import detectable_text, number, p_text, ratio_text, signed, span, with_unit
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
 from tadistill.store import FAILURE
 from tadistill.visible import one_line, shortened
@@ -53,13 +54,12 @@ def _words(arm: ArmRecord, usual: str) -> str:
     if len(arm.models) == 1:
         return "plain fine-tuning, continued" if arm.method.endswith("continued") else "plain fine-tuning"
     if not arm.is_plain:
-        return f"taught along {arm.path_text}"
-    teacher, assistants = arm.path[0], arm.path[1:-1]
-    through = f" through {' and '.join(filter(None, (', '.join(assistants[:-1]), assistants[-1])))}" if assistants else ""
+        return taught(arm)
+    assistants = arm.path[1:-1]
     texts = _TEXTS.get(_sampler(arm), "").replace("the teacher's", f"{arm.path[-2]}'s")
     if arm.method.startswith("cross_entropy"):
-        return f"fine-tuned on {texts}{through}"
-    return f"taught by {teacher}{through}{f' on {texts}' if texts and _sampler(arm) != usual else ''}"
+        return f"fine-tuned on {texts}{f' through {listed(assistants)}' if assistants else ''}"
+    return f"{taught(arm)}{f' on {texts}' if texts and _sampler(arm) != usual else ''}"
 
 
 def _budget(arm: ArmRecord) -> str:
@@ -78,7 +78,8 @@ def undecided_text(pair: ComparedPair) -> str:
 
 
 def _other(against: str, name: str) -> str:
-    return {"equal compute": "equal-compute direct", "plain direct": "plain direct", "pair": "model"}[against] + f" ({name})"
+    direct = "direct distillation with "
+    return {"equal compute": f"{direct}the same compute", "plain direct": f"{direct}other compute", "pair": "model"}[against] + f" ({name})"
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
@@ -116,7 +117,7 @@ def _word_text(c: Comparison) -> str:
 def _power_text(c: Comparison) -> str:
     if c.word != "no evidence" or c.detectable is None:
         return ""
-    return f"the study detects a difference of {detectable_text(c.detectable, c.metric)} with 80 % power"
+    return f"the study finds a difference of {detectable_text(c.detectable, c.metric, unit=True)} with 80 % power"
 
 
 def _credit_text(c: Comparison) -> list[str]:
@@ -146,6 +147,22 @@ def _credit_text(c: Comparison) -> list[str]:
     )
     sharpening = f"{why}: {' and '.join(gone)}."
     return [sharpening, f"It is also {farther}."] if worse else [sharpening]
+
+
+def needed_text(c: Comparison) -> str:
+    """Return a sentence that says how many training seeds find a difference of the observed size, and under which assumption.
+
+    It is empty if the comparison is decided, or if nothing is known about the spread.
+    """
+    size = number(abs(c.difference.mean), c.metric)
+    if c.word != "no evidence" or c.detectable is None or len(c.seeds) < SEEDS_FOR_A_CLAIM or not float(size):
+        return ""
+    found = f"a true difference of {with_unit(size, c.metric)}, the size of the observed one, with 80 % power"
+    spread = "if scores vary between seeds and between prompts as they do here"
+    if c.seeds_needed is None:
+        return f" More training seeds alone do not find {found}, {spread}; more test prompts are needed."
+    digits = 10 ** max(0, len(str(c.seeds_needed)) - 2)  # two digits are enough for an estimate from few seeds
+    return f" About {-(-c.seeds_needed // digits) * digits:,} training seeds find {found}, {spread}."
 
 
 def missing_text(results: Results) -> str:
@@ -192,8 +209,8 @@ def cautions(results: Results) -> list[str]:
     """Return warnings about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
     seeds.
     """
-    texts = [text for text in (rows_text(results.used), _unseen_text(results)) if text]
-    for c in comparisons(results):
+    texts = [text for text in (rows_text(results.used), _unseen_text(results), _unequal_text(results)) if text]
+    for c in by_importance(results):
         texts += caution_texts(c)
     trained = {arm.name: len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]}
     few = [f"{name}: {seeds_text(count)}" for name, count in trained.items() if count < SEEDS_FOR_A_CLAIM]
@@ -203,6 +220,20 @@ def cautions(results: Results) -> list[str]:
         said = seeds_text(min(trained.values())) if same else f"{', '.join(few[:_NAMED])}{more}"
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
+
+
+def _unequal_text(results: Results) -> str:
+    unequal = [c for c in by_importance(results)[1:] if c.against == "plain direct"]  # the answer says it of the first comparison
+    named = "; ".join(unequal_text(results, c) for c in unequal[:_NAMED])
+    more = f"; and {len(unequal) - _NAMED} more arms" if len(unequal) > _NAMED else ""
+    return f"Not at equal compute, because the study has no arm with `compute: as ARM` for it: {named}{more}." if unequal else ""
+
+
+def unequal_text(results: Results, c: Comparison) -> str:
+    """Return the compute of a compared arm relative to the other arm, such as "chain has 1.17× the compute of direct"."""
+    mine, theirs = (results.arm(name).flops for name in (c.arm, c.other))
+    times = ratio_text(mine / theirs) if mine and theirs else "another amount than"
+    return f"{c.arm} has {times} the compute of {c.other}"
 
 
 def _unseen_text(results: Results) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 
 from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
-from tadistill.report.figures.paths import budgets
+from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
+from tadistill.report.routes import some, steps
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
@@ -16,7 +17,7 @@ from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.samples import Samples, samples
 from tadistill.results.units import number, signed
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, by_importance, comparisons
 
 _VERBS = {
     "gain": "is clearly better than",
@@ -62,17 +63,25 @@ def against(results: Results) -> str:
         if len(rows) == 1:
             return f"{rows[0].arm.name} {'differs' if clear else 'does not clearly differ'} from {rows[0].other.name}"
         return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
+    unequal = sum(c.against == "plain direct" for c in decided)
     if len(decided) == 1:
         c = decided[0]
-        said = f"{c.arm} {_VERBS[c.word]} {c.other}"
+        said = f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if unequal else ''}"
     else:
         better, worse = (sum(c.word == word for c in decided) for word in ("gain", "loss"))
         said = (
             f"{better or 'None'} of {len(decided)} comparisons {'is' if better < 2 else 'are'} a clear gain, {worse or 'none'} a clear loss"
-        )
+        ) + (f" ({unequal} not at equal compute)" if unequal else "")
     named = {(c.arm, c.other) for c in decided}
-    more = [row.arm.name for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
-    return f"{said}; of the other arms, {_some(more)} differ{'s' if len(more) == 1 else ''} from direct distillation" if more else said
+    more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
+    others = {row.other.name for row in more}
+    if not more:
+        return said
+    if len(others) == 1:
+        return (
+            f"{said}; of the other arms, {some([row.arm.name for row in more])} differ{'s' if len(more) == 1 else ''} from {others.pop()}"
+        )
+    return f"{said}; other clear differences: {some([f'{row.arm.name} from {row.other.name}' for row in more])}"
 
 
 def _is_clear(row: ForestRow) -> bool:
@@ -95,22 +104,20 @@ def over_compute(results: Results) -> str:
     if not better and not worse:
         return f"None of {_count(len(gaps), 'comparison')} with {curves[0].name} at the same compute is clear"
     against = f"Against {curves[0].name} at the same compute"
-    return f"{against}, {_some(better) or 'no arm'} is clearly better and {_some(worse) or 'no arm'} clearly worse"
+    return f"{against}, {some(better) or 'no arm'} is clearly better and {some(worse) or 'no arm'} clearly worse"
 
 
 def paths(results: Results) -> str:
-    """Return a sentence on how much the steps of the first path add to its divergence. If this is unknown, it gives the number of paths."""
-    found = budgets(results)
+    """Return a sentence on how much the steps of the answer's path add to its divergence. If this is unknown, it names these steps.
+
+    If no path has assistants, it gives the number of arms with a teacher.
+    """
+    chains = [c.arm for c in by_importance(results) if results.arm(c.arm).has_assistant]
+    found = [b for b in budgets(results) if b.arm.name in chains[:1]] or ([] if chains else budgets(results))
     if found:
-        b = found[0]
-        added = sum(term.mean for _, term in b.terms[1:])
-        first, total, last = b.terms[0][1].mean, b.total[1].mean, b.arm.path[-2]
-        if added <= 0 or total <= 0:
-            ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
-            return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
-        steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {results.plan.teacher or b.arm.path[0]}"
-        ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
-        return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
+        return budget_text(results, found[0])
+    if chains:
+        return f"{chains[0]}: {steps(results.arm(chains[0]))}"
     distilled = [arm for arm in results.plan.arms if len(arm.path) > 1]
     if len(distilled) == 1:
         return f"{distilled[0].name} learns from {distilled[0].path[0]}"
@@ -132,9 +139,9 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
 
 
 def answers(results: Results, found: Samples) -> str:
-    """Return a sentence that says how often the first two compared arms gave the same answer to a prompt."""
+    """Return a sentence that says how often the answer's two arms gave the same answer to a prompt."""
     prompts = [prompt for of_set in found.values() for prompt in of_set]
-    compared = comparisons(results)
+    compared = by_importance(results)
     if compared:
         arm, other = compared[0].arm, compared[0].other
         both = [p["answers"] for p in prompts if arm in p["answers"] and other in p["answers"]]
@@ -145,10 +152,8 @@ def answers(results: Results, found: Samples) -> str:
 
 
 def behaviour(results: Results) -> str:
-    """Return a sentence on how much the entropies of the first two compared arms differ. If none are compared, it gives the range of
-    entropies.
-    """
-    compared = [c for c in comparisons(results) if c.mechanism and c.mechanism.entropy]
+    """Return a sentence on how much the entropies of the answer's two arms differ. If there are none, it gives the range of entropies."""
+    compared = [c for c in by_importance(results) if c.mechanism and c.mechanism.entropy]
     if compared:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
         assert d is not None
@@ -182,7 +187,3 @@ def _sentence(text: str) -> str:
 
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

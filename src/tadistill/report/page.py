@@ -25,7 +25,7 @@ from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import arm_words, cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, paths, scores
-from tadistill.report.figures.style import looks, titled
+from tadistill.report.figures.style import MANY, looks, titled
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
@@ -105,6 +105,7 @@ def _first(results: Results) -> dict[str, Any]:
         "answer": answer(results),
         "cautions": cautions(results) if results.summaries else [],
         "seeds": seeds_of(results),
+        "many": len(results.plan.arms) > MANY,
         "trained": any(arm.is_trained for arm in results.plan.arms),
         "groups": groups,
         "ruler": _strip(results).ruler() if results.summaries else None,
@@ -204,7 +205,9 @@ def _sections(results: Results) -> dict[str, Any]:
         "budget_gaps": _markup(compute.gaps_figure(results)) if measured else None,
         "budget_sentences": compute.curve_sentences(results) if over_budgets else [],
         "lattice": _markup(lattice),
-        "methods": paths.method_looks(results),
+        "lattice_notes": paths.lattice_notes(results) if lattice else [],
+        "methods": paths.line_looks(results),
+        "budget_notes": paths.budget_notes(results),
         "budgets": _markups(budgets),
         "panels": _markups(panels),
         "judged": judged,

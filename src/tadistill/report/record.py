@@ -153,6 +153,7 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "margin": c.margin,
         "equivalent": c.equivalent,
         "detectable": None if c.detectable is None else _rounded(c.detectable),
+        "seeds_needed": c.seeds_needed,
         "per_seed": _per_seed(c.per_seed),
         "verdict": c.word,
         "credit": c.credit,
@@ -187,7 +188,8 @@ def _budget(curve: BudgetCurve) -> dict[str, Any]:
 def distillations(results: Results) -> list[dict[str, Any]]:
     """Return the distillations in the figure of paths. `flops` is for one seed.
 
-    `dev` is the last dev value of the learner. It is None if the learner is the student.
+    `dev` is the last dev value of the learner. It is None if the learner is the student. `pruned_from` is the model from which the learner
+    starts, and `more_teachers` are its other teachers.
     """
     nodes, metric = lattice(results), primary_metric(results)
     found: list[dict[str, Any]] = []
@@ -195,6 +197,8 @@ def distillations(results: Results) -> list[dict[str, Any]]:
         if node.parent is not None:
             dev = None if at[0] == "arm" else last_dev_value(results, node.arms[0], node.model, metric)
             facts = {"teacher": nodes[node.parent].model, "student": node.model, "method": node.kind, "flops": node.flops}
+            facts["pruned_from"] = nodes[node.start].model if node.start else None
+            facts["more_teachers"] = [nodes[at].model for at in node.others]
             found.append({"arms": [arm.name for arm in node.arms]} | facts | {"dev": None if dev is None else _rounded(dev)})
     return found
 

@@ -12,13 +12,14 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.explain import failed_text, missing_text, seeds_text
+from tadistill.report.explain import failed_text, missing_text, needed_text, seeds_text
+from tadistill.report.routes import listed, taught
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import detectable_text, flops_text, number, parameters_text, signed
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, comparisons, competitors, pairs
+from tadistill.results.units import detectable_text, flops_text, number, parameters_text, signed, with_unit
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.statistics import Difference, holm
 
 _ALPHA = 0.05
@@ -103,12 +104,13 @@ def _question(results: Results) -> str:
         return f"How good is {student} {_made(results, trained[0])}?" if trained else f"How good is {student}?"
     teacher = sized(results, results.plan.teacher or chains[0].path[0])
     assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (results.plan.teacher, arm.model)))
-    through = _listed([sized(results, model) for model in assistants])
-    found = pairs(results)
+    through = listed([sized(results, model) for model in assistants])
+    found, plain = pairs(results), all(arm.is_plain for arm in chains)
     equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""
+    with_assistants = f"{'through' if plain else 'with the help of'} {through}"  # an assistant may do other things than teach the student
     if not any(pair.other for pair in found):
-        return f"How good is {student} when {teacher} teaches it through {through}?"
-    return f"Is {student} better when {teacher} teaches it through {through} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
+        return f"How good is {student} when {teacher} teaches it {with_assistants}?"
+    return f"Is {student} better when {teacher} teaches it {with_assistants} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
 
 
 def _made(results: Results, arm: ArmRecord) -> str:
@@ -144,13 +146,13 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
         return "unfinished" if has_other else "measured", _undecided(results, found[0].arm, has_other=has_other)
     if len(known) == 1:
         return _KINDS[known[0][0].word], _chain_text(results, *known[0])
-    gains = [(c, arm) for c, arm in known if c.word == "gain"]
-    losses = [c for c, _ in known if c.word == "loss"]
-    best, arm = max(gains or known, key=lambda entry: entry[0].difference.mean)
+    gains, losses = ([c for c, _ in known if c.word == word] for word in ("gain", "loss"))
+    best = by_importance(results)[0]
     kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
-    counts = f"{len(gains) or 'None'} of {len(known)} paths through assistants clearly beat direct distillation"
+    ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else "ways to use an assistant"
+    counts = f"{len(gains) or 'None'} of {len(known)} {ways} clearly beat direct distillation"
     worse = f", and {len(losses)} did clearly worse" if losses else ""
-    return kind, f"{counts}{worse}. The largest difference is that of {best.arm}. {_chain_text(results, best, arm)}"
+    return kind, f"{counts}{worse}. {_chain_text(results, best, results.arm(best.arm), best=True)}"
 
 
 def _undecided(results: Results, chain: ArmRecord, *, has_other: bool) -> str:
@@ -162,8 +164,9 @@ def _undecided(results: Results, chain: ArmRecord, *, has_other: bool) -> str:
     return f"There is no answer yet: {chain.name} and the arm to compare it with share no finished seed."
 
 
-def _chain_text(results: Results, c: Comparison, arm: ArmRecord) -> str:
-    how = f"Distilling {_through(results, arm)} ({c.arm})"
+def _chain_text(results: Results, c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
+    how = f"Distilling through {listed(arm.path[1:-1])} ({c.arm})" if arm.is_plain else f"{c.arm} ({taught(arm)})"
+    how = f"The best of them, {c.arm} ({taught(arm)})," if best else how
     other = f"direct distillation{' with the same compute' if c.against == 'equal compute' else ''} ({c.other})"
     text = f"{_claim(how, other, c)}: {_gap(c.difference, c.metric)}.{_limits(c)}"
     if c.against == "plain direct":
@@ -171,11 +174,6 @@ def _chain_text(results: Results, c: Comparison, arm: ArmRecord) -> str:
     if c.credit not in (None, "credited"):
         return f"{text} The gain is not credited to the path ({c.credit})."
     return text
-
-
-def _through(results: Results, arm: ArmRecord) -> str:
-    assistants = [model for model in arm.models if model not in (results.plan.teacher, arm.model)]
-    return f"through {_listed(assistants)}" if arm.is_plain else f"along `{arm.path_text}`"
 
 
 def _claim(one: str, other: str, c: Comparison) -> str:
@@ -189,8 +187,7 @@ def _claim(one: str, other: str, c: Comparison) -> str:
 
 
 def _gap(d: Difference, metric: str) -> str:
-    unit = f"{metric_unit(metric)} of {metric_title(metric)}".lstrip()
-    return f"{signed(d.mean, metric)} {unit}, {_interval(d, metric)}"
+    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)}, {_interval(d, metric)}"
 
 
 def _interval(d: Difference | Summary, metric: str) -> str:
@@ -207,7 +204,7 @@ def _limits(c: Comparison) -> str:
     after = "" if c.difference.covers_zero else f" After adjustment for {c.family} comparisons this may be chance."
     if c.detectable is None:
         return after
-    return f"{after} This design finds a difference of {detectable_text(c.detectable, c.metric)} with 80 % power."
+    return f"{after} This design finds a difference of {detectable_text(c.detectable, c.metric, unit=True)} with 80 % power."
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -227,7 +224,7 @@ def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided:
         return "open", f"All {len(group)} arms have the same mean, {_score(results, summary)}."
     tied = [arm.name for other, arm in group if number(other.mean, metric) == number(summary.mean, metric)]
     if len(tied) > 1:
-        return "open", f"{_listed(tied)} have the same highest mean, {number(summary.mean, metric)} {_unit(metric)}."
+        return "open", f"{listed(tied)} have the same highest mean, {number(summary.mean, metric)} {_unit(metric)}."
     mine = [c for c in decided if first.name in (c.arm, c.other)]
     beaten = [c for c in mine if c.word == ("gain" if c.arm == first.name else "loss")]
     score = f"{first.name} has the highest mean, {_score(results, summary)}"
@@ -293,18 +290,19 @@ def _against_sft(results: Results) -> str:
     strict = not (few or wins) and any(d.mean > 0 and not d.covers_zero for ds in known.values() for d, _ in ds)
     after = f" after the correction for {sum(map(len, known.values()))} comparisons" if strict else ""
     bad = "".join(
-        f" With {way} answers, {_listed(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
+        f" With {way} answers, {listed(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
         for way, names in worse.items()
         if names and len(distilled) > 1
     )
-    differs = " and ".join(_way_text(way, ds, ways[way]) for way, ds in known.items())
+    differs = " and ".join(_way_text(way, ds, ways[way], unit=not i) for i, (way, ds) in enumerate(known.items()))
     return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){after}: {best} differs by {differs}.{bad}"
 
 
-def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str) -> str:
+def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str, *, unit: bool) -> str:
     best, arm = max(found, key=lambda entry: entry[0].mean)
     name = f"{arm.name}, " if len(found) > 1 else ""
-    return f"{signed(best.mean, metric)} with {way} answers ({name}{_interval(best, metric)})"
+    size = signed(best.mean, metric)
+    return f"{with_unit(size, metric) if unit else size} with {way} answers ({name}{_interval(best, metric)})"
 
 
 # --- the cost and what comes next -------------------------------------------------------------------------------------------
@@ -342,9 +340,5 @@ def _next(results: Results, kind: Kind) -> str:
     if few:
         return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept."
     if kind in ("open", "unfinished") and any(c.trained for c in compared):
-        return "Next: add training seeds or test prompts to decide it; finished stages are kept."
+        return f"Next: add training seeds or test prompts to decide it; finished stages are kept.{needed_text(by_importance(results)[0])}"
     return ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -93,10 +93,13 @@ def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     """Return the direct arm, in which the original teacher teaches the same student without assistants.
 
-    If there are several, one with the same method is preferred.
+    If there are several, one with the same method is preferred. An arm that is neither a chain nor a baseline with `compute` has the direct
+    arm of the first chain, so that a study calls one arm direct distillation.
     """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
-    method = arm.method if arm.has_assistant or arm.compute else None
+    chain = next((other for other in results.plan.arms if other.has_assistant and other.model == arm.model), None)
+    like = arm if arm.has_assistant or arm.compute else chain
+    method = like.method if like else None
     return arms.direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
 
 

@@ -12,7 +12,7 @@ from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Results
 from tadistill.results.study import load_predictions
 from tadistill.results.units import number
-from tadistill.results.verdict import comparisons
+from tadistill.results.verdict import by_importance
 
 _PROMPTS = 50  # maximum number of prompts per set: enough to read and search
 _BYTES = 1_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`
@@ -50,13 +50,13 @@ def _samples(results: Results) -> Samples:
 def shown_first(results: Results) -> list[str]:
     """Return the arms whose answers the page shows when it opens.
 
-    If there are at most four arms, these are all arms. Otherwise they are the teacher and the first pair of compared arms.
+    If there are at most four arms, these are all arms. Otherwise they are the teacher and the two arms that the answer compares.
     """
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
         return names
     teacher = [arm.name for arm in results.plan.arms if arm.path == (results.plan.teacher,) and arm.name in names]
-    compared = comparisons(results)
+    compared = by_importance(results)
     return [*teacher[:1], *([compared[0].arm, compared[0].other] if compared else names[:2])]
 
 

@@ -1,6 +1,6 @@
 """Numbers as text, for reports and terminal tables."""
 
-from tadistill.metrics import metric_of
+from tadistill.metrics import metric_of, metric_unit
 from tadistill.results.collect import Summary
 from tadistill.statistics import Difference
 
@@ -35,12 +35,18 @@ def gap_text(difference: Difference, metric: str) -> str:
     return f"{signed(difference.mean, metric)} {interval(difference.low, difference.high, metric)}"
 
 
-def detectable_text(effect: float | None, metric: str, *, more: int = 0) -> str:
-    """Return the smallest detectable difference as text, such as ``< 0.1``. It is a dash if the difference is unknown."""
+def detectable_text(effect: float | None, metric: str, *, more: int = 0, unit: bool = False) -> str:
+    """Return the smallest detectable difference as text, such as ``< 0.1``, with its unit if `unit`. It is a dash if it is unknown."""
     if effect is None:
         return DASH
     text = number(effect, metric, more=more)
-    return text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + more):g}"
+    text = text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + more):g}"
+    return with_unit(text, metric) if unit else text
+
+
+def with_unit(text: str, metric: str) -> str:
+    """Return a number in text form with the unit of its metric, such as ``29.2 percentage points``."""
+    return f"{text} {metric_unit(metric)}".rstrip()
 
 
 def p_text(p: float) -> str:

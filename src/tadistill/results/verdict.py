@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
-from tadistill.results.collect import Results, primary_metric, sets_with
+from tadistill.results.collect import MEAN, Results, primary_metric, sets_with
 from tadistill.results.compare import Mechanism, compare, differences_per_seed, direct_of, mechanism, twin_of
 from tadistill.results.curves import load_metrics
 from tadistill.results.study import ArmRecord
-from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, sign_flip
+from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, seeds_to_detect, sign_flip
 from tadistill.statistics import inflation as inflation_of
 
 SEEDS_FOR_A_CLAIM = 3
@@ -70,6 +70,10 @@ class Comparison:
     equivalent: bool
     detectable: float | None
     """The smallest true difference that this study finds with 80 % power. None if nothing varies, or with one training seed."""
+    seeds_needed: int | None
+    """The number of training seeds with which the study finds a true difference of the observed size with 80 % power. It assumes that the
+    variances between seeds and between prompts are the observed ones. None for other words than `no evidence`, for fewer than three seeds,
+    and if no number of seeds is enough, because the variance between prompts is too large."""
     word: Word
     selection: Selection | None
     """What the arm gains if it chose among more checkpoints than the other arm. None if it did not."""
@@ -122,6 +126,31 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
     return results.once("comparisons", lambda: _comparisons(results))
 
 
+def by_importance(results: Results) -> list[Comparison]:
+    """Return the comparisons of `comparisons`. The first is the one that the answer of a report states; the plan's order follows.
+
+    With chains, it is the chain with the largest difference; clear gains come first. Without chains, it is the arm with the highest mean
+    and the next best arm that trains the same student.
+    """
+    found = list(comparisons(results))
+    if not found:
+        return []
+    if found[0].against == "pair":
+        pair = set(_two_best(results))
+        first = next((c for c in found if {c.arm, c.other} == pair), found[0])
+    else:
+        first = max(found, key=lambda c: (c.word == "gain", c.difference.mean))
+    return [first, *(c for c in found if c is not first)]
+
+
+def _two_best(results: Results) -> list[str]:
+    metric = primary_metric(results)
+    means = {name: summary.mean for (name, of_set, m), summary in results.summaries.items() if (of_set, m) == (MEAN, metric)}
+    groups = [[arm.name for arm in group if arm.name in means] for group in competitors(results)]
+    group = next((names for names in groups if len(names) > 1), [])
+    return sorted(group, key=lambda name: -means[name])[:2]
+
+
 def _comparisons(results: Results) -> tuple[Comparison, ...]:
     metric = primary_metric(results)
     found: list[tuple[ComparedPair, ArmRecord, Difference, tuple[int, ...]]] = []
@@ -164,6 +193,7 @@ def _comparison(
         margin=margin,
         equivalent=inside,
         detectable=_detectable(difference, family) if not trained or len(seeds) > 1 else None,
+        seeds_needed=_seeds_needed(difference, per_seed, family) if trained and word == "no evidence" else None,
         word=word,
         selection=_selection(results, arm, other, seeds, metric),
         decoding_seeds=(mine, theirs),
@@ -175,6 +205,13 @@ def _comparison(
 
 def _detectable(difference: Difference, family: int) -> float | None:
     return minimum_detectable_effect(difference.se, difference.df, level=1 - _ALPHA / family) if difference.se > 0 else None
+
+
+def _seeds_needed(difference: Difference, per_seed: dict[int, float], family: int) -> int | None:
+    if len(per_seed) < SEEDS_FOR_A_CLAIM or difference.se == 0 or difference.mean == 0:
+        return None
+    d = difference
+    return seeds_to_detect(abs(d.mean), se=d.se, df=d.df, differences_S=list(per_seed.values()), level=1 - _ALPHA / family)
 
 
 def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) -> Word:

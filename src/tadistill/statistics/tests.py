@@ -11,6 +11,7 @@ from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 from tadistill.statistics.intervals import Difference
 
 MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
+_MANY_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,39 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
     if np.isinf(df):
         return float(se * (ndtri((1 + level) / 2) + ndtri(power)))
     return float(se * nctdtrinc(df, 1 - power, stdtrit(df, (1 + level) / 2)))
+
+
+def seeds_to_detect(
+    effect: float, *, se: float, df: float, differences_S: ArrayLike, power: float = 0.8, level: float = 0.95
+) -> int | None:
+    """Return the number of training seeds with which a comparison on the same prompts detects ``effect`` with probability ``power``.
+
+    ``se`` and ``df`` are fields of the `Difference` of this study, and ``differences_S`` has its mean for each training seed. Both parts of
+    the variance, between seeds and between prompts, are treated as exact. Only the first part becomes smaller with more seeds. The result
+    is None if the second part alone hides the effect.
+    """
+    differences = np.asarray(differences_S, dtype=np.float64)
+    n = len(differences)
+    if n < 2 or not effect > 0:
+        raise ValueError(f"there are {n} training seeds and `effect` is {effect}; give at least 2 seeds and an effect greater than 0")
+    _check_shares(power, level)
+    of_seeds = min(float(differences.var(ddof=1)) / n, se**2)  # se^2 = of_seeds + alone, as in `intervals`
+    alone = se**2 - of_seeds if of_seeds < (1 - 1e-9) * se**2 else 0.0
+    df_alone = alone / se**2 / inverse if alone and (inverse := 1 / df - of_seeds / se**2 / (n - 1)) > 0 else np.inf
+
+    def smallest(seeds: float) -> float:
+        variance = of_seeds * n / seeds + alone
+        share = of_seeds * n / seeds / variance if variance else 0.0
+        inverse = share / (seeds - 1) + (1 - share) / df_alone
+        return minimum_detectable_effect(float(np.sqrt(variance)), 1 / inverse if inverse else np.inf, power, level)
+
+    if smallest(_MANY_SEEDS) > effect:
+        return None
+    low, high = 1, _MANY_SEEDS  # `low` seeds are too few, `high` seeds are enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if smallest(middle) <= effect else (middle, high)
+    return high
 
 
 def detectable(

@@ -79,7 +79,7 @@ def length_figure(results: Results) -> Chart | None:
     chart = Chart("figure-lengths", f"{metric_title(metric)} by length of the reference", x, y, height=260, head=24)
     for index, (name, entries) in enumerate(found.items()):
         aside = min(0.72 / max(1, len(names) - 1), 0.1) * (index - (len(names) - 1) / 2)
-        points = [Point(i + aside, s.mean, s.low, s.high, f"{name}: {summary_text(s, metric)}") for i, s in entries]
+        points = [Point(i, s.mean, s.low, s.high, f"{name}: {summary_text(s, metric)}", i + aside) for i, s in entries]
         chart.points(name, points, styles[name], size=4.5)
     for edge in range(len(buckets) - 1):
         chart.rule(x=edge + 0.5, kind="grid")

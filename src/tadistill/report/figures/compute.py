@@ -46,7 +46,9 @@ def gaps_figure(results: Results) -> Chart | None:
     for i, curve in enumerate(curves):
         shift = _SHIFT ** (i - (len(curves) - 1) / 2)
         points = [
-            Point(p.times * shift, p.gap.mean, p.gap.low, p.gap.high, f"{p.arm}: {span(p.gap, metric)}") for p in curve.points if p.gap
+            Point(p.times, p.gap.mean, p.gap.low, p.gap.high, f"{p.arm}: {span(p.gap, metric)}", p.times * shift)
+            for p in curve.points
+            if p.gap
         ]
         chart.points(curve.name, points, styles[curve.name], label=curve.name if len(curves) < 4 else "")
     return chart

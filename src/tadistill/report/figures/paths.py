@@ -3,18 +3,24 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from tadistill.charts import GREY, PLAIN, Axis, Chart, Look
 from tadistill.metrics import metric_title
 from tadistill.plan.specs import TRAINING
 from tadistill.report.figures.style import kinds, looks, rows_axis
+from tadistill.report.routes import route, some
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import budget_models, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.units import flops_text, interval, number, parameters_text, signed, summary_text
+from tadistill.results.verdict import by_importance
 
 _ROW = 46  # pixels
+_ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row
+PRUNED = Look(GREY, "circle", "1 4")
+"""The look of a line from a model to the model that is pruned from it."""
 _THIN, _WIDER = 1.5, 6.0  # width of an edge without cost, and the additional width of the most expensive edge, in pixels
 
 NodeId = tuple[str, str]
@@ -25,16 +31,20 @@ class Node:
     """A model in the figure of paths: the original teacher, an assistant or a student. Arms that share its training share the node."""
 
     model: str
-    row: int
+    row: float
     arms: list[ArmRecord] = field(default_factory=list)
     parent: NodeId | None = None
     kind: str = ""
     flops: float | None = None
+    start: NodeId | None = None
+    """The model from which this model is pruned."""
+    others: list[NodeId] = field(default_factory=list)
+    """Further teachers: those of earlier paths, and with `dense` the bigger models of the path."""
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
     """Return the models of the figure of paths. Each model is in the row of the first arm that uses it. Arms with common models are
-    neighbours.
+    neighbours. A model that is only in an earlier path of its first arm, or from which another is pruned, is a little above that row.
     """
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
@@ -42,12 +52,35 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
             node = nodes.setdefault(at, Node(model, row))
             node.arms.append(arm)
             if index > 0:
-                steps = _steps(results, arm, model)
-                node.parent = ids[index - 1]
-                node.kind = next((_kind(stage) for stage in steps[::-1] if stage.kind == "distill"), arm.method)
-                known = [stage.flops for stage in steps if stage.flops is not None]
-                node.flops = sum(known) if len(known) == len(steps) and steps else None
+                _teach(results, node, arm, ids[index - 1])
+        _add_beside(results, nodes, arm, row)
     return nodes
+
+
+def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row: float) -> None:
+    """Add what an arm does beside its last path: its earlier paths, the model from which it starts, and further teachers."""
+    found = route(arm)
+    for model in (*(model for part in found.parts[:-1] for model in part), *found.starts.values()):
+        node = nodes.setdefault(_id(results, arm, model), Node(model, row - _ASIDE))
+        node.arms += [arm] if arm not in node.arms else []
+    for above, model in (pair for part in found.parts[:-1] for pair in pairwise(part)):
+        node = nodes[_id(results, arm, model)]
+        if node.parent is None:
+            _teach(results, node, arm, _id(results, arm, above))
+    for model in found.learners:
+        node = nodes[_id(results, arm, model)]
+        teachers = dict.fromkeys(_id(results, arm, name) for names in found.teachers(model) for name in names)
+        node.others += [at for at in teachers if at != node.parent and at not in node.others]
+        if model in found.starts:
+            node.start = _id(results, arm, found.starts[model])
+
+
+def _teach(results: Results, node: Node, arm: ArmRecord, teacher: NodeId) -> None:
+    steps = _steps(results, arm, node.model)
+    node.parent = teacher
+    node.kind = next((_kind(stage) for stage in steps[::-1] if stage.kind == "distill"), arm.method)
+    known = [stage.flops for stage in steps if stage.flops is not None]
+    node.flops = sum(known) if len(known) == len(steps) and steps else None
 
 
 def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
@@ -64,16 +97,25 @@ def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
 def _ids(results: Results, arm: ArmRecord) -> tuple[NodeId, ...]:
     if len(arm.path) == 1:
         return (("arm", arm.name),)
-    assistants: list[NodeId] = []
-    for model in arm.path[1:-1]:
-        made = [stage.key for stage in _steps(results, arm, model)]
-        assistants.append(("stage", made[-1]) if made else ("model", model))
-    return (("model", arm.path[0]), *assistants, ("arm", arm.name))
+    return tuple(_id(results, arm, model) for model in arm.path)
+
+
+def _id(results: Results, arm: ArmRecord, model: str) -> NodeId:
+    if model == arm.model:
+        return "arm", arm.name
+    made = [stage.key for stage in _steps(results, arm, model)] if model in route(arm).learners else []
+    return ("stage", made[-1]) if made else ("model", model)
 
 
 def _steps(results: Results, arm: ArmRecord, model: str) -> list[StageRecord]:
     seed = arm.first_seed(results.scores[arm.name])
     return [s for s in results.plan.stages if s.seed == seed and s.model == model and arm.name in s.arms and s.kind in TRAINING]
+
+
+def line_looks(results: Results) -> Mapping[str, Look]:
+    """Return the look of each kind of line in the figure of paths, for its legend."""
+    pruned = any(node.start is not None for node in lattice(results).values())
+    return {**method_looks(results), **({"pruned": PRUNED} if pruned else {})}
 
 
 def _kind(stage: StageRecord) -> str:
@@ -102,6 +144,11 @@ def lattice_figure(results: Results) -> Chart | None:
     for at, node in nodes.items():
         if node.parent is not None:
             _add_edge(chart, node, (place[node.parent], place[at]), styles[node.kind], dearest)
+        for other in node.others:
+            tip = f"{nodes[other].model} teaches {node.model} too"
+            _add_side(chart, node, (place[other], place[at]), styles[node.kind], tip)
+        if node.start is not None:
+            _add_side(chart, node, (place[node.start], place[at]), PRUNED, f"{node.model} is pruned from {nodes[node.start].model}")
     for at, node in nodes.items():
         _add_node(chart, results, node, place[at], is_student=at[0] == "arm")
     return chart
@@ -115,6 +162,14 @@ def _add_edge(chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[f
     tip = f"{node.kind}: {flops_text(node.flops)} FLOPs of one seed, for {', '.join(arm.name for arm in node.arms)}"
     name = node.arms[0].name if len(node.arms) == 1 else ""
     chart.segment((x0, y1), (x1, y1), look, width=width, name=name, tip=tip, kind="edge")
+
+
+def _add_side(chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[float, float]], look: Look, tip: str) -> None:
+    (x0, y0), (x1, y1) = ends
+    joint = y1 + _ASIDE
+    if abs(y0 - joint) > 1e-6:
+        chart.segment((x0, y0), (x0, joint), PLAIN, width=1.4)
+    chart.segment((x0, joint), (x1, y1), look, width=2.0, name=node.arms[0].name if len(node.arms) == 1 else "", tip=tip, kind="edge")
 
 
 def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float], *, is_student: bool) -> None:
@@ -138,6 +193,20 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
 def method_looks(results: Results) -> Mapping[str, Look]:
     """Return the look (colour and dash) of each method in the figure of paths."""
     return kinds(dict.fromkeys(node.kind for node in lattice(results).values() if node.parent is not None))
+
+
+def lattice_notes(results: Results) -> list[str]:
+    """Return sentences on the lines and values that are only in some figures of paths."""
+    nodes, metric = lattice(results), primary_metric(results)
+    assistants = [node for at, node in nodes.items() if at[0] != "arm" and node.parent is not None]
+    dev = any(last_dev_value(results, node.arms[0], node.model, metric) is not None for node in assistants)
+    pruned = any(node.start is not None for node in nodes.values())
+    said = (
+        ("The number below an assistant is its last dev value.", dev),
+        ("A dotted line is no distillation: the model at its end is pruned from the model at its start.", pruned),
+        ("A sloping line that is not dotted is a further teacher.", any(node.others for node in nodes.values())),
+    )
+    return [sentence for sentence, needed in said if needed]
 
 
 # --- error budget -----------------------------------------------------------------------------------------------------
@@ -180,6 +249,39 @@ def budgets(results: Results) -> list[Budget]:
             Budget(arm, tuple(known), (f"KL({upwards[0]} ‖ {upwards[-1]})", total), (twin.name, of_twin) if twin and of_twin else None)
         )
     return found
+
+
+def budget_text(results: Results, b: Budget) -> str:
+    """Return a sentence on how much the steps above the last assistant add to the divergence."""
+    added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
+    first, total = b.terms[0][1].mean, b.total[1].mean
+    if added <= 0 or total <= 0:
+        ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
+        return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
+    steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {results.plan.teacher or b.arm.path[0]}"
+    ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
+    return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
+
+
+def budget_notes(results: Results) -> list[str]:
+    """Return sentences on the figures of error budgets: the dashed lines, and the arms with assistants that have no figure."""
+    found = budgets(results)
+    lines = [b.arm.name for b in found if b.twin]
+    without = [arm for arm in results.plan.arms if arm.has_assistant and arm.name not in {b.arm.name for b in found}]
+    apart, unknown = ([arm.name for arm in without if arm.is_chain == chain] for chain in (False, True))
+    first = next(iter(by_importance(results)), None)
+    apart_from_answer = found and first is not None and first.arm not in {b.arm.name for b in found}
+    where = "" if len(lines) == len(found) else f" (only in {some(lines)}: the study has no such baseline for the others)"
+    return [
+        *([f"{budget_text(results, found[0])}."] if apart_from_answer else []),
+        *([f"The dashed line is the equal-compute baseline{where}."] if lines else []),
+        *([f"{some(apart)} {_has(apart)} no error budget, because no assistant teaches the student there."] if apart else []),
+        *([f"{some(unknown)} {_has(unknown)} no error budget, because it was not measured."] if unknown else []),
+    ]
+
+
+def _has(names: list[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def budget_figures(results: Results) -> Mapping[str, Chart]:

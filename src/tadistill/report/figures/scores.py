@@ -8,11 +8,11 @@ from tadistill.charts import Axis, Chart, Point, nice_span
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import MANY, looks, rows_axis, span_axis, titled
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
-from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, twin_of
+from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import MINUS, flops_text, interval, number, ratio_text, signed, summary_text
-from tadistill.results.verdict import comparisons
+from tadistill.results.verdict import by_importance, comparisons
 from tadistill.statistics import Difference
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
@@ -30,6 +30,8 @@ class ForestRow:
     difference: Difference
     per_seed: dict[int, float]
     word: str | None
+    unequal: bool = False
+    """True if a path with assistants is compared at other compute."""
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
@@ -40,7 +42,7 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
-    other = (twin_of(results, arm) if arm.has_assistant else None) or direct_of(results, arm)
+    other = (twin_of(results, arm) if arm.has_assistant else reference_at(results, arm)) or direct_of(results, arm)
     if other is None:
         other = next(a for a in results.plan.arms if teacher is None or a.model == arm.model)
     return None if other.name == arm.name else other
@@ -54,14 +56,14 @@ def differences(results: Results) -> list[ForestRow]:
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
         return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, c.word) for c in decided]
-    words = {(c.arm, c.other): c.word for c in decided}
+    words = {(c.arm, c.other): (c.word, c.against == "plain direct") for c in decided}
     found: list[ForestRow] = []
     for arm in results.plan.arms:
         other = reference_of(results, arm)
         compared = compare(results, arm.name, other.name, metric) if other else None
         if other and compared:
             per_seed = differences_per_seed(results, arm.name, other.name, metric)
-            found.append(ForestRow(arm, other, compared[0], per_seed, words.get((arm.name, other.name))))
+            found.append(ForestRow(arm, other, compared[0], per_seed, *words.get((arm.name, other.name), (None, False))))
     return sorted(found, key=lambda entry: (not entry.arm.has_assistant, -entry.difference.mean))
 
 
@@ -86,6 +88,7 @@ def difference_figure(results: Results) -> Chart | None:
         d, name = row.difference, row.arm.name
         text = _difference_text(d, metric)
         word = f" · {row.word}" if row.word else ""
+        word += " · not equal compute" if row.unequal else ""
         pair = f"{name} {MINUS} {row.other.name}"
         tip = f"{pair}: {text}"
         chart.row(name, y - 0.2, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
@@ -122,11 +125,10 @@ def means_figure(results: Results) -> Chart | None:
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One arm in the figure of quality over compute. `x` is its place on the axis. Points of equal cost are moved apart."""
+    """One arm in the figure of quality over compute."""
 
     arm: ArmRecord
     flops: float
-    x: float
     summary: Summary
 
 
@@ -137,7 +139,7 @@ def cost_points(results: Results, model: str) -> list[CostPoint]:
         (arm, arm.flops, s) for arm in results.plan.arms if arm.model == model and (s := results.summaries.get((arm.name, MEAN, metric)))
     ]
     paid = sorted(((arm, flops, s) for arm, flops, s in known if flops), key=lambda entry: entry[1])
-    return [CostPoint(arm, flops, flops, s) for arm, flops, s in paid]
+    return [CostPoint(arm, flops, s) for arm, flops, s in paid]
 
 
 def cost_figure(results: Results, model: str) -> Chart | None:
@@ -157,14 +159,14 @@ def cost_figure(results: Results, model: str) -> Chart | None:
     chart = Chart("figure-cost", f"{metric_title(metric)} over training compute: {'; '.join(texts)}", x, y, height=250, head=10)
     named = len(points) <= MANY
     best = max(points, key=lambda p: p.summary.mean).arm.name
-    compared = {best, *(name for c in comparisons(results)[:1] for name in (c.arm, c.other))}
-    for p, at in zip(points, _apart([x.place(p.flops / unit) for p in points]), strict=True):
-        value, s = x.low * (x.high / x.low) ** at if log else x.low + at * (x.high - x.low), p.summary
+    compared = {best, *(name for c in by_importance(results)[:1] for name in (c.arm, c.other))}
+    for p, place in zip(points, _apart([x.place(p.flops / unit) for p in points]), strict=True):
+        at, s = x.low * (x.high / x.low) ** place if log else x.low + place * (x.high - x.low), p.summary
         tip = f"{p.arm.name}: {summary_text(s, metric)}\n{flops_text(p.flops)} training FLOPs" + (
             f", {ratio_text(p.flops / unit)}" if unit != 1.0 else ""
         )
         label = p.arm.name if named or p.arm.name in compared else ""
-        chart.points(p.arm.name, [Point(value, s.mean, s.low, s.high, tip)], styles[p.arm.name], size=6, label=label)
+        chart.points(p.arm.name, [Point(p.flops / unit, s.mean, s.low, s.high, tip, at)], styles[p.arm.name], size=6, label=label)
     return chart
 
 

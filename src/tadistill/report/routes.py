@@ -1,0 +1,83 @@
+"""How an arm's student is made, read from the text of its path: who teaches it, and from which model its first weights come.
+
+path                              words
+xl > l > s                        taught by xl through l
+xl > l then xl > s, s from l      pruned from l, then taught by xl
+l > s then xl > s                 taught by l, then by xl
+xl > m > s, dense                 taught by xl and m together
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tadistill.config.arm import path_text
+from tadistill.results.study import ArmRecord
+
+
+@dataclass(frozen=True)
+class Route:
+    """The parts of an arm's path. Each part is a path of models in which each model teaches the next one."""
+
+    parts: tuple[tuple[str, ...], ...]
+    starts: Mapping[str, str]
+    """Maps a model to the model from which it is pruned. Its first weights are a part of that model's weights."""
+    dense: bool
+    """True if each model learns from all models before it in its part."""
+
+    @property
+    def learners(self) -> set[str]:
+        """The models that learn from a teacher."""
+        return {model for part in self.parts for model in part[1:]}
+
+    def teachers(self, model: str) -> list[tuple[str, ...]]:
+        """Return the teachers of a model, with one entry for each of its distillations, in order."""
+        places = ((part, part.index(model)) for part in self.parts if model in part[1:])
+        return [part[:at] if self.dense else part[at - 1 : at] for part, at in places]
+
+
+def route(arm: ArmRecord) -> Route:
+    """Return the parts of an arm's path."""
+    if arm.path_text == path_text(arm.path):  # names of models may contain commas
+        return Route((arm.path,), {}, dense=False)
+    text, *marks = arm.path_text.split(", ")
+    pairs = [mark.split(" from ", 1) for mark in marks if " from " in mark]
+    return Route(tuple(tuple(part.split(" > ")) for part in text.split(" then ")), dict(pairs), "dense" in marks)
+
+
+def taught(arm: ArmRecord) -> str:
+    """Return a few words on how an arm with a teacher makes its model, such as "pruned from l, then taught by xl"."""
+    found = route(arm)
+    if len(found.parts) == 1 and not found.dense:
+        first, *through, _ = found.parts[0]
+        how = f"taught by {first}{f' through {listed(through)}' if through else ''}"
+    else:
+        how = f"taught {', then '.join(_by(teachers) for teachers in found.teachers(arm.model))}"
+    start = found.starts.get(arm.model)
+    return f"pruned from {start}, then {how}" if start else how
+
+
+def steps(arm: ArmRecord) -> str:
+    """Return all steps of an arm's path, such as "xl teaches l; s is pruned from l; xl teaches s"."""
+    found, said, begun = route(arm), [], set()
+    for part in found.parts:
+        for at, model in enumerate(part[1:], start=1):
+            if model in found.starts and model not in begun:
+                said.append(f"{model} is pruned from {found.starts[model]}")
+            begun.add(model)
+            teachers = part[:at] if found.dense else part[at - 1 : at]
+            said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {model}")
+    return "; ".join(said)
+
+
+def _by(teachers: Sequence[str]) -> str:
+    return f"by {listed(teachers)}{' together' if len(teachers) > 1 else ''}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as text, such as "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def some(names: Sequence[str]) -> str:
+    """Return up to three names as text, and the number of the other names."""
+    return listed([*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names)
