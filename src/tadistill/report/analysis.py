@@ -201,7 +201,7 @@ def hop_text(models: tuple[str, ...], j: int) -> str:
 def _compute(results: Results, c: Comparison) -> str:
     direct = direct_of(results, results.arm(c.arm))
     if direct is None:
-        return "The effect of compute is not measured: the study has no plain direct arm that trains this student."
+        return "The effect of compute is not measured: the study has no direct arm that trains this student."
     if c.against == "plain direct":
         return (
             f"The effect of compute is not measured: the study has no arm with `compute: as {c.arm}`, which trains directly at equal cost."
@@ -211,7 +211,7 @@ def _compute(results: Results, c: Comparison) -> str:
     if gap is None or closed is None:
         return f"The effect of compute is not measured yet: {direct.name} has no finished seed in common with both arms."
     numbers = (
-        f"over plain direct ({direct.name}), {c.arm} gains {span(gap, c.metric)} "
+        f"over direct distillation ({direct.name}), {c.arm} gains {span(gap, c.metric)} "
         f"and its equal-compute baseline {c.other} {span(closed, c.metric)} "
         f"{metric_unit(c.metric)} of {metric_title(c.metric)}"
     )

@@ -26,6 +26,7 @@ from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import arm_words, cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, paths, scores
 from tadistill.report.figures.style import MANY, looks, titled
+from tadistill.report.routes import route
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
@@ -118,6 +119,7 @@ def _first(results: Results) -> dict[str, Any]:
         "roles": roles(results),
         "progress": _progress(results) if not results.summaries else [],
         "glossary": GLOSSARY,
+        "pruned": any(route(arm).starts for arm in results.plan.arms),
     }
 
 

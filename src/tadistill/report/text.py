@@ -13,7 +13,7 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.explain import failed_text, missing_text, needed_text, seeds_text
-from tadistill.report.routes import listed, taught
+from tadistill.report.routes import listed, some, taught
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
@@ -150,7 +150,8 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
     best = by_importance(results)[0]
     kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
     ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else "ways to use an assistant"
-    counts = f"{len(gains) or 'None'} of {len(known)} {ways} clearly beat direct distillation"
+    direct = some(list(dict.fromkeys(c.other for c, _ in known)))
+    counts = f"{len(gains) or 'None'} of {len(known)} {ways} clearly beat direct distillation ({direct})"
     worse = f", and {len(losses)} did clearly worse" if losses else ""
     return kind, f"{counts}{worse}. {_chain_text(results, best, results.arm(best.arm), best=True)}"
 
@@ -325,7 +326,7 @@ def _cost(results: Results) -> str:
     direct = direct_of(results, arm)
     times = ""
     if direct and direct.flops and direct.name != arm.name:
-        times = f", {(arm.flops or 0.0) / direct.flops:.2f} times plain direct distillation ({direct.name})"
+        times = f", {(arm.flops or 0.0) / direct.flops:.2f} times direct distillation ({direct.name})"
     first = f"Training one {arm.name} costs {flops_text(arm.flops)} FLOPs{times}"
     return f"{first}; the study's {spent}." if spent else f"{first}."
 

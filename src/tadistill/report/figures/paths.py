@@ -19,7 +19,7 @@ from tadistill.results.verdict import by_importance
 
 _ROW = 46  # pixels
 _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row
-PRUNED = Look(GREY, "circle", "1 4")
+PRUNED = Look("var(--ink)", "circle", "2 5")
 """The look of a line from a model to the model that is pruned from it."""
 _THIN, _WIDER = 1.5, 6.0  # width of an edge without cost, and the additional width of the most expensive edge, in pixels
 
