@@ -27,9 +27,15 @@ def parsed(markup) -> ElementTree.Element:
     [
         (Axis(0, 10), ["0", "2", "4", "6", "8", "10"]),
         (Axis(-0.31, 0.29), ["\N{MINUS SIGN}0.2", "0", "0.2"]),
+        (Axis(-0.05, 0.98), ["0", "0.25", "0.50", "0.75"]),
+        (Axis(0, 12), ["0", "2.5", "5.0", "7.5", "10.0"]),
+        (Axis(9000, 21000), ["10.0k", "12.5k", "15.0k", "17.5k", "20.0k"]),
+        (Axis(10000, 10011), ["10000.0", "10002.5", "10005.0", "10007.5", "10010.0"]),
+        (Axis(1e15, 2.2e15), ["1.00e15", "1.25e15", "1.50e15", "1.75e15", "2.00e15"]),
+        (Axis(0, 9.9e-5), ["0", "2e\N{MINUS SIGN}5", "4e\N{MINUS SIGN}5", "6e\N{MINUS SIGN}5", "8e\N{MINUS SIGN}5"]),
         (Axis(1e10, 1e13, log=True), ["10B", "30B", "100B", "300B", "1T", "3T", "10T"]),
         (Axis(1e16, 9e17, log=True), ["1e16", "2e16", "5e16", "1e17", "2e17", "5e17"]),
-        (Axis(1e12, 1.6e12, log=True), ["1T", "1.2T", "1.4T", "1.6T"]),
+        (Axis(1e12, 1.6e12, log=True), ["1.0T", "1.2T", "1.4T", "1.6T"]),
         (Axis(1, 1e9, log=True), ["1", "100", "10k", "1M", "100M"]),
         (Axis(0, 1, marks={0.5: "half"}), ["half"]),
     ],
@@ -63,6 +69,19 @@ def test_marks_are_where_their_values_are():
     assert values["bars"] == []
     assert values["lines"] == [["curve", None, [0, 10], [0.0, 4.0]]]
     assert "<b>" not in markup
+
+
+def test_a_point_that_is_moved_aside_keeps_its_value_and_the_figure_says_so():
+    found = chart(height=200)
+    found.points("a", [Point(5, 1, at=5.2)], look(0))
+    values = json.loads(re.search(r'class="values">(.*?)</script>', found.html())[1])
+    assert [name_and_place[:2] for name_and_place in values["points"]] == [["a", 5.0]]
+    (mark,) = (node for node in parsed(found.html()).iter() if node.get("class") == "at")
+    assert mark.get("x") == "52.00%"
+    assert "side by side" in found.html()
+    found = chart(height=200)
+    found.points("a", [Point(5, 1, at=5.001)], look(0))
+    assert "side by side" not in found.html()
 
 
 def test_labels_do_not_meet():

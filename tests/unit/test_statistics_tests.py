@@ -14,7 +14,9 @@ from tadistill.statistics import (
     expected_best_of,
     holm,
     inflation,
+    macro_difference,
     minimum_detectable_effect,
+    seeds_to_detect,
     sign_flip,
     undominated,
 )
@@ -139,3 +141,23 @@ def test_undominated_is_the_front_by_brute_force():
         front = undominated(points, lambda x: x)
         assert set(front) == best
         assert len(front) == len(best)
+
+
+def test_seeds_to_detect_gives_the_power():
+    rng = np.random.default_rng(3)
+
+    def study(seeds: int, effect: float) -> np.ndarray:
+        shape = (seeds, 60, 1)
+        return effect + 3 * rng.standard_normal((seeds, 1, 1)) + 10 * rng.standard_normal((1, 60, 1)) + 5 * rng.standard_normal(shape)
+
+    large = study(300, 0.0)  # its spread is nearly the true one
+    found = macro_difference([large], [0 * large])
+    spread = {"se": found.se, "df": found.df, "differences_S": large.mean(axis=(1, 2))}
+    seeds = seeds_to_detect(5.0, **spread)
+    hits = [macro_difference([values], [0 * values]).p < 0.05 for values in (study(seeds, 5.0) for _ in range(400))]
+    assert np.mean(hits) == pytest.approx(0.8, abs=0.06)
+    assert seeds_to_detect(4.0, **spread) > seeds
+    assert seeds_to_detect(5.0, **spread, level=0.99) > seeds
+    assert seeds_to_detect(1.0, **spread) is None  # the prompts alone have a standard error of 1.3
+    with pytest.raises(ValueError, match="at least 2 seeds and an effect greater than 0"):
+        seeds_to_detect(0.0, **spread)

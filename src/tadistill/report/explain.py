@@ -117,7 +117,7 @@ def _word_text(c: Comparison) -> str:
 def _power_text(c: Comparison) -> str:
     if c.word != "no evidence" or c.detectable is None:
         return ""
-    return f"the study finds a difference of {detectable_text(c.detectable, c.metric, unit=True)} with 80 % power"
+    return f"the study detects a difference of {detectable_text(c.detectable, c.metric, unit=True)} with 80 % power"
 
 
 def _credit_text(c: Comparison) -> list[str]:
@@ -157,7 +157,7 @@ def needed_text(c: Comparison) -> str:
     size = number(abs(c.difference.mean), c.metric)
     if c.word != "no evidence" or c.detectable is None or len(c.seeds) < SEEDS_FOR_A_CLAIM or not float(size):
         return ""
-    found = f"a true difference of {with_unit(size, c.metric)}, the size of the observed one, with 80 % power"
+    found = f"a difference of the observed size ({with_unit(size, c.metric)}) with 80 % power"
     spread = "if scores vary between seeds and between prompts as they do here"
     if c.seeds_needed is None:
         return f" More training seeds alone do not find {found}, {spread}; more test prompts are needed."

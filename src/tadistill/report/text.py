@@ -291,7 +291,7 @@ def _against_sft(results: Results) -> str:
     strict = not (few or wins) and any(d.mean > 0 and not d.covers_zero for ds in known.values() for d, _ in ds)
     after = f" after the correction for {sum(map(len, known.values()))} comparisons" if strict else ""
     bad = "".join(
-        f" With {way} answers, {listed(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
+        f" With {way} answers, {some(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
         for way, names in worse.items()
         if names and len(distilled) > 1
     )

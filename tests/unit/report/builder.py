@@ -29,6 +29,10 @@ class ArmSpec:
     published: dict | None = None
     sharper: float = 0.0
     """Divides every temperature by 1 / (1 - sharper): the arm moves along its curve of metric over entropy."""
+    before: tuple[str, ...] = ()
+    """An earlier path, as `xl > l` of `xl > l then xl > s`."""
+    text: str = ""
+    """The whole path as a recipe writes it, if it is more than `path`."""
 
 
 @dataclass
@@ -106,6 +110,19 @@ def _arm(study: Study, spec: StudySpec, arm: ArmSpec, stages: dict[str, dict]) -
     evaluate, analyse, final = {}, {}, {}
     also: dict[str, dict[str, str]] = {name: {} for name in spec.also}
     for seed in spec.seeds:
+        if arm.before:
+            key = key_of("distill", arm.before, seed, "")
+            _stage(
+                stages,
+                key,
+                "distill",
+                f"distill {arm.before[-2]} -> {arm.before[-1]}, minillm, seed {seed}",
+                arm.before[-1],
+                seed,
+                arm.name,
+            )
+            if not (study.store_dir / key[:2] / key).exists():
+                _train(study, spec, arm, "distill", arm.before, seed, key)
         final[str(seed)] = _train_path(study, spec, arm, seed, stages) if spec.trained else None
         keys = {"evaluate": evaluate, **({"analyse": analyse} if spec.teacher else {}), **also}
         for what, found in keys.items():
@@ -118,6 +135,8 @@ def _arm(study: Study, spec: StudySpec, arm: ArmSpec, stages: dict[str, dict]) -
     return {
         "name": arm.name,
         "path": list(arm.path),
+        "text": arm.text,
+        "models": list(dict.fromkeys((*arm.before, *arm.path))),
         "method": arm.method,
         "model": arm.path[-1],
         "compute": arm.compute,

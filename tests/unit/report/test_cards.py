@@ -41,7 +41,9 @@ def test_an_export_is_the_trained_model_with_its_card(shared, tmp_path):
 def test_the_first_seed_is_exported_by_default(shared, tmp_path):
     target = export(shared.results, "direct-long", None, tmp_path / "out")
     assert json.loads((target / "config.json").read_text())["seed"] == 10
-    assert "against equal-compute direct (direct-long)" in (target / "README.md").read_text(encoding="utf-8")  # a twin's card tells it too
+    assert "against direct distillation with the same compute (direct-long)" in (target / "README.md").read_text(
+        "utf-8"
+    )  # on a twin's card too
 
 
 def test_the_first_seed_is_the_recipes_not_the_smallest(tmp_path):
@@ -78,7 +80,7 @@ def test_the_base_model_is_found_through_what_a_model_is_made_from(study, tmp_pa
 def test_a_card_tells_a_negative_result(tmp_path):
     arms = [ArmSpec("chain", ("xl", "l", "s"), gain=-6), ArmSpec("twin", ("xl", "s"), compute="as chain")]
     study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
-    assert " against equal-compute direct (twin): loss (p " in model_card(study.read(), "chain", 1, tmp_path, "out")
+    assert " against direct distillation with the same compute (twin): loss (p " in model_card(study.read(), "chain", 1, tmp_path, "out")
 
 
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):

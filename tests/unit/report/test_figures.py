@@ -86,7 +86,10 @@ def test_arms_of_equal_cost_stand_apart(tmp_path):
     assert [p.arm.name for p in cost_points(results, "s")] == ["sft", "arm0", "arm1", "arm2", "arm3", "arm4"]
     figure = cost_figure(results, "s")
     values = json.loads(re.search(r'class="values">(.*?)</script>', figure.html())[1])
-    places = [figure.x.place(x) for _, x, *_ in values["points"]]
+    direct = next(p.flops for p in cost_points(results, "s") if p.arm.name == "arm0")
+    assert [x for _, x, *_ in values["points"]] == pytest.approx([p.flops / direct for p in cost_points(results, "s")])
+    places = [float(x) / 100 for x in re.findall(r'<svg data-arm="[^"]*" class="at" x="([\d.]+)%"', figure.html())]
+    assert len(places) == len(values["points"])
     assert min(b - a for a, b in pairwise(places)) > 0.0179
     assert max(places) < 0.99
     for name, _, mean, low, high, tip in values["points"]:

@@ -311,7 +311,7 @@ def test_the_answer_says_if_distillation_beat_fine_tuning(tmp_path, gain, claim)
     results = build_study(tmp_path, spec).read()
     sampled, greedy = (signed(difference(results, "kd", "sft", m).mean, m) for m in ("rouge_l", "rouge_l@greedy"))
     assert re.fullmatch(
-        rf"Distillation {claim} plain fine-tuning \(SFT, sft\): kd differs by {re.escape(sampled)} with sampled answers "
+        rf"Distillation {claim} plain fine-tuning \(SFT, sft\): kd differs by {re.escape(sampled)} points with sampled answers "
         rf"\(95 % interval \S+ to \S+\) and {re.escape(greedy)} with greedy answers \(95 % interval \S+ to \S+\)\.",
         answer(results).against_sft,
     )

@@ -42,7 +42,7 @@ class Numbers:
     def cost(self, drawn: dict) -> None:
         direct = self.arms["direct"]["flops"]
         for name, x, *ends, _ in drawn["points"]:
-            assert x == pytest.approx(self.arms[name]["flops"] / direct, abs=0.4)  # equal costs are moved apart
+            assert x == pytest.approx(self.arms[name]["flops"] / direct, rel=1e-6)
             assert ends == pytest.approx([self.mean(name)[end] for end in ("value", "low", "high")], rel=1e-6)
 
     def differences(self, drawn: dict) -> None:

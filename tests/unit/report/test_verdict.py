@@ -68,7 +68,7 @@ def test_words(tmp_path, gain, margin, seeds, word, phrase):
     sentence = verdict_text(results, comparison)
     assert sentence.startswith("TA path xl > l > s (chain): ")
     assert " points of ROUGE-L, 95 % " in sentence
-    assert " against equal-compute direct (twin)" in sentence
+    assert " against direct distillation with the same compute (twin)" in sentence
     assert phrase in sentence
     assert "the study detects" not in sentence or word == "no evidence"
 

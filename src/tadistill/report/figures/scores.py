@@ -17,6 +17,7 @@ from tadistill.statistics import Difference
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two
+_PHONE = 46  # characters for which a row has room on a phone
 _NEAR = 0.018  # share of the width: points that are closer are moved apart
 _MOST, _LAST = 0.08, 0.985  # shares of the width: how far a point is moved at most, and the place of the last one
 
@@ -93,8 +94,10 @@ def difference_figure(results: Results) -> Chart | None:
         tip = f"{pair}: {text}"
         chart.row(name, y - 0.2, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
         chart.text(None, y + 0.22, pair, side="start", name=name, kind="name")
-        wide = "note wide" if len(pair + text + word) > 46 else "note"  # on a phone there is no room for both texts
-        chart.text(None, y + 0.22, f"{text}{word}", side="end", name=name, kind=wide)
+        fits, slim = (len(pair + shown) <= _PHONE for shown in (text + word, text))
+        chart.text(None, y + 0.22, f"{text}{word}", side="end", name=name, kind="note" if fits else "note wide")
+        if slim and not fits:
+            chart.text(None, y + 0.22, text, side="end", name=name, kind="note slim")
     return chart
 
 

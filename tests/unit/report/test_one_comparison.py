@@ -1,0 +1,131 @@
+"""The answer, the headings, the answers side by side and the captions are about the same arm, and say how it is made."""
+
+import re
+
+import pytest
+
+from tadistill.report.analysis import analyses
+from tadistill.report.explain import arm_words, cautions, needed_text
+from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure, lattice_notes
+from tadistill.report.figures.scores import difference_figure, differences
+from tadistill.report.findings import answers, behaviour, paths
+from tadistill.report.record import distillations
+from tadistill.report.routes import steps, taught
+from tadistill.report.text import answer
+from tadistill.results.compare import direct_of
+from tadistill.results.samples import samples, shown_first
+from tadistill.results.units import number
+from tadistill.results.verdict import by_importance, comparisons
+
+from .builder import SMALL, ArmSpec, StudySpec, build_study
+
+PRUNED = ArmSpec("starts", ("xl", "s"), gain=0.5, flops=6e17, before=("xl", "l"), text="xl > l then xl > s, s from l")
+ARMS = [
+    ArmSpec("sft", ("s",), flops=1e15),
+    ArmSpec("kd", ("xl", "s"), method="forward_kl (dataset)"),
+    ArmSpec("direct", ("xl", "s")),
+    ArmSpec("teaches", ("xl", "l", "s"), gain=-4.0, flops=4.5e17),
+    PRUNED,
+    ArmSpec("equal", ("xl", "s"), compute="as starts", flops=6e17),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    spec = StudySpec(ARMS, seeds=(1, 2, 3), sets={"dolly": 40}, fact_sets=(), answer="the end.")
+    return build_study(tmp_path_factory.mktemp("one"), spec).results
+
+
+def test_question_answer_and_headings_are_about_the_same_arm(results):
+    found = answer(results)
+    assert found.question.startswith("Is s (124 M parameters) better when xl (1.56 B) teaches it with the help of l (774 M) than when xl ")
+    assert found.answer.startswith("None of 2 ways to use an assistant clearly beat direct distillation (direct and equal)")
+    assert "The best of them, starts (pruned from l, then taught by xl), did not" in found.answer
+    assert re.search(r"This design finds a difference of [\d.]+ points with 80 % power\.$", found.answer)
+    assert by_importance(results)[0].arm == "starts" != comparisons(results)[0].arm
+    assert paths(results) == "starts: xl teaches l; s is pruned from l; xl teaches s"
+    assert answers(results, samples(results)).startswith("starts and equal give the same answer")
+    assert behaviour(results).startswith("The entropy of starts is ")
+    assert shown_first(results) == ["starts", "equal"]
+    assert [a.arm for a in analyses(results)] == ["starts", "teaches"]
+
+
+def test_direct_distillation_is_one_arm(results):
+    assert {arm.name: direct_of(results, arm).name for arm in results.plan.arms if arm.model == "s"} == dict.fromkeys(
+        (arm.name for arm in ARMS), "direct"
+    )
+    assert {row.arm.name: row.other.name for row in differences(results)} == {
+        "starts": "equal", "teaches": "direct", "equal": "direct", "kd": "direct", "sft": "direct"
+    }  # fmt: skip
+
+
+def test_other_compute_is_said(results):
+    assert cautions(results)[0] == (
+        "Not at equal compute, because the study has no arm with `compute: as ARM` for it: teaches has 1.50× the compute of direct."
+    )
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", difference_figure(results).html())
+    assert [text.partition(" · ")[2].endswith("not equal compute") for text in texts if "·" in text] == [True, False]  # from the bottom
+
+
+def test_an_arm_without_an_error_budget_is_explained(results):
+    distance, without = budget_notes(results)  # no dashed line: `teaches` has no equal-compute baseline
+    assert re.match(r"\d+ % of the distance between teaches and its teacher comes from the step between l and xl: ", distance)
+    assert without == "starts has no error budget, because no assistant teaches the student there."
+
+
+def test_dashed_lines_are_named_where_they_are(tmp_path):
+    results = build_study(tmp_path, StudySpec(SMALL, seeds=(1, 2, 3))).read()
+    assert budget_notes(results) == ["The dashed line is the equal-compute baseline."]
+    assert paths(results).split(" % ")[1].startswith("of the distance between chain and its teacher")
+    assert lattice_notes(results) == ["The number below an assistant is its last dev value."]
+
+
+def test_pruning_is_drawn(results):
+    nodes = lattice(results)
+    student, chain = nodes["arm", "starts"], nodes["arm", "teaches"]
+    assert student.start == chain.parent  # the same l
+    assert [arm.name for arm in nodes[student.start].arms] == ["teaches", "starts"]
+    assert nodes[student.parent].model == "xl"
+    html = lattice_figure(results).html()
+    assert 'data-tip="s is pruned from l"' in html
+    assert any(sentence.startswith("A dotted line is no distillation") for sentence in lattice_notes(results))
+    rows = {tuple(row["arms"]): row for row in distillations(results)}
+    assert rows["starts",]["pruned_from"] == "l"
+    assert rows["teaches",]["pruned_from"] is None
+
+
+def test_a_pruned_student_without_a_chain_draws_its_model_above_its_row(tmp_path):
+    results = build_study(tmp_path, StudySpec([PRUNED], seeds=(1,))).read()
+    nodes = lattice(results)
+    model = nodes[nodes["arm", "starts"].start]
+    assert (model.model, model.row, nodes[model.parent].model, model.flops) == ("l", -0.3, "xl", 1e16)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "words", "said", "more"),
+    [
+        ("l > s then xl > s", ("xl", "s"), "taught by l, then by xl", "l teaches s; xl teaches s", ["l"]),
+        ("xl > l > s, dense", ("xl", "l", "s"), "taught by xl and l together", "xl teaches l; xl and l teach s", ["xl"]),
+        ("xl > l > s, s from l", ("xl", "l", "s"), "pruned from l, then taught by xl through l", "xl teaches l; s is pruned from l; l teaches s", []),
+    ],
+)  # fmt: skip
+def test_every_kind_of_path_has_words_and_lines(tmp_path, text, path, words, said, more):
+    results = build_study(tmp_path, StudySpec([ArmSpec("arm", path, text=text)], seeds=(1,))).read()
+    (arm,) = results.plan.arms
+    assert (taught(arm), steps(arm), arm_words(results)) == (words, said, {"arm": words})
+    nodes = lattice(results)
+    assert [nodes[at].model for at in nodes["arm", "arm"].others] == more
+    assert ("is pruned from l" in lattice_figure(results).html()) == ("from l" in text)
+    assert (f"{(*more, '')[0]} teaches s too" in lattice_figure(results).html()) == bool(more)
+
+
+def test_the_number_of_seeds_is_of_the_observed_size(results):
+    found, (c, *_) = answer(results), by_importance(results)
+    assert c.seeds_needed > 3
+    assert found.next.endswith(
+        f" training seeds find a difference of the observed size ({number(abs(c.difference.mean), 'rouge_l')} points) with 80 % power, "
+        "if scores vary between seeds and between prompts as they do here."
+    )
+    shown = int(re.search(r"About ([\d,]+) training", found.next)[1].replace(",", ""))
+    assert c.seeds_needed <= shown < 1.1 * c.seeds_needed + 1
+    assert {needed_text(other) for other in comparisons(results) if other.word != "no evidence"} <= {""}
