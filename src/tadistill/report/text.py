@@ -167,7 +167,7 @@ def _undecided(results: Results, chain: ArmRecord, *, has_other: bool) -> str:
 
 def _chain_text(results: Results, c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
     how = f"Distilling through {listed(arm.path[1:-1])} ({c.arm})" if arm.is_plain else f"{c.arm} ({taught(arm)})"
-    how = f"The best of them, {c.arm} ({taught(arm)})," if best else how
+    how = f"The best, {c.arm} ({taught(arm)})," if best else how
     other = f"direct distillation{' with the same compute' if c.against == 'equal compute' else ''} ({c.other})"
     text = f"{_claim(how, other, c)}: {_gap(c.difference, c.metric)}.{_limits(c)}"
     if c.against == "plain direct":

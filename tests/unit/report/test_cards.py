@@ -43,8 +43,6 @@ def test_the_first_seed_is_exported_by_default(shared, tmp_path):
     assert json.loads((target / "config.json").read_text())["seed"] == 10
     card = (target / "README.md").read_text(encoding="utf-8")
     assert "against direct distillation with the same compute (direct-long)" in card  # a twin's card tells it too
-        "utf-8"
-    )  # on a twin's card too
 
 
 def test_the_first_seed_is_the_recipes_not_the_smallest(tmp_path):
