@@ -65,6 +65,8 @@ class Analysis:
     whole: tuple[tuple[str, str, str], ...]
     """Metrics with one value per test set: title, value of the arm, value of the other arm. They have no intervals."""
     explanations: tuple[Explanation, ...]
+    unequal: bool
+    """True if the arm is a path with assistants, and the other arm had other compute."""
 
 
 def analyses(results: Results) -> list[Analysis]:
@@ -79,7 +81,12 @@ def _analyses(results: Results) -> list[Analysis]:
     compared = by_importance(results)
     if len(compared) > _MOST_PAIRS and compared[0].against == "pair":
         return []
-    return [Analysis(c.arm, c.other, tuple(_rows(results, c)), tuple(_whole(results, c)), _explanations(results, c)) for c in compared]
+    return [
+        Analysis(
+            c.arm, c.other, tuple(_rows(results, c)), tuple(_whole(results, c)), _explanations(results, c), c.against == "plain direct"
+        )
+        for c in compared
+    ]
 
 
 def _rows(results: Results, c: Comparison) -> Iterable[Row]:

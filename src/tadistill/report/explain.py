@@ -157,7 +157,8 @@ def needed_text(c: Comparison) -> str:
     size = number(abs(c.difference.mean), c.metric)
     if c.word != "no evidence" or c.detectable is None or len(c.seeds) < SEEDS_FOR_A_CLAIM or not float(size):
         return ""
-    found = f"a difference of the observed size ({with_unit(size, c.metric)}) with 80 % power"
+    between = f" between {c.arm} and {c.other}" if c.against == "pair" else ""
+    found = f"a difference of the observed size{between} ({with_unit(size, c.metric)}) with 80 % power"
     spread = "if scores vary between seeds and between prompts as they do here"
     if c.seeds_needed is None:
         return f" More training seeds alone do not find {found}, {spread}; more test prompts are needed."

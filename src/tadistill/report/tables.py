@@ -157,7 +157,7 @@ def interval_method(results: Results) -> str:
 
 
 def _pair_title(c: Comparison) -> str:
-    return f"{c.arm} {DASH} {c.other}" + (" (compute differs)" if c.against == "plain direct" else "")
+    return f"{c.arm} {DASH} {c.other}" + (" (not equal compute)" if c.against == "plain direct" else "")
 
 
 def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
