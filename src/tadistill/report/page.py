@@ -26,7 +26,7 @@ from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import arm_words, cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, paths, scores
 from tadistill.report.figures.style import MANY, looks, titled
-from tadistill.report.routes import route
+from tadistill.report.routes import route, steps
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
@@ -218,6 +218,7 @@ def _sections(results: Results) -> dict[str, Any]:
         "lengths": _markup(lengths),
         "calibration": _markups(behaviour.calibration_figures(results)),
         "intervals": interval_method(results),
+        "steps": steps,
         "stages": stages,
         "versions": versions(stages),
     }

@@ -13,6 +13,7 @@ from rich.text import Text
 from tadistill.metrics import metric_title
 from tadistill.report.analysis import MARKS, Analysis, analyses, published
 from tadistill.report.explain import cautions
+from tadistill.report.routes import steps
 from tadistill.report.tables import (
     ScoreTable,
     Table,
@@ -99,7 +100,8 @@ def _paths(results: Results) -> str:
     lines: list[str] = []
     for arm in results.plan.arms:
         compute = f", compute {arm.compute}" if arm.compute else ""
-        lines.append(f"- **{escape_markdown(arm.name)}**: {code(arm.path_text)}, {escape_markdown(arm.method)}{escape_markdown(compute)}")
+        path = code(arm.path_text) + ("" if arm.is_plain else f" ({escape_markdown(steps(arm))})")
+        lines.append(f"- **{escape_markdown(arm.name)}**: {path}, {escape_markdown(arm.method)}{escape_markdown(compute)}")
     return "\n".join(lines)
 
 
