@@ -341,5 +341,7 @@ def _next(results: Results, kind: Kind) -> str:
     if few:
         return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept."
     if kind in ("open", "unfinished") and any(c.trained for c in compared):
-        return f"Next: add training seeds or test prompts to decide it; finished stages are kept.{needed_text(by_importance(results)[0])}"
+        first = by_importance(results)[0]
+        fair = f", and a direct arm with `compute: as {first.arm}` for equal compute" if first.against == "plain direct" else ""
+        return f"Next: add training seeds or test prompts to decide it{fair}; finished stages are kept.{needed_text(first)}"
     return ""
