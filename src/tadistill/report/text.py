@@ -18,7 +18,7 @@ from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import detectable_text, flops_text, number, parameters_text, signed, with_unit
+from tadistill.results.units import detectable_text, flops_text, number, p_text, parameters_text, signed, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.statistics import Difference, holm
 
@@ -150,8 +150,7 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
     best = by_importance(results)[0]
     kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
     ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else "ways to use an assistant"
-    direct = some(list(dict.fromkeys(c.other for c, _ in known)))
-    counts = f"{len(gains) or 'None'} of {len(known)} {ways} clearly beat direct distillation ({direct})"
+    counts = f"{len(gains) or 'None'} of {len(known)} {ways} ({some([c.arm for c, _ in known])}) clearly beat direct distillation"
     worse = f", and {len(losses)} did clearly worse" if losses else ""
     return kind, f"{counts}{worse}. {_chain_text(results, best, results.arm(best.arm), best=True)}"
 
@@ -278,8 +277,9 @@ def _against_sft(results: Results) -> str:
     known = {way: ds for way, ds in found.items() if ds}
     if not known:
         return f"Distillation is not compared with plain fine-tuning ({tuned.name}) yet: they share no finished seed."
-    adjusted = iter(holm([d.p for ds in known.values() for d, _ in ds]))
-    clear = {way: [(d, arm) for d, arm in ds if next(adjusted) < _ALPHA and not d.covers_zero] for way, ds in known.items()}
+    every = [(way, d, arm) for way, ds in known.items() for d, arm in ds]
+    adjusted = [(*each, p) for each, p in zip(every, holm([d.p for _, d, _ in every]), strict=True) if not each[1].covers_zero]
+    clear = {way: [(d, arm) for w, d, arm, p in adjusted if w == way and p < _ALPHA] for way in known}
     if few := min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM:
         clear = {way: [] for way in known}
     wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
@@ -288,15 +288,15 @@ def _against_sft(results: Results) -> str:
     if all(len(worse[way]) == len(ds) for way, ds in known.items()):
         claim = "did worse than"
     best = distilled[0].name if len(distilled) == 1 else f"the best of {len(distilled)} arms"
-    strict = not (few or wins) and any(d.mean > 0 and not d.covers_zero for ds in known.values() for d, _ in ds)
-    after = f" after the correction for {sum(map(len, known.values()))} comparisons" if strict else ""
+    near = [] if few or wins else [p for _, d, _, p in adjusted if d.mean > 0]
+    after = f" An interval excludes 0, but after the correction for {len(every)} comparisons {p_text(min(near))}." if near else ""
     bad = "".join(
         f" With {way} answers, {some(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
         for way, names in worse.items()
         if names and len(distilled) > 1
     )
     differs = " and ".join(_way_text(way, ds, ways[way], unit=not i) for i, (way, ds) in enumerate(known.items()))
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){after}: {best} differs by {differs}.{bad}"
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {best} differs by {differs}.{after}{bad}"
 
 
 def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str, *, unit: bool) -> str:

@@ -39,7 +39,7 @@ def results(tmp_path_factory):
 def test_question_answer_and_headings_are_about_the_same_arm(results):
     found = answer(results)
     assert found.question.startswith("Is s (124 M parameters) better when xl (1.56 B) teaches it with the help of l (774 M) than when xl ")
-    assert found.answer.startswith("None of 2 ways to use an assistant clearly beat direct distillation (direct and equal)")
+    assert found.answer.startswith("None of 2 ways to use an assistant (teaches and starts) clearly beat direct distillation, and 1 did clearly worse. ")
     assert "The best, starts (pruned from l, then taught by xl), did not" in found.answer
     assert re.search(r"This design finds a difference of [\d.]+ points with 80 % power\.$", found.answer)
     assert by_importance(results)[0].arm == "starts" != comparisons(results)[0].arm
@@ -130,3 +130,10 @@ def test_the_number_of_seeds_is_of_the_observed_size(results):
     shown = int(re.search(r"About ([\d,]+) training", found.next)[1].replace(",", ""))
     assert c.seeds_needed <= shown < 1.1 * c.seeds_needed + 1
     assert {needed_text(other) for other in comparisons(results) if other.word != "no evidence"} <= {""}
+
+
+def test_a_gain_over_fine_tuning_that_only_the_correction_removes_is_said(tmp_path):
+    spread = [ArmSpec("sft", ("s",), flops=1e15), *(ArmSpec(f"a{i}", ("xl", "s"), gain=gain) for i, gain in enumerate((1.6, 0, 0, 0)))]
+    found = answer(build_study(tmp_path, StudySpec(spread, seeds=(1, 2, 3), sets={"dolly": 40}, fact_sets=())).results).against_sft
+    assert found.startswith("Distillation did not clearly beat plain fine-tuning (SFT, sft): the best of 4 arms differs by +")
+    assert re.search(r"An interval excludes 0, but after the correction for \d+ comparisons p = 0\.\d+\.", found)

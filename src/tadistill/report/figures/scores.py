@@ -174,7 +174,8 @@ def cost_figure(results: Results, model: str) -> Chart | None:
 
 
 def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) -> Axis:
-    title = f"training compute (1× = {relative})" if relative else "training FLOPs of one seed"
+    unit = f"training compute (1× = {relative})" if relative else "training FLOPs of one seed"
+    title = f"{unit}, with all training behind the model"
     text = (lambda value: f"{value:g}×") if relative else None
     if log:
         return Axis(cheapest / 1.6, dearest * 1.6, title, log=True, text=text)
