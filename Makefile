@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast check docs docs-serve clean
 
@@ -18,11 +18,11 @@ quickstart: $(VENV)/.installed
 	$(BIN)/tadistill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(PYTEST)
+	$(PYTEST) -n auto
 
 # unit tests without a browser, the package index and the slowest tests
 test-fast: $(VENV)/.installed
-	$(PYTEST) tests/unit tests/architecture -m 'not browser and not network and not slow'
+	$(PYTEST) -n logical tests/unit tests/architecture -m 'not browser and not network and not slow'
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import tests.environment  # noqa: F401  first: torch and the Hugging Face libraries read their variables when they are imported
 
 # isort: split
+import gc
 import os
 import signal
 import sys
@@ -23,8 +24,19 @@ ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-net
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Return one more than the number of cores, at most five: tests that submit to Slurm or start programs often wait."""
-    return min(4, os.cpu_count() or 1) + 1
+    """Return the number of cores, at most four, and one more with `-n auto`: tests that submit to Slurm or start programs often wait."""
+    return min(4, os.cpu_count() or 1) + (config.option.numprocesses == "auto")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Collect garbage neither while modules are imported nor, later, among what they have made: that takes seconds in every worker."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

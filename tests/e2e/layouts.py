@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout.samplers import Shard
+from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import offload, shard, weights
 from tadistill.train.step import make_step
@@ -113,18 +115,18 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
         return {"loss": float(loss)}
 
     try:
-        train_stage(
-            student,
-            make_step(method, student, () if case.method == "sft" else (teacher,), len(tokenizer)),
-            sampler,
-            optim=optim,
-            select=Select(metric="loss", every=2),
-            seed=1,
-            accelerator=accelerator,
-            directory=directory,
-            hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
-            checkpoint_seconds=0.0,
-        )
+        with mock.patch.object(Checkpoints, "due", side_effect=[update == 4 for update in range(STEPS)]):  # one state, half-way
+            train_stage(
+                student,
+                make_step(method, student, () if case.method == "sft" else (teacher,), len(tokenizer)),
+                sampler,
+                optim=optim,
+                select=Select(metric="loss", every=2),
+                seed=1,
+                accelerator=accelerator,
+                directory=directory,
+                hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
+            )
     except Interrupted:
         return found
     finally:

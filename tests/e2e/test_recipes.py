@@ -229,8 +229,14 @@ def test_padding_changes_no_log_probability(kind, stand_in):
         torch.testing.assert_close(trained, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """One store for all recipes: what two sizes of a family have in common runs once."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
-def test_runs_end_to_end(path, data, stand_in, tmp_path, monkeypatch):
+def test_runs_end_to_end(path, data, stand_in, runs, monkeypatch):
     monkeypatch.setattr("tadistill.runner.study.run_stages", run_here)
     monkeypatch.setattr("tadistill.runner.study.prepared", nullcontext)
     kind = next(k for k in FAMILIES if path.stem.startswith(k.removesuffix("2")))
@@ -239,8 +245,8 @@ def test_runs_end_to_end(path, data, stand_in, tmp_path, monkeypatch):
     for model, config in recipe.models.items():
         overrides.append(f"models.{model}.load={stand_in(kind, model)}")
         overrides += [f"models.{model}.sft.{setting}" for setting in SMALL_SFT if config.sft]
-    tadistill.run(path, overrides, runs=tmp_path)
-    rows = json.loads((tmp_path / recipe.study / "results.json").read_text())["rows"]
+    tadistill.run(path, overrides, runs=runs)
+    rows = json.loads((runs / recipe.study / "results.json").read_text())["rows"]
     metrics = {"rouge_l", "loss", "forward_kl", "reverse_kl", "length", "rouge_l@ngram6", "perplexity"}
     expected = {(arm, ref.name, metric) for arm in recipe.arms for ref in recipe.data.test for metric in metrics}
     assert {(row["arm"], row["set"], row["metric"]) for row in rows} >= expected
