@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 
 import pytest
-import transformers.modeling_utils  # noqa: F401  here: the processes that are forked need not import it
 from tests.architecture.walks import HARNESS, WALKS, Edit
 
 pytestmark = pytest.mark.slow
@@ -19,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def package(folder: Path, edits: tuple[Edit, ...]) -> Path:
-    """Copy the package into a folder and edit it there; returns the folder to import from."""
-    shutil.copytree(ROOT / "src" / "tadistill", folder / "tadistill", ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the package into a folder and edit it there; returns the folder to import from. Only edited files are compiled again."""
+    shutil.copytree(ROOT / "src" / "tadistill", folder / "tadistill")
     for file, anchor, text in edits:
         path = folder / "tadistill" / file
         content = path.read_text(encoding="utf-8")
@@ -30,7 +29,9 @@ def package(folder: Path, edits: tuple[Edit, ...]) -> Path:
 
 
 def use(code: str, folder: Path, edits: tuple[Edit, ...]) -> str:
-    """Run code with these edits only, in a forked process: it has torch but no module of the package. Return its traceback, "" if none."""
+    """Run code with these edits only, in a forked process that has no module of the package; return its traceback, "" if none."""
+    from tadistill.runner import preload  # noqa: F401  torch and other libraries, which the forked process then need not import
+
     source, error = package(folder / "src", edits), folder / "error"
 
     def run() -> None:

@@ -8,7 +8,10 @@ from tests.e2e import forked
 from tests.e2e.test_study import command, manifests, rows, run_here
 
 ARMS = "{direct: xl > s, takd: xl > l > s}"
-SMALL = ["method.optim.steps=4", "method.sampler.rollouts=16", "method.sampler.inner_epochs=1", "evaluate.seeds=[1]", "evaluate.also={}"]
+SMALL = [
+    *("method.optim.steps=4", "method.sampler.rollouts=16", "method.sampler.inner_epochs=1"),
+    *("data.test=[tinyworld]", "evaluate.seeds=[1]", "evaluate.also={}"),
+]
 
 
 def trainings(runs: Path) -> list[str]:

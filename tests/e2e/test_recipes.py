@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -163,12 +164,13 @@ def stand_in(tmp_path_factory, data):
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_is_read_and_planned_without_network(path, data, stand_in):
     """Models on the hub need not be on this disk, except for `compute`, which counts their parameters."""
-    counts = any(arm.compute for arm in load(path).arms.values())
-    scratch = {n for n, m in load(path).models.items() if (m.load or "scratch:").startswith("scratch:")}
-    packaged = [n for n, m in load(path).models.items() if n not in scratch and (counts or (m.load or "").startswith("wheel:"))]
-    pruned = any(m.init for m in load(path).models.values())
+    given = load(path)
+    counts = any(arm.compute for arm in given.arms.values())
+    scratch = {n for n, m in given.models.items() if (m.load or "scratch:").startswith("scratch:")}
+    packaged = [n for n, m in given.models.items() if n not in scratch and (counts or (m.load or "").startswith("wheel:"))]
+    pruned = any(m.init for m in given.models.values())
     changes = [f"models.{n}.load={stand_in('llama', 'deep' if pruned else 'base')}" for n in packaged]
-    kept = {n: max(m.sft.keep) for n, m in load(path).models.items() if m.sft and m.sft.keep}
+    kept = {n: max(m.sft.keep) for n, m in given.models.items() if m.sft and m.sft.keep}
     changes += [f"models.{n}.sft.optim.{s}" for n, steps in kept.items() for s in ("epochs=null", f"steps={steps}")]
     recipe = load(path, [f"data.root={data}", *changes])
     plan = make_plan(recipe)
@@ -195,15 +197,25 @@ def test_a_single_method_is_a_part_of_the_table(path, table):
     assert table.stages.keys() >= plan.stages.keys()
 
 
+@pytest.fixture(scope="module")
+def final(data):
+    """Function of a recipe and overrides that returns the key of the last model of every arm; each plan is made once."""
+
+    @cache
+    def of(path: Path, *overrides: str) -> dict[str, dict[int, str]]:
+        return {arm.name: arm.final for arm in make_plan(load(path, [f"data.root={data}", *overrides])).arms}
+
+    return of
+
+
 @pytest.mark.parametrize("path", MINILLM, ids=name)
 @pytest.mark.parametrize(
     "override",
     ["objective.preset=official", "objective.length_normalisation=none", "objective.single_step=false", "objective.pt_weight=0",
      "sampler.alpha=0"],
 )  # fmt: skip
-def test_ablations_are_one_override_and_change_minillm_alone(path, override, data):
-    plans = [make_plan(load(path, [f"data.root={data}", *more])) for more in ([], [f"method.{override}"])]
-    before, after = ({arm.name: arm.final for arm in plan.arms} for plan in plans)
+def test_ablations_are_one_override_and_change_minillm_alone(path, override, final):
+    before, after = final(path), final(path, f"method.{override}")
     assert {n for n in before if before[n] != after[n]} == {"minillm"}
 
 

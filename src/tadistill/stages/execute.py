@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while waiting for another process that runs the same stage"
 _Work = Callable[[Context], dict[str, Any]]
+_version = cache(version)  # reads and parses a file at each call
 _PATIENCE = timedelta(hours=1)  # how long a process waits for another one, which may be writing a large model
 
 
@@ -113,7 +115,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         facts = _worked(work, context)
         rows = [{"role": role, "set": name, **asdict(counts)} for (role, name), counts in context.counts.items()]
         seconds = round(time.monotonic() - start, 2)
-        versions = {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
+        versions = {name: _version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
         store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": versions, "rows": rows, **facts})
     finally:
         lock.release()
