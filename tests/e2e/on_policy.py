@@ -6,6 +6,7 @@ Models have random weights; the training loop, samplers, objectives and data are
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from tadistill.data.templates import encode
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Shard
+from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.step import make_step
 
@@ -43,6 +45,8 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
 }
 DEFAULT = [{"type": "reverse_kl"}, {"type": "jensen_shannon"}, {"type": "taid"}]
 STEPS, BATCH = 8, 8  # two rounds of 16 rollouts, each for two epochs of two updates
+SAVED = (1, 4, STEPS - 1)
+"""Updates before which the state is saved: within an epoch, before a round, and before the last update."""
 CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)]
 
 
@@ -88,18 +92,19 @@ def train(
         """Return a loss that rises from one evaluation to the next, so that a replay buffer is used."""
         return {"loss": 1.0 + (log.read_text().count("dev/loss") if log.is_file() else 0)}
 
-    train_stage(
-        student,
-        make_step(method, student, (teacher,), len(tokenizer)),
-        sampler,
-        optim=method.optim,
-        select=Select(metric="loss", every=2),
-        seed=1,
-        accelerator=accelerator,
-        directory=directory,
-        hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
-        checkpoint_seconds=0.0,
-    )
+    updates = [0]
+    with mock.patch.object(Checkpoints, "due", side_effect=lambda: updates[-1] in SAVED):
+        train_stage(
+            student,
+            make_step(method, student, (teacher,), len(tokenizer)),
+            sampler,
+            optim=method.optim,
+            select=Select(metric="loss", every=2),
+            seed=1,
+            accelerator=accelerator,
+            directory=directory,
+            hooks=Hooks(evaluate=evaluate, progress=lambda done, text: updates.append(done), stop=stop),
+        )
     last = torch.load(directory / "state.pt", weights_only=True)["model"]  # before the last update; selection keeps an early one
     return torch.cat([value.flatten() for value in last.values()])
 

@@ -9,12 +9,13 @@ from tests.e2e.inprocess import tadistill
 from transformers import AutoModelForCausalLM
 
 RECIPE = Path(__file__).with_name("edges.yaml")
+SMALL = ["data.limit={train: 400, dev: 8, test: 6}", "method.sampler.max_new_tokens=8", "evaluate.max_new_tokens=8"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("edges")
-    done = tadistill("run", str(RECIPE), "--runs", str(runs))
+    done = tadistill("run", str(RECIPE), *SMALL, "--runs", str(runs))
     assert done.code == 0, done.out + done.err
     return runs
 
