@@ -9,6 +9,7 @@ continues the work.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -224,14 +225,21 @@ class StageJob:
         return DelayedSubmission(self)
 
     def _run(self, task: Task, stop: StopFlag) -> None:
-        from tadistill.stages.execute import run_stage  # imports torch
-
-        failure = Store(Path(task.store)).folder(task.key) / FAILURE
+        store = Store(Path(task.store))
+        failure = store.folder(task.key) / FAILURE
         if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():
             raise StageFailed(f"an earlier job of this stage failed: {failure.read_text(encoding='utf-8').strip()}; submit the study again")
         if _first():
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")
+        if "WORLD_SIZE" not in os.environ and store.finished(task.key):
+            say("finished")  # by an earlier job of a chain
+            return
+        gc.disable()  # as in runner.preload
+        from tadistill.stages.execute import run_stage, work_of  # imports torch
+
+        work_of(type(task.spec))  # imports the libraries that the stage needs
+        gc.enable()
         try:
             try:
                 run_stage(task, progress=_Log(), alarm=lambda text: say(f"alarm: {text}"), stop=stop)

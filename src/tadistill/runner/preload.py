@@ -2,8 +2,11 @@
 
 This module must not compute anything, because computations start threads. Neither threads nor CUDA survive a fork.
 """
+# ruff: noqa: E402
 
 import gc
+
+gc.disable()  # imports leave much memory and little garbage; the collector, which looks through all of it, would take a fifth of their time
 
 import torch.profiler  # noqa: F401
 from rouge_score import rouge_scorer  # noqa: F401 (imports nltk and scipy)
@@ -23,3 +26,4 @@ get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at th
 
 gc.collect()
 gc.freeze()  # otherwise a process's collector would write to all pages that it shares with the server, and so copy them
+gc.enable()
