@@ -42,7 +42,7 @@ def _command(arguments: tuple[str, ...]) -> None:
     process._children.clear()
     code: Any = 1
     try:
-        with mock.patch.object(util, "spawnv_passfds", _spawn):
+        with mock.patch.object(util, "spawnv_passfds", spawn):
             cli.main()
         code = 0
     except SystemExit as end:
@@ -54,7 +54,7 @@ def _command(arguments: tuple[str, ...]) -> None:
         _end(int(code or 0))
 
 
-def _spawn(path: str, arguments: list[str], kept: list[int]) -> int:
+def spawn(path: str, arguments: list[str], kept: list[int]) -> int:
     """Fork one of multiprocessing's servers, where multiprocessing would start Python: `python -c CODE`."""
     child = os.fork()
     if not child:

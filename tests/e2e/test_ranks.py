@@ -4,9 +4,12 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from multiprocessing import util
+from unittest import mock
 
 import pytest
 import torch
+from tests.e2e import forked
 from transformers import AutoModelForCausalLM
 
 from tadistill.config import validate
@@ -41,6 +44,15 @@ def recipe(resources: dict, **method) -> dict:
         "runtime": {"checkpoint_seconds": 1e-3},
         "resources": resources,
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_server():
+    """Fork the server of the ranks from this process. `test_study` has one that starts as a user's does, and imports for seconds."""
+    from tadistill.runner import preload  # noqa: F401
+
+    with mock.patch.object(util, "spawnv_passfds", forked.spawn):
+        yield
 
 
 def task(root, resources: dict, **method):
