@@ -16,7 +16,7 @@ ARMS = """
   control: {path: xl > s, objective: {type: no_teacher}, sampler: {type: student, max_new_tokens: 8}}
   sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: student, max_new_tokens: 8}}
 """
-SETTINGS = ["seeds=[1]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
+SETTINGS = ["seeds=[1]", "data.test=[tinyworld]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
 
 
 @pytest.fixture(scope="module")
