@@ -225,24 +225,15 @@ class StageJob:
         return DelayedSubmission(self)
 
     def _run(self, task: Task, stop: StopFlag) -> None:
-        store = Store(Path(task.store))
-        failure = store.folder(task.key) / FAILURE
+        failure = Store(Path(task.store)).folder(task.key) / FAILURE
         if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():
             raise StageFailed(f"an earlier job of this stage failed: {failure.read_text(encoding='utf-8').strip()}; submit the study again")
         if _first():
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")
-        if "WORLD_SIZE" not in os.environ and store.finished(task.key):
-            say("finished")  # by an earlier job of a chain
-            return
-        gc.disable()  # as in runner.preload
-        from tadistill.stages.execute import run_stage, work_of  # imports torch
-
-        work_of(type(task.spec))  # imports the libraries that the stage needs
-        gc.enable()
         try:
             try:
-                run_stage(task, progress=_Log(), alarm=lambda text: say(f"alarm: {text}"), stop=stop)
+                _run_stage(task, stop)
             except Interrupted as reason:
                 say(str(reason))
                 self._go_on_later(stop)
@@ -285,6 +276,17 @@ class ReportJob:
         from tadistill.report import read_results, write_report
 
         say(f"report: {write_report(read_results(Path(self.study), Store(Path(self.store))))}")
+
+
+def _run_stage(task: Task, stop: StopFlag) -> None:
+    if "WORLD_SIZE" not in os.environ and Store(Path(task.store)).finished(task.key):  # by an earlier job of a chain
+        return
+    gc.disable()  # as in runner.preload
+    from tadistill.stages.execute import run_stage, work_of  # imports torch
+
+    work_of(type(task.spec))  # imports the libraries that the stage needs
+    gc.enable()
+    run_stage(task, progress=_Log(), alarm=lambda text: say(f"alarm: {text}"), stop=stop)
 
 
 def say(text: str) -> None:

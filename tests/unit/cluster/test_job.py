@@ -80,6 +80,18 @@ def test_segments_of_a_chain(work, monkeypatch, tmp_path):
     assert not (Store(tmp_path).folder("ab12") / FAILURE).exists()
 
 
+def test_a_job_whose_stage_is_finished_has_nothing_to_do(work, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.begin("ab12", {"label": "sft s"})
+    store.finish("ab12", {})
+    work(lambda **_: pytest.fail("ran"), chain=True)()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # ranks ask rank 0
+    monkeypatch.setattr("os._exit", lambda code: None)
+    ran = []
+    work(lambda **_: ran.append(1))()
+    assert ran == [1]
+
+
 def test_ranks_are_told_of_each_other(monkeypatch):
     for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
