@@ -34,8 +34,11 @@ def test_messages_name_pages_by_their_titles():
     """An installed package has no `docs/`, so what a user reads names a page by its title. Comments and other docstrings name files."""
     heads = {found[1] for path in (ROOT / "docs").rglob("*.md") if (found := re.search(r"^# (.+)$", path.read_text("utf-8"), re.MULTILINE))}
     titles, named, paths = heads | {"Glossary", "Keys of a recipe", "Commands"}, set(page_titles()), []
-    for path in [*(ROOT / "src").rglob("*.py")]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+    for path, source in sources.items():
+        if "docs/" not in source and "page" not in source:
+            continue
+        tree = ast.parse(source)
         hidden = set() if "cli" in path.parts else {id(text) for text in docstrings(tree)}
         texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in hidden]
         paths += [f"{path.name}: {text.value}" for text in texts if "docs/" in text.value and ".md" in text.value]
