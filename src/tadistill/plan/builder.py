@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
@@ -41,6 +41,7 @@ class StageBuilder:
         """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
         self._splits: dict[tuple[str, str, int | None], Split] = {}
+        self._own = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))  # arms share most models
 
     @cached_property
     def _own_and_tasks(self) -> tuple[tuple[OwnCode, ...], Any]:
@@ -67,9 +68,11 @@ class StageBuilder:
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
         """Return a model. If it has the key `sft`, it is fine-tuned first. `start` replaces the model's own initial weights."""
-        model, seed = self.recipe.models[name], self.seed(name, seed)
-        handle = start or self._untrained(name, seed)
-        return self.sft(name, handle, model.sft, seed) if model.sft else handle
+        seed = self.seed(name, seed)
+        return self._tuned(name, start, seed) if start else self._own(name, seed)
+
+    def _tuned(self, name: str, start: Handle, seed: int) -> Handle:
+        return self.sft(name, start, sft, seed) if (sft := self.recipe.models[name].sft) else start
 
     def _untrained(self, name: str, seed: int) -> Handle:
         model = self.recipe.models[name]
@@ -133,10 +136,8 @@ class StageBuilder:
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), train=self.split("train"))
 
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> FromStage:
-        like = self.of_arm(arm, seed)
-        spec = specs.TemperSpec(
-            data=self.encoding(name), teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch
-        )
+        both = {"teacher": parent, "like": self.of_arm(arm, seed)}
+        spec = specs.TemperSpec(data=self.encoding(name), **both, dev=self.split("dev"), batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
