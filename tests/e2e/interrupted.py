@@ -1,8 +1,7 @@
 """Run stages undisturbed and again with three signals each, and write what `test_interrupted` compares to OUT/found.json.
 
-The test forks one process, which has one thread and runs all stages undisturbed. Each interrupted attempt at a stage is a child of it. The
-child sends a real signal to itself at an event: when the stage asks whether to stop (between two steps), or just before a file is synced to
-disk, renamed or deleted.
+One process with one thread runs all stages undisturbed. Each interrupted attempt at a stage is a child of it. The child sends a real signal
+to itself at an event: when the stage asks whether to stop (between two steps), or just before a file is synced to disk, renamed or deleted.
 """
 
 import gc
@@ -35,6 +34,7 @@ from tadistill.store import ROLLOUTS, Store
 RECIPE = Path(__file__).with_name("interrupted.yaml")
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)
 STOPPED, FAILED = 3, 1
+teacher.GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
 
 
 def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -165,9 +165,7 @@ def outcome(store: Store, key: str) -> dict:
 
 
 def main(out: Path, only: list[str]) -> None:
-    """Write OUT/found.json. `only` are the names of the stages to interrupt; an empty list means all."""
     torch.set_num_threads(1)
-    teacher.GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
     whole = Store(out / "whole")
     chosen, needed = cases(whole.root)
     for key, task in needed.items():  # in this process: the children then have what is imported at first use

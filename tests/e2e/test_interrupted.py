@@ -1,15 +1,17 @@
 """Every kind of stage and every sampler, interrupted three times by real signals, ends with the same files as an undisturbed run."""
 
 import json
-import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-from tests.e2e import interrupted
 
+ROOT = Path(__file__).parents[2]
 ARMS = yaml.safe_load(Path(__file__).with_name("interrupted.yaml").read_text())["arms"]
 TRAINING = ["sft", *(f"distill {arm}" for arm in ARMS)]
 IN_PARTS = ["generate", "signal hidden", "signal top_k", "signal sampled", "evaluate", "analyse"]
@@ -20,10 +22,8 @@ UPDATES = 8
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("interrupted")
-    process = multiprocessing.get_context("fork").Process(target=interrupted.main, args=(out, []))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    subprocess.run([sys.executable, "-m", "tests.e2e.interrupted", str(out)], check=True, cwd=ROOT, env=environment)
     return json.loads((out / "found.json").read_text())
 
 
