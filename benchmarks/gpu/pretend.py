@@ -30,7 +30,8 @@ def _load_stub() -> None:
     if "torch" in sys.modules:
         raise ImportError("import `pretend` before torch, because it changes what torch finds when it is loaded")
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     home, source = Path(spec.origin).parent, Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/pretend.so"
@@ -101,6 +102,19 @@ class OnDevice(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()  # torch has no `tolist` of a subclass
 
+    # tied weights are found by the addresses of their storages
+    def storage(self) -> Any:
+        return self.held.storage()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.held.__reduce_ex__(protocol)  # a file has the contents of a tensor, and no class
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnDevice({self.held!r})"
 
@@ -113,6 +127,8 @@ class _Mode(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("pin_memory"):
+        kwargs = kwargs | {"pin_memory": False}
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     on_device = [t for t in tensors if isinstance(t, OnDevice)]
     asked = kwargs.get("device")
@@ -142,7 +158,8 @@ def _outside(value: Any, wrappers: dict[int, OnDevice]) -> Any:
     if known is not None:  # the operation changed this tensor in place
         assert known.shape == value.shape, "an operation changed the shape of a tensor in place"
         return known
-    return OnDevice(value)
+    with torch.inference_mode(False):  # a view of an ordinary tensor must be ordinary too, and torch looks at the wrapper
+        return OnDevice(value)
 
 
 def _look(func: Any, args: Any, tensors: list[Tensor], on_device: list[OnDevice], goes: bool) -> None:
@@ -189,8 +206,8 @@ def pretended() -> Iterator[Seen]:
     }  # fmt: skip
     with ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
-        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda:0") is made on the CPU, and then copied
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(_Mode())
