@@ -26,12 +26,13 @@ Guide = Mixture | Speculation | None
 
 
 def p_value(tokens: np.ndarray, law_V: np.ndarray) -> float:
-    """Return the p of the chi-square test. It is 0 if a token has probability 0. Rare tokens are counted together."""
+    """Return the p of the chi-square test. It is 0 if a token has probability 0. Rare tokens share cells."""
     observed, expected = np.bincount(tokens, minlength=len(law_V)).astype(float), law_V * len(tokens)
     if observed[law_V == 0].sum() > 0:
         return 0.0
-    rare = expected < 5
-    o, e = np.append(observed[~rare], observed[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+    order = np.argsort(-expected, kind="stable")
+    cells = (np.cumsum(expected[order]) / 5).astype(int)  # each number is a cell; a common token spans several
+    o, e = (np.bincount(cells, weights=counts[order]) for counts in (observed, expected))
     o, e = o[e > 0], e[e > 0]
     return float(chi2.sf(((o - e) ** 2 / e).sum(), len(e) - 1))
 
