@@ -187,7 +187,7 @@ def _where() -> str:
         if "/torch/" not in path and path != __file__:
             lines.append(f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
-    return " < ".join(lines)
+    return " < ".join(lines) or "the backward pass"  # a thread of autograd's own
 
 
 @contextmanager

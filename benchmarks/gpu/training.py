@@ -249,11 +249,10 @@ def freed(kit: Kit) -> None:
 
     plan = make_plan(parse(RECIPE.replace("PRECISION", "bf16"), source="the kit"))
     kinds: set[str] = set()
-    gc.collect()
     with tempfile.TemporaryDirectory() as folder:
         store = store_of(Path(folder))
         kit.free()
-        before = torch.cuda.memory_allocated() if kit.cuda else 0
+        before, models = torch.cuda.memory_allocated() if kit.cuda else 0, alive()
         gc.disable()  # what is freed is freed by the stage, not by chance
         try:
             for stage in plan.stages.values():
@@ -261,7 +260,7 @@ def freed(kit: Kit) -> None:
                 run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
                 if stage.spec.kind not in kinds:
                     kinds.add(stage.spec.kind)
-                    kit.at_most(f"models alive after a stage `{stage.spec.kind}`", alive(), 0)
+                    kit.at_most(f"models alive after a stage `{stage.spec.kind}`", alive() - models, 0)
                     if kit.cuda:
                         more = (torch.cuda.memory_allocated() - before) / 1e6
                         kit.at_most(f"MB of the device kept after a stage `{stage.spec.kind}`", more, 1)
@@ -271,7 +270,7 @@ def freed(kit: Kit) -> None:
 
 def alive() -> int:
     """Count the models of this process."""
-    return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), PreTrainedModel) for thing in gc.get_objects())
 
 
 def study(kit: Kit) -> None:

@@ -17,8 +17,8 @@ from tadistill.config.objective import Objective
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
-LEFT_OUT = {"study"}
-"""The command line in processes of its own: `test_study` runs it, in ten seconds of CPU."""
+LEFT_OUT = {"study", "freed"}
+"""`test_study` runs the command line, and `test_freed` looks at what stages leave behind."""
 
 
 def script(name: str) -> ModuleType:
@@ -130,9 +130,9 @@ def test_a_study_on_a_pretended_gpu_mixes_no_devices_and_a_planted_mixing_is_fou
     seen = json.loads(found.read_text())
     assert {stage["kind"] for stage in seen["stages"]} >= {"sft", "distill", "temper", "generate", "signal", "evaluate", "analyse"}
     assert all(stage["operations"] > 1000 for stage in seen["stages"])
-    (place,) = seen["mixings"]
-    assert place.startswith("aten.mul.Tensor at ")
-    assert "own.py:12 < " in place
+    forward, backward = seen["mixings"]
+    assert "own.py:12 < train/step.py:" in forward
+    assert backward == "aten.mul.Tensor at the backward pass"
     assert {stage["stage"] for stage in seen["stages"] if stage["mixings"]} == {
         "distill xl -> s, own:planted on dataset, 2 updates, seed 1"
     }
