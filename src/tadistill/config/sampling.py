@@ -62,6 +62,11 @@ class HiddenSignal(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the recorded states on disk."""
 
+    @property
+    def exactness(self) -> str:
+        """Words for the plan: how training on the recording differs from training with the teacher itself."""
+        return "exact" if self.dtype == "float32" else "approximate (bfloat16)"
+
 
 class TopKSignal(Strict):
     """Record the teacher's k most probable tokens at every position of the text. Training then does not load the teacher."""
@@ -73,6 +78,10 @@ class TopKSignal(Strict):
     """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
     dtype: Literal["packed", "float32"] = "packed"
     """Number format on disk. `packed`: at most 150 bytes a token with k = 64, and rounded log-probabilities. `float32`: 8 k + 4 bytes."""
+
+    @property
+    def exactness(self) -> str:
+        return f"approximate (the top {self.k} tokens)"
 
 
 class SampledSignal(Strict):
@@ -86,6 +95,10 @@ class SampledSignal(Strict):
     """Number of draws per position. A token that is drawn several times is stored once, with its number of draws."""
     seed: int = Field(default=0, ge=0, le=MOST)
     """Seed of the draws. It is independent of the seeds of training."""
+
+    @property
+    def exactness(self) -> str:
+        return f"unbiased ({self.draws} draws)"
 
 
 Signal = Annotated[HiddenSignal | TopKSignal | SampledSignal, Field(discriminator="type")]

@@ -16,6 +16,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.costs import passes
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
+from tadistill.plan.specs import SignalSpec
 from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
@@ -220,12 +221,12 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
 def _recordings(plan: Plan) -> Iterable[str]:
     # a recording is shared: the number of distillations that read it says how often the teacher does not run
     for stage in plan.stages.values():
-        if stage.cost is None or stage.cost.disk is None:
+        if stage.cost is None or stage.cost.disk is None or not isinstance(stage.spec, SignalSpec):
             continue
         disk, readers = stage.cost.disk, sum(stage.key in other.parents.values() for other in plan.stages.values())
         space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
         shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
-        yield escape(f"{stage.label}: {'' if disk.exact else 'at most '}{space}; {shared}.")
+        yield escape(f"{stage.label}: {stage.spec.signal.exactness}, {'' if disk.exact else 'at most '}{space}; {shared}.")
 
 
 def _rows(plan: Plan) -> Iterable[str]:

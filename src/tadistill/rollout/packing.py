@@ -12,13 +12,14 @@ lowest bit of a number first:
     tail                        16 bits: log of (probability of all other tokens / largest probability), see below
 
 A sorted set of n ids below V is stored as in Elias 1974 and Fano 1971. The lowest l = floor(log2(V / n)) bits of every id come first. Then
-there is a field in which bit (id >> l) + i is set for the i-th id. This takes about 2 + log2(V / n) bits per id: 13 of the 17 bits that an
-id below 131,072 has.
+there is a field in which bit (id >> l) + i is set for the i-th id. This takes about 2 + log2(V / n) bits per id: 13.5 with 64 ids below
+131,072, where plain ids have 17.
 
 Code c of a first token is the log-probability L1 - c * range / 127, where L1 is the largest log-probability. Code c of another token is
 L2 - c * range / 15, where L2 is the smallest log-probability of the first tokens. The tail code c is 16 - c / 1024, and 65,535 is a
 probability of 0. L1 is not stored: the probabilities of all tokens and of the tail have the sum 1. So a log-probability, relative to the
-largest one, is wrong by at most half a step: (range + 1/8) / 254 for the first tokens, and (range + 1/8) / 30 for the others.
+largest one, is wrong by at most half a step: (range + 1/8) / 254 for the first tokens, and (range + 0.3) / 30 for the others. A range ends
+at 31.9 nats.
 
 **Drawn tokens.** An entry has ceil((i + c) / 8) bytes: the id in its i lowest bits, and above it the number of draws of this token, minus
 1, in c bits. i is the number of bits of V - 1, and c that of the number of draws minus 1.

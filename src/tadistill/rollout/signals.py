@@ -84,8 +84,8 @@ class _Writer:
         for rows in by_length(sequences, RECORDING_BATCH):
             part = [sequences[i] for i in rows]
             target, lengths = self.outputs(part), [len(s.response) for s in part]
-            if isinstance(target, Hidden) and isinstance(self.config, HiddenSignal):
-                self._write_head(target.head)
+            if start == 0 and isinstance(target, Hidden) and isinstance(self.config, HiddenSignal):
+                self._write_head(target.head)  # before the first part, and so by one process only
             columns = self._columns(target, [start + i for i in rows], lengths)
             split = {name: tensor.cpu().split(sizes) for name, (tensor, sizes) in columns.items()}
             found |= {row: {name: parts[i] for name, parts in split.items()} for i, row in enumerate(rows)}
