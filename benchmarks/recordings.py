@@ -7,9 +7,9 @@ is written to a temporary folder by `tadistill.rollout.signals`, and read back i
 times of one process (run it with OMP_NUM_THREADS=1), with the files in the system's cache.
 
 Accuracy is that of the forward KL at some positions of the text. The student is made up: the teacher's logits divided by 1.5, plus standard
-normal noise. The error of a gradient is the sum of absolute differences from the exact gradient in the student's logits, as a mean over
-positions (the exact gradient itself is given for comparison). "Mean of 100" averages the gradients of 100 recordings with other seeds: the
-error of an unbiased recording falls to a tenth, and a biased one keeps its error.
+normal noise. The error of a gradient is the Euclidean norm of its difference from the exact gradient in the student's logits, as a mean
+over positions (the norm of the exact gradient is given for comparison). "Mean of 100" averages the gradients of 100 recordings with other
+seeds: the error of an unbiased recording falls to a tenth, and a biased one keeps its error.
 """
 
 import tempfile
@@ -139,11 +139,11 @@ def run(sizes: Sizes) -> dict[str, Any]:
                     "bytes": size,
                     "microseconds": microseconds(read, len(sequences), sizes.reads),
                     "loss": float((values - exact).mean()),
-                    "gradient": float((gradient - slope).abs().sum(-1).mean()),
-                    "many": float((many - slope).abs().sum(-1).mean()),
+                    "gradient": float((gradient - slope).norm(dim=-1).mean()),
+                    "many": float((many - slope).norm(dim=-1).mean()),
                 }
             )
-    return {"rows": found, "loss": float(exact.mean()), "slope": float(slope.abs().sum(-1).mean()), "positions": sizes.positions}
+    return {"rows": found, "loss": float(exact.mean()), "slope": float(slope.norm(dim=-1).mean()), "positions": sizes.positions}
 
 
 def value_of(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
         f"OMP_NUM_THREADS=1 {command}",
         "```",
         "",
-        f"Forward KL at {result['positions']} positions: {result['loss']:.3f} nats; sum of the absolute gradient: {result['slope']:.3f}.",
+        f"Forward KL at {result['positions']} positions: {result['loss']:.3f} nats; norm of its gradient: {result['slope']:.3f}.",
         "",
         "| recording | bytes a token | reading, µs of CPU a token | loss - exact loss | error of the gradient | mean of 100 |",
         "|---|---:|---:|---:|---:|---:|",

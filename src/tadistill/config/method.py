@@ -12,6 +12,7 @@ from tadistill.config.common import MOST, Precision, Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import (
     DatasetSampler,
+    HiddenSignal,
     OnPolicy,
     ReplaySampler,
     Rounds,
@@ -302,9 +303,10 @@ def _check_text(method: Method) -> None:
 
 def _check_signal(method: Method) -> None:
     objective, signal = method.objective, method.signal
-    if signal and method.dense:
+    if method.dense and not isinstance(signal, HiddenSignal | None):
         raise ConfigError(
-            f"sampler.signal `{signal.type}` records only one teacher, but `dense` uses several; set `signal: null` in this arm"
+            f"`dense` averages the distributions of several teachers, which sampler.signal `{signal.type}` does not have; use "
+            "`signal: {type: hidden}`"
         )
     if method.dense and not objective.needs_teacher:
         raise ConfigError(

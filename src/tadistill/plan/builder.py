@@ -213,7 +213,7 @@ class StageBuilder:
             assistants=tuple(handle for _, handle in others) if dense else (),
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
-            **texts(self, teachers[0], method, seed, writer or name),
+            **texts(self, teachers if dense else teachers[:1], method, seed, writer or name),
             **self._texts(name, method.select),
         )
         again = f" (turn {turn + 1})" if turn else ""

@@ -18,15 +18,14 @@ if TYPE_CHECKING:
     from tadistill.plan.builder import StageBuilder
 
 
-def texts(stages: "StageBuilder", teacher: tuple[str, Handle], method: Method, seed: int, writer: str) -> dict[str, Any]:
+def texts(stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Method, seed: int, writer: str) -> dict[str, Any]:
     """Add the stages that write the texts of a distillation. Return the fields of its `DistillSpec` that name them.
 
     Args:
-        teacher: name and model of the teacher.
+        teachers: names and models of the student's teachers, from big to small.
         writer: name of the model that writes the recorded text, the last model of the arm's path.
     """
-    sampler, name = method.sampler, teacher[0]
-    found: dict[str, Any] = {"corpus": _corpus(stages, method)}
+    sampler, found = method.sampler, dict[str, Any](corpus=_corpus(stages, method))
     if method.recorded_text:
         assert isinstance(sampler, Decoding)
         first = stages.recipe.first_seed
@@ -34,20 +33,23 @@ def texts(stages: "StageBuilder", teacher: tuple[str, Handle], method: Method, s
         found["text_of"] = writer, sampler.max_new_tokens
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
-        found["responses"] = _answers(stages, teacher, sampler, seed)
+        found["responses"] = _answers(stages, teachers[0], sampler, seed)
     if method.signal is None or not method.objective.needs_teacher:
         return found
     of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
-    spec = specs.SignalSpec(
-        data=stages.encoding(name, samples=False),
-        teacher=teacher[1],
-        signal=method.signal,
-        precision=method.optim.precision,
-        train=stages.split("train"),
-        **of_text,
-    )
-    label = f"{method.signal.type} signal of {name}{f' on the text of {writer}' if of_text else ''}, seed {seed}"
-    return found | {"signal": Output(stage=stages.add(spec, label, name, seed))}
+    place = f" on the text of {writer}" if of_text else ""
+    outputs = []
+    for name, teacher in teachers:
+        spec = specs.SignalSpec(
+            data=stages.encoding(name, samples=False),
+            teacher=teacher,
+            signal=method.signal,
+            precision=method.optim.precision,
+            train=stages.split("train"),
+            **of_text,
+        )
+        outputs.append(Output(stage=stages.add(spec, f"{method.signal.type} signal of {name}{place}, seed {seed}", name, seed)))
+    return found | {"signal": outputs[0], "assistant_signals": tuple(outputs[1:])}
 
 
 def _answers(stages: "StageBuilder", model: tuple[str, Handle], sampler: Decoding, seed: int) -> Output:

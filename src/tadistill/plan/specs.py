@@ -31,7 +31,7 @@ class Spec(Part):
     """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch and a plan must work without torch."""
     trains: ClassVar[bool] = False
     """True if the stage updates weights."""
-    shared: ClassVar[bool] = False  # True if several processes may share the stage's work
+    shared: ClassVar[bool] = False  # True if several processes may share the work
     measures: ClassVar[bool] = False
     """True if the stage changes no model. The plan predicts no cost for such a stage."""
     in_recipes: ClassVar[bool] = True
@@ -164,6 +164,7 @@ class DistillSpec(TrainingSpec):
     text_of: TextOf = None
     signal: Output | None = None
     """The teacher's recorded outputs, if the sampler reads them instead of running the teacher."""
+    assistant_signals: tuple[Output, ...] = ()  # the recorded outputs of `assistants`
     objective: Objective
     sampler: Sampler
     dense: Dense | None = None
@@ -171,8 +172,7 @@ class DistillSpec(TrainingSpec):
     """The other teachers if the method has `dense`, from big to small."""
     corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
-    own: OwnCode | None = None
-    """The function of objective `custom`."""
+    own: OwnCode | None = None  # the function of objective `custom`
 
     @property
     def method(self) -> Method:
@@ -241,7 +241,7 @@ class SignalSpec(Spec):
     """Precision of the students' training, on which the teacher's dtype depends."""
     train: Split
     responses: Output | None = None
-    """The answers to the training prompts that are the text. None if the training set's own responses are the text."""
+    """The answers that are the text. None if the training set's own responses are the text."""
     text_of: TextOf = None
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:

@@ -112,11 +112,9 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 
 class FixedSequences(Sampler):
-    """Sampler of fixed responses, in a new order every epoch. `signals` are the teacher's recorded outputs for these responses, or None."""
+    """Sampler of fixed responses, in a new order every epoch. `signals` are each teacher's recorded outputs for these responses, if any."""
 
-    def __init__(
-        self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Signals | None = None, shard: Shard = Shard()
-    ):
+    def __init__(self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Seq[Signals] = (), shard: Shard = Shard()):
         self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard
 
     def rows(self, step: int) -> list[int]:
@@ -128,7 +126,7 @@ class FixedSequences(Sampler):
         return [self._collate([rows[p] for p in places]) for places in cut(self.optim, self.shard)]
 
     def _collate(self, rows: list[int]) -> Batch:
-        targets = (self.signals.target(rows),) if self.signals else ()
+        targets = tuple(signals.target(rows) for signals in self.signals)
         return collate([self.sequences[i] for i in rows], pad=self.pad, targets=targets)
 
 

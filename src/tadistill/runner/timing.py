@@ -74,6 +74,7 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
         for role, parent in parents.items():
             if parent:
                 changes |= {"train": _few(spec.train), role: _reduced_output(plan, parent, graph)}
+        changes["assistant_signals"] = tuple(_reduced_output(plan, parent, graph) for parent in spec.assistant_signals)
     return spec.model_copy(update=changes)
 
 

@@ -44,10 +44,10 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
     teachers = tuple(context.teacher(handle, dtype_of(optim.precision)) for handle in handles)
-    recorded = distill.signal if distill else None
-    signals = Signals(context.store.folder(recorded.stage) / SIGNAL, context.device) if recorded else None
+    recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
+    signals = tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded)
     subject = context.subject(student, tokenizer, *teachers)
-    vocab = min(subject.vocab, len(signals.head.weight)) if signals and signals.head else subject.vocab
+    vocab = min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)])
     subject = replace(subject, vocab=vocab)
     sampler = _sampler(context, subject, teachers, signals, Shard(accelerator.process_index, accelerator.num_processes))
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
@@ -64,7 +64,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     )
     state = train_stage(
         student,
-        make_step(method, student, teachers, vocab, seed=spec.seed, own=own),
+        make_step(method, student, teachers, vocab, seed=spec.seed, own=own, recorded=len(signals)),
         sampler,
         optim=optim,
         select=spec.select,
@@ -132,7 +132,7 @@ def _accelerator(context: Context, optim: Optim) -> Accelerator:
 
 
 def _sampler(
-    context: Context[TrainingSpec], subject: Subject, teachers: tuple[Teacher, ...], signals: Signals | None, shard: Shard
+    context: Context[TrainingSpec], subject: Subject, teachers: tuple[Teacher, ...], signals: tuple[Signals, ...], shard: Shard
 ) -> Sampler:
     spec = context.spec
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None

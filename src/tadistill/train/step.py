@@ -155,6 +155,7 @@ def make_step(
     *,
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,
+    recorded: int = 0,
 ) -> Step:
     """Return the `Step` of a method, which computes the loss of a batch for the training loop.
 
@@ -163,12 +164,13 @@ def make_step(
             already contain the teacher's outputs.
         seed: the random seed that decides which teachers an update leaves out.
         own: the function of objective `custom`.
+        recorded: the number of teachers whose recorded outputs the batches contain.
     """
-    models = Models(student, teachers, vocab)
+    models, count = Models(student, teachers, vocab), recorded or len(teachers)
     step = _step(method, models, own)
-    if method.dense is None or len(teachers) < 2:
+    if method.dense is None or count < 2:
         return step
-    mixture = TargetMixture(method.dense.kind, method.dense.weights or (1.0,) * len(teachers), method.dense.drop)
+    mixture = TargetMixture(method.dense.kind, method.dense.weights or (1.0,) * count, method.dense.drop)
     return replace(step, mixture=mixture, seed=seed)
 
 

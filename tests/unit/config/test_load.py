@@ -192,7 +192,10 @@ def test_patches_change_only_what_they_name():
             {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
             "objective `forward_kl` at another temperature",
         ),
-        ({"sampler": {"type": "student", "recorded": True}, "dense": {}}, "`hidden` records only one teacher, but `dense` uses several"),
+        (
+            {"sampler": {"type": "student", "recorded": True, "signal": {"type": "top_k"}}, "dense": {}},
+            "`dense` averages the distributions of several teachers, which sampler.signal `top_k` does not have",
+        ),
     ],
 )
 def test_objectives_and_samplers_that_do_not_go_together(method, words):

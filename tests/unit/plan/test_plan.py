@@ -203,6 +203,15 @@ def test_a_recording_of_the_students_text_serves_all_arms_seeds_and_assistants()
     assert {d.parents["student"] for d in learners if d.model == "s"} == {s.key for s in stages(found, "sft") if s.model == "s"}
 
 
+def test_all_teachers_of_dense_guidance_are_recorded_on_one_text():
+    found = recorded({"dense": {"path": "xl > l > s", "dense": {}}}, seeds=[1])
+    (text,), signals = stages(found, "generate"), {s.model: s for s in stages(found, "signal")}
+    assert all(s.parents["responses"] == text.key for s in signals.values())
+    learner = next(s for s in stages(found, "distill") if s.model == "s")
+    assert (learner.parents["signal"], learner.parents["assistant_signal 1"]) == (signals["xl"].key, signals["l"].key)
+    assert signals["l"].parents["teacher"] == learner.parents["assistant 1"]
+
+
 def test_a_recording_depends_on_student_decoding_and_rows_and_not_on_seeds_arms_or_the_objective():
     def key(**changes) -> str:
         return stages(recorded({"direct": "xl > s"}, **changes), "generate")[0].key

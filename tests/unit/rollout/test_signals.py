@@ -167,7 +167,7 @@ def test_the_sampler_hands_out_the_signal_of_its_rows(tmp_path):
     teacher = tiny_model("llama")
     record(teacher, ROWS, HiddenSignal(), tmp_path, vocab=31)
     optim = Optim(steps=3, batch=6, micro_batch=2)
-    sampler = FixedSequences(ROWS, optim, pad=0, seed=1, signals=Signals(tmp_path, CPU))
+    sampler = FixedSequences(ROWS, optim, pad=0, seed=1, signals=(Signals(tmp_path, CPU),))
     for step in range(3):
         for batch in sampler.micro_batches(step):
             live = response_logits(teacher, batch, 31)

@@ -10,6 +10,7 @@ from tadistill.config import objective as config
 from tadistill.config.method import Dense, Method, Optim
 from tadistill.config.sampling import StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence, collate
+from tadistill.models.teacher import teacher_of
 from tadistill.objectives import TargetMixture
 from tadistill.rollout.rounds import Teachers
 from tadistill.train.step import counts, make_step
@@ -50,6 +51,19 @@ def test_a_step_towards_a_mixture_is_one_towards_its_softmax(objective, kind, we
     loss.backward()
     torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours, gradient(student), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.6])
+def test_recorded_hidden_states_mix_as_the_live_teachers_do(drop):
+    student, several = tiny_model("llama"), teachers()
+    recorded = tuple(teacher_of(model).target(collate(ROWS, pad=0)) for model in several)
+    method = Method(objective=config.ReverseKL(), dense=Dense(weights=(1.0, 2.0, 3.0), drop=drop))
+    for done in range(4):
+        losses = []
+        for batch, live in ((collate(ROWS, pad=0), several), (collate(ROWS, pad=0, targets=recorded), ())):
+            step = make_step(method, student, live, 31, recorded=len(batch.targets))
+            losses.append(step.loss(student, ready(step, batch, done), counts([batch])).total)
+        assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("reverse_kl", "geometric"), ("forward_kl", "arithmetic")])
