@@ -117,8 +117,8 @@ class _Writer:
                 kept = target if isinstance(target, TopK) else self._top_k(target, config)
                 if config.dtype == "packed":
                     assert kept.tail is not None
-                    arrays = (t.cpu().numpy() for t in (kept.ids, kept.log_probs.float(), kept.tail.float()))
-                    return {"rows": (torch.from_numpy(packing.pack_top_k(*arrays, self.vocab)), lengths)}
+                    ids, log_p, tail = (t.cpu().numpy() for t in (kept.ids, kept.log_probs.float(), kept.tail.float()))
+                    return {"rows": (torch.from_numpy(packing.pack_top_k(ids, log_p, tail, self.vocab)), lengths)}
                 found = {"ids": (kept.ids.int(), lengths), "log_probs": (kept.log_probs, lengths)}
                 return found if kept.tail is None or config.tail == "drop" else found | {"tail": (kept.tail, lengths)}
             case SampledSignal() as config:
