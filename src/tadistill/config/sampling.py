@@ -33,6 +33,11 @@ class SamplerBase(Strict):
         return False
 
     @property
+    def label(self) -> str:
+        """Name of the sampler in reports: its `type`, and whether its text was recorded."""
+        return self.type  # type: ignore[attr-defined]
+
+    @property
     def student_only(self) -> bool:
         """True if every token is sampled from the student's own, unchanged distribution."""
         return False
@@ -171,6 +176,10 @@ class StudentSampler(Rounds):
     on them, in a new order every epoch."""
     signal: Signal | None = None
     """What to record of the teacher if `recorded` is true. The default is then `hidden`."""
+
+    @property
+    def label(self) -> str:
+        return "student, recorded" if self.recorded else self.type
 
     @property
     def student_only(self) -> bool:

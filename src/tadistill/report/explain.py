@@ -23,6 +23,7 @@ _TEXTS = {
     "dataset": "the training data",
     "teacher": "the teacher's answers",
     "student": "its own answers",
+    "student, recorded": "its own answers, written before training",
     "teacher_mixed": "answers that teacher and student write together",
     "speculative": "its own answers, corrected by the teacher",
     "mix": "the training data and its own answers",

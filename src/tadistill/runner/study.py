@@ -215,7 +215,7 @@ def _text(arm: PlannedArm) -> str:
 
 def _method(arm: PlannedArm) -> str:
     if arm.arm.learners:
-        return f"{arm.method.objective.label} ({arm.method.sampler.type})"
+        return f"{arm.method.objective.label} ({arm.method.sampler.label})"
     return "sft, continued" if arm.arm.objective else "sft"
 
 

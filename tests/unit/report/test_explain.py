@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tadistill.config.sampling import StudentSampler
 from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.report.explain import arm_words
 from tadistill.results.collect import MEAN
@@ -38,6 +39,7 @@ def test_published_values_match_inside_the_interval(tmp_path):
 
 def test_every_arm_is_explained_in_plain_words(tmp_path):
     data, teacher = "forward_kl (dataset)", "cross_entropy (teacher)"
+    offline = f"reverse_kl ({StudentSampler(recorded=True).label})"
     arms = {
         ArmSpec("sft", ("s",), method="sft"): "plain fine-tuning",
         ArmSpec("longer", ("s",), method="sft, continued"): "plain fine-tuning, continued",
@@ -48,6 +50,7 @@ def test_every_arm_is_explained_in_plain_words(tmp_path):
         ArmSpec("kd", ("xl", "s"), method=data): "taught by xl on the training data, forward_kl",
         ArmSpec("reverse", ("xl", "s"), method="reverse_kl (dataset)"): "taught by xl on the training data, reverse_kl",
         ArmSpec("seqkd", ("xl", "s"), method=teacher): "fine-tuned on xl's answers",
+        ArmSpec("offline", ("xl", "s"), method=offline): "taught by xl on its own answers, written before training",
     }
     results = build_study(tmp_path, StudySpec(list(arms), seeds=(1,))).read()
     assert arm_words(results) == {arm.name: words for arm, words in arms.items()}
