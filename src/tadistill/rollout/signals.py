@@ -24,7 +24,7 @@ from tadistill import rng
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.disk import replacing
-from tadistill.errors import StoreError
+from tadistill.errors import ConfigError, StoreError
 from tadistill.models.teacher import Teacher
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
 from tadistill.rollout import packing
@@ -114,13 +114,13 @@ class _Writer:
                 assert isinstance(target, Hidden)
                 return {"hidden": (target.states.to(getattr(torch, dtype)), lengths)}
             case TopKSignal() as config:
-                kept = target if isinstance(target, TopK) else self._top_k(target, config)
+                kept = _first(target, min(config.k, self.vocab)) if isinstance(target, TopK) else self._top_k(target, config)
+                assert kept.tail is not None
                 if config.dtype == "packed":
-                    assert kept.tail is not None
                     ids, log_p, tail = (t.cpu().numpy() for t in (kept.ids, kept.log_probs.float(), kept.tail.float()))
                     return {"rows": (torch.from_numpy(packing.pack_top_k(ids, log_p, tail, self.vocab)), lengths)}
                 found = {"ids": (kept.ids.int(), lengths), "log_probs": (kept.log_probs, lengths)}
-                return found if kept.tail is None or config.tail == "drop" else found | {"tail": (kept.tail, lengths)}
+                return found if config.tail == "drop" else found | {"tail": (kept.tail, lengths)}
             case SampledSignal() as config:
                 assert isinstance(target, Hidden)
                 return self._sampled(target, config, rows, lengths)
@@ -147,6 +147,18 @@ class _Writer:
         for start in range(0, len(target.states), _ROWS):
             tokens = slice(start, start + _ROWS)
             yield tokens, target.head.logits(target.states[tokens])[:, : self.vocab]
+
+
+def _first(target: TopK, k: int) -> TopK:
+    # the first k tokens of a teacher that gives no hidden states; its other tokens join the tail
+    have, log_p = target.ids.shape[-1], target.log_probs.float()
+    if have < k:
+        raise ConfigError(f"the teacher gives its {have} most probable tokens, but `signal.k` is {k}; set `signal.k` to {have} or less")
+    tail = target.tail
+    if tail is None:
+        tail = (1 - log_p.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).eps).log()
+    rest = torch.cat([log_p[:, k:], tail.float().unsqueeze(-1)], -1).logsumexp(-1)
+    return TopK(target.ids[:, :k], log_p[:, :k], rest)
 
 
 def _bytes(tensor: Tensor) -> bytes:
