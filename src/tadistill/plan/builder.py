@@ -41,7 +41,7 @@ class StageBuilder:
         """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
         self._splits: dict[tuple[str, str, int | None], Split] = {}
-        self._own = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))  # arms share most models
+        self._own: Callable[[str, int], Handle] = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))
 
     @cached_property
     def _own_and_tasks(self) -> tuple[tuple[OwnCode, ...], Any]:
@@ -136,8 +136,10 @@ class StageBuilder:
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), train=self.split("train"))
 
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> FromStage:
-        both = {"teacher": parent, "like": self.of_arm(arm, seed)}
-        spec = specs.TemperSpec(data=self.encoding(name), **both, dev=self.split("dev"), batch=self.recipe.evaluate.batch)
+        like = self.of_arm(arm, seed)
+        spec = specs.TemperSpec(
+            data=self.encoding(name), teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch
+        )
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
