@@ -102,12 +102,24 @@ def test_labels_do_not_meet():
 
 
 def test_labels_avoid_intervals_if_there_is_room_beside_them():
-    label, interval = Label(0.5, 100, "an arm", "a", "red"), Mark(0.53, 60, 140)
+    label, interval = Label(0.5, 100, "an arm", "a", "red"), Mark(0.53, 100, 60, 140, "a")
     (alone,), (beside,) = place_labels([label], 560, (0, 300)), place_labels([label], 560, (0, 300), [interval])
     assert 'text-anchor="start"' in alone
     assert 'text-anchor="end"' in beside
-    crowd = [Mark(share / 100, 0, 300) for share in range(0, 101, 2)]
+    crowd = [Mark(share / 100, 100, 0, 300, "a") for share in range(0, 101, 2)]
     assert place_labels([label], 560, (0, 300), crowd) == [alone]
+
+
+def test_a_label_is_nearest_to_its_own_point_or_not_drawn():
+    long, star = Label(0.98, 100, "a-name-that-is-long", "long", "red"), Label(0.80, 130, "star", "star", "red")
+    between = [Mark(0.88, y, 0, 200, "other") for y in range(0, 201, 20)]
+    assert len(place_labels([long, star], 300, (0, 200))) == 2
+    (only,) = place_labels([long, star], 300, (0, 200), between)  # each place for the long name is nearer to another point
+    assert ">star</text>" in only
+    shifted = 'y="134.0" text-anchor="end"'  # at the left, because the point of another series is at the right
+    assert shifted in place_labels([star], 300, (0, 200), [Mark(0.84, 130, 120, 140, "other")])[0]
+    assert place_labels([long], 300, (0, 200), [Mark(0.98, 100, 90, 110, "other")]) == []  # one point hides the other
+    assert len(place_labels([long], 300, (0, 200), [Mark(0.9, 100, 90, 110, "long")])) == 1  # another point of the same series
 
 
 def test_ends_are_spread():

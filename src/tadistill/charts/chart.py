@@ -101,7 +101,7 @@ class Chart:
             self._add("paths", f'<path class="band" d="M{"L".join([*upper, *lower[::-1]])}Z" style="fill:{look.colour}"/>', name)
 
     def points(self, name: str, points: Iterable[Point], look: Look, *, size: float = 5.0, label: str = "") -> None:
-        """Draw points with vertical intervals. `label` is a text beside the first point."""
+        """Draw points with vertical intervals. `label` is a text beside the first point, where no other series' point is nearer to it."""
         for index, point in enumerate(points):
             x = point.x if point.at is None else point.at
             self._moved |= abs(self.x.place(x) - self.x.place(point.x)) > _VISIBLE
@@ -111,7 +111,7 @@ class Chart:
                 self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
             self._marker(x, point.y, look, size, name, point.tip)
             heights = [self._top(y) for y in (point.y, point.low, point.high) if y is not None]
-            self._points.append(Mark(self.x.place(x), min(heights) - size, max(heights) + size))
+            self._points.append(Mark(self.x.place(x), heights[0], min(heights) - size, max(heights) + size, name))
             self._data["points"].append([name, _short(point.x), _short(point.y), *map(_short, (point.low, point.high)), point.tip])
             if label and not index:
                 self._labels.append(Label(self.x.place(x), self._top(point.y), label, name, look.colour))

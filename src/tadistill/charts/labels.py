@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import hypot
 
 from tadistill.charts.looks import safe
 
@@ -29,15 +30,19 @@ def text_width(text: str) -> float:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point with its interval, as a vertical line. `x` is a share of the width. `top` and `bottom` are in pixels."""
+    """A point of the series `name` with its interval, which is a vertical line. `x` is a share of the width. The rest is in pixels."""
 
     x: float
+    y: float
     top: float
     bottom: float
+    name: str
 
 
 def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int], marks: Sequence[Mark] = ()) -> list[str]:
     """Return the labels as SVG. Each label is beside its point. If there is no room, it is farther away, with a thin line to the point.
+
+    A label is left out if each free place is nearer to a point of another series. A reader would read it as the name of that point.
 
     Args:
         width: width of the plot in pixels. None places all labels in a column at the right of the plot.
@@ -50,11 +55,13 @@ def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int
     taken = [_Box(label.x * width - 7, label.y - 7, label.x * width + 7, label.y + 7) for label in labels]
     placed: list[str] = []
     for label in sorted(labels, key=lambda label: label.y):
-        spots = _spots(label, width, box)
-        clear = (spot for spot in spots[:-1] if abs(spot.y - label.y) <= _NEAR and spot.free([*taken, *thin]))
-        spot = next(clear, None) or next(spot for spot in spots if spot.free(taken) or spot.last)
-        taken.append(spot.box)
-        placed.append(_drawn(label, spot, width))
+        others = [(mark.x * width, mark.y) for mark in (*marks, *labels) if mark.name != label.name]
+        spots = [spot for spot in _spots(label, width, box) if spot.free(taken) and spot.box.nearest((label.x * width, label.y), others)]
+        clear = (spot for spot in spots if abs(spot.y - label.y) <= _NEAR and spot.free(thin))
+        spot = next(clear, None) or next(iter(spots), None)
+        if spot is not None:
+            taken.append(spot.box)
+            placed.append(_drawn(label, spot, width))
     return placed
 
 
@@ -68,6 +75,14 @@ class _Box:
     def meets(self, other: "_Box") -> bool:
         return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
 
+    def nearest(self, point: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:
+        """Return whether the box is nearer to the point than to each other point."""
+        return all(self._distance(point) < self._distance(other) for other in others)
+
+    def _distance(self, point: tuple[float, float]) -> float:
+        x, y = point
+        return hypot(max(self.left - x, x - self.right, 0.0), max(self.top - y, y - self.bottom, 0.0))
+
 
 @dataclass(frozen=True)
 class _Spot:
@@ -76,7 +91,6 @@ class _Spot:
     y: float
     box: _Box
     inside: bool
-    last: bool = False
 
     def free(self, taken: Sequence[_Box]) -> bool:
         return self.inside and not any(self.box.meets(other) for other in taken)
@@ -94,8 +108,7 @@ def _spots(label: Label, width: int, box: tuple[int, int]) -> list[_Spot]:
                 around = _Box(left - 2, y - _HIGH / 2, left + wide + 2, y + _HIGH / 2)
                 inside = left >= 0 and left + wide <= width + 10 and box[0] <= around.top and around.bottom <= box[1]
                 spots.append(_Spot(side, at, y, around, inside))
-    first = spots[0]
-    return [*spots, _Spot(first.side, first.x, first.y, first.box, True, last=True)]
+    return spots
 
 
 def _drawn(label: Label, spot: _Spot, width: int) -> str:
