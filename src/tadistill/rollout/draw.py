@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tadistill.config.common import Decoding
 
+ASK_EVERY = 8  # tokens; after as many, the host reads what waits on the models' device
 _BLOCK = 64  # columns in one block of the two-level draw
 _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
@@ -229,7 +230,10 @@ class Rollout:
 
 
 class Record:
-    """Stores the tokens, log-probabilities and hidden states of all rows of one sampling call, in the CPU's memory."""
+    """Stores the tokens, log-probabilities and hidden states of all rows of one sampling call, in the CPU's memory.
+
+    Log-probabilities and hidden states of several calls are copied together, because the host waits for the device at each copy.
+    """
 
     def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
         self.tokens = np.zeros((rows, steps), np.int64)
@@ -237,6 +241,7 @@ class Record:
         self.eos = np.array(eos, np.int64)
         self.values = {name: np.zeros((rows, steps), np.float32) for name in ("behaviour", *models)}
         self.hidden: Tensor | None = None  # allocated when its size is known
+        self.waiting: list[tuple[np.ndarray, np.ndarray, dict[str, Tensor], Tensor | None]] = []  # on the models' device
 
     def say(self, rows: np.ndarray, t: np.ndarray | int, tokens: np.ndarray) -> None:
         """Store the tokens of `rows` at positions `t`. The first EOS of a row sets the row's length."""
@@ -245,13 +250,37 @@ class Record:
         self.lengths[rows[ended]] = np.broadcast_to(t, rows.shape)[ended] + 1
 
     def score(self, rows: np.ndarray, t: np.ndarray | int, log_p: dict[str, Tensor], hidden_NH: Tensor | None) -> None:
-        """Store the log-probabilities and hidden states of the tokens of `rows` at positions `t`."""
-        for name, log_p_N in log_p.items():
-            self.values[name][rows, t] = log_p_N.cpu().numpy()
-        if hidden_NH is not None:
+        """Store the log-probabilities and hidden states of the tokens of `rows` at positions `t`. Call `settle` after the last call."""
+        self.waiting.append((rows, np.broadcast_to(t, rows.shape), log_p, hidden_NH))
+        if len(self.waiting) == ASK_EVERY:
+            self.settle()
+
+    def settle(self) -> None:
+        """Copy what still waits on the models' device."""
+        waiting, self.waiting = self.waiting, []
+        found = [(name, rows, t, log_p_N) for rows, t, log_p, _ in waiting for name, log_p_N in log_p.items()]
+        if found:
+            numbers = torch.cat([log_p_N for *_, log_p_N in found]).cpu().numpy()
+            ends = np.cumsum([len(rows) for _, rows, *_ in found])
+            for (name, rows, t, _), part in zip(found, np.split(numbers, ends[:-1]), strict=True):
+                self.values[name][rows, t] = part
+        states = [(rows, t, hidden_NH) for rows, t, _, hidden_NH in waiting if hidden_NH is not None]
+        if states:
+            hidden = torch.cat([hidden_NH for *_, hidden_NH in states]).cpu()
             if self.hidden is None:
-                self.hidden = torch.zeros(*self.tokens.shape, hidden_NH.shape[1], dtype=hidden_NH.dtype)
-            self.hidden[torch.from_numpy(rows), torch.as_tensor(t)] = hidden_NH.cpu()
+                self.hidden = torch.zeros(*self.tokens.shape, hidden.shape[1], dtype=hidden.dtype)
+            rows_N, t_N = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*((rows, t) for rows, t, _ in states), strict=True))
+            self.hidden[rows_N, t_N] = hidden
+
+    def take(self, tokens_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor | None) -> None:
+        """Store the tokens, log-probabilities and hidden states of all rows and positions. What follows a row's first EOS is ignored."""
+        self.tokens[:] = tokens_BT.cpu().numpy()
+        ended = np.isin(self.tokens, self.eos)
+        self.lengths = np.where(ended.any(1), ended.argmax(1) + 1, self.tokens.shape[1])
+        names = list(values)
+        for name, numbers in zip(names, torch.stack([values[name] for name in names]).cpu().numpy(), strict=True):
+            self.values[name][:] = numbers
+        self.hidden = None if hidden_BTH is None else hidden_BTH.cpu()
 
     def rollouts(self) -> list[Rollout]:
         """Return the response of every row, up to the row's length. All arrays are copies."""

@@ -128,6 +128,7 @@ def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, g
             if batch.drops and len(going) < COMPACT_BELOW * len(rows):
                 batch.keep(going)
                 rows = rows[going]
+    record.settle()
 
 
 def _teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:

@@ -14,6 +14,7 @@ that a row has in a call, L columns of the cache, V vocabulary, H hidden size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def fill(
     while (side := _next(text, sides)) is not None:
         _read(text, side, vocab)
         _compact(text, sides)
+    record.settle()
     log_q, log_p = (record.values[side.name].astype(np.float64) for side in sides)
     with np.errstate(divide="ignore"):  # the logarithm of 0 if alpha is 0 or 1
         record.values["behaviour"][:] = np.logaddexp(np.log1p(-guide.alpha) + log_q, np.log(guide.alpha) + log_p)
@@ -106,25 +108,28 @@ def _read(text: _Text, side: _Side, vocab: int) -> None:
     scores_N = ~chooses_N & (columns_N >= text.start[row_N] - 1)
     chosen = chooses_N.nonzero()[0]
     predict_M = np.concatenate([chosen, scores_N.nonzero()[0]])
-    logits_MV, hidden_MH = side.packed(text.ids[row_N, columns_N], b_N, columns_N, predict_M)
     row_M, column_M = row_N[predict_M], columns_N[predict_M] + 1
+    numbers = text.uniforms[row_M[: len(chosen)], column_M[: len(chosen)] - text.start[row_M[: len(chosen)]]]
+    logits_MV, hidden_MH, next_M, uniforms = side.packed(
+        _Call(text.ids[row_N, columns_N], b_N, columns_N, predict_M, text.ids[row_M, column_M], numbers)
+    )
     log_p = []
     for start in range(0, len(predict_M), len(rows)):  # at most as many logits at a time as in a call for one token of every row
         part = slice(start, start + len(rows))
         z = logits_MV[part, :vocab].float()
         p = z.softmax(-1)
         if start == 0 and len(chosen):
-            _choose(text, row_M[: len(chosen)], p[: len(chosen)])
-        log_p.append(log_prob(z, p, torch.from_numpy(text.ids[row_M[part], column_M[part]]).to(p.device)))
+            drawn = draw(p[: len(chosen)], uniforms)
+            next_M = torch.cat([drawn, next_M[len(chosen) :]])
+            _say(text, row_M[: len(chosen)], drawn.cpu().numpy())
+        log_p.append(log_prob(z, p, next_M[part]))
     hidden = hidden_MH if side.name == "teacher" else None
     text.record.score(row_M, column_M - text.start[row_M], {side.name: torch.cat(log_p)}, hidden)
     side.done[rows] += counts
 
 
-def _choose(text: _Text, rows: np.ndarray, weights_MV: Tensor) -> None:
-    t = text.end[rows] - text.start[rows]
-    tokens = draw(weights_MV, torch.from_numpy(text.uniforms[rows, t]).to(weights_MV.device)).cpu().numpy()
-    text.record.say(rows, t, tokens)
+def _say(text: _Text, rows: np.ndarray, tokens: np.ndarray) -> None:
+    text.record.say(rows, text.end[rows] - text.start[rows], tokens)
     text.ids[rows, text.end[rows]] = tokens
     text.end[rows] += 1
 
@@ -142,16 +147,37 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
 # --- one call for some tokens of some rows ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The tokens of a call. `rows_N` ascends, and so does `columns_N` within a row."""
+
+    ids_N: np.ndarray
+    rows_N: np.ndarray
+    """The cache row of each token."""
+    columns_N: np.ndarray
+    """The position of each token in its row."""
+    predict_M: np.ndarray
+    """Indices of the tokens whose logits are needed."""
+    next_M: np.ndarray
+    """The tokens after these tokens. If a token is not drawn yet, its number means nothing."""
+    uniforms: np.ndarray
+    """The random numbers, float64, of the tokens that are drawn next."""
+
+
 class _Places:
-    def __init__(self, rows_N: np.ndarray, columns_N: np.ndarray, rows: int, capacity: int, device: torch.device):
+    def __init__(self, call: _Call, rows: int, capacity: int, device: torch.device):
+        rows_N, columns_N = call.rows_N, call.columns_N
         counts = np.bincount(rows_N, minlength=rows)
         slots = np.arange(len(rows_N)) - np.repeat(counts.cumsum() - counts, counts)
         self.shape = rows, int(counts.max())
         self.length = int(columns_N.max()) + 1
-        inside = rows_N * self.shape[1] + slots
-        upload = torch.from_numpy(np.stack([rows_N * capacity + columns_N, inside, columns_N])).to(device)
-        self.in_cache_N, self.in_rectangle_N, self.columns_N = upload
         self.full = len(rows_N) == rows * self.shape[1]
+        in_cache, in_rectangle = rows_N * capacity + columns_N, rows_N * self.shape[1] + slots
+        # one copy to the device instead of six; the bits of a float64 number fit into an int64
+        parts = [call.ids_N, in_cache, in_rectangle, columns_N, call.predict_M, call.next_M, call.uniforms.view(np.int64)]
+        upload = torch.from_numpy(np.concatenate(parts)).to(device).split([len(part) for part in parts])
+        self.ids_N, self.in_cache_N, self.in_rectangle_N, self.columns_N, self.predict_M, self.next_M = upload[:-1]
+        self.uniforms = upload[-1].view(torch.float64)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         columns = self.spread(self.columns_N)
@@ -225,23 +251,17 @@ class _Packed:
         self.places: _Places | None = None
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
 
-    def __call__(self, ids_N: np.ndarray, rows_N: np.ndarray, columns_N: np.ndarray, predict_M: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Run the model on the tokens `ids_N`. Return the logits and the inputs of the output head at the tokens `predict_M`.
-
-        Args:
-            ids_N: the token ids.
-            rows_N: the cache row of each token, in ascending order.
-            columns_N: the position of each token in its row, in ascending order within a row.
-            predict_M: indices of the tokens whose logits are returned.
-        """
-        device, config = self.model.device, self.model.config
-        self.places = places = _Places(rows_N, columns_N, self.rows, self.capacity, device)
+    def __call__(self, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the model on the tokens of `call`. Return, on the model's device, the logits and the inputs of the output head at the tokens
+        `predict_M`, then `next_M` and `uniforms`."""
+        config = self.model.config
+        self.places = places = _Places(call, self.rows, self.capacity, self.model.device)
         implementation = config._attn_implementation
         config._attn_implementation = _ATTENTION  # only for this call: training keeps the model's usual attention
         try:
-            with _head_at(self.model, torch.from_numpy(predict_M).to(device)) as hidden:
+            with _head_at(self.model, places.predict_M) as hidden:
                 out = self.model(
-                    input_ids=torch.from_numpy(ids_N).to(device).unsqueeze(0),
+                    input_ids=places.ids_N.unsqueeze(0),
                     attention_mask=places.mask(self.model.dtype),
                     position_ids=places.columns_N.unsqueeze(0),
                     past_key_values=self.cache,
@@ -250,7 +270,7 @@ class _Packed:
                 )
         finally:
             config._attn_implementation = implementation
-        return out.logits[0], hidden[0]
+        return out.logits[0], hidden[0], places.next_M, places.uniforms
 
     def keep(self, rows: np.ndarray) -> None:
         self.rows = len(rows)
