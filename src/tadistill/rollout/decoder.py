@@ -9,8 +9,9 @@ Axes: B sequences, T positions, V vocabulary.
 
 import inspect
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from tadistill.models.forward import Rounding, apart, evaluating, rounded, taken
+from tadistill.models.forward import apart, evaluating, rounded, taken
 from tadistill.rollout.draw import in_place_cache
 
 # prompts that ways are tried on: padding, equal lengths, and more tokens than a small block or window has
@@ -82,6 +83,17 @@ def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
     return [np.arange(len(prompts))] if padded else [(lengths == n).nonzero()[0] for n in np.unique(lengths)]
 
 
+def left_padded(prompts: Sequence[tuple[int, ...]], columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, attention mask and positions (B, `columns`) of prompts with padding on the left. All prompts end at the same column,
+    and the columns after it are for new tokens: their ids are 0, and the mask counts them."""
+    width = max(map(len, prompts))
+    ids, attention = np.zeros((len(prompts), columns), np.int64), np.zeros((len(prompts), columns), np.int64)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) : width] = prompt
+        attention[b, width - len(prompt) :] = 1
+    return ids, attention, np.maximum(attention.cumsum(1) - 1, 0)
+
+
 class Decoder:
     """A model and its memory of the tokens that it has read (usually a KV cache), for one batch."""
 
@@ -130,12 +142,33 @@ def _rows(memory: Any, index: Tensor) -> Any:
 # --- trying --------------------------------------------------------------------------------------------------------------
 
 
+class Trial:
+    """Texts for a model, and the logits after their last tokens in forward passes over the whole text."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
+        with rounded(model) as self.rounding:
+            self.expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in self.texts]
+
+    def agrees(self, read: Callable[[list[Tensor], int], Iterator[tuple[int, int, Tensor]]]) -> bool:
+        """Return True if another way to read the texts gives the same logits.
+
+        Args:
+            read: takes the texts and the number of steps. Returns the text's index, the step and the logits (V,), for each text and step.
+                Step 0 reads all tokens that no later step reads. An exception of the model means that the way is not possible.
+        """
+        try:
+            errors = [apart(z, self.expected[row][step]) for row, step, z in read(self.texts, _STEPS)]
+        except Exception:
+            return False  # the model does not take this memory
+        # An expert that a half-precision router chooses otherwise by rounding changes one position, a wrong memory changes most of them.
+        return (max(errors) if self.rounding.precise else statistics.median(errors)) <= self.rounding.largest
+
+
 @torch.inference_mode()
 def _first_right(model: PreTrainedModel) -> Way:
-    texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
-    with rounded(model) as rounding:
-        expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in texts]
-    return next((way for way in WAYS[:-1] if _right(model, way, texts, expected, rounding)), WAYS[-1])
+    trial = Trial(model)
+    return next((way for way in WAYS[:-1] if trial.agrees(partial(_read, model, way))), WAYS[-1])
 
 
 def _texts(model: PreTrainedModel) -> list[Tensor]:
@@ -147,26 +180,14 @@ def _texts(model: PreTrainedModel) -> list[Tensor]:
     return [(words // 2 + 5 * row + 7 * torch.arange(n, device=model.device) ** 2) % words for row, n in enumerate(counts)]
 
 
-def _right(model: PreTrainedModel, way: Way, texts: list[Tensor], expected: list[Tensor], rounding: Rounding) -> bool:
-    try:
-        errors = [apart(z, expected[row][step]) for row, step, z in _read(model, way, texts)]
-    except Exception:
-        return False  # the model does not take this memory
-    # An expert that a half-precision router chooses otherwise by rounding changes one position, a wrong memory changes most of them.
-    return (max(errors) if rounding.precise else statistics.median(errors)) <= rounding.largest
-
-
-def _read(model: PreTrainedModel, way: Way, texts: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+def _read(model: PreTrainedModel, way: Way, texts: list[Tensor], steps: int) -> Iterator[tuple[int, int, Tensor]]:
     for rows in groups([tuple(text.tolist()) for text in texts], way.padded):
         width = max(len(texts[row]) for row in rows)
-        ids, attention = (torch.zeros(len(rows), width, dtype=torch.long, device=model.device) for _ in range(2))
-        for b, row in enumerate(rows):
-            ids[b, width - len(texts[row]) :] = texts[row]
-            attention[b, width - len(texts[row]) :] = 1
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        padded = left_padded([tuple(texts[row].tolist()) for row in rows], width)
+        ids, attention, positions = (torch.from_numpy(a).to(model.device) for a in padded)
         decoder, start = Decoder(model, 10**9, width, way), 0
-        for step in range(_STEPS):
-            end = width - _STEPS + 1 + step
+        for step in range(steps):
+            end = width - steps + 1 + step
             mask = attention[:, :end] if way.padded else None
             logits = decoder.logits(ids[:, :end], mask, positions[:, :end], start)
             yield from ((row, step, z) for row, z in zip(rows, logits, strict=True))

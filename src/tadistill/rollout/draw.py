@@ -7,11 +7,12 @@ Axes: B sequences, T tokens so far, V vocabulary, H hidden size, N tokens of one
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tadistill.config.common import Decoding
+from tadistill.models.forward import tapped
 
 ASK_EVERY = 8  # tokens; after as many, the host reads what waits on the models' device
 _BLOCK = 64  # columns in one block of the two-level draw
@@ -153,6 +155,15 @@ def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tenso
     width = weights_BN.gather(1, column)
     below = cumulative.gather(1, column) - width
     return column, ((point - below) / width).clamp_(0, _BELOW_ONE)
+
+
+def teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
+    """Return a `with` block's list of the inputs of the teacher's output head (see `tapped`). Without a guide, it stays empty."""
+    if guide is None:
+        return nullcontext([])
+    head = guide.teacher.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    return tapped(head, skip=False)
 
 
 def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:

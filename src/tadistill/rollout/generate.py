@@ -7,19 +7,18 @@ of each sequence, so a sequence does not depend on the other sequences in its ba
 Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
-from tadistill.models.forward import evaluating, tapped
-from tadistill.rollout import lazy
-from tadistill.rollout.decoder import Decoder, groups, way_of
-from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors
+from tadistill.models.forward import evaluating
+from tadistill.rollout import fixed, lazy
+from tadistill.rollout.decoder import Decoder, groups, left_padded, way_of
+from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors, teacher_tap
 from tadistill.tuning import COMPACT_BELOW
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
@@ -27,15 +26,10 @@ __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
 
 class _Batch:
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
-        # the tokens are left-padded, so that every prompt ends at column `width`
-        rows, self.width = len(prompts), max(map(len, prompts))
+        self.width = max(map(len, prompts))
         device, total = models["student"].device, self.width + uniforms_BT.shape[1]
         self.vocab, self.start, self.end = vocab, 0, self.width  # the models have not seen [start, end)
-        ids, attention = np.zeros((rows, total), np.int64), np.zeros((rows, total), np.int64)
-        for b, prompt in enumerate(prompts):
-            ids[b, self.width - len(prompt) : self.width] = prompt
-            attention[b, self.width - len(prompt) :] = 1
-        positions = np.maximum(attention.cumsum(1) - 1, 0)
+        ids, attention, positions = left_padded(prompts, total)
         self.ids, self.positions = (torch.from_numpy(a).to(device) for a in (ids, positions))
         # without padding no mask is needed, and attention is faster without one
         self.attention = None if attention.all() else torch.from_numpy(attention).to(device)
@@ -80,6 +74,7 @@ def sample(
     vocab: int,
     decoding: Decoding = Decoding(),
     guide: Mixture | Speculation | None = None,
+    fixed_shapes: bool | None = None,
 ) -> list[Rollout]:
     """Sample one response per prompt. A response ends with a token of `eos`, or after `uniforms_BT.shape[1]` tokens.
 
@@ -90,6 +85,8 @@ def sample(
         vocab: size of the vocabulary that the models share. Token ids beyond it are never sampled.
         decoding: the settings that change each model's logits before mixing. Its `max_new_tokens` is ignored.
         guide: how a teacher helps to sample; None if the student samples alone.
+        fixed_shapes: sample with `fixed` if the models allow it. By default, this is so on CUDA, except for a mixture that `lazy` samples.
+            The tokens are the same, up to rounding.
 
     Returns:
         Rollouts in the order of the prompts.
@@ -98,7 +95,13 @@ def sample(
     record = Record(len(prompts), uniforms_BT.shape[1], eos, models)
     with evaluating(student):
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
-        if isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values()):
+        packed = isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values())
+        # without CUDA graphs, `lazy` starts fewer kernels than two models in step
+        wanted = student.device.type == "cuda" and not packed if fixed_shapes is None else fixed_shapes
+        if wanted and all(fixed.possible(model, capacity, decoding) for model in models.values()):
+            fixed.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
+        elif packed:
+            assert isinstance(guide, Mixture)
             lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
         else:
             for rows in groups(prompts, all(way_of(model).padded for model in models.values())):
@@ -112,7 +115,7 @@ def sample(
 def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
     steps = record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
-    with _teacher_tap(guide) as seen:
+    with teacher_tap(guide) as seen:
         for t in range(steps):
             logits = batch.logits()
             scores = {name: warping(batch.history(), z) for name, z in logits.items()} if warping else logits
@@ -129,11 +132,3 @@ def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, g
                 batch.keep(going)
                 rows = rows[going]
     record.settle()
-
-
-def _teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
-    if guide is None:
-        return nullcontext([])
-    head = guide.teacher.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    return tapped(head, skip=False)
