@@ -35,7 +35,8 @@ class Evaluate(Decoding):
     fewshot: int | None = Field(default=None, ge=0, le=1000)
     """Number of examples in the prompts of lm-eval's tasks. By default, each task has its own number."""
     batch: int = Field(default=32, ge=1, le=MOST)
-    """Number of sequences in a forward pass."""
+    """Number of sequences in a forward pass. If the recipe does not set it, a GPU samples as many responses at a time as fit into its
+    memory, up to 512."""
     precision: Precision = "fp32"
     """Number format of the models in stages that only run models: tests, comparisons with the teacher, and the teacher's answers to the
     training prompts. With `bf16` the weights take half the memory, and a GPU is several times as fast. Scores are sums in float32."""

@@ -145,7 +145,8 @@ class OnPolicy(SamplerBase, Decoding):
     """`native`: our own sampling loop. `vllm`: vLLM, which needs CUDA and `pip install 'tadistill[vllm]'`. vLLM uses other random numbers,
     and no teacher can take part in sampling."""
     chunk: int = Field(default=64, ge=1, le=MOST)
-    """Number of sequences that one device samples in parallel."""
+    """Number of sequences that one device samples in parallel. If the recipe does not set it, a GPU samples as many as fit into its
+    memory, up to 512."""
 
     @property
     def vllm(self) -> bool:

@@ -50,14 +50,23 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Calla
 
 
 def generate_answers(
-    subject: Subject, data: EvalSet, settings: Evaluate, seed: int, tick: Callable[[int], None] = lambda n: None
+    subject: Subject,
+    data: EvalSet,
+    settings: Evaluate,
+    seed: int,
+    tick: Callable[[int], None] = lambda n: None,
+    *,
+    adapts: bool | None = None,
 ) -> list[Sequence]:
     """Sample one answer per prompt, in the order of `data.encoded`.
 
-    The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row.
+    The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row. With `adapts`, a GPU samples as
+    many answers at a time as its memory allows. The default is to do so if the recipe does not set `batch`.
     """
+    if adapts is None:
+        adapts = "batch" not in settings.model_fields_set
     uniforms = rng.uniforms([e.row for e in data.encoded], settings.max_new_tokens, seed, "decode", data.name)
-    engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch)
+    engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch, adapts=adapts)
     prompts = [e.prompt for e in data.encoded]
     return [Sequence(p, r.tokens) for p, r in zip(prompts, engine.respond(prompts, uniforms, tick=tick), strict=True)]
 

@@ -7,6 +7,7 @@ This module computes no logits: the loss itself applies the head, to some positi
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,36 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute with a bfloat16 copy of its weights while a `with` block runs, and without autocast.
+
+    Autocast casts every weight again in every forward pass. Here, it is cast once. The parameters themselves stay as they are, and come
+    back after the block. What `from_pretrained(dtype=torch.bfloat16)` keeps in float32 stays in float32.
+    """
+    kept = [re.compile(rf"(^|\.){re.escape(name)}($|\.)") for name in model._keep_in_fp32_modules_strict or ()]
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    copies: dict[Tensor, Tensor] = {}  # tied weights have one copy
+    for path, module in model.named_modules():
+        stored = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for place, values in ((module._parameters, dict(module._parameters)), (module._buffers, stored)):
+            for name, value in values.items():
+                if value is not None and value.is_floating_point() and not any(rule.search(f"{path}.{name}") for rule in kept):
+                    held.append((place, name, value))
+                    place[name] = copies.setdefault(value, value.detach().to(torch.bfloat16))
+    forward = model.__dict__.get("forward")
+    if "_original_forward" in model.__dict__:  # accelerate keeps the forward function without autocast under this name
+        model.forward = model._original_forward
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for place, name, value in held:
+            place[name] = value
+        if forward is not None:
+            model.forward = forward
 
 
 @dataclass

@@ -5,15 +5,24 @@ import os
 import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
+from tadistill.models.forward import evaluating, in_bfloat16
+from tadistill.rollout.decoder import WAYS, Decoder, way_of
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 
+_SHARE = 0.6  # of the free memory, for a batch of rows
+_ROWS = 512  # in a batch; with more rows, a GPU computes longer than the host needs to start a step
+_TRIED = 4  # tokens whose keys and values are measured
+_STATES = 12  # states of a layer at the same time, in units of the hidden size; most of them are the MLP's
+_LOGITS = 8  # float32 numbers per word and model: logits, probabilities, and sorted copies for top-p
 _MEMORY = 0.3  # share of the GPU for vLLM's weights and KV cache
 
 
@@ -29,10 +38,27 @@ class Engine(Protocol):
 
 
 class Native:
-    """The built-in sampling loop for transformers models. It samples `chunk` prompts of similar length in one batch."""
+    """The built-in sampling loop for transformers models. It samples `chunk` prompts of similar length in one batch.
 
-    def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int, chunk: int = 64):
+    Args:
+        adapts: on a GPU, a batch has as many prompts as the free memory allows, instead of `chunk`. A batch of any size needs about the
+            same number of kernels, and they take most of the time. Up to rounding, a response does not depend on its batch.
+        half: sample with a bfloat16 copy of the student's weights, which is made once per call of `respond`.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        decoding: Decoding,
+        *,
+        eos: tuple[int, ...],
+        vocab: int,
+        chunk: int = 64,
+        adapts: bool = False,
+        half: bool = False,
+    ):
         self.student, self.decoding, self.eos, self.vocab, self.chunk = student, decoding, eos, vocab, chunk
+        self.adapts, self.half = adapts, half
 
     def respond(
         self,
@@ -44,20 +70,62 @@ class Native:
         """Return responses like `Engine.respond`. After each batch, call `tick` with the number of prompts in the batch."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.chunk):
-            part = order[start : start + self.chunk]
-            out = sample(
-                self.student,
-                [prompts[i] for i in part],
-                uniforms_BT[part],
-                eos=self.eos,
-                vocab=self.vocab,
-                decoding=self.decoding,
-                guide=guide,
-            )
-            found |= dict(zip(part.tolist(), out, strict=True))
-            tick(len(part))
+        with in_bfloat16(self.student) if self.half else nullcontext():
+            for part in self._batches(prompts, order, uniforms_BT.shape[1], guide):
+                out = sample(
+                    self.student,
+                    [prompts[i] for i in part],
+                    uniforms_BT[part],
+                    eos=self.eos,
+                    vocab=self.vocab,
+                    decoding=self.decoding,
+                    guide=guide,
+                )
+                found |= dict(zip(part.tolist(), out, strict=True))
+                tick(len(part))
         return [found[i] for i in range(len(prompts))]
+
+    def _batches(
+        self, prompts: Seq[tuple[int, ...]], order: np.ndarray, steps: int, guide: Mixture | Speculation | None
+    ) -> list[np.ndarray]:
+        size, models = self.chunk, [self.student] if guide is None else [self.student, guide.teacher]
+        free = free_bytes(self.student.device) if self.adapts and len(prompts) else None
+        with evaluating(self.student):
+            if free is not None and all(way_of(model).memory == "ours" for model in models):
+                needs = row_bytes(models, max(map(len, prompts)), steps, self.vocab)
+                most = max(1, min(int(_SHARE * free / needs), _ROWS))
+                size = -(-len(prompts) // -(-len(prompts) // most))  # batches of equal size
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU that this process can still use, including what its allocator holds for later. Return None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@torch.inference_mode()
+def row_bytes(models: Seq[PreTrainedModel], longest: int, steps: int, vocab: int) -> float:
+    """Return the memory in bytes that one row of a batch needs while `models` (student, teacher) sample together.
+
+    Args:
+        longest: number of tokens of the longest prompt.
+        steps: largest number of new tokens.
+    """
+    total, ids = 0.0, torch.zeros(1, _TRIED, dtype=torch.long, device=models[0].device)
+    for model in models:
+        config, width = model.config.get_text_config(), torch.finfo(model.dtype).bits // 8
+        decoder = Decoder(model, vocab, _TRIED, WAYS[0])
+        decoder.logits(ids, None, torch.arange(_TRIED, device=ids.device).unsqueeze(0), 0)
+        tensors = [value for layer in decoder.memory.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        kept = sum(tensor.nbytes for tensor in tensors) / _TRIED
+        # one layer at a time: the prompt's states, and keys and values repeated for every query head
+        layer = _STATES * longest * config.hidden_size * width + 2 * (longest + steps) * config.hidden_size * width
+        total += kept * (longest + steps) + layer + _LOGITS * vocab * 4
+    if len(models) > 1:
+        total += steps * models[-1].config.get_text_config().hidden_size * torch.finfo(models[-1].dtype).bits // 8
+    return total
 
 
 class Vllm:

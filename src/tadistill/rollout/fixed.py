@@ -34,6 +34,8 @@ from tadistill.rollout.draw import (
     teacher_tap,
 )
 
+DEVICES = {"cuda"}
+"""Types of devices on which text is sampled at fixed shapes. Tests add the CPU."""
 _ALIGNED = 8  # columns; attention kernels copy a mask whose width is not a multiple of this
 _RIGHT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 

@@ -1,8 +1,9 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
-This file contains the loop over positions. `lazy` samples faster from a mixture of two models, with the same result. It does not support
-all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The caller gives the random numbers
-of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences are removed from the batch.
+This file contains the loop over positions. `lazy` samples faster from a mixture of two models, and `fixed` samples faster on a GPU. Both
+give the same result, but do not support all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV
+cache. The caller gives the random numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished
+sequences are removed from the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
@@ -74,7 +75,6 @@ def sample(
     vocab: int,
     decoding: Decoding = Decoding(),
     guide: Mixture | Speculation | None = None,
-    fixed_shapes: bool | None = None,
 ) -> list[Rollout]:
     """Sample one response per prompt. A response ends with a token of `eos`, or after `uniforms_BT.shape[1]` tokens.
 
@@ -85,8 +85,6 @@ def sample(
         vocab: size of the vocabulary that the models share. Token ids beyond it are never sampled.
         decoding: the settings that change each model's logits before mixing. Its `max_new_tokens` is ignored.
         guide: how a teacher helps to sample; None if the student samples alone.
-        fixed_shapes: sample with `fixed` if the models allow it. By default, this is so on CUDA, except for a mixture that `lazy` samples.
-            The tokens are the same, up to rounding.
 
     Returns:
         Rollouts in the order of the prompts.
@@ -97,8 +95,8 @@ def sample(
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
         packed = isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values())
         # without CUDA graphs, `lazy` starts fewer kernels than two models in step
-        wanted = student.device.type == "cuda" and not packed if fixed_shapes is None else fixed_shapes
-        if wanted and all(fixed.possible(model, capacity, decoding) for model in models.values()):
+        in_step = student.device.type in fixed.DEVICES and not packed
+        if in_step and all(fixed.possible(model, capacity, decoding) for model in models.values()):
             fixed.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
         elif packed:
             assert isinstance(guide, Mixture)

@@ -46,7 +46,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
         else:
             stop_if_asked(context)
             chunk = EvalSet(train.name, train.examples, train.encoded[start:end])
-            answers = generate_answers(subject, chunk, decoding, spec.seed, done)
+            answers = generate_answers(subject, chunk, decoding, spec.seed, done, adapts=True)
             write_json(files[-1], [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
     return {"answers": len(train.encoded)}

@@ -147,14 +147,17 @@ def _sampler(
         guides = [teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None]
         context.say_if_slower(subject.model, *guides)
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
-    common |= {"engine": _engine(config, subject), "vocab": subject.vocab, "corpus": plain}
+    common |= {"engine": _engine(context, config, subject), "vocab": subject.vocab, "corpus": plain}
     return on_policy(method, texts, train.encoded, teachers=teachers, **common)
 
 
-def _engine(config: OnPolicy, subject: Subject) -> Engine:
+def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) -> Engine:
     if config.engine == "vllm":
         return Vllm(subject.model, config, eos=subject.eos, vocab=subject.vocab)
-    return Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk)
+    # a sharded student's weights belong to FSDP; on a CPU, the copy would change the numbers of finished stages
+    half = context.spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
+    adapts = "chunk" not in config.model_fields_set
+    return Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
 
 
 def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | None) -> Callable[[], dict[str, float]]:
