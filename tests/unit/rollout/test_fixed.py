@@ -1,0 +1,259 @@
+"""Sampling at fixed shapes says the same as the loops, and a step asks nothing of the host: recorded once, it can be repeated."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import tiny_model
+from tests.families import tiny
+from tests.unit.rollout.test_generate import ALL_OPTIONS, EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_frequencies, uniforms
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tadistill.config.common import Decoding
+from tadistill.rollout import fixed, lazy
+from tadistill.rollout.draw import Mixture, Record
+from tadistill.rollout.generate import Speculation, sample
+
+STEPS = 20
+EQUAL = [(5, 6, 7), (9, 8, 7), (3, 4, 5)]
+WARPED = Decoding(**ALL_OPTIONS | {"no_repeat_ngram": None})
+
+
+@contextmanager
+def path(monkeypatch, *, in_step: bool):
+    """Sample at fixed shapes, or with the loop over positions."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed, "DEVICES", {"cpu"} if in_step else set())
+        patch.setattr(lazy, "possible", lambda *_: False)
+        yield
+
+
+def assert_same(monkeypatch, student, prompts=PROMPTS, *, eos=EOS, **settings):
+    """Assert that both ways say the same, and return it."""
+    args = student, prompts, uniforms(len(prompts), STEPS)
+    with path(monkeypatch, in_step=True), monkeypatch.context() as patch:
+        patch.setattr("tadistill.rollout.generate._fill", None)
+        found = sample(*args, eos=eos, vocab=VOCAB, **settings)
+    with path(monkeypatch, in_step=False):
+        expected = sample(*args, eos=eos, vocab=VOCAB, **settings)
+    for a, b in zip(found, expected, strict=True):
+        assert a.tokens == b.tokens
+        assert set(a.values) == set(b.values)
+        for name in a.values:
+            assert a.values[name].dtype == np.float32
+            np.testing.assert_allclose(a.values[name], b.values[name], atol=1e-4)
+        if b.hidden is None:
+            assert a.hidden is None
+        else:
+            torch.testing.assert_close(a.hidden, b.hidden, atol=1e-3, rtol=1e-3)
+    return found
+
+
+GUIDES = {"alone": lambda _: None, "mixture": lambda teacher: Mixture(teacher, 0.3), "speculation": lambda teacher: Speculation(teacher, 3)}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_loop_over_positions(family, guide, monkeypatch):
+    """With padding, and with rows that end early."""
+    student, teacher = tiny_model(family), tiny_model(family, seed=3, layers=3)
+    found = assert_same(monkeypatch, student, guide=GUIDES[guide](teacher))
+    assert len({len(r.tokens) for r in found}) > 2
+    assert all((r.hidden is None) == (guide == "alone") for r in found)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_equals_the_loop_for_gemma(kind, monkeypatch):
+    """With scaled embeddings, tied heads and (gemma2) capped scores in eager attention; its windows are wider than the text."""
+    changes = {"layer_types": ["full_attention"] * 2} if kind == "gemma2" else {}
+    assert_same(monkeypatch, tiny(kind, **changes), eos=())
+
+
+@pytest.mark.parametrize("case", ["no padding", "greedy", "warped", "guided by itself", "two families", "wide window", "bfloat16"])
+def test_equals_the_loop_in_every_setting(case, monkeypatch):
+    student, teacher = tiny_model("llama"), tiny_model("mistral", seed=3, sliding_window=64 if case == "wide window" else None)
+    guide = Mixture(student if case == "guided by itself" else teacher, 0.3)
+    decoding = {"greedy": GREEDY, "warped": WARPED}.get(case, Decoding())
+    if case == "two families":
+        student = tiny_model("gpt2")
+    if case == "bfloat16":
+        student, teacher = student.bfloat16(), teacher.bfloat16()
+    assert_same(monkeypatch, student, EQUAL if case == "no padding" else PROMPTS, decoding=decoding, guide=guide)
+
+
+@pytest.mark.parametrize("case", ["narrow window", "no repeated n-grams", "state", "no padding possible"])
+def test_what_it_does_not_support_goes_the_usual_way(case, monkeypatch):
+    model = {"state": lambda: tiny("mamba"), "no padding possible": lambda: tiny("rwkv"), "narrow window": lambda: tiny("gemma3_text")}.get(
+        case, lambda: tiny_model("llama")
+    )()
+    decoding = Decoding(no_repeat_ngram=3) if case == "no repeated n-grams" else Decoding()
+    assert not fixed.possible(model, 32, decoding)
+    monkeypatch.setattr(fixed, "fill", None)
+    with path(monkeypatch, in_step=True):
+        rollouts = sample(model, PROMPTS[:3], uniforms(3, 4), eos=(), vocab=VOCAB, decoding=decoding)
+    assert [len(r.tokens) for r in rollouts] == [4, 4, 4]
+
+
+def test_a_cache_that_models_do_not_read_is_not_used(monkeypatch):
+    model = tiny_model("llama")
+    forward = model.forward
+    model.forward = lambda input_ids=None, attention_mask=None, **kwargs: forward(input_ids=input_ids, **kwargs)
+    assert not fixed.possible(model, 32, Decoding())
+
+
+def test_a_gpu_samples_a_mixture_with_the_packed_calls(monkeypatch):
+    """Until steps are recorded as graphs, these start fewer kernels."""
+    monkeypatch.setattr(fixed, "DEVICES", {"cpu"})
+    monkeypatch.setattr(fixed, "fill", None)
+    sample(tiny_model("llama"), PROMPTS, uniforms(8, 4), eos=(), vocab=VOCAB, guide=Mixture(tiny_model("llama", seed=3), 0.2))
+
+
+def test_two_tokens_follow_the_models_distribution(monkeypatch):
+    """The first is drawn after the prompt, the second in a step; its random number is another one."""
+    student, teacher, draws = tiny_model("llama", vocab=6), tiny_model("llama", vocab=6, seed=5), 20_000
+    numbers = np.random.default_rng(1).random((draws, 2))
+    with path(monkeypatch, in_step=True):
+        rollouts = sample(student, [(1, 2)] * draws, numbers, eos=(), vocab=6, guide=Mixture(teacher, 0.2))
+    texts = torch.tensor([(1, 2, token) for token in range(6)])
+    with torch.no_grad():
+        q, p = (m(texts).logits[:, 1:].softmax(-1) for m in (student, teacher))
+    mixed = 0.8 * q + 0.2 * p  # (first token, place, V)
+    law = mixed[0, 0].unsqueeze(1) * mixed[:, 1]
+    assert_frequencies(np.array([6 * r.tokens[0] + r.tokens[1] for r in rollouts]), law.flatten().numpy())
+
+
+# --- a step -------------------------------------------------------------------------------------------------------------
+
+
+def batch_of(student, guide, decoding=Decoding()):
+    models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
+    columns = fixed.Columns(models, PROMPTS, STEPS, VOCAB)
+    said = fixed.Said(uniforms(len(PROMPTS), STEPS), np.array(EOS), models, columns.device)
+    return columns, said
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@torch.no_grad()
+def test_a_step_recorded_once_and_repeated_says_the_same(family, guide, monkeypatch):
+    """As a CUDA graph: the same operations on the same memory, and no Python in between."""
+    student, help = tiny_model(family), GUIDES[guide](tiny_model(family, seed=3))
+    expected = assert_same(monkeypatch, student, decoding=WARPED, guide=help)
+    columns, said = batch_of(student, help)
+    with fixed.teacher_tap(help) as seen:
+        step = fixed.Step(columns, said, WARPED, help, seen)
+        step.say(columns.prompts())
+        recorded = make_fx(step)()
+    for _ in range(STEPS - 2):
+        recorded()
+    record = Record(len(PROMPTS), STEPS, EOS, said.values)
+    record.values = {name: record.values[name] for name in said.values}
+    record.take(said.tokens_BT, said.values, said.hidden_BTH)
+    for a, b in zip(record.rollouts(), expected, strict=True):
+        assert a.tokens == b.tokens
+        for name in b.values:
+            np.testing.assert_allclose(a.values[name], b.values[name], atol=1e-5)
+
+
+class Seen(TorchDispatchMode):
+    """The operations of a `with` block, with the shapes of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.append((str(func), [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def asks(self) -> int:
+        """Questions about a value, for which the host waits."""
+        return sum(name.startswith(("aten._local_scalar_dense", "aten.nonzero")) for name, _ in self.found)
+
+
+@torch.inference_mode()
+def test_all_steps_are_the_same_operations_and_ask_nothing():
+    student, guide = tiny_model("qwen2"), Mixture(tiny_model("qwen2", seed=3), 0.3)
+    columns, said = batch_of(student, guide)
+    with fixed.teacher_tap(guide) as tap:
+        step = fixed.Step(columns, said, Decoding(), guide, tap)
+        step.say(columns.prompts())
+        steps = []
+        for _ in range(STEPS - 1):
+            with Seen() as seen:
+                step()
+            steps.append(seen)
+    assert all(s.found == steps[0].found for s in steps)
+    assert steps[0].asks == 0
+
+
+# --- how often the host waits -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def waits(monkeypatch):
+    """Count the copies to the host (`down`) and to the device (`up`), and the questions about values (`asks`), as on a GPU."""
+    found = {"up": 0, "down": 0, "asks": 0}
+    cpu, from_numpy = torch.Tensor.cpu, torch.from_numpy
+
+    def down(tensor):
+        found["down"] += 1
+        return cpu(tensor)
+
+    def up(array):
+        found["up"] += 1
+        return from_numpy(array)
+
+    with monkeypatch.context() as patch, Seen() as seen:
+        patch.setattr(torch.Tensor, "cpu", down)
+        patch.setattr(torch, "from_numpy", up)
+        yield found
+    found["asks"] = seen.asks
+
+
+def counts(monkeypatch, steps: int, guide: str, prompts=PROMPTS) -> tuple[int, int, int]:
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
+    settings = {"eos": (), "vocab": VOCAB, "guide": GUIDES[guide](teacher)}
+    sample(student, prompts, uniforms(len(prompts), 2), **settings)  # the models are tried once
+    with waits(monkeypatch) as found:
+        sample(student, prompts, uniforms(len(prompts), steps), **settings)
+    return found["up"], found["down"], found["asks"]
+
+
+@pytest.mark.parametrize(("guide", "down", "models"), [("alone", 2, 1), ("mixture", 3, 2), ("speculation", 3, 2)])
+def test_fixed_shapes_wait_at_every_eighth_token(guide, down, models, monkeypatch):
+    """A call copies prompts, masks, positions, numbers and EOS to the device, and tokens, values and states back."""
+    with path(monkeypatch, in_step=True):
+        for steps in (16, 24, 48):
+            asked = (steps - 1) // 8
+            assert counts(monkeypatch, steps, guide) == (5, down, models + asked)  # transformers asks whether prompts are padded
+
+
+@pytest.mark.parametrize(("guide", "each_eighth", "models"), [("alone", 1, 1), ("speculation", 2, 2)])
+def test_the_loop_waits_once_for_a_token_and_once_for_each_models_mask(guide, each_eighth, models, monkeypatch):
+    """Log-probabilities and states come at every eighth token. transformers asks in every call whether a mask has padding."""
+    with path(monkeypatch, in_step=False):
+        for steps in (16, 24, 48):
+            up, down, asks = counts(monkeypatch, steps, guide)
+            assert (down, asks) == (steps + each_eighth * steps // 8, models * steps)
+            assert up <= 4 + 2 * steps // 8  # ids, positions, mask, numbers; then places in host memory
+            assert counts(monkeypatch, steps, guide, EQUAL)[2] == 0
+
+
+def test_a_packed_call_is_one_copy_to_the_device(monkeypatch):
+    """Calls that draw copy the tokens back; log-probabilities of both models, and states, come at every eighth call."""
+    calls, draws = [0], [0]
+    packed, say = lazy._Packed.__call__, lazy._say
+    monkeypatch.setattr(lazy._Packed, "__call__", lambda *args: (calls.__setitem__(0, calls[0] + 1), packed(*args))[1])
+    monkeypatch.setattr(lazy, "_say", lambda *args: (draws.__setitem__(0, draws[0] + 1), say(*args))[1])
+    student, guide = tiny_model("llama"), Mixture(tiny_model("llama", seed=3), 0.2)
+    with waits(monkeypatch) as found:
+        sample(student, PROMPTS * 2, uniforms(16, 48), eos=(), vocab=VOCAB, guide=guide)
+    settled = -(-calls[0] // 8)
+    assert found["asks"] == 0
+    assert found["down"] <= draws[0] + 2 * settled
+    # one per call, the switch, and the rows of the states in host memory
+    assert found["up"] <= calls[0] + 1 + 2 * settled
