@@ -41,7 +41,7 @@ def test_a_batch_has_the_rows_that_fit_into_free_memory(guided, monkeypatch):
     expected, batches = respond(student, guide=guide, adapts=True)
     assert batches == [8]  # a CPU keeps the chunk
     need = row_bytes([student, teacher] if guided else [student], 7, STEPS, VOCAB)
-    for rows, sizes in ((3.5, [3, 3, 2]), (5, [4, 4]), (8.1, [8]), (0.2, [1] * 8)):
+    for rows, sizes in ((3.5, [3, 3, 2]), (5.1, [4, 4]), (8.1, [8]), (0.2, [1] * 8)):
         monkeypatch.setattr(engines, "free_bytes", lambda _, rows=rows: rows * need / engines._SHARE)
         found, batches = respond(student, guide=guide, chunk=2, adapts=True)
         assert batches == sizes
