@@ -122,7 +122,9 @@ def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
             for name, value in values.items():
                 if value is not None and value.is_floating_point() and not any(rule.search(f"{path}.{name}") for rule in kept):
                     held.append((place, name, value))
-                    place[name] = copies.setdefault(value, value.detach().to(torch.bfloat16))
+                    if value not in copies:
+                        copies[value] = value.detach().to(torch.bfloat16)
+                    place[name] = copies[value]
     forward = model.__dict__.get("forward")
     if "_original_forward" in model.__dict__:  # accelerate keeps the forward function without autocast under this name
         model.forward = model._original_forward

@@ -59,6 +59,7 @@ class Native:
     ):
         self.student, self.decoding, self.eos, self.vocab, self.chunk = student, decoding, eos, vocab, chunk
         self.adapts, self.half = adapts, half
+        self._caches: dict[PreTrainedModel, float] = {}  # bytes per token
 
     def respond(
         self,
@@ -92,7 +93,9 @@ class Native:
         free = free_bytes(self.student.device) if self.adapts and len(prompts) else None
         with evaluating(self.student):
             if free is not None and all(way_of(model).memory == "ours" for model in models):
-                needs = row_bytes(models, max(map(len, prompts)), steps, self.vocab)
+                for model in models:
+                    self._caches[model] = self._caches.get(model) or cache_bytes(model)
+                needs = row_bytes({model: self._caches[model] for model in models}, max(map(len, prompts)), steps, self.vocab)
                 most = max(1, min(int(_SHARE * free / needs), _ROWS))
                 size = -(-len(prompts) // -(-len(prompts) // most))  # batches of equal size
         return [order[start : start + size] for start in range(0, len(order), size)]
@@ -106,26 +109,29 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @torch.inference_mode()
-def row_bytes(models: Seq[PreTrainedModel], longest: int, steps: int, vocab: int) -> float:
-    """Return the memory in bytes that one row of a batch needs while `models` (student, teacher) sample together.
+def cache_bytes(model: PreTrainedModel) -> float:
+    """Return the bytes of a model's keys and values of one token, measured in a forward pass."""
+    ids = torch.zeros(1, _TRIED, dtype=torch.long, device=model.device)
+    decoder = Decoder(model, 1, _TRIED, WAYS[0])
+    decoder.logits(ids, None, torch.arange(_TRIED, device=ids.device).unsqueeze(0), 0)
+    tensors = [value for layer in decoder.memory.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors) / _TRIED
+
+
+def row_bytes(caches: dict[PreTrainedModel, float], longest: int, steps: int, vocab: int) -> float:
+    """Return about how many bytes one row of a batch needs.
 
     Args:
+        caches: the models that sample together, student first, and their `cache_bytes`.
         longest: number of tokens of the longest prompt.
         steps: largest number of new tokens.
     """
-    total, ids = 0.0, torch.zeros(1, _TRIED, dtype=torch.long, device=models[0].device)
-    for model in models:
-        config, width = model.config.get_text_config(), torch.finfo(model.dtype).bits // 8
-        decoder = Decoder(model, vocab, _TRIED, WAYS[0])
-        decoder.logits(ids, None, torch.arange(_TRIED, device=ids.device).unsqueeze(0), 0)
-        tensors = [value for layer in decoder.memory.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-        kept = sum(tensor.nbytes for tensor in tensors) / _TRIED
-        # one layer at a time: the prompt's states, and keys and values repeated for every query head
-        layer = _STATES * longest * config.hidden_size * width + 2 * (longest + steps) * config.hidden_size * width
-        total += kept * (longest + steps) + layer + _LOGITS * vocab * 4
-    if len(models) > 1:
-        total += steps * models[-1].config.get_text_config().hidden_size * torch.finfo(models[-1].dtype).bits // 8
-    return total
+    total, tokens = 0.0, longest + steps
+    for model, cache in caches.items():
+        state = model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8
+        # of one layer at a time: the prompt's states, and keys and values repeated for every query head
+        total += cache * tokens + (_STATES * longest + 2 * tokens) * state + _LOGITS * vocab * 4
+    return total + (steps * state if len(caches) > 1 else 0)  # the teacher's states are kept
 
 
 class Vllm:

@@ -18,7 +18,7 @@ from tadistill.models.forward import in_bfloat16
 from tadistill.rollout import engine as engines
 from tadistill.rollout import fixed
 from tadistill.rollout.draw import Mixture
-from tadistill.rollout.engine import Native, row_bytes
+from tadistill.rollout.engine import Native, cache_bytes, row_bytes
 from tadistill.rollout.generate import sample
 
 STEPS = 8
@@ -31,6 +31,10 @@ def respond(student, *, guide=None, prompts=PROMPTS, steps=STEPS, **settings):
     return engine.respond(prompts, uniforms(len(prompts), steps), guide, batches.append), batches
 
 
+def needs(models, longest: int, steps: int) -> float:
+    return row_bytes({model: cache_bytes(model) for model in models}, longest, steps, VOCAB)
+
+
 # --- the size of a batch ------------------------------------------------------------------------------------------------
 
 
@@ -40,7 +44,7 @@ def test_a_batch_has_the_rows_that_fit_into_free_memory(guided, monkeypatch):
     guide = Mixture(teacher, 0.3) if guided else None
     expected, batches = respond(student, guide=guide, adapts=True)
     assert batches == [8]  # a CPU keeps the chunk
-    need = row_bytes([student, teacher] if guided else [student], 7, STEPS, VOCAB)
+    need = needs([student, teacher] if guided else [student], 7, STEPS)
     for rows, sizes in ((3.5, [3, 3, 2]), (5.1, [4, 4]), (8.1, [8]), (0.2, [1] * 8)):
         monkeypatch.setattr(engines, "free_bytes", lambda _, rows=rows: rows * need / engines._SHARE)
         found, batches = respond(student, guide=guide, chunk=2, adapts=True)
@@ -57,14 +61,14 @@ def test_a_batch_has_at_most_512_rows(monkeypatch):
 def test_the_need_of_a_row_counts_caches_of_the_models_dtype():
     """Two layers, one head of 8 for keys and for values, 4 bytes or 2; each token of the prompt and of the response has them."""
     model = tiny_model("llama")
-    each = row_bytes([model], 1, 1, VOCAB)
-    more = row_bytes([model], 1, 1001, VOCAB)
+    each = needs([model], 1, 1)
+    more = needs([model], 1, 1001) - each
     repeated = 2 * 16 * 4  # of one layer, for all query heads
-    assert more - each == 1000 * (2 * 2 * 8 * 4 + repeated)
+    assert more == 1000 * (2 * 2 * 8 * 4 + repeated)
     half = deepcopy(model).bfloat16()
-    assert row_bytes([half], 1, 1001, VOCAB) - row_bytes([half], 1, 1, VOCAB) == (more - each) / 2
-    beside = row_bytes([model, half], 1, 1001, VOCAB) - row_bytes([model, half], 1, 1, VOCAB)
-    assert beside == 1.5 * (more - each) + 1000 * 16 * 2  # the teacher's states are kept
+    assert needs([half], 1, 1001) - needs([half], 1, 1) == more / 2
+    beside = needs([model, half], 1, 1001) - needs([model, half], 1, 1)
+    assert beside == 1.5 * more + 1000 * 16 * 2  # the teacher's states are kept
 
 
 def test_a_model_without_such_a_cache_keeps_the_chunk(monkeypatch):
