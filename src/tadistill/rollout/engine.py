@@ -93,9 +93,8 @@ class Native:
         free = free_bytes(self.student.device) if self.adapts and len(prompts) else None
         with evaluating(self.student):
             if free is not None and all(way_of(model).memory == "ours" for model in models):
-                for model in models:
-                    self._caches[model] = self._caches.get(model) or cache_bytes(model)
-                needs = row_bytes({model: self._caches[model] for model in models}, max(map(len, prompts)), steps, self.vocab)
+                self._caches |= {model: cache_bytes(model) for model in models if model not in self._caches}
+                needs = row_bytes(models, [self._caches[model] for model in models], max(map(len, prompts)), steps, self.vocab)
                 most = max(1, min(int(_SHARE * free / needs), _ROWS))
                 size = -(-len(prompts) // -(-len(prompts) // most))  # batches of equal size
         return [order[start : start + size] for start in range(0, len(order), size)]
@@ -118,20 +117,22 @@ def cache_bytes(model: PreTrainedModel) -> float:
     return sum(tensor.nbytes for tensor in tensors) / _TRIED
 
 
-def row_bytes(caches: dict[PreTrainedModel, float], longest: int, steps: int, vocab: int) -> float:
+def row_bytes(models: Seq[PreTrainedModel], caches: Seq[float], longest: int, steps: int, vocab: int) -> float:
     """Return about how many bytes one row of a batch needs.
 
     Args:
-        caches: the models that sample together, student first, and their `cache_bytes`.
+        models: the models that sample together, the student first.
+        caches: their `cache_bytes`.
         longest: number of tokens of the longest prompt.
         steps: largest number of new tokens.
     """
-    total, tokens = 0.0, longest + steps
-    for model, cache in caches.items():
-        state = model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8
+    tokens = longest + steps
+    states = [model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8 for model in models]
+    total = steps * states[-1] if len(models) > 1 else 0  # the teacher's states are kept
+    for cache, state in zip(caches, states, strict=True):
         # of one layer at a time: the prompt's states, and keys and values repeated for every query head
         total += cache * tokens + (_STATES * longest + 2 * tokens) * state + _LOGITS * vocab * 4
-    return total + (steps * state if len(caches) > 1 else 0)  # the teacher's states are kept
+    return total
 
 
 class Vllm:

@@ -32,7 +32,7 @@ def respond(student, *, guide=None, prompts=PROMPTS, steps=STEPS, **settings):
 
 
 def needs(models, longest: int, steps: int) -> float:
-    return row_bytes({model: cache_bytes(model) for model in models}, longest, steps, VOCAB)
+    return row_bytes(models, [cache_bytes(model) for model in models], longest, steps, VOCAB)
 
 
 # --- the size of a batch ------------------------------------------------------------------------------------------------
