@@ -102,10 +102,18 @@ def prepared():
     AcceleratorState._reset_state(True)
 
 
+def in_half():
+    """Return the same student with weights in bfloat16, as `from_pretrained` loads it: frequencies of positions stay in float32."""
+    model = tiny_model("qwen2", tie_word_embeddings=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
 @pytest.mark.parametrize("in_step", [False, True])
 def test_a_round_is_sampled_from_the_bfloat16_model(prepared, in_step, monkeypatch):
     monkeypatch.setattr(fixed, "DEVICES", {"cpu"} if in_step else set())
-    plain = tiny_model("qwen2", tie_word_embeddings=True).bfloat16()
+    plain = in_half()
     found, _ = respond(prepared, half=True)
     expected, _ = respond(plain)
     assert [r.tokens for r in found] == [r.tokens for r in expected]
@@ -119,7 +127,7 @@ def test_frequencies_follow_the_bfloat16_model(prepared):
     engine = Native(prepared, Decoding(), eos=(), vocab=VOCAB, chunk=draws, half=True)
     tokens = np.array([r.tokens[0] for r in engine.respond([(1, 2)] * draws, numbers)])
     with torch.no_grad():
-        q = tiny_model("qwen2", tie_word_embeddings=True).bfloat16()(torch.tensor([[1, 2]])).logits[0, -1, :VOCAB].float().softmax(-1)
+        q = in_half()(torch.tensor([[1, 2]])).logits[0, -1, :VOCAB].float().softmax(-1)
     assert_frequencies(tokens, q.numpy())
 
 
@@ -159,7 +167,7 @@ def test_what_transformers_keeps_in_float32_stays_so():
 
 def test_guided_by_a_teacher_in_bfloat16(prepared):
     teacher = tiny_model("llama", seed=3).bfloat16()
-    plain = tiny_model("qwen2", tie_word_embeddings=True).bfloat16()
+    plain = in_half()
     found, _ = respond(prepared, guide=Mixture(teacher, 0.3), half=True)
     expected = sample(plain, PROMPTS, uniforms(8, STEPS), eos=EOS, vocab=VOCAB, guide=Mixture(teacher, 0.3))
     assert [r.tokens for r in found] == [r.tokens for r in expected]
