@@ -122,7 +122,7 @@ def test_a_round_is_sampled_from_the_bfloat16_model(prepared, in_step, monkeypat
 
 
 def test_frequencies_follow_the_bfloat16_model(prepared):
-    draws = 20_000
+    draws = 8_000
     numbers = np.random.default_rng(1).random((draws, 1))
     engine = Native(prepared, Decoding(), eos=(), vocab=VOCAB, chunk=draws, half=True)
     tokens = np.array([r.tokens[0] for r in engine.respond([(1, 2)] * draws, numbers)])

@@ -17,7 +17,7 @@ from tadistill.rollout import fixed, lazy
 from tadistill.rollout.draw import Mixture, Record
 from tadistill.rollout.generate import Speculation, sample
 
-STEPS = 20
+STEPS = 12
 EQUAL = [(5, 6, 7), (9, 8, 7), (3, 4, 5)]
 WARPED = Decoding(**ALL_OPTIONS | {"no_repeat_ngram": None})
 
@@ -55,13 +55,12 @@ def assert_same(monkeypatch, student, prompts=PROMPTS, *, eos=EOS, **settings):
 GUIDES = {"alone": lambda _: None, "mixture": lambda teacher: Mixture(teacher, 0.3), "speculation": lambda teacher: Speculation(teacher, 3)}
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "guide"), [*((f, "mixture") for f in FAMILIES), ("gpt2", "alone"), ("qwen2", "speculation")])
 def test_equals_the_loop_over_positions(family, guide, monkeypatch):
     """With padding, and with rows that end early."""
     student, teacher = tiny_model(family), tiny_model(family, seed=3, layers=3)
     found = assert_same(monkeypatch, student, guide=GUIDES[guide](teacher))
-    assert len({len(r.tokens) for r in found}) > 2
+    assert len({len(r.tokens) for r in found}) > 1
     assert all((r.hidden is None) == (guide == "alone") for r in found)
 
 
@@ -111,7 +110,7 @@ def test_a_gpu_samples_a_mixture_with_the_packed_calls(monkeypatch):
 
 def test_two_tokens_follow_the_models_distribution(monkeypatch):
     """The first is drawn after the prompt, the second in a step; its random number is another one."""
-    student, teacher, draws = tiny_model("llama", vocab=6), tiny_model("llama", vocab=6, seed=5), 20_000
+    student, teacher, draws = tiny_model("llama", vocab=6), tiny_model("llama", vocab=6, seed=5), 8_000
     numbers = np.random.default_rng(1).random((draws, 2))
     with path(monkeypatch, in_step=True):
         rollouts = sample(student, [(1, 2)] * draws, numbers, eos=(), vocab=6, guide=Mixture(teacher, 0.2))
@@ -164,7 +163,7 @@ class Seen(TorchDispatchMode):
     @property
     def asks(self) -> int:
         """Questions about a value, for which the host waits."""
-        return sum(name.startswith(("aten._local_scalar_dense", "aten.nonzero")) for name, _ in self.found)
+        return sum(name.split(".")[1] in {"_local_scalar_dense", "item", "is_nonzero", "nonzero"} for name, _ in self.found)
 
 
 def batch_of(student, guide, decoding=Decoding()):
@@ -174,8 +173,7 @@ def batch_of(student, guide, decoding=Decoding()):
     return columns, said
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize(("family", "guide"), [("gpt2", "mixture"), ("qwen2", "alone"), ("qwen2", "speculation")])
 @torch.inference_mode()
 def test_a_step_recorded_once_and_repeated_says_the_same(family, guide, monkeypatch):
     """As a CUDA graph: the same operations on the same memory, and no Python in between."""
@@ -205,7 +203,7 @@ def test_all_steps_are_the_same_operations_and_ask_nothing():
         step = fixed.Step(columns, said, Decoding(), guide, tap)
         step.say(columns.prompts())
         steps = []
-        for _ in range(STEPS - 1):
+        for _ in range(4):
             with Seen() as seen:
                 step()
             steps.append(seen)
@@ -250,7 +248,7 @@ def counts(monkeypatch, steps: int, guide: str, prompts=PROMPTS) -> tuple[int, i
 def test_fixed_shapes_wait_at_every_eighth_token(guide, down, models, monkeypatch):
     """A call copies prompts, masks, positions, numbers and EOS to the device, and tokens, values and states back."""
     with path(monkeypatch, in_step=True):
-        for steps in (16, 24, 48):
+        for steps in (16, 32):
             asked = (steps - 1) // 8
             assert counts(monkeypatch, steps, guide) == (5, down, models + asked)  # transformers asks whether prompts are padded
 
@@ -259,7 +257,7 @@ def test_fixed_shapes_wait_at_every_eighth_token(guide, down, models, monkeypatc
 def test_the_loop_waits_once_for_a_token_and_once_for_each_models_mask(guide, each_eighth, models, monkeypatch):
     """Log-probabilities and states come at every eighth token. transformers asks in every call whether a mask has padding."""
     with path(monkeypatch, in_step=False):
-        for steps in (16, 24, 48):
+        for steps in (16, 32):
             up, down, asks = counts(monkeypatch, steps, guide)
             assert (down, asks) == (steps + each_eighth * steps // 8, models * steps)
             assert up <= 4 + 2 * steps // 8  # ids, positions, mask, numbers; then places in host memory
