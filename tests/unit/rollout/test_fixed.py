@@ -264,7 +264,7 @@ def test_the_loop_waits_once_for_a_token_and_once_for_each_models_mask(guide, ea
             assert down == steps + each_eighth * steps // 8
             assert asks <= models * (steps + 1)
             assert up <= 4 + 2 * steps // 8  # ids, positions, mask, numbers; then places in host memory
-            assert counts(monkeypatch, steps, guide, EQUAL)[2] == 0
+            assert counts(monkeypatch, steps, guide, EQUAL)[2] <= models  # without padding, it asks nothing in later calls
 
 
 def test_a_packed_call_is_one_copy_to_the_device(monkeypatch):
