@@ -77,6 +77,20 @@ def launched(root, told, **resources):
     return made.key
 
 
+def test_two_processes_record_the_files_of_one(tmp_path):
+    """400 sequences are two files, one for each process."""
+    files = []
+    for processes in (1, 2):
+        settings = recipe({"signal": {"processes": processes}}, sampler={"type": "dataset", "signal": {"type": "hidden"}})
+        settings["data"]["limit"]["train"] = 400
+        plan, store = make_plan(validate(settings)), Store(tmp_path / str(processes))
+        stage = next(s for s in plan.stages.values() if s.kind == "signal")
+        run_in_processes(make_task(plan, stage, store), threads=processes, progress=quiet, alarm=print, stop=lambda: False)
+        files.append(store.manifest(stage.key)["files"])
+    assert len(files[0]) == 4  # with the teacher's head, and stage.json
+    assert files[0] == files[1]
+
+
 def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
     killed, seen, laid_out = [], [], {"parallel": "fsdp", "teacher": "sharded"}
 
