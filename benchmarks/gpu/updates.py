@@ -7,6 +7,7 @@ out of the times. The peak memory is compared with what `tadistill plan` predict
 
 import importlib.util
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -21,10 +22,7 @@ from training import fresh_accelerator, train
 
 from tadistill.config.method import Method
 from tadistill.data.templates import Encoded
-from tadistill.models.counting.sizes import size_of
 from tadistill.models.loading import column_major
-from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.training_cost import TrainingCost
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.train.step import make_step
@@ -167,14 +165,27 @@ def words(vocab: int) -> Any:
 
 def planned(pair: Pair, settings: dict[str, Any], work: Work) -> float:
     """Return the bytes that `tadistill plan` predicts for this training."""
-    from bench import CONFIGS
+    from tadistill.config import parse
+    from tadistill.plan.arms import make_plan
 
-    student, teacher = (size_of(CONFIGS[pair.kind](vocab_size=pair.vocab, **sizes).to_dict()) for sizes in (pair.student, pair.teacher))
-    method, answers = method_of(settings, work), Texts(((work.prompt, work.new),) * work.batch, work.batch)
-    cost = TrainingCost(student, (teacher,), method.optim)
-    cost.sample(answers, work.batch, 1.0)
-    cost.train(answers, teacher=True)
-    cost.caches(answers, work.batch, work.new, student, *([teacher] if "alpha" in settings["sampler"] else []))
-    needs = cost.total(method).memory
+    with tempfile.TemporaryDirectory() as folder:
+        words(pair.vocab).save_pretrained(folder)
+        rows = [{"prompt": " ".join(["w1"] * work.prompt), "response": " ".join(["w1"] * (work.new - 1))}] * work.batch
+        (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        method = method_of(settings, work).model_dump(mode="json", exclude_unset=True)
+        method["sampler"] |= {"chunk": work.batch}
+        common, file = {"load": f"scratch:{pair.kind}", "tokenizer": folder}, f"{folder}/rows.jsonl"
+        models = {name: common | {"config": sizes} for name, sizes in (("teacher", pair.teacher), ("student", pair.student))}
+        data = {
+            "train": file,
+            "dev": file,
+            "test": [file],
+            "template": "plain",
+            "max_prompt": work.prompt,
+            "max_length": work.prompt + work.new,
+        }
+        recipe = {"study": "updates", "seeds": [1], "models": models, "data": data, "method": method, "arms": {"arm": "teacher > student"}}
+        plan = make_plan(parse(recipe, source="the kit"))
+    (needs,) = (stage.cost.memory for stage in plan.stages.values() if stage.spec.kind == "distill" and stage.cost)
     assert needs is not None
     return needs
