@@ -170,7 +170,7 @@ def planned(pair: Pair, settings: dict[str, Any], work: Work) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         words(pair.vocab).save_pretrained(folder)
-        rows = [{"prompt": " ".join(["w1"] * work.prompt), "response": " ".join(["w1"] * (work.new - 1))}] * work.batch
+        rows = [{"prompt": " ".join(["w1"] * work.prompt), "completion": " ".join(["w1"] * (work.new - 1))}] * work.batch
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         method = method_of(settings, work).model_dump(mode="json", exclude_unset=True)
         method["sampler"] |= {"chunk": work.batch}
