@@ -224,7 +224,7 @@ RECIPE = """
 study: kit
 seeds: [1]
 models:
-  xl: {load: "scratch:llama", tokenizer: tinyworld, config: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}, sft: {optim: {steps: 4, lr: 3e-3, batch: 8, precision: PRECISION}, select: {every: 4}}}
+  xl: {load: "scratch:qwen2", tokenizer: tinyworld, config: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}, sft: {optim: {steps: 4, lr: 3e-3, batch: 8, precision: PRECISION}, select: {every: 4}}}
   s: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 48, world: {people: 20}, limit: {train: 32, dev: 4, test: 4}}
 method:

@@ -5,13 +5,21 @@ model = read_model(directory, "ORG/NAME", torch.float32)
 read_model(directory, "ORG/NAME", torch.float32, device="meta")     # headers only: takes milliseconds, and finds the same mistakes
 """
 
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from tadistill.errors import ModelError
 from tadistill.models.directory import check_files, read_description
@@ -32,7 +40,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
     check_files(directory, load)
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = _tokenizer_of(directory)
         except Exception as error:  # the tokenizers library raises bare exceptions on a damaged file
             _refuse_code(directory, load, error)
             _refuse_config(directory, load)
@@ -49,6 +57,18 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
             "the field"
         )
     return tokenizer
+
+
+def _tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
+    # For some types of models, such as qwen2, AutoTokenizer takes their own class whatever the file says. This class splits text in its own
+    # way, so a tokenizer of the general class would come back as another one.
+    try:
+        described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = None
+    if isinstance(described, dict) and described.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in described:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:

@@ -93,6 +93,14 @@ def test_a_saved_model_is_an_ordinary_directory(tokenizer, tmp_path):
     assert str(tmp_path) not in "".join(p.read_text(encoding="utf-8") for p in (tmp_path / "m").glob("*.json"))
 
 
+def test_a_saved_tokenizer_splits_text_as_before(tmp_path):
+    """AutoTokenizer takes the class of qwen2 models for it, which splits words in another way."""
+    world = load_tokenizer("tinyworld", world={"seed": 0, "people": 20})
+    save_model(load_model("scratch:qwen2", config=SHAPES["qwen2"], tokenizer=world), world, tmp_path)
+    text = "Who is the brother of Bopa? The answer is 12."
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == world(text)["input_ids"]
+
+
 def test_load_model(model_directory):
     model = load_model(model_directory)
     assert not model.training
