@@ -3,7 +3,8 @@
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from bench import VOCAB, Kit, Pair, moved, pairs, small
 from scipy.stats import chi2
 from transformers import GenerationConfig, PreTrainedModel
 
+from tadistill.rollout import fixed as at_fixed_shapes
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 
 SMALLEST_P = 1e-4
@@ -64,26 +66,42 @@ def guides(teacher: PreTrainedModel) -> dict[str, Guide]:
     }
 
 
+@contextmanager
+def shapes(*, fixed: bool) -> Iterator[None]:
+    """Sample at fixed shapes, as on a GPU, or by the loop for CPUs."""
+    before = at_fixed_shapes.DEVICES
+    at_fixed_shapes.DEVICES = {"cpu", "cuda"} if fixed else set()
+    try:
+        yield
+    finally:
+        at_fixed_shapes.DEVICES = before
+
+
 def sampling(kit: Kit) -> None:
-    """Chi-square tests of the first and of a second token, and the log-probabilities that are written beside them."""
-    rows = 1024 if kit.tiny else 16384
+    """Chi-square tests of a first and a second token, and the log-probabilities written beside them, at fixed and at growing shapes."""
     for kind in ("qwen2",) if kit.tiny else ("gpt2", "qwen2"):
         student, teacher = moved(small(kind), kit.device), moved(small(kind, seed=3, layers=3), kit.device)
-        q, p = next_law(student, PROMPT), next_law(teacher, PROMPT)
-        uniforms = np.random.default_rng(1).random((rows, 2))
-        for name, guide in guides(teacher).items():
-            out = sample(student, [PROMPT] * rows, uniforms, eos=(), vocab=VOCAB, guide=guide)
-            first = np.array([r.tokens[0] for r in out])
-            expected = law(q, p, guide)
-            kit.at_least(f"{kind}, {name}: p of the first token", p_value(first, expected), SMALLEST_P)
-            common = int(np.bincount(first).argmax())
-            longer = (*PROMPT, common)
-            second = np.array([r.tokens[1] for r in out if r.tokens[0] == common])
-            expected_2 = law(next_law(student, longer), next_law(teacher, longer), guide)
-            kit.at_least(f"{kind}, {name}: p of a second token", p_value(second, expected_2), SMALLEST_P)
-            written = np.exp([r.values["behaviour"][0] for r in out[:512]])
-            kit.at_most(f"{kind}, {name}: error of the written probability", float(np.abs(written - expected[first[:512]]).max()), 1e-4)
+        for fixed in (True, False):
+            with shapes(fixed=fixed):
+                _law_holds(kit, f"{kind}, {'fixed shapes' if fixed else 'growing shapes'}", student, teacher)
         _agreement(kit, kind, student, teacher)
+
+
+def _law_holds(kit: Kit, title: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    rows = 1024 if kit.tiny else 16384
+    q, p = next_law(student, PROMPT), next_law(teacher, PROMPT)
+    uniforms = np.random.default_rng(1).random((rows, 2))
+    for name, guide in guides(teacher).items():
+        out = sample(student, [PROMPT] * rows, uniforms, eos=(), vocab=VOCAB, guide=guide)
+        first, expected = np.array([r.tokens[0] for r in out]), law(q, p, guide)
+        kit.at_least(f"{title}, {name}: p of the first token", p_value(first, expected), SMALLEST_P)
+        common = int(np.bincount(first).argmax())
+        longer = (*PROMPT, common)
+        second = np.array([r.tokens[1] for r in out if r.tokens[0] == common])
+        expected_2 = law(next_law(student, longer), next_law(teacher, longer), guide)
+        kit.at_least(f"{title}, {name}: p of a second token", p_value(second, expected_2), SMALLEST_P)
+        written = np.exp([r.values["behaviour"][0] for r in out[:512]])
+        kit.at_most(f"{title}, {name}: error of the written probability", float(np.abs(written - expected[first[:512]]).max()), 1e-4)
 
 
 def _agreement(kit: Kit, kind: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -97,7 +97,8 @@ def run_ours(kit: Kit, pair: Pair, name: str, work: Work) -> list[float]:
     method, accelerator = method_of(METHODS[name], work), fresh_accelerator(kit.device, "bf16")
     student, teacher = pair.make_student(kit.device), column_major(pair.make_teacher(kit.device))
     prompts = [Encoded(row, tokens, ()) for row, tokens in enumerate(work.prompts(pair.vocab))]
-    engine = Native(student, method.sampler, eos=(0,), vocab=pair.vocab, chunk=work.batch)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"chunk": work.batch, "adapts": True, "half": kit.cuda}  # as a stage does it
+    engine = Native(student, method.sampler, eos=(0,), vocab=pair.vocab, **sizes)  # type: ignore[arg-type]
     source = on_policy(method, [], prompts, teachers=(teacher,), vocab=pair.vocab, engine=engine, pad=0, seed=0)
     ends: list[float] = []
 
