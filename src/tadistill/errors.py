@@ -97,6 +97,10 @@ class StageFailed(TadistillError, RuntimeError):
     """A stage (one step of a study, such as a training) failed, for instance because its loss was not finite."""
 
 
+class ServerFailed(TadistillError, RuntimeError):
+    """A server that runs a teacher does not answer, or its answers are wrong. What was finished before is kept."""
+
+
 class Interrupted(Exception):
     """A stage (one step of a study, such as a training) was asked to stop. Its state is saved, and the same command resumes it."""
 

@@ -8,7 +8,7 @@ import typer
 
 from tadistill import __version__
 from tadistill.cli import cluster, models, new, recipes, studies, writing
-from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
+from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, ServerFailed, StageFailed, TadistillError
 from tadistill.terminal import Terminal, output
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def main() -> None:
         with output():
             app()
     except TadistillError as error:
-        kind, errors = "failed" if isinstance(error, StageFailed | JudgeFailed) else "error", Terminal(stderr=True)
+        kind, errors = "failed" if isinstance(error, StageFailed | JudgeFailed | ServerFailed) else "error", Terminal(stderr=True)
         with contextlib.suppress(SystemExit), output():
             for problem in error.problems:
                 errors.print(f"[bold red]{kind}[/]: ", end="")

@@ -30,7 +30,11 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
 def doctor(
     recipe: Annotated[
         Path | None,
-        typer.Argument(help="A recipe. Its models and data are checked too.", metavar="[RECIPE]", autocompletion=complete.recipe_names),
+        typer.Argument(
+            help="A recipe. Its models, data and servers are checked too.",
+            metavar="[RECIPE]",
+            autocompletion=complete.recipe_names,
+        ),
     ] = None,
     cluster: Cluster = None,
     runs: Runs = None,
@@ -39,14 +43,15 @@ def doctor(
     then 1.
     """
     from tadistill.cluster import profile as profiles
-    from tadistill.cluster.doctor import examine, table
+    from tadistill.cluster.doctor import Check, examine, table
 
     name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
-    found = examine(
-        runs=runs_directory(runs),
-        recipe=read_recipe(recipe, None) if recipe else None,
-        profile=profiles.load_profile(name) if name else None,
-    )
+    loaded = read_recipe(recipe, None) if recipe else None
+    found = examine(runs=runs_directory(runs), recipe=loaded, profile=profiles.load_profile(name) if name else None)
+    if loaded and any(model.serve for model in loaded.models.values()):
+        from tadistill.runner.servers import examined  # here: it imports torch
+
+        found += [Check(*row) for row in examined(loaded)]
     console.print(table(found))
     if any(check.state == "problem" for check in found):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Commands that evaluate models without a recipe: eval, compare."""
+"""Commands about models: eval and compare evaluate models without a recipe, and serve starts a server for a teacher."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 import typer
 
 from tadistill.cli import complete
-from tadistill.cli.shared import Log, Quiet, Runs, Verbose, comma_separated, run_and_report, runs_option, terminal_for
+from tadistill.cli.shared import (
+    Log,
+    Quiet,
+    RecipePath,
+    Runs,
+    Verbose,
+    comma_separated,
+    console,
+    read_recipe,
+    run_and_report,
+    runs_option,
+    terminal_for,
+)
 from tadistill.errors import ConfigError
 from tadistill.store import runs_directory, store_of
 from tadistill.terminal import Terminal
@@ -107,3 +119,25 @@ def _sets(text: str) -> list[str]:
         if Path(",".join(parts[:end])).expanduser().exists():
             return [",".join(parts[:end]), *_sets(",".join(parts[end:]))]
     return [*comma_separated(parts[0]), *(_sets(",".join(parts[1:])) if parts[1:] else [])]
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    recipe: RecipePath,
+    model: Annotated[str, typer.Argument(help="The model's name in the recipe.", metavar="MODEL")],
+    host: Annotated[str | None, typer.Option("--host", help="Address at which the server listens (default: 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port (default: that of the recipe, or 8000).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and start nothing.")] = False,
+) -> None:
+    """Start a server of vLLM for a teacher of the recipe. Print its command first.
+
+    Arguments after `--` are arguments of `vllm serve`, such as `-- --tensor-parallel-size 4`.
+    """
+    from tadistill.runner.servers import server_command, start_server
+
+    loaded = read_recipe(recipe, None)
+    command = server_command(loaded, model, host=host, port=port, more=context.args)
+    console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+    if not dry_run:
+        start_server(loaded, model, command)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from tadistill.config.common import MOST, Strict, Temperature
 from tadistill.config.method import MethodPatch, Sft
+from tadistill.config.served import Serve
 
 
 class Init(Strict):
@@ -122,6 +123,9 @@ class ModelConfig(Strict):
     if its config.json is not on this disk. The plan then reads the sizes of the model from them, and `model_type` must be given too."""
     tokenizer: str | None = None
     """Source of the tokenizer, if the weights have none: a directory, a hub id, or `tinyworld` (the tokenizer of the built-in data set)."""
+    serve: Serve | None = None
+    """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
+    process."""
     init: Init | None = None
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
@@ -153,6 +157,14 @@ class ModelConfig(Strict):
         if len(given) != 1:
             raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; this one has {given or 'none'}")
         scratch = (self.load or "").startswith("scratch:")
+        if self.serve and (not self.load or scratch):
+            raise ValueError("`serve` needs `load` with the files of the model that the server runs; set `load`, or remove `serve`")
+        if self.serve and (self.sft or self.lora):
+            key = "sft" if self.sft else "lora"
+            raise ValueError(
+                f"a model with `serve` is not trained, because its server has fixed weights; remove `{key}`, or train the model in another "
+                "study, export it, and serve the export"
+            )
         if self.config and not self.load:
             raise ValueError("`config` is only for a model with `load`, but this model is made from another model; remove `config`")
         if self.config and not scratch and not isinstance(self.config.get("model_type"), str):

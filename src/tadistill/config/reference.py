@@ -35,6 +35,7 @@ _PAGES = {
     "metrics": "reference/recipe.md#metrics-and-objectives-of-your-own",
     "models": "reference/recipe.md#models",
     "models.NAME.lora": "concepts/compute.md",
+    "models.NAME.serve": "teachers.md",
     "objective": "reference/objectives.md",
     "dense": "concepts/paths.md",
     "resources": "reference/cluster.md",
@@ -51,6 +52,7 @@ _TITLES = {
     "reference/cluster.md": "On a cluster",
     "reference/objectives.md": "Objectives",
     "reference/recipe.md": "The recipe",
+    "teachers.md": "Teachers anywhere",
 }
 
 _SHORT_FORM = "One distillation: a teacher and a student replace `models` and `arms`. The student is not compared with the teacher."

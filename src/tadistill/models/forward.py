@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
@@ -32,7 +32,7 @@ class Reader:
             raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
         self._module = module
         self._takes = inspect.signature(model.forward).parameters
-        self._scale, self._softcap = _after_the_head(model)
+        self._scale, self._softcap = logit_changes(model.config)
         self._check(model)
 
     @property
@@ -209,8 +209,9 @@ def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    settings = model.config.get_text_config(decoder=True).to_dict()
+def logit_changes(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Return the scale and the soft cap that models with this configuration apply to their logits. The soft cap may be None."""
+    settings = config.get_text_config(decoder=True).to_dict()
 
     def number(*names: str) -> float | None:
         return next((float(settings[name]) for name in names if isinstance(settings.get(name), (int, float)) and settings[name]), None)

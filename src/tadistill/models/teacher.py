@@ -82,20 +82,20 @@ class InProcess(HiddenTeacher):
     """A model in this process, which `train.sharding` may have sharded or offloaded."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model: PreTrainedModel = model
+        self.model, self._model = model, model
         self.reader = Reader(model)
         self.width = self.head.weight.shape[0]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.model.device
+        return self._model.device
 
     @property
     def head(self) -> Head:
         return self.reader.head
 
     def hidden(self, batch: Batch) -> Tensor:
-        return self.reader.hidden(self.model, batch)
+        return self.reader.hidden(self._model, batch)
 
 
 def teacher_of(model: PreTrainedModel | Teacher) -> Teacher:

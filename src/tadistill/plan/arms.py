@@ -17,6 +17,7 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
+from tadistill.plan.served import check_measured, check_not_run, check_teaching
 from tadistill.plan.specs import TrainingSpec
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import check_entries, check_sources, original_teacher
@@ -138,6 +139,7 @@ class _Planner:
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
         # returns every model of the arm's last path, and the method of its last stage
+        check_not_run(self.recipe, name, self.teacher)
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
             raise ConfigError(
@@ -157,6 +159,7 @@ class _Planner:
             for i, model in enumerate(path[1:], 1):
                 method = self._method(name, arm, model, scale / arm.learners.count(model))
                 teachers = [(m, made[m]) for m in (path[:i] if method.dense else path[i - 1 : i])]
+                check_teaching(self.recipe, name, [m for m, _ in teachers], method)
                 made[model] = self.stages.distill(teachers, model, made[model], method, seed, taught.count(model), arm.last[-1])
                 taught.append(model)
         return [made[m] for m in arm.last], method
@@ -319,6 +322,7 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
         prompts: number of dev rows to use, from the first row.
         k: number of most likely tokens that a `pair` stage compares at each position.
     """
+    check_measured(recipe, models)
     planner = _Planner(recipe)
     stages, seed = planner.stages, recipe.first_seed
     handles = {name: stages.trained(name, seed) for name in models}

@@ -108,6 +108,8 @@ class StageBuilder:
             tokenizer_fingerprint=sources.fingerprint(tokenizer, revision, weights=False) if tokenizer and own else None,
             seed=seed if model.load.startswith("scratch:") else None,
             tokenizer_revision=None if revision == model.revision else revision,
+            serve=model.serve,
+            sends=model.serve and model.serve.signal,
         )
 
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:

@@ -16,7 +16,8 @@ from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Select
 from tadistill.config.objective import Custom, ObjectiveBase
 from tadistill.config.recipe import LongPrompts, Template, World
-from tadistill.config.sampling import StudentSampler
+from tadistill.config.sampling import StudentSampler, TopKSignal
+from tadistill.config.served import Serve
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, about
 from tadistill.own_code import load_function
@@ -147,6 +148,10 @@ class Loaded(Part):
     content."""
     tokenizer_at: str | None = Field(default=None, exclude=True)
     """Path of the tokenizer, if it is beside the recipe."""
+    serve: Serve | None = Field(default=None, exclude=True)
+    """The servers that run the model when it teaches. They are not a part of the key, because they change results only by rounding."""
+    sends: TopKSignal | None = None
+    """What these servers send, if not hidden states. It changes the results."""
 
     @property
     def source(self) -> str:
@@ -157,6 +162,11 @@ class Loaded(Part):
     def tokenizer_source(self) -> str:
         """Path or Hub name of the tokenizer on this machine. It is the source of the weights if the recipe names no tokenizer."""
         return self.tokenizer_at or self.tokenizer or self.source
+
+
+def is_served(handle: "Handle") -> bool:
+    """Return True if a model teaches from a server."""
+    return isinstance(handle, Loaded) and handle.serve is not None
 
 
 class PrunedDepth(Part):

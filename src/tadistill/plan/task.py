@@ -14,7 +14,7 @@ from tadistill.models import sources
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
-from tadistill.plan.inputs import FromStage, Handle, Loaded
+from tadistill.plan.inputs import FromStage, Handle, Loaded, is_served
 from tadistill.plan.specs import KINDS, Spec, TrainingSpec
 from tadistill.store import Store
 
@@ -134,7 +134,7 @@ def process_bytes(plan: "Plan", stage: Stage) -> float | None:
 
 def frozen_bytes(plan: "Plan", stage: Stage) -> float:
     """Return the bytes of the weights of all models that a stage only runs, such as the teachers of a training."""
-    others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
+    others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model") and not is_served(handle)]
     names = [_name(plan, handle) for i, handle in enumerate(others) if handle not in others[:i]]
     how = stage.spec.optim if isinstance(stage.spec, TrainingSpec) else plan.recipe.evaluate
     ledger, dtype = Ledger(plan.recipe), DTYPES[how.precision]

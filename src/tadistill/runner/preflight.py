@@ -1,7 +1,7 @@
 """Check data, models, tokenizers and memory before a study starts, so that mistakes are found before any stage has run."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
+from tadistill.models.head import head_shape, read_config
 from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import check_scratch, scratch_config
@@ -29,6 +30,7 @@ from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import layout, original_teacher
 from tadistill.plan.throughput import cores
+from tadistill.runner.servers import check_teachers
 from tadistill.runner.splits import check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence
 
@@ -40,16 +42,21 @@ _STARTS = 10
 
 
 @placed
-def check_study(recipe: Recipe, console: Console | None = None) -> int:
+def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable[Stage] | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
     The function prints notes on the data. They name rows that will be left out or cut, and references that ROUGE-L ignores.
 
+    Args:
+        stages: the stages to run. By default, these are all stages of the recipe. Only the servers of their teachers must answer.
+
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.
+        ServerFailed: a server of a teacher does not answer, or is not the right one.
     """
     check_inputs(recipe, console)
     _check_engine(recipe)
+    check_teachers(recipe, make_plan(recipe).stages.values() if stages is None else stages)
     jobs = recipe.runtime.jobs or _default_jobs()
     _check_memory(recipe, jobs)
     return jobs
@@ -144,6 +151,9 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
         config = scratch_config(root.load.removeprefix("scratch:"), root.config, tokenizer)
         check_scratch(config)
         rows = config.get_text_config().vocab_size
+    elif model.serve:
+        config = read_config(root.load, root.revision)
+        rows = head_shape(config)[0]
     else:
         if described := Ledger(recipe).config(_root(recipe, name)):
             check_config(described, name)

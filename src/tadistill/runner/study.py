@@ -22,6 +22,7 @@ from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.preview import off_budget
+from tadistill.plan.served import approximations
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepared
 from tadistill.runner.schedule import run_stages
@@ -57,7 +58,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
         with prepared(), console.working("checking models and data"):
             from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
-            jobs = check_study(recipe, console)
+            jobs = check_study(recipe, console, missing)
         for sentence in (*plan.tokens.cautions(), *off_budget(plan)):
             console.note(sentence, problem=True)
         console.note(_beginning(plan, store, missing, jobs))
@@ -84,11 +85,13 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
 
 @placed
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
-    """Download the models that are not on this disk. The plan needs their sizes."""
+    """Download the models that are not on this disk. The plan needs their sizes. Of a served model, only the output head is needed."""
+    from tadistill.models.head import fetch_head  # here: it imports torch
+
     for model in recipe.models.values():
         if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")
-            sources.fetch(model.load, model.revision)
+            (fetch_head if model.serve else sources.fetch)(model.load, model.revision)
         if model.tokenizer and model.tokenizer != "tinyworld":
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
@@ -170,7 +173,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "path": list(a.arm.last),
                 "text": _text(a),
                 "models": list(a.arm.models),
-                "method": _method(a),
+                "method": _method(a, approximations(plan.recipe, a)),
                 "model": a.arm.last[-1],
                 "compute": a.arm.compute,
                 "flops": a.flops,
@@ -213,9 +216,9 @@ def _text(arm: PlannedArm) -> str:
     return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}"
 
 
-def _method(arm: PlannedArm) -> str:
+def _method(arm: PlannedArm, approximate: Seq[str]) -> str:
     if arm.arm.learners:
-        return f"{arm.method.objective.label} ({arm.method.sampler.label})"
+        return f"{arm.method.objective.label} ({arm.method.sampler.label}){''.join(f'; {sentence}' for sentence in approximate)}"
     return "sft, continued" if arm.arm.objective else "sft"
 
 

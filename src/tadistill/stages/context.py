@@ -23,6 +23,7 @@ from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
+from tadistill.models.serving import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, Split, Tempered
@@ -106,9 +107,19 @@ class Context(Generic[AnySpec]):
         place = {"replicated": lambda model, _: column_major(model), "sharded": shard, "offloaded": offload}[where]
         return place(model, self.device), tokenizer
 
-    def teacher(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Teacher:
-        """Return the model as a teacher, at its place."""
-        return teacher_of(self.frozen(handle, dtype)[0])
+    def teacher(self, handle: Handle, dtype: torch.dtype = torch.float32) -> tuple[Teacher, PreTrainedTokenizerBase]:
+        """Return the model as a teacher, at its place (in this process, or on the servers that the recipe names), and its tokenizer.
+
+        Raises:
+            ServerFailed: a server cannot be reached, or runs another model.
+        """
+        if not isinstance(handle, Loaded) or handle.serve is None:
+            model, tokenizer = self.frozen(handle, dtype)
+            return teacher_of(model), tokenizer
+        revision = handle.tokenizer_revision or handle.revision
+        tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=self.spec.data.world.model_dump())
+        where = {"load": handle.source, "revision": handle.revision}
+        return served_teacher(handle.serve, handle.load, tokenizer, dtype=dtype, device=self.device, **where), tokenizer
 
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher) -> Subject:
         """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `teachers` have too."""

@@ -101,7 +101,7 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     """Compare a model with the original teacher. Write its divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
-    teacher = context.teacher(spec.teacher, dtype_of(spec.precision))
+    teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
     assistants = [teacher_of(context.model(handle, dtype_of(spec.precision))[0].eval()) for handle in spec.assistants]
     subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
     sets = [context.split(split, tokenizer) for split in spec.sets]
@@ -157,7 +157,7 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     """Compare a student with a bigger model on dev prompts. Write metrics on the student's answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
-    teacher = context.teacher(spec.teacher, dtype_of(spec.precision))
+    teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer, teacher)
     dev = context.split(spec.dev, tokenizer)
     own = _own_answers(context, spec.answers, dev)

@@ -15,7 +15,7 @@ from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, write_json, write_rows
 from tadistill.evaluation.run import generate_answers as generate_answers
 from tadistill.evaluation.scoring import Subject, entropy, means
-from tadistill.models.loading import save_model
+from tadistill.models.loading import save_model, shared_vocabulary
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.teacher import teacher_of
@@ -55,19 +55,20 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     """Record the teacher's outputs on the training set, or on a model's answers. After an interruption, finished parts are kept."""
     spec = context.spec
-    model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
+    teacher, tokenizer = context.teacher(spec.teacher, dtype_of(spec.precision))
     if spec.responses:
         sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES))
     else:
         sequences = references(context.split(spec.train, tokenizer).encoded)
-    subject = context.subject(model, tokenizer)
+    vocab, pad = shared_vocabulary(tokenizer, widths=(teacher.width,)), tokenizer.eos_token_id
+    assert isinstance(pad, int)
 
     def tick(done: int) -> None:
         context.progress(done, len(sequences), "sequences")
         stop_if_asked(context)
 
     folder, share = context.folder / SIGNAL, (int(os.environ.get("RANK", 0)), context.task.resources.processes)
-    record(of_teacher(teacher_of(model), subject.pad), sequences, spec.signal, folder, vocab=subject.vocab, tick=tick, share=share)
+    record(of_teacher(teacher, pad), sequences, spec.signal, folder, vocab=vocab, tick=tick, share=share)
     while not complete(folder, len(sequences)):  # the other processes write their own files
         stop_if_asked(context)
         time.sleep(_POLL)

@@ -43,7 +43,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     accelerator = _accelerator(context, optim)
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
-    teachers = tuple(context.teacher(handle, dtype_of(optim.precision)) for handle in handles)
+    teachers = tuple(context.teacher(handle, dtype_of(optim.precision))[0] for handle in handles)
     recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
     signals = tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded)
     subject = context.subject(student, tokenizer, *teachers)

@@ -178,7 +178,8 @@ class Ledger:
         work = passes.pass_by_length(texts, RECORDING_BATCH, texts.count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
-        kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(size.total, training=False)
+        here = size.head if self.recipe.models[name].serve else size.total
+        kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(here, training=False)
         each = packing.token_bytes(signal, size.hidden, size.head // size.hidden)
         disk = Disk(each, each * texts.mean_response * texts.count, exact=not isinstance(signal, samplers.SampledSignal))
         return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind, disk=disk)
@@ -199,6 +200,7 @@ class Ledger:
             return None
         drop = method.dense.drop if method.dense else 0.0
         cost = TrainingCost(student, sizes_above, method.optim, drop=drop, adapters=self.adapters(name))
+        cost.here = tuple(size for name, size in zip(teachers, sizes_above, strict=True) if self.recipe.models[name].serve is None)
         sampler, objective = method.sampler, method.objective
         count = _SAMPLERS.get(type(sampler))
         assert count is not None, f"sampler {sampler.type} has no predicted cost; add it to _SAMPLERS in tadistill.plan.costs.ledger"

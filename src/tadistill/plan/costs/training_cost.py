@@ -28,6 +28,8 @@ class TrainingCost:
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
+        self.here = teachers
+        """The teachers whose weights are in this process."""
         self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
         self.parts: dict[str, CostPart] = {}
         self.padding = 0.0  # padding positions in all updates
@@ -108,13 +110,14 @@ class TrainingCost:
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
             dtype = DTYPES[self.optim.precision]
-            needs += sum(resident_bytes(t.total, training=False, dtype=dtype) for t in self.teachers)
+            needs += sum(resident_bytes(t.total if t in self.here else t.head, training=False, dtype=dtype) for t in self.teachers)
         return Cost(self.parts, self.padding, published, needs, self._kind(method))
 
     def _kind(self, method: Method | None) -> str:
         how = self.optim.model_dump(include={"batch", "micro_batch", "precision", "gradient_checkpointing"})
         what = method.model_dump(include={"objective", "sampler"}) if method else None
         alone = [asdict(self.adapters)] if self.adapters else []
+        alone += [["served"]] if self.here != self.teachers else []
         return key_of([asdict(self.student), [asdict(t) for t in self.teachers], how, what, *alone])
 
 

@@ -1,0 +1,205 @@
+"""Requests to the servers of one teacher: several at the same time, sent again after a failure, and checked.
+
+    servers = Servers("ORG/NAME", serve)
+    servers.get("/v1/models")                           # the answer of each server
+    servers.post("/pooling", bodies, read)              # one answer per body; all servers share the work
+
+Only the servers that the recipe names are contacted, without a proxy, and no redirection is followed.
+"""
+
+import json
+import os
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+
+from tadistill.config.served import Serve
+from tadistill.errors import ConfigError, ServerFailed
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds before a request is sent again, once after each failure."""
+_SHOWN = 200
+_LATER = frozenset({408, 425, 429})  # of the statuses below 500, those after which the same request may succeed
+T = TypeVar("T")
+
+
+class Broken(Exception):
+    """An answer that is not complete, or that does not belong to the request. The message is the end of a sentence about the server."""
+
+
+class _Stopped(Exception):
+    """Another request failed, so this one is not repeated."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a server to one request."""
+
+    content: bytes
+    headers: dict[str, str]
+    request: str
+    """The id that the request had. Servers of vLLM repeat it in the answer."""
+
+    def json(self) -> Any:
+        """Return the content as JSON. Raises Broken if it is not JSON, for example because its end is missing."""
+        return read_json(self.content)
+
+
+def read_json(text: str | bytes) -> Any:
+    """Return the content of a JSON text. Raises Broken if the text is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Broken(f"sends an answer that is not complete JSON ({_start(text)})") from error
+
+
+class Servers:
+    """The servers of one model of the recipe."""
+
+    def __init__(self, model: str, serve: Serve, *, again: bool = True):
+        """`model` is the source of the model, for messages. With `again`, a request that failed is sent again, after a pause.
+
+        Raises:
+            ConfigError: the variable with the API key is not set.
+        """
+        self.model, self.serve, self.pauses = model, serve, PAUSES if again else ()
+        self._headers = {}
+        if serve.key:
+            key = os.environ.get(serve.key)
+            if not key:
+                raise ConfigError(
+                    f"serve.key names the environment variable {serve.key}, which is not set; set it to the API key of the server"
+                )
+            self._headers = {"Authorization": f"Bearer {key}"}
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=len(self.serve.at) * self.serve.requests)
+        settings: Any = {"limits": limits, "headers": self._headers, "trust_env": False, "follow_redirects": False}
+        client = httpx.Client(timeout=self.serve.seconds, **settings)
+        weakref.finalize(self, client.close)
+        return client
+
+    def get(self, path: str, read: Callable[[Answer], T]) -> dict[str, T]:
+        """Return what `read` makes of each server's answer, by the server's address. Raises ServerFailed as `post` does."""
+        return {at: self._asked(at, partial(self._get, at, path), read, threading.Event()) for at in self.serve.at}
+
+    def _get(self, at: str, path: str, id: str) -> httpx.Response:
+        return self._client.get(f"{at}{path}", headers={"X-Request-Id": id})
+
+    def _post(self, at: str, path: str, body: dict[str, Any], id: str) -> httpx.Response:
+        return self._client.post(f"{at}{path}", json=body | {"request_id": id}, headers={"X-Request-Id": id})
+
+    def post(self, path: str, bodies: Sequence[dict[str, Any]], read: Callable[[int, Answer], T]) -> list[T]:
+        """Send one request per body, and return what `read(number, answer)` makes of each answer, in the order of the bodies.
+
+        Raises:
+            ServerFailed: a server refuses a request; or it cannot be reached, or has an error, or answers too late or not completely, also
+                after the request was sent again. The message is one sentence.
+        """
+        waiting: SimpleQueue[int] = SimpleQueue()
+        for number in range(len(bodies)):
+            waiting.put(number)
+        found: dict[int, T] = {}
+        failed = threading.Event()
+
+        def work(at: str) -> None:
+            try:
+                for number in _drained(waiting, failed):
+                    found[number] = self._asked(at, partial(self._post, at, path, bodies[number]), partial(read, number), failed)
+            except _Stopped:
+                return
+            except BaseException:
+                failed.set()
+                raise
+
+        places = [at for _ in range(self.serve.requests) for at in self.serve.at][: len(bodies)]
+        with ThreadPoolExecutor(max(1, len(places))) as pool:
+            try:
+                for done in [pool.submit(work, at) for at in places]:
+                    done.result()
+            finally:
+                failed.set()  # an interruption ends the waiting of the other threads too
+        return [found[number] for number in range(len(bodies))]
+
+    def one(self, at: str, path: str, body: dict[str, Any], read: Callable[[Answer], T]) -> T:
+        """Send one request to the server `at`, and return what `read` makes of the answer. Raises ServerFailed as `post` does."""
+        return self._asked(at, partial(self._post, at, path, body), read, threading.Event())
+
+    def _asked(self, at: str, send: Callable[[str], httpx.Response], read: Callable[[Answer], T], stop: threading.Event) -> T:
+        reason = ""
+        for pause in (0.0, *self.pauses):
+            if stop.wait(pause):
+                raise _Stopped
+            id = uuid.uuid4().hex
+            try:
+                response = send(id)
+            except httpx.TimeoutException:
+                reason = f"did not answer within {self.serve.seconds:g} seconds"
+                continue
+            except httpx.TransportError as error:
+                reason = f"cannot be reached, or broke the connection ({error or type(error).__name__})"
+                continue
+            if response.status_code >= 500 or response.status_code in _LATER:
+                reason = f"answers {response.status_code} ({_message(response)})"
+                continue
+            if response.status_code != 200:
+                raise self._refused(at, response)
+            try:
+                return read(Answer(response.content, dict(response.headers), id))
+            except Broken as error:
+                reason = str(error)
+        again = ", also when the request was repeated" if self.pauses else ""
+        raise ServerFailed(
+            f"the server {at} of `{self.model}` {reason}{again}; start the server, and run the same command again: finished work is kept"
+        )
+
+    def _refused(self, at: str, response: httpx.Response) -> "Refused":
+        status, fix = response.status_code, "correct `serve`, or start the server with `tadistill serve RECIPE MODEL`"
+        if status in (401, 403):
+            variable = self.serve.key
+            fix = f"correct the key in {variable}" if variable else "name the environment variable with its API key in `serve.key`"
+        if 300 <= status < 400:
+            fix = "write the server's own address, because redirections are not followed"
+        what = f"refuses a request to {response.request.url.path} ({status}, {_message(response)})"
+        return Refused(f"the server {at} of `{self.model}` {what}; {fix}", status)
+
+
+class Refused(ServerFailed):
+    """A server refuses a request, and would refuse it again."""
+
+    def __init__(self, problem: object, status: int = 0):
+        super().__init__(problem)
+        self.status = status
+
+
+def _drained(waiting: SimpleQueue[int], failed: threading.Event) -> Iterator[int]:
+    while not failed.is_set():
+        try:
+            yield waiting.get_nowait()
+        except Empty:
+            return
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        content = response.json()
+    except ValueError:
+        return _start(response.text)
+    if isinstance(content, dict):
+        error = content.get("error")
+        content = (error.get("message") if isinstance(error, dict) else error) or content.get("message") or content.get("detail") or content
+    return _start(content)
+
+
+def _start(text: Any) -> str:
+    words = " ".join((text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split())
+    return words if len(words) <= _SHOWN else f"{words[: _SHOWN - 1]}…"

@@ -1,0 +1,196 @@
+"""Teachers that run on servers of vLLM. A server reads the tokens of a batch, and this process computes the loss.
+
+    teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.serving` makes both
+    teacher.target(batch)
+
+A server sends one of two things for every token: the last hidden states after the final norm (`POST /pooling`), as bytes; or the k most
+probable tokens with their log-probabilities, and that of the text's own token (`POST /v1/completions` with `prompt_logprobs`).
+
+Axes: N tokens, T tokens of a sequence, H hidden, K tokens that are sent.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from tadistill.config.sampling import TopKSignal
+from tadistill.data.batch import Batch
+from tadistill.models.client import Answer, Broken, Servers, read_json
+from tadistill.models.counting.sizes import Work
+from tadistill.models.teacher import HiddenTeacher, Teacher
+from tadistill.objectives import Head, TopK
+from tadistill.objectives.divergence import LOG_ZERO
+
+POOLING, COMPLETIONS = "/pooling", "/v1/completions"
+_SMALLEST = float(np.finfo(np.float32).eps)  # probability of the tail below which the server's rounding hides it
+
+
+class ServedHidden(HiddenTeacher):
+    """A teacher whose servers send the last hidden states. Its output head is in this process."""
+
+    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, head: Head):
+        self._servers, self._name, self._head, self.config = servers, name, head, config.get_text_config(decoder=True).to_dict()
+        self.device, self.width = head.weight.device, head.weight.shape[0]
+
+    @property
+    def head(self) -> Head:
+        return self._head
+
+    def hidden(self, batch: Batch) -> Tensor:
+        rows, weight = sequences(batch, ahead=0), self._head.weight
+
+        def read(number: int, answer: Answer) -> Tensor:
+            return hidden_states(answer, len(rows.tokens[number]), weight.shape[1], weight.dtype)
+
+        bodies = [hidden_request(self._name, ids, weight.dtype) for ids in rows.tokens]
+        found = self._servers.post(POOLING, bodies, read)
+        self.passed(_work(rows.tokens, rows.counted))
+        parts = [states[places] for states, places in zip(found, rows.places, strict=True)]
+        return torch.cat(parts).to(self.device) if parts else weight.new_zeros(0, weight.shape[1])
+
+
+class ServedTopK(Teacher):
+    """A teacher whose servers send the K most probable tokens, and the log-probabilities of the text's own tokens."""
+
+    gives_hidden = False
+
+    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, device: torch.device, vocab: int):
+        """`vocab` is the number of tokens of the tokenizer. The model may have more logits."""
+        self._servers, self._name, self.device, self._vocab = servers, name, device, vocab
+        self.config, self.width = config.get_text_config(decoder=True).to_dict(), vocab
+
+    def target(self, batch: Batch) -> TopK:
+        return self._read(batch)[0]
+
+    def scored(self, batch: Batch, vocab: int) -> tuple[TopK, Tensor]:
+        return self._read(batch)
+
+    def _read(self, batch: Batch) -> tuple[TopK, Tensor]:
+        signal, rows = self._servers.serve.signal, sequences(batch, ahead=1)
+        assert signal is not None
+        bodies = [top_k_request(self._name, ids, signal.k) for ids in rows.tokens]
+        found = self._servers.post(COMPLETIONS, bodies, lambda i, answer: prompt_scores(answer, rows.tokens[i], signal.k))
+        self.passed(_work(rows.tokens, rows.counted))
+        # the scores of the token at place t + 1 belong to the position t that predicts it
+        chosen = [_Scores(*(part[places] for part in scores)) for scores, places in zip(found, rows.places, strict=True)]
+        empty = _Scores(np.zeros((0, signal.k), np.int64), np.zeros((0, signal.k)), np.zeros(0))
+        joined = _Scores(*(np.concatenate(parts) for parts in zip(*(chosen or [empty]), strict=True)))
+        target = top_k_target(joined, signal, self._vocab)
+        return target.to(self.device), torch.from_numpy(joined.own).float().to(self.device)
+
+
+# --- what is sent ----------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """The sequences of a batch that a server must read, each with the positions that the loss needs."""
+
+    tokens: list[list[int]]
+    places: list[np.ndarray]
+    counted: int
+    """Number of all these positions."""
+
+
+def sequences(batch: Batch, *, ahead: int) -> Rows:
+    """Return the batch's sequences without padding, up to `ahead` tokens after the last position of the loss."""
+    tokens, places = [], []
+    for ids, mask in zip(batch.ids_BT.cpu().numpy(), batch.mask_BT.cpu().numpy(), strict=True):
+        if len(found := np.flatnonzero(mask)):
+            tokens.append(ids[: found[-1] + 1 + ahead].tolist())
+            places.append(found)
+    return Rows(tokens, places, sum(map(len, places)))
+
+
+def _work(tokens: list[list[int]], heads: int) -> Work:
+    return Work(sum(map(len, tokens)), sum(len(ids) ** 2 for ids in tokens), heads)
+
+
+def hidden_request(name: str, ids: list[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the body of a request for the last hidden states of every token."""
+    how = {"encoding_format": "bytes", "embed_dtype": str(dtype).removeprefix("torch."), "endianness": "little"}
+    return {"model": name, "task": "token_embed", "input": [ids], "use_activation": False, **how}
+
+
+def top_k_request(name: str, ids: list[int], k: int) -> dict[str, Any]:
+    """Return the body of a request for the log-probabilities of every token of a text."""
+    return {"model": name, "prompt": [ids], "max_tokens": 1, "temperature": 0, "prompt_logprobs": k, "add_special_tokens": False}
+
+
+# --- what comes back -------------------------------------------------------------------------------------------------------
+
+
+def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return the states (T, H) of an answer of `POST /pooling`.
+
+    Raises:
+        Broken: the answer is not complete, belongs to another request, or has another shape than (length, width).
+    """
+    facts = read_json(answer.headers.get("metadata", ""))
+    try:
+        ((place,), id) = facts["data"], str(facts["id"])
+        shape, start, end, form = tuple(place["shape"]), place["start"], place["end"], place["embed_dtype"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Broken(f"sends an answer without a description of its states ({facts!s:.100})") from error
+    if answer.request not in id:
+        raise Broken(f"sends the answer of another request ({id:.80})")
+    if shape != (length, width):
+        raise Broken(f"sends states of shape {list(shape)} for {length} tokens of a model with states of {width} numbers")
+    if f"torch.{form}" != str(dtype) or end - start != length * width * dtype.itemsize or len(answer.content) < end:
+        raise Broken(f"sends {len(answer.content)} bytes as {form}, but {length} tokens need {length * width * dtype.itemsize} as {dtype}")
+    states = torch.frombuffer(bytearray(answer.content[start:end]), dtype=dtype).reshape(length, width)
+    if not bool(states.isfinite().all()):
+        raise Broken("sends states that are not finite numbers")
+    return states
+
+
+class _Scores(NamedTuple):
+    """Token ids (T - 1, K) and their log-probabilities, and the log-probability (T - 1,) of the text's own next token."""
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    own: np.ndarray
+
+
+def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
+    """Return the scores in an answer of `POST /v1/completions`, one row for every token after the first.
+
+    Raises:
+        Broken: the answer is not complete, or belongs to another text.
+    """
+    content = answer.json()
+    try:
+        ((choice,), given) = content["choices"], content["choices"][0]["prompt_logprobs"]
+        rows = [[(int(id), float(entry["logprob"])) for id, entry in row.items()] for row in given[1:]]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise Broken("sends an answer without `prompt_logprobs`") from error
+    if len(rows) != len(tokens) - 1 or any(token not in dict(row) for token, row in zip(tokens[1:], rows, strict=True)):
+        raise Broken(f"sends the scores of another text ({len(rows) + 1} tokens in place of {len(tokens)}, or other tokens)")
+    if choice.get("prompt_token_ids") not in (None, tokens):
+        raise Broken("sends the scores of another text")
+    own = np.array([dict(row)[token] for token, row in zip(tokens[1:], rows, strict=True)])
+    # the text's own token comes first; it is one token more unless it is itself among the k most probable ones
+    top = [row if len(row) == k else row[1:] for row in rows]
+    if any(len(row) != k for row in top):
+        raise Broken(f"sends {len(min(top, key=len))} tokens at a position in place of the {k} most probable ones")
+    ids, log_probs = (np.array([[entry[i] for entry in row] for row in top]).reshape(-1, k) for i in (0, 1))
+    if not (np.isfinite(own).all() and np.isfinite(log_probs).all()):
+        raise Broken("sends log-probabilities that are not finite numbers")
+    return _Scores(ids, log_probs, own)
+
+
+def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
+    """Return the scores as a target of a loss.
+
+    The tail is 1 minus the sum of the k probabilities, and at least the rounding error of a float32 number. A token outside the vocabulary
+    of the tokenizer, which some models have, is counted with the tail. The next unused id takes its place, with the probability 0.
+    """
+    ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
+    for row, place in np.argwhere(ids >= vocab):
+        ids[row, place] = next(id for id in range(vocab) if id not in ids[row])
+        log_probs[row, place] = LOG_ZERO
+    tail = np.log(np.maximum(1 - np.exp(log_probs).sum(1), _SMALLEST)) if signal.tail == "lump" else None
+    kept = None if tail is None else torch.from_numpy(tail).float()
+    return TopK(torch.from_numpy(ids), torch.from_numpy(log_probs).float(), kept)

@@ -1,0 +1,119 @@
+"""Served teachers in a plan: what the plan may ask of them, what is approximate, and what a token costs on its way from the server.
+
+A model with `serve` only teaches. Everything else would load it into a process of the study.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from tadistill.config import Method, Recipe
+from tadistill.config.common import DTYPES, Precision
+from tadistill.config.served import Serve, check_served
+from tadistill.errors import ConfigError, about
+from tadistill.plan.costs import Ledger
+from tadistill.plan.inputs import Handle, Loaded
+from tadistill.plan.specs import DistillSpec, SignalSpec, Spec
+
+if TYPE_CHECKING:
+    from tadistill.plan.arms import Plan, PlannedArm
+
+_ENTRY = 70
+"""Bytes of one token with its log-probability in the JSON of a server of vLLM, on average."""
+
+
+def running(spec: Spec) -> tuple[Handle, ...]:
+    """Return the teachers that must run during a stage: those of a distillation, or the one whose outputs are recorded."""
+    if isinstance(spec, SignalSpec):
+        return (spec.teacher,)
+    return (spec.teacher, *spec.assistants) if isinstance(spec, DistillSpec) and spec.method.runs_teacher else ()
+
+
+def check_teaching(recipe: Recipe, arm: str, teachers: Iterable[str], method: Method) -> None:
+    """Check that served models can teach with a method.
+
+    Raises:
+        ConfigError: the method needs something that a server does not send.
+    """
+    with about(f"arms.{arm}"):
+        for name in teachers:
+            if serve := recipe.models[name].serve:
+                check_served(name, serve, method)
+
+
+def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
+    """Check that an arm does not run a served model in a process of the study.
+
+    Args:
+        teacher: the original teacher with which the arm's model is compared; None if nothing is compared.
+
+    Raises:
+        ConfigError: the arm trains or measures a served model, or compares its model with one; or a model is made from a served one.
+    """
+    served, path = {name for name, model in recipe.models.items() if model.serve}, recipe.arms[arm]
+    for name, model in recipe.models.items():
+        if model.temper and model.temper.of in served:
+            raise ConfigError(
+                f"models.{name}.temper is of `{model.temper.of}`, which is served, so its logits cannot be changed here; remove `serve` of "
+                f"`{model.temper.of}`"
+            )
+    if own := served.intersection((*path.learners, *(path.last if len(path.last) == 1 else ()))):
+        what = "trains" if own & {*path.learners} else "measures"
+        raise ConfigError(
+            f"arms.{arm} {what} `{min(own)}`, but this model is served, and a served model can only teach; remove its `serve`, or this arm"
+        )
+    if teacher in served and recipe.data.test:
+        raise ConfigError(
+            f"`analyse` compares the students with answers of the teacher `{teacher}`, but this model is served, and its server sends only "
+            "scores; set `analyse: false`"
+        )
+
+
+def check_measured(recipe: Recipe, models: Iterable[str]) -> None:
+    """Check that no model that `tadistill advise` measures is served. Raises ConfigError with the first one that is."""
+    for name in models:
+        if recipe.models[name].serve:
+            raise ConfigError(
+                f"models.{name} is served, but `tadistill advise` samples answers of every model; remove `serve`, or give the model to "
+                "`search.assistants` of another recipe without `serve`"
+            )
+
+
+def approximations(recipe: Recipe, arm: "PlannedArm") -> list[str]:
+    """Return one sentence for each served teacher of an arm that makes its loss approximate. Empty if the loss is exact."""
+    teachers = dict.fromkeys(model for path in arm.arm.path for model in path[:-1])
+    found = [(name, serve.approximation(arm.method)) for name in teachers if (serve := recipe.models[name].serve)]
+    return [f"{sentence} (teacher {name})" for name, sentence in found if sentence]
+
+
+def served_notes(plan: "Plan") -> Iterator[str]:
+    """Yield a sentence for each served teacher: where it runs, what a token costs on its way, and whether losses are exact."""
+    ledger = Ledger(plan.recipe)
+    for name, model in plan.recipe.models.items():
+        specs = [stage.spec for stage in plan.stages.values()]
+        taught = [spec for spec in specs if any(_is(handle, model.serve, model.load) for handle in running(spec))]
+        if model.serve is None or not taught:
+            continue
+        where, config = ", ".join(model.serve.at), ledger.config(name) or {}
+        width = config.get("hidden_size", config.get("n_embd"))
+        precisions: list[Precision] = [*dict.fromkeys(_precision(spec) for spec in taught)]
+        yield f"Teacher {name} runs on {where}. For every token that it reads, a server sends {_bytes(model.serve, width, precisions)}."
+    for arm in plan.arms:
+        yield from (f"arms.{arm.name}: {sentence}." for sentence in approximations(plan.recipe, arm))
+
+
+def _precision(spec: Spec) -> Precision:
+    assert isinstance(spec, SignalSpec | DistillSpec)
+    return spec.precision if isinstance(spec, SignalSpec) else spec.optim.precision
+
+
+def _is(handle: Handle, serve: Serve | None, load: str | None) -> bool:
+    return isinstance(handle, Loaded) and handle.serve is not None and (handle.serve, handle.source) == (serve, load)
+
+
+def _bytes(serve: Serve, width: int | None, precisions: Sequence[Precision]) -> str:
+    if serve.gives == "top_k":
+        return f"the {serve.k} most probable tokens as JSON, about {_ENTRY * (serve.k + 1):,} bytes"
+    if width is None:
+        return "its hidden states"
+    each = {"float32": 4 * width, "bfloat16": 2 * width}
+    return f"its hidden states, {' or '.join(f'{each[DTYPES[name]]:,} bytes ({DTYPES[name]})' for name in precisions)}"

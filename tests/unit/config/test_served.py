@@ -1,0 +1,192 @@
+"""`serve` in recipes: what it accepts, and one sentence for every method that a server cannot serve."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from tadistill.config import parse
+from tadistill.config.served import Serve
+from tadistill.errors import ConfigError
+from tadistill.plan.arms import make_plan
+from tadistill.plan.preview import preview
+from tadistill.plan.served import approximations
+from tadistill.runner.servers import examined, server_command
+from tadistill.runner.study import describe
+from tadistill.store import Store
+
+SHAPE = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"
+RECIPE = f"""
+study: served
+seeds: [1]
+analyse: false
+models:
+  xl: {{load: DIRECTORY, serve: "http://127.0.0.1:8001"}}
+  s: {{load: "scratch:llama", tokenizer: tinyworld, config: {SHAPE}}}
+data: {{train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, limit: {{train: 8, dev: 4, test: 4}}}}
+evaluate: {{seeds: [1], max_new_tokens: 4, also: {{}}}}
+method:
+  objective: {{type: reverse_kl}}
+  sampler: {{type: student, max_new_tokens: 4}}
+  optim: {{steps: 2, batch: 2}}
+  select: {{metric: last}}
+arms: {{direct: xl > s}}
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A saved model with the tokenizer of the built-in data set."""
+    from tests.byte_models import SHAPE as SIZES
+    from tests.byte_models import save
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tadistill.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer("tinyworld")
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 64}))
+    return save(tmp_path_factory.mktemp("xl"), AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+@pytest.fixture
+def recipe(directory):
+    return lambda *overrides: parse(RECIPE.replace("DIRECTORY", directory), overrides, source="test")
+
+
+@pytest.mark.parametrize(
+    ("given", "addresses"),
+    [
+        ("http://127.0.0.1:8001", ("http://127.0.0.1:8001",)),
+        ("https://gpu7/v1/", ("https://gpu7",)),
+        (["http://a:1", "http://b:2"], ("http://a:1", "http://b:2")),
+        ({"at": "http://a:1"}, ("http://a:1",)),
+    ],
+)
+def test_addresses(given, addresses):
+    assert Serve.model_validate(given).at == addresses
+
+
+WRONG = {
+    "models.xl.serve=gpu7:8001": "write an address of the form http://HOST:PORT",
+    "models.xl.serve=ftp://gpu7": "write an address of the form http://HOST:PORT",
+    "models.xl.serve=http://gpu7:eight": "write an address of the form http://HOST:PORT",
+    "models.xl.serve=http://me:s3cret@gpu7": "name this variable in `serve.key`",
+    "models.xl.serve=[http://a:1,http://a:1/]": "names an address twice",
+    "models.xl.serve=[]": "serve",
+    "models.xl.sft={optim: {steps: 1}}": "a model with `serve` is not trained",
+    "models.s.serve=http://a:1": "`serve` needs `load` with the files of the model that the server runs",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_values_have_one_sentence(override, recipe):
+    with pytest.raises(ConfigError, match=re.escape(WRONG[override])):
+        recipe(override)
+
+
+def test_a_password_is_not_repeated():
+    with pytest.raises(ConfigError, match=r"name this variable in `serve\.key`") as caught:
+        parse(RECIPE.replace("127.0.0.1:8001", "me:s3cret@gpu7"), source="test")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_model_has_either_a_server_or_a_temperature(recipe):
+    with pytest.raises(ConfigError, match="needs exactly one of `load`"):
+        recipe("models.xl={temper: {of: s, tau: 2}, serve: http://a:1, load: x}")
+    with pytest.raises(ConfigError, match=r"models\.hot\.temper is of `xl`, which is served"):
+        make_plan(recipe("models.hot={temper: {of: xl, tau: 2}}"))
+
+
+TOP_K = "models.xl.serve={at: http://a:1, gives: top_k}"
+MINILLM = "method.objective={type: minillm, pt_weight: 0}"
+REFUSED = {
+    ("method.sampler={type: teacher_mixed, max_new_tokens: 4}", MINILLM): "while each token is sampled",
+    ("method.sampler={type: speculative, max_new_tokens: 4}",): "while each token is sampled",
+    ("method.sampler={type: teacher}",): "needs text that the teacher writes",
+    (TOP_K, "arms.direct={path: xl > s, sampler: {type: dataset, signal: {type: hidden}}}"): "is recorded from the teacher's hidden states",
+    ("arms.alone=xl",): "arms.alone measures `xl`, but this model is served",
+    ("analyse=true",): "set `analyse: false`",
+    (TOP_K, "method.objective={type: top_k_forward_kl}"): "selects the top tokens itself, but models.xl.serve gives only `top_k`",
+    (TOP_K, MINILLM): "or `single_step: false`",
+    (TOP_K, "method.objective={type: reverse_kl, temperature: 2}"): "`tail: lump` needs objective.temperature 1",
+    (TOP_K, "method.select={metric: reverse_kl}"): "needs the teacher's whole distribution",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_a_server_cannot_give_is_refused_before_any_work(overrides, recipe):
+    with pytest.raises(ConfigError, match=re.escape(REFUSED[overrides])):
+        make_plan(recipe(*overrides))
+
+
+def test_a_served_teacher_is_not_a_part_of_the_key(recipe, directory):
+    def key(*overrides):
+        return next(key for key, stage in make_plan(recipe(*overrides)).stages.items() if stage.kind == "distill")
+
+    served, local, elsewhere = key(), key("models.xl.serve=null"), key("models.xl.serve=[http://b:1,http://c:2]")
+    sparse, k = key(TOP_K), key("models.xl.serve={at: http://a:1, gives: top_k, k: 5}")
+    assert served == local == elsewhere
+    assert len({served, sparse, k}) == 3
+
+
+def test_a_served_teacher_needs_no_memory_here(recipe):
+    def memory(*overrides):
+        return next(s.cost.memory for s in make_plan(recipe(*overrides)).stages.values() if s.kind == "distill")
+
+    assert memory() < memory("models.xl.serve=null")
+
+
+@pytest.mark.parametrize(
+    ("method", "found"), [("{type: reverse_kl}", 1), ("{type: sampled_kl}", 0), ("{type: minillm, pt_weight: 0, single_step: false}", 0)]
+)
+def test_an_approximate_loss_is_named(method, found, recipe):
+    plan = make_plan(recipe(TOP_K, f"method.objective={method}"))
+    sentences = approximations(plan.recipe, plan.arms[0])
+    assert len(sentences) == found
+    content = describe(plan, created="", recipe_text="", command="")
+    assert ("approximate: the server sends the 20 most probable tokens" in content["arms"][0]["method"]) == bool(found)
+
+
+def test_the_plan_says_where_a_teacher_runs_and_what_a_token_costs(recipe, tmp_path):
+    def notes(*overrides):
+        console = Console(width=400, record=True, file=io.StringIO())
+        console.print(preview(make_plan(recipe(*overrides)), Store(tmp_path), {}, 1))
+        return console.export_text()
+
+    assert "Teacher xl runs on http://127.0.0.1:8001. For every token that it reads, a server sends its hidden states, 256 bytes" in notes()
+    assert "128 bytes (bfloat16)" in notes("method.optim.precision=bf16")
+    text = notes(TOP_K)
+    assert "the 20 most probable tokens as JSON, about 1,470 bytes" in text
+    assert "arms.direct: the loss `reverse_kl` is approximate" in text
+    assert "Teacher xl" not in notes("models.xl.serve=null")
+
+
+def test_the_command_of_a_server(recipe, directory):
+    found = server_command(recipe(), "xl", more=["--tensor-parallel-size", "4"])
+    assert found[:5] == ["vllm", "serve", directory, "--served-model-name", directory]
+    assert found[found.index("--port") + 1] == "8001"
+    assert found[found.index("--dtype") + 1] == "float32"
+    assert found[found.index("--runner") + 1] == "pooling"
+    assert found[-2:] == ["--tensor-parallel-size", "4"]
+    sparse = server_command(recipe(TOP_K, "method.optim.precision=bf16"), "xl", host="0.0.0.0", port=9)
+    assert sparse[sparse.index("--max-logprobs") + 1] == "20"
+    assert "--runner" not in sparse
+    assert (sparse[sparse.index("--host") + 1], sparse[sparse.index("--port") + 1], sparse[sparse.index("--dtype") + 1]) == (
+        "0.0.0.0", "9", "bfloat16",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="the recipe has no model `l`"):
+        server_command(recipe(), "l")
+    with pytest.raises(ConfigError, match="is not loaded from files"):
+        server_command(recipe(), "s")
+
+
+def test_doctor_checks_the_servers(recipe):
+    ((title, state, wrong, fix),) = examined(recipe("models.xl.serve={at: http://127.0.0.1:9, key: OUR_KEY}"))
+    assert (title, state) == ("teacher xl", "problem")
+    assert wrong == "serve.key names the environment variable OUR_KEY, which is not set"
+    assert fix == "set it to the API key of the server"
+    ((_, state, wrong, fix),) = examined(recipe("models.xl.serve=http://127.0.0.1:9"))
+    assert state == "problem"
+    assert "the server http://127.0.0.1:9 of `" in wrong
+    assert fix.startswith("start the server")
