@@ -118,7 +118,8 @@ def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
     copies: dict[Tensor, Tensor] = {}  # tied weights have one copy
     for path, module in model.named_modules():
         stored = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        for place, values in ((module._parameters, dict(module._parameters)), (module._buffers, stored)):
+        weights: dict[str, Any] = module._parameters
+        for place, values in ((weights, dict(weights)), (module._buffers, stored)):
             for name, value in values.items():
                 if value is not None and value.is_floating_point() and not any(rule.search(f"{path}.{name}") for rule in kept):
                     held.append((place, name, value))
@@ -127,7 +128,7 @@ def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
                     place[name] = copies[value]
     forward = model.__dict__.get("forward")
     if "_original_forward" in model.__dict__:  # accelerate keeps the forward function without autocast under this name
-        model.forward = model._original_forward
+        model.forward = model.__dict__["_original_forward"]
     try:
         with torch.autocast(model.device.type, enabled=False):
             yield
