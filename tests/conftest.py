@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 LONGEST = [
+    "e2e/test_gpu_kit",
     *("slurm/test_slurm", "e2e/test_recipes", "e2e/test_study", "e2e/test_interrupted", "e2e/test_one_store", "e2e/test_architectures"),
     *("e2e/test_layouts", "unit/models/test_sources", "unit/report/test_browser", "e2e/test_example", "e2e/test_on_policy"),
     *("unit/plan/test_costs", "e2e/test_lora", "e2e/test_advise", "e2e/test_edges", "e2e/test_judge", "e2e/test_signals", "e2e/test_ranks"),

@@ -1,6 +1,6 @@
 """Turns the result of the kit into docs/benchmarks/gpu.md.
 
-python benchmarks/gpu/page.py gpu-kit/gpu.json      # keeps a copy of the result in docs/benchmarks/gpu.json
+python benchmarks/gpu/page.py gpu-kit/gpu.json      # keeps a copy of the result beside the page, as gpu.json
 python benchmarks/gpu/page.py                       # from that copy, or, without one, a page that says what will be measured
 """
 
