@@ -7,6 +7,7 @@ at position t. Only this module makes this shift.
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -38,6 +39,37 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the tokens of a batch are. The indices are made on the host, so no forward pass waits until a GPU has counted tokens."""
+
+    end: int
+    """Number of columns that the loss needs, at least 1. No position of the loss reads later tokens."""
+    columns: Tensor
+    """(C,) the columns that contain a position of the loss."""
+    loss: Tensor
+    """(N,) the positions of the loss in the flattened batch (B T), in ascending order."""
+    tokens: Tensor
+    """(M,) the tokens that the loss needs in the flattened batch (B T): those up to the last position of the loss in each row."""
+    lengths: tuple[int, ...]
+    """The numbers of these tokens in each row. Rows without such tokens are left out."""
+
+    @classmethod
+    def of(cls, attention_BT: Tensor, mask_BT: Tensor) -> "Places":
+        """Return the places for the two masks of a batch. At least one token is needed, even if the loss has no position."""
+        columns = mask_BT.any(0).nonzero().squeeze(1)
+        needed = (mask_BT.flip(1).cumsum(1).flip(1) > 0) & attention_BT.bool()
+        if not len(columns):
+            needed[0, 0] = True
+        places, lengths = (mask.flatten().nonzero().squeeze(1) for mask in (mask_BT, needed)), needed.sum(1).tolist()
+        return cls(int(columns[-1]) + 1 if len(columns) else 1, columns, *places, tuple(n for n in lengths if n))
+
+    def to(self, device: torch.device) -> "Places":
+        """Return the places with their indices on `device`."""
+        columns, loss, tokens = (index.to(device, non_blocking=True) for index in (self.columns, self.loss, self.tokens))
+        return Places(self.end, columns, loss, tokens, self.lengths)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Sequences that are padded on the right, ready for a forward pass and a loss."""
 
@@ -66,6 +98,15 @@ class Batch:
         """The position ids (B, T). They start at 0 in every sequence."""
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
 
+    @cached_property
+    def places(self) -> Places:
+        """The indices of the batch's tokens. `to` makes them on the device that the batch leaves, and moves them too."""
+        return Places.of(self.attention_BT, self.mask_BT)
+
+    def counted(self, values_BT: Tensor) -> Tensor:
+        """Return the values (N,) at the positions where the mask is True, in row-major order."""
+        return values_BT.flatten().index_select(0, self.places.loss)
+
     def first(self, rows: int) -> "Batch":
         """Return the first `rows` sequences as a batch. Its `corpus` is None."""
         mask = self.mask_BT[:rows]
@@ -75,9 +116,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with all its tensors on `device`."""
-        values = {k: v.to(device) for k, v in self.values.items()}
+        ids, attention, mask, *values = (
+            t.to(device, non_blocking=True) for t in (self.ids_BT, self.attention_BT, self.mask_BT, *self.values.values())
+        )
         corpus, targets = self.corpus.to(device) if self.corpus else None, tuple(t.to(device) for t in self.targets)
-        return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.mask_BT.to(device), values, corpus, targets, self.mixture)
+        moved = Batch(ids, attention, mask, dict(zip(self.values, values, strict=True)), corpus, targets, self.mixture)
+        vars(moved)["places"] = self.places.to(device)
+        return moved
 
 
 class _OnDisk(Seq[Sequence]):

@@ -135,7 +135,7 @@ def per_token(
     for part in by_length(sequences, batch):
         rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
         targets = [teacher.target(rows) for teacher in teachers]
-        tokens = rows.targets_BT[rows.mask_BT]
+        tokens = rows.counted(rows.targets_BT)
 
         def of_tile(logits: Tensor, teachers: tuple, at: slice, tokens: Tensor = tokens) -> Tensor:
             return values(logits, teachers, tokens[at])

@@ -21,6 +21,10 @@ from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
 from tadistill.objectives import Head
 
+# In a causal model, no token reads the padding on its right. So on these devices models get no attention mask, and can use flash attention.
+# On a CPU they get one: without it, attention with grouped keys adds up its gradients in another order.
+_UNMASKED = {"cuda"}
+
 
 class Reader:
     """A causal language model, split into its body and its LM head. When it is created, the two parts are compared with the whole model."""
@@ -47,13 +51,14 @@ class Reader:
 
         `model` is the model of this `Reader`. It may be in a wrapper for several processes.
         """
-        columns = batch.mask_BT.any(0).nonzero().squeeze(1)
-        end = int(columns[-1]) + 1 if len(columns) else 1  # no position in the mask reads later tokens
-        inputs = {"attention_mask": batch.attention_BT[:, :end], "position_ids": batch.positions_BT[:, :end], "logits_to_keep": columns}
+        places, end, width = batch.places, batch.places.end, batch.ids_BT.shape[1]
+        inputs = _reading(batch.attention_BT, batch.positions_BT, end) | {"logits_to_keep": places.columns}
         with tapped(self._module, skip=True) as seen:
             model(input_ids=batch.ids_BT[:, :end], use_cache=False, **taken(self._takes, inputs))
-        at = batch.mask_BT[:, columns] if "logits_to_keep" in self._takes else batch.mask_BT[:, :end]
-        return seen[0][at]
+        rows, columns = places.loss // width, places.loss % width
+        if "logits_to_keep" in self._takes:
+            columns = torch.searchsorted(places.columns, columns)
+        return seen[0].flatten(0, 1).index_select(0, rows * seen[0].shape[1] + columns)
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
@@ -84,7 +89,7 @@ def check_reading(model: PreTrainedModel) -> None:
     ids = (words // 2 + torch.arange(4, device=model.device)) % words
     rows, attention = ids.repeat(2, 1), torch.ones(2, 4, dtype=torch.long, device=model.device)
     rows[1, 2:], attention[1, 2:] = 0, 0
-    inputs = {"attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+    inputs = _reading(attention, (attention.cumsum(1) - 1).clamp(min=0), 4)
     with evaluating(model), rounded(model) as rounding:
         alone = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
         padded = model(input_ids=rows, use_cache=False, **taken(inspect.signature(model.forward).parameters, inputs)).logits.float()
@@ -93,6 +98,12 @@ def check_reading(model: PreTrainedModel) -> None:
     for got, what in ((padded[0], "do not count positions from 0"), (padded[1, :2], "read later tokens")):
         if decisive(apart(z, expected) for z, expected in zip(got, alone, strict=False)) > rounding.largest:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
+
+
+def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, Tensor]:
+    if attention_BT.device.type in _UNMASKED:
+        return {"position_ids": torch.arange(end, device=attention_BT.device).unsqueeze(0)}
+    return {"attention_mask": attention_BT[:, :end], "position_ids": positions_BT[:, :end]}
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def contrastive(
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
-    skew = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device)
+    skew = torch.as_tensor(alpha, dtype=log_q.dtype).to(log_q.device, non_blocking=True)
     if not checks.is_deferred() and not bool(((skew >= 0) & (skew <= 1)).all()):
         raise ConfigError(f"`alpha` has values from {float(skew.min())} to {float(skew.max())}; all values must be in [0, 1]")
     log_skew, log_rest = skew.log().clamp(min=LOG_ZERO).unsqueeze(-1), torch.log1p(-skew).clamp(min=LOG_ZERO).unsqueeze(-1)

@@ -33,6 +33,8 @@ _CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
 # More tokens in a tile make its matrix product no faster, only its logits larger.
 _ENOUGH = {"cpu": 384}
+# On these devices a comparison waits for all queued work, which takes longer than a multiplication by 1.
+_QUEUED = {"cuda"}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """A function of the student's logits (n, V), of each teacher's logits (n, V), TopK or Sampled, and of the slice of tokens. It returns
@@ -246,6 +248,8 @@ class _FusedHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad = grad_outputs[0]
+        if grad.device.type in _QUEUED:  # in place: a second backward pass through the same graph is refused by torch
+            return (*(g if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors), None)
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
 

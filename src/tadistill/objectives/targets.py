@@ -88,7 +88,7 @@ class Hidden:
 
     def to(self, device: torch.device) -> "Hidden":
         """Return a copy whose states are on another device. The head stays on its device."""
-        return Hidden(self.states.to(device), self.head)
+        return Hidden(self.states.to(device, non_blocking=True), self.head)
 
 
 @dataclass(frozen=True)

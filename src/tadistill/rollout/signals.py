@@ -218,7 +218,7 @@ class Signals:
         joined = {name: torch.cat([f[name] for f in found]) for name in found[0]}
         settings = self._parts[0].settings
         if self.head is not None:
-            return Hidden(joined["hidden"].to(self._device, self.head.weight.dtype), self.head)
+            return Hidden(joined["hidden"].to(self._device, self.head.weight.dtype, non_blocking=True), self.head)
         if "rows" in joined:
             ids, log_p, tail = map(torch.from_numpy, packing.unpack_top_k(joined["rows"].numpy(), *_kept(settings)))
             return TopK(ids, log_p, tail if settings["tail"] == "lump" else None).to(self._device)

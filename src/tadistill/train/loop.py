@@ -244,8 +244,7 @@ def _update(
     done: int,
 ) -> dict[str, float]:
     total = counts(batches)
-    tokens = torch.tensor([*total.values()], device=accelerator.device)
-    count = dict(zip(total, _sum(accelerator, tokens).clamp(min=1).tolist(), strict=True))
+    count = dict(zip(total, _sum(accelerator, torch.tensor([*total.values()])).clamp(min=1).tolist(), strict=True))
     # DDP and FSDP average gradients over ranks, but the count already covers all ranks
     per = {name: n / accelerator.num_processes for name, n in count.items()}
     logged = torch.zeros(0)
@@ -257,9 +256,10 @@ def _update(
         with contextlib.nullcontext() if sync else accelerator.no_sync(model), accelerator.autocast():
             loss = step.loss(model, batch.to(accelerator.device), per)
             accelerator.backward(loss.total)
-        values = torch.stack([loss.total.detach(), *loss.parts.values()]).cpu()
+        values = torch.stack([loss.total.detach(), *loss.parts.values()])
         names = ["loss", *loss.parts]
         logged = values if i == 0 else logged + values
+    logged = logged.cpu()  # only here the host waits for the device
     norm = sharding.number(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
     if not (torch.isfinite(logged).all() and math.isfinite(norm)):
         found = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, logged.tolist(), strict=True))
@@ -279,6 +279,8 @@ def _update(
 
 
 def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    if accelerator.num_processes == 1:
+        return values
     total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total

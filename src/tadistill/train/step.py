@@ -66,7 +66,7 @@ class Models:
         `model` is the student or a wrapper around it."""
         teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()
         hidden = self.student.hidden(model, batch)
-        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32, device=hidden.device)
+        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32).to(hidden.device, non_blocking=True)
         total, found = fused_terms(terms, hidden, self.student.head, weights, teachers=teachers, vocab=self.vocab)
         sums = (found * weights.to(found.dtype)).sum(1)
         return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
@@ -135,7 +135,7 @@ def mixture_of(batch: Batch) -> TargetMixture | None:
 def counts(batches: list[Batch]) -> dict[str, int]:
     """Count this process's loss tokens. The key `response` counts response tokens, and `corpus` counts tokens of plain text."""
     corpora = [b.corpus for b in batches if b.corpus]
-    return {"response": sum(int(b.mask_BT.sum()) for b in batches), "corpus": sum(int(c.mask_BT.sum()) for c in corpora)}
+    return {"response": sum(len(b.places.loss) for b in batches), "corpus": sum(len(c.places.loss) for c in corpora)}
 
 
 def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
@@ -223,7 +223,7 @@ def _taid(objective: config.Taid, schedule: TaidSchedule, batch: Batch) -> list[
 
 
 def _contrastive(objective: config.Contrastive, batch: Batch) -> list[Term]:
-    from_teacher = batch.values["from_teacher"][batch.mask_BT] > 0
+    from_teacher = batch.counted(batch.values["from_teacher"]) > 0
     return _towards_teacher(objective, batch, objectives.contrastive, {"alpha": objective.alpha}, from_teacher=from_teacher)
 
 
@@ -237,16 +237,16 @@ def _towards_teacher(
 
 def _sampled_kl(objective: config.SampledKL, batch: Batch) -> list[Term]:
     estimate = {"k2": objectives.k2, "k3": objectives.k3}[objective.estimator]
-    scores = {"teacher_log_probs": batch.values["teacher"][batch.mask_BT]}
-    return [TokenTerm(objective.type, estimate, batch.targets_BT[batch.mask_BT], scores)]
+    scores = {"teacher_log_probs": batch.counted(batch.values["teacher"])}
+    return [TokenTerm(objective.type, estimate, batch.counted(batch.targets_BT), scores)]
 
 
 def _no_teacher(objective: config.NoTeacher, batch: Batch) -> list[Term]:
-    return [TokenTerm(objective.type, objectives.no_teacher, batch.targets_BT[batch.mask_BT], settings={"below": objective.below})]
+    return [TokenTerm(objective.type, objectives.no_teacher, batch.counted(batch.targets_BT), settings={"below": objective.below})]
 
 
 def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:
-    return TokenTerm(name, torch.neg, batch.targets_BT[batch.mask_BT], weight=weight)
+    return TokenTerm(name, torch.neg, batch.counted(batch.targets_BT), weight=weight)
 
 
 # --- MiniLLM: the formulas are in tadistill.objectives.minillm ----------------------------------------------------------
@@ -278,12 +278,12 @@ def _returns(objective: config.MiniLLM, batch: Batch) -> Tensor:
 
 
 def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:
-    mask, clip = batch.mask_BT, {"clip": objective.clip}
-    tokens, behaviour, advantage = batch.targets_BT[mask], batch.values["behaviour"][mask], batch.values["advantage"][mask]
+    clip, tokens = {"clip": objective.clip}, batch.counted(batch.targets_BT)
+    behaviour, advantage = batch.counted(batch.values["behaviour"]), batch.counted(batch.values["advantage"])
     if objective.clip_weight:
         ratio = {"log_behaviour": behaviour}
     else:  # the weight q_old / p~ is separated from the ratio, and multiplies the same terms as the ratio
-        old = batch.values["student"][mask]
+        old = batch.counted(batch.values["student"])
         ratio = {"log_behaviour": old, "weight": (old - behaviour).exp()}
     policy = TokenTerm(
         "policy", objectives.policy_gradient, tokens, {"advantage": advantage, **ratio}, {"clipping": objective.clipping, **clip}

@@ -44,8 +44,7 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     rows = sum(len(b.ids_BT) for b in batches)
     found = {"length": sum(float(b.mask_BT.sum()) for b in batches) / rows, "repetition": _repetition(batches)}
     part = batches[0].first(WATCHED_ROWS)
-    mask = part.mask_BT
-    old, behaviour = part.values["student"][mask], part.values["behaviour"][mask]
+    old, behaviour = part.counted(part.values["student"]), part.counted(part.values["behaviour"])
     weight = (old - behaviour).exp()
     found |= {"weight_min": float(weight.min()), "weight_max": float(weight.max())}
     entropy, top_mass, log_q, log_p = _scored(step, part)
@@ -63,7 +62,7 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    models, tokens = step.models, batch.targets_BT[batch.mask_BT]
+    models, tokens = step.models, batch.counted(batch.targets_BT)
     exact = all(teacher.gives_hidden for teacher in models.teachers)
     teachers = models.targets(batch) if batch.targets or (models.teachers and exact) else ()
     mixture = mixture_of(batch)
@@ -84,7 +83,7 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
         entropy, log_q, top_mass, log_p = found.unbind()
         return entropy, top_mass, log_q, log_p
     if (known := batch.values.get("teacher")) is not None:
-        return found[0], None, found[1], known[batch.mask_BT]
+        return found[0], None, found[1], batch.counted(known)
     return found[0], None, found[1], None if exact else models.teachers[0].scored(batch, models.vocab)[1]
 
 

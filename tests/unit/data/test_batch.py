@@ -49,6 +49,24 @@ def test_values_stand_where_their_token_is_predicted():
     assert float(batch.values["student"].sum()) == -6.0
 
 
+def test_places_are_those_of_the_mask():
+    batch = collate([Sequence((5, 6), (7, EOS), {"student": np.array([-1.0, -2.0], np.float32)})], pad=EOS)
+    assert batch.counted(batch.values["student"]).tolist() == [-1.0, -2.0]
+    batch = collate(ROWS, pad=EOS)
+    assert torch.equal(batch.counted(batch.ids_BT), batch.ids_BT[batch.mask_BT])
+    places = batch.places
+    assert (places.end, places.columns.tolist(), places.lengths) == (7, [0, 1, 2, 3, 4, 5, 6], (5, 5, 7))
+    assert batch.ids_BT.flatten()[places.tokens].tolist() == [t for s in ROWS for t in (*s.prompt, *s.response)[:-1]]  # EOS predicts nothing
+    assert torch.equal(batch.to(torch.device("cpu")).places.loss, places.loss)
+
+
+def test_a_batch_without_a_loss_still_has_one_token():
+    places = collate([Sequence((), (5,)), Sequence((), (6,))], pad=EOS).places
+    assert (places.end, places.loss.tolist(), places.tokens.tolist(), places.lengths) == (1, [], [0], (1,))
+    places = collate([Sequence((), (5,)), Sequence((6,), (7,))], pad=EOS).places
+    assert (places.loss.tolist(), places.tokens.tolist(), places.lengths) == ([2], [2], (1,))
+
+
 def left_padded(batch: Batch, extra: int) -> Batch:
     """The same rows with padding moved to the left and `extra` columns more."""
     rows = []

@@ -20,7 +20,8 @@ from transformers import (
 
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
-from tadistill.models.forward import Reader, rounded
+from tadistill.models import forward
+from tadistill.models.forward import Reader, check_reading, rounded
 from tadistill.models.teacher import teacher_of
 
 SHAPE = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
@@ -48,6 +49,30 @@ def test_head_of_hidden_states_is_the_models_logits(family):
     logits = reader.head.logits(reader.hidden(model, BATCH))
     whole = model(input_ids=BATCH.ids_BT, attention_mask=BATCH.attention_BT, position_ids=BATCH.positions_BT).logits
     torch.testing.assert_close(logits, whole[BATCH.mask_BT], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_a_gpu_needs_no_mask_and_may_choose_flash_attention(family, monkeypatch):
+    """Without a mask, attention is causal by a flag, as flash kernels need it; loss and gradients stay the same."""
+    torch.manual_seed(0)
+    model, found, calls = FAMILIES[family]().eval(), [], []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*args, **settings):
+        calls.append((settings["attn_mask"] is None, settings["is_causal"]))
+        return attention(*args, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    for unmasked in (set(), {"cpu"}):
+        monkeypatch.setattr(forward, "_UNMASKED", unmasked)
+        check_reading(model)
+        hidden = Reader(model).hidden(model, BATCH)
+        model.zero_grad()
+        (hidden * torch.arange(len(hidden)).unsqueeze(1)).sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert calls[-1] == ((True, True) if unmasked else (False, False))
+    for with_mask, without in zip(*found, strict=True):
+        torch.testing.assert_close(without, with_mask, atol=1e-5, rtol=1e-5)
 
 
 def test_no_logits_are_made():
