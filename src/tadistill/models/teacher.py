@@ -68,7 +68,7 @@ class HiddenTeacher(Teacher):
             return Hidden(self.hidden(batch), self.head)
 
     def scored(self, batch: Batch, vocab: int) -> tuple[Hidden, Tensor]:
-        target, tokens = self.target(batch), batch.targets_BT[batch.mask_BT]
+        target, tokens = self.target(batch), batch.counted(batch.targets_BT)
 
         def values(logits: Tensor, _: tuple, rows: slice) -> Tensor:
             return token_log_probs(logits, tokens[rows]).unsqueeze(0)

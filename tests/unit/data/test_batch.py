@@ -56,7 +56,9 @@ def test_places_are_those_of_the_mask():
     assert torch.equal(batch.counted(batch.ids_BT), batch.ids_BT[batch.mask_BT])
     places = batch.places
     assert (places.end, places.columns.tolist(), places.lengths) == (7, [0, 1, 2, 3, 4, 5, 6], (5, 5, 7))
-    assert batch.ids_BT.flatten()[places.tokens].tolist() == [t for s in ROWS for t in (*s.prompt, *s.response)[:-1]]  # EOS predicts nothing
+    assert batch.ids_BT.flatten()[places.tokens].tolist() == [
+        t for s in ROWS for t in (*s.prompt, *s.response)[:-1]
+    ]  # EOS predicts nothing
     assert torch.equal(batch.to(torch.device("cpu")).places.loss, places.loss)
 
 

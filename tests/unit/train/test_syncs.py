@@ -74,7 +74,7 @@ def as_on_a_gpu(monkeypatch):
 def sequence(prompt, response):
     values = np.random.default_rng(response).normal(-3, 1, response).astype(np.float32)
     names = ("student", "behaviour", "teacher", "from_teacher")
-    return Sequence(tuple(range(1, prompt + 1)), (*range(2, response + 1), 0), {name: values for name in names})
+    return Sequence(tuple(range(1, prompt + 1)), (*range(2, response + 1), 0), dict.fromkeys(names, values))
 
 
 ROWS = [sequence(3, 9), sequence(1, 1), sequence(12, 5)]
