@@ -43,6 +43,12 @@ class Optim(Strict):
     """Number of sequences in an update."""
     micro_batch: int | None = Field(default=None, ge=1, le=MOST)
     """Number of sequences in one forward pass. It must divide `batch`. The default is the whole batch."""
+    tokens: int | None = Field(default=None, ge=1, le=MOST)
+    """Largest number of tokens in one forward pass, instead of `micro_batch`. Padding counts too, unless rows are `packed`. A row with more
+    tokens has a forward pass of its own."""
+    packed: bool = False
+    """Train without padding: the rows of a forward pass stand one after the other, and no token reads another row. Student and teachers
+    must be of a type that supports this. The page "Fit a run into memory" of the documentation lists these types."""
     warmup: int = Field(default=0, ge=0)
     """Number of updates at the start in which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -69,6 +75,11 @@ class Optim(Strict):
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; choose a `micro_batch` that divides `batch`"
+            )
+        if self.micro_batch and self.tokens:
+            raise ValueError(
+                f"micro_batch is {self.micro_batch} and tokens is {self.tokens}, but only one of them can set the size of a forward pass; "
+                "remove one of the two"
             )
         given = self.model_fields_set  # a patch has only some of the numbers; `merge` checks them all
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
@@ -217,11 +228,10 @@ def merge_methods(base: Strict, patch: Strict | None) -> Any:
     if type(patch) is not type(base):
         return patch
     changed = {name: getattr(patch, name) for name in patch.model_fields_set}
-    if isinstance(base, Optim):  # steps and epochs exclude each other, so giving one clears the other
-        if "steps" in changed:
-            changed.setdefault("epochs", None)
-        elif "epochs" in changed:
-            changed.setdefault("steps", None)
+    if isinstance(base, Optim):  # two of these keys exclude each other, so giving one clears the other
+        for one, other in (("steps", "epochs"), ("epochs", "steps"), ("micro_batch", "tokens"), ("tokens", "micro_batch")):
+            if changed.get(one) is not None:
+                changed.setdefault(other, None)
     try:
         return type(base).model_validate({**base.model_dump(), **changed})
     except ValidationError as error:

@@ -23,6 +23,7 @@ _WORDS = {
     "steps": "max_steps updates",
     "batch": "batch_size train_batch_size global_batch_size",
     "micro_batch": "per_device_train_batch_size micro_batch_size gradient_accumulation_steps",
+    "packed": "packing padding_free sample_packing",
     "evaluate.batch": "per_device_eval_batch_size eval_batch_size",
     "warmup": "warmup_steps warmup_ratio",
     "clip": "max_grad_norm gradient_clipping",

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
+from tadistill.models.packing import ROWS, check_packing, is_packed, rows
 from tadistill.objectives import Head
 
 # In a causal model, no token reads the padding on its right. So on these devices models get no attention mask, and can use flash attention.
@@ -36,6 +37,7 @@ class Reader:
             raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
         self._module = module
         self._takes = inspect.signature(model.forward).parameters
+        self._packed = is_packed(model)
         self._scale, self._softcap = logit_changes(model.config)
         self._check(model)
 
@@ -51,14 +53,25 @@ class Reader:
 
         `model` is the model of this `Reader`. It may be in a wrapper for several processes.
         """
+        if self._packed:
+            return self._of_rows(model, batch)
         places, end, width = batch.places, batch.places.end, batch.ids_BT.shape[1]
         inputs = _reading(batch.attention_BT, batch.positions_BT, end) | {"logits_to_keep": places.columns}
         with tapped(self._module, skip=True) as seen:
             model(input_ids=batch.ids_BT[:, :end], use_cache=False, **taken(self._takes, inputs))
-        rows, columns = places.loss // width, places.loss % width
+        row, column = places.loss // width, places.loss % width
         if "logits_to_keep" in self._takes:
-            columns = torch.searchsorted(places.columns, columns)
-        return seen[0].flatten(0, 1).index_select(0, rows * seen[0].shape[1] + columns)
+            column = torch.searchsorted(places.columns, column)
+        return seen[0].flatten(0, 1).index_select(0, row * seen[0].shape[1] + column)
+
+    def _of_rows(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, lengths = batch.places.tokens, batch.places.lengths
+        ids, positions = (values.flatten().index_select(0, tokens).unsqueeze(0) for values in (batch.ids_BT, batch.positions_BT))
+        of_loss = torch.searchsorted(tokens, batch.places.loss)
+        inputs = {"position_ids": positions, "logits_to_keep": of_loss, **rows(lengths, ids.device)}
+        with tapped(self._module, skip=True) as seen:
+            model(input_ids=ids, use_cache=False, **taken(self._takes, inputs))
+        return seen[0][0] if "logits_to_keep" in self._takes else seen[0][0].index_select(0, of_loss)
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
@@ -98,6 +111,32 @@ def check_reading(model: PreTrainedModel) -> None:
     for got, what in ((padded[0], "do not count positions from 0"), (padded[1, :2], "read later tokens")):
         if decisive(apart(z, expected) for z, expected in zip(got, alone, strict=False)) > rounding.largest:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
+
+
+def pack_rows(model: PreTrainedModel) -> None:
+    """Prepare a model for packed rows: every `Reader` that is made later runs it without padding. Its other passes do not change.
+
+    Raises:
+        ModelError: models of this type cannot run on packed rows, or this model's logits differ from those of single rows.
+    """
+    kind, attention = model.config.get_text_config().model_type, model.config._attn_implementation
+    check_packing(kind, getattr(model, "name_or_path", "") or kind)
+    if attention not in ("sdpa", ROWS):
+        raise ModelError(f"a {kind} model has the attention `{attention}`, but packed rows need `sdpa`; remove `optim.packed`")
+    model.config._attn_implementation = ROWS
+    if not _reads_rows_alone(model, (3, 1, 3)):
+        raise ModelError(f"a {kind} model reads other rows if rows are packed; remove `optim.packed`, or choose another model")
+
+
+@torch.no_grad()
+def _reads_rows_alone(model: PreTrainedModel, lengths: tuple[int, ...]) -> bool:
+    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    ids = (words // 2 + torch.arange(sum(lengths), device=model.device)) % words
+    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths]).unsqueeze(0)
+    with evaluating(model), rounded(model) as rounding:
+        packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **rows(lengths, model.device)).logits[0]
+        alone = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in ids.split(lengths)])
+    return max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) <= rounding.largest
 
 
 def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, Tensor]:

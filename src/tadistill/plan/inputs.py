@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from tadistill.config import DataRef, Evaluate, Recipe
 from tadistill.config.common import Strict
 from tadistill.config.evaluate import TASK_FILE
-from tadistill.config.method import Select
+from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Custom, ObjectiveBase
 from tadistill.config.recipe import LongPrompts, Template, World
 from tadistill.config.sampling import StudentSampler, TopKSignal
@@ -44,6 +44,7 @@ class Part(Strict):
 _LATER: dict[type[BaseModel], tuple[str, ...]] = {
     DataRef: ("choices", "instruction"),
     Select: ("patience",),
+    Optim: ("tokens", "packed"),
     StudentSampler: ("recorded", "signal"),
 }
 """Fields that stages of earlier versions do not have. An empty field is left out, so that the keys of those stages do not change."""

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tadistill.models.packing import ROWS
 from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
 from tadistill.tuning import COMPACT_BELOW, PACKED_FAMILIES
 
@@ -39,7 +40,7 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
     """
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
-    if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation != "sdpa":
+    if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation not in ("sdpa", ROWS):
         return False
     layers = DynamicCache(config=model.config).layers
     return len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)

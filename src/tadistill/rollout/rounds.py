@@ -29,7 +29,7 @@ from tadistill.models.teacher import HiddenTeacher, InProcess, Teacher, teacher_
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.generate import Mixture, Speculation
-from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, pack, shuffled, unpack
+from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, shuffled, unpack
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class Rollouts(Sampler):
         epoch, part = divmod(inside, self.updates)
         order = rng.generator(self.seed, "inner epoch", number, epoch).permutation(len(self.sequences))
         rows = order[part * self.optim.batch : (part + 1) * self.optim.batch]
-        return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in cut(self.optim, self.shard)]
+        plain = length(self.corpus[0]) if self.corpus else 0  # all rows of the corpus have the same length
+        groups = cut(self.optim, self.shard, lambda place: max(length(self.sequences[rows[place]]), plain))
+        return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in groups]
 
     def samples(self, step: int) -> bool:
         return step // self.round_updates != self.round

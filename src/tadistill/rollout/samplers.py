@@ -5,7 +5,7 @@ in `Batch.values`, because some objectives need them. Samplers that work in roun
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +34,14 @@ class Shard:
         """Collect (number, sequence) pairs from all processes. Return all sequences, sorted by their numbers."""
         every = gather_object(found) if self.world > 1 else found
         return [s for _, s in sorted(every, key=lambda item: item[0])]
+
+    def even(self, groups: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the groups of this process, divided further until all processes have the same number of groups."""
+        most = max(gather_object([len(groups)])) if self.world > 1 else len(groups)
+        while len(groups) < most:
+            largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+            groups[largest : largest + 1] = np.array_split(groups[largest], 2)
+        return groups
 
 
 class Sampler:
@@ -78,11 +86,37 @@ def _order(rows: int, *address: int | str) -> np.ndarray:
     return rng.generator(*address).permutation(rows)
 
 
-def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:
-    """Divide an update's batch into micro-batches. Return, for each micro-batch of this process, the positions (n,) in the whole batch."""
-    mine = np.arange(optim.batch)[shard.rank :: shard.world]
+def own(optim: Optim, shard: Shard) -> np.ndarray:
+    """Return the positions of this process in an update's batch."""
+    return np.arange(optim.batch)[shard.rank :: shard.world]
+
+
+def cut(optim: Optim, shard: Shard, tokens: Callable[[int], int]) -> list[np.ndarray]:
+    """Divide an update's batch into micro-batches. Return, for each micro-batch of this process, the positions (n,) in the whole batch.
+
+    `tokens` returns the number of tokens at a position of this process. It is called only if `optim.tokens` limits them.
+    """
+    mine = own(optim, shard)
+    if optim.tokens:
+        return shard.even(_within(optim.tokens, mine, [tokens(int(place)) for place in mine], packed=optim.packed))
     size = optim.micro_batch or len(mine)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
+def _within(most: int, mine: np.ndarray, sizes: list[int], *, packed: bool) -> list[np.ndarray]:
+    # the order of the rows stays, so that every micro-batch is a random sample of them; a row above `most` is alone
+    starts, widest, total = [0], 0, 0
+    for i, size in enumerate(sizes):
+        widest, total = max(widest, size), total + size
+        if i > starts[-1] and (total if packed else widest * (i + 1 - starts[-1])) > most:
+            starts.append(i)
+            widest = total = size
+    return np.split(mine, starts[1:])
+
+
+def length(sequence: Sequence) -> int:
+    """Return the number of tokens of a sequence."""
+    return len(sequence.prompt) + len(sequence.response)
 
 
 def respond(engine: Engine, prompts: Seq[tuple[int, ...]], places: Seq[int], *address: int | str) -> list[Sequence]:
@@ -123,7 +157,8 @@ class FixedSequences(Sampler):
 
     def micro_batches(self, step: int) -> list[Batch]:
         rows = self.rows(step)
-        return [self._collate([rows[p] for p in places]) for places in cut(self.optim, self.shard)]
+        groups = cut(self.optim, self.shard, lambda place: length(self.sequences[rows[place]]))
+        return [self._collate([rows[p] for p in places]) for places in groups]
 
     def _collate(self, rows: list[int]) -> Batch:
         targets = tuple(signals.target(rows) for signals in self.signals)
@@ -140,12 +175,13 @@ class _WithStudent(Sampler):
 
     def fresh(self, step: int) -> dict[int, Sequence]:
         """Return the student's answers to this process's share of the prompts. The keys are positions in the update's batch."""
-        rows, mine = self.fixed.rows(step), np.concatenate(cut(self.optim, self.shard)).tolist()
+        rows, mine = self.fixed.rows(step), own(self.optim, self.shard).tolist()
         prompts = [self.sequences[rows[place]].prompt for place in mine]
         return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
 
     def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
-        return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in cut(self.optim, self.shard)]
+        groups = cut(self.optim, self.shard, lambda place: length(by_place[place]))
+        return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in groups]
 
     def draw(self, step: int) -> float:
         """Return the random number in [0, 1) that selects the source of an update's text. It is the same on all processes."""
@@ -234,9 +270,14 @@ class Pairs(_WithStudent):
 
     def micro_batches(self, step: int) -> list[Batch]:
         rows, fresh = self.fixed.rows(step), self.fresh(step)
+
+        def tokens(place: int) -> int:
+            both = length(self.sequences[rows[place]]), length(fresh[place])
+            return sum(both) if self.optim.packed else 2 * max(both)
+
         return [
             collate([_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places], pad=self.pad)
-            for places in cut(self.optim, self.shard)
+            for places in cut(self.optim, self.shard, tokens)
         ]
 
 

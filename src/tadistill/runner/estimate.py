@@ -122,6 +122,8 @@ class _Sizes:
 def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
     method, optim, name = spec.method, spec.optim, stage.model
     steps, micro = optim.steps or 1, optim.micro_batch or optim.batch
+    if optim.tokens and stage.cost and (read := stage.cost.parts.get("training/student")):
+        micro = min(optim.batch, max(1, int(optim.tokens * optim.batch * steps / read.positions)))
     # passes with gradients take longer than those of sampling, so an update counts as six passes, and the optimizer as two
     even = sizes.passes(name, steps * (optim.batch / micro * (6 + method.trains_with_teacher) + 2))
     sampler = method.sampler

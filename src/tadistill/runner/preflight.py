@@ -19,6 +19,7 @@ from tadistill.evaluation.text_scores import score_own
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
 from tadistill.models.head import head_shape, read_config
 from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer
+from tadistill.models.packing import check_packing
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import check_scratch, scratch_config
 from tadistill.models.support import check_config
@@ -90,6 +91,7 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
         reader = used[0] if teacher else name
         with found.about(f"models.{name}"):
             rows, config = _check_model(recipe, name, tokenizers[name])
+            _check_packing(recipe, name, config)
             try:
                 check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
             except (ConfigError, ModelError):
@@ -164,6 +166,12 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
             keep_list(layers if model.init.layers is None or model.init.layers_by == "influence" else model.init.layers, layers)
     return rows, config.get_text_config().to_dict()
+
+
+def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None:
+    sft = recipe.models[name].sft
+    if any(method.optim.packed for method in methods(recipe)) or (sft and sft.optim.packed):
+        check_packing(config["model_type"], name)
 
 
 def _try_own_code(recipe: Recipe) -> None:

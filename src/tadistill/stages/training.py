@@ -16,6 +16,7 @@ from tadistill.data.batch import Batch, references, responses
 from tadistill.disk import write_json
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
+from tadistill.models.forward import pack_rows
 from tadistill.models.loading import end_tokens, save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
 from tadistill.models.teacher import Teacher
@@ -44,6 +45,8 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
     teachers = tuple(context.teacher(handle, dtype_of(optim.precision))[0] for handle in handles)
+    for model in (student, *(teacher.model for teacher in teachers if teacher.model is not None)) if optim.packed else ():
+        pack_rows(model)
     recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
     signals = tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded)
     subject = context.subject(student, tokenizer, *teachers)

@@ -24,6 +24,7 @@ from tadistill.data.batch import Batch
 from tadistill.models.counting.cost import CostPart
 from tadistill.models.counting.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
 from tadistill.models.modify import adapters_in
+from tadistill.models.packing import is_packed
 from tadistill.models.teacher import Teacher, nothing
 from tadistill.objectives import Head
 from tadistill.objectives.fused import heads_watched
@@ -94,7 +95,7 @@ class Meter:
 
     def saw(self, batches: list[Batch]) -> None:
         """Count the padding tokens in an update's batches."""
-        for batch in batches:
+        for batch in () if is_packed(self._sides[0].model) else batches:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
@@ -127,7 +128,9 @@ class Meter:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
             rows, width = ids.shape
-            if mask is not None and mask.ndim == 4:  # rollout.lazy: one row of tokens, a rectangle of attention
+            if packed := kwargs.get("rows"):
+                pairs = sum(length**2 for length in packed)
+            elif mask is not None and mask.ndim == 4:  # rollout.lazy: one row of tokens, a rectangle of attention
                 pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
             else:
                 pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))

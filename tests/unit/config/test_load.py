@@ -131,6 +131,13 @@ def test_patches_change_only_what_they_name():
     assert patched.optim == Optim(lr=0.2, steps=3)
     assert patched.objective == CrossEntropy()
     assert merge_methods(Optim(steps=3), Optim(epochs=2.0)) == Optim(epochs=2.0)
+    assert merge_methods(Optim(steps=3, micro_batch=4), Optim(tokens=512)) == Optim(steps=3, tokens=512)
+    assert merge_methods(Optim(tokens=512), Optim(micro_batch=4)) == Optim(micro_batch=4)
+
+
+def test_one_key_sets_the_size_of_a_forward_pass():
+    with pytest.raises(ValueError, match="micro_batch is 4 and tokens is 512, but only one of them can set the size of a forward pass"):
+        Optim(micro_batch=4, tokens=512)
 
 
 @pytest.mark.parametrize(

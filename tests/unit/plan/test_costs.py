@@ -27,6 +27,7 @@ ARMS = {
     "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}} | WHOLE,
     "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}} | WHOLE,
     "recorded text": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "recorded": True, "max_new_tokens": 8}} | WHOLE,
+    "packed": {"objective": {"type": "reverse_kl"}, "optim": {"steps": 4, "packed": True, "tokens": 256}},
     "on-policy": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student"} | ON_POLICY},
     "minillm": {
         "objective": {"type": "minillm", "pt_kd_ratio": 0.5},
@@ -121,6 +122,29 @@ def test_the_expected_largest_of_a_batch():
     assert largest([1, 2, 3], 2) == pytest.approx((2 + 3 + 3) / 3)
     assert largest([1, 2, 3], 2, power=2) == pytest.approx((4 + 9 + 9) / 3)
     assert largest([5, 1], 9) == 5
+
+
+def test_a_limit_of_tokens_sets_the_rows_of_a_pass():
+    texts = Texts(((3, 1), (5, 4)), 2)  # 4 and 9 tokens: a batch of several rows has one of 9
+    rows = {n: passes.rows_in_pass(Optim(batch=8, tokens=n), texts) for n in (1, 17, 18, 27, 10**6)}
+    assert rows == {1: 1, 17: 1, 18: 2, 27: 3, 10**6: 8}
+    assert [passes.rows_in_pass(Optim(batch=8, tokens=n, packed=True), texts) for n in (1, 13, 26)] == [1, 2, 4]
+    assert passes.rows_in_pass(Optim(batch=8, micro_batch=2), texts) == 2
+    packed, padding = passes.training_batch(texts, 2, packed=True)
+    assert (packed.positions, packed.pairs, packed.heads, padding) == (3 + 8, 9 + 64, 1 + 4, 0)
+
+
+def test_fewer_tokens_and_no_padding_need_less_memory():
+    def cost(**optim):
+        settings = recipe("gpt2") | {"arms": {"kd": {"path": "t > s", "optim": {"steps": 4, "batch": 64} | optim}}}
+        plan = make_plan(validate(settings))
+        return next(stage.cost for stage in plan.stages.values() if stage.kind == "distill")
+
+    whole, tokens, packed = cost(), cost(tokens=256), cost(packed=True)
+    assert tokens.memory < whole.memory
+    assert packed.memory < whole.memory
+    assert packed.padding == 0 < tokens.padding < whole.padding
+    assert len({whole.kind, tokens.kind, packed.kind}) == 3
 
 
 def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():

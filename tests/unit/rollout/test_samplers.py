@@ -1,6 +1,7 @@
 """Samplers: rows once an epoch, rounds and inner epochs, GKD's lambda, DistiLLM's buffer, resume inside a round, shards that add up."""
 
 import functools
+import itertools
 import operator
 
 import numpy as np
@@ -49,6 +50,46 @@ def test_micro_batches_cut_the_same_rows():
     assert len(tokens(2)) == 4
 
 
+LENGTHS = (2, 9, 3, 3, 12, 1, 1, 6)
+UNEVEN = [Sequence((1,) * n, (2, 0)) for n in LENGTHS]  # 2 more tokens each
+
+
+def sizes(sequences, **settings):
+    """Per micro-batch of the first update, the tokens of its rows, on one process or several."""
+    world = settings.pop("world", 1)
+    shards = [Shard(rank, world) for rank in range(world)]
+    optim = Optim(steps=1, batch=len(sequences), **settings)
+    found = [FixedSequences(sequences, optim, pad=0, seed=1, shard=shard).micro_batches(0) for shard in shards]
+    return [[batch.attention_BT.sum(1).tolist() for batch in batches] for batches in found]
+
+
+def test_a_micro_batch_has_at_most_so_many_tokens():
+    (padded,), (packed,), (whole,) = (sizes(UNEVEN, **s) for s in ({"tokens": 12}, {"tokens": 12, "packed": True}, {}))
+    for groups in (padded, packed):
+        assert functools.reduce(operator.iadd, groups, []) == whole[0]  # all rows, in the same order
+        assert [14] in groups  # above the limit: alone
+    assert all(max(g) * len(g) <= 12 or len(g) == 1 for g in padded)
+    assert all(sum(g) <= 12 or len(g) == 1 for g in packed)
+    assert len(packed) < len(padded)
+    # no micro-batch has room for the first row of the next one
+    assert all(sum(g) + after[0] > 12 for g, after in itertools.pairwise(packed))
+    assert all(max(*g, after[0]) * (len(g) + 1) > 12 for g, after in itertools.pairwise(padded))
+
+
+def test_processes_have_equal_numbers_of_micro_batches(monkeypatch):
+    counts = []
+
+    def gathered(found):
+        counts.append(found[0])
+        return [found[0], 4]  # another process has 4 micro-batches
+
+    monkeypatch.setattr(samplers, "gather_object", gathered)
+    first, second = sizes(UNEVEN, tokens=10**6, world=2)
+    assert counts == [1, 1]
+    assert len(first) == len(second) == 4
+    assert sorted(functools.reduce(operator.iadd, first + second, [])) == sorted(n + 2 for n in LENGTHS)
+
+
 def test_shards_partition_the_batch():
     def rows(shard):
         batches = FixedSequences(ROWS, Optim(steps=1, batch=8), pad=0, seed=1, shard=shard).micro_batches(0)
@@ -69,6 +110,12 @@ def rollouts(student=None, sampler=None, *, scores=True, states=True, shard=Shar
     teacher = Teachers((teacher_of(tiny_model("llama", seed=2).requires_grad_(False)),), 31, scores, states)
     method = Method(sampler=sampler, optim=Optim(steps=99, batch=4))
     return Rollouts(prompts, method, engine=native(student, 6), teacher=teacher, pad=0, seed=3, shard=shard)
+
+
+def test_rows_of_the_corpus_count_in_a_round():
+    sampler = rollouts()
+    sampler.corpus, sampler.optim = [Sequence((), tuple(range(1, 21)))] * 3, Optim(steps=99, batch=4, tokens=40)
+    assert [(len(b.ids_BT), b.corpus.ids_BT.shape) for b in sampler.micro_batches(0)] == [(2, (2, 20)), (2, (2, 20))]
 
 
 def test_a_round_is_trained_on_for_its_inner_epochs():
@@ -246,9 +293,16 @@ def test_replay_resumes_with_its_buffer():
     assert [s.response for s in other.buffer] == [s.response for s in sampler.buffer]
 
 
-def pairs(student, *, micro=None, shard=Shard()):
-    optim = Optim(steps=4, batch=4, micro_batch=micro)
+def pairs(student, *, micro=None, tokens=None, shard=Shard()):
+    optim = Optim(steps=4, batch=4, micro_batch=micro, tokens=tokens)
     return Pairs(ROWS, PairSampler(max_new_tokens=5), optim, engine=native(student, 5), pad=0, seed=1, shard=shard)
+
+
+def test_both_responses_of_a_pair_count():
+    batches = pairs(tiny_model("llama"), tokens=28).micro_batches(0)  # a response of the student has at most 7 tokens with its prompt
+    assert [len(batch.ids_BT) for batch in batches] == [4, 4]
+    assert all(batch.ids_BT.numel() <= 28 for batch in batches)
+    assert len(pairs(tiny_model("llama"), tokens=1).micro_batches(0)) == 4
 
 
 def test_pairs_hold_a_teachers_and_a_fresh_response_to_each_prompt():

@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 from tests.unit.models.conftest import random_model, word_tokenizer
+from transformers import BloomConfig, BloomForCausalLM
 
 from tadistill.config import load, validate
 from tadistill.data import survey
@@ -57,6 +58,24 @@ def test_data_and_models_beside_the_recipe_are_found_from_any_directory(tmp_path
     assert survey.survey(found.data.train, "train", found.data).rows == 4
     assert all(workloads(make_plan(found)).values())
     check_inputs(found)
+
+
+def test_a_model_that_cannot_be_packed_is_refused_before_any_work():
+    short = rows("short.jsonl", 4)
+
+    def packed(load):
+        sft = {"optim": {"steps": 2, "batch": 2, "packed": True}}
+        return recipe(load, short, short, models={"s": {"load": load, "sft": sft}})
+
+    check_inputs(packed(model("llama")))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=31, hidden_size=16, n_layer=1, n_head=2))
+    bloom.save_pretrained("bloom")
+    word_tokenizer().save_pretrained("bloom")
+    with pytest.raises(
+        ModelError, match=r"^models.s: model `s` is of type bloom, which cannot train on packed rows; remove `optim.packed`"
+    ):
+        check_inputs(packed("./bloom"))
+    check_inputs(recipe("./bloom", short, short))
 
 
 @pytest.mark.parametrize(

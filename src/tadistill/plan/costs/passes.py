@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from tadistill.config import DataRef, ModelConfig, Recipe
+from tadistill.config import DataRef, ModelConfig, Optim, Recipe
 from tadistill.config.recipe import World
 from tadistill.data import datasets, tinyworld
 from tadistill.data.survey import SAMPLE, Survey
@@ -196,16 +196,31 @@ _CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads it
 
 
 @lru_cache
-def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
+def training_batch(texts: Texts, rows: int, *, packed: bool = False) -> tuple[Work, float]:
     """Return the work of a model on one batch of `rows` shuffled sequences, and the number of padding positions in the batch.
 
-    Sequences are padded to the longest one, as in `models.forward.Reader.hidden`. The last token of a sequence is not an input. Logits are
-    computed for responses only.
+    Sequences are padded to the longest one, as in `models.forward.Reader.hidden`, unless they are `packed`. The last token of a sequence is
+    not an input. Logits are computed for responses only.
     """
+    if packed:
+        read = [total - 1 for total in texts.totals]
+        squares = sum(n * n for n in read) / len(read)
+        return Work(rows * sum(read) / len(read), rows * squares, rows * texts.mean_response), 0.0
     width = largest(texts.totals, rows) - 1
     square = largest([total - 1 for total in texts.totals], rows, power=2)
     real = texts.mean_prompt + texts.mean_response - 1
     return Work(rows * width, rows * square, rows * texts.mean_response), rows * (width - real)
+
+
+def rows_in_pass(optim: Optim, texts: Texts) -> int:
+    """Return the number of sequences in a forward pass of training. With `optim.tokens`, it is the number that fits on average."""
+    if optim.tokens is None:
+        return optim.micro_batch or optim.batch
+    if optim.packed:
+        fits = optim.tokens // (sum(texts.totals) / len(texts.totals))
+    else:
+        fits = next((n - 1 for n in range(1, optim.batch + 1) if n * largest(texts.totals, n) > optim.tokens), optim.batch)
+    return max(1, min(optim.batch, int(fits)))
 
 
 def plain_batch(length: int, rows: int) -> Work:

@@ -58,9 +58,9 @@ class TrainingCost:
 
         With `teacher`, each teacher runs in the update too. With `teacher_head`, only the teacher's head runs, on stored hidden states.
         """
-        micro = self.optim.micro_batch or self.optim.batch
+        micro = passes.rows_in_pass(self.optim, texts)
         batches = share * self.steps * self.optim.batch / micro
-        work, padding = passes.training_batch(texts, micro)
+        work, padding = passes.training_batch(texts, micro, packed=self.optim.packed)
         self.padding += padding * batches
         self._take(work, teacher or teacher_head)
         self.add("training/student", work * batches, backward=True)
@@ -71,7 +71,8 @@ class TrainingCost:
         """Add the cost of MiniLLM's loss on plain text, which is part of each update. A row of plain text has `length` tokens."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
-        self._take(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
+        rows = max(1, self.optim.tokens // length) if self.optim.tokens else self.optim.micro_batch or self.optim.batch
+        self._take(passes.plain_batch(length, min(rows, self.optim.batch)), teacher)
         if teacher:
             self.add("corpus/teacher", work * self.used)
 
@@ -81,9 +82,9 @@ class TrainingCost:
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
         """Add the cost of metrics of sampled text (`train.watch`). They use the first rows of some updates, at least ten updates apart."""
-        micro = self.optim.micro_batch or self.optim.batch
+        micro = passes.rows_in_pass(self.optim, answers)
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
-        work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
+        work = passes.training_batch(answers, micro, packed=self.optim.packed)[0] * (min(micro, WATCHED_ROWS) / micro * times)
         self.add("watching/student", work)
         if teacher or teacher_head:
             self.add("watching/teacher", (work if teacher else Work(heads=work.heads)) * self.used)
@@ -114,7 +115,8 @@ class TrainingCost:
         return Cost(self.parts, self.padding, published, needs, self._kind(method))
 
     def _kind(self, method: Method | None) -> str:
-        how = self.optim.model_dump(include={"batch", "micro_batch", "precision", "gradient_checkpointing"})
+        later = {name for name in ("tokens", "packed") if getattr(self.optim, name)}  # earlier plans do not have them
+        how = self.optim.model_dump(include={"batch", "micro_batch", "precision", "gradient_checkpointing"} | later)
         what = method.model_dump(include={"objective", "sampler"}) if method else None
         alone = [asdict(self.adapters)] if self.adapters else []
         alone += [["served"]] if self.here != self.teachers else []
