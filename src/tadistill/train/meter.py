@@ -85,7 +85,7 @@ class Meter:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Do the same as `phase`, and also add up the seconds that the `with` block takes."""
-        # No device is still working for a phase at its end, because each phase ends with numbers on the host.
+        # Each phase reads numbers from its device near its end: after that, only the optimizer's update is queued.
         start = time.perf_counter()
         try:
             with self.phase(name):
