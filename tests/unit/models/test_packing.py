@@ -103,9 +103,6 @@ def test_attention_of_a_row_has_no_mask_and_no_other_row(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     _, model = both(lambda: tiny("llama"))
-    calls.clear()
-    Reader(model)
-    calls.clear()
     Reader(model).hidden(model, BATCH)
     assert calls[-3:] == [(11, 11, None, True), (1, 1, None, False), (6, 6, None, True)]
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tadistill.config.method import Method, Optim
 from tadistill.data.batch import Sequence, collate
 from tadistill.models import forward
+from tadistill.models.forward import pack_rows
 from tadistill.objectives import fused
 from tadistill.train.loop import _update, make_optimizer
 from tadistill.train.step import make_step
@@ -111,6 +112,17 @@ def test_waits_of_a_micro_batch(name):
     with waits() as seen:
         step.loss(student, batch, {"response": 15.0, "corpus": 13.0}).total.backward()
     assert len(seen) == METHODS[name][1], seen
+
+
+def test_packed_rows_wait_for_nothing():
+    method = Method.model_validate({"name": "kd"})
+    models = tiny_model("llama"), tiny_model("gpt2", seed=5).requires_grad_(False)
+    for model in models:
+        pack_rows(model)
+    step, batch = make_step(method, models[0], models[1:], 31), collate(ROWS, pad=0).to(torch.device("cpu"))
+    with waits() as seen:
+        step.loss(models[0], batch, {"response": 15.0}).total.backward()
+    assert seen == []
 
 
 @pytest.mark.parametrize("copies", [1, 3])
