@@ -64,16 +64,16 @@ def sizes(sequences, **settings):
 
 
 def test_a_micro_batch_has_at_most_so_many_tokens():
-    (padded,), (packed,), (whole,) = (sizes(UNEVEN, **s) for s in ({"tokens": 12}, {"tokens": 12, "packed": True}, {}))
+    (padded,), (packed,), (whole,) = (sizes(UNEVEN, **limit) for limit in ({"tokens": 17}, {"tokens": 17, "packed": True}, {}))
     for groups in (padded, packed):
         assert functools.reduce(operator.iadd, groups, []) == whole[0]  # all rows, in the same order
-        assert [14] in groups  # above the limit: alone
-    assert all(max(g) * len(g) <= 12 or len(g) == 1 for g in padded)
-    assert all(sum(g) <= 12 or len(g) == 1 for g in packed)
-    assert len(packed) < len(padded)
+    assert all(max(g) * len(g) <= 17 for g in padded)
+    assert all(sum(g) <= 17 for g in packed)
+    assert len(packed) < len(padded) < len(UNEVEN)
     # no micro-batch has room for the first row of the next one
-    assert all(sum(g) + after[0] > 12 for g, after in itertools.pairwise(packed))
-    assert all(max(*g, after[0]) * (len(g) + 1) > 12 for g, after in itertools.pairwise(padded))
+    assert all(sum(g) + after[0] > 17 for g, after in itertools.pairwise(packed))
+    assert all(max(*g, after[0]) * (len(g) + 1) > 17 for g, after in itertools.pairwise(padded))
+    assert [14] in sizes(UNEVEN, tokens=12)[0]  # above the limit: alone
 
 
 def test_processes_have_equal_numbers_of_micro_batches(monkeypatch):

@@ -68,7 +68,7 @@ def test_a_model_that_cannot_be_packed_is_refused_before_any_work():
         return recipe(load, short, short, models={"s": {"load": load, "sft": sft}})
 
     check_inputs(packed(model("llama")))
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=31, hidden_size=16, n_layer=1, n_head=2))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
     bloom.save_pretrained("bloom")
     word_tokenizer().save_pretrained("bloom")
     with pytest.raises(
