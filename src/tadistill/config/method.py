@@ -70,6 +70,14 @@ class Optim(Strict):
     """Store only the input of each layer, and compute the layer again in the backward pass. This saves memory, but costs a third more
     compute."""
 
+    @property
+    def smaller(self) -> str:
+        """A change of the recipe that makes forward passes smaller, such as `optim.micro_batch: 4`. Empty if they cannot be smaller."""
+        if self.tokens:
+            return f"optim.tokens: {self.tokens // 2}" if self.tokens > 1 else ""
+        sizes = [n for n in range(1, (self.micro_batch or self.batch) // 2 + 1) if self.batch % n == 0]
+        return f"optim.micro_batch: {sizes[-1]}" if sizes else ""
+
     @model_validator(mode="after")
     def _check(self):
         if self.micro_batch and self.batch % self.micro_batch:

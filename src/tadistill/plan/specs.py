@@ -119,10 +119,7 @@ class TrainingSpec(Spec):
     @property
     def saves_memory(self) -> list[str]:
         optim, sampler = self.optim, self.method.sampler
-        smaller = [n for n in range(1, (optim.micro_batch or optim.batch) // 2 + 1) if optim.batch % n == 0]
-        found = [f"optim.micro_batch: {smaller[-1]}"] if smaller else []
-        if optim.tokens:
-            found = [f"optim.tokens: {optim.tokens // 2}"] if optim.tokens > 1 else []
+        found = [optim.smaller] if optim.smaller else []
         chunk = sampler.chunk if isinstance(sampler, OnPolicy) and self.method.samples else 1
         found += [f"sampler.chunk: {chunk // 2}"] if chunk > 1 else []
         found += ["optim.gradient_checkpointing: true"] if not optim.gradient_checkpointing else []
