@@ -40,7 +40,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a batch are. The indices are made on the host, so no forward pass waits until a GPU has counted tokens."""
+    """Indices of a batch's tokens. They are made on the host, so no forward pass waits until a GPU has counted tokens."""
 
     end: int
     """Number of columns that the loss needs, at least 1. No position of the loss reads later tokens."""
