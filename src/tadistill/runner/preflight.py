@@ -170,6 +170,8 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None:
     sft = recipe.models[name].sft
+    if recipe.models[name].serve:  # it runs on a server
+        return
     if any(method.optim.packed for method in methods(recipe)) or (sft and sft.optim.packed):
         check_packing(config["model_type"], name)
 
