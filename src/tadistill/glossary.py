@@ -29,7 +29,7 @@ GLOSSARY: dict[str, str] = {
     "sign-flip test": "An exact test over training seeds: the share of all sign patterns with a sum at least as large.",
     "detectable": "The smallest true difference that a study of this size would find with a probability of 80 %.",
     "FLOPs": "Floating-point operations of the training of one seed, assistants included; the measure of compute.",
-    "compute": "The training FLOPs of an arm's final model and all its assistants, often relative to direct distillation.",
+    "compute": "The FLOPs of all training behind an arm's model in this study, its teacher's too. Often relative to direct distillation.",
     "nats/token": "The unit of losses and divergences: natural logarithms, per token.",
     "KL(student ‖ teacher)": "How unlikely the student's own answers are for the teacher (reverse KL); 0 for the same model.",
     "KL(teacher ‖ student)": "How unlikely the teacher's tokens are for the student (forward KL); 0 for the same model.",

@@ -9,7 +9,7 @@ from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
-from tadistill.report.routes import some, steps
+from tadistill.report.routes import listed, some, steps
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
@@ -17,14 +17,15 @@ from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.samples import Samples, samples
 from tadistill.results.units import number, signed
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, by_importance, comparisons
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
 
 _VERBS = {
     "gain": "is clearly better than",
     "loss": "is clearly worse than",
     "equivalent": "is as good as",
-    "no evidence": "is not clearly better than",
+    "no evidence": "is not clearly better or worse than",
 }
+_STATES = {"gain": "clearly better than", "loss": "clearly worse than", "equivalent": "as good as"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def against(results: Results) -> str:
-    """Return a sentence that says how many arms differ clearly from the arm with which they are compared."""
+    """Return a sentence that says which arms are clearly better or worse than the arm with which they are compared."""
     rows = differences(results)
     if not rows:
         what = "arm" if any(arm.is_trained for arm in results.plan.arms) else "model"
@@ -63,25 +64,43 @@ def against(results: Results) -> str:
         if len(rows) == 1:
             return f"{rows[0].arm.name} {'differs' if clear else 'does not clearly differ'} from {rows[0].other.name}"
         return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
-    unequal = sum(c.against == "plain direct" for c in decided)
-    if len(decided) == 1:
-        c = decided[0]
-        said = f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if unequal else ''}"
-    else:
-        better, worse = (sum(c.word == word for c in decided) for word in ("gain", "loss"))
-        said = (
-            f"{better or 'None'} of {len(decided)} comparisons {'is' if better < 2 else 'are'} a clear gain, {worse or 'none'} a clear loss"
-        ) + (f" ({unequal} not at equal compute)" if unequal else "")
     named = {(c.arm, c.other) for c in decided}
     more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
-    others = {row.other.name for row in more}
-    if not more:
-        return said
-    if len(others) == 1:
-        return (
-            f"{said}; of the other arms, {some([row.arm.name for row in more])} differ{'s' if len(more) == 1 else ''} from {others.pop()}"
+    return "; ".join(
+        [_decided(decided), *(_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more))]
+    )
+
+
+def _decided(found: list[Comparison]) -> str:
+    if len(found) == 1:
+        c = found[0]
+        return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.against == 'plain direct' else ''}"
+    if all(c.against == "pair" for c in found):
+        better = [f"{c.arm} than {c.other}" if c.word == "gain" else f"{c.other} than {c.arm}" for c in found if c.word in ("gain", "loss")]
+        return f"{len(better) or 'None'} of {len(found)} pairs differ{'' if len(better) > 1 else 's'} clearly" + (
+            f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
         )
-    return f"{said}; other clear differences: {some([f'{row.arm.name} from {row.other.name}' for row in more])}"
+    arms = {word: [c.arm for c in found if c.word == word] for word in _VERBS}
+    clear = [f"{_named(arms[word])} {_STATES[word]}" for word in ("gain", "loss", "equivalent") if arms[word]]
+    rest, unequal = arms["no evidence"], [c.arm for c in found if c.against == "plain direct"]
+    if not clear:
+        none = "Neither" if len(found) == 2 else "None"
+        said = f"{none} of {len(found)} ways to use an assistant is clearly better or worse than direct distillation"
+    else:
+        said = f"{listed(clear)} direct distillation" + (f"; {_named(rest)} not clearly better or worse" if rest else "")
+    return said + (f" ({some(unequal)}: not at equal compute)" if unequal else "")
+
+
+def _beyond(rows: list[ForestRow], other: str, metric: str) -> str:
+    sign = -1 if metric_of(metric).better == "lower" else 1
+    mine = [row for row in rows if row.other.name == other]
+    sides = {"better": [row.arm.name for row in mine if sign * row.difference.mean > 0]}
+    sides["worse"] = [row.arm.name for row in mine if row.arm.name not in sides["better"]]
+    return f"{listed([f'{_named(names)} clearly {side}' for side, names in sides.items() if names])} than {other}"
+
+
+def _named(names: list[str]) -> str:
+    return f"{listed(names) if len(names) <= 4 else some(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _is_clear(row: ForestRow) -> bool:

@@ -1,14 +1,16 @@
 """The answer, the headings, the answers side by side and the captions are about the same arm, and say how it is made."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from tadistill.charts.labels import text_width
 from tadistill.report.analysis import analyses
 from tadistill.report.explain import arm_words, cautions, needed_text
 from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure, lattice_notes
-from tadistill.report.figures.scores import difference_figure, differences
-from tadistill.report.findings import answers, behaviour, paths
+from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
+from tadistill.report.findings import against, answers, behaviour, paths
 from tadistill.report.record import distillations
 from tadistill.report.routes import steps, taught
 from tadistill.report.text import answer
@@ -65,7 +67,36 @@ def test_other_compute_is_said(results):
         "Not at equal compute, because the study has no arm with `compute: as ARM` for it: teaches has 1.50× the compute of direct."
     )
     texts = re.findall(r"<text [^>]*>([^<]*)</text>", difference_figure(results).html())
-    assert [text.partition(" · ")[2].endswith("not equal compute") for text in texts if "·" in text] == [True, False]  # from the bottom
+    assert any(re.search(r"\] · loss · not equal compute$", text) for text in texts)
+    assert any(re.search(r"\] · not clear, p = 0\.\d{3}$", text) for text in texts)  # results.json has the word `no evidence`
+
+
+def test_the_numbers_and_the_word_of_each_row_are_shown_on_a_phone(results):
+    drawn = re.findall(
+        r'<text data-arm="([^"]*)" class="(?:name|note)( wide| slim)?" [^>]*>([^<]*)</text>', difference_figure(results).html()
+    )
+    for row in differences(results):
+        on_phone = [text for name, kind, text in drawn if name == row.arm.name and kind != " wide"]
+        whole = " ".join(on_phone)
+        assert f"{row.arm.name} \N{MINUS SIGN} {row.other.name}" in whole
+        assert re.search(r"[\d.]+ \[.*\]", whole)
+        assert (row.word or "") in whole
+        assert ("not equal compute" in whole) == row.unequal
+        assert max(map(text_width, on_phone)) <= 325
+    long = replace(differences(results)[0], arm=replace(results.arm("starts"), name="a-long-name-of-an-arm-with-an-assistant"))
+    assert [left for left, _ in _phone_lines(long, "rouge_l")][:2] == [f"{long.arm.name} \N{MINUS SIGN}", "equal"]
+
+
+def test_the_heading_of_the_comparison_says_better_and_worse(results):
+    said = against(results)
+    assert said.startswith(
+        "teaches is clearly worse than direct distillation; starts is not clearly better or worse (teaches: not at equal"
+    )
+    rest = said.partition("); ")[2]
+    for row in differences(results):
+        side = "better" if row.difference.mean > 0 else "worse"
+        clear = row.word is None and not row.difference.covers_zero
+        assert bool(re.search(rf"{row.arm.name}\b[^;]* clearly {side}[^;]* than {row.other.name}", rest)) == clear
 
 
 def test_an_arm_without_an_error_budget_is_explained(results):

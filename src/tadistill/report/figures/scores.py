@@ -5,26 +5,31 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tadistill.charts import Axis, Chart, Point, nice_span
+from tadistill.charts.labels import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import MANY, looks, rows_axis, span_axis, titled
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import MINUS, flops_text, interval, number, ratio_text, signed, summary_text
-from tadistill.results.verdict import by_importance, comparisons
+from tadistill.results.units import MINUS, flops_text, interval, number, p_text, ratio_text, signed, summary_text
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
 from tadistill.statistics import Difference
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two
-_PHONE = 46  # characters for which a row has room on a phone
+_LINE = 14  # pixels from a line of text to the next
+_PHONE, _BOLD = 325, 1.1  # pixels for which a row has room on a phone, and the width of a bold text relative to a plain one
 _NEAR = 0.018  # share of the width: points that are closer are moved apart
 _MOST, _LAST = 0.08, 0.985  # shares of the width: how far a point is moved at most, and the place of the last one
 
 
 @dataclass(frozen=True)
 class ForestRow:
-    """A row in the figure of differences: the paired difference of an arm and the arm with which it is compared. `word` is the verdict."""
+    """A row in the figure of differences: the paired difference of an arm and the arm with which it is compared.
+
+    `word` is the verdict as the figure shows it, or None if the study does not test this difference.
+    """
 
     arm: ArmRecord
     other: ArmRecord
@@ -56,8 +61,8 @@ def differences(results: Results) -> list[ForestRow]:
     """
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
-        return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, c.word) for c in decided]
-    words = {(c.arm, c.other): (c.word, c.against == "plain direct") for c in decided}
+        return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, _word(c)) for c in decided]
+    words = {(c.arm, c.other): (_word(c), c.against == "plain direct") for c in decided}
     found: list[ForestRow] = []
     for arm in results.plan.arms:
         other = reference_of(results, arm)
@@ -68,8 +73,20 @@ def differences(results: Results) -> list[ForestRow]:
     return sorted(found, key=lambda entry: (not entry.arm.has_assistant, -entry.difference.mean))
 
 
+def _word(c: Comparison) -> str:
+    if c.word != "no evidence":
+        return c.word
+    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
+        return f"not clear, {len(c.seeds)} seed{'' if len(c.seeds) == 1 else 's'}"
+    return f"not clear, {p_text(c.p_holm)}"
+
+
 def difference_figure(results: Results) -> Chart | None:
-    """Draw the paired differences with 95 % intervals, and a dot for each training seed. Zero and the equivalence margin are marked."""
+    """Draw the paired differences with 95 % intervals, and a dot for each training seed. Zero and the equivalence margin are marked.
+
+    Each row has its numbers and its verdict. On a phone they may need more lines than on a wide page, so both forms are drawn, and the
+    style sheet shows the one that fits.
+    """
     rows = differences(results)[::-1]
     if not rows:
         return None
@@ -79,26 +96,49 @@ def difference_figure(results: Results) -> Chart | None:
     summary = f"Differences in {metric_title(metric)}: " + "; ".join(
         f"{row.arm.name} {MINUS} {row.other.name} {_difference_text(row.difference, metric)}" for row in rows[::-1]
     )
-    chart = Chart("figure-differences", summary, x, rows_axis(len(rows)), height=_TALL_ROW * len(rows), head=4)
+    narrow = [_phone_lines(row, metric) for row in rows]
+    high = _TALL_ROW + _LINE * (max(map(len, narrow)) - 1)
+    chart = Chart("figure-differences", summary, x, rows_axis(len(rows)), height=high * len(rows), head=4)
     if margin > 0:
         chart.area(-margin, margin)
     chart.rule(x=0)
     for y in range(len(rows) - 1):
         chart.rule(y=y + 0.5, kind="grid")
-    for y, row in enumerate(rows):
-        d, name = row.difference, row.arm.name
-        text = _difference_text(d, metric)
-        word = f" · {row.word}" if row.word else ""
-        word += " · not equal compute" if row.unequal else ""
-        pair = f"{name} {MINUS} {row.other.name}"
-        tip = f"{pair}: {text}"
-        chart.row(name, y - 0.2, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
-        chart.text(None, y + 0.22, pair, side="start", name=name, kind="name")
-        fits, slim = (len(pair + shown) <= _PHONE for shown in (text + word, text))
-        chart.text(None, y + 0.22, f"{text}{word}", side="end", name=name, kind="note" if fits else "note wide")
-        if slim and not fits:
-            chart.text(None, y + 0.22, text, side="end", name=name, kind="note slim")
+    for y, (row, lines) in enumerate(zip(rows, narrow, strict=True)):
+        d, name, top = row.difference, row.arm.name, y + 0.5
+        tip = f"{_pair(row)}: {_difference_text(d, metric)}"
+        chart.row(name, y - 0.5 + _LINE / high, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
+        wide = [(_pair(row), " · ".join(_parts(row, metric)))]
+        for form, kind in ((wide, ""),) if lines == wide else ((wide, " wide"), (lines, " slim")):
+            for index, (left, right) in enumerate(form):
+                at = top - (_LINE * (index + 1) - 1) / high
+                if left:
+                    chart.text(None, at, left, side="start", name=name, kind=f"name{kind}")
+                if right:
+                    chart.text(None, at, right, side="end", name=name, kind=f"note{kind}")
     return chart
+
+
+def _pair(row: ForestRow) -> str:
+    return f"{row.arm.name} {MINUS} {row.other.name}"
+
+
+def _parts(row: ForestRow, metric: str) -> list[str]:
+    return [_difference_text(row.difference, metric), *([row.word] if row.word else []), *(["not equal compute"] if row.unequal else [])]
+
+
+def _phone_lines(row: ForestRow, metric: str) -> list[tuple[str, str]]:
+    """Return the texts of a row, broken into lines that fit on a phone. A line has a text at its left end and a text at its right end."""
+    pair = _pair(row)
+    lines = [(pair, "")] if _BOLD * text_width(pair) <= _PHONE else [(f"{row.arm.name} {MINUS}", ""), (row.other.name, "")]
+    for part in _parts(row, metric):
+        left, right = lines[-1]
+        longer = f"{right} · {part}" if right else part
+        if _BOLD * text_width(left) + text_width(longer) + (_LINE if left else 0) <= _PHONE:
+            lines[-1] = (left, longer)
+        else:
+            lines.append(("", part))
+    return lines
 
 
 def _difference_text(d: Difference, metric: str) -> str:
@@ -174,8 +214,7 @@ def cost_figure(results: Results, model: str) -> Chart | None:
 
 
 def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) -> Axis:
-    unit = f"training compute (1× = {relative})" if relative else "training FLOPs of one seed"
-    title = f"{unit}, with all training behind the model"
+    title = f"training compute (1× = {relative})" if relative else "training FLOPs of one seed"
     text = (lambda value: f"{value:g}×") if relative else None
     if log:
         return Axis(cheapest / 1.6, dearest * 1.6, title, log=True, text=text)
