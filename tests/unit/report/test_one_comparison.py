@@ -83,7 +83,7 @@ def test_the_numbers_and_the_word_of_each_row_are_shown_on_a_phone(results):
         assert (row.word or "") in whole
         assert ("not equal compute" in whole) == row.unequal
         assert max(map(text_width, on_phone)) <= 325
-    long = replace(differences(results)[0], arm=replace(results.arm("starts"), name="a-long-name-of-an-arm-with-an-assistant"))
+    long = replace(differences(results)[0], arm=replace(results.arm("starts"), name="a-longer-name-of-an-arm-with-two-assistants"))
     assert [left for left, _ in _phone_lines(long, "rouge_l")][:2] == [f"{long.arm.name} \N{MINUS SIGN}", "equal"]
 
 
