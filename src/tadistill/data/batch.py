@@ -60,8 +60,9 @@ class Places:
         needed = (mask_BT.flip(1).cumsum(1).flip(1) > 0) & attention_BT.bool()
         if not len(columns):
             needed[0, 0] = True
-        places, lengths = (mask.flatten().nonzero().squeeze(1) for mask in (mask_BT, needed)), needed.sum(1).tolist()
-        return cls(int(columns[-1]) + 1 if len(columns) else 1, columns, *places, tuple(n for n in lengths if n))
+        loss, tokens = (mask.flatten().nonzero().squeeze(1) for mask in (mask_BT, needed))
+        lengths = tuple(n for n in needed.sum(1).tolist() if n)
+        return cls(int(columns[-1]) + 1 if len(columns) else 1, columns, loss, tokens, lengths)
 
     def to(self, device: torch.device) -> "Places":
         """Return the places with their indices on `device`."""

@@ -57,9 +57,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    parts = zip(*(states.split(rows, 2) for states in (query, key, value)), strict=True)
     window = settings.get("sliding_window")
-    return torch.cat([sdpa_attention_forward(module, *part, _near(part[0], window), **settings)[0] for part in parts], 1), None
+    parts = zip(query.split(rows, 2), key.split(rows, 2), value.split(rows, 2), strict=True)
+    return torch.cat([sdpa_attention_forward(module, q, k, v, _near(q, window), **settings)[0] for q, k, v in parts], 1), None
 
 
 def _near(query: Tensor, window: int | None) -> Tensor | None:
