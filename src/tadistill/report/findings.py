@@ -123,7 +123,8 @@ def over_compute(results: Results) -> str:
     if not better and not worse:
         return f"None of {_count(len(gaps), 'comparison')} with {curves[0].name} at the same compute is clear"
     against = f"Against {curves[0].name} at the same compute"
-    return f"{against}, {some(better) or 'no arm'} is clearly better and {some(worse) or 'no arm'} clearly worse"
+    sides = [f"{_named(names)} clearly {side}" for side, names in (("better", better), ("worse", worse)) if names]
+    return f"{against}, {'; '.join(sides)}"
 
 
 def paths(results: Results) -> str:
