@@ -111,7 +111,7 @@ class PlannedStudy(_Shown):
     def __rich__(self) -> RenderableType:
         """Return the tables of `tadistill plan` for `rich.print`."""
         threads = preview.threads(self._plan)
-        jobs = self._plan.recipe.runtime.jobs or speeds.cores()
+        jobs = self._plan.recipe.runtime.jobs or speeds.gpus() or speeds.cores()
         return preview.preview(self._plan, self._store, speeds.load_throughput(self._store, self._plan.stages, threads, None), jobs, _WIDTH)
 
     def __repr__(self) -> str:

@@ -17,22 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.profile import Cpu, Gpu, Profile
-from tadistill.config.common import DTYPES
 from tadistill.config.recipe import Resources
 from tadistill.disk import cache_root, user_cache
 from tadistill.errors import ConfigError
 from tadistill.models.counting.cost import spans
-from tadistill.models.counting.memory import resident_bytes
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
-from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.specs import TemperSpec
-from tadistill.plan.task import frozen_bytes, layout, process_bytes
+from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate
-_WORK = 2e9  # bytes for activations and caches of an evaluation stage
+_UNKNOWN_BYTES = 2e9  # if a model's size is not known
 _USED = {"training": 0.15, "sampling": 0.01}
 """Assumed share of the peak FLOP/s if no speed was measured. Sampling is limited by memory bandwidth. Other work uses `training`."""
 _CPU_TFLOPS = 0.02
@@ -68,7 +65,6 @@ class Requests:
     def __init__(self, plan: Plan, profile: Profile, speeds: dict[str, Speeds]):
         """`speeds` maps the name of a device to the speeds that were measured on it."""
         self.plan, self.profile, self.speeds = plan, profile, speeds
-        self.ledger = Ledger(plan.recipe)
 
     def of(self, stages: Seq[Stage]) -> Request:
         """Return the resources for a job that runs these stages one after the other.
@@ -131,12 +127,7 @@ class Requests:
         )
 
     def _need(self, stage: Stage) -> float:
-        known = process_bytes(self.plan, stage)
-        if known is not None:
-            return known
-        size = self.ledger.size(stage.model) if stage.model else None
-        dtype = DTYPES[self.plan.recipe.evaluate.precision]
-        return frozen_bytes(self.plan, stage) + (resident_bytes(size.total, training=False, dtype=dtype) if size else 0) + _WORK
+        return process_bytes(self.plan, stage, cuda=True) or _UNKNOWN_BYTES
 
     # --- time -----------------------------------------------------------------------------------------------------------
 

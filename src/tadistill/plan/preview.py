@@ -36,8 +36,8 @@ def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 20
 
 
 def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
-    """Print the tables. Times are for this machine, or for the named accelerator."""
-    jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
+    """Print the tables. Times and memory are for this machine. `accelerator` is the name of its GPUs, if it is known."""
+    jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
     console.print(preview(plan, store, speeds, jobs, console.width))
 
@@ -106,7 +106,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
         flops = "–" if stage.measures else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
-        needs = process_bytes(plan, stage)
+        needs = process_bytes(plan, stage, cuda=throughput.gpus() > 0)
         memory = f"{needs / 1e9:.2g} GB" if needs else "–"
         key = stage.key if wide else stage.key[:8]
         takes = throughput.seconds(stage.cost, speeds)

@@ -1,6 +1,6 @@
 """The task that a process or cluster job receives. It has a stage of the study and the stage's resources, and it can be pickled."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -11,7 +11,7 @@ from tadistill.config.recipe import Resources
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
-from tadistill.models.counting.memory import resident_bytes
+from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import FromStage, Handle, Loaded, is_served
@@ -115,31 +115,52 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
         raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from the entries {', '.join(names)}): {reason}") from error
 
 
-def process_bytes(plan: "Plan", stage: Stage) -> float | None:
+def process_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float | None:
     """Return the estimated peak memory of one process of a stage, in bytes, with the stage's resources. Return None if it is not known.
+
+    `cuda` chooses the memory of a GPU. Without it, the process runs on a CPU.
 
     Raises:
         ConfigError: as in `layout`.
     """
-    wanted = layout(plan.recipe, stage)
-    if stage.cost is None or stage.cost.memory is None:
+    wanted, ledger = layout(plan.recipe, stage), Ledger(plan.recipe)
+    memory = stage.cost.memory if stage.cost else _measuring(plan, stage, ledger)
+    if memory is None:
         return None
-    need = stage.cost.memory
-    if wanted.parallel == "fsdp" and (size := Ledger(plan.recipe).size(stage.model)):
-        need -= resident_bytes(size.total, training=True) * (1 - 1 / wanted.processes)
+    if wanted.parallel == "fsdp" and (size := ledger.size(stage.model)):
+        layer = (size.matmul - size.head) / size.layers
+        memory = memory.sharded(wanted.processes, 4 * (size.total - layer * max(size.layers - 2, 0)))
     if wanted.teacher != "replicated":
-        need -= frozen_bytes(plan, stage) * (1 - 1 / wanted.processes if wanted.teacher == "sharded" else 1)
-    return need
+        memory = replace(memory, frozen=memory.frozen / wanted.processes if wanted.teacher == "sharded" else 0.0)
+    return memory.peak(cuda=cuda)
 
 
-def frozen_bytes(plan: "Plan", stage: Stage) -> float:
-    """Return the bytes of the weights of all models that a stage only runs, such as the teachers of a training."""
-    others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model") and not is_served(handle)]
-    names = [_name(plan, handle) for i, handle in enumerate(others) if handle not in others[:i]]
-    how = stage.spec.optim if isinstance(stage.spec, TrainingSpec) else plan.recipe.evaluate
-    ledger, dtype = Ledger(plan.recipe), DTYPES[how.precision]
-    sizes = [ledger.size(name) for name in names if name]
-    return float(sum(resident_bytes(size.total, training=False, dtype=dtype) for size in sizes if size))
+def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:
+    """Return the estimated bytes of host memory that all processes of a stage need together on one machine. It is 0 if it is not known.
+
+    With `cuda`, models only pass through host memory, one after the other. Offloaded teachers and recorded rollouts stay in it.
+    """
+    wanted, ledger = layout(plan.recipe, stage), Ledger(plan.recipe)
+    if not cuda:
+        return (process_bytes(plan, stage, cuda=False) or 0.0) * wanted.processes / wanted.nodes
+    memory, size = stage.cost.memory if stage.cost else _measuring(plan, stage, ledger), ledger.size(stage.model)
+    if memory is None or size is None:
+        return 0.0
+    each = max(memory.weights, memory.frozen) + (memory.frozen if wanted.teacher == "offloaded" else 0.0) + memory.rollouts
+    gathered = 12.0 * size.total if wanted.parallel == "fsdp" else 0.0  # the main process saves the whole state
+    return each * wanted.processes / wanted.nodes + gathered
+
+
+def _measuring(plan: "Plan", stage: Stage, ledger: Ledger) -> Memory | None:
+    models, dtype = stage.spec.models, DTYPES[plan.recipe.evaluate.precision]
+    others = [handle for role, handle in models.items() if role != "model" and not is_served(handle)]
+    handles = [handle for i, handle in enumerate(others) if handle not in others[:i]]
+    names = [*([stage.model] if "model" in models else []), *filter(None, (_name(plan, handle) for handle in handles))]
+    sizes, working = [ledger.size(name) for name in names], ledger.measuring(stage.model)
+    if working is None or None in sizes:
+        return None
+    weights = [resident_bytes(size.total, training=False, dtype=dtype) for size in sizes if size]
+    return Memory(weights=sum(weights[:1]), frozen=sum(weights[1:]), sampling=working)
 
 
 def _name(plan: "Plan", handle: Handle) -> str | None:

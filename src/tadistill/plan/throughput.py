@@ -27,6 +27,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """Return the number of NVIDIA GPUs that this process may use, without torch. It is for predictions only."""
+    count, listed = len([*driver.iterdir()]) if driver.is_dir() else 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if listed is None else min(count, len([name for name in listed.split(",") if name.strip()]))
+
+
 def machine(threads: int, accelerator: str | None = None) -> str:
     """Return this machine's name in throughput.json: the accelerator, or the processor and the number of threads."""
     return accelerator or f"{_processor()}, {threads} threads"

@@ -9,14 +9,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
-from tadistill.config.common import DTYPES
 from tadistill.config.objective import Custom
 from tadistill.config.places import placed
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
-from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
+from tadistill.models.counting.memory import available_memory, check_memory
 from tadistill.models.head import head_shape, read_config
 from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer
 from tadistill.models.packing import check_packing
@@ -26,11 +25,12 @@ from tadistill.models.support import check_config
 from tadistill.own_code import load_function
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.plan.graph import with_ancestors
 from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import layout, original_teacher
+from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes
 from tadistill.plan.throughput import cores
+from tadistill.runner import devices, processes
 from tadistill.runner.servers import check_teachers
 from tadistill.runner.splits import check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence
@@ -221,36 +221,35 @@ def _root(recipe: Recipe, name: str) -> str:
 def _default_jobs() -> int:
     # This number must not depend on the stages that are left. It decides a stage's number of threads, and a resumed run must add floats in
     # the same order.
-    return 1 if torch.cuda.is_available() else cores()
+    return devices.gpus() or cores()
 
 
 def _check_memory(recipe: Recipe, jobs: int) -> None:
-    plan, free = make_plan(recipe), available_memory()
-    if torch.cuda.is_available():  # stages pass through this machine's memory and stay in the GPU's
-        free = max(free, torch.cuda.mem_get_info()[0])
-    needs = {key: _need(plan, stage) for key, stage in plan.stages.items()}
+    plan, gpus = make_plan(recipe), devices.free_memory(processes.prepare()) if devices.gpus() else []
+    if not gpus:
+        needs = {key: host_bytes(plan, stage, cuda=False) for key, stage in plan.stages.items()}
+        _check_needs(plan, needs, available_memory(), jobs, "memory")
+        return
+    needs = {key: process_bytes(plan, stage, cuda=True) or 0.0 for key, stage in plan.stages.items()}
+    _check_needs(plan, needs, min(gpus), -(-jobs // len(gpus)), "memory of a GPU")
+    needs = {key: host_bytes(plan, stage, cuda=True) for key, stage in plan.stages.items()}
+    _check_needs(plan, needs, available_memory(), jobs, "memory of this machine")
+
+
+def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, where: str) -> None:
     if not needs:
         return
     most = max(needs, key=lambda key: needs[key])
-    check_memory({plan.stages[most].label: needs[most]}, free, _LESS_MEMORY)
+    check_memory({plan.stages[most].label: needs[most]}, free, _LESS_MEMORY, where)
     group = _largest_group(plan, needs, jobs)
     if sum(group.values()) > free:
         fits = max(n for n in range(1, jobs) if sum(_largest_group(plan, needs, n).values()) <= free)
-        advice = f"set runtime.jobs={fits} (now {jobs}), or use a machine with more memory"
-        check_memory({plan.stages[key].label: need for key, need in group.items()}, free, advice)
+        now = plan.recipe.runtime.jobs or _default_jobs()
+        advice = f"set runtime.jobs={fits * (now // jobs)} (now {now}), or use a machine with more memory"
+        check_memory({plan.stages[key].label: need for key, need in group.items()}, free, advice, where)
 
 
-def _need(plan: Plan, stage: Stage) -> int:
-    if stage.cost and stage.cost.memory:
-        return int(stage.cost.memory)
-    ledger, names = Ledger(plan.recipe), {stage.model}
-    if stage.kind == "analyse":
-        names |= {name for arm in plan.arms if arm.name in stage.arms for name in (plan.teacher, *arm.arm.last) if name}
-    dtype = DTYPES[plan.recipe.evaluate.precision]
-    return sum(resident_bytes(size.total, training=False, dtype=dtype) for name in names if (size := ledger.size(name)))
-
-
-def _largest_group(plan: Plan, needs: Mapping[str, int], jobs: int) -> dict[str, int]:
+def _largest_group(plan: Plan, needs: Mapping[str, float], jobs: int) -> dict[str, float]:
     # a greedy search for at most `jobs` stages that can run at the same time and together need the most memory
     above = {key: with_ancestors(plan.stages, [key]) for key in needs}
     order, best = sorted(needs, key=lambda key: -needs[key]), {}

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -84,7 +84,8 @@ def _without_main() -> Iterator[None]:
 class StageProcesses:
     """The processes of one stage, one for each rank. Together they use `threads` CPU threads. Raises StageFailed if they cannot start."""
 
-    def __init__(self, task: Task, *, threads: int):
+    def __init__(self, task: Task, *, threads: int, gpus: Sequence[str] = ()):
+        """`gpus` are the names of the GPUs that the processes may use, one for each process. By default, they see all GPUs."""
         self.ended = False
         self.error: Exception | None = None
         """The cause of a failure; set when the stage has ended."""
@@ -94,6 +95,8 @@ class StageProcesses:
         self._pipes: dict[Connection, int] = {}
         world = task.resources.processes
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+        if gpus:  # CUDA reads this variable at its first use, which is in the new process
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if world > 1:
             environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         context = prepare()

@@ -12,6 +12,7 @@ from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, St
 from tadistill.plan.arms import Plan, Stage
 from tadistill.plan.task import make_task
 from tadistill.plan.throughput import cores
+from tadistill.runner.devices import Devices
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped
 from tadistill.runner.processes import StageProcesses
 from tadistill.runner.screen import Screen
@@ -55,6 +56,7 @@ class _Schedule:
         self.waiting = dict(sorted(todo.items(), key=lambda item: -weight[item[0]]))
         self.done = set(plan.stages) - set(todo)
         self.running: dict[str, StageProcesses] = {}
+        self.devices = Devices.visible(jobs)
         self.failed: dict[str, Exception] = {}
 
     def run(self) -> dict[str, Exception]:
@@ -76,9 +78,13 @@ class _Schedule:
     def _start(self) -> None:
         ready = [key for key, stage in self.waiting.items() if set(stage.parents.values()) <= self.done]
         for key in ready[: self.jobs - len(self.running)]:
-            stage = self.waiting.pop(key)
+            task = make_task(self.plan, self.waiting[key], self.store)
+            gpus = self.devices.take(key, task.resources.processes)
+            if gpus is None:
+                break  # a later stage that needs fewer GPUs would let this one wait longer
+            del self.waiting[key]
             self.screen.start(key)
-            self.running[key] = StageProcesses(make_task(self.plan, stage, self.store), threads=max(1, cores() // self.jobs))
+            self.running[key] = StageProcesses(task, threads=max(1, cores() // self.jobs), gpus=gpus)
 
     def _attend(self) -> None:
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
@@ -91,6 +97,7 @@ class _Schedule:
             if not stage.ended:
                 continue
             del self.running[key]
+            self.devices.free(key)
             if isinstance(stage.error, Interrupted):
                 stopped = True
             elif stage.error is None:

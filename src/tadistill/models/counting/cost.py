@@ -13,6 +13,8 @@ A part is named PHASE/MODEL, where MODEL is student or teacher. There are seven 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tadistill.models.counting.memory import Memory
+
 NOT_LEARNING = ("selection", "watching")
 """Phases that only measure the student. They are left out when two arms are compared at equal compute."""
 
@@ -52,8 +54,8 @@ class Cost:
     """Number of padding positions in the parts training/student and corpus/student."""
     published: float | None = None
     """FLOPs that MiniLLM's released code needs for the same number of sampled sequences. None for other methods."""
-    memory: float | None = None
-    """Estimated peak memory, in bytes."""
+    memory: Memory | None = None
+    """Estimated memory of one process."""
     kind: str = ""
     """A text that is equal for two trainings if they differ only in their number of updates. Such trainings run at the same speed."""
     disk: Disk | None = None

@@ -1,19 +1,77 @@
-"""The memory that models need, and the free memory of this machine.
+"""The memory that a stage needs, and the free memory of this machine.
 
     check_memory({"teacher": resident_bytes(1_557_611_200, training=False), "student": resident_bytes(124_439_808, training=True)})
 
-Activations and logits are not included, because they depend on the batch.
+`Memory` also includes activations and logits, which depend on the batch. `plan.costs` computes it.
 """
 
 import ctypes
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.tuning import OBJECTIVE, TILE_BYTES, TILE_ROWS
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MALLOC = {-3: 2**30, -1: 2**30, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
 _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The bytes that one process of a stage needs, by what they are for. `peak` is the largest sum at one time."""
+
+    weights: float = 0.0
+    """Weights of the model that the stage trains or runs."""
+    gradients: float = 0.0
+    moments: float = 0.0
+    """AdamW's two moments."""
+    frozen: float = 0.0
+    """Weights of all other models, such as teachers."""
+    layers: float = 0.0
+    """What a forward pass keeps for the backward pass: activations, and copies of weights in half precision."""
+    cpu: float = 0.0
+    """What only a CPU needs in addition: the scores of attention with dropout, and products in half precision."""
+    running: float = 0.0
+    """Temporary tensors of one layer in the backward pass."""
+    head: float = 0.0
+    """The gradients that the fused head computes in the forward pass."""
+    logits: float = 0.0
+    """Logits of student and teachers at all tokens of the loss of one micro-batch. Only a tile of them exists at a time."""
+    logit_row: float = 0.0
+    """The part of `logits` of one token."""
+    returned: float = 0.0
+    """Gradients that are added to other ones at the end of the backward pass: those of the embeddings."""
+    several: bool = False
+    """True if an update has several micro-batches. Then the gradients of one are in memory while the next one runs forward."""
+    sampling: float = 0.0
+    """Caches and temporary tensors of sampling, or of an evaluation."""
+    rollouts: float = 0.0
+    """Recorded outputs of the teacher for the sampled text of a round. They are in host memory."""
+    gathered: float = 0.0
+    """Weights that an update gathers from other processes, if the student is sharded: embeddings, head and two layers."""
+
+    def peak(self, *, cuda: bool) -> float:
+        """Return the largest number of bytes at one time, in the memory of a GPU (`cuda`) or of a CPU.
+
+        A GPU needs at least this much. If more is free, the fused head takes larger tiles there.
+        """
+        tile = min(self.logits, TILE_BYTES, *(() if cuda else (TILE_ROWS * self.logit_row,)))
+        tile *= 1 + OBJECTIVE if cuda else 1
+        before = self.gradients if self.several else 0.0
+        forward = before + self.layers + (0.0 if cuda else self.cpu) + self.head + max(tile, self.running)
+        update = self.gathered + max(forward, self.gradients + self.returned)
+        rollouts = 0.0 if cuda else self.rollouts
+        return self.weights + self.moments + self.frozen + rollouts + max(update, self.sampling)
+
+    def sharded(self, processes: int, gathered: float) -> "Memory":
+        """Return the memory of each process if the student is sharded over `processes`. Sampling and evaluations still hold it whole.
+
+        `gathered` is the field of that name.
+        """
+        own = {name: getattr(self, name) / processes for name in ("weights", "gradients", "moments")}
+        return replace(self, **own, gathered=gathered, sampling=self.sampling + self.weights - own["weights"])
 
 
 def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
@@ -38,11 +96,14 @@ def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", a
 
 
 def check_memory(
-    needs: Mapping[str, int], available: int | None = None, advice: str = "use smaller models, or a machine with more memory"
+    needs: Mapping[str, float],
+    available: int | None = None,
+    advice: str = "use smaller models, or a machine with more memory",
+    where: str = "memory",
 ) -> None:
     """Check that the memory is large enough for the sum of all `needs`, which are bytes by name.
 
-    `available` is the memory in bytes. The default is the free memory of this process.
+    `available` is the memory in bytes. The default is the free memory of this process. `where` is its name in the message.
 
     Raises:
         ModelError: the memory is too small. The message lists the `needs`, their sum, the free memory and the `advice`.
@@ -52,7 +113,7 @@ def check_memory(
     total = sum(needs.values())
     if total > available:
         parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
-        raise ModelError(f"the models need {total / 1e9:.1f} GB of memory ({parts}), but only {available / 1e9:.1f} GB are free; {advice}")
+        raise ModelError(f"the models need {total / 1e9:.1f} GB of {where} ({parts}), but only {available / 1e9:.1f} GB are free; {advice}")
 
 
 def keep_freed_memory() -> None:

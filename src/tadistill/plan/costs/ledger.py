@@ -12,7 +12,7 @@ from typing import Literal
 
 from tadistill.config import DataRef, Method, Recipe
 from tadistill.config import sampling as samplers
-from tadistill.config.common import Decoding
+from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.model import Init
 from tadistill.config.objective import MiniLLM
@@ -21,11 +21,12 @@ from tadistill.data.survey import Survey, survey
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.cost import Cost, CostPart, Disk
-from tadistill.models.counting.memory import resident_bytes
+from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.training_cost import TrainingCost, cache_bytes
+from tadistill.plan.costs.training_cost import TrainingCost
+from tadistill.plan.costs.training_memory import Described, reading_bytes, sampling_bytes
 from tadistill.store import key_of
 from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 
@@ -79,6 +80,11 @@ class Ledger:
         config = self.config(name)
         with about(f"models.{name}"):
             return None if config is None else sizes.size_of(config)
+
+    def described(self, name: str) -> Described | None:
+        """Return a model's size and configuration. Return None if `size` would."""
+        size, config = self.size(name), self.config(name)
+        return None if size is None or config is None else Described(size, config, here=self.recipe.models[name].serve is None)
 
     def config(self, name: str) -> dict | None:
         """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
@@ -143,25 +149,23 @@ class Ledger:
 
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
         """Predict the cost of fine-tuning. The student runs forward and backward on each batch."""
-        size = self.size(name)
-        if size is None:
+        student = self.described(name)
+        if student is None:
             return None
-        cost = TrainingCost(size, (), optim, adapters=self.adapters(name))
+        cost = TrainingCost(student, (), optim, adapters=self.adapters(name))
         cost.train(self.train)
         self._selection(cost, select)
         return cost.total()
 
     def generate(self, name: str, decoding: Decoding) -> Cost | None:
         """Predict the cost of a `generate` stage, in which a teacher answers every training prompt."""
-        size = self.size(name)
-        if size is None:
+        model = self.described(name)
+        if model is None:
             return None
-        texts = self._answers(name, decoding)
-        work = passes.sampling(texts, GENERATION_BATCH, round(self.train.count))
-        needs = resident_bytes(size.total, training=False)
-        needs += cache_bytes(size, GENERATION_BATCH, texts.mean_prompt + decoding.max_new_tokens)
-        kind = key_of(["generate", asdict(size), decoding.model_dump(include=set(Decoding.model_fields))])
-        return Cost({"rollout/teacher": _part(size, work)}, memory=needs, kind=kind)
+        work = passes.sampling(self._answers(name, decoding), GENERATION_BATCH, round(self.train.count))
+        memory = self._frozen(model, sampling_bytes(model, GENERATION_BATCH, self._longest_prompt, decoding.max_new_tokens))
+        kind = key_of(["generate", asdict(model.size), decoding.model_dump(include=set(Decoding.model_fields))])
+        return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind)
 
     def signal(self, name: str, signal: samplers.Signal, text_of: tuple[str, int] | None = None) -> Cost | None:
         """Predict the cost of a `signal` stage, which records a teacher's outputs on a text.
@@ -171,18 +175,31 @@ class Ledger:
         """
         from tadistill.rollout import packing  # not at the top, because numpy is slow to import and few plans need it
 
-        size = self.size(name)
-        if size is None:
+        model = self.described(name)
+        if model is None:
             return None
         texts = self._text_of(*text_of) if text_of else self.train
         work = passes.pass_by_length(texts, RECORDING_BATCH, texts.count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
-        here = size.head if self.recipe.models[name].serve else size.total
-        kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(here, training=False)
-        each = packing.token_bytes(signal, size.hidden, size.head // size.hidden)
+        memory = self._frozen(model, reading_bytes(model, RECORDING_BATCH, max(texts.totals)))
+        each = packing.token_bytes(signal, model.size.hidden, model.size.head // model.size.hidden)
         disk = Disk(each, each * texts.mean_response * texts.count, exact=not isinstance(signal, samplers.SampledSignal))
-        return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind, disk=disk)
+        kind = key_of(["signal", asdict(model.size), signal.model_dump()])
+        return Cost({"recording/teacher": _part(model.size, work)}, memory=memory, kind=kind, disk=disk)
+
+    def measuring(self, name: str) -> float | None:
+        """Predict the bytes that a stage needs to sample and score answers of a model. Weights are not included."""
+        model, settings = self.described(name), self.recipe.evaluate
+        return None if model is None else sampling_bytes(model, settings.batch, self.recipe.data.max_prompt, settings.max_new_tokens)
+
+    def _frozen(self, model: Described, sampling: float) -> Memory:
+        dtype = DTYPES[self.recipe.evaluate.precision]
+        return Memory(frozen=resident_bytes(model.present, training=False, dtype=dtype), sampling=sampling)
+
+    @property
+    def _longest_prompt(self) -> int:
+        return max(prompt for prompt, _ in self.train.rows)
 
     def _text_of(self, name: str, most: int) -> Texts:
         return self.train.answered(most, endless=self.untrained(name))
@@ -195,13 +212,13 @@ class Ledger:
         return self._distilled[key]
 
     def _distill(self, teachers: tuple[str, ...], name: str, method: Method, text_of: tuple[str, int] | None) -> Cost | None:
-        student, sizes_above = self.size(name), tuple(size for model in teachers if (size := self.size(model)))
-        if student is None or len(sizes_above) < len(teachers) or method.optim.steps is None:
+        student, above = self.described(name), tuple(found for model in teachers if (found := self.described(model)))
+        if student is None or len(above) < len(teachers) or method.optim.steps is None:
             return None
         drop = method.dense.drop if method.dense else 0.0
-        cost = TrainingCost(student, sizes_above, method.optim, drop=drop, adapters=self.adapters(name))
-        cost.here = tuple(size for name, size in zip(teachers, sizes_above, strict=True) if self.recipe.models[name].serve is None)
+        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=self.adapters(name))
         sampler, objective = method.sampler, method.objective
+        cost.dropout = not sampler.on_policy
         count = _SAMPLERS.get(type(sampler))
         assert count is not None, f"sampler {sampler.type} has no predicted cost; add it to _SAMPLERS in tadistill.plan.costs.ledger"
         if text_of:
@@ -209,8 +226,9 @@ class Ledger:
         else:
             count(self, cost, method, teachers[0], name)
         if method.samples and isinstance(sampler, samplers.OnPolicy):
-            sampling = (student, sizes_above[0]) if sampler.guided else (student,)
-            cost.caches(self.train, min(sampler.chunk, method.round_rollouts), sampler.max_new_tokens, *sampling)
+            drawing = (student, above[0]) if sampler.guided else (student,)
+            rows = min(sampler.chunk, method.round_rollouts)
+            cost.memory.sampling(*(sampling_bytes(model, rows, self._longest_prompt, sampler.max_new_tokens) for model in drawing))
         self._selection(cost, method.select, extra=sampler.follows_dev)
         return cost.total(method, self._published(cost, objective, sampler, name) if isinstance(objective, MiniLLM) else None)
 
@@ -277,6 +295,8 @@ class Ledger:
         if scores and (method.optim.precision == "bf16" or sampler.vllm):
             cost.add("scoring/student", scored)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)
+        if distribution and kept:
+            cost.memory.rollouts(rollouts * answers.mean_response)
         # if the teacher's states were not stored, the metrics of rollouts run the teacher again
         cost.watch(answers, teacher=method.runs_teacher and not (distribution and kept), teacher_head=distribution and kept)
         if isinstance(objective, MiniLLM) and objective.needs_corpus and self.recipe.data.corpus:
@@ -288,8 +308,11 @@ class Ledger:
             return
         looks, settings = -(-cost.steps // select.every) + extra, self.recipe.evaluate
         cost.add("selection/student", passes.pass_by_length(self.dev, settings.batch, self.dev.count) * looks)
+        student = cost.memory.student
+        cost.memory.sampling(reading_bytes(student, settings.batch, max(self.dev.totals)))
         if select.metric == "loss":
             return
+        cost.memory.sampling(sampling_bytes(student, settings.batch, max(p for p, _ in self.dev.rows), settings.max_new_tokens))
         answers = self.dev.answered(settings.max_new_tokens)
         cost.add("selection/student", passes.sampling(answers, settings.batch, round(self.dev.count)) * looks)
         if select.metric == "reverse_kl":

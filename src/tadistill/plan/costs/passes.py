@@ -223,6 +223,13 @@ def rows_in_pass(optim: Optim, texts: Texts) -> int:
     return max(1, min(optim.batch, int(fits)))
 
 
+def largest_batch(optim: Optim, texts: Texts, times: float) -> Work:
+    """Return the work of a model on the largest batch of a forward pass, which contains the longest sequence. It has `times` as many rows."""
+    width, rows = max(texts.totals) - 1, rows_in_pass(optim, texts) * times
+    positions = rows * width if optim.tokens is None else max(min(rows * width, optim.tokens), width)
+    return Work(positions, positions * width, rows * texts.mean_response)
+
+
 def plain_batch(length: int, rows: int) -> Work:
     """Return the work of a model on `rows` rows of the plain-text corpus. All tokens except the first are predicted."""
     return Work(rows * (length - 1), rows * (length - 1) ** 2, rows * (length - 1))

@@ -1,0 +1,60 @@
+"""The memory of a decoder's forward pass, computed from its config.json, for the families of `counting.sizes`.
+
+    kept = kept_by_layer({"model_type": "gpt2", "n_embd": 768, ...}, bf16=True, dropout=False)
+    kept.position * positions + kept.pair * pairs               # bytes of one layer, until its backward pass
+
+The numbers are those of transformers' modules under autocast. `tests/unit/models/test_activations.py` compares them with the tensors that
+autograd stores.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tadistill.models.counting.shapes import shape_of
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one decoder layer."""
+
+    position: float
+    """Bytes per token position that the layer keeps for its backward pass."""
+    pair: float
+    """Bytes per query-key pair that the layer keeps: its attention mask."""
+    scores: float
+    """Bytes per query-key pair that a CPU keeps in place of `pair`, if attention has dropout: it has no fused kernel for dropout."""
+    running: float
+    """Bytes per token position of temporary tensors, while one layer runs forward or backward."""
+
+
+def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Kept:
+    """Return the memory of one layer of a model.
+
+    Args:
+        bf16: True if autocast computes in bfloat16. Then the residual stream and the inputs of norms stay float32.
+        dropout: True if the model trains with the dropout of its configuration.
+    """
+    shape, family, width = shape_of(config), config["model_type"], 2 if bf16 else 4
+    hidden, inner = shape.hidden, shape.intermediate
+    queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    casts = 1 if bf16 else 0  # autocast casts the same input again for each matrix that reads it
+    sums = 4 * shape.heads  # one number per query of the attention kernel
+    if family in ("gpt2", "opt"):
+        # inputs of two norms; their outputs, queries, keys, values and the attention's output
+        position = 8 * hidden + 6 * width * hidden + sums + 16
+        position += 5 * width * inner if family == "gpt2" else width * inner + 2 * casts * width * hidden
+        position += 2 * width * hidden if dropout and _rate(config, family == "gpt2", "resid_pdrop", "dropout") else 0
+        scores = 12.0 * shape.heads if dropout and _rate(config, family == "gpt2", "attn_pdrop", "attention_dropout") else 0.0
+        return Kept(position, width, scores, (4 if family == "gpt2" else 2) * width * inner + 12 * hidden)
+    # inputs of two norms in two forms; their outputs; queries, keys and values after rotation, attention's output; four tensors of the MLP
+    position = 16 * hidden + (2 + 3 * casts) * width * hidden + 4 * width * queries + 4 * width * inner + sums + 8
+    if family == "qwen3":  # norms of queries and keys
+        position += (4 + width) * (queries + keys) + 4 * (shape.heads + shape.groups)
+    scores = 12.0 * shape.heads if dropout and config.get("attention_dropout") else 0.0
+    return Kept(position, width, scores, 3 * width * inner + 12 * hidden)
+
+
+def _rate(config: Mapping[str, Any], gpt2: bool, of_gpt2: str, of_opt: str) -> float:
+    # the defaults of transformers, if a config.json has no value
+    return config.get(of_gpt2, 0.1) if gpt2 else config.get(of_opt, 0.1 if of_opt == "dropout" else 0.0)

@@ -1,0 +1,71 @@
+"""The GPUs of this machine: which stage runs on which one, and how much memory is free.
+
+    devices = Devices.visible(jobs)
+    devices.take(key, 1)                    # ("3",): the value of CUDA_VISIBLE_DEVICES for the stage's processes
+    devices.free(key)
+
+The command itself never uses CUDA, because a process that uses it occupies some hundred megabytes of a GPU until it ends.
+"""
+
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Devices:
+    """The GPUs that the running stages use. A stage gets one GPU for each of its processes."""
+
+    def __init__(self, names: Sequence[str], jobs: int):
+        """If there are more `jobs` (stages at a time) than GPUs, several stages share a GPU. `names` is empty without GPUs."""
+        self.names, self.share = names, -(-jobs // max(len(names), 1))
+        self._taken: dict[str, tuple[str, ...]] = {}
+
+    @classmethod
+    def visible(cls, jobs: int) -> "Devices":
+        """Return the GPUs that this process may use."""
+        count, listed = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        return cls(listed.split(",")[:count] if listed else [str(number) for number in range(count)], jobs)
+
+    def take(self, key: str, processes: int) -> tuple[str, ...] | None:
+        """Choose the GPUs of a stage: those that the fewest stages use. Return None if the stage must wait. Without GPUs, return ().
+
+        A stage with more processes than GPUs gets all of them. Its processes then refuse to run, with a message.
+        """
+        used = {name: sum(name in taken for taken in self._taken.values()) for name in self.names}
+        chosen = sorted((name for name in self.names if used[name] < self.share), key=lambda name: used[name])[:processes]
+        if len(chosen) < min(processes, len(self.names)):
+            return None
+        self._taken[key] = tuple(chosen)
+        return self._taken[key]
+
+    def free(self, key: str) -> None:
+        """Give back the GPUs of a stage that has ended."""
+        self._taken.pop(key, None)
+
+
+def gpus() -> int:
+    """Return the number of GPUs that this process may use, without using one."""
+    import torch  # not at the top: the command line starts without torch
+
+    return torch.cuda.device_count()
+
+
+def free_memory(context: Any) -> list[int]:
+    """Return the number of free bytes of each GPU. A short process of the multiprocessing `context` asks CUDA."""
+    if not gpus():
+        return []
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(theirs,), name="free GPU memory")
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _tell(pipe: Connection) -> None:
+    import torch
+
+    pipe.send([torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())])
