@@ -90,14 +90,14 @@ def compare(name: str, folder: Path) -> Row:
     from tadistill.config import parse
     from tadistill.plan.arms import make_plan
     from tadistill.plan.graph import with_ancestors
-    from tadistill.plan.task import make_task, process_bytes
+    from tadistill.plan.task import make_task, planned_memory
     from tadistill.store import Store
 
     folder.mkdir(parents=True, exist_ok=True)
     _texts(folder, RECIPES[name].vocab)
     recipe = parse(small(name, folder), source=name, folder=folder)
     plan, store = make_plan(recipe), Store(folder / "store")
-    needs = {key: process_bytes(plan, stage, cuda=on_gpu()) or 0 for key, stage in plan.stages.items()}
+    needs = {key: estimated(memory) if (memory := planned_memory(plan, stage)) else 0 for key, stage in plan.stages.items()}
     largest = max(needs, key=lambda key: needs[key])
     for key in plan.stages:
         if key in with_ancestors(plan.stages, [largest]):
@@ -117,6 +117,16 @@ def on_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def estimated(memory: Any) -> float:
+    """Return the predicted bytes of a stage on this machine's device. `memory` is a `tadistill.models.counting.memory.Memory`."""
+    import torch
+
+    from tadistill.objectives.tiles import tile_bytes
+
+    cuda = on_gpu()
+    return memory.peak(cuda=cuda, tile=tile_bytes(torch.device("cuda" if cuda else "cpu")))
 
 
 def measured(task: Any) -> float:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from tadistill.plan.task import make_task
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
+gc.freeze()  # each stage ends with a collection, which would look through all imported modules; `runner.preload` does the same
 CALLERS = ("tadistill.runner.study", "tadistill.search.command", "tadistill.advise.command")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tadistill.data import tinyworld
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader
-from tadistill.objectives import Head, Hidden, forward_kl, fused, fused_divergence, jensen_shannon, reverse_kl
+from tadistill.objectives import Head, Hidden, forward_kl, fused_divergence, jensen_shannon, reverse_kl, tiles
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 pytest.importorskip("trl")
@@ -113,8 +113,8 @@ def test_trl_kernel_where_both_work_in_tiles(beta, monkeypatch):
     """Tiles of 4 tokens and 16 words there, of 3 tokens and one token here: none divides 11 tokens or 53 words."""
     monkeypatch.setattr(chunked_divergence, "TOKEN_CHUNK_SIZE", 4)
     monkeypatch.setattr(chunked_divergence, "VOCAB_CHUNK_SIZE", 16)
-    monkeypatch.setattr(fused, "TILE_BYTES", 3 * 2 * V * 4)
-    monkeypatch.setitem(fused._CACHED, "cpu", V)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 3 * 2 * V * 4)
+    monkeypatch.setattr(tiles, "_CACHED", V)
     case = Case(torch.float32, **HEADS["all"])
     for found in ours(case, "fused", beta):
         assert_same(found, case.kernel(beta), 1e-5)

@@ -23,6 +23,7 @@ from tadistill.metrics import names_in
 from tadistill.models.teacher import Teacher
 from tadistill.own_code import OwnFunction
 from tadistill.rollout.engine import Native
+from tadistill.rollout.samplers import Shard
 
 
 @dataclass(frozen=True)
@@ -149,23 +150,37 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 
 
 def dev_metrics(
-    subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | Teacher | None = None
+    subject: Subject,
+    data: EvalSet,
+    settings: Evaluate,
+    metric: str,
+    *,
+    teacher: PreTrainedModel | Teacher | None = None,
+    shard: Shard = Shard(),
 ) -> dict[str, float]:
     """Return the dev loss. If `metric` needs sampled answers, sample them and return their metrics too.
 
     If `metric` is "reverse_kl", the second metric is the reverse KL to `teacher`. If `metric` is a text score, the other metrics are all
-    text scores and the mean length in tokens.
+    text scores and the mean length in tokens. The processes of `shard` divide the prompts, and all of them return the same metrics.
     """
-    found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
+    order = np.argsort([len(e.prompt) + len(e.response) for e in data.encoded], kind="stable")
+    mine = sorted(order[shard.rank :: shard.world].tolist())  # each process gets prompts of all lengths
+    part = EvalSet(data.name, data.examples, [data.encoded[i] for i in mine])
+
+    def mean(per_token: list[np.ndarray]) -> float:
+        return float(np.array(shard.gather(list(zip(mine, means(per_token), strict=True)))).mean())
+
+    found = {"loss": mean(likelihood(subject, references(part.encoded), batch=settings.batch)["loss"])}
     reads_text = metric in names_in("quality")
     if reads_text or metric == "reverse_kl":
-        answers = generate_answers(subject, data, settings, settings.seeds[0])
+        answers = generate_answers(subject, part, settings, settings.seeds[0])
         if reads_text:
+            answers = shard.gather(list(zip(mine, answers, strict=True)))
             scores = text_scores.score_quality(decode(subject, answers), data.rows, metric=metric)
             found |= {name: float(np.mean(column)) for name, column in scores.items()}
             found["length"] = float(np.mean([len(a.response) for a in answers]))
         else:
             assert teacher is not None
             (beside,) = divergences(subject, answers, [teacher], batch=settings.batch)
-            found["reverse_kl"] = float(means(beside["reverse_kl"]).mean())
+            found["reverse_kl"] = mean(beside["reverse_kl"])
     return found

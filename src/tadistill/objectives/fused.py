@@ -3,14 +3,13 @@
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
     mean.backward()  # the mask already contains 1 / count; dividing the sum later would copy the head's gradient
 
-The tokens are processed in tiles (groups of tokens). Matrix products use large tiles of at most `TILE_BYTES`. The objective uses small
-tiles, which stay in the processor's cache. The forward pass already computes the gradient, either by autograd or by a faster
+The tokens are processed in tiles (groups of tokens). `objectives.tiles` chooses their sizes: large ones for matrix products, and on a CPU
+small ones for the objective. The forward pass already computes the gradient, either by autograd or by a faster
 NAME_with_slope function, and stores it in the memory of the logits. The backward pass only returns this gradient.
 
 Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,13 +25,8 @@ from tadistill.objectives.divergence import wide
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.sparse import Sampled, TopK
 from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, check_head, check_target, per_token, select
-from tadistill.tuning import TILE_BYTES
+from tadistill.objectives.tiles import add_product, product, project, tile_rows
 
-# Number of elements of a small tile. On a CPU such a tile stays in the cache; on a GPU its work outweighs the launch of a kernel.
-_CACHED = {"cpu": 2**18}
-_STREAMED = 2**22
-# More tokens in a tile make its matrix product no faster, only its logits larger.
-_ENOUGH = {"cpu": 384}
 # On these devices a comparison waits for all queued work, which takes longer than a multiplication by 1.
 _QUEUED = {"cuda"}
 
@@ -266,12 +260,9 @@ class _Gradients:
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = narrow @ operand
+            self.hidden[rows] = product(narrow, operand, self.hidden.dtype)
         if self.weight is not None:
-            if operand.dtype == self.weight.dtype:
-                self.weight[:width].addmm_(narrow.t(), hidden)
-            else:
-                self.weight[:width] += narrow.t() @ hidden
+            add_product(self.weight[:width], narrow.t(), hidden)
         if self.bias is not None:
             self.bias[:width] += slope.sum(0)
 
@@ -283,8 +274,7 @@ class _Gradients:
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
-    rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
-    small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
+    rows, small = tile_rows(count, 1 + len(dense), width, dtype, hidden.device)
     buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
     operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
     # One tensor for all values: small tensors between large freed ones would make the C allocator request new memory again and again.
@@ -292,9 +282,9 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
         here = hidden[tile].to(operand.dtype)
-        student = _project(here, operand, plan.head.bias, buffers[0])
+        student = project(here, operand, plan.head.bias, buffers[0])
         projected = iter(
-            _project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
+            project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
         )
         teachers = [next(projected) if isinstance(t, Hidden) else select(t, tile, width) for t in plan.teachers]
         for first in range(0, len(here), small):
@@ -327,19 +317,3 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
         (slope,) = torch.autograd.grad(values, leaf, weights)
         logits.copy_(slope)
     return values.detach()
-
-
-def _rows(count: int, bytes_per_row: int, enough: int) -> int:
-    most = max(1, min(TILE_BYTES // bytes_per_row, enough))
-    return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
-
-
-def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    logits = out[: len(hidden)]
-    if operand.dtype == out.dtype:
-        torch.mm(hidden, operand.t(), out=logits)
-    else:
-        logits.copy_(hidden @ operand.t())
-    if bias is not None:
-        logits += bias.detach()[: logits.shape[1]].to(logits.dtype)
-    return logits

@@ -116,9 +116,17 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
 
 
 def process_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float | None:
-    """Return the estimated peak memory of one process of a stage, in bytes, with the stage's resources. Return None if it is not known.
+    """Return the estimated peak memory of one process of a stage, in bytes, on a GPU (`cuda`) or on a CPU. Return None if it is not known.
 
-    `cuda` chooses the memory of a GPU. Without it, the process runs on a CPU.
+    Raises:
+        ConfigError: as in `layout`.
+    """
+    memory = planned_memory(plan, stage)
+    return memory.peak(cuda=cuda) if memory else None
+
+
+def planned_memory(plan: "Plan", stage: Stage) -> Memory | None:
+    """Return the estimated memory of one process of a stage, with the stage's resources. Return None if it is not known.
 
     Raises:
         ConfigError: as in `layout`.
@@ -132,7 +140,7 @@ def process_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float | None:
         memory = memory.sharded(wanted.processes, 4 * (size.total - layer * max(size.layers - 2, 0)))
     if wanted.teacher != "replicated":
         memory = replace(memory, frozen=memory.frozen / wanted.processes if wanted.teacher == "sharded" else 0.0)
-    return memory.peak(cuda=cuda)
+    return memory
 
 
 def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,16 +22,18 @@ from tadistill.data.batch import Batch, Sequence, collate
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.signals import Signals
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Shard:
-    """The rank of this process, and the number of processes (`world`). The sequences of an update are divided among the processes."""
+    """The rank of this process, and the number of processes (`world`). Sequences are divided among the processes."""
 
     rank: int = 0
     world: int = 1
 
-    def gather(self, found: list[tuple[int, Sequence]]) -> list[Sequence]:
-        """Collect (number, sequence) pairs from all processes. Return all sequences, sorted by their numbers."""
+    def gather(self, found: list[tuple[int, T]]) -> list[T]:
+        """Collect (number, value) pairs from all processes. Return all values, sorted by their numbers."""
         every = gather_object(found) if self.world > 1 else found
         return [s for _, s in sorted(every, key=lambda item: item[0])]
 

@@ -4,6 +4,7 @@
 continues from the files of that attempt (docs/concepts/interruptions.md). `plan.specs` names the function that does the work.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -155,3 +156,7 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
             f"{context.device} has too little memory for this stage ({'; '.join(used)}); {advice} a device with more memory, and run the "
             "same command again: finished stages are kept"
         ) from error
+    finally:
+        gc.collect()  # models are in reference cycles, for example by accelerate's changed `forward`; the process may run another stage
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -29,7 +29,7 @@ from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.sharding import shard, weights
+from tadistill.train.sharding import shard, sharded, weights
 from tadistill.train.step import make_step
 
 _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
@@ -52,12 +52,13 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     subject = context.subject(student, tokenizer, *teachers)
     vocab = min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)])
     subject = replace(subject, vocab=vocab)
-    sampler = _sampler(context, subject, teachers, signals, Shard(accelerator.process_index, accelerator.num_processes))
+    ranks = Shard(accelerator.process_index, accelerator.num_processes)
+    sampler = _sampler(context, subject, teachers, signals, ranks)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not method.sampler.on_policy)
     own = context.own(distill.own).call if distill and distill.own else None
     hooks = Hooks(
-        evaluate=_dev(context, subject, teachers[0] if teachers else None),
+        evaluate=_dev(context, subject, teachers[0] if teachers else None, ranks),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         sampled=lambda step, batch: write_rollouts(context.folder / ROLLOUTS, step, batch, tokenizer),
@@ -163,9 +164,12 @@ def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) 
     return Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
 
 
-def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | None) -> Callable[[], dict[str, float]]:
+def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | None, ranks: Shard) -> Callable[[], dict[str, float]]:
     spec = context.spec
     if spec.dev is None or spec.decoding is None:
         return dict
     data, settings, metric = context.split(spec.dev, subject.tokenizer), spec.decoding, spec.select.metric
-    return lambda: dev_metrics(subject, data, settings, metric, teacher=teacher)
+    # all processes run a sharded teacher on the same texts
+    together = metric == "reverse_kl" and teacher is not None and teacher.model is not None and sharded(teacher.model)
+    share = Shard() if together or len(data.encoded) < ranks.world else ranks
+    return lambda: dev_metrics(subject, data, settings, metric, teacher=teacher, shard=share)

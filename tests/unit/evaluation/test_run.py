@@ -1,11 +1,16 @@
 """Evaluation of a model by itself: batch size changes nothing, every number is what a direct computation gives."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from tests.conftest import tiny_model
+from tests.e2e.inprocess import ranks
 
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
@@ -15,6 +20,7 @@ from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, sc
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
 from tadistill.objectives import forward_kl, reverse_kl
+from tadistill.rollout.samplers import Shard
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +140,31 @@ def test_dev_metrics_compute_what_is_asked(tokenizer, data):
     assert {"loss", "rouge_l", "fact_accuracy"} <= set(dev_metrics(student, data, settings(), "rouge_l"))
     teacher = tiny_model("llama", vocab=len(tokenizer), seed=4)
     assert dev_metrics(student, data, settings(), "reverse_kl", teacher=teacher)["reverse_kl"] > 0
+
+
+METRICS = ("loss", "rouge_l", "reverse_kl")
+
+
+def shared(student: Subject, data: EvalSet, teacher, folder: Path) -> None:
+    torch.set_num_threads(1)
+    state, read = PartialState(cpu=True), []
+    handle = student.model.register_forward_pre_hook(lambda *_: read.append(1))
+    share = Shard(state.process_index, state.num_processes)
+    found = {metric: dev_metrics(student, data, settings(batch=1), metric, teacher=teacher, shard=share) for metric in METRICS}
+    handle.remove()
+    (folder / f"{share.rank}.json").write_text(json.dumps({"found": found, "read": len(read)}))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_divide_the_dev_prompts_have_the_metrics_of_one(tokenizer, data, tmp_path):
+    """Nine prompts for two processes, which run the model on their own prompts only."""
+    part, teacher = replace(data, encoded=data.encoded[:9]), tiny_model("llama", vocab=len(tokenizer), seed=4)
+    ranks(2, shared, subject(tokenizer), part, teacher, tmp_path)
+    alone = {metric: dev_metrics(subject(tokenizer), part, settings(batch=1), metric, teacher=teacher) for metric in METRICS}
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for each in found:
+        assert set(each["found"]) == set(METRICS)
+        for metric in METRICS:
+            assert each["found"][metric] == pytest.approx(alone[metric], rel=1e-6)
+    calls = sum(each["read"] for each in found)
+    assert max(each["read"] for each in found) < 0.7 * calls

@@ -11,11 +11,11 @@ from tadistill.objectives import (
     Hidden,
     TargetMixture,
     forward_kl,
-    fused,
     fused_divergence,
     fused_head,
     jensen_shannon,
     reverse_kl,
+    tiles,
     top_k,
 )
 
@@ -93,8 +93,8 @@ def test_tiles_give_the_same_numbers(case, tile, small, monkeypatch):
     for _ in range(2):
         total, values = fused_case(case, hidden, head, target, mask=weights)
         results.append([total.detach(), values, *slopes(total, leaves)])
-        monkeypatch.setattr(fused, "TILE_BYTES", tile)
-        monkeypatch.setattr(fused, "_CACHED", {"cpu": small})
+        monkeypatch.setattr(tiles, "TILE_BYTES", tile)
+        monkeypatch.setattr(tiles, "_CACHED", small)
     for found, expected in zip(*results, strict=True):
         close(found, expected, 1e-12)
 
@@ -108,8 +108,8 @@ def test_the_tiles_of_that_test_are_small(monkeypatch):
 
     hidden, head, _ = student(dtype=torch.float64)
     fused_divergence(counted, hidden, head, teacher(V, dtype=torch.float64))
-    monkeypatch.setattr(fused, "TILE_BYTES", 3 * 2 * V * 8)
-    monkeypatch.setattr(fused, "_CACHED", {"cpu": 2 * V})
+    monkeypatch.setattr(tiles, "TILE_BYTES", 3 * 2 * V * 8)
+    monkeypatch.setattr(tiles, "_CACHED", 2 * V)
     fused_divergence(counted, hidden, head, teacher(V, dtype=torch.float64))
     assert seen == [12, *(2, 1) * 4]
 
@@ -300,3 +300,63 @@ def test_autocast_takes_the_products_in_bfloat16():
     for found, expected in zip(slopes(total, leaves), slopes(exact, leaves), strict=True):
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+# --- what only a GPU does -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def returns_sums(monkeypatch):
+    """Products of bfloat16 matrices that return their float32 sums, as on a GPU."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+    library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
+    library.impl("addmm.dtype_out", lambda c, a, b, dtype, *, beta, alpha, out: out.copy_(c + a.to(dtype) @ b.to(dtype)), "CPU")
+    monkeypatch.setattr(tiles, "_RETURNS_SUMS", ("cpu",))
+    yield
+    library._destroy()
+
+
+def in_bf16() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    hidden, head, leaves = student()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, values = fused_divergence(forward_kl, hidden, head, teacher(V), temperature=0.5)
+    return values, slopes(total, leaves)
+
+
+def test_logits_of_bf16_products_are_float32_sums_on_a_gpu(returns_sums, monkeypatch):
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x + (x.bfloat16().float() - x).detach()
+
+    hidden, head, leaves = student()
+    target = teacher(V)
+    log_p = head.logits(rounded(hidden)).detach(), Head(rounded(head.weight), head.bias).logits(rounded(hidden))
+    expected = forward_kl(log_p[1], Head(rounded(target.head.weight)).logits(rounded(target.states)), temperature=0.5)
+    values, gradients = in_bf16()
+    close(values, expected.detach(), 1e-6)
+    monkeypatch.setattr(tiles, "_RETURNS_SUMS", ())
+    on_cpu, of_cpu = in_bf16()
+    assert (on_cpu - expected).abs().max() > 1e-3
+    # the slope itself is rounded to bfloat16 before its products, on both
+    for found, plain, other in zip(gradients, slopes(expected.sum(), leaves), of_cpu, strict=True):
+        assert (found - plain).norm() < 0.01 * plain.norm()
+        assert (found - plain).norm() <= (other - plain).norm()
+
+
+def test_a_gpu_takes_tiles_as_its_free_memory_allows(monkeypatch):
+    free, kept = {"free": 80 * 2**30}, {"reserved": 0, "allocated": 0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["free"], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: kept["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: kept["allocated"])
+    of = partial(tiles.tile_rows, 16384, 2, 151936, torch.float32, torch.device("cuda", 0))
+    row = 2 * 151936 * 4 * 3  # with the objective's temporary tensors
+    rows, small = of()
+    assert rows == small
+    assert 2**30 < rows * row <= 2**31
+    free["free"] = 4 * 2**30
+    assert 2**28 < of()[0] * row <= 2**29
+    kept |= {"reserved": 6 * 2**30, "allocated": 2 * 2**30}  # what torch keeps for later tensors is free too
+    assert 2**29 < of()[0] * row <= 2**30
+    free["free"], kept["reserved"] = 0, 2 * 2**30
+    assert of()[0] * row <= tiles.TILE_BYTES

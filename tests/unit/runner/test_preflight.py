@@ -10,6 +10,7 @@ from tadistill.config import validate
 from tadistill.data.templates import Counts
 from tadistill.errors import DataError, ModelError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.task import process_bytes
 from tadistill.runner import preflight, splits
 from tadistill.runner.preflight import check_study
 
@@ -45,7 +46,7 @@ def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_pat
 def need(of) -> float:
     """Bytes of the largest stage."""
     plan = make_plan(of)
-    return max(preflight._need(plan, stage) for stage in plan.stages.values())
+    return max(process_bytes(plan, stage, cuda=False) for stage in plan.stages.values())
 
 
 def test_bf16_halves_a_frozen_teacher(monkeypatch):

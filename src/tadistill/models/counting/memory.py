@@ -15,6 +15,7 @@ from tadistill.tuning import OBJECTIVE, TILE_BYTES, TILE_ROWS
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MALLOC = {-3: 2**30, -1: 2**30, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+_HEAP = 1.15  # memory of a CPU's process / bytes in use: the C library keeps freed blocks that do not fit new tensors
 _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 
@@ -32,7 +33,7 @@ class Memory:
     layers: float = 0.0
     """What a forward pass keeps for the backward pass: activations, and copies of weights in half precision."""
     cpu: float = 0.0
-    """What only a CPU needs in addition: the scores of attention with dropout, and products in half precision."""
+    """What only a CPU needs in addition: the scores of attention with dropout, and the products of heads in half precision."""
     running: float = 0.0
     """Temporary tensors of one layer in the backward pass."""
     head: float = 0.0
@@ -52,18 +53,17 @@ class Memory:
     gathered: float = 0.0
     """Weights that an update gathers from other processes, if the student is sharded: embeddings, head and two layers."""
 
-    def peak(self, *, cuda: bool) -> float:
+    def peak(self, *, cuda: bool, tile: float = TILE_BYTES) -> float:
         """Return the largest number of bytes at one time, in the memory of a GPU (`cuda`) or of a CPU.
 
-        A GPU needs at least this much. If more is free, the fused head takes larger tiles there.
+        `tile` is the size of a tile of the fused head. On a GPU with more free memory, the head takes larger ones.
         """
-        tile = min(self.logits, TILE_BYTES, *(() if cuda else (TILE_ROWS * self.logit_row,)))
-        tile *= 1 + OBJECTIVE if cuda else 1
+        tile = min(self.logits * (1 + OBJECTIVE) if cuda else min(self.logits, TILE_ROWS * self.logit_row), tile)
         before = self.gradients if self.several else 0.0
         forward = before + self.layers + (0.0 if cuda else self.cpu) + self.head + max(tile, self.running)
         update = self.gathered + max(forward, self.gradients + self.returned)
-        rollouts = 0.0 if cuda else self.rollouts
-        return self.weights + self.moments + self.frozen + rollouts + max(update, self.sampling)
+        always = self.weights + self.moments + self.frozen + (0.0 if cuda else self.rollouts)
+        return (1.0 if cuda else _HEAP) * (always + max(update, self.sampling))
 
     def sharded(self, processes: int, gathered: float) -> "Memory":
         """Return the memory of each process if the student is sharded over `processes`. Sampling and evaluations still hold it whole.

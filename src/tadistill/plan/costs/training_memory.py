@@ -17,6 +17,8 @@ from tadistill.tuning import TILE_ROWS
 
 _DRAWN = 12
 """Bytes per logit while a token is sampled: the logits, their softmax and a temporary tensor."""
+_PRODUCT = 6
+"""Bytes per entry of a head's product in bfloat16 on a CPU: the result, and oneDNN's sum in float32."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class TrainingMemory:
         row = 4 * self.student.vocab * (1 + heads)
         found = Memory(
             layers=layers + 12 * size.hidden * work.positions + 4 * size.hidden * work.heads,
-            cpu=scores + (gradient / 2 + 2 * self.student.vocab * min(work.heads, TILE_ROWS) if self.bf16 else 0),
+            cpu=scores + (_PRODUCT * (gradient / 4 + self.student.vocab * min(work.heads, TILE_ROWS)) if self.bf16 else 0),
             running=kept.running * work.positions,
             head=gradient + 4 * size.hidden * work.heads,
             logits=row * work.heads,

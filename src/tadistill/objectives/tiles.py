@@ -1,0 +1,79 @@
+"""What the fused head does differently on a CPU and on a GPU: the sizes of its tiles, and products of matrices in half precision.
+
+A CPU has small tiles for the objective, which stay in its cache. On a GPU every kernel costs a launch, so tiles are as large as the free
+memory allows. Products of half-precision matrices are summed in float32 on both. A GPU returns these sums (`out_dtype`). A CPU rounds them
+to half precision first.
+
+Axes: N tokens, n tokens of a tile, H hidden, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tadistill.tuning import OBJECTIVE, TILE_BYTES, TILE_ROWS
+
+_CACHED = 2**18  # number of logits that stay in a CPU's cache
+_LARGEST = 2**31  # bytes of a tile on a GPU with much free memory
+_SHARE = 8  # a tile takes at most this fraction of the free memory
+_RETURNS_SUMS = ("cuda",)
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Return the largest size in bytes of a tile: its logits and, on a GPU, the objective's temporary tensors."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return TILE_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch's allocator
+    return max(TILE_BYTES, min(_LARGEST, (torch.cuda.mem_get_info(device)[0] + unused) // _SHARE))
+
+
+def tile_rows(count: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Return the number of tokens in a product with the heads, and in a call of the objective.
+
+    Args:
+        count: number of all tokens. They are divided into tiles of nearly equal size.
+        heads: number of models whose logits (n, V) are computed.
+        width: V.
+    """
+    row = heads * width * dtype.itemsize
+    if device.type == "cpu":
+        rows = _equal(count, min(TILE_BYTES // row, TILE_ROWS))
+        return rows, max(1, _CACHED // width)
+    rows = _equal(count, tile_bytes(device) // (row * (1 + OBJECTIVE)))
+    return rows, rows
+
+
+def _equal(count: int, most: int) -> int:
+    return max(1, math.ceil(count / math.ceil(count / max(1, most)))) if count else 1
+
+
+def project(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
+    """Write the logits (n, V) into the first rows of `out`, and return these rows."""
+    logits = out[: len(hidden_nH)]
+    if weight_VH.dtype == out.dtype:
+        torch.mm(hidden_nH, weight_VH.t(), out=logits)
+    elif out.device.type in _RETURNS_SUMS:
+        torch.mm(hidden_nH, weight_VH.t(), out_dtype=out.dtype, out=logits)
+    else:
+        logits.copy_(hidden_nH @ weight_VH.t())
+    if bias_V is not None:
+        logits += bias_V.detach()[: logits.shape[1]].to(logits.dtype)
+    return logits
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left @ right, on a GPU in `dtype`."""
+    if left.dtype != dtype and left.device.type in _RETURNS_SUMS:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left @ right
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total` in place. Only a CPU that adds half-precision matrices needs memory for the product."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.device.type in _RETURNS_SUMS:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
