@@ -88,6 +88,9 @@ def sampled_digest(path: Path) -> str:
     return found.hexdigest()
 
 
+_OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch's errors while tensors are copied from a GPU, not of the file
+
+
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +106,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
+        if type(error).__name__ in _OF_A_GPU:
+            raise
         reason = getattr(error, "strerror", None) or error
         fix = "free some space or check permissions, then run the same command again"
         if isinstance(error, NotADirectoryError | FileExistsError):

@@ -64,6 +64,7 @@ CASES = [
     Case("on-policy", False, "sharded"),
     Case("kd", False, "offloaded"),
     Case("minillm", True, "offloaded"),
+    Case("minillm", True, "sharded"),
 ]
 HALF = [Case("on-policy", fsdp, precision="bf16") for fsdp in (False, True)]
 

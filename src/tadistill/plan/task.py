@@ -138,9 +138,11 @@ def planned_memory(plan: "Plan", stage: Stage) -> Memory | None:
     if wanted.parallel == "fsdp" and (size := ledger.size(stage.model)):
         layer = (size.matmul - size.head) / size.layers
         memory = memory.sharded(wanted.processes, 4 * (size.total - layer * max(size.layers - 2, 0)))
-    if wanted.teacher != "replicated":
-        memory = replace(memory, frozen=memory.frozen / wanted.processes if wanted.teacher == "sharded" else 0.0)
-    return memory
+    if wanted.teacher == "sharded":
+        part = memory.frozen / wanted.processes
+        guided = isinstance(stage.spec, TrainingSpec) and stage.spec.method.sampler.guided  # then the teacher is whole while it samples
+        memory = replace(memory, frozen=part, sampling=memory.sampling + (memory.frozen - part if guided else 0.0))
+    return replace(memory, frozen=0.0) if wanted.teacher == "offloaded" else memory
 
 
 def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:
@@ -184,7 +186,7 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     """Return the resources of a stage, after checking that the stage can run with them.
 
     Raises:
-        ConfigError: the batch is not a multiple of the number of processes, or a model is sharded although each process needs it whole.
+        ConfigError: the batch is not a multiple of the number of processes, or the student is sharded although each process needs it whole.
     """
     given, spec = resources_of(recipe, stage), stage.spec
     if not isinstance(spec, TrainingSpec):
@@ -195,11 +197,6 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
             "`resources`; change one of the two numbers"
         )
     sampler = spec.method.sampler
-    if given.teacher == "sharded" and sampler.guided:
-        raise ConfigError(
-            f"{stage.label}: `resources` has teacher: sharded, so all processes must run the teacher together, but sampler {sampler.type} "
-            "runs it independently in each process; set teacher: offloaded"
-        )
     if given.parallel == "fsdp" and sampler.vllm:
         raise ConfigError(
             f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student in each process; set parallel: ddp"

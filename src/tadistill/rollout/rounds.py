@@ -106,6 +106,10 @@ class Rollouts(Sampler):
     def samples(self, step: int) -> bool:
         return step // self.round_updates != self.round
 
+    @property
+    def guides(self) -> tuple[PreTrainedModel, ...]:
+        return self.teacher.models[:1] if self.config.guided else ()
+
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
         sequences = [self.sequences[i] for i in rows]
         return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))

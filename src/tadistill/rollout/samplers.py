@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Optim
@@ -53,6 +54,11 @@ class Sampler:
     def wants_dev(self) -> bool:
         """True if the sampler needs dev metrics before the first update. The training loop then calls `observe` with them."""
         return False
+
+    @property
+    def guides(self) -> tuple[PreTrainedModel, ...]:
+        """Return the teachers that help to sample."""
+        return ()
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of update `step` for this process."""

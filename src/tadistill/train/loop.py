@@ -126,7 +126,7 @@ def train_stage(
                 raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)
-            with meter.timed("sampling"), sharding.whole(student, sampler.samples(state.step)):
+            with meter.timed("sampling"), sharding.whole(student, *sampler.guides, when=sampler.samples(state.step)):
                 batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
             meter.saw(batches)
             with meter.timed("watching"):

@@ -50,32 +50,34 @@ def sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Inside the `with` block, every process has the whole model. All processes must enter the block together.
+def whole(*models: nn.Module, when: bool = True) -> Iterator[None]:
+    """Inside the `with` block, every process has the whole models. All processes must enter the block together.
 
-    Nothing happens if the model is not sharded or `when` is False. A forward pass inside the block waits for no other process. Sampling
-    needs this, because each process makes a different number of forward passes.
+    Nothing happens to a model that is not sharded, or if `when` is False. A forward pass inside the block waits for no other process.
+    Sampling needs this, because each process makes a different number of forward passes.
     """
-    if not (when and isinstance(model, FSDPModule)):
-        yield
-        return
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    chosen = [model for model in models if when and sharded(model)]
+    for model in chosen:
+        for part in _parts(model):
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
     try:
         yield
     finally:
-        reshard(model)
-        for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
+        for model in chosen:
+            reshard(model)
+            for part in _parts(model):
+                part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights of a sharded model, for example after a forward pass. `model.parameters()` are then sharded tensors."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for part in _parts(model):
+        part.reshard()
 
 
 def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
