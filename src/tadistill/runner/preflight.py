@@ -226,17 +226,18 @@ def _default_jobs() -> int:
 
 def _check_memory(recipe: Recipe, jobs: int) -> None:
     plan, gpus = make_plan(recipe), devices.free_memory(processes.prepare()) if devices.gpus() else []
+    free = available_memory()
     if not gpus:
-        needs = {key: host_bytes(plan, stage, cuda=False) for key, stage in plan.stages.items()}
-        _check_needs(plan, needs, available_memory(), jobs, "memory")
+        _check_needs(plan, {key: host_bytes(plan, stage, cuda=False) for key, stage in plan.stages.items()}, free, jobs)
         return
     needs = {key: process_bytes(plan, stage, cuda=True) or 0.0 for key, stage in plan.stages.items()}
-    _check_needs(plan, needs, min(gpus), -(-jobs // len(gpus)), "memory of a GPU")
+    _check_needs(plan, needs, min(gpus), -(-jobs // len(gpus)), where="memory of a GPU", times=len(gpus))
     needs = {key: host_bytes(plan, stage, cuda=True) for key, stage in plan.stages.items()}
-    _check_needs(plan, needs, available_memory(), jobs, "memory of this machine")
+    _check_needs(plan, needs, free, jobs, where="memory of this machine")
 
 
-def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, where: str) -> None:
+def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, *, where: str = "memory", times: int = 1) -> None:
+    # `jobs` stages share this memory, which is there `times` times
     if not needs:
         return
     most = max(needs, key=lambda key: needs[key])
@@ -244,8 +245,7 @@ def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, w
     group = _largest_group(plan, needs, jobs)
     if sum(group.values()) > free:
         fits = max(n for n in range(1, jobs) if sum(_largest_group(plan, needs, n).values()) <= free)
-        now = plan.recipe.runtime.jobs or _default_jobs()
-        advice = f"set runtime.jobs={fits * (now // jobs)} (now {now}), or use a machine with more memory"
+        advice = f"set runtime.jobs={fits * times} (now {jobs * times}), or use a machine with more memory"
         check_memory({plan.stages[key].label: need for key, need in group.items()}, free, advice, where)
 
 
