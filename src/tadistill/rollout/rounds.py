@@ -108,7 +108,7 @@ class Rollouts(Sampler):
 
     @property
     def guides(self) -> tuple[PreTrainedModel, ...]:
-        return self.teacher.models[:1] if self.config.guided else ()
+        return (self.teacher.guide,) if self.config.guided else ()
 
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
         sequences = [self.sequences[i] for i in rows]
