@@ -157,8 +157,7 @@ class Runtime(Strict):
     rounding."""
 
     jobs: int | None = Field(default=None, ge=1, le=1024)
-    """Number of stages (single steps of work) that run at the same time. The default is the number of GPUs, or of cores if there is
-    no GPU."""
+    """Number of stages (single steps of work) that run at the same time. The default is the number of GPUs, or else of cores."""
     checkpoint_seconds: float | None = Field(default=None, gt=0, le=1e6)
     """Seconds between two saves of the state of a training. The default is 30, or 20 times the duration of the last save if this is
     longer."""
@@ -187,8 +186,7 @@ class Resources(Strict):
     """Place of the student's weights. `ddp`: every process has all weights. `fsdp`: the weights are sharded over the processes (FSDP2)."""
     teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
     """Place of the teacher's weights. `replicated`: every device has all weights. `sharded`: the weights are split over the processes
-    (FSDP2); while the teacher helps to sample, every device has all of them. `offloaded`: the weights are in host memory, and are loaded
-    layer by layer, which makes a sampler that uses the teacher slow."""
+    (FSDP2), except while the teacher helps to sample. `offloaded`: the weights are in host memory, and are loaded layer by layer."""
     gpu: str | None = None
     """Name of a GPU, or of a slice of a GPU, in the cluster's profile. The default is the smallest one that is large enough."""
     cpus: int | None = Field(default=None, ge=1, le=MOST)

@@ -10,6 +10,7 @@ from tadistill.cluster import profile, sbatch
 from tadistill.cluster.submit import Submission
 from tadistill.config import load, validate
 from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import Ledger
 from tadistill.plan.specs import KINDS
 
 HERE = Path(__file__).parent
@@ -120,5 +121,6 @@ def test_teachers_of_one_family_have_their_own_sizes():
     }))  # fmt: skip
     requests = sbatch.Requests(plan, profile.load_profile("narval"), {})
     (analyse,) = [stage for stage in plan.stages.values() if stage.kind == "analyse" and stage.model == "s"]
-    parameters = {name: size.total for name in ("xl", "s") if (size := requests.ledger.size(name))}
-    assert requests._need(analyse) == 4 * (parameters["xl"] + parameters["s"]) + sbatch._WORK
+    ledger = Ledger(plan.recipe)
+    parameters = {name: size.total for name in ("xl", "s") if (size := ledger.size(name))}
+    assert requests._need(analyse) == pytest.approx(4 * (parameters["xl"] + parameters["s"]) + ledger.measuring("s"))
