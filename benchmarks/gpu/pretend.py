@@ -55,6 +55,8 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 """A GPU's tensor may be indexed with a CPU's tensor: torch copies the index."""
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 """After these operations the CPU waits for the GPU, because it needs a number, or the shape of the result."""
+SUMS = {aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype_out}
+"""Products that return float32 sums of half-precision matrices. Only a GPU has them."""
 FRAMES = 4
 
 
@@ -140,9 +142,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return 0  # the plain formula: the other answers lead to CUDA's own kernels
     wrappers = {id(t.held): t for t in on_device}
     inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
-    found = func(*inner_args, **inner_kwargs)
+    found = _sum(*inner_args, **inner_kwargs) if func in SUMS else func(*inner_args, **inner_kwargs)
     to_host = func is aten.copy_.default and not isinstance(args[0], OnDevice)
     return found if not goes or to_host else tree_map(lambda x: _outside(x, wrappers), found)
+
+
+def _sum(*factors: Any, out: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
+    *total, left, right, dtype = factors
+    found = left.to(dtype) @ right.to(dtype)
+    for more in total:
+        found = found + more
+    return found if out is None else out.copy_(found)
 
 
 def _inside(value: Any) -> Any:

@@ -23,6 +23,7 @@ from training import fresh_accelerator, train
 from tadistill.config.method import Method
 from tadistill.data.templates import Encoded
 from tadistill.models.loading import column_major
+from tadistill.objectives.tiles import tile_bytes
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.train.step import make_step
@@ -60,7 +61,7 @@ def updates(kit: Kit) -> None:
                 kit.note(f"{pair.name}, {name}", "no time left")
                 continue
             mine = _measured(kit, f"{pair.name}, {name}, ours", lambda pair=pair, name=name: run_ours(kit, pair, name, work))
-            predicted = planned(pair, METHODS[name], work) / 1e9
+            predicted = planned(kit, pair, METHODS[name], work) / 1e9
             kit.note(f"{pair.name}, {name}: predicted GB", predicted)
             if mine and mine[1] is not None:
                 kit.at_most(f"{pair.name}, {name}: predicted memory, distance from the measured", abs(predicted / mine[1] - 1), 0.15)
@@ -164,7 +165,7 @@ def words(vocab: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>", padding_side="left")
 
 
-def planned(pair: Pair, settings: dict[str, Any], work: Work) -> float:
+def planned(kit: Kit, pair: Pair, settings: dict[str, Any], work: Work) -> float:
     """Return the bytes that `tadistill plan` predicts for this training."""
     from tadistill.config import parse
     from tadistill.plan.arms import make_plan
@@ -189,4 +190,5 @@ def planned(pair: Pair, settings: dict[str, Any], work: Work) -> float:
         plan = make_plan(parse(recipe, source="the kit"))
     needs: Any
     (needs,) = (stage.cost.memory for stage in plan.stages.values() if stage.spec.kind == "distill" and stage.cost)
-    return needs.peak(cuda=True) if hasattr(needs, "peak") else needs  # one number, or the parts of which it is the peak
+    assert needs is not None
+    return needs.peak(cuda=kit.cuda, tile=tile_bytes(kit.device))

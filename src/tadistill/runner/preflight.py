@@ -25,7 +25,7 @@ from tadistill.models.support import check_config
 from tadistill.own_code import load_function
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import with_ancestors
+from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes
