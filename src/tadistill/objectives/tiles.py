@@ -1,4 +1,4 @@
-"""What the fused head does differently on a CPU and on a GPU: the sizes of its tiles, and products of matrices in half precision.
+"""Tile sizes and matrix products of the fused head, which differ between a CPU and a GPU.
 
 A CPU has small tiles for the objective, which stay in its cache. On a GPU every kernel costs a launch, so tiles are as large as the free
 memory allows. Products of half-precision matrices are summed in float32 on both. A GPU returns these sums (`out_dtype`). A CPU rounds them

@@ -311,7 +311,7 @@ def returns_sums(monkeypatch):
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
     library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
-    library.impl("addmm.dtype_out", lambda c, a, b, dtype, *, beta, alpha, out: out.copy_(c + a.to(dtype) @ b.to(dtype)), "CPU")
+    library.impl("addmm.dtype_out", lambda c, a, b, dtype, *, beta=1, alpha=1, out: out.copy_(c + a.to(dtype) @ b.to(dtype)), "CPU")
     monkeypatch.setattr(tiles, "_RETURNS_SUMS", ("cpu",))
     yield
     library._destroy()

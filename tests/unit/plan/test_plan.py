@@ -397,8 +397,8 @@ def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
             assert 4 * size[stage.model] >= gathered > 0
             teacher = "xl" if "xl" in stage.label else "l"
             of_teacher = 4 * size[teacher] if wanted.teacher == "offloaded" else 3 * size[teacher]
-            # during an update: weights, moments and gradients (there are two micro-batches) are divided by 4
-            assert saved == pytest.approx(12 * size[stage.model] + of_teacher - gathered)
+            # weights and moments are divided by 4; the peak is in the forward pass of a single micro-batch, before there are gradients
+            assert saved == pytest.approx(9 * size[stage.model] + of_teacher - gathered)
         else:
             assert saved == 0
     text = said(split)

@@ -27,6 +27,7 @@ def recipe(jobs: int = 1, precision: str = "fp32"):
         "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "template": "plain", "world": {"people": 20}}
         | {"limit": {"train": 64, "dev": 4, "test": 4}},
         "method": {"optim": {"steps": 4, "batch": 8, "precision": precision}, "objective": {"type": "forward_kl"}},
+        "evaluate": {"batch": 1, "max_new_tokens": 1},
         "arms": {"direct": "l > s"},
         "runtime": {"jobs": jobs},
     })  # fmt: skip
