@@ -44,6 +44,12 @@ def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_pat
         check_study(changed)
 
 
+def short(**settings):
+    """The recipe with short prompts, so that evaluations need less memory than trainings."""
+    found = recipe(**settings)
+    return found.model_copy(update={"data": found.data.model_copy(update={"max_prompt": 24})})
+
+
 def need(of) -> float:
     """Bytes of the largest stage."""
     plan = make_plan(of)
@@ -51,21 +57,21 @@ def need(of) -> float:
 
 
 def test_bf16_halves_a_frozen_teacher(monkeypatch):
-    full, half = need(recipe()), need(recipe(precision="bf16"))
+    full, half = need(short()), need(short(precision="bf16"))
     assert half < full
     monkeypatch.setattr(preflight, "available_memory", lambda: (full + half) / 2)
     with pytest.raises(ModelError, match=r"need .* GB of memory \(distill l -> s.*optim.precision to bf16"):
-        check_study(recipe())
-    assert check_study(recipe(precision="bf16")) == 1
+        check_study(short())
+    assert check_study(short(precision="bf16")) == 1
 
 
 def test_stages_at_the_same_time_are_counted_together(monkeypatch):
-    monkeypatch.setattr(preflight, "available_memory", lambda: 1.5 * need(recipe()))
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1.5 * need(short()))
     with pytest.raises(
         ModelError, match=r"\(distill l -> s, .*seed 1 .* \+ distill l -> s, .*seed 2 .*\), but .* set runtime.jobs=1 \(now 2\)"
     ):
-        check_study(recipe(jobs=2))
-    assert check_study(recipe(jobs=1)) == 1
+        check_study(short(jobs=2))
+    assert check_study(short(jobs=1)) == 1
 
 
 def test_stages_that_wait_for_each_other_are_not():
