@@ -65,8 +65,10 @@ def whole(*models: nn.Module, when: bool = True) -> Iterator[None]:
         yield
     finally:
         for model in chosen:
-            reshard(model)
+            trained = any(parameter.requires_grad for parameter in model.parameters())
             for part in _parts(model):
+                if part is not model or trained:  # losses read the head of a frozen model without another pass
+                    part.reshard()
                 part.set_reshard_after_forward(part is not model, recurse=False)
 
 
