@@ -114,7 +114,7 @@ class TrainingMemory:
             cpu=max(self.texts.cpu, self.plain.cpu),
             head=self.texts.head + self.plain.head,
             returned=0 if self.adapters else (8 if self.student.tied else 4) * size.head,
-            several=(self.optim.micro_batch or self.optim.batch) < self.optim.batch,
+            several=self.optim.tokens is not None or (self.optim.micro_batch or self.optim.batch) < self.optim.batch,
             sampling=self.drawn,
             rollouts=self.stored,
         )
