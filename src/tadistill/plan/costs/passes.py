@@ -224,7 +224,7 @@ def rows_in_pass(optim: Optim, texts: Texts) -> int:
 
 
 def largest_batch(optim: Optim, texts: Texts, times: float) -> Work:
-    """Return the work of a model on the largest batch of a forward pass, which contains the longest sequence. It has `times` as many rows."""
+    """Return the work of a model on the largest batch of a forward pass, with the longest sequence. It has `times` as many rows."""
     width, rows = max(texts.totals) - 1, rows_in_pass(optim, texts) * times
     if optim.packed:
         return training_batch(texts, round(rows), packed=True)[0]
