@@ -1,6 +1,6 @@
 """The headings of the sections of the page. Each heading states the main finding of its section, in one sentence."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ def against(results: Results) -> str:
     )
 
 
-def _decided(found: list[Comparison]) -> str:
+def _decided(found: Sequence[Comparison]) -> str:
     if len(found) == 1:
         c = found[0]
         return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.against == 'plain direct' else ''}"
