@@ -1,0 +1,194 @@
+"""Writes docs/results/smollm2.md and its picture from the finished study of recipes/takd/smollm2-cpu.yaml and results/smollm2.md.j2.
+
+tadistill run recipes/takd/smollm2-cpu.yaml
+python docs/tabulate_smollm2.py [RUNS]
+"""
+
+import sys
+from pathlib import Path
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from tadistill.results.collect import MEAN, Results, read_results
+from tadistill.results.compare import difference
+from tadistill.results.curves import learning_curves
+from tadistill.results.samples import samples
+from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.units import DASH, flops_text, gap_text, number, parameters_text, ratio_text, summary_text
+from tadistill.store import runs_directory, store_of
+
+HERE = Path(__file__).parent
+STUDY = "smollm2-cpu"
+LOSS, ROUGE = "loss", "rouge_l"
+METRICS = {
+    ROUGE: "Rouge-L",
+    f"{ROUGE}@greedy": "Rouge-L, greedy",
+    LOSS: "loss",
+    "reverse_kl": "KL(q‖T)",
+    "forward_kl": "KL(T‖q)",
+    "entropy": "entropy",
+}
+WHAT = {
+    "teacher": "SmolLM2-135M-Instruct as published",
+    "sft": "the student after SFT, the start of `direct` and `takd`",
+    "ta": "the assistant, taught by the teacher",
+    "direct": "the teacher teaches the student",
+    "takd": "the assistant teaches the student",
+    "direct-equal-compute": "`direct` with more updates: the compute of `takd`",
+    "cascade": "the student is pruned from the assistant; the teacher teaches it",
+}
+PAIRS = (
+    ("direct", "sft"),
+    ("takd", "direct"),
+    ("takd", "direct-equal-compute"),
+    ("cascade", "direct-equal-compute"),
+    ("direct-equal-compute", "direct"),
+)
+COLOURS = {"ta": "0.55", "direct": "black", "takd": "#0072B2", "direct-equal-compute": "#E69F00", "cascade": "#D55E00"}
+
+
+def cell(results: Results, arm: str, metric: str) -> str:
+    """Return an arm's mean over the test sets as text, or a dash if it was not measured."""
+    found = results.summaries.get((arm, MEAN, metric))
+    return summary_text(found, metric) if found else DASH
+
+
+def minus(results: Results, one: str, other: str, metric: str = LOSS) -> str:
+    """Return the paired difference of two arms as text."""
+    gap = difference(results, one, other, metric)
+    return gap_text(gap, metric) if gap else DASH
+
+
+def paid(results: Results, arm: ArmRecord) -> str:
+    """Return the training FLOPs behind an arm's model and, where they are known, its multiple of those of `direct`."""
+    direct = results.arm("direct").flops
+    return f"{flops_text(arm.flops)} ({ratio_text(arm.flops / direct)})" if arm.flops and direct else DASH
+
+
+def arms_table(results: Results) -> str:
+    """Return one row per arm with its means over the test sets and its training FLOPs."""
+    lines = [f"| arm | what it is | {' | '.join(METRICS.values())} | FLOPs |", "|---|---|" + "---:|" * (len(METRICS) + 1)]
+    for arm in results.plan.arms:
+        cells = [cell(results, arm.name, metric) for metric in METRICS]
+        lines.append(f"| `{arm.name}` | {WHAT[arm.name]} | {' | '.join(cells)} | {paid(results, arm)} |")
+    return "\n".join(lines)
+
+
+def sets_table(results: Results) -> str:
+    """Return one row per arm with Rouge-L and the loss on each test set."""
+    heads = [f"{METRICS[metric]}, {name}" for metric in (ROUGE, LOSS) for name in results.sets]
+    lines = [f"| arm | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for arm in results.plan.arms:
+        found = [results.summaries.get((arm.name, name, metric)) for metric in (ROUGE, LOSS) for name in results.sets]
+        cells = [summary_text(value, LOSS if i >= len(results.sets) else ROUGE) if value else DASH for i, value in enumerate(found)]
+        lines.append(f"| `{arm.name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pairs_table(results: Results) -> str:
+    """Return one row per pair of arms with their paired differences. Bold intervals exclude 0."""
+    lines = [f"| arm | minus | {' | '.join(METRICS.values())} |", "|---|---|" + "---:|" * len(METRICS)]
+    for one, other in PAIRS:
+        cells = []
+        for metric in METRICS:
+            gap = difference(results, one, other, metric)
+            text = gap_text(gap, metric) if gap else DASH
+            cells.append(text if gap is None or gap.covers_zero else f"**{text}**")
+        lines.append(f"| `{one}` | `{other}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def stages_table(results: Results) -> str:
+    """Return one row per training with its updates, dev loss before its end, FLOPs and seconds."""
+    lines = ["| training | updates | dev loss, first | dev loss, last | FLOPs | seconds |", "|---|---:|---:|---:|---:|---:|"]
+    for stage in results.plan.stages:
+        manifest = load_manifest(results.store, stage.key) if results.store.finished(stage.key) else None
+        if manifest is None or stage.kind not in ("sft", "distill"):
+            continue
+        curve = next((c for c in learning_curves(results) if c.metric == "dev/loss" and stage.key in _keys(results, c.arm, c.name)), None)
+        first, last = (number(curve.mean[1][i], LOSS) for i in (0, -1)) if curve else (DASH, DASH)
+        cells = [stage.label, f"{stage.steps:,}", first, last, flops_text(stage.flops), f"{manifest.seconds:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _keys(results: Results, arm: str | None, name: str) -> set[str | None]:
+    """Return the keys of the trainings that a learning curve shows."""
+    if arm is not None:
+        return set(results.arm(arm).final.values())
+    return {stage.key for stage in results.plan.stages if stage.label.startswith(name)}
+
+
+def side_by_side(results: Results, count: int = 2) -> str:
+    """Return the first prompts of each test set with the reference and the answers of all arms."""
+    lines = []
+    for name, prompts in samples(results).items():
+        for row in prompts[:count]:
+            reference = row["references"][0]
+            answers = [("reference", reference), *((arm, found["text"]) for arm, found in row["answers"].items())]
+            lines += [f"**{name}, prompt {row['index']}**", "", "| | |", "|---|---|", f"| prompt | {_inline(row['prompt'])} |"]
+            lines += [f"| `{who}` | {_inline(text)} |" for who, text in answers] + [""]
+    return "\n".join(lines).rstrip()
+
+
+def _inline(text: str, longest: int = 240) -> str:
+    """Return a text as one line of a Markdown table, cut with an ellipsis."""
+    flat = " ".join(text.split())
+    cut = flat if len(flat) <= longest else flat[: longest - 1] + "…"
+    for sign in "\\`*_<>|[]":
+        cut = cut.replace(sign, f"\\{sign}")
+    return cut or "(empty)"
+
+
+def draw(results: Results, target: Path) -> None:
+    """Draw the dev loss of each distillation over its updates, and the arms' test loss and Rouge-L with intervals."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), width_ratios=(5, 3, 3))
+    for curve in learning_curves(results):
+        if curve.metric == "dev/loss" and curve.arm in COLOURS:
+            left.plot(*curve.mean, color=COLOURS[curve.arm], marker="o", markersize=3, label=curve.arm)
+    left.set_xlabel("updates of the last training")
+    left.set_ylabel("loss on dev, nats per token")
+    left.legend(frameon=False, fontsize=9)
+    arms = [arm.name for arm in results.plan.arms if (arm.name, MEAN, LOSS) in results.summaries]
+    for axis, metric, title in ((middle, LOSS, "loss on the test sets"), (right, ROUGE, "Rouge-L, sampled, %")):
+        for place, arm in enumerate(reversed(arms)):
+            found = results.summaries[arm, MEAN, metric]
+            error = [[found.mean - found.low], [found.high - found.mean]]
+            axis.errorbar([found.mean], [place], xerr=error, fmt="o", color=COLOURS.get(arm, "0.3"), markersize=5, capsize=3)
+        axis.set_yticks(range(len(arms)), list(reversed(arms)) if axis is middle else [""] * len(arms))
+        axis.set_xlabel(title)
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    with plt.rc_context({"svg.hashsalt": "smollm2", "svg.fonttype": "none"}):
+        figure.savefig(target, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write the page and its picture."""
+    root = runs_directory(sys.argv[1] if len(sys.argv) > 1 else None)
+    results = read_results(root / STUDY, store_of(root))
+    draw(results, HERE / "pictures" / "smollm2.svg")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    template = environment.from_string((HERE / "results" / "smollm2.md.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        arms=arms_table(results),
+        sets=sets_table(results),
+        pairs=pairs_table(results),
+        stages=stages_table(results),
+        samples=side_by_side(results),
+        cell=lambda arm, metric=LOSS: cell(results, arm, metric),
+        minus=lambda one, other, metric=LOSS: minus(results, one, other, metric),
+        parameters=lambda model: parameters_text(results.plan.parameters[model]),
+        used=results.used,
+    )
+    (HERE / "results" / "smollm2.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
