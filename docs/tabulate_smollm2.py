@@ -4,6 +4,7 @@ tadistill run recipes/takd/smollm2-cpu.yaml
 python docs/tabulate_smollm2.py [RUNS]
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tadistill.results.actual import rows_text
 from tadistill.results.collect import MEAN, Results, read_results
 from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
@@ -69,6 +71,20 @@ def paid(results: Results, arm: ArmRecord) -> str:
     return f"{flops_text(arm.flops)} ({ratio_text(arm.flops / direct)})" if arm.flops and direct else DASH
 
 
+def answer(results: Results) -> str:
+    """Return the first sentence: the difference of both uses of an assistant from direct distillation with the same compute."""
+    texts = []
+    for arm, use in (("takd", "when the assistant teaches the student"), ("cascade", "when the student is pruned from the assistant")):
+        gap = difference(results, arm, "direct-equal-compute", LOSS)
+        assert gap is not None, f"{arm} is not finished"
+        word = "does not clearly differ" if gap.covers_zero else "is lower" if gap.mean < 0 else "is higher"
+        texts.append(f"{word} {use} ({gap_text(gap, LOSS)} nats per token)")
+    return (
+        f"As far as one training seed can tell, far from convergence: compared with direct distillation of equal compute, the loss on the "
+        f"references {' and '.join(texts)}."
+    )
+
+
 def arms_table(results: Results) -> str:
     """Return one row per arm with its means over the test sets and its training FLOPs."""
     lines = [f"| arm | what it is | {' | '.join(METRICS.values())} | FLOPs |", "|---|---|" + "---:|" * (len(METRICS) + 1)]
@@ -104,6 +120,8 @@ def pairs_table(results: Results) -> str:
 
 def stages_table(results: Results) -> str:
     """Return one row per training with its updates, dev loss before its end, FLOPs and seconds."""
+    plan = json.loads((results.study_dir / "plan.json").read_text(encoding="utf-8"))
+    steps = {stage["key"]: stage["steps"] for stage in plan["stages"]}
     lines = ["| training | updates | dev loss, first | dev loss, last | FLOPs | seconds |", "|---|---:|---:|---:|---:|---:|"]
     for stage in results.plan.stages:
         manifest = load_manifest(results.store, stage.key) if results.store.finished(stage.key) else None
@@ -111,7 +129,7 @@ def stages_table(results: Results) -> str:
             continue
         curve = next((c for c in learning_curves(results) if c.metric == "dev/loss" and stage.key in _keys(results, c.arm, c.name)), None)
         first, last = (number(curve.mean[1][i], LOSS) for i in (0, -1)) if curve else (DASH, DASH)
-        cells = [stage.label, f"{stage.steps:,}", first, last, flops_text(stage.flops), f"{manifest.seconds:,.0f}"]
+        cells = [stage.label, f"{steps[stage.key]:,}", first, last, flops_text(stage.flops), f"{manifest.seconds:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -123,19 +141,17 @@ def _keys(results: Results, arm: str | None, name: str) -> set[str | None]:
     return {stage.key for stage in results.plan.stages if stage.label.startswith(name)}
 
 
-def side_by_side(results: Results, count: int = 2) -> str:
-    """Return the first prompts of each test set with the reference and the answers of all arms."""
+def side_by_side(results: Results, count: int = 1) -> str:
+    """Return the answers of all arms to the first prompts of each test set. Prompts and references are not ours to publish."""
     lines = []
     for name, prompts in samples(results).items():
         for row in prompts[:count]:
-            reference = row["references"][0]
-            answers = [("reference", reference), *((arm, found["text"]) for arm, found in row["answers"].items())]
-            lines += [f"**{name}, prompt {row['index']}**", "", "| | |", "|---|---|", f"| prompt | {_inline(row['prompt'])} |"]
-            lines += [f"| `{who}` | {_inline(text)} |" for who, text in answers] + [""]
+            lines += [f"| arm | answer to row {row['index']} of {name} |", "|---|---|"]
+            lines += [f"| `{arm}` | {_inline(found['text'])} |" for arm, found in row["answers"].items()] + [""]
     return "\n".join(lines).rstrip()
 
 
-def _inline(text: str, longest: int = 240) -> str:
+def _inline(text: str, longest: int = 110) -> str:
     """Return a text as one line of a Markdown table, cut with an ellipsis."""
     flat = " ".join(text.split())
     cut = flat if len(flat) <= longest else flat[: longest - 1] + "…"
@@ -177,6 +193,7 @@ def main() -> None:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     template = environment.from_string((HERE / "results" / "smollm2.md.j2").read_text(encoding="utf-8"))
     page = template.render(
+        answer=answer(results),
         arms=arms_table(results),
         sets=sets_table(results),
         pairs=pairs_table(results),
@@ -185,7 +202,7 @@ def main() -> None:
         cell=lambda arm, metric=LOSS: cell(results, arm, metric),
         minus=lambda one, other, metric=LOSS: minus(results, one, other, metric),
         parameters=lambda model: parameters_text(results.plan.parameters[model]),
-        used=results.used,
+        used=rows_text(results.used),
     )
     (HERE / "results" / "smollm2.md").write_text(page, encoding="utf-8")
 
