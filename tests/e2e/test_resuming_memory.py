@@ -21,8 +21,9 @@ OPTIM = Optim(steps=1, batch=1, lr=1e-3)
 
 
 def model() -> LlamaForCausalLM:
-    sizes = {"intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=8000, hidden_size=256, tie_word_embeddings=True, **sizes))
+    """Return a model in which one tensor is a small part, as in large models. Tensors are loaded one by one."""
+    sizes = {"intermediate_size": 512, "num_hidden_layers": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, hidden_size=256, tie_word_embeddings=True, **sizes))
 
 
 def proportional() -> dict[str, int]:
@@ -38,11 +39,11 @@ def resume(folder: Path) -> None:
     student = shard(model(), torch.device("cpu"))  # type: ignore[arg-type]
     optimizer = make_optimizer(student, OPTIM)
     dist.barrier()
-    before, most, ended = proportional(), {"own": 0, "mapped": 0}, threading.Event()
+    before, own, ended = proportional(), [0], threading.Event()
 
     def sample() -> None:
         while not ended.wait(0.002):
-            most.update({kind: max(most[kind], size) for kind, size in proportional().items()})
+            own.append(proportional()["own"])
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -52,9 +53,12 @@ def resume(folder: Path) -> None:
     load_optimizer(optimizer, state.optimizer)
     ended.set()
     thread.join()
+    dist.barrier()  # each rank has now read all pages of the state, and they are shared
+    mapped = proportional()["mapped"] - before["mapped"]
+    dist.barrier()
     state.release()
     kept = proportional()["own"]  # weights and moments, which a GPU has in its own memory
-    used = {"own": max(most["own"] - kept, 0), "mapped": max(most["mapped"] - before["mapped"], 0)}
+    used = {"own": max(max(own) - kept, 0), "mapped": max(mapped, 0)}
     (folder / f"{rank}.json").write_text(json.dumps(used))
     dist.destroy_process_group()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tadistill.data import tinyworld
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader
+from tadistill.models.teacher import teacher_of
 from tadistill.objectives import Head, Hidden, forward_kl, fused_divergence, jensen_shannon, reverse_kl, tiles
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -169,8 +170,8 @@ def our_loss(trainer: GKDTrainer, batch: dict[str, Tensor], **parameters) -> Ten
     for ids, real, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         answer = labels != -100
         sequences.append(Sequence(tuple(ids[(real == 1) & ~answer].tolist()), tuple(ids[answer].tolist())))
-    ours, student, teacher = collate(sequences, pad=0), Reader(trainer.model), Reader(trainer.teacher_model)
-    target = teacher.target(trainer.teacher_model, ours)
+    ours, student, teacher = collate(sequences, pad=0), Reader(trainer.model), teacher_of(trainer.teacher_model)
+    target = teacher.target(ours)
     total, values = fused_divergence(forward_kl, student.hidden(trainer.model, ours), student.head, target, **parameters)
     return total / len(values)
 

@@ -67,7 +67,7 @@ def _tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError):
         described = None
     if isinstance(described, dict) and described.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in described:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+        return PreTrainedTokenizerFast.from_pretrained(directory, trust_remote_code=False)
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
