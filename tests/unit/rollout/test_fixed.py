@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.conftest import tiny_model
 from tests.families import tiny
-from tests.unit.rollout.test_generate import ALL_OPTIONS, EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_frequencies, uniforms
+from tests.unit.rollout.test_generate import ALL_OPTIONS, EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_equal, assert_frequencies, uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -39,16 +39,7 @@ def assert_same(monkeypatch, student, prompts=PROMPTS, *, eos=EOS, **settings):
         found = sample(*args, eos=eos, vocab=VOCAB, **settings)
     with path(monkeypatch, in_step=False):
         expected = sample(*args, eos=eos, vocab=VOCAB, **settings)
-    for a, b in zip(found, expected, strict=True):
-        assert a.tokens == b.tokens
-        assert set(a.values) == set(b.values)
-        for name in a.values:
-            assert a.values[name].dtype == np.float32
-            np.testing.assert_allclose(a.values[name], b.values[name], atol=1e-4)
-        if b.hidden is None:
-            assert a.hidden is None
-        else:
-            torch.testing.assert_close(a.hidden, b.hidden, atol=1e-3, rtol=1e-3)
+    assert_equal(found, expected)
     return found
 
 

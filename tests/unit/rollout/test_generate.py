@@ -57,6 +57,20 @@ def log_probs(logits: torch.Tensor, tokens: tuple[int, ...]) -> np.ndarray:
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1).numpy()
 
 
+def assert_equal(found, expected) -> None:
+    """Assert that two ways of sampling gave the same responses."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.tokens == b.tokens
+        assert set(a.values) == set(b.values)
+        for name in a.values:
+            assert a.values[name].dtype == np.float32
+            np.testing.assert_allclose(a.values[name], b.values[name], atol=1e-4)
+        if b.hidden is None:
+            assert a.hidden is None
+        else:
+            torch.testing.assert_close(a.hidden, b.hidden, atol=1e-3, rtol=1e-3)
+
+
 def assert_frequencies(tokens: np.ndarray, expected: np.ndarray) -> None:
     """Chi-square of the counts; cells expected less than five times are taken together."""
     expected = expected * len(tokens)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import tiny_model
-from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, full_forward, log_probs, uniforms
+from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_equal, full_forward, log_probs, uniforms
 
 from tadistill.config.common import Decoding
 from tadistill.rollout import lazy
@@ -31,16 +31,6 @@ def in_step(monkeypatch, *args, **settings):
     with monkeypatch.context() as patch:
         patch.setattr(lazy, "possible", lambda *_: False)
         return sample(*args, **settings)
-
-
-def assert_equal(found, expected) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert a.tokens == b.tokens
-        assert set(a.values) == set(b.values)
-        for name in a.values:
-            assert a.values[name].dtype == np.float32
-            np.testing.assert_allclose(a.values[name], b.values[name], atol=1e-4)
-        torch.testing.assert_close(a.hidden, b.hidden, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -120,13 +120,23 @@ def keep_freed_memory() -> None:
     """Let this process keep large blocks of freed memory for later use. This works with the C library glibc only.
 
     By default, glibc gives large blocks back to the system, and asks for new ones in each update. This costs 3 to 5 % of the time of a
-    small student's update. With this function, the peak memory of the process stays the same, but the memory is not free until the process
-    ends.
+    small student's update. With this function, blocks of many sizes stay in the heap, so the process grows until `give_back_freed_memory`
+    is called.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in _MALLOC.items():
             mallopt(parameter, value)
+
+
+def give_back_freed_memory() -> None:
+    """Give the freed memory of this process back to the system. This works with the C library glibc only.
+
+    Without this, a long training on a CPU grew to 7.4 GB. It needed 2.1.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
