@@ -1,5 +1,7 @@
-"""Constants that two parts share: the code that does the work, and the plan that predicts its cost."""
+"""Constants that two parts share: the code that does the work, and the plan that predicts its cost without torch."""
 
+LOG_ZERO = -1e15
+"""A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
 TILE_BYTES = 144 * 2**20
 """Maximum size in bytes of the logits of student and teacher together, in one matrix product of the fused loss (`objectives.fused`)."""
 TILE_ROWS = 384

@@ -22,7 +22,7 @@ from tadistill.models.client import Answer, Broken, Servers, read_json
 from tadistill.models.counting.sizes import Work
 from tadistill.models.teacher import HiddenTeacher, Teacher
 from tadistill.objectives import Head, TopK
-from tadistill.objectives.divergence import LOG_ZERO
+from tadistill.tuning import LOG_ZERO
 
 POOLING, COMPLETIONS = "/pooling", "/v1/completions"
 _SMALLEST = float(np.finfo(np.float32).eps)  # probability of the tail below which the server's rounding hides it

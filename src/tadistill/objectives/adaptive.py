@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import LOG_ZERO, at_least_float32, both_log_probs, kl
+from tadistill.objectives.divergence import at_least_float32, both_log_probs, kl
+from tadistill.tuning import LOG_ZERO
 
 _HEAD_GUESS = 256
 

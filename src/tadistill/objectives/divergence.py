@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from tadistill.objectives import checks
+from tadistill.tuning import LOG_ZERO
 
 # Slopes: with g = dD/dq of a divergence D at constant p, the gradient through the softmax is q (g - sum_v q g), where v is a token.
 # Terms of g that do not depend on v cancel. The tests compare every slope with autograd through the plain function.
-LOG_ZERO = -1e15
-"""A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:

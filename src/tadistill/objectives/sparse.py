@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import LOG_ZERO, at_least_float32, forward_kl, log_probs, reverse_kl
+from tadistill.objectives.divergence import at_least_float32, forward_kl, log_probs, reverse_kl
+from tadistill.tuning import LOG_ZERO
 
 
 @dataclass(frozen=True)

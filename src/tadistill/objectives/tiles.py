@@ -20,12 +20,17 @@ _SHARE = 8  # a tile takes at most this fraction of the free memory
 _RETURNS_SUMS = ("cuda",)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU that this process can still use, including what its allocator holds for later. Return None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def tile_bytes(device: torch.device) -> int:
     """Return the largest size in bytes of a tile: its logits and, on a GPU, the objective's temporary tensors."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return TILE_BYTES
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch's allocator
-    return max(TILE_BYTES, min(_LARGEST, (torch.cuda.mem_get_info(device)[0] + unused) // _SHARE))
+    free = free_bytes(device) if torch.cuda.is_available() else None
+    return TILE_BYTES if free is None else max(TILE_BYTES, min(_LARGEST, free // _SHARE))
 
 
 def tile_rows(count: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

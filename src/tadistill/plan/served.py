@@ -89,9 +89,11 @@ def served_notes(plan: "Plan") -> Iterator[str]:
     """Yield a sentence for each served teacher: where it runs, what a token costs on its way, and whether losses are exact."""
     ledger = Ledger(plan.recipe)
     for name, model in plan.recipe.models.items():
+        if model.serve is None:
+            continue
         specs = [stage.spec for stage in plan.stages.values()]
         taught = [spec for spec in specs if any(_is(handle, model.serve, model.load) for handle in running(spec))]
-        if model.serve is None or not taught:
+        if not taught:
             continue
         where, config = ", ".join(model.serve.at), ledger.config(name) or {}
         width = config.get("hidden_size", config.get("n_embd"))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
 from tadistill.models.forward import evaluating, in_bfloat16
+from tadistill.objectives.tiles import free_bytes
 from tadistill.rollout.decoder import WAYS, Decoder, way_of
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 
@@ -98,13 +99,6 @@ class Native:
                 most = max(1, min(int(_SHARE * free / needs), _ROWS))
                 size = -(-len(prompts) // -(-len(prompts) // most))  # batches of equal size
         return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the memory of a GPU that this process can still use, including what its allocator holds for later. Return None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @torch.inference_mode()

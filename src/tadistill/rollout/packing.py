@@ -30,12 +30,11 @@ Axes: T tokens, K kept tokens, E entries.
 import numpy as np
 
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
+from tadistill.tuning import LOG_ZERO
 
 _FIRST, _FIRST_BITS, _OTHER_BITS = 10, 7, 4
 _RANGE_BITS, _PER_NAT, _TAIL_BITS, _HIGHEST, _TAIL_PER_NAT = 8, 8, 16, 16.0, 1024
 _NO_TAIL = 2**_TAIL_BITS - 1
-LOG_ZERO = -1e15
-"""The log-probability of a tail that is empty, as in `objectives.divergence`."""
 
 
 def _low_bits(count: int, vocab: int) -> int:

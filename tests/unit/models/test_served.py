@@ -22,7 +22,7 @@ from tadistill.models.served import top_k_target
 from tadistill.models.serving import check_servers, names_of, served_teacher
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
-from tadistill.objectives.divergence import LOG_ZERO
+from tadistill.tuning import LOG_ZERO
 
 from .conftest import random_model, word_tokenizer
 from .served import as_json, refusal, serving
