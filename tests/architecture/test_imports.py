@@ -15,6 +15,9 @@ QUICK = [
     "found = CliRunner().invoke(app, ['plan', 'recipes/quickstart.yaml']); assert found.exit_code == 0, found.output",
     "from typer.testing import CliRunner; from tadistill.cli import app; "
     "found = CliRunner().invoke(app, ['doctor', 'recipes/quickstart.yaml']); assert 'fetched' in found.output, found.output",
+    # the first work of every run, also of one whose stages are finished
+    "from tadistill.config import load; from tadistill.runner.study import fetch_models; from tadistill.terminal import Terminal; "
+    "fetch_models(load('recipes/quickstart.yaml'), Terminal())",
 ]
 UNUSED = {"numpy", "psutil", "filelock", "tokenizers", "multiprocessing"}
 """Libraries that planning this recipe has no use for."""

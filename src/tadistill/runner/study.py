@@ -86,12 +86,15 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
 @placed
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
     """Download the models that are not on this disk. The plan needs their sizes. Of a served model, only the output head is needed."""
-    from tadistill.models.head import fetch_head  # here: it imports torch
-
     for model in recipe.models.values():
         if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")
-            (fetch_head if model.serve else sources.fetch)(model.load, model.revision)
+            if model.serve:
+                from tadistill.models.head import fetch_head  # here: it imports torch, which a run of finished stages does not need
+
+                fetch_head(model.load, model.revision)
+            else:
+                sources.fetch(model.load, model.revision)
         if model.tokenizer and model.tokenizer != "tinyworld":
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
