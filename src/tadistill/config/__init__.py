@@ -1,8 +1,9 @@
 """Recipes, the YAML files that describe a study. `load` reads a file, `parse` reads YAML text, and `validate` reads plain data. Each of the
 three functions returns an immutable `Recipe`."""
 
+from tadistill.config.data import Data, DataRef
 from tadistill.config.load import load, parse, validate
 from tadistill.config.method import Method, Optim, Sft
-from tadistill.config.recipe import Arm, Data, DataRef, Evaluate, ModelConfig, Recipe
+from tadistill.config.recipe import Arm, Evaluate, ModelConfig, Recipe
 
 __all__ = ["Arm", "Data", "DataRef", "Evaluate", "Method", "ModelConfig", "Optim", "Recipe", "Sft", "load", "parse", "validate"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from tadistill.config.recipe import DataRef, Recipe
+from tadistill.config.data import DataRef
+from tadistill.config.recipe import Recipe
 from tadistill.errors import ConfigError, DataError, ModelError
 
 Lines = dict[tuple, int | str]

@@ -7,13 +7,13 @@ work. Unknown keys are errors. All defaults are in this package.
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Budgets, Search
 from tadistill.config.common import MOST, Name, Strict
+from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
@@ -21,135 +21,6 @@ from tadistill.config.objective import Custom
 
 if TYPE_CHECKING:
     from tadistill.config.places import Origin
-
-
-class World(Strict):
-    """The fictional world of the data sets whose names begin with tinyworld. These data sets are generated and need no download."""
-
-    seed: int = 0
-    """Seed of the world's facts and rows."""
-    people: int = Field(default=120, ge=10, le=200)
-    """Number of people in the world. With more people, there are more facts to learn."""
-
-
-_LONGEST_SET = 200
-Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts",
-                 "numeric", "choice", "math", "checks"]  # fmt: skip
-
-
-class DataRef(Strict):
-    """A data set. In a recipe, `NAME` is short for `{load: NAME}`."""
-
-    text_sets: ClassVar[str] = "load"
-    load: str
-    """The data set: a known name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, a folder with SPLIT.jsonl
-    files, or a hub id."""
-    split: str | None = None
-    """Name of the split to read. By default, it is the name of the key that uses the data set: train, dev or test."""
-    revision: str = "main"
-    """Hub revision: a branch, tag or commit."""
-    columns: dict[Column, str] = {}
-    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `choices`, `facts` and those of
-    right answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here: {choices: choices, numeric: answer}."""
-    choices: tuple[str, ...] = ()
-    """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
-    index of this list."""
-    instruction: str | None = None
-    """The instruction of every row, for a data set without instructions."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {cls.text_sets: value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or "" in self.choices):
-            raise ValueError(f"`choices` are {list(self.choices)}; give at least two choices, all different and none of them empty")
-        for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
-            if given and name in self.columns:
-                raise ValueError(
-                    f"`{name}` is set for every row, but `columns` also names a column for it (`{self.columns[name]}`); remove one of the "
-                    "two"
-                )
-        if len(self.name) > _LONGEST_SET:  # it becomes a part of file names
-            raise ValueError(
-                f"the name of the file or folder has {len(self.name)} characters; rename it, with at most {_LONGEST_SET} characters"
-            )
-        if self.instruction == "":
-            raise ValueError("`instruction` is empty; write the instruction for every row, or remove the key")
-        return self
-
-    _folder: Path | None = PrivateAttr(default=None)
-    """The folder of the recipe's file."""
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The paths at which a local data set is looked for: beside the recipe's file, and then in the working directory."""
-        path = Path(self.load).expanduser()
-        return tuple(dict.fromkeys([self._folder / path, Path.cwd() / path])) if self._folder else (path,)
-
-    @property
-    def name(self) -> str:
-        """The short name of the data set in tables and file names."""
-        if self.load.startswith(("sinst/", "uinst/")):  # `0_2` alone would not name the set
-            return self.load.replace("/", "_")
-        return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
-
-
-class Limit(Strict):
-    """The number of rows to use from the start of each data set, for quick trials. By default, all rows are used."""
-
-    train: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of rows of the training set."""
-    dev: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of rows of the dev set."""
-    test: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of rows of each test set."""
-
-
-Template = Literal["alpaca", "chat", "plain"]
-LongPrompts = Literal["drop", "cut"]
-
-
-class Data(Strict):
-    """The data sets of a study, and how their rows become token sequences."""
-
-    train: DataRef
-    """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set."""
-    dev: DataRef
-    """The data set on which checkpoints and paths are chosen."""
-    test: tuple[DataRef, ...]
-    """The data sets on which trained models are measured."""
-    corpus: DataRef | None = None
-    """Plain text for the language-modelling part of MiniLLM's loss."""
-    root: str | None = None
-    """Folder of local data sets. The default is the environment variable TADISTILL_DATA."""
-    template: Template = "alpaca"
-    """Text around an instruction. `alpaca`: the Alpaca prompt, as in MiniLLM. `chat`: the tokenizer's chat template. `plain`: only a line
-    break."""
-    max_prompt: int = Field(default=256, ge=1, le=MOST)
-    """Largest number of tokens in a prompt. The default is MiniLLM's value."""
-    long_prompts: LongPrompts = "drop"
-    """What happens to a row whose prompt is longer than `max_prompt`. `drop`: the row is left out and counted. `cut`: the first
-    `max_prompt` tokens are kept, as in MiniLLM's tests."""
-    max_length: int = Field(default=512, ge=2)
-    """Largest number of tokens in a prompt together with its reference response. A longer response is cut. Sampled responses are not
-    limited by it."""
-    bos: Literal["auto", "never"] = "auto"
-    """Whether prompts and plain text begin with the token BOS. `auto`: as the tokenizer does it. `never`: no BOS, as in MiniLLM. With the
-    template `chat`, the chat template decides this."""
-    limit: Limit = Limit()
-    world: World = World()
-
-    @field_validator("test")
-    @classmethod
-    def _distinct(cls, test: tuple[DataRef, ...]) -> tuple[DataRef, ...]:
-        names = [ref.name for ref in test]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two data sets have the name `{name}`; rename one of the files, or remove one data set")
-        return test
 
 
 class Runtime(Strict):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config import Data, DataRef
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.data import hub, jsonl, tinyworld
 from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
 from tadistill.disk import digest, no_file

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, overload
 
 from tadistill.config import DataRef
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.data import chat, datasets, templates
 from tadistill.data.rows import Example
 from tadistill.data.survey import key_of_rows

@@ -15,7 +15,8 @@ from typing import Any
 
 from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
-from tadistill.config.recipe import World, methods
+from tadistill.config.data import World
+from tadistill.config.recipe import methods
 from tadistill.data import datasets, rows
 from tadistill.data.rows import Example, beyond_ascii
 from tadistill.disk import cache_root, digest, write_json

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tadistill.config.recipe import LongPrompts
+from tadistill.config.data import LongPrompts
 from tadistill.data import chat
 from tadistill.data.rows import Example
 from tadistill.errors import DataError, ModelError

@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
 from tadistill.config.common import Strict
+from tadistill.config.data import LongPrompts, Template, World
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Custom, ObjectiveBase
-from tadistill.config.recipe import LongPrompts, Template, World
 from tadistill.config.sampling import StudentSampler, TopKSignal
 from tadistill.config.served import Serve
 from tadistill.disk import digest

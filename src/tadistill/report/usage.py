@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate
-from tadistill.config.recipe import Data
 from tadistill.data.rows import Example
 from tadistill.data.templates import render, split_prompt
 from tadistill.data.tinyworld import world_rows

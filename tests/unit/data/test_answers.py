@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from tadistill.config import Data, DataRef
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.data import answers, datasets
 from tadistill.data.answers import RULES, chosen, final_number
 from tadistill.errors import ConfigError, DataError

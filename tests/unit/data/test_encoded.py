@@ -7,7 +7,7 @@ import pytest
 from tests.unit.models.conftest import word_tokenizer
 
 from tadistill.config import Data, DataRef
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.data import datasets, encoded, jsonl, survey, templates
 from tadistill.data.batch import references
 from tadistill.data.encoded import RowsOnDisk, tokenizer_digest

@@ -6,7 +6,7 @@ import pytest
 from tests.byte_models import BOS, EOS, byte_tokenizer
 
 from tadistill.config import Data, DataRef
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.data import datasets
 from tadistill.data.batch import chunks
 from tadistill.data.templates import task_of

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tadistill.config import DataRef
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted
 from tadistill.plan.inputs import Encoding, Loaded, Split

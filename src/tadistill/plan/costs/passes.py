@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from tadistill.config import DataRef, ModelConfig, Optim, Recipe
-from tadistill.config.recipe import World
+from tadistill.config.data import World
 from tadistill.data import datasets, tinyworld
 from tadistill.data.survey import SAMPLE, Survey
 from tadistill.data.templates import Counts, Lengths, encode_counted
