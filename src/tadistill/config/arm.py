@@ -5,12 +5,13 @@ An arm is a named path of models, in which each model teaches the next one.
 
 import re
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
+from tadistill.config.context import TeacherContext
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
@@ -97,6 +98,8 @@ class Arm(Strict):
     """Changes to the recipe's `method.select` for this arm."""
     dense: Dense | None = None
     """Changes to the recipe's `method.dense` for this arm."""
+    context: TeacherContext | None = None
+    """Changes to the recipe's `method.context` for this arm. A path such as `s > s`, in which a model teaches itself, needs a context."""
     compute: str | None = None
     """Training budget of this arm, relative to another arm. `as ARM` gives the same training FLOPs as ARM (an equal-compute baseline).
     `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
@@ -119,9 +122,10 @@ class Arm(Strict):
     def _check_path(self):
         for path in self.path:
             for name in path:
-                if path.count(name) > 1:
+                if sum(other == name for other, _ in groupby(path)) > 1:
                     raise ValueError(
-                        f"path `{path_text(path)}` names model {name} twice, but a model cannot teach itself; name each model once"
+                        f"path `{path_text(path)}` names model {name} twice, with another model in between; name each model once, or write "
+                        f"`{name} > {name}` for a model that teaches itself"
                     )
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
             raise ValueError(
@@ -187,7 +191,7 @@ class Arm(Strict):
     @property
     def patch(self) -> MethodPatch:
         """This arm's changes to the recipe's method."""
-        return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
+        return MethodPatch(**{name: getattr(self, name) for name in MethodPatch.model_fields})
 
 
 class Budgets(Strict):

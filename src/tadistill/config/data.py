@@ -18,6 +18,7 @@ class World(Strict):
 
 
 _LONGEST_SET = 200
+_IN_TEMPLATES = ("instruction", "input", "output", "prompt")
 Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts",
                  "numeric", "choice", "math", "checks"]  # fmt: skip
 
@@ -41,6 +42,9 @@ class DataRef(Strict):
     index of this list."""
     instruction: str | None = None
     """The instruction of every row, for a data set without instructions."""
+    extra: tuple[str, ...] = ()
+    """Further columns of the file that the template of a `context` uses, such as [document]. A column contains a text, a number, or a list
+    of texts, which are joined with empty lines. Only the training set can have this key."""
 
     @model_validator(mode="before")
     @classmethod
@@ -57,6 +61,8 @@ class DataRef(Strict):
                     f"`{name}` is set for every row, but `columns` also names a column for it (`{self.columns[name]}`); remove one of the "
                     "two"
                 )
+        if known := [name for name in self.extra if name in _IN_TEMPLATES]:
+            raise ValueError(f"`extra` names `{known[0]}`, which every template of a `context` can use; remove it from `extra`")
         if len(self.name) > _LONGEST_SET:  # it becomes a part of file names
             raise ValueError(
                 f"the name of the file or folder has {len(self.name)} characters; rename it, with at most {_LONGEST_SET} characters"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from tadistill.config.common import MOST, Strict
+from tadistill.config.context import TeacherContext
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.optim import Optim
 from tadistill.config.sampling import (
@@ -21,6 +22,7 @@ from tadistill.config.sampling import (
     Sampler,
     Signal,
     StudentSampler,
+    TeacherMixedSampler,
     TopKSignal,
 )
 from tadistill.config.shorthand import MethodName, written_out
@@ -97,6 +99,8 @@ class Method(Strict):
     optim: Optim = Optim()
     select: Select = Select()
     dense: Dense | None = None
+    context: TeacherContext | None = None
+    """The teacher's own prompt. By default, the teacher reads the student's prompt."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +116,11 @@ class Method(Strict):
     def recorded_text(self) -> bool:
         """True if the student's text is sampled once, before training, so that training samples nothing."""
         return isinstance(self.sampler, StudentSampler) and self.sampler.recorded
+
+    @property
+    def uses_teacher(self) -> bool:
+        """True if a teacher gives the loss or the text."""
+        return self.objective.needs_teacher or self.sampler.teacher_text
 
     @property
     def samples(self) -> bool:
@@ -153,6 +162,8 @@ class MethodPatch(Strict):
     """Changes to the recipe's `method.select`."""
     dense: Dense | None = None
     """Changes to the recipe's `method.dense`."""
+    context: TeacherContext | None = None
+    """Changes to the recipe's `method.context`."""
 
 
 def merge_methods(base: Strict, patch: Strict | None) -> Any:
@@ -180,8 +191,9 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     together."""
     for patch in patches:
         method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in MethodPatch.model_fields})
-    if not method.objective.needs_teacher and not any(patch.dense for patch in patches):
-        method = method.model_copy(update={"dense": None})  # the recipe's `dense` applies only to arms that have teachers
+    for name, used in (("dense", method.objective.needs_teacher), ("context", method.uses_teacher)):
+        if not used and not any(getattr(patch, name) for patch in patches):
+            method = method.model_copy(update={name: None})  # the recipe's own setting applies only to arms that have teachers
     check_pairing(method)
     return method
 
@@ -193,6 +205,8 @@ def check_pairing(method: Method) -> None:
     _check_signal(method)
     method.select.check()
     _check_engine(method)
+    if method.context:
+        _check_context(method)
     sampler, batch = method.sampler, method.optim.batch
     if method.round_rollouts % batch:
         raise ConfigError(
@@ -274,6 +288,26 @@ def _check_signal(method: Method) -> None:
         )
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
         raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
+
+
+def _check_context(method: Method) -> None:
+    objective, sampler = method.objective, method.sampler
+    if not method.uses_teacher:
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so `context` has no effect; use an objective with a teacher, such as "
+            "`reverse_kl`, or remove `context`"
+        )
+    if sampler.guided:
+        fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
+        raise ConfigError(
+            f"sampler `{sampler.type}` lets student and teacher sample one text together, but with `context` the teacher reads another "
+            f"prompt; {fix}, or remove `context`"
+        )
+    if method.select.metric == "reverse_kl":
+        raise ConfigError(
+            "select.metric `reverse_kl` compares student and teacher on the student's prompts, but with `context` the teacher reads "
+            "prompts of its own; set `select.metric` to `loss` or `rouge_l`"
+        )
 
 
 def _check_engine(method: Method) -> None:

@@ -36,6 +36,13 @@ class Sequence:
     """Maps a name to an array with one number per response token, for example the log-probability during sampling."""
     states: tuple[Tensor, ...] = ()
     """The teachers' last hidden states at the positions that predict the response: one tensor (response tokens, H) per teacher."""
+    teacher_prompt: tuple[int, ...] | None = None
+    """The prompt that the teachers read in place of `prompt`. None if they read the same one."""
+
+    @property
+    def of_teacher(self) -> "Sequence":
+        """The same response behind the teacher's prompt, without values and states."""
+        return Sequence(self.prompt if self.teacher_prompt is None else self.teacher_prompt, self.response)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,13 @@ class Batch:
     before training."""
     mixture: TargetMixture | None = None
     """The weights of the teachers in this update, if there are several teachers."""
+    context: "Batch | None" = None
+    """The same responses behind the teacher's own prompts. None if the teacher reads the student's prompts."""
+
+    @property
+    def of_teacher(self) -> "Batch":
+        """The batch that the teachers read. Its positions of the loss are those of the same response tokens, in the same order."""
+        return self.context or self
 
     @property
     def targets_BT(self) -> Tensor:
@@ -113,15 +127,17 @@ class Batch:
         mask = self.mask_BT[:rows]
         targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
-        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture)
+        context = self.context.first(rows) if self.context else None
+        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture, context)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with all its tensors on `device`."""
         ids, attention, mask, *values = (
             t.to(device, non_blocking=True) for t in (self.ids_BT, self.attention_BT, self.mask_BT, *self.values.values())
         )
-        corpus, targets = self.corpus.to(device) if self.corpus else None, tuple(t.to(device) for t in self.targets)
-        moved = Batch(ids, attention, mask, dict(zip(self.values, values, strict=True)), corpus, targets, self.mixture)
+        corpus, context = (part.to(device) if part else None for part in (self.corpus, self.context))
+        named, targets = dict(zip(self.values, values, strict=True)), tuple(t.to(device) for t in self.targets)
+        moved = Batch(ids, attention, mask, named, corpus, targets, self.mixture, context)
         vars(moved)["places"] = self.places.to(device)
         return moved
 
@@ -147,13 +163,17 @@ def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
     used."""
 
     def read(i: int) -> Sequence:
-        return Sequence(encoded[i].prompt, encoded[i].response)
+        row = encoded[i]
+        return Sequence(row.prompt, row.response, teacher_prompt=row.teacher_prompt)
 
     return _OnDisk(len(encoded), read) if isinstance(encoded, EncodedRows) else [*map(read, range(len(encoded)))]
 
 
-def responses(file: Path) -> Seq[Sequence]:
+def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
     """Return the prompts and responses in a JSON Lines file. The file is checked now, but each row stays on the disk until it is used.
+
+    Args:
+        encoded: the examples that were answered, in the order of the file, if they have prompts of the teacher's own.
 
     Raises:
         StoreError: the file is missing or damaged.
@@ -162,7 +182,7 @@ def responses(file: Path) -> Seq[Sequence]:
 
     def read(i: int) -> Sequence:
         _, row = next(stream_jsonl(file, start=int(places[i])))
-        return Sequence(tuple(row["prompt"]), tuple(row["response"]))
+        return Sequence(tuple(row["prompt"]), tuple(row["response"]), teacher_prompt=encoded[i].teacher_prompt if encoded else None)
 
     return _OnDisk(len(places), read)
 
@@ -197,7 +217,10 @@ def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
 
 
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK | Sampled, ...] = ()) -> Batch:
-    """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted."""
+    """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted.
+
+    If the sequences have prompts of the teacher's own, the same responses behind these prompts are a second batch (`Batch.context`).
+    """
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
     attention = np.zeros((rows, width), np.int64)
@@ -211,4 +234,6 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
         for name, array in values.items():
             array[b, n - 1 : end - 1] = s.values[name]
     tensors = {k: torch.from_numpy(v) for k, v in values.items()}
-    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask), tensors, corpus, targets)
+    own = any(s.teacher_prompt is not None for s in sequences)
+    context = collate([s.of_teacher for s in sequences], pad=pad) if own else None
+    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask), tensors, corpus, targets, context=context)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tadistill.config import DataRef
 from tadistill.config.data import World
-from tadistill.data import chat, datasets, templates
+from tadistill.data import chat, contexts, datasets, templates
 from tadistill.data.rows import Example
 from tadistill.data.survey import key_of_rows
 from tadistill.data.templates import Counts, Encoded, Lengths, encode_parts
@@ -37,7 +37,7 @@ class EncodedRows(Seq[Encoded]):
     """The rows of a memory-mapped table, as a sequence. A row is read from the disk when it is accessed. A slice returns a list of rows."""
 
     def __init__(self, table: "pa.Table"):
-        self._row, self._prompt, self._response, self._choices = (table.column(name) for name in _COLUMNS)
+        self._row, self._prompt, self._response, self._choices, self._teacher = (table.column(name) for name in _COLUMNS)
 
     def __len__(self) -> int:
         return len(self._row)
@@ -50,7 +50,9 @@ class EncodedRows(Seq[Encoded]):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         prompt, response = (tuple(column[i].values.to_numpy().tolist()) for column in (self._prompt, self._response))
-        return Encoded(self._row[i].as_py(), prompt, response, tuple(map(tuple, self._choices[i].as_py())))
+        own = self._teacher[i].as_py()
+        choices = tuple(map(tuple, self._choices[i].as_py()))
+        return Encoded(self._row[i].as_py(), prompt, response, choices, None if own is None else tuple(own))
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Kept:
     """Number of tokens of the longest prompt."""
     whole: int
     """Number of tokens of the longest row: its prompt together with its reference response."""
+    context: int
+    """Number of tokens of the longest prompt of the teacher's own. It is 0 without such prompts."""
     top: int
     """The largest token id in the data set."""
 
@@ -141,7 +145,8 @@ class RowsOnDisk:
         tokens = tokenizer_digest(tokenizer)
         if content is None or tokens is None:
             return None
-        return key_of([key_of_rows(self.ref, self.limit, content, templates, chat), tokens, asdict(lengths), template])
+        limits = asdict(lengths) | {"context": lengths.context.model_dump() if lengths.context else None}
+        return key_of([key_of_rows(self.ref, self.limit, content, templates, chat, contexts), tokens, limits, template])
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -164,7 +169,7 @@ def _settings(backend: str) -> dict[str, Any]:
     return {name: part for name, part in json.loads(backend).items() if name not in ("padding", "truncation")}
 
 
-_COLUMNS = ("row", "prompt", "response", "choices")
+_COLUMNS = ("row", "prompt", "response", "choices", "teacher_prompt")
 
 
 def _folder() -> Path:
@@ -175,18 +180,19 @@ def _write(file: Path, parts: Any, tick: Callable[[int], None]) -> Kept:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids)), strict=True)))
-    counts, prompt, whole, top = Counts(0), 0, 0, 0
+    schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids), ids), strict=True)))
+    counts, prompt, whole, context, top = Counts(0), 0, 0, 0, 0
     with replacing(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part, counts in parts:
             columns = [pa.array([getattr(e, name) for e in part], field.type) for name, field in zip(_COLUMNS, schema, strict=True)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             prompt = max([prompt, *(len(e.prompt) for e in part)])
             whole = max([whole, *(len(e.prompt) + len(e.response) for e in part)])
-            top = max([top, *(max(itertools.chain(e.prompt, e.response, *e.choices)) for e in part)])
+            context = max([context, *(len(e.teacher_prompt or ()) for e in part)])
+            top = max([top, *(max(itertools.chain(e.prompt, e.response, *e.choices, e.teacher_prompt or ())) for e in part)])
             tick(counts.rows)
     stat = file.stat()
-    record = {"counts": asdict(counts), "prompt": prompt, "whole": whole, "top": top}
+    record = {"counts": asdict(counts), "prompt": prompt, "whole": whole, "context": context, "top": top}
     write_json(_record(file), record | {"size": stat.st_size, "modified": stat.st_mtime_ns, "sha256": digest(file)})
     found = _open(file)
     assert found is not None

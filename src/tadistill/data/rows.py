@@ -47,6 +47,8 @@ class Example:
     """All possible answers of a classification task, including the references. Empty for any other task."""
     answers: Mapping[str, Any] = field(default_factory=dict)
     """The right answer for each rule of `data.answers` that the recipe names."""
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """The texts of further columns that the recipe names (`extra`)."""
 
 
 def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
@@ -59,6 +61,7 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
     choices = _choices(ref.choices or _optional("choices", row, ref, index), where)
     facts = _facts(_optional("facts", row, ref, index), where)
     more: dict[str, Any] = {"choices": choices, "facts": facts, "answers": _right_answers(row, ref, index, choices)}
+    more["extra"] = {name: _extra(name, row, ref, index) for name in ref.extra}
     form = form_of(row, ref)
     if form == "messages":
         turns, answer = _conversation(_get("messages", row, ref), ref, where)
@@ -132,6 +135,19 @@ def _optional(name: str, row: dict[str, Any], ref: DataRef, index: int) -> Any:
     if named and named not in row:
         raise DataError(no_column(ref, index, f"`{named}` (the {name})", row))
     return row.get(named or name) if named or ref.load in tinyworld.SPLITS else None
+
+
+def _extra(name: str, row: dict[str, Any], ref: DataRef, index: int) -> str:
+    where = where_of(ref, index)
+    if name not in row:
+        raise DataError(
+            f"{where} has no column `{name}`, which the recipe reads (extra: [{name}]); add the column to the row, or delete the row"
+        )
+    value = row[name]
+    if isinstance(value, list | tuple) and value:
+        return "\n\n".join(text(part, f"a part of the column `{name}`", where) for part in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else text(value, f"the column `{name}`", where)
 
 
 def _right_answers(row: dict[str, Any], ref: DataRef, index: int, choices: tuple[str, ...]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def check(recipe: Recipe) -> None:
 def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
     """Return the cache key under which facts about the first `limit` rows are stored. It depends on the rows, on the settings, and on the
     code that reads the rows."""
-    settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction}
+    settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction, "extra": ref.extra}
     return key_of([__version__, content, settings, limit, *_digests(*(module.__file__ for module in (rows, *code)))])
 
 

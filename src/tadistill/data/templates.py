@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tadistill.config.context import TeacherContext
 from tadistill.config.data import LongPrompts
-from tadistill.data import chat
+from tadistill.data import chat, contexts
 from tadistill.data.rows import Example
 from tadistill.errors import DataError, ModelError
 
@@ -48,6 +50,8 @@ class Encoded:
     length."""
     choices: tuple[tuple[int, ...], ...] = ()
     """The token ids of each answer choice, as it follows the prompt. A choice has no EOS and is never cut."""
+    teacher_prompt: tuple[int, ...] | None = None
+    """The token ids of the teacher's own prompt (`context`). None if the teacher reads `prompt`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Lengths:
     bos: bool = False
     """Put BOS before a prompt that does not begin with BOS. Prompts from a chat template are not changed, because the template decides
     about BOS."""
+    context: TeacherContext | None = None
+    """The teacher's own prompt, which is encoded too. It has its own limit, `max_prompt`, to which `long_prompts` applies."""
 
     @property
     def limit(self) -> int:
@@ -81,8 +87,13 @@ class Counts:
     shortened: int = 0
     """Number of rows whose response was cut, because prompt and response had more than `max_length` tokens. A cut response has no end
     token."""
+    long_context: int = 0
+    """Number of rows that were left out because the teacher's own prompt has more than `context_limit` tokens."""
+    cut_context: int = 0
+    """Number of rows whose teacher's prompt was cut to `context_limit` tokens."""
     limit: int = 0
     max_length: int = 0
+    context_limit: int = 0
     unknown: int = field(default=0, compare=False)
     """Number of tokens of the kept prompts that are the tokenizer's unknown token, which replaces text that the tokenizer cannot read."""
     tokens: int = field(default=0, compare=False)
@@ -91,7 +102,7 @@ class Counts:
     @property
     def used(self) -> int:
         """The number of rows that are not left out."""
-        return self.rows - self.long - self.empty
+        return self.rows - self.long - self.empty - self.long_context
 
     def plus(self, **numbers: int) -> "Counts":
         """Return these counts with `numbers` added."""
@@ -106,10 +117,19 @@ class Counts:
             (self.long, f"{self.long} longer than {key}"),
             (self.empty, f"{self.empty} with an empty prompt"),
             (self.cut, f"{self.cut} with a prompt cut at {key}"),
+            (self.long_context + self.cut_context, self.of_contexts),
             (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
         ]
         found = [text for count, text in parts if count]
         return "; ".join([f"{self.used} of {self.rows} rows", *found]) if found else ""
+
+    @property
+    def of_contexts(self) -> str:
+        """Return the part of `text` about the teacher's own prompts, such as ``24 with a teacher's prompt longer than …``."""
+        key = f"context.max_prompt ({self.context_limit})"
+        if self.long_context:
+            return f"{self.long_context} are left out, because the teacher's prompt is longer than {key}"
+        return f"{self.cut_context} have a teacher's prompt that is cut at {key}" if self.cut_context else ""
 
     @property
     def unknown_text(self) -> str:
@@ -226,7 +246,9 @@ def encode_parts(
         DataError, ModelError: as in `encode`. The check that at least one row is left comes after the last part.
     """
     rows, shortest = iter(examples), 0
-    counts = Counts(0, limit=lengths.limit, max_length=lengths.max_length)
+    counts = Counts(
+        0, limit=lengths.limit, max_length=lengths.max_length, context_limit=lengths.context.max_prompt if lengths.context else 0
+    )
     turn, unknown = chat.closing(tokenizer), _unknown(tokenizer)
     while part := list(itertools.islice(rows, _PART)):
         start = counts.rows
@@ -253,6 +275,12 @@ def encode_parts(
             encoded.append(Encoded(start + i, tuple(prompt), tuple([*response, end][:room]), tuple(map(tuple, choices))))
         empty, tokens = len(part) - long - len(encoded), sum(len(e.prompt) for e in encoded)
         counts = counts.plus(rows=len(part), long=long, empty=empty, cut=cut, shortened=shortened, unknown=unread, tokens=tokens)
+        if lengths.context:
+            rows_of = ((e, part[e.row - start], prompts[e.row - start]) for e in encoded)
+            given = [contexts.Row(e, example, prompt, in_chat(example, template)) for e, example, prompt in rows_of]
+            tokens = partial(_tokens, tokenizer, bos=lengths.bos)
+            encoded, numbers = contexts.behind(given, lengths.context, tokenizer, tokens, cut=lengths.long_prompts == "cut", name=name)
+            counts = counts.plus(**numbers)
         shortest = min(filter(None, [shortest, *map(len, ids)]), default=0)
         yield encoded, counts
     if not counts.used:
@@ -266,6 +294,11 @@ def _unknown(tokenizer: "PreTrainedTokenizerBase") -> Any:
 
 
 def _nothing_left(counts: Counts, shortest: int, name: str) -> str:
+    if counts.long_context:
+        return (
+            f"no row of {name} has a teacher's prompt of at most {counts.context_limit} tokens; raise context.max_prompt, or set "
+            "data.long_prompts: cut"
+        )
     if not counts.long:
         return f"every row of {name} has an empty prompt; give the rows an instruction or a prompt, or set data.template: alpaca"
     key = "data.max_prompt" if counts.limit + 1 < counts.max_length else "data.max_length"
@@ -279,6 +312,10 @@ def with_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the token ids with BOS at the start. Ids that already begin with BOS are not changed, and an empty list stays empty."""
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] in ([], [bos]) else [bos, *ids]  # type: ignore[list-item]
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: list[str], chats: list[bool], *, bos: bool) -> list[list[int]]:
+    return [with_bos(p, tokenizer) if bos and not chat else p for p, chat in zip(_ids(tokenizer, texts), chats, strict=True)]
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

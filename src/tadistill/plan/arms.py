@@ -14,6 +14,7 @@ from tadistill.config.places import placed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 from tadistill.plan.builder import StageBuilder
+from tadistill.plan.contexts import check_itself
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
@@ -154,15 +155,18 @@ class _Planner:
             method = self._method(name, arm, only, scale)
             more = Sft(optim=method.optim, select=method.select)
             return [self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)], method
-        taught: list[str] = []
+        taught, handles = list[str](), list[Handle]()
         for path in arm.path:
+            handles = [made[path[0]]]  # a model that teaches itself is in the path twice, with other weights
             for i, model in enumerate(path[1:], 1):
                 method = self._method(name, arm, model, scale / arm.learners.count(model))
-                teachers = [(m, made[m]) for m in (path[:i] if method.dense else path[i - 1 : i])]
+                teachers = list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
                 check_teaching(self.recipe, name, [m for m, _ in teachers], method)
+                check_itself(name, arm, path[i - 1], model, method)
                 made[model] = self.stages.distill(teachers, model, made[model], method, seed, taught.count(model), arm.last[-1])
+                handles.append(made[model])
                 taught.append(model)
-        return [made[m] for m in arm.last], method
+        return handles, method
 
     def _model_of(self, arm: str, seed: int) -> Handle:
         if arm in self.making:

@@ -6,6 +6,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
+from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
 from tadistill.config.sampling import Rounds
 from tadistill.data import datasets
@@ -218,7 +219,7 @@ class StageBuilder:
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
             **texts(self, teachers if dense else teachers[:1], method, seed, writer or name),
-            **self._texts(name, method.select),
+            **self._texts(name, method.select, method.context),
         )
         again = f" (turn {turn + 1})" if turn else ""
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
@@ -275,9 +276,14 @@ class StageBuilder:
         """Return the fields of a stage that only runs a model: the rules of encoding, and the precision."""
         return {"data": self.encoding(name, samples=samples), "precision": self.recipe.evaluate.precision}
 
-    def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model."""
-        return self.tokens.encoding(name, samples=samples)
+    def encoding(self, name: str, *, samples: bool = True, context: TeacherContext | None = None) -> Encoding:
+        """Return the rules that turn data rows into tokens for a model.
+
+        Args:
+            samples: True if answers are sampled from the model.
+            context: the prompt that its teachers read on the training set, if they have their own.
+        """
+        return self.tokens.encoding(name, samples=samples).model_copy(update={"context": context})
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
         """Return the train or dev split. `limit` is the number of rows to use. Its default is the recipe's `data.limit`."""
@@ -293,9 +299,9 @@ class StageBuilder:
             self._splits[key] = Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
         return self._splits[key]
 
-    def _texts(self, name: str, select: Select) -> dict[str, Any]:
+    def _texts(self, name: str, select: Select, context: TeacherContext | None = None) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
-        found: dict[str, Any] = {"data": self.encoding(name), "train": self.split("train"), "select": select}
+        found: dict[str, Any] = {"data": self.encoding(name, context=context), "train": self.split("train"), "select": select}
         if select.metric != "last":
             found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.one_response}
         return found
@@ -322,7 +328,7 @@ def _describe(method: Method) -> str:
     detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
     if isinstance(sampler, Rounds) and sampler.rollouts:
         detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
-    return f"{method.objective.label} on {sampler.type}{detail}"
+    return f"{method.objective.label} on {sampler.type}{detail}{', with a context' if method.context else ''}"
 
 
 def _seed_of_turn(seed: int, turn: int) -> int:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
 from tadistill.config.common import Strict
+from tadistill.config.context import TeacherContext
 from tadistill.config.data import LongPrompts, Template, World
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Optim, Select
@@ -42,7 +43,7 @@ class Part(Strict):
 
 
 _LATER: dict[type[BaseModel], tuple[str, ...]] = {
-    DataRef: ("choices", "instruction"),
+    DataRef: ("choices", "instruction", "extra"),
     Select: ("patience",),
     Optim: ("tokens", "packed"),
     StudentSampler: ("recorded", "signal"),
@@ -78,6 +79,8 @@ class Encoding(Part):
     """Tokens that end an answer. The token that ends a reference comes first. Empty if the model's own files give the tokens."""
     bos: bool = False
     """True if BOS comes before texts that no chat template writes."""
+    context: TeacherContext | None = None
+    """The teacher's own prompt on the training set. None if the teacher reads the student's prompts."""
 
 
 class HashedData(Part):

@@ -14,6 +14,7 @@ from tadistill.errors import ModelError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
+from tadistill.plan.contexts import contexts_of
 from tadistill.plan.costs import passes
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
 from tadistill.plan.served import served_notes
@@ -143,7 +144,7 @@ class _Candidate(NamedTuple):
 
 
 def _candidate(arm: PlannedArm) -> _Candidate:
-    is_plain = len(arm.arm.path) == 1 and not arm.arm.init
+    is_plain = len(arm.arm.path) == 1 and not arm.arm.init and not arm.method.context
     return _Candidate(arm.arm.last, is_plain, arm.arm.compute, (arm.method.objective, arm.method.sampler), arm.flops)
 
 
@@ -240,6 +241,11 @@ def _rows(plan: Plan) -> Iterable[str]:
         if counts:
             texts = filter(None, (counts.text, counts.unknown_text))
             yield from (f"Rows of {ref.name} ({role}), among the first {counts.rows}: {text}." for text in texts)
+    for context, teachers in contexts_of(plan.recipe).items():
+        counts = passes.count_first_rows(plan.recipe, data.train, "train", context)
+        if counts and counts.of_contexts:
+            who = " and ".join(sorted(teachers))
+            yield f"Rows of {data.train.name} (train) with the context of {who}, among the first {counts.rows}: {counts.of_contexts}."
 
 
 def _flops(value: float | None) -> str:

@@ -3,13 +3,14 @@
 Students with `sampler: {type: student, recorded: true}` share one text. The last model of the arm's path writes it, after its own
 fine-tuning with the study's first seed, whatever the arm's `init` is. So the text depends on the weights of this model, on the seed, the
 decoding, the training prompts and `evaluate.precision`, but on no arm, and on no other seed of the study. Every teacher of a path is
-recorded on the same text.
+recorded on the same text. A `context` belongs to the text too, because rows with a long teacher's prompt are left out.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config import Method
 from tadistill.config.common import Decoding
+from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
 from tadistill.plan import specs
 from tadistill.plan.inputs import Handle, HashedData, Output
@@ -29,11 +30,11 @@ def texts(stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Me
     if method.recorded_text:
         assert isinstance(sampler, Decoding)
         first = stages.recipe.first_seed
-        found["responses"] = _answers(stages, (writer, stages.trained(writer, first)), sampler, stages.seed(writer, first))
+        found["responses"] = _answers(stages, (writer, stages.trained(writer, first)), sampler, stages.seed(writer, first), method.context)
         found["text_of"] = writer, sampler.max_new_tokens
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
-        found["responses"] = _answers(stages, teachers[0], sampler, seed)
+        found["responses"] = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=method.context is not None)
     if method.signal is None or not method.objective.needs_teacher:
         return found
     of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
@@ -41,7 +42,7 @@ def texts(stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Me
     outputs = []
     for name, teacher in teachers:
         spec = specs.SignalSpec(
-            data=stages.encoding(name, samples=False),
+            data=stages.encoding(name, samples=False, context=method.context),
             teacher=teacher,
             signal=method.signal,
             precision=method.optim.precision,
@@ -52,10 +53,19 @@ def texts(stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Me
     return found | {"signal": outputs[0], "assistant_signals": tuple(outputs[1:])}
 
 
-def _answers(stages: "StageBuilder", model: tuple[str, Handle], sampler: Decoding, seed: int) -> Output:
+def _answers(
+    stages: "StageBuilder",
+    model: tuple[str, Handle],
+    sampler: Decoding,
+    seed: int,
+    context: TeacherContext | None,
+    *,
+    as_teacher: bool = False,
+) -> Output:
     name, handle = model
     decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
-    spec = specs.GenerateSpec(**stages.only_runs(name), teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
+    how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
+    spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
     return Output(stage=stages.add(spec, f"generate with {name}, seed {seed}", name, seed))
 
 

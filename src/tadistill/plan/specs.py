@@ -161,8 +161,7 @@ class DistillSpec(TrainingSpec):
     responses: Output | None = None
     """The answers to the training prompts that a model gave before training, if the sampler trains on them."""
     text_of: TextOf = None
-    signal: Output | None = None
-    """The teacher's recorded outputs, if the sampler reads them instead of running the teacher."""
+    signal: Output | None = None  # the teacher's recorded outputs, if the sampler reads them instead of running the teacher
     assistant_signals: tuple[Output, ...] = ()  # the recorded outputs of `assistants`
     objective: Objective
     sampler: Sampler
@@ -175,7 +174,8 @@ class DistillSpec(TrainingSpec):
 
     @property
     def method(self) -> Method:
-        return Method(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
+        names = ("objective", "sampler", "optim", "select", "dense")
+        return Method(**{name: getattr(self, name) for name in names}, context=self.data.context)
 
     def content(self) -> dict[str, Any]:
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""
@@ -183,7 +183,7 @@ class DistillSpec(TrainingSpec):
         return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.distill(teachers, model, self.method, self.text_of)
+        return ledger.behind(self.data.context).distill(teachers, model, self.method, self.text_of)
 
 
 # --- preparing a teacher ---------------------------------------------------------------------------------------------------
@@ -221,9 +221,10 @@ class GenerateSpec(Spec):
     train: Split
     precision: Precision = "fp32"
     """Number format of the models (`evaluate.precision`)."""
+    as_teacher: bool = False  # True if it answers the teacher's own prompts (`data.context`)
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.generate(model, self.sampler)
+        return ledger.behind(self.data.context).generate(model, self.sampler, as_teacher=self.as_teacher)
 
 
 class SignalSpec(Spec):
@@ -244,7 +245,7 @@ class SignalSpec(Spec):
     text_of: TextOf = None
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.signal(model, self.signal, self.text_of)
+        return ledger.behind(self.data.context).signal(model, self.signal, self.text_of)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

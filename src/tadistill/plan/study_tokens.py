@@ -12,6 +12,7 @@ from tadistill.data import datasets
 from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens
+from tadistill.plan.contexts import contexts_of
 from tadistill.plan.inputs import Encoding
 
 
@@ -43,7 +44,7 @@ class StudyTokens:
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
         return Encoding(
-            **{field: getattr(data, field) for field in Encoding.model_fields if field not in ("ends", "bos")},
+            **{field: getattr(data, field) for field in Encoding.model_fields if field not in ("ends", "bos", "context")},
             ends=() if lead.eos is None or (same and ends[0] == own[0]) else ends,
             bos=data.bos == "auto" and self.bos_matters and lead.bos is not None,
         )
@@ -54,13 +55,14 @@ class StudyTokens:
 
     def _check_template(self, name: str) -> None:
         group = self._group(name)
-        if not self._chat or any(self._of(other).template or self._of(other).eos is None for other in group):
+        if not self._templated or any(self._of(other).template or self._of(other).eos is None for other in group):
             return  # a model without a known EOS is not on this disk
         talks = "messages" in self._forms
-        why = "the data has conversations" if talks else "data.template is chat"
+        why = "the data has conversations" if talks else "data.template is chat" if self._chat else "a `context` has `chat` or `system`"
+        other = "" if talks else ", or set data.template to alpaca or plain" if self._chat else ", or write the prompt in context.template"
         raise ModelError(
             f"models.{group[0]}: {why}, but the tokenizer of {_join(group)} has no chat template; set `tokenizer:` of the models to one "
-            f"that has a chat template{'' if talks else ', or set data.template to alpaca or plain'}"
+            f"that has a chat template{other}"
         )
 
     # --- sentences ------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ class StudyTokens:
         # the model whose tokenizer the group uses: the teacher, unless a chat template is needed and the teacher has none
         group = self._group(name)
         ordered = [self.teacher, *group] if self.teacher in group else group
-        wanted = (n for n in ordered if n and (not self._chat or self._of(n).template))
+        wanted = (n for n in ordered if n and (not self._templated or self._of(n).template))
         return next(wanted, ordered[0] or name)
 
     @cached_property
@@ -183,6 +185,11 @@ class StudyTokens:
     @cached_property
     def _chat(self) -> bool:
         return "messages" in self._forms or (self.recipe.data.template == "chat" and "instruction" in self._forms)
+
+    @cached_property
+    def _templated(self) -> bool:
+        # a chat template writes some prompts: those of the study, or a teacher's own
+        return self._chat or any(context.chat or context.system is not None for context in contexts_of(self.recipe))
 
     @cached_property
     def bos_matters(self) -> bool:

@@ -5,6 +5,7 @@ xl > l > s                        taught by xl through l
 xl > l then xl > s, s from l      pruned from l, then taught by xl
 l > s then xl > s                 taught by l, then by xl
 xl > m > s, dense                 taught by xl and m together
+s > s, context                    taught by itself with a context
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ class Route:
     """Maps a model to the model from which it is pruned. Its first weights are a part of that model's weights."""
     dense: bool
     """True if each model learns from all models before it in its part."""
+    context: bool = False
+    """True if the teachers read a prompt of their own."""
 
     @property
     def learners(self) -> set[str]:
@@ -31,7 +34,7 @@ class Route:
 
     def teachers(self, model: str) -> list[tuple[str, ...]]:
         """Return the teachers of a model, with one entry for each of its distillations, in order."""
-        places = ((part, part.index(model)) for part in self.parts if model in part[1:])
+        places = ((part, at) for part in self.parts for at, name in enumerate(part) if at and name == model)
         return [part[:at] if self.dense else part[at - 1 : at] for part, at in places]
 
 
@@ -41,17 +44,18 @@ def route(arm: ArmRecord) -> Route:
         return Route((arm.path,), {}, dense=False)
     text, *marks = arm.path_text.split(", ")
     pairs = [mark.split(" from ", 1) for mark in marks if " from " in mark]
-    return Route(tuple(tuple(part.split(" > ")) for part in text.split(" then ")), dict(pairs), "dense" in marks)
+    return Route(tuple(tuple(part.split(" > ")) for part in text.split(" then ")), dict(pairs), "dense" in marks, "context" in marks)
 
 
 def taught(arm: ArmRecord) -> str:
     """Return a few words on how an arm with a teacher makes its model, such as "pruned from l, then taught by xl"."""
     found = route(arm)
     if len(found.parts) == 1 and not found.dense:
-        first, *through, _ = found.parts[0]
-        how = f"taught by {first}{f' through {listed(through)}' if through else ''}"
+        first, *through, last = found.parts[0]
+        how = f"taught by {'itself' if first == last else first}{f' through {listed(through)}' if through and first != last else ''}"
     else:
         how = f"taught {', then '.join(_by(teachers) for teachers in found.teachers(arm.model))}"
+    how += " with a context" if found.context else ""
     start = found.starts.get(arm.model)
     return f"pruned from {start}, then {how}" if start else how
 
@@ -65,7 +69,8 @@ def steps(arm: ArmRecord) -> str:
                 said.append(f"{model} is pruned from {found.starts[model]}")
             begun.add(model)
             teachers = part[:at] if found.dense else part[at - 1 : at]
-            said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {model}")
+            learner = "itself" if teachers == (model,) else model
+            said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {learner}{' with a context' * found.context}")
     return "; ".join(said)
 
 

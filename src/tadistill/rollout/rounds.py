@@ -118,11 +118,15 @@ class Rollouts(Sampler):
         rows = shuffled(len(self.prompts), self.rollouts, number, (self.seed, "prompt order"))
         # sorted by length, so that all processes get prompts of similar length
         mine = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world].tolist()
-        prompts = [self.prompts[int(rows[i])].prompt for i in mine]
+        asked = [self.prompts[int(rows[i])] for i in mine]
+        prompts = [row.prompt for row in asked]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
         out = self.engine.respond(prompts, uniforms, self._guide())
         found = self._with_teacher(
-            [Sequence(p, r.tokens, r.values, () if r.hidden is None else (r.hidden,)) for p, r in zip(prompts, out, strict=True)]
+            [
+                Sequence(e.prompt, r.tokens, r.values, () if r.hidden is None else (r.hidden,), e.teacher_prompt)
+                for e, r in zip(asked, out, strict=True)
+            ]
         )
         if self.teacher.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
             found = self._as_trained(found)
@@ -147,7 +151,7 @@ class Rollouts(Sampler):
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
         for k, one in enumerate(teacher.each):
             name = "teacher" if len(teacher.each) == 1 else f"teacher {k}"
-            passes = self._passes(sequences, one, states=teacher.stored, scores=teacher.scores)
+            passes = self._passes([s.of_teacher for s in sequences], one, states=teacher.stored, scores=teacher.scores)
             found = [
                 replace(
                     s,

@@ -7,7 +7,7 @@ in `Batch.values`, because some objectives need them. Samplers that work in roun
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -123,23 +123,30 @@ def _within(most: int, mine: np.ndarray, sizes: list[int], *, packed: bool) -> l
 
 
 def length(sequence: Sequence) -> int:
-    """Return the number of tokens of a sequence."""
-    return len(sequence.prompt) + len(sequence.response)
+    """Return the number of tokens of a sequence. If the teacher has its own prompt, the longer of the two prompts counts."""
+    return max(len(sequence.prompt), len(sequence.teacher_prompt or ())) + len(sequence.response)
 
 
-def respond(engine: Engine, prompts: Seq[tuple[int, ...]], places: Seq[int], *address: int | str) -> list[Sequence]:
-    """Sample an answer of the current student to each prompt.
+def respond(engine: Engine, asked: Seq[Sequence], places: Seq[int], *address: int | str) -> list[Sequence]:
+    """Sample an answer of the current student to the prompt of each sequence.
 
     The random numbers depend only on `places` (the prompts' positions in the update) and on `address`.
     """
     uniforms = rng.uniforms([int(p) for p in places], engine.decoding.max_new_tokens, *address)
-    return [Sequence(p, r.tokens, r.values) for p, r in zip(prompts, engine.respond(prompts, uniforms), strict=True)]
+    answers = engine.respond([s.prompt for s in asked], uniforms)
+    return [Sequence(s.prompt, r.tokens, r.values, teacher_prompt=s.teacher_prompt) for s, r in zip(asked, answers, strict=True)]
 
 
 def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
     """Convert the sequences to plain dicts of tensors, for a checkpoint."""
     return [
-        {"prompt": s.prompt, "response": s.response, "states": s.states, "values": {k: torch.from_numpy(v) for k, v in s.values.items()}}
+        {
+            "prompt": s.prompt,
+            "response": s.response,
+            "states": s.states,
+            "values": {k: torch.from_numpy(v) for k, v in s.values.items()},
+            "teacher_prompt": s.teacher_prompt,
+        }
         for s in sequences
     ]
 
@@ -150,7 +157,11 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
     def values(s: dict[str, Any]) -> dict[str, np.ndarray]:
         return {name: tensor.numpy() for name, tensor in s["values"].items()}
 
-    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"])) for s in stored]
+    def own(s: dict[str, Any]) -> tuple[int, ...] | None:
+        prompt = s.get("teacher_prompt")  # earlier versions do not store it
+        return None if prompt is None else tuple(prompt)
+
+    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s)) for s in stored]
 
 
 class FixedSequences(Sampler):
@@ -184,8 +195,8 @@ class _WithStudent(Sampler):
     def fresh(self, step: int) -> dict[int, Sequence]:
         """Return the student's answers to this process's share of the prompts. The keys are positions in the update's batch."""
         rows, mine = self.fixed.rows(step), own(self.optim, self.shard).tolist()
-        prompts = [self.sequences[rows[place]].prompt for place in mine]
-        return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
+        asked = [self.sequences[rows[place]] for place in mine]
+        return dict(zip(mine, respond(self.engine, asked, mine, self.seed, "rollout", step), strict=True))
 
     def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
         groups = cut(self.optim, self.shard, lambda place: length(by_place[place]))
@@ -290,4 +301,4 @@ class Pairs(_WithStudent):
 
 
 def _tagged(sequence: Sequence, from_teacher: float) -> Sequence:
-    return Sequence(sequence.prompt, sequence.response, {"from_teacher": np.full(len(sequence.response), from_teacher, np.float32)})
+    return replace(sequence, values={"from_teacher": np.full(len(sequence.response), from_teacher, np.float32)}, states=())

@@ -63,7 +63,7 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(sequences), _PART)):
         path = folder / f"{start:08d}.safetensors"
-        chunk = sequences[start : start + _PART]
+        chunk = [s.of_teacher for s in sequences[start : start + _PART]]
         if number % share[1] == share[0] and not path.is_file():
             writer = _Writer(outputs, config, vocab, folder)
             writer.write(path, chunk, start, lambda done, start=start: tick(start + done))

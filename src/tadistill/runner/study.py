@@ -216,7 +216,7 @@ def _as_written(recipe: Recipe) -> dict:
 
 def _text(arm: PlannedArm) -> str:
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
-    return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}"
+    return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}{', context' if arm.method.context else ''}"
 
 
 def _method(arm: PlannedArm, approximate: Seq[str]) -> str:

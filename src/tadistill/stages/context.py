@@ -131,13 +131,16 @@ class Context(Generic[AnySpec]):
 
     # --- data -----------------------------------------------------------------------------------------------------------
 
-    def split(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
-        """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk."""
+    def split(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, contexts: bool = False) -> EvalSet:
+        """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk.
+
+        With `contexts`, the rows also have the prompts of the teacher's own, if the stage has a `context`.
+        """
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = self.spec.data, split.ref.name
         where: Any = {"world": data.world, "root": self.task.data_root, "limit": split.limit}
         rules: Any = {"template": data.template, "name": f"data set `{name}`"}
-        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, data.bos)
+        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, data.bos, data.context if contexts else None)
         total = datasets.count(split.ref, split.role, **where) if split.role == "train" else 0
         if total > LARGE:
             kept = RowsOnDisk(split.ref, split.role, **where).kept(tokenizer, lengths, tick=partial(self._tokenised, total), **rules)

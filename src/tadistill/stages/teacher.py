@@ -32,7 +32,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model, tokenizer)
-    train = context.split(spec.train, tokenizer)
+    train = context.split(spec.train, tokenizer, contexts=True)
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     context.say_if_slower(model)
     parts = context.folder / "parts"
@@ -45,9 +45,11 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
             done(end - start)
         else:
             stop_if_asked(context)
-            chunk = EvalSet(train.name, train.examples, train.encoded[start:end])
-            answers = generate_answers(subject, chunk, decoding, spec.seed, done, adapts=True)
-            write_json(files[-1], [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
+            asked = train.encoded[start:end]
+            read = [replace(e, prompt=e.teacher_prompt or e.prompt) for e in asked] if spec.as_teacher else asked
+            answers = generate_answers(subject, EvalSet(train.name, train.examples, read), decoding, spec.seed, done, adapts=True)
+            rows = zip(asked, answers, strict=True)
+            write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in rows])
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
     return {"answers": len(train.encoded)}
 
@@ -56,10 +58,8 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     """Record the teacher's outputs on the training set, or on a model's answers. After an interruption, finished parts are kept."""
     spec = context.spec
     teacher, tokenizer = context.teacher(spec.teacher, dtype_of(spec.precision))
-    if spec.responses:
-        sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES))
-    else:
-        sequences = references(context.split(spec.train, tokenizer).encoded)
+    encoded = context.split(spec.train, tokenizer, contexts=True).encoded if spec.data.context or not spec.responses else ()
+    sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES), encoded) if spec.responses else references(encoded)
     vocab, pad = shared_vocabulary(tokenizer, widths=(teacher.width,)), tokenizer.eos_token_id
     assert isinstance(pad, int)
 

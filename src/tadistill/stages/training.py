@@ -141,9 +141,9 @@ def _sampler(
     spec = context.spec
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard}
-    train = context.split(spec.train, subject.tokenizer)
-    answered = distill.responses if distill else None
-    texts = responses(context.store.folder(answered.stage) / RESPONSES) if answered else references(train.encoded)
+    train = context.split(spec.train, subject.tokenizer, contexts=True)
+    answered, rows = distill.responses if distill else None, train.encoded if spec.data.context else ()
+    texts = responses(context.store.folder(answered.stage) / RESPONSES, rows) if answered else references(train.encoded)
     config = method.sampler
     if not (method.samples and isinstance(config, OnPolicy)):
         return FixedSequences(texts, method.optim, signals=signals, **common)

@@ -58,7 +58,7 @@ class Models:
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
         if batch.targets:
             return tuple(batch.targets[k] for k in kept)
-        return tuple(self.teachers[k].target(batch) for k in kept)
+        return tuple(self.teachers[k].target(batch.of_teacher) for k in kept)
 
     def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
         """Return the loss of a batch. Each term is summed over the response tokens and divided by the number `per`.

@@ -84,7 +84,7 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
         return entropy, top_mass, log_q, log_p
     if (known := batch.values.get("teacher")) is not None:
         return found[0], None, found[1], batch.counted(known)
-    return found[0], None, found[1], None if exact else models.teachers[0].scored(batch, models.vocab)[1]
+    return found[0], None, found[1], None if exact else models.teachers[0].scored(batch.of_teacher, models.vocab)[1]
 
 
 def _repetition(batches: list[Batch]) -> float:

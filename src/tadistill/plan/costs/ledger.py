@@ -13,30 +13,33 @@ from typing import Literal
 from tadistill.config import DataRef, Method, Recipe
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding
+from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
-from tadistill.config.model import Init
 from tadistill.config.objective import MiniLLM
 from tadistill.data import datasets, hub
 from tadistill.data.survey import Survey, survey
-from tadistill.errors import ConfigError, NotHere, about
-from tadistill.models.counting import shapes, sizes
+from tadistill.errors import NotHere
 from tadistill.models.counting.cost import Cost, CostPart, Disk
 from tadistill.models.counting.memory import Memory, resident_bytes
-from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
+from tadistill.models.counting.sizes import Size, Work, forward_flops
 from tadistill.plan.costs import passes
+from tadistill.plan.costs.model_sizes import ModelSizes
 from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.training_cost import TrainingCost
 from tadistill.plan.costs.training_memory import Described, reading_bytes, sampling_bytes
 from tadistill.store import key_of
-from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
+from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 
-class Ledger:
+class Ledger(ModelSizes):
     """Predicts the costs of one recipe's stages. Text lengths and model sizes are read once and cached."""
 
     def __init__(self, recipe: Recipe, *, partial: bool = False):
         """With `partial`, a method raises NotHere if it needs a data set that is neither on this disk nor on a Hub that can be reached."""
-        self.recipe, self.partial = recipe, partial
+        super().__init__(recipe)
+        self.partial = partial
+        self.context: TeacherContext | None = None
+        self._others: dict[TeacherContext | None, Ledger] = {}
         self._distilled: dict[tuple, Cost | None] = {}  # all seeds have the same cost
 
     def _survey(self, role: Literal["train", "dev"]) -> Survey:
@@ -47,11 +50,6 @@ class Ledger:
             if not here and not hub.reachable():
                 raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` with a network")
         return survey(ref, role, data)
-
-    def unknown(self) -> list[str]:
-        """Return the models whose config.json is not on this disk, as `NAME (SOURCE)`."""
-        models = self.recipe.models.items()
-        return [f"{name} ({model.load})" for name, model in models if model.load and self.config(name) is None]
 
     @property
     def rows(self) -> int:
@@ -64,7 +62,16 @@ class Ledger:
 
     @cached_property
     def train(self) -> Texts:
-        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train)
+        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train, self.context)
+
+    def behind(self, context: TeacherContext | None) -> "Ledger":
+        """Return a ledger whose teachers read their own prompts on the training set."""
+        if context == self.context:
+            return self
+        if context not in self._others:
+            self._others[context] = other = Ledger(self.recipe, partial=self.partial)
+            other.context = context
+        return self._others[context]
 
     @cached_property
     def dev(self) -> Texts:
@@ -74,78 +81,6 @@ class Ledger:
     def corpus_length(self) -> int:
         """Number of tokens in one row of the plain-text corpus."""
         return passes.chunk(self.recipe)
-
-    def size(self, name: str) -> Size | None:
-        """Return the size of a model. Return None if its configuration is not on this disk, or if its family is not supported."""
-        config = self.config(name)
-        with about(f"models.{name}"):
-            return None if config is None else sizes.size_of(config)
-
-    def described(self, name: str) -> Described | None:
-        """Return a model's size and configuration. Return None if `size` would."""
-        size, config = self.size(name), self.config(name)
-        return None if size is None or config is None else Described(size, config, here=self.recipe.models[name].serve is None)
-
-    def config(self, name: str) -> dict | None:
-        """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
-        with about(f"models.{name}"):
-            return self._config(name)
-
-    def _config(self, name: str) -> dict | None:
-        model = self.recipe.models[name]
-        if model.parent:
-            parent = self.config(model.parent)
-            if parent is None or model.init is None:
-                return parent
-            if not model.init.measured:
-                self._check_layers(name, model.init, parent)
-                return sizes.with_layers(parent, model.init.sizes["layers"])
-            shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
-            try:
-                shapes.check_shape(parent, shape)
-            except ConfigError as error:
-                raise ConfigError(f"models.{name}.init: {error}") from error
-            return shapes.with_shape(parent, shape)
-        assert model.load is not None
-        vocab = passes.vocabulary(model, self.recipe.data.world) if model.tokenizer else None
-        return sizes.read_config(model.load, model.revision, model.config, vocab)
-
-    def _check_layers(self, name: str, init: Init, parent: dict) -> None:
-        have, layers = parent.get("num_hidden_layers", parent.get("n_layer")), init.layers
-        if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:
-            raise ConfigError(
-                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning only removes layers; write 1 "
-                f"to {have}"
-            )
-        if isinstance(layers, tuple) and isinstance(have, int) and (wrong := [i for i in layers if not 0 <= i < have]):
-            raise ConfigError(
-                f"models.{name}.init.layers names the layer {wrong[0]}, but `{init.from_}` has {have} layers; write indices from 0 to "
-                f"{have - 1}"
-            )
-
-    def adapters(self, name: str) -> Adapters | None:
-        """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
-
-        Raises:
-            ConfigError: an entry of `lora.targets` is not a linear layer of the model.
-        """
-        lora, config = self.recipe.models[name].lora, self.config(name)
-        if lora is None or config is None:
-            return None
-        try:
-            return adapters_of(config, lora.r, lora.targets)
-        except ConfigError as error:
-            raise ConfigError(f"models.{name}.lora.targets: {error}") from error
-
-    def _packs(self, name: str) -> bool:
-        return (self.config(name) or {}).get("model_type") in PACKED_FAMILIES
-
-    def untrained(self, name: str) -> bool:
-        """Return True if a model has random weights before its distillation. Such a model never ends an answer."""
-        model = self.recipe.models[name]
-        if model.sft:
-            return False
-        return self.untrained(model.parent) if model.parent else str(model.load).startswith("scratch:")
 
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
         """Predict the cost of fine-tuning. The student runs forward and backward on each batch."""
@@ -157,13 +92,15 @@ class Ledger:
         self._selection(cost, select)
         return cost.total()
 
-    def generate(self, name: str, decoding: Decoding) -> Cost | None:
-        """Predict the cost of a `generate` stage, in which a teacher answers every training prompt."""
+    def generate(self, name: str, decoding: Decoding, *, as_teacher: bool = False) -> Cost | None:
+        """Predict the cost of a `generate` stage, in which a model answers every training prompt, or every prompt of the teacher's own."""
         model = self.described(name)
         if model is None:
             return None
-        work = passes.sampling(self._answers(name, decoding), GENERATION_BATCH, round(self.train.count))
-        memory = self._frozen(model, sampling_bytes(model, GENERATION_BATCH, self._longest_prompt, decoding.max_new_tokens))
+        answers = self._answers(name, decoding)
+        answers = answers.of_teacher if as_teacher else answers
+        work = passes.sampling(answers, GENERATION_BATCH, round(self.train.count))
+        memory = self._frozen(model, sampling_bytes(model, GENERATION_BATCH, max(p for p, _ in answers.rows), decoding.max_new_tokens))
         kind = key_of(["generate", asdict(model.size), decoding.model_dump(include=set(Decoding.model_fields))])
         return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind)
 
@@ -178,7 +115,7 @@ class Ledger:
         model = self.described(name)
         if model is None:
             return None
-        texts = self._text_of(*text_of) if text_of else self.train
+        texts = (self._text_of(*text_of) if text_of else self.train).of_teacher
         work = passes.pass_by_length(texts, RECORDING_BATCH, texts.count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
@@ -267,7 +204,8 @@ class Ledger:
         sampler = method.sampler
         assert isinstance(sampler, samplers.PairSampler)
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
-        cost.train(Texts((*of_teacher.rows, *answers.rows), self.train.count), 2.0, teacher=True)
+        twice = Texts((*of_teacher.rows, *answers.rows), self.train.count, (*of_teacher.contexts, *answers.contexts))
+        cost.train(twice, 2.0, teacher=True)
         cost.sample(answers, sampler.chunk, 1.0)
 
     def _rounds(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
@@ -287,11 +225,11 @@ class Ledger:
         cost.add("rollout/student", sampled)
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
-        scored = passes.pass_by_length(answers, sampler.chunk, rollouts) * rounds
+        read, scored = (passes.pass_by_length(texts, sampler.chunk, rollouts) * rounds for texts in (answers.of_teacher, answers))
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = objective.needs_teacher and (known or scores or sampler.inner_epochs > 1)
         if kept and not known:
-            cost.add("scoring/teacher", scored if scores else Work(scored.positions, scored.pairs))
+            cost.add("scoring/teacher", read if scores else Work(read.positions, read.pairs))
         if scores and (method.optim.precision == "bf16" or sampler.vllm):
             cost.add("scoring/student", scored)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)

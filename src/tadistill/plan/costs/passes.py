@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from tadistill.config import DataRef, ModelConfig, Optim, Recipe
+from tadistill.config.context import TeacherContext
 from tadistill.config.data import World
 from tadistill.data import datasets, tinyworld
 from tadistill.data.survey import SAMPLE, Survey
@@ -34,6 +35,22 @@ class Texts:
     """Pairs (tokens of the prompt, tokens of the response with EOS), for evenly spaced rows."""
     count: float
     """Estimated number of rows of the split, without rows that are too long."""
+    contexts: tuple[int, ...] = ()
+    """Tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
+
+    @property
+    def of_teacher(self) -> "Texts":
+        """The lengths that the teacher reads: the same responses behind the teacher's prompts."""
+        return self._with_prompts([*self.contexts])
+
+    @property
+    def longer(self) -> "Texts":
+        """The lengths that `optim.tokens` limits: the longer prompt of student and teacher counts."""
+        return self._with_prompts([max(own, prompt) for own, (prompt, _) in zip(self.contexts, self.rows, strict=False)])
+
+    def _with_prompts(self, prompts: list[int]) -> "Texts":
+        rows = tuple((prompt, response) for prompt, (_, response) in zip(prompts, self.rows, strict=True)) if prompts else self.rows
+        return Texts(rows, self.count)
 
     @property
     def totals(self) -> list[int]:
@@ -66,27 +83,32 @@ class Texts:
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def read_lengths(recipe: Recipe, ref: DataRef, role: str, rows: Survey) -> Texts:
-    """Return the lengths of a split's rows, measured on a sample of its examples."""
+def read_lengths(recipe: Recipe, ref: DataRef, role: str, rows: Survey, context: TeacherContext | None = None) -> Texts:
+    """Return the lengths of a split's rows, measured on a sample of its examples. With `context`, the teacher has its own prompts."""
     data = recipe.data
     sample = [replace(example, choices=()) for example in rows.sample]
     ids = study_tokenizer(recipe)
     known = ids is not None
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts) if known else Lengths(_ENDLESS, _ENDLESS)
+    most = context.max_prompt if context else 0
+    lengths = replace(lengths, context=context if known or not context else context.model_copy(update={"max_prompt": _ENDLESS}))
     stand_in = cast(Any, _StandIn(ids or _pieces))
     found, _ = encode_counted(sample, stand_in, lengths, template=data.template, name=f"data set `{ref.name}` ({role})")
     sizes = [(min(len(e.prompt), data.max_prompt, data.max_length - 1), len(e.response)) for e in found]
-    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample))
+    own = tuple(min(len(e.teacher_prompt), most) for e in found if e.teacher_prompt)
+    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own)
 
 
-def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
+def count_first_rows(
+    recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"], context: TeacherContext | None = None
+) -> Counts | None:
     """Count how many of a split's first rows are left out or shortened. Return None if the split or the tokenizer is not on this disk."""
     data, ids = recipe.data, study_tokenizer(recipe)
     if ids is None or datasets.on_hub(ref, role, data) is not None:
         return None
     rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(SAMPLE, getattr(data.limit, role) or SAMPLE))
     sample = [replace(row, choices=()) for row in rows]
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, context=context)
     return encode_counted(sample, cast(Any, _StandIn(ids)), lengths, template=data.template, name=f"data set `{ref.name}` ({role})")[1]
 
 
@@ -216,6 +238,7 @@ def rows_in_pass(optim: Optim, texts: Texts) -> int:
     """Return the number of sequences in a forward pass of training. With `optim.tokens`, it is the number that fits on average."""
     if optim.tokens is None:
         return optim.micro_batch or optim.batch
+    texts = texts.longer
     if optim.packed:
         fits = optim.tokens // (sum(texts.totals) / len(texts.totals))
     else:

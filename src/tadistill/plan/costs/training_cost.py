@@ -61,7 +61,8 @@ class TrainingCost:
         self.memory.batch(largest, heads=self._heads(teacher or teacher_head), dropout=self.dropout)
         self.add("training/student", work * batches, backward=True)
         if teacher or teacher_head:
-            self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * (batches * self.used))
+            read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
+            self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
 
     def corpus(self, length: int, *, teacher: bool) -> None:
         """Add the cost of MiniLLM's loss on plain text, which is part of each update. A row of plain text has `length` tokens."""
@@ -81,10 +82,13 @@ class TrainingCost:
         """Add the cost of metrics of sampled text (`train.watch`). They use the first rows of some updates, at least ten updates apart."""
         micro = passes.rows_in_pass(self.optim, answers)
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
-        work = passes.training_batch(answers, micro, packed=self.optim.packed)[0] * (min(micro, WATCHED_ROWS) / micro * times)
+        work, read = (
+            passes.training_batch(texts, micro, packed=self.optim.packed)[0] * (min(micro, WATCHED_ROWS) / micro * times)
+            for texts in (answers, answers.of_teacher)
+        )
         self.add("watching/student", work)
         if teacher or teacher_head:
-            self.add("watching/teacher", (work if teacher else Work(heads=work.heads)) * self.used)
+            self.add("watching/teacher", (read if teacher else Work(heads=read.heads)) * self.used)
 
     def _heads(self, teacher: bool) -> int:
         return max(len(self.teachers), 1) if teacher else 0

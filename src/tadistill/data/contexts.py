@@ -1,0 +1,106 @@
+"""The teacher's own prompts (`context` of a method): their texts, and their token ids beside those of the student's prompts."""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from tadistill.config.context import TeacherContext
+from tadistill.data import chat
+from tadistill.data.rows import Example
+from tadistill.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tadistill.data.templates import Encoded
+
+
+class Row(NamedTuple):
+    """A row of the training set, with the prompt of the student."""
+
+    encoded: "Encoded"
+    example: Example
+    prompt: str
+    chats: bool
+    """True if a chat template writes the student's prompt."""
+
+
+def behind(
+    rows: Seq[Row],
+    context: TeacherContext,
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: Callable[[list[str], list[bool]], list[list[int]]],
+    *,
+    cut: bool,
+    name: str,
+) -> tuple[list["Encoded"], dict[str, int]]:
+    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the count of long prompts (a field of `Counts`).
+
+    Args:
+        tokens: turns texts into token ids. Its second argument says which of the texts a chat template has written.
+        cut: True if long prompts of the teacher are cut. Otherwise their rows are left out.
+        name: the data set, for error messages.
+
+    Raises:
+        DataError, ModelError: as in `render`, or a prompt is empty.
+    """
+    chats = [in_chat(context, row.chats) for row in rows]
+    places = [f"{name}, row {row.encoded.row + 1}" for row in rows]
+    texts = [render(context, r.example, r.prompt, tokenizer, chats=c, where=w) for r, c, w in zip(rows, chats, places, strict=True)]
+    ids, most = tokens(texts, chats), context.max_prompt
+    if empty := [where for where, prompt in zip(places, ids, strict=True) if not prompt]:
+        raise DataError(f"{empty[0]}: the teacher's prompt is empty; write more than this column in context.template")
+    long = sum(len(prompt) > most for prompt in ids)
+    kept = [(r.encoded, prompt[:most]) for r, prompt in zip(rows, ids, strict=True) if cut or len(prompt) <= most]
+    return [replace(e, teacher_prompt=tuple(prompt)) for e, prompt in kept], {"cut_context" if cut else "long_context": long}
+
+
+def in_chat(context: TeacherContext, student: bool) -> bool:
+    """Return True if a chat template writes the teacher's prompt. `student` is True if it writes the student's prompt."""
+    return student or context.system is not None if context.chat is None else context.chat
+
+
+def render(
+    context: TeacherContext, example: Example, prompt: str, tokenizer: "PreTrainedTokenizerBase", *, chats: bool, where: str = "data"
+) -> str:
+    """Return the teacher's prompt for an example as text.
+
+    Args:
+        prompt: the whole prompt of the student.
+        chats: True if the tokenizer's chat template writes the teacher's prompt (`in_chat`).
+        where: the name of the row in messages.
+
+    Raises:
+        DataError: the row has no column for a placeholder, or the chat template refuses the turns.
+        ModelError: the tokenizer has no chat template.
+    """
+    text = None if context.template is None else context.filled(_columns(context, example, prompt, where))
+    if not chats:
+        assert text is not None, "a context without a chat template has a template"
+        return text
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{where}: the `context` needs a chat template, but the tokenizer has none; set `tokenizer:` of the models to one that has a "
+            "chat template, or set context.chat: false"
+        )
+    turns = list(example.messages) or [{"role": "user", "content": "\n\n".join(filter(None, (example.instruction, example.input)))}]
+    if text is not None:
+        turns[-1] = turns[-1] | {"content": text}
+    if context.system is not None:
+        turns = [{"role": "system", "content": context.system}, *(turn for turn in turns if turn["role"] != "system")]
+    return chat.render(turns, tokenizer, where)
+
+
+def _columns(context: TeacherContext, example: Example, prompt: str, where: str) -> Mapping[str, str]:
+    found = {**example.extra, "prompt": prompt, "output": example.references[0]}
+    if example.messages:
+        found["instruction"] = example.messages[-1].get("content") or ""
+    elif not example.verbatim:
+        found |= {"instruction": example.instruction, "input": example.input}
+    if missing := [name for name in context.columns if name not in found]:
+        raise DataError(
+            f"{where}: context.template names `{{{missing[0]}}}`, but the row has only {', '.join(found)}; correct the name, or name the "
+            f"file's column in data.train.extra, for instance extra: [{missing[0]}]"
+        )
+    return found

@@ -1,0 +1,34 @@
+"""Teachers with a prompt of their own (`context`): which models they are, and when a model may teach itself."""
+
+from tadistill.config import Arm, Method, Recipe
+from tadistill.config.context import TeacherContext
+from tadistill.config.method import apply
+from tadistill.errors import ConfigError
+
+
+def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
+    """Raise a ConfigError if a model of the arm `name` teaches itself without a context.
+
+    Such a model would learn its own distribution, so the loss would be 0.
+    """
+    if teacher == learner and not method.context:
+        raise ConfigError(
+            f"arms.{name}: in `{arm.text}`, {learner} teaches itself, so there is nothing to learn; give the teacher a prompt of its own "
+            "(`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"
+        )
+
+
+def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
+    """Return every context of a recipe, with the names of the models that teach with it. Models with equal contexts share an entry.
+
+    Raises:
+        ConfigError: parts of a method do not fit together.
+    """
+    found: dict[TeacherContext, set[str]] = {}
+    for arm in recipe.arms.values():
+        for path in arm.path:
+            for i, model in enumerate(path[1:], 1):
+                method = apply(recipe.method, recipe.models[model].distill, arm.patch)
+                if method.context:
+                    found.setdefault(method.context, set()).update(path[:i] if method.dense else path[i - 1 : i])
+    return found
