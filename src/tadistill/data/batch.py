@@ -41,7 +41,7 @@ class Sequence:
 
     @property
     def of_teacher(self) -> "Sequence":
-        """The same response behind the teacher's prompt, without values and states."""
+        """The response behind the teacher's prompt, without values and states."""
         return Sequence(self.prompt if self.teacher_prompt is None else self.teacher_prompt, self.response)
 
 

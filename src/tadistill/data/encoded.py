@@ -67,6 +67,8 @@ class Kept:
     """Number of tokens of the longest row: its prompt together with its reference response."""
     context: int
     """Number of tokens of the longest prompt of the teacher's own. It is 0 without such prompts."""
+    context_whole: int
+    """Number of tokens of the longest one together with its reference response."""
     top: int
     """The largest token id in the data set."""
 
@@ -181,18 +183,19 @@ def _write(file: Path, parts: Any, tick: Callable[[int], None]) -> Kept:
 
     ids = pa.list_(pa.int32())
     schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids), ids), strict=True)))
-    counts, prompt, whole, context, top = Counts(0), 0, 0, 0, 0
+    counts, prompt, whole, context, context_whole, top = Counts(0), 0, 0, 0, 0, 0
     with replacing(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part, counts in parts:
             columns = [pa.array([getattr(e, name) for e in part], field.type) for name, field in zip(_COLUMNS, schema, strict=True)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             prompt = max([prompt, *(len(e.prompt) for e in part)])
             whole = max([whole, *(len(e.prompt) + len(e.response) for e in part)])
-            context = max([context, *(len(e.teacher_prompt or ()) for e in part)])
+            own = [(len(e.teacher_prompt), len(e.response)) for e in part if e.teacher_prompt]
+            context, context_whole = max([context, *(p for p, _ in own)]), max([context_whole, *map(sum, own)])
             top = max([top, *(max(itertools.chain(e.prompt, e.response, *e.choices, e.teacher_prompt or ())) for e in part)])
             tick(counts.rows)
     stat = file.stat()
-    record = {"counts": asdict(counts), "prompt": prompt, "whole": whole, "context": context, "top": top}
+    record = {"counts": asdict(counts), "prompt": prompt, "whole": whole, "context": context, "context_whole": context_whole, "top": top}
     write_json(_record(file), record | {"size": stat.st_size, "modified": stat.st_mtime_ns, "sha256": digest(file)})
     found = _open(file)
     assert found is not None

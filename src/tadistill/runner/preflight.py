@@ -93,12 +93,12 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
             rows, config = _check_model(recipe, name, tokenizers[name])
             _check_packing(recipe, name, config)
             try:
-                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
+                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts_of(name))
             except (ConfigError, ModelError):
                 if not read[reader].unread:
                     raise
                 read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
-                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
+                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts_of(name))
     with found.about():
         unread = dict.fromkeys(of.unread for of in read.values() if of.unread and trains(recipe))
         notes = [*unread, *rows_notes(read, training=trains(recipe)), *script_notes(recipe)]

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.common import Decoding
+from tadistill.config.context import TeacherContext
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
@@ -17,6 +18,7 @@ from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
+from tadistill.plan.contexts import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
@@ -36,6 +38,20 @@ class Texts:
     """The largest token id."""
     where: str
     """The data set that contains the largest token id."""
+    context: int = 0
+    """Number of tokens of the longest prompt of the teacher's own."""
+    context_whole: int = 0
+    """Number of tokens of the longest prompt of the teacher's own with its reference response."""
+
+
+@dataclass(frozen=True)
+class OfContext:
+    """The training set with a teacher's own prompts (`context`)."""
+
+    teachers: frozenset[str]
+    """Names of the models that read these prompts."""
+    counts: Counts
+    texts: Texts
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,14 @@ class Read:
     """The rows of each test set that are not left out."""
     unread: str = ""
     """A sentence that says that the training set is tokenised later. If it is not empty, `texts` has upper limits."""
+    contexts: tuple[OfContext, ...] = ()
+
+    def texts_of(self, name: str) -> Texts:
+        """Return the lengths of all texts that a model reads. A teacher may have its own prompts."""
+        own = [each.texts for each in self.contexts if name in each.teachers]
+        context, whole = (max([0, *(getattr(texts, part) for texts in own)]) for part in ("context", "context_whole"))
+        top = max([self.texts, *own], key=lambda texts: texts.top)
+        return replace(self.texts, context=context, context_whole=whole, top=top.top, where=top.where)
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
@@ -106,7 +130,23 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         )
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
-    return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread)
+    contexts = tuple(_behind(recipe, tokenizer, lengths, context, teachers) for context, teachers in contexts_of(recipe).items())
+    return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread, contexts)
+
+
+def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, context: TeacherContext, teachers: set[str]) -> OfContext:
+    data, lengths = recipe.data, replace(lengths, context=context)
+    where = f"data set `{data.train.name}` (train)"
+    rules: Any = {"template": data.template, "name": where}
+    if survey.survey(data.train, "train", data).large:
+        rows = RowsOnDisk(data.train, "train", data.world, data.root, data.limit.train)
+        kept = rows.kept(tokenizer, lengths, **rules)
+        texts = Texts(kept.prompt, kept.whole, 0, kept.top, where, kept.context, kept.context_whole)
+        return OfContext(frozenset(teachers), kept.counts, texts)
+    encoded, counts = encode_counted(datasets.load(data.train, "train", data), tokenizer, lengths, **rules)
+    own = [(e.teacher_prompt or (), e.response) for e in encoded]
+    longest, whole = max(len(prompt) for prompt, _ in own), max(len(prompt) + len(response) for prompt, response in own)
+    return OfContext(frozenset(teachers), counts, Texts(0, 0, 0, max(max(prompt) for prompt, _ in own), where, longest, whole))
 
 
 def check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
@@ -123,13 +163,18 @@ def check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer:
 def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) -> None:
     positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
     samplers = [method.sampler for method in methods(recipe)]
-    new = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
+    sampled = max([0, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
+    new = max(recipe.evaluate.max_new_tokens, sampled)
     needs = {
         f"the longest prompt ({texts.prompt} tokens) plus max_new_tokens ({new}) needs": (
             texts.prompt + new,
             "lower data.max_prompt or max_new_tokens",
         ),
         "the longest prompt with its reference response needs": (texts.whole, "lower data.max_length"),
+        f"the teacher's longest prompt ({texts.context} tokens, with `context`) and the response need": (
+            max(texts.context_whole, texts.context and texts.context + sampled),
+            "lower context.max_prompt",
+        ),
         "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
     }
     problems = [
@@ -153,6 +198,10 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
         DataError: the models have no row of a test set in common.
     """
     found: list[str] = []
+    for each in next(iter(read.values())).contexts:
+        if each.counts.of_contexts:
+            who = " and ".join(sorted(each.teachers))
+            found.append(f"training with the context of {who}: of {each.counts.rows} rows, {each.counts.of_contexts}")
     for role, name in next(iter(read.values())).counts:
         if role != "test" and not training:
             continue

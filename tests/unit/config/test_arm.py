@@ -20,7 +20,7 @@ def test_paths_and_their_models():
 @pytest.mark.parametrize(
     ("arm", "sentence"),
     [
-        ("xl > s > s", "names model s twice, but a model cannot teach itself"),
+        ("xl > s > xl > q", "names model xl twice, with another model in between; name each model once, or write `xl > xl`"),
         (
             "xl > s then s",
             "has a part with only one model (`then` separates the parts), so nothing is trained there; write each part with two models",

@@ -48,7 +48,7 @@ def test_overrides_and_dotted_names(recipe):
         ("models.s.sft.optim.stps=1", ["`models.s.sft.optim.stps`", "did you mean `steps`?"]),
         ("data={train: a, dev: b, test: [c], v1.5: d}", ["`data.v1.5`", "the known keys here are"]),
         ("sedes=[1]", ["`sedes`", "did you mean `seeds`?"]),
-        ("arms.a=xl > s > s", ["override `arms.a=xl > s > s`", "names model s twice"]),
+        ("arms.a=xl > s > xl", ["override `arms.a=xl > s > xl`", "names model xl twice"]),
         ("arms.a=xl > q", ["`arms.a.path` names `q`", "choose one of xl, s"]),
         ("arms.a={path: xl > s, compute: as b}", ["has a cycle"]),
         ("models.s={load: null, tokenizer: null, init: {from: s, layers: 1}}", ["has a cycle"]),
