@@ -58,6 +58,14 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def own_garbage():
+    """Collect the garbage of a file, and let later collections pass over what is left: each stage ends with one."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def own_precision():
     """Forget the precision that accelerate keeps for a whole process: the trainers of peers choose bf16."""
     yield

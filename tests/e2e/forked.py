@@ -4,6 +4,7 @@ The process is forked from this one, which has all modules. So is the server fro
 processes are those of `python -m tadistill`, which `test_study` and `test_bad_input` start as a user does.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen:
     """Start `tadistill` with these arguments in a process group of its own; the options are those of `subprocess.Popen`."""
     from tadistill.runner import preload  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # garbage that owns files, collected in the fork, would close files of the fork that have the same numbers
     return subprocess.Popen(["tadistill", *arguments], start_new_session=True, preexec_fn=lambda: _command(arguments), **options)
 
 
