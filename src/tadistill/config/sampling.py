@@ -72,6 +72,10 @@ class HiddenSignal(Strict):
         """Words for the plan: how training on the recording differs from training with the teacher itself."""
         return "exact" if self.dtype == "float32" else "approximate (bfloat16)"
 
+    def inexact(self, given: str) -> str | None:
+        """Return words that say how a loss differs from the exact one. None if it is exact. `given` is `the recording has`, or similar."""
+        return None if self.dtype == "float32" else f"approximate: {given} hidden states in bfloat16"
+
 
 class TopKSignal(Strict):
     """Record the teacher's k most probable tokens at every position of the text. Training then does not load the teacher."""
@@ -87,6 +91,10 @@ class TopKSignal(Strict):
     @property
     def exactness(self) -> str:
         return f"approximate (the top {self.k} tokens)"
+
+    def inexact(self, given: str) -> str | None:
+        rest = "count as one" if self.tail == "lump" else "are left out"
+        return f"approximate: {given} the {self.k} most probable tokens, and all other tokens {rest}"
 
 
 class SampledSignal(Strict):
@@ -104,6 +112,9 @@ class SampledSignal(Strict):
     @property
     def exactness(self) -> str:
         return f"unbiased ({self.draws} draws)"
+
+    def inexact(self, given: str) -> str | None:
+        return f"an unbiased estimate: {given} {self.draws} drawn tokens for each position"
 
 
 Signal = Annotated[HiddenSignal | TopKSignal | SampledSignal, Field(discriminator="type")]

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.method import Method
-from tadistill.config.objective import Divergence, MiniLLM, TopKForwardKL, TopKReverseKL
+from tadistill.config.objective import Divergence, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import TopKSignal
 from tadistill.errors import ConfigError
 
@@ -82,15 +82,6 @@ class Serve(Strict):
         """The outputs that a server sends, if they are not hidden states."""
         return TopKSignal(k=self.k, tail=self.tail) if self.gives == "top_k" else None
 
-    def approximation(self, method: Method) -> str | None:
-        """Return a sentence that says what is approximate if a model teaches with this payload. None if the loss is exact."""
-        objective = method.objective
-        whole = objective.needs_distribution or (isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0)
-        if self.gives == "hidden" or not (objective.needs_teacher and whole):
-            return None
-        rest = "all other tokens count as one" if self.tail == "lump" else "all other tokens are left out"
-        return f"the loss `{objective.label}` is approximate: the server sends the {self.k} most probable tokens, and {rest}"
-
 
 def check_served(name: str, serve: Serve, method: Method) -> None:
     """Check that a served model can teach with a method.
@@ -109,10 +100,15 @@ def check_served(name: str, serve: Serve, method: Method) -> None:
             f"sampler `{sampler.type}` needs text that the teacher writes, but models.{name} is served, and its server sends only scores; "
             "let the server write the text once, and use it as `data.train`, or remove `serve`"
         )
-    if serve.gives == "top_k" and signal is not None:
+    if serve.gives == "top_k" and signal is not None and not isinstance(signal, TopKSignal):
         raise ConfigError(
             f"sampler.signal `{signal.type}` is recorded from the teacher's hidden states, but models.{name}.serve gives only `top_k`; use "
-            "`gives: hidden`, or remove `signal`"
+            "`gives: hidden`, or `signal: {type: top_k}`"
+        )
+    if serve.gives == "top_k" and isinstance(signal, TopKSignal) and signal.k > serve.k:
+        raise ConfigError(
+            f"sampler.signal records the {signal.k} most probable tokens, but models.{name}.serve sends only {serve.k}; set `signal.k` to "
+            f"{serve.k}, or `serve.k` to {signal.k} and start the server with `--max-logprobs {signal.k}`"
         )
     if serve.gives == "top_k":
         _check_top_k(name, serve, method)
@@ -131,6 +127,6 @@ def _check_top_k(name: str, serve: Serve, method: Method) -> None:
         other = objective.label.removeprefix("top_k_")
         fix = f"or objective `{other}`" if other != objective.label else "or `single_step: false`"
         raise ConfigError(f"objective `{objective.label}` {what}, but {sends}, {fix}")
-    tempered = isinstance(objective, Divergence) and objective.temperature != 1
+    tempered = isinstance(objective, Divergence) and objective.temperature != 1 and method.signal is None
     if tempered and serve.tail == "lump":
         raise ConfigError(f"`tail: lump` needs objective.temperature 1, and {sends}, `temperature: 1`, or `tail: drop`")

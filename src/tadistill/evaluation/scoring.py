@@ -166,19 +166,19 @@ def analyse(
     others: Seq[PreTrainedModel | Teacher],
     batch: int,
     tick: Callable[[int], None] = lambda n: None,
-) -> tuple[dict[str, list[list[float]]], Exposure]:
+) -> tuple[dict[str, list[list[float]]], Exposure | None]:
     """Compare the subject (the model under evaluation) with the original teacher on one data set.
 
     Args:
         answers: the subject's own answers.
-        teacher_answers: the teacher's answers to the same prompts.
+        teacher_answers: the teacher's answers to the same prompts. Without them, the exposure bias is not measured.
         others: the original teacher, then the assistants between it and the subject. The first assistant is next to the teacher.
         tick: called after each batch with its number of sequences.
 
     Returns:
         Two things: values and curves. The values are {metric: [prompt][decoding seed]}. forward_kl is measured on the references, and
         reverse_kl on the subject's answers. If there are assistants, budget/0, budget/1, … are the terms of the error budget: see the
-        formula in the docstring of this file. The curves show the exposure bias.
+        formula in the docstring of this file. The curves show the exposure bias. They are None if it is not measured.
     """
     teacher, *assistants = others
     (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch, tick=tick)
@@ -195,6 +195,8 @@ def analyse(
                 columns.setdefault(f"budget/{j}", []).append(term)
     scores = {"forward_kl": means(on_references["forward_kl"])[:, None].tolist()}
     scores |= {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
+    if not teacher_answers:
+        return scores, None
     of_teacher: list[np.ndarray] = []
     for of_seed in teacher_answers.values():
         of_teacher += divergences(subject, of_seed, [teacher], batch=batch, tick=tick)[0]["forward_kl"]

@@ -22,10 +22,10 @@ from tadistill.models.client import Answer, Broken, Servers, read_json
 from tadistill.models.counting.sizes import Work
 from tadistill.models.teacher import HiddenTeacher, Teacher
 from tadistill.objectives import Head, TopK
+from tadistill.objectives.sparse import remaining
 from tadistill.tuning import LOG_ZERO
 
 POOLING, COMPLETIONS = "/pooling", "/v1/completions"
-_SMALLEST = float(np.finfo(np.float32).eps)  # probability of the tail below which the server's rounding hides it
 
 
 class ServedHidden(HiddenTeacher):
@@ -182,15 +182,15 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
 
 
 def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
-    """Return the scores as a target of a loss.
+    """Return the scores as a target of a loss, from the most to the least probable token.
 
-    The tail is 1 minus the sum of the k probabilities, and at least the rounding error of a float32 number. A token outside the vocabulary
-    of the tokenizer, which some models have, is counted with the tail. The next unused id takes its place, with the probability 0.
+    A token outside the vocabulary of the tokenizer, which some models have, is counted with the tail. The next unused id takes its place,
+    with the probability 0.
     """
     ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
     for row, place in np.argwhere(ids >= vocab):
         ids[row, place] = next(id for id in range(vocab) if id not in ids[row])
         log_probs[row, place] = LOG_ZERO
-    tail = np.log(np.maximum(1 - np.exp(log_probs).sum(1), _SMALLEST)) if signal.tail == "lump" else None
-    kept = None if tail is None else torch.from_numpy(tail).float()
-    return TopK(torch.from_numpy(ids), torch.from_numpy(log_probs).float(), kept)
+    order = np.argsort(-log_probs, axis=1, kind="stable")  # a server sends the text's own token first
+    ids, log_p = (torch.from_numpy(np.take_along_axis(values, order, 1)) for values in (ids, log_probs))
+    return TopK(ids, log_p.float(), remaining(log_p) if signal.tail == "lump" else None)

@@ -35,6 +35,12 @@ class TopK:
         """Return a copy on another device."""
         return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
 
+    def first(self, k: int) -> "TopK":
+        """Return the first k tokens (..., k), in the order of `ids`. The other kept tokens join the tail."""
+        log_p = self.log_probs.float()
+        tail = remaining(log_p) if self.tail is None else self.tail.float()
+        return TopK(self.ids[..., :k], log_p[..., :k], torch.cat([log_p[..., k:], tail.unsqueeze(-1)], -1).logsumexp(-1))
+
     def check(self, width: int) -> None:
         """Raise a ConfigError unless all ids are in a vocabulary of `width` tokens."""
         check_ids(self.ids, width, "a top-k target")
@@ -159,6 +165,15 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
         return TopK(ids, found, None)
     rest = _rest(log_p, ids).squeeze(-1) if k < width else torch.full_like(found[..., 0], LOG_ZERO)
     return TopK(ids, found, rest)
+
+
+def remaining(log_probs: Tensor) -> Tensor:
+    """Return the log-probability (...) of all tokens outside a set, whose log-probabilities (..., K) are given.
+
+    Its probability is at least the rounding error of float32 numbers, which hides a smaller one.
+    """
+    inside = log_probs.double().exp().sum(-1)
+    return (1 - inside).clamp(min=torch.finfo(torch.float32).eps).log().float()
 
 
 def _rest(log_all: Tensor, ids: Tensor) -> Tensor:

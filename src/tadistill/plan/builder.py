@@ -27,6 +27,7 @@ from tadistill.plan.inputs import (
     PrunedDepth,
     Split,
     Tempered,
+    is_served,
     plan_metrics,
     plan_objective,
     plan_tasks,
@@ -235,14 +236,14 @@ class StageBuilder:
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
         """Add the stage that compares a path's last model with the original teacher and with the assistants in the path."""
         teacher = self.trained(original, seed)
-        teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
+        written = None if is_served(teacher) else Output(stage=self.evaluate(original, teacher, seed, self.recipe.evaluate))
         spec = specs.AnalyseSpec(
             **self.only_runs(name, samples=False),
             sets=self._test_sets(),
             teacher=teacher,
             model=models[-1],
             answers=Output(stage=answers),
-            teacher_answers=Output(stage=teacher_answers),
+            teacher_answers=written,
             assistants=tuple(m for m in models[:-1] if m != teacher),
             batch=self.recipe.evaluate.batch,
         )

@@ -1,4 +1,4 @@
-"""Served teachers in a plan: what the plan may ask of them, what is approximate, and what a token costs on its way from the server.
+"""Served teachers in a plan: what the plan may ask of them, and what a token costs on its way from the server.
 
 A model with `serve` only teaches. Everything else would load it into a process of the study.
 """
@@ -12,17 +12,22 @@ from tadistill.config.served import Serve, check_served
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Handle, Loaded
-from tadistill.plan.specs import DistillSpec, SignalSpec, Spec
+from tadistill.plan.specs import AnalyseSpec, DistillSpec, SignalSpec, Spec
 
 if TYPE_CHECKING:
-    from tadistill.plan.arms import Plan, PlannedArm
+    from tadistill.plan.arms import Plan
 
 _ENTRY = 70
 """Bytes of one token with its log-probability in the JSON of a server of vLLM, on average."""
 
 
 def running(spec: Spec) -> tuple[Handle, ...]:
-    """Return the teachers that must run during a stage: those of a distillation, or the one whose outputs are recorded."""
+    """Return the models that must run during a stage to say how probable tokens are.
+
+    They are the teachers of a distillation, the teacher whose outputs are recorded, or those with which a model is compared.
+    """
+    if isinstance(spec, AnalyseSpec):
+        return (spec.teacher, *spec.assistants)
     if isinstance(spec, SignalSpec):
         return (spec.teacher,)
     return (spec.teacher, *spec.assistants) if isinstance(spec, DistillSpec) and spec.method.runs_teacher else ()
@@ -47,7 +52,8 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
         teacher: the original teacher with which the arm's model is compared; None if nothing is compared.
 
     Raises:
-        ConfigError: the arm trains or measures a served model, or compares its model with one; or a model is made from a served one.
+        ConfigError: the arm trains or measures a served model; or compares its model with one that gives only top-k tokens; or a model is
+            made from a served one.
     """
     served, path = {name for name, model in recipe.models.items() if model.serve}, recipe.arms[arm]
     for name, model in recipe.models.items():
@@ -61,11 +67,17 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
         raise ConfigError(
             f"arms.{arm} {what} `{min(own)}`, but this model is served, and a served model can only teach; remove its `serve`, or this arm"
         )
-    if teacher in served and recipe.data.test:
-        raise ConfigError(
-            f"`analyse` compares the students with answers of the teacher `{teacher}`, but this model is served, and its server sends only "
-            "scores; set `analyse: false`"
-        )
+    if teacher and recipe.data.test:
+        _check_analysed(recipe, (teacher, *path.last[:-1]))
+
+
+def _check_analysed(recipe: Recipe, models: Iterable[str]) -> None:
+    for name in models:
+        if (serve := recipe.models[name].serve) and serve.gives != "hidden":
+            raise ConfigError(
+                f"`analyse` needs the whole distribution of `{name}`, but models.{name}.serve gives only `{serve.gives}`; use `gives: "
+                "hidden`, or set `analyse: false`"
+            )
 
 
 def check_measured(recipe: Recipe, models: Iterable[str]) -> None:
@@ -78,15 +90,8 @@ def check_measured(recipe: Recipe, models: Iterable[str]) -> None:
             )
 
 
-def approximations(recipe: Recipe, arm: "PlannedArm") -> list[str]:
-    """Return one sentence for each served teacher of an arm that makes its loss approximate. Empty if the loss is exact."""
-    teachers = dict.fromkeys(model for path in arm.arm.path for model in path[:-1])
-    found = [(name, serve.approximation(arm.method)) for name in teachers if (serve := recipe.models[name].serve)]
-    return [f"{sentence} (teacher {name})" for name, sentence in found if sentence]
-
-
 def served_notes(plan: "Plan") -> Iterator[str]:
-    """Yield a sentence for each served teacher: where it runs, what a token costs on its way, and whether losses are exact."""
+    """Yield a sentence for each served teacher: where it runs, and what a token costs on its way."""
     ledger = Ledger(plan.recipe)
     for name, model in plan.recipe.models.items():
         if model.serve is None:
@@ -99,13 +104,13 @@ def served_notes(plan: "Plan") -> Iterator[str]:
         width = config.get("hidden_size", config.get("n_embd"))
         precisions: list[Precision] = [*dict.fromkeys(_precision(spec) for spec in taught)]
         yield f"Teacher {name} runs on {where}. For every token that it reads, a server sends {_bytes(model.serve, width, precisions)}."
-    for arm in plan.arms:
-        yield from (f"arms.{arm.name}: {sentence}." for sentence in approximations(plan.recipe, arm))
+        if name == plan.teacher and any(isinstance(spec, AnalyseSpec) for spec in specs):
+            yield f"The exposure bias is not measured, because the server of {name} writes no answers."
 
 
 def _precision(spec: Spec) -> Precision:
-    assert isinstance(spec, SignalSpec | DistillSpec)
-    return spec.precision if isinstance(spec, SignalSpec) else spec.optim.precision
+    assert isinstance(spec, SignalSpec | DistillSpec | AnalyseSpec)
+    return spec.optim.precision if isinstance(spec, DistillSpec) else spec.precision
 
 
 def _is(handle: Handle, serve: Serve | None, load: str | None) -> bool:

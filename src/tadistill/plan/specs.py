@@ -296,7 +296,8 @@ class AnalyseSpec(_OnTestSets):
     model: Handle
     answers: Output
     """The model's own answers."""
-    teacher_answers: Output
+    teacher_answers: Output | None
+    """None if the teacher runs on a server, which writes no text. The exposure bias is then not measured."""
     assistants: tuple[Handle, ...]
     batch: int
 

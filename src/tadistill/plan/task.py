@@ -165,7 +165,7 @@ def _measuring(plan: "Plan", stage: Stage, ledger: Ledger) -> Memory | None:
     models, dtype = stage.spec.models, DTYPES[plan.recipe.evaluate.precision]
     others = [handle for role, handle in models.items() if role != "model" and not is_served(handle)]
     handles = [handle for i, handle in enumerate(others) if handle not in others[:i]]
-    names = [*([stage.model] if "model" in models else []), *filter(None, (_name(plan, handle) for handle in handles))]
+    names = [*([stage.model] if "model" in models else []), *filter(None, (name_of(plan, handle) for handle in handles))]
     sizes, working = [ledger.size(name) for name in names], ledger.measuring(stage.model)
     if working is None or None in sizes:
         return None
@@ -173,11 +173,12 @@ def _measuring(plan: "Plan", stage: Stage, ledger: Ledger) -> Memory | None:
     return Memory(weights=sum(weights[:1]), frozen=sum(weights[1:]), sampling=working)
 
 
-def _name(plan: "Plan", handle: Handle) -> str | None:
+def name_of(plan: "Plan", handle: Handle) -> str | None:
+    """Return the name of a model in the recipe. None if the recipe has no such model."""
     if isinstance(handle, FromStage):
         return plan.stages[handle.stage].model
     if not isinstance(handle, Loaded):
-        return _name(plan, handle.of)
+        return name_of(plan, handle.of)
     wanted = handle.source, handle.revision, handle.config
     return next((name for name, model in plan.recipe.models.items() if (model.load, model.revision, model.config) == wanted), None)
 

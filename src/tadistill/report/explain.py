@@ -11,6 +11,7 @@ from tadistill.plan.graph import distinct_labels
 from tadistill.report.routes import listed, taught
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
+from tadistill.results.curves import exposures
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import detectable_text, number, p_text, ratio_text, signed, span, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
@@ -211,7 +212,7 @@ def cautions(results: Results) -> list[str]:
     """Return warnings about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
     seeds.
     """
-    texts = [text for text in (rows_text(results.used), _unseen_text(results), _unequal_text(results)) if text]
+    texts = [text for text in (rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results)) if text]
     for c in by_importance(results):
         texts += caution_texts(c)
     trained = {arm.name: len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]}
@@ -222,6 +223,13 @@ def cautions(results: Results) -> list[str]:
         said = seeds_text(min(trained.values())) if same else f"{', '.join(few[:_NAMED])}{more}"
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
+
+
+def _unmeasured_text(results: Results) -> str:
+    analysed = any(arm.analyse and results.scores[arm.name] for arm in results.plan.arms)
+    who = results.plan.teacher
+    why = f"the teacher {who} ran on a server, which wrote no answers"
+    return f"The exposure bias is not measured, because {why}." if analysed and not exposures(results) else ""
 
 
 def _unequal_text(results: Results) -> str:

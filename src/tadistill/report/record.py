@@ -85,6 +85,7 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
         "words": words,
         "path": arm.path_text,
         "method": arm.method,
+        "inexact": list(arm.inexact),
         "model": arm.model,
         "parameters": row.parameters,
         "compute": arm.compute,

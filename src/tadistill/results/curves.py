@@ -128,19 +128,21 @@ class ExposureBias:
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Read two KL curves by position in the answer for each test set: after text of the student, and after text of the teacher.
 
-    In a curve, `kl` has the values, and `count` the number of answers that reach each position.
+    In a curve, `kl` has the values, and `count` the number of answers that reach each position. A set is left out if
+    the bias is not measured on it.
     """
     path = store.artifact(key, "exposure.json")
     content = read_json(path, fix=store.redo(key))
     try:
-        curves = [content[name][side] for name in content for side in ("student", "teacher")]
-        if not curves or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
-            raise ValueError("there is no curve, or `kl` and `count` have different lengths")
+        measured = {name: sides for name, sides in content.items() if sides is not None}
+        curves = [sides[side] for sides in measured.values() for side in ("student", "teacher")]
+        if not content or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
+            raise ValueError("there is no set, or `kl` and `count` have different lengths")
         for curve in curves:
             np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"it must map sets to two curves: {type(error).__name__} {error}", store.redo(key)) from error
-    return content
+    return measured
 
 
 def exposures(results: Results) -> Mapping[str, ExposureBias]:
@@ -154,7 +156,8 @@ def _exposures(results: Results) -> Mapping[str, ExposureBias]:
         by_seed: dict[int, Array] = {}
         solid: list[int] = []
         for seed in (seed for seed in sorted(results.scores[arm.name]) if seed in arm.analyse):
-            by_set = load_exposure(results.store, arm.analyse[seed])
+            if not (by_set := load_exposure(results.store, arm.analyse[seed])):
+                continue
             (student, n_student), (teacher, n_teacher) = (
                 _pooled([entry[who] for entry in by_set.values()]) for who in ("student", "teacher")
             )

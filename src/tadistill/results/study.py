@@ -77,6 +77,8 @@ class ArmRecord:
     also: Mapping[str, Mapping[int, str]]
     final: Mapping[int, str | None]
     published: PublishedScores | None
+    inexact: tuple[str, ...] = ()
+    """One sentence, without a full stop, for each loss of the arm's path that is not exact."""
 
     def measured_by(self, seed: int) -> tuple[str, ...]:
         """Return the keys of all stages that measure the arm's model, for one training seed."""
@@ -232,6 +234,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         also={name: _by_seed(keys) for name, keys in entry["also"].items()},
         published=PublishedScores(published["source"], published["rouge_l"]) if published else None,
         final={int(seed): key for seed, key in entry["final"].items()},
+        inexact=tuple(entry.get("inexact", ())),
     )
 
 

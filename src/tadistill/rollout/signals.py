@@ -114,7 +114,7 @@ class _Writer:
                 assert isinstance(target, Hidden)
                 return {"hidden": (target.states.to(getattr(torch, dtype)), lengths)}
             case TopKSignal() as config:
-                kept = _first(target, min(config.k, self.vocab)) if isinstance(target, TopK) else self._top_k(target, config)
+                kept = self._first(target, config) if isinstance(target, TopK) else self._top_k(target, config)
                 assert kept.tail is not None
                 if config.dtype == "packed":
                     ids, log_p, tail = (t.cpu().numpy() for t in (kept.ids, kept.log_probs.float(), kept.tail.float()))
@@ -124,6 +124,12 @@ class _Writer:
             case SampledSignal() as config:
                 assert isinstance(target, Hidden)
                 return self._sampled(target, config, rows, lengths)
+
+    def _first(self, target: TopK, config: TopKSignal) -> TopK:
+        have, k = target.ids.shape[-1], min(config.k, self.vocab)
+        if have < k:
+            raise ConfigError(f"the teacher gives its {have} most probable tokens, but `signal.k` is {k}; set `signal.k` to {have} or less")
+        return target.first(k)
 
     def _top_k(self, target: Hidden, config: TopKSignal) -> TopK:
         parts = [top_k(logits, min(config.k, self.vocab)) for _, logits in self._logits(target)]
@@ -147,18 +153,6 @@ class _Writer:
         for start in range(0, len(target.states), _ROWS):
             tokens = slice(start, start + _ROWS)
             yield tokens, target.head.logits(target.states[tokens])[:, : self.vocab]
-
-
-def _first(target: TopK, k: int) -> TopK:
-    # the first k tokens of a teacher that gives no hidden states; its other tokens join the tail
-    have, log_p = target.ids.shape[-1], target.log_probs.float()
-    if have < k:
-        raise ConfigError(f"the teacher gives its {have} most probable tokens, but `signal.k` is {k}; set `signal.k` to {have} or less")
-    tail = target.tail
-    if tail is None:
-        tail = (1 - log_p.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).eps).log()
-    rest = torch.cat([log_p[:, k:], tail.float().unsqueeze(-1)], -1).logsumexp(-1)
-    return TopK(target.ids[:, :k], log_p[:, :k], rest)
 
 
 def _bytes(tensor: Tensor) -> bytes:

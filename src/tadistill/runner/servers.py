@@ -71,6 +71,7 @@ def longest_text(recipe: Recipe) -> int:
     """Return the largest number of tokens of a text that a teacher of the recipe may read."""
     data = recipe.data
     answers = [method.sampler.max_new_tokens for method in methods(recipe) if isinstance(method.sampler, OnPolicy)]
+    answers += [recipe.evaluate.max_new_tokens] if recipe.analyse and data.test else []  # teachers read the answers to the test prompts
     return max([data.max_length, *(data.max_prompt + answer for answer in answers)])
 
 

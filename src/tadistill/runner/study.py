@@ -20,9 +20,9 @@ from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
+from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.preview import off_budget
-from tadistill.plan.served import approximations
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepared
 from tadistill.runner.schedule import run_stages
@@ -176,7 +176,8 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "path": list(a.arm.last),
                 "text": _text(a),
                 "models": list(a.arm.models),
-                "method": _method(a, approximations(plan.recipe, a)),
+                "method": _method(a),
+                "inexact": approximations(plan, a.name),
                 "model": a.arm.last[-1],
                 "compute": a.arm.compute,
                 "flops": a.flops,
@@ -219,9 +220,9 @@ def _text(arm: PlannedArm) -> str:
     return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}{', context' if arm.method.context else ''}"
 
 
-def _method(arm: PlannedArm, approximate: Seq[str]) -> str:
+def _method(arm: PlannedArm) -> str:
     if arm.arm.learners:
-        return f"{arm.method.objective.label} ({arm.method.sampler.label}){''.join(f'; {sentence}' for sentence in approximate)}"
+        return f"{arm.method.objective.label} ({arm.method.sampler.label})"
     return "sft, continued" if arm.arm.objective else "sft"
 
 

@@ -14,8 +14,8 @@ from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.run import generate_answers, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
-from tadistill.models.teacher import teacher_of
-from tadistill.plan.inputs import Output
+from tadistill.models.teacher import Teacher, teacher_of
+from tadistill.plan.inputs import Handle, Output, is_served
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
 
@@ -102,10 +102,11 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     spec = context.spec
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
-    assistants = [teacher_of(context.model(handle, dtype_of(spec.precision))[0].eval()) for handle in spec.assistants]
+    assistants = [_assistant(context, handle) for handle in spec.assistants]
     subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
     sets = [context.split(split, tokenizer) for split in spec.sets]
-    own, of_teacher = (_read_answers(context, answers, sets) for answers in (spec.answers, spec.teacher_answers))
+    own = _read_answers(context, spec.answers, sets)
+    of_teacher = _read_answers(context, spec.teacher_answers, sets) if spec.teacher_answers else {data.name: {} for data in sets}
     scores, exposure = {}, {}
     read = {data.name: len(data.encoded) * (1 + len(own[data.name]) + len(of_teacher[data.name])) for data in sets}
     done = Done(context, sum(read.values()), "sequences")
@@ -122,6 +123,11 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
     return {}
+
+
+def _assistant(context: Context[AnalyseSpec], handle: Handle) -> Teacher:
+    dtype = dtype_of(context.spec.precision)
+    return context.teacher(handle, dtype)[0] if is_served(handle) else teacher_of(context.model(handle, dtype)[0].eval())
 
 
 def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dict[str, dict[int, list[Sequence]]]:

@@ -1,5 +1,6 @@
 """`serve` in recipes: what it accepts, and one sentence for every method that a server cannot serve."""
 
+import html
 import io
 import re
 
@@ -10,10 +11,15 @@ from tadistill.config import parse
 from tadistill.config.served import Serve
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.exactness import approximations
 from tadistill.plan.preview import preview
-from tadistill.plan.served import approximations
-from tadistill.runner.servers import examined, server_command
-from tadistill.runner.study import describe
+from tadistill.plan.served import running
+from tadistill.report.cards import model_card
+from tadistill.report.page import render_page
+from tadistill.report.plain import render_markdown
+from tadistill.results.collect import read_results
+from tadistill.runner.servers import examined, longest_text, server_command
+from tadistill.runner.study import save_plan
 from tadistill.store import Store
 
 SHAPE = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"
@@ -105,8 +111,9 @@ REFUSED = {
     ("method.sampler={type: speculative, max_new_tokens: 4}",): "while each token is sampled",
     ("method.sampler={type: teacher}",): "needs text that the teacher writes",
     (TOP_K, "arms.direct={path: xl > s, sampler: {type: dataset, signal: {type: hidden}}}"): "is recorded from the teacher's hidden states",
+    (TOP_K, "arms.direct={path: xl > s, sampler: {type: dataset, signal: {type: top_k}}}"): "set `signal.k` to 20, or `serve.k` to 64",
     ("arms.alone=xl",): "arms.alone measures `xl`, but this model is served",
-    ("analyse=true",): "set `analyse: false`",
+    (TOP_K, "analyse=true"): "`analyse` needs the whole distribution of `xl`, but models.xl.serve gives only `top_k`",
     (TOP_K, "method.objective={type: top_k_forward_kl}"): "selects the top tokens itself, but models.xl.serve gives only `top_k`",
     (TOP_K, MINILLM): "or `single_step: false`",
     (TOP_K, "method.objective={type: reverse_kl, temperature: 2}"): "`tail: lump` needs objective.temperature 1",
@@ -137,29 +144,88 @@ def test_a_served_teacher_needs_no_memory_here(recipe):
     assert memory() < memory("models.xl.serve=null")
 
 
-@pytest.mark.parametrize(
-    ("method", "found"), [("{type: reverse_kl}", 1), ("{type: sampled_kl}", 0), ("{type: minillm, pt_weight: 0, single_step: false}", 0)]
-)
-def test_an_approximate_loss_is_named(method, found, recipe):
-    plan = make_plan(recipe(TOP_K, f"method.objective={method}"))
-    sentences = approximations(plan.recipe, plan.arms[0])
-    assert len(sentences) == found
-    content = describe(plan, created="", recipe_text="", command="")
-    assert ("approximate: the server sends the 20 most probable tokens" in content["arms"][0]["method"]) == bool(found)
+REVERSE, FORWARD = "method.objective={type: reverse_kl}", "method.objective={type: forward_kl}"
+
+
+def recorded(signal):
+    return f"arms.direct={{path: xl > s, sampler: {{type: dataset, signal: {signal}}}}}"
+
+
+INEXACT = {
+    (REVERSE,): None,
+    (TOP_K, REVERSE): "the loss `reverse_kl` of s is approximate: the server of xl sends the 20 most probable tokens, and all other tokens "
+    "count as one",
+    (TOP_K, "method.objective={type: sampled_kl}"): None,
+    (TOP_K, "method.objective={type: minillm, pt_weight: 0, single_step: false}"): None,
+    (REVERSE, recorded("{type: hidden}")): None,
+    (
+        REVERSE,
+        recorded("{type: hidden, dtype: bfloat16}"),
+    ): "the loss `reverse_kl` of s is approximate: the recording of xl has hidden states in bfloat16",
+    (REVERSE, recorded("{type: top_k, k: 9, tail: drop}")): "the loss `reverse_kl` of s is approximate: the recording of xl has the 9 most "
+    "probable tokens, and all other tokens are left out",
+    (TOP_K, REVERSE, recorded("{type: top_k, k: 9}")): "the loss `reverse_kl` of s is approximate: the recording of xl has the 9 most "
+    "probable tokens, and all other tokens count as one",
+    (
+        FORWARD,
+        recorded("{type: sampled}"),
+    ): "the loss `forward_kl` of s is an unbiased estimate: the recording of xl has 50 drawn tokens for each position",
+}
+
+
+@pytest.mark.parametrize("overrides", INEXACT)
+def test_an_inexact_loss_is_named_in_the_plan_the_report_and_the_model_card(overrides, recipe, tmp_path):
+    plan = make_plan(recipe(*overrides))
+    sentence = INEXACT[overrides]
+    assert approximations(plan, "direct") == ([sentence] if sentence else [])
+    texts = {"plan": notes(plan, tmp_path), **pages(plan, tmp_path)}
+    flat = {name: " ".join(text.replace("\\", "").split()) for name, text in texts.items()}
+    for name, text in flat.items():
+        if sentence:
+            assert sentence.removeprefix("the ") in text, name
+        else:
+            assert "approximate" not in text, name
+
+
+def notes(plan, folder):
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(preview(plan, Store(folder), {}, 1))
+    return console.export_text()
+
+
+def pages(plan, folder):
+    """The report as a page and as Markdown, and the model card of the arm, of a study of which no stage has run."""
+    results = read_results(save_plan(plan, folder, recipe_text="", command="tadistill run"), Store(folder))
+    card = model_card(results, "direct", 1, folder, "name")
+    return {"page": html.unescape(render_page(results)), "report": render_markdown(results), "card": card}
 
 
 def test_the_plan_says_where_a_teacher_runs_and_what_a_token_costs(recipe, tmp_path):
-    def notes(*overrides):
-        console = Console(width=400, record=True, file=io.StringIO())
-        console.print(preview(make_plan(recipe(*overrides)), Store(tmp_path), {}, 1))
-        return console.export_text()
+    def of(*overrides):
+        return notes(make_plan(recipe(*overrides)), tmp_path)
 
-    assert "Teacher xl runs on http://127.0.0.1:8001. For every token that it reads, a server sends its hidden states, 256 bytes" in notes()
-    assert "128 bytes (bfloat16)" in notes("method.optim.precision=bf16")
-    text = notes(TOP_K)
+    assert "Teacher xl runs on http://127.0.0.1:8001. For every token that it reads, a server sends its hidden states, 256 bytes" in of()
+    assert "128 bytes (bfloat16)" in of("method.optim.precision=bf16")
+    text = of(TOP_K)
     assert "the 20 most probable tokens as JSON, about 1,470 bytes" in text
-    assert "arms.direct: the loss `reverse_kl` is approximate" in text
-    assert "Teacher xl" not in notes("models.xl.serve=null")
+    assert "exposure" not in text
+    assert "Teacher xl" not in of("models.xl.serve=null")
+
+
+def test_a_student_is_compared_with_a_served_teacher_but_not_with_its_answers(recipe, tmp_path):
+    plan = make_plan(recipe("analyse=true"))
+    (spec,) = (stage.spec for stage in plan.stages.values() if stage.kind == "analyse")
+    assert (spec.teacher_answers, running(spec)) == (None, (spec.teacher,))
+    assert [stage.model for stage in plan.stages.values() if stage.kind == "evaluate"] == ["s"]
+    assert "The exposure bias is not measured, because the server of xl writes no answers." in notes(plan, tmp_path)
+    local = make_plan(recipe("analyse=true", "models.xl.serve=null"))
+    assert {stage.model for stage in local.stages.values() if stage.kind == "evaluate"} == {"s", "xl"}
+
+
+def test_the_longest_text_contains_the_answers_to_test_prompts(recipe):
+    given = "data.max_prompt=60", "data.max_length=64", "evaluate.max_new_tokens=30"
+    assert longest_text(recipe(*given)) == 64
+    assert longest_text(recipe(*given, "analyse=true")) == 90
 
 
 def test_the_command_of_a_server(recipe, directory):

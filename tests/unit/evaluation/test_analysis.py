@@ -86,6 +86,12 @@ def test_a_model_has_no_divergence_from_itself(models, data):
     assert exposure["student"] == exposure["teacher"]
 
 
+def test_without_answers_of_the_teacher_all_but_the_exposure_is_measured(models, data):
+    (expected, _), own, _ = run(models, data, models[2:3])
+    found = analyse(Subject(models[0], Tokenizer(), VOCAB, (0,)), data, own, {}, others=models[1:3], batch=2)
+    assert found == (expected, None)
+
+
 def test_each_batch_is_counted(models, data):
     counts, subject = [], Subject(models[0], Tokenizer(), VOCAB, (0,))
     analyse(subject, data, {1: answers(1), 2: answers(2)}, {1: answers(3)}, others=models[1:3], batch=2, tick=counts.append)

@@ -93,13 +93,23 @@ def test_top_k_is_that_of_the_model(here, tail):
     assert texts(here, "/v1/completions") == [(9, 8, 7, 1), (17, 18, 19, 20, 0), (40, 110, 0), (50, 60, 70, 80, 90, 0)]
 
 
+def test_tokens_are_in_order_of_their_probability_although_a_server_sends_the_text_first():
+    from tadistill.models.served import _Scores
+
+    scores = _Scores(np.array([[7, 3, 5]]), np.log([[0.1, 0.6, 0.2]]), np.log([0.1]))
+    found = top_k_target(scores, TopKSignal(k=3), 9)
+    assert found.ids.tolist() == [[3, 5, 7]]
+    assert found.first(2).ids.tolist() == [[3, 5]]
+    torch.testing.assert_close(found.first(2).tail.exp(), torch.tensor([0.2]))
+
+
 def test_a_token_outside_the_vocabulary_is_counted_with_the_tail():
     from tadistill.models.served import _Scores
 
     scores = _Scores(np.array([[0, 9, 2]]), np.log([[0.5, 0.3, 0.1]]), np.zeros(1))
     found = top_k_target(scores, TopKSignal(k=3), 5)
-    assert found.ids.tolist() == [[0, 1, 2]]
-    assert found.log_probs[0, 1] == LOG_ZERO
+    assert found.ids.tolist() == [[0, 2, 1]]
+    assert found.log_probs[0, 2] == LOG_ZERO
     assert float(found.tail.exp()) == pytest.approx(0.4)
 
 

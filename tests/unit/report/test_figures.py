@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tadistill.report.explain import cautions
 from tadistill.report.figures.behaviour import exposure_figure
 from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure
 from tadistill.report.figures.scores import cost_figure, cost_points, difference_figure, means_figure
@@ -50,6 +51,14 @@ def test_exposure_weighs_sets_by_answers_and_marks_few(study):
     assert found.mean == pytest.approx([50.0, 75.0, 100 * (7.5 - 3) / 3])  # (30 x 1 + 10 x 3) / 40 = 1.5 at the first position
     assert found.solid == 2
     assert set(found.seeds) == {10, 20}
+
+
+def test_an_exposure_that_is_not_measured_is_named(study):
+    for path in study.store_dir.rglob("exposure.json"):
+        path.write_text(json.dumps({"dolly": None, "facts": None}))
+    results = read(study)
+    assert exposures(results) == {}
+    assert "The exposure bias is not measured, because the teacher xl ran on a server, which wrote no answers." in cautions(results)
 
 
 def test_calibration_is_pooled_by_count(study):
