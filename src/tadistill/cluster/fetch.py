@@ -4,7 +4,8 @@
     missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
 A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say
-which files are needed. So fetched.json lists them. Without this list, a data set counts as complete if some of its files are there.
+which files are needed. So fetched.json lists them. Without this list, a data set counts as complete if some of its files are there. The
+same holds for a teacher that runs on a server, of which only the tokenizer and the file with the output head are needed.
 """
 
 import os
@@ -22,6 +23,7 @@ from tadistill.data import datasets, hub
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
+from tadistill.models.partial import Gives, fetch_part, locate_part
 from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"
@@ -41,6 +43,8 @@ class Need:
     """The file that is read from the repository of a data set. None if all its files are read."""
     tokenizer: bool = False
     """True if the tokenizer is read from the same repository as the model."""
+    gives: Gives | None = None
+    """What a server of the model sends. Then only a part of its files is needed. None if all files are needed."""
 
     @property
     def shown(self) -> str:
@@ -72,7 +76,8 @@ def needs(recipe: Recipe) -> list[Need]:
     found = []
     for model in recipe.models.values():
         if model.load and sources.parse_source(model.load).kind in ("hub", "wheel"):
-            found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None))
+            gives = model.serve.gives if model.serve else None
+            found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None, gives=gives))
         elif model.load and (base := sources.adapter_base(model.load)) and sources.parse_source(base[0]).kind == "hub":
             found.append(Need("model", *base))
         if model.tokenizer and model.tokenizer != "tinyworld" and sources.parse_source(model.tokenizer).kind in ("hub", "wheel"):
@@ -117,16 +122,19 @@ def look(need: Need, record: Mapping[str, Any]) -> Found | None:
     """
     if need.kind == "data set":
         path = hub.cached(need.name, need.revision, need.file)
-        listed = record.get(need.key, {})
-        if path is None:
-            return None
-        found = _found(path)
-        same = listed.get("commit") == found.commit
-        return None if same and not set(listed["files"]) <= set(found.files) else found
+        return _unless_lost(_found(path), record.get(need.key, {})) if path else None
+    if need.gives:
+        path = locate_part(need.name, need.revision, need.gives)
+        return _unless_lost(_found(path), record.get(need.key, {})) if path else None
     path = sources.locate(need.name, need.revision, weights=need.kind == "model")
     if path is None or (need.tokenizer and sources.locate(need.name, need.revision, weights=False) is None):
         return None
     return _found(path)
+
+
+def _unless_lost(found: Found, listed: Mapping[str, Any]) -> Found | None:
+    same = listed.get("commit") == found.commit
+    return None if same and not set(listed["files"]) <= set(found.files) else found
 
 
 def _found(path: Path) -> Found:
@@ -174,12 +182,14 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
 
 
 def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:
-    whole = need.kind != "data set" or need.file is not None or need.key in record
-    if whole and (found := look(need, record)):
+    known = need.file is not None or need.key in record or (need.kind != "data set" and need.gives is None)
+    if known and (found := look(need, record)):
         return found, "already here"
     console.print(f"fetching {need.kind} {need.shown} …", highlight=False)
     if need.kind == "data set":
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
+    if need.gives:
+        return _found(fetch_part(need.name, need.revision, need.gives, workers=_WORKERS)), "fetched"
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
     if need.tokenizer:  # perhaps only the weights were on this disk
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)

@@ -18,6 +18,7 @@ from tadistill.config.places import placed
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
+from tadistill.models.partial import fetch_part, locate_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.exactness import approximations
@@ -87,14 +88,13 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
     """Download the models that are not on this disk. The plan needs their sizes. Of a served model, only the output head is needed."""
     for model in recipe.models.values():
-        if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
+        if model.load and model.serve:
+            if locate_part(model.load, model.revision, model.serve.gives) is None:
+                console.note(f"fetching {model.load} without most weights …")
+                fetch_part(model.load, model.revision, model.serve.gives)
+        elif model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")
-            if model.serve:
-                from tadistill.models.head import fetch_head  # here: it imports torch, which a run of finished stages does not need
-
-                fetch_head(model.load, model.revision)
-            else:
-                sources.fetch(model.load, model.revision)
+            sources.fetch(model.load, model.revision)
         if model.tokenizer and model.tokenizer != "tinyworld":
             sources.fetch(model.tokenizer, model.revision, weights=False)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
@@ -19,6 +20,8 @@ from tadistill.cluster import fetch
 from tadistill.config import parse
 from tadistill.data import tinyworld
 from tadistill.errors import DataError, ModelError
+from tadistill.models import sources
+from tadistill.models.head import read_head
 
 ONE, TWO = "1" * 40, "2" * 40
 ROWS = "".join(json.dumps({"instruction": f"say {i}", "output": str(i), "text": f"text {i}"}) + "\n" for i in range(4)).encode()
@@ -134,6 +137,41 @@ def test_a_tokenizer_from_elsewhere_is_not_asked_of_the_model(cache, tmp_path, m
     lay(cache, "org/words", {name: content for name, content in model_files.items() if "tokenizer" in name}, kind="models")
     lay(cache, "org/words", {"config.json": b"{}"}, kind="models")
     assert fetch.missing(recipe(text), tmp_path) == []
+
+
+SERVED = RECIPE.replace("t: {load: org/teacher}", "t: {load: org/teacher, serve: http://127.0.0.1:8001}").replace(
+    "s: {load: org/teacher}", "s: {load: 'scratch:llama', tokenizer: tinyworld}"
+)
+
+
+@pytest.mark.parametrize(("gives", "shards"), [("hidden", 1), ("top_k", 0)])
+def test_of_a_served_teacher_only_the_output_head_and_the_tokenizer_are_fetched(gives, shards, cache, tmp_path, model_files, monkeypatch):
+    text = SERVED.replace("serve: http://127.0.0.1:8001", f"serve: {{at: 'http://127.0.0.1:8001', gives: {gives}}}")
+    rows = lay(cache, "org/set", {"train.jsonl": ROWS})
+    lay(cache, "MiniLLM/dolly", {"valid.jsonl": ROWS})
+    weights = {name for name in model_files if name.endswith(".safetensors")}
+
+    def download(repository, file=None, repo_type=None, **_):
+        if repo_type == "dataset":
+            return rows
+        asked = {file} if file else set(model_files) - weights
+        return lay(cache, repository, {name: model_files[name] for name in asked}, kind="models")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert ["org/teacher" in line for line in fetch.missing(recipe(text), tmp_path)] == [True]
+    assert "fetched" in run(tmp_path, text)
+    snapshot = sources.locate("org/teacher", weights=False)
+    assert len(weights) > 2
+    assert len([*snapshot.glob("*.safetensors")]) == shards
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch.missing(recipe(text), tmp_path) == []
+    assert "already here" in run(tmp_path, text)
+    if shards:
+        assert read_head("org/teacher", "main", torch.float32).weight.shape[0] > 100
+        next(snapshot.glob("*.safetensors")).unlink()
+        assert len(fetch.missing(recipe(text), tmp_path)) == 1
 
 
 def test_a_data_set_whose_link_points_nowhere_is_missing(cache, tmp_path, model_files):

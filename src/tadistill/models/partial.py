@@ -1,0 +1,40 @@
+"""The files that a study needs of a teacher on a server: the description, the tokenizer and, for hidden states, the output head.
+
+    locate_part("ORG/NAME", "main", "hidden")    -> the directory, or None if these files are not on this disk
+    fetch_part("ORG/NAME", "main", "hidden")     -> the directory, after downloading these files
+
+Models that do not come from the Hub are always whole.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from tadistill.models import sources
+
+Gives = Literal["hidden", "top_k"]
+"""What a server sends (`serve.gives`). Only `hidden` needs the output head."""
+
+
+def locate_part(load: str, revision: str, gives: Gives) -> Path | None:
+    """Return the directory of a model, without network. Return None if the description, the tokenizer or all weight files are missing.
+
+    Whether the files with the output head are there, is not known without the model's class. `fetch_part` finds out.
+
+    Raises:
+        ModelError: as in `sources.locate`.
+    """
+    if sources.parse_source(load).kind != "hub":
+        return sources.locate(load, revision)
+    found = sources.locate(load, revision, weights=False)
+    return None if found is None or (gives == "hidden" and not any(found.glob("*.safetensors"))) else found
+
+
+def fetch_part(load: str, revision: str, gives: Gives, *, workers: int = 8) -> Path:
+    """Return the directory of a model, after downloading what is missing. Raises ModelError as `sources.fetch` does."""
+    if sources.parse_source(load).kind == "hub" and gives == "hidden":
+        from tadistill.models.head import fetch_head  # imports torch
+
+        return fetch_head(load, revision)
+    found = sources.fetch(load, revision, weights=sources.parse_source(load).kind != "hub", workers=workers)
+    assert found is not None, "a model with `serve` has files"
+    return found
