@@ -69,7 +69,11 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return `reverse_kl` and its slope: the gradient with respect to the student's logits."""
-    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    return reverse_kl_in_place(*both_log_probs(student_logits, teacher_logits, temperature), temperature)
+
+
+def reverse_kl_in_place(log_q: Tensor, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return what `reverse_kl_with_slope` returns, from the log-probabilities (..., V) of student and teacher. Both are overwritten."""
     gap = torch.sub(log_q, log_p, out=log_p)  # g
     q = log_q.exp_()
     value = _dot(q, gap)

@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tadistill.objectives.divergence import reverse_kl, reverse_kl_with_slope
-from tadistill.objectives.sampled import token_log_probs
+from tadistill.objectives.divergence import both_log_probs, log_probs, reverse_kl, reverse_kl_in_place
 
 
 def returns(
@@ -141,7 +140,7 @@ def single_step(
     Returns:
         (...) nats.
     """
-    by = _importance(student_logits.detach(), tokens, log_behaviour, clip, weight)
+    by = _importance(log_probs(student_logits.detach()), tokens, log_behaviour, clip, weight)
     return reverse_kl(student_logits, teacher_logits, temperature=temperature) * by
 
 
@@ -156,11 +155,12 @@ def single_step_with_slope(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return `single_step` and its slope: the gradient with respect to the student's logits."""
-    by = _importance(student_logits, tokens, log_behaviour, clip, weight)
-    value, slope = reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    by = _importance(log_q if temperature == 1 else log_probs(student_logits), tokens, log_behaviour, clip, weight)
+    value, slope = reverse_kl_in_place(log_q, log_p, temperature)
     return value * by, slope.mul_(by.unsqueeze(-1))
 
 
-def _importance(logits: Tensor, tokens: Tensor, log_behaviour: Tensor, clip: float, weight: Tensor | None) -> Tensor:
-    ratio = clipped_ratio(token_log_probs(logits, tokens), log_behaviour, clip=clip)
+def _importance(log_q: Tensor, tokens: Tensor, log_behaviour: Tensor, clip: float, weight: Tensor | None) -> Tensor:
+    ratio = clipped_ratio(log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), log_behaviour, clip=clip)
     return ratio if weight is None else weight * ratio

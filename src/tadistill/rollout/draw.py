@@ -258,7 +258,8 @@ class Record:
         """Store the tokens of `rows` at positions `t`. The first EOS of a row sets the row's length."""
         self.tokens[rows, t] = tokens
         ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
-        self.lengths[rows[ended]] = np.broadcast_to(t, rows.shape)[ended] + 1
+        if ended.any():
+            self.lengths[rows[ended]] = np.broadcast_to(t, rows.shape)[ended] + 1
 
     def score(self, rows: np.ndarray, t: np.ndarray | int, log_p: dict[str, Tensor], hidden_NH: Tensor | None) -> None:
         """Store the log-probabilities and hidden states of the tokens of `rows` at positions `t`. Call `settle` after the last call."""

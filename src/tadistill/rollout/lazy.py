@@ -65,12 +65,14 @@ class _Text:
     def going(self) -> np.ndarray:
         return self.end[self.rows] - self.start[self.rows] < self.record.lengths[self.rows]
 
-    def turns(self, side: _Side) -> np.ndarray:
-        t = np.minimum(self.end - self.start, self.uniforms.shape[1] - 1)[self.rows]
-        return self.going() & (self.teachers[self.rows, t] == (side.name == "teacher"))
+    def turns(self) -> tuple[np.ndarray, np.ndarray]:
+        # (B,) the rows whose next token the student draws, and those whose next token the teacher draws
+        going, t = self.going(), np.minimum(self.end - self.start, self.uniforms.shape[1] - 1)[self.rows]
+        teachers = going & self.teachers[self.rows, t]
+        return going & ~teachers, teachers
 
-    def unread(self, side: _Side) -> np.ndarray:
-        return self.end[self.rows] + self.turns(side) - 1 - side.done[self.rows]
+    def unread(self, side: _Side, draws: np.ndarray) -> np.ndarray:
+        return self.end[self.rows] + draws - 1 - side.done[self.rows]
 
 
 @torch.inference_mode()
@@ -79,29 +81,33 @@ def fill(
 ) -> None:
     """Sample a response to every prompt from the mixture `guide`, and write the responses into `record`."""
     text = _Text(prompts, uniforms_RT, guide, record)
-    sides = [_Side(name, model, *text.ids.shape) for name, model in (("student", student), ("teacher", guide.teacher))]
-    while (side := _next(text, sides)) is not None:
-        _read(text, side, vocab)
-        _compact(text, sides)
+    models = {"student": student, "teacher": guide.teacher}
+    sides = [_Side(name, model, *text.ids.shape) for name, model in models.items()]
+    with _packed_attention(*models.values()):
+        while (call := _next(text, sides)) is not None:
+            _read(text, *call, vocab)
+            _compact(text, sides)
     record.settle()
     log_q, log_p = (record.values[side.name].astype(np.float64) for side in sides)
     with np.errstate(divide="ignore"):  # the logarithm of 0 if alpha is 0 or 1
         record.values["behaviour"][:] = np.logaddexp(np.log1p(-guide.alpha) + log_q, np.log(guide.alpha) + log_p)
 
 
-def _next(text: _Text, sides: list[_Side]) -> _Side | None:
-    behind = [text.unread(side).max() for side in sides]
-    for side, tokens in zip(sides, behind, strict=True):
-        if tokens > _BEHIND:
-            return side
-    going, waiting = text.going().sum(), text.turns(sides[1]).sum()
-    if going:
-        return sides[int(waiting >= _WAITING * going)]
-    return next((side for side, tokens in zip(sides, behind, strict=True) if tokens > 0), None)
+def _next(text: _Text, sides: list[_Side]) -> tuple[_Side, np.ndarray] | None:
+    # the model that is called next, and how many tokens of each row it reads; None at the end
+    turns = text.turns()
+    calls = [(side, text.unread(side, draws)) for side, draws in zip(sides, turns, strict=True)]
+    for call in calls:
+        if call[1].max() > _BEHIND:
+            return call
+    drawing = [draws.sum() for draws in turns]
+    if going := sum(drawing):
+        return calls[int(drawing[1] >= _WAITING * going)]
+    return next((call for call in calls if call[1].max() > 0), None)
 
 
-def _read(text: _Text, side: _Side, vocab: int) -> None:
-    rows, counts = text.rows, text.unread(side)
+def _read(text: _Text, side: _Side, counts: np.ndarray, vocab: int) -> None:
+    rows = text.rows
     b_N = np.repeat(np.arange(len(rows)), counts)
     row_N = rows[b_N]
     columns_N = np.arange(len(b_N)) - np.repeat(counts.cumsum() - counts - side.done[rows], counts)
@@ -137,8 +143,10 @@ def _say(text: _Text, rows: np.ndarray, tokens: np.ndarray) -> None:
 
 def _compact(text: _Text, sides: list[_Side]) -> None:
     going = text.going()
-    for side in sides:
-        going |= text.unread(side) > 0
+    if going.all():
+        return
+    for side, draws in zip(sides, text.turns(), strict=True):
+        going |= text.unread(side, draws) > 0
     if 0 < going.sum() < COMPACT_BELOW * len(going):
         text.rows = text.rows[going]
         for side in sides:
@@ -239,6 +247,19 @@ def _attention(
 AttentionInterface.register(_ATTENTION, _attention)
 
 
+@contextmanager
+def _packed_attention(*models: PreTrainedModel) -> Iterator[None]:
+    # not for each call, because transformers looks through the whole configuration when the attention changes
+    usual = [(model.config, model.config._attn_implementation) for model in models]
+    try:
+        for config, _ in usual:
+            config._attn_implementation = _ATTENTION
+        yield
+    finally:
+        for config, implementation in usual:
+            config._attn_implementation = implementation
+
+
 class _Packed:
     """A model with a KV cache of `rows` x `capacity` tokens. A call may contain a different number of tokens for each row.
 
@@ -248,6 +269,7 @@ class _Packed:
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
         self.model, self.rows, self.capacity = model, rows, capacity
+        self.device, self.dtype = model.device, model.dtype  # once, because transformers looks through all parameters for them
         self.cache = DynamicCache(config=model.config)
         self.places: _Places | None = None
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
@@ -255,27 +277,21 @@ class _Packed:
     def __call__(self, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the model on the tokens of `call`. Return, on the model's device, the logits and the inputs of the output head at the tokens
         `predict_M`, then `next_M` and `uniforms`."""
-        config = self.model.config
-        self.places = places = _Places(call, self.rows, self.capacity, self.model.device)
-        implementation = config._attn_implementation
-        config._attn_implementation = _ATTENTION  # only for this call: training keeps the model's usual attention
-        try:
-            with _head_at(self.model, places.predict_M) as hidden:
-                out = self.model(
-                    input_ids=places.ids_N.unsqueeze(0),
-                    attention_mask=places.mask(self.model.dtype),
-                    position_ids=places.columns_N.unsqueeze(0),
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    places=places,  # models pass unknown arguments on to the attention function
-                )
-        finally:
-            config._attn_implementation = implementation
+        self.places = places = _Places(call, self.rows, self.capacity, self.device)
+        with _head_at(self.model, places.predict_M) as hidden:
+            out = self.model(
+                input_ids=places.ids_N.unsqueeze(0),
+                attention_mask=places.mask(self.dtype),
+                position_ids=places.columns_N.unsqueeze(0),
+                past_key_values=self.cache,
+                use_cache=True,
+                places=places,  # models pass unknown arguments on to the attention function
+            )
         return out.logits[0], hidden[0], places.next_M, places.uniforms
 
     def keep(self, rows: np.ndarray) -> None:
         self.rows = len(rows)
-        self.cache.batch_select_indices(torch.from_numpy(rows).to(self.model.device))
+        self.cache.batch_select_indices(torch.from_numpy(rows).to(self.device))
 
 
 @contextmanager
