@@ -37,7 +37,7 @@ class Reader:
             raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
         self._module = module
         self._takes = inspect.signature(model.forward).parameters
-        self._packed = is_packed(model)
+        self._model = model
         self._scale, self._softcap = logit_changes(model.config)
         self._check(model)
 
@@ -53,7 +53,7 @@ class Reader:
 
         `model` is the model of this `Reader`. It may be in a wrapper for several processes.
         """
-        if self._packed:
+        if is_packed(self._model):
             return self._of_rows(model, batch)
         places, end, width = batch.places, batch.places.end, batch.ids_BT.shape[1]
         inputs = _reading(batch.attention_BT, batch.positions_BT, end) | {"logits_to_keep": places.columns}
@@ -114,7 +114,7 @@ def check_reading(model: PreTrainedModel) -> None:
 
 
 def pack_rows(model: PreTrainedModel) -> None:
-    """Prepare a model for packed rows: every `Reader` that is made later runs it without padding. Its other passes do not change.
+    """Prepare a model for packed rows: every `Reader` of it runs it without padding. Its other passes do not change.
 
     Raises:
         ModelError: models of this type cannot run on packed rows, or this model's logits differ from those of single rows.

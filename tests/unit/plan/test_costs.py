@@ -27,6 +27,7 @@ ARMS = {
     "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}} | WHOLE,
     "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}} | WHOLE,
     "recorded text": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "recorded": True, "max_new_tokens": 8}} | WHOLE,
+    "packed": {"objective": {"type": "reverse_kl"}, "optim": {"steps": 4, "packed": True, "tokens": 256}},
     "on-policy": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student"} | ON_POLICY},
     "minillm": {
         "objective": {"type": "minillm", "pt_kd_ratio": 0.5},

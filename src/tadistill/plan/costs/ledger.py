@@ -225,7 +225,7 @@ class Ledger(ModelSizes):
         cost.add("rollout/student", sampled)
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
-        read, scored = (passes.pass_by_length(texts, sampler.chunk, rollouts) * rounds for texts in (answers.of_teacher, answers))
+        read, scored = (cost.reading(texts, sampler.chunk, rollouts) * rounds for texts in (answers.of_teacher, answers))
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = objective.needs_teacher and (known or scores or sampler.inner_epochs > 1)
         if kept and not known:
@@ -245,7 +245,7 @@ class Ledger(ModelSizes):
         if select.metric == "last":
             return
         looks, settings = -(-cost.steps // select.every) + extra, self.recipe.evaluate
-        cost.add("selection/student", passes.pass_by_length(self.dev, settings.batch, self.dev.count) * looks)
+        cost.add("selection/student", cost.reading(self.dev, settings.batch, self.dev.count) * looks)
         student = cost.memory.student
         cost.memory.sampling(reading_bytes(student, settings.batch, max(self.dev.totals)))
         if select.metric == "loss":
@@ -254,7 +254,7 @@ class Ledger(ModelSizes):
         answers = self.dev.answered(settings.max_new_tokens)
         cost.add("selection/student", passes.sampling(answers, settings.batch, round(self.dev.count)) * looks)
         if select.metric == "reverse_kl":
-            beside = passes.pass_by_length(answers, settings.batch, self.dev.count) * looks
+            beside = cost.reading(answers, settings.batch, self.dev.count) * looks
             cost.add("selection/student", beside)
             cost.add("selection/teacher", beside)
 

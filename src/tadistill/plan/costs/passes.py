@@ -261,8 +261,11 @@ def plain_batch(length: int, rows: int) -> Work:
 
 
 @lru_cache
-def pass_by_length(texts: Texts, batch: int, count: float) -> Work:
-    """Return the work of one forward pass over `count` sequences. They are sorted by length and padded within each batch."""
+def pass_by_length(texts: Texts, batch: int, count: float, *, packed: bool = False) -> Work:
+    """Return the work of one forward pass over `count` sequences. They are sorted by length and, unless they are `packed`, padded within
+    each batch."""
+    if packed:
+        return training_batch(texts, 1, packed=True)[0] * count
     ordered = sorted(texts.totals)
     most = min(round(count), len(ordered))
     rows = [ordered[int((i + 0.5) * len(ordered) / most)] for i in range(most)]

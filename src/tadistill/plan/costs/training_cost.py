@@ -64,6 +64,10 @@ class TrainingCost:
             read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
             self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
 
+    def reading(self, texts: Texts, batch: int, count: float) -> Work:
+        """Return the work of reading `count` sequences once, in batches of sequences of similar length."""
+        return passes.pass_by_length(texts, batch, count, packed=self.optim.packed)
+
     def corpus(self, length: int, *, teacher: bool) -> None:
         """Add the cost of MiniLLM's loss on plain text, which is part of each update. A row of plain text has `length` tokens."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
