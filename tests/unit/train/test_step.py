@@ -9,10 +9,11 @@ from tests.conftest import response_logits, tiny_model
 
 from tadistill import objectives
 from tadistill.config import objective as config
-from tadistill.config.method import Method
+from tadistill.config.method import Method, Optim
 from tadistill.data.batch import Sequence, collate
-from tadistill.models.forward import Reader
+from tadistill.models.forward import Reader, pack_rows
 from tadistill.objectives import Hidden, cross_entropy, log_probs, top_k
+from tadistill.rollout.samplers import FixedSequences
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((5, 6), (7, 8, 9, 0)), Sequence((4,), (11, 0)), Sequence((1, 2, 3), (17, 18, 19, 20, 0))]
@@ -165,3 +166,33 @@ def test_every_variant_has_a_step(variant):
     batch = collate([Sequence((5, 6), (7, 8, 9, 0), values)], pad=0)
     step = make_step(Method.model_construct(objective=variant()), tiny_model("llama"), (tiny_model("llama", seed=5),), 31)
     assert [term.name for term in step.terms(batch)] == [variant().type]
+
+
+UNEVEN = [Sequence((3 + i, 0, 9), (*range(5, 5 + n), 0)) for i, n in enumerate((1, 2, 4, 18, 3, 2, 3, 5))]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("objective", ["cross_entropy", "reverse_kl"])
+def test_token_budgets_give_the_loss_and_gradients_of_fixed_micro_batches(objective, packed):
+    method, found = Method.model_validate({"objective": {"type": objective}}), []
+    for settings in ({"micro_batch": 2}, {"tokens": 21, "packed": packed}):  # the longest row has 22 tokens, and is alone
+        student, teacher = tiny_model("llama"), tiny_model("llama", seed=5).requires_grad_(False)
+        if settings.get("packed"):
+            pack_rows(student)
+        step = make_step(method, student, (teacher,) if objective == "reverse_kl" else (), 31)
+        if settings.get("packed"):
+            pack_rows(teacher)  # also after it became a teacher
+        batches = FixedSequences(UNEVEN, Optim(steps=1, batch=8, **settings), pad=0, seed=1).micro_batches(0)
+        total = 0.0
+        for batch in batches:
+            loss = step.loss(student, batch, counts(batches)).total
+            loss.backward()
+            total += loss.item()
+        found.append((total, gradients(student), [len(batch.ids_BT) for batch in batches]))
+    (expected, slope, fixed), (got, ours, budgeted) = found
+    assert fixed == [2, 2, 2, 2]
+    assert sum(budgeted) == 8
+    assert 1 in budgeted
+    assert max(budgeted) > 2
+    assert got == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(ours, slope, atol=1e-5, rtol=1e-5)
