@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.profile import Cpu, Gpu, Profile
-from tadistill.config.recipe import Resources
+from tadistill.config.machine import Resources
 from tadistill.disk import cache_root, user_cache
 from tadistill.errors import ConfigError
 from tadistill.models.counting.cost import spans
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
+from tadistill.plan.engines import gpus_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.specs import TemperSpec
 from tadistill.plan.task import layout, process_bytes
@@ -84,7 +85,7 @@ class Requests:
                 f"{where}: gpu is `{name}`, but {self.profile.name} has no such GPU; use one of {', '.join(self.profile.gpus)}"
             )
         gpu = self.profile.gpus[name]
-        count = _count(gpu, per_node, name, where, self.profile.name)
+        count = _count(gpu, max(gpus_of(self.plan.recipe, stage.spec, per_node) for stage in stages), name, where, self.profile.name)
         cpus = wanted.cpus or max(1, gpu.cpus * count // per_node)
         ram = math.ceil(wanted.memory * per_node) if wanted.memory else int(gpu.ram * count)
         self._check_node(cpus * per_node, ram, gpu, where)

@@ -102,6 +102,9 @@ class Decoding(Strict):
     """Drop the tokens whose probability is below this fraction of the most probable token's probability."""
     max_new_tokens: int = Field(default=256, ge=1, le=MOST)
     """Largest number of tokens in a response."""
+    engine: Literal["native", "vllm"] = "native"
+    """The program that samples. `native`: our own sampling loop. `vllm`: vLLM in a process of its own. It draws with other random numbers,
+    and no teacher can take part in sampling."""
 
     @field_validator("temperature")
     @classmethod
@@ -110,7 +113,20 @@ class Decoding(Strict):
             raise ValueError("write 0 for greedy decoding, or at least 0.01; smaller numbers overflow in float32")
         return value
 
+    @model_validator(mode="after")
+    def _can_be_sampled(self):
+        self.check_engine()
+        return self
+
+    def check_engine(self) -> None:
+        """Raise a ValueError if the engine cannot sample with these settings."""
+        if self.engine == "vllm" and self.no_repeat_ngram:
+            raise ValueError("engine `vllm` does not support `no_repeat_ngram`; remove `no_repeat_ngram`, or use `engine: native`")
+        if self.engine == "vllm" and self.min_p > 0 and self.top_p < 1:
+            raise ValueError("engine `vllm` applies `min_p` before `top_p`, and not after it; remove one of them, or use `engine: native`")
+
     @property
     def plain(self) -> bool:
         """True if the settings do not change the model's own distribution."""
-        return all(getattr(self, name) == Decoding.model_fields[name].default for name in Decoding.model_fields if name != "max_new_tokens")
+        changing = ("no_repeat_ngram", "temperature", "top_k", "top_p", "min_p")
+        return all(getattr(self, name) == Decoding.model_fields[name].default for name in changing)

@@ -72,6 +72,11 @@ class Evaluate(Decoding):
                 f"pass_at has {most}, but the number of responses to a prompt is {len(self.seeds)}; set `evaluate.samples` to {most}, or "
                 "use smaller values"
             )
+        for name in self.also:
+            try:
+                self.other(name).check_engine()
+            except ValueError as error:
+                raise ValueError(f"also.{name}: {error}") from error
         return self
 
     def check_sets(self, columns: Sequence[Mapping[Any, str]]) -> None:
@@ -92,6 +97,11 @@ class Evaluate(Decoding):
         """Return the settings of another decoding. `name` is its key in `also`. Fields that it leaves out have the main values."""
         changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
         return self.one_response.model_copy(update=changes)
+
+    @property
+    def during_training(self) -> "Evaluate":
+        """A copy of these settings for the dev set: one response to each prompt, which our own loop samples."""
+        return self.one_response.model_copy(update={"engine": "native"})
 
     @property
     def one_response(self) -> "Evaluate":

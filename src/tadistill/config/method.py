@@ -312,15 +312,13 @@ def _check_context(method: Method) -> None:
 
 def _check_engine(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
-    if not (isinstance(sampler, OnPolicy) and sampler.vllm):
+    if not (isinstance(sampler, OnPolicy) and sampler.vllm and method.samples):
         return
     if sampler.guided:
         raise ConfigError(
             f"sampler `{sampler.type}` needs the teacher's distribution at every token, but engine `vllm` cannot give it; use `engine: "
             "native`"
         )
-    if sampler.no_repeat_ngram:
-        raise ConfigError("engine `vllm` does not support `no_repeat_ngram`; remove `no_repeat_ngram`, or use `engine: native`")
     if objective.needs_rounds and not sampler.plain:
         raise ConfigError(
             f"objective `{objective.type}` with engine `vllm` needs temperature 1 and no `top_k`, `top_p` or `min_p`; "

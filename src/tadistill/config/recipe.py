@@ -12,69 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Budgets, Search
-from tadistill.config.common import MOST, Name, Strict
+from tadistill.config.common import Name, Strict
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
+from tadistill.config.machine import Resources, Runtime
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
 
 if TYPE_CHECKING:
     from tadistill.config.places import Origin
-
-
-class Runtime(Strict):
-    """Settings of a run on this machine. After a change, stored results stay valid, because the settings change results only by
-    rounding."""
-
-    jobs: int | None = Field(default=None, ge=1, le=1024)
-    """Number of stages (single steps of work) that run at the same time. The default is the number of GPUs, or else of cores."""
-    checkpoint_seconds: float | None = Field(default=None, gt=0, le=1e6)
-    """Seconds between two saves of the state of a training. The default is 30, or 20 times the duration of the last save if this is
-    longer."""
-    trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
-    """Experiment trackers to which training writes its curves."""
-    code: str | None = None
-    """Folder of the user's own Python modules (for `metrics`, and for the objective `custom`). The default is the recipe's folder."""
-
-
-class Resources(Strict):
-    """Devices and limits of stages (single steps of work). Changing them affects only rounding, so stored results stay valid.
-
-        resources:
-          default: {hours: 3}
-          sft: {processes: 4, parallel: fsdp}          # all stages of the kind `sft`
-          sft xl: {gpu: h100, processes: 8, nodes: 2}  # the stages of the kind `sft` for the model xl
-
-    On a cluster, missing values are chosen automatically, from the plan's estimates and the description of the cluster.
-    """
-
-    processes: int = Field(default=1, ge=1, le=MOST)
-    """Number of processes (ranks) of a training or a recording. Each has its own GPU if there are GPUs. Other stages use one process."""
-    nodes: int = Field(default=1, ge=1, le=MOST)
-    """Number of machines on which the processes run."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Place of the student's weights. `ddp`: every process has all weights. `fsdp`: the weights are sharded over the processes (FSDP2)."""
-    teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
-    """Place of the teacher's weights. `replicated`: every device has all weights. `sharded`: the weights are split over the processes
-    (FSDP2), except while the teacher helps to sample. `offloaded`: the weights are in host memory, and are loaded layer by layer."""
-    gpu: str | None = None
-    """Name of a GPU, or of a slice of a GPU, in the cluster's profile. The default is the smallest one that is large enough."""
-    cpus: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of CPU cores per process."""
-    memory: float | None = Field(default=None, gt=0, le=1e6)
-    """Host memory of each process, in GB."""
-    hours: float | None = Field(default=None, gt=0, le=1e5)
-    """Time limit of a job. A step that needs more time saves its state, is queued again, and continues."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.processes % self.nodes:
-            raise ValueError(f"processes {self.processes} is not a multiple of nodes {self.nodes}; change one of them")
-        if self.processes == 1 and (self.parallel == "fsdp" or self.teacher == "sharded"):
-            given = "parallel fsdp" if self.parallel == "fsdp" else "teacher sharded"
-            raise ValueError(f"{given} splits a model over several processes, but `processes` is 1; set `processes` to 2 or more")
-        return self
 
 
 class Recipe(Strict):

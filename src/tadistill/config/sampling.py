@@ -44,7 +44,7 @@ class SamplerBase(Strict):
 
     @property
     def vllm(self) -> bool:
-        """True if vLLM samples the text."""
+        """True if vLLM samples the student's text during training."""
         return False
 
     def check(self) -> None:
@@ -152,16 +152,13 @@ class OnPolicy(SamplerBase, Decoding):
     """Base class of the samplers in which the current student generates text during training."""
 
     on_policy: ClassVar[bool] = True
-    engine: Literal["native", "vllm"] = "native"
-    """`native`: our own sampling loop. `vllm`: vLLM, which needs CUDA and `pip install 'tadistill[vllm]'`. vLLM uses other random numbers,
-    and no teacher can take part in sampling."""
     chunk: int = Field(default=64, ge=1, le=MOST)
     """Number of sequences that one device samples in parallel. If the recipe does not set it, a GPU samples as many as fit into its
     memory, up to 512."""
 
     @property
     def vllm(self) -> bool:
-        return self.engine == "vllm"
+        return self.engine == "vllm"  # a sampler with `recorded` overrides this: its text is sampled before training
 
 
 class Rounds(OnPolicy):
@@ -212,7 +209,7 @@ class StudentSampler(Rounds):
             )
 
 
-_OF_ROUNDS = ("rollouts", "inner_epochs", "engine", "chunk")  # settings of sampling during training
+_OF_ROUNDS = ("rollouts", "inner_epochs", "chunk")  # settings of sampling during training
 
 
 class TeacherMixedSampler(Rounds):

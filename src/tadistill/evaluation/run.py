@@ -22,7 +22,7 @@ from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import names_in
 from tadistill.models.teacher import Teacher
 from tadistill.own_code import OwnFunction
-from tadistill.rollout.engine import Native
+from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.samplers import Shard
 
 
@@ -46,28 +46,28 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Calla
 
     After each batch, `tick` is called with its number of answers.
     """
-    answers = {seed: generate_answers(subject, data, settings, seed, tick) for seed in settings.seeds}
+    engine = native(subject, settings)
+    answers = {seed: generate_answers(engine, data, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
 
-def generate_answers(
-    subject: Subject,
-    data: EvalSet,
-    settings: Evaluate,
-    seed: int,
-    tick: Callable[[int], None] = lambda n: None,
-    *,
-    adapts: bool | None = None,
-) -> list[Sequence]:
-    """Sample one answer per prompt, in the order of `data.encoded`.
+def native(subject: Subject, settings: Evaluate, *, adapts: bool | None = None) -> Native:
+    """Return the built-in engine with the settings of an evaluation.
 
-    The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row. With `adapts`, a GPU samples as
-    many answers at a time as its memory allows. The default is to do so if the recipe does not set `batch`.
+    With `adapts`, a GPU samples as many answers at a time as its memory allows. The default is to do so if the recipe does not set
+    `batch`.
     """
     if adapts is None:
         adapts = "batch" not in settings.model_fields_set
-    uniforms = rng.uniforms([e.row for e in data.encoded], settings.max_new_tokens, seed, "decode", data.name)
-    engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch, adapts=adapts)
+    return Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch, adapts=adapts)
+
+
+def generate_answers(engine: Engine, data: EvalSet, seed: int, tick: Callable[[int], None] = lambda n: None) -> list[Sequence]:
+    """Sample one answer per prompt, in the order of `data.encoded`.
+
+    The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row.
+    """
+    uniforms = rng.uniforms([e.row for e in data.encoded], engine.decoding.max_new_tokens, seed, "decode", data.name)
     prompts = [e.prompt for e in data.encoded]
     return [Sequence(p, r.tokens) for p, r in zip(prompts, engine.respond(prompts, uniforms, tick=tick), strict=True)]
 
@@ -173,7 +173,7 @@ def dev_metrics(
     found = {"loss": mean(likelihood(subject, references(part.encoded), batch=settings.batch)["loss"])}
     reads_text = metric in names_in("quality")
     if reads_text or metric == "reverse_kl":
-        answers = generate_answers(subject, part, settings, settings.seeds[0])
+        answers = generate_answers(native(subject, settings), part, settings.seeds[0])
         if reads_text:
             answers = shard.gather(list(zip(mine, answers, strict=True)))
             scores = text_scores.score_quality(decode(subject, answers), data.rows, metric=metric)

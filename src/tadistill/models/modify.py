@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy.optimize import brentq
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -77,6 +78,23 @@ def merged(tuner: "LoraModel") -> PreTrainedModel:
     tuner.to(device)
     assert isinstance(whole, PreTrainedModel)
     return whole
+
+
+@torch.no_grad()
+def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's weights by the names that they have in a file. Adapters are added to the weights. Weights that two modules share are
+    returned once, and most tensors are those of the model itself."""
+    single = {name for name, _ in model.named_parameters()}
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - single
+    found: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        owner, inside, own = name.rpartition(".base_layer.")
+        if name in shared or ".lora_" in name:
+            continue
+        if inside and own == "weight":
+            weight = weight + model.get_submodule(owner).get_delta_weight("default")  # type: ignore[operator]
+        found[f"{owner}.{own}" if inside else name] = weight
+    return revert_weight_conversion(model, found)
 
 
 def adapters_in(model: PreTrainedModel) -> Adapters | None:

@@ -230,9 +230,7 @@ class _Planner:
         return method.model_copy(update={"optim": optim, "select": method.select.model_copy(update={"every": every})})
 
     def _check_method(self, method: Method, model: str) -> None:
-        objective, sampler = method.objective, method.sampler
-        if self.recipe.models[model].lora and sampler.vllm:
-            raise ValueError(f"models.{model} has `lora`, but engine vllm cannot load adapters; use `engine: native`, or remove `lora`")
+        objective = method.objective
         if objective.needs_corpus and self.recipe.data.corpus is None:
             raise ValueError("objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`")
 

@@ -304,7 +304,7 @@ class StageBuilder:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
         found: dict[str, Any] = {"data": self.encoding(name, context=context), "train": self.split("train"), "select": select}
         if select.metric != "last":
-            found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.one_response}
+            found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.during_training}
         return found
 
     def with_steps(self, optim: Optim) -> Optim:

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
-from tadistill.config.common import Strict
+from tadistill.config.common import Decoding, Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.data import LongPrompts, Template, World
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Custom, ObjectiveBase
-from tadistill.config.sampling import StudentSampler, TopKSignal
+from tadistill.config.sampling import StudentSampler, TeacherSampler, TopKSignal
 from tadistill.config.served import Serve
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, about
@@ -43,24 +43,26 @@ class Part(Strict):
 
 
 _LATER: dict[type[BaseModel], tuple[str, ...]] = {
+    Decoding: ("engine",),
+    TeacherSampler: ("engine",),
+    Evaluate: ("engine",),
     DataRef: ("choices", "instruction", "extra"),
     Select: ("patience",),
     Optim: ("tokens", "packed"),
     StudentSampler: ("recorded", "signal"),
 }
-"""Fields that stages of earlier versions do not have. An empty field is left out, so that the keys of those stages do not change."""
+"""Fields that stages of earlier versions do not have. A field with its default is left out, so that the keys of those stages stay."""
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.content()
-    if isinstance(value, Evaluate):
+    if isinstance(value, BaseModel):
         # each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from stored scores, and a stage has its
         # own `precision` and tasks
-        return value.model_dump(exclude={"also", "samples", "pass_at", "precision", "tasks", "fewshot"})
-    if isinstance(value, BaseModel):
-        later = _LATER.get(type(value), ())
-        return {k: v for k, v in value.model_dump().items() if v or k not in later}
+        elsewhere = {"also", "samples", "pass_at", "precision", "tasks", "fewshot"} if isinstance(value, Evaluate) else set[str]()
+        later = {name for name in _LATER.get(type(value), ()) if getattr(value, name) == type(value).model_fields[name].default}
+        return value.model_dump(exclude=elsewhere | later)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 

@@ -7,12 +7,13 @@ from pydantic import ValidationError
 
 from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
-from tadistill.config.recipe import Resources
+from tadistill.config.machine import Resources, Vllm
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
 from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.plan.costs import Ledger
+from tadistill.plan.engines import check_vllm, gpus_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import FromStage, Handle, Loaded, is_served
 from tadistill.plan.specs import KINDS, Spec, TrainingSpec
@@ -37,11 +38,15 @@ class Task:
     """Number of processes and nodes, and where the models' weights are."""
     code: str | None = None
     """Folder of the user's own modules."""
+    vllm: Vllm = field(default_factory=Vllm)
+    """Settings of vLLM, if it samples the stage's text."""
+    gpus: int = 1
+    """Number of GPUs of all processes together, if this machine has GPUs."""
 
 
 def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
     """Return the task of a planned stage."""
-    recipe = plan.recipe
+    recipe, resources = plan.recipe, resources_of(plan.recipe, stage)
     return Task(
         spec=stage.spec,
         key=stage.key,
@@ -50,8 +55,10 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
         study=recipe.study,
         data_root=recipe.data.root,
         checkpoint_seconds=recipe.runtime.checkpoint_seconds,
-        resources=resources_of(recipe, stage),
+        resources=resources,
         code=recipe.runtime.code,
+        vllm=recipe.runtime.vllm,
+        gpus=gpus_of(recipe, stage.spec, resources.processes),
     )
 
 
@@ -187,20 +194,17 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     """Return the resources of a stage, after checking that the stage can run with them.
 
     Raises:
-        ConfigError: the batch is not a multiple of the number of processes, or the student is sharded although each process needs it whole.
+        ConfigError: the batch is not a multiple of the number of processes, or the student is sharded although each process needs it whole,
+            or vLLM cannot run with the resources.
     """
     given, spec = resources_of(recipe, stage), stage.spec
+    check_vllm(recipe, stage, given)
     if not isinstance(spec, TrainingSpec):
         return given
     if spec.optim.batch % given.processes:
         raise ConfigError(
             f"{stage.label}: `optim.batch` is {spec.optim.batch}, but it must be a multiple of the {given.processes} processes in "
             "`resources`; change one of the two numbers"
-        )
-    sampler = spec.method.sampler
-    if given.parallel == "fsdp" and sampler.vllm:
-        raise ConfigError(
-            f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student in each process; set parallel: ddp"
         )
     if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Devices:
-    """The GPUs that the running stages use. A stage gets one GPU for each of its processes."""
+    """The GPUs that the running stages use. A stage gets one GPU for each of its processes, or more for vLLM."""
 
     def __init__(self, names: Sequence[str], jobs: int):
         """If there are more `jobs` (stages at a time) than GPUs, several stages share a GPU. `names` is empty without GPUs."""
@@ -27,14 +27,14 @@ class Devices:
         count, listed = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
         return cls(listed.split(",")[:count] if listed else [str(number) for number in range(count)], jobs)
 
-    def take(self, key: str, processes: int) -> tuple[str, ...] | None:
+    def take(self, key: str, wanted: int) -> tuple[str, ...] | None:
         """Choose the GPUs of a stage: those that the fewest stages use. Return None if the stage must wait. Without GPUs, return ().
 
-        A stage with more processes than GPUs gets all of them. Its processes then refuse to run, with a message.
+        A stage that wants more GPUs than there are gets all of them. Its processes then refuse to run, with a message.
         """
         used = {name: sum(name in taken for taken in self._taken.values()) for name in self.names}
-        chosen = sorted((name for name in self.names if used[name] < self.share), key=lambda name: used[name])[:processes]
-        if len(chosen) < min(processes, len(self.names)):
+        chosen = sorted((name for name in self.names if used[name] < self.share), key=lambda name: used[name])[:wanted]
+        if len(chosen) < min(wanted, len(self.names)):
             return None
         self._taken[key] = tuple(chosen)
         return self._taken[key]

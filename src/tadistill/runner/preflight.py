@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
+from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom
 from tadistill.config.places import placed
 from tadistill.config.recipe import methods
@@ -25,6 +26,7 @@ from tadistill.models.support import check_config
 from tadistill.own_code import load_function
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
+from tadistill.plan.engines import vllm_stages
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
@@ -56,8 +58,10 @@ def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable
         ServerFailed: a server of a teacher does not answer, or is not the right one.
     """
     check_inputs(recipe, console)
-    _check_engine(recipe)
-    check_teachers(recipe, make_plan(recipe).stages.values() if stages is None else stages)
+    stages = [*(make_plan(recipe).stages.values() if stages is None else stages)]
+    if vllm_stages(stages):
+        vllm_folder()
+    check_teachers(recipe, stages)
     jobs = recipe.runtime.jobs or _default_jobs()
     _check_memory(recipe, jobs)
     return jobs
@@ -76,7 +80,7 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     with found.about("evaluate.tasks"):
         _check_tasks(recipe)
     plan = make_plan(recipe)
-    for stage in plan.stages.values() if recipe.resources else ():
+    for stage in plan.stages.values() if recipe.resources else vllm_stages(plan.stages.values()):
         with found.about():
             layout(recipe, stage)
     teacher, used, tokenizers = original_teacher(recipe), _used(recipe), {}
@@ -111,14 +115,6 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
 def _used(recipe: Recipe) -> list[str]:
     teacher = original_teacher(recipe)
     return [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
-
-
-def _check_engine(recipe: Recipe) -> None:
-    wanted = any(method.sampler.vllm for method in methods(recipe))
-    if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
-        raise ConfigError(
-            "a sampler has `engine: vllm`, which needs CUDA and `pip install 'tadistill[vllm]'`; install both, or set `engine: native`"
-        )
 
 
 def _check_peft(recipe: Recipe) -> None:

@@ -85,7 +85,7 @@ class StageProcesses:
     """The processes of one stage, one for each rank. Together they use `threads` CPU threads. Raises StageFailed if they cannot start."""
 
     def __init__(self, task: Task, *, threads: int, gpus: Sequence[str] = ()):
-        """`gpus` are the names of the GPUs that the processes may use, one for each process. By default, they see all GPUs."""
+        """`gpus` are the names of the GPUs that the processes may use, at least one for each. By default, they see all GPUs."""
         self.ended = False
         self.error: Exception | None = None
         """The cause of a failure; set when the stage has ended."""

@@ -79,7 +79,7 @@ class _Schedule:
         ready = [key for key, stage in self.waiting.items() if set(stage.parents.values()) <= self.done]
         for key in ready[: self.jobs - len(self.running)]:
             task = make_task(self.plan, self.waiting[key], self.store)
-            gpus = self.devices.take(key, task.resources.processes)
+            gpus = self.devices.take(key, task.gpus)
             if gpus is None:
                 break  # a later stage that needs fewer GPUs would let this one wait longer
             del self.waiting[key]

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -29,15 +30,18 @@ from tadistill.models.serving import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, Split, Tempered
-from tadistill.plan.specs import Spec
+from tadistill.plan.specs import Spec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.rollout.decoder import slower
+from tadistill.rollout.engine import Engine, Native
+from tadistill.rollout.vllm import Launch, Vllm
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
 
 SIGNAL = "signal"  # sub-folder of a signal stage with the teacher's outputs
 MODEL = "model"  # sub-folder of a training stage: an ordinary Hugging Face directory
 RESPONSES = "responses.jsonl"  # in the folder of a generate stage
+VLLM_LOG = "vllm.log"  # what vLLM prints, if it samples the stage's text
 ANSWERS = "answers.jsonl"  # in the folder of an evaluate stage: token ids
 _CORPUS_CHUNKS = 20_000
 _TRIM_EVERY = 30.0  # seconds
@@ -56,6 +60,7 @@ class Context(Generic[AnySpec]):
         self.spec = cast(AnySpec, task.spec)
         self.progress, self.alarm, self.stop = trimming(progress), alarm, stop
         self.device = own_device()
+        self._open = ExitStack()
         self.counts: dict[tuple[str, str], Counts] = {}
         """Role and name of each split that was read, with its numbers of rows."""
 
@@ -128,6 +133,28 @@ class Context(Generic[AnySpec]):
         """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `teachers` have too."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, widths=(t.width for t in teachers)), ends)
+
+    def engine(self, native: Native) -> Engine:
+        """Return the engine that samples the stage's text: `native`, or vLLM with the same model and settings."""
+        if native.decoding.engine == "native":
+            self.say_if_slower(native.student)
+            return native
+        trains, rank, spec, data = isinstance(self.spec, TrainingSpec), os.environ.get("RANK", "0"), cast(Any, self.spec), self.spec.data
+        launch = Launch(
+            settings=self.task.vllm,
+            device=self.device,
+            dtype=dtype_of(spec.optim.precision if trains else spec.precision),
+            longest=max(data.max_prompt, data.context.max_prompt if data.context else 0) + native.decoding.max_new_tokens,
+            log=self.folder / (VLLM_LOG if rank == "0" else f"{rank}-{VLLM_LOG}"),
+            changes=trains,
+        )
+        engine = Vllm(native.student, native.decoding, eos=native.eos, vocab=native.vocab, launch=launch)
+        self._open.callback(lambda: engine.close())
+        return engine
+
+    def close(self) -> None:
+        """End the processes that the stage has started."""
+        self._open.close()
 
     # --- data -----------------------------------------------------------------------------------------------------------
 

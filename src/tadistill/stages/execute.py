@@ -157,6 +157,7 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
             "same command again: finished stages are kept"
         ) from error
     finally:
+        context.close()
         gc.collect()  # models are in reference cycles, for example by accelerate's changed `forward`; the process may run another stage
         if context.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -11,12 +11,13 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
-from tadistill.evaluation.run import generate_answers, score
+from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.plan.inputs import Handle, Output, is_served
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
+from tadistill.rollout.engine import Engine
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer)
     sets = [context.split(split, tokenizer) for split in spec.sets]
-    context.say_if_slower(model)
-    answers = _answers(context, subject, sets, settings)
+    answers = _answers(context, context.engine(native(subject, settings)), sets, settings)
     own = {planned.function.partition(":")[2]: context.own(planned) for planned in spec.own}
     scores, corpus, predictions = {}, {}, []
     total = sum(len(of_seed) for of_set in answers.values() for of_seed in of_set.values())
@@ -80,7 +80,7 @@ def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate)
     return found
 
 
-def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
+def _answers(context: Context, engine: Engine, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
     done = Done(context, sum(len(s.encoded) for s in sets) * len(settings.seeds), "answers")
     found: dict[str, dict[int, list[Sequence]]] = {}
     for data in sets:
@@ -91,7 +91,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
                 done(len(data.encoded))
             else:
                 stop_if_asked(context)
-                write_json(part, [a.response for a in generate_answers(subject, data, settings, seed, done)])
+                write_json(part, [a.response for a in generate_answers(engine, data, seed, done)])
             pairs = zip(data.encoded, read_json(part), strict=True)
             found.setdefault(data.name, {})[seed] = [Sequence(e.prompt, tuple(tokens)) for e, tokens in pairs]
     return found
@@ -151,8 +151,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     dev = context.split(spec.dev, tokenizer)
     done = Done(context, len(dev.encoded), "answers")
     done.part(len(dev.encoded))
-    context.say_if_slower(model)
-    answers = generate_answers(subject, dev, settings, seed, done)
+    answers = generate_answers(context.engine(native(subject, settings)), dev, seed, done)
     found = score(subject, dev, settings, {seed: answers})
     write_rows(context.folder / ANSWERS, [{"index": e.row, "tokens": a.response} for e, a in zip(dev.encoded, answers, strict=True)])
     write_json(context.folder / "scores.json", {name: [row[0] for row in rows] for name, rows in found.scores.items()})

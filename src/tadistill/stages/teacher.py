@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tadistill.config import Evaluate
 from tadistill.data.batch import references, responses
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, write_json, write_rows
-from tadistill.evaluation.run import generate_answers as generate_answers
+from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model, shared_vocabulary
 from tadistill.models.modify import matching_temperature
@@ -30,11 +32,12 @@ _POLL = 0.2  # seconds between two looks at the files of other processes
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     """Write a model's answer to every training prompt. After an interruption, finished parts are kept."""
     spec = context.spec
-    model, tokenizer = context.frozen(spec.teacher, dtype_of(spec.precision))
+    dtype, here = dtype_of(spec.precision), spec.sampler.engine == "native"  # vLLM has its own copy of the model on the device
+    model, tokenizer = context.frozen(spec.teacher, dtype) if here else context.model(spec.teacher, dtype, torch.device("cpu"))
     subject = context.subject(model, tokenizer)
     train = context.split(spec.train, tokenizer, contexts=True)
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
-    context.say_if_slower(model)
+    engine = context.engine(native(subject, decoding, adapts=True))
     parts = context.folder / "parts"
     files, done = list[Path](), Done(context, len(train.encoded), "answers")
     for start in range(0, len(train.encoded), size := 8 * GENERATION_BATCH):
@@ -47,7 +50,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
             stop_if_asked(context)
             asked = train.encoded[start:end]
             read = [replace(e, prompt=e.teacher_prompt or e.prompt) for e in asked] if spec.as_teacher else asked
-            answers = generate_answers(subject, EvalSet(train.name, train.examples, read), decoding, spec.seed, done, adapts=True)
+            answers = generate_answers(engine, EvalSet(train.name, train.examples, read), spec.seed, done)
             rows = zip(asked, answers, strict=True)
             write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in rows])
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))

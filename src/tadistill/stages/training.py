@@ -22,7 +22,7 @@ from tadistill.models.modify import adapt, merged, recompute_layers
 from tadistill.models.teacher import Teacher
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
-from tadistill.rollout.engine import Engine, Native, Vllm
+from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
@@ -147,21 +147,18 @@ def _sampler(
     config = method.sampler
     if not (method.samples and isinstance(config, OnPolicy)):
         return FixedSequences(texts, method.optim, signals=signals, **common)
-    if config.engine == "native":
-        guides = [teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None]
-        context.say_if_slower(subject.model, *guides)
+    context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     common |= {"engine": _engine(context, config, subject), "vocab": subject.vocab, "corpus": plain}
     return on_policy(method, texts, train.encoded, teachers=teachers, **common)
 
 
 def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) -> Engine:
-    if config.engine == "vllm":
-        return Vllm(subject.model, config, eos=subject.eos, vocab=subject.vocab)
     # a sharded student's weights belong to FSDP; on a CPU, the copy would change the numbers of finished stages
     half = context.spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
     adapts = "chunk" not in config.model_fields_set
-    return Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
+    native = Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
+    return context.engine(native)
 
 
 def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | None, ranks: Shard) -> Callable[[], dict[str, float]]:

@@ -16,7 +16,7 @@ from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
 from tadistill.data.templates import EvalSet, encode
-from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, score
+from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
 from tadistill.objectives import forward_kl, reverse_kl
@@ -101,7 +101,7 @@ def test_numbers_of_the_whole_set(tokenizer, data):
 
 def test_another_decoding_reads_no_references(tokenizer, data):
     student, other = subject(tokenizer), settings(temperature=0.5, seeds=[1])
-    found = score(student, data, other, {1: generate_answers(student, data, other, 1)}, read_references=False)
+    found = score(student, data, other, {1: generate_answers(native(student, other), data, 1)}, read_references=False)
     assert {"loss", "self_bleu"}.isdisjoint(found.scores)
     assert set(found.corpus) == {"numbers"}
     assert set(found.corpus["numbers"]) == {"distinct_1", "distinct_2", "distinct_4"}

@@ -99,9 +99,10 @@ class Ledger(ModelSizes):
             return None
         answers = self._answers(name, decoding)
         answers = answers.of_teacher if as_teacher else answers
-        work = passes.sampling(answers, GENERATION_BATCH, round(self.train.count))
+        work = passes.sampling(answers, _padded(decoding, GENERATION_BATCH), round(self.train.count))
         memory = self._frozen(model, sampling_bytes(model, GENERATION_BATCH, max(p for p, _ in answers.rows), decoding.max_new_tokens))
-        kind = key_of(["generate", asdict(model.size), decoding.model_dump(include=set(Decoding.model_fields))])
+        later = {"engine"} if decoding.engine == "native" else set()  # earlier versions had no such field
+        kind = key_of(["generate", asdict(model.size), decoding.model_dump(include=set(Decoding.model_fields), exclude=later)])
         return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind)
 
     def signal(self, name: str, signal: samplers.Signal, text_of: tuple[str, int] | None = None) -> Cost | None:
@@ -162,7 +163,7 @@ class Ledger(ModelSizes):
             self._recorded(cost, method, self._text_of(*text_of))
         else:
             count(self, cost, method, teachers[0], name)
-        if method.samples and isinstance(sampler, samplers.OnPolicy):
+        if method.samples and isinstance(sampler, samplers.OnPolicy) and not sampler.vllm:
             drawing = (student, above[0]) if sampler.guided else (student,)
             rows = min(sampler.chunk, method.round_rollouts)
             cost.memory.sampling(*(sampling_bytes(model, rows, self._longest_prompt, sampler.max_new_tokens) for model in drawing))
@@ -187,7 +188,7 @@ class Ledger(ModelSizes):
         answers = self._answers(name, sampler)
         cost.train(answers, sampler.lam, teacher=True)
         cost.train(self.train, 1 - sampler.lam, teacher=True)
-        cost.sample(answers, sampler.chunk, sampler.lam)
+        cost.sample(answers, _padded(sampler, sampler.chunk), sampler.lam)
         cost.watch(answers, sampler.lam, teacher=True)
 
     def _replay(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
@@ -196,7 +197,7 @@ class Ledger(ModelSizes):
         assert isinstance(sampler, samplers.ReplaySampler)
         answers = self._answers(name, sampler)
         cost.train(answers, teacher=True)
-        cost.sample(answers, sampler.chunk, min(1.0, 0.5 + sampler.capacity / (method.optim.batch * cost.steps)))
+        cost.sample(answers, _padded(sampler, sampler.chunk), min(1.0, 0.5 + sampler.capacity / (method.optim.batch * cost.steps)))
         cost.watch(answers, teacher=True)
 
     def _pair(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
@@ -206,7 +207,7 @@ class Ledger(ModelSizes):
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
         twice = Texts((*of_teacher.rows, *answers.rows), self.train.count, (*of_teacher.contexts, *answers.contexts))
         cost.train(twice, 2.0, teacher=True)
-        cost.sample(answers, sampler.chunk, 1.0)
+        cost.sample(answers, _padded(sampler, sampler.chunk), 1.0)
 
     def _rounds(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         # rollout.rounds: sampling, the teacher's pass unless sampling includes it, then epochs on the teacher's stored states
@@ -217,11 +218,7 @@ class Ledger(ModelSizes):
         scores, distribution = objective.needs_scores, objective.needs_distribution
         mixture = isinstance(sampler, samplers.TeacherMixedSampler) and sampler.guided
         lazy = mixture and sampler.plain and self._packs(teacher) and self._packs(name)
-        if sampler.vllm:  # vLLM has no padding
-            each = Work(answers.mean_prompt + answers.mean_response - 1, 0.0, answers.mean_response)
-            sampled = each * (rollouts * rounds)
-        else:
-            sampled = (passes.lazy_sampling if lazy else passes.sampling)(answers, sampler.chunk, rollouts) * rounds
+        sampled = (passes.lazy_sampling if lazy else passes.sampling)(answers, _padded(sampler, sampler.chunk), rollouts) * rounds
         cost.add("rollout/student", sampled)
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
@@ -284,3 +281,7 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
 
 def _part(size: Size, work: Work) -> CostPart:
     return CostPart(forward_flops(size, work), work.positions, work.heads)
+
+
+def _padded(decoding: Decoding, chunk: int) -> int:
+    return 1 if decoding.engine == "vllm" else chunk  # rows that are padded to the same width

@@ -1,0 +1,299 @@
+"""Sampling with vLLM, in a process of its own. The process runs `vllm_process.py` with the Python of the environment that has vLLM.
+
+vLLM has its own copy of the model. It starts without weights: both processes map the same memory, the training process writes the weights
+there, and vLLM loads them from there. They never pass through a file on the disk, and neither side needs the other's version of torch.
+Adapters are added to the weights that are written. The vocabulary of the copy is cut to the tokens that all models share, so that no other
+token can be sampled.
+
+Axes: B sequences, T tokens.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tadistill.config.common import Decoding
+from tadistill.config.machine import Vllm as Settings
+from tadistill.config.machine import vllm_folder
+from tadistill.errors import StageFailed
+from tadistill.models.forward import evaluating
+from tadistill.models.modify import plain_weights
+from tadistill.rollout import vllm_process
+from tadistill.rollout.generate import Mixture, Rollout, Speculation
+
+_ALIGNED = 64  # bytes
+_CHECKED = 16  # tokens that are sampled to compare vLLM's log-probabilities with those of transformers
+_APART = {torch.float32: 0.01, torch.bfloat16: 0.1}
+"""Largest difference of log-probabilities, as a share of their size. Rounding causes less; a model that vLLM computes otherwise, more."""
+_GOODBYE = 10.0  # seconds
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_ERROR = re.compile(r"\w+(?:Error|Exception): .*")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the process of vLLM is started."""
+
+    settings: Settings
+    device: torch.device
+    """The device of this process. vLLM uses the same GPU, and the GPUs after it if it needs several."""
+    dtype: torch.dtype
+    """Number format of vLLM's weights and computations."""
+    longest: int
+    """Largest number of tokens of a prompt and its response together."""
+    log: Path
+    """The file to which vLLM's messages are appended."""
+    changes: bool
+    """True if the model's weights change between two calls of `respond`."""
+
+
+class Vllm:
+    """The engine that samples with vLLM. Its process starts at the first call of `respond`. Call `close` at the end.
+
+    The seed of a response is made from its random numbers, so the same machine and vLLM version give the same tokens again. The tokens
+    differ from those of `Native`.
+    """
+
+    def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int, launch: Launch):
+        self.student, self.decoding, self.eos, self.vocab, self.launch = student, decoding, eos, vocab, launch
+        self._process: subprocess.Popen[str] | None = None
+        self.close: Callable[[], object] = lambda: None
+        """End the process."""
+
+    def respond(
+        self,
+        prompts: Seq[tuple[int, ...]],
+        uniforms_BT: np.ndarray,
+        guide: Mixture | Speculation | None = None,
+        tick: Callable[[int], None] = lambda answered: None,
+    ) -> list[Rollout]:
+        """Return responses like `Engine.respond`. They have log-probabilities only if the decoding settings do not change the distribution.
+
+        Raises:
+            ConfigError: vLLM is not installed.
+            StageFailed: vLLM cannot run the model, or its process has ended.
+        """
+        assert guide is None, "vLLM cannot sample with a teacher, and a recipe that asks for it is refused"
+        if not prompts:
+            return []
+        if self._process is None:
+            self._start()
+        elif self.launch.changes:
+            self._hand_over()
+        seeds = [int(row[0] * 2**53) for row in uniforms_BT]
+        found = self._sample(prompts, seeds, self.decoding, uniforms_BT.shape[1], tick)
+        if self._sleeps:
+            self._order({"order": "sleep"})
+        return found
+
+    def _sample(
+        self, prompts: Seq[tuple[int, ...]], seeds: Seq[int], decoding: Decoding, longest: int, tick: Callable[[int], None]
+    ) -> list[Rollout]:
+        settings = {
+            "temperature": decoding.temperature,
+            "top_k": decoding.top_k or 0,
+            "top_p": decoding.top_p,
+            "min_p": decoding.min_p,
+            "max_tokens": longest,
+            "stop_token_ids": list(self.eos),
+            "ignore_eos": True,  # only the tokens above end a response, whatever the model's own files say
+            "detokenize": False,
+            "logprobs": 0 if decoding.plain else None,  # of the sampled token only
+        }
+        self._say({"order": "respond", "prompts": [list(prompt) for prompt in prompts], "settings": settings, "seeds": seeds})
+        found: dict[int, Rollout] = {}
+        while len(found) < len(prompts):
+            answer = self._hear()
+            log_q = None if answer["log_q"] is None else np.array(answer["log_q"], np.float32)
+            values = {} if log_q is None else {"behaviour": log_q, "student": log_q}
+            found[answer["place"]] = Rollout(tuple(answer["tokens"]), values)
+            tick(1)
+        return [found[place] for place in range(len(prompts))]
+
+    # --- weights --------------------------------------------------------------------------------------------------------
+
+    def _hand_over(self) -> None:
+        self._memory.write(self._weights())
+        self._order({"order": "load"})
+
+    def _weights(self) -> dict[str, Tensor]:
+        ends = [module for module in (self.student.get_input_embeddings(), self.student.get_output_embeddings()) if module is not None]
+        rows = {parameter.data_ptr() for module in ends if isinstance(module, nn.Module) for parameter in module.parameters(recurse=False)}
+        return {name: w[: self.vocab] if w.data_ptr() in rows else w for name, w in plain_weights(self.student).items()}
+
+    def _check(self) -> None:
+        # tokens that vLLM samples must have the log-probabilities that transformers gives them
+        prompt, count = (self.vocab // 2,), min(_CHECKED, self.launch.longest - 1)
+        (found,) = self._sample([prompt], [1], Decoding(), count, lambda answered: None)
+        ids = torch.tensor([prompt + found.tokens], device=self.student.device)
+        with evaluating(self.student), torch.inference_mode():
+            logits = self.student(input_ids=ids, use_cache=False).logits[0, :-1, : self.vocab].float()
+        log_q = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+        apart, size = np.abs(log_q - found.values["student"]).mean(), max(1.0, np.abs(log_q).mean())
+        if not apart <= _APART[self.launch.dtype] * size:
+            raise StageFailed(
+                f"vLLM gives tokens of this {self.student.config.model_type} model other probabilities than transformers (the "
+                f"log-probabilities differ by {apart:.3g} nats on average), so it cannot sample for it; use `engine: native`"
+            )
+
+    # --- the process ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _sleeps(self) -> bool:
+        return self.launch.settings.sleep and self.launch.changes and self.launch.device.type == "cuda"
+
+    def _start(self) -> None:
+        weights, python = self._weights(), vllm_folder() / "python"
+        self._memory = _SharedMemory(weights, self.launch.dtype)
+        command = [str(python), "-I", str(vllm_process.__file__)]
+        with self.launch.log.open("a") as log, tempfile.TemporaryDirectory() as directory:
+            self._describe().save_pretrained(directory)
+            self._process = subprocess.Popen(
+                command,
+                env=_environment(self.launch),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches the command, which decides what ends
+            )
+            self.close = weakref.finalize(self, _end, self._process, _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0)
+            self._order({"engine": self._arguments(directory), "weights": self._memory.layout})
+        self._hand_over()
+        self._check()
+
+    def _describe(self) -> Any:
+        config = copy.deepcopy(self.student.config)
+        config.architectures = [type(self.student).__name__]
+        text = config.get_text_config()
+        text.vocab_size = self.vocab
+        for name in (
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        ):  # vLLM samples without them, and an id beyond the vocabulary is refused
+            setattr(text, name, None)
+        return config
+
+    def _arguments(self, directory: str) -> dict[str, Any]:
+        settings, cuda = self.launch.settings, self.launch.device.type == "cuda"
+        return {
+            "model": directory,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "dtype": str(self.launch.dtype).removeprefix("torch."),
+            "max_model_len": self.launch.longest,
+            "gpu_memory_utilization": settings.memory,
+            "tensor_parallel_size": settings.tensor_parallel,
+            "enforce_eager": not cuda if settings.eager is None else settings.eager,
+            "enable_prefix_caching": False,  # it would serve keys and values of old weights
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+        } | ({"enable_sleep_mode": True} if self._sleeps else {})
+
+    def _order(self, order: dict[str, Any]) -> None:
+        self._say(order)
+        self._hear()
+
+    def _say(self, order: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._ended() from error
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        raise self._ended()
+
+    def _ended(self) -> StageFailed:
+        self.close()
+        said = _ERROR.findall(self.launch.log.read_text(errors="replace"))
+        reason = said[-1] if said else "it said no reason"
+        return StageFailed(
+            f"the process of vLLM has ended ({reason}); {self.launch.log} has all that it printed; mend the cause, or set `engine: "
+            "native`, and run the same command again"
+        )
+
+
+class _SharedMemory:
+    """Memory for a model's weights that another process of this machine can map too."""
+
+    def __init__(self, weights: dict[str, Tensor], dtype: torch.dtype):
+        entries, end = list[tuple[str, str, list[int], int, int]](), 0
+        for name, weight in weights.items():
+            own = dtype if weight.is_floating_point() else weight.dtype
+            start, end = end, end + weight.numel() * own.itemsize
+            entries.append((name, str(own).removeprefix("torch."), list(weight.shape), start, end))
+            end = -(-end // _ALIGNED) * _ALIGNED
+        file = os.memfd_create("tadistill")  # memory without a name; it is freed when both processes have ended, however they end
+        weakref.finalize(self, os.close, file)
+        os.ftruncate(file, end)
+        self.layout = {"path": f"/proc/{os.getpid()}/fd/{file}", "size": end, "entries": entries}
+        memory = torch.from_file(self.layout["path"], shared=True, size=end, dtype=torch.uint8)
+        self._places = [memory[a:b].view(getattr(torch, own)).view(shape) for _, own, shape, a, b in entries]
+
+    @torch.no_grad()
+    def write(self, weights: dict[str, Tensor]) -> None:
+        for place, weight in zip(self._places, weights.values(), strict=True):
+            place.copy_(weight)
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    found = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
+    found |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that we start, and in no third one
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with training
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if launch.device.type == "cuda":
+        count, first = launch.settings.tensor_parallel, launch.device.index or 0
+        names = [*_visible()][first : first + count]
+        if len(names) < count:
+            raise StageFailed(
+                f"`runtime.vllm.tensor_parallel` is {count}, but this stage has {len(names)} GPUs; set it to at most {len(names)}"
+            )
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    return found
+
+
+def _visible() -> Iterator[str]:
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield from listed.split(",") if listed else map(str, range(torch.cuda.device_count()))
+
+
+def _end(process: "subprocess.Popen[str]", patience: float) -> None:
+    # at once, because nothing in it is needed; workers of several GPUs free their shared memory first
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(OSError):  # what could not be sent to a process that has ended
+        process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
