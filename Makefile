@@ -24,7 +24,7 @@ test: $(VENV)/.installed
 test-fast: $(VENV)/.installed
 	$(PYTEST) -n logical tests/unit tests/architecture -m 'not browser and not network and not slow'
 
-# vLLM for CPUs in an environment of its own (3.5 GB); with it, `make test` runs tests/e2e/test_served.py too
+# vLLM for CPUs in an environment of its own (3.5 GB); with it, `make test` runs tests/e2e/test_served.py and test_vllm.py too
 vllm: .vllm/.installed
 
 .vllm/.installed:

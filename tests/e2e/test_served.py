@@ -7,7 +7,6 @@ gives hidden states, and one top-k tokens.
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ import torch
 from tests.byte_models import SHAPE, byte_model, byte_tokenizer, save
 from tests.conftest import tiny_model
 from tests.e2e.inprocess import tadistill
-from tests.environment import USER
+from tests.vllm import NEEDED, VLLM
 
 from tadistill.config import objective as config
 from tadistill.config import parse
@@ -38,13 +37,7 @@ from tadistill.rollout.rounds import Rollouts, Teachers
 from tadistill.runner.servers import server_command
 from tadistill.train.step import counts, make_step
 
-_PLACES = (USER.get("TADISTILL_VLLM", ""), str(Path(__file__).parents[2] / ".vllm"))
-VLLM = next(filter(None, (shutil.which("vllm", path=f"{place}/bin") for place in _PLACES)), None) or shutil.which("vllm")
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.skipif(VLLM is None, reason="vLLM is not installed; run `make vllm`, or name its environment in TADISTILL_VLLM"),
-]
+pytestmark = NEEDED
 VOCAB, K = 262, 7
 ROWS = [Sequence((50, 60), (70, 80, 90, 1)), Sequence((40,), (110, 1)), Sequence((9, 8, 7), (17, 18, 19, 20, 1))]
 BATCH = collate(ROWS, pad=0)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tadistill.errors import ConfigError
+
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST_NAME = 80
 
@@ -113,17 +115,12 @@ class Decoding(Strict):
             raise ValueError("write 0 for greedy decoding, or at least 0.01; smaller numbers overflow in float32")
         return value
 
-    @model_validator(mode="after")
-    def _can_be_sampled(self):
-        self.check_engine()
-        return self
-
     def check_engine(self) -> None:
-        """Raise a ValueError if the engine cannot sample with these settings."""
+        """Raise a ConfigError if the engine cannot sample with these settings."""
         if self.engine == "vllm" and self.no_repeat_ngram:
-            raise ValueError("engine `vllm` does not support `no_repeat_ngram`; remove `no_repeat_ngram`, or use `engine: native`")
+            raise ConfigError("engine `vllm` does not support `no_repeat_ngram`; remove `no_repeat_ngram`, or use `engine: native`")
         if self.engine == "vllm" and self.min_p > 0 and self.top_p < 1:
-            raise ValueError("engine `vllm` applies `min_p` before `top_p`, and not after it; remove one of them, or use `engine: native`")
+            raise ConfigError("engine `vllm` applies `min_p` before `top_p`, and not after it; remove one of them, or use `engine: native`")
 
     @property
     def plain(self) -> bool:

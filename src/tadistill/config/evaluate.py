@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Strict
+from tadistill.errors import ConfigError
 from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
 TASK_FILE = (".yaml", ".yml")
@@ -72,10 +73,11 @@ class Evaluate(Decoding):
                 f"pass_at has {most}, but the number of responses to a prompt is {len(self.seeds)}; set `evaluate.samples` to {most}, or "
                 "use smaller values"
             )
+        self.check_engine()
         for name in self.also:
             try:
                 self.other(name).check_engine()
-            except ValueError as error:
+            except ConfigError as error:
                 raise ValueError(f"also.{name}: {error}") from error
         return self
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from tadistill.config.common import MOST, Strict
+from tadistill.config.common import MOST, Decoding, Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.optim import Optim
@@ -312,6 +312,8 @@ def _check_context(method: Method) -> None:
 
 def _check_engine(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
+    if isinstance(sampler, Decoding):
+        sampler.check_engine()
     if not (isinstance(sampler, OnPolicy) and sampler.vllm and method.samples):
         return
     if sampler.guided:

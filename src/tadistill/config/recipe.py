@@ -7,7 +7,7 @@ work. Unknown keys are errors. All defaults are in this package.
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 

@@ -171,6 +171,10 @@ def test_one_key_sets_the_size_of_a_forward_pass():
         ({"sampler": {"type": "teacher_mixed", "engine": "vllm"}}, "needs the teacher's distribution at every token"),
         ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "`vllm` does not support `no_repeat_ngram`"),
         (
+            {"sampler": {"type": "teacher", "engine": "vllm", "min_p": 0.1, "top_p": 0.9}},
+            "`vllm` applies `min_p` before `top_p`",
+        ),
+        (
             {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
             "`minillm` with engine `vllm` needs temperature 1 and no `top_k`",
         ),
@@ -195,7 +199,6 @@ def test_one_key_sets_the_size_of_a_forward_pass():
         ({"objective": {"type": "minillm"}, "sampler": {"type": "student", "recorded": True}}, "needs new samples of the current student"),
         ({"sampler": {"type": "student", "signal": {"type": "hidden"}}}, "`signal`, which needs `recorded: true`"),
         ({"sampler": {"type": "student", "recorded": True, "rollouts": 64}}, "`rollouts` has no effect; remove `rollouts`"),
-        ({"sampler": {"type": "student", "recorded": True, "engine": "vllm"}}, "`engine` has no effect; remove `engine`"),
         (
             {"objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
             "unbiased gradient only for objective `forward_kl` at temperature 1, but the recipe has objective `reverse_kl`",

@@ -1,128 +1,173 @@
-"""The vLLM engine through its protocol: a stand-in with the same calls, which samples with transformers.
+"""What vLLM is given: a model's weights by their names in a file, in memory that another process maps. tests/e2e/test_vllm.py runs vLLM."""
 
-It shows that weights are handed over before every call, how settings are translated, and what comes back. CUDA is not needed.
-"""
+import subprocess
 
-import sys
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.conftest import tiny_model
-from transformers import AutoModelForCausalLM
+from tests.families import tiny
+from tests.unit.plan.test_plan import plan
 
-from tadistill import rng
+from tadistill.config import machine
 from tadistill.config.common import Decoding
-from tadistill.errors import ConfigError
-from tadistill.rollout.engine import Vllm
-
-EOS = (0, 3)
-PROMPTS = [(5, 6, 7), (9,), (11, 12)]
-
-
-@dataclass
-class SamplingParams:
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    max_tokens: int
-    stop_token_ids: list[int]
-    seed: int
-    logprobs: int
-    detokenize: bool
-    allowed_token_ids: list[int] | None
+from tadistill.config.machine import Vllm as Settings
+from tadistill.config.machine import vllm_folder
+from tadistill.config.model import Lora
+from tadistill.errors import ConfigError, StageFailed
+from tadistill.models.modify import adapt, merged, plain_weights
+from tadistill.plan.task import layout, make_task
+from tadistill.rollout.vllm import Launch, Vllm, _environment, _SharedMemory
+from tadistill.runner.preflight import check_study
+from tadistill.store import Store
 
 
-class LLM:
-    """A stand-in for vLLM's: loads a directory, takes weights through `apply_model`, returns outputs in the order of the prompts."""
-
-    def __init__(self, *, model: str, skip_tokenizer_init: bool, dtype: str, **engine: Any):
-        assert skip_tokenizer_init
-        assert engine["logprobs_mode"] == "processed_logprobs"
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self.seen: list[SamplingParams] = []
-
-    def apply_model(self, function):
-        parameters = dict(self.model.named_parameters())
-
-        def load_weights(weights):
-            for name, value in weights:
-                parameters[name].data.copy_(value)
-
-        return [function(SimpleNamespace(load_weights=load_weights))]
-
-    @torch.no_grad()
-    def generate(self, prompts, *, sampling_params, use_tqdm):
-        self.seen = sampling_params
-        return [SimpleNamespace(outputs=[self._answer(p["prompt_token_ids"], s)]) for p, s in zip(prompts, sampling_params, strict=True)]
-
-    def _answer(self, prompt, settings):
-        generator = torch.Generator().manual_seed(settings.seed)
-        ids, tokens, logprobs = list(prompt), [], []
-        for _ in range(settings.max_tokens):
-            log_q = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            if settings.allowed_token_ids is not None:
-                log_q = log_q[settings.allowed_token_ids].log_softmax(-1)
-            token = int(torch.multinomial(log_q.exp(), 1, generator=generator))
-            ids.append(token)
-            tokens.append(token)
-            logprobs.append({token: SimpleNamespace(logprob=float(log_q[token]))})
-            if token in settings.stop_token_ids:
-                break
-        return SimpleNamespace(token_ids=tokens, logprobs=logprobs)
+def equal(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
-@pytest.fixture
-def vllm(monkeypatch):
-    module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, SamplingParams
-    monkeypatch.setitem(sys.modules, "vllm", module)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_weights_have_the_names_of_a_file(kind, tmp_path):
+    model = tiny(kind)
+    model.save_pretrained(tmp_path)
+    equal(plain_weights(model), load_file(tmp_path / "model.safetensors"))
 
 
-def uniforms(length=12):
-    return rng.uniforms(range(len(PROMPTS)), length, 1, "test")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_are_added_to_the_weights(family, tmp_path):
+    student = tiny_model(family)
+    tuner = adapt(student, Lora(r=2), seed=1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+    found = plain_weights(student)
+    merged(tuner).save_pretrained(tmp_path)
+    equal(found, load_file(tmp_path / "model.safetensors"))
 
 
-def test_responses_are_the_present_students(vllm):
+def test_another_process_reads_what_was_written_last():
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([7]), "c": torch.full((5,), 0.5)}
+    memory = _SharedMemory(weights, torch.bfloat16)
+    memory.write(weights)
+    weights["a"] += 1
+    memory.write(weights)
+    done = subprocess.run(["cat", memory.layout["path"]], capture_output=True, check=True)
+    read = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
+    found = [read[a:b].view(getattr(torch, dtype)).view(shape).tolist() for _, dtype, shape, a, b in memory.layout["entries"]]
+    assert found == [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [7], [0.5] * 5]
+    assert [entry[1] for entry in memory.layout["entries"]] == ["bfloat16", "int64", "bfloat16"]
+
+
+def launch(tmp_path, **changed):
+    usual = {"settings": Settings(), "device": torch.device("cpu"), "dtype": torch.float32, "longest": 20, "log": tmp_path / "log"}
+    return Launch(**(usual | {"changes": True} | changed))
+
+
+def test_each_rank_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("RANK", "2")
+    second, settings = torch.device("cuda", 2), Settings(tensor_parallel=4)
+    found = _environment(launch(tmp_path, device=second))
+    assert (found["CUDA_VISIBLE_DEVICES"], found.get("RANK")) == ("6", None)
+    assert _environment(launch(tmp_path, device=torch.device("cuda"), settings=settings))["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    with pytest.raises(StageFailed, match="tensor_parallel` is 4, but this stage has 2 GPUs"):
+        _environment(launch(tmp_path, device=second, settings=settings))
+
+
+def test_arguments_of_the_engine_follow_device_and_settings(tmp_path):
+    def arguments(**changed):
+        return Vllm(tiny_model("llama"), Decoding(), eos=(1,), vocab=31, launch=launch(tmp_path, **changed))._arguments("DIR")
+
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "settings": Settings(memory=0.5, tensor_parallel=2)}
+    found = arguments(**gpu)
+    assert [found[name] for name in ("dtype", "gpu_memory_utilization", "tensor_parallel_size", "max_model_len")] == [
+        "bfloat16",
+        0.5,
+        2,
+        20,
+    ]
+    assert (found["enforce_eager"], found["enable_sleep_mode"]) == (False, True)
+    assert "enable_sleep_mode" not in arguments(**gpu | {"changes": False})
+    assert "enable_sleep_mode" not in arguments(**gpu | {"settings": Settings(sleep=False)})
+    assert arguments()["enforce_eager"]
+    assert not arguments(settings=Settings(eager=False))["enforce_eager"]
+
+
+def test_the_copys_vocabulary_is_cut(tmp_path):
     student = tiny_model("llama")
-    engine = Vllm(student, Decoding(), eos=EOS, vocab=31)
-    for _ in range(2):
-        for prompt, rollout in zip(PROMPTS, engine.respond(PROMPTS, uniforms()), strict=True):
-            with torch.no_grad():
-                log_q = student(torch.tensor([prompt + rollout.tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            expected = log_q.gather(1, torch.tensor(rollout.tokens).unsqueeze(1)).squeeze(1).numpy()
-            np.testing.assert_allclose(rollout.values["student"], expected, atol=1e-5)
-            np.testing.assert_array_equal(rollout.values["student"], rollout.values["behaviour"])
-            assert not set(rollout.tokens[:-1]) & set(EOS)
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.add_(0.1)  # as an update would; the second round must see it
+    engine = Vllm(student, Decoding(), eos=(1,), vocab=20, launch=launch(tmp_path))
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    assert {name: len(w) for name, w in engine._weights().items() if name in ends} == dict.fromkeys(ends, 20)
+    assert engine._describe().vocab_size == 20
+    assert student.config.vocab_size > 20
 
 
-def test_the_same_numbers_give_the_same_text(vllm):
-    engine = Vllm(tiny_model("llama"), Decoding(), eos=EOS, vocab=31)
-    first, second = engine.respond(PROMPTS, uniforms()), engine.respond(PROMPTS[::-1], uniforms()[::-1])
-    assert [r.tokens for r in first] == [r.tokens for r in second[::-1]]
+# --- plans --------------------------------------------------------------------------------------------------------------
+
+ON_POLICY = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "max_new_tokens": 8}, "optim": {"steps": 16, "batch": 16}}
 
 
-def test_settings_are_translated(vllm):
-    decoding = Decoding(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
-    engine = Vllm(tiny_model("llama"), decoding, eos=EOS, vocab=29)
-    (first, *_) = engine.respond(PROMPTS, uniforms(4))
-    assert first.values == {}  # of a changed distribution its log-probabilities are not the model's
-    seen = engine._llm.seen[0]
-    assert (seen.temperature, seen.top_k, seen.top_p, seen.min_p, seen.max_tokens) == (0.7, 5, 0.9, 0.1, 4)
-    assert seen.stop_token_ids == [0, 3]
-    assert seen.allowed_token_ids == list(range(29))
-    assert len({s.seed for s in engine._llm.seen}) == len(PROMPTS)
-    Vllm(tiny_model("llama"), Decoding(), eos=EOS, vocab=31)
+def planned(engine="vllm", **changed):
+    sampler = ON_POLICY["sampler"] | ({"engine": engine} if engine else {})
+    return plan(method=ON_POLICY | {"sampler": sampler}, **changed)
 
 
-def test_without_vllm_one_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match="pip install 'tadistill"):
-        Vllm(tiny_model("llama"), Decoding(), eos=EOS, vocab=31)
+def keys(found, kind):
+    return {stage.key for stage in found.stages.values() if stage.kind == kind}
+
+
+def test_the_engine_is_a_part_of_keys_and_its_settings_are_not():
+    native, vllm = planned(None), planned()
+    assert keys(planned("native"), "distill") == keys(native, "distill")
+    assert not keys(vllm, "distill") & keys(native, "distill")
+    assert keys(planned(runtime={"vllm": {"memory": 0.8, "eager": True}}), "distill") == keys(vllm, "distill")
+    tested = planned(None, evaluate={"engine": "vllm"})
+    assert keys(tested, "distill") == keys(native, "distill")
+    assert not keys(tested, "evaluate") & keys(native, "evaluate")
+
+
+def test_dev_answers_are_sampled_by_our_own_loop():
+    select = {"metric": "rouge_l", "every": 8}
+    found = [plan(method=ON_POLICY | {"select": select}, evaluate={"engine": name}) for name in ("native", "vllm")]
+    assert keys(found[0], "distill") == keys(found[1], "distill")
+
+
+def test_without_vllm_one_sentence_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine.shutil, "which", lambda *_, **__: None)
+    found = planned(evaluate={"engine": "vllm"})
+    with pytest.raises(ConfigError, match=r"vLLM is not installed.*pip install vllm.*set TADISTILL_VLLM"):
+        check_study(found.recipe)
+    monkeypatch.setenv("TADISTILL_VLLM", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"TADISTILL_VLLM is {tmp_path}, but vLLM is not installed there"):
+        vllm_folder()
+
+
+def test_a_named_environment_has_the_program_and_its_python(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("vllm", "python"):
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    monkeypatch.setenv("TADISTILL_VLLM", str(tmp_path))
+    assert vllm_folder() == tmp_path / "bin"
+
+
+def test_a_stage_asks_for_the_gpus_of_vllm(tmp_path):
+    found = planned(runtime={"vllm": {"tensor_parallel": 4}})
+    gpus = {stage.kind: make_task(found, stage, Store(tmp_path)).gpus for stage in found.stages.values()}
+    assert (gpus["distill"], gpus["evaluate"]) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"resources": {"distill": {"processes": 2, "parallel": "fsdp"}}}, "engine vllm needs the whole student in each process"),
+        ({"resources": {"distill": {"processes": 2}}, "runtime": {"vllm": {"tensor_parallel": 2}}}, "has 2 processes, each with a vLLM"),
+    ],
+)
+def test_resources_that_vllm_cannot_use_are_refused(changed, message, tmp_path):
+    found = planned(**changed)
+    stage = next(stage for stage in found.stages.values() if stage.kind == "distill")
+    with pytest.raises(ConfigError, match=message):
+        layout(found.recipe, stage)
