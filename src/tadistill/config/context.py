@@ -45,7 +45,7 @@ class TeacherContext(Strict):
         if not template.strip():
             raise ValueError("the template is empty; write the teacher's prompt, such as `{prompt}` for the prompt of the student")
         for part in _PARTS.finditer(template):
-            if part[0] in "{}":
+            if part[0] in ("{", "}"):
                 raise ValueError(f"the brace at character {part.start() + 1} has no partner; write `{part[0] * 2}` for a brace in the text")
             if part["column"] is not None and not part["column"].strip():
                 raise ValueError("`{}` names no column; write for instance `{output}`, or `{{}}` for two braces in the text")
