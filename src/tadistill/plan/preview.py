@@ -125,7 +125,8 @@ def _arms(plan: Plan) -> Table:
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
-        table.add_row(arm.name, arm.arm.text, _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
+        path = arm.arm.text + (", context" if arm.method.context else "")
+        table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
     return table
 
 

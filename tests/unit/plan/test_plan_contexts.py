@@ -1,0 +1,150 @@
+"""Contexts in the plan: models that teach themselves, keys, costs that equal the metered ones, and mistakes found before anything runs."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tests.e2e.inprocess import run_here
+from tests.unit.plan.test_plan import plan
+from tests.unit.plan.test_plan_edges import MODELS, stages
+
+from tadistill.config import validate
+from tadistill.errors import DataError
+from tadistill.plan import preview
+from tadistill.plan.arms import make_plan
+from tadistill.plan.inputs import FromStage
+from tadistill.store import Store
+
+SELF = {
+    "path": "s > s",
+    "context": "{output} {prompt}",
+    "sampler": {"type": "student", "max_new_tokens": 8},
+    "objective": {"type": "reverse_kl"},
+}
+
+
+def test_a_model_teaches_itself_as_it_was_before():
+    found = plan(seeds=[1], arms={"once": SELF, "twice": SELF | {"path": "s > s > s"}, "chain": SELF | {"path": "xl > s > s"}})
+    (only,) = stages(found, "once")
+    (sft,) = (s for s in stages(found, "once", "sft") if s.model == "s")
+    assert only.spec.teacher == only.spec.student == FromStage(stage=sft.key)
+    assert only.label.endswith("reverse_kl on student, with a context, 16 updates, seed 1")
+    first, second = stages(found, "twice")
+    assert second.spec.teacher == second.spec.student == FromStage(stage=first.key)
+    assert first.steps == second.steps == only.steps / 2
+    above, itself = stages(found, "chain")
+    assert (above.spec.teacher == itself.spec.teacher, itself.spec.teacher) == (False, FromStage(stage=above.key))
+
+
+def test_what_reads_a_context_has_it_in_its_key():
+    def keys(**context):
+        text = {"sampler": {"type": "student", "recorded": True, "max_new_tokens": 8}}
+        found = plan(seeds=[1], arms={"a": {"path": "xl > s", "objective": {"type": "reverse_kl"}} | text | context})
+        return {s.kind: s.key for s in found.stages.values() if s.kind in ("generate", "signal", "distill", "evaluate")}, found
+
+    none, one, other, again = (keys(**({"context": c} if c else {})) for c in (None, "{prompt}", "{output}", "{prompt}"))
+    assert one[0] == again[0]
+    for kind in ("generate", "signal", "distill"):
+        assert len({none[0][kind], one[0][kind], other[0][kind]}) == 3, kind
+    (sft,) = {s.key for s in none[1].stages.values() if s.kind == "sft" and s.model == "s"}
+    assert sft in one[1].stages  # the model itself is the same
+
+
+def test_a_context_of_the_recipe_leaves_out_arms_without_a_teacher():
+    method, own = {"objective": {"type": "reverse_kl"}, "optim": {"steps": 16, "batch": 16}}, {"context": "{output} {prompt}"}
+    tuned = {"path": "s", "objective": {"type": "cross_entropy"}}
+    found = plan(seeds=[1], method=method | own, arms={"a": "xl > s", "sft": tuned})
+    (distilled,), tunings = stages(found, "a"), stages(found, "sft", "sft")
+    assert distilled.spec.data.context
+    assert tunings
+    assert not any(s.spec.data.context for s in tunings)
+    assert stages(plan(seeds=[1], method=method, arms={"a": {"path": "xl > s"} | own}), "a")[0].key == distilled.key
+
+
+def test_the_plan_shows_the_rows_that_a_context_leaves_out(tmp_path):
+    found = plan(arms={"a": SELF | {"context": {"template": "{output} {prompt}", "max_prompt": 15}}})
+    console = Console(file=io.StringIO(), width=400)
+    preview.print_plan(found, Store(tmp_path), console)
+    text = console.file.getvalue()
+    assert "s > s, context" in text
+    assert "with the context of s, among the first" in text
+    assert "are left out, because the teacher's prompt is longer than context.max_prompt (15)" in text
+
+
+def shaped(width: int) -> dict:
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {"load": "scratch:llama", "tokenizer": "tinyworld", "config": shape | {"num_key_value_heads": 2, "max_position_embeddings": 64}}
+
+
+ARMS = {
+    "fixed": {"sampler": {"type": "dataset"}},
+    "packed": {"sampler": {"type": "dataset"}, "optim": {"tokens": 60, "packed": True}},
+    "recorded": {"sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
+    "rounds": {"sampler": {"type": "student", "max_new_tokens": 4, "rollouts": 16, "inner_epochs": 2}},
+}
+
+
+def test_predicted_flops_are_those_that_are_metered(tmp_path):
+    """All rows have equal lengths, so no average is in the way: the teacher's longer sequences are counted, and only they."""
+    row = {"instruction": "who sold the peas ?", "output": "renor sold it .", "hint": "in birchham renor sold the peas"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(row)}\n" * 16)
+    data = {"train": {"load": str(file), "extra": ["hint"]}, "dev": "tinyworld", "test": ["tinyworld"], "limit": {"test": 2}}
+    recipe = {
+        "study": "t",
+        "seeds": [1],
+        "models": {"t": shaped(32), "s": shaped(16)},
+        "analyse": False,
+        "data": data | {"template": "plain"},
+        "method": {"objective": {"type": "reverse_kl"}, "optim": {"steps": 2, "batch": 8}, "select": {"metric": "last"}},
+        "evaluate": {"also": {}, "max_new_tokens": 4},
+    }
+    recipe["method"]["context"] = "{hint} {output} {prompt}"
+    recipe["arms"] = {name: {"path": "t > s"} | arm for name, arm in ARMS.items()}
+    found, store = make_plan(validate(recipe)), Store(tmp_path / "store")
+    run_here(found, store, jobs=1, console=Console(quiet=True))
+    trained = [stage for stage in found.stages.values() if stage.kind == "distill"]
+    assert len(trained) == len(ARMS)
+    for stage in trained:
+        metered = {name: part["flops"] for name, part in store.manifest(stage.key)["ledger"]["parts"].items()}
+        predicted = {name: part.flops for name, part in stage.cost.parts.items()}
+        assert predicted == pytest.approx(metered, rel=0.01), stage.label
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"arms": {"a": "s > s"}},
+            "arms.a: in `s > s`, s teaches itself, so there is nothing to learn; give the teacher a prompt of its own",
+        ),
+        ({"arms": {"a": {"path": "xl > s > s"}}}, "in `xl > s > s`, s teaches itself"),
+        (
+            {"arms": {"a": SELF | {"sampler": {"type": "teacher_mixed", "rollouts": 32}}}},
+            "sampler `teacher_mixed` lets student and teacher sample one text together, but .*; set `sampler.alpha: 0`",
+        ),
+        ({"arms": {"a": SELF | {"sampler": {"type": "speculative"}}}}, "sampler `speculative` lets .*; use `sampler: {type: student}`"),
+        (
+            {"arms": {"a": SELF | {"select": {"metric": "reverse_kl"}}}},
+            "select.metric `reverse_kl` compares .* set `select.metric` to `loss`",
+        ),
+        (
+            {
+                "arms": {
+                    "a": {"path": "xl > s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset"}, "context": "{output}"}
+                }
+            },
+            "objective `cross_entropy` uses no teacher, so `context` has no effect",
+        ),
+        ({"models": MODELS, "arms": {"a": SELF | {"context": {"chat": True}}}}, "a `context` has `chat` or `system`, but the tokenizer of"),
+    ],
+)
+def test_mistakes(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plan(**changes)
+
+
+def test_a_placeholder_that_no_row_has():
+    with pytest.raises(DataError, match=r"row 1: context.template names `\{document\}`, but the row has only .*; correct the name"):
+        plan(arms={"a": SELF | {"context": "{document}"}})
