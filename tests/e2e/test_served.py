@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,16 @@ from tests.vllm import NEEDED, VLLM
 from tadistill.config import objective as config
 from tadistill.config import parse
 from tadistill.config.method import Dense, Method, Optim
-from tadistill.config.sampling import StudentSampler
+from tadistill.config.sampling import HiddenSignal, StudentSampler, TopKSignal
 from tadistill.config.served import Serve
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.templates import Encoded
+from tadistill.models import client
 from tadistill.models.loading import load_model
 from tadistill.models.serving import served_teacher
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
+from tadistill.rollout import signals
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import Rollouts, Teachers
 from tadistill.runner.servers import server_command
@@ -47,10 +50,9 @@ SPARSE = [c for c in DIVERGENCES if c not in (config.TopKForwardKL, config.TopKR
 RECIPE = """
 study: served
 seeds: [1]
-analyse: false
 models:
   xl: {load: DIRECTORY, serve: {at: ADDRESS, gives: GIVES, k: 7}}
-  s: {load: "scratch:llama", tokenizer: DIRECTORY, config: CONFIG}
+  s: {load: "scratch:llama", tokenizer: DIRECTORY, config: CONFIG, sft: {optim: {steps: 2, batch: 4}, select: {metric: last}}}
 data: {train: rows.jsonl, dev: rows.jsonl, test: [rows.jsonl], template: plain, max_prompt: 32, max_length: 64}
 evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
 runtime: {checkpoint_seconds: 0.01, jobs: 1}
@@ -59,7 +61,9 @@ method:
   sampler: {type: student, max_new_tokens: 8}
   optim: {steps: STEPS, batch: 4, lr: 3.0e-3}
   select: {metric: last}
-arms: {direct: xl > s}
+arms:
+  direct: xl > s
+  recorded: {path: xl > s, sampler: {type: student, recorded: true, max_new_tokens: 8, signal: {type: hidden}}}
 """
 
 
@@ -114,8 +118,13 @@ class Server:
                 time.sleep(0.25)
         raise AssertionError(f"no server: {self.log.read_text()[-3000:]}")
 
+    def again(self) -> "Server":
+        """A new server at the same address."""
+        return Server(self.directory, self.gives, self.log.with_suffix(".again.log"), self.port)
+
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it is dead
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def teacher(self):
@@ -128,7 +137,9 @@ def servers(directory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     started = {gives: Server(directory, gives, folder / f"{gives}.log") for gives in ("hidden", "top_k")}
     try:
-        yield {gives: server.wait() for gives, server in started.items()}
+        for server in started.values():
+            server.wait()
+        yield started
     finally:
         for server in started.values():
             server.kill()
@@ -212,38 +223,66 @@ def test_a_round_of_rollouts_is_scored_as_by_the_local_teacher(gives, objective,
     near(result(gives), result("local"), 1e-3)
 
 
-def test_a_study_survives_the_death_of_its_server(directory, servers, tmp_path, monkeypatch):
-    """The server dies after some updates and comes back; the trained weights are those of an undisturbed run, to rounding."""
-    from tadistill.models import client
+def test_recordings_of_a_served_teacher_are_those_of_the_model(teachers, tmp_path):
+    """Hidden states from a server that gives these, and top-k tokens from one that gives more of them."""
+    for gives, how in (("hidden", HiddenSignal()), ("top_k", TopKSignal(k=4, dtype="float32"))):
+        for name in (gives, "local"):
+            signals.record(signals.of_teacher(teachers[name], pad=0), ROWS, how, tmp_path / gives / name, vocab=VOCAB)
+        found, expected = (signals.Signals(tmp_path / gives / name, torch.device("cpu")).target([2, 0]) for name in (gives, "local"))
+        near([getattr(found, part) for part in PARTS[gives]], [getattr(expected, part) for part in PARTS[gives]])
+        if gives == "top_k":
+            assert torch.equal(found.ids, expected.ids)
 
+
+PARTS = {"hidden": ("states",), "top_k": ("log_probs", "tail")}
+
+
+def test_a_study_survives_the_death_of_its_server(directory, servers, tmp_path, monkeypatch):
+    """SFT, on-policy distillation, recording, comparison with the teacher, report. The server dies after some updates; a new one takes its
+    address. The weights and the rows of the report are those of an undisturbed run with the teacher in this process, to rounding."""
+    recipe, server, asked, post = tmp_path / "served.yaml", servers["hidden"], [], client.Servers.post
     monkeypatch.setattr(client, "PAUSES", (0.0,))
-    recipe, folder = tmp_path / "served.yaml", Path(directory).parent
-    text = written(directory, servers["hidden"].at, "hidden", steps=6).replace("rows.jsonl", str(folder / "rows.jsonl"))
-    recipe.write_text(text)
-    assert tadistill("run", str(recipe), "--runs", str(tmp_path / "whole")).code == 0
-    mortal = Server(directory, "hidden", tmp_path / "mortal.log").wait()
-    recipe.write_text(text.replace(servers["hidden"].at, mortal.at))
-    asked, post = [], client.Servers.post
+    recipe.write_text(written(directory, server.at, "hidden", steps=6).replace("rows.jsonl", str(Path(directory).parent / "rows.jsonl")))
+
+    def run(name, *changes):
+        return tadistill("run", str(recipe), *changes, "--runs", str(tmp_path / name))
+
+    assert run("whole", "models.xl.serve=null").code == 0
 
     def dying(self, path, bodies, read):
         asked.append(path)
         if len(asked) == 4:
-            mortal.kill()
+            server.kill()
         return post(self, path, bodies, read)
 
     monkeypatch.setattr(client.Servers, "post", dying)
-    broken = tadistill("run", str(recipe), "--runs", str(tmp_path / "broken"))
+    broken = run("broken")
     assert broken.code == 1
     said = broken.out + broken.err
-    assert f"the server {mortal.at} of `" in said
+    assert f"the server {server.at} of `" in said
     assert "Traceback" not in said
-    recipe.write_text(text)  # the same model at another address
-    again = tadistill("run", str(recipe), "--runs", str(tmp_path / "broken"))
+    servers["hidden"] = server.again().wait()
+    again = run("broken")
     assert again.code == 0
     assert "will be continued" in again.out + again.err
-    near(*([torch.cat([p.flatten() for p in trained(tmp_path / name).parameters()])] for name in ("broken", "whole")), 1e-4)
+    for kind in ("sft", "distill"):
+        near(*([weights(model) for model in trained(tmp_path / name, kind)] for name in ("broken", "whole")))
+    found, expected = (rows(tmp_path / name) for name in ("broken", "whole"))
+    assert found.keys() == expected.keys()
+    assert {metric for _, metric, _ in found} >= {"forward_kl", "reverse_kl", "loss", "rouge_l"}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def trained(runs: Path):
-    (found,) = runs.glob("store/*/*/model")
-    return load_model(found)
+def trained(runs: Path, kind: str):
+    """The models that the study trained, in the order of the stages of its plan."""
+    stages = json.loads((runs / "served" / "plan.json").read_text())["stages"]
+    return [load_model(runs / "store" / s["key"][:2] / s["key"] / "model") for s in stages if s["kind"] == kind]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def rows(runs: Path):
+    found = json.loads((runs / "served" / "results.json").read_text())["means"]
+    return {(row["arm"], row["metric"], row["set"]): row["value"] for row in found}

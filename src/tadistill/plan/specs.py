@@ -296,8 +296,7 @@ class AnalyseSpec(_OnTestSets):
     model: Handle
     answers: Output
     """The model's own answers."""
-    teacher_answers: Output | None
-    """None if the teacher runs on a server, which writes no text. The exposure bias is then not measured."""
+    teacher_answers: Output | None  # None if a server runs the teacher: it writes no text, so the exposure bias is not measured
     assistants: tuple[Handle, ...]
     batch: int
 
