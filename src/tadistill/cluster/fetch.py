@@ -23,7 +23,7 @@ from tadistill.data import datasets, hub
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
-from tadistill.models.partial import Gives, fetch_part, locate_part
+from tadistill.models.partial import Gives, fetch_part, locate_part, needed_part
 from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"
@@ -74,9 +74,9 @@ def needs(recipe: Recipe) -> list[Need]:
         DataError, ModelError: a name in the recipe is not valid.
     """
     found = []
-    for model in recipe.models.values():
+    for name, model in recipe.models.items():
         if model.load and sources.parse_source(model.load).kind in ("hub", "wheel"):
-            gives = model.serve.gives if model.serve else None
+            gives = needed_part(recipe, name)
             found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None, gives=gives))
         elif model.load and (base := sources.adapter_base(model.load)) and sources.parse_source(base[0]).kind == "hub":
             found.append(Need("model", *base))

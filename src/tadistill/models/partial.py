@@ -9,10 +9,17 @@ Models that do not come from the Hub are always whole.
 from pathlib import Path
 from typing import Literal
 
+from tadistill.config import Recipe
 from tadistill.models import sources
 
 Gives = Literal["hidden", "top_k"]
 """What a server sends (`serve.gives`). Only `hidden` needs the output head."""
+
+
+def needed_part(recipe: Recipe, name: str) -> Gives | None:
+    """Return what the server of a model sends. Return None if the study needs the whole model, to run it or to prune it."""
+    serve = recipe.models[name].serve
+    return None if serve is None or any(model.parent == name for model in recipe.models.values()) else serve.gives
 
 
 def locate_part(load: str, revision: str, gives: Gives) -> Path | None:

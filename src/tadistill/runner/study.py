@@ -18,7 +18,7 @@ from tadistill.config.places import placed
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
-from tadistill.models.partial import fetch_part, locate_part
+from tadistill.models.partial import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.exactness import approximations
@@ -87,11 +87,11 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
 @placed
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
     """Download the models that are not on this disk. The plan needs their sizes. Of a served model, only the output head is needed."""
-    for model in recipe.models.values():
-        if model.load and model.serve:
-            if locate_part(model.load, model.revision, model.serve.gives) is None:
+    for name, model in recipe.models.items():
+        if model.load and (gives := needed_part(recipe, name)):
+            if locate_part(model.load, model.revision, gives) is None:
                 console.note(f"fetching {model.load} without most weights …")
-                fetch_part(model.load, model.revision, model.serve.gives)
+                fetch_part(model.load, model.revision, gives)
         elif model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")
             sources.fetch(model.load, model.revision)

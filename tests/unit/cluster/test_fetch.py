@@ -174,6 +174,12 @@ def test_of_a_served_teacher_only_the_output_head_and_the_tokenizer_are_fetched(
         assert len(fetch.missing(recipe(text), tmp_path)) == 1
 
 
+def test_a_served_teacher_that_is_pruned_to_the_student_is_fetched_whole():
+    assert fetch.needs(recipe(SERVED))[0].gives == "hidden"
+    pruned = SERVED.replace("s: {load: 'scratch:llama', tokenizer: tinyworld}", "s: {init: {from: t, layers: 1}}")
+    assert fetch.needs(recipe(pruned))[0].gives is None
+
+
 def test_a_data_set_whose_link_points_nowhere_is_missing(cache, tmp_path, model_files):
     lay_all(cache, model_files)
     (cache / "datasets--org--set" / "snapshots" / ONE / "train.jsonl").resolve().unlink()
