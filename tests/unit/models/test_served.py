@@ -247,6 +247,14 @@ def test_one_sentence_for_scores_of(name, here):
         teacher.target(BATCH)
 
 
+def test_one_sentence_for_half_an_answer_with_scores(here):
+    teacher = connected(here, "top_k", k=2)
+    here.fault = lambda number, path, body, reply: (200, {}, reply[2][: len(reply[2]) // 2])
+    with pytest.raises(ServerFailed, match="sends an answer that is not complete JSON") as caught:
+        teacher.target(BATCH)
+    assert len(caught.value.problems) == 1
+
+
 # --- checks before work ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +304,12 @@ def test_a_server_that_cannot_give_it_is_refused(here):
     here.fault = lambda number, path, body, reply: reply if path == "/tokenize" else refusal(404, "Not Found")
     with pytest.raises(ServerFailed, match=r"cannot give `hidden` \(404\); start it with `--runner pooling`"):
         checked(here)
+
+
+def test_a_server_without_scores_of_prompts_is_refused(here):
+    here.fault = lambda number, path, body, reply: reply if path == "/tokenize" else as_json({"choices": [{"text": "x"}]})  # as SGLang
+    with pytest.raises(ServerFailed, match="sends an answer without `prompt_logprobs`"):
+        checked(here, gives="top_k")
 
 
 def test_normalised_states_are_refused(here):
