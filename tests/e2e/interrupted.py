@@ -1,7 +1,8 @@
-"""Run stages undisturbed and again with three signals each, and write what `test_interrupted` compares to OUT/found.json.
+"""Run stages undisturbed and again with three or four signals each, and write what `test_interrupted` compares to OUT/found.json.
 
-One process with one thread runs all stages undisturbed. Each interrupted attempt at a stage is a child of it. The child sends a real signal
-to itself at an event: when the stage asks whether to stop (between two steps), or just before a file is synced to disk, renamed or deleted.
+The test forks one process, which has one thread and runs all stages undisturbed. Each interrupted attempt at a stage is a child of it. The
+child sends a real signal to itself at an event: when the stage asks whether to stop (between two steps), or just before a file is synced to
+disk, renamed or deleted.
 """
 
 import gc
@@ -25,16 +26,16 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan, make_plan, plan_probes
 from tadistill.plan.graph import with_ancestors
 from tadistill.plan.task import Task, make_task
-from tadistill.rollout import signals
+from tadistill.rollout import signals as recorded
 from tadistill.runner.interruption import StopFlag
 from tadistill.stages import teacher
 from tadistill.stages.execute import run_stage
 from tadistill.store import ROLLOUTS, Store
 
 RECIPE = Path(__file__).with_name("interrupted.yaml")
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)
+SIGNALS = {"stops": [signal.SIGUSR2, signal.SIGTERM] * 2, "kills": [signal.SIGKILL] * 3}
+"""The signals to successive attempts at a stage."""
 STOPPED, FAILED = 3, 1
-teacher.GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
 
 
 def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -112,14 +113,15 @@ def attempt(task: Task, log: Path, at: int | None, how: signal.Signals) -> int:
         os._exit(code)
 
 
-def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, ends: list[int]) -> dict:
-    """Interrupt attempts after the event counts `ends`, let a last one finish, and return what each did."""
-    store = Store(out / f"{name}-{how.name}".replace(" ", "-"))
+def chain(name: str, task: Task, signals: list[signal.Signals], out: Path, whole: Store, ends: list[int]) -> dict:
+    """Interrupt attempts by these signals after the event counts `ends`, let a last one finish, and return what each did."""
+    store = Store(out / name.replace(" ", "-"))
     for key in task.spec.parents.values():
         store.folder(key).parent.mkdir(parents=True, exist_ok=True)
         store.folder(key).symlink_to(whole.folder(key))
     attempts = []
-    for at in (*(after - before for before, after in zip([0, *ends], ends, strict=False)), None):
+    cuts = [after - before for before, after in zip([0, *ends], ends, strict=False)]
+    for at, how in (*zip(cuts, signals, strict=True), (None, signal.SIGTERM)):
         log = out / "log"
         log.unlink(missing_ok=True)
         status = attempt(replace(task, store=str(store.root)), log, at, how)
@@ -138,15 +140,15 @@ def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, e
 
 
 def cut_short(name: str, task: Task, out: Path, whole: Store, log: Path) -> dict[str, dict]:
-    """Send each signal at three random events. Also kill just before and after the last rename, which puts the manifest in place."""
+    """Send signals at random events. Also kill just before and after the last rename, which puts the manifest in place."""
     *_, last, total = log.read_text().splitlines()
     found, renamed, events = {}, int(last.split()[-1]), int(total.split()[-1])
-    for how in SIGNALS:
-        ends = random.Random(f"{name} {how.name}").sample(range(1, max(5, int(0.7 * events))), 3)
-        found[how.name] = chain(name, task, how, out, whole, sorted(ends))
+    for how, signals in SIGNALS.items():
+        ends = random.Random(f"{name} {how}").sample(range(1, max(5, int(0.7 * events))), len(signals))
+        found[how] = chain(name, task, signals, out, whole, sorted(ends))
     if name == "sft":
-        found["before the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [renamed])
-        found["after the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [renamed + 1])
+        found["before the manifest"] = chain(name, task, [signal.SIGKILL], out, whole, [renamed])
+        found["after the manifest"] = chain(name, task, [signal.SIGKILL], out, whole, [renamed + 1])
     return found
 
 
@@ -165,7 +167,9 @@ def outcome(store: Store, key: str) -> dict:
 
 
 def main(out: Path, only: list[str]) -> None:
+    """Write OUT/found.json. `only` are the names of the stages to interrupt; an empty list means all."""
     torch.set_num_threads(1)
+    teacher.GENERATION_BATCH, recorded._PART = 2, 8  # several parts of the little that there is
     whole = Store(out / "whole")
     chosen, needed = cases(whole.root)
     for key, task in needed.items():  # in this process: the children then have what is imported at first use
