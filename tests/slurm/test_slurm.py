@@ -52,7 +52,7 @@ class Study:
         end = time.monotonic() + seconds
         while queued := queue.queued():
             assert time.monotonic() < end, queued
-            time.sleep(0.5)
+            time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_a_study_goes_as_arrays_and_survives_a_signal(study):
     obstacle = study.store.folder(study.key(FAILS)) / "metrics.jsonl"
     obstacle.mkdir(parents=True)
     said = study.submit()
-    assert "13 stages; 0 are done, 0 are already queued, and 13 were submitted now as 10 jobs" in said
-    assert len(re.findall(r"_\[0-1\]", said)) == 4  # arrays of seeds; the teacher and its evaluation are single jobs
+    assert "11 stages; 0 are done, 0 are already queued, and 11 were submitted now as 8 jobs" in said
+    assert len(re.findall(r"_\[0-1\]", said)) == 3  # arrays of seeds; the teacher and its evaluation are single jobs
     assert "0 were submitted now as 0 jobs" in study.submit()  # all of it is queued
     # the teacher saves, goes back into the queue under its own id, and ends where it would have ended
     teacher = study.key("sft xl")
@@ -94,10 +94,10 @@ def test_a_study_goes_as_arrays_and_survives_a_signal(study):
     subprocess.run(["scancel", "--signal=USR2", record["job"]], check=True)
     study.await_end()
     text = (study.directory / "jobs" / f"{record['job']}_0_log.out").read_text()
-    assert re.search(r"stopped at update \d+ of 800", text)
+    assert re.search(r"stopped at update \d+ of 400", text)
     assert text.count("Starting with JobEnvironment") == 2
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == sorted({*range(8, 801, 8), *range(200, 801, 200)})  # each once, across the interruption
+    assert steps == [*range(4, 401, 4)]  # each once, across the interruption
     assert study.store.finished(teacher)
 
 
@@ -106,9 +106,9 @@ def test_a_failure_takes_its_children_and_nothing_else(study):
     lost = {s.key for s in study.stages.values() if failed in s.parents.values()} | {failed}
     lost |= {s.key for s in study.stages.values() if set(s.parents.values()) & lost}
     assert {s.key for s in study.stages.values() if not study.store.finished(s.key)} == lost
-    assert study.states() == {"done": 10, "failed": 1, "cancelled": 2}
+    assert study.states() == {"done": 8, "failed": 1, "cancelled": 2}
     said = study.call("status", "tiny")
-    assert "10 done, 2 cancelled, 1 failed" in said
+    assert "8 done, 2 cancelled, 1 failed" in said
     assert "nothing is queued or running; continue with `" in said
 
 
@@ -117,12 +117,12 @@ def test_the_failed_branch_goes_again_and_the_report_follows(study):
     assert report.is_file()  # written when all jobs had ended, failed or not
     first = report.stat().st_mtime_ns
     (study.store.folder(study.key(FAILS)) / "metrics.jsonl").rmdir()
-    assert "10 are done, 0 are already queued, and 3 were submitted now as 2 jobs" in study.submit()
+    assert "8 are done, 0 are already queued, and 3 were submitted now as 2 jobs" in study.submit()
     study.await_end()
-    assert study.states() == {"done": 13}
+    assert study.states() == {"done": 11}
     assert report.stat().st_mtime_ns > first
     assert {row["arm"] for row in json.loads((study.directory / "results.json").read_text())["rows"]} == {"teacher", "takd"}
-    assert "13 are done, 0 are already queued, and 0 were submitted now as 0 jobs" in study.submit()
+    assert "11 are done, 0 are already queued, and 0 were submitted now as 0 jobs" in study.submit()
     assert "all stages are done" in study.call("status", "tiny")
 
 
@@ -131,7 +131,6 @@ def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_pat
     profile, recipe = tmp_path / "chain.yaml", tmp_path / "chained.yaml"
     profile.write_text(CLUSTER.read_text() + "resume: chain\n")
     text = RECIPE.read_text().replace("study: tiny", "study: tiny3").replace("    seed: 10\n", "    seed: 11\n")
-    text = text.replace("steps: 800", "steps: 1000")
     recipe.write_text(re.sub(r"  takd: .*\n", "", text))
     assert "submitted now as 2 jobs" in study.call("submit", str(recipe), "--cluster", str(profile), "--account", "def-tests")
     records = [(path, json.loads(path.read_text())) for path in study.runs.glob("store/*/*/job.json")]
@@ -143,13 +142,13 @@ def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_pat
     subprocess.run(["scancel", "--signal=USR2", f"{job}_0"], check=False)  # says "already done" of an array that has more elements
     while {row.state for row in status_rows(study.runs / "tiny3", study.store)} != {"done"}:
         assert time.monotonic() < end
-        time.sleep(0.5)
+        time.sleep(1)
     study.call("cancel", "tiny3")  # segments of the evaluation that have nothing to do
     study.await_end()
     logs = [(study.runs / "tiny3" / "jobs" / f"{job}_{i}_0_log.out").read_text() for i in range(3)]
     assert "stopped at update" in logs[0]
-    assert "1000/1000" in logs[1]
-    assert "/1000" not in logs[2]  # nothing was left
+    assert "400/400" in logs[1]
+    assert "/400" not in logs[2]  # nothing was left
 
 
 def test_two_submissions_cancelling_and_stale_records(study):
