@@ -10,11 +10,10 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model
+from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model, rows
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tadistill.config.method import Method, Optim, Select, check_pairing
-from tadistill.data import tinyworld
 from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
 from tadistill.models.modify import recompute_layers
@@ -93,7 +92,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
     check_pairing(method)
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if case.precision == "bf16" else "no")
-    tokenizer = tinyworld.tokenizer(seed=0, people=20)
+    tokenizer, _ = rows()
     student, teacher = _model(1, 16, tokenizer, case.tied), _model(2, 24, tokenizer, False).requires_grad_(False)
     if case.recompute:
         recompute_layers(student)

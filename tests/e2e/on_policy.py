@@ -4,6 +4,7 @@ Models have random weights; the training loop, samplers, objectives and data are
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,12 +14,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tadistill.config import Data, DataRef
+from tadistill.config import DataRef
+from tadistill.config.data import World
 from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
-from tadistill.data.templates import encode
+from tadistill.data.templates import Encoded, encode
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Shard
@@ -82,7 +84,7 @@ def train(
     check_pairing(method)
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
-    tokenizer = tinyworld.tokenizer(seed=0, people=20)
+    tokenizer, _ = rows()
     student, teacher = model(1, 16, tokenizer), model(2, 24, tokenizer).requires_grad_(False)
     sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), interrupt)
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,11 +111,16 @@ def train(
     return torch.cat([value.flatten() for value in last.values()])
 
 
+@cache
+def rows() -> tuple[Any, list[Encoded]]:
+    """Return a tokenizer and a few encoded rows."""
+    tokenizer = tinyworld.tokenizer(seed=0, people=20)
+    examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
+    return tokenizer, encode(examples, tokenizer, name="tinyworld", template="plain", max_prompt=24, max_length=40)
+
+
 def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None):
-    data = Data(train=DataRef(load="tinyworld"), dev=DataRef(load="tinyworld"), test=(DataRef(load="tinyworld"),), template="plain")
-    data = data.model_copy(update={"world": data.world.model_copy(update={"people": 20})})
-    examples = datasets.load(data.train, "train", data)[:40]
-    encoded = encode(examples, tokenizer, name="tinyworld", template="plain", max_prompt=24, max_length=40)
+    _, encoded = rows()
     texts = [Sequence(e.prompt, e.response) for e in encoded]
     eos, config = tokenizer.eos_token_id, method.sampler
     common: dict[str, Any] = {"pad": eos, "seed": 3, "shard": shard}

@@ -220,7 +220,10 @@ def _facts(given: Any, where: str) -> Facts:
         pair = isinstance(fact, list | tuple) and len(fact) == 2 and isinstance(fact[0], str) and isinstance(fact[1], list | tuple)
         if not pair or not fact[0] or not all(isinstance(rival, str) for rival in fact[1]):
             raise DataError(f"{where}: the column of facts contains {shown(fact)}; write each fact as [value, [wrong values]]")
-        found.append((text(fact[0], "a fact", where), tuple(text(rival, "a fact", where) for rival in fact[1])))
+        for value in (fact[0], *fact[1]):
+            if not value.isascii():  # a fact may have a hundred wrong values
+                _check_unicode(value, "a fact", where)
+        found.append((fact[0], tuple(fact[1])))
     return tuple(found)
 
 
