@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.byte_models import byte_model, byte_tokenizer, save
 from tests.conftest import response_logits
 from tests.e2e.inprocess import run_here
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -35,6 +36,7 @@ from tadistill.rollout.generate import Mixture, sample
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
 MINILLM = sorted((RECIPES / "minillm").glob("*.yaml"))
+CONTEXTS = sorted((RECIPES / "contexts").glob("*.yaml"))
 METHODS = sorted(set((RECIPES / "methods").glob("*.yaml")) - {RECIPES / "methods" / "all.yaml"})
 SETS = {
     "minillm_dolly": ("train", "dev", "test"),
@@ -72,6 +74,11 @@ def data(tmp_path_factory) -> Path:
             ]
             if folder == "minillm_sinst_11":
                 rows = [row | {"output": [row["output"], "Another answer."]} for row in rows]
+            (root / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder, splits in {"DigitalLearningGmbH/MATH-lighteval": ("train", "test"), "HuggingFaceH4/MATH-500": ("test",)}.items():
+        (root / folder).mkdir(parents=True)
+        for split in splits:
+            rows = [{"problem": f"What is {i} + 1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(8)]
             (root / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = root / "Skylion007" / "openwebtext"
     corpus.mkdir(parents=True)
@@ -246,6 +253,24 @@ def test_padding_changes_no_log_probability(kind, stand_in):
 def runs(tmp_path_factory) -> Path:
     """One store for all recipes: what two sizes of a family have in common runs once."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("recipe", CONTEXTS, ids=name)
+def test_a_model_teaches_itself_end_to_end(recipe, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("tadistill.runner.study.run_stages", run_here)
+    monkeypatch.setattr("tadistill.runner.study.prepared", nullcontext)
+    model = save(tmp_path / "model", byte_model(max_position_embeddings=640), byte_tokenizer())
+    small = ["method.optim.steps=2", "method.optim.batch=4", "method.optim.micro_batch=2", "method.sampler.max_new_tokens=4"]
+    small += ["evaluate.seeds=[10]", "evaluate.max_new_tokens=3", "evaluate.also={}", "data.limit={train: 8, dev: 2, test: 2}"]
+    small += ["seeds=[10]", "method.select={metric: last}", "data.max_prompt=400", "data.max_length=600", "method.optim.precision=fp32"]
+    tadistill.run(recipe, [*small, f"models.s.load={model}", f"data.root={data}"], runs=tmp_path / "runs")
+    own = load(recipe)
+    content = json.loads((tmp_path / "runs" / own.study / "results.json").read_text())
+    assert {arm["arm"]: arm["path"] for arm in content["arms"]} == {"base": "s", "sft": "s", own.study: "s > s, context"}
+    rows = content["rows"]
+    trained = {row["arm"]: row["value"] for row in rows if row["metric"] == "loss"}
+    assert len(set(trained.values())) == 3  # every arm has other weights
+    assert results.arm(own.study).path_text == "s > s, context"
 
 
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)

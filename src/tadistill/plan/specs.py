@@ -277,8 +277,7 @@ class EvaluateSpec(_OnTestSets):
     decoding."""
     own: tuple[OwnCode, ...] = ()
     """The recipe's own metrics."""
-    tasks: Tasks | None = None
-    """Tasks of lm-eval that are measured too."""
+    tasks: Tasks | None = None  # tasks of lm-eval that are measured too
 
     @property
     def saves_memory(self) -> list[str]:
