@@ -270,7 +270,6 @@ def test_a_model_teaches_itself_end_to_end(recipe, data, tmp_path, monkeypatch):
     rows = content["rows"]
     trained = {row["arm"]: row["value"] for row in rows if row["metric"] == "loss"}
     assert len(set(trained.values())) == 3  # every arm has other weights
-    assert results.arm(own.study).path_text == "s > s, context"
 
 
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
