@@ -64,6 +64,12 @@ REST = """
   k2: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: student, max_new_tokens: 4}}
   k3: {path: xl > s, objective: {type: sampled_kl, estimator: k3}, sampler: {type: student, max_new_tokens: 4}}
   control: {path: xl > s, objective: {type: no_teacher}, sampler: {type: student, max_new_tokens: 4}}
+  sampled: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset, signal: {type: sampled, draws: 8}}}
+  recorded: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: student, recorded: true, max_new_tokens: 4}}
+  budget: {path: l > s, objective: {type: reverse_kl}, sampler: {type: dataset}, optim: {tokens: 64}}
+  packed: {path: xl > l, objective: {type: jensen_shannon}, sampler: {type: dataset}, optim: {packed: true, tokens: 64}}
+  packed-minillm: {path: l > s, optim: {packed: true, tokens: 64}}
+  context: {path: xl > s, context: "{instruction} {output}", objective: {type: forward_kl}, sampler: {type: student, max_new_tokens: 4}}
   checkpointed: {path: xl > l, objective: {type: reverse_kl}, sampler: {type: dataset}, optim: {gradient_checkpointing: true, micro_batch: 2}}
 """  # noqa: E501
 OTHERS, SETS = (

@@ -17,8 +17,6 @@ from tadistill.config.objective import Objective
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
-LEFT_OUT = {"study", "freed"}
-"""`test_study` runs the command line, and `test_freed` looks at what stages leave behind."""
 
 
 def script(name: str) -> ModuleType:
@@ -34,10 +32,10 @@ def script(name: str) -> ModuleType:
 KIT, PAGE = script("kit"), script("page")
 
 
-def run_kit(out: Path, parts: list[str]) -> None:
+def run_kit(out: Path) -> None:
     """Run the kit in this process, and end it with the kit's exit status."""
     sys.path.insert(0, str(FOLDER))
-    sys.argv = ["kit.py", "--device", "cpu", "--tiny", "--only", ",".join(parts), "--out", str(out)]
+    sys.argv = ["kit.py", "--device", "cpu", "--tiny", "--out", str(out)]
     with open(out / "log", "w") as log, contextlib.redirect_stdout(log):
         status = KIT.main()
     sys.exit(status)
@@ -47,8 +45,7 @@ def run_kit(out: Path, parts: list[str]) -> None:
 def result(tmp_path_factory):
     """Run all parts in a forked process: the kit's modules have short names, and it changes the environment."""
     out = tmp_path_factory.mktemp("kit")
-    parts = [name for name in (*KIT.CORRECT, *KIT.SPEED) if name not in LEFT_OUT]
-    process = multiprocessing.get_context("fork").Process(target=run_kit, args=(out, parts))
+    process = multiprocessing.get_context("fork").Process(target=run_kit, args=(out,))
     process.start()
     process.join()
     assert process.exitcode == 0, (out / "log").read_text()[-6000:]
@@ -61,9 +58,9 @@ def names(result, part: str) -> list[str]:
 
 @pytest.mark.slow
 def test_all_parts_run_and_all_rules_of_correctness_hold(result):
-    assert set(result["parts"]) == {*KIT.CORRECT, *KIT.SPEED} - LEFT_OUT
+    assert set(result["parts"]) == {*KIT.CORRECT, *KIT.SPEED}
     assert [name for name, part in result["parts"].items() if "error" in part] == []
-    for name in set(KIT.CORRECT) - LEFT_OUT:
+    for name in KIT.CORRECT:
         assert {line["ok"] for line in result["parts"][name]["lines"]} <= {True, None}
         assert any(line["ok"] for line in result["parts"][name]["lines"])
 

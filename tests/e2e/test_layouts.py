@@ -54,6 +54,8 @@ def test_fsdp_in_bf16_samples_and_trains_as_ddp_does(two):
     ddp, fsdp = (torch.tensor(two[case.name]["losses"]) for case in HALF)
     torch.testing.assert_close(fsdp[0], ddp[0], rtol=1e-6, atol=0)  # the same text was sampled
     torch.testing.assert_close(fsdp, ddp, rtol=1e-3, atol=0)
+    ddp, fsdp = (torch.tensor(two[case.name]["dev"]) for case in HALF)
+    torch.testing.assert_close(fsdp, ddp, rtol=1e-3, atol=0)
 
 
 def test_one_process_goes_on_from_the_state_of_two(alone, two, folder):
