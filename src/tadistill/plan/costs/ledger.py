@@ -111,7 +111,7 @@ class Ledger(ModelSizes):
         Args:
             text_of: the model that wrote the text, and the largest number of tokens of an answer. None for the training set's responses.
         """
-        from tadistill.rollout import packing  # not at the top, because numpy is slow to import and few plans need it
+        from tadistill.rollout import signal_format  # not at the top, because numpy is slow to import and few plans need it
 
         model = self.described(name)
         if model is None:
@@ -121,7 +121,7 @@ class Ledger(ModelSizes):
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
         memory = self._frozen(model, reading_bytes(model, RECORDING_BATCH, max(texts.totals)))
-        each = packing.token_bytes(signal, model.size.hidden, model.size.head // model.size.hidden)
+        each = signal_format.token_bytes(signal, model.size.hidden, model.size.head // model.size.hidden)
         disk = Disk(each, each * texts.mean_response * texts.count, exact=not isinstance(signal, samplers.SampledSignal))
         kind = key_of(["signal", asdict(model.size), signal.model_dump()])
         return Cost({"recording/teacher": _part(model.size, work)}, memory=memory, kind=kind, disk=disk)

@@ -1,6 +1,6 @@
 """The packed form of sparse teacher outputs on disk: some bytes per token, without torch.
 
-    rows = pack_top_k(ids, log_probs, tail, vocab)         # (T, row_bytes(k, vocab)) bytes
+    rows = pack_top_k(ids, log_probs, tail, vocab)         # (T, top_k_bytes(k, vocab)) bytes
     ids, log_probs, tail = unpack_top_k(rows, k, vocab)
 
 **Top-k tokens.** A row has a fixed number of bytes, so that any token can be read from a memory map. Its fields are, bit by bit, with the
@@ -52,7 +52,7 @@ def _groups(k: int) -> list[tuple[slice, int]]:
     return [(slice(0, first), _FIRST_BITS), *([(slice(first, k), _OTHER_BITS)] if k > first else [])]
 
 
-def row_bytes(k: int, vocab: int) -> int:
+def top_k_bytes(k: int, vocab: int) -> int:
     """Return the number of bytes of a token with its k most probable tokens, of a vocabulary of `vocab` tokens."""
     groups = [(places.stop - places.start, bits) for places, bits in _groups(k)]
     total = sum(_set_bits(count, vocab) + count * bits + _RANGE_BITS for count, bits in groups) + _TAIL_BITS
@@ -60,7 +60,7 @@ def row_bytes(k: int, vocab: int) -> int:
 
 
 def pack_top_k(ids_TK: np.ndarray, log_probs_TK: np.ndarray, tail_T: np.ndarray, vocab: int) -> np.ndarray:
-    """Return the rows (T, row_bytes) of uint8 for tokens whose K columns are sorted from the most to the least probable token."""
+    """Return the rows (T, top_k_bytes) of uint8 for tokens whose K columns are sorted from the most to the least probable token."""
     count, k = ids_TK.shape
     log_p = log_probs_TK.astype(np.float64) - log_probs_TK[:, :1]
     top_T, sets, codes, ranges = np.zeros(count), [], [], []
@@ -170,7 +170,7 @@ def token_bytes(signal: Signal, hidden: int, vocab: int) -> int:
         case HiddenSignal(dtype=dtype):
             return hidden * {"float32": 4, "bfloat16": 2}[dtype]
         case TopKSignal(dtype="packed", k=k):
-            return row_bytes(min(k, vocab), vocab)
+            return top_k_bytes(min(k, vocab), vocab)
         case TopKSignal(k=k, tail=tail):
             return 8 * min(k, vocab) + 4 * (tail == "lump")
         case SampledSignal(draws=draws):

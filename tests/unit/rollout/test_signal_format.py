@@ -7,7 +7,7 @@ import torch
 from tadistill.config.sampling import HiddenSignal, SampledSignal, TopKSignal
 from tadistill.objectives import forward_kl, jensen_shannon, reverse_kl, top_k
 from tadistill.objectives.sparse import TopK
-from tadistill.rollout.packing import entry_bytes, pack_entries, pack_top_k, row_bytes, token_bytes, unpack_entries, unpack_top_k
+from tadistill.rollout.signal_format import entry_bytes, pack_entries, pack_top_k, token_bytes, top_k_bytes, unpack_entries, unpack_top_k
 
 FIRST = 10  # tokens with codes of 7 bits
 
@@ -19,7 +19,7 @@ def drawn(rows: int, vocab: int, k: int, scale: float = 3.0) -> tuple[torch.Tens
 
 def packed(kept: TopK, vocab: int) -> TopK:
     rows = pack_top_k(kept.ids.numpy(), kept.log_probs.numpy(), kept.tail.numpy(), vocab)
-    assert rows.shape == (len(kept.ids), row_bytes(kept.ids.shape[1], vocab))
+    assert rows.shape == (len(kept.ids), top_k_bytes(kept.ids.shape[1], vocab))
     ids, log_p, tail = unpack_top_k(rows, kept.ids.shape[1], vocab)
     return TopK(torch.from_numpy(ids), torch.from_numpy(log_p), torch.from_numpy(tail))
 
@@ -47,9 +47,9 @@ def test_ids_are_exact_and_log_probabilities_within_half_a_step(vocab, k):
 
 
 def test_the_promised_bytes():
-    assert row_bytes(64, 151_936) == 150  # Qwen's vocabulary
-    assert row_bytes(64, 2**17) == 148
-    assert token_bytes(TopKSignal(), 64, 50_257) == row_bytes(64, 50_257) < 150
+    assert top_k_bytes(64, 151_936) == 150  # Qwen's vocabulary
+    assert top_k_bytes(64, 2**17) == 148
+    assert token_bytes(TopKSignal(), 64, 50_257) == top_k_bytes(64, 50_257) < 150
     assert token_bytes(TopKSignal(dtype="float32"), 64, 50_257) == 516
     assert (token_bytes(HiddenSignal(), 64, 50_257), token_bytes(HiddenSignal(dtype="bfloat16"), 64, 50_257)) == (256, 128)
     assert token_bytes(SampledSignal(draws=50), 64, 151_936) == 50 * 3 + 6
