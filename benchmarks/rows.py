@@ -28,10 +28,10 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from tadistill.config import load
 from tadistill.data.encoded import RowsOnDisk
-from tadistill.data.templates import Lengths
+from tadistill.data.prompts import Rules
 data = load(Path({recipe!r})).data
 rows = RowsOnDisk(data.train, "train", data.world, data.root, None)
-rows.kept(AutoTokenizer.from_pretrained({model!r}), Lengths(data.max_prompt, data.max_length), template=data.template, name="train")
+rows.kept(AutoTokenizer.from_pretrained({model!r}), Rules(data.max_prompt, data.max_length, template=data.template), name="train")
 """
 RECIPE = """
 study: rows

@@ -243,7 +243,8 @@ def evaluate(
         ConfigError: an argument is wrong, for instance a model's name in place of a loaded model.
     """
     from tadistill.data import datasets
-    from tadistill.data.templates import EvalSet, Lengths, adds_bos, encode_counted
+    from tadistill.data.prompts import Rules
+    from tadistill.data.templates import EvalSet, adds_bos, encode_counted
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary
@@ -260,11 +261,11 @@ def evaluate(
             "load them with transformers or tadistill.load_student, or use `tadistill eval MODEL` for a directory or a hub id"
         )
     subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, adds_bos(tokenizer))
+    rules = Rules.of(data, "test", bos=adds_bos(tokenizer))
     found = {}
     for ref in data.test:
         examples = datasets.load(ref, "test", data)
-        encoded, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=ref.name)
+        encoded, counts = encode_counted(examples, tokenizer, rules, name=ref.name)
         if counts.text:
             warnings.warn(f"{ref.name}: {counts.text}", stacklevel=2)
         evaluation = evaluate_set(subject, EvalSet(ref.name, examples, encoded), decoding)

@@ -20,6 +20,7 @@ from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
+from tadistill.data.prompts import Rules
 from tadistill.data.templates import Encoded, encode
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
@@ -116,7 +117,7 @@ def rows() -> tuple[Any, list[Encoded]]:
     """Return a tokenizer and a few encoded rows."""
     tokenizer = tinyworld.tokenizer(seed=0, people=20)
     examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
-    return tokenizer, encode(examples, tokenizer, name="tinyworld", template="plain", max_prompt=24, max_length=40)
+    return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")
 
 
 def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None):

@@ -1,5 +1,6 @@
 """The data sets of a recipe, and how their rows become token sequences."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ class World(Strict):
 
 _LONGEST_SET = 200
 _IN_TEMPLATES = ("instruction", "input", "output", "prompt")
-Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts",
+Column = Literal["instruction", "input", "output", "prompt", "completion", "messages", "tools", "text", "choices", "facts",
                  "numeric", "choice", "math", "checks"]  # fmt: skip
 
 
@@ -35,8 +36,9 @@ class DataRef(Strict):
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
     columns: dict[Column, str] = {}
-    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `choices`, `facts` and those of
-    right answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here: {choices: choices, numeric: answer}."""
+    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `tools`, `choices`, `facts`
+    and those of right answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here: {choices: choices, numeric:
+    answer}."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
     index of this list."""
@@ -100,7 +102,15 @@ class Limit(Strict):
 
 
 Template = Literal["alpaca", "chat", "plain"]
-LongPrompts = Literal["drop", "cut"]
+LongText = Literal["drop", "cut", "refuse"]
+Turns = Literal["answer", "last", "all"]
+Thinking = Literal["keep", "drop", "mask"]
+
+
+_OWN_VARIABLES = frozenset(("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
+    "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs"))  # fmt: skip
+"""Arguments of `apply_chat_template` that are no variables of a template, or that the rows give."""
 
 
 class Data(Strict):
@@ -121,17 +131,40 @@ class Data(Strict):
     break."""
     max_prompt: int = Field(default=256, ge=1, le=MOST)
     """Largest number of tokens in a prompt. The default is MiniLLM's value."""
-    long_prompts: LongPrompts = "drop"
+    long_prompts: LongText = "drop"
     """What happens to a row whose prompt is longer than `max_prompt`. `drop`: the row is left out and counted. `cut`: the first
-    `max_prompt` tokens are kept, as in MiniLLM's tests."""
+    `max_prompt` tokens are kept, as in MiniLLM's tests. `refuse`: the study does not start."""
     max_length: int = Field(default=512, ge=2)
-    """Largest number of tokens in a prompt together with its reference response. A longer response is cut. Sampled responses are not
-    limited by it."""
+    """Largest number of tokens in a prompt together with its reference response. Sampled responses are not limited by it."""
+    long_responses: LongText = "cut"
+    """What happens to a row whose prompt and reference response are longer than `max_length`. `cut`: the end of the response is cut off,
+    together with its end token. `drop`: the row is left out and counted. `refuse`: the study does not start."""
+    turns: Turns = "answer"
+    """The part of a conversation that training learns. `answer`: the text of the last message and the token that ends it. `last`: the last
+    message as the chat template writes it, which can include thinking, tool calls and spaces. `all`: every message of the assistant, as the
+    chat template writes it. Sampled text always answers the messages before the last one."""
+    thinking: Thinking = "keep"
+    """What happens to the thinking before an answer, which is `reasoning_content` of a message, or `<think>…</think>` at the start of a
+    text. `keep`: the chat template decides. `drop`: it is removed. `mask`: models read it, but it does not count in the loss."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Values for variables of the chat template, such as `{enable_thinking: false}`."""
     bos: Literal["auto", "never"] = "auto"
     """Whether prompts and plain text begin with the token BOS. `auto`: as the tokenizer does it. `never`: no BOS, as in MiniLLM. With the
     template `chat`, the chat template decides this."""
     limit: Limit = Limit()
     world: World = World()
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name, value in given.items():
+            if name in _OWN_VARIABLES:
+                raise ValueError(f"`{name}` is set by the data itself; remove it")
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`{name}` is {value!r}; write text, a number, true, false, null, or a list or map of these") from error
+        return given
 
     @field_validator("test")
     @classmethod

@@ -28,6 +28,11 @@ class SamplerBase(Strict):
     """The loss on the dev set decides what is sampled. This loss is therefore also measured before training."""
 
     @property
+    def reads_responses(self) -> bool:
+        """True if the responses of the training set are some or all of the training text."""
+        return not (self.in_rounds or self.teacher_text)
+
+    @property
     def guided(self) -> bool:
         """True if the teacher takes part in sampling every token."""
         return False

@@ -32,17 +32,34 @@ class Sequence:
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    """The response to the prompt. With several turns, it is the response of the last one."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """Maps a name to an array with one number per response token, for example the log-probability during sampling."""
     states: tuple[Tensor, ...] = ()
     """The teachers' last hidden states at the positions that predict the response: one tensor (response tokens, H) per teacher."""
     teacher_prompt: tuple[int, ...] | None = None
     """The prompt that the teachers read in place of `prompt`. None if they read the same one."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """The parts that count in the loss, as pairs (first token, token after the last one) in prompt and response together. Empty if it is
+    the whole response. With a prompt of the teacher's own, they are parts of the response."""
 
     @property
     def of_teacher(self) -> "Sequence":
         """The response behind the teacher's prompt, without values and states."""
-        return Sequence(self.prompt if self.teacher_prompt is None else self.teacher_prompt, self.response)
+        if self.teacher_prompt is None:
+            return Sequence(self.prompt, self.response, spans=self.spans)
+        shift = len(self.teacher_prompt) - len(self.prompt)
+        return Sequence(self.teacher_prompt, self.response, spans=tuple((start + shift, end + shift) for start, end in self.spans))
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """The parts that count in the loss, even if it is the whole response. Nothing predicts the first token of a sequence."""
+        return self.spans or ((max(len(self.prompt), 1), len(self.prompt) + len(self.response)),)
+
+    @property
+    def counted(self) -> int:
+        """Number of tokens that count in the loss."""
+        return sum(end - start for start, end in self.parts)
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,7 @@ def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
 
     def read(i: int) -> Sequence:
         row = encoded[i]
-        return Sequence(row.prompt, row.response, teacher_prompt=row.teacher_prompt)
+        return Sequence(row.prompt, row.response, teacher_prompt=row.teacher_prompt, spans=row.spans)
 
     return _OnDisk(len(encoded), read) if isinstance(encoded, EncodedRows) else [*map(read, range(len(encoded)))]
 
@@ -230,7 +247,8 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
         n, end = len(s.prompt), len(s.prompt) + len(s.response)
         ids[b, :end] = (*s.prompt, *s.response)
         attention[b, :end] = 1
-        mask[b, max(n - 1, 0) : end - 1] = True
+        for first, after in s.parts:
+            mask[b, first - 1 : after - 1] = True
         for name, array in values.items():
             array[b, n - 1 : end - 1] = s.values[name]
     tensors = {k: torch.from_numpy(v) for k, v in values.items()}

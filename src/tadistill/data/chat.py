@@ -4,8 +4,10 @@ A template is a Jinja program that comes with a tokenizer. Some templates raise 
 answer.
 """
 
+import difflib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from datetime import datetime
 from functools import lru_cache
@@ -18,26 +20,145 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "an answer 7919"  # text that no template contains
-_GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # a tag of transformers, which only marks a part
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag of transformers, which only marks a part
+_START, _END = "\ufdd0", "\ufdd1"  # around a marked part; no text contains them, because they are no characters
+_THINKING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
+def render(
+    messages: Seq[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    tools: Seq[Mapping[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """Return a conversation as text, up to the point where the assistant's answer begins.
 
     Some templates do not write the start of an answer, even on request. This function then adds it.
 
     Args:
         where: the data set and the row, for error messages.
+        tools: descriptions of the functions that the assistant may call.
+        settings: further variables of the template.
 
     Raises:
         ModelError: the template is not valid Jinja.
-        DataError: the template refuses the conversation, or leaves out a turn.
+        DataError: the template refuses the conversation, or leaves out a turn or a tool.
     """
+    text = _applied(messages, tokenizer, where, tools, settings, prompt=True)
+    template, specials = _template(tokenizer), _texts(tokenizer.special_tokens_map)
+    for role in _left_out(template, tuple(str(m.get("role")) for m in messages), specials):
+        raise DataError(
+            f"{where}: the tokenizer's chat template leaves out the turn of role `{role}`; move its text into a user's turn, or use a "
+            "tokenizer with another template"
+        )
+    for name in called(tools):
+        if name not in text:
+            raise DataError(
+                f"{where}: the tokenizer's chat template leaves out the tool `{name}`; use a tokenizer whose template writes tools, or do "
+                "not name the column `tools` in `columns` of the data set"
+            )
+    return text + _header(template, specials)
+
+
+def written(
+    messages: Seq[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    tools: Seq[Mapping[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Return a whole conversation as text. Arguments and errors are those of `render`."""
+    return _applied(messages, tokenizer, where, tools, settings, prompt=False)
+
+
+def marked(
+    messages: Seq[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Seq[Mapping[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> list[tuple[int, int]] | None:
+    """Return the parts of `written(...)` that the chat template marks with {% generation %}, as (start, end) in characters. Return None if
+    the template has no such tag."""
+    template = _of_tools(tokenizer, tools)
+    if not _GENERATION.search(template):
+        return None
+    found, length = list[tuple[int, int]](), 0
+    text = _text(template, messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools=tools, prompt=False)
+    for piece in re.split(f"({_START}.*?{_END})", text, flags=re.DOTALL):
+        inside = piece.startswith(_START)
+        size = len(piece) - 2 * inside
+        found += [(length, length + size)] if inside else []
+        length += size
+    return found
+
+
+def unmarked(
+    template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]] = (), prompt: bool
+) -> str:
+    """Return a conversation as text, without a tokenizer of transformers.
+
+    Args:
+        variables: the texts of special tokens, and further variables of the template.
+        prompt: write the start of an answer at the end.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation. A template can raise other errors too.
+    """
+    return _text(template, messages, variables, tools=tools, prompt=prompt).replace(_START, "").replace(_END, "")
+
+
+def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any]) -> None:
+    """Check that the chat template uses every variable in `settings`.
+
+    Raises:
+        ModelError: the template does not use a variable.
+    """
+    if not settings or not tokenizer.chat_template:
+        return
+    known = _variables(_of_tools(tokenizer, ())) | _variables(_of_tools(tokenizer, [{}]))
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean `{close[0]}`?" if close else "correct the name, or remove it"
+            raise ModelError(
+                f"data.chat_template_kwargs sets `{name}`, but the chat template of the tokenizer {tokenizer.name_or_path} has no such "
+                f"variable; {fix}"
+            )
+
+
+def thinking(message: Mapping[str, Any]) -> str | None:
+    """Return the thinking that a message has in a field of its own. As in transformers, the field has one of three names."""
+    return next((message[name] for name in _THINKING if message.get(name) is not None), None)
+
+
+def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without the fields of its thinking."""
+    return {name: value for name, value in message.items() if name not in _THINKING}
+
+
+def called(functions: Seq[Mapping[str, Any]]) -> list[str]:
+    """Return the names of tools, or of the functions that tool calls name."""
+    found = [each.get("function", each) for each in functions]
+    return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]
+
+
+def _applied(
+    messages: Seq[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    tools: Seq[Mapping[str, Any]],
+    settings: Mapping[str, Any] | None,
+    *,
+    prompt: bool,
+) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError  # here: most data sets need no chat template
 
     roles = tuple(str(m.get("role")) for m in messages)
+    more: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
+    more |= settings or {}
     try:
-        text = str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **more))
     except TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
@@ -45,17 +166,11 @@ def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase
         ) from error
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        given = " and data.chat_template_kwargs" if settings else ""
         raise DataError(
-            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)} ({reason}); change or delete the row, or use a "
-            "tokenizer with another template"
+            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)}{given} ({reason}); change or delete the row, "
+            "or use a tokenizer with another template"
         ) from error
-    template, specials = _template(tokenizer), _texts(tokenizer.special_tokens_map)
-    for role in _left_out(template, roles, specials):
-        raise DataError(
-            f"{where}: the tokenizer's chat template leaves out the turn of role `{role}`; move its text into a user's turn, or use a "
-            "tokenizer with another template"
-        )
-    return text + _header(template, specials)
 
 
 def closing(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -125,20 +240,66 @@ def _left_out(template: str | None, roles: tuple[str, ...], specials: tuple[tupl
 def _rendered(template: str | None, turns: tuple[tuple[str, str], ...], specials: tuple[tuple[str, str], ...], prompt: bool) -> str | None:
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        compiled = _compiled(template or "")
-        return compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **dict(specials))
+        return unmarked(template or "", messages, dict(specials), prompt=prompt)
     except Exception:  # a stranger's program may raise anything; what is wrong with it shows in the data's own rows
         return None
+
+
+def _of_tools(tokenizer: "PreTrainedTokenizerBase", tools: Seq[Mapping[str, Any]]) -> str:
+    # some tokenizers have a second template for conversations with tools
+    given: Any = tokenizer.chat_template
+    return given.get("tool_use" if tools else "default") or _template(tokenizer) or "" if isinstance(given, dict) else given or ""
+
+
+@lru_cache
+def _variables(template: str) -> frozenset[str]:
+    from jinja2 import TemplateError, meta
+
+    try:
+        environment = _compiled("").environment
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except TemplateError:  # `render` says so
+        return frozenset()
+
+
+def _text(
+    template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]], prompt: bool
+) -> str:
+    # as `apply_chat_template` of transformers, which gives no marks without token ids
+    plain = [_with_thinking({name: value for name, value in message.items() if value is not None}) for message in messages]
+    given: dict[str, Any] = {"tools": [*tools] or None, "documents": None, **variables}
+    return _compiled(template).render(messages=plain, add_generation_prompt=prompt, **given)
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    thought = thinking(message)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 @lru_cache
 def _compiled(template: str) -> "Template":
     import jinja2.ext  # not transformers: planning must start quickly
+    from jinja2.nodes import CallBlock
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Marks(jinja2.ext.Extension):
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+        def mark(self, caller: Callable[[], str]) -> str:
+            return f"{_START}{caller()}{_END}"
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, jinja2.ext.loopcontrols])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return environment.from_string(_GENERATION.sub(lambda m: f"{m[1]} {'endif' if m[2] else 'if true'} {m[3]}", template))
+    environment.filters["tojson"] = as_json
+    return environment.from_string(template)

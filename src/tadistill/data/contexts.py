@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tadistill.config.context import TeacherContext
 from tadistill.data import chat
+from tadistill.data.prompts import Rules, before_answer
 from tadistill.data.rows import Example
 from tadistill.errors import DataError, ModelError
 
@@ -28,32 +29,38 @@ class Row(NamedTuple):
 
 def behind(
     rows: Seq[Row],
-    context: TeacherContext,
+    rules: Rules,
     tokenizer: "PreTrainedTokenizerBase",
     tokens: Callable[[list[str], list[bool]], list[list[int]]],
     *,
-    cut: bool,
     name: str,
 ) -> tuple[list["Encoded"], dict[str, int]]:
     """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the count of long prompts (a field of `Counts`).
 
     Args:
         tokens: turns texts into token ids. Its second argument says which of the texts a chat template has written.
-        cut: True if long prompts of the teacher are cut. Otherwise their rows are left out.
         name: the data set, for error messages.
 
     Raises:
-        DataError, ModelError: as in `render`, or a prompt is empty.
+        DataError, ModelError: as in `render`, or a prompt is empty, or it is too long and the rules refuse this.
     """
+    context, cut = rules.context, rules.long_prompts == "cut"
+    assert context is not None
     chats = [in_chat(context, row.chats) for row in rows]
     places = [f"{name}, row {row.encoded.row + 1}" for row in rows]
-    texts = [render(context, r.example, r.prompt, tokenizer, chats=c, where=w) for r, c, w in zip(rows, chats, places, strict=True)]
+    prompts = [(r.example, r.prompt, c, w) for r, c, w in zip(rows, chats, places, strict=True)]
+    texts = [render(context, e, p, tokenizer, chats=c, where=w, settings=rules.chat_template_kwargs) for e, p, c, w in prompts]
     ids, most = tokens(texts, chats), context.max_prompt
     if empty := [where for where, prompt in zip(places, ids, strict=True) if not prompt]:
         raise DataError(f"{empty[0]}: the teacher's prompt is empty; write more than this column in context.template")
-    long = sum(len(prompt) > most for prompt in ids)
+    over = [(where, len(prompt)) for where, prompt in zip(places, ids, strict=True) if len(prompt) > most]
+    if over and rules.long_prompts == "refuse":
+        raise DataError(
+            f"{over[0][0]}: the teacher's prompt has {over[0][1]} tokens, more than context.max_prompt ({most}); raise it, or set "
+            "data.long_prompts to cut or drop"
+        )
     kept = [(r.encoded, prompt[:most]) for r, prompt in zip(rows, ids, strict=True) if cut or len(prompt) <= most]
-    return [replace(e, teacher_prompt=tuple(prompt)) for e, prompt in kept], {"cut_context" if cut else "long_context": long}
+    return [replace(e, teacher_prompt=tuple(prompt)) for e, prompt in kept], {"cut_context" if cut else "long_context": len(over)}
 
 
 def in_chat(context: TeacherContext, student: bool) -> bool:
@@ -62,7 +69,14 @@ def in_chat(context: TeacherContext, student: bool) -> bool:
 
 
 def render(
-    context: TeacherContext, example: Example, prompt: str, tokenizer: "PreTrainedTokenizerBase", *, chats: bool, where: str = "data"
+    context: TeacherContext,
+    example: Example,
+    prompt: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    chats: bool,
+    where: str = "data",
+    settings: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the teacher's prompt for an example as text.
 
@@ -70,6 +84,7 @@ def render(
         prompt: the whole prompt of the student.
         chats: True if the tokenizer's chat template writes the teacher's prompt (`in_chat`).
         where: the name of the row in messages.
+        settings: variables of the chat template.
 
     Raises:
         DataError: the row has no column for a placeholder, or the chat template refuses the turns.
@@ -84,12 +99,12 @@ def render(
             f"{where}: the `context` needs a chat template, but the tokenizer has none; set `tokenizer:` of the models to one that has a "
             "chat template, or set context.chat: false"
         )
-    turns = list(example.messages) or [{"role": "user", "content": "\n\n".join(filter(None, (example.instruction, example.input)))}]
+    turns = before_answer(example)
     if text is not None:
         turns[-1] = turns[-1] | {"content": text}
     if context.system is not None:
         turns = [{"role": "system", "content": context.system}, *(turn for turn in turns if turn["role"] != "system")]
-    return chat.render(turns, tokenizer, where)
+    return chat.render(turns, tokenizer, where, example.tools, settings)
 
 
 def _columns(context: TeacherContext, example: Example, prompt: str, where: str) -> Mapping[str, str]:

@@ -86,7 +86,17 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
 def stream(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> Iterator[Example]:
     """Yield the examples of one split of a data set, as `read` returns them. Raises DataError if the data set is missing, or a row lacks a
     column."""
-    return (example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit)))
+    examples = (example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit)))
+    return examples if role == "train" else _scored(examples, ref)
+
+
+def _scored(examples: Iterator[Example], ref: DataRef) -> Iterator[Example]:
+    for i, found in enumerate(examples):
+        if found.last and found.last.get("content") is None:
+            raise DataError(
+                f"{where_of(ref, i)}: the last message has no text with which an answer can be compared; give it a text, or delete the row"
+            )
+        yield found
 
 
 def count(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> int:

@@ -4,7 +4,7 @@ A data set is tokenised only once. After that, all processes and studies read th
 digest of the rows, the tokenizer, the limits of lengths, and the code. A file that is damaged or incomplete is created again.
 
     on_disk = RowsOnDisk(ref, "train", world, root, limit)
-    kept = on_disk.kept(tokenizer, lengths, template="alpaca", name="data set `mine`")
+    kept = on_disk.kept(tokenizer, rules, name="data set `mine`")
     kept.rows[7].prompt
 """
 
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tadistill.config import DataRef
 from tadistill.config.data import World
-from tadistill.data import chat, contexts, datasets, templates
+from tadistill.data import chat, contexts, datasets, prompts, templates, turns
+from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import key_of_rows
-from tadistill.data.templates import Counts, Encoded, Lengths, encode_parts
+from tadistill.data.templates import Counts, Encoded, encode_parts
 from tadistill.disk import cache_root, digest, replacing, write_json, writing
 from tadistill.store import key_of
 
@@ -37,7 +38,8 @@ class EncodedRows(Seq[Encoded]):
     """The rows of a memory-mapped table, as a sequence. A row is read from the disk when it is accessed. A slice returns a list of rows."""
 
     def __init__(self, table: "pa.Table"):
-        self._row, self._prompt, self._response, self._choices, self._teacher = (table.column(name) for name in _COLUMNS)
+        columns = (table.column(name) for name in _COLUMNS)
+        self._row, self._prompt, self._response, self._choices, self._teacher, self._spans = columns
 
     def __len__(self) -> int:
         return len(self._row)
@@ -50,9 +52,9 @@ class EncodedRows(Seq[Encoded]):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         prompt, response = (tuple(column[i].values.to_numpy().tolist()) for column in (self._prompt, self._response))
+        choices, spans = (tuple(map(tuple, column[i].as_py())) for column in (self._choices, self._spans))
         own = self._teacher[i].as_py()
-        choices = tuple(map(tuple, self._choices[i].as_py()))
-        return Encoded(self._row[i].as_py(), prompt, response, choices, None if own is None else tuple(own))
+        return Encoded(self._row[i].as_py(), prompt, response, choices, None if own is None else tuple(own), spans)
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,24 @@ class RowsOnDisk:
     root: str | None
     limit: int | None
 
-    def glance(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str) -> Kept | None:
+    def glance(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str) -> Kept | None:
         """Return the tokenised data set if its file is in the cache folder. Otherwise return None, after a check that at least one row is
         short enough.
 
         Raises:
             DataError: no row is short enough.
         """
-        key = self._key(tokenizer, lengths, template)
+        key = self._key(tokenizer, rules)
         if key and (found := _open(_folder() / f"{key}.arrow")):
             return found
-        next(part for part, _ in encode_parts(self._examples(), tokenizer, lengths, template=template, name=name) if part)
+        next(part for part, _ in encode_parts(self._examples(), tokenizer, rules, name=name) if part)
         return None
 
     def kept(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        lengths: Lengths,
+        rules: Rules,
         *,
-        template: str,
         name: str,
         tick: Callable[[int], None] = lambda rows: None,
     ) -> Kept:
@@ -121,9 +122,9 @@ class RowsOnDisk:
         from filelock import FileLock  # here: it loads asyncio
 
         def write(file: Path) -> Kept:
-            return _write(file, encode_parts(self._examples(), tokenizer, lengths, template=template, name=name), tick)
+            return _write(file, encode_parts(self._examples(), tokenizer, rules, name=name), tick)
 
-        key = self._key(tokenizer, lengths, template)
+        key = self._key(tokenizer, rules)
         if key is None:
             with TemporaryDirectory() as folder:  # a file stays readable while it is mapped
                 return write(Path(folder) / "rows.arrow")
@@ -142,13 +143,14 @@ class RowsOnDisk:
     def _examples(self) -> Iterator[Example]:
         return datasets.stream(self.ref, self.role, world=self.world, root=self.root, limit=self.limit)
 
-    def _key(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, template: str) -> str | None:
+    def _key(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules) -> str | None:
         content = datasets.content(self.ref, self.role, world=self.world, root=self.root)
         tokens = tokenizer_digest(tokenizer)
         if content is None or tokens is None:
             return None
-        limits = asdict(lengths) | {"context": lengths.context.model_dump() if lengths.context else None}
-        return key_of([key_of_rows(self.ref, self.limit, content, templates, chat, contexts), tokens, limits, template])
+        settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
+        code = templates, turns, prompts, chat, contexts
+        return key_of([key_of_rows(self.ref, self.limit, content, *code), tokens, settings])
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -171,7 +173,7 @@ def _settings(backend: str) -> dict[str, Any]:
     return {name: part for name, part in json.loads(backend).items() if name not in ("padding", "truncation")}
 
 
-_COLUMNS = ("row", "prompt", "response", "choices", "teacher_prompt")
+_COLUMNS = ("row", "prompt", "response", "choices", "teacher_prompt", "spans")
 
 
 def _folder() -> Path:
@@ -182,7 +184,7 @@ def _write(file: Path, parts: Any, tick: Callable[[int], None]) -> Kept:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids), ids), strict=True)))
+    schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids), ids, pa.list_(ids)), strict=True)))
     counts, prompt, whole, context, context_whole, top = Counts(0), 0, 0, 0, 0, 0
     with replacing(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part, counts in parts:

@@ -1,8 +1,8 @@
 """Rows of a data set, and how they become examples (`Example`).
 
 A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns
-`choices`, `facts` and those of right answers (`data.answers`) are read only if the recipe names them (`columns: {choices: choices}`),
-because a user's own columns often have these names.
+`tools`, `choices`, `facts` and those of right answers (`data.answers`) are read only if the recipe names them (`columns: {choices:
+choices}`), because a user's own columns often have these names.
 """
 
 import json
@@ -38,8 +38,12 @@ class Example:
     instruction: str
     input: str
     references: tuple[str, ...]
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     """The messages before the answer, if the row is a conversation. In this case, `instruction` and `input` are empty."""
+    last: Mapping[str, Any] = field(default_factory=dict)
+    """The last message of a conversation. Its content is the only reference; without content, this is the empty text."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of the functions that the assistant may call, if the recipe names their column."""
     verbatim: bool = False
     """True if `instruction` is already the whole prompt. No template is then added."""
     facts: Facts = ()
@@ -65,7 +69,9 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
     form = form_of(row, ref)
     if form == "messages":
         turns, answer = _conversation(_get("messages", row, ref), ref, where)
-        return Example("", "", _references(answer, choices, where), messages=turns, **more)
+        said = "" if answer.get("content") is None and answer.get("tool_calls") else answer.get("content")
+        more |= {"last": answer, "tools": _tools(_optional("tools", row, ref, index), where)}
+        return Example("", "", _references(said, choices, where), messages=turns, **more)
     if form == "instruction":
         given = _get("input", row, ref)
         instruction = text(ref.instruction or _get("instruction", row, ref), "instruction", where)
@@ -173,12 +179,17 @@ def _answer(row: dict[str, Any], ref: DataRef, index: int, wanted: str) -> Any:
     return row[column]
 
 
-def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[str, Any], ...], str | None]:
+def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
     if ref.instruction is not None:
         raise DataError(
             f"{where} has messages, which contain their own instructions; remove the key `instruction` of this data set from the recipe"
         )
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
+    if turns and all(turn.get("role") != "assistant" for turn in messages):
+        raise DataError(
+            f"{where}: `messages` has no turn of the role assistant, so there is nothing to learn; add the assistant's answer, or delete "
+            "the row"
+        )
     if not turns or messages[-1].get("role") != "assistant":
         raise DataError(
             f"{where}: `messages` must be a list of at least two messages, of which the last one has the role assistant; write each one as "
@@ -188,7 +199,7 @@ def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[s
     for i, turn in enumerate(prompt, 1):
         if turn.get("content") is None and turn["role"] in ("user", "system"):  # many templates would write "None"
             raise DataError(f"{where}: turn {i} of `messages` has no content; give it a text (it may be empty), or delete the row")
-    return tuple(prompt), answer.get("content")
+    return tuple(prompt), answer
 
 
 def _turn(turn: dict[str, Any], what: str, where: str) -> dict[str, Any]:
@@ -210,6 +221,20 @@ def _part(part: Any, what: str, where: str) -> str:
         f"{where}: the content of {what} has the part {shown(part)}, but every part must be text, as in {{type: text, text: …}}; delete "
         "the row"
     )
+
+
+def _tools(given: Any, where: str) -> tuple[dict[str, Any], ...]:
+    if isinstance(given, str):  # as some data sets of the Hub store it
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise DataError(f"{where}: the column of tools is {shown(given)}, which is not valid JSON ({error}); correct it") from error
+    if given is None or given == []:
+        return ()
+    if not isinstance(given, list | tuple) or not all(isinstance(tool, dict) for tool in given):
+        raise DataError(f"{where}: the column of tools contains {shown(given)}; write a list of JSON schemas of functions")
+    _check_unicode(json.dumps(given, ensure_ascii=False, default=str), "a tool", where)
+    return tuple(given)
 
 
 def _facts(given: Any, where: str) -> Facts:

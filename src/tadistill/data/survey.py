@@ -46,13 +46,20 @@ class Survey:
     """Share (0 to 1) of non-ASCII characters among the letters, digits and symbols of the references. It is the mean over the rows."""
 
     @property
+    def places(self) -> list[int]:
+        """The index in the split of each example of `sample`, from 0."""
+        return [i * self.rows // len(self.sample) for i in range(len(self.sample))]
+
+    @property
     def large(self) -> bool:
         """True if the data set is so large that its rows stay on the disk."""
         return self.rows > LARGE
 
-    def plain(self, template: str) -> bool:
-        """Return True if no row can cause an error in tokenisation: no row has choices, and no prompt is written by a chat template."""
-        return not (self.choices or self.conversations or (self.instructions and template == "chat"))
+    def plain(self, data: Data) -> bool:
+        """Return True if no row can cause an error in tokenisation: no row has choices, no prompt is written by a chat template, and long
+        rows are not refused."""
+        refuses = "refuse" in (data.long_prompts, data.long_responses)
+        return not (refuses or self.choices or self.conversations or (self.instructions and data.template == "chat"))
 
 
 def survey(ref: DataRef, role: str, data: Data) -> Survey:
@@ -131,6 +138,7 @@ def _restored(content: dict[str, Any]) -> Survey:
     return Survey(sample=sample, **content)
 
 
-def _example(references: list[str], messages: list[dict[str, Any]], facts: list[Any], choices: list[str], **others: Any) -> Example:
-    more: Any = {"facts": tuple((value, tuple(rivals)) for value, rivals in facts), "choices": tuple(choices)}
-    return Example(references=tuple(references), messages=tuple(messages), **more, **others)
+def _example(references: list[str], facts: list[Any], **others: Any) -> Example:
+    lists: Any = {name: tuple(others.pop(name)) for name in ("messages", "tools", "choices")}
+    pairs = tuple((value, tuple(rivals)) for value, rivals in facts)
+    return Example(references=tuple(references), facts=pairs, **lists, **others)

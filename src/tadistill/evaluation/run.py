@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
-from tadistill.data.templates import EvalSet, task_of
+from tadistill.data.prompts import task_of
+from tadistill.data.templates import EvalSet
 from tadistill.evaluation import calibration, text_scores
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.evaluation.text_scores import score_own

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config.judge import REFERENCE
-from tadistill.data.templates import split_prompt
+from tadistill.data.prompts import split_prompt
 from tadistill.errors import ConfigError, DataError
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan, load_predictions
 from tadistill.store import Store

@@ -37,6 +37,8 @@ class Tokens:
     """The id of the token that the tokenizer puts before a text. None if it puts no token there."""
     template: str | None = None
     """The text of the chat template."""
+    specials: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Maps names that a chat template can use, such as `bos_token`, to the texts of these tokens."""
     texts: Mapping[int, str] = field(default_factory=dict, compare=False)
     """Maps the id of each of these tokens, and of each added token, to its text."""
 
@@ -99,6 +101,7 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
         chat.end_of_turn(template, added, specials),
         known.get(specials.get("bos_token", "")) if first is not None and first == specials.get("bos_token") else None,
         template,
+        specials,
         {i: text for text, i in known.items() if i in {eos, *generated, *added.values()}},
     )
 

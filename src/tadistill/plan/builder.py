@@ -175,7 +175,7 @@ class StageBuilder:
             seed=seed,
             keep=tuple(sorted(set(sft.keep))),
             lora=self.recipe.models[name].lora,
-            **self._texts(name, sft.select),
+            **self._texts(name, sft.select, responses=True),
         )
         return FromStage(stage=self.add(spec, f"sft {name}{', continued' if continues else ''}, seed {seed}", name, seed))
 
@@ -220,7 +220,7 @@ class StageBuilder:
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
             **texts(self, teachers if dense else teachers[:1], method, seed, writer or name),
-            **self._texts(name, method.select, method.context),
+            **self._texts(name, method.select, method.context, responses=method.sampler.reads_responses),
         )
         again = f" (turn {turn + 1})" if turn else ""
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
@@ -277,14 +277,22 @@ class StageBuilder:
         """Return the fields of a stage that only runs a model: the rules of encoding, and the precision."""
         return {"data": self.encoding(name, samples=samples), "precision": self.recipe.evaluate.precision}
 
-    def encoding(self, name: str, *, samples: bool = True, context: TeacherContext | None = None) -> Encoding:
-        """Return the rules that turn data rows into tokens for a model.
+    def encoding(self, name: str, *, samples: bool = True, responses: bool = False, context: TeacherContext | None = None) -> Encoding:
+        """Return the rules that turn data rows into tokens for a model (`StudyTokens.encoding`).
 
         Args:
-            samples: True if answers are sampled from the model.
             context: the prompt that its teachers read on the training set, if they have their own.
+
+        Raises:
+            ConfigError: a teacher has its own prompt, but the text has several turns.
         """
-        return self.tokens.encoding(name, samples=samples).model_copy(update={"context": context})
+        found = self.tokens.encoding(name, samples=samples, responses=responses)
+        if context and found.turns == "all":
+            raise ConfigError(
+                f"{name} learns with a `context`, in which the teacher reads one answer behind each prompt, but data.turns is all; set "
+                "data.turns to last, or remove the `context`"
+            )
+        return found.model_copy(update={"context": context})
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
         """Return the train or dev split. `limit` is the number of rows to use. Its default is the recipe's `data.limit`."""
@@ -300,9 +308,10 @@ class StageBuilder:
             self._splits[key] = Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
         return self._splits[key]
 
-    def _texts(self, name: str, select: Select, context: TeacherContext | None = None) -> dict[str, Any]:
+    def _texts(self, name: str, select: Select, context: TeacherContext | None = None, *, responses: bool) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
-        found: dict[str, Any] = {"data": self.encoding(name, context=context), "train": self.split("train"), "select": select}
+        data = self.encoding(name, responses=responses, context=context)
+        found: dict[str, Any] = {"data": data, "train": self.split("train"), "select": select}
         if select.metric != "last":
             found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.during_training}
         return found

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from tadistill.config import DataRef, Evaluate, Recipe
 from tadistill.config.common import Decoding, Strict
 from tadistill.config.context import TeacherContext
-from tadistill.config.data import LongPrompts, Template, World
+from tadistill.config.data import LongText, Template, Thinking, Turns, World
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Custom, ObjectiveBase
@@ -76,7 +76,11 @@ class Encoding(Part):
     max_prompt: int
     max_length: int
     world: World
-    long_prompts: LongPrompts = "drop"
+    long_prompts: LongText = "drop"
+    long_responses: LongText = "cut"
+    turns: Turns = "answer"
+    thinking: Thinking = "keep"
+    chat_template_kwargs: dict[str, Any] = {}
     ends: tuple[int, ...] = ()
     """Tokens that end an answer. The token that ends a reference comes first. Empty if the model's own files give the tokens."""
     bos: bool = False

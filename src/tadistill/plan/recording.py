@@ -42,7 +42,7 @@ def texts(stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Me
     outputs = []
     for name, teacher in teachers:
         spec = specs.SignalSpec(
-            data=stages.encoding(name, samples=False, context=method.context),
+            data=stages.encoding(name, samples=False, responses=not of_text, context=method.context),
             teacher=teacher,
             signal=method.signal,
             precision=method.optim.precision,

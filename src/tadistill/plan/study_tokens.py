@@ -9,6 +9,7 @@ from functools import cached_property
 
 from tadistill.config import Recipe
 from tadistill.data import datasets
+from tadistill.data.prompts import of_one_turn
 from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens
@@ -33,8 +34,12 @@ class StudyTokens:
             return None
         return other if self._differences(own, lead, str) else None
 
-    def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model.
+    def encoding(self, name: str, *, samples: bool = True, responses: bool = False) -> Encoding:
+        """Return the rules that turn data rows into tokens for a model.
+
+        Args:
+            samples: answers are sampled from the model.
+            responses: the responses of the training set are a part of the stage's text. Only then can a row have several turns.
 
         Raises:
             ModelError: the prompts need a chat template, but no model that shares this tokenizer has one.
@@ -44,7 +49,8 @@ class StudyTokens:
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
         return Encoding(
-            **{field: getattr(data, field) for field in Encoding.model_fields if field not in ("ends", "bos", "context")},
+            **{field: getattr(data, field) for field in Encoding.model_fields if field not in ("ends", "bos", "turns", "context")},
+            turns=data.turns if responses else of_one_turn(data.turns),
             ends=() if lead.eos is None or (same and ends[0] == own[0]) else ends,
             bos=data.bos == "auto" and self.bos_matters and lead.bos is not None,
         )

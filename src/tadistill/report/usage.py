@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate
+from tadistill.data.prompts import render, split_prompt
 from tadistill.data.rows import Example
-from tadistill.data.templates import render, split_prompt
 from tadistill.data.tinyworld import world_rows
 from tadistill.models import tokens
 from tadistill.report.plain import code

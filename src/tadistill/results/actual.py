@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.data.templates import Counts
+from tadistill.data.counts import Counts
 from tadistill.errors import StoreError
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan, load_manifest, load_predictions
 from tadistill.store import Store

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
 from tadistill.config.evaluate import OwnMetric
-from tadistill.data.templates import Counts
+from tadistill.data.counts import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import declare, metric_of

@@ -55,7 +55,7 @@ def record(
     tick: Callable[[int], None] = lambda done: None,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Write the teacher's outputs at every response token of `sequences`. Files that already exist are kept.
+    """Write the teacher's outputs at every token of `sequences` that counts in the loss. Files that already exist are kept.
 
     Several processes write different files: `share` is the rank of this process and the number of processes. After each batch, and after
     each file, `tick` is called with the number of sequences that are done.
@@ -83,7 +83,7 @@ class _Writer:
         found: dict[int, dict[str, Tensor]] = {}
         for rows in by_length(sequences, RECORDING_BATCH):
             part = [sequences[i] for i in rows]
-            target, lengths = self.outputs(part), [len(s.response) for s in part]
+            target, lengths = self.outputs(part), [s.counted for s in part]
             if start == 0 and isinstance(target, Hidden) and isinstance(self.config, HiddenSignal):
                 self._write_head(target.head)  # before the first part, and so by one process only
             columns = self._columns(target, [start + i for i in rows], lengths)
@@ -93,7 +93,7 @@ class _Writer:
                 tick(len(found))
         ordered = [found[i] for i in range(len(sequences))]
         joined = {name: torch.cat([part[name] for part in ordered]).contiguous() for name in ordered[0]}
-        index = {"lengths": torch.tensor([len(s.response) for s in sequences])}
+        index = {"lengths": torch.tensor([s.counted for s in sequences])}
         if "entries" in joined:
             index["entries of"] = torch.tensor([len(part["entries"]) for part in ordered])
         index["checks"] = torch.stack([_check(part) for part in ordered])

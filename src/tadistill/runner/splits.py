@@ -15,7 +15,8 @@ from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
 from tadistill.data.encoded import RowsOnDisk
-from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import Counts, adds_bos, encode_counted
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.contexts import contexts_of
@@ -84,20 +85,19 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         ConfigError: the metric that selects a checkpoint needs facts or right answers, but the dev set does not contain them.
     """
     found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
-    data, rules = recipe.data, tokens.encoding(name)
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, rules.bos)
-    if data.bos == "auto" and tokens.bos_matters and not rules.bos and adds_bos(tokenizer):
+    data, bos = recipe.data, tokens.encoding(name).bos
+    if data.bos == "auto" and tokens.bos_matters and not bos and adds_bos(tokenizer):
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not contain this setting; "
             "save it again with save_pretrained, or set data.bos: never"
         )
     splits = {"train": data.train, "dev": data.dev}
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
-        where = f"data set `{ref.name}` ({role})"
+        where, rules = f"data set `{ref.name}` ({role})", Rules.of(data, role, bos=bos)
         if role == "train" and (total := survey.survey(ref, role, data)).large:
             on_disk = RowsOnDisk(ref, role, data.world, data.root, data.limit.train)
-            read = on_disk.kept if all_rows or not total.plain(data.template) else on_disk.glance
-            if kept := read(tokenizer, lengths, template=data.template, name=where):
+            read = on_disk.kept if all_rows or not total.plain(data) else on_disk.glance
+            if kept := read(tokenizer, rules, name=where):
                 counts[role, ref.name] = kept.counts
                 found.append(Texts(kept.prompt, kept.whole, 0, kept.top, where))
             else:
@@ -105,10 +105,10 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
                     f"{ref.name} (train): its {total.rows} rows are not checked yet; the first training tokenises them, and counts those "
                     "that are too long"
                 )
-                found.append(Texts(lengths.limit, lengths.max_length, 0, max(tokenizer.get_vocab().values()), where))
+                found.append(Texts(rules.limit, rules.max_length, 0, max(tokenizer.get_vocab().values()), where))
             continue
         examples = datasets.load(ref, role, data)
-        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, lengths, template=data.template, name=where)
+        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, rules, name=where)
         prompt, whole = max(len(e.prompt) for e in encoded), max(len(e.prompt) + len(e.response) for e in encoded)
         top = max(max((*e.prompt, *e.response, *itertools.chain(*e.choices))) for e in encoded)
         found.append(Texts(prompt, whole, 0, top, where))
@@ -116,7 +116,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
             rows[ref.name] = frozenset(e.row for e in encoded)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
         text = datasets.texts(data.corpus, world=data.world, root=data.root)
-        piece = chunks(text, tokenizer, data.max_length, 1, bos=rules.bos)[0].response
+        piece = chunks(text, tokenizer, data.max_length, 1, bos=bos)[0].response
         found.append(Texts(0, 0, len(piece), max(piece), "data.corpus"))
     selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
@@ -130,20 +130,19 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         )
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
-    contexts = tuple(_behind(recipe, tokenizer, lengths, context, teachers) for context, teachers in contexts_of(recipe).items())
+    contexts = tuple(_behind(recipe, tokenizer, bos, context, teachers) for context, teachers in contexts_of(recipe).items())
     return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread, contexts)
 
 
-def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lengths: Lengths, context: TeacherContext, teachers: set[str]) -> OfContext:
-    data, lengths = recipe.data, replace(lengths, context=context)
-    where = f"data set `{data.train.name}` (train)"
-    rules: Any = {"template": data.template, "name": where}
+def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, bos: bool, context: TeacherContext, teachers: set[str]) -> OfContext:
+    data = recipe.data
+    where, rules = f"data set `{data.train.name}` (train)", Rules.of(data, "train", bos=bos, context=context)
     if survey.survey(data.train, "train", data).large:
         rows = RowsOnDisk(data.train, "train", data.world, data.root, data.limit.train)
-        kept = rows.kept(tokenizer, lengths, **rules)
+        kept = rows.kept(tokenizer, rules, name=where)
         texts = Texts(kept.prompt, kept.whole, 0, kept.top, where, kept.context, kept.context_whole)
         return OfContext(frozenset(teachers), kept.counts, texts)
-    encoded, counts = encode_counted(datasets.load(data.train, "train", data), tokenizer, lengths, **rules)
+    encoded, counts = encode_counted(datasets.load(data.train, "train", data), tokenizer, rules, name=where)
     own = [(e.teacher_prompt or (), e.response) for e in encoded]
     longest, whole = max(len(prompt) for prompt, _ in own), max(len(prompt) + len(response) for prompt, response in own)
     return OfContext(frozenset(teachers), counts, Texts(0, 0, 0, max(max(prompt) for prompt, _ in own), where, longest, whole))

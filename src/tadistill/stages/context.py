@@ -16,8 +16,10 @@ from tadistill.config.common import DTYPES, Precision
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.prompts import Rules
 from tadistill.data.survey import LARGE
-from tadistill.data.templates import Counts, EvalSet, Lengths, encode_counted
+from tadistill.data.templates import Counts, EvalSet, encode_counted
+from tadistill.data.turns import without_thinking
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.memory import give_back_freed_memory
@@ -166,16 +168,16 @@ class Context(Generic[AnySpec]):
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = self.spec.data, split.ref.name
         where: Any = {"world": data.world, "root": self.task.data_root, "limit": split.limit}
-        rules: Any = {"template": data.template, "name": f"data set `{name}`"}
-        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, data.bos, data.context if contexts else None)
+        rules = Rules.of(data, split.role, bos=data.bos, context=data.context if contexts else None)
+        called = f"data set `{name}`"
         total = datasets.count(split.ref, split.role, **where) if split.role == "train" else 0
         if total > LARGE:
-            kept = RowsOnDisk(split.ref, split.role, **where).kept(tokenizer, lengths, tick=partial(self._tokenised, total), **rules)
+            kept = RowsOnDisk(split.ref, split.role, **where).kept(tokenizer, rules, name=called, tick=partial(self._tokenised, total))
             self.counts[split.role, name] = kept.counts
             return EvalSet(name, (), kept.rows)
         examples = datasets.read(split.ref, split.role, **where)
-        found, self.counts[split.role, name] = encode_counted(examples, tokenizer, lengths, **rules)
-        return EvalSet(name, examples, found)
+        found, self.counts[split.role, name] = encode_counted(examples, tokenizer, rules, name=called)
+        return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
 
     def _tokenised(self, total: int, done: int) -> None:
         self.progress(done, total, "rows tokenised")

@@ -69,6 +69,17 @@ def test_a_batch_without_a_loss_still_has_one_token():
     assert (places.loss.tolist(), places.tokens.tolist(), places.lengths) == ([2], [2], (1,))
 
 
+def test_several_turns_have_the_logits_of_each_turn_alone(kind):
+    model, whole = tiny_model(kind), (5, 6, 7, 8, EOS, 12, 13, 9, 3, EOS)
+    turns = [Sequence(whole[:3], whole[3:5]), Sequence(whole[:7], whole[7:])]
+    both = Sequence(whole[:7], whole[7:], spans=((3, 5), (7, 10)))
+    assert both.counted == sum(turn.counted for turn in turns) == 5
+    batch = collate([both, ROWS[0]], pad=EOS)
+    assert batch.targets_BT[0][batch.mask_BT[0]].tolist() == [8, EOS, 9, 3, EOS]
+    alone = torch.cat([response_logits(model, collate([s], pad=EOS), 31) for s in (*turns, ROWS[0])])
+    torch.testing.assert_close(response_logits(model, batch, 31), alone, atol=1e-5, rtol=0)
+
+
 def left_padded(batch: Batch, extra: int) -> Batch:
     """The same rows with padding moved to the left and `extra` columns more."""
     rows = []

@@ -4,6 +4,7 @@ import pytest
 from tests.byte_models import BOS, CHATML, EOS, IM_END, LLAMA2, TURNS, byte_tokenizer
 
 from tadistill.data import chat
+from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example
 from tadistill.data.templates import encode
 from tadistill.errors import DataError, ModelError
@@ -59,13 +60,13 @@ def test_bad_templates_are_one_sentence(template, messages, error, words):
 def test_a_row_is_named_with_the_templates_own_words():
     rows = [Example("", "", ("yo",), messages=(USER,)), Example("", "", ("yo",), messages=(SYSTEM, USER))]
     with pytest.raises(DataError, match=r"data set `d`, row 2: .*System role not supported"):
-        encode(rows, byte_tokenizer(STRICT), template="chat", max_prompt=99, max_length=199, name="data set `d`")
+        encode(rows, byte_tokenizer(STRICT), Rules(99, 199, template="chat"), name="data set `d`")
 
 
 def test_conversations_need_a_chat_template():
     row = [Example("", "", ("yo",), messages=(USER,))]
     with pytest.raises(ModelError, match="row 1: its rows are conversations, but the tokenizer has no chat template; set `tokenizer:`"):
-        encode(row, byte_tokenizer(None), template="plain", max_prompt=99, max_length=199)
+        encode(row, byte_tokenizer(None), Rules(99, 199, template="plain"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_conversations_need_a_chat_template():
     ],
 )
 def test_a_reference_ends_as_its_prompt_asks(example, template, end):
-    (encoded,) = encode([example], byte_tokenizer(), template=template, max_prompt=400, max_length=500)
+    (encoded,) = encode([example], byte_tokenizer(), Rules(400, 500, template=template))
     assert encoded.response[-1] == end
     assert len(encoded.response) == 3
 
@@ -90,8 +91,8 @@ def test_bos_comes_first_and_once(template, style):
     text = "<bos>hi" if style == "with BOS" else "hi"
     example = Example(text, "", ("yo",), verbatim=style in ("verbatim", "with BOS"), choices=("yo", "no"))
     template_name = style if style in ("alpaca", "plain", "chat") else "plain"
-    lengths = {"template": template_name, "max_prompt": 400, "max_length": 500}
-    ((without,), (with_bos,)) = (encode([example], tokenizer, bos=bos, **lengths) for bos in (False, True))
+    rules = [Rules(400, 500, template=template_name, bos=bos) for bos in (False, True)]
+    ((without,), (with_bos,)) = (encode([example], tokenizer, of_bos) for of_bos in rules)
     wanted = 0 if style == "chat" and template == CHATML else 1  # a chat template says itself where BOS is
     assert with_bos.prompt.count(BOS) == wanted == int(with_bos.prompt[0] == BOS)
     assert with_bos.prompt[wanted:] == without.prompt[without.prompt.count(BOS) :]

@@ -11,10 +11,11 @@ from tadistill.config.data import World
 from tadistill.data import datasets, encoded, jsonl, survey, templates
 from tadistill.data.batch import references
 from tadistill.data.encoded import RowsOnDisk, tokenizer_digest
-from tadistill.data.templates import Lengths, encode_counted
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import encode_counted
 from tadistill.errors import DataError
 
-LENGTHS = Lengths(max_prompt=6, max_length=10)
+RULES = Rules(6, 10, template="plain")
 ROWS = 250  # more than two parts of 100
 
 
@@ -42,13 +43,13 @@ def on_disk(ref: DataRef, limit: int | None = None) -> RowsOnDisk:
     return RowsOnDisk(ref, "train", World(), None, limit)
 
 
-def kept(ref: DataRef, tokenizer=None, lengths: Lengths = LENGTHS, limit: int | None = None, **more):
-    return on_disk(ref, limit).kept(tokenizer or word_tokenizer(), lengths, template="plain", name="d", **more)
+def kept(ref: DataRef, tokenizer=None, rules: Rules = RULES, limit: int | None = None, **more):
+    return on_disk(ref, limit).kept(tokenizer or word_tokenizer(), rules, name="d", **more)
 
 
-def direct(ref: DataRef, lengths: Lengths = LENGTHS, limit: int | None = None):
+def direct(ref: DataRef, rules: Rules = RULES, limit: int | None = None):
     examples = datasets.read(ref, "train", world=World(), root=None, limit=limit)
-    return encode_counted(examples, word_tokenizer(), lengths, template="plain", name="d")
+    return encode_counted(examples, word_tokenizer(), rules, name="d")
 
 
 def files(tmp_path, folder: str = "encoded", ending: str = "arrow") -> list:
@@ -58,8 +59,8 @@ def files(tmp_path, folder: str = "encoded", ending: str = "arrow") -> list:
 @pytest.mark.parametrize("long_prompts", ["drop", "cut"])
 @pytest.mark.parametrize("limit", [None, 123])
 def test_kept_rows_equal_those_of_a_direct_reading(ref, long_prompts, limit):
-    lengths = Lengths(6, 10, long_prompts)
-    found, (rows, counts) = kept(ref, lengths=lengths, limit=limit), direct(ref, lengths, limit)
+    rules = Rules(6, 10, long_prompts, template="plain")
+    found, (rows, counts) = kept(ref, rules=rules, limit=limit), direct(ref, rules, limit)
     assert list(found.rows) == rows
     assert found.counts == counts
     assert [found.rows[5], found.rows[-1], *found.rows[7:11]] == [rows[5], rows[-1], *rows[7:11]]
@@ -80,7 +81,7 @@ def test_a_set_is_tokenised_once(ref, monkeypatch):
     first = kept(ref)
     monkeypatch.setattr(encoded, "encode_parts", None)  # no second call
     assert list(kept(ref).rows) == list(first.rows)
-    found = on_disk(ref).glance(word_tokenizer(), LENGTHS, template="plain", name="d")
+    found = on_disk(ref).glance(word_tokenizer(), RULES, name="d")
     assert found is not None
     assert found.counts == first.counts
 
@@ -93,7 +94,7 @@ def test_other_tokens_rules_and_rows_have_their_own_files(tmp_path, ref):
     kept(copy)
     assert len(files(tmp_path)) == 1  # by content, not by name
     kept(ref, other)
-    kept(ref, lengths=Lengths(5, 10))
+    kept(ref, rules=Rules(5, 10, template="plain"))
     kept(ref, limit=100)
     write(tmp_path / "train.jsonl", ROWS - 1)
     kept(ref)
@@ -151,9 +152,9 @@ def test_of_two_processes_one_tokenises(ref):
 
 def test_no_row_is_short_enough(ref):
     with pytest.raises(DataError, match="no row of d has a prompt of at most 0 tokens"):
-        kept(ref, lengths=Lengths(0, 10))
+        kept(ref, rules=Rules(0, 10, template="plain"))
     with pytest.raises(DataError, match="no row of d"):
-        on_disk(ref).glance(word_tokenizer(), Lengths(0, 10), template="plain", name="d")
+        on_disk(ref).glance(word_tokenizer(), Rules(0, 10, template="plain"), name="d")
 
 
 # --- the survey ---------------------------------------------------------------------------------------------------------
@@ -163,7 +164,8 @@ def test_a_survey_counts_rows_and_takes_even_places(ref, monkeypatch):
     data = Data(train=ref, dev=ref, test=(ref,), limit={"train": 200})
     found, rows = survey.survey(ref, "train", data), datasets.load(ref, "train", data)
     assert (found.rows, found.instructions, found.conversations, found.choices) == (200, True, False, False)
-    assert (found.plain("alpaca"), found.plain("chat")) == (True, False)
+    for changes, plain in (({}, True), ({"template": "chat"}, False), ({"long_prompts": "refuse"}, False)):
+        assert found.plain(data.model_copy(update=changes)) is plain
     assert list(found.sample) == [rows[i * 200 // 51] for i in range(51)]
     survey._known.cache_clear()
     monkeypatch.setattr(jsonl, "read", None)  # the file is not parsed again

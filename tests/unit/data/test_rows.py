@@ -9,7 +9,7 @@ from tadistill.config import Data, DataRef
 from tadistill.config.data import World
 from tadistill.data import datasets
 from tadistill.data.batch import chunks
-from tadistill.data.templates import task_of
+from tadistill.data.prompts import task_of
 from tadistill.errors import DataError
 
 OK = {"instruction": "Say hi", "output": "hi there"}

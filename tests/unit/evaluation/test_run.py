@@ -15,6 +15,7 @@ from tests.e2e.inprocess import ranks
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
+from tadistill.data.prompts import Rules
 from tadistill.data.templates import EvalSet, encode
 from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
@@ -32,7 +33,7 @@ def tokenizer():
 def data(tokenizer):
     rows = tinyworld.world_rows("tinyworld", "test", people=20)[:10]
     examples = [datasets.Example(r["instruction"], r["input"], tuple(r["outputs"]), facts=tuple(map(tuple, r["facts"]))) for r in rows]
-    return EvalSet("tinyworld", examples, encode(examples, tokenizer, template="plain", max_prompt=32, max_length=64))
+    return EvalSet("tinyworld", examples, encode(examples, tokenizer, Rules(32, 64, template="plain")))
 
 
 def subject(tokenizer, seed=0):
@@ -122,7 +123,7 @@ def test_records_hold_the_question_without_its_template(tokenizer):
         datasets.Example("", "", ("red",), messages=({"role": "user", "content": "Name a colour."},)),
         datasets.Example("", "", ("red",), messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "A colour?"})),
     ]
-    encoded = encode(examples[:2], tokenizer, template="alpaca", max_prompt=512, max_length=600)
+    encoded = encode(examples[:2], tokenizer, Rules(512, 600, template="alpaca"))
     encoded += [replace(e, row=e.row + 2) for e in encoded]
     found = evaluate(subject(tokenizer), EvalSet("set", examples, encoded), settings(seeds=[1]))
     assert [(r["instruction"], r["input"]) for r in found.records] == [

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
 from tadistill.data.datasets import Example
-from tadistill.data.templates import render, split_prompt, task_of
+from tadistill.data.prompts import render, split_prompt, task_of
 from tadistill.errors import ConfigError
 from tadistill.judge.questions import ATTEMPTS, make_questions, parse_scores, read_answers, with_reminder, write_question
 from tadistill.store import Store

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tests.byte_models import CHATML, byte_model, byte_tokenizer, save
 
+from tadistill.data.prompts import render
 from tadistill.data.rows import Example
-from tadistill.data.templates import render
 from tadistill.report.cards import export
 from tadistill.results.collect import Results
 

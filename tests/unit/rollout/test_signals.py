@@ -17,6 +17,7 @@ from tadistill.rollout.samplers import FixedSequences
 from tadistill.rollout.signals import Signals, of_teacher
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(11)]
+ROWS[3] = Sequence((3, 9, 5, 6, 0, 4), (7, 8, 0), spans=((2, 5), (6, 9)))  # two turns
 CPU = torch.device("cpu")
 KINDS = [HiddenSignal(), TopKSignal(k=5), TopKSignal(k=5, dtype="float32"), SampledSignal(draws=7)]
 

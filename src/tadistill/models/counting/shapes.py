@@ -110,6 +110,19 @@ def resized(shape: Shape, **sizes: int) -> Shape:
     return replace(shape, **sizes) if shape.kv_heads is not None else replace(shape, **{k: v for k, v in sizes.items() if k != "kv_heads"})
 
 
+def check_layers(config: Config, layers: int | tuple[int, ...] | str, key: str, model: str) -> None:
+    """Check that a model with this configuration has the layers that pruning keeps. `layers` is their number or their indices.
+
+    Raises:
+        ConfigError: the model has fewer layers. The message names `key` and `model`.
+    """
+    have = config.get("num_hidden_layers", config.get("n_layer"))
+    if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:
+        raise ConfigError(f"{key} is {layers}, but `{model}` has {have} layers, and pruning only removes layers; write 1 to {have}")
+    if isinstance(layers, tuple) and isinstance(have, int) and (wrong := [i for i in layers if not 0 <= i < have]):
+        raise ConfigError(f"{key} names the layer {wrong[0]}, but `{model}` has {have} layers; write indices from 0 to {have - 1}")
+
+
 def check_shape(config: Config, shape: Shape) -> None:
     """Check that a model with this configuration can be pruned to `shape`.
 

@@ -14,9 +14,11 @@ from tadistill.config import DataRef, Method, Recipe
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.context import TeacherContext
+from tadistill.config.data import Turns
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
 from tadistill.data import datasets, hub
+from tadistill.data.prompts import of_one_turn
 from tadistill.data.survey import Survey, survey
 from tadistill.errors import NotHere
 from tadistill.models.counting.cost import Cost, CostPart, Disk
@@ -62,7 +64,16 @@ class Ledger(ModelSizes):
 
     @cached_property
     def train(self) -> Texts:
-        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train, self.context)
+        """The training prompts with the reference that follows each of them."""
+        return self._train_texts(of_one_turn(self.recipe.data.turns))
+
+    @cached_property
+    def fixed(self) -> Texts:
+        """The training set's own text. With `data.turns: all`, it has several turns."""
+        return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
+
+    def _train_texts(self, turns: Turns) -> Texts:
+        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
 
     def behind(self, context: TeacherContext | None) -> "Ledger":
         """Return a ledger whose teachers read their own prompts on the training set."""
@@ -88,7 +99,7 @@ class Ledger(ModelSizes):
         if student is None:
             return None
         cost = TrainingCost(student, (), optim, adapters=self.adapters(name))
-        cost.train(self.train)
+        cost.train(self.fixed)
         self._selection(cost, select)
         return cost.total()
 
@@ -116,7 +127,7 @@ class Ledger(ModelSizes):
         model = self.described(name)
         if model is None:
             return None
-        texts = (self._text_of(*text_of) if text_of else self.train).of_teacher
+        texts = (self._text_of(*text_of) if text_of else self.fixed).of_teacher
         work = passes.pass_by_length(texts, RECORDING_BATCH, texts.count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
@@ -176,7 +187,7 @@ class Ledger(ModelSizes):
     def _fixed(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         # rollout.samplers.FixedSequences
         sampler = method.sampler
-        self._recorded(cost, method, self._answers(teacher, sampler) if isinstance(sampler, samplers.TeacherSampler) else self.train)
+        self._recorded(cost, method, self._answers(teacher, sampler) if isinstance(sampler, samplers.TeacherSampler) else self.fixed)
 
     def _recorded(self, cost: TrainingCost, method: Method, texts: Texts) -> None:
         cost.train(texts, teacher=method.trains_with_teacher, teacher_head=isinstance(method.signal, samplers.HiddenSignal))
@@ -187,7 +198,7 @@ class Ledger(ModelSizes):
         assert isinstance(sampler, samplers.MixSampler)
         answers = self._answers(name, sampler)
         cost.train(answers, sampler.lam, teacher=True)
-        cost.train(self.train, 1 - sampler.lam, teacher=True)
+        cost.train(self.fixed, 1 - sampler.lam, teacher=True)
         cost.sample(answers, _padded(sampler, sampler.chunk), sampler.lam)
         cost.watch(answers, sampler.lam, teacher=True)
 

@@ -5,7 +5,7 @@ from tadistill.config.model import Init
 from tadistill.errors import ConfigError, about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.sizes import Adapters, Size, adapters_of
-from tadistill.plan.costs import passes
+from tadistill.plan.costs.stand_in import vocabulary
 from tadistill.plan.costs.training_memory import Described
 from tadistill.tuning import PACKED_FAMILIES
 
@@ -53,7 +53,7 @@ class ModelSizes:
                 raise ConfigError(f"models.{name}.init: {error}") from error
             return shapes.with_shape(parent, shape)
         assert model.load is not None
-        vocab = passes.vocabulary(model, self.recipe.data.world) if model.tokenizer else None
+        vocab = vocabulary(model, self.recipe.data.world) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
 
     def _check_layers(self, name: str, init: Init, parent: dict) -> None:

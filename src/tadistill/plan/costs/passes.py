@@ -1,27 +1,24 @@
 """The lengths of a study's texts in tokens, and the work of running a model on these texts.
 
-Work is a count of token positions, of query-key pairs and of positions with logits. Padding is included. Texts are tokenised with
-tokenizer.json, without transformers. If this file is not on the disk, a token is assumed to be four characters. As in training,
-`data.templates.encode` applies the template, shortens long texts and leaves rows out.
+Work is a count of token positions, of query-key pairs and of positions with logits. Padding is included. Texts are tokenised
+without transformers (`stand_in`). As in training, `data.templates.encode` applies the template, shortens long texts and leaves rows out.
 """
 
-import json
-import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
-from tadistill.config import DataRef, ModelConfig, Optim, Recipe
+from tadistill.config import DataRef, Optim, Recipe
 from tadistill.config.context import TeacherContext
-from tadistill.config.data import World
+from tadistill.config.data import Turns
 from tadistill.data import datasets, tinyworld
+from tadistill.data.prompts import Rules
 from tadistill.data.survey import SAMPLE, Survey
-from tadistill.data.templates import Counts, Lengths, encode_counted
-from tadistill.models import sources
+from tadistill.data.templates import Counts, Encoded, encode_counted
 from tadistill.models.counting.sizes import Work
+from tadistill.plan.costs.stand_in import StandIn
 from tadistill.tuning import COMPACT_BELOW
 
 _ENDLESS = 2**31
@@ -83,33 +80,48 @@ class Texts:
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def read_lengths(recipe: Recipe, ref: DataRef, role: str, rows: Survey, context: TeacherContext | None = None) -> Texts:
-    """Return the lengths of a split's rows, measured on a sample of its examples. With `context`, the teacher has its own prompts."""
-    data = recipe.data
+def read_lengths(
+    recipe: Recipe, ref: DataRef, role: str, rows: Survey, *, turns: Turns | None = None, context: TeacherContext | None = None
+) -> Texts:
+    """Return the lengths of a split's rows, measured on a sample of its examples.
+
+    Args:
+        turns: replaces `data.turns`.
+        context: the teacher's own prompt, if it has one.
+    """
+    data, tokenizer = recipe.data, StandIn(recipe)
     sample = [replace(example, choices=()) for example in rows.sample]
-    ids = study_tokenizer(recipe)
-    known = ids is not None
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts) if known else Lengths(_ENDLESS, _ENDLESS)
-    most = context.max_prompt if context else 0
-    lengths = replace(lengths, context=context if known or not context else context.model_copy(update={"max_prompt": _ENDLESS}))
-    stand_in = cast(Any, _StandIn(ids or _pieces))
-    found, _ = encode_counted(sample, stand_in, lengths, template=data.template, name=f"data set `{ref.name}` ({role})")
-    sizes = [(min(len(e.prompt), data.max_prompt, data.max_length - 1), len(e.response)) for e in found]
-    own = tuple(min(len(e.teacher_prompt), most) for e in found if e.teacher_prompt)
+    rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context)).lenient
+    rules = replace(rules, turns=turns or rules.turns)
+    if not tokenizer.known:
+        own = context.model_copy(update={"max_prompt": _ENDLESS}) if context else None
+        rules = replace(rules, max_prompt=_ENDLESS, max_length=_ENDLESS, context=own)
+    found, _ = encode_counted(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})", rows=rows.places)
+    sizes = [(len(e.prompt) + len(e.response) - counted, counted) for e in found for counted in [_counted(e)]]
+    sizes = [(min(other, data.max_prompt, data.max_length - 1), counted) for other, counted in sizes]
+    own = tuple(min(len(e.teacher_prompt), context.max_prompt) for e in found if e.teacher_prompt and context)
     return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own)
+
+
+def _counted(encoded: Encoded) -> int:
+    return sum(end - start for start, end in encoded.spans) if encoded.spans else len(encoded.response)
 
 
 def count_first_rows(
     recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"], context: TeacherContext | None = None
 ) -> Counts | None:
-    """Count how many of a split's first rows are left out or shortened. Return None if the split or the tokenizer is not on this disk."""
-    data, ids = recipe.data, study_tokenizer(recipe)
-    if ids is None or datasets.on_hub(ref, role, data) is not None:
+    """Count how many of a split's first rows are left out or shortened. Return None if the split or the tokenizer is not on this disk.
+
+    Raises:
+        DataError: the recipe refuses long rows, and one of these rows is too long.
+    """
+    data, tokenizer = recipe.data, StandIn(recipe)
+    if not tokenizer.known or datasets.on_hub(ref, role, data) is not None:
         return None
     rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(SAMPLE, getattr(data.limit, role) or SAMPLE))
     sample = [replace(row, choices=()) for row in rows]
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, context=context)
-    return encode_counted(sample, cast(Any, _StandIn(ids)), lengths, template=data.template, name=f"data set `{ref.name}` ({role})")[1]
+    rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context))
+    return encode_counted(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
 
 
 def chunk(recipe: Recipe) -> int:
@@ -118,87 +130,12 @@ def chunk(recipe: Recipe) -> int:
     assert data.corpus is not None
     if data.corpus.load not in tinyworld.SPLITS:
         return data.max_length  # counting its tokens could need the network
-    ids, total = study_tokenizer(recipe) or _pieces, 0
+    tokenizer, total = StandIn(recipe), 0
     for text in datasets.texts(data.corpus, world=data.world, root=data.root):
-        total += len(ids([text])[0]) + 1
+        total += len(tokenizer.ids([text])[0]) + 1
         if total >= data.max_length:
             return data.max_length
     return total
-
-
-UNKNOWN = -2
-Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
-"""A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
-Text that the tokenizer cannot read is UNKNOWN."""
-
-
-def study_tokenizer(recipe: Recipe) -> Ids | None:
-    """Return the study's tokenizer. Return None if its tokenizer.json is not on this disk."""
-    model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share their tokenizer
-    if model.tokenizer_source == "tinyworld":
-        words = {*tinyworld.words(seed=recipe.data.world.seed, people=recipe.data.world.people), *tinyworld.SPECIALS}
-        return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(r"\S+|\n", text)] for text in texts]
-    file = _tokenizer_file(model)
-    return _from_file(file) if file else None
-
-
-def vocabulary(model: ModelConfig, world: World) -> int | None:
-    """Return the vocabulary size of a model's tokenizer. Return None if its tokenizer.json is not on this disk."""
-    if model.tokenizer_source == "tinyworld":
-        return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
-    file = _tokenizer_file(model)
-    if file is None:
-        return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
-
-
-def _tokenizer_file(model: ModelConfig) -> Path | None:
-    source = model.tokenizer_source
-    assert source is not None
-    directory = sources.locate(source, model.revision, weights=False)
-    file = directory / "tokenizer.json" if directory else None
-    return file if file and file.is_file() else None
-
-
-@lru_cache
-def _from_file(file: Path) -> Ids:
-    from tokenizers import Tokenizer  # not at the top, because not every study needs it
-
-    backend = Tokenizer.from_file(str(file))
-    backend.no_truncation()
-    backend.no_padding()
-    name = getattr(backend.model, "unk_token", None)
-    unknown = backend.token_to_id(name) if name else None
-    return lambda texts: [[UNKNOWN if i == unknown else i for i in e.ids] for e in backend.encode_batch(texts, add_special_tokens=False)]
-
-
-def _pieces(texts: list[str]) -> list[list[str]]:
-    return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]
-
-
-_CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-class _StandIn:
-    # replaces a tokenizer in `encode`; formats conversations as ChatML, whatever the model's own template is
-    eos_token_id, bos_token_id, unk_token_id = -1, None, UNKNOWN
-    chat_template = _CHATML
-    added_tokens_encoder: ClassVar[dict[str, int]] = {}
-    special_tokens_map: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, ids: Ids):
-        self._ids = ids
-
-    def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
-        return {"input_ids": [list(ids) for ids in self._ids(texts)]}
-
-    def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        turns = "".join(f"<|im_start|>{m['role']}\n{m.get('content') or ''}<|im_end|>\n" for m in messages)
-        return f"{turns}<|im_start|>assistant\n"
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:

@@ -1,0 +1,100 @@
+"""How many rows of a split are used, cut and left out."""
+
+from dataclasses import dataclass, field, replace
+
+from tadistill.data.prompts import limit_key
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of rows of a split for one tokenizer: all rows, and those that were left out or cut."""
+
+    rows: int
+    long: int = 0
+    """Number of rows that were left out because their prompt has more than `limit` tokens. With several turns, the prompts of all of them
+    are too long."""
+    empty: int = 0
+    """Number of rows that were left out because their prompt has no tokens."""
+    cut: int = 0
+    """Number of rows whose prompt was cut to `limit` tokens."""
+    shortened: int = 0
+    """Number of rows whose response was cut, because prompt and response had more than `max_length` tokens. A cut response has no end
+    token."""
+    long_context: int = 0
+    """Number of rows that were left out because the teacher's own prompt has more than `context_limit` tokens."""
+    cut_context: int = 0
+    """Number of rows whose teacher's prompt was cut to `context_limit` tokens."""
+    limit: int = 0
+    max_length: int = 0
+    context_limit: int = 0
+    turns: int = 0
+    """Number of turns that are not learnt, because their prompt is too long, although their row has turns that are learnt."""
+    answers: int = 0
+    """Number of rows that were left out because prompt and response have more than `max_length` tokens."""
+    more: int = 0
+    """Number of sequences beyond one for each row. A row is several sequences if the chat template rewrites its earlier turns."""
+    unlearnt: int = 0
+    """Number of rows whose last message has thinking or tool calls that are not learnt."""
+    unknown: int = field(default=0, compare=False)
+    """Number of tokens of the kept prompts that are the tokenizer's unknown token, which replaces text that the tokenizer cannot read."""
+    tokens: int = field(default=0, compare=False)
+    """Number of all tokens of the kept prompts."""
+
+    @property
+    def used(self) -> int:
+        """The number of rows that are not left out."""
+        return self.rows - self.long - self.empty - self.answers - self.long_context
+
+    def plus(self, **numbers: int) -> "Counts":
+        """Return these counts with `numbers` added."""
+        return replace(self, **{name: getattr(self, name) + number for name, number in numbers.items()})
+
+    @property
+    def text(self) -> str:
+        """Return text such as ``476 of 500 rows; 24 longer than data.max_prompt (256)``. The text is empty if no row was left out or
+        cut."""
+        key = limit_key(self.limit, self.max_length)
+        parts = [
+            (self.long, f"{self.long} longer than {key}"),
+            (self.answers, f"{self.answers} left out with a reference that is longer than data.max_length ({self.max_length})"),
+            (self.empty, f"{self.empty} with an empty prompt"),
+            (self.cut, f"{self.cut} with a prompt cut at {key}"),
+            (self.long_context + self.cut_context, self.of_contexts),
+            (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
+            (self.turns, f"{self.turns} turns of other rows are not learnt, because their prompts are longer than {key}"),
+            (self.more, f"{self.more} sequences more, because the chat template rewrites earlier turns (`epochs` counts rows)"),
+            (self.unlearnt, f"{self.unlearnt} with thinking or tool calls that are not learnt (data.turns: last learns them)"),
+        ]
+        found = [text for count, text in parts if count]
+        return "; ".join([f"{self.used} of {self.rows} rows", *found]) if found else ""
+
+    @property
+    def of_contexts(self) -> str:
+        """Return the part of `text` about the teacher's own prompts, such as ``24 with a teacher's prompt longer than …``."""
+        key = f"context.max_prompt ({self.context_limit})"
+        if self.long_context:
+            return f"{self.long_context} are left out, because the teacher's prompt is longer than {key}"
+        return f"{self.cut_context} have a teacher's prompt that is cut at {key}" if self.cut_context else ""
+
+    @property
+    def unknown_text(self) -> str:
+        """Return text such as ``12 of 345 tokens of the prompts are unknown to the tokenizer``. It is empty if no token is unknown."""
+        return f"{self.unknown} of {self.tokens} tokens of the prompts are unknown to the tokenizer" if self.unknown else ""
+
+
+def nothing_left(counts: Counts, shortest: int, name: str) -> str:
+    """Return the message for a split without a row that is used. `shortest` is the number of tokens of its shortest prompt."""
+    if counts.long_context:
+        return (
+            f"no row of {name} has a teacher's prompt of at most {counts.context_limit} tokens; raise context.max_prompt, or set "
+            "data.long_prompts: cut"
+        )
+    if counts.answers:
+        return f"every row of {name} is too long for data.max_length ({counts.max_length}); raise it, or set data.long_responses: cut"
+    if not counts.long:
+        return f"every row of {name} has an empty prompt; give the rows an instruction or a prompt, or set data.template: alpaca"
+    key = limit_key(counts.limit, counts.max_length).partition(" ")[0]
+    return (
+        f"no row of {name} has a prompt of at most {counts.limit} tokens (the shortest has {shortest}); raise {key}, or set "
+        "data.long_prompts: cut"
+    )

@@ -1,0 +1,175 @@
+"""The turns of an example that a model learns, as text.
+
+An example of one answer has one turn. With `data.turns: all`, each message of the assistant is a turn. A turn has three parts: the prompt
+after which the model writes; text that it only reads, such as thinking that does not count in the loss; and the answer.
+
+A chat template has to begin each turn with its own generation prompt. So the answer is what follows this prompt in the whole conversation.
+If a template rewrites earlier turns (Qwen3 removes their thinking), each turn has the conversation as the model saw it then. If a template
+marks the answers with {% generation %}, the marks say where they are.
+"""
+
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tadistill.data import chat
+from tadistill.data.prompts import Rules, before_answer, check_template, in_chat, render
+from tadistill.data.rows import Example
+from tadistill.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OPEN = "<think>"
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_REST = re.compile(r".*?</think>\s*", re.DOTALL)  # of a thought that the prompt begins
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and the answer to it, as text."""
+
+    prompt: str
+    answer: str
+    """The answer without the token that ends it."""
+    end: int
+    """The token that ends the answer."""
+    hidden: str = ""
+    """Text between the prompt and the answer that does not count in the loss."""
+
+
+def without_thinking(example: Example) -> Example:
+    """Return the example without the thinking of the assistant, in its messages and its references."""
+    answer = _without(example.last) if example.last else example.last
+    references = tuple(_THOUGHT.sub("", text, count=1) if _THOUGHT.match(text) else text for text in example.references)
+    messages = tuple(_without(m) if m.get("role") == "assistant" else m for m in example.messages)
+    return replace(example, messages=messages, last=answer, references=references)
+
+
+def _without(message: Mapping[str, Any]) -> dict[str, Any]:
+    kept = chat.without_thinking(message)
+    content = kept.get("content")
+    if isinstance(content, str) and _THOUGHT.match(content):
+        kept["content"] = _THOUGHT.sub("", content, count=1)
+    return kept
+
+
+def unlearnt(example: Example, rules: Rules) -> bool:
+    """Return True if the last message has thinking or tool calls of its own, which `data.turns: answer` leaves out."""
+    if rules.turns != "answer" or not in_chat(example, rules.template):
+        return False
+    return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(chat.thinking(example.last)))
+
+
+class TurnReader:
+    """Reads the turns of examples, with the tokenizer's chat template."""
+
+    def __init__(self, rules: Rules, tokenizer: "PreTrainedTokenizerBase"):
+        """Raises ModelError if the tokenizer has no EOS token, or if its chat template does not use a variable that the recipe sets."""
+        self.rules, self.tokenizer = rules, tokenizer
+        self.closing, self._eos = chat.closing(tokenizer), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        chat.check_settings(tokenizer, rules.chat_template_kwargs)
+        special: Any = tokenizer.added_tokens_decoder
+        self._ends = {str(token): i for i, token in special.items() if token.special or i in (self.closing, self._eos)}
+
+    def turns(self, example: Example, where: str) -> list[Turn]:
+        """Return the turns that training learns. `where` is the name of the row in messages.
+
+        Raises:
+            DataError: the chat template refuses the row, or its turns cannot be verified.
+            ModelError: the prompt needs a chat template, but the tokenizer has none.
+        """
+        rules = self.rules
+        if rules.turns != "answer" and in_chat(example, rules.template):
+            return self._of_conversation(example, where)
+        if example.last and example.last.get("content") is None:
+            raise DataError(f"{where}: the last message has no text; set data.turns: last to learn its tool calls, or delete the row")
+        prompt = render(example, rules.template, self.tokenizer, where, rules.chat_template_kwargs)
+        end = self.closing if in_chat(example, rules.template) else self._eos
+        return [self._turn(prompt, example.references[0], end)]
+
+    def _of_conversation(self, example: Example, where: str) -> list[Turn]:
+        check_template(example, self.tokenizer, where)
+        messages = [*before_answer(example), example.last or {"role": "assistant", "content": example.references[0]}]
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        _check_order(messages, where)
+        context = self.tokenizer, where, example.tools, self.rules.chat_template_kwargs
+        entire = chat.written(messages, *context)
+        spans, found = self._spans(messages, places, example, where), list[Turn]()
+        for place in places if self.rules.turns == "all" else places[-1:]:
+            prompt = chat.render(messages[:place], *context)
+            whole = entire if spans else chat.written(messages[: place + 1], *context)
+            start, end = spans[place] if spans else (len(prompt), len(whole))
+            if not whole.startswith(prompt):
+                if not spans or place == places[-1]:
+                    raise _unverified(place, messages[place], where)
+                prompt = whole[:start]  # the template rewrites this turn when it is an earlier one, but it marks it
+            start = max(start, len(prompt))  # the model does not write the generation prompt, even if it is marked
+            answer, token = self._ended(whole[start:end], whole[end:])
+            found.append(self._turn(prompt, answer, token, whole[len(prompt) : start]))
+            _check_written(messages[place], place, found[-1], where)
+        return found
+
+    def _spans(self, messages: Seq[Mapping[str, Any]], places: list[int], example: Example, where: str) -> dict[int, tuple[int, int]]:
+        # the part of each assistant's turn that the template marks; empty if it marks nothing
+        spans = chat.marked(messages, self.tokenizer, example.tools, self.rules.chat_template_kwargs)
+        if spans is not None and len(spans) != len(places):
+            raise DataError(
+                f"{where}: the tokenizer's chat template marks {len(spans)} parts with {{% generation %}}, but the row has {len(places)} "
+                "turns of the assistant; use a tokenizer whose template marks each turn once, or set data.turns: answer"
+            )
+        return dict(zip(places, spans or (), strict=False))
+
+    def _ended(self, answer: str, rest: str = "") -> tuple[str, int]:
+        # the answer without its end token, and this token: the last one of the answer, or the next one of the text after it
+        text = answer.rstrip()
+        if found := [end for end in self._ends if end and text.endswith(end)]:
+            end = max(found, key=len)
+            return text.removesuffix(end), self._ends[end]
+        following = [end for end in self._ends if end and rest.startswith(end)]
+        return (answer, self._ends[max(following, key=len)]) if following else (text, self.closing)
+
+    def _turn(self, prompt: str, answer: str, end: int, hidden: str = "") -> Turn:
+        if self.rules.thinking == "mask":
+            opened = (prompt + hidden).rstrip().endswith(_OPEN)
+            thought = (_REST if opened else _THOUGHT).match(answer)
+            if thought:
+                hidden, answer = hidden + thought[0], answer[thought.end() :]
+        return Turn(prompt, answer, end, hidden)
+
+
+def _check_order(messages: Seq[Mapping[str, Any]], where: str) -> None:
+    before = ""
+    for i, role in enumerate((message["role"] for message in messages), 1):
+        if role == "assistant" and not before:
+            raise DataError(f"{where}: the first turn of `messages` is the assistant's, so it has no prompt; delete this turn")
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise DataError(
+                f"{where}: turn {i} of `messages` has the role tool, but the turn before it is not the assistant's, which calls tools; add "
+                "the call, or delete the row"
+            )
+        before = role
+
+
+def _check_written(message: Mapping[str, Any], place: int, turn: Turn, where: str) -> None:
+    # a template that does not know a part of a message leaves it out without a word
+    text, content = turn.prompt + turn.hidden + turn.answer, _without(message).get("content")
+    said = turn.hidden + turn.answer
+    missing = [f"the call of `{name}`" for name in chat.called(message.get("tool_calls") or ()) if name not in said]
+    missing += ["the thinking"] if str(chat.thinking(message) or "").strip() not in text else []
+    missing += ["the text"] if str(content or "").strip() not in text else []
+    if missing:
+        raise DataError(
+            f"{where}: the tokenizer's chat template leaves out {missing[0]} of turn {place + 1} of `messages`; use a tokenizer with "
+            f"another template, {'set data.thinking: drop, ' if missing[0] == 'the thinking' else ''}or delete the row"
+        )
+
+
+def _unverified(place: int, message: Mapping[str, Any], where: str) -> DataError:
+    drop = "set data.thinking: drop, or " if chat.thinking(message) or _THOUGHT.match(str(message.get("content") or "")) else ""
+    return DataError(
+        f"{where}: the tokenizer's chat template does not write turn {place + 1} of `messages` after its own generation prompt, so its "
+        f"tokens cannot be verified; {drop}use a tokenizer whose template marks answers with {{% generation %}}, or set data.turns: answer"
+    )

@@ -1,0 +1,127 @@
+"""A stand-in for a tokenizer of transformers, which loads slowly and needs torch.
+
+Texts are split into tokens with tokenizer.json. If this file is not on the disk, a token is assumed to be four characters. Conversations
+are written with the chat template of the files, or else as ChatML.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tadistill.config import ModelConfig, Recipe
+from tadistill.config.data import World
+from tadistill.data import chat, tinyworld
+from tadistill.data.prompts import Rules
+from tadistill.models import sources, tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+UNKNOWN = -2
+Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
+"""A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
+Text that the tokenizer cannot read is UNKNOWN."""
+_CHATML = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['reasoning_content'] }}"
+    "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class StandIn:
+    """Splits texts of a study into tokens, and writes conversations. `data.templates.encode` uses it as a tokenizer."""
+
+    eos_token_id, bos_token_id, unk_token_id = -1, None, UNKNOWN
+
+    def __init__(self, recipe: Recipe):
+        loaded = [model for model in recipe.models.values() if model.load]  # models that teach each other share their tokenizer
+        ids, backend = _ids_of(loaded[0], recipe.data.world), _backend(loaded[0])
+        self.known, self.ids = ids is not None, ids or _pieces
+        """True if the study's tokenizer is on this disk."""
+        self.added_tokens_decoder: dict[int, Any] = backend.get_added_tokens_decoder() if backend else {}
+        self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
+        found = ((model, _chat(str(model.tokenizer_source), model.revision)) for model in loaded)
+        self._chats, (template, self.special_tokens_map) = next(
+            ((model, chats) for model, chats in found if chats[0]), (None, (None, dict[str, str]()))
+        )
+        self.chat_template, self.name_or_path = template or _CHATML, self._chats.tokenizer_source if self._chats else ""
+
+    def readable(self, rules: Rules) -> Rules:
+        """Return the rules without variables of a chat template that is not on this disk."""
+        return rules if self._chats else replace(rules, chat_template_kwargs={})
+
+    def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
+        return {"input_ids": [list(ids) for ids in self.ids(texts)]}
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        **variables: Any,
+    ) -> str:
+        known = {**self.special_tokens_map, **variables}
+        return chat.unmarked(self.chat_template, messages, known, tools=tools, prompt=add_generation_prompt)
+
+
+@lru_cache
+def _chat(source: str, revision: str) -> tuple[str | None, Mapping[str, str]]:
+    directory = None if source == "tinyworld" else sources.locate(source, revision, weights=False)
+    found = tokens.read(None, directory) if directory else tokens.Tokens(None)
+    return found.template, found.specials
+
+
+def _backend(model: ModelConfig) -> "Tokenizer | None":
+    file = None if model.tokenizer_source == "tinyworld" else _tokenizer_file(model)
+    return _from_file(file) if file else None
+
+
+def _ids_of(model: ModelConfig, world: World) -> Ids | None:
+    if model.tokenizer_source == "tinyworld":
+        words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
+        return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(r"\S+|\n", text)] for text in texts]
+    backend = _backend(model)
+    if backend is None:
+        return None
+    name = getattr(backend.model, "unk_token", None)
+    unknown = backend.token_to_id(name) if name else None
+    return lambda texts: [[UNKNOWN if i == unknown else i for i in e.ids] for e in backend.encode_batch(texts, add_special_tokens=False)]
+
+
+def vocabulary(model: ModelConfig, world: World) -> int | None:
+    """Return the vocabulary size of a model's tokenizer. Return None if its tokenizer.json is not on this disk."""
+    if model.tokenizer_source == "tinyworld":
+        return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
+    file = _tokenizer_file(model)
+    if file is None:
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
+
+
+def _tokenizer_file(model: ModelConfig) -> Path | None:
+    source = model.tokenizer_source
+    assert source is not None
+    directory = sources.locate(source, model.revision, weights=False)
+    file = directory / "tokenizer.json" if directory else None
+    return file if file and file.is_file() else None
+
+
+@lru_cache
+def _from_file(file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer  # not at the top, because not every study needs it
+
+    backend = Tokenizer.from_file(str(file))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _pieces(texts: list[str]) -> list[list[str]]:
+    return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]

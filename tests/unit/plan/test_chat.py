@@ -1,0 +1,95 @@
+"""Turns of conversations in a plan: which stages read several of them, what they cost, and which rows are left out."""
+
+from pathlib import Path
+
+import pytest
+from tests.byte_models import SHAPE, write_rows
+from tests.chat_templates import CHATML, QWEN3, chat_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tadistill.config.recipe import Recipe
+from tadistill.data.datasets import load
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import encode_counted
+from tadistill.errors import DataError
+from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import Ledger, passes
+from tadistill.plan.preview import _rows
+
+TALK = [("user", "Where is Oslo?"), ("assistant", "In Norway."), ("user", "Is it cold?"), ("assistant", "Yes, it is.")]
+ROWS = [{"messages": [{"role": role, "content": text} for role, text in TALK[: 2 + 2 * (i % 2)]]} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    write_rows(folder / "rows.jsonl", ROWS)
+    for name, template in (("chatml", CHATML), ("qwen", QWEN3)):
+        config = AutoConfig.for_model("llama", vocab_size=400, eos_token_id=2, **SHAPE)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        chat_tokenizer(template).save_pretrained(folder / name)
+    return folder
+
+
+def recipe(folder: Path, model: str = "chatml", **data) -> Recipe:
+    file, optim = str(folder / "rows.jsonl"), {"steps": 2, "batch": 2}
+    methods = {
+        "dataset": {"sampler": {"type": "dataset"}, "objective": {"type": "forward_kl"}},
+        "recorded": {"sampler": {"type": "dataset", "signal": {"type": "hidden"}}, "objective": {"type": "forward_kl"}},
+        "teacher": {"sampler": {"type": "teacher"}, "objective": {"type": "cross_entropy"}},
+        "student": {"sampler": {"type": "student"}, "objective": {"type": "reverse_kl"}},
+        "mix": {"sampler": {"type": "mix"}, "objective": {"type": "forward_kl"}},
+    }
+    return Recipe.model_validate({
+        "study": "x", "seeds": [1], "data": {"train": file, "dev": file, "test": [file], **data},
+        "models": {"t": {"load": str(folder / model)}, "s": {"load": str(folder / model), "sft": {"optim": optim}}},
+        "method": {"optim": optim}, "arms": {name: {"path": "t > s"} | method for name, method in methods.items()},
+    })  # fmt: skip
+
+
+def test_only_the_training_sets_own_text_has_several_turns(folder):
+    plan = make_plan(recipe(folder, turns="all"))
+    turns = {(s.spec.kind, getattr(getattr(s.spec, "sampler", None), "type", "")): s.spec.data.turns for s in plan.stages.values()}
+    whole = {("sft", ""), ("signal", ""), ("distill", "dataset"), ("distill", "mix")}
+    assert {stage for stage, value in turns.items() if value == "all"} == whole
+    assert {value for stage, value in turns.items() if stage not in whole} == {"last"}
+    assert Rules.of(recipe(folder, turns="all").data, "dev", bos=False).turns == "last"
+
+
+def test_old_recipes_keep_the_content_of_their_stages(folder):
+    new = {"turns", "thinking", "chat_template_kwargs", "long_responses"}
+    for stage in make_plan(recipe(folder)).stages.values():
+        assert not new & stage.spec.data.content().keys()
+    changes = (
+        {},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"turns": "last"},
+        {"thinking": "mask"},
+        {"long_responses": "drop"},
+    )
+    keys = [next(iter(make_plan(recipe(folder, "qwen", **data)).stages)) for data in changes]
+    assert len({*keys}) == len(keys)
+
+
+@pytest.mark.parametrize(("model", "more"), [("chatml", 0), ("qwen", 4)])
+@pytest.mark.parametrize("changes", [{}, {"max_prompt": 40}, {"long_responses": "drop", "max_length": 60}])
+def test_the_plan_counts_and_measures_as_the_tokenizer_of_transformers(folder, model, more, changes):
+    study = recipe(folder, model, **({"turns": "all"} | changes))
+    rules, rows = Rules.of(study.data, "train", bos=False), load(study.data.train, "train", study.data)
+    encoded, counts = encode_counted(rows, chat_tokenizer(QWEN3 if more else CHATML), rules)
+    assert passes.count_first_rows(study, study.data.train, "train") == counts
+    assert counts.more == more or changes
+    lengths = Ledger(study).fixed
+    assert lengths.totals == [len(e.prompt) + len(e.response) for e in encoded]
+    assert sum(r for _, r in lengths.rows) == sum(sum(b - a for a, b in e.spans) or len(e.response) for e in encoded)
+    assert lengths.count == len(encoded)
+
+
+def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder):
+    study = recipe(folder, turns="all", max_prompt=40)
+    text = " ".join(_rows(make_plan(study)))
+    assert "rows.jsonl" not in text
+    assert "Rows of rows (train), among the first 8: 8 of 8 rows; 4 turns of other rows are not learnt, because" in text
+    assert "Rows of rows (dev), among the first 8: 4 of 8 rows; 4 longer than data.max_prompt (40)" in text
+    with pytest.raises(DataError, match=r"data set `rows` \(train\), row 2: its prompt has \d+ tokens, more than data.max_prompt \(40\)"):
+        list(_rows(make_plan(recipe(folder, turns="all", max_prompt=40, long_prompts="refuse"))))
