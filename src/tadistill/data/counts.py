@@ -1,4 +1,4 @@
-"""How many rows of a split are used, cut and left out."""
+"""Counts of the rows of a split that are used, cut and left out."""
 
 from dataclasses import dataclass, field, replace
 
