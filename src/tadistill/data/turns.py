@@ -94,7 +94,7 @@ class TurnReader:
         check_template(example, self.tokenizer, where)
         messages = [*before_answer(example), example.last or {"role": "assistant", "content": example.references[0]}]
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        _check_order(messages, where)
+        _check_order(messages, where, first=self.rules.turns == "all")
         context = self.tokenizer, where, example.tools, self.rules.chat_template_kwargs
         entire = chat.written(messages, *context)
         spans, found = self._spans(messages, places, example, where), list[Turn]()
@@ -140,10 +140,11 @@ class TurnReader:
         return Turn(prompt, answer, end, hidden)
 
 
-def _check_order(messages: Seq[Mapping[str, Any]], where: str) -> None:
+def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -> None:
+    # with `first`, the first turn is learnt too if it is the assistant's
     before = ""
     for i, role in enumerate((message["role"] for message in messages), 1):
-        if role == "assistant" and not before:
+        if first and role == "assistant" and not before:
             raise DataError(f"{where}: the first turn of `messages` is the assistant's, so it has no prompt; delete this turn")
         if role == "tool" and before not in ("assistant", "tool"):
             raise DataError(
@@ -155,11 +156,10 @@ def _check_order(messages: Seq[Mapping[str, Any]], where: str) -> None:
 
 def _check_written(message: Mapping[str, Any], place: int, turn: Turn, where: str) -> None:
     # a template that does not know a part of a message leaves it out without a word
-    text, content = turn.prompt + turn.hidden + turn.answer, _without(message).get("content")
-    said = turn.hidden + turn.answer
+    said, content = turn.hidden + turn.answer, _without(message).get("content")
     missing = [f"the call of `{name}`" for name in chat.called(message.get("tool_calls") or ()) if name not in said]
-    missing += ["the thinking"] if str(chat.thinking(message) or "").strip() not in text else []
-    missing += ["the text"] if str(content or "").strip() not in text else []
+    missing += ["the thinking"] if str(chat.thinking(message) or "").strip() not in said else []
+    missing += ["the text"] if str(content or "").strip() not in said else []
     if missing:
         raise DataError(
             f"{where}: the tokenizer's chat template leaves out {missing[0]} of turn {place + 1} of `messages`; use a tokenizer with "

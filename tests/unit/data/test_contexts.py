@@ -8,7 +8,8 @@ from tadistill.config import DataRef
 from tadistill.config.context import TeacherContext
 from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.rows import Example, example
-from tadistill.data.templates import Lengths, encode_counted
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import encode_counted
 from tadistill.errors import DataError, ModelError
 
 QUESTION = Example("Say red", "", ("red it is", "red"))
@@ -19,7 +20,7 @@ def texts(context: dict | str, *rows: Example, template: str = "plain", **settin
     """Return the prompts of student and teacher as text, one after the other, for each row."""
     tokenizer = byte_tokenizer(settings.pop("chat", None) or byte_tokenizer().chat_template)
     found, _ = encode_counted(
-        rows, tokenizer, Lengths(200, 400, context=TeacherContext.model_validate(context), **settings), template=template
+        rows, tokenizer, Rules(200, 400, context=TeacherContext.model_validate(context), template=template, **settings)
     )
     return [tokenizer.decode(ids) for e in found for ids in (e.prompt, e.teacher_prompt)]
 
@@ -55,16 +56,16 @@ def test_a_conversation_keeps_its_other_turns():
 def test_long_prompts_of_the_teacher_are_left_out_or_cut_and_counted():
     rows = [QUESTION, Example("Say blue", "", ("blue " * 9,))]
     context = TeacherContext(template="{output}", max_prompt=12)
-    found, counts = encode_counted(rows, byte_tokenizer(), Lengths(200, 400, context=context), template="plain")
+    found, counts = encode_counted(rows, byte_tokenizer(), Rules(200, 400, context=context, template="plain"))
     assert [e.row for e in found] == [0]
     assert (counts.rows, counts.used, counts.long_context, counts.empty, counts.context_limit) == (2, 1, 1, 0, 12)
     assert "1 of 2 rows; 1 are left out, because the teacher's prompt is longer than context.max_prompt (12)" in counts.text
-    found, counts = encode_counted(rows, byte_tokenizer(), Lengths(200, 400, "cut", context=context), template="plain")
+    found, counts = encode_counted(rows, byte_tokenizer(), Rules(200, 400, "cut", context=context, template="plain"))
     assert [len(e.teacher_prompt) for e in found] == [9, 12]
     assert (counts.used, counts.cut_context, counts.cut) == (2, 1, 0)
     assert [len(e.prompt) for e in found] == [8, 9]  # the student's prompts have their own limit
     with pytest.raises(DataError, match=r"no row of data has a teacher's prompt of at most 3 tokens; raise context.max_prompt"):
-        encode_counted(rows, byte_tokenizer(), Lengths(200, 400, context=context.model_copy(update={"max_prompt": 3})), template="plain")
+        encode_counted(rows, byte_tokenizer(), Rules(200, 400, context=context.model_copy(update={"max_prompt": 3}), template="plain"))
 
 
 def test_a_row_of_a_file_has_the_extra_columns(tmp_path):
@@ -83,12 +84,12 @@ def test_contexts_are_stored_with_the_tokens_of_a_large_set(tmp_path, monkeypatc
     file.write_text('{"instruction": "Say red", "output": "red"}\n{"instruction": "Say blue", "output": "blue"}\n')
     ref, tokenizer = RowsOnDisk(DataRef(load=str(file)), "train", None, None, None), byte_tokenizer()
     for template in ("{output}{prompt}", "{prompt}"):
-        lengths = Lengths(200, 400, context=TeacherContext(template=template))
-        kept = ref.kept(tokenizer, lengths, template="plain", name="d")
-        assert [*kept.rows] == encode_counted([*ref._examples()], tokenizer, lengths, template="plain")[0]
+        rules = Rules(200, 400, context=TeacherContext(template=template), template="plain")
+        kept = ref.kept(tokenizer, rules, name="d")
+        assert [*kept.rows] == encode_counted([*ref._examples()], tokenizer, rules)[0]
         assert kept.context == max(len(e.teacher_prompt) for e in kept.rows)
         assert kept.context_whole == max(len(e.teacher_prompt) + len(e.response) for e in kept.rows)
-    assert ref.kept(tokenizer, Lengths(200, 400), template="plain", name="d").rows[0].teacher_prompt is None
+    assert ref.kept(tokenizer, Rules(200, 400, template="plain"), name="d").rows[0].teacher_prompt is None
 
 
 @pytest.mark.parametrize(
@@ -135,4 +136,4 @@ def test_a_context_with_chat_needs_a_chat_template():
     tokenizer = byte_tokenizer(None)
     assert tokenizer.bos_token_id == BOS
     with pytest.raises(ModelError, match=r"data, row 1: the `context` needs a chat template, but the tokenizer has none"):
-        encode_counted([QUESTION], tokenizer, Lengths(200, 400, context=TeacherContext(chat=True)), template="plain")
+        encode_counted([QUESTION], tokenizer, Rules(200, 400, context=TeacherContext(chat=True), template="plain"))
