@@ -7,8 +7,8 @@ from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 from tadistill.config import DataRef
 from tadistill.config.context import TeacherContext
 from tadistill.data.encoded import RowsOnDisk
-from tadistill.data.rows import Example, example
 from tadistill.data.prompts import Rules
+from tadistill.data.rows import Example, example
 from tadistill.data.templates import encode_counted
 from tadistill.errors import DataError, ModelError
 
