@@ -195,7 +195,7 @@ class _Planner:
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
         # an arm without a teacher may only train further with cross-entropy on the data set
-        if arm.objective is None and (arm.optim or arm.select or arm.sampler):
+        if arm.objective is None and (arm.optim or arm.select or arm.sampler or arm.context):
             raise ConfigError(
                 f"arms.{name} trains no model, so its settings have no effect; add objective: {{type: cross_entropy}} to continue the "
                 "model's training"

@@ -14,6 +14,7 @@ from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references
 from tadistill.data.templates import Encoded
 from tadistill.models.forward import pack_rows
+from tadistill.models.served import sequences
 from tadistill.models.teacher import InProcess
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Native
@@ -156,6 +157,23 @@ def test_recorded_outputs_are_those_behind_the_context(tmp_path):
     target = Signals(tmp_path, torch.device("cpu")).target([3, 0, 6])
     expected = torch.cat([alone(teacher, OTHER[i].teacher_prompt, OTHER[i].response, hidden=True) for i in (3, 0, 6)])
     torch.testing.assert_close(target.states, expected, atol=1e-5, rtol=1e-4)
+
+
+class Listening(InProcess):
+    """A teacher that notes what it is asked, as a client of a server does."""
+
+    def hidden(self, batch):
+        self.asked = sequences(batch, ahead=0).tokens
+        return super().hidden(batch)
+
+
+def test_a_server_gets_the_longer_texts():
+    made, student, _, batches = update("student", OTHER)
+    teacher = made.models.teachers[0]
+    teacher.__class__ = Listening
+    losses(made, student, batches)
+    contexts = {row.prompt: row.teacher_prompt for row in OTHER}
+    assert teacher.asked == [[*contexts[prompt], *response[:-1]] for prompt, response in rows_of(batches[0])]
 
 
 def test_a_part_of_a_batch_and_a_restored_sequence_keep_the_context():
