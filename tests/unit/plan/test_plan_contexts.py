@@ -73,6 +73,15 @@ def test_the_plan_shows_the_rows_that_a_context_leaves_out(tmp_path):
     assert "are left out, because the teacher's prompt is longer than context.max_prompt (15)" in text
 
 
+def test_a_long_context_needs_memory():
+    def peak(**context):
+        arm = {"path": "xl > s", "objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}, "select": {"metric": "last"}}
+        return stages(plan(seeds=[1], arms={"a": arm | context}), "a")[0].cost.memory.peak(cuda=True)
+
+    short, long = (peak(context={"template": "{prompt}" * n, "max_prompt": 10**5}) for n in (1, 400))
+    assert peak() == short < 0.5 * long
+
+
 def shaped(width: int) -> dict:
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
     return {"load": "scratch:llama", "tokenizer": "tinyworld", "config": shape | {"num_key_value_heads": 2, "max_position_embeddings": 64}}

@@ -8,7 +8,7 @@ from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.models.counting.sizes import Adapters, Work, forward_flops, training_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.training_memory import Described, TrainingMemory
+from tadistill.plan.costs.training_memory import Described, TrainingMemory, reading_bytes
 from tadistill.store import key_of
 from tadistill.tuning import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 
@@ -63,6 +63,8 @@ class TrainingCost:
         if teacher or teacher_head:
             read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
             self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
+            for each in self.memory.teachers if teacher and texts.contexts else ():  # one after another, before the student
+                self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def reading(self, texts: Texts, batch: int, count: float) -> Work:
         """Return the work of reading `count` sequences once, in batches of sequences of similar length."""
