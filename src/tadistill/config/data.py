@@ -166,6 +166,14 @@ class Data(Strict):
                 raise ValueError(f"`{name}` is {value!r}; write text, a number, true, false, null, or a list or map of these") from error
         return given
 
+    @field_validator("dev", "test", "corpus")
+    @classmethod
+    def _no_extra(cls, given: Any) -> Any:
+        for ref in given if isinstance(given, tuple) else (given,):
+            if ref and ref.extra:
+                raise ValueError(f"data set `{ref.name}` has `extra`, but only training reads a `context`; remove `extra`")
+        return given
+
     @field_validator("test")
     @classmethod
     def _distinct(cls, test: tuple[DataRef, ...]) -> tuple[DataRef, ...]:

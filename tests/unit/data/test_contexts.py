@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 
-from tadistill.config import DataRef
+from tadistill.config import Data, DataRef
 from tadistill.config.context import TeacherContext
 from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.prompts import Rules
@@ -108,6 +108,11 @@ def test_contexts_are_stored_with_the_tokens_of_a_large_set(tmp_path, monkeypatc
 def test_a_context_that_cannot_work(context, sentence):
     with pytest.raises(ValidationError, match=sentence.replace("{", r"\{").replace("}", r"\}")):
         TeacherContext.model_validate(context)
+
+
+def test_extra_columns_belong_to_the_training_set():
+    with pytest.raises(ValidationError, match="data set `d` has `extra`, but only training reads a `context`"):
+        Data(train="d", dev="d", test=[{"load": "d", "extra": ["x"]}])
 
 
 def test_extra_columns_do_not_hide_known_ones():
