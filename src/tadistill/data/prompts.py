@@ -63,7 +63,7 @@ class Rules:
 
     @property
     def lenient(self) -> "Rules":
-        """The same rules, but a text that is too long is left out or cut where it would be refused."""
+        """These rules, but a text that is too long is left out or cut where it would be refused."""
         prompts, responses = (("drop" if given == "refuse" else given) for given in (self.long_prompts, self.long_responses))
         return replace(self, long_prompts=prompts, long_responses=responses)
 
