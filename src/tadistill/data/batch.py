@@ -236,7 +236,8 @@ def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK | Sampled, ...] = ()) -> Batch:
     """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted.
 
-    If the sequences have prompts of the teacher's own, the same responses behind these prompts are a second batch (`Batch.context`).
+    If the sequences have prompts of the teacher's own and no recorded `targets`, the responses behind these prompts are a second batch
+    (`Batch.context`).
     """
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
@@ -252,6 +253,6 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
         for name, array in values.items():
             array[b, n - 1 : end - 1] = s.values[name]
     tensors = {k: torch.from_numpy(v) for k, v in values.items()}
-    own = any(s.teacher_prompt is not None for s in sequences)
+    own = not targets and any(s.teacher_prompt is not None for s in sequences)  # recorded outputs need no teacher
     context = collate([s.of_teacher for s in sequences], pad=pad) if own else None
     return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask), tensors, corpus, targets, context=context)

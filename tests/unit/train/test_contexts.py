@@ -146,7 +146,7 @@ def test_a_divergence_equals_whole_logits():
         terms.append((q.exp() * (q - p)).sum(-1))
     loss = torch.cat(terms).mean()
     loss.backward()
-    assert ours[0] == pytest.approx(float(loss), rel=1e-5)
+    assert ours[0] == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(ours[1], torch.cat([p.grad.flatten() for p in student.parameters()]), atol=1e-6, rtol=1e-4)
 
 
