@@ -1,0 +1,186 @@
+"""Align two tokenisations of one text, byte for byte.
+
+    student, teacher = read_again(ids, token_bytes(student_tokenizer), token_bytes(teacher_tokenizer))
+    spans = align(student, teacher)
+
+Both tokenisations are cut at their common byte boundaries. The text between two cuts is a span. It is a number of whole tokens on both
+sides, so its log-probability under a model is the sum of the log-probabilities of its tokens. `tadistill.objectives.spans` has the losses.
+The page "Different tokenizers" of the documentation has the mathematics.
+
+The same idea, on characters or on decoded tokens, is in: Boizard et al. 2024 (ULD, arXiv 2402.12030), which truncates to the shorter
+sequence; Zhang et al. 2024 (DSKD, arXiv 2406.17328), which learns an attention between the two sequences; GOLD (TRL 1.16), which uses
+byte offsets of byte-level tokenizers; and SimCT (arXiv 2605.07711), whose units are the spans between common boundaries.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+
+from tadistill.data.token_bytes import END, Piece, Reading, TokenBytes, valid_runs
+from tadistill.errors import DataError
+
+NO_SPAN = -1
+"""The span of a token after the last common boundary. Only a text that the teacher cannot read to its end has such tokens."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The spans of a text: the parts between common boundaries of two tokenisations."""
+
+    student: tuple[int, ...]
+    """The span of each token of the student, from 0 upwards, or `NO_SPAN`."""
+    teacher: tuple[int, ...]
+    """The span of each token of the teacher."""
+    ends: tuple[int, ...]
+    """The place where each span ends: the number of bytes before it, plus the number of events before it."""
+    exact: tuple[bool, ...]
+    """True for a span whose tokens spell the same bytes on both sides. False if a normaliser changed the text there, or if a token is
+    unknown: the probability of such a span is that of another text."""
+
+    def single(self) -> tuple[bool, ...]:
+        """Return one value per span: True if the span is one token on both sides."""
+        mine, theirs = Counter(self.student), Counter(self.teacher)
+        return tuple(mine[k] == theirs[k] == 1 for k in range(len(self.ends)))
+
+
+def align(student: Reading, teacher: Reading) -> Alignment:
+    """Cut two readings of one text at their common boundaries.
+
+    A token without bytes, such as the space that Llama 2 adds, belongs to the span of the next token. If one reading is longer, its tokens
+    after the last common boundary are in no span.
+
+    Raises:
+        DataError: the readings differ in a byte or an event.
+    """
+    _check_same_text(student.pieces, teacher.pieces)
+    mine, theirs = _ends(student.pieces), _ends(teacher.pieces)
+    ends = sorted(set(mine) & set(theirs) - {0})
+    spans = [_spans(reading.pieces, places, ends) for reading, places in ((student, mine), (teacher, theirs))]
+    wrong = {
+        span
+        for reading, found in zip((student, teacher), spans, strict=True)
+        for span, ok in zip(found, reading.exact, strict=True)
+        if not ok
+    }
+    return Alignment(tuple(spans[0]), tuple(spans[1]), tuple(ends), tuple(k not in wrong for k in range(len(ends))))
+
+
+def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, first: bool = False) -> tuple[Reading, Reading]:
+    """Return two readings of the text of the student's ids: the student's own, and the teacher's.
+
+    With one tokenizer on both sides, the teacher reads the same ids. Otherwise the teacher's tokenizer reads the bytes of the ids:
+
+    - The first end token of the student becomes the teacher's end token. What follows it is left out.
+    - Another special token becomes the teacher's special token of the same name. If there is none, both readings stop before it.
+    - Bytes that are not valid UTF-8, such as half a character at the end of a cut text, become one token each (`Reading.lone`). The text
+      on both sides of them is read separately. If the teacher has no tokens for bytes, both readings stop before them.
+
+    So the student's reading can be shorter than `ids`, and the caller counts the tokens that are missing.
+
+    Args:
+        ids: tokens of a response, sampled or from a data set.
+        first: True if they begin the sequence. False after a prompt.
+    """
+    own = student.spell(ids, first=first)
+    stop = own.pieces.index(END) + 1 if END in own.pieces else len(own.pieces)
+    own = _head(own, stop)
+    if student.same(teacher):
+        return own, own
+    found = Reading((), (), ())
+    place = 0
+    for piece in _joined(own.pieces):
+        more, complete = _read_piece(piece, teacher, first=first and not found.ids)
+        found += more
+        if not complete:
+            limit = place + sum(map(_width, more.pieces))
+            return _head(own, bisect_right(_ends(own.pieces), limit)), found
+        place += _width(piece)
+    return own, found
+
+
+def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], list[int]]:
+    """Return the ids of the tokens that stand for the same in both vocabularies, one list per side. Pairs have the same place.
+
+    Tokens are matched by their bytes, so `Ġthe` of GPT-2 and `▁the` of Gemma are a pair. End tokens are matched in the order of `ends`, and
+    other special tokens by their names. Where several tokens of a vocabulary have the same bytes (`A` and `<0x41>` of Gemma), ordinary
+    tokens are matched first. With one tokenizer on both sides, every id is matched with itself.
+    """
+    if student.same(teacher):
+        every = sorted(student.tokenizer.get_vocab().values())
+        return every, every
+    mine, theirs = _by_piece(student), _by_piece(teacher)
+    pairs = sorted(pair for piece, ids in mine.items() for pair in zip(ids, theirs.get(piece, ()), strict=False))
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _by_piece(vocabulary: TokenBytes) -> dict[Piece, list[int]]:
+    found: dict[Piece, list[int]] = {}
+    rest = [i for i in range(len(vocabulary.pieces)) if i not in vocabulary.ends]
+    for i in [*vocabulary.ends, *sorted(rest, key=lambda i: i in vocabulary.fallback)]:
+        piece = vocabulary.pieces[i]
+        if piece:
+            found.setdefault(piece, []).append(i)
+    return found
+
+
+def _read_piece(piece: Piece, teacher: TokenBytes, *, first: bool) -> tuple[Reading, bool]:
+    if isinstance(piece, str):
+        token = teacher.of_event.get(piece)
+        return (Reading((), (), ()), False) if token is None else (Reading((token,), (piece,), (True,)), True)
+    found = Reading((), (), ())
+    for run, valid in valid_runs(piece):
+        if valid:
+            more = teacher.read(run.decode(), first=first and not found.ids)
+        elif teacher.of_byte.keys() >= set(run):
+            tokens = tuple(teacher.of_byte[byte] for byte in run)
+            more = Reading(tokens, tuple(bytes([byte]) for byte in run), (True,) * len(run), lone=len(run))
+        else:
+            return found, False
+        found += more
+        if not more.ids:  # text of dropped characters only
+            return found, False
+    return found, True
+
+
+def _head(reading: Reading, count: int) -> Reading:
+    return Reading(reading.ids[:count], reading.pieces[:count], reading.exact[:count], reading.dropped, reading.lone)
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    runs: list[Piece] = []
+    for piece in pieces:
+        if runs and isinstance(piece, bytes) and isinstance(runs[-1], bytes):
+            runs[-1] += piece
+        elif piece:
+            runs.append(piece)
+    return runs
+
+
+def _width(piece: Piece) -> int:
+    return len(piece) if isinstance(piece, bytes) else 1
+
+
+def _ends(pieces: Sequence[Piece]) -> list[int]:
+    return list(accumulate(map(_width, pieces)))
+
+
+def _spans(pieces: Sequence[Piece], places: Sequence[int], ends: Sequence[int]) -> list[int]:
+    found = []
+    for piece, place in zip(pieces, places, strict=True):
+        span = (bisect_left if piece else bisect_right)(ends, place)
+        at_the_end = not piece and ends and span == len(ends) and place == ends[-1]
+        found.append(span - 1 if at_the_end else span if span < len(ends) else NO_SPAN)
+    return found
+
+
+def _check_same_text(student: Sequence[Piece], teacher: Sequence[Piece]) -> None:
+    symbols = [[symbol for piece in pieces for symbol in (piece if isinstance(piece, bytes) else [piece])] for pieces in (student, teacher)]
+    shorter = min(map(len, symbols))
+    if symbols[0][:shorter] == symbols[1][:shorter]:
+        return
+    place, (a, b) = next((k, pair) for k, pair in enumerate(zip_longest(*symbols)) if pair[0] != pair[1])
+    raise DataError(
+        f"the two readings are not of one text: place {place} is {a!r} for the student and {b!r} for the teacher; read one text"
+    )
