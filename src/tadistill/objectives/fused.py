@@ -162,7 +162,7 @@ def fused_head(
         if isinstance(target, TopK | Sampled):
             target.check(width)
         elif isinstance(target, Hidden):
-            watcher(target.head, len(hidden), width, False)
+            watcher(target.head, len(hidden), target.vocab or width, False)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
@@ -179,7 +179,7 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     widths = [head.weight.shape[0]]
-    whole = [t for t in teachers if not isinstance(t, TopK | Sampled)]
+    whole = [t for t in teachers if not (isinstance(t, TopK | Sampled) or (isinstance(t, Hidden) and t.vocab))]
     widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in whole]
     if vocab is None and len(set(widths)) > 1:
         raise ConfigError(
@@ -222,9 +222,9 @@ class _Plan:
     autocast: torch.dtype | None  # dtype of matrix products, if the caller has autocast on
     grad: bool  # True if the caller has gradients on; inside an autograd function they are always off
 
-    def operand(self, states: Tensor, head: Head) -> Tensor:
+    def operand(self, states: Tensor, head: Head, width: int) -> Tensor:
         dtype = self.autocast if self.autocast and states.dtype != torch.float64 else states.dtype
-        return head.weight.detach()[: self.width].to(dtype)
+        return head.weight.detach()[:width].to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -274,9 +274,11 @@ class _Gradients:
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
-    rows, small = tile_rows(count, 1 + len(dense), width, dtype, hidden.device)
-    buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
-    operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
+    widths = [width, *(t.vocab or width for t in dense)]
+    rows, small = tile_rows(count, widths, dtype, hidden.device)
+    buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for width in widths]
+    operand = plan.operand(hidden, plan.head, width)
+    operands = [plan.operand(t.states, t.head, width) for t, width in zip(dense, widths[1:], strict=True)]
     # One tensor for all values: small tensors between large freed ones would make the C allocator request new memory again and again.
     values = torch.zeros(plan.weights.shape[0], count, dtype=dtype, device=hidden.device)
     for start in range(0, count, rows):

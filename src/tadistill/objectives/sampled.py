@@ -100,10 +100,12 @@ class TokenTerm:
     """Arguments with one value per token, (N,)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    temperature: float = 1.0
+    """Divides the logits."""
 
     def values(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> Tensor:
         """Return one value per token in `rows`, of shape (n,). `logits` are the student's at these tokens, of shape (n, V)."""
-        return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
+        return self._loss(token_log_probs(self._cooled(logits), self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:
         """Return True: `with_slope` always works, because the loss uses no teacher."""
@@ -111,7 +113,11 @@ class TokenTerm:
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:
         """Return the values (n,) and their gradients with respect to the logits (n, V)."""
-        return token_loss_with_slope(logits, self.tokens[rows], lambda log_q: self._loss(log_q, rows))
+        value, slope = token_loss_with_slope(self._cooled(logits), self.tokens[rows], lambda log_q: self._loss(log_q, rows))
+        return value, slope if self.temperature == 1.0 else slope.div_(self.temperature)
+
+    def _cooled(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def _loss(self, log_q: Tensor, rows: slice) -> Tensor:
         return self.loss(log_q, **{name: values[rows] for name, values in self.per_token.items()}, **self.settings)

@@ -85,10 +85,12 @@ class Hidden:
 
     states: Tensor
     head: Head
+    vocab: int | None = None
+    """Size of the teacher's own vocabulary, if the student has another tokenizer. None means the student's vocabulary."""
 
     def to(self, device: torch.device) -> "Hidden":
         """Return a copy whose states are on another device. The head stays on its device."""
-        return Hidden(self.states.to(device, non_blocking=True), self.head)
+        return Hidden(self.states.to(device, non_blocking=True), self.head, self.vocab)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def per_token(target: Target) -> Tensor:
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
     """Return the target at the positions `rows`. Logits are also cut to the first `width` entries of the vocabulary."""
     if isinstance(target, Hidden):
-        return Hidden(target.states[rows], target.head)
+        return Hidden(target.states[rows], target.head, target.vocab)
     if isinstance(target, TopK):
         return TopK(target.ids[rows], target.log_probs[rows], None if target.tail is None else target.tail[rows])
     if isinstance(target, Sampled):

@@ -8,6 +8,7 @@ Axes: N tokens, n tokens of a tile, H hidden, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,18 +34,17 @@ def tile_bytes(device: torch.device) -> int:
     return TILE_BYTES if free is None else max(TILE_BYTES, min(_LARGEST, free // _SHARE))
 
 
-def tile_rows(count: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+def tile_rows(count: int, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Return the number of tokens in a product with the heads, and in a call of the objective.
 
     Args:
         count: number of all tokens. They are divided into tiles of nearly equal size.
-        heads: number of models whose logits (n, V) are computed.
-        width: V.
+        widths: V of each model whose logits (n, V) are computed.
     """
-    row = heads * width * dtype.itemsize
+    row = sum(widths) * dtype.itemsize
     if device.type == "cpu":
         rows = _equal(count, min(TILE_BYTES // row, TILE_ROWS))
-        return rows, max(1, _CACHED // width)
+        return rows, max(1, _CACHED // max(widths))
     rows = _equal(count, tile_bytes(device) // (row * (1 + OBJECTIVE)))
     return rows, rows
 

@@ -122,6 +122,42 @@ def top_k_reverse_kl(p: Probs, q: Probs, *, k: int, tail: str) -> float:
     return kl(b, a)
 
 
+def shared_ids(width: int) -> tuple[list[int], list[int]]:
+    """Pairs of shared tokens for two vocabularies of `width` tokens, in different orders. Each has at least one token of its own."""
+    many = width // 2 + 1
+    return list(range(many)), [width - 1 - v for v in range(many)]
+
+
+def on_shared(p: Probs, q: Probs) -> tuple[Probs, Probs]:
+    """Both sides on the shared tokens, with the rest as one outcome."""
+    of_student, of_teacher = shared_ids(len(p))
+    sides = [(p, of_teacher), (q, of_student)]
+    a, b = (np.append(x[ids], math.fsum(x[v] for v in range(len(x)) if v not in ids)) for x, ids in sides)
+    return a, b
+
+
+def shared_forward_kl(p: Probs, q: Probs) -> float:
+    return kl(*on_shared(p, q))
+
+
+def shared_reverse_kl(p: Probs, q: Probs) -> float:
+    a, b = on_shared(p, q)
+    return kl(b, a)
+
+
+def sorted_distance(p: Probs, q: Probs) -> float:
+    return math.fsum(abs(x - y) for x, y in zip(sorted(p), sorted(q), strict=True))
+
+
+def hybrid_distance(p: Probs, q: Probs, *, beta: float) -> float:
+    of_student, of_teacher = shared_ids(len(p))
+    share = len(of_student) / len(p)
+    x, y = p[of_teacher], q[of_student]
+    both = kl(x, y) if beta == 0 else kl(y, x) if beta == 1 else beta * kl(x, beta * x + (1 - beta) * y)
+    both += (1 - beta) * kl(y, beta * x + (1 - beta) * y) if 0 < beta < 1 else 0
+    return share * both + (1 - share) * sorted_distance(np.delete(p, of_teacher), np.delete(q, of_student))
+
+
 def cross_entropy_of_top(p: Probs, q: Probs) -> float:
     """-log q of the teacher's most probable token."""
     return -math.log(q[int(np.argmax(p))])

@@ -349,7 +349,7 @@ def test_a_gpu_takes_tiles_as_its_free_memory_allows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["free"], 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: kept["reserved"])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: kept["allocated"])
-    of = partial(tiles.tile_rows, 16384, 2, 151936, torch.float32, torch.device("cuda", 0))
+    of = partial(tiles.tile_rows, 16384, (151936, 151936), torch.float32, torch.device("cuda", 0))
     row = 2 * 151936 * 4 * 3  # with the objective's temporary tensors
     rows, small = of()
     assert rows == small

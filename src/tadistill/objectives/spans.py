@@ -1,0 +1,309 @@
+"""Losses over spans: the parts of a text between common boundaries of the student's tokens and the teacher's tokens.
+
+    total, values = fused_span_divergence(reverse_kl, student, teacher, shared, weights=weights)
+
+A span is a number of whole tokens on both sides. Its log-probability under a model, given the text before it, is the sum of the
+log-probabilities of its tokens. The tokens of a span are one way to write its bytes. A model can write the same bytes with other tokens,
+and this probability is not included. The page "Different tokenizers" of the documentation says when this makes a difference.
+
+Axes: N student's tokens, M teacher's tokens, S spans; B sequences, T student's positions, U teacher's positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.divergence import at_least_float32
+from tadistill.objectives.fused import fused_head, fused_terms
+from tadistill.objectives.sampled import TokenTerm
+from tadistill.objectives.targets import Hidden, TeacherTerm, select
+from tadistill.objectives.vocabularies import SharedVocabulary, shared_divergence
+
+
+@dataclass(frozen=True)
+class SpanTokens:
+    """One model's tokens of some texts, the states that predict them, and the span of each token."""
+
+    hidden: Hidden
+    """States (N, H) and the head."""
+    tokens: Tensor
+    """Ids (N,)."""
+    spans: Tensor
+    """Span (N,) of each token, in ascending order. Every span from 0 to S - 1 has at least one token. A token without span is left out."""
+
+    def check(self, name: str) -> int:
+        """Return the number of spans.
+
+        Raises:
+            ConfigError: the shapes differ, or the spans are not 0, 1, 2 and so on in ascending order.
+        """
+        shapes = [tuple(x.shape) for x in (self.hidden.states[..., 0], self.tokens, self.spans)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+            raise ConfigError(f"`{name}` has states, tokens and spans of shapes {shapes}; give one state, one token and one span per place")
+        if not len(self.spans):
+            return 0
+        steps = self.spans.diff()
+        if int(self.spans[0]) != 0 or not bool(((steps == 0) | (steps == 1)).all()):
+            raise ConfigError(f"the spans of `{name}` must begin with 0, and each must be equal to the span before it or greater by 1")
+        return int(self.spans[-1]) + 1
+
+
+def span_sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
+    """Return the sum of the values (N,) in each span, of shape (count,). `spans` (N,) is the span of each value."""
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, spans, values)
+
+
+def two_outcomes(log_prob: Tensor) -> Tensor:
+    """Return log-probabilities (..., 2) of an event and of its opposite, for the event's log-probability (...).
+
+    The probability of the opposite is at least the machine epsilon, so gradients stay finite.
+    """
+    sure = at_least_float32(log_prob).clamp(max=-torch.finfo(at_least_float32(log_prob).dtype).eps)
+    near = sure > -0.6931471805599453  # each form is exact on its side of log 1/2
+    opposite = torch.where(near, (-torch.expm1(torch.where(near, sure, -1.0))).log(), torch.log1p(-torch.where(near, -1.0, sure).exp()))
+    return torch.stack([sure, opposite], -1)
+
+
+def span_divergence(divergence: Callable[..., Tensor], log_q: Tensor, log_p: Tensor, **parameters: Any) -> Tensor:
+    """Return a divergence between two models about one event: the next tokens are exactly the tokens of this span.
+
+    The event has two outcomes, yes and no, so this is a divergence over one known sequence of tokens and one lumped rest.
+
+    Args:
+        divergence: any function of `tadistill.objectives` that takes the logits of two models.
+        log_q, log_p: log-probabilities (...) of the span under student and teacher.
+
+    Returns:
+        (...) nats.
+    """
+    return divergence(two_outcomes(log_q), two_outcomes(log_p), **parameters)
+
+
+def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU: Tensor, *, delay: int | None = None) -> Tensor:
+    """Return MiniLLM's rewards log p - log q of spans, at the student's positions (B, T), for `minillm.returns`.
+
+    The reward of a span is paid at one position, and all other positions have 0. With `include_current=True` in `returns`, a token then
+    gets all rewards that are paid at its position or later.
+
+    The boundaries of the teacher's tokens can depend on later text, because a tokenizer can merge it with earlier text. So the reward of an
+    earlier span can depend on this token, and then it must not be left out of this token's return. `delay` says how late a reward is paid:
+
+        None    at the last token of the sequence. The policy gradient is unbiased for any pair of tokenizers
+        n       n tokens after the span's last token. It is unbiased if n more tokens of the student always fix the span
+        0       at the span's last token. It has the least variance. With one tokenizer on both sides it is MiniLLM's own reward
+
+    Args:
+        log_q_BT, log_p_BU: log-probabilities of the text's tokens, under the student and under the teacher.
+        spans_BT, spans_BU: the span of each token in its sequence. -1 is a position without a span, such as the prompt.
+    """
+    if delay is not None and delay < 0:
+        raise ConfigError(f"`delay` is {delay}; it must be at least 0, or None")
+    count = int(max(spans_BT.max(), spans_BU.max())) + 1 if spans_BT.numel() and spans_BU.numel() else 0
+    rewards = torch.zeros_like(log_q_BT)
+    if not count:
+        return rewards
+    sides = [torch.zeros(len(v), count + 1, dtype=v.dtype, device=v.device) for v in (log_q_BT, log_p_BU)]
+    for total, values, spans in zip(sides, (log_q_BT, log_p_BU), (spans_BT, spans_BU), strict=True):
+        # column 0 takes the places without a span
+        total.scatter_add_(1, spans + 1, torch.where(spans >= 0, values, torch.zeros_like(values)))
+    of_spans = (sides[1] - sides[0])[:, 1:]
+    places = torch.arange(spans_BT.shape[1], device=spans_BT.device).expand_as(spans_BT)
+    last = torch.full((len(spans_BT), count + 1), -1, device=spans_BT.device).scatter_reduce(1, spans_BT + 1, places, "amax")[:, 1:]
+    final = last.amax(1, keepdim=True)
+    paid = final.expand_as(last) if delay is None else torch.minimum(last + delay, final)
+    exists = last >= 0
+    return rewards.scatter_add(1, paid.clamp(min=0), torch.where(exists, of_spans, torch.zeros_like(of_spans)))
+
+
+def fused_span_divergence(
+    divergence: Callable[..., Tensor],
+    student: SpanTokens,
+    teacher: SpanTokens,
+    shared: SharedVocabulary,
+    *,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    **parameters: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of a divergence over spans, without a tensor of shape [tokens, vocabulary] for either model.
+
+    A span that is one shared token on both sides has `shared_divergence`. All other spans have `span_divergence`. With one tokenizer on
+    both sides, every span is of the first kind, and the result equals that of `fused_divergence`, bit for bit.
+
+    Args:
+        divergence: any function of `tadistill.objectives` that takes the logits of two models and no other tensor.
+        student: its states and its head have an autograd graph.
+        weights: one weight per span, (S,). The default is 1. Include the factor 1 / count.
+
+    Returns:
+        Two tensors. The first is the weighted sum, a scalar with gradients to the student's states and head. The second has one value per
+        span, of shape (S,), without a graph.
+
+    Raises:
+        ConfigError: shapes do not fit, student and teacher have different numbers of spans, a parameter is out of range, or a result is
+            NaN.
+    """
+    checks.positive("temperature", temperature)
+    count = student.check("student")
+    if teacher.check("teacher") != count:
+        raise ConfigError(f"`student` has {count} spans, but `teacher` has {teacher.check('teacher')}; give both for the same spans")
+    _check_heads(student, teacher, shared.sizes)
+    device = student.tokens.device
+    weights = torch.ones(count, device=device) if weights is None else weights
+    one = single_tokens(student, teacher, shared, count)
+    of_one = divergence if shared.same else partial(_on_shared, divergence, shared)
+    total, found = fused_terms(
+        [TeacherTerm("", of_one, settings=parameters, temperature=temperature)],
+        student.hidden.states[one[student.spans]],
+        student.hidden.head,
+        weights[one].unsqueeze(0),
+        teachers=[Hidden(teacher.hidden.states[one[teacher.spans]], teacher.hidden.head, shared.sizes[1])],
+        vocab=shared.sizes[0],
+    )
+    values = torch.zeros(count, dtype=found.dtype, device=device).masked_scatter(one, found[0])
+    if not bool(one.all()):
+        of_text = partial(span_divergence, divergence, **parameters)
+        more, found = _of_text(of_text, student, teacher, shared.sizes, weights, ~one, temperature)
+        total, values = total + more, values.masked_scatter(~one, found)
+    checks.result(values, student_hidden=student.hidden.states, student_head=student.hidden.head.weight, teacher=teacher.hidden.states)
+    return total, values
+
+
+def fused_span_distance(
+    distance: Callable[..., Tensor],
+    student: SpanTokens,
+    teacher: SpanTokens,
+    sizes: tuple[int, int],
+    *,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    **parameters: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of `sorted_distance` or `hybrid_distance` over spans, as ULD and GOLD (`bayesian` merging) compute it.
+
+    The distributions of a span are those of its last token, times the probability of its earlier tokens. The gradient flows through both.
+
+    Args:
+        sizes: the number of tokens of both vocabularies.
+
+    Other args, returns and errors are as in `fused_span_divergence`.
+    """
+    count = student.check("student")
+    if teacher.check("teacher") != count:
+        raise ConfigError(f"`student` has {count} spans, but `teacher` has {teacher.check('teacher')}; give both for the same spans")
+    _check_heads(student, teacher, sizes)
+    weights = torch.ones(count, device=student.tokens.device) if weights is None else weights
+    earlier, of_teacher = (_earlier(side) for side in (student, teacher))
+    sums = [
+        span_sums(_log_probs(side, size, temperature), side.spans, count) for side, size in ((earlier, sizes[0]), (of_teacher, sizes[1]))
+    ]
+
+    def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        leaf = sums[0][rows].detach().requires_grad_(logits.requires_grad)
+        found = distance(logits, targets[0], before=(leaf, sums[1][rows]), temperature=temperature, **parameters)
+        slope = torch.autograd.grad(found.sum(), leaf, retain_graph=True)[0] if logits.requires_grad else torch.zeros_like(found)
+        return torch.stack([found, slope])
+
+    last, others = _last(student), _last(teacher)
+    total, found = fused_head(
+        student.hidden.states[last],
+        student.hidden.head,
+        values,
+        torch.stack([weights, torch.zeros_like(weights)]),
+        teachers=[Hidden(teacher.hidden.states[others], teacher.hidden.head, sizes[1])],
+        vocab=sizes[0],
+    )
+    checks.result(found, student_hidden=student.hidden.states, student_head=student.hidden.head.weight, teacher=teacher.hidden.states)
+    return total + _push(earlier, (weights * found[1])[earlier.spans], sizes[0], temperature), found[0]
+
+
+def single_tokens(student: SpanTokens, teacher: SpanTokens, shared: SharedVocabulary, count: int) -> Tensor:
+    """Return a bool per span, (count,): True if the span is one token on both sides, and this token is shared."""
+    sizes = [torch.bincount(side.spans, minlength=count) for side in (student, teacher)]
+    mine, theirs = (torch.zeros(count, dtype=torch.long, device=s.tokens.device).scatter_(0, s.spans, s.tokens) for s in (student, teacher))
+    return (sizes[0] == 1) & (sizes[1] == 1) & (shared.partner[mine] == theirs)
+
+
+def span_log_probs(side: SpanTokens, vocab: int, *, temperature: float = 1.0) -> Tensor:
+    """Return the log-probability (S,) of each span, without a graph. `vocab` is the number of tokens of the model's vocabulary."""
+    return span_sums(_log_probs(side, vocab, temperature), side.spans, int(side.spans[-1]) + 1 if len(side.spans) else 0)
+
+
+@torch.no_grad()
+def _log_probs(side: SpanTokens, vocab: int, temperature: float) -> Tensor:
+    term = TokenTerm("", _same, side.tokens, temperature=temperature)
+    weights = torch.zeros(1, 1, device=side.tokens.device)
+    return fused_terms([term], side.hidden.states, side.hidden.head, weights, vocab=vocab)[1][0]
+
+
+def _last(side: SpanTokens) -> Tensor:
+    return torch.cat([side.spans[1:] != side.spans[:-1], torch.ones_like(side.spans[:1], dtype=torch.bool)])
+
+
+def _earlier(side: SpanTokens) -> SpanTokens:
+    rows = ~_last(side)
+    return SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], side.spans[rows])
+
+
+def _of_text(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    student: SpanTokens,
+    teacher: SpanTokens,
+    sizes: tuple[int, int],
+    weights: Tensor,
+    chosen: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of a loss of the log-probabilities of the chosen spans, and its values.
+
+    The student's head is used twice. The first time gives the log-probabilities, and with them the slope of the loss at each token. The
+    second time gives the gradient of the tokens' log-probabilities, weighted with these slopes.
+    """
+    own, other = _chosen(student, chosen), _chosen(teacher, chosen)
+    leaf = span_log_probs(own, sizes[0], temperature=temperature).requires_grad_()
+    weights = weights[chosen].to(leaf.dtype)
+    with torch.enable_grad(), checks.deferred():
+        values = loss(leaf, span_log_probs(other, sizes[1], temperature=temperature).to(leaf.dtype))
+        (slope,) = torch.autograd.grad((weights * values).sum(), leaf)
+    return (weights * values.detach()).sum() + _push(own, slope[own.spans], sizes[0], temperature), values.detach()
+
+
+def _push(side: SpanTokens, slopes: Tensor, vocab: int, temperature: float) -> Tensor:
+    """Return 0, with the gradient of the sum of the tokens' log-probabilities, weighted with `slopes` (N,)."""
+    if not torch.is_grad_enabled():
+        return slopes.new_zeros(())
+    term = TokenTerm("", _same, side.tokens, temperature=temperature)
+    pushed, _ = fused_terms([term], side.hidden.states, side.hidden.head, slopes.unsqueeze(0), vocab=vocab)
+    return pushed - pushed.detach()
+
+
+def _chosen(side: SpanTokens, chosen: Tensor) -> SpanTokens:
+    rows = chosen[side.spans]
+    hidden = select(side.hidden, rows)
+    assert isinstance(hidden, Hidden)
+    return SpanTokens(hidden, side.tokens[rows], (chosen.cumsum(0) - 1)[side.spans[rows]])
+
+
+def _on_shared(divergence: Callable[..., Tensor], shared: SharedVocabulary, student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    return shared_divergence(divergence, student, teacher, shared, **settings)
+
+
+def _same(log_q: Tensor) -> Tensor:
+    return log_q
+
+
+def _check_heads(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> None:
+    for name, side, size in (("student", student, sizes[0]), ("teacher", teacher, sizes[1])):
+        rows = side.hidden.head.weight.shape[0]
+        if size > rows:
+            raise ConfigError(
+                f"the vocabulary of the {name} has {size} tokens, but its head has {rows} logits; give the sizes of the heads"
+            )
+        if len(side.tokens) and not 0 <= int(side.tokens.min()) <= int(side.tokens.max()) < size:
+            raise ConfigError(f"the tokens of `{name}` must be ids from 0 to {size - 1}")

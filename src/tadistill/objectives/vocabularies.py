@@ -1,0 +1,232 @@
+"""Divergences between two models with different vocabularies, at a place where both predict the same text.
+
+`SharedVocabulary` compares the tokens that both vocabularies have. `sorted_distance` (ULD) compares sorted probabilities, and needs no
+tokens in common. `hybrid_distance` (GOLD) does the first for shared tokens and the second for all others. All compute in at least float32,
+and return one value per token, without mask or reduction.
+
+Axes: V student's vocabulary, W teacher's vocabulary, M shared tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.divergence import at_least_float32, log_probs
+from tadistill.tuning import LOG_ZERO
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """The tokens that two vocabularies have in common. `tadistill.data.alignment.shared_tokens` finds them.
+
+    A divergence over the shared vocabulary has one outcome per shared token, and at most one more outcome: the rest. The rest of a model
+    is the event that its next token is not a shared one.
+    """
+
+    student_ids: Tensor
+    """Ids (M,) of the shared tokens in the student's vocabulary."""
+    teacher_ids: Tensor
+    """Ids (M,) of the same tokens in the teacher's vocabulary."""
+    sizes: tuple[int, int]
+    """The number of tokens of both vocabularies, (V, W). Logits after them are padding and are cut off."""
+    rest: Literal["lump", "drop"] = "lump"
+    """`lump` counts all other tokens of a model as one outcome. `drop` leaves them out, and renormalises both models over the shared
+    tokens."""
+
+    def __post_init__(self) -> None:
+        if self.rest not in ("lump", "drop"):
+            raise ConfigError(f"`rest` is {self.rest!r}; it must be `lump` or `drop`")
+        if self.student_ids.shape != self.teacher_ids.shape or self.student_ids.ndim != 1 or not len(self.student_ids):
+            raise ConfigError(
+                f"`student_ids` has shape {tuple(self.student_ids.shape)} and `teacher_ids` {tuple(self.teacher_ids.shape)}; give one list "
+                "of at least one token per side, with pairs at the same place"
+            )
+        for name, ids, size in (("student_ids", self.student_ids, self.sizes[0]), ("teacher_ids", self.teacher_ids, self.sizes[1])):
+            if not 0 <= int(ids.min()) <= int(ids.max()) < size or len(ids.unique()) < len(ids):
+                raise ConfigError(f"`{name}` must have different ids from 0 to {size - 1}")
+        alone = [size - len(self.student_ids) for size in self.sizes]
+        if self.rest == "lump" and (alone[0] == 0) != (alone[1] == 0):
+            who, other = ("teacher", "student") if alone[1] else ("student", "teacher")
+            raise ConfigError(
+                f"the {who} has {max(alone)} tokens that the {other} lacks, but the {other} has no other tokens, so its rest is impossible "
+                "and most divergences are infinite; use rest='drop'"
+            )
+
+    def to(self, device: torch.device) -> "SharedVocabulary":
+        """Return a copy on another device."""
+        return SharedVocabulary(self.student_ids.to(device), self.teacher_ids.to(device), self.sizes, self.rest)
+
+    @cached_property
+    def same(self) -> bool:
+        """True if both vocabularies are one and the same. Then the logits stay as they are."""
+        every = torch.arange(self.sizes[0], device=self.student_ids.device)
+        return self.sizes[0] == self.sizes[1] and torch.equal(self.student_ids, every) and torch.equal(self.teacher_ids, every)
+
+    @cached_property
+    def alone(self) -> tuple[Tensor, Tensor]:
+        """The ids of the tokens that only one vocabulary has: the student's, and the teacher's."""
+        return _others(self.student_ids, self.sizes[0]), _others(self.teacher_ids, self.sizes[1])
+
+    @cached_property
+    def partner(self) -> Tensor:
+        """The teacher's id (V,) of each token of the student, or -1."""
+        partner = torch.full((self.sizes[0],), -1, dtype=torch.long, device=self.student_ids.device)
+        return partner.scatter_(0, self.student_ids, self.teacher_ids)
+
+    def align(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the logits of both models on the shared tokens, each of shape (..., M), or (..., M + 1) with the rest.
+
+        The logit of the rest is the log of the summed exponentials of the other logits, so the softmax is the models' own distribution with
+        these tokens lumped. Temperature is applied before. Use the result in a divergence at temperature 1.
+
+        Args:
+            student_logits: (..., V).
+            teacher_logits: (..., W).
+        """
+        checks.positive("temperature", temperature)
+        pairs = zip((student_logits, teacher_logits), (self.student_ids, self.teacher_ids), self.alone, self.sizes, strict=True)
+        student, teacher = (self._side(logits, ids, alone, size, temperature) for logits, ids, alone, size in pairs)
+        return student, teacher
+
+    def _side(self, logits: Tensor, ids: Tensor, alone: Tensor, size: int, temperature: float) -> Tensor:
+        _check_width(logits, size)
+        shared = at_least_float32(logits.index_select(-1, ids)) / temperature
+        if self.rest == "drop" or not len(alone):
+            return shared
+        # a rest without any possible token would be -inf - (-inf) in the gradient
+        others = (at_least_float32(logits.index_select(-1, alone)) / temperature).clamp(min=LOG_ZERO)
+        return torch.cat([shared, others.logsumexp(-1, keepdim=True)], -1)
+
+
+def shared_divergence(
+    divergence: Callable[..., Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    shared: SharedVocabulary,
+    *,
+    temperature: float = 1.0,
+    **parameters: Any,
+) -> Tensor:
+    """Return a divergence between two models with different vocabularies, over the shared tokens and the rest.
+
+    If both models have the same vocabulary, the result is `divergence(student_logits, teacher_logits, ...)`, bit for bit. Otherwise the
+    value is 0 if and only if both models give every shared token the same probability. The rest of both models is not the same text. The
+    value says nothing about which other tokens the models prefer.
+
+    Args:
+        divergence: any function of `tadistill.objectives` that takes the logits of two models.
+        student_logits: (..., V).
+        teacher_logits: (..., W), at places where both models have read the same text.
+        temperature: divides all logits of both models, before the other tokens are lumped.
+
+    Returns:
+        (...) nats.
+    """
+    if shared.same:
+        return divergence(student_logits, teacher_logits, temperature=temperature, **parameters)
+    return divergence(*shared.align(student_logits, teacher_logits, temperature), temperature=1.0, **parameters)
+
+
+def sorted_distance(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    before: Sequence[Tensor] | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the ULD distance: sum_k |q_(k) - p_(k)|, where q_(k) is the student's k-th largest probability and p_(k) the teacher's.
+
+    The shorter list is filled up with zeros. The distance is between 0 and 2. Its authors derive it as a Wasserstein distance in which all
+    tokens are equally far apart. It does not see which tokens are likely: it is 0 for two models of which one swaps two tokens.
+
+    Args:
+        student_logits: (..., V).
+        teacher_logits: (..., W).
+        before: log-probabilities (...) of the earlier tokens of a span, for the student and for the teacher. Each distribution is
+            multiplied by this probability, as with GOLD's `bayesian` merging.
+
+    Returns:
+        (...), not in nats.
+
+    Source: Boizard et al. 2024 (ULD, arXiv 2402.12030), Eq. 3; TRL 1.16 (GOLD) for `before`.
+    """
+    q, p = _merged(student_logits, teacher_logits, before, temperature)
+    return checks.result(_sorted_gap(q, p), student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def hybrid_distance(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    shared: SharedVocabulary,
+    beta: float = 0.5,
+    term_weights: tuple[float, float] | None = None,
+    before: Sequence[Tensor] | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return GOLD's hybrid loss: w D_beta over the shared tokens, plus u times `sorted_distance` over all other tokens.
+
+    D_beta is the formula of `jensen_shannon`, with beta = 0 for KL(p || q) and beta = 1 for KL(q || p). But q and p are not renormalised:
+    they are the probabilities of the shared tokens in the whole softmax, times `before`, and at least 1e-8. So for beta = 0 and 1 the
+    value can be negative, and it is not smallest where q = p. `shared_divergence` does not have this fault.
+
+    Args:
+        term_weights: (w, u). The default is GOLD's: w = M / W, the share of the teacher's tokens that are shared, and u = 1 - w.
+        shared: its `rest` is not used.
+
+    Other args and returns are as in `sorted_distance`. Source: GOLD in TRL 1.16 (`uld_use_hybrid_loss`).
+    """
+    checks.within("beta", beta, 0, 1)
+    q, p = _merged(student_logits, teacher_logits, before, temperature)
+    _check_width(q, shared.sizes[0])
+    _check_width(p, shared.sizes[1])
+    of_student, of_teacher = shared.alone
+    a, b = (x.index_select(-1, ids).clamp(min=1e-8) for x, ids in ((q, shared.student_ids), (p, shared.teacher_ids)))
+    both = _unnormalised(a, b, beta)
+    if len(of_student) and len(of_teacher):
+        other = _sorted_gap(q.index_select(-1, of_student), p.index_select(-1, of_teacher))
+    else:
+        other = torch.zeros_like(both)
+    share = len(shared.student_ids) / shared.sizes[1]
+    w, u = (share, 1 - share) if term_weights is None else term_weights
+    return checks.result(w * both + u * other, student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def _unnormalised(q: Tensor, p: Tensor, beta: float) -> Tensor:
+    log_q, log_p = q.log(), p.log()
+    if beta in (0, 1):
+        return (p * (log_p - log_q)).sum(-1) if beta == 0 else (q * (log_q - log_p)).sum(-1)
+    log_m = (beta * p + (1 - beta) * q).log()
+    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+
+
+def _merged(student: Tensor, teacher: Tensor, before: Sequence[Tensor] | None, temperature: float) -> tuple[Tensor, Tensor]:
+    checks.positive("temperature", temperature)
+    log_q, log_p = log_probs(student, temperature), log_probs(teacher, temperature)
+    if before is not None:
+        log_q, log_p = log_q + before[0].unsqueeze(-1), log_p + before[1].unsqueeze(-1)
+    return log_q.exp(), log_p.exp()
+
+
+def _sorted_gap(q: Tensor, p: Tensor) -> Tensor:
+    q, p = q.sort(-1, descending=True).values, p.sort(-1, descending=True).values
+    short = min(q.shape[-1], p.shape[-1])
+    tails = q[..., short:].sum(-1) + p[..., short:].sum(-1)  # one of the two is empty
+    return (q[..., :short] - p[..., :short]).abs().sum(-1) + tails
+
+
+def _others(ids: Tensor, size: int) -> Tensor:
+    free = torch.ones(size, dtype=torch.bool, device=ids.device)
+    free[ids] = False
+    return free.nonzero().squeeze(-1)
+
+
+def _check_width(logits: Tensor, size: int) -> None:
+    if logits.shape[-1] != size:
+        raise ConfigError(f"a model has {logits.shape[-1]} logits, but its vocabulary has {size} tokens; cut the logits to {size}")

@@ -1,0 +1,338 @@
+"""Losses over spans: brute-force sums, the fused head against whole logits, one tokenizer, TRL's numbers, and memory."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import (
+    Head,
+    Hidden,
+    SharedVocabulary,
+    SpanTokens,
+    alpha_beta,
+    forward_kl,
+    fused_divergence,
+    fused_span_distance,
+    fused_span_divergence,
+    hybrid_distance,
+    jensen_shannon,
+    reverse_kl,
+    shared_divergence,
+    skew_reverse_kl,
+    sorted_distance,
+    span_divergence,
+    span_log_probs,
+    tiles,
+    total_variation,
+)
+from tadistill.objectives.spans import single_tokens, two_outcomes
+
+V, W, H = 7, 9, 5
+SHARED = SharedVocabulary(torch.tensor([0, 2, 3, 6]), torch.tensor([4, 1, 0, 8]), (V, W))
+# spans: 0 is a pair of shared tokens; 1 has two tokens and one; 2 one and three; 3 is a pair of tokens that are not shared; 4 is a pair
+MINE = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([2, 5, 0, 4, 1, 6])
+THEIRS = torch.tensor([0, 1, 2, 2, 2, 3, 4]), torch.tensor([1, 3, 0, 5, 5, 2, 8])
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.3, 0.7]).double()
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def models(dtype: torch.dtype = torch.float64) -> tuple[SpanTokens, SpanTokens, list[torch.Tensor]]:
+    """Student and teacher, and the student's leaves: states, weight, bias. Both heads have two rows of padding."""
+    leaves = [x.to(dtype).requires_grad_() for x in (drawn(6, H, seed=1), drawn(V + 2, H, seed=2), drawn(V + 2, seed=3))]
+    student = SpanTokens(Hidden(leaves[0], Head(leaves[1], leaves[2])), MINE[1], MINE[0])
+    head = Head(drawn(W + 2, H + 1, seed=5).to(dtype), None, scale=1.2)
+    return student, SpanTokens(Hidden(drawn(7, H + 1, seed=4).to(dtype), head), THEIRS[1], THEIRS[0]), leaves
+
+
+def logits(side: SpanTokens, size: int) -> torch.Tensor:
+    return side.hidden.head.logits(side.hidden.states)[:, :size]
+
+
+def summed(side: SpanTokens, size: int, temperature: float) -> torch.Tensor:
+    """The log-probability of each span, token by token."""
+    log_probs = (logits(side, size) / temperature).log_softmax(-1)
+    rows = [[k for k, span in enumerate(side.spans.tolist()) if span == s] for s in range(5)]
+    return torch.stack([sum(log_probs[k, side.tokens[k]] for k in own) for own in rows])  # pyright: ignore[reportArgumentType,reportCallIssue]
+
+
+def plain(divergence, student: SpanTokens, teacher: SpanTokens, temperature: float, **parameters) -> torch.Tensor:
+    log_q, log_p = summed(student, V, temperature), summed(teacher, W, temperature)
+    found = span_divergence(divergence, log_q, log_p, **parameters)
+    one = [0, 4]  # the places of these spans in each text
+    pairs = logits(student, V)[[0, 5]], logits(teacher, W)[[0, 6]]
+    return found.index_copy(0, torch.tensor(one), shared_divergence(divergence, *pairs, SHARED, temperature=temperature, **parameters))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_log_probabilities_of_spans_are_sums(temperature):
+    student, teacher, _ = models()
+    torch.testing.assert_close(span_log_probs(student, V, temperature=temperature), summed(student, V, temperature), atol=1e-12, rtol=0)
+    torch.testing.assert_close(span_log_probs(teacher, W, temperature=temperature), summed(teacher, W, temperature), atol=1e-12, rtol=0)
+    assert single_tokens(student, teacher, SHARED, 5).tolist() == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "parameters"),
+    [
+        (forward_kl, {}),
+        (reverse_kl, {}),
+        (jensen_shannon, {"beta": 0.3}),
+        (skew_reverse_kl, {"alpha": 0.2}),
+        (total_variation, {}),
+        (alpha_beta, {}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+@pytest.mark.parametrize("tiny", [False, True], ids=["", "tiles"])
+def test_fused_equals_plain(divergence, parameters, temperature, tiny, monkeypatch):
+    if tiny:
+        monkeypatch.setattr(tiles, "TILE_BYTES", 2 * (V + W) * 8)
+        monkeypatch.setattr(tiles, "_CACHED", W)
+    student, teacher, leaves = models()
+    total, values = fused_span_divergence(divergence, student, teacher, SHARED, weights=WEIGHTS, temperature=temperature, **parameters)
+    expected = plain(divergence, student, teacher, temperature, **parameters)
+    torch.testing.assert_close(values, expected.detach(), atol=1e-11, rtol=0)
+    torch.testing.assert_close(total.detach(), (WEIGHTS * expected).sum().detach(), atol=1e-11, rtol=0)
+    for found, exact in zip(torch.autograd.grad(total, leaves), torch.autograd.grad((WEIGHTS * expected).sum(), leaves), strict=True):
+        torch.testing.assert_close(found, exact, atol=1e-11, rtol=0)
+        assert exact.abs().max() > 1e-3
+    with torch.no_grad():
+        again, same = fused_span_divergence(divergence, student, teacher, SHARED, weights=WEIGHTS, temperature=temperature, **parameters)
+    torch.testing.assert_close(again, total.detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(same, values, atol=1e-12, rtol=0)
+
+
+def test_gradients_by_finite_differences():
+    student, teacher, leaves = models()
+
+    def loss(states, weight, bias):
+        side = SpanTokens(Hidden(states, Head(weight, bias)), student.tokens, student.spans)
+        return plain(reverse_kl, side, teacher, 1.3)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("divergence", [reverse_kl, jensen_shannon, total_variation])
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_one_tokenizer_is_the_plain_divergence_bit_for_bit(divergence, temperature):
+    tokens, spans, every = torch.tensor([3, 0, 6, 6, 2, 1]), torch.arange(6), torch.arange(V)
+    results = []
+    for over_spans in (False, True):
+        student, teacher, leaves = models(torch.float32)
+        other = Hidden(teacher.hidden.states[:6], teacher.hidden.head)
+        weights = torch.linspace(0.1, 2, 6)
+        if over_spans:
+            sides = [SpanTokens(hidden, tokens, spans) for hidden in (student.hidden, other)]
+            shared = SharedVocabulary(every, every, (V, V))
+            total, values = fused_span_divergence(divergence, *sides, shared, weights=weights, temperature=temperature)
+        else:
+            states, head = student.hidden.states, student.hidden.head
+            total, values = fused_divergence(divergence, states, head, other, mask=weights, vocab=V, temperature=temperature)
+        results.append([total, values, *torch.autograd.grad(total, leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_masked_equals_deleted():
+    student, teacher, leaves = models()
+    kept = torch.tensor([True, False, True, True, False])
+    total, values = fused_span_divergence(forward_kl, student, teacher, SHARED, weights=WEIGHTS * kept)
+    sides = []
+    for side in (student, teacher):
+        rows = kept[side.spans]
+        again = (kept.cumsum(0) - 1)[side.spans[rows]]
+        sides.append(SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], again))
+    fewer, found = fused_span_divergence(forward_kl, *sides, SHARED, weights=WEIGHTS[kept])
+    torch.testing.assert_close(values[kept], found, atol=1e-12, rtol=0)
+    for a, b in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(fewer, leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [fused_span_divergence, fused_span_distance])
+def test_no_spans_give_zero_with_a_graph(kind):
+    student, teacher, leaves = models()
+    nothing = torch.zeros(0, dtype=torch.long)
+    sides = [SpanTokens(Hidden(s.hidden.states[:0], s.hidden.head), nothing, nothing) for s in (student, teacher)]
+    run = (reverse_kl, *sides, SHARED) if kind is fused_span_divergence else (sorted_distance, *sides, (V, W))
+    total, values = kind(*run)
+    assert float(total.detach()) == 0
+    assert values.shape == (0,)
+    assert all(g.abs().max() == 0 for g in torch.autograd.grad(total, leaves))
+
+
+def test_two_outcomes():
+    log_prob = torch.tensor([-1e-3, -0.2, -0.69, -0.7, -5.0, -800.0, math.log(0.25)], dtype=torch.float64, requires_grad=True)
+    both = two_outcomes(log_prob)
+    torch.testing.assert_close(both.exp().sum(-1), torch.ones(7).double(), atol=1e-15, rtol=0)
+    assert both[-1].exp().tolist() == pytest.approx([0.25, 0.75], abs=1e-15)
+    assert torch.autograd.gradcheck(lambda x: two_outcomes(x)[:, 1], log_prob)
+    sure = torch.tensor([0.0, 1e-9, -math.inf], requires_grad=True)
+    values = span_divergence(reverse_kl, sure, torch.tensor([-1.0, -1.0, -1.0]))
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(torch.autograd.grad(values.sum(), sure)[0]).all()
+    assert span_divergence(forward_kl, log_prob, log_prob).abs().max() < 1e-12
+    by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    found = span_divergence(forward_kl, torch.tensor(0.25).log().double(), torch.tensor(0.5).log().double())
+    assert float(found) == pytest.approx(by_hand, abs=1e-7)
+
+
+# --- ULD and GOLD -------------------------------------------------------------------------------------------------------
+
+GOLD = SharedVocabulary(torch.tensor([0, 1, 2, 4]), torch.tensor([2, 7, 0, 3]), (V, W))
+RUNS = [
+    ("uld", None, 1.0, 0.8869784361, 0.0200299928, 0.0029001074),
+    ("uld", None, 1.5, 0.8867031144, 0.0220447234, 0.0034732229),
+    (0.5, None, 1.0, 0.3558871917, 0.0397228285, 0.0013000096),
+    (0.5, None, 1.5, 0.3363354480, 0.0242666917, 0.0014137560),
+    (0.0, None, 1.0, 0.5225404227, 0.0870888022, 0.0212455946),
+    (1.0, (2.0, 0.5), 1.0, 1.0548715713, 0.5104159204, 0.0063815627),
+    (1.0, (2.0, 0.5), 1.5, 0.9810222136, 0.3024964956, 0.0056324194),
+    (0.25, (1.0, 1.0), 1.0, 0.6412579844, 0.0752946226, 0.0029717366),
+]
+"""beta, weights, temperature; then the loss, the norm of its gradient in the student's logits, and the gradient at place (1, 2), by the
+ULDLoss of TRL 1.16.0 (`uld_token_merge_strategy="bayesian"`, all end tokens kept) on `waves` of 6 and 5 places."""
+OBSERVED = [
+    ("uld", None, 1.0, 0.8392599512),
+    (0.5, None, 1.0, 0.3148208388),
+    (1.0, (2.0, 0.5), 1.0, 4.9757209830),
+    (0.25, (1.0, 1.0), 1.5, 0.5355448278),
+]
+"""The same with TRL's default, `uld_token_merge_strategy="observed"`."""
+
+
+def waves(places: int, size: int, shift: float) -> torch.Tensor:
+    rows, columns = torch.arange(1, places + 1).double().unsqueeze(1), torch.arange(1, size + 1).double()
+    return 2 * torch.sin(1.3 * rows * columns + shift)
+
+
+def gold_sides(student: torch.Tensor, teacher: torch.Tensor) -> list[SpanTokens]:
+    """The text of `RUNS` after one prompt token: three spans, of 1, 2 and 2 tokens of the student, and 2, 1 and 1 of the teacher."""
+    eyes = [Head(torch.eye(size).double()) for size in (V, W)]
+    mine = SpanTokens(Hidden(student, eyes[0]), torch.tensor([3, 1, 4, 2, 6]), torch.tensor([0, 1, 1, 2, 2]))
+    return [mine, SpanTokens(Hidden(teacher, eyes[1]), torch.tensor([0, 8, 5, 2]), torch.tensor([0, 0, 1, 2]))]
+
+
+def gold(beta, weights):
+    """The distance and its settings."""
+    return (sorted_distance, {}) if beta == "uld" else (hybrid_distance, {"shared": GOLD, "beta": beta, "term_weights": weights})
+
+
+@pytest.mark.parametrize(("beta", "own", "temperature", "loss", "norm", "slope"), RUNS)
+def test_equals_trl(beta, own, temperature, loss, norm, slope):
+    student = waves(6, V, 0.3).requires_grad_()
+    distance, settings = gold(beta, own)
+    sides = gold_sides(student[:-1], waves(5, W, 0.9)[:-1])  # the state before a token predicts it
+    weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+    total, values = fused_span_distance(distance, *sides, (V, W), weights=weights, temperature=temperature, **settings)
+    (gradient,) = torch.autograd.grad(total, student)
+    assert float(total.detach()) == pytest.approx(loss, abs=1e-9)
+    assert float(values.mean()) == pytest.approx(loss, abs=1e-9)
+    assert float(gradient.norm()) == pytest.approx(norm, abs=1e-9)
+    assert float(gradient[1, 2]) == pytest.approx(slope, abs=1e-9)
+
+
+@pytest.mark.parametrize(("beta", "weights", "temperature", "loss"), OBSERVED)
+def test_trls_default_reads_each_token_one_place_too_late(beta, weights, temperature, loss):
+    """TRL's default takes the logits at a token as those that predict this token. They predict the next one.
+
+    Its span has the distribution of the first token, times the probabilities of the later tokens. Both are read one place too late: the
+    state before the first token has no gradient, and the state behind the last token, which predicts nothing of the text, has one.
+    """
+    distance, settings = gold(beta, weights)
+    late = gold_sides(waves(6, V, 0.3)[1:], waves(5, W, 0.9)[1:])  # one place later
+    first, before = [], []
+    for side, size in zip(late, (V, W), strict=True):
+        scores = (logits(side, size) / temperature).log_softmax(-1)
+        own = scores.gather(1, side.tokens.unsqueeze(1)).squeeze(1)
+        starts = [side.spans.tolist().index(span) for span in range(3)]
+        before.append(torch.stack([own[(side.spans == s) & (torch.arange(len(own)) != k)].sum() for s, k in enumerate(starts)]))
+        first.append(logits(side, size)[starts])
+    found = distance(*first, before=before, temperature=temperature, **settings).mean()
+    assert float(found) == pytest.approx(loss, abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", ["uld", 0.5])
+def test_fused_distance_equals_plain(beta, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2 * (V + W) * 8)
+    monkeypatch.setattr(tiles, "_CACHED", W)
+    student, teacher, leaves = models()
+    distance, settings = gold(beta, None)
+    total, values = fused_span_distance(distance, student, teacher, (V, W), weights=WEIGHTS, temperature=1.3, **settings)
+    ends = [[0, 2, 3, 4, 5], [0, 1, 4, 5, 6]]
+    sums, last = [], []
+    for side, size, rows in zip((student, teacher), (V, W), ends, strict=True):
+        own = (logits(side, size) / 1.3).log_softmax(-1).gather(1, side.tokens.unsqueeze(1)).squeeze(1)
+        sums.append(summed(side, size, 1.3) - own[rows])
+        last.append(logits(side, size)[rows])
+    expected = distance(*last, before=sums, temperature=1.3, **settings)
+    torch.testing.assert_close(values, expected.detach(), atol=1e-11, rtol=0)
+    for found, exact in zip(torch.autograd.grad(total, leaves), torch.autograd.grad((WEIGHTS * expected).sum(), leaves), strict=True):
+        torch.testing.assert_close(found, exact, atol=1e-11, rtol=0)
+
+
+# --- memory and bad input -----------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest number of elements of a new tensor."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("run", [fused_span_divergence, fused_span_distance])
+def test_no_tensor_has_a_row_of_logits_for_each_token(run, monkeypatch):
+    tokens, size, wide = 60, 400, 900
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * (size + wide) * 4)
+    monkeypatch.setattr(tiles, "_CACHED", wide)
+    sides = [
+        SpanTokens(Hidden(drawn(count, 2, seed=1), Head(drawn(v, 2, seed=2))), torch.arange(count), torch.arange(count) // (count // 30))
+        for count, v in ((tokens, size), (tokens // 2, wide))
+    ]
+    sides[0].hidden.head.weight.requires_grad_()
+    shared = SharedVocabulary(torch.arange(300), torch.arange(300).flip(0), (size, wide))
+    with Largest() as largest:
+        total, _ = run(reverse_kl, *sides, shared) if run is fused_span_divergence else run(sorted_distance, *sides, (size, wide))
+        total.backward()
+    assert largest.size <= 5 * wide  # of four tokens, and not of 30 or 60
+
+
+def spans_of(student=MINE, teacher=THEIRS, shared=SHARED):
+    mine, theirs, _ = models()
+    return reverse_kl, SpanTokens(mine.hidden, student[1], student[0]), SpanTokens(theirs.hidden, teacher[1], teacher[0]), shared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda: spans_of(student=(MINE[0][:5], MINE[1])), ("`student`", "shapes")),
+        (lambda: spans_of(student=(MINE[0] + 1, MINE[1])), ("`student`", "begin with 0")),
+        (lambda: spans_of(student=(MINE[0] * 2, MINE[1])), ("`student`", "greater by 1")),
+        (lambda: spans_of(teacher=(THEIRS[0].clamp(max=3), THEIRS[1])), ("5 spans", "has 4")),
+        (lambda: spans_of(student=(MINE[0], MINE[1] + 1)), ("`student`", "0 to 6")),
+        (lambda: spans_of(shared=SharedVocabulary(torch.tensor([0]), torch.tensor([0]), (V, 40))), ("teacher", "40 tokens", "11 logits")),
+    ],
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(ConfigError) as error:
+        fused_span_divergence(*arguments())
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_model_that_has_diverged_is_named():
+    student, teacher, _ = models()
+    broken = SpanTokens(Hidden(student.hidden.states.detach() * math.nan, student.hidden.head), student.tokens, student.spans)
+    with pytest.raises(ConfigError, match="student_hidden"):
+        fused_span_divergence(reverse_kl, broken, teacher, SHARED)
