@@ -1,0 +1,331 @@
+"""Two tokenisations of one text, byte for byte: random Unicode, sampled tokens, special tokens, normalisers, and real rows."""
+
+import json
+import random
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+from tests.environment import own_environment
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tadistill.data.alignment import NO_SPAN, Alignment, align, read_again, shared_tokens
+from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
+from tadistill.errors import DataError
+
+USER = own_environment()
+WORDS = "the theatre then there is his history café naïve 東京 東 😀👍 don't it's 2024 20 a ab abc\n\n\n    def f(x):\n\treturn x"
+LETTERS = [
+    *("a", "b", "t", "h", "e", "the", " the", " ", "  ", "\n", "\t", "0", "2024", "'s", "é", "e\u0301", "\u0323", "ﬁ", "東", "京", "😀"),
+    *("👩\u200d👧", "ß", "\u00a0", "\u2028", "\x00", "\ufffd", "▁", "Ġ", "</s>", "<|im_end|>", "<0x41>"),
+]
+
+
+def bpe(merges: int, *specials: str, normalizer=None, seed: int = 0, eos: str = "</s>") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that has learnt some merges from the words in a random order."""
+    words = WORDS.split(" ") * 3
+    random.Random(seed).shuffle(words)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = list(bytes_to_unicode().values())
+    core.train_from_iterator(
+        [" ".join(words)], trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=alphabet, show_progress=False)
+    )
+    core.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, additional_special_tokens=list(specials))
+
+
+def sentencepiece(*, llama: bool) -> PreTrainedTokenizerFast:
+    """A SentencePiece tokenizer with byte fallback, in the form of Llama 2 (a space before the text) or of Gemma (none)."""
+    pieces = ["▁", "▁the", "the", "▁a", "t", "h", "e", "a", "A", "b", "ab", "abc", "é", "東", "0", "20", "▁▁", "re", "n"]
+    scores = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
+    core = Tokenizer(models.Unigram([*scores, *((piece, -8.0 + len(piece)) for piece in pieces)], unk_id=0, byte_fallback=True))
+    first = [normalizers.Prepend("▁")] if llama else []
+    core.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    last = [decoders.Strip(" ", 1, 0)] if llama else []
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+def words_only() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "the", "theatre", "is", "a", "ab", "\n"])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+|\n"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def vocabulary(name: str) -> TokenBytes:
+    made = {
+        "small": lambda: bpe(20, "<|im_end|>"),
+        "large": lambda: bpe(60, "<|user|>", seed=1, eos="<|end|>"),
+        "nfc": lambda: bpe(60, "<|im_end|>", normalizer=normalizers.NFC()),
+        "llama": lambda: sentencepiece(llama=True),
+        "gemma": lambda: sentencepiece(llama=False),
+        "words": words_only,
+    }
+    return token_bytes(made[name]())
+
+
+BYTES = ("small", "large", "llama", "gemma")
+ALL = (*BYTES, "nfc", "words")
+UNIGRAM = ("llama", "gemma")  # the characters `▁`, `</s>` and `<0x41>` become tokens that stand for something else, which `exact` says
+
+
+def random_texts(count: int) -> list[str]:
+    draw = random.Random(5)
+    texts = ["".join(draw.choices(LETTERS, k=draw.randint(1, 12))) for _ in range(count // 2)]
+    return texts + ["".join(map(chr, draw.choices([*range(0xD800), *range(0xE000, 0x2FFFF)], k=5))) for _ in range(count // 2)]
+
+
+@cache
+def read(name: str, text: str) -> Reading:
+    return vocabulary(name).read(text)
+
+
+def joined(reading: Reading) -> bytes:
+    return b"".join(piece if isinstance(piece, bytes) else f"[{piece}]".encode() for piece in reading.pieces)
+
+
+def check(student: Reading, teacher: Reading, whole: bool = True) -> Alignment:
+    """Every rule of an alignment, from the definition."""
+    spans = align(student, teacher)
+    widths = [[len(piece) if isinstance(piece, bytes) else 1 for piece in reading.pieces] for reading in (student, teacher)]
+    mine, theirs = ({*accumulate(w)} for w in widths)
+    assert list(spans.ends) == sorted((mine & theirs) - {0})  # each is a boundary in both, and none is left out
+    texts = []
+    for reading, found in ((student, spans.student), (teacher, spans.teacher)):
+        assert len(found) == len(reading.ids)
+        kept = [k for k in found if k != NO_SPAN]
+        assert kept == sorted(kept)
+        assert {*kept} == {*range(len(spans.ends))}
+        assert not whole or len(kept) == len(found)
+        texts.append(
+            [[piece for piece, k in zip(reading.pieces, found, strict=True) if k == span and piece] for span in range(len(spans.ends))]
+        )
+    for a, b in zip(*texts, strict=True):  # one text on both sides, byte for byte
+        assert a == b if isinstance(a[0], str) else b"".join(a) == b"".join(b)
+    return spans
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pieces_are_the_text_byte_for_byte(name):
+    own = vocabulary(name)
+    for text in random_texts(120):
+        reading = read(name, text)
+        if reading.ids:
+            assert joined(reading) == text.encode(), (text, reading)
+        else:
+            assert name == "words"
+            assert not text.strip()
+        if name in BYTES and not (name in UNIGRAM and any(mark in text for mark in ("</s>", "<0x", "▁"))):
+            assert all(reading.exact)
+            assert reading.dropped == reading.lone == 0
+            again = own.spell(reading.ids)
+            assert joined(again) == text.encode()
+            assert own.tokenizer.decode(reading.ids, clean_up_tokenization_spaces=False).strip(" ") == text.strip(" ")
+
+
+@pytest.mark.parametrize("student", ALL)
+@pytest.mark.parametrize("teacher", ALL)
+def test_spans_of_random_text(student, teacher):
+    for text in random_texts(120)[::2]:
+        readings = read(student, text), read(teacher, text)
+        if all(reading.ids for reading in readings):
+            check(*readings)
+
+
+@pytest.mark.parametrize("student", BYTES)
+@pytest.mark.parametrize("teacher", BYTES)
+def test_spans_of_sampled_tokens(student, teacher):
+    """Tokens at random: most are not valid UTF-8, many are special."""
+    own, other, draw = vocabulary(student), vocabulary(teacher), random.Random(1)
+    complete = 0
+    for _ in range(60):
+        ids = draw.choices(range(len(own.pieces)), k=draw.randint(1, 10))
+        mine, theirs = read_again(ids, own, other)
+        assert mine.ids == tuple(ids[: len(mine.ids)])
+        assert joined(theirs).startswith(joined(mine))
+        check(mine, theirs, whole=False)
+        stop = next((k for k, i in enumerate(ids) if own.pieces[i] == END), len(ids) - 1) + 1
+        if own.same(other):
+            assert theirs.ids == mine.ids == tuple(ids[:stop])
+        elif len(mine.ids) == stop:
+            complete += 1
+            assert joined(mine) == joined(theirs)
+            assert NO_SPAN not in align(mine, theirs).teacher
+        else:  # a special token that the teacher lacks
+            name = own.pieces[ids[len(mine.ids)]]
+            assert isinstance(name, str)
+            assert name not in other.of_event
+        data = [piece if isinstance(piece, bytes) else piece.encode() for piece in own.spell(mine.ids).pieces]
+        assert own.same(other) or bool(theirs.lone) == any(not valid for _, valid in valid_runs(b"".join(data)))
+    assert own.same(other) or complete > 15
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_tokenizer_gives_single_tokens(name):
+    own = vocabulary(name)
+    for text in random_texts(120)[::4]:
+        ids = [i for i in read(name, text).ids if i != own.ends[0]] + [own.ends[0]]
+        mine, theirs = read_again(ids, own, own)
+        assert mine == theirs
+        if name != "words":
+            assert len(mine.ids) == len(ids)
+        pieces = [piece for piece in mine.pieces if piece]  # but the space that Llama adds has no bytes, so it joins the next token
+        assert len(align(mine, theirs).ends) == len(pieces)
+
+
+def test_by_hand():
+    student = Reading((1, 2, 3, 4, 0), (b" th", b"e", b" his", b"tory", END), (True,) * 5)
+    teacher = Reading((7, 8, 9, 5, 6), (b" the", b" ", b"his", b"tory", END), (True,) * 5)
+    spans = check(student, teacher)
+    assert spans == Alignment((0, 0, 1, 2, 3), (0, 1, 1, 2, 3), (4, 8, 12, 13), (True,) * 4)
+    assert spans.single() == (False, False, True, True)
+    shorter = Reading(student.ids[:3], student.pieces[:3], (True, True, False))
+    assert align(shorter, teacher) == Alignment((0, 0, 1), (0, 1, 1, NO_SPAN, NO_SPAN), (4, 8), (True, False))
+    assert align(Reading((), (), ()), teacher) == Alignment((), (NO_SPAN,) * 5, (), ())
+    with pytest.raises(DataError, match=r"place 4 is 32 for the student and 's' for the teacher|place 4 is 32 for the student and 115"):
+        align(student, Reading((1, 2), (b" the", b"s"), (True, True)))
+
+
+def test_the_space_that_llama_adds():
+    llama, small = vocabulary("llama"), vocabulary("small")
+    assert (llama.adds_space, vocabulary("gemma").adds_space, small.adds_space) == (True, False, False)
+    names = llama.tokenizer.convert_ids_to_tokens
+    first, later = llama.read("the", first=True), llama.read("the")
+    assert (names(first.ids), first.pieces) == (["▁the"], (b"the",))
+    assert (names(later.ids), later.pieces) == (["the"], (b"the",))  # after a prompt there is no space
+    assert llama.spell(first.ids).pieces == (b" the",)
+    assert llama.spell(first.ids, first=True).pieces == (b"the",)
+    newline = llama.read("\nthe", first=True)
+    assert newline.pieces == (b"", b"\n", b"the")
+    assert check(newline, small.read("\nthe")).student == (0, 0, 1)
+
+
+def test_normalised_text_keeps_the_original_bytes():
+    nfc, small = vocabulary("nfc"), vocabulary("small")
+    text = "the e\u0301a"
+    reading = nfc.read(text)
+    assert joined(reading) == text.encode()
+    assert reading.exact[-1]
+    assert reading.changed == len("e\u0301".encode()) or reading.changed == len(" e\u0301".encode())
+    assert reading.dropped == 2
+    spans = check(small.read(text), reading)
+    assert spans.exact.count(False) == 1
+    assert all(nfc.read("the éa").exact)
+    # tokens of a student with a normaliser spell the normalised text, and that is what the teacher reads
+    mine, theirs = read_again(reading.ids, nfc, small)
+    assert joined(theirs) == joined(mine) == "the éa".encode()
+    assert all(mine.exact + theirs.exact)
+
+
+def test_words_drop_spaces_and_do_not_spell_unknown_words():
+    words, small = vocabulary("words"), vocabulary("small")
+    reading = words.read(" the  theatre rules\n ")
+    assert reading.pieces == (b" the", b"  theatre", b" rules", b"\n ")
+    assert reading.exact == (True, True, False, True)
+    assert (reading.dropped, reading.changed) == (5, 6)
+    assert check(reading, small.read(" the  theatre rules\n ")).exact == (True, True, False, True)
+    mine, theirs = read_again([2, 3, 1], words, small)
+    assert joined(theirs) == joined(mine) == b"the theatre[the end of the text]"
+    half = small.spell(small.read("a東").ids[:-1])
+    mine, theirs = read_again(half.ids, small, words)  # a teacher of words cannot read half a character
+    assert (mine.pieces, theirs.pieces) == ((b"a",), (b"a",))
+
+
+def test_special_tokens():
+    small, large, nfc = vocabulary("small"), vocabulary("large"), vocabulary("nfc")
+    end, turn = small.ends[0], small.of_event["<|im_end|>"]
+    text = small.read("the</s>").ids  # the text of a special token is ordinary text
+    assert end not in text
+    mine, theirs = read_again([*text, end, *text], small, large)
+    assert theirs.ids[-1] == large.ends[0] != end
+    assert mine.ids == (*text, end)
+    assert joined(theirs) == b"the</s>[the end of the text]"
+    assert check(mine, theirs).single()[-1]
+    mine, theirs = read_again([*text, turn, *text], small, large)  # `large` has no such token
+    assert mine.ids == text
+    assert joined(theirs) == b"the</s>"
+    mine, theirs = read_again([*text, turn, *text], small, nfc)
+    assert theirs.ids.count(nfc.of_event["<|im_end|>"]) == 1
+    assert len(mine.ids) == 2 * len(text) + 1
+    both = token_bytes(small.tokenizer, [turn, end])
+    assert [both.spell([k]).pieces for k in (end, turn)] == [(END,), (END,)]
+    assert read_again([end], both, large)[1].ids == (large.ends[0],)
+    assert read_again([large.ends[0]], large, both)[1].ids == (turn,)
+
+
+def test_bytes_that_are_no_text():
+    assert valid_runs("é".encode() + b"\xff\xe6\x9d" + b"a") == [("é".encode(), True), (b"\xff", False), (b"\xe6\x9d", False), (b"a", True)]
+    assert valid_runs(b"") == []
+    small, gemma = vocabulary("small"), vocabulary("gemma")
+    ids = small.read("a東").ids
+    mine, theirs = read_again(ids[:-1], small, gemma)  # cut in the middle of a character
+    assert theirs.lone == 2
+    assert gemma.tokenizer.convert_ids_to_tokens(theirs.ids) == ["a", "<0xE6>", "<0x9D>"]
+    assert check(mine, theirs).exact == (True,) * len(align(mine, theirs).ends)
+
+
+def test_shared_tokens():
+    small, gemma, llama = vocabulary("small"), vocabulary("gemma"), vocabulary("llama")
+    pairs = {small.tokens[a]: gemma.tokens[b] for a, b in zip(*shared_tokens(small, gemma), strict=True)}
+    assert pairs["Ġ"] == "▁"
+    assert pairs["a"] == "a"
+    assert pairs["A"] == "A"  # not <0x41>, which has the same byte
+    assert pairs["B"] == "<0x42>"  # the only one
+    assert pairs["æ"] == "<0xE6>"
+    assert pairs["</s>"] == "</s>"
+    assert "<|im_end|>" not in pairs
+    for a, b in zip(*shared_tokens(small, gemma), strict=True):
+        assert small.pieces[a] == gemma.pieces[b]
+    every = list(range(len(gemma.pieces)))
+    assert shared_tokens(gemma, llama) == (every, every)  # one vocabulary, and duplicates of bytes keep their own ids
+    large = vocabulary("large")
+    turn = token_bytes(large.tokenizer, [large.of_event["<|user|>"], large.ends[0]])
+    ends = dict(zip(*shared_tokens(small, turn), strict=True))
+    assert ends[small.ends[0]] == turn.ends[0]
+
+
+def test_bad_input():
+    class Slow:
+        eos_token_id = None
+
+    with pytest.raises(DataError, match="Slow"):
+        token_bytes(Slow())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match="99999"):
+        token_bytes(vocabulary("small").tokenizer, [99999])
+
+
+def real_tokenizers() -> list[TokenBytes]:
+    """GPT-2's and SmolLM2's, where they are at hand."""
+    caches = Path(USER.get("TADISTILL_CACHE", "~/.cache/tadistill")).expanduser()
+    smol = [path.parent for path in sorted(caches.glob("gguf/*/tokenizer.json"))]
+    places = [Path(USER.get("TADISTILL_DATA", "nowhere")) / "gpt2_tokenizer", *smol[:1]]
+    return [token_bytes(AutoTokenizer.from_pretrained(place)) for place in places if (place / "config.json").exists()]
+
+
+@pytest.mark.slow
+def test_real_rows():
+    found = real_tokenizers()
+    if len(found) < 2:
+        pytest.skip("TADISTILL_DATA has no gpt2_tokenizer, or SmolLM2 has not been converted here")
+    gpt2, smol = found
+    with (Path(USER["TADISTILL_DATA"]) / "minillm_dolly" / "train.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["output"] for line, _ in zip(lines, range(2000), strict=False)]
+    singles = spans = 0
+    for text in texts:
+        mine, theirs = gpt2.read(text), smol.read(text)
+        assert joined(mine) == joined(theirs) == text.encode()
+        assert all(mine.exact + theirs.exact)
+        aligned = check(mine, theirs)
+        singles, spans = singles + sum(aligned.single()), spans + len(aligned.ends)
+    assert read_again([*mine.ids, gpt2.ends[0]], gpt2, smol)[1].ids == (*theirs.ids, smol.ends[0])
+    assert singles / spans == pytest.approx(0.949, abs=1e-3)
+    ids, others = shared_tokens(gpt2, smol)
+    assert len(ids) == 36961
+    assert all(gpt2.pieces[a] == smol.pieces[b] for a, b in zip(ids, others, strict=True))
