@@ -13,6 +13,7 @@ Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,19 @@ from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.sparse import Sampled, TopK
-from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, check_head, check_target, per_token, select
+from tadistill.objectives.targets import (
+    Head,
+    Hidden,
+    Target,
+    TargetMixture,
+    TeacherTerm,
+    check_head,
+    check_same_tokens,
+    check_target,
+    per_token,
+    select,
+    width_of,
+)
 from tadistill.objectives.tiles import add_product, product, project, tile_rows
 
 # On these devices a comparison waits for all queued work, which takes longer than a multiplication by 1.
@@ -94,6 +107,14 @@ def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute several loss terms with `fused_head`. Return their weighted sum, and their values of shape (K, N)."""
+    total, found = fused_parts([part_of(terms, hidden, weights, teachers=teachers)], head, vocab=vocab)
+    return total, found[0]
+
+
+def part_of(
+    terms: Sequence[Term], hidden: Tensor, weights: "Tensor | Callable[[Tensor], Tensor]", *, teachers: Sequence[Target] = ()
+) -> "Part":
+    """Return several loss terms at the same tokens as one part of a loss."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -108,17 +129,16 @@ def fused_terms(
         return torch.stack(found), slope
 
     all_have = all(term.has_slope(teachers) for term in terms)
-    return fused_head(hidden, head, values, weights, slopes=slopes if all_have else None, teachers=teachers, vocab=vocab)
+    return Part(hidden, values, weights, slopes if all_have else None, teachers)
 
 
 def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
-    several: Sequence[Target] = teacher if isinstance(teacher, Sequence) else [teacher]
-    targets = list(several)
+    targets: list[Target] = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     for target in targets:
         check_target(target)
-    _same_tokens(hidden, targets)
+    check_same_tokens(hidden, targets)
     if not targets:
         raise ConfigError("`teacher` is an empty list; give at least one target")
     if mixture is None:
@@ -154,40 +174,43 @@ def fused_head(
     Returns:
         The scalar sum, with an autograd graph; and the values (K, N), without a graph. A NaN is returned and raises no error.
     """
-    width = _width(head, teachers, vocab)
-    _same_tokens(hidden, teachers)
+    total, found = fused_parts([Part(hidden, values, weights, slopes, teachers)], head, vocab=vocab)
+    return total, found[0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Loss terms at some tokens, for `fused_parts`. The first five fields are arguments of `fused_head`."""
+
+    hidden: Tensor
+    values: Values
+    weights: Tensor | Callable[[Tensor], Tensor]
+    """Weights, or a function that returns them for the values of the part before."""
+    slopes: Slopes | None = None
+    teachers: Sequence[Target] = ()
+    counts: bool = True
+    """False if the part adds only its gradient to the sum, and not its value."""
+
+
+def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Compute the parts of a loss, which share one head and one gradient of it. Return the sum, and the values of each part."""
     watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
-    watcher(head, len(hidden), width, torch.is_grad_enabled())
-    for target in teachers:
-        if isinstance(target, TopK | Sampled):
-            target.check(width)
-        elif isinstance(target, Hidden):
-            watcher(target.head, len(hidden), target.vocab or width, False)
-    kind = hidden.device.type
+    kind = head.weight.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
-    total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
+    plans = []
+    for part in parts:
+        width = width_of(head, part.teachers, vocab)
+        check_same_tokens(part.hidden, part.teachers)
+        watcher(head, len(part.hidden), width, torch.is_grad_enabled())
+        for target in part.teachers:
+            if isinstance(target, TopK | Sampled):
+                target.check(width)
+            elif isinstance(target, Hidden):
+                watcher(target.head, len(part.hidden), target.vocab or width, False)
+        plans.append(_Plan(head, part, width, autocast, torch.is_grad_enabled()))
+    hidden = parts[0].hidden if len(parts) == 1 else torch.cat([part.hidden for part in parts])
+    total, *found = _FusedHead.apply(hidden, head.weight, head.bias, plans)  # type: ignore[misc]
     return total, found
-
-
-def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
-    for target in teachers:
-        found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
-        if found != expected:
-            raise ConfigError(f"`teacher` has tokens of shape {found}, but `student_hidden` has {expected}; give both for the same tokens")
-
-
-def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    widths = [head.weight.shape[0]]
-    whole = [t for t in teachers if not (isinstance(t, TopK | Sampled) or (isinstance(t, Hidden) and t.vocab))]
-    widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in whole]
-    if vocab is None and len(set(widths)) > 1:
-        raise ConfigError(
-            f"student and teacher have {widths} logits; set `vocab` to the size of their shared vocabulary, which is at most {min(widths)}"
-        )
-    if vocab is not None and not 1 <= vocab <= min(widths):
-        raise ConfigError(f"`vocab` is {vocab}; it must be from 1 to {min(widths)}, because the smallest head has {min(widths)} logits")
-    return vocab or widths[0]
 
 
 # This is a context variable and not an argument, because the FLOP meter counts every head that a training stage uses. Sampling, metrics and
@@ -214,10 +237,7 @@ def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[N
 @dataclass(frozen=True)
 class _Plan:
     head: Head
-    values: Values
-    slopes: Slopes | None
-    weights: Tensor
-    teachers: tuple[Target, ...]
+    part: Part
     width: int
     autocast: torch.dtype | None  # dtype of matrix products, if the caller has autocast on
     grad: bool  # True if the caller has gradients on; inside an autograd function they are always off
@@ -229,14 +249,21 @@ class _Plan:
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-        needs = [plan.grad and need for need in ctx.needs_input_grad]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plans: list[_Plan]) -> tuple[Tensor, ...]:
+        needs = [plans[0].grad and need for need in ctx.needs_input_grad]
+        totals, found, first = [], [], 0
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
-            total, found = _run(plan, hidden.detach(), grads)
+            for plan in plans:
+                rows = slice(first, first + len(plan.part.hidden))
+                weights = plan.part.weights if isinstance(plan.part.weights, Tensor) else plan.part.weights(found[-1])
+                weights = weights.expand(-1, rows.stop - first)
+                found.append(_run(plan, weights, hidden.detach()[rows], grads.of(rows)))
+                totals += [(weights.to(found[-1].dtype) * found[-1]).sum()] if plan.part.counts else []
+                first = rows.stop
         ctx.save_for_backward(*grads.result(hidden.dtype, weight.dtype))
-        ctx.mark_non_differentiable(found)
-        return total, found
+        ctx.mark_non_differentiable(*found)
+        return (sum(totals[1:], start=totals[0]), *found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -256,6 +283,12 @@ class _Gradients:
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
         self.wanted = of_hidden or weight is not None or bias is not None
 
+    def of(self, rows: slice) -> "_Gradients":
+        """Return the gradients of a part: its rows of the hidden states, and the same head."""
+        part = copy(self)
+        part.hidden = None if self.hidden is None else self.hidden[rows]
+        return part
+
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
@@ -271,16 +304,16 @@ class _Gradients:
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
-def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
+def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients) -> Tensor:
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
-    dense = [t for t in plan.teachers if isinstance(t, Hidden)]
+    dense = [t for t in plan.part.teachers if isinstance(t, Hidden)]
     widths = [width, *(t.vocab or width for t in dense)]
     rows, small = tile_rows(count, widths, dtype, hidden.device)
     buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for width in widths]
     operand = plan.operand(hidden, plan.head, width)
     operands = [plan.operand(t.states, t.head, width) for t, width in zip(dense, widths[1:], strict=True)]
     # One tensor for all values: small tensors between large freed ones would make the C allocator request new memory again and again.
-    values = torch.zeros(plan.weights.shape[0], count, dtype=dtype, device=hidden.device)
+    values = torch.zeros(weights.shape[0], count, dtype=dtype, device=hidden.device)
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
         here = hidden[tile].to(operand.dtype)
@@ -288,31 +321,27 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
         projected = iter(
             project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
         )
-        teachers = [next(projected) if isinstance(t, Hidden) else select(t, tile, width) for t in plan.teachers]
+        teachers = [next(projected) if isinstance(t, Hidden) else select(t, tile, width) for t in plan.part.teachers]
         for first in range(0, len(here), small):
             inside = slice(first, min(first + small, len(here)))
-            here_values = _small(plan, student[inside], teachers, inside, start, grads.wanted)
-            values[:, start + inside.start : start + inside.stop] = here_values
+            place, here_teachers = slice(start + inside.start, start + inside.stop), [select(t, inside) for t in teachers]
+            values[:, place] = _small(plan, weights[:, place].to(dtype), student[inside], here_teachers, place, grads.wanted)
         if grads.wanted:
             grads.add(tile, student, here, operand)
-    return (plan.weights.to(values.dtype) * values).sum(), values
+    return values
 
 
-def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    rows = slice(start + inside.start, start + inside.stop)
-    targets = tuple(
-        t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
-        for t, tile in zip(plan.teachers, teachers, strict=True)
-    )
-    weights = plan.weights[:, rows].to(logits.dtype)
-    if wanted and plan.slopes is not None and plan.head.plain:
+def _small(plan: _Plan, weights: Tensor, logits: Tensor, teachers: list[Any], rows: slice, wanted: bool) -> Tensor:
+    part = plan.part
+    targets = tuple(t.head.shape(own) if isinstance(t, Hidden) else own for t, own in zip(part.teachers, teachers, strict=True))
+    if wanted and part.slopes is not None and plan.head.plain:
         with checks.deferred():
-            values, slope = plan.slopes(logits, targets, rows, weights)
+            values, slope = part.slopes(logits, targets, rows, weights)
         logits.copy_(slope)
         return values
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
-        values = plan.values(plan.head.shape(leaf), targets, rows)
+        values = part.values(plan.head.shape(leaf), targets, rows)
     if wanted and not values.requires_grad:  # the divergence does not depend on the student, as with a skew of 1
         logits.zero_()
     elif wanted:

@@ -10,7 +10,7 @@ Axes: N student's tokens, M teacher's tokens, S spans; B sequences, T student's 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import at_least_float32
-from tadistill.objectives.fused import fused_head, fused_terms
+from tadistill.objectives.divergence import at_least_float32, wide
+from tadistill.objectives.fused import Part, fused_parts, fused_terms, part_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Hidden, TeacherTerm, select
 from tadistill.objectives.vocabularies import SharedVocabulary, shared_divergence
@@ -158,19 +158,19 @@ def fused_span_divergence(
     weights = torch.ones(count, device=device) if weights is None else weights
     one = single_tokens(student, teacher, shared, count)
     of_one = divergence if shared.same else partial(_on_shared, divergence, shared)
-    total, found = fused_terms(
-        [TeacherTerm("", of_one, settings=parameters, temperature=temperature)],
-        student.hidden.states[one[student.spans]],
-        student.hidden.head,
-        weights[one].unsqueeze(0),
-        teachers=[Hidden(teacher.hidden.states[one[teacher.spans]], teacher.hidden.head, shared.sizes[1])],
-        vocab=shared.sizes[0],
-    )
-    values = torch.zeros(count, dtype=found.dtype, device=device).masked_scatter(one, found[0])
+    other = Hidden(teacher.hidden.states[one[teacher.spans]], teacher.hidden.head, shared.sizes[1])
+    term = TeacherTerm("", of_one, settings=parameters, temperature=temperature)
+    parts = [part_of([term], student.hidden.states[one[student.spans]], weights[one].unsqueeze(0), teachers=[other])]
+    in_text = torch.zeros(0, dtype=wide(student.hidden.states.dtype), device=device)
     if not bool(one.all()):
-        of_text = partial(span_divergence, divergence, **parameters)
-        more, found = _of_text(of_text, student, teacher, shared.sizes, weights, ~one, temperature)
-        total, values = total + more, values.masked_scatter(~one, found)
+        own, log_p = _chosen(student, ~one), span_log_probs(_chosen(teacher, ~one), shared.sizes[1], temperature=temperature)
+        log_q = span_log_probs(own, shared.sizes[0], temperature=temperature)
+        in_text, slope = _with_slope(partial(span_divergence, divergence, **parameters), log_q, log_p.to(log_q.dtype))
+        parts.append(_text_part(own, (weights[~one] * slope)[own.spans].unsqueeze(0), temperature))
+    total, found = fused_parts(parts, student.hidden.head, vocab=shared.sizes[0])
+    values = torch.zeros_like(weights, dtype=found[0].dtype).masked_scatter(one, found[0][0]).masked_scatter(~one, in_text)
+    if len(parts) > 1:
+        total = total + (weights[~one] * in_text).sum()
     checks.result(values, student_hidden=student.hidden.states, student_head=student.hidden.head.weight, teacher=teacher.hidden.states)
     return total, values
 
@@ -211,16 +211,16 @@ def fused_span_distance(
         return torch.stack([found, slope])
 
     last, others = _last(student), _last(teacher)
-    total, found = fused_head(
+    of_last = Part(
         student.hidden.states[last],
-        student.hidden.head,
         values,
         torch.stack([weights, torch.zeros_like(weights)]),
         teachers=[Hidden(teacher.hidden.states[others], teacher.hidden.head, sizes[1])],
-        vocab=sizes[0],
     )
+    before = _text_part(earlier, lambda found: (weights * found[1])[earlier.spans].unsqueeze(0), temperature)
+    total, (found, _) = fused_parts([of_last, before], student.hidden.head, vocab=sizes[0])
     checks.result(found, student_hidden=student.hidden.states, student_head=student.hidden.head.weight, teacher=teacher.hidden.states)
-    return total + _push(earlier, (weights * found[1])[earlier.spans], sizes[0], temperature), found[0]
+    return total, found[0]
 
 
 def single_tokens(student: SpanTokens, teacher: SpanTokens, shared: SharedVocabulary, count: int) -> Tensor:
@@ -251,36 +251,17 @@ def _earlier(side: SpanTokens) -> SpanTokens:
     return SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], side.spans[rows])
 
 
-def _of_text(
-    loss: Callable[[Tensor, Tensor], Tensor],
-    student: SpanTokens,
-    teacher: SpanTokens,
-    sizes: tuple[int, int],
-    weights: Tensor,
-    chosen: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of a loss of the log-probabilities of the chosen spans, and its values.
-
-    The student's head is used twice. The first time gives the log-probabilities, and with them the slope of the loss at each token. The
-    second time gives the gradient of the tokens' log-probabilities, weighted with these slopes.
-    """
-    own, other = _chosen(student, chosen), _chosen(teacher, chosen)
-    leaf = span_log_probs(own, sizes[0], temperature=temperature).requires_grad_()
-    weights = weights[chosen].to(leaf.dtype)
+def _with_slope(loss: Callable[..., Tensor], log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a loss of the log-probabilities of spans, and its slope in those of the student. Both are without a graph."""
+    leaf = log_q.detach().requires_grad_()
     with torch.enable_grad(), checks.deferred():
-        values = loss(leaf, span_log_probs(other, sizes[1], temperature=temperature).to(leaf.dtype))
-        (slope,) = torch.autograd.grad((weights * values).sum(), leaf)
-    return (weights * values.detach()).sum() + _push(own, slope[own.spans], sizes[0], temperature), values.detach()
+        values = loss(leaf, log_p)
+    return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
 
-def _push(side: SpanTokens, slopes: Tensor, vocab: int, temperature: float) -> Tensor:
-    """Return 0, with the gradient of the sum of the tokens' log-probabilities, weighted with `slopes` (N,)."""
-    if not torch.is_grad_enabled():
-        return slopes.new_zeros(())
-    term = TokenTerm("", _same, side.tokens, temperature=temperature)
-    pushed, _ = fused_terms([term], side.hidden.states, side.hidden.head, slopes.unsqueeze(0), vocab=vocab)
-    return pushed - pushed.detach()
+def _text_part(side: SpanTokens, slopes: Tensor | Callable[[Tensor], Tensor], temperature: float) -> Part:
+    """Return the part of a loss that adds nothing but a gradient: `slopes` (1, N) times that of the tokens' log-probabilities."""
+    return replace(part_of([TokenTerm("", _same, side.tokens, temperature=temperature)], side.hidden.states, slopes), counts=False)
 
 
 def _chosen(side: SpanTokens, chosen: Tensor) -> SpanTokens:

@@ -269,3 +269,30 @@ def check_target(target: Any) -> None:
         raise ConfigError(
             f"`teacher` is a {type(target).__name__}; it must be logits (..., V), Hidden(states, Head(weight)), TopK or Sampled"
         )
+
+
+def check_same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
+    """Raise a ConfigError unless the student's hidden states (..., H) and all teachers have the same tokens."""
+    for target in teachers:
+        found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
+        if found != expected:
+            raise ConfigError(f"`teacher` has tokens of shape {found}, but `student_hidden` has {expected}; give both for the same tokens")
+
+
+def width_of(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
+    """Return the number of the student's logits that a loss uses: `vocab`, or the size of all heads. Teachers with a vocabulary of their
+    own are not asked.
+
+    Raises:
+        ConfigError: the heads have different sizes and `vocab` is None, or `vocab` is larger than a head.
+    """
+    widths = [head.weight.shape[0]]
+    whole = [t for t in teachers if not (isinstance(t, TopK | Sampled) or (isinstance(t, Hidden) and t.vocab))]
+    widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in whole]
+    if vocab is None and len(set(widths)) > 1:
+        raise ConfigError(
+            f"student and teacher have {widths} logits; set `vocab` to the size of their shared vocabulary, which is at most {min(widths)}"
+        )
+    if vocab is not None and not 1 <= vocab <= min(widths):
+        raise ConfigError(f"`vocab` is {vocab}; it must be from 1 to {min(widths)}, because the smallest head has {min(widths)} logits")
+    return vocab or widths[0]

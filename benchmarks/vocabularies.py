@@ -1,0 +1,221 @@
+"""Measures time and memory of a divergence between two models with different tokenizers, beside the same step with one tokenizer.
+
+    python benchmarks/vocabularies.py [--markdown PATH] [--quick]
+    python benchmarks/vocabularies.py --texts ROWS.jsonl STUDENT_TOKENIZER TEACHER_TOKENIZER
+
+The student has SmolLM2's vocabulary (49,152) and the teacher Gemma's (262,144). Of the spans, nine of ten are one token on both sides. Each
+tenth span has two tokens on both sides. The steps with one tokenizer have the same tokens and hidden sizes, and the student's or the
+teacher's vocabulary on both sides. Every step is a fresh process: forward and backward from hidden states and heads.
+
+    extra = peak resident set - resident set before the call - one gradient of the student's head and of its hidden states
+
+The peak is VmHWM after writing 5 to /proc/self/clear_refs. A first step on a few tokens loads libraries. Times are CPU times of the
+process. Megabytes are 10^6 bytes. Everything is float32. The bound on memory is 1.3 times the step with one tokenizer and the same student.
+
+The second form measures no time. It aligns the outputs of 200 rows, and counts spans. It also reads every beginning of a text again, and
+counts the beginnings whose spans, up to so many tokens before their end, are not those of the whole text. This is how often a reward that
+is paid so many tokens late (`span_rewards(delay=...)`) depends on later text.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tadistill import objectives as ob
+from tadistill.data.alignment import align, read_again
+from tadistill.data.token_bytes import TokenBytes, token_bytes
+from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens
+
+STUDENT, TEACHER, SHARED = 49152, 262144, 30000
+HIDDEN = (576, 640)
+BOUND = 1.3
+
+
+class Size(NamedTuple):
+    """Tokens, and both vocabularies."""
+
+    tokens: int
+    student: int
+    teacher: int
+
+
+WAYS: dict[str, tuple[str, bool]] = {
+    "one tokenizer, the student's": ("reverse_kl", False),
+    "one tokenizer, the teacher's": ("reverse_kl", False),
+    "reverse_kl over spans": ("reverse_kl", True),
+    "jensen_shannon over spans": ("jensen_shannon", True),
+    "sorted_distance (ULD)": ("sorted_distance", True),
+    "hybrid_distance (GOLD)": ("hybrid_distance", True),
+}
+"""Name of a step: its function, and True for two tokenizers."""
+
+
+def size_of(way: str, tokens: int) -> Size:
+    """Return the sizes of a step."""
+    both = {"one tokenizer, the student's": (STUDENT, STUDENT), "one tokenizer, the teacher's": (TEACHER, TEACHER)}
+    return Size(tokens, *both.get(way, (STUDENT, TEACHER)))
+
+
+def prepared(way: str, size: Size) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """Return the loss of a step as a function, and the tensors that get a gradient."""
+    torch.manual_seed(0)
+    states = [torch.randn(size.tokens, hidden) for hidden in HIDDEN]
+    heads = [torch.randn(vocab, hidden) / hidden**0.5 for vocab, hidden in zip(size[1:], HIDDEN, strict=True)]
+    states[0].requires_grad_()
+    heads[0].requires_grad_()
+    sides = [Hidden(s, Head(w)) for s, w in zip(states, heads, strict=True)]
+    name, two = WAYS[way]
+    share = torch.full((size.tokens,), 1 / size.tokens)
+    if not two:
+        return lambda: ob.fused_divergence(getattr(ob, name), states[0], sides[0].head, sides[1], mask=share)[0], [states[0], heads[0]]
+    many = min(SHARED, min(size[1:]) // 2)
+    shared = SharedVocabulary(torch.randperm(size.student)[:many], torch.randperm(size.teacher)[:many], size[1:])
+    # of 11 tokens, the last two are one span
+    spans = (torch.arange(size.tokens) % 11 != 10).long().cumsum(0) - 1
+    pairs = torch.randint(many, (size.tokens,))
+    mine, theirs = (SpanTokens(side, ids[pairs], spans) for side, ids in zip(sides, (shared.student_ids, shared.teacher_ids), strict=True))
+    weights = share[: int(spans[-1]) + 1]
+    if name == "sorted_distance":
+        return lambda: ob.fused_span_distance(ob.sorted_distance, mine, theirs, size[1:], weights=weights)[0], [states[0], heads[0]]
+    if name == "hybrid_distance":
+        run = ob.hybrid_distance
+        return lambda: ob.fused_span_distance(run, mine, theirs, size[1:], weights=weights, shared=shared)[0], [states[0], heads[0]]
+    return lambda: ob.fused_span_divergence(getattr(ob, name), mine, theirs, shared, weights=weights)[0], [states[0], heads[0]]
+
+
+def measure(way: str, tokens: int) -> dict[str, float]:
+    """Return the extra megabytes and the CPU seconds of one step in this process."""
+    prepared(way, Size(22, 1000, 2000 if WAYS[way][1] else 1000))[0]().backward()
+    loss, leaves = prepared(way, size_of(way, tokens))
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = resident("VmRSS"), time.process_time()
+    loss().backward()
+    seconds = time.process_time() - start
+    peak = resident("VmHWM")
+    return {"mb": (peak - before - sum(4 * leaf.numel() for leaf in leaves)) / 1e6, "seconds": seconds}
+
+
+def resident(field: str) -> int:
+    """Return a number of bytes of this process, from Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def rows(tokens: int, rounds: int) -> list[list[str]]:
+    """Return a table row for each step. The steps take turns; a number is the median of its rounds."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, taken in found.items():
+            command = [sys.executable, __file__, "--one", json.dumps([way, tokens])]
+            taken.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]))
+    median = {way: {key: statistics.median(t[key] for t in taken) for key in ("mb", "seconds")} for way, taken in found.items()}
+    one = median["one tokenizer, the student's"]
+    return [
+        [way, f"{m['mb']:,.0f}", f"{m['mb'] / one['mb']:.2f}", f"{m['seconds']:.1f}", f"{m['seconds'] / one['seconds']:.2f}"]
+        for way, m in median.items()
+    ]
+
+
+def texts(path: Path, student: str, teacher: str) -> None:
+    """Print the numbers of spans, and how many tokens it takes until they are fixed."""
+    from transformers import AutoTokenizer
+
+    own, other = (token_bytes(AutoTokenizer.from_pretrained(name)) for name in (student, teacher))
+    with path.open(encoding="utf-8") as lines:
+        outputs = [json.loads(line)["output"] for line, _ in zip(lines, range(200), strict=False)]
+    counts: Counter[str] = Counter()
+    for output in outputs:
+        whole = spans_of(own.read(output).ids, own, other)
+        counts["spans"] += len(whole)
+        counts["spans of one token on both sides"] += sum(single for _, single, _ in whole)
+        ids = own.read(output).ids
+        for length in range(1, len(ids)):
+            begun = spans_of(ids[:length], own, other)
+            counts["beginnings"] += 1
+            for late in range(4):
+                known = [[span for span in spans if span[0] <= length - late] for spans in (whole, begun)]
+                counts[f"not fixed {late} tokens late"] += known[0] != known[1]
+    for name, count in counts.items():
+        print(f"{name}: {count:,}")
+
+
+def spans_of(ids: Sequence[int], own: TokenBytes, other: TokenBytes) -> list[tuple[int, bool, list[int]]]:
+    """Return for each span: the number of the student's tokens before its end, whether it is single, and the teacher's tokens."""
+    mine, theirs = read_again(ids, own, other)
+    found = align(mine, theirs)
+    ends = {span: place + 1 for place, span in enumerate(found.student)}
+    tokens: dict[int, list[int]] = {}
+    for token, span in zip(theirs.ids, found.teacher, strict=True):
+        tokens.setdefault(span, []).append(token)
+    return [(ends[k], single, tokens[k]) for k, single in enumerate(found.single())]
+
+
+COLUMNS = ["step", "extra MB", "memory ratio", "CPU s", "time ratio"]
+
+
+def markdown(table: list[list[str]], tokens: int, command: str) -> str:
+    """Return the result as a page."""
+    lines = [
+        "# Different tokenizers: time and memory",
+        "",
+        "This page compares a step between two models with different tokenizers with the same step between models with one tokenizer. [The "
+        "page about different tokenizers](../concepts/tokenizers.md) explains the losses.",
+        "",
+        f"```\n{command}\n```",
+        "",
+        f"{tokens:,} tokens, vocabularies {STUDENT:,} (student) and {TEACHER:,} (teacher), hidden sizes {HIDDEN[0]} and {HIDDEN[1]}. One "
+        f"tensor [tokens, vocabulary] of the teacher's logits would take {tokens * TEACHER * 4 / 1e6:,.0f} MB. torch {torch.__version__}, "
+        f"CPU, {torch.get_num_threads()} thread; float32. The ratios are to the first row.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
+        *("| " + " | ".join(row) + " |" for row in table),
+        "",
+        "`benchmarks/vocabularies.py` says what is measured, and how.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of divergences between models with different tokenizers.")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--quick", action="store_true", help="few tokens: says that it runs, not how fast")
+    parser.add_argument("--rounds", type=int, default=1, help="a number is the median of so many rounds")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what a fresh process measures
+    parser.add_argument("--texts", nargs=3, metavar=("ROWS", "STUDENT", "TEACHER"), help="count spans of texts instead")
+    options = parser.parse_args()
+    if options.texts:
+        texts(Path(options.texts[0]), *options.texts[1:])
+        return
+    if options.one:
+        found: Any = measure(*options.one)
+        print(json.dumps(found))
+        return
+    tokens = 44 if options.quick else 1100
+    found = rows(tokens, options.rounds)
+    table = Table(*COLUMNS)
+    for row in found:
+        table.add_row(*row)
+    Console().print(table)
+    above = [row[0] for row in found[2:4] if float(row[2]) > BOUND]
+    print(f"Bound of {BOUND} on memory: {'exceeded by ' + ', '.join(above) if above else 'holds'}.")
+    if options.markdown:
+        command = " ".join(["python benchmarks/vocabularies.py", *sys.argv[1:]])
+        options.markdown.write_text(markdown(found, tokens, command), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
