@@ -9,7 +9,7 @@ The page "Different tokenizers" of the documentation has the mathematics.
 
 The same idea, on characters or on decoded tokens, is in: Boizard et al. 2024 (ULD, arXiv 2402.12030), which truncates to the shorter
 sequence; Zhang et al. 2024 (DSKD, arXiv 2406.17328), which learns an attention between the two sequences; GOLD (TRL 1.16), which uses
-byte offsets of byte-level tokenizers; and SimCT (arXiv 2605.07711), whose units are the spans between common boundaries.
+byte offsets of byte-level tokenizers; and SimCT (arXiv 2605.07711), whose released code cuts only after tokens with the same text.
 """
 
 from bisect import bisect_left, bisect_right
