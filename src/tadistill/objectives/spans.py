@@ -256,7 +256,8 @@ def _with_slope(loss: Callable[..., Tensor], log_q: Tensor, log_p: Tensor) -> tu
     leaf = log_q.detach().requires_grad_()
     with torch.enable_grad(), checks.deferred():
         values = loss(leaf, log_p)
-    return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
+        (slope,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), slope
 
 
 def _text_part(side: SpanTokens, slopes: Tensor | Callable[[Tensor], Tensor], temperature: float) -> Part:

@@ -127,7 +127,8 @@ def test_pieces_are_the_text_byte_for_byte(name):
             assert reading.dropped == reading.lone == 0
             again = own.spell(reading.ids)
             assert joined(again) == text.encode()
-            assert own.tokenizer.decode(reading.ids, clean_up_tokenization_spaces=False).strip(" ") == text.strip(" ")
+            decoded = own.tokenizer.decode([*reading.ids], clean_up_tokenization_spaces=False)
+            assert str(decoded).strip(" ") == text.strip(" ")
 
 
 @pytest.mark.parametrize("student", ALL)
@@ -198,8 +199,8 @@ def test_the_space_that_llama_adds():
     assert (llama.adds_space, vocabulary("gemma").adds_space, small.adds_space) == (True, False, False)
     names = llama.tokenizer.convert_ids_to_tokens
     first, later = llama.read("the", first=True), llama.read("the")
-    assert (names(first.ids), first.pieces) == (["▁the"], (b"the",))
-    assert (names(later.ids), later.pieces) == (["the"], (b"the",))  # after a prompt there is no space
+    assert (names([*first.ids]), first.pieces) == (["▁the"], (b"the",))
+    assert (names([*later.ids]), later.pieces) == (["the"], (b"the",))  # after a prompt there is no space
     assert llama.spell(first.ids).pieces == (b" the",)
     assert llama.spell(first.ids, first=True).pieces == (b"the",)
     newline = llama.read("\nthe", first=True)
@@ -267,7 +268,7 @@ def test_bytes_that_are_no_text():
     ids = small.read("a東").ids
     mine, theirs = read_again(ids[:-1], small, gemma)  # cut in the middle of a character
     assert theirs.lone == 2
-    assert gemma.tokenizer.convert_ids_to_tokens(theirs.ids) == ["a", "<0xE6>", "<0x9D>"]
+    assert gemma.tokenizer.convert_ids_to_tokens([*theirs.ids]) == ["a", "<0xE6>", "<0x9D>"]
     assert check(mine, theirs).exact == (True,) * len(align(mine, theirs).ends)
 
 
@@ -324,7 +325,8 @@ def test_real_rows():
         assert all(mine.exact + theirs.exact)
         aligned = check(mine, theirs)
         singles, spans = singles + sum(aligned.single()), spans + len(aligned.ends)
-    assert read_again([*mine.ids, gpt2.ends[0]], gpt2, smol)[1].ids == (*theirs.ids, smol.ends[0])
+    ids = gpt2.read(texts[0]).ids
+    assert read_again([*ids, gpt2.ends[0]], gpt2, smol)[1].ids == (*smol.read(texts[0]).ids, smol.ends[0])
     assert singles / spans == pytest.approx(0.949, abs=1e-3)
     ids, others = shared_tokens(gpt2, smol)
     assert len(ids) == 36961

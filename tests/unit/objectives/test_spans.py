@@ -129,9 +129,9 @@ def test_one_tokenizer_is_the_plain_divergence_bit_for_bit(divergence, temperatu
         other = Hidden(teacher.hidden.states[:6], teacher.hidden.head)
         weights = torch.linspace(0.1, 2, 6)
         if over_spans:
-            sides = [SpanTokens(hidden, tokens, spans) for hidden in (student.hidden, other)]
+            mine, theirs = (SpanTokens(hidden, tokens, spans) for hidden in (student.hidden, other))
             shared = SharedVocabulary(every, every, (V, V))
-            total, values = fused_span_divergence(divergence, *sides, shared, weights=weights, temperature=temperature)
+            total, values = fused_span_divergence(divergence, mine, theirs, shared, weights=weights, temperature=temperature)
         else:
             states, head = student.hidden.states, student.hidden.head
             total, values = fused_divergence(divergence, states, head, other, mask=weights, vocab=V, temperature=temperature)
@@ -149,7 +149,7 @@ def test_masked_equals_deleted():
         rows = kept[side.spans]
         again = (kept.cumsum(0) - 1)[side.spans[rows]]
         sides.append(SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], again))
-    fewer, found = fused_span_divergence(forward_kl, *sides, SHARED, weights=WEIGHTS[kept])
+    fewer, found = fused_span_divergence(forward_kl, sides[0], sides[1], SHARED, weights=WEIGHTS[kept])
     torch.testing.assert_close(values[kept], found, atol=1e-12, rtol=0)
     for a, b in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(fewer, leaves), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
@@ -230,7 +230,7 @@ def test_equals_trl(beta, own, temperature, loss, norm, slope):
     distance, settings = gold(beta, own)
     sides = gold_sides(student[:-1], waves(5, W, 0.9)[:-1])  # the state before a token predicts it
     weights = torch.full((3,), 1 / 3, dtype=torch.float64)
-    total, values = fused_span_distance(distance, *sides, (V, W), weights=weights, temperature=temperature, **settings)
+    total, values = fused_span_distance(distance, sides[0], sides[1], (V, W), weights=weights, temperature=temperature, **settings)
     (gradient,) = torch.autograd.grad(total, student)
     assert float(total.detach()) == pytest.approx(loss, abs=1e-9)
     assert float(values.mean()) == pytest.approx(loss, abs=1e-9)
