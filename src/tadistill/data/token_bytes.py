@@ -154,7 +154,7 @@ class TokenBytes:
             (len(ids), None),
         ]:
             run = tuple(ids[at:stop])
-            again = self.read(self.tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if run else empty
+            again = self.read(str(self.tokenizer.decode([*run], clean_up_tokenization_spaces=False))) if run else empty
             if again.ids != run:
                 return whole
             whole += again
@@ -188,7 +188,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int] | None
     kinds = {step["type"] for step in steps}
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     tokens = tuple(by_id.get(i) for i in range(max(by_id, default=-1) + 1))
-    pieces = [None if token is None else _piece(token, kinds) for token in tokens]
+    pieces: list[Piece | None] = [None if token is None else _piece(token, kinds) for token in tokens]
     for i, token in added.items():
         pieces[i] = token.content if token.special else token.content.encode()
     for i in ends:
@@ -220,7 +220,7 @@ def valid_runs(data: bytes) -> list[tuple[bytes, bool]]:
 
 def _steps(part: Any) -> list[dict[str, Any]]:
     """Return the settings of a decoder or pre-tokenizer as a list of single steps."""
-    state = json.loads(part.__getstate__()) if part is not None else {"type": "none"}
+    state: dict[str, Any] = json.loads(part.__getstate__()) if part is not None else {"type": "none"}
     return state.get("decoders") or state.get("pretokenizers") or [state]
 
 
