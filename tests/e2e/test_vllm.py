@@ -233,6 +233,7 @@ def test_rollouts_come_from_vllm_and_training_learns_from_them(study):
     logs = [path for path in found if (path / "vllm.log").is_file()]
     assert [found[path]["spec"]["method"]["sampler"]["engine"] for path in logs] == ["vllm"]
     assert "Reloading" in (logs[0] / "vllm.log").read_text()
+    assert json.loads((logs[0] / "manifest.json").read_text())["versions"]["vllm"].startswith("0.")
     weights = {path: load_model(str(path / "model")).state_dict() for path in found}
     (one, other) = weights.values()
     assert any(not torch.equal(one[name], other[name]) for name in one)

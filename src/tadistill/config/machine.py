@@ -89,8 +89,10 @@ def vllm_folder() -> Path:
     TADISTILL_VLLM names; by default, that of this Python, or the one on PATH.
 
     Raises:
-        ConfigError: vLLM is not installed there.
+        ConfigError: vLLM is not installed there, or this is not Linux.
     """
+    if sys.platform != "linux":
+        raise ConfigError("`engine: vllm` runs on Linux only; set `engine: native`")
     named = os.environ.get("TADISTILL_VLLM")
     places = [f"{named}/bin"] if named else [str(Path(sys.executable).parent), os.environ.get("PATH")]
     found = next(filter(None, (shutil.which("vllm", path=place) for place in places)), None)

@@ -42,7 +42,8 @@ _CHECKED = 16  # tokens that are sampled to compare vLLM's log-probabilities wit
 _APART = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Largest difference of log-probabilities, as a share of their size. Rounding causes less; a model that vLLM computes otherwise, more."""
 _GOODBYE = 10.0  # seconds
-_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables of this process that mean nothing to vLLM's, or that its sleep mode does not work with."""
 _ERROR = re.compile(r"\w+(?:Error|Exception): .*")
 
 
@@ -72,6 +73,8 @@ class Vllm:
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int, launch: Launch):
         self.student, self.decoding, self.eos, self.vocab, self.launch = student, decoding, eos, vocab, launch
+        self.version: str | None = None
+        """The version of vLLM. None before its process has started."""
         self._process: subprocess.Popen[str] | None = None
         self.close: Callable[[], object] = lambda: None
         """End the process."""
@@ -174,7 +177,7 @@ class Vllm:
                 start_new_session=True,  # Ctrl-C reaches the command, which decides what ends
             )
             self.close = weakref.finalize(self, _end, self._process, _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0)
-            self._order({"engine": self._arguments(directory), "weights": self._memory.layout})
+            self.version = self._order({"engine": self._arguments(directory), "weights": self._memory.layout})["version"]
         self._hand_over()
         self._check()
 
@@ -208,9 +211,9 @@ class Vllm:
             "disable_log_stats": True,
         } | ({"enable_sleep_mode": True} if self._sleeps else {})
 
-    def _order(self, order: dict[str, Any]) -> None:
+    def _order(self, order: dict[str, Any]) -> dict[str, Any]:
         self._say(order)
-        self._hear()
+        return self._hear()
 
     def _say(self, order: dict[str, Any]) -> None:
         assert self._process is not None
@@ -262,7 +265,7 @@ class _SharedMemory:
 
 
 def _environment(launch: Launch) -> dict[str, str]:
-    found = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
+    found = {name: value for name, value in os.environ.items() if name not in _OURS}
     found |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that we start, and in no third one
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with training

@@ -8,7 +8,8 @@ JSON on the standard input:
     {"order": "respond", "prompts": [...], "settings": {...}, "seeds": [...]}
     {"order": "sleep"}                               give the GPU's memory back until the next `load`
 
-An answer is one line of JSON on the standard output: {} when an order is done, and one line for each response as soon as it has ended.
+An answer is one line of JSON on the standard output: the version of vLLM after the first line, {} when an order is done, and one line for
+each response as soon as it has ended.
 What vLLM itself prints goes to the standard error.
 """
 
@@ -29,11 +30,10 @@ def main() -> None:
         answers.flush()
 
     first = json.loads(sys.stdin.readline())
-    from vllm import LLM
+    import vllm
 
-    engine = LLM(**first["engine"])
-    asleep = False
-    say({})
+    engine, asleep = vllm.LLM(**first["engine"]), False
+    say({"version": vllm.__version__})
     for line in sys.stdin:
         order = json.loads(line)
         match order["order"]:

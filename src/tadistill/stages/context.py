@@ -63,6 +63,7 @@ class Context(Generic[AnySpec]):
         self.progress, self.alarm, self.stop = trimming(progress), alarm, stop
         self.device = own_device()
         self._open = ExitStack()
+        self._vllm: Vllm | None = None
         self.counts: dict[tuple[str, str], Counts] = {}
         """Role and name of each split that was read, with its numbers of rows."""
 
@@ -152,7 +153,13 @@ class Context(Generic[AnySpec]):
         )
         engine = Vllm(native.student, native.decoding, eos=native.eos, vocab=native.vocab, launch=launch)
         self._open.callback(lambda: engine.close())
+        self._vllm = engine
         return engine
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of programs that ran in processes of their own."""
+        return {"vllm": self._vllm.version} if self._vllm and self._vllm.version else {}
 
     def close(self) -> None:
         """End the processes that the stage has started."""

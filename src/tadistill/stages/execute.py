@@ -116,7 +116,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         facts = _worked(work, context)
         rows = [{"role": role, "set": name, **asdict(counts)} for (role, name), counts in context.counts.items()]
         seconds = round(time.monotonic() - start, 2)
-        versions = {name: _version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
+        versions = {name: _version(name) for name in ("tadistill", "torch", "transformers", "accelerate")} | context.versions
         store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": versions, "rows": rows, **facts})
     finally:
         lock.release()
