@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -62,8 +61,9 @@ class Context(Generic[AnySpec]):
         self.spec = cast(AnySpec, task.spec)
         self.progress, self.alarm, self.stop = trimming(progress), alarm, stop
         self.device = own_device()
-        self._open = ExitStack()
         self._vllm: Vllm | None = None
+        self.versions: dict[str, str] = {}
+        """The versions of programs that ran in processes of their own."""
         self.counts: dict[tuple[str, str], Counts] = {}
         """Role and name of each split that was read, with its numbers of rows."""
 
@@ -151,19 +151,16 @@ class Context(Generic[AnySpec]):
             log=self.folder / (VLLM_LOG if rank == "0" else f"{rank}-{VLLM_LOG}"),
             changes=trains,
         )
-        engine = Vllm(native.student, native.decoding, eos=native.eos, vocab=native.vocab, launch=launch)
-        self._open.callback(lambda: engine.close())
-        self._vllm = engine
-        return engine
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """The versions of programs that ran in processes of their own."""
-        return {"vllm": self._vllm.version} if self._vllm and self._vllm.version else {}
+        self._vllm = Vllm(native.student, native.decoding, eos=native.eos, vocab=native.vocab, launch=launch)
+        return self._vllm
 
     def close(self) -> None:
-        """End the processes that the stage has started."""
-        self._open.close()
+        """End the process of vLLM if the stage has started one."""
+        if self._vllm and self._vllm.version:
+            self.versions["vllm"] = self._vllm.version
+        if self._vllm:
+            self._vllm.close()
+            self._vllm = None  # it holds the model
 
     # --- data -----------------------------------------------------------------------------------------------------------
 
