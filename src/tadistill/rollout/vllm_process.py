@@ -13,6 +13,7 @@ each response as soon as it has ended.
 What vLLM itself prints goes to the standard error.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -30,8 +31,7 @@ def main() -> None:
         answers.flush()
 
     first = json.loads(sys.stdin.readline())
-    import vllm
-
+    vllm = importlib.import_module("vllm")  # not the file `vllm.py` beside this one
     engine, asleep = vllm.LLM(**first["engine"]), False
     say({"version": vllm.__version__})
     for line in sys.stdin:
@@ -69,9 +69,8 @@ def _load(worker: Any, path: str, size: int, entries: list[tuple[str, str, list[
 
 
 def _respond(engine: Any, order: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    from vllm import SamplingParams
-
-    settings = [SamplingParams(seed=seed, **order["settings"]) for seed in order["seeds"]]
+    params = importlib.import_module("vllm").SamplingParams
+    settings = [params(seed=seed, **order["settings"]) for seed in order["seeds"]]
     prompts = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
     names = engine.enqueue(prompts, settings, use_tqdm=False)  # ascending numbers, each with "-" and random letters
     first = int(names[0].partition("-")[0])
