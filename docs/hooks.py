@@ -55,7 +55,9 @@ def _part(part: Part) -> str:
     place = part.places[0] or ("The short form" if part.name == "Short form" else "Top level")
     title = f"`{place}: {{type: {part.type}}}`" if part.type else f"`{place}`" if part.places[0] else place
     anchor = "-".join(filter(None, (place.replace(".", "-").replace(" ", "-").lower(), part.type)))
-    also = f"\n\nAlso at {', '.join(f'`{other}`' for other in part.places[1:])}." if part.places[1:] else ""
+    whole = [f"`{other}`" for other in part.places[1:] if ".phases." not in other]
+    phases = ["in `phases`"] if len(whole) < len(part.places[1:]) else []
+    also = f"\n\nAlso at {', and '.join(filter(None, (', '.join(whole), *phases)))}." if whole or phases else ""
     rows = [_key(key) for key in part.keys if not (part.type and key.name == "type")]
     table = ["| key | meaning | value | default |", "|---|---|---|---|", *rows] if rows else []
     return "\n".join([f"## {title} {{ #{anchor} }}", "", f"{part.meaning}{also} More: [{_title(part.page)}](../{part.page}).", "", *table])

@@ -15,6 +15,7 @@ GLOSSARY: dict[str, str] = {
     "pruned": "Cut down from a bigger model: the first weights are a part of that model's weights. Fine-tuning and distillation follow.",
     "direct": "Distillation from the teacher to the student without an assistant.",
     "hop": "One distillation of a path, from one model to the next.",
+    "phase": "A part of a distillation with its own method and share of the updates; the next phase starts from its weights.",
     "equal-compute baseline": "A direct arm that trains longer, so that it costs as many FLOPs as the path through assistants.",
     "SFT": "Supervised fine-tuning: training on the answers of the data set, without a teacher.",
     "seed": "The number from which random draws start; each training seed gives one trained model, each decoding seed one set of answers.",

@@ -256,8 +256,8 @@ def twin_name(path: ModelPath) -> str:
 
 def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
     paths = {arm.name: arm.arm.last for arm in plan.arms}
-    twins = [(arm.arm.like[1], arm.method) for arm in plan.arms if arm.arm.like]
-    return {paths[of]: (method.optim.steps or 0, method.select.every) for of, method in twins}
+    twins = [(arm.arm.like[1], arm.phases) for arm in plan.arms if arm.arm.like]
+    return {paths[of]: (sum(phase.method.optim.steps or 0 for phase in phases), phases[-1].method.select.every) for of, phases in twins}
 
 
 def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.context import TeacherContext
-from tadistill.config.method import Dense, MethodPatch, Optim, Select
+from tadistill.config.method import PARTS, Dense, MethodPatch, Optim, Phases, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 from tadistill.config.shorthand import MethodName, written_out
@@ -87,7 +87,8 @@ class Arm(Strict):
     """Maps a model that this arm trains to an earlier model of this arm. The earlier model provides the first weights. After that, the
     trained model has its own fine-tuning (`sft`), and then the distillation."""
     method: MethodName | None = Field(default=None, exclude=True)
-    """Name of a published method, such as `gkd`. It sets the objective and the sampler of this arm."""  # None once it is applied
+    """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler of this arm."""
+    # None once it is applied
     objective: Objective | None = None
     """Changes to the recipe's `method.objective` for this arm. If the `type` differs, this objective replaces the recipe's objective."""
     sampler: Sampler | None = None
@@ -100,6 +101,9 @@ class Arm(Strict):
     """Changes to the recipe's `method.dense` for this arm."""
     context: TeacherContext | None = None
     """Changes to the recipe's `method.context` for this arm. A path such as `s > s`, in which a model teaches itself, needs a context."""
+    phases: Phases | None = None
+    """Phases of each distillation of this arm, one after the other. They replace the phases of the recipe's `method`. `[]` means no
+    phases."""
     compute: str | None = None
     """Training budget of this arm, relative to another arm. `as ARM` gives the same training FLOPs as ARM (an equal-compute baseline).
     `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
@@ -191,7 +195,7 @@ class Arm(Strict):
     @property
     def patch(self) -> MethodPatch:
         """This arm's changes to the recipe's method."""
-        return MethodPatch(**{name: getattr(self, name) for name in MethodPatch.model_fields})
+        return MethodPatch(**{part: getattr(self, part) for part in PARTS}, phases=self.phases)
 
 
 class Budgets(Strict):

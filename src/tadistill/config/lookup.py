@@ -63,7 +63,7 @@ def _keys(words: list[str]) -> list[Entry]:
                 matches[same] = replace(first, types=(*first.types, part.type) if part.type else ())
     least = min((each.missing for each in matches.values()), default=0)
     chosen = [each for each in matches.values() if least or not each.missing]
-    return _each_once(_entry(each) for each in sorted(chosen, key=lambda each: each.missing))
+    return _each_once(_entry(each) for each in sorted(chosen, key=lambda each: (each.missing, NAME in each.place)))
 
 
 def _each_once(entries: Iterable[Entry]) -> list[Entry]:
@@ -102,7 +102,7 @@ def _entry(found: _Found) -> Entry:
     key, place = found.key, found.place
     full = ".".join(filter(None, (place, key.name)))
     places = [".".join(filter(None, (other, key.name))) for other in found.part.places]
-    also = [("also at", ", ".join(each for each in places if each != full))] if len(places) > 1 else []
+    also = [("also at", _places(place for place in places if place != full))] if len(places) > 1 else []
     more = ("more in", found.part.more)
     if key.name == "type":
         text = f"Selects the kind of {_split(place)[-1]}. The kind decides which other keys are allowed."
@@ -113,6 +113,13 @@ def _entry(found: _Found) -> Entry:
     some = 0 < len(found.types) < len(_types(place))
     facts += [("with type", ", ".join(found.types))] if some else []
     return Entry(full, key.meaning, (*facts, *also, more), tuple(_below(full)))
+
+
+def _places(places: Iterable[str]) -> str:
+    """Return places as text. Those in phases, which every method may have, are not listed one by one."""
+    every = [*places]
+    whole = [place for place in every if ".phases." not in place]
+    return ", ".join([*whole, "and in phases"] if whole and len(whole) < len(every) else every)
 
 
 def _below(full: str) -> Iterator[tuple[str, str]]:

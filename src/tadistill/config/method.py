@@ -1,33 +1,27 @@
 """The settings of a training method: objective (the loss), sampler (the training text), optimizer, and choice of a checkpoint.
 
-`check_pairing` refuses settings that do not fit together. Objectives are in `tadistill.config.objective`, samplers are in
-`tadistill.config.sampling`, and settings of the optimizer in `tadistill.config.optim`.
+A method can have phases, which a student passes one after the other. Objectives are in `tadistill.config.objective`, samplers are in
+`tadistill.config.sampling`, settings of the optimizer in `tadistill.config.optim`, and `tadistill.config.pairing` refuses settings that do
+not fit together.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from tadistill.config.common import MOST, Decoding, Strict
+from tadistill.config.common import MOST, Strict
 from tadistill.config.context import TeacherContext
-from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
+from tadistill.config.objective import ForwardKL, Objective
 from tadistill.config.optim import Optim
-from tadistill.config.sampling import (
-    DatasetSampler,
-    HiddenSignal,
-    OnPolicy,
-    ReplaySampler,
-    Rounds,
-    SampledSignal,
-    Sampler,
-    Signal,
-    StudentSampler,
-    TeacherMixedSampler,
-    TopKSignal,
-)
+from tadistill.config.pairing import check_pairing
+from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, Sampler, Signal, StudentSampler
 from tadistill.config.shorthand import MethodName, written_out
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, about
 from tadistill.metrics import SELECTABLE
+
+PARTS = ("objective", "sampler", "optim", "select", "dense", "context")
+"""The keys of a method that a model, an arm or a phase can change."""
+_ROUNDING = 1e-6  # shares such as 0.333333 add up to 1
 
 if TYPE_CHECKING:
     SelectMetric = str
@@ -84,13 +78,106 @@ class Dense(Strict):
         return self
 
 
+class Phase(Strict):
+    """A part of a distillation with its own method and its own share of the updates. `NAME` is short for `{method: NAME}`.
+
+    A student passes the phases one after the other. Each phase starts from the weights of the phase before, with a new optimizer and a new
+    schedule of the learning rate. A phase has the settings of the method that contains it, except for those that the phase changes.
+    """
+
+    text_sets: ClassVar[str] = "method"
+    method: MethodName | None = Field(default=None, exclude=True)
+    """Name of a published method, such as `seqkd`, or of an entry of `methods`."""  # None once it is applied
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Share of the updates of the whole distillation. The shares of all phases add up to 1. By default, all phases have equal shares."""
+    objective: Objective | None = None
+    """The loss of this phase, or changes to the loss of the whole method if the `type` is the same."""
+    sampler: Sampler | None = None
+    """The training text of this phase, or changes to the sampler of the whole method if the `type` is the same."""
+    optim: Optim | None = None
+    """Changes to `optim` in this phase, without `steps` and `epochs`."""
+    select: Select | None = None
+    """Changes to `select` in this phase."""
+    dense: Dense | None = None
+    """Changes to `dense` in this phase."""
+    context: TeacherContext | None = None
+    """Changes to `context` in this phase."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return written_out(value, string=cls.text_sets, name="method", phased=False)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.optim and (given := [name for name in ("steps", "epochs") if getattr(self.optim, name) is not None]):
+            raise ValueError(
+                f"a phase sets `optim.{given[0]}`, but phases divide the updates of the whole distillation; remove `{given[0]}`, and write "
+                "the `share` of the phase"
+            )
+        return self
+
+    @property
+    def patch(self) -> "MethodPatch":
+        """This phase's changes to the method that contains it."""
+        return MethodPatch(**{part: getattr(self, part) for part in PARTS})
+
+
+def _whole(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    shares = [phase.share for phase in phases if phase.share is not None]
+    if shares and len(shares) < len(phases):
+        raise ValueError(
+            f"{len(shares)} of {len(phases)} phases have a `share`; give every phase a share, or none for phases of equal length"
+        )
+    if shares and abs(sum(shares) - 1) > _ROUNDING:
+        raise ValueError(
+            f"the shares of the phases are {', '.join(f'{share:g}' for share in shares)}, which add up to {sum(shares):g}; change them so "
+            "that they add up to 1"
+        )
+    return phases
+
+
+Phases = Annotated[tuple[Phase, ...], AfterValidator(_whole)]
+"""Phases of a distillation, whose shares add up to 1."""
+
+
+class MethodPatch(Strict):
+    """Settings of a method, of which each can be left out: changes to the recipe's method for one model, or a method with a name of your
+    own (`methods`). `NAME` is short for `{name: NAME}`."""
+
+    text_sets: ClassVar[str] = "name"
+    name: MethodName | None = Field(default=None, exclude=True)
+    """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler. Other keys beside
+    `name` change these settings."""  # None once it is applied
+    objective: Objective | None = None
+    """Changes to the recipe's `method.objective`. If the `type` differs, this objective replaces the recipe's objective."""
+    sampler: Sampler | None = None
+    """Changes to the recipe's `method.sampler`. If the `type` differs, this sampler replaces the recipe's sampler."""
+    optim: Optim | None = None
+    """Changes to the recipe's `method.optim`."""
+    select: Select | None = None
+    """Changes to the recipe's `method.select`."""
+    dense: Dense | None = None
+    """Changes to the recipe's `method.dense`."""
+    context: TeacherContext | None = None
+    """Changes to the recipe's `method.context`."""
+    phases: Phases | None = None
+    """Phases of the distillation, one after the other. They replace the phases of the recipe's `method`. `[]` means no phases."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return written_out(value, string=cls.text_sets, name="name")
+
+
 class Method(Strict):
     """A distillation method: the loss, the training text, the optimizer, and the choice of a checkpoint. `method: NAME` is short for
     `method: {name: NAME}`."""
 
     text_sets: ClassVar[str] = "name"
     name: MethodName | None = Field(default=None, exclude=True)
-    """Name of a published method. It sets the objective and the sampler. Other keys beside `name` change these settings."""
+    """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler. Other keys beside
+    `name` change these settings."""
     # None once it is applied
     objective: Objective = ForwardKL()
     """The loss of each token. Its `type` chooses the loss."""
@@ -101,6 +188,9 @@ class Method(Strict):
     dense: Dense | None = None
     context: TeacherContext | None = None
     """The teacher's own prompt. By default, the teacher reads the student's prompt."""
+    phases: Phases | None = None
+    """Phases of every distillation, one after the other. Each has its own `share` of the updates, and changes parts of this method. By
+    default, a distillation has no phases."""
 
     @model_validator(mode="before")
     @classmethod
@@ -149,23 +239,6 @@ class Method(Strict):
         return self.round_rollouts // self.optim.batch * epochs
 
 
-class MethodPatch(Strict):
-    """Changes to the recipe's method for one model or one arm."""
-
-    objective: Objective | None = None
-    """Changes to the recipe's `method.objective`. If the `type` differs, this objective replaces the recipe's objective."""
-    sampler: Sampler | None = None
-    """Changes to the recipe's `method.sampler`. If the `type` differs, this sampler replaces the recipe's sampler."""
-    optim: Optim | None = None
-    """Changes to the recipe's `method.optim`."""
-    select: Select | None = None
-    """Changes to the recipe's `method.select`."""
-    dense: Dense | None = None
-    """Changes to the recipe's `method.dense`."""
-    context: TeacherContext | None = None
-    """Changes to the recipe's `method.context`."""
-
-
 def merge_methods(base: Strict, patch: Strict | None) -> Any:
     """Return a copy of `base` with the fields that `patch` sets. Return `patch` itself if its class (its `type`) differs from that of
     `base`."""
@@ -190,7 +263,12 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     """Return the method with the changes of all `patches`, applied in order. Raises a ConfigError if the resulting settings do not fit
     together."""
     for patch in patches:
-        method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in MethodPatch.model_fields})
+        phases = method.phases if patch.phases is None else patch.phases
+        parts = {part: merge_methods(getattr(method, part), getattr(patch, part)) for part in PARTS}
+        method = Method(**parts, phases=phases)
+    if method.phases:
+        phases_of(method)  # only these are trained with
+        return method
     for name, used in (("dense", method.objective.needs_teacher), ("context", method.uses_teacher)):
         if not used and not any(getattr(patch, name) for patch in patches):
             method = method.model_copy(update={name: None})  # the recipe's own setting applies only to arms that have teachers
@@ -198,131 +276,16 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     return method
 
 
-def check_pairing(method: Method) -> None:
-    """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer settings do not fit together."""
-    method.sampler.check()
-    _check_text(method)
-    _check_signal(method)
-    method.select.check()
-    _check_engine(method)
-    if method.context:
-        _check_context(method)
-    sampler, batch = method.sampler, method.optim.batch
-    if method.round_rollouts % batch:
-        raise ConfigError(
-            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}; change one of them, so that a round is a "
-            "whole number of updates"
-        )
-    if sampler.follows_dev and method.select.metric == "last":
-        raise ConfigError(
-            f"sampler `{sampler.type}` needs the loss on the dev set, but select.metric `last` does not measure it; set `select.metric` "
-            "to `loss` or `rouge_l`"
-        )
-    if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
-        raise ConfigError(
-            f"sampler.capacity {sampler.capacity} is less than optim.batch {batch}; raise `sampler.capacity` to at least {batch}"
-        )
+def phases_of(method: Method) -> list[tuple[Method, float]]:
+    """Return the method of each phase and its share of the updates. A method without phases is the only phase of itself.
 
-
-def _check_text(method: Method) -> None:
-    objective, sampler = method.objective, method.sampler
-    if method.recorded_text and (objective.needs_rounds or objective.needs_own_samples):
-        raise ConfigError(
-            f"objective `{objective.type}` needs new samples of the current student, but sampler `student` has `recorded: true`, so "
-            "its text is sampled once, before training; remove `recorded`, or use a divergence, such as `reverse_kl`"
-        )
-    if objective.needs_rounds and not sampler.in_rounds:
-        raise ConfigError(
-            f"objective `{objective.type}` needs a sampler that works in rounds, but sampler `{sampler.type}` does not; use "
-            f"`sampler: {{type: teacher_mixed}}`"
-        )
-    if objective.needs_own_samples and not sampler.student_only:
-        raise ConfigError(
-            f"objective `{objective.type}` needs samples from the student's own distribution, but sampler `{sampler.type}` does not draw "
-            f"them; use `sampler: {{type: student}}` with `temperature` 1, and without `top_k`, `top_p`, `min_p` and `no_repeat_ngram`"
-        )
-    if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
-        raise ConfigError(
-            f"objective `{objective.type}` needs random samples, but sampler.temperature is 0 (greedy decoding); set "
-            "`sampler.temperature` above 0"
-        )
-    if objective.needs_pairs != sampler.pairs:
-        raise ConfigError(
-            f"objective `contrastive` and sampler `pair` work only together, but the recipe has objective `{objective.type}` and sampler "
-            f"`{sampler.type}`; change one of them"
-        )
-    if sampler.on_policy and objective.imitates_text:
-        fix = (
-            f"kd_ratio is {objective.kd_ratio}; set it to 1"
-            if isinstance(objective, Divergence)
-            else "use a divergence, such as `reverse_kl`"
-        )
-        raise ConfigError(f"sampler `{sampler.type}` trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
-
-
-def _check_signal(method: Method) -> None:
-    objective, signal = method.objective, method.signal
-    if method.dense and not isinstance(signal, HiddenSignal | None):
-        raise ConfigError(
-            f"`dense` averages the distributions of several teachers, which sampler.signal `{signal.type}` does not have; use "
-            "`signal: {type: hidden}`"
-        )
-    if method.dense and not objective.needs_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so `dense` has no effect; use an objective with a teacher, such as `reverse_kl`"
-        )
-    if signal and not objective.needs_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
-        )
-    if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
-        raise ConfigError(
-            f"objective `{objective.type}` selects the teacher's top tokens, but sampler.signal `top_k` already records only these; use "
-            f"objective `{objective.type.removeprefix('top_k_')}`"
-        )
-    tempered = isinstance(objective, Divergence) and objective.temperature != 1
-    if isinstance(signal, SampledSignal) and (not isinstance(objective, ForwardKL) or tempered):
-        raise ConfigError(
-            f"sampler.signal `sampled` gives an unbiased gradient only for objective `forward_kl` at temperature 1, but the recipe has "
-            f"objective `{objective.type}`{' at another temperature' if tempered else ''}; change it, or use `signal: {{type: hidden}}`"
-        )
-    if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
-        raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
-
-
-def _check_context(method: Method) -> None:
-    objective, sampler = method.objective, method.sampler
-    if not method.uses_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so `context` has no effect; use an objective with a teacher, such as "
-            "`reverse_kl`, or remove `context`"
-        )
-    if sampler.guided:
-        fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
-        raise ConfigError(
-            f"sampler `{sampler.type}` lets student and teacher sample one text together, but with `context` the teacher reads another "
-            f"prompt; {fix}, or remove `context`"
-        )
-    if method.select.metric == "reverse_kl":
-        raise ConfigError(
-            "select.metric `reverse_kl` compares student and teacher on the student's prompts, but with `context` the teacher reads "
-            "prompts of its own; set `select.metric` to `loss` or `rouge_l`"
-        )
-
-
-def _check_engine(method: Method) -> None:
-    objective, sampler = method.objective, method.sampler
-    if isinstance(sampler, Decoding):
-        sampler.check_engine()
-    if not (isinstance(sampler, OnPolicy) and sampler.vllm and method.samples):
-        return
-    if sampler.guided:
-        raise ConfigError(
-            f"sampler `{sampler.type}` needs the teacher's distribution at every token, but engine `vllm` cannot give it; use `engine: "
-            "native`"
-        )
-    if objective.needs_rounds and not sampler.plain:
-        raise ConfigError(
-            f"objective `{objective.type}` with engine `vllm` needs temperature 1 and no `top_k`, `top_p` or `min_p`; "
-            "change these settings, or use `engine: native`"
-        )
+    Raises:
+        ConfigError: the settings of a phase do not fit together.
+    """
+    if not method.phases:
+        return [(method, 1.0)]
+    plain, found = method.model_copy(update={"phases": None}), []
+    for number, phase in enumerate(method.phases, 1):
+        with about(f"phase {number}"):
+            found.append((apply(plain, phase.patch), phase.share or 1 / len(method.phases)))
+    return found

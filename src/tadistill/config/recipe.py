@@ -7,7 +7,7 @@ work. Unknown keys are errors. All defaults are in this package.
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -16,8 +16,9 @@ from tadistill.config.common import Name, Strict
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.machine import Resources, Runtime
-from tadistill.config.method import Method, apply
+from tadistill.config.method import Method, MethodPatch, apply, phases_of
 from tadistill.config.model import ModelConfig
+from tadistill.config.named import with_methods
 from tadistill.config.objective import Custom
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Recipe(Strict):
     data: Data
     method: Method = Method()
     """The method of all distillations. A model (`models.X.distill`) or an arm can change parts of it."""
+    methods: dict[Name, MethodPatch] = {}
+    """Methods with names of your own. `method`, arms, `models.X.distill` and phases can use these names like those of published methods. A
+    name means the keys of its entry, and other keys in the same place change them."""
     evaluate: Evaluate = Evaluate()
     metrics: tuple[OwnMetric, ...] = ()
     """Additional metrics of the answers on test sets, computed by functions of your own."""
@@ -55,6 +59,11 @@ class Recipe(Strict):
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
     """Devices and limits of the steps of a study. A name is `default`, a kind of step (`sft`), or a kind with a model (`sft xl`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_names(cls, raw: Any) -> Any:
+        return with_methods(raw) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _check(self):
@@ -103,20 +112,21 @@ class Recipe(Strict):
 
 
 def methods(recipe: Recipe) -> list[Method]:
-    """Return the methods of all trainings after `sft`: one for each distillation, and one for each arm that continues the training of a
-    model.
+    """Return the methods of all trainings after `sft`: one for each phase of a distillation, and one for each arm that continues the
+    training of a model.
 
     Raises:
         ConfigError: parts of a method do not fit together.
     """
     targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.learners or (arm.last if arm.objective else ()))]
-    return [apply(recipe.method, recipe.models[model].distill, arm.patch) for model, arm in targets]
+    found = [(apply(recipe.method, recipe.models[model].distill, arm.patch), arm) for model, arm in targets]
+    return [part for method, arm in found for part, _ in (phases_of(method) if arm.learners else [(method, 1.0)])]
 
 
 def own_functions(recipe: Recipe) -> list[str]:
     """Return the names of all functions in the user's own code that a recipe uses."""
-    objectives = [recipe.method.objective, *(arm.objective for arm in recipe.arms.values())]
-    objectives += [model.distill.objective for model in recipe.models.values()]
+    groups = [recipe.method, *recipe.methods.values(), *recipe.arms.values(), *(model.distill for model in recipe.models.values())]
+    objectives = [part.objective for group in groups for part in (group, *(group.phases or ()))]
     return [*(metric.function for metric in recipe.metrics), *(each.function for each in objectives if isinstance(each, Custom))]
 
 

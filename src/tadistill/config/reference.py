@@ -32,12 +32,14 @@ _PAGES = {
     "data": "reference/recipe.md#data",
     "evaluate": "reference/recipe.md#evaluation",
     "method": "reference/recipe.md#method",
+    "methods": "recipes.md#methods-of-your-own",
     "metrics": "reference/recipe.md#metrics-and-objectives-of-your-own",
     "models": "reference/recipe.md#models",
     "models.NAME.lora": "concepts/compute.md",
     "models.NAME.serve": "teachers.md",
     "objective": "reference/objectives.md",
     "dense": "concepts/paths.md",
+    "phases": "recipes.md#phases",
     "resources": "reference/cluster.md",
     "runtime": "reference/recipe.md#runtime",
     "sampler": "concepts/minillm.md",
@@ -52,6 +54,7 @@ _TITLES = {
     "reference/cluster.md": "On a cluster",
     "reference/objectives.md": "Objectives",
     "reference/recipe.md": "The recipe",
+    "recipes.md": "Recipes by example",
     "teachers.md": "Teachers anywhere",
 }
 
@@ -218,7 +221,8 @@ def _values(annotation: Any) -> list[Any]:
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return [*inside]
-    listed = [value for part in inside if isinstance(part, FieldInfo) for value in (part.json_schema_extra or {}).get("enum", ())]  # type: ignore[union-attr]
+    extras = [part.json_schema_extra for part in inside if isinstance(part, FieldInfo)]
+    listed = [value for extra in extras if isinstance(extra, dict) for value in extra["anyOf"][0]["enum"]]  # type: ignore[index,call-overload]
     return listed + [value for part in (inside[:1] if origin is dict else inside) if not classes(part) for value in _values(part)]
 
 

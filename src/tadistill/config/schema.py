@@ -62,7 +62,8 @@ def _describe(property_: dict[str, Any], meaning: str) -> None:
 
 def _text(cls: type[BaseModel], part: Part) -> JsonSchemaValue:
     key = next(key for key in part.keys if key.name == cls.text_sets)  # type: ignore[attr-defined]
-    return {"type": "string", **({"enum": [*key.choices]} if key.choices else {}), "description": key.meaning}
+    known = {"anyOf": [{"enum": [*key.choices]}, {"type": "string"}]} if key.choices else {}  # a name of `methods` is allowed too
+    return {"type": "string", **known, "description": key.meaning}
 
 
 def _short(recipe: JsonSchemaValue, parts: dict[str, JsonSchemaValue]) -> dict[str, JsonSchemaValue]:

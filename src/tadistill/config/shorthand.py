@@ -6,6 +6,7 @@ with two models, one arm, one training seed and one decoding. The student is not
 """
 
 import difflib
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from typing import Annotated, Any
 
@@ -20,8 +21,8 @@ METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
 )
 """Maps the name of a published method to its settings of `objective` and `sampler`."""
-MethodName = Annotated[str, Field(json_schema_extra={"enum": [*METHODS]})]
-"""The name of a published method."""
+MethodName = Annotated[str, Field(json_schema_extra={"anyOf": [{"enum": [*METHODS]}, {"type": "string"}]})]
+"""The name of a published method, or of an entry of the recipe's `methods`."""
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 WHOLE_KEYS = ("models", "arms", "search")
 SHORT_KEYS = {
@@ -34,16 +35,17 @@ SHORT_KEYS = {
 # --- a method by name ----------------------------------------------------------------------------------------------------
 
 
-def written_out(value: Any, *, string: str, name: str) -> Any:
-    """Return the keys of a method or an arm. The name of a method is replaced by the objective and the sampler of this method.
+def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
+    """Return the keys of a method, an arm or a phase. The name of a method is replaced by the objective and the sampler of this method.
 
     If `value` has an `objective` or `sampler` too, its keys override those of the named method. If its `type` differs, none of the named
-    method's keys are used there.
+    method's keys are used there. A published method has no phases, unless `value` has the key `phases`.
 
     Args:
         value: the method or arm in the recipe. Anything except a string or a dict is returned unchanged.
         string: the key to use if `value` is only a string. The string becomes the value of this key.
         name: the key that contains the method's name. The result does not have this key.
+        phased: True if `value` may have the key `phases`.
 
     Raises:
         ValueError: there is no method of this name.
@@ -51,14 +53,21 @@ def written_out(value: Any, *, string: str, name: str) -> Any:
     given = {string: value} if isinstance(value, str) else value
     if not isinstance(given, dict) or given.get(name) is None:
         return given
-    return _with_method(given[name], {key: part for key, part in given.items() if key != name})
+    rest = {key: part for key, part in given.items() if key != name}
+    return ({"phases": []} if phased else {}) | _with_method(given[name], rest)
 
 
-def no_method(name: Any) -> str:
-    """Return the error sentence for an unknown method."""
-    close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
+def no_method(name: Any, own: Iterable[str] = ()) -> str:
+    """Return the error sentence for an unknown method. `own` has the names of the recipe's own methods."""
+    return f"`{name}` {not_a_method(name, own)}"
+
+
+def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
+    """Return the error sentence for an unknown method, without the name at its beginning."""
+    names = [*own, *METHODS]
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean `{close[0]}`? The" if close else "the"
-    return f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}"
+    return f"is not a method; {hint} methods are {', '.join(names)}"
 
 
 def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     data, method = _data(rest.pop("data", None)), rest.pop("method", {})
     method = {"name": method} if isinstance(method, str) else method
     if isinstance(data, dict) and "dev" not in data and isinstance(data.get("test"), list) and data["test"]:
-        method = _without_dev(method)
+        method = _without_dev(method, rest.get("methods"))
         data = data | {"dev": data["test"][0]}  # a recipe names one, and nothing reads it
     return {
         "seeds": [10],
@@ -118,13 +127,20 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_dev(method: Any) -> Any:
+def _without_dev(method: Any, methods: Any) -> Any:
+    if any(chosen.get("patience") or chosen.get("metric", "last") != "last" for chosen in _selects([method, methods])):
+        raise ConfigError("method.select chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `method.select`")
     if not isinstance(method, dict):
         return method
     chosen = method.get("select")
-    if isinstance(chosen, dict) and (chosen.get("patience") or chosen.get("metric", "last") != "last"):
-        raise ConfigError("method.select chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `method.select`")
     return method | {"select": {"metric": "last"}} if chosen is None or isinstance(chosen, dict) else method
+
+
+def _selects(value: Any) -> Iterator[dict[str, Any]]:
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        if key == "select" and isinstance(part, dict):
+            yield part
+        yield from _selects(part)
 
 
 def _data(data: Any) -> Any:

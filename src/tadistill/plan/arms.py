@@ -7,17 +7,18 @@ disk, and later stages read it. A stage's key is a hash of its settings and inpu
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
+from typing import NamedTuple
 
 from tadistill.config import Arm, Method, Recipe, Sft
-from tadistill.config.method import apply
 from tadistill.config.places import placed
 from tadistill.config.sampling import DatasetSampler
-from tadistill.errors import ConfigError, DataError, ModelError, NotHere
+from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
+from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
 from tadistill.plan.served import check_measured, check_not_run, check_teaching
 from tadistill.plan.specs import TrainingSpec
 from tadistill.plan.study_tokens import StudyTokens
@@ -30,7 +31,8 @@ class PlannedArm:
 
     name: str
     arm: Arm
-    method: Method
+    phases: tuple[PlannedPhase, ...]
+    """The phases of the arm's last distillation. There is only one, unless the recipe has `phases`."""
     final: dict[int, str | None]
     """Key of the stage that makes the arm's model. None if no stage trains it."""
     evaluate: dict[int, str]
@@ -40,6 +42,16 @@ class PlannedArm:
     """Keys of the evaluations with another decoding (`evaluate.also`), by the decoding's name and by seed."""
     flops: float | None
     """Training FLOPs of the final model and all models from which it was made, for one seed. None if a size is not known."""
+
+    @property
+    def method(self) -> Method:
+        """The method of the last phase."""
+        return self.phases[-1].method
+
+    @property
+    def taught_with(self) -> object:
+        """The objective, sampler and share of each phase. They are equal in two arms with the same method."""
+        return tuple((method.objective, method.sampler, share) for method, share in self.phases)
 
 
 @dataclass
@@ -83,6 +95,15 @@ def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
     return _Planner(recipe, Ledger(recipe, partial=partial)).plan()
 
 
+class _Made(NamedTuple):
+    path: list[Handle]
+    """Every model of the arm's last path."""
+    phases: list[PlannedPhase]
+    """The phases of its last training."""
+    stages: list[str]
+    """The stage of each of these phases."""
+
+
 class _Planner:
     def __init__(self, recipe: Recipe, ledger: Ledger | None = None):
         check_entries(recipe)
@@ -121,7 +142,7 @@ class _Planner:
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         scale = self._scale(name, arm, done[arm.like[1]]) if arm.like else 1.0
         made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
-        models = {seed: of_path for seed, (of_path, _) in made.items()}
+        models = {seed: found.path for seed, found in made.items()}
         last, main = arm.last[-1], self.recipe.evaluate
         evaluate = {seed: self.stages.evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
         also = {
@@ -136,37 +157,41 @@ class _Planner:
                 self.graph.mark(key, name)
         final = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}
         first = self.recipe.first_seed
-        return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
+        return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(final[first]))
 
-    def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
-        # returns every model of the arm's last path, and the method of its last stage
+    def _models(self, name: str, arm: Arm, seed: int, scale: float) -> _Made:
         check_not_run(self.recipe, name, self.teacher)
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
             raise ConfigError(
                 f"arms.{name} has `dense`, but in `{arm.text}` no model has two teachers; remove `dense`, or write a path such as A > B > C"
             )
-        method, made = self.recipe.method, _ArmModels(self.stages, arm, seed)
+        made, phases, trained = _ArmModels(self.stages, arm, seed), [PlannedPhase(self.recipe.method, 1.0)], list[str]()
         if not arm.learners:
             self._check_single(name, arm)
             only = arm.last[0]
             if arm.objective is None:
-                return [made[only]], method
-            method = self._method(name, arm, only, scale)
-            more = Sft(optim=method.optim, select=method.select)
-            return [self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)], method
-        taught, handles = list[str](), list[Handle]()
+                return _Made([made[only]], phases, trained)
+            phases = planned_phases(self.recipe, self.stages, name, arm, only, scale)
+            more = Sft(optim=phases[0].method.optim, select=phases[0].method.select)
+            longer = self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)
+            return _Made([longer], phases, [longer.stage])
+        taught, turns, handles = list[str](), list[str](), list[Handle]()  # a turn with one teacher has one or several phases
         for path in arm.path:
             handles = [made[path[0]]]  # a model that teaches itself is in the path twice, with other weights
             for i, model in enumerate(path[1:], 1):
-                method = self._method(name, arm, model, scale / arm.learners.count(model))
-                teachers = list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
-                check_teaching(self.recipe, name, [m for m, _ in teachers], method)
-                check_itself(name, arm, path[i - 1], model, method)
-                made[model] = self.stages.distill(teachers, model, made[model], method, seed, taught.count(model), arm.last[-1])
+                phases, trained = planned_phases(self.recipe, self.stages, name, arm, model, scale / arm.learners.count(model)), []
+                for number, (method, _) in enumerate(phases, 1):
+                    teachers = list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
+                    check_teaching(self.recipe, name, [m for m, _ in teachers], method)
+                    check_itself(name, arm, path[i - 1], model, method)
+                    turn = Turn(taught.count(model), turns.count(model) + 1, number, len(phases), arm.last[-1])
+                    made[model] = new = self.stages.distill(teachers, model, made[model], method, seed, turn)
+                    taught.append(model)
+                    trained.append(new.stage)
                 handles.append(made[model])
-                taught.append(model)
-        return handles, method
+                turns.append(model)
+        return _Made(handles, phases, trained)
 
     def _model_of(self, arm: str, seed: int) -> Handle:
         if arm in self.making:
@@ -179,7 +204,7 @@ class _Planner:
             )
         self.making.append(arm)
         try:
-            return self._models(arm, self.recipe.arms[arm], seed, 1.0)[0][-1]
+            return self._models(arm, self.recipe.arms[arm], seed, 1.0).path[-1]
         finally:
             self.making.pop()
 
@@ -195,6 +220,10 @@ class _Planner:
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
         # an arm without a teacher may only train further with cross-entropy on the data set
+        if arm.phases:
+            raise ConfigError(
+                f"arms.{name} has `phases`, but its path `{arm.text}` has no teacher; write a path such as A > B, or remove `phases`"
+            )
         if arm.objective is None and (arm.optim or arm.select or arm.sampler or arm.context):
             raise ConfigError(
                 f"arms.{name} trains no model, so its settings have no effect; add objective: {{type: cross_entropy}} to continue the "
@@ -209,31 +238,6 @@ class _Planner:
                 f"arms.{name} has no teacher in its path, so sampler {arm.sampler.type} cannot be used; use sampler: {{type: dataset}}"
             )
 
-    def _method(self, name: str, arm: Arm, model: str, scale: float) -> Method:
-        try:
-            method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
-            self._check_method(method, model)
-            optim = self.stages.with_steps(method.optim)
-        except (NotHere, DataError, ModelError):  # a fault of the data or of a model, which every arm meets
-            raise
-        except ValueError as error:
-            raise ConfigError(f"arms.{name}: {error}") from error
-        assert optim.steps is not None
-        steps, every, warmup = optim.steps, method.select.every, optim.warmup
-        if scale != 1.0:
-            unit = method.round_updates
-            steps = max(unit, round(optim.steps * scale / unit) * unit)
-            every = max(1, round(every * steps / optim.steps))  # a longer run must not have more checkpoints to select from
-            if arm.like and arm.like[0]:
-                warmup = round(warmup * steps / optim.steps)
-        optim = optim.model_copy(update={"steps": steps, "warmup": warmup})
-        return method.model_copy(update={"optim": optim, "select": method.select.model_copy(update={"every": every})})
-
-    def _check_method(self, method: Method, model: str) -> None:
-        objective = method.objective
-        if objective.needs_corpus and self.recipe.data.corpus is None:
-            raise ValueError("objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`")
-
     def _scale(self, name: str, arm: Arm, like: PlannedArm) -> float:
         # the factor on the updates at which this arm costs as many FLOPs as its `compute` says
         assert arm.like is not None
@@ -242,13 +246,14 @@ class _Planner:
             raise ConfigError(f"arms.{name} has `compute`, which needs a path of two models, but its path is {arm.text}; remove `compute`")
         if not arm.learners and not arm.objective:
             raise ConfigError(f"arms.{name} trains no model, so `compute: {arm.compute}` has no effect; remove `compute`")
-        trial, final = self._trial(name, arm, 1.0)
+        trial, final, trained = self._trial(name, arm, 1.0)
         self._check_patience(name, arm, like, trial.stages, final)
         total, target = trial.flops(final), like.flops
         if times is None:
-            scaled = trial.stages[final].flops
+            parts = [trial.stages[key].flops for key in trained]
+            scaled = None if None in parts else sum(part for part in parts if part is not None)
         else:
-            twice, longer = self._trial(name, arm, 2.0)
+            twice, longer, _ = self._trial(name, arm, 2.0)
             doubled = twice.flops(longer)
             scaled = None if total is None or doubled is None else doubled - total
         if target is None or total is None or scaled is None:
@@ -265,11 +270,10 @@ class _Planner:
             )
         return (target - fixed) / scaled
 
-    def _trial(self, name: str, arm: Arm, scale: float) -> tuple[Graph, str]:
+    def _trial(self, name: str, arm: Arm, scale: float) -> tuple[Graph, str, list[str]]:
         planner = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
-        final = _stage(planner._models(name, arm, self.recipe.first_seed, scale)[0][-1])
-        assert final is not None
-        return planner.graph, final
+        made = planner._models(name, arm, self.recipe.first_seed, scale)
+        return planner.graph, made.stages[-1], made.stages
 
     def _of_teacher(self, graph: Graph, final: str | None) -> float:
         # the FLOPs of the original teacher's own training, if this model depends on it

@@ -32,6 +32,7 @@ from tadistill.plan.inputs import (
     plan_objective,
     plan_tasks,
 )
+from tadistill.plan.phases import Turn
 from tadistill.plan.recording import texts
 from tadistill.plan.study_tokens import StudyTokens
 
@@ -186,15 +187,13 @@ class StageBuilder:
         student: Handle,
         method: Method,
         seed: int,
-        turn: int = 0,
-        writer: str | None = None,
+        turn: Turn,
     ) -> FromStage:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
             teachers: names and models, from big to small. With `dense`, there are several. Otherwise, there is one.
-            turn: number of earlier distillations of this model in the same arm. Each distillation has its own order of prompts.
-            writer: name of the model that writes the text of a sampler with `recorded: true`. By default, the model `name` writes it.
+            turn: the place of this distillation among those of the model in the arm. Each distillation has its own order of prompts.
 
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
@@ -211,7 +210,7 @@ class StageBuilder:
         spec = specs.DistillSpec(
             student=student,
             teacher=teacher,
-            seed=_seed_of_turn(seed, turn),
+            seed=turn.seed(seed),
             objective=method.objective,
             sampler=method.sampler,
             optim=method.optim,
@@ -219,11 +218,10 @@ class StageBuilder:
             assistants=tuple(handle for _, handle in others) if dense else (),
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
-            **texts(self, teachers if dense else teachers[:1], method, seed, writer or name),
+            **texts(self, teachers if dense else teachers[:1], method, seed, (name, student), turn),
             **self._texts(name, method.select, method.context, responses=method.sampler.reads_responses),
         )
-        again = f" (turn {turn + 1})" if turn else ""
-        label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
+        label = f"distill {' + '.join(names)} -> {name}{turn.text}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
@@ -339,11 +337,3 @@ def _describe(method: Method) -> str:
     if isinstance(sampler, Rounds) and sampler.rollouts:
         detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
     return f"{method.objective.label} on {sampler.type}{detail}{', with a context' if method.context else ''}"
-
-
-def _seed_of_turn(seed: int, turn: int) -> int:
-    if turn == 0:
-        return seed
-    from tadistill import rng  # not at the top, because numpy is slow to import and few plans need it
-
-    return rng.torch_seed(seed, "then", turn)

@@ -2,7 +2,7 @@
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.context import TeacherContext
-from tadistill.config.method import apply
+from tadistill.config.method import apply, phases_of
 from tadistill.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
     for arm in recipe.arms.values():
         for path in arm.path:
             for i, model in enumerate(path[1:], 1):
-                method = apply(recipe.method, recipe.models[model].distill, arm.patch)
-                if method.context:
-                    found.setdefault(method.context, set()).update(path[:i] if method.dense else path[i - 1 : i])
+                for method, _ in phases_of(apply(recipe.method, recipe.models[model].distill, arm.patch)):
+                    if method.context:
+                        found.setdefault(method.context, set()).update(path[:i] if method.dense else path[i - 1 : i])
     return found

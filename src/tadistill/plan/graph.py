@@ -13,7 +13,7 @@ from functools import cached_property
 from tadistill.plan.costs import Cost
 from tadistill.plan.specs import KINDS, Spec
 
-_BRACKETS = re.compile(r" \((?!turn )[^()]*\)")
+_BRACKETS = re.compile(r" \((?!turn |phase )[^()]*\)")
 _UPDATES = re.compile(r", \d+ updates")
 
 

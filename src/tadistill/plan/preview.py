@@ -19,6 +19,7 @@ from tadistill.plan.costs import passes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
+from tadistill.plan.phases import phases_text
 from tadistill.plan.served import served_notes
 from tadistill.plan.specs import SignalSpec
 from tadistill.plan.task import layout, process_bytes
@@ -134,7 +135,7 @@ def _direct(plan: Plan, arm: PlannedArm) -> float | None:
     # FLOPs of the arm from the original teacher directly to the same student, with the same method and its own number of updates
     if not arm.arm.learners or plan.teacher is None:
         return None
-    found = direct_arm(map(_candidate, plan.arms), plan.teacher, arm.arm.last[-1], (arm.method.objective, arm.method.sampler))
+    found = direct_arm(map(_candidate, plan.arms), plan.teacher, arm.arm.last[-1], arm.taught_with)
     return found.flops if found else None
 
 
@@ -147,8 +148,8 @@ class _Candidate(NamedTuple):
 
 
 def _candidate(arm: PlannedArm) -> _Candidate:
-    is_plain = len(arm.arm.path) == 1 and not arm.arm.init and not arm.method.context
-    return _Candidate(arm.arm.last, is_plain, arm.arm.compute, (arm.method.objective, arm.method.sampler), arm.flops)
+    is_plain = len(arm.arm.path) == 1 and not arm.arm.init and not any(phase.method.context for phase in arm.phases)
+    return _Candidate(arm.arm.last, is_plain, arm.arm.compute, arm.taught_with, arm.flops)
 
 
 def _assistants(plan: Plan, arm: PlannedArm) -> str:
@@ -195,6 +196,7 @@ def _absent(plan: Plan) -> Iterable[str]:
 
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
     yield from (f"[yellow]{escape(sentence)}[/]" for sentence in _absent(plan))
+    yield from _phases(plan)
     yield from _rows(plan)
     yield from _recordings(plan)
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_budget(plan))
@@ -224,6 +226,13 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
         yield f"Stages with a known time take {total} if {jobs} run at a time. Evaluations and analyses take additional time."
+
+
+def _phases(plan: Plan) -> Iterable[str]:
+    for arm in plan.arms:
+        if len(arm.phases) > 1:
+            updates = " + ".join(str(phase.method.optim.steps) for phase in arm.phases)
+            yield escape(f"arms.{arm.name} has {len(arm.phases)} phases: {phases_text(arm.phases)} ({updates} updates).")
 
 
 def _recordings(plan: Plan) -> Iterable[str]:

@@ -4,6 +4,8 @@ Students with `sampler: {type: student, recorded: true}` share one text. The las
 fine-tuning with the study's first seed, whatever the arm's `init` is. So the text depends on the weights of this model, on the seed, the
 decoding, the training prompts and `evaluate.precision`, but on no arm, and on no other seed of the study. Every teacher of a path is
 recorded on the same text. A `context` belongs to the text too, because rows with a long teacher's prompt are left out.
+
+In a later phase, the student writes the text itself, with the weights that the phase before left. Each seed then has its own text.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,27 +16,35 @@ from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
 from tadistill.plan import specs
 from tadistill.plan.inputs import Handle, HashedData, Output
+from tadistill.plan.phases import Turn
 
 if TYPE_CHECKING:
     from tadistill.plan.builder import StageBuilder
 
 
-def texts(stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Method, seed: int, writer: str) -> dict[str, Any]:
+def texts(
+    stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Method, seed: int, learner: tuple[str, Handle], turn: Turn
+) -> dict[str, Any]:
     """Add the stages that write the texts of a distillation. Return the fields of its `DistillSpec` that name them.
 
     Args:
         teachers: names and models of the student's teachers, from big to small.
-        writer: name of the model that writes the recorded text, the last model of the arm's path.
+        learner: name and initial weights of the student.
     """
+    (writer, weights), own = learner, turn.seed(seed)
     sampler, found = method.sampler, dict[str, Any](corpus=_corpus(stages, method))
     if method.recorded_text:
         assert isinstance(sampler, Decoding)
-        first = stages.recipe.first_seed
-        found["responses"] = _answers(stages, (writer, stages.trained(writer, first)), sampler, stages.seed(writer, first), method.context)
+        if turn.phase == 1:
+            first, writer = stages.recipe.first_seed, turn.writer
+            weights, own = stages.trained(writer, first), stages.seed(writer, first)
+        shown = own if turn.phase == 1 else seed
+        found["responses"] = _answers(stages, (writer, weights), sampler, own, method.context, shown=shown)
         found["text_of"] = writer, sampler.max_new_tokens
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
-        found["responses"] = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=method.context is not None)
+        as_teacher = method.context is not None
+        found["responses"] = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=as_teacher, shown=seed)
     if method.signal is None or not method.objective.needs_teacher:
         return found
     of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
@@ -61,12 +71,13 @@ def _answers(
     context: TeacherContext | None,
     *,
     as_teacher: bool = False,
+    shown: int,
 ) -> Output:
     name, handle = model
     decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
     spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
-    return Output(stage=stages.add(spec, f"generate with {name}, seed {seed}", name, seed))
+    return Output(stage=stages.add(spec, f"generate with {name}, seed {shown}", name, shown))
 
 
 def _corpus(stages: "StageBuilder", method: Method) -> HashedData | None:

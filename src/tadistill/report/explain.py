@@ -12,7 +12,7 @@ from tadistill.report.routes import listed, taught
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
-from tadistill.results.study import ArmRecord
+from tadistill.results.study import ArmRecord, PhaseRecord
 from tadistill.results.units import detectable_text, number, p_text, ratio_text, signed, span, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
@@ -40,10 +40,10 @@ def arm_words(results: Results) -> dict[str, str]:
     """
     arms = [arm for arm in results.plan.arms if arm.is_trained]
     taught = [arm for arm in arms if len(arm.models) > 1]
-    usual = Counter(_sampler(arm) for arm in taught).most_common(1)
+    usual = Counter(_sampler(arm) for arm in taught if not arm.is_phased).most_common(1)
     found = {arm.name: _words(arm, usual[0][0] if usual else "") for arm in arms}
     twins = Counter((arm.model, found[arm.name], arm.compute) for arm in taught)
-    alike = {arm.name for arm in taught if twins[arm.model, found[arm.name], arm.compute] > 1}
+    alike = {arm.name for arm in taught if twins[arm.model, found[arm.name], arm.compute] > 1 and not arm.is_phased}
     objective = {arm.name: f", {arm.method.partition(' ')[0]}" if arm.name in alike else "" for arm in arms}
     return {arm.name: f"{found[arm.name]}{objective[arm.name]}{_budget(arm)}" for arm in arms}
 
@@ -55,6 +55,8 @@ def _sampler(arm: ArmRecord) -> str:
 def _words(arm: ArmRecord, usual: str) -> str:
     if len(arm.models) == 1:
         return "plain fine-tuning, continued" if arm.method.endswith("continued") else "plain fine-tuning"
+    if arm.is_phased:
+        return f"{taught(arm)} in {len(arm.phases)} phases: {', then '.join(_phase(phase, arm.path[-2]) for phase in arm.phases)}"
     if not arm.is_plain:
         return taught(arm)
     assistants = arm.path[1:-1]
@@ -62,6 +64,12 @@ def _words(arm: ArmRecord, usual: str) -> str:
     if arm.method.startswith("cross_entropy"):
         return f"fine-tuned on {texts}{f' through {listed(assistants)}' if assistants else ''}"
     return f"{taught(arm)}{f' on {texts}' if texts and _sampler(arm) != usual else ''}"
+
+
+def _phase(phase: PhaseRecord, teacher: str) -> str:
+    text = _TEXTS.get(phase.sampler, phase.sampler).replace("the teacher's", f"{teacher}'s")
+    how = "fine-tuned" if phase.objective.startswith("cross_entropy") else phase.objective
+    return f"{how} on {text}{f' ({phase.settings})' if phase.settings else ''}"
 
 
 def _budget(arm: ArmRecord) -> str:

@@ -120,6 +120,7 @@ def _first(results: Results) -> dict[str, Any]:
         "progress": _progress(results) if not results.summaries else [],
         "glossary": GLOSSARY,
         "pruned": any(route(arm).starts for arm in results.plan.arms),
+        "phased": any(arm.is_phased for arm in results.plan.arms),
     }
 
 

@@ -86,6 +86,7 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
         "path": arm.path_text,
         "method": arm.method,
         "inexact": list(arm.inexact),
+        "phases": [asdict(phase) for phase in arm.phases],
         "model": arm.model,
         "parameters": row.parameters,
         "compute": arm.compute,

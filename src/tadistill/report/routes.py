@@ -70,8 +70,13 @@ def steps(arm: ArmRecord) -> str:
             begun.add(model)
             teachers = part[:at] if found.dense else part[at - 1 : at]
             learner = "itself" if teachers == (model,) else model
-            said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {learner}{' with a context' * found.context}")
+            how = f"{_in_phases(arm, model)}{' with a context' * found.context}"
+            said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {learner}{how}")
     return "; ".join(said)
+
+
+def _in_phases(arm: ArmRecord, model: str) -> str:
+    return f" in {len(arm.phases)} phases" if arm.is_phased and model == arm.model else ""
 
 
 def _by(teachers: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ from tadistill.data.tinyworld import world_rows
 from tadistill.models import tokens
 from tadistill.report.plain import code
 from tadistill.results.collect import Results
-from tadistill.results.study import ArmRecord, load_predictions
+from tadistill.results.measured import load_predictions
+from tadistill.results.study import ArmRecord
 
 Format = Literal["alpaca", "plain", "chat", "verbatim"]
 _QUESTION = "What is the capital of France?"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tadistill.data.counts import Counts
 from tadistill.errors import StoreError
-from tadistill.results.study import ArmRecord, StageRecord, StudyPlan, load_manifest, load_predictions
+from tadistill.results.measured import load_predictions
+from tadistill.results.study import ArmRecord, StageRecord, StudyPlan, load_manifest
 from tadistill.store import Store
 
 Rows = NDArray[np.int64]

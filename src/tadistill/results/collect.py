@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tadistill.disk import damaged
 from tadistill.metrics import metric_of, sorted_names
 from tadistill.results.actual import UsedRows, count_rows, load_rows, places, shared_rows, with_spent
-from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
+from tadistill.results.measured import READ, Scores, load_corpus, load_scores
+from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.statistics import macro_interval, pass_at_k
 from tadistill.store import Store
 

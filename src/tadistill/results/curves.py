@@ -11,7 +11,8 @@ from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.metrics import LOGS
 from tadistill.plan.specs import TRAINING
 from tadistill.results.collect import Results
-from tadistill.results.study import ArmRecord, load_corpus
+from tadistill.results.measured import load_corpus
+from tadistill.results.study import ArmRecord
 from tadistill.store import Store
 
 _POINTS = 60  # number of bins for averaging: this smooths the training loss and keeps the page small

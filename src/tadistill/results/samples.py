@@ -10,7 +10,7 @@ from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Results
-from tadistill.results.study import load_predictions
+from tadistill.results.measured import load_predictions
 from tadistill.results.units import number
 from tadistill.results.verdict import by_importance
 

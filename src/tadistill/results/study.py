@@ -1,4 +1,4 @@
-"""Read a study: its plan, and the files of its finished stages. A stage is one step of a study, such as a training.
+"""Read a study: its plan, and the facts about its finished stages. A stage is one step of a study, such as a training.
 
 If a file of a finished stage cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
 """
@@ -8,20 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tadistill.config.arm import path_text
 from tadistill.config.evaluate import OwnMetric
 from tadistill.data.counts import Counts
-from tadistill.disk import damaged, read_json, read_jsonl
+from tadistill.disk import damaged, read_json
 from tadistill.errors import StoreError
-from tadistill.metrics import declare, metric_of
+from tadistill.metrics import declare
 from tadistill.models.counting.cost import Cost, CostPart
-from tadistill.statistics import ROUNDING, spread_claimed
+from tadistill.statistics import spread_claimed
 from tadistill.store import MANIFEST, Store
-
-Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,18 @@ class PublishedScores:
 
 
 @dataclass(frozen=True)
+class PhaseRecord:
+    """One phase of an arm's last distillation. `settings` has the settings in which phases of the same kind differ, as text."""
+
+    objective: str
+    sampler: str
+    settings: str
+    share: float
+    """Share of the updates, as the recipe has it."""
+    updates: int
+
+
+@dataclass(frozen=True)
 class ArmRecord:
     """One arm (a named path of models) of the plan.
 
@@ -79,6 +86,8 @@ class ArmRecord:
     published: PublishedScores | None
     inexact: tuple[str, ...] = ()
     """One sentence, without a full stop, for each loss of the arm's path that is not exact."""
+    phases: tuple[PhaseRecord, ...] = ()
+    """The phases of the last distillation, one after the other. Empty if no model teaches the arm's model."""
 
     def measured_by(self, seed: int) -> tuple[str, ...]:
         """Return the keys of all stages that measure the arm's model, for one training seed."""
@@ -94,6 +103,11 @@ class ArmRecord:
     def is_trained(self) -> bool:
         """True if the study trained the arm's model. Otherwise the arm only uses a finished model."""
         return any(key is not None for key in self.final.values())
+
+    @property
+    def is_phased(self) -> bool:
+        """True if the model passes several phases with one teacher, each with its own method."""
+        return len(self.phases) > 1
 
     @property
     def is_chain(self) -> bool:
@@ -235,6 +249,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         published=PublishedScores(published["source"], published["rouge_l"]) if published else None,
         final={int(seed): key for seed, key in entry["final"].items()},
         inexact=tuple(entry.get("inexact", ())),
+        phases=tuple(PhaseRecord(**phase) for phase in entry.get("phases", ())),  # a plan of an earlier version has none
     )
 
 
@@ -258,92 +273,3 @@ def load_manifest(store: Store, key: str) -> StageManifest | None:
         return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
-
-
-# --- the files of a finished evaluation or analysis ------------------------------------------------------------------------
-
-READ = ("scores.json", "corpus.json", "exposure.json", "predictions.jsonl", "metrics.jsonl")
-"""The files of stages that a report reads."""
-
-
-def load_scores(store: Store, key: str) -> Scores:
-    """Read the scores of an evaluation as arrays (prompts, decoding seeds).
-
-    Raises:
-        StoreError: the file has changed or is damaged, or contains a metric that this version does not know.
-    """
-    path = store.artifact(key, "scores.json")
-    content = read_json(path, fix=store.redo(key))
-    if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
-        raise damaged(path, "the file must map sets to metrics", store.redo(key))
-    found: Scores = {name: {} for name in content}
-    for name, metrics in content.items():
-        for metric, values in metrics.items():
-            _check_known(path, metric)
-            array = _table(values)
-            if isinstance(array, str):
-                raise damaged(path, f"{name}/{metric} {array}", store.redo(key))
-            _check_bounds(path, metric, array)
-            found[name][metric] = array
-    return found
-
-
-def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
-    low, high = metric_of(metric).bounds
-    if np.isinf(high):
-        return
-    wrong = values[(values < low - ROUNDING) | (values > high + ROUNDING)]
-    if wrong.size:
-        raise StoreError(
-            f"{path}: {wrong.size} scores of `{metric}` lie outside {low:g} to {high:g}, the bounds of its unit "
-            f"`{metric_of(metric).unit}`, for instance {wrong[0]:g}; give the metric another `unit` in the recipe"
-        )
-
-
-def _table(values: Any) -> NDArray[np.float64] | str:
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        return "is not a table of numbers"
-    if array.ndim != 2 or array.size == 0:
-        return "must have one row per prompt and one column per decoding seed"
-    return array if np.isfinite(array).all() else "contains NaN or infinite values"
-
-
-def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
-    """Read the results of an evaluation for whole test sets, by the name of the set.
-
-    Each set has the keys `numbers`, `calibration`, `reference_length`, `rows` and `unseen`.
-    """
-    path = store.artifact(key, "corpus.json")
-    content = read_json(path, fix=store.redo(key))
-    try:
-        for found in content.values():
-            np.asarray(found["reference_length"], dtype=np.int64)
-            for metric, value in found["numbers"].items():
-                _check_known(path, metric)
-                float(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = "the file must map sets to their numbers and reference lengths"
-        raise damaged(path, f"{reason}: {type(error).__name__} {error}", store.redo(key)) from error
-    return content
-
-
-def _check_known(path: Path, metric: str) -> None:
-    try:
-        metric_of(metric)
-    except StoreError as error:
-        raise StoreError(f"{path}: {error}") from error
-
-
-def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
-    """Read every prediction of an evaluation, in the order of the file."""
-    path = store.artifact(key, "predictions.jsonl")
-    rows = read_jsonl(path, fix=store.redo(key))
-    for number, row in enumerate(rows, start=1):
-        known = isinstance(row.get("set"), str) and isinstance(row.get("index"), int) and isinstance(row.get("seed"), int)
-        texts = all(isinstance(row.get(name), str) for name in ("prompt", "prediction"))
-        references = row.get("references")
-        if not (known and texts and isinstance(references, list) and references):
-            raise damaged(path, f"line {number} is not a prediction", store.redo(key))
-    return rows

@@ -23,6 +23,7 @@ from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels
+from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepared
@@ -177,6 +178,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "text": _text(a),
                 "models": list(a.arm.models),
                 "method": _method(a),
+                "phases": _phases(a),
                 "inexact": approximations(plan, a.name),
                 "model": a.arm.last[-1],
                 "compute": a.arm.compute,
@@ -217,13 +219,28 @@ def _as_written(recipe: Recipe) -> dict:
 
 def _text(arm: PlannedArm) -> str:
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
-    return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}{', context' if arm.method.context else ''}"
+    marks = "".join(f", {name}" for name in ("dense", "context") if any(getattr(phase.method, name) for phase in arm.phases))
+    return f"{arm.arm.text}{starts}{marks}"
 
 
 def _method(arm: PlannedArm) -> str:
     if arm.arm.learners:
-        return f"{arm.method.objective.label} ({arm.method.sampler.label})"
+        return phases_text(arm.phases)
     return "sft, continued" if arm.arm.objective else "sft"
+
+
+def _phases(arm: PlannedArm) -> list[dict[str, Any]]:
+    return [
+        {
+            "objective": phase.method.objective.label,
+            "sampler": phase.method.sampler.label,
+            "settings": settings,
+            "share": phase.share,
+            "updates": phase.method.optim.steps,
+        }
+        for phase, settings in zip(arm.phases, own_settings(arm.phases), strict=True)
+        if arm.arm.learners
+    ]
 
 
 # --- evaluation of models as they are -----------------------------------------------------------------------------------

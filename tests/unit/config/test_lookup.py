@@ -16,7 +16,7 @@ def test_a_key_has_its_type_default_places_and_page():
     assert entry.facts == (
         ("type", "number, greater than 0, at most 10"),
         ("default", "0.0005"),
-        ("also at", "arms.NAME.optim.lr, models.NAME.sft.optim.lr, models.NAME.distill.optim.lr"),
+        ("also at", "methods.NAME.optim.lr, arms.NAME.optim.lr, models.NAME.sft.optim.lr, models.NAME.distill.optim.lr, and in phases"),
         ("more in", 'the page "The recipe" of the documentation, section "Method"'),
     )
 
@@ -31,7 +31,7 @@ def test_a_key_has_its_type_default_places_and_page():
         ("data.test.0.load", ["data.test.load"]),
         ("evaluate.also.greedy.seeds", ["evaluate.also.NAME.seeds"]),
         ("objective.type", ["method.objective.type"]),
-        ("optim", ["method.optim", "arms.NAME.optim", "models.NAME.sft.optim", "models.NAME.distill.optim"]),
+        ("optim", ["method.optim", "methods.NAME.optim", "arms.NAME.optim", "method.phases.optim", "models.NAME.sft.optim"]),
         ("beta", ["method.objective.beta", "method.objective.beta"]),
         ("teacher", ["teacher", "teacher", "method.sampler, type teacher"]),
         ("gkd", ["method: gkd"]),

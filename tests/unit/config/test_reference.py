@@ -64,6 +64,9 @@ def test_keys_have_types_values_and_defaults():
 
 def test_places_are_those_of_a_recipe():
     places = {part.name: part.places for part in reference()}
-    assert places["Optim"] == ("method.optim", "arms.NAME.optim", "models.NAME.sft.optim", "models.NAME.distill.optim")
+    phases = "method.phases.optim", "methods.NAME.phases.optim", "arms.NAME.phases.optim", "models.NAME.distill.phases.optim"
+    whole = "method.optim", "methods.NAME.optim", "arms.NAME.optim", "models.NAME.sft.optim", "models.NAME.distill.optim"
+    assert {*places["Optim"]} == {*whole, *phases}
+    assert places["Optim"][0] == "method.optim"
     assert places["OwnMetric"] == ("metrics",)
     assert places["OtherDecoding"] == ("evaluate.also.NAME",)

@@ -55,7 +55,7 @@ def test_what_a_recipe_may_write_shorter_fits_the_schema(given):
         (SHORT, {"models": WHOLE["models"]}),
         (SHORT, {"metod": "gkd"}),
         (WHOLE, {"seed": 10}),
-        (WHOLE, {"method": "gdk"}),
+        (WHOLE, {"method": 3}),
         (WHOLE, {"method": {"optim": {"lr": 0}}}),
         (WHOLE, {"data": {"train": "dolly", "test": ["dolly"]}}),
         (WHOLE, {"evaluate": {"also": {"cold": {"temperature": "low"}}}}),

@@ -78,7 +78,7 @@ def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row
 def _teach(results: Results, node: Node, arm: ArmRecord, teacher: NodeId) -> None:
     steps = _steps(results, arm, node.model)
     node.parent = teacher
-    node.kind = next((_kind(stage) for stage in steps[::-1] if stage.kind == "distill"), arm.method)
+    node.kind = _kinds([stage for stage in steps if stage.kind == "distill"]) or arm.method
     known = [stage.flops for stage in steps if stage.flops is not None]
     node.flops = sum(known) if len(known) == len(steps) and steps else None
 
@@ -116,6 +116,15 @@ def line_looks(results: Results) -> Mapping[str, Look]:
     """Return the look of each kind of line in the figure of paths, for its legend."""
     pruned = any(node.start is not None for node in lattice(results).values())
     return {**method_looks(results), **({"pruned": PRUNED} if pruned else {})}
+
+
+def _kinds(stages: list[StageRecord]) -> str:
+    """Return the methods of a model's distillations in words. Phases with one method count as `in N phases`."""
+    phases = [stage for stage in stages if re.search(r"\((?:turn \d+; )?phase \d+ of \d+\)", stage.label)]
+    if not stages or not phases:
+        return _kind(stages[-1]) if stages else ""
+    kinds = dict.fromkeys(map(_kind, stages))
+    return ", then ".join(kinds) if len(kinds) > 1 else f"{_kind(stages[-1])} in {len(phases) + 1} phases"
 
 
 def _kind(stage: StageRecord) -> str:

@@ -1,0 +1,141 @@
+"""The settings of a method that do not fit together, and the sentences that refuse them."""
+
+from typing import TYPE_CHECKING
+
+from tadistill.config.common import Decoding
+from tadistill.config.objective import Divergence, ForwardKL, TopKForwardKL, TopKReverseKL
+from tadistill.config.sampling import HiddenSignal, OnPolicy, ReplaySampler, Rounds, SampledSignal, TeacherMixedSampler, TopKSignal
+from tadistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tadistill.config.method import Method
+
+
+def check_pairing(method: "Method") -> None:
+    """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer settings do not fit together."""
+    method.sampler.check()
+    _check_text(method)
+    _check_signal(method)
+    method.select.check()
+    _check_engine(method)
+    if method.context:
+        _check_context(method)
+    sampler, batch = method.sampler, method.optim.batch
+    if method.round_rollouts % batch:
+        raise ConfigError(
+            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}; change one of them, so that a round is a "
+            "whole number of updates"
+        )
+    if sampler.follows_dev and method.select.metric == "last":
+        raise ConfigError(
+            f"sampler `{sampler.type}` needs the loss on the dev set, but select.metric `last` does not measure it; set `select.metric` "
+            "to `loss` or `rouge_l`"
+        )
+    if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
+        raise ConfigError(
+            f"sampler.capacity {sampler.capacity} is less than optim.batch {batch}; raise `sampler.capacity` to at least {batch}"
+        )
+
+
+def _check_text(method: "Method") -> None:
+    objective, sampler = method.objective, method.sampler
+    if method.recorded_text and (objective.needs_rounds or objective.needs_own_samples):
+        raise ConfigError(
+            f"objective `{objective.type}` needs new samples of the current student, but sampler `student` has `recorded: true`, so "
+            "its text is sampled once, before training; remove `recorded`, or use a divergence, such as `reverse_kl`"
+        )
+    if objective.needs_rounds and not sampler.in_rounds:
+        raise ConfigError(
+            f"objective `{objective.type}` needs a sampler that works in rounds, but sampler `{sampler.type}` does not; use "
+            f"`sampler: {{type: teacher_mixed}}`"
+        )
+    if objective.needs_own_samples and not sampler.student_only:
+        raise ConfigError(
+            f"objective `{objective.type}` needs samples from the student's own distribution, but sampler `{sampler.type}` does not draw "
+            f"them; use `sampler: {{type: student}}` with `temperature` 1, and without `top_k`, `top_p`, `min_p` and `no_repeat_ngram`"
+        )
+    if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
+        raise ConfigError(
+            f"objective `{objective.type}` needs random samples, but sampler.temperature is 0 (greedy decoding); set "
+            "`sampler.temperature` above 0"
+        )
+    if objective.needs_pairs != sampler.pairs:
+        raise ConfigError(
+            f"objective `contrastive` and sampler `pair` work only together, but the recipe has objective `{objective.type}` and sampler "
+            f"`{sampler.type}`; change one of them"
+        )
+    if sampler.on_policy and objective.imitates_text:
+        fix = (
+            f"kd_ratio is {objective.kd_ratio}; set it to 1"
+            if isinstance(objective, Divergence)
+            else "use a divergence, such as `reverse_kl`"
+        )
+        raise ConfigError(f"sampler `{sampler.type}` trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
+
+
+def _check_signal(method: "Method") -> None:
+    objective, signal = method.objective, method.signal
+    if method.dense and not isinstance(signal, HiddenSignal | None):
+        raise ConfigError(
+            f"`dense` averages the distributions of several teachers, which sampler.signal `{signal.type}` does not have; use "
+            "`signal: {type: hidden}`"
+        )
+    if method.dense and not objective.needs_teacher:
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so `dense` has no effect; use an objective with a teacher, such as `reverse_kl`"
+        )
+    if signal and not objective.needs_teacher:
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
+        )
+    if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
+        raise ConfigError(
+            f"objective `{objective.type}` selects the teacher's top tokens, but sampler.signal `top_k` already records only these; use "
+            f"objective `{objective.type.removeprefix('top_k_')}`"
+        )
+    tempered = isinstance(objective, Divergence) and objective.temperature != 1
+    if isinstance(signal, SampledSignal) and (not isinstance(objective, ForwardKL) or tempered):
+        raise ConfigError(
+            f"sampler.signal `sampled` gives an unbiased gradient only for objective `forward_kl` at temperature 1, but the recipe has "
+            f"objective `{objective.type}`{' at another temperature' if tempered else ''}; change it, or use `signal: {{type: hidden}}`"
+        )
+    if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
+        raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
+
+
+def _check_context(method: "Method") -> None:
+    objective, sampler = method.objective, method.sampler
+    if not method.uses_teacher:
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so `context` has no effect; use an objective with a teacher, such as "
+            "`reverse_kl`, or remove `context`"
+        )
+    if sampler.guided:
+        fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
+        raise ConfigError(
+            f"sampler `{sampler.type}` lets student and teacher sample one text together, but with `context` the teacher reads another "
+            f"prompt; {fix}, or remove `context`"
+        )
+    if method.select.metric == "reverse_kl":
+        raise ConfigError(
+            "select.metric `reverse_kl` compares student and teacher on the student's prompts, but with `context` the teacher reads "
+            "prompts of its own; set `select.metric` to `loss` or `rouge_l`"
+        )
+
+
+def _check_engine(method: "Method") -> None:
+    objective, sampler = method.objective, method.sampler
+    if isinstance(sampler, Decoding):
+        sampler.check_engine()
+    if not (isinstance(sampler, OnPolicy) and sampler.vllm and method.samples):
+        return
+    if sampler.guided:
+        raise ConfigError(
+            f"sampler `{sampler.type}` needs the teacher's distribution at every token, but engine `vllm` cannot give it; use `engine: "
+            "native`"
+        )
+    if objective.needs_rounds and not sampler.plain:
+        raise ConfigError(
+            f"objective `{objective.type}` with engine `vllm` needs temperature 1 and no `top_k`, `top_p` or `min_p`; "
+            "change these settings, or use `engine: native`"
+        )

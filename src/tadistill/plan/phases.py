@@ -1,0 +1,174 @@
+"""The phases of a distillation: the method of each phase, its number of updates, its place in an arm, and words for it.
+
+A distillation without phases is one phase. The updates are divided by the shares of the phases, in whole rounds of rollouts. If rounding
+gives a phase too many updates, the next phase gets fewer.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tadistill.config import Arm, Method, Recipe
+from tadistill.config.method import PARTS, MethodPatch, apply, phases_of
+from tadistill.errors import ConfigError, DataError, ModelError, NotHere
+
+if TYPE_CHECKING:
+    from tadistill.plan.builder import StageBuilder
+
+
+class PlannedPhase(NamedTuple):
+    """A phase of a distillation."""
+
+    method: Method
+    """The settings of the phase. `optim.steps` is its number of updates."""
+    share: float
+    """The phase's share of the updates, as the recipe has it. It is 1 for a distillation without phases."""
+
+
+class Turn(NamedTuple):
+    """The place of a distillation among those of the same model in an arm."""
+
+    before: int
+    """Number of earlier distillations of the model."""
+    teaching: int
+    """Number of the teacher in the arm's paths, from 1."""
+    phase: int
+    """Number of the phase with this teacher, from 1."""
+    phases: int
+    """Number of phases with this teacher."""
+    writer: str
+    """Name of the last model of the arm, which writes the text of a first phase with `recorded: true`."""
+
+    def seed(self, seed: int) -> int:
+        """Return the seed of the distillation, given that of the study. The first distillation has the study's seed."""
+        if self.before == 0:
+            return seed
+        from tadistill import rng  # not at the top, because numpy is slow to import and few plans need it
+
+        return rng.torch_seed(seed, "then", self.before)
+
+    @property
+    def text(self) -> str:
+        """The place in words, such as ` (turn 2)` or ` (phase 2 of 3)`. Empty for the first distillation."""
+        turn = f"turn {self.teaching}" if self.teaching > 1 else ""
+        phase = f"phase {self.phase} of {self.phases}" if self.phase > 1 else ""
+        return f" ({'; '.join(filter(None, (turn, phase)))})" if turn or phase else ""
+
+
+def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, model: str, scale: float) -> list[PlannedPhase]:
+    """Return the phases in which the arm `name` trains `model` with one teacher. A training without a teacher is one phase.
+
+    Args:
+        scale: factor on the recipe's number of updates.
+
+    Raises:
+        ConfigError: settings of a phase do not fit together, or a setting of the arm has no effect because each phase has its own.
+    """
+    try:
+        method = apply(recipe.method, recipe.models[model].distill, arm.patch if arm.learners else arm.patch.model_copy(update=_NO_PHASES))
+        for each, _ in phases_of(method):
+            _check(recipe, each)
+        if not method.phases:
+            return [PlannedPhase(_scaled(stages, method, scale, arm), 1.0)]
+        _check_effects(recipe, model, arm, method)
+        return _divided(stages, method, scale, arm)
+    except (NotHere, DataError, ModelError):  # a fault of the data or of a model, which every arm meets
+        raise
+    except ValueError as error:
+        raise ConfigError(f"arms.{name}: {error}") from error
+
+
+_NO_PHASES: dict[str, Any] = {"phases": ()}
+
+
+def _scaled(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> Method:
+    optim = stages.with_steps(method.optim)
+    assert optim.steps is not None
+    steps, every, warmup = optim.steps, method.select.every, optim.warmup
+    if scale != 1.0:
+        unit = method.round_updates
+        steps = max(unit, round(optim.steps * scale / unit) * unit)
+        every = max(1, round(every * steps / optim.steps))  # a longer run must not have more checkpoints to select from
+        if arm.like and arm.like[0]:
+            warmup = round(warmup * steps / optim.steps)
+    return _with_updates(method, steps, every, warmup)
+
+
+def _divided(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> list[PlannedPhase]:
+    whole = stages.with_steps(method.optim).steps
+    assert whole is not None
+    found: list[PlannedPhase] = []
+    wanted, done = 0.0, 0
+    for phase, (of_phase, share) in zip(method.phases or (), phases_of(method), strict=True):
+        wanted += whole * scale * share
+        unit = of_phase.round_updates
+        steps = max(unit, round((wanted - done) / unit) * unit)
+        done += steps
+        own = phase.select is not None and "every" in phase.select.model_fields_set
+        every = max(1, round(of_phase.select.every * steps / (whole * share if own else whole)))  # as many checkpoints as without phases
+        warmup = of_phase.optim.warmup
+        if arm.like and arm.like[0]:
+            warmup = round(warmup * steps / (whole * share))
+        found.append(PlannedPhase(_with_updates(of_phase, steps, every, warmup), share))
+    return found
+
+
+def _with_updates(method: Method, steps: int, every: int, warmup: int) -> Method:
+    optim = method.optim.model_copy(update={"steps": steps, "epochs": None, "warmup": warmup})
+    return method.model_copy(update={"optim": optim, "select": method.select.model_copy(update={"every": every})})
+
+
+def _check(recipe: Recipe, method: Method) -> None:
+    if method.objective.needs_corpus and recipe.data.corpus is None:
+        raise ValueError("objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`")
+
+
+def _check_effects(recipe: Recipe, model: str, arm: Arm, method: Method) -> None:
+    # a setting of the arm is lost if every phase has another value
+    phases = phases_of(method)
+    for part in PARTS:
+        if getattr(arm, part) is None:
+            continue
+        without = arm.patch.model_copy(update={part: None})
+        other = method.model_copy(update={part: getattr(_base(recipe, model, without), part)})
+        if other != method and phases_of(other) == phases:
+            raise ConfigError(
+                f"`{part}` (set here, or by the arm's `method`) has no effect, because every phase has its own `{part}`; change it in the "
+                "phases, or write `phases: []`"
+            )
+
+
+def _base(recipe: Recipe, model: str, patch: MethodPatch) -> Method:
+    patches = (recipe.models[model].distill, patch)
+    return apply(recipe.method.model_copy(update={"phases": None}), *(each.model_copy(update={"phases": None}) for each in patches))
+
+
+# --- words ----------------------------------------------------------------------------------------------------------------
+
+
+def phases_text(phases: Sequence[PlannedPhase]) -> str:
+    """Return the phases in words, such as `cross_entropy (teacher) 30 %, then reverse_kl (student) 70 %`. One phase has no share."""
+    texts = [f"{method.objective.label} ({method.sampler.label})" for method, _ in phases]
+    if len(phases) == 1:
+        return texts[0]
+    every = zip(texts, phases, own_settings(phases), strict=True)
+    return ", then ".join(f"{text}{f', {own},' if own else ''} {100 * phase.share:.3g} %" for text, phase, own in every)
+
+
+def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
+    """Return for each phase the settings in which it differs from other phases with its objective and sampler, such as `lr 0.001`."""
+    settings = [_settings(method) for method, _ in phases]
+    found = []
+    for (method, _), own in zip(phases, settings, strict=True):
+        alike = [other for (phase, _), other in zip(phases, settings, strict=True) if _kind(phase) == _kind(method)]
+        names = [name for name in own if any(other[name] != own[name] for other in alike)]
+        found.append(", ".join(f"{name} {own[name]}" for name in names))
+    return found
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    parts = (method.objective, method.sampler, method.optim)
+    return {name: value for part in parts for name, value in part.model_dump().items() if name not in ("steps", "warmup")}
+
+
+def _kind(method: Method) -> tuple[str, str]:
+    return method.objective.type, method.sampler.type
