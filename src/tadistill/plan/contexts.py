@@ -1,9 +1,12 @@
 """Teachers with a prompt of their own (`context`): which models they are, and when a model may teach itself."""
 
+from collections.abc import Iterator
+
 from tadistill.config import Arm, Method, Recipe
+from tadistill.config.arm import ModelPath
 from tadistill.config.context import TeacherContext
 from tadistill.config.method import apply, phases_of
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, about
 
 
 def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
@@ -25,10 +28,17 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
         ConfigError: parts of a method do not fit together.
     """
     found: dict[TeacherContext, set[str]] = {}
-    for arm in recipe.arms.values():
-        for path in arm.path:
-            for i, model in enumerate(path[1:], 1):
-                for method, _ in phases_of(apply(recipe.method, recipe.models[model].distill, arm.patch)):
-                    if method.context:
-                        found.setdefault(method.context, set()).update(path[:i] if method.dense else path[i - 1 : i])
+    for name, arm in recipe.arms.items():
+        with about(f"arms.{name}"):
+            for method, path, i in _distillations(recipe, arm):
+                if method.context:
+                    found.setdefault(method.context, set()).update(path[:i] if method.dense else path[i - 1 : i])
     return found
+
+
+def _distillations(recipe: Recipe, arm: Arm) -> Iterator[tuple[Method, ModelPath, int]]:
+    # the method of each phase, the path, and the learner's place in it
+    for path in arm.path:
+        for i, model in enumerate(path[1:], 1):
+            for method, _ in phases_of(apply(recipe.method, recipe.models[model].distill, arm.patch)):
+                yield method, path, i
