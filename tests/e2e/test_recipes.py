@@ -37,6 +37,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
 MINILLM = sorted((RECIPES / "minillm").glob("*.yaml"))
 CONTEXTS = sorted((RECIPES / "contexts").glob("*.yaml"))
+ON_POLICY = sorted((RECIPES / "on-policy").glob("*.yaml"))
 METHODS = sorted(set((RECIPES / "methods").glob("*.yaml")) - {RECIPES / "methods" / "all.yaml"})
 SETS = {
     "minillm_dolly": ("train", "dev", "test"),
@@ -288,3 +289,30 @@ def test_runs_end_to_end(path, data, stand_in, runs, monkeypatch):
     expected = {(arm, ref.name, metric) for arm in recipe.arms for ref in recipe.data.test for metric in metrics}
     assert {(row["arm"], row["set"], row["metric"]) for row in rows} >= expected
     assert all(math.isfinite(row[field]) for row in rows for field in ("value", "low", "high") if row[field] is not None)
+
+
+# --- recipes of phases, whole -------------------------------------------------------------------------------------------
+
+TINY = [
+    "seeds=[10]", "method.optim.steps=4", "method.optim.batch=4", "method.optim.warmup=1", "data.limit={train: 16, dev: 2, test: 2}",
+    "data.test=[tinyworld]", "evaluate={seeds: [10], max_new_tokens: 3, also: {}}", "runtime.jobs=1", "analyse=false",
+    *(f"models.{model}.sft.optim.{setting}" for model in ("xl", "s") for setting in ("steps=2", "batch=4", "warmup=1")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
+def test_recipes_on_policy_run_end_to_end_and_have_few_lines(path, runs, monkeypatch):
+    monkeypatch.setattr("tadistill.runner.study.run_stages", run_here)
+    monkeypatch.setattr("tadistill.runner.study.prepared", nullcontext)
+    assert path.read_text().count("\n") <= 40
+    recipe = load(path)
+    tadistill.run(path, TINY, runs=runs)
+    content = json.loads((runs / recipe.study / "results.json").read_text())
+    assert {row["arm"] for row in content["rows"] if row["metric"] == "rouge_l"} == recipe.arms.keys()
+    arms = {arm["arm"]: arm for arm in content["arms"]}
+    for name, arm in recipe.arms.items():
+        phases = len(arm.phases or ()) or int(bool(arm.learners))
+        assert len(arms[name]["phases"]) == phases
+        assert ("in 2 phases: " in arms[name]["words"] or "in 3 phases: " in arms[name]["words"]) == (phases > 1)
+    page = (runs / recipe.study / "report.html").read_text()
+    assert ("<b>Phase</b>: a part of a distillation" in page) == any(arm.phases for arm in recipe.arms.values())
