@@ -61,7 +61,8 @@ class _Names:
     def _filled(self, value: Any, key: str, name: str, *, phased: bool) -> Any:
         if not isinstance(value, dict) or not isinstance(value.get(name), str) or value[name] in METHODS:
             return value
-        entry, rest = self.own.get(value[name]), {part: setting for part, setting in value.items() if part != name}
+        entry: Any = self.own.get(value[name])
+        rest = {part: setting for part, setting in value.items() if part != name}
         if value[name] not in self.own:
             self.wrong.append(f"{key} names `{value[name]}`, which {not_a_method(value[name], self.own)}")
         elif not phased and isinstance(entry, dict) and entry.get("phases"):
