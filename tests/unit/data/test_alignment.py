@@ -7,14 +7,17 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
+import torch
+from tests.byte_models import SHAPE, byte_model, byte_tokenizer
 from tests.environment import own_environment
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tadistill.data.alignment import NO_SPAN, Alignment, align, read_again, shared_tokens
 from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
 from tadistill.errors import DataError
+from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens, forward_kl, fused_span_divergence
 
 USER = own_environment()
 WORDS = "the theatre then there is his history café naïve 東京 東 😀👍 don't it's 2024 20 a ab abc\n\n\n    def f(x):\n\treturn x"
@@ -290,6 +293,35 @@ def test_shared_tokens():
     turn = token_bytes(large.tokenizer, [large.of_event["<|user|>"], large.ends[0]])
     ends = dict(zip(*shared_tokens(small, turn), strict=True))
     assert ends[small.ends[0]] == turn.ends[0]
+
+
+def test_two_models_with_different_tokenizers_come_closer():
+    """From the text to the student's weights, as the page "Different tokenizers" does it."""
+    student, teacher = token_bytes(byte_tokenizer()), vocabulary("large")
+    torch.manual_seed(0)
+    reader = LlamaForCausalLM(LlamaConfig(vocab_size=len(teacher.tokens) + 3, **SHAPE)).eval().requires_grad_(False)  # 3 rows of padding
+    reader.lm_head.weight *= 20
+    learner = byte_model()
+    mine, theirs = read_again([*student.read("the theatre there is 東").ids, *student.ends], student, teacher)
+    spans = align(mine, theirs)
+    shared = SharedVocabulary(*map(torch.tensor, shared_tokens(student, teacher)), sizes=(len(student.tokens), len(teacher.tokens)))
+
+    def side(model, prompt: str, own: TokenBytes, reading: Reading, of: tuple[int, ...]) -> SpanTokens:
+        before = own.read(prompt).ids
+        states = model.model(torch.tensor([[*before, *reading.ids]])).last_hidden_state[0, len(before) - 1 : -1]
+        return SpanTokens(Hidden(states, Head(model.lm_head.weight)), torch.tensor(reading.ids), torch.tensor(of))
+
+    target = side(reader, "say", teacher, theirs, spans.teacher)
+    optimizer, losses = torch.optim.Adam(learner.parameters(), lr=0.01), []
+    for _ in range(30):
+        own = side(learner, "say ", student, mine, spans.student)
+        loss, values = fused_span_divergence(forward_kl, own, target, shared, weights=torch.full((len(spans.ends),), 1 / len(spans.ends)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert values.min() >= 0
+    assert losses[-1] < 0.2 * losses[0]
 
 
 def test_bad_input():
