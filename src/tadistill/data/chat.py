@@ -203,6 +203,23 @@ def end_of_turn(template: str | None, tokens: Mapping[str, int], specials: Mappi
     return tokens[max(found, key=len)] if found else None
 
 
+def opening(template: str | None, variables: Mapping[str, Any]) -> str:
+    """Return the text that a chat template writes between its generation prompt and an answer, such as an empty thought. It is empty if
+    there is none, or if the template fails.
+
+    Args:
+        variables: the texts of special tokens, and further variables of the template.
+    """
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        prompt = unmarked(template or "", turns[:1], variables, prompt=True)
+        whole = unmarked(template or "", turns, variables, prompt=False)
+    except Exception:  # what is wrong shows in the data's own rows
+        return ""
+    found = whole[len(prompt) :] if whole.startswith(prompt) else ""
+    return found.partition(_ANSWER)[0] if _ANSWER in found else ""
+
+
 def default_template(given: Any) -> str | None:
     """Return the chat template for conversations without tools. `given` is one template, or several templates by name."""
     if isinstance(given, list):  # as in tokenizer_config.json

@@ -61,8 +61,8 @@ class Counts:
             (self.cut, f"{self.cut} with a prompt cut at {key}"),
             (self.long_context + self.cut_context, self.of_contexts),
             (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
-            (self.turns, f"{self.turns} turns of other rows are not learnt, because their prompts are longer than {key}"),
-            (self.more, f"{self.more} sequences more, because the chat template rewrites earlier turns (`epochs` counts rows)"),
+            (self.turns, f"{_turns(self.turns)} left out of used rows, longer than {key} or data.max_length ({self.max_length})"),
+            (self.more, f"{_turns(self.more)} in sequences of their own, because the chat template rewrites them (`epochs` counts rows)"),
             (self.unlearnt, f"{self.unlearnt} with thinking or tool calls that are not learnt (data.turns: last learns them)"),
         ]
         found = [text for count, text in parts if count]
@@ -80,6 +80,10 @@ class Counts:
     def unknown_text(self) -> str:
         """Return text such as ``12 of 345 tokens of the prompts are unknown to the tokenizer``. It is empty if no token is unknown."""
         return f"{self.unknown} of {self.tokens} tokens of the prompts are unknown to the tokenizer" if self.unknown else ""
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn{'' if count == 1 else 's'}"
 
 
 def nothing_left(counts: Counts, shortest: int, name: str) -> str:

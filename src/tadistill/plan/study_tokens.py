@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from tadistill.config import Recipe
-from tadistill.data import datasets
+from tadistill.data import chat, datasets
 from tadistill.data.prompts import of_one_turn
 from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
@@ -102,6 +102,12 @@ class StudyTokens:
                 found.append(
                     f"Because of `data.bos: never`, prompts do not begin with {text(first.bos)}, the BOS of the tokenizer of {lead}."
                 )
+        written = chat.opening(first.template, {**first.specials, **self.recipe.data.chat_template_kwargs})
+        if self._chat and self.recipe.data.turns == "answer" and written:
+            found.append(
+                f"The chat template of {lead} writes {written!r} before an answer. `data.turns: answer` does not learn it, but `data.turns: "
+                "last` does."
+            )
         chats = [name for name in group if self._of(name).template]
         if chats and self.recipe.data.template != "chat" and "instruction" in self._forms:
             found.append(

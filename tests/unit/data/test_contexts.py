@@ -6,6 +6,7 @@ from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 
 from tadistill.config import Data, DataRef
 from tadistill.config.context import TeacherContext
+from tadistill.data.batch import collate, references
 from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example, example
@@ -142,3 +143,19 @@ def test_a_context_with_chat_needs_a_chat_template():
     assert tokenizer.bos_token_id == BOS
     with pytest.raises(ModelError, match=r"data, row 1: the `context` needs a chat template, but the tokenizer has none"):
         encode_counted([QUESTION], tokenizer, Rules(200, 400, context=TeacherContext(chat=True), template="plain"))
+
+
+def test_a_masked_thought_stays_masked_behind_the_teachers_prompt():
+    thinks = Example("Say red", "", ("<think>hm</think>red",))
+    rules = Rules(200, 400, template="plain", thinking="mask", context=TeacherContext(template="Be kind. {prompt}"))
+    ((row,), _) = encode_counted([thinks], byte_tokenizer(), rules)
+    (sequence,) = references([row])
+    batch = collate([sequence], pad=0)
+    for read in (batch, batch.of_teacher):
+        assert byte_tokenizer().decode(read.targets_BT[read.mask_BT]) == "red<eos>"
+
+
+def test_a_long_prompt_of_the_teacher_can_be_refused():
+    rules = Rules(200, 400, "refuse", template="plain", context=TeacherContext(template="{prompt}{prompt}", max_prompt=9))
+    with pytest.raises(DataError, match=r"d, row 1: the teacher's prompt has \d+ tokens, more than context.max_prompt \(9\); raise it"):
+        encode_counted([QUESTION], byte_tokenizer(), rules, name="d")

@@ -110,7 +110,7 @@ def test_a_template_that_rewrites_earlier_turns_gets_a_sequence_for_each():
     assert learnt(talk, QWEN3, turns="last") == [qwen(start + again, second)]
     counts = encode_counted(examples(row(talk)), chat_tokenizer(QWEN3), rules())[1]
     assert (counts.used, counts.more) == (1, 1)
-    assert counts.text.endswith("1 sequences more, because the chat template rewrites earlier turns (`epochs` counts rows)")
+    assert counts.text.endswith("1 turn in sequences of their own, because the chat template rewrites them (`epochs` counts rows)")
 
 
 def test_variables_of_the_template():
@@ -254,7 +254,7 @@ def test_long_turns_are_left_out_cut_or_refused():
 
     (left, other), counts = encoded(second - 1)
     assert (left.prompt, left.response, left.spans) == (other.prompt, other.response, other.spans) == (short.prompt, short.response, ())
-    few = f"1 turns of other rows are not learnt, because their prompts are longer than data.max_prompt ({second - 1})"
+    few = f"1 turn left out of used rows, longer than data.max_prompt ({second - 1}) or data.max_length (900)"
     assert counts.text == f"2 of 2 rows; {few}"
     (cut, _), counts = encoded(max_length=second + 3)
     assert (cut.prompt, cut.response) == (whole.prompt, whole.response[:3])

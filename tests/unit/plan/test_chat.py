@@ -7,11 +7,12 @@ from tests.byte_models import SHAPE, write_rows
 from tests.chat_templates import CHATML, QWEN3, chat_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tadistill.config.context import TeacherContext
 from tadistill.config.recipe import Recipe
 from tadistill.data.datasets import load
 from tadistill.data.prompts import Rules
 from tadistill.data.templates import encode_counted
-from tadistill.errors import DataError
+from tadistill.errors import ConfigError, DataError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger, passes
 from tadistill.plan.preview import _rows
@@ -89,7 +90,24 @@ def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder
     study = recipe(folder, turns="all", max_prompt=40)
     text = " ".join(_rows(make_plan(study)))
     assert "rows.jsonl" not in text
-    assert "Rows of rows (train), among the first 8: 8 of 8 rows; 4 turns of other rows are not learnt, because" in text
+    assert "Rows of rows (train), among the first 8: 8 of 8 rows; 4 turns left out of used rows, longer than" in text
     assert "Rows of rows (dev), among the first 8: 4 of 8 rows; 4 longer than data.max_prompt (40)" in text
     with pytest.raises(DataError, match=r"data set `rows` \(train\), row 2: its prompt has \d+ tokens, more than data.max_prompt \(40\)"):
         list(_rows(make_plan(recipe(folder, turns="all", max_prompt=40, long_prompts="refuse"))))
+
+
+@pytest.mark.parametrize(("model", "turns", "said"), [("qwen", "answer", True), ("qwen", "last", False), ("chatml", "answer", False)])
+def test_a_plan_says_what_the_template_writes_before_an_answer(folder, model, turns, said):
+    found = [text for text in make_plan(recipe(folder, model, turns=turns)).tokens.cautions() if "before an answer" in text]
+    words = r"The chat template of t writes '<think>\n\n</think>\n\n' before an answer. `data.turns: answer` does not learn it"
+    assert [text.startswith(words) for text in found] == [True] * said
+
+
+def test_a_context_reads_one_answer_behind_each_prompt(folder):
+    study = recipe(folder, turns="all")
+    changed = study.method.model_copy(update={"context": TeacherContext(system="Be kind.")})
+    arms = {name: study.arms[name] for name in ("student", "dataset")}
+    sampled = study.model_copy(update={"method": changed, "arms": {"student": arms["student"]}})
+    assert {s.spec.data.turns for s in make_plan(sampled).stages.values() if s.spec.kind == "distill"} == {"last"}
+    with pytest.raises(ConfigError, match=r"s learns with a `context`, .* but data.turns is all; set data.turns to last"):
+        make_plan(study.model_copy(update={"method": changed, "arms": {"dataset": arms["dataset"]}}))
