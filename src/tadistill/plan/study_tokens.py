@@ -105,8 +105,8 @@ class StudyTokens:
         written = chat.opening(first.template, {**first.specials, **self.recipe.data.chat_template_kwargs})
         if self._chat and self.recipe.data.turns == "answer" and written:
             found.append(
-                f"The chat template of {lead} writes {written!r} before an answer. `data.turns: answer` does not learn it, but `data.turns: "
-                "last` does."
+                f"The chat template of {lead} writes {written!r} before an answer. `data.turns: answer` does not learn it, but "
+                "`data.turns: last` does."
             )
         chats = [name for name in group if self._of(name).template]
         if chats and self.recipe.data.template != "chat" and "instruction" in self._forms:
