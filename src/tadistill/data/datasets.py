@@ -127,11 +127,22 @@ def check_sources(data: Data) -> None:
 def form(ref: DataRef, role: str, data: Data) -> Form:
     """Return the form of the first row: an instruction, a conversation or a whole prompt. A data set on the Hub is not read. Its form
     follows from the keys in its `columns`."""
-    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
-    first = next(jsonl.read(path), None) if path else None
+    first = _first(ref, role, data)
     if first is not None:
         return form_of(first, ref)
     return "messages" if "messages" in ref.columns else "prompt" if "prompt" in ref.columns else "instruction"
+
+
+def has_unread_tools(ref: DataRef, role: str, data: Data) -> bool:
+    """Return True if the first row is a conversation with a column `tools` that the recipe does not name. A data set on the Hub is not
+    read."""
+    first = _first(ref, role, data)
+    return bool(first and first.get("tools")) and "tools" not in ref.columns and form(ref, role, data) == "messages"
+
+
+def _first(ref: DataRef, role: str, data: Data) -> dict[str, Any] | None:
+    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
+    return next(jsonl.read(path), None) if path else None
 
 
 def check_corpus(ref: DataRef, data: Data) -> None:

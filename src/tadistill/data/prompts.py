@@ -72,11 +72,6 @@ class Rules:
         """Largest number of tokens in a prompt. It is below `max_length`, so that an answer has room for at least one token."""
         return min(self.max_prompt, self.max_length - 1)
 
-    @property
-    def limit_key(self) -> str:
-        """The key that gives `limit`, with its value, as in ``data.max_prompt (256)``."""
-        return limit_key(self.limit, self.max_length)
-
 
 def of_one_turn(turns: Turns) -> Turns:
     """Return `turns` for text that has one turn per row: evaluation, and answers that are sampled."""

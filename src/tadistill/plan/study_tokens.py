@@ -7,7 +7,7 @@ original teacher. If a token ends the answers of one of these models, it ends th
 from collections.abc import Callable
 from functools import cached_property
 
-from tadistill.config import Recipe
+from tadistill.config import DataRef, Recipe
 from tadistill.data import chat, datasets
 from tadistill.data.prompts import of_one_turn
 from tadistill.errors import ModelError
@@ -86,7 +86,11 @@ class StudyTokens:
 
     def cautions(self) -> list[str]:
         """Return warnings: a model uses another model's tokenizer, BOS is first or left out, or a template may not suit a chat model."""
-        return [sentence for group in self._groups for sentence in self._cautions_of(group)]
+        found = [sentence for group in self._groups for sentence in self._cautions_of(group)]
+        for ref, role in self._splits:
+            if datasets.has_unread_tools(ref, role, self.recipe.data):
+                found.append(f"Rows of {ref.name} ({role}) have `tools`, which are not read; name them: `columns: {{tools: tools}}`.")
+        return found
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
         lead = self._lead(group[0])
@@ -190,9 +194,12 @@ class StudyTokens:
 
     @cached_property
     def _forms(self) -> frozenset[str]:
+        return frozenset(datasets.form(ref, role, self.recipe.data) for ref, role in self._splits)
+
+    @property
+    def _splits(self) -> list[tuple[DataRef, str]]:
         data = self.recipe.data
-        splits = [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]
-        return frozenset(datasets.form(ref, role, data) for ref, role in splits)
+        return [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]
 
     @cached_property
     def _chat(self) -> bool:

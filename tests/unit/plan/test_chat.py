@@ -111,3 +111,12 @@ def test_a_context_reads_one_answer_behind_each_prompt(folder):
     assert {s.spec.data.turns for s in make_plan(sampled).stages.values() if s.spec.kind == "distill"} == {"last"}
     with pytest.raises(ConfigError, match=r"s learns with a `context`, .* but data.turns is all; set data.turns to last"):
         make_plan(study.model_copy(update={"method": changed, "arms": {"dataset": arms["dataset"]}}))
+
+
+def test_a_plan_says_which_tools_are_not_read(folder):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    file = write_rows(folder / "tools.jsonl", [row | {"tools": tools} for row in ROWS])
+    cautions = make_plan(recipe(folder, "qwen", train=file)).tokens.cautions()
+    assert "Rows of tools (train) have `tools`, which are not read; name them: `columns: {tools: tools}`." in cautions
+    named = make_plan(recipe(folder, "qwen", train={"load": file, "columns": {"tools": "tools"}})).tokens.cautions()
+    assert not [text for text in named if "tools" in text]
