@@ -13,7 +13,8 @@ ARMS = """
   offline: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: student, recorded: true, max_new_tokens: 8}}
   taid: {path: xl > s, objective: {type: taid}, sampler: {type: dataset}}
   contrastive: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 8}}
-  control: {path: xl > s, objective: {type: no_teacher}, sampler: {type: student, max_new_tokens: 8}}
+  control: {control: no_teacher of taid, sampler: {max_new_tokens: 8}}
+  noise: {control: random_teacher of taid}
   sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: student, max_new_tokens: 8}}
 """
 SETTINGS = ["seeds=[1]", "data.test=[tinyworld]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
@@ -27,7 +28,24 @@ def finished(tmp_path_factory):
 
 
 def test_all_train_and_are_measured(finished):
-    assert {r["arm"] for r in rows(finished)} == {"jsd", "recorded", "top_k", "offline", "taid", "contrastive", "control", "sampled"}
+    assert {r["arm"] for r in rows(finished)} == {
+        "jsd",
+        "recorded",
+        "top_k",
+        "offline",
+        "taid",
+        "contrastive",
+        "control",
+        "noise",
+        "sampled",
+    }
+
+
+def test_a_random_teacher_has_the_same_size_and_other_weights(finished):
+    losses = {r["arm"]: r["value"] for r in rows(finished) if r["metric"] == "loss"}
+    flops = {a["name"]: a["flops"] for a in json.loads(next(finished.glob("*/plan.json")).read_text())["arms"]}
+    assert losses["noise"] != losses["taid"]
+    assert flops["noise"] == flops["taid"]
 
 
 def test_recorded_hidden_states_give_the_live_teachers_numbers(finished):

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.context import TeacherContext
+from tadistill.config.controls import Control, read_control
 from tadistill.config.method import PARTS, Dense, MethodPatch, Optim, Phases, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
@@ -108,6 +109,11 @@ class Arm(Strict):
     """Training budget of this arm, relative to another arm. `as ARM` gives the same training FLOPs as ARM (an equal-compute baseline).
     `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
     training is not counted."""
+    control: str | None = None
+    """Makes this arm a control of another arm: `KIND of ARM`. It has the same student, settings and training FLOPs as ARM.
+    `no_teacher`: the objective is `no_teacher`, on the student's own text. `tempered`: the first model of ARM's path teaches, with its
+    logits divided by a temperature, so that its mean entropy on dev responses equals that of ARM's last assistant. `random_teacher`: the
+    first model of ARM's path teaches with random weights."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -166,6 +172,18 @@ class Arm(Strict):
         if value is not None and _COMPUTE.fullmatch(value) is None:
             raise ValueError(f"compute is `{value}`; write `as ARM` or `4x ARM`, where ARM is the name of an arm")
         return value
+
+    @field_validator("control")
+    @classmethod
+    def _of_arm(cls, value: str | None) -> str | None:
+        if value is not None and read_control(value) is None:
+            raise ValueError(f"control is `{value}`; write `no_teacher of ARM`, `tempered of ARM` or `random_teacher of ARM`")
+        return value
+
+    @property
+    def controls(self) -> Control | None:
+        """The kind of control that this arm is, and the arm that it is a control of. None if it is no control."""
+        return read_control(self.control) if self.control else None
 
     @property
     def like(self) -> tuple[float | None, str] | None:

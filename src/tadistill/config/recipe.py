@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Budgets, Search
 from tadistill.config.common import Name, Strict
+from tadistill.config.controls import with_controls
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.machine import Resources, Runtime
@@ -45,6 +46,9 @@ class Recipe(Strict):
     """Additional metrics of the answers on test sets, computed by functions of your own."""
     arms: dict[Name, Arm] = {}
     """The paths to compare, each with a name. This key can be left out if `search` is given."""
+    fair: bool = False
+    """True: for every arm with a path through assistants (and no `init`), the study also has direct distillation with the same compute,
+    and one control of each kind (`arms.X.control`). The plan says what they cost."""
     budgets: Budgets | None = None
     """Training budgets at which every arm is trained and compared."""
     teacher: str | None = None
@@ -62,8 +66,8 @@ class Recipe(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_names(cls, raw: Any) -> Any:
-        return with_methods(raw) if isinstance(raw, dict) else raw
+    def _written_out(cls, raw: Any) -> Any:
+        return with_controls(with_methods(raw)) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _check(self):

@@ -15,6 +15,7 @@ from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
+from tadistill.plan.controls import first_teacher
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
@@ -151,7 +152,8 @@ class _Planner:
         }
         analyse = {}
         if self.teacher and self.recipe.data.test:
-            analyse = {seed: self.stages.analyse(last, of_path, seed, evaluate[seed], self.teacher) for seed, of_path in models.items()}
+            compared = {seed: of_path[-1:] if arm.controls else of_path for seed, of_path in models.items()}
+            analyse = {seed: self.stages.analyse(last, compared[seed], seed, evaluate[seed], self.teacher) for seed in models}
         for measured in (evaluate, analyse, *also.values()):
             for key in measured.values():
                 self.graph.mark(key, name)
@@ -178,7 +180,7 @@ class _Planner:
             return _Made([longer], phases, [longer.stage])
         taught, turns, handles = list[str](), list[str](), list[Handle]()  # a turn with one teacher has one or several phases
         for path in arm.path:
-            handles = [made[path[0]]]  # a model that teaches itself is in the path twice, with other weights
+            handles = [first_teacher(self.stages, name, arm, made[path[0]], seed, self._path_of)]
             for i, model in enumerate(path[1:], 1):
                 phases, trained = planned_phases(self.recipe, self.stages, name, arm, model, scale / arm.learners.count(model)), []
                 for number, (method, _) in enumerate(phases, 1):
@@ -189,11 +191,14 @@ class _Planner:
                     made[model] = new = self.stages.distill(teachers, model, made[model], method, seed, turn)
                     taught.append(model)
                     trained.append(new.stage)
-                handles.append(made[model])
+                handles.append(made[model])  # a model that teaches itself is in the path twice
                 turns.append(model)
         return _Made(handles, phases, trained)
 
     def _model_of(self, arm: str, seed: int) -> Handle:
+        return self._path_of(arm, seed)[-1]
+
+    def _path_of(self, arm: str, seed: int) -> list[Handle]:
         if arm in self.making:
             raise ConfigError(
                 f"a model has `temper.like: {arm}`, but arm {arm} needs this model; in `temper.like`, name an arm that does not need it"
@@ -204,7 +209,7 @@ class _Planner:
             )
         self.making.append(arm)
         try:
-            return self._models(arm, self.recipe.arms[arm], seed, 1.0).path[-1]
+            return self._models(arm, self.recipe.arms[arm], seed, 1.0).path
         finally:
             self.making.pop()
 

@@ -93,7 +93,7 @@ class StageBuilder:
         if temper := model.temper:
             parent = self.trained(temper.of, seed)
             if temper.like is not None:
-                return self._temper(name, parent, temper.like, seed)
+                return self.tempered(name, parent, self.of_arm(temper.like, seed), temper.like, seed)
             assert temper.tau is not None
             return Tempered(temper=temper.tau, of=parent)
         assert model.load is not None
@@ -140,8 +140,8 @@ class StageBuilder:
         sizes = {key: value for key, value in asdict(shape).items() if key != "head_dim" and value is not None}
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), train=self.split("train"))
 
-    def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> FromStage:
-        like = self.of_arm(arm, seed)
+    def tempered(self, name: str, parent: Handle, like: Handle, arm: str, seed: int) -> FromStage:
+        """Return a model with the temperature at which its mean entropy equals that of the model `like`, which the arm `arm` made."""
         spec = specs.TemperSpec(
             data=self.encoding(name), teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch
         )

@@ -206,12 +206,21 @@ class Tempered(Part):
     of: "Handle"
 
 
-Handle: TypeAlias = FromStage | Loaded | PrunedDepth | Pruned | Tempered
+class RandomWeights(Part):
+    """A model with the architecture of another one, whose weights are random. It teaches without knowledge."""
+
+    random: int
+    """Seed of the weights."""
+    of: "Handle"
+
+
+Handle: TypeAlias = FromStage | Loaded | PrunedDepth | Pruned | Tempered | RandomWeights
 """The source of a model's weights."""
-INPUTS = (Output, FromStage, Loaded, PrunedDepth, Pruned, Tempered)
+INPUTS = (Output, FromStage, Loaded, PrunedDepth, Pruned, Tempered, RandomWeights)
 PrunedDepth.model_rebuild()
 Pruned.model_rebuild()
 Tempered.model_rebuild()
+RandomWeights.model_rebuild()
 
 
 def stage_of(part: Handle | Output) -> str | None:

@@ -148,7 +148,8 @@ class _Candidate(NamedTuple):
 
 
 def _candidate(arm: PlannedArm) -> _Candidate:
-    is_plain = len(arm.arm.path) == 1 and not arm.arm.init and not any(phase.method.context for phase in arm.phases)
+    context = any(phase.method.context for phase in arm.phases)
+    is_plain = len(arm.arm.path) == 1 and not (arm.arm.init or context or arm.arm.control)
     return _Candidate(arm.arm.last, is_plain, arm.arm.compute, arm.taught_with, arm.flops)
 
 
@@ -200,6 +201,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     yield from _rows(plan)
     yield from _recordings(plan)
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_budget(plan))
+    yield from _controls(plan)
     head = plan.teacher or "a loaded model"
     yield (
         f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "
@@ -244,6 +246,19 @@ def _recordings(plan: Plan) -> Iterable[str]:
         space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
         shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
         yield escape(f"{stage.label}: {stage.spec.signal.exactness}, {'' if disk.exact else 'at most '}{space}; {shared}.")
+
+
+def _controls(plan: Plan) -> Iterable[str]:
+    # stages that the other arms need are not a cost of the controls
+    own = {arm.name for arm in plan.arms if arm.arm.control or (arm.arm.compute or "").startswith("as ")}
+    if not any(arm.arm.control for arm in plan.arms):
+        return
+    costs = [(stage.flops, stage.arms <= own) for stage in plan.stages.values() if stage.trains]
+    if any(flops is None for flops, _ in costs):
+        return
+    total, extra = (sum(flops or 0.0 for flops, only in costs if only or every) for every in (True, False))
+    names = ", ".join(arm.name for arm in plan.arms if arm.name in own)
+    yield escape(f"Controls and equal-compute baselines ({names}) need {extra:.2e} of the study's {total:.2e} training FLOPs.")
 
 
 def _rows(plan: Plan) -> Iterable[str]:

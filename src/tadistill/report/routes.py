@@ -6,12 +6,14 @@ xl > l then xl > s, s from l      pruned from l, then taught by xl
 l > s then xl > s                 taught by l, then by xl
 xl > m > s, dense                 taught by xl and m together
 s > s, context                    taught by itself with a context
+xl > s, control no_teacher of d   trained without a teacher (control of d)
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tadistill.config.arm import path_text
+from tadistill.config.controls import Control, read_control
 from tadistill.results.study import ArmRecord
 
 
@@ -26,6 +28,8 @@ class Route:
     """True if each model learns from all models before it in its part."""
     context: bool = False
     """True if the teachers read a prompt of their own."""
+    control: Control | None = None
+    """Set if the arm is a control of another arm."""
 
     @property
     def learners(self) -> set[str]:
@@ -44,12 +48,16 @@ def route(arm: ArmRecord) -> Route:
         return Route((arm.path,), {}, dense=False)
     text, *marks = arm.path_text.split(", ")
     pairs = [mark.split(" from ", 1) for mark in marks if " from " in mark]
-    return Route(tuple(tuple(part.split(" > ")) for part in text.split(" then ")), dict(pairs), "dense" in marks, "context" in marks)
+    control = next((mark.removeprefix("control ") for mark in marks if mark.startswith("control ")), "")
+    parts = tuple(tuple(part.split(" > ")) for part in text.split(" then "))
+    return Route(parts, dict(pairs), "dense" in marks, "context" in marks, read_control(control))
 
 
 def taught(arm: ArmRecord) -> str:
     """Return a few words on how an arm with a teacher makes its model, such as "pruned from l, then taught by xl"."""
     found = route(arm)
+    if found.control:
+        return found.control.words
     if len(found.parts) == 1 and not found.dense:
         first, *through, last = found.parts[0]
         how = f"taught by {'itself' if first == last else first}{f' through {listed(through)}' if through and first != last else ''}"
@@ -63,6 +71,8 @@ def taught(arm: ArmRecord) -> str:
 def steps(arm: ArmRecord) -> str:
     """Return all steps of an arm's path, such as "xl teaches l; s is pruned from l; xl teaches s"."""
     found, said, begun = route(arm), [], set()
+    if found.control:
+        return f"{arm.model} is {found.control.words}"
     for part in found.parts:
         for at, model in enumerate(part[1:], start=1):
             if model in found.starts and model not in begun:

@@ -219,8 +219,9 @@ def _as_written(recipe: Recipe) -> dict:
 
 def _text(arm: PlannedArm) -> str:
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
-    marks = "".join(f", {name}" for name in ("dense", "context") if any(getattr(phase.method, name) for phase in arm.phases))
-    return f"{arm.arm.text}{starts}{marks}"
+    marks = [name for name in ("dense", "context") if any(getattr(phase.method, name) for phase in arm.phases)]
+    marks += [f"control {arm.arm.control}"] if arm.arm.control else []
+    return f"{arm.arm.text}{starts}{''.join(f', {mark}' for mark in marks)}"
 
 
 def _method(arm: PlannedArm) -> str:

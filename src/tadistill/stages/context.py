@@ -27,10 +27,11 @@ from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
+from tadistill.models.scratch import scratch_model
 from tadistill.models.serving import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
-from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, Split, Tempered
+from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, RandomWeights, Split, Tempered
 from tadistill.plan.specs import Spec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.rollout.decoder import slower
@@ -90,6 +91,9 @@ class Context(Generic[AnySpec]):
             case Tempered():
                 model, tokenizer = self.model(handle.of, dtype, device)
                 temper_head(model, handle.temper)
+            case RandomWeights():
+                model, tokenizer = self.model(handle.of, dtype, device)
+                model = scratch_model(model.config, seed=rng.torch_seed(handle.random, "random teacher"), dtype=dtype).eval()
         placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
         check_reading(placed)
         return placed, tokenizer

@@ -140,6 +140,8 @@ def test_a_pruned_student_without_a_chain_draws_its_model_above_its_row(tmp_path
         ("xl > l > s, dense", ("xl", "l", "s"), "taught by xl and l together", "xl teaches l; xl and l teach s", ("xl",)),
         ("xl > l > s, s from l", ("xl", "l", "s"), "pruned from l, then taught by xl through l",
          "xl teaches l; s is pruned from l; l teaches s", ()),
+        ("xl > s, control no_teacher of c", ("xl", "s"), "trained without a teacher (control of c)",
+         "s is trained without a teacher (control of c)", ()),
     ],
 )  # fmt: skip
 def test_every_kind_of_path_has_words_and_lines(tmp_path, text, path, words, said, more):

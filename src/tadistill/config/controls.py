@@ -1,0 +1,137 @@
+"""Controls: arms that show how much of an arm's result comes from the teacher's knowledge.
+
+`control: KIND of ARM` makes an arm a control of the arm ARM: it trains the same student with the same settings and the same compute, but
+without the teacher's knowledge. `fair: true` adds all controls of every chain. Both are written out before the recipe is checked.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from tadistill.config.sampling import StudentSampler
+
+Kind = Literal["no_teacher", "tempered", "random_teacher"]
+_WRITTEN = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
+_COPIED = ("method", "objective", "sampler", "optim", "select", "context", "phases")
+
+
+class Control(NamedTuple):
+    """The kind of a control, and the name of the arm that it is a control of."""
+
+    kind: Kind
+    arm: str
+
+    @property
+    def words(self) -> str:
+        """How the student is taught, in a few words."""
+        teacher = {
+            "no_teacher": "trained without a teacher",
+            "tempered": "taught by the teacher, only as sharp as the assistant",
+            "random_teacher": "taught by a teacher with random weights",
+        }
+        return f"{teacher[self.kind]} (control of {self.arm})"
+
+
+def read_control(text: str) -> Control | None:
+    """Return the control that `KIND of ARM` names, or None if the text has another form."""
+    found = _WRITTEN.fullmatch(text)
+    return Control(cast(Kind, found[1]), found[2]) if found else None
+
+
+def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe as plain data, in which each control has the path, the settings and the compute of its arm.
+
+    With `fair: true`, each path through assistants also gets an equal-compute baseline and one control of each kind, unless the recipe has
+    them.
+
+    Raises:
+        ValueError: a control names no arm, or an arm that cannot have this control. There is one line for each mistake.
+    """
+    arms = raw.get("arms")
+    if not isinstance(arms, dict):
+        return raw
+    arms = {name: {"path": arm} if isinstance(arm, str) else arm for name, arm in arms.items()}
+    if not all(isinstance(arm, dict) for arm in arms.values()):
+        return raw  # the check of `arms` shows the mistake
+    if raw.get("fair") is True:
+        arms = dict(_fair(arms))
+    elif not any(arm.get("control") for arm in arms.values()):
+        return raw
+    if raw.get("budgets") is not None:
+        key = "fair" if raw.get("fair") is True else next(f"arms.{name}.control" for name, arm in arms.items() if arm.get("control"))
+        raise ValueError(f"{key} gives arms the compute of another arm, which `budgets` change; remove one of the two keys")
+    written: dict[str, Any] = {}
+    wrong: list[str] = []
+    for name, arm in arms.items():
+        control = read_control(given) if isinstance(given := arm.get("control"), str) else None
+        if problem := control and _problem(name, control, arms):
+            wrong.append(problem)
+        written[name] = _control(arm, control, arms[control.arm], raw) if control and not problem else arm
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return raw | {"arms": written}
+
+
+def _fair(arms: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    # each chain is followed by its baseline and its controls
+    given = {arm["control"] for arm in arms.values() if isinstance(arm.get("control"), str)}
+    equal = {arm.get("compute") for arm in arms.values() if len(_models(arm)) == 2 and not arm.get("control")}
+    for name, arm in arms.items():
+        yield name, arm
+        if len(_models(arm)) < 3 or arm.get("control") or arm.get("init") or arm.get("compute"):
+            continue
+        if f"as {name}" not in equal:
+            yield f"{name}-equal-compute", _copy(arm) | {"path": _ends(arm), "compute": f"as {name}"}
+        for kind in get_args(Kind):
+            if (control := f"{kind} of {name}") not in given:
+                yield f"{name}-{kind.replace('_', '-')}", {"control": control}
+
+
+def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:
+    at, base = f"arms.{name}.control is `{control.kind} of {control.arm}`", arms.get(control.arm)
+    if base is None:
+        return f"{at}, but `{control.arm}` is not an arm; choose one of {', '.join(other for other in arms if other != name)}"
+    if base.get("control"):
+        return f"{at}, but `{control.arm}` is a control itself; name the arm that `{control.arm}` is a control of"
+    if len(_models(base)) < 2 or base.get("init"):
+        return f"{at}, but a control needs an arm with one path of at least two models and no `init`; name such an arm"
+    if control.kind == "tempered" and len(_models(base)) < 3:
+        return f"{at}, but `{control.arm}` has no assistant whose entropy the teacher could have; name a path such as A > B > C"
+    if control.kind == "tempered" and base.get("compute"):
+        return f"{at}, but `{control.arm}` has `compute`, so its assistant is not known yet; name an arm without `compute`"
+    if "path" in arms[name] and _models(arms[name]) != _models({"path": _ends(base)}):
+        return f"{at}, whose path is then `{_ends(base)}`; remove `path`"
+    return None
+
+
+def _control(arm: dict[str, Any], control: Control, base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    changed = {
+        key: base[key] | arm[key] for key in ("optim", "select") if isinstance(base.get(key), dict) and isinstance(arm.get(key), dict)
+    }
+    found = {"path": _ends(base), "compute": f"as {control.arm}"} | _copy(base) | arm | changed
+    if control.kind != "no_teacher":
+        return found
+    samplers = [part.get("sampler") for part in (raw.get("method"), base, arm) if isinstance(part, dict)]
+    kept = {key: value for each in samplers if isinstance(each, dict) for key, value in each.items() if key in StudentSampler.model_fields}
+    found = {key: value for key, value in found.items() if key not in ("method", "context", "phases")}
+    found["sampler"] = kept | {"type": "student", "recorded": False, "signal": None}
+    return found | {"objective": arm.get("objective") or {"type": "no_teacher"}, "phases": []}
+
+
+def _copy(arm: dict[str, Any]) -> dict[str, Any]:
+    return {key: arm[key] for key in _COPIED if key in arm}
+
+
+def _models(arm: dict[str, Any]) -> list[str]:
+    # empty if the arm has several paths, or no path that can be read
+    path = arm.get("path")
+    if isinstance(path, str):
+        return [] if " then " in path else [model.strip() for model in path.split(">")]
+    if isinstance(path, list) and len(path) == 1 and isinstance(path[0], list):
+        path = path[0]
+    return path if isinstance(path, list) and all(isinstance(model, str) for model in path) else []
+
+
+def _ends(arm: dict[str, Any]) -> str:
+    models = _models(arm)
+    return f"{models[0]} > {models[-1]}"
