@@ -1,4 +1,4 @@
-"""Which bytes of a text each token stands for, for any tokenizer of `transformers`.
+"""Find the bytes of a text that each token stands for, for any tokenizer of `transformers`.
 
 Two models with different tokenizers have only the text in common, and the smallest common unit of text is the byte. A token stands for
 bytes (`b" the"`), or for an event: a special token, or the end of the text (`END`). There are three kinds of tokenizers, with different
