@@ -170,10 +170,11 @@ class _Encoder:
     def _turns(self, turns: list[list[Turn]], plain: list[list[int]], chats: list[bool]) -> list[_Ids]:
         flat = [turn for of_row in turns for turn in of_row]
         responses = _after(self.tokenizer, [turn.prompt for turn in flat], plain, [turn.hidden + turn.answer for turn in flat])
-        hidden = [self._hidden(turn, *ids) for turn, *ids in zip(flat, plain, responses, strict=True)]
+        hidden = [self._hidden(turn, prompt, ids) for turn, prompt, ids in zip(flat, plain, responses, strict=True)]
         puts = [self.rules.bos and not chat for chat, of_row in zip(chats, turns, strict=True) for _ in of_row]
         first = [with_bos(p, self.tokenizer) if bos else p for p, bos in zip(plain, puts, strict=True)]
-        return [_Ids(*ids, turn.end) for *ids, turn in zip(plain, first, responses, hidden, flat, strict=True)]
+        parts = zip(plain, first, responses, hidden, flat, strict=True)
+        return [_Ids(own, prompt, response, unread, turn.end) for own, prompt, response, unread, turn in parts]
 
     def _hidden(self, turn: Turn, prompt: list[int], response: list[int]) -> int:
         # the number of a response's tokens before its answer; a token with the end of one and the start of the other counts
