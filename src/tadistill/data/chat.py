@@ -300,7 +300,7 @@ def _compiled(template: str) -> "Template":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Marks(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012  (jinja2 declares a set)
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
