@@ -131,7 +131,8 @@ def _read(text: _Text, side: _Side, counts: np.ndarray, vocab: int) -> None:
             _say(text, row_M[: len(chosen)], drawn.cpu().numpy())
         log_p.append(log_prob(z, p, next_M[part]))
     hidden = hidden_MH if side.name == "teacher" else None
-    text.record.score(row_M, column_M - text.start[row_M], {side.name: torch.cat(log_p)}, hidden)
+    if log_p:  # a call that only reads prompts predicts nothing
+        text.record.score(row_M, column_M - text.start[row_M], {side.name: torch.cat(log_p)}, hidden)
     side.done[rows] += counts
 
 

@@ -50,6 +50,14 @@ def test_equals_the_loop_over_positions(family, alpha, monkeypatch):
     assert sum(calls) == sum(len(p) + len(r.tokens) - 1 for p, r in zip(PROMPTS, found, strict=True))
 
 
+def test_a_model_may_read_only_prompts_in_a_call(monkeypatch):
+    """The teacher draws the first token of every row, so the student reads a long prompt and predicts nothing."""
+    student, teacher, numbers = tiny_model("llama"), tiny_model("llama", seed=3, layers=3), uniforms(1, STEPS)
+    numbers[:, 0] = 0.1
+    args, settings = (student, [tuple(range(1, 21))], numbers), {"eos": EOS, "vocab": VOCAB, "guide": Mixture(teacher, 0.2)}
+    assert_equal(sample(*args, **settings), in_step(monkeypatch, *args, **settings))
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_models_of_two_families_and_windows_wider_than_the_text(wide, monkeypatch):
     student, teacher = tiny_model("gpt2"), tiny_model("mistral", seed=3, sliding_window=64 if wide else None)
