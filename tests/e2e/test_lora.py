@@ -1,5 +1,6 @@
 """Studies that train adapters: artifacts are ordinary models, a kill changes nothing, and gradient checkpointing changes no loss."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -55,16 +56,20 @@ def plan(family: str) -> Plan:
 
 
 def run(found: Plan, root: Path, *, kills: bool = False) -> dict[str, Path]:
-    """Run all stages and return their folders by label. With `kills`, stop every training stage after three updates and resume it."""
+    """Run all stages and return their folders by label. With `kills`, run the training stages only, stop each after three updates and
+    resume it."""
     store = Store(root)
     for stage in found.stages.values():
         task = make_task(found, stage, store)
         quiet = {"progress": lambda *_: None, "alarm": lambda _: None}
-        if kills and stage.steps:
+        if kills and not stage.steps:
+            continue
+        if kills:
             calls = iter(range(100))
             with pytest.raises(Interrupted):
                 run_stage(task, stop=lambda calls=calls: next(calls) == 3, **quiet)
         run_stage(task, stop=lambda: False, **quiet)
+        gc.freeze()  # as in `inprocess.run_here`
     return {f"{stage.label} {' '.join(sorted(stage.arms))}": store.folder(key) for key, stage in found.stages.items()}
 
 

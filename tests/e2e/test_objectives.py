@@ -17,13 +17,16 @@ ARMS = """
   noise: {control: random_teacher of taid}
   sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: student, max_new_tokens: 8}}
 """
-SETTINGS = ["seeds=[1]", "data.test=[tinyworld]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
+SETTINGS = [
+    *("seeds=[1]", "data.test=[tinyworld]", "models.xl.sft.optim.steps=10", "method.optim.steps=4", "method.select.metric=loss"),
+    *("evaluate.seeds=[1]", "evaluate.max_new_tokens=8"),
+]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("objectives")
-    run_here(runs, *SETTINGS, arms=ARMS)
+    run_here(runs, *SETTINGS, arms=ARMS, greedy=False)
     return runs
 
 
@@ -64,7 +67,7 @@ def test_the_signal_is_written_once_and_reused(finished):
     offline = "sampler: {type: student, recorded: true, max_new_tokens: 8}"
     more += f"  second offline: {{path: xl > s, objective: {{type: forward_kl}}, {offline}}}\n"
     more += f"  chain offline: {{path: xl > l > s, objective: {{type: reverse_kl}}, {offline}}}\n"
-    run_here(finished, *SETTINGS, arms=more)
+    run_here(finished, *SETTINGS, arms=more, greedy=False)
     after = manifests(finished)
     assert before.items() <= after.items()
     kinds = [
@@ -72,4 +75,4 @@ def test_the_signal_is_written_once_and_reused(finished):
         for p in (k.split("/") for k in after.keys() - before.keys())
     ]
     # no text is written again, and only the assistant of the chain is recorded
-    assert Counter(kinds) == {"distill": 4, "sft": 1, "signal": 1, "evaluate": 6, "analyse": 3}
+    assert Counter(kinds) == {"distill": 4, "sft": 1, "signal": 1, "evaluate": 3, "analyse": 3}

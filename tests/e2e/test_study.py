@@ -20,12 +20,13 @@ CHAIN = "{takd: xl > l > s, seqkd: {path: xl > s, objective: {type: cross_entrop
 ONE_SEED = ["seeds=[1]", "runtime.checkpoint_seconds=0.05"]
 
 
-def command(runs: Path, *overrides: str, arms: str = "") -> list[str]:
-    """Return the arguments of the command line. `arms` replaces the recipe's arms."""
+def command(runs: Path, *overrides: str, arms: str = "", greedy: bool = True) -> list[str]:
+    """Return the arguments of the command line. `arms` replaces the recipe's arms. Without `greedy`, evaluations sample only."""
     path = RECIPE
     if arms:
         path = runs.with_suffix(".yaml")
-        path.write_text(RECIPE.read_text().split("arms:")[0] + f"arms: {arms}\n")
+        text = RECIPE.read_text().split("arms:")[0] + f"arms: {arms}\n"
+        path.write_text(text if greedy else text.replace("{greedy: {temperature: 0}}", "{}"))
     return ["run", str(path), *overrides, "--runs", str(runs)]
 
 
@@ -35,9 +36,9 @@ def run(runs: Path, *overrides: str, code: int = 0, arms: str = "") -> str:
     return text
 
 
-def run_here(runs: Path, *overrides: str, arms: str = "") -> None:
+def run_here(runs: Path, *overrides: str, arms: str = "", greedy: bool = True) -> None:
     """Run the same command in this process, its stages too."""
-    done = tadistill(*command(runs, *overrides, arms=arms))
+    done = tadistill(*command(runs, *overrides, arms=arms, greedy=greedy))
     assert done.code == 0, done.out + done.err
 
 
@@ -52,10 +53,7 @@ def manifests(runs: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    program = runs / "program.py"  # as a user does, and without `if __name__ == "__main__":`
-    program.write_text("from tadistill.cli import main\nmain()\n")
-    done = subprocess.run([sys.executable, str(program), *command(runs)], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_here(runs)
     return runs
 
 
@@ -95,6 +93,25 @@ def test_students_are_ordinary_hugging_face_models(finished):
     folder = finished / "store" / key[:2] / key / "model"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
     assert len(AutoTokenizer.from_pretrained(folder)) > 100
+
+
+def test_a_users_program_runs_what_is_missing_in_processes_to_the_same_results(finished, tmp_path):
+    runs = tmp_path / "copy"
+    shutil.copytree(finished, runs)
+    plan = json.loads((runs / "tiny" / "plan.json").read_text())
+    lost = {next(a for a in plan["arms"] if a["name"] == "kd")["final"]["1"]}
+    for _ in range(2):  # and what stands on it
+        stages = [json.loads(path.read_text()) | {"key": path.parent.name} for path in runs.glob("store/*/*/stage.json")]
+        lost |= {stage["key"] for stage in stages if lost & set(stage["parents"].values())}
+    for key in lost:
+        shutil.rmtree(runs / "store" / key[:2] / key)
+    assert len(lost) == 4  # with two evaluations and an analysis
+    program = tmp_path / "program.py"  # as a user does, and without `if __name__ == "__main__":`
+    program.write_text("from tadistill.cli import main\nmain()\n")
+    done = subprocess.run([sys.executable, str(program), *command(runs)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert manifests(runs).keys() == {path.replace(str(finished), str(runs)) for path in manifests(finished)}
+    assert rows(runs) == rows(finished)
 
 
 def test_second_run_is_all_hits_and_identical(finished):
@@ -148,7 +165,7 @@ def test_killed_runs_resume_to_the_same_results(finished, tmp_path):
 
 def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
     arms = "{kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 10, betas: [0.99, 0.0], eps: 1e-30}}}"
-    text = run(tmp_path / "runs", "seeds=[1]", "data.test=[tinyworld]", "evaluate.also={}", code=1, arms=arms)
+    text = run(tmp_path / "runs", "seeds=[1]", "data.test=[tinyworld]", code=1, arms=arms)
     assert "not finite" in text
     assert "Traceback" not in text
     kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path / "runs")]

@@ -17,13 +17,13 @@ from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
 from tadistill.data import tinyworld
 from tadistill.plan.specs import KINDS
-from tadistill.stages.execute import work_of
+from tadistill.stages.execute import versions, work_of
 
 for spec in KINDS.values():
     work_of(spec)  # imports it
 tinyworld.world_rows("tinyworld", "train")  # makes and keeps the default world, which most small studies read
+versions()
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at the first call
 
-gc.collect()
-gc.freeze()  # otherwise a process's collector would write to all pages that it shares with the server, and so copy them
+gc.freeze()  # without it, a process's collector would write to all pages that it shares with the server, and so copy them
 gc.enable()

@@ -27,7 +27,6 @@ from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while waiting for another process that runs the same stage"
 _Work = Callable[[Context], dict[str, Any]]
-_version = cache(version)  # reads and parses a file at each call
 _PATIENCE = timedelta(hours=1)  # how long a process waits for another one, which may be writing a large model
 
 
@@ -116,10 +115,16 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         facts = _worked(work, context)
         rows = [{"role": role, "set": name, **asdict(counts)} for (role, name), counts in context.counts.items()]
         seconds = round(time.monotonic() - start, 2)
-        versions = {name: _version(name) for name in ("tadistill", "torch", "transformers", "accelerate")} | context.versions
-        store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": versions, "rows": rows, **facts})
+        found = versions() | context.versions
+        store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": found, "rows": rows, **facts})
     finally:
         lock.release()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a stage's numbers. The first call reads and parses their files."""
+    return {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
 
 
 def work_of(spec: type[Spec]) -> _Work:
