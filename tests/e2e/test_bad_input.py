@@ -34,7 +34,7 @@ def jsonl(tmp_path: Path, *rows: dict) -> Path:
     ("override", "words"),
     [
         ("modles=1", "did you mean `models`"),
-        ("arms.sft=xl > l > l", "names model l twice"),
+        ("arms.sft=xl > l > l", "l teaches itself, so there is nothing to learn"),
         ("data.train=missing.jsonl", "data set `missing.jsonl` does not exist"),
         ("models.s.init.from=s", "has a cycle"),
         ("arms.twin.path=xl > l > s", "needs a path of two models"),
