@@ -1,13 +1,13 @@
 """Turns the result of the kit into docs/benchmarks/gpu.md.
 
-python benchmarks/gpu/page.py gpu-kit/gpu.json      # keeps a copy of the result beside the page, as gpu.json
+python benchmarks/gpu/page.py gpu-kit/gpu.json      # keeps a copy of the result beside the page, as gpu.json. Of several results of one
+                                                    # kind of GPU, the last one with a part gives this part
 python benchmarks/gpu/page.py                       # from that copy, or, without one, a page that says what will be measured
 """
 
 import argparse
 import ast
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def page(result: dict[str, Any] | None) -> str:
         lines += [f"| `{name}` | {text} |" for name, text in described().items()]
     else:
         lines = [f"This page shows the first correctness and then the speed of tadistill on one GPU: {result['device']}."]
-        lines += ["", f"```\n{COMMAND}\n```", "", ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + "."]
+        lines += ["", *(f"```\n{command}\n```" for command in result.get("commands", [COMMAND]))]
+        lines += ["", ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + "."]
         lines += ["", verdict(result)]
         for name, part in result["parts"].items():
             lines += ["", f"## {name}", "", f"{part['title']} The part took {part['seconds']:.0f} s."]
@@ -46,6 +47,21 @@ def page(result: dict[str, Any] | None) -> str:
                 lines += ["", f"The part ended early: `{part['error'].strip().splitlines()[-1]}`"]
             lines += ["", "| | value | rule | holds |", "|---|---:|---|---|", *map(row, part["lines"])]
     return "\n".join(["# A GPU: correctness and speed", "", *lines, "", "`benchmarks/gpu/README.md` says what is measured, and how.", ""])
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one result with the parts of several. The last result with a part gives this part.
+
+    Raises:
+        SystemExit: the results are of different GPUs or versions.
+    """
+    if any((each["device"], each["versions"]) != (results[0]["device"], results[0]["versions"]) for each in results):
+        raise SystemExit("the results are of different GPUs or versions; give results of one GPU")
+    last = {name: at for at, each in enumerate(results) for name in each["parts"]}
+    parts = {name: results[last[name]]["parts"][name] for name in described() if name in last}
+    options = [each["command"].partition(" --only ")[2] for each in results]
+    commands = [f"{COMMAND} --only {option}" if option else COMMAND for option in options]
+    return {key: value for key, value in results[-1].items() if key not in ("command", "budget")} | {"commands": commands, "parts": parts}
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -67,10 +83,10 @@ def row(line: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make docs/benchmarks/gpu.md from the result of the kit.")
-    parser.add_argument("json", type=Path, nargs="?", help="the gpu.json of a run")
+    parser.add_argument("json", type=Path, nargs="*", help="the gpu.json of one or several runs on one kind of GPU")
     given, kept = parser.parse_args().json, DOCS / "gpu.json"
     if given:
-        shutil.copyfile(given, kept)
+        kept.write_text(json.dumps(joined([json.loads(path.read_text()) for path in given]), indent=1) + "\n", encoding="utf-8")
     (DOCS / "gpu.md").write_text(page(json.loads(kept.read_text()) if kept.exists() else None), encoding="utf-8")
 
 
