@@ -125,24 +125,25 @@ class Problem:
 
         return cls(student, teacher, sequences, answers(None), answers(Mixture(teacher, 0.2)))
 
-    def update(self, case: Case, device: torch.device, precision: str) -> tuple[float, Tensor]:
-        """Do one update by the training loop. Returns its loss, and the gradient that AdamW got."""
+    def update(self, case: Case, device: torch.device, precision: str, steps: int = 1) -> tuple[float, Tensor]:
+        """Do updates by the training loop. Returns the loss of the first, and the gradient that AdamW got from it."""
         accelerator, method = fresh_accelerator(device, precision), case.method
-        optim = Optim(steps=1, batch=ROWS, micro_batch=ROWS // 2, lr=1e-4, clip=1e9, precision=precision)  # type: ignore[arg-type]
+        optim = Optim(steps=steps, batch=ROWS, micro_batch=ROWS // 2, lr=1e-4, clip=1e9, precision=precision)  # type: ignore[arg-type]
         method = method.model_copy(update={"optim": optim})
         student = moved(self.student, device)
         teachers = (moved(self.teacher, device, weights_of(precision)).requires_grad_(False),) if method.objective.needs_teacher else ()
         found: list[Tensor] = []
 
         def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            found.append(torch.cat([p.grad.detach().float().cpu().flatten() for p in student.parameters()]))  # type: ignore[union-attr]
+            if not found:
+                found.append(torch.cat([p.grad.detach().float().cpu().flatten() for p in student.parameters()]))  # type: ignore[union-attr]
 
         handle = register_optimizer_step_pre_hook(look)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 step = make_step(method, student, teachers, VOCAB, own=case.own)
                 train(Path(folder), accelerator, student, step, self.sampler(method, student, teachers), optim)
-                (row,) = (json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines())
+                row = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[0])
         finally:
             handle.remove()
         return row["train/loss"], found[0]
@@ -270,10 +271,11 @@ def freed(kit: Kit) -> None:
 
 
 def _use_libraries(kit: Kit) -> None:
-    # cuBLAS and cuBLASLt each keep a workspace (32 MiB on Hopper) from the first product to the end of the process
+    # cuBLAS and cuBLASLt keep workspaces (32 MiB each on Hopper) from the first product of a thread to the end of the process, and the
+    # backward pass has a thread of its own
     for dtype in (torch.float32, torch.bfloat16):
-        square, row = torch.ones(64, 64, device=kit.device, dtype=dtype), torch.ones(64, device=kit.device, dtype=dtype)
-        torch.addmm(row, square @ square, square)
+        square = torch.ones(64, 64, device=kit.device, dtype=dtype, requires_grad=True)
+        torch.addmm(square[0], square @ square, square).sum().backward()
 
 
 def alive() -> int:
