@@ -110,7 +110,7 @@ def resized(shape: Shape, **sizes: int) -> Shape:
     return replace(shape, **sizes) if shape.kv_heads is not None else replace(shape, **{k: v for k, v in sizes.items() if k != "kv_heads"})
 
 
-def check_layers(config: Config, layers: int | tuple[int, ...] | str, key: str, model: str) -> None:
+def check_layers(config: Mapping[str, Any], layers: int | tuple[int, ...] | str, key: str, model: str) -> None:
     """Check that a model with this configuration has the layers that pruning keeps. `layers` is their number or their indices.
 
     Raises:
