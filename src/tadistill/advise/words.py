@@ -14,6 +14,7 @@ from tadistill.advise.history import History
 from tadistill.advise.measures import TOP_K, Ladder, Mean, Measures, PathCost, twin_name
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
+from tadistill.config.method import PARTS
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.units import MINUS
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
@@ -199,7 +200,7 @@ def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
 
 def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
     ends = (path[0], path[-1])
-    changed = ("objective", "sampler", "optim", "select", "dense", "compute")
+    changed = (*PARTS, "phases", "compute", "control")
     plain = any(a.path == (ends,) and not a.init and not any(getattr(a, name) for name in changed) for a in recipe.arms.values())
     return [] if plain else [f"{_key(path_name(ends))}.path={path_text(ends)}"]
 

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+from tadistill.config.method import PARTS
 from tadistill.config.sampling import StudentSampler
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
 _WRITTEN = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
-_COPIED = ("method", "objective", "sampler", "optim", "select", "context", "phases")
+_COPIED = ("method", *(part for part in PARTS if part != "dense"), "phases")  # a control has one teacher
 
 
 class Control(NamedTuple):
@@ -53,12 +54,13 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
     arms = {name: {"path": arm} if isinstance(arm, str) else arm for name, arm in arms.items()}
     if not all(isinstance(arm, dict) for arm in arms.values()):
         return raw  # the check of `arms` shows the mistake
-    if raw.get("fair") is True:
+    fair = raw.get("fair") is True
+    if fair:
         arms = dict(_fair(arms))
     elif not any(arm.get("control") for arm in arms.values()):
         return raw
     if raw.get("budgets") is not None:
-        key = "fair" if raw.get("fair") is True else next(f"arms.{name}.control" for name, arm in arms.items() if arm.get("control"))
+        key = "fair" if fair else next(f"arms.{name}.control" for name, arm in arms.items() if arm.get("control"))
         raise ValueError(f"{key} gives arms the compute of another arm, which `budgets` change; remove one of the two keys")
     written: dict[str, Any] = {}
     wrong: list[str] = []

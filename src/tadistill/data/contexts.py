@@ -46,7 +46,7 @@ def behind(
     """
     context, cut = rules.context, rules.long_prompts == "cut"
     assert context is not None
-    chats = [in_chat(context, row.chats) for row in rows]
+    chats = [_in_chat(context, row.chats) for row in rows]
     places = [f"{name}, row {row.encoded.row + 1}" for row in rows]
     prompts = [(r.example, r.prompt, c, w) for r, c, w in zip(rows, chats, places, strict=True)]
     texts = [render(context, e, p, tokenizer, chats=c, where=w, settings=rules.chat_template_kwargs) for e, p, c, w in prompts]
@@ -63,8 +63,8 @@ def behind(
     return [replace(e, teacher_prompt=tuple(prompt)) for e, prompt in kept], {"cut_context" if cut else "long_context": len(over)}
 
 
-def in_chat(context: TeacherContext, student: bool) -> bool:
-    """Return True if a chat template writes the teacher's prompt. `student` is True if it writes the student's prompt."""
+def _in_chat(context: TeacherContext, student: bool) -> bool:
+    # the chat template writes the teacher's prompt; `student`: it writes the student's
     return student or context.system is not None if context.chat is None else context.chat
 
 
@@ -82,7 +82,7 @@ def render(
 
     Args:
         prompt: the whole prompt of the student.
-        chats: True if the tokenizer's chat template writes the teacher's prompt (`in_chat`).
+        chats: True if the tokenizer's chat template writes the teacher's prompt.
         where: the name of the row in messages.
         settings: variables of the chat template.
 

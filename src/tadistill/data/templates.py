@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import contexts
@@ -154,8 +153,7 @@ class _Encoder:
             texts = {row: of_row[-1].prompt for row, of_row in zip(examples, turns, strict=True)}
             chats = {row: in_chat(example, self.rules.template) for row, example in examples.items()}
             given = [contexts.Row(e, examples[e.row], texts[e.row], chats[e.row]) for e in encoded]
-            tokens = partial(_tokens, self.tokenizer, bos=self.rules.bos)
-            encoded, left = contexts.behind(given, self.rules, self.tokenizer, tokens, name=self.name)
+            encoded, left = contexts.behind(given, self.rules, self.tokenizer, self._prompts, name=self.name)
             numbers.update(left)
         return encoded, numbers, lengths
 
@@ -171,10 +169,16 @@ class _Encoder:
         flat = [turn for of_row in turns for turn in of_row]
         responses = _after(self.tokenizer, [turn.prompt for turn in flat], plain, [turn.hidden + turn.answer for turn in flat])
         hidden = [self._hidden(turn, prompt, ids) for turn, prompt, ids in zip(flat, plain, responses, strict=True)]
-        puts = [self.rules.bos and not chat for chat, of_row in zip(chats, turns, strict=True) for _ in of_row]
-        first = [with_bos(p, self.tokenizer) if bos else p for p, bos in zip(plain, puts, strict=True)]
-        parts = zip(plain, first, responses, hidden, flat, strict=True)
+        by_turn = [chat for chat, of_row in zip(chats, turns, strict=True) for _ in of_row]
+        parts = zip(plain, self._begun(plain, by_turn), responses, hidden, flat, strict=True)
         return [_Ids(own, prompt, response, unread, turn.end) for own, prompt, response, unread, turn in parts]
+
+    def _prompts(self, texts: list[str], chats: list[bool]) -> list[list[int]]:
+        return self._begun(_ids(self.tokenizer, texts), chats)
+
+    def _begun(self, prompts: list[list[int]], chats: list[bool]) -> list[list[int]]:
+        # a chat template decides itself about BOS
+        return [with_bos(p, self.tokenizer) if self.rules.bos and not chat else p for p, chat in zip(prompts, chats, strict=True)]
 
     def _hidden(self, turn: Turn, prompt: list[int], response: list[int]) -> int:
         # the number of a response's tokens before its answer; a token with the end of one and the start of the other counts
@@ -245,10 +249,6 @@ def with_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the token ids with BOS at the start. Ids that already begin with BOS are not changed, and an empty list stays empty."""
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] in ([], [bos]) else [bos, *ids]  # type: ignore[list-item]
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: list[str], chats: list[bool], *, bos: bool) -> list[list[int]]:
-    return [with_bos(p, tokenizer) if bos and not chat else p for p, chat in zip(_ids(tokenizer, texts), chats, strict=True)]
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -9,6 +9,7 @@ and this probability is not included. The page "Different tokenizers" of the doc
 Axes: N student's tokens, M teacher's tokens, S spans; B sequences, T student's positions, U teacher's positions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,7 +66,7 @@ def two_outcomes(log_prob: Tensor) -> Tensor:
     The probability of the opposite is at least the machine epsilon, so gradients stay finite.
     """
     sure = at_least_float32(log_prob).clamp(max=-torch.finfo(at_least_float32(log_prob).dtype).eps)
-    near = sure > -0.6931471805599453  # each form is exact on its side of log 1/2
+    near = sure > math.log(0.5)  # each form is exact on its side of log 1/2
     opposite = torch.where(near, (-torch.expm1(torch.where(near, sure, -1.0))).log(), torch.log1p(-torch.where(near, -1.0, sure).exp()))
     return torch.stack([sure, opposite], -1)
 
@@ -150,10 +151,7 @@ def fused_span_divergence(
             NaN.
     """
     checks.positive("temperature", temperature)
-    count = student.check("student")
-    if teacher.check("teacher") != count:
-        raise ConfigError(f"`student` has {count} spans, but `teacher` has {teacher.check('teacher')}; give both for the same spans")
-    _check_heads(student, teacher, shared.sizes)
+    count = _check(student, teacher, shared.sizes)
     device = student.tokens.device
     weights = torch.ones(count, device=device) if weights is None else weights
     one = single_tokens(student, teacher, shared, count)
@@ -194,10 +192,7 @@ def fused_span_distance(
 
     Other args, returns and errors are as in `fused_span_divergence`.
     """
-    count = student.check("student")
-    if teacher.check("teacher") != count:
-        raise ConfigError(f"`student` has {count} spans, but `teacher` has {teacher.check('teacher')}; give both for the same spans")
-    _check_heads(student, teacher, sizes)
+    count = _check(student, teacher, sizes)
     weights = torch.ones(count, device=student.tokens.device) if weights is None else weights
     earlier, of_teacher = (_earlier(side) for side in (student, teacher))
     sums = [
@@ -280,7 +275,11 @@ def _same(log_q: Tensor) -> Tensor:
     return log_q
 
 
-def _check_heads(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> None:
+def _check(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> int:
+    """Return the number of spans. Raise a ConfigError unless both sides have it, and their tokens and heads fit to the vocabularies."""
+    count, others = student.check("student"), teacher.check("teacher")
+    if others != count:
+        raise ConfigError(f"`student` has {count} spans, but `teacher` has {others}; give both for the same spans")
     for name, side, size in (("student", student, sizes[0]), ("teacher", teacher, sizes[1])):
         rows = side.hidden.head.weight.shape[0]
         if size > rows:
@@ -289,3 +288,4 @@ def _check_heads(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int
             )
         if len(side.tokens) and not 0 <= int(side.tokens.min()) <= int(side.tokens.max()) < size:
             raise ConfigError(f"the tokens of `{name}` must be ids from 0 to {size - 1}")
+    return count

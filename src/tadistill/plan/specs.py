@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.common import Decoding, Precision
-from tadistill.config.method import Dense, Select
+from tadistill.config.method import PARTS, Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Sampler, Signal
@@ -174,8 +174,7 @@ class DistillSpec(TrainingSpec):
 
     @property
     def method(self) -> Method:
-        names = ("objective", "sampler", "optim", "select", "dense")
-        return Method(**{name: getattr(self, name) for name in names}, context=self.data.context)
+        return Method(**{part: getattr(self, part) for part in PARTS if part != "context"}, context=self.data.context)
 
     def content(self) -> dict[str, Any]:
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""

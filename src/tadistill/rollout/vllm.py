@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.machine import Vllm as Settings
 from tadistill.config.machine import vllm_folder
 from tadistill.errors import StageFailed
+from tadistill.models.counting.memory import visible_gpus
 from tadistill.models.forward import evaluating
 from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process
@@ -186,12 +187,8 @@ class Vllm:
         config.architectures = [type(self.student).__name__]
         text = config.get_text_config()
         text.vocab_size = self.vocab
-        for name in (
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        ):  # vLLM samples without them, and an id beyond the vocabulary is refused
-            setattr(text, name, None)
+        # vLLM samples without them, and refuses an id beyond the vocabulary
+        text.bos_token_id = text.eos_token_id = text.pad_token_id = None
         return config
 
     def _arguments(self, directory: str) -> dict[str, Any]:
@@ -274,18 +271,13 @@ def _environment(launch: Launch) -> dict[str, str]:
     }
     if launch.device.type == "cuda":
         count, first = launch.settings.tensor_parallel, launch.device.index or 0
-        names = [*_visible()][first : first + count]
+        names = visible_gpus(torch.cuda.device_count())[first : first + count]
         if len(names) < count:
             raise StageFailed(
                 f"`runtime.vllm.tensor_parallel` is {count}, but this stage has {len(names)} GPUs; set it to at most {len(names)}"
             )
         found["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return found
-
-
-def _visible() -> Iterator[str]:
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    yield from listed.split(",") if listed else map(str, range(torch.cuda.device_count()))
 
 
 def _end(process: "subprocess.Popen[str]", patience: float) -> None:

@@ -7,10 +7,11 @@
 The command itself never uses CUDA, because a process that uses it occupies some hundred megabytes of a GPU until it ends.
 """
 
-import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tadistill.models.counting.memory import visible_gpus
 
 
 class Devices:
@@ -24,8 +25,8 @@ class Devices:
     @classmethod
     def visible(cls, jobs: int) -> "Devices":
         """Return the GPUs that this process may use."""
-        count, listed = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        return cls(listed.split(",")[:count] if listed else [str(number) for number in range(count)], jobs)
+        count = gpus()
+        return cls(visible_gpus(count)[:count], jobs)
 
     def take(self, key: str, wanted: int) -> tuple[str, ...] | None:
         """Choose the GPUs of a stage: those that the fewest stages use. Return None if the stage must wait. Without GPUs, return ().

@@ -92,8 +92,8 @@ class Context(Generic[AnySpec]):
                 model, tokenizer = self.model(handle.of, dtype, device)
                 temper_head(model, handle.temper)
             case RandomWeights():
-                model, tokenizer = self.model(handle.of, dtype, device)
-                model = scratch_model(model.config, seed=rng.torch_seed(handle.random, "random teacher"), dtype=dtype).eval()
+                known, tokenizer = self.model(handle.of, dtype, torch.device("cpu"))  # only its configuration is used
+                model = scratch_model(known.config, seed=rng.torch_seed(handle.random, "random teacher"), dtype=dtype).eval()
         placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
         check_reading(placed)
         return placed, tokenizer

@@ -110,11 +110,15 @@ def resized(shape: Shape, **sizes: int) -> Shape:
     return replace(shape, **sizes) if shape.kv_heads is not None else replace(shape, **{k: v for k, v in sizes.items() if k != "kv_heads"})
 
 
-def check_layers(config: Mapping[str, Any], layers: int | tuple[int, ...] | str, key: str, model: str) -> None:
-    """Check that a model with this configuration has the layers that pruning keeps. `layers` is their number or their indices.
+def check_layers(config: Mapping[str, Any], layers: int | tuple[int, ...] | None, key: str, model: str) -> None:
+    """Check that a model with this configuration has all layers that pruning shall keep.
+
+    Args:
+        layers: the number of layers to keep, or their indices. None if pruning removes no layers.
+        key, model: the recipe's key and the name of the model, for the message.
 
     Raises:
-        ConfigError: the model has fewer layers. The message names `key` and `model`.
+        ConfigError: the model has too few layers.
     """
     have = config.get("num_hidden_layers", config.get("n_layer"))
     if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:

@@ -1,7 +1,6 @@
 """The sizes of a recipe's models, from their configurations."""
 
 from tadistill.config import Recipe
-from tadistill.config.model import Init
 from tadistill.errors import ConfigError, about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.sizes import Adapters, Size, adapters_of
@@ -44,7 +43,7 @@ class ModelSizes:
             if parent is None or model.init is None:
                 return parent
             if not model.init.measured:
-                self._check_layers(name, model.init, parent)
+                shapes.check_layers(parent, model.init.layers, f"models.{name}.init.layers", model.init.from_)
                 return sizes.with_layers(parent, model.init.sizes["layers"])
             shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
             try:
@@ -55,19 +54,6 @@ class ModelSizes:
         assert model.load is not None
         vocab = vocabulary(model, self.recipe.data.world) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
-
-    def _check_layers(self, name: str, init: Init, parent: dict) -> None:
-        have, layers = parent.get("num_hidden_layers", parent.get("n_layer")), init.layers
-        if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:
-            raise ConfigError(
-                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning only removes layers; write 1 "
-                f"to {have}"
-            )
-        if isinstance(layers, tuple) and isinstance(have, int) and (wrong := [i for i in layers if not 0 <= i < have]):
-            raise ConfigError(
-                f"models.{name}.init.layers names the layer {wrong[0]}, but `{init.from_}` has {have} layers; write indices from 0 to "
-                f"{have - 1}"
-            )
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
