@@ -17,7 +17,7 @@ _COPIED = ("method", *(part for part in PARTS if part != "dense"), "phases")  # 
 
 
 class Control(NamedTuple):
-    """The kind of a control, and the name of the arm that it is a control of."""
+    """The kind of a control, and the name of the arm with which it is compared."""
 
     kind: Kind
     arm: str

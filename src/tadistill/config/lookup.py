@@ -116,7 +116,7 @@ def _entry(found: _Found) -> Entry:
 
 
 def _places(places: Iterable[str]) -> str:
-    """Return places as text. Those in phases, which every method may have, are not listed one by one."""
+    """Return the places of a key as text. Every method may have phases, so the places in phases are named together."""
     every = [*places]
     whole = [place for place in every if ".phases." not in place]
     return ", ".join([*whole, "and in phases"] if whole and len(whole) < len(every) else every)

@@ -14,10 +14,10 @@ from tadistill.config.shorthand import METHODS, not_a_method
 
 
 def with_methods(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe as plain data, with the keys of each method of `methods` in place of its name.
+    """Return a recipe as plain data, in which every name of a method in `methods` is replaced by the keys of this method.
 
     Raises:
-        ValueError: a name is that of a published method, or a place names an unknown method or one that does not fit there. There is one
+        ValueError: a method has the name of a published method, or a key names a method that is unknown or does not fit there. There is one
             line for each mistake, which begins with the key.
     """
     own = raw.get("methods")

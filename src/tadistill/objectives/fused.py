@@ -284,7 +284,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def of(self, rows: slice) -> "_Gradients":
-        """Return the gradients of a part: its rows of the hidden states, and the same head."""
+        """Return the gradients of one part of the loss: those of its own hidden states, and those of the head, which all parts share."""
         part = copy(self)
         part.hidden = None if self.hidden is None else self.hidden[rows]
         return part

@@ -51,7 +51,7 @@ class PlannedArm:
 
     @property
     def taught_with(self) -> object:
-        """The objective, sampler and share of each phase. They are equal in two arms with the same method."""
+        """The objective, sampler and share of each phase. Two arms have the same method if these values are equal."""
         return tuple((method.objective, method.sampler, share) for method, share in self.phases)
 
 

@@ -68,7 +68,7 @@ def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "problem"], st
 
 
 def longest_text(recipe: Recipe) -> int:
-    """Return the largest number of tokens of a text that a teacher of the recipe may read."""
+    """Return the length in tokens of the longest text that any teacher of the recipe may have to read."""
     data = recipe.data
     answers = [method.sampler.max_new_tokens for method in methods(recipe) if isinstance(method.sampler, OnPolicy)]
     answers += [recipe.evaluate.max_new_tokens] if recipe.analyse and data.test else []  # teachers read the answers to the test prompts

@@ -67,7 +67,7 @@ class TrainingCost:
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def reading(self, texts: Texts, batch: int, count: float) -> Work:
-        """Return the work of reading `count` sequences once, in batches of sequences of similar length."""
+        """Return the work (token positions and pairs) of one forward pass over `count` sequences, in batches of similar length."""
         return passes.pass_by_length(texts, batch, count, packed=self.optim.packed)
 
     def corpus(self, length: int, *, teacher: bool) -> None:
