@@ -52,7 +52,7 @@ class Terminal(Console):
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """Show a spinner with a text on a terminal while the `with` block runs. Other outputs get nothing."""
+        """Show a spinner with a text while the `with` block runs. Nothing is shown if the output is not a terminal."""
         if not self.is_interactive or self.detail == "problems" or self.events:
             yield
         else:

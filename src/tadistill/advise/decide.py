@@ -85,12 +85,12 @@ class Advice:
 
     @property
     def needed(self) -> float:
-        """A chain is recommended if its `p_better` is at least this value: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
+        """The least `p_better` of a recommended chain: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
         return 1 - (1 - self.level) / max(1, len(self.options) - 1)
 
     @property
     def likeliest(self) -> Option | None:
-        """The recommended chain, or else the chain with the largest `p_better`. None if there is no chain."""
+        """The recommended chain. If none is recommended, the chain with the largest `p_better`. None if there is no chain."""
         chains = self.options[1:]
         recommended = [o for o in chains if o.path == self.path]
         return recommended[0] if recommended else max(chains, key=lambda o: o.p_better, default=None)

@@ -229,9 +229,9 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
 
 
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return a copy of the recipe, and the cost of each path.
+    """Return a copy of the recipe with arms for all paths, and the cost of each path.
 
-    The copy trains all paths within `search.budget`. For each path with assistants, it also trains direct distillation with the same
+    The copy has an arm for each path within `search.budget`. For each path with assistants, it also has direct distillation with the same
     compute.
 
     Raises:

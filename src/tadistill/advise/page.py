@@ -164,7 +164,7 @@ def cost_figure(report: Report) -> Chart | None:
 
 
 def lambda_figure(report: Report) -> Chart | None:
-    """Draw which assistant MiniDisc's rule chooses for each lambda. A larger lambda favours smaller models.
+    """Draw the assistant that MiniDisc's rule chooses for each number lambda. A larger lambda favours smaller models.
 
     Return None if there are fewer than two assistants.
     """

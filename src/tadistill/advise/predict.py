@@ -113,7 +113,7 @@ class Forecast:
         return float(self.weights @ ndtr((self.means - value) / self.sds))
 
     def quantile(self, share: float) -> float:
-        """Return the value x with P(difference < x) = `share`."""
+        """Return the quantile: the value x for which P(difference < x) is `share`."""
         low, high = float(np.min(self.means - 10 * self.sds)), float(np.max(self.means + 10 * self.sds))
         return float(brentq(lambda value: 1 - self.p_above(value) - share, low, high))  # type: ignore[arg-type]
 

@@ -52,9 +52,10 @@ def scores(measures: Measures) -> dict[str, dict[str, float]]:
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Return which assistant MiniDisc's rule chooses, for each kind of score.
+    """Return the assistants that MiniDisc's rule chooses, for each kind of score.
 
-    The choice depends on lambda. A larger lambda favours smaller models (see `lambda_tradeoff`).
+    The choice depends on a number lambda: a larger lambda favours smaller models (see `lambda_tradeoff`). So there is one choice for each
+    range of lambda.
     """
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}

@@ -37,7 +37,7 @@ def _fixed(value: float, step: float | None, most: int) -> str:
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """Return both ends of an axis for these values. A margin is added at each end. `pad` is its size, as a share of the values' range.
+    """Return both ends of an axis for these values. Each end has a margin. `pad` is the size of a margin as a share of the values' range.
 
     With `zero`, the axis includes 0. An end at 0 has no margin then.
     """

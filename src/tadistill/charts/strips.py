@@ -13,7 +13,8 @@ _HEIGHT = 22  # pixels of a row's plot
 
 @dataclass(frozen=True)
 class Strip:
-    """The plots of one column of a table. `zero` draws a line at 0. `margin` shades the values from -margin to +margin."""
+    """The small plots in one column of a table, all with one axis. `zero` draws a line at 0. `margin` shades the values from -margin to
+    +margin."""
 
     axis: Axis
     zero: bool = False

@@ -10,7 +10,7 @@ from tadistill.store import runs_directory
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Complete the names of the recipes in the package, and of YAML files and folders in the current directory."""
+    """Shell completion: return names of recipes in the package, and of YAML files and folders in the current directory."""
     from tadistill.config.shipped import shipped
 
     here = [path for path in Path().glob(f"{incomplete}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
@@ -18,14 +18,14 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 def study_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete the names of the studies in the runs directory."""
+    """Shell completion: return the names of studies in the runs directory that begin with `incomplete`."""
     from tadistill.results.find import studies
 
     return _beginning(incomplete, studies(runs_directory(ctx.params.get("runs"))))
 
 
 def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete the names of the arms of a study. The study is the one named earlier on the command line."""
+    """Shell completion: return names of the arms of a study. The study is the one named earlier on the command line."""
     from tadistill.errors import ConfigError
     from tadistill.results.find import arms, find_study
 
@@ -37,14 +37,12 @@ def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete `KEY=` with the keys of a recipe and the names of its models and arms. Complete `KEY=VALUE` if the possible values are
-    known.
-    """
+    """Shell completion of `KEY=VALUE`: return keys of a recipe, with the names of its models and arms, or the possible values of a key."""
     return _settings(incomplete, _named(ctx.params.get("recipe")))
 
 
 def settings(incomplete: str) -> list[str]:
-    """Complete `KEY=` and `KEY=VALUE` for commands that only evaluate. Only keys of `data` and `evaluate` are proposed."""
+    """Shell completion of `KEY=VALUE` for commands that only evaluate: only keys of `data` and `evaluate`."""
     return [text for text in _settings(incomplete, {}) if text.startswith(("data.", "evaluate."))]
 
 
@@ -55,7 +53,7 @@ def method_names(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Complete the keys of a recipe, such as `lr` or `method.optim.lr`, and the names of metrics."""
+    """Shell completion: return keys of a recipe, such as `lr` or `method.optim.lr`, and names of metrics."""
     from tadistill.config.reference import reference
     from tadistill.metrics import METRICS
 

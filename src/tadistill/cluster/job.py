@@ -100,7 +100,7 @@ def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
 
 
 def families(jobs: Seq[Job]) -> list[list[Job]]:
-    """Group the jobs that differ only in their seed. A group comes after the groups on which it depends."""
+    """Group the jobs that differ only in the seed. Each group comes after the groups that its jobs wait for."""
     found: dict[tuple, list[Job]] = {}
     for job in jobs:
         found.setdefault(job.family, []).append(job)

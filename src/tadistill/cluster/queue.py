@@ -44,7 +44,7 @@ def queued() -> dict[str, Entry]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return an entry for each given job that has left the queue. The keys are job ids. Jobs that Slurm has forgotten are left out."""
+    """Return entries, by job id, for the given jobs that have left the queue. Jobs that Slurm no longer knows are left out."""
     wanted = sorted(ids)
     if not wanted:
         return {}

@@ -49,7 +49,7 @@ A = TypeVar("A", bound=ComparableArm)
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
     """Return the first arm in which the teacher itself teaches the student. Return None if there is no such arm.
 
-    An arm counts only if it has one path, one teacher at a time, no `init` (`is_plain`), and no `compute`.
+    Such an arm has one path, one teacher at a time, no `init` (`is_plain`) and no `compute`.
 
     Args:
         teacher: the original teacher. None accepts any teacher.
@@ -182,7 +182,7 @@ class Arm(Strict):
 
     @property
     def controls(self) -> Control | None:
-        """The kind of control that this arm is, and the arm that it is a control of. None if it is no control."""
+        """The kind of this control, and the arm with which it is compared. None if this arm is no control."""
         return read_control(self.control) if self.control else None
 
     @property
@@ -193,7 +193,7 @@ class Arm(Strict):
 
     @property
     def last(self) -> ModelPath:
-        """The last of the paths. Its last model is the one that the arm trains."""
+        """The last path. The arm trains the last model of this path."""
         return self.path[-1]
 
     @property

@@ -61,7 +61,7 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     if raw.get("budgets") is not None:
         key = "fair" if fair else next(f"arms.{name}.control" for name, arm in arms.items() if arm.get("control"))
-        raise ValueError(f"{key} gives arms the compute of another arm, which `budgets` change; remove one of the two keys")
+        raise ValueError(f"{key} sets the compute of an arm, but `budgets` set it too; remove one of these two keys")
     written: dict[str, Any] = {}
     wrong: list[str] = []
     for name, arm in arms.items():

@@ -64,7 +64,7 @@ class DataRef(Strict):
                     "two"
                 )
         if known := [name for name in self.extra if name in _IN_TEMPLATES]:
-            raise ValueError(f"`extra` names `{known[0]}`, which every template of a `context` can use; remove it from `extra`")
+            raise ValueError(f"`extra` names `{known[0]}`, but a `context` can use this column without `extra`; remove it from `extra`")
         if len(self.name) > _LONGEST_SET:  # it becomes a part of file names
             raise ValueError(
                 f"the name of the file or folder has {len(self.name)} characters; rename it, with at most {_LONGEST_SET} characters"

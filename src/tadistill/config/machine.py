@@ -13,7 +13,7 @@ from tadistill.errors import ConfigError
 
 
 class Vllm(Strict):
-    """Settings of vLLM in the stages (single steps of work) whose text it samples (`engine: vllm`)."""
+    """Settings of vLLM, for the stages (single steps of work) in which it samples text (`engine: vllm`)."""
 
     memory: float = Field(default=0.3, gt=0, lt=1)
     """Share of a GPU's memory that vLLM may use for the weights and for the keys and values of earlier tokens. Without a GPU, it is the
@@ -85,8 +85,8 @@ class Resources(Strict):
 
 
 def vllm_folder() -> Path:
-    """Return the folder with the program `vllm` and the Python that runs it. It is the folder bin of the environment that the variable
-    TADISTILL_VLLM names; by default, that of this Python, or the one on PATH.
+    """Return the folder with the program `vllm` and the Python that runs it. If the variable TADISTILL_VLLM names an environment, it is the
+    folder `bin` there. Otherwise it is the folder of this Python, or a folder on PATH.
 
     Raises:
         ConfigError: vLLM is not installed there, or this is not Linux.

@@ -142,8 +142,8 @@ Phases = Annotated[tuple[Phase, ...], AfterValidator(_whole)]
 
 
 class MethodPatch(Strict):
-    """Settings of a method, of which each can be left out: changes to the recipe's method for one model, or a method with a name of your
-    own (`methods`). `NAME` is short for `{name: NAME}`."""
+    """Settings of a method, all optional. They change the recipe's method for one model, or define a method with a name of your own
+    (`methods`). `NAME` is short for `{name: NAME}`."""
 
     text_sets: ClassVar[str] = "name"
     name: MethodName | None = Field(default=None, exclude=True)
@@ -277,7 +277,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
 
 
 def phases_of(method: Method) -> list[tuple[Method, float]]:
-    """Return the method of each phase and its share of the updates. A method without phases is the only phase of itself.
+    """Return the method of each phase and its share of the updates. A method without phases is returned as one phase, with the share 1.
 
     Raises:
         ConfigError: the settings of a phase do not fit together.

@@ -17,8 +17,8 @@ def with_methods(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe as plain data, in which every name of a method in `methods` is replaced by the keys of this method.
 
     Raises:
-        ValueError: a method has the name of a published method, or a key names a method that is unknown or does not fit there. There is one
-            line for each mistake, which begins with the key.
+        ValueError: a method has the name of a published method, or a key names a method that is unknown or does not fit there. The message
+            has one line for each mistake, and the line begins with the key.
     """
     own = raw.get("methods")
     if not isinstance(own, dict) or not own:
@@ -48,7 +48,8 @@ class _Names:
         return model | {"distill": self.named(model["distill"], at, f"{at}.name", "name")}
 
     def named(self, given: Any, at: str, key: str, name: str) -> Any:
-        """Return a method, or an arm, without names of the recipe's own methods. `name` is the key in `given` that holds the name."""
+        """Return a method or an arm in which the name of one of the recipe's own methods is replaced by the keys of this method. `name` is
+        the key in `given` that has the name."""
         value = {"name": given} if isinstance(given, str) and name == "name" else given
         return self._filled(self.phased(value, at), key, name, phased=True)
 

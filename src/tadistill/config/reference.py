@@ -125,7 +125,7 @@ def meaning(model: type[BaseModel], field: str) -> str:
 
 
 def classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the configuration classes in the annotation of a field."""
+    """Return the configuration classes that the type annotation of a field contains."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [cls for part in typing.get_args(annotation) for cls in classes(part)]

@@ -263,7 +263,7 @@ class ReplaySampler(OnPolicy):
 
     An update uses student text with probability phi, and otherwise the data set. phi starts at 0. The dev loss is measured before training
     and every `select.every` updates. If it has grown by at least `tolerance` since the start, phi rises by `increment`. After that, the
-    growth is counted from the last rise of phi. At first, each update with student text samples new text into the buffer. When the buffer
+    growth is measured from the last rise of phi. At first, each update with student text samples new text into the buffer. When the buffer
     is full, only some of these updates sample new text (`schedule`). The others read from the buffer.
     """
 

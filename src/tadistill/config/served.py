@@ -87,7 +87,7 @@ def check_served(name: str, serve: Serve, method: Method) -> None:
     """Check that a served model can teach with a method.
 
     Raises:
-        ConfigError: the method needs something of the teacher that the server does not send.
+        ConfigError: the method needs an output of the teacher that the server does not send.
     """
     sampler, signal = method.sampler, method.signal
     if sampler.guided:

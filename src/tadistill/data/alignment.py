@@ -27,7 +27,7 @@ NO_SPAN = -1
 
 @dataclass(frozen=True)
 class Alignment:
-    """The spans of a text: the parts between common boundaries of two tokenisations."""
+    """The spans of a text. A span is the text between two neighbouring boundaries that two tokenisations have in common."""
 
     student: tuple[int, ...]
     """The span of each token of the student, from 0 upwards, or `NO_SPAN`."""
@@ -40,19 +40,19 @@ class Alignment:
     unknown: the probability of such a span is that of another text."""
 
     def single(self) -> tuple[bool, ...]:
-        """Return one value per span: True if the span is one token on both sides."""
+        """Return one value per span. It is True if the span is one token in both tokenisations."""
         mine, theirs = Counter(self.student), Counter(self.teacher)
         return tuple(mine[k] == theirs[k] == 1 for k in range(len(self.ends)))
 
 
 def align(student: Reading, teacher: Reading) -> Alignment:
-    """Cut two readings of one text at their common boundaries.
+    """Cut two tokenisations of one text into spans at the boundaries that they have in common.
 
-    A token without bytes, such as the space that Llama 2 adds, belongs to the span of the next token. If one reading is longer, its tokens
-    after the last common boundary are in no span.
+    A token without bytes, such as the space that Llama 2 adds, belongs to the span of the next token. If one tokenisation is longer than
+    the other, its tokens after the last common boundary are in no span.
 
     Raises:
-        DataError: the readings differ in a byte or an event.
+        DataError: the tokenisations are not of one text.
     """
     _check_same_text(student.pieces, teacher.pieces)
     mine, theirs = _ends(student.pieces), _ends(teacher.pieces)
@@ -68,16 +68,16 @@ def align(student: Reading, teacher: Reading) -> Alignment:
 
 
 def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, first: bool = False) -> tuple[Reading, Reading]:
-    """Return two readings of the text of the student's ids: the student's own, and the teacher's.
+    """Return two tokenisations (`Reading`) of the text that the student's ids spell: the student's own, and the teacher's.
 
-    With one tokenizer on both sides, the teacher reads the same ids. Otherwise the teacher's tokenizer reads the bytes of the ids:
+    If both models have the same tokenizer, the teacher gets the same ids. Otherwise the teacher's tokenizer tokenises the text:
 
-    - The first end token of the student becomes the teacher's end token. What follows it is left out.
-    - Another special token becomes the teacher's special token of the same name. If there is none, both readings stop before it.
-    - Bytes that are not valid UTF-8, such as half a character at the end of a cut text, become one token each (`Reading.lone`). The text
-      on both sides of them is read separately. If the teacher has no tokens for bytes, both readings stop before them.
+    - The first end token of the student becomes the teacher's end token. All later tokens are left out. - Another special token becomes the
+    teacher's special token of the same name. If there is none, both tokenisations stop before it. - Bytes that are not valid UTF-8, such as
+    half a character at the end of a cut text, become one token each (`Reading.lone`). The text before and after them is tokenised
+    separately. If the teacher has no tokens for bytes, both tokenisations stop there.
 
-    So the student's reading can be shorter than `ids`, and the caller counts the tokens that are missing.
+    So the student's tokenisation can be shorter than `ids`. The caller counts the missing tokens.
 
     Args:
         ids: tokens of a response, sampled or from a data set.
@@ -101,11 +101,11 @@ def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, 
 
 
 def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], list[int]]:
-    """Return the ids of the tokens that stand for the same in both vocabularies, one list per side. Pairs have the same place.
+    """Return the ids of the tokens that both vocabularies have: a list for the student, and a list for the teacher in the same order.
 
     Tokens are matched by their bytes, so `Ġthe` of GPT-2 and `▁the` of Gemma are a pair. End tokens are matched in the order of `ends`, and
     other special tokens by their names. Where several tokens of a vocabulary have the same bytes (`A` and `<0x41>` of Gemma), ordinary
-    tokens are matched first. With one tokenizer on both sides, every id is matched with itself.
+    tokens are matched first. If both models have the same tokenizer, every id is matched with itself.
     """
     if student.same(teacher):
         every = sorted(student.tokenizer.get_vocab().values())
@@ -182,5 +182,6 @@ def _check_same_text(student: Sequence[Piece], teacher: Sequence[Piece]) -> None
         return
     place, (a, b) = next((k, pair) for k, pair in enumerate(zip_longest(*symbols)) if pair[0] != pair[1])
     raise DataError(
-        f"the two readings are not of one text: place {place} is {a!r} for the student and {b!r} for the teacher; read one text"
+        f"the two tokenisations are of different texts: at place {place}, the student's has {a!r} and the teacher's has {b!r}; tokenise "
+        "one text"
     )

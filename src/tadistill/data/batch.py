@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def of_teacher(self) -> "Sequence":
-        """The response behind the teacher's prompt, without values and states."""
+        """The sequence that the teacher reads: its own prompt if it has one, and this response, without values and states."""
         if self.teacher_prompt is None:
             return Sequence(self.prompt, self.response, spans=self.spans)
         shift = len(self.teacher_prompt) - len(self.prompt)
@@ -53,7 +53,8 @@ class Sequence:
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """The parts that count in the loss, even if it is the whole response. Nothing predicts the first token of a sequence."""
+        """The parts (start, end) of the sequence that count in the loss. The first token of a sequence never counts, because nothing
+        predicts it."""
         return self.spans or ((max(len(self.prompt), 1), len(self.prompt) + len(self.response)),)
 
     @property
@@ -117,7 +118,7 @@ class Batch:
 
     @property
     def of_teacher(self) -> "Batch":
-        """The batch that the teachers read. Its positions of the loss are those of the same response tokens, in the same order."""
+        """The batch that the teachers read. In its loss, the same response tokens count as here, in the same order."""
         return self.context or self
 
     @property
@@ -132,7 +133,7 @@ class Batch:
 
     @cached_property
     def places(self) -> Places:
-        """The indices of the batch's tokens. `to` makes them on the device that the batch leaves, and moves them too."""
+        """The indices of the batch's tokens. `to` computes them before it moves the batch, and then moves them too."""
         return Places.of(self.attention_BT, self.mask_BT)
 
     def counted(self, values_BT: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
     """Return the prompts and responses in a JSON Lines file. The file is checked now, but each row stays on the disk until it is used.
 
     Args:
-        encoded: the examples that were answered, in the order of the file, if they have prompts of the teacher's own.
+        encoded: the examples of the responses, in the order of the file. They are needed if the teacher has its own prompts.
 
     Raises:
         StoreError: the file is missing or damaged.
@@ -236,8 +237,8 @@ def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK | Sampled, ...] = ()) -> Batch:
     """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted.
 
-    If the sequences have prompts of the teacher's own and no recorded `targets`, the responses behind these prompts are a second batch
-    (`Batch.context`).
+    The teacher may have its own prompts. Without recorded `targets`, the result then also has a second batch: the teacher's prompts with
+    the same responses (`Batch.context`).
     """
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)

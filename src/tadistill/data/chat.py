@@ -128,7 +128,7 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
 
 
 def thinking(message: Mapping[str, Any]) -> str | None:
-    """Return the thinking that a message has in a field of its own. As in transformers, the field has one of three names."""
+    """Return the thinking of a message, if it is in a field of its own. As in transformers, the field has one of three names."""
     return next((message[name] for name in _THINKING if message.get(name) is not None), None)
 
 
@@ -138,7 +138,7 @@ def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def called(functions: Seq[Mapping[str, Any]]) -> list[str]:
-    """Return the names of tools, or of the functions that tool calls name."""
+    """Return the names of the functions in a list of tools or of tool calls."""
     found = [each.get("function", each) for each in functions]
     return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]
 

@@ -35,7 +35,8 @@ def behind(
     *,
     name: str,
 ) -> tuple[list["Encoded"], dict[str, int]]:
-    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the count of long prompts (a field of `Counts`).
+    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the number of prompts that are too long, as a field
+    of `Counts`.
 
     Args:
         tokens: turns texts into token ids. Its second argument says which of the texts a chat template has written.

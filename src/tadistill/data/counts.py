@@ -7,7 +7,7 @@ from tadistill.data.prompts import limit_key
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of rows of a split for one tokenizer: all rows, and those that were left out or cut."""
+    """How many rows a split has for one tokenizer, and how many of them were left out or cut."""
 
     rows: int
     long: int = 0
@@ -87,7 +87,7 @@ def _turns(count: int) -> str:
 
 
 def nothing_left(counts: Counts, shortest: int, name: str) -> str:
-    """Return the message for a split without a row that is used. `shortest` is the number of tokens of its shortest prompt."""
+    """Return the error message for a split in which all rows are left out. `shortest` is the number of tokens of its shortest prompt."""
     if counts.long_context:
         return (
             f"no row of {name} has a teacher's prompt of at most {counts.context_limit} tokens; raise context.max_prompt, or set "

@@ -125,8 +125,8 @@ def check_sources(data: Data) -> None:
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return the form of the first row: an instruction, a conversation or a whole prompt. A data set on the Hub is not read. Its form
-    follows from the keys in its `columns`."""
+    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read. The
+    form follows from the keys in its `columns`."""
     first = _first(ref, role, data)
     if first is not None:
         return form_of(first, ref)

@@ -63,7 +63,7 @@ class Rules:
 
     @property
     def lenient(self) -> "Rules":
-        """These rules, but a text that is too long is left out or cut where it would be refused."""
+        """The same rules, but a text that is too long is left out or cut, and never refused."""
         prompts, responses = (("drop" if given == "refuse" else given) for given in (self.long_prompts, self.long_responses))
         return replace(self, long_prompts=prompts, long_responses=responses)
 
@@ -74,7 +74,7 @@ class Rules:
 
 
 def of_one_turn(turns: Turns) -> Turns:
-    """Return `turns` for text that has one turn per row: evaluation, and answers that are sampled."""
+    """Return `turns` for text with one turn per row, as in evaluation and in sampled answers."""
     return "last" if turns == "all" else turns
 
 

@@ -31,7 +31,7 @@ SAMPLE = 512
 
 @dataclass(frozen=True)
 class Survey:
-    """Facts about a split, which are known after all its rows are read."""
+    """Facts about a split that are known after all its rows were read."""
 
     rows: int
     sample: tuple[Example, ...]

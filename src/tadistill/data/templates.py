@@ -51,8 +51,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A data set with its name, encoded for one tokenizer. `encoded` has no row that was left out, for example because its prompt is too
-    long."""
+    """A data set with its name, encoded for one tokenizer. Rows that were left out, for example because the prompt is too long, are not in
+    `encoded`."""
 
     name: str
     examples: Seq[Example]

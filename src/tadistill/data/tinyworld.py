@@ -59,7 +59,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class FictionalWorld:
-    """The people, places and facts that one seed gives."""
+    """The people, places and facts of a fictional world, drawn with one seed."""
 
     seed: int
     people: int

@@ -33,7 +33,7 @@ END = "the end of the text"
 
 @dataclass(frozen=True)
 class Reading:
-    """One tokenisation of a text. The pieces of its tokens, one after the other, are the text."""
+    """One tokenisation of a text. The text is the pieces of the tokens, one after the other."""
 
     ids: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -45,19 +45,19 @@ class Reading:
     """Number of bytes that are not valid UTF-8. Each has a token of its own, because a tokenizer reads only text."""
 
     def __add__(self, other: "Reading") -> "Reading":
-        """Return the reading of both texts, one after the other."""
+        """Return the tokenisation of the first text followed by the second text."""
         joined = (self.ids + other.ids, self.pieces + other.pieces, self.exact + other.exact)
         return Reading(*joined, self.dropped + other.dropped, self.lone + other.lone)
 
     @property
     def changed(self) -> int:
-        """Number of bytes in the pieces of tokens that do not spell them."""
+        """Number of bytes in pieces that their tokens do not spell (`exact` is False)."""
         return sum(len(piece) for piece, exact in zip(self.pieces, self.exact, strict=True) if not exact)
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """A tokenizer, and what each of its tokens stands for. `token_bytes` makes it."""
+    """A tokenizer, and the bytes or the event of each of its tokens. `token_bytes` makes it."""
 
     tokenizer: "PreTrainedTokenizerBase"
     tokens: tuple[str | None, ...]
@@ -74,7 +74,7 @@ class TokenBytes:
     """True if the tokenizer writes a space before the first word of a text, as Llama 2 does."""
 
     def same(self, other: "TokenBytes") -> bool:
-        """Return True if every id is the same token in both vocabularies, and both end a text alike."""
+        """Return True if every id is the same token in both vocabularies, and the same tokens end a text."""
         return self is other or (self.ends == other.ends and self.tokens == other.tokens and self.pieces == other.pieces)
 
     @cached_property
@@ -84,15 +84,15 @@ class TokenBytes:
 
     @cached_property
     def of_event(self) -> dict[str, int]:
-        """The id of each event. It is the first one for the end of the text."""
+        """The id of the token of each event. For the end of the text, it is the first id in `ends`."""
         found = {piece: i for i, piece in enumerate(self.pieces) if isinstance(piece, str)}
         return found | ({END: self.ends[0]} if self.ends else {})
 
     def spell(self, ids: Sequence[int], *, first: bool = False) -> Reading:
-        """Return the reading of token ids, for instance of sampled ones. It stops before a token that stands for nothing.
+        """Return the text of token ids, for instance of sampled tokens, as a `Reading`. It stops before a token with unknown bytes.
 
         Args:
-            first: True if the ids begin a text, so that the space that the tokenizer adds there is no text. False after a prompt.
+            first: True if the ids begin a text. A space that the tokenizer adds there does not belong to the text. False after a prompt.
         """
         if not self.spelled:
             return self._spell_by_text(ids)
@@ -107,7 +107,7 @@ class TokenBytes:
         return Reading(tuple(ids[: len(found)]), tuple(found), (True,) * len(found))
 
     def read(self, text: str, *, first: bool = False) -> Reading:
-        """Return the tokenizer's own reading of a text. The text of a special token, such as `</s>`, is read as ordinary text.
+        """Tokenise a text. If it contains the text of a special token, such as `</s>`, this is tokenised as ordinary text.
 
         Args:
             first: as in `spell`. If it is False, the tokenizer adds no space before the text.
@@ -167,7 +167,7 @@ class TokenBytes:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int] | None = None) -> TokenBytes:
-    """Return what each token of a tokenizer stands for.
+    """Return the bytes or the event of each token of a tokenizer.
 
     Args:
         ends: ids that end a text. The default is the tokenizer's EOS. A model can have more, such as the end of a chat turn.
@@ -204,7 +204,8 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int] | None
 
 
 def valid_runs(data: bytes) -> list[tuple[bytes, bool]]:
-    """Cut bytes into runs, and say which runs are valid UTF-8. Two runs of text never follow each other."""
+    """Cut bytes into parts that are valid UTF-8 and parts that are not. Return the parts, each with True if it is valid. Two valid parts
+    never follow each other."""
     runs: list[tuple[bytes, bool]] = []
     while data:
         try:
@@ -253,7 +254,8 @@ def _strip_space(pieces: list[Any]) -> None:
 
 
 def _without(reading: Reading, before: bytes) -> Reading | None:
-    """Return the reading without the tokens of the text `before`. None if a token covers parts of both texts."""
+    """Return `reading` without the tokens of its first part, the text `before`. None if a token covers the end of `before` and later
+    text."""
     found = b""
     for k, piece in enumerate(reading.pieces):
         if found == before:
@@ -263,10 +265,11 @@ def _without(reading: Reading, before: bytes) -> Reading | None:
 
 
 def _clean_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:
-    """Return the places (character, token) where no token covers text of both sides, and the number of bytes that no token covers.
+    """Return the places (character, token) at which the text can be cut without cutting a token, and the number of bytes that no token
+    covers.
 
-    A gap before a cut belongs to the next token from its first white space on. What stands before the white space belongs to the
-    previous token: it is a mark that a normaliser has joined with its letter.
+    Two tokens can have a gap between them. White space in the gap, and all that follows it, belongs to the next token. Characters before
+    the white space belong to the previous token: they are marks that a normaliser joined with a letter.
     """
     if not offsets:
         return [(0, 0)], len(text.encode())

@@ -57,7 +57,8 @@ def _without(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unlearnt(example: Example, rules: Rules) -> bool:
-    """Return True if the last message has thinking or tool calls of its own, which `data.turns: answer` leaves out."""
+    """Return True if the last message has thinking or tool calls in fields of their own. Training with `data.turns: answer` leaves these
+    out."""
     if rules.turns != "answer" or not in_chat(example, rules.template):
         return False
     return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(chat.thinking(example.last)))
@@ -148,7 +149,7 @@ def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -
             raise DataError(f"{where}: the first turn of `messages` is the assistant's, so it has no prompt; delete this turn")
         if role == "tool" and before not in ("assistant", "tool"):
             raise DataError(
-                f"{where}: turn {i} of `messages` has the role tool, but the turn before it is not the assistant's, which calls tools; add "
+                f"{where}: turn {i} of `messages` has the role tool, but the turn before it is not a tool call of the assistant; add "
                 "the call, or delete the row"
             )
         before = role

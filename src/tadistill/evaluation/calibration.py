@@ -26,7 +26,7 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Bins:
-    """Predictions in bins of equal width on [0, 1], by their confidence. Each array has one value per bin.
+    """Predictions, sorted by confidence into bins of equal width on [0, 1]. Each array has one value per bin.
 
     A reliability diagram shows `correct` over `confidence`.
     """

@@ -76,7 +76,8 @@ def load_tasks(names: Sequence[str], root: str | None) -> dict[str, Task]:
 
 @contextlib.contextmanager
 def _local_files_first(root: str | None, asked: list[str]) -> Iterator[None]:
-    """Let `datasets.load_dataset` look below `root` first. Each requested name is added to `asked`."""
+    """Inside the `with` block, `datasets.load_dataset` looks for data sets in the folder `root` first. Each requested name is added to
+    `asked`."""
     original = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **settings: Any) -> Any:

@@ -82,7 +82,7 @@ def score(
     *,
     read_references: bool = True,
 ) -> Evaluation:
-    """Score sampled answers, also with the metrics `own` that the user wrote.
+    """Return all scores of sampled answers. `own` are metrics of the user.
 
     If `read_references` is True, loss and calibration on the references are measured too.
     """

@@ -74,7 +74,7 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
 
 
 def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Console, command: str, name: str = "blind") -> Path:
-    """Read the sheets that raters filled in. Write their summary as ``judge-human-NAME.json`` and return its path."""
+    """Read the sheets that raters filled in, write a summary of the ratings to ``judge-human-NAME.json``, and return its path."""
     directory, name = find_study(study, root) / "judge", _file_name(name)
     key = load_key(directory / f"sheet-{name}.key.json")
     summary = summarise_ratings(read_ratings(files, key), key)

@@ -86,7 +86,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
 
 
 def render_sheet(sheet: Sheet) -> str:
-    """Return the page of a sheet: one HTML file that works without a network."""
+    """Return the page of a sheet as HTML. It needs no network and no other file."""
     environment = Environment(
         loader=PackageLoader("tadistill.judge"), autoescape=True, finalize=visible_parts, undefined=StrictUndefined, trim_blocks=True
     )

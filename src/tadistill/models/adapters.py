@@ -24,8 +24,8 @@ _REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "
 def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) -> None:
     """Merge an adapter into its base model, and write the result to `target` as an ordinary model in float32.
 
-    The tokenizer is that of the adapter if it has one, and otherwise that of the base. In error messages, `base_name` is the name of the
-    base, and `load` is the name of the adapter.
+    The result has the adapter's tokenizer, or the tokenizer of the base if the adapter has none. Error messages name the base `base_name`
+    and the adapter `load`.
 
     Raises:
         ModelError: peft is missing, or the adapter is damaged or does not fit its base.

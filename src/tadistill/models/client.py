@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Broken(Exception):
-    """An answer that is not complete, or that does not belong to the request. The message is the end of a sentence about the server."""
+    """A server's answer is not complete, or does not belong to the request. The message says what is wrong with the answer."""
 
 
 class _Stopped(Exception):
@@ -58,14 +58,14 @@ def read_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Broken(f"sends an answer that is not complete JSON ({_start(text)})") from error
+        raise Broken(f"the server's answer is not complete JSON ({_start(text)})") from error
 
 
 class Servers:
     """The servers of one model of the recipe."""
 
     def __init__(self, model: str, serve: Serve, *, again: bool = True):
-        """`model` is the source of the model, for messages. With `again`, a request that failed is sent again, after a pause.
+        """`model` is the source of the model, which messages name. With `again`, a failed request is sent again after a pause.
 
         Raises:
             ConfigError: the variable with the API key is not set.
@@ -89,7 +89,7 @@ class Servers:
         return client
 
     def get(self, path: str, read: Callable[[Answer], T]) -> dict[str, T]:
-        """Return what `read` makes of each server's answer, by the server's address. Raises ServerFailed as `post` does."""
+        """Send a request to each server, and return a mapping from its address to `read(answer)`. Raises ServerFailed as `post` does."""
         return {at: self._asked(at, partial(self._get, at, path), read, threading.Event()) for at in self.serve.at}
 
     def _get(self, at: str, path: str, id: str) -> httpx.Response:
@@ -99,11 +99,11 @@ class Servers:
         return self._client.post(f"{at}{path}", json=body | {"request_id": id}, headers={"X-Request-Id": id})
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]], read: Callable[[int, Answer], T]) -> list[T]:
-        """Send one request per body, and return what `read(number, answer)` makes of each answer, in the order of the bodies.
+        """Send one request for each body, and return the values of `read(number, answer)`, in the order of the bodies.
 
         Raises:
-            ServerFailed: a server refuses a request; or it cannot be reached, or has an error, or answers too late or not completely, also
-                after the request was sent again. The message is one sentence.
+            ServerFailed: a server refuses a request. Or it cannot be reached, reports an error, or sends no complete answer in time, also
+                when the request is sent again.
         """
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(bodies)):
@@ -131,7 +131,7 @@ class Servers:
         return [found[number] for number in range(len(bodies))]
 
     def one(self, at: str, path: str, body: dict[str, Any], read: Callable[[Answer], T]) -> T:
-        """Send one request to the server `at`, and return what `read` makes of the answer. Raises ServerFailed as `post` does."""
+        """Send one request to the server with the address `at`, and return `read(answer)`. Raises ServerFailed as `post` does."""
         return self._asked(at, partial(self._post, at, path, body), read, threading.Event())
 
     def _asked(self, at: str, send: Callable[[str], httpx.Response], read: Callable[[Answer], T], stop: threading.Event) -> T:
@@ -143,13 +143,13 @@ class Servers:
             try:
                 response = send(id)
             except httpx.TimeoutException:
-                reason = f"did not answer within {self.serve.seconds:g} seconds"
+                reason = f"it did not answer within {self.serve.seconds:g} seconds"
                 continue
             except httpx.TransportError as error:
-                reason = f"cannot be reached, or broke the connection ({error or type(error).__name__})"
+                reason = f"it cannot be reached, or broke the connection ({error or type(error).__name__})"
                 continue
             if response.status_code >= 500 or response.status_code in _LATER:
-                reason = f"answers {response.status_code} ({_message(response)})"
+                reason = f"it answers {response.status_code} ({_message(response)})"
                 continue
             if response.status_code != 200:
                 raise self._refused(at, response)
@@ -159,7 +159,8 @@ class Servers:
                 reason = str(error)
         again = ", also when the request was repeated" if self.pauses else ""
         raise ServerFailed(
-            f"the server {at} of `{self.model}` {reason}{again}; start the server, and run the same command again: finished work is kept"
+            f"the server {at} of `{self.model}` failed{again}: {reason}; start the server, and run the same command again: finished work "
+            "is kept"
         )
 
     def _refused(self, at: str, response: httpx.Response) -> "Refused":
@@ -174,7 +175,7 @@ class Servers:
 
 
 class Refused(ServerFailed):
-    """A server refuses a request, and would refuse it again."""
+    """A server refuses a request, so sending it again does not help."""
 
     def __init__(self, problem: object, status: int = 0):
         super().__init__(problem)

@@ -28,7 +28,8 @@ _UNMASKED = {"cuda"}
 
 
 class Reader:
-    """A causal language model, split into its body and its LM head. When it is created, the two parts are compared with the whole model."""
+    """A causal language model, split into its body and its LM head. The constructor checks that body and head together give the logits of
+    the whole model."""
 
     def __init__(self, model: PreTrainedModel):
         # raises a ModelError if the model's logits are not those of its head on the last hidden states
@@ -114,7 +115,7 @@ def check_reading(model: PreTrainedModel) -> None:
 
 
 def pack_rows(model: PreTrainedModel) -> None:
-    """Prepare a model for packed rows: every `Reader` of it runs it without padding. Its other passes do not change.
+    """Prepare a model for packed rows. Every `Reader` of the model then runs it without padding. Other forward passes do not change.
 
     Raises:
         ModelError: models of this type cannot run on packed rows, or this model's logits differ from those of single rows.
@@ -125,7 +126,7 @@ def pack_rows(model: PreTrainedModel) -> None:
         raise ModelError(f"a {kind} model has the attention `{attention}`, but packed rows need `sdpa`; remove `optim.packed`")
     model.config._attn_implementation = ROWS
     if not _reads_rows_alone(model, (3, 1, 3)):
-        raise ModelError(f"a {kind} model reads other rows if rows are packed; remove `optim.packed`, or choose another model")
+        raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute with a bfloat16 copy of its weights while a `with` block runs, and without autocast.
 
     Autocast casts every weight again in every forward pass. Here, it is cast once. The parameters themselves stay as they are, and come
-    back after the block. What `from_pretrained(dtype=torch.bfloat16)` keeps in float32 stays in float32.
+    back after the block. Weights that `from_pretrained(dtype=torch.bfloat16)` keeps in float32 stay in float32.
     """
     kept = [re.compile(rf"(^|\.){re.escape(name)}($|\.)") for name in model._keep_in_fp32_modules_strict or ()]
     held: list[tuple[dict[str, Any], str, Tensor]] = []

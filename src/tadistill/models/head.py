@@ -33,10 +33,10 @@ _SMALL = {
 def read_head(load: str, revision: str, dtype: torch.dtype) -> Head:
     """Return the output head of a model, on the CPU. From the weight files, only the head is read.
 
-    Of a model of the Hub, only the description, the tokenizer and the file that contains the head are downloaded.
+    For a model of the Hub, only the configuration, the tokenizer and the file with the head are downloaded.
 
     Raises:
-        ModelError: the files cannot be found or read, or the model's logits are more than a head on its last hidden states.
+        ModelError: the files cannot be found or read, or the last hidden states and the head do not give the model's logits.
     """
     directory, config = fetch_head(load, revision), read_config(load, revision)
     _check_logits(config, load)
@@ -103,7 +103,7 @@ def _download(name: str, file: str, revision: str) -> None:
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the numbers of logits and of hidden units of a model's output head."""
+    """Return two numbers for a model's output head: its logits, and its inputs (the width of the hidden states)."""
     head = build_on_meta(config).get_output_embeddings()
     assert isinstance(head, nn.Module)
     assert isinstance(head.weight, torch.Tensor)
@@ -140,7 +140,8 @@ def _check_logits(config: PreTrainedConfig, load: str) -> None:
             model = scratch_model(type(text).from_dict(fields | less | lists | ids), seed=0, dtype=torch.float32).eval()
     except Exception as error:  # the code of any family raises whatever it likes
         raise ModelError(
-            f"model `{load}` cannot be built in small, to see how a {text.model_type} model computes its logits ({first_line(error)}); set "
+            f"the logits of model `{load}` cannot be checked, because a small model of type {text.model_type} cannot be built "
+            f"({first_line(error)}); set "
             "`gives: top_k` in `serve`"
         ) from error
     Reader(model)

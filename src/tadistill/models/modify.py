@@ -83,7 +83,7 @@ def merged(tuner: "LoraModel") -> PreTrainedModel:
 @torch.no_grad()
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a model's weights by the names that they have in a file. Adapters are added to the weights. Weights that two modules share are
-    returned once, and most tensors are those of the model itself."""
+    returned once. Most tensors are the model's own, and not copies."""
     single = {name for name, _ in model.named_parameters()}
     shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - single
     found: dict[str, Tensor] = {}

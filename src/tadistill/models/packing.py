@@ -41,7 +41,7 @@ def is_packed(model: PreTrainedModel) -> bool:
 
 
 def rows(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Return arguments of a forward pass. With them, it runs on packed rows of these lengths."""
+    """Return arguments for a forward pass on packed rows. `lengths` are the numbers of tokens of the rows."""
     # transformers passes on a mask of four axes as it is, and models pass unknown arguments on to the attention
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "rows": lengths}
 

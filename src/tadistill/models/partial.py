@@ -17,7 +17,8 @@ Gives = Literal["hidden", "top_k"]
 
 
 def needed_part(recipe: Recipe, name: str) -> Gives | None:
-    """Return what the server of a model sends. Return None if the study needs the whole model, to run it or to prune it."""
+    """Return what the server of a model sends (`serve.gives`). Return None if this process needs the whole model, to run it or to prune
+    it."""
     serve = recipe.models[name].serve
     return None if serve is None or any(model.parent == name for model in recipe.models.values()) else serve.gives
 
@@ -25,7 +26,8 @@ def needed_part(recipe: Recipe, name: str) -> Gives | None:
 def locate_part(load: str, revision: str, gives: Gives) -> Path | None:
     """Return the directory of a model, without network. Return None if the description, the tokenizer or all weight files are missing.
 
-    Whether the files with the output head are there, is not known without the model's class. `fetch_part` finds out.
+    This function does not check whether the files contain the output head, because it does not load the model's class. `fetch_part` checks
+    this.
 
     Raises:
         ModelError: as in `sources.locate`.

@@ -95,7 +95,8 @@ class Rows(NamedTuple):
 
 
 def sequences(batch: Batch, *, ahead: int) -> Rows:
-    """Return the batch's sequences without padding, up to `ahead` tokens after the last position of the loss."""
+    """Return the sequences of a batch without padding. Each one ends `ahead` tokens after the last position that the loss needs, or
+    earlier."""
     tokens, places = [], []
     for ids, mask in zip(batch.ids_BT.cpu().numpy(), batch.mask_BT.cpu().numpy(), strict=True):
         if len(found := np.flatnonzero(mask)):
@@ -133,16 +134,21 @@ def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -
         ((place,), id) = facts["data"], str(facts["id"])
         shape, start, end, form = tuple(place["shape"]), place["start"], place["end"], place["embed_dtype"]
     except (KeyError, TypeError, ValueError) as error:
-        raise Broken(f"sends an answer without a description of its states ({facts!s:.100})") from error
+        raise Broken(f"the server's answer does not describe the form of its states ({facts!s:.100})") from error
     if answer.request not in id:
-        raise Broken(f"sends the answer of another request ({id:.80})")
+        raise Broken(f"the server's answer belongs to another request ({id:.80})")
     if shape != (length, width):
-        raise Broken(f"sends states of shape {list(shape)} for {length} tokens of a model with states of {width} numbers")
+        raise Broken(
+            f"the server's answer has states of shape {list(shape)}, but the shape must be {[length, width]}: tokens, width of the model"
+        )
     if f"torch.{form}" != str(dtype) or end - start != length * width * dtype.itemsize or len(answer.content) < end:
-        raise Broken(f"sends {len(answer.content)} bytes as {form}, but {length} tokens need {length * width * dtype.itemsize} as {dtype}")
+        raise Broken(
+            f"the server's answer has {len(answer.content)} bytes as {form}, but {length} tokens need "
+            f"{length * width * dtype.itemsize} as {dtype}"
+        )
     states = torch.frombuffer(bytearray(answer.content[start:end]), dtype=dtype).reshape(length, width)
     if not bool(states.isfinite().all()):
-        raise Broken("sends states that are not finite numbers")
+        raise Broken("the server's answer has states that are not finite numbers")
     return states
 
 
@@ -165,27 +171,29 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
         ((choice,), given) = content["choices"], content["choices"][0]["prompt_logprobs"]
         rows = [[(int(id), float(entry["logprob"])) for id, entry in row.items()] for row in given[1:]]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise Broken("sends an answer without `prompt_logprobs`") from error
+        raise Broken("the server's answer has no `prompt_logprobs`") from error
     if len(rows) != len(tokens) - 1 or any(token not in dict(row) for token, row in zip(tokens[1:], rows, strict=True)):
-        raise Broken(f"sends the scores of another text ({len(rows) + 1} tokens in place of {len(tokens)}, or other tokens)")
+        raise Broken(f"the server's answer is about another text ({len(rows) + 1} tokens, and {len(tokens)} in the request)")
     if choice.get("prompt_token_ids") not in (None, tokens):
-        raise Broken("sends the scores of another text")
+        raise Broken("the server's answer is about another text: its tokens are not those of the request")
     own = np.array([dict(row)[token] for token, row in zip(tokens[1:], rows, strict=True)])
     # the text's own token comes first; it is one token more unless it is itself among the k most probable ones
     top = [row if len(row) == k else row[1:] for row in rows]
     if any(len(row) != k for row in top):
-        raise Broken(f"sends {len(min(top, key=len))} tokens at a position in place of the {k} most probable ones")
+        raise Broken(
+            f"the server's answer has {len(min(top, key=len))} tokens at a position, but the request asks for the {k} most probable tokens"
+        )
     ids, log_probs = (np.array([[entry[i] for entry in row] for row in top]).reshape(-1, k) for i in (0, 1))
     if not (np.isfinite(own).all() and np.isfinite(log_probs).all()):
-        raise Broken("sends log-probabilities that are not finite numbers")
+        raise Broken("the server's answer has log-probabilities that are not finite numbers")
     return _Scores(ids, log_probs, own)
 
 
 def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
     """Return the scores as a target of a loss, from the most to the least probable token.
 
-    A token outside the vocabulary of the tokenizer, which some models have, is counted with the tail. The next unused id takes its place,
-    with the probability 0.
+    Some models have logits for ids that are no tokens of the tokenizer. The probability of such an id is added to the tail. An unused id
+    with the probability 0 takes its place.
     """
     ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
     for row, place in np.argwhere(ids >= vocab):

@@ -35,7 +35,7 @@ _UNIT = 1e-3  # states whose norms differ by less from 1 are normalised
 
 @dataclass(frozen=True)
 class Checked:
-    """A server that runs the right model and sends what is needed."""
+    """What the checks found out about a server. It runs the right model, and can send what the recipe needs."""
 
     at: str
     name: str
@@ -103,7 +103,7 @@ def check_servers(
     Args:
         names: the names under which a server may have the model.
         config: the configuration of the model in the recipe.
-        longest: number of tokens of the longest text that the servers will be sent.
+        longest: number of tokens of the longest text that the servers must read.
 
     Raises:
         ServerFailed: a server cannot be reached, runs another model, has another tokenizer or a smaller vocabulary, takes only shorter
@@ -124,12 +124,12 @@ def _named(names: Collection[str]) -> Callable[[Answer], tuple[str, int | None]]
         content = answer.json()
         listed = content.get("data") if isinstance(content, dict) else None
         if not isinstance(listed, list) or not all(isinstance(model, dict) and model.get("id") for model in listed):
-            raise Broken("is not a server of vLLM: it sends no list of models")
+            raise Broken("the answer to /v1/models is not a list of models, as a server of vLLM sends it")
         for model in listed:
             if model["id"] in names or model.get("root") in names:
                 return str(model["id"]), model.get("max_model_len")
         runs = ", ".join(f"`{model['id']}`" for model in listed)
-        raise Broken(f"runs {runs}, but the recipe has `{next(iter(names))}` (if this is the same model, set `serve.name`)")
+        raise Broken(f"the server runs {runs}, but the recipe has `{next(iter(names))}` (if this is the same model, set `serve.name`)")
 
     return read
 
@@ -171,7 +171,7 @@ def _same_tokens(servers: Servers, at: str, name: str, tokenizer: PreTrainedToke
     def read(answer: Answer) -> list[int]:
         content = answer.json()
         if not isinstance(content, dict) or not isinstance(content.get("tokens"), list):
-            raise Broken("sends no tokens in its answer to /tokenize")
+            raise Broken("the server's answer to /tokenize has no tokens")
         return content["tokens"]
 
     try:
@@ -192,4 +192,6 @@ def _same_tokens(servers: Servers, at: str, name: str, tokenizer: PreTrainedToke
 def _whole_states(answer: Answer, width: int) -> None:
     states = hidden_states(answer, 2, width, torch.float32)
     if bool(((states.norm(dim=1) - 1).abs() < _UNIT).all()):
-        raise Broken('normalises the states; start it with `--pooler-config \'{"task": "token_embed", "use_activation": false}\'`')
+        raise Broken(
+            'the server normalises the states; start it with `--pooler-config \'{"task": "token_embed", "use_activation": false}\'`'
+        )

@@ -21,11 +21,11 @@ from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
 
 
 def nothing(work: Work) -> None:
-    """Do nothing with the work of a pass."""
+    """Ignore the work of a forward pass."""
 
 
 class Teacher:
-    """The interface of a teacher."""
+    """Base class of all teachers, in this process or on a server."""
 
     device: torch.device
     """The device of its outputs."""

@@ -67,7 +67,7 @@ def ends(first: Tokens, others: Iterable[Tokens] = (), *, in_chat: bool = False)
 
 
 def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Return the special tokens of a model and a tokenizer that are loaded."""
+    """Return the special tokens of a loaded model and a loaded tokenizer."""
     added: Any = tokenizer.added_tokens_encoder
     eos: Any = tokenizer.eos_token_id
     return Tokens(
@@ -125,8 +125,8 @@ def check_ends(directory: Path, load: str) -> None:
 
 
 def name_ends(directory: Path) -> None:
-    """Write the ids of all tokens that end an answer into the generation_config.json of a saved model. Models saved by older versions lack
-    some of them."""
+    """Write the ids of all tokens that end an answer into the generation_config.json of a saved model. Older versions of tadistill did not
+    save all of them."""
     file = directory / "generation_config.json"
     content, found = _read(file), read(directory, directory)
     if content and set(found.generation) != set(found.all):

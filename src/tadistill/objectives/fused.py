@@ -114,7 +114,7 @@ def fused_terms(
 def part_of(
     terms: Sequence[Term], hidden: Tensor, weights: "Tensor | Callable[[Tensor], Tensor]", *, teachers: Sequence[Target] = ()
 ) -> "Part":
-    """Return several loss terms at the same tokens as one part of a loss."""
+    """Combine several loss terms at the same tokens into one part of a loss."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -193,7 +193,8 @@ class Part:
 
 
 def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Compute the parts of a loss, which share one head and one gradient of it. Return the sum, and the values of each part."""
+    """Compute the parts of a loss, which share one head. The gradient of the head is computed once for all parts. Return the sum of the
+    parts, and the values of each part."""
     watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
     kind = head.weight.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -284,7 +285,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def of(self, rows: slice) -> "_Gradients":
-        """Return the gradients of one part of the loss: those of its own hidden states, and those of the head, which all parts share."""
+        """Return the gradients for one part of the loss: for its own hidden states, and for the head, which all parts share."""
         part = copy(self)
         part.hidden = None if self.hidden is None else self.hidden[rows]
         return part

@@ -29,7 +29,7 @@ from tadistill.objectives.vocabularies import SharedVocabulary, shared_divergenc
 
 @dataclass(frozen=True)
 class SpanTokens:
-    """One model's tokens of some texts, the states that predict them, and the span of each token."""
+    """The tokens of some texts for one model. Each token has the hidden state that predicts it, and the number of its span."""
 
     hidden: Hidden
     """States (N, H) and the head."""
@@ -46,12 +46,12 @@ class SpanTokens:
         """
         shapes = [tuple(x.shape) for x in (self.hidden.states[..., 0], self.tokens, self.spans)]
         if len(set(shapes)) > 1 or len(shapes[0]) != 1:
-            raise ConfigError(f"`{name}` has states, tokens and spans of shapes {shapes}; give one state, one token and one span per place")
+            raise ConfigError(f"`{name}` has states, tokens and spans of shapes {shapes}; give one state and one span for each token")
         if not len(self.spans):
             return 0
         steps = self.spans.diff()
         if int(self.spans[0]) != 0 or not bool(((steps == 0) | (steps == 1)).all()):
-            raise ConfigError(f"the spans of `{name}` must begin with 0, and each must be equal to the span before it or greater by 1")
+            raise ConfigError(f"the spans of `{name}` must count up from 0 without gaps, such as 0, 0, 1, 2")
         return int(self.spans[-1]) + 1
 
 
@@ -61,7 +61,7 @@ def span_sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
 
 
 def two_outcomes(log_prob: Tensor) -> Tensor:
-    """Return log-probabilities (..., 2) of an event and of its opposite, for the event's log-probability (...).
+    """Return the log-probabilities (..., 2) of an event and of its opposite. The argument is the log-probability (...) of the event.
 
     The probability of the opposite is at least the machine epsilon, so gradients stay finite.
     """
@@ -74,7 +74,7 @@ def two_outcomes(log_prob: Tensor) -> Tensor:
 def span_divergence(divergence: Callable[..., Tensor], log_q: Tensor, log_p: Tensor, **parameters: Any) -> Tensor:
     """Return a divergence between two models about one event: the next tokens are exactly the tokens of this span.
 
-    The event has two outcomes, yes and no, so this is a divergence over one known sequence of tokens and one lumped rest.
+    There are two outcomes: this sequence of tokens, or any other one.
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
@@ -92,8 +92,8 @@ def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU:
     The reward of a span is paid at one position, and all other positions have 0. With `include_current=True` in `returns`, a token then
     gets all rewards that are paid at its position or later.
 
-    The boundaries of the teacher's tokens can depend on later text, because a tokenizer can merge it with earlier text. So the reward of an
-    earlier span can depend on this token, and then it must not be left out of this token's return. `delay` says how late a reward is paid:
+    A tokenizer can merge later text with earlier text. So the teacher's tokens in a span, and the reward of the span, can depend on a token
+    of the student after this span. The return of this token must then contain the reward. `delay` says how late a reward is paid:
 
         None    at the last token of the sequence. The policy gradient is unbiased for any pair of tokenizers
         n       n tokens after the span's last token. It is unbiased if n more tokens of the student always fix the span
@@ -134,8 +134,8 @@ def fused_span_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of a divergence over spans, without a tensor of shape [tokens, vocabulary] for either model.
 
-    A span that is one shared token on both sides has `shared_divergence`. All other spans have `span_divergence`. With one tokenizer on
-    both sides, every span is of the first kind, and the result equals that of `fused_divergence`, bit for bit.
+    If a span is one token for both models, and both vocabularies have this token, `shared_divergence` is computed. For all other spans,
+    `span_divergence` is computed. If both models have the same tokenizer, the result equals that of `fused_divergence`, bit for bit.
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models and no other tensor.
@@ -185,7 +185,8 @@ def fused_span_distance(
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of `sorted_distance` or `hybrid_distance` over spans, as ULD and GOLD (`bayesian` merging) compute it.
 
-    The distributions of a span are those of its last token, times the probability of its earlier tokens. The gradient flows through both.
+    The models are compared at the last token of each span. Each distribution is multiplied by the probability of the span's earlier tokens.
+    The gradient flows through both factors.
 
     Args:
         sizes: the number of tokens of both vocabularies.
@@ -219,7 +220,7 @@ def fused_span_distance(
 
 
 def single_tokens(student: SpanTokens, teacher: SpanTokens, shared: SharedVocabulary, count: int) -> Tensor:
-    """Return a bool per span, (count,): True if the span is one token on both sides, and this token is shared."""
+    """Return one bool per span, (count,). It is True if the span is one token for both models, and both vocabularies have this token."""
     sizes = [torch.bincount(side.spans, minlength=count) for side in (student, teacher)]
     mine, theirs = (torch.zeros(count, dtype=torch.long, device=s.tokens.device).scatter_(0, s.spans, s.tokens) for s in (student, teacher))
     return (sizes[0] == 1) & (sizes[1] == 1) & (shared.partner[mine] == theirs)
@@ -247,7 +248,7 @@ def _earlier(side: SpanTokens) -> SpanTokens:
 
 
 def _with_slope(loss: Callable[..., Tensor], log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a loss of the log-probabilities of spans, and its slope in those of the student. Both are without a graph."""
+    """Return a loss and its slope: the gradient with respect to the student's log-probabilities of spans. Both have no graph."""
     leaf = log_q.detach().requires_grad_()
     with torch.enable_grad(), checks.deferred():
         values = loss(leaf, log_p)
@@ -256,7 +257,8 @@ def _with_slope(loss: Callable[..., Tensor], log_q: Tensor, log_p: Tensor) -> tu
 
 
 def _text_part(side: SpanTokens, slopes: Tensor | Callable[[Tensor], Tensor], temperature: float) -> Part:
-    """Return the part of a loss that adds nothing but a gradient: `slopes` (1, N) times that of the tokens' log-probabilities."""
+    """Return a part that does not change the value of a loss. Its gradient is `slopes` (1, N) times that of the tokens'
+    log-probabilities."""
     return replace(part_of([TokenTerm("", _same, side.tokens, temperature=temperature)], side.hidden.states, slopes), counts=False)
 
 
@@ -276,7 +278,8 @@ def _same(log_q: Tensor) -> Tensor:
 
 
 def _check(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> int:
-    """Return the number of spans. Raise a ConfigError unless both sides have it, and their tokens and heads fit to the vocabularies."""
+    """Return the number of spans. Raise a ConfigError if it differs between the models, or if tokens or heads do not fit the
+    vocabularies."""
     count, others = student.check("student"), teacher.check("teacher")
     if others != count:
         raise ConfigError(f"`student` has {count} spans, but `teacher` has {others}; give both for the same spans")
@@ -284,7 +287,7 @@ def _check(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> 
         rows = side.hidden.head.weight.shape[0]
         if size > rows:
             raise ConfigError(
-                f"the vocabulary of the {name} has {size} tokens, but its head has {rows} logits; give the sizes of the heads"
+                f"`sizes` has {size} tokens for the {name}, but the {name}'s head has only {rows} logits; write at most {rows}"
             )
         if len(side.tokens) and not 0 <= int(side.tokens.min()) <= int(side.tokens.max()) < size:
             raise ConfigError(f"the tokens of `{name}` must be ids from 0 to {size - 1}")

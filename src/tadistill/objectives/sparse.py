@@ -46,13 +46,13 @@ class TopK:
         check_ids(self.ids, width, "a top-k target")
 
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the logits of student and teacher on the k tokens, each of shape (..., K). A tail adds one entry, unless K = V.
+        """Return the logits of student and teacher for the k tokens, each of shape (..., k). If k < V, a tail adds one entry at the end.
 
-        Use them in a divergence at temperature 1.
+        Compute divergences of these logits at temperature 1.
 
         Raises:
-            ConfigError: an id is outside the student's vocabulary, or there is a tail and `temperature` is not 1. The tail is the
-                probability of all other tokens, and it is known at temperature 1 only.
+            ConfigError: an id is outside the student's vocabulary; or there is a tail (the probability of all other tokens), and
+                `temperature` is not 1. The tail is known at temperature 1 only.
         """
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
@@ -168,9 +168,9 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
 
 
 def remaining(log_probs: Tensor) -> Tensor:
-    """Return the log-probability (...) of all tokens outside a set, whose log-probabilities (..., K) are given.
+    """Return the log-probability (...) of all tokens outside a set. `log_probs` (..., K) are those of the tokens in the set.
 
-    Its probability is at least the rounding error of float32 numbers, which hides a smaller one.
+    The probability is at least the machine epsilon of float32. Smaller values cannot be told from rounding errors.
     """
     inside = log_probs.double().exp().sum(-1)
     return (1 - inside).clamp(min=torch.finfo(torch.float32).eps).log().float()

@@ -221,7 +221,7 @@ class TeacherTerm:
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 
     def has_slope(self, teachers: Sequence[Target]) -> bool:
-        """Return True if `with_slope` works. It needs a divergence in `WITH_SLOPE`, and teachers that are not only a few tokens."""
+        """Return True if `with_slope` works. It needs a divergence in `WITH_SLOPE`, and teachers whose whole distribution is known."""
         return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK | Sampled) for t in teachers)
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK | Sampled], rows: slice) -> tuple[Tensor, Tensor]:

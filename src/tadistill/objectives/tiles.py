@@ -35,7 +35,7 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def tile_rows(count: int, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Return the number of tokens in a product with the heads, and in a call of the objective.
+    """Return two numbers of tokens: for one product with the heads, and for one call of the objective.
 
     Args:
         count: number of all tokens. They are divided into tiles of nearly equal size.

@@ -25,8 +25,8 @@ from tadistill.tuning import LOG_ZERO
 class SharedVocabulary:
     """The tokens that two vocabularies have in common. `tadistill.data.alignment.shared_tokens` finds them.
 
-    A divergence over the shared vocabulary has one outcome per shared token, and at most one more outcome: the rest. The rest of a model
-    is the event that its next token is not a shared one.
+    A divergence over the shared vocabulary has one outcome per shared token, and at most one more outcome: the rest. The rest is the event
+    that the next token is not a shared token.
     """
 
     student_ids: Tensor
@@ -44,8 +44,8 @@ class SharedVocabulary:
             raise ConfigError(f"`rest` is {self.rest!r}; it must be `lump` or `drop`")
         if self.student_ids.shape != self.teacher_ids.shape or self.student_ids.ndim != 1 or not len(self.student_ids):
             raise ConfigError(
-                f"`student_ids` has shape {tuple(self.student_ids.shape)} and `teacher_ids` {tuple(self.teacher_ids.shape)}; give one list "
-                "of at least one token per side, with pairs at the same place"
+                f"`student_ids` has shape {tuple(self.student_ids.shape)} and `teacher_ids` {tuple(self.teacher_ids.shape)}; give two "
+                "lists of equal length, which are not empty and have the two ids of each token at the same place"
             )
         for name, ids, size in (("student_ids", self.student_ids, self.sizes[0]), ("teacher_ids", self.teacher_ids, self.sizes[1])):
             if not 0 <= int(ids.min()) <= int(ids.max()) < size or len(ids.unique()) < len(ids):
@@ -54,8 +54,8 @@ class SharedVocabulary:
         if self.rest == "lump" and (alone[0] == 0) != (alone[1] == 0):
             who, other = ("teacher", "student") if alone[1] else ("student", "teacher")
             raise ConfigError(
-                f"the {who} has {max(alone)} tokens that the {other} lacks, but the {other} has no other tokens, so its rest is impossible "
-                "and most divergences are infinite; use rest='drop'"
+                f"the {who} has {max(alone)} tokens that are not shared, but all tokens of the {other} are shared: for the {other} the "
+                "rest has probability 0, so most divergences are infinite; use rest='drop'"
             )
 
     def to(self, device: torch.device) -> "SharedVocabulary":
@@ -64,13 +64,13 @@ class SharedVocabulary:
 
     @cached_property
     def same(self) -> bool:
-        """True if both vocabularies are one and the same. Then the logits stay as they are."""
+        """True if the two vocabularies are equal. The logits then stay as they are."""
         every = torch.arange(self.sizes[0], device=self.student_ids.device)
         return self.sizes[0] == self.sizes[1] and torch.equal(self.student_ids, every) and torch.equal(self.teacher_ids, every)
 
     @cached_property
     def alone(self) -> tuple[Tensor, Tensor]:
-        """The ids of the tokens that only one vocabulary has: the student's, and the teacher's."""
+        """The ids of the tokens that are not shared, of the student and of the teacher."""
         return _others(self.student_ids, self.sizes[0]), _others(self.teacher_ids, self.sizes[1])
 
     @cached_property
@@ -82,8 +82,8 @@ class SharedVocabulary:
     def align(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the logits of both models on the shared tokens, each of shape (..., M), or (..., M + 1) with the rest.
 
-        The logit of the rest is the log of the summed exponentials of the other logits, so the softmax is the models' own distribution with
-        these tokens lumped. Temperature is applied before. Use the result in a divergence at temperature 1.
+        The logit of the rest is the logsumexp of all other logits. The softmax is then the model's own distribution, with all other tokens
+        as one outcome. The temperature is applied first, so compute divergences of the result at temperature 1.
 
         Args:
             student_logits: (..., V).
@@ -116,8 +116,8 @@ def shared_divergence(
     """Return a divergence between two models with different vocabularies, over the shared tokens and the rest.
 
     If both models have the same vocabulary, the result is `divergence(student_logits, teacher_logits, ...)`, bit for bit. Otherwise the
-    value is 0 if and only if both models give every shared token the same probability. The rest of both models is not the same text. The
-    value says nothing about which other tokens the models prefer.
+    value is 0 if and only if both models give every shared token the same probability. The rest is different text for each model, so the
+    value does not say which of the other tokens a model prefers.
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
@@ -144,7 +144,8 @@ def sorted_distance(
     """Return the ULD distance: sum_k |q_(k) - p_(k)|, where q_(k) is the student's k-th largest probability and p_(k) the teacher's.
 
     The shorter list is filled up with zeros. The distance is between 0 and 2. Its authors derive it as a Wasserstein distance in which all
-    tokens are equally far apart. It does not see which tokens are likely: it is 0 for two models of which one swaps two tokens.
+    tokens are equally far apart. It does not compare which tokens have these probabilities: if one model only swaps the probabilities of
+    two tokens, it is 0.
 
     Args:
         student_logits: (..., V).

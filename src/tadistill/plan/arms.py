@@ -51,7 +51,7 @@ class PlannedArm:
 
     @property
     def taught_with(self) -> object:
-        """The objective, sampler and share of each phase. Two arms have the same method if these values are equal."""
+        """The objective, the sampler and the share of each phase. Two arms with equal values have the same method."""
         return tuple((method.objective, method.sampler, share) for method, share in self.phases)
 
 

@@ -38,7 +38,8 @@ from tadistill.plan.study_tokens import StudyTokens
 
 
 class StageBuilder:
-    """Builds a recipe's stages. Its functions add a stage unless the graph has it, and return the stage's key or the model it makes."""
+    """Builds a recipe's stages. A method adds a stage unless the graph already has it, and returns the stage's key or the model that the
+    stage makes."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
@@ -193,7 +194,7 @@ class StageBuilder:
 
         Args:
             teachers: names and models, from big to small. With `dense`, there are several. Otherwise, there is one.
-            turn: the place of this distillation among those of the model in the arm. Each distillation has its own order of prompts.
+            turn: which of the arm's distillations of this model this one is. Each has its own order of prompts.
 
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
@@ -287,7 +288,7 @@ class StageBuilder:
         found = self.tokens.encoding(name, samples=samples, responses=responses)
         if context and found.turns == "all":
             raise ConfigError(
-                f"{name} learns with a `context`, in which the teacher reads one answer behind each prompt, but data.turns is all; set "
+                f"{name} learns with a `context`, which allows only one answer per row, but data.turns is `all`; set "
                 "data.turns to last, or remove the `context`"
             )
         return found.model_copy(update={"context": context})

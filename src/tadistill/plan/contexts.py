@@ -22,7 +22,7 @@ def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method
 
 
 def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
-    """Return every context of a recipe, with the names of the models that teach with it. Models with equal contexts share an entry.
+    """Return every context of a recipe, with the names of the models that teach with it. Equal contexts are one entry.
 
     Raises:
         ConfigError: parts of a method do not fit together.

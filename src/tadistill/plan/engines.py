@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def sampling(spec: Spec) -> Decoding | None:
     """Return the settings with which a stage samples text. Return None if it samples none.
 
-    The dev answers of a training are not meant, because our own loop always samples them.
+    Answers to dev prompts during a training do not count, because vLLM never samples them.
     """
     found = (spec.method.sampler,) if isinstance(spec, TrainingSpec) and spec.method.samples else ()
     fields = found if isinstance(spec, TrainingSpec) else (value for _, value in spec)

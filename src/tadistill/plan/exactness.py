@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def approximations(plan: "Plan", arm: str) -> list[str]:
-    """Return one sentence for each teacher of an arm from which a loss is not exact. Empty if all losses are exact."""
+    """Return one sentence for each teacher whose outputs make a loss of the arm inexact. Empty if all losses are exact."""
     found = (_of_stage(plan, stage.model, stage.spec) for stage in plan.stages.values() if arm in stage.arms)
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 

@@ -105,7 +105,7 @@ class OwnCode(Part):
 
 
 class Split(HashedData):
-    """The first `limit` rows of a data set; all rows if `limit` is None."""
+    """The first `limit` rows of a data set, or all rows if `limit` is None."""
 
     role: Literal["train", "dev", "test"]
     limit: int | None
@@ -207,7 +207,7 @@ class Tempered(Part):
 
 
 class RandomWeights(Part):
-    """A model with the architecture of another one, whose weights are random. It teaches without knowledge."""
+    """A model with random weights and the architecture of another model. It is a teacher that knows nothing."""
 
     random: int
     """Seed of the weights."""
@@ -246,7 +246,7 @@ class Tasks(Part):
 
 
 def plan_tasks(recipe: Recipe) -> Tasks | None:
-    """Return the tasks of a recipe, None if it has none.
+    """Return the tasks of a recipe. Return None if it has no tasks.
 
     Raises:
         ConfigError: lm-eval is not installed, or a task's file does not exist.
@@ -272,7 +272,7 @@ def plan_tasks(recipe: Recipe) -> Tasks | None:
 
 
 def plan_objective(objective: ObjectiveBase, folder: str | None) -> OwnCode | None:
-    """Return the user's function of a custom objective; None for any other objective. Raises ConfigError if it cannot be used."""
+    """Return the user's function of a custom objective. Return None for any other objective. Raises ConfigError if it cannot be used."""
     if not isinstance(objective, Custom):
         return None
     with about("objective.function"):

@@ -25,7 +25,7 @@ class PlannedPhase(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The place of a distillation among those of the same model in an arm."""
+    """Which of the distillations of one model in an arm this is."""
 
     before: int
     """Number of earlier distillations of the model."""
@@ -39,7 +39,7 @@ class Turn(NamedTuple):
     """Name of the last model of the arm, which writes the text of a first phase with `recorded: true`."""
 
     def seed(self, seed: int) -> int:
-        """Return the seed of the distillation, given that of the study. The first distillation has the study's seed."""
+        """Return the seed of the distillation for a `seed` of the study. The first distillation has the study's seed."""
         if self.before == 0:
             return seed
         from tadistill import rng  # not at the top, because numpy is slow to import and few plans need it
@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The place in words, such as ` (turn 2)` or ` (phase 2 of 3)`. Empty for the first distillation."""
+        """The number of the distillation in words, such as ` (turn 2)` or ` (phase 2 of 3)`. Empty for the first one."""
         turn = f"turn {self.teaching}" if self.teaching > 1 else ""
         phase = f"phase {self.phase} of {self.phases}" if self.phase > 1 else ""
         return f" ({'; '.join(filter(None, (turn, phase)))})" if turn or phase else ""
@@ -146,7 +146,8 @@ def _base(recipe: Recipe, model: str, patch: MethodPatch) -> Method:
 
 
 def phases_text(phases: Sequence[PlannedPhase]) -> str:
-    """Return the phases in words, such as `cross_entropy (teacher) 30 %, then reverse_kl (student) 70 %`. One phase has no share."""
+    """Return the phases in words, such as `cross_entropy (teacher) 30 %, then reverse_kl (student) 70 %`. A single phase has no
+    percentage."""
     texts = [f"{method.objective.label} ({method.sampler.label})" for method, _ in phases]
     if len(phases) == 1:
         return texts[0]
@@ -155,7 +156,8 @@ def phases_text(phases: Sequence[PlannedPhase]) -> str:
 
 
 def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
-    """Return for each phase the settings in which it differs from other phases with its objective and sampler, such as `lr 0.001`."""
+    """Return the special settings of each phase, such as `lr 0.001`. Other phases with the same objective and sampler have other values for
+    them."""
     settings = [_settings(method) for method, _ in phases]
     found = []
     for (method, _), own in zip(phases, settings, strict=True):

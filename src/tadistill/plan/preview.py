@@ -65,7 +65,8 @@ def threads(plan: Plan) -> int:
 
 
 def off_budget(plan: Plan) -> Iterable[str]:
-    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. They differ because updates come in whole rounds."""
+    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. The reason is that a training has a whole number of
+    rounds."""
     arms = {arm.name: arm for arm in plan.arms}
     for arm in plan.arms:
         if arm.arm.like is None:

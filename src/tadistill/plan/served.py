@@ -22,7 +22,7 @@ _ENTRY = 70
 
 
 def running(spec: Spec) -> tuple[Handle, ...]:
-    """Return the models that must run during a stage to say how probable tokens are.
+    """Return the models that must run during a stage to give probabilities of tokens.
 
     They are the teachers of a distillation, the teacher whose outputs are recorded, or those with which a model is compared.
     """
@@ -37,7 +37,7 @@ def check_teaching(recipe: Recipe, arm: str, teachers: Iterable[str], method: Me
     """Check that served models can teach with a method.
 
     Raises:
-        ConfigError: the method needs something that a server does not send.
+        ConfigError: the method needs an output that a server does not send.
     """
     with about(f"arms.{arm}"):
         for name in teachers:
@@ -91,7 +91,7 @@ def check_measured(recipe: Recipe, models: Iterable[str]) -> None:
 
 
 def served_notes(plan: "Plan") -> Iterator[str]:
-    """Yield a sentence for each served teacher: where it runs, and what a token costs on its way."""
+    """Yield a sentence for each served teacher. It says where the teacher runs, and how many bytes a server sends for each token."""
     ledger = Ledger(plan.recipe)
     for name, model in plan.recipe.models.items():
         if model.serve is None:

@@ -189,7 +189,7 @@ class DistillSpec(TrainingSpec):
 
 
 class TemperSpec(Spec):
-    """Search for the temperature at which a teacher's mean entropy on dev responses equals that of another model."""
+    """Search for a temperature of a teacher. At this temperature, its mean entropy on dev responses equals that of another model."""
 
     kind = "temper"
     version = 1

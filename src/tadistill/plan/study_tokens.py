@@ -27,7 +27,7 @@ class StudyTokens:
     # --- what the stages need -------------------------------------------------------------------------------------------
 
     def tokenizer(self, name: str) -> tuple[str, str] | None:
-        """Return source and revision of the tokenizer that replaces a model's own; None if the model uses its own tokenizer."""
+        """Return the source and the revision of the tokenizer that a model uses in place of its own. None if it uses its own tokenizer."""
         own, lead = self._of(name), self._of(self._lead(name))
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
@@ -56,7 +56,7 @@ class StudyTokens:
         )
 
     def ends(self, name: str) -> tuple[int, ...]:
-        """Return every token that ends an answer of a model. The first one ends the reference answers."""
+        """Return every token that ends an answer of a model. The first of them ends the reference answers."""
         return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat)
 
     def _check_template(self, name: str) -> None:

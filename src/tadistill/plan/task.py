@@ -214,7 +214,7 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
 
 
 def original_teacher(recipe: Recipe) -> str | None:
-    """Return the original teacher, with which the report compares students; None if no path has a teacher.
+    """Return the original teacher, with which the report compares students. Return None if no path has a teacher.
 
     It is the recipe's `teacher`, or else the first model of all paths. Paths whose first model is trained by another path are ignored.
 

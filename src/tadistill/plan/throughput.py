@@ -79,7 +79,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. Return None if a part has no known speed and more than 1 % of the FLOPs."""
+    """Predict the seconds of a stage. Return None if the speed is unknown for a part with more than 1 % of the FLOPs."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0
@@ -94,8 +94,8 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
     """Predict the seconds until all stages have finished. `jobs` stages run at a time, and a stage starts after its parents.
 
-    The stage with the longest chain of later stages starts first, as in `runner.schedule`. `takes` maps keys to seconds. A stage that it
-    does not contain takes no time.
+    The stage with the longest chain of later stages starts first, as in `runner.schedule`. `takes` maps the keys of stages to seconds. A
+    stage that is not in `takes` needs no time.
     """
     behind = dict.fromkeys(stages, 0.0)
     for key in reversed(list(stages)):

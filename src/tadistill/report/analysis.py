@@ -121,7 +121,7 @@ def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
 
 
 def published(results: Results) -> list[str]:
-    """Return one sentence for each arm with published scores: which of these scores does this study match?"""
+    """Return one sentence for each arm with published scores. It says which of these scores the study matches."""
     return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 

@@ -34,7 +34,7 @@ _TEXTS = {
 
 
 def arm_words(results: Results) -> dict[str, str]:
-    """Return a few plain words about each trained arm, such as "taught by xl through l".
+    """Describe each trained arm in a few plain words, such as "taught by xl through l".
 
     The training text and the objective are named only where they tell arms apart.
     """
@@ -80,7 +80,8 @@ def _budget(arm: ArmRecord) -> str:
 
 
 def undecided_text(pair: ComparedPair) -> str:
-    """Return the sentence for a path that cannot be compared: there is no arm to compare it with, or no seed that both have finished."""
+    """Return the sentence for a path that cannot be compared. Either there is no arm for the comparison, or the two arms have no finished
+    seed in common."""
     name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."

@@ -128,9 +128,10 @@ def over_compute(results: Results) -> str:
 
 
 def paths(results: Results) -> str:
-    """Return a sentence on how much the steps of the answer's path add to its divergence. If this is unknown, it names these steps.
+    """Return a sentence on how much each step of a path adds to its divergence, for the path in the report's answer. If this is unknown,
+    the sentence names the steps.
 
-    If no path has assistants, it gives the number of arms with a teacher.
+    If no path has assistants, the sentence gives the number of arms with a teacher.
     """
     chains = [c.arm for c in by_importance(results) if results.arm(c.arm).has_assistant]
     found = [b for b in budgets(results) if b.arm.name in chains[:1]] or ([] if chains else budgets(results))
@@ -159,7 +160,8 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
 
 
 def answers(results: Results, found: Samples) -> str:
-    """Return a sentence that says how often the answer's two arms gave the same answer to a prompt."""
+    """Return a sentence that says how often two arms gave the same answer to a prompt. They are the arms that the report's answer
+    compares."""
     prompts = [prompt for of_set in found.values() for prompt in of_set]
     compared = by_importance(results)
     if compared:
@@ -172,7 +174,8 @@ def answers(results: Results, found: Samples) -> str:
 
 
 def behaviour(results: Results) -> str:
-    """Return a sentence on how much the entropies of the answer's two arms differ. If there are none, it gives the range of entropies."""
+    """Return a sentence on how much the entropies differ between the two arms that the report's answer compares. Without such arms, the
+    sentence gives the range of entropies."""
     compared = [c for c in by_importance(results) if c.mechanism and c.mechanism.entropy]
     if compared:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]

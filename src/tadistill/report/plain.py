@@ -130,7 +130,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Escape a name for Markdown. It then cannot end its table cell, open an element or a link, or hide characters."""
+    """Escape a name for Markdown, so that it is shown as it is. It cannot end a table cell, become HTML or a link, or hide characters."""
     return visible(value).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").replace("\n", " ")
 
 

@@ -206,7 +206,7 @@ def distillations(results: Results) -> list[dict[str, Any]]:
 
 
 def lengths(results: Results) -> list[dict[str, Any]]:
-    """Return each arm's mean ROUGE-L for each range of reference lengths. The first reference of a prompt counts.
+    """Return each arm's mean ROUGE-L for each range of reference lengths. The length is that of a prompt's first reference.
 
     `first` and `last` are the ends of the range, in tokens. `last` is None if the range has no upper end.
     """

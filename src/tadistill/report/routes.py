@@ -54,7 +54,7 @@ def route(arm: ArmRecord) -> Route:
 
 
 def taught(arm: ArmRecord) -> str:
-    """Return a few words on how an arm with a teacher makes its model, such as "pruned from l, then taught by xl"."""
+    """Say in a few words how an arm with a teacher makes its model, such as "pruned from l, then taught by xl"."""
     found = route(arm)
     if found.control:
         return found.control.words

@@ -54,7 +54,7 @@ class Answer:
 
     @property
     def badge(self) -> str:
-        """The verdict in one or two words, for the page."""
+        """The verdict in one or two words, as the page shows it."""
         return BADGES[self.kind]
 
     @property
@@ -64,7 +64,7 @@ class Answer:
 
 
 def answer(results: Results) -> Answer:
-    """Return the question of a study and its answer."""
+    """Return the question that a study asks, and the answer that its results give."""
     return results.once("answer", lambda: _make(results))
 
 

@@ -70,7 +70,7 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
 
 
 def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
-    """Return the rows of each test set that all evaluations answered. A row is given by its number in the set.
+    """Return the rows of each test set that all evaluations answered, as row numbers.
 
     `rows` maps a stage and a set to the numbers of its rows.
 

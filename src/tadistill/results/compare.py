@@ -69,7 +69,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
-    """Return the equal-compute baseline of a chain (path with assistants): direct distillation with ``compute: as CHAIN``.
+    """Return the equal-compute baseline of a chain (path with assistants). It is direct distillation with ``compute: as CHAIN``.
 
     If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that this arm is plain (`is_plain`).
     """
@@ -134,7 +134,8 @@ def _bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> 
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return the paired difference ``arm - other`` over prompts with a reference length in `bucket`. None if there are no scores."""
+    """Return the paired difference ``arm - other`` over the prompts whose reference length is in the range `bucket`. None without
+    scores."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
@@ -180,7 +181,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that show whether a gain is only sharpening (lower entropy). None means not measured."""
+    """Paired differences ``arm - other`` that show whether a gain is only sharpening (lower entropy). A value is None if it was not
+    measured."""
 
     forward_kl: Difference | None
     reverse_kl: Difference | None
@@ -208,7 +210,7 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the decoding at temperature 0 that is otherwise like the main one (`evaluate`). None if there is none."""
+    """Return the name of the greedy decoding: temperature 0, and otherwise like the main decoding (`evaluate`). None if there is none."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 

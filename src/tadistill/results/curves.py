@@ -26,7 +26,8 @@ Series = tuple[list[int], list[float]]  # steps, values
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning curve of one metric in one training. `arm` is the arm whose final model this training produced, else None."""
+    """The learning curve of one metric in one training. `arm` is the arm whose final model comes from this training. None if the model is
+    not an arm's final model."""
 
     name: str
     arm: str | None
@@ -138,7 +139,7 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
         measured = {name: sides for name, sides in content.items() if sides is not None}
         curves = [sides[side] for sides in measured.values() for side in ("student", "teacher")]
         if not content or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
-            raise ValueError("there is no set, or `kl` and `count` have different lengths")
+            raise ValueError("it has no set, or `kl` and `count` of a set have different lengths")
         for curve in curves:
             np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -51,7 +51,7 @@ class PublishedScores:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """One phase of an arm's last distillation. `settings` has the settings in which phases of the same kind differ, as text."""
+    """One phase of an arm's last distillation. `settings` is a text with the settings that other phases of the same kind do not have."""
 
     objective: str
     sampler: str

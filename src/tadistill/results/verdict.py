@@ -127,10 +127,10 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
 
 
 def by_importance(results: Results) -> list[Comparison]:
-    """Return the comparisons of `comparisons`. The first is the one that the answer of a report states; the plan's order follows.
+    """Return the comparisons of `comparisons`. The first is the one in the answer of a report. The others follow in the plan's order.
 
-    With chains, it is the chain with the largest difference; clear gains come first. Without chains, it is the arm with the highest mean
-    and the next best arm that trains the same student.
+    With chains, the first is the chain with the largest difference, and a clear gain comes before all others. Without chains, it compares
+    the arm with the highest mean and the next best arm that trains the same student.
     """
     found = list(comparisons(results))
     if not found:

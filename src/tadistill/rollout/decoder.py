@@ -95,7 +95,7 @@ def left_padded(prompts: Sequence[tuple[int, ...]], columns: int) -> tuple[np.nd
 
 
 class Decoder:
-    """A model and its memory of the tokens that it has read (usually a KV cache), for one batch."""
+    """A model with its memory (usually a KV cache) of the tokens that it has read, for one batch."""
 
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way
@@ -143,7 +143,7 @@ def _rows(memory: Any, index: Tensor) -> Any:
 
 
 class Trial:
-    """Texts for a model, and the logits after their last tokens in forward passes over the whole text."""
+    """Texts for a model, and the correct logits after each of their last tokens, from forward passes over the whole text."""
 
     def __init__(self, model: PreTrainedModel):
         self.texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
@@ -155,7 +155,7 @@ class Trial:
 
         Args:
             read: takes the texts and the number of steps. Returns the text's index, the step and the logits (V,), for each text and step.
-                Step 0 reads all tokens that no later step reads. An exception of the model means that the way is not possible.
+                Step 0 reads all tokens that no later step reads. If the model raises an exception, the result is False.
         """
         try:
             errors = [apart(z, self.expected[row][step]) for row, step, z in read(self.texts, _STEPS)]

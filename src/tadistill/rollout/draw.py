@@ -158,7 +158,8 @@ def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tenso
 
 
 def teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
-    """Return a `with` block's list of the inputs of the teacher's output head (see `tapped`). Without a guide, it stays empty."""
+    """Return a context manager. It gives a list to which each forward pass adds the inputs of the teacher's output head (see `tapped`).
+    Without a guide, the list stays empty."""
     if guide is None:
         return nullcontext([])
     head = guide.teacher.get_output_embeddings()
@@ -178,7 +179,7 @@ def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> T
 
 
 class InPlaceLayer(DynamicLayer):
-    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` places are filled.
+    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` places are in use.
 
     Keys and values have the shape (rows, heads, capacity, head size).
     """
@@ -268,7 +269,7 @@ class Record:
             self.settle()
 
     def settle(self) -> None:
-        """Copy what still waits on the models' device."""
+        """Copy all values that are still on the models' device."""
         waiting, self.waiting = self.waiting, []
         found = [(name, rows, t, log_p_N) for rows, t, log_p, _ in waiting for name, log_p_N in log_p.items()]
         if found:
@@ -285,7 +286,8 @@ class Record:
             self.hidden[rows_N, t_N] = hidden
 
     def take(self, tokens_BT: Tensor, values: dict[str, Tensor], hidden_BTH: Tensor | None) -> None:
-        """Store the tokens, log-probabilities and hidden states of all rows and positions. What follows a row's first EOS is ignored."""
+        """Store the tokens, log-probabilities and hidden states of all rows and positions. Tokens after the first EOS of a row are
+        ignored."""
         self.tokens[:] = tokens_BT.cpu().numpy()
         ended = np.isin(self.tokens, self.eos)
         self.lengths = np.where(ended.any(1), ended.argmax(1) + 1, self.tokens.shape[1])

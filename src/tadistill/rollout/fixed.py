@@ -44,7 +44,7 @@ def possible(model: PreTrainedModel, capacity: int, decoding: Decoding) -> bool:
     """Return True if `fill` supports the model and the settings.
 
     The model must keep keys and values of `capacity` tokens, and take a mask with one entry per column of the cache. This is tried once on
-    the loaded model. Repeated n-grams are looked for on the host, so `decoding` must not forbid them.
+    the loaded model. `decoding` must not forbid repeated n-grams, because the search for them runs on the host.
     """
     layers = DynamicCache(config=model.config).layers
     if decoding.no_repeat_ngram is not None or not layers or not all(keeps_all(layer, capacity) for layer in layers):
@@ -80,7 +80,7 @@ def fill(
 
 
 class Step:
-    """One token of every row: the models read the last token, and the next one is drawn. A call takes nothing from the host."""
+    """A step of sampling: the models read the last token of every row, and the next token is drawn. A call copies nothing from the host."""
 
     def __init__(self, columns: "Columns", said: "Said", decoding: Decoding, guide: Mixture | Speculation | None, seen: list[Tensor]):
         self.columns, self.said, self.guide, self.seen = columns, said, guide, seen

@@ -44,7 +44,7 @@ class _Batch:
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """Return the tokens so far. Repeated n-grams are looked for in them. Padding gets an id that no token has."""
+        """Return all tokens so far, in which repeated n-grams are searched. Padding has an id that no token has."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)

@@ -159,7 +159,7 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """The tokens of a call. `rows_N` ascends, and so does `columns_N` within a row."""
+    """The tokens of a call. They are sorted by row (`rows_N`), and within a row by column (`columns_N`)."""
 
     ids_N: np.ndarray
     rows_N: np.ndarray

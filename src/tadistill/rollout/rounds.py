@@ -51,7 +51,7 @@ class Teachers:
 
     @property
     def stored(self) -> bool:
-        """True if the loss needs the teachers' distributions, and the hidden states that give them can be stored with a sequence."""
+        """True if the loss needs the teachers' distributions, and all teachers give hidden states, which can be stored with a sequence."""
         return self.states and all(isinstance(teacher, HiddenTeacher) for teacher in self.each)
 
     @property

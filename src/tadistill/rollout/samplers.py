@@ -84,7 +84,8 @@ class Sampler:
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch number `step`. Each epoch has all rows in a new order, with `address` as its seed."""
+    """Return the row indices (batch,) of batch number `step`. Each epoch has all rows in a new order. `address` is a part of the seed of
+    the order."""
     places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 
@@ -95,7 +96,7 @@ def _order(rows: int, *address: int | str) -> np.ndarray:
 
 
 def own(optim: Optim, shard: Shard) -> np.ndarray:
-    """Return the positions of this process in an update's batch."""
+    """Return the positions in an update's batch that this process works on."""
     return np.arange(optim.batch)[shard.rank :: shard.world]
 
 
@@ -165,7 +166,8 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 
 class FixedSequences(Sampler):
-    """Sampler of fixed responses, in a new order every epoch. `signals` are each teacher's recorded outputs for these responses, if any."""
+    """Sampler of fixed responses, in a new order every epoch. `signals` has the recorded outputs of each teacher for these responses, if
+    there are any."""
 
     def __init__(self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Seq[Signals] = (), shard: Shard = Shard()):
         self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard

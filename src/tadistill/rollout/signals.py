@@ -40,7 +40,7 @@ recording. `TopK` allows only `top_k`, with its tokens sorted from the most to t
 
 
 def of_teacher(teacher: Teacher, pad: int) -> Outputs:
-    """Return the outputs of a teacher, wherever it runs. `pad` is the token that fills up the sequences of a batch."""
+    """Return a function that computes a teacher's outputs at response tokens. `pad` is the padding token."""
     return lambda sequences: teacher.target(collate(sequences, pad=pad).to(teacher.device))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Start vLLM, and follow the orders until the input ends."""
+    """Start vLLM, and carry out the orders that come over the standard input, until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints
 

@@ -29,9 +29,10 @@ class Devices:
         return cls(visible_gpus(count)[:count], jobs)
 
     def take(self, key: str, wanted: int) -> tuple[str, ...] | None:
-        """Choose the GPUs of a stage: those that the fewest stages use. Return None if the stage must wait. Without GPUs, return ().
+        """Choose the GPUs of a stage: those that the fewest stages use. Return None if the stage must wait, and () on a machine without
+        GPUs.
 
-        A stage that wants more GPUs than there are gets all of them. Its processes then refuse to run, with a message.
+        If a stage wants more GPUs than the machine has, it gets all of them. Its processes then stop with an error message.
         """
         used = {name: sum(name in taken for taken in self._taken.values()) for name in self.names}
         chosen = sorted((name for name in self.names if used[name] < self.share), key=lambda name: used[name])[:wanted]
@@ -53,7 +54,7 @@ def gpus() -> int:
 
 
 def free_memory(context: Any) -> list[int]:
-    """Return the number of free bytes of each GPU. A short process of the multiprocessing `context` asks CUDA."""
+    """Return the number of free bytes of each GPU. A short new process asks CUDA, so that this process does not use a GPU."""
     if not gpus():
         return []
     ours, theirs = context.Pipe(duplex=False)

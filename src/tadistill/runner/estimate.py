@@ -227,7 +227,7 @@ class Estimate:
         self._before: dict[str, float] = {}  # share of the work that earlier runs have done
 
     def begins(self, key: str, progress: float) -> None:
-        """Record that a stage starts at this progress (0 to 1). It is above 0 if an earlier run saved a state."""
+        """Record that a stage starts, and its `progress` (0 to 1), which is above 0 if an earlier run saved a state."""
         self._before[key] = min(self.work[key].share(progress), 0.999) if progress > 0 else 0.0
 
     def finished(self, key: str, seconds: float) -> None:

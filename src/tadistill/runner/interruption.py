@@ -90,7 +90,8 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside the `with` block, the signals in `ENDING` are blocked. A process that starts there blocks them until it calls `release`."""
+    """Inside the `with` block, the signals in `ENDING` are blocked. A process that is started in the block also blocks them, until it calls
+    `release`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

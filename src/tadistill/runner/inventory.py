@@ -114,7 +114,7 @@ def _named_keys(study: Path) -> Iterator[str]:
             yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
         except OSError as error:
             raise StoreError(
-                f"cannot read {path} ({error.strerror}), so it is not known which stages {study.name} needs; check its permissions"
+                f"cannot read {path} ({error.strerror}), so the stages that {study.name} needs are not known; check its permissions"
             ) from error
 
 

@@ -61,7 +61,7 @@ class Board:
             self.losses[key].append(numbers[0])
 
     def end(self, key: str, seconds: float | None) -> None:
-        """Record that a stage is finished, or that it has failed if `seconds` is None."""
+        """Record the end of a stage. It has failed if `seconds` is None, and is finished otherwise."""
         del self.losses[key]
         if seconds is None:
             self.failed.add(key)

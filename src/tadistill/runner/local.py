@@ -165,6 +165,6 @@ def _born(pid: int) -> float | None:
 
 
 def described(stage: StageProgress, *, dead: bool = False) -> str:
-    """Return a stage's progress in one line: how much is done, its newest note and, unless the run is dead, the time left."""
+    """Return a stage's progress in one line: how much is done, the newest note, and the time left (except for a dead run)."""
     parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None and not dead else ""]
     return ", ".join(part for part in parts if part)

@@ -58,7 +58,8 @@ def prepare() -> Any:
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Start the server, then run the `with` block, which checks the input. If the block fails, no stage will run: kill the server."""
+    """Start the server, and run the `with` block, which checks the input. If the block fails, kill the server, because no stage will
+    run."""
     prepare()
     try:
         yield

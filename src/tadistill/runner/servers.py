@@ -42,7 +42,7 @@ def check_teachers(recipe: Recipe, stages: Iterable[Stage]) -> None:
 
 
 def check_model(recipe: Recipe, name: str) -> list[Checked]:
-    """Check the servers of one model of the recipe, and return what they say. Raises errors as `check_teachers` does."""
+    """Check the servers of one model of the recipe, and return a description of each server. Raises errors as `check_teachers` does."""
     model = recipe.models[name]
     assert model.load is not None
     assert model.serve is not None
@@ -54,7 +54,7 @@ def check_model(recipe: Recipe, name: str) -> list[Checked]:
 
 
 def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "problem"], str, str]]:
-    """Yield four texts for each server: a title, its state, what it gives or what is wrong, and how to mend it."""
+    """Yield four texts for each server: a title, `ok` or `problem`, a description of the server or the problem, and a way to mend it."""
     for name, model in recipe.models.items():
         if model.serve is None:
             continue
@@ -106,7 +106,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
 
 
 def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:
-    """Replace this process with the server. Returns only by an error.
+    """Replace this process with the server. The function returns only if this fails.
 
     Raises:
         ConfigError: `vllm` is not installed, or the variable with the API key is not set.

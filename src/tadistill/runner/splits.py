@@ -57,7 +57,7 @@ class OfContext:
 
 @dataclass(frozen=True)
 class Read:
-    """The splits of a study after tokenising: the lengths of texts, and the rows that are kept."""
+    """Facts about the tokenised splits of a study: the lengths of texts, and the rows that are kept."""
 
     texts: Texts
     counts: dict[tuple[str, str], Counts]
@@ -77,7 +77,8 @@ class Read:
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
-    """Tokenise all splits and the plain-text corpus. A large training set may be left for later, unless `all_rows` is True.
+    """Tokenise all splits and the plain-text corpus. Only with `all_rows`, a large training set is always tokenised too; otherwise this may
+    happen later.
 
     Raises:
         DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.

@@ -73,7 +73,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
 
 
 def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
-    """Return the sentences that say what the run will do, and at which update it continues."""
+    """Return sentences that say what the run will do, and at which update it continues."""
     labels = distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
     places = {stage.key: store.continues(stage.key, stage.steps) for stage in missing}
     begun = [f"{labels[key]} {where}" for key, where in places.items() if where]
@@ -87,7 +87,7 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
 
 @placed
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
-    """Download the models that are not on this disk. The plan needs their sizes. Of a served model, only the output head is needed."""
+    """Download the models that are not on this disk. The plan needs their sizes. For a served model, only the output head is needed."""
     for name, model in recipe.models.items():
         if model.load and (gives := needed_part(recipe, name)):
             if locate_part(model.load, model.revision, gives) is None:

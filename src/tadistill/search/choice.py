@@ -72,7 +72,7 @@ class Choice:
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
 
     def front(self) -> list[Tried]:
-        """Return the Pareto front of cost and quality: a path is left out if another path is at least as good in both."""
+        """Return the Pareto front: the paths for which no other path is at least as good in both cost and quality."""
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:

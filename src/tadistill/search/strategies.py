@@ -28,7 +28,7 @@ class Lattice:
     """Paths from teacher to student. If two are equally good, the first one wins. Paths with few and big assistants come first."""
 
     def prefixes(self) -> tuple[ModelPath, ...]:
-        """Return all beginnings of paths. A beginning has at least two models, and may be a whole path."""
+        """Return the beginnings of paths: the first models of each path, at least two, up to the whole path."""
         return trainings(self.paths)
 
 

@@ -123,7 +123,7 @@ class Context(Generic[AnySpec]):
         return place(model, self.device), tokenizer
 
     def teacher(self, handle: Handle, dtype: torch.dtype = torch.float32) -> tuple[Teacher, PreTrainedTokenizerBase]:
-        """Return the model as a teacher, at its place (in this process, or on the servers that the recipe names), and its tokenizer.
+        """Return the model as a teacher, and its tokenizer. The model runs in this process, or on the servers that the recipe names.
 
         Raises:
             ServerFailed: a server cannot be reached, or runs another model.
@@ -171,7 +171,7 @@ class Context(Generic[AnySpec]):
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, contexts: bool = False) -> EvalSet:
         """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk.
 
-        With `contexts`, the rows also have the prompts of the teacher's own, if the stage has a `context`.
+        With `contexts`, the rows also have the teacher's own prompts, if the stage has a `context`.
         """
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = self.spec.data, split.ref.name
@@ -237,7 +237,7 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of `size` items. When its last item is counted, Interrupted is not raised, so that the part can be saved."""
+        """Begin a part of `size` items. The call that counts its last item does not raise Interrupted, so that the part can be saved."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

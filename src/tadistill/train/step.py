@@ -53,7 +53,8 @@ class Models:
     def targets(self, batch: Batch) -> tuple[Target, ...]:
         """Return the teachers' outputs for the batch's response tokens.
 
-        Recorded outputs are taken from the batch. Without them, the teachers are asked. Teachers that the batch leaves out are skipped.
+        Recorded outputs are taken from the batch. Without recorded outputs, the teachers compute them. Teachers that the batch leaves out
+        are skipped.
         """
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
         if batch.targets:
@@ -61,7 +62,7 @@ class Models:
         return tuple(self.teachers[k].target(batch.of_teacher) for k in kept)
 
     def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
-        """Return the loss of a batch. Each term is summed over the response tokens and divided by the number `per`.
+        """Return the loss of a batch: the sum of each term over the response tokens, divided by the number `per`.
 
         `model` is the student or a wrapper around it."""
         teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()

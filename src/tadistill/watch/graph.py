@@ -41,7 +41,7 @@ class Node:
 
     @property
     def says(self) -> str:
-        """The states of the node's stages as text, such as ``2 done, 1 running · 1/3 measured``."""
+        """The states of the node's stages in words, such as ``2 done, 1 running · 1/3 measured``."""
         every = self.stages or self.measures
         counts = Counter(stage.state for stage in every)
         text = every[0].state if len(every) == 1 else ", ".join(f"{n} {state}" for state, n in counts.items())

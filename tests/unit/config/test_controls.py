@@ -71,5 +71,5 @@ def test_mistakes(given, sentence):
 
 
 def test_budgets_change_the_compute_that_a_control_takes():
-    with pytest.raises(ConfigError, match="gives arms the compute of another arm, which `budgets` change; remove one of the two keys"):
+    with pytest.raises(ConfigError, match="sets the compute of an arm, but `budgets` set it too; remove one of these two keys"):
         arms({"d": "xl > s", "c": "xl > l > s"}, fair=True, budgets=[1, 2])

@@ -117,7 +117,7 @@ def test_extra_columns_belong_to_the_training_set():
 
 
 def test_extra_columns_do_not_hide_known_ones():
-    with pytest.raises(ValidationError, match="`extra` names `output`, which every template of a `context` can use"):
+    with pytest.raises(ValidationError, match="`extra` names `output`, but a `context` can use this column without `extra`"):
         DataRef(load="d", extra=("output",))
 
 

@@ -211,7 +211,7 @@ def test_an_instruction_in_the_chat_template_is_one_turn():
     ("messages", "template", "more", "error", "words"),
     [
         ([*TALK[:2], ("tool", "-3"), *TALK[:2], ("user", "x"), ("tool", "y"), ("assistant", "z")], CHATML, {}, DataError,
-         r"data, row 1: turn 7 of `messages` has the role tool, but the turn before it is not the assistant's"),
+         r"data, row 1: turn 7 of `messages` has the role tool, but the turn before it is not a tool call of the assistant"),
         ([("assistant", "Hello."), *TALK[:2]], CHATML, {}, DataError, "row 1: the first turn of `messages` is the assistant's"),
         ([TALK[0], *TALK], GEMMA, {}, DataError, "row 1: .* refuses the turns user.*must alternate"),
         ([TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], CHATML, {}, DataError,

@@ -147,7 +147,7 @@ def test_a_model_that_loses_the_rows_is_refused(monkeypatch):
     model = tiny("llama")
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda rows=None, **inputs: forward(**inputs))
-    with pytest.raises(ModelError, match="a llama model reads other rows if rows are packed"):
+    with pytest.raises(ModelError, match="packed rows change each other's logits in a llama model"):
         pack_rows(model)
 
 

@@ -186,14 +186,17 @@ def other_states(body, reply):
 
 
 STAYING = {
-    "an error": (lambda body, reply: refusal(500, "out of memory"), r"answers 500 \(out of memory\), also when the request was repeated"),
+    "an error": (
+        lambda body, reply: refusal(500, "out of memory"),
+        r"failed, also when the request was repeated: it answers 500 \(out of memory\)",
+    ),
     "a broken connection": (lambda body, reply: None, "cannot be reached, or broke the connection"),
-    "states of another text": (other_states, r"sends states of shape \[\d, 32\] for \d tokens of a model with states of 32 numbers"),
+    "states of another text": (other_states, r"the server's answer has states of shape \[\d, 32\], but the shape must be \[\d, 32\]"),
     "another request": (
         lambda body, reply: (200, {"metadata": reply[1]["metadata"].replace(body["request_id"], "f00")}, reply[2]),
-        "sends the answer of another request",
+        "the server's answer belongs to another request",
     ),
-    "no description": (lambda body, reply: (200, {}, reply[2]), "sends an answer that is not complete JSON"),
+    "no description": (lambda body, reply: (200, {}, reply[2]), "the server's answer is not complete JSON"),
     "too few bytes": (lambda body, reply: (200, reply[1], reply[2][:-4]), r"sends \d+ bytes as float32, but \d tokens need \d+"),
     "a refusal": (
         lambda body, reply: refusal(400, "Token id 999 is out of vocabulary"),
@@ -218,7 +221,7 @@ def test_one_sentence_for_a_slow_answer(here):
     teacher, release = connected(here, seconds=0.2), threading.Event()
     here.fault = lambda number, path, body, reply: release.wait(10) and reply
     started = time.monotonic()
-    with pytest.raises(ServerFailed, match=r"did not answer within 0\.2 seconds, also when"):
+    with pytest.raises(ServerFailed, match=r"failed, also when the request was repeated: it did not answer within 0\.2 seconds"):
         teacher.target(BATCH)
     release.set()
     assert time.monotonic() - started < 8
@@ -226,10 +229,10 @@ def test_one_sentence_for_a_slow_answer(here):
 
 OTHER = {"5": {"logprob": -1.0}, "6": {"logprob": -2.0}}
 SCORES = {
-    "another text": (lambda rows: [*rows[:1], OTHER, *rows[2:]], "sends the scores of another text"),
-    "a shorter text": (lambda rows: rows[:-1], "sends the scores of another text"),
-    "too few tokens": (lambda rows: [None, *(dict([*row.items()][:1]) for row in rows[1:])], "in place of the 2 most probable"),
-    "nothing": (lambda rows: None, "sends an answer without `prompt_logprobs`"),
+    "another text": (lambda rows: [*rows[:1], OTHER, *rows[2:]], "the server's answer is about another text"),
+    "a shorter text": (lambda rows: rows[:-1], "the server's answer is about another text"),
+    "too few tokens": (lambda rows: [None, *(dict([*row.items()][:1]) for row in rows[1:])], "asks for the 2 most probable"),
+    "nothing": (lambda rows: None, "the server's answer has no `prompt_logprobs`"),
 }
 
 
@@ -250,7 +253,7 @@ def test_one_sentence_for_scores_of(name, here):
 def test_one_sentence_for_half_an_answer_with_scores(here):
     teacher = connected(here, "top_k", k=2)
     here.fault = lambda number, path, body, reply: (200, {}, reply[2][: len(reply[2]) // 2])
-    with pytest.raises(ServerFailed, match="sends an answer that is not complete JSON") as caught:
+    with pytest.raises(ServerFailed, match="the server's answer is not complete JSON") as caught:
         teacher.target(BATCH)
     assert len(caught.value.problems) == 1
 
@@ -308,7 +311,7 @@ def test_a_server_that_cannot_give_it_is_refused(here):
 
 def test_a_server_without_scores_of_prompts_is_refused(here):
     here.fault = lambda number, path, body, reply: reply if path == "/tokenize" else as_json({"choices": [{"text": "x"}]})  # as SGLang
-    with pytest.raises(ServerFailed, match="sends an answer without `prompt_logprobs`"):
+    with pytest.raises(ServerFailed, match="the server's answer has no `prompt_logprobs`"):
         checked(here, gives="top_k")
 
 

@@ -79,7 +79,7 @@ def test_list(store, tmp_path):
 
 def test_a_damaged_study_deletes_nothing_it_may_need(store, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    with pytest.raises(StoreError, match=r"plan.json \(Input/output error\), so it is not known which stages mine needs"):
+    with pytest.raises(StoreError, match=r"plan.json \(Input/output error\), so the stages that mine needs are not known"):
         unneeded(tmp_path, store)
 
 

@@ -16,7 +16,7 @@ from tadistill.models.counting.shapes import shape_of
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of one decoder layer."""
+    """The bytes of memory that the activations of one decoder layer need during training."""
 
     position: float
     """Bytes per token position that the layer keeps for its backward pass."""
@@ -29,7 +29,7 @@ class Kept:
 
 
 def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Kept:
-    """Return the memory of one layer of a model.
+    """Return the memory that the activations of one layer need during training.
 
     Args:
         bf16: True if autocast computes in bfloat16. Then the residual stream and the inputs of norms stay float32.

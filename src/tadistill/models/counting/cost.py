@@ -35,7 +35,7 @@ class CostPart:
 
 @dataclass(frozen=True)
 class Disk:
-    """The space on disk of a teacher's recorded outputs."""
+    """The disk space that a teacher's recorded outputs need."""
 
     token: float
     """Bytes per token of the text."""
@@ -82,7 +82,7 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Return the FLOPs of each span, a part of the training loop with one measured time. `flops` has the FLOPs of each phase.
+    """Return the FLOPs of each span. A span is a part of the training loop whose time is measured. `flops` has the FLOPs of each phase.
 
     The span `sampling` consists of the phases rollout and scoring. The span `training` consists of corpus and training. Every other phase
     is a span of its own.

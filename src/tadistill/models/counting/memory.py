@@ -22,7 +22,7 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The bytes that one process of a stage needs, by what they are for. `peak` is the largest sum at one time."""
+    """The bytes that one process of a stage needs, each field for one purpose. `peak` returns the largest sum at one time."""
 
     weights: float = 0.0
     """Weights of the model that the stage trains or runs."""
@@ -67,9 +67,10 @@ class Memory:
         return (1.0 if cuda else _HEAP) * (always + max(update, self.sampling))
 
     def sharded(self, processes: int, gathered: float) -> "Memory":
-        """Return the memory of each process if the student is sharded over `processes`. Sampling and evaluations still hold it whole.
+        """Return the memory of each process if the student is sharded over `processes`. In sampling and evaluation, each process still
+        needs the whole student.
 
-        `gathered` is the field of that name.
+        `gathered` is the value of the field with this name.
         """
         own = {name: getattr(self, name) / processes for name in ("weights", "gradients", "moments")}
         return replace(self, **own, gathered=gathered, sampling=self.sampling + self.weights - own["weights"])
@@ -102,9 +103,9 @@ def check_memory(
     advice: str = "use smaller models, or a machine with more memory",
     where: str = "memory",
 ) -> None:
-    """Check that the memory is large enough for the sum of all `needs`, which are bytes by name.
+    """Check that the memory is large enough for all `needs` together. `needs` maps names to numbers of bytes.
 
-    `available` is the memory in bytes. The default is the free memory of this process. `where` is its name in the message.
+    `available` is the memory in bytes. The default is the free memory of this process. The message names the memory `where`.
 
     Raises:
         ModelError: the memory is too small. The message lists the `needs`, their sum, the free memory and the `advice`.
@@ -141,7 +142,7 @@ def give_back_freed_memory() -> None:
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Return the names in CUDA_VISIBLE_DEVICES. Without this variable, they are the numbers of `count` GPUs."""
+    """Return the names of GPUs in CUDA_VISIBLE_DEVICES. If this variable is not set, return the numbers 0 to `count` - 1 as text."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return listed.split(",") if listed else [str(number) for number in range(count)]
 

@@ -81,7 +81,7 @@ def shape_of(config: Config) -> Shape:
 
 
 def size_in(config: Mapping[str, Any], *names: str) -> int:
-    """Return the value of a field of a configuration. The field can have several names: the first one that is found counts.
+    """Return the value of a field of a configuration. The field can have several names. The first name that the configuration has is used.
 
     Raises:
         ConfigError: the configuration has no such field, or the value is not a whole number from 1 to a billion.
@@ -157,7 +157,7 @@ def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 def changes(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration fields that must change to give a model the sizes of `shape`. They are a mapping from name to value."""
+    """Return the configuration fields to change for a model with the sizes of `shape`, as a mapping from name to new value."""
     fields = _fields(config)
     family, have = fields["model_type"], shape_of(config)
     if family == "gpt2":

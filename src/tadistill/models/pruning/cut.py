@@ -66,8 +66,8 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
 
     All layers keep the same channels, but each layer keeps its own neurons and heads. Kept weights keep their order and their values. As in
     Minitron, the norms are not corrected for the removed channels. With grouped-query attention, each key-value head keeps only its best
-    query heads. The sum of their scores is the score of the key-value head. The best key-value heads are kept. The new model has the same
-    dtype and device, and is in eval mode.
+    query heads. The score of a key-value head is the sum of the scores of these query heads. The key-value heads with the highest scores
+    are kept. The new model has the same dtype and device, and is in eval mode.
 
     Args:
         importance: the importance scores of this model. They can be None if the width stays the same.

@@ -23,7 +23,7 @@ Axes = Mapping[str, tuple[Axis, ...]]
 
 @dataclass(frozen=True)
 class Family:
-    """The names of modules and weights in the transformers model of a family."""
+    """The names that transformers gives to modules and weights in the models of one family."""
 
     stack: str
     """Name of the list of layers."""

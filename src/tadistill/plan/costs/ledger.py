@@ -64,19 +64,19 @@ class Ledger(ModelSizes):
 
     @cached_property
     def train(self) -> Texts:
-        """The training prompts with the reference that follows each of them."""
+        """The lengths of the training prompts and their references."""
         return self._train_texts(of_one_turn(self.recipe.data.turns))
 
     @cached_property
     def fixed(self) -> Texts:
-        """The training set's own text. With `data.turns: all`, it has several turns."""
+        """The lengths of the training set's own text. With `data.turns: all`, a row has several turns."""
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
         return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
 
     def behind(self, context: TeacherContext | None) -> "Ledger":
-        """Return a ledger whose teachers read their own prompts on the training set."""
+        """Return a copy in which teachers read their own prompts (`context`) on the training set."""
         if context == self.context:
             return self
         if context not in self._others:
@@ -104,7 +104,7 @@ class Ledger(ModelSizes):
         return cost.total()
 
     def generate(self, name: str, decoding: Decoding, *, as_teacher: bool = False) -> Cost | None:
-        """Predict the cost of a `generate` stage, in which a model answers every training prompt, or every prompt of the teacher's own."""
+        """Predict the cost of a `generate` stage. A model answers every training prompt, or every prompt of its own (`context`)."""
         model = self.described(name)
         if model is None:
             return None

@@ -27,7 +27,7 @@ class ModelSizes:
             return None if config is None else sizes.size_of(config)
 
     def described(self, name: str) -> Described | None:
-        """Return a model's size and configuration. Return None if `size` would."""
+        """Return a model's size and configuration. Return None if `size` returns None."""
         size, config = self.size(name), self.config(name)
         return None if size is None or config is None else Described(size, config, here=self.recipe.models[name].serve is None)
 

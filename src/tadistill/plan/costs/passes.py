@@ -38,12 +38,12 @@ class Texts:
 
     @property
     def of_teacher(self) -> "Texts":
-        """The lengths that the teacher reads: the same responses behind the teacher's prompts."""
+        """The lengths of the teacher's prompts with the same responses."""
         return self._with_prompts([*self.contexts])
 
     @property
     def longer(self) -> "Texts":
-        """The lengths that `optim.tokens` limits: the longer prompt of student and teacher counts."""
+        """The lengths that `optim.tokens` limits. For each row, the longer prompt counts, that of the student or that of the teacher."""
         return self._with_prompts([max(own, prompt) for own, (prompt, _) in zip(self.contexts, self.rows, strict=False)])
 
     def _with_prompts(self, prompts: list[int]) -> "Texts":
@@ -141,7 +141,7 @@ def chunk(recipe: Recipe) -> int:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the mean of `max(drawn) ** power`, where `drawn` are `draws` of the `values`, drawn at random without replacement."""
+    """Return the expected value of `max(drawn) ** power`, where `drawn` are `draws` random `values`, drawn without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)

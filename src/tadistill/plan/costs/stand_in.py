@@ -51,7 +51,7 @@ class StandIn:
         self.chat_template, self.name_or_path = template or _CHATML, self._chats.tokenizer_source if self._chats else ""
 
     def readable(self, rules: Rules) -> Rules:
-        """Return the rules without variables of a chat template that is not on this disk."""
+        """Return the rules, without variables for a chat template that is not on this disk."""
         return rules if self._chats else replace(rules, chat_template_kwargs={})
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:

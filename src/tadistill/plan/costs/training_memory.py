@@ -56,7 +56,7 @@ class TrainingMemory:
         self.drawn, self.stored = 0.0, 0.0
 
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
-        """Add the forward and backward pass of one micro-batch. Of several batches, the largest counts.
+        """Add the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
 
         A batch of the corpus is in memory together with another batch.
 
@@ -86,7 +86,8 @@ class TrainingMemory:
         setattr(self, name, max(getattr(self, name), found, key=lambda memory: memory.layers))
 
     def sampling(self, *needs: float) -> None:
-        """Add a sampling or an evaluation, in which several models need these bytes at once. Of several ones, the largest counts."""
+        """Add a sampling or an evaluation, in which several models need these bytes at once. If several are added, only the largest
+        counts."""
         self.drawn = max(self.drawn, sum(needs))
 
     def rollouts(self, tokens: float) -> None:

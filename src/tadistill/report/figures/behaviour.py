@@ -48,7 +48,7 @@ def _points(values: Array, start: int, end: int) -> tuple[list[int], list[float 
 
 
 def calibration_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw reliability diagrams: ``tokens`` for the next token, ``labels`` for the chosen answer. Those that were not measured are left
+    """Draw reliability diagrams: ``tokens`` for the next token, ``labels`` for the chosen answer. A diagram without measurements is left
     out.
     """
     panels: dict[str, Chart] = {}

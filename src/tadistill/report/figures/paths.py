@@ -58,7 +58,7 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
 
 
 def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row: float) -> None:
-    """Add what an arm does beside its last path: its earlier paths, the model from which it starts, and further teachers."""
+    """Add the other parts of an arm to its last path: earlier paths, the model from which the student starts, and further teachers."""
     found = route(arm)
     for model in (*(model for part in found.parts[:-1] for model in part), *found.starts.values()):
         node = nodes.setdefault(_id(results, arm, model), Node(model, row - _ASIDE))
@@ -119,7 +119,7 @@ def line_looks(results: Results) -> Mapping[str, Look]:
 
 
 def _kinds(stages: list[StageRecord]) -> str:
-    """Return the methods of a model's distillations in words. Phases with one method count as `in N phases`."""
+    """Return the methods of a model's distillations in words. Several phases with one method are written as `in N phases`."""
     phases = [stage for stage in stages if re.search(r"\((?:turn \d+; )?phase \d+ of \d+\)", stage.label)]
     if not stages or not phases:
         return _kind(stages[-1]) if stages else ""
@@ -205,7 +205,7 @@ def method_looks(results: Results) -> Mapping[str, Look]:
 
 
 def lattice_notes(results: Results) -> list[str]:
-    """Return sentences on the lines and values that are only in some figures of paths."""
+    """Return sentences that explain lines and values which only some figures of paths have."""
     nodes, metric = lattice(results), primary_metric(results)
     assistants = [node for at, node in nodes.items() if at[0] != "arm" and node.parent is not None]
     dev = any(last_dev_value(results, node.arms[0], node.model, metric) is not None for node in assistants)
