@@ -7,7 +7,7 @@ from tadistill.data.prompts import limit_key
 
 @dataclass(frozen=True)
 class Counts:
-    """How many rows a split has for one tokenizer, and how many of them were left out or cut."""
+    """Counts of a split's rows for one tokenizer: all rows, and the rows that were left out or cut."""
 
     rows: int
     long: int = 0

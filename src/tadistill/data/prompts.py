@@ -63,7 +63,7 @@ class Rules:
 
     @property
     def lenient(self) -> "Rules":
-        """The same rules, but a text that is too long is left out or cut, and never refused."""
+        """Rules that leave out or cut a text that is too long, and never refuse it."""
         prompts, responses = (("drop" if given == "refuse" else given) for given in (self.long_prompts, self.long_responses))
         return replace(self, long_prompts=prompts, long_responses=responses)
 

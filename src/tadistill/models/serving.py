@@ -35,7 +35,7 @@ _UNIT = 1e-3  # states whose norms differ by less from 1 are normalised
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found out about a server. It runs the right model, and can send what the recipe needs."""
+    """Facts about a server that passed all checks: it runs the right model, and can send what the recipe needs."""
 
     at: str
     name: str

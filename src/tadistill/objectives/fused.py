@@ -193,8 +193,7 @@ class Part:
 
 
 def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Compute the parts of a loss, which share one head. The gradient of the head is computed once for all parts. Return the sum of the
-    parts, and the values of each part."""
+    """Compute parts of a loss that share one head and its gradient. Return the sum of the parts, and the values of each part."""
     watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
     kind = head.weight.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

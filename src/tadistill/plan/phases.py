@@ -25,7 +25,7 @@ class PlannedPhase(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Which of the distillations of one model in an arm this is."""
+    """The number of a distillation, if an arm distils one model several times."""
 
     before: int
     """Number of earlier distillations of the model."""

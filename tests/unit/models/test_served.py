@@ -197,7 +197,7 @@ STAYING = {
         "the server's answer belongs to another request",
     ),
     "no description": (lambda body, reply: (200, {}, reply[2]), "the server's answer is not complete JSON"),
-    "too few bytes": (lambda body, reply: (200, reply[1], reply[2][:-4]), r"sends \d+ bytes as float32, but \d tokens need \d+"),
+    "too few bytes": (lambda body, reply: (200, reply[1], reply[2][:-4]), r"answer has \d+ bytes as float32, but \d tokens need \d+"),
     "a refusal": (
         lambda body, reply: refusal(400, "Token id 999 is out of vocabulary"),
         r"refuses a request to /pooling \(400, Token id 999",
@@ -336,7 +336,7 @@ def test_a_stranger_is_refused(here):
     class Stranger:
         directory, at = here.directory, "http://127.0.0.1:9"
 
-    with pytest.raises(ServerFailed, match=r"the server http://127.0.0.1:9 of `.*` cannot be reached"):
+    with pytest.raises(ServerFailed, match=r"the server http://127.0.0.1:9 of `.*` failed: it cannot be reached"):
         checked(Stranger)
 
 

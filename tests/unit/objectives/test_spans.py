@@ -318,8 +318,8 @@ def spans_of(student=MINE, teacher=THEIRS, shared=SHARED):
     ("arguments", "words"),
     [
         (lambda: spans_of(student=(MINE[0][:5], MINE[1])), ("`student`", "shapes")),
-        (lambda: spans_of(student=(MINE[0] + 1, MINE[1])), ("`student`", "begin with 0")),
-        (lambda: spans_of(student=(MINE[0] * 2, MINE[1])), ("`student`", "greater by 1")),
+        (lambda: spans_of(student=(MINE[0] + 1, MINE[1])), ("`student`", "count up from 0")),
+        (lambda: spans_of(student=(MINE[0] * 2, MINE[1])), ("`student`", "without gaps")),
         (lambda: spans_of(teacher=(THEIRS[0].clamp(max=3), THEIRS[1])), ("5 spans", "has 4")),
         (lambda: spans_of(student=(MINE[0], MINE[1] + 1)), ("`student`", "0 to 6")),
         (lambda: spans_of(shared=SharedVocabulary(torch.tensor([0]), torch.tensor([0]), (V, 40))), ("teacher", "40 tokens", "11 logits")),

@@ -109,7 +109,7 @@ def test_a_context_reads_one_answer_behind_each_prompt(folder):
     arms = {name: study.arms[name] for name in ("student", "dataset")}
     sampled = study.model_copy(update={"method": changed, "arms": {"student": arms["student"]}})
     assert {s.spec.data.turns for s in make_plan(sampled).stages.values() if s.spec.kind == "distill"} == {"last"}
-    with pytest.raises(ConfigError, match=r"s learns with a `context`, .* but data.turns is all; set data.turns to last"):
+    with pytest.raises(ConfigError, match=r"s learns with a `context`, .* but data.turns is `all`; set data.turns to last"):
         make_plan(study.model_copy(update={"method": changed, "arms": {"dataset": arms["dataset"]}}))
 
 
