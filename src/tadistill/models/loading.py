@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tadistill.data import tinyworld_tokenizers
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
@@ -39,16 +40,14 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
     """Load the tokenizer of a model source.
 
     If a tokenizer has no pad token, EOS becomes its pad token. This does not change results, because padding is always masked.
-    For the source `tinyworld`, `world` has the seed and the number of people of this synthetic data set.
+    For the sources `tinyworld` and `tinyworld-bpe`, `world` has the seed and the number of people of this synthetic data set.
 
     Raises:
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
     """
     load = str(load)
-    if load == "tinyworld":
-        from tadistill.data import tinyworld
-
-        return tinyworld.tokenizer(**(world or {}))
+    if load in tinyworld_tokenizers.TOKENIZERS:
+        return tinyworld_tokenizers.tokenizer(load, **(world or {}))
     directory = sources.fetch(load, revision, weights=False)
     if directory is None:
         raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")

@@ -10,6 +10,7 @@ from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
 from tadistill.config.sampling import Rounds
 from tadistill.data import datasets
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models import sources
 from tadistill.models.counting import shapes
@@ -100,7 +101,7 @@ class StageBuilder:
         assert model.load is not None
         tokenizer, revision = self.tokens.tokenizer(name) or (model.tokenizer, model.revision)
         written = self.recipe.written
-        own = tokenizer is not None and tokenizer != "tinyworld"
+        own = tokenizer is not None and tokenizer not in TOKENIZERS
         return Loaded(
             load=written(model.load) or model.load,
             at=model.load,

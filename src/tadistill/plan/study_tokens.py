@@ -10,6 +10,7 @@ from functools import cached_property
 from tadistill.config import DataRef, Recipe
 from tadistill.data import chat, datasets
 from tadistill.data.prompts import of_one_turn
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens
@@ -176,7 +177,7 @@ class StudyTokens:
         model = self.recipe.models[name]
         assert model.load is not None
         source, revision = self._source(name)
-        if source == "tinyworld":
+        if source in TOKENIZERS:
             return tokens.TINYWORLD
         directory = sources.locate(source, revision, weights=False)
         scratch = model.load.startswith("scratch:")

@@ -9,6 +9,7 @@ from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
 from tadistill.config.machine import Resources, Vllm
 from tadistill.data import datasets
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
 from tadistill.models.counting.memory import Memory, resident_bytes
@@ -95,7 +96,7 @@ def check_sources(recipe: Recipe) -> None:
     found = Gathering()
     for name, model in recipe.models.items():
         for source in (model.load, model.tokenizer):
-            if source and source != "tinyworld":
+            if source and source not in TOKENIZERS:
                 with found.about(f"models.{name}"):
                     sources.check_source(source)
     with found.about():

@@ -15,6 +15,7 @@ import yaml
 
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.places import placed
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
@@ -96,7 +97,7 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
         elif model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")
             sources.fetch(model.load, model.revision)
-        if model.tokenizer and model.tokenizer != "tinyworld":
+        if model.tokenizer and model.tokenizer not in TOKENIZERS:
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
 

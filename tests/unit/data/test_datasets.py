@@ -11,7 +11,7 @@ from tadistill.data import datasets
 from tadistill.data.counts import Counts
 from tadistill.data.prompts import Rules, render
 from tadistill.data.templates import encode, encode_counted
-from tadistill.data.tinyworld import tokenizer as world_tokenizer
+from tadistill.data.tinyworld_tokenizers import tokenizer as world_tokenizer
 from tadistill.errors import DataError, ModelError
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from tadistill.data import tinyworld, tinyworld_parts
+from tadistill.data import tinyworld, tinyworld_parts, tinyworld_tokenizers
 from tadistill.errors import DataError
 
 PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits]
@@ -297,7 +297,7 @@ def test_every_test_word_is_trained():
 
 def test_tokenizer_round_trips(tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer = tinyworld.tokenizer()
+    tokenizer = tinyworld_tokenizers.tokenizer()
     tokenizer.save_pretrained(tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     lines = sorted(
@@ -313,8 +313,33 @@ def test_tokenizer_round_trips(tmp_path):
         assert it.batch_decode(ids) == lines
 
 
+def test_both_tokenizers_read_the_same_rows_byte_for_byte():
+    from tadistill.data.token_bytes import token_bytes
+
+    lines = [text for row in tinyworld.world_rows("tinyworld", "test", people=12) for text in texts(row)]
+    words, pieces = (tinyworld_tokenizers.tokenizer(source, people=12) for source in tinyworld_tokenizers.TOKENIZERS)
+    assert [words.convert_ids_to_tokens(i) for i in range(3)] == [pieces.convert_ids_to_tokens(i) for i in range(3)]
+    assert pieces.batch_decode(pieces(lines)["input_ids"]) == lines
+    assert len(pieces) == 512
+    known = token_bytes(pieces)
+    assert known.spelled
+    readings = [known.read(line, first=True) for line in lines[:50]]
+    assert [b"".join(reading.pieces).decode() for reading in readings] == lines[:50]
+    assert all(all(reading.exact) for reading in readings)
+    assert sum(len(reading.ids) for reading in readings) > 1.2 * sum(len(words(line)["input_ids"]) for line in lines[:50])
+
+
+def test_pieces_are_the_same_on_every_machine():
+    tokenizer = tinyworld_tokenizers.tokenizer("tinyworld-bpe", seed=3, people=12)
+    (row, *_) = tinyworld.world_rows("tinyworld", "test", seed=3, people=12)
+    assert tokenizer.tokenize(row["instruction"]) == ["in", "Ġwhich", "Ġtown", "Ġdoes", "Ġbodan", "Ġl", "iv", "e", "Ġ?"]
+    assert tinyworld_tokenizers.vocabulary("tinyworld-bpe", seed=3, people=12) == tokenizer.get_vocab()
+    other = tinyworld_tokenizers.vocabulary("tinyworld-bpe", seed=4, people=12)
+    assert other != tokenizer.get_vocab()  # another world has other names
+
+
 def test_line_ends_are_tokens_and_a_prompt_is_a_prefix():
-    tokenizer = tinyworld.tokenizer()
+    tokenizer = tinyworld_tokenizers.tokenizer()
     row = next(row for row in tinyworld.world_rows("tinyworld", "test") if row["input"])
     prompt = f"{row['instruction']}\n{row['input']}\n"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -16,6 +16,8 @@ from tadistill.config import ModelConfig, Recipe
 from tadistill.config.data import World
 from tadistill.data import chat, tinyworld
 from tadistill.data.prompts import Rules
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS, WORDS, backend
+from tadistill.data.tinyworld_tokenizers import vocabulary as world_vocabulary
 from tadistill.models import sources, tokens
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class StandIn:
 
     def __init__(self, recipe: Recipe):
         loaded = [model for model in recipe.models.values() if model.load]  # models that teach each other share their tokenizer
-        ids, backend = _ids_of(loaded[0], recipe.data.world), _backend(loaded[0])
+        ids, backend = _ids_of(loaded[0], recipe.data.world), _backend(loaded[0], recipe.data.world)
         self.known, self.ids = ids is not None, ids or _pieces
         """True if the study's tokenizer is on this disk."""
         self.added_tokens_decoder: dict[int, Any] = backend.get_added_tokens_decoder() if backend else {}
@@ -72,32 +74,35 @@ class StandIn:
 
 @lru_cache
 def _chat(source: str, revision: str) -> tuple[str | None, Mapping[str, str]]:
-    directory = None if source == "tinyworld" else sources.locate(source, revision, weights=False)
+    directory = None if source in TOKENIZERS else sources.locate(source, revision, weights=False)
     found = tokens.read(None, directory) if directory else tokens.Tokens(None)
     return found.template, found.specials
 
 
-def _backend(model: ModelConfig) -> "Tokenizer | None":
-    file = None if model.tokenizer_source == "tinyworld" else _tokenizer_file(model)
+def _backend(model: ModelConfig, world: World) -> "Tokenizer | None":
+    source = model.tokenizer_source
+    if source in TOKENIZERS:
+        return None if source == WORDS else backend(source, seed=world.seed, people=world.people)
+    file = _tokenizer_file(model)
     return _from_file(file) if file else None
 
 
 def _ids_of(model: ModelConfig, world: World) -> Ids | None:
-    if model.tokenizer_source == "tinyworld":
+    if model.tokenizer_source == WORDS:  # `tokenizers` loads slowly
         words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
         return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(r"\S+|\n", text)] for text in texts]
-    backend = _backend(model)
-    if backend is None:
+    found = _backend(model, world)
+    if found is None:
         return None
-    name = getattr(backend.model, "unk_token", None)
-    unknown = backend.token_to_id(name) if name else None
-    return lambda texts: [[UNKNOWN if i == unknown else i for i in e.ids] for e in backend.encode_batch(texts, add_special_tokens=False)]
+    name = getattr(found.model, "unk_token", None)
+    unknown = found.token_to_id(name) if name else None
+    return lambda texts: [[UNKNOWN if i == unknown else i for i in e.ids] for e in found.encode_batch(texts, add_special_tokens=False)]
 
 
 def vocabulary(model: ModelConfig, world: World) -> int | None:
     """Return the vocabulary size of a model's tokenizer. Return None if its tokenizer.json is not on this disk."""
-    if model.tokenizer_source == "tinyworld":
-        return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
+    if model.tokenizer_source in TOKENIZERS:
+        return len(world_vocabulary(model.tokenizer_source, seed=world.seed, people=world.people))
     file = _tokenizer_file(model)
     if file is None:
         return None
