@@ -15,6 +15,7 @@ from bench import VOCAB, Kit, Pair, moved, pairs, small
 from scipy.stats import chi2
 from transformers import GenerationConfig, PreTrainedModel
 
+from tadistill.models.forward import attention_for_any_shape
 from tadistill.rollout import fixed as at_fixed_shapes
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 
@@ -168,7 +169,8 @@ def _sampling_speed(kit: Kit, pair: Pair, work: Work, student: PreTrainedModel, 
     title, tokens = f"{pair.name}, {work}", work.rows * work.new
 
     def own(guide: Guide) -> None:
-        sample(student, [tuple(prompt) for prompt in prompts], uniforms, eos=(), vocab=pair.vocab, guide=guide)
+        with attention_for_any_shape():
+            sample(student, [tuple(prompt) for prompt in prompts], uniforms, eos=(), vocab=pair.vocab, guide=guide)
 
     def generate(*models: PreTrainedModel) -> None:
         for model in models:

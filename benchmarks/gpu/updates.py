@@ -22,6 +22,7 @@ from training import fresh_accelerator, train
 
 from tadistill.config.method import Method
 from tadistill.data.templates import Encoded
+from tadistill.models.forward import attention_for_any_shape
 from tadistill.models.loading import column_major
 from tadistill.objectives.tiles import tile_bytes
 from tadistill.rollout.engine import Native
@@ -109,7 +110,7 @@ def run_ours(kit: Kit, pair: Pair, name: str, work: Work) -> list[float]:
         ends.append(time.perf_counter())
         return False
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, attention_for_any_shape():
         train(Path(folder), accelerator, student, make_step(method, student, (teacher,), pair.vocab), source, method.optim, stop=stop)
         kit.wait()
     return [*ends[1:], time.perf_counter()]

@@ -84,22 +84,25 @@ class Resources(Strict):
         return self
 
 
-def vllm_folder() -> Path:
+def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: native`") -> Path:
     """Return the folder with the program `vllm` and the Python that runs it. If the variable TADISTILL_VLLM names an environment, it is the
     folder `bin` there. Otherwise it is the folder of this Python, or a folder on PATH.
+
+    Args:
+        needs_it, instead: for messages: what needs vLLM, and what the user can do without it.
 
     Raises:
         ConfigError: vLLM is not installed there, or this is not Linux.
     """
     if sys.platform != "linux":
-        raise ConfigError("`engine: vllm` runs on Linux only; set `engine: native`")
+        raise ConfigError(f"{needs_it} runs on Linux only; {instead}")
     named = os.environ.get("TADISTILL_VLLM")
     places = [f"{named}/bin"] if named else [str(Path(sys.executable).parent), os.environ.get("PATH")]
     found = next(filter(None, (shutil.which("vllm", path=place) for place in places)), None)
     if found is None or not Path(found).with_name("python").is_file():
         where = f"TADISTILL_VLLM is {named}, but vLLM is not installed there" if named else "vLLM is not installed"
         raise ConfigError(
-            f"{where}, and `engine: vllm` needs it; install it into an environment of its own (`python -m venv .vllm && .vllm/bin/pip "
-            "install vllm`) and set TADISTILL_VLLM to the folder of this environment, or set `engine: native`"
+            f"{where}, and {needs_it} needs it; install it into an environment of its own (`python -m venv .vllm && .vllm/bin/pip "
+            f"install vllm`) and set TADISTILL_VLLM to the folder of this environment, or {instead}"
         )
     return Path(found).parent.absolute()

@@ -147,6 +147,22 @@ def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, 
 
 
 @contextmanager
+def attention_for_any_shape() -> Iterator[None]:
+    """Inside the `with` block, no attention in this process uses cuDNN.
+
+    For half precision on Hopper and on Blackwell servers, torch takes cuDNN's attention first. cuDNN builds a plan for every new shape of a
+    batch, which takes much longer than the attention (pytorch/pytorch#155958). Nearly every batch of texts has a new shape, so torch's
+    other kernels are faster here.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into eval mode while a `with` block runs. After the block, the model has its old mode again."""
     training = model.training

@@ -2,15 +2,13 @@
 
 import json
 import os
-import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
+from tadistill.config.machine import vllm_folder
 from tadistill.config.recipe import methods
 from tadistill.config.sampling import OnPolicy
 from tadistill.config.served import Serve
@@ -109,20 +107,15 @@ def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:
     """Replace this process with the server. The function returns only if this fails.
 
     Raises:
-        ConfigError: `vllm` is not installed, or the variable with the API key is not set.
+        ConfigError: vLLM is not installed, or the variable with the API key is not set.
     """
-    here = shutil.which(command[0]) or shutil.which(command[0], path=str(Path(sys.executable).parent))
-    if here is None:
-        raise ConfigError(
-            "the program `vllm` is not on PATH; install vLLM (`pip install vllm`, best in an environment of its own), or run the printed "
-            "command where it is installed"
-        )
+    program = vllm_folder("`tadistill serve`", "run the printed command where vLLM is installed") / command[0]
     environment, serve = dict(os.environ), recipe.models[name].serve
     if serve and serve.key:
         if not environment.get(serve.key):
             raise ConfigError(f"models.{name}.serve.key names the environment variable {serve.key}, which is not set; set it to an API key")
         environment["VLLM_API_KEY"] = environment[serve.key]
-    os.execve(here, [*command], environment)
+    os.execve(program, [*command], environment)
 
 
 def _dtype(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tadistill.errors import ConfigError, Interrupted, StageFailed
+from tadistill.models.forward import attention_for_any_shape
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
 from tadistill.stages.context import Context, Progress, own_device
@@ -153,7 +154,8 @@ def _follow(task: Task, work: _Work, store: Store, ranks: Ranks, stop: Callable[
 
 def _worked(work: _Work, context: Context) -> dict[str, Any]:
     try:
-        return work(context)
+        with attention_for_any_shape():
+            return work(context)
     except torch.OutOfMemoryError as error:
         used, changes = str(error).split(". ", 2)[:2], context.spec.saves_memory
         advice = f"set `{'`, or `'.join(changes)}`, or use" if changes else "use"

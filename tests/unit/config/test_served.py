@@ -2,6 +2,7 @@
 
 import html
 import io
+import os
 import re
 
 import pytest
@@ -18,7 +19,7 @@ from tadistill.report.cards import model_card
 from tadistill.report.page import render_page
 from tadistill.report.plain import render_markdown
 from tadistill.results.collect import read_results
-from tadistill.runner.servers import examined, longest_text, server_command
+from tadistill.runner.servers import examined, longest_text, server_command, start_server
 from tadistill.runner.study import save_plan
 from tadistill.store import Store
 
@@ -245,6 +246,21 @@ def test_the_command_of_a_server(recipe, directory):
         server_command(recipe(), "l")
     with pytest.raises(ConfigError, match="is not loaded from files"):
         server_command(recipe(), "s")
+
+
+def test_serve_starts_the_vllm_that_the_environment_names(recipe, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda program, command, _: started.append((program, command)))
+    monkeypatch.setenv("TADISTILL_VLLM", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"TADISTILL_VLLM is .*`tadistill serve` needs it.*or run the printed command where vLLM is installed"
+    ):
+        start_server(recipe(), "xl", ["vllm", "serve"])
+    (tmp_path / "bin").mkdir()
+    for name in ("vllm", "python"):
+        (tmp_path / "bin" / name).touch(mode=0o755)
+    start_server(recipe(), "xl", ["vllm", "serve"])
+    assert started == [(tmp_path / "bin" / "vllm", ["vllm", "serve"])]
 
 
 def test_doctor_checks_the_servers(recipe):

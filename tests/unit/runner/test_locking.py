@@ -1,10 +1,12 @@
-"""Two that run one stage at the same time: the second waits, and finds it finished; or gives up when it is asked to stop."""
+"""A stage that two processes run at the same time: the second waits, and finds it finished; or gives up when it is asked to stop. And what
+a stage sets for the whole process."""
 
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from tadistill.config import DataRef
 from tadistill.config.data import World
@@ -72,3 +74,11 @@ def test_a_waiting_process_can_be_stopped(tmp_path, work):
             run(tmp_path, [], stop=lambda: True)
         first.result(20)
     assert done == [1]
+
+
+def test_a_stage_does_not_use_the_attention_of_cudnn(monkeypatch, tmp_path):
+    seen: list[bool] = []
+    monkeypatch.setattr("tadistill.stages.teacher.temper", lambda _: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or {})
+    run(tmp_path, [])
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # as before
