@@ -18,7 +18,7 @@ from tadistill.errors import StoreError
 Group = Literal["quality", "text", "language", "divergence"]
 Log = Literal["dev", "train", "rollout"]
 
-POINTS, PERCENT, NATS = "points", "percentage points", "nats/token"
+POINTS, PERCENT, NATS, BITS = "points", "percentage points", "nats/token", "bits/byte"
 LAST = "last"  # Select's name for the final weights, which no metric chooses
 
 
@@ -70,6 +70,7 @@ _ROWS = (
     Metric("rouge_l_unicode", "ROUGE-L (all scripts)", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),
     Metric("perplexity", "perplexity", "language", "", 2, "lower", whole_set=True, hub="perplexity", on_card=True),
+    Metric("bits_per_byte", "bits per byte", "language", BITS, 3, "lower", on_card=True),
     Metric("ece_tokens", "calibration error of tokens", "language", PERCENT, 1, "lower", whole_set=True, on_card=True),
     Metric("ece_labels", "calibration error of labels", "language", PERCENT, 1, "lower", whole_set=True),
     Metric("label_accuracy", "label accuracy", "language", PERCENT, 1, "higher", hub="accuracy"),

@@ -41,6 +41,9 @@ class Evaluate(Decoding):
     precision: Precision = "fp32"
     """Number format of the models in stages that only run models: tests, comparisons with the teacher, and the teacher's answers to the
     training prompts. With `bf16` the weights take half the memory, and a GPU is several times as fast. Scores are sums in float32."""
+    bits_per_byte: bool | None = None
+    """True: also measure the bits per byte of the references, which can be compared between models with different tokenizers. By default,
+    they are measured if the models of the study have different tokenizers."""
     also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
         "greedy": OtherDecoding(temperature=0),
         "t0.5": OtherDecoding(temperature=0.5),

@@ -18,6 +18,7 @@ from tadistill.data.batch import Sequence, references
 from tadistill.data.prompts import task_of
 from tadistill.data.templates import EvalSet
 from tadistill.evaluation import calibration, text_scores
+from tadistill.evaluation.bits import bits_per_byte, reference_sizes
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import names_in
@@ -81,10 +82,11 @@ def score(
     own: Mapping[str, OwnFunction] | None = None,
     *,
     read_references: bool = True,
+    per_byte: bool = False,
 ) -> Evaluation:
     """Return all scores of sampled answers. `own` are metrics of the user.
 
-    If `read_references` is True, loss and calibration on the references are measured too.
+    If `read_references` is True, loss and calibration on the references are measured too, and with `per_byte` their bits per byte.
     """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
@@ -94,7 +96,7 @@ def score(
     columns |= {name: np.array(values)[:, None] for name, values in text_scores.score_seeds(predictions).items()}
     corpus: dict[str, Any] = {"numbers": text_scores.score_set(predictions)}
     if read_references:
-        _read_references(subject, data, settings.batch, columns, corpus)
+        _read_references(subject, data, settings.batch, columns, corpus, per_byte)
     records = [r for seed in answers for r in _records(data, seed, subject, predictions[seed], per_seed[seed])]
     return Evaluation({name: values.tolist() for name, values in columns.items()}, corpus, records)
 
@@ -113,9 +115,13 @@ def _answer_scores(
     return found | {"entropy": means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))}
 
 
-def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any]) -> None:
+def _read_references(
+    subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any], per_byte: bool
+) -> None:
     found = likelihood(subject, references(data.encoded), batch=batch)
     columns["loss"] = means(found["loss"])[:, None]
+    if per_byte:
+        columns["bits_per_byte"] = bits_per_byte(found["loss"], reference_sizes(data, subject.tokenizer, subject.eos))[:, None]
     bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
     corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
     if all(r.choices for r in data.rows):

@@ -230,6 +230,7 @@ class StageBuilder:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
         own, tasks = self._own_and_tasks
         more: dict[str, Any] = {"references": not other, "own": own, "tasks": None if other else tasks}
+        more["per_byte"] = not other and bool(self.recipe.evaluate.bits_per_byte)
         spec = specs.EvaluateSpec(**self.only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 

@@ -59,8 +59,10 @@ def _plain(value: Any) -> Any:
         return value.content()
     if isinstance(value, BaseModel):
         # each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from stored scores, and a stage has its
-        # own `precision` and tasks
-        elsewhere = {"also", "samples", "pass_at", "precision", "tasks", "fewshot"} if isinstance(value, Evaluate) else set[str]()
+        # own `precision`, tasks and `per_byte`
+        elsewhere = (
+            {"also", "samples", "pass_at", "precision", "tasks", "fewshot", "bits_per_byte"} if isinstance(value, Evaluate) else set[str]()
+        )
         later = {name for name in _LATER.get(type(value), ()) if getattr(value, name) == type(value).model_fields[name].default}
         return value.model_dump(exclude=elsewhere | later)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -277,6 +277,7 @@ class EvaluateSpec(_OnTestSets):
     own: tuple[OwnCode, ...] = ()
     """The recipe's own metrics."""
     tasks: Tasks | None = None  # tasks of lm-eval that are measured too
+    per_byte: bool = False  # True if the bits per byte of the references are measured too
 
     @property
     def saves_memory(self) -> list[str]:

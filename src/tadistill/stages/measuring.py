@@ -11,6 +11,7 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
+from tadistill.evaluation.bits import unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
@@ -36,8 +37,10 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     total = sum(len(of_seed) for of_set in answers.values() for of_seed in of_set.values())
     for data in sets:
         stop_if_asked(context)
+        if spec.per_byte and (unknown := unknown_tokens(data, tokenizer)):
+            context.alarm(f"{data.name}: {unknown} tokens of the references are unknown to the tokenizer, so bits_per_byte is too low")
         context.progress(total, total, f"scoring the answers to {data.name}")
-        found = score(subject, data, settings, answers[data.name], own, read_references=spec.references)
+        found = score(subject, data, settings, answers[data.name], own, read_references=spec.references, per_byte=spec.per_byte)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
     for name, found in _tasks(context, subject, settings).items():

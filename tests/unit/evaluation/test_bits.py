@@ -1,0 +1,84 @@
+"""Bits per byte: equal to a direct float64 computation, the same for two tokenizers of the same distribution, and independent of padding."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import tiny_model
+
+from tadistill.config import Evaluate
+from tadistill.data import datasets, tinyworld_tokenizers
+from tadistill.data.batch import Sequence
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import EvalSet, encode
+from tadistill.evaluation.bits import bits_per_byte, reference_sizes, unknown_tokens
+from tadistill.evaluation.run import score
+from tadistill.evaluation.scoring import Subject
+
+TEXTS = ("the home of bodan is kirkham .", "naïve café — 猫 🙂", "z", "")
+SETTINGS = Evaluate(seeds=(1,), max_new_tokens=4, batch=3)
+
+
+def prepared(source: str, texts: tuple[str, ...], *, longest: int = 200) -> tuple[Subject, EvalSet]:
+    tokenizer = tinyworld_tokenizers.tokenizer(source, people=12)
+    examples = [datasets.Example("in which town does bodan live ?", "", (text,)) for text in texts]
+    rules = Rules(60, longest, template="plain")
+    subject = Subject(tiny_model("llama", vocab=len(tokenizer)), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
+    return subject, EvalSet("set", examples, encode(examples, tokenizer, rules))
+
+
+def measured(subject: Subject, data: EvalSet) -> np.ndarray:
+    answers = {1: [Sequence(e.prompt, (subject.eos[0],)) for e in data.encoded]}
+    return np.array(score(subject, data, SETTINGS, answers, per_byte=True).scores["bits_per_byte"])[:, 0]
+
+
+@torch.no_grad()
+def direct(subject: Subject, prompt: tuple[int, ...], response: tuple[int, ...], text: str) -> float:
+    logits = subject.model.double()(torch.tensor([[*prompt, *response]])).logits[0].double()
+    log_p = logits.log_softmax(-1)
+    subject.model.float()
+    bits = -sum(float(log_p[len(prompt) + i - 1, token]) for i, token in enumerate(response)) / np.log(2)
+    return bits / max(len(text.encode("utf-8")), 1)
+
+
+@pytest.mark.parametrize("source", tinyworld_tokenizers.TOKENIZERS)
+def test_equals_a_direct_computation_with_the_models_own_tokens(source):
+    texts = TEXTS if source == "tinyworld-bpe" else TEXTS[:1]
+    subject, data = prepared(source, texts)
+    found = measured(subject, data)  # in one padded batch
+    for value, encoded, text in zip(found, data.encoded, texts, strict=True):
+        assert encoded.response[-1] == subject.eos[0]  # the end belongs to the text
+        assert value == pytest.approx(direct(subject, encoded.prompt, encoded.response, text), rel=1e-5)
+    alone = [measured(subject, replace(data, encoded=[row]))[0] for row in data.encoded]
+    np.testing.assert_allclose(found, alone, rtol=1e-5)  # padding that is masked counts like padding that is not there
+
+
+def test_a_uniform_model_has_the_same_value_for_every_way_to_spell_a_text():
+    # two tokenizers: one writes "ab" as one token with probability 1/4, the other as two tokens with probability 1/2 each
+    one, other = bits_per_byte([np.log([4.0])], [2]), bits_per_byte([np.log([2.0, 2.0])], [2])
+    assert one == other == 1.0
+
+
+def test_a_reference_that_was_cut_counts_only_the_bytes_that_are_left():
+    subject, data = prepared("tinyworld-bpe", ("naïve café — 猫 🙂",), longest=25)
+    (encoded,) = data.encoded
+    kept = subject.tokenizer.decode(encoded.response)
+    assert encoded.response[-1] != subject.eos[0]
+    (size,) = reference_sizes(data, subject.tokenizer, subject.eos)
+    assert 0 < size < len("naïve café — 猫 🙂".encode())
+    assert "naïve café — 猫 🙂".encode()[:size].decode(errors="replace") == kept
+    assert measured(subject, data)[0] == pytest.approx(direct(subject, encoded.prompt, encoded.response, "x" * size), rel=1e-5)
+
+
+def test_words_that_a_tokenizer_cannot_read_are_counted():
+    subject, data = prepared("tinyworld", ("bodan lives in 猫",))
+    assert unknown_tokens(data, subject.tokenizer) == 2  # `lives` and the cat
+    subject, data = prepared("tinyworld-bpe", ("bodan lives in 猫",))
+    assert unknown_tokens(data, subject.tokenizer) == 0
+
+
+def test_only_asked_for():
+    subject, data = prepared("tinyworld", TEXTS[:1])
+    answers = {1: [Sequence(e.prompt, (subject.eos[0],)) for e in data.encoded]}
+    assert "bits_per_byte" not in score(subject, data, SETTINGS, answers).scores
