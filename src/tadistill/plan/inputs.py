@@ -53,16 +53,16 @@ _LATER: dict[type[BaseModel], tuple[str, ...]] = {
 }
 """Fields that stages of earlier versions do not have. A field with its default is left out, so that the keys of those stages stay."""
 
+_ELSEWHERE = {"also", "samples", "pass_at", "precision", "tasks", "fewshot", "bits_per_byte"}
+"""Settings of `Evaluate` that are left out. Each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from
+stored scores, and a stage has its own `precision`, tasks and `per_byte`."""
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.content()
     if isinstance(value, BaseModel):
-        # each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from stored scores, and a stage has its
-        # own `precision`, tasks and `per_byte`
-        elsewhere = (
-            {"also", "samples", "pass_at", "precision", "tasks", "fewshot", "bits_per_byte"} if isinstance(value, Evaluate) else set[str]()
-        )
+        elsewhere = _ELSEWHERE if isinstance(value, Evaluate) else set[str]()
         later = {name for name in _LATER.get(type(value), ()) if getattr(value, name) == type(value).model_fields[name].default}
         return value.model_dump(exclude=elsewhere | later)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Bits per byte: equal to a direct float64 computation, the same for two tokenizers of the same distribution, and independent of padding."""
+"""Bits per byte: equal to a direct float64 computation, the same however a text is cut into tokens, and independent of padding."""
 
 from dataclasses import replace
 
