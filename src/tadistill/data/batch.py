@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tadistill.data.encoded import EncodedRows
 from tadistill.data.templates import Encoded, with_bos
+from tadistill.data.second_readings import Aligned, SecondReading, counted_spans, runs
 from tadistill.disk import stream_jsonl
 from tadistill.errors import DataError
 from tadistill.objectives import Hidden, Sampled, TargetMixture, TopK
@@ -42,10 +43,19 @@ class Sequence:
     spans: tuple[tuple[int, int], ...] = ()
     """The parts that count in the loss, as pairs (first token, token after the last one) in prompt and response together. Empty if it is
     the whole response. With a prompt of the teacher's own, they are parts of the response."""
+    second: SecondReading | None = None
+    """The response in the tokens of a teacher with another tokenizer. None if both have one tokenizer."""
 
     @property
     def of_teacher(self) -> "Sequence":
-        """The sequence that the teacher reads: its own prompt if it has one, and this response, without values and states."""
+        """The sequence that the teacher reads: its own prompt if it has one, and this response, without values and states.
+
+        If the teacher has another tokenizer, only tokens in a span count.
+        """
+        if self.second is not None:
+            assert self.teacher_prompt is not None
+            kept = counted_spans(self)[1] >= 0
+            return Sequence(self.teacher_prompt, tuple(self.second.ids.tolist()), spans=runs(kept, len(self.teacher_prompt)))
         if self.teacher_prompt is None:
             return Sequence(self.prompt, self.response, spans=self.spans)
         shift = len(self.teacher_prompt) - len(self.prompt)
@@ -110,15 +120,18 @@ class Batch:
     """A batch of plain text for an additional language-modelling loss. None if there is no such loss."""
     targets: tuple[Hidden | TopK | Sampled, ...] = ()
     """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. Empty if nothing was recorded
-    before training."""
+    before training. With `aligned`, they are those at the teacher's tokens that are in a span."""
     mixture: TargetMixture | None = None
     """The weights of the teachers in this update, if there are several teachers."""
     context: "Batch | None" = None
     """The same responses behind the teacher's own prompts. None if the teacher reads the student's prompts."""
+    aligned: Aligned | None = None
+    """The spans of both batches, if the teacher has another tokenizer. Then `context` has the responses in the teacher's tokens."""
 
     @property
     def of_teacher(self) -> "Batch":
-        """The batch that the teachers read. In its loss, the same response tokens count as here, in the same order."""
+        """The batch that the teachers read. In its loss, the same response tokens count as here, in the same order, unless the teacher has
+        another tokenizer (`aligned`)."""
         return self.context or self
 
     @property
@@ -143,10 +156,11 @@ class Batch:
     def first(self, rows: int) -> "Batch":
         """Return the first `rows` sequences as a batch. Its `corpus` is None."""
         mask = self.mask_BT[:rows]
-        targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
+        aligned = self.aligned and self.aligned.first(rows, int(mask.sum()))
+        targets: Any = tuple(select(t, slice(0, len(aligned.teacher) if aligned else int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
         context = self.context.first(rows) if self.context else None
-        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture, context)
+        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture, context, aligned)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with all its tensors on `device`."""
@@ -155,7 +169,8 @@ class Batch:
         )
         corpus, context = (part.to(device) if part else None for part in (self.corpus, self.context))
         named, targets = dict(zip(self.values, values, strict=True)), tuple(t.to(device) for t in self.targets)
-        moved = Batch(ids, attention, mask, named, corpus, targets, self.mixture, context)
+        aligned = self.aligned and self.aligned.to(device)
+        moved = Batch(ids, attention, mask, named, corpus, targets, self.mixture, context, aligned)
         vars(moved)["places"] = self.places.to(device)
         return moved
 
@@ -238,7 +253,7 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
     """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted.
 
     The teacher may have its own prompts. Without recorded `targets`, the result then also has a second batch: the teacher's prompts with
-    the same responses (`Batch.context`).
+    the same responses (`Batch.context`). If the sequences have second readings, this batch is in the teacher's tokens.
     """
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
@@ -255,5 +270,8 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
             array[b, n - 1 : end - 1] = s.values[name]
     tensors = {k: torch.from_numpy(v) for k, v in values.items()}
     own = not targets and any(s.teacher_prompt is not None for s in sequences)  # recorded outputs need no teacher
-    context = collate([s.of_teacher for s in sequences], pad=pad) if own else None
-    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask), tensors, corpus, targets, context=context)
+    aligned = Aligned.of(sequences) if any(s.second is not None for s in sequences) else None
+    # no model reads the padding, but its embedding is looked up: 0 is a token of every model
+    context = collate([s.of_teacher for s in sequences], pad=0 if aligned else pad) if own else None
+    masks = torch.from_numpy(attention), torch.from_numpy(mask)
+    return Batch(torch.from_numpy(ids), *masks, tensors, corpus, targets, context=context, aligned=aligned)

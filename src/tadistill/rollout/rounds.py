@@ -24,6 +24,7 @@ from tadistill.config.method import Method
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate
+from tadistill.data.second_readings import Rereader, at_span_ends
 from tadistill.data.templates import Encoded
 from tadistill.models.teacher import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
@@ -81,10 +82,13 @@ class Rollouts(Sampler):
         seed: int,
         corpus: Seq[Sequence] = (),
         shard: Shard = Shard(),
+        again: Rereader | None = None,
     ):
+        """`again` reads the sampled responses with the tokenizer of a teacher that has another one. Then `teacher` in `Batch.values` is the
+        log-probability of a whole span, at the span's last token, and 0 at all other tokens."""
         assert isinstance(method.sampler, Rounds)
         self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
-        self.pad, self.seed, self.corpus, self.shard = pad, seed, corpus, shard
+        self.pad, self.seed, self.corpus, self.shard, self.again = pad, seed, corpus, shard, again
         self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
         self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
         self.round = -1
@@ -122,12 +126,11 @@ class Rollouts(Sampler):
         prompts = [row.prompt for row in asked]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
         out = self.engine.respond(prompts, uniforms, self._guide())
-        found = self._with_teacher(
-            [
-                Sequence(e.prompt, r.tokens, r.values, () if r.hidden is None else (r.hidden,), e.teacher_prompt)
-                for e, r in zip(asked, out, strict=True)
-            ]
-        )
+        sampled = [
+            Sequence(e.prompt, r.tokens, r.values, () if r.hidden is None else (r.hidden,), e.teacher_prompt)
+            for e, r in zip(asked, out, strict=True)
+        ]
+        found = self._with_teacher([*map(self.again, sampled)] if self.again else sampled)
         if self.teacher.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
             found = self._as_trained(found)
         return self.shard.gather(list(zip(mine, found, strict=True)))
@@ -155,7 +158,7 @@ class Rollouts(Sampler):
             found = [
                 replace(
                     s,
-                    values=s.values | ({} if scores is None else {name: scores.numpy()}),
+                    values=s.values | ({} if scores is None else {name: _of_response(s, scores.numpy())}),
                     states=s.states if states is None else (*s.states, states),
                 )
                 for s, (states, scores) in zip(found, passes, strict=True)
@@ -189,9 +192,11 @@ class Rollouts(Sampler):
         self, sequences: list[Sequence], model: Teacher, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        other = None if model is self._student else self.again
+        pad, vocab = (0, other.vocab) if other else (self.pad, self.teacher.vocab)
         for rows in by_length(sequences, self.config.chunk):
-            batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
-            target, log_p = model.scored(batch, self.teacher.vocab) if scores else (model.target(batch), None)
+            batch = collate([sequences[i] for i in rows], pad=pad).to(model.device)
+            target, log_p = model.scored(batch, vocab) if scores else (model.target(batch), None)
             lengths = batch.mask_BT.sum(1).tolist()
             kept: Seq[Tensor | None] = [None] * len(rows)
             if states and isinstance(target, Hidden):
@@ -218,6 +223,10 @@ class Rollouts(Sampler):
         self.round, self.sequences = state["round"], unpack(state["rollouts"])
 
 
+def _of_response(sequence: Sequence, scores: np.ndarray) -> np.ndarray:
+    return scores if sequence.second is None else at_span_ends(sequence, scores)
+
+
 def on_policy(
     method: Method,
     texts: Seq[Sequence],
@@ -233,7 +242,7 @@ def on_policy(
     Args:
         texts: the responses of the data set. For the sampler `pair`, these are the teacher's responses.
         prompts: the prompts for samplers that work in rounds.
-        common: the arguments that every sampler takes: engine, pad, seed and shard.
+        common: the arguments that every sampler takes: engine, pad, seed, shard and again.
     """
     config = method.sampler
     if isinstance(config, Rounds):

@@ -20,6 +20,7 @@ from tadistill import rng
 from tadistill.config.method import Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler
 from tadistill.data.batch import Batch, Sequence, collate
+from tadistill.data.second_readings import Rereader, SecondReading
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.signals import Signals
 
@@ -124,7 +125,10 @@ def _within(most: int, mine: np.ndarray, sizes: list[int], *, packed: bool) -> l
 
 
 def length(sequence: Sequence) -> int:
-    """Return the number of tokens of a sequence. If the teacher has its own prompt, the longer of the two prompts counts."""
+    """Return the number of tokens of a sequence. If the teacher has its own prompt, the longer of the two prompts counts. If it has its own
+    tokens, the longer of the two sequences counts."""
+    if sequence.second is not None:
+        return max(len(sequence.prompt) + len(sequence.response), len(sequence.teacher_prompt or ()) + len(sequence.second.ids))
     return max(len(sequence.prompt), len(sequence.teacher_prompt or ())) + len(sequence.response)
 
 
@@ -147,6 +151,7 @@ def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
             "states": s.states,
             "values": {k: torch.from_numpy(v) for k, v in s.values.items()},
             "teacher_prompt": s.teacher_prompt,
+            **({"second": {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(s.second).items()}} if s.second else {}),
         }
         for s in sequences
     ]
@@ -162,7 +167,13 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
         prompt = s.get("teacher_prompt")  # earlier versions do not store it
         return None if prompt is None else tuple(prompt)
 
-    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s)) for s in stored]
+    def second(s: dict[str, Any]) -> SecondReading | None:
+        kept = s.get("second")
+        return kept and SecondReading(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in kept.items()})
+
+    return [
+        Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s)) for s in stored
+    ]
 
 
 class FixedSequences(Sampler):
@@ -187,9 +198,20 @@ class FixedSequences(Sampler):
 
 
 class _WithStudent(Sampler):
-    def __init__(self, sequences: Seq[Sequence], optim: Optim, *, engine: Engine, pad: int, seed: int, shard: Shard = Shard()):
-        self.fixed = FixedSequences(sequences, optim, pad=pad, seed=seed, shard=shard)
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        optim: Optim,
+        *,
+        engine: Engine,
+        pad: int,
+        seed: int,
+        shard: Shard = Shard(),
+        again: Rereader | None = None,
+    ):
+        self.fixed = FixedSequences(again.each(sequences) if again else sequences, optim, pad=pad, seed=seed, shard=shard)
         self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
+        self.again = again
 
     def samples(self, step: int) -> bool:
         return True
@@ -198,7 +220,8 @@ class _WithStudent(Sampler):
         """Return the student's answers to this process's share of the prompts. The keys are positions in the update's batch."""
         rows, mine = self.fixed.rows(step), own(self.optim, self.shard).tolist()
         asked = [self.sequences[rows[place]] for place in mine]
-        return dict(zip(mine, respond(self.engine, asked, mine, self.seed, "rollout", step), strict=True))
+        found = respond(self.engine, asked, mine, self.seed, "rollout", step)
+        return dict(zip(mine, map(self.again, found) if self.again else found, strict=True))
 
     def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
         groups = cut(self.optim, self.shard, lambda place: length(by_place[place]))

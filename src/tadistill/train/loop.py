@@ -23,7 +23,7 @@ from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.metrics import higher_is_better, training_text
 from tadistill.rollout.samplers import Sampler
-from tadistill.train import checkpoint, sharding
+from tadistill.train import checkpoint, sharding, spans
 from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
 from tadistill.train.meter import Meter
 from tadistill.train.step import Step, counts
@@ -244,9 +244,9 @@ def _update(
     done: int,
 ) -> dict[str, float]:
     total = counts(batches)
-    count = dict(zip(total, _sum(accelerator, torch.tensor([*total.values()])).clamp(min=1).tolist(), strict=True))
+    count = dict(zip(total, _sum(accelerator, torch.tensor([*total.values()])).tolist(), strict=True))
     # DDP and FSDP average gradients over ranks, but the count already covers all ranks
-    per = {name: n / accelerator.num_processes for name, n in count.items()}
+    per = {name: max(n, 1) / accelerator.num_processes for name, n in count.items()}
     logged = torch.zeros(0)
     names: list[str] = []
     for i, batch in enumerate(batches):
@@ -275,7 +275,7 @@ def _update(
         assert optim.steps is not None
         step.schedule.update(row["train/taid"], done + 1, optim.steps)
         row["train/taid_t"] = step.schedule.t
-    return row | {"train/grad_norm": norm, "tokens": count["response"]}
+    return row | spans.metrics(count) | {"train/grad_norm": norm, "tokens": max(count["response"], 1)}
 
 
 def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,11 @@ from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.models.teacher import Teacher, teacher_of
-from tadistill.objectives import TaidSchedule, TargetMixture
+from tadistill.objectives import SharedVocabulary, TaidSchedule, TargetMixture
 from tadistill.objectives.fused import Term, fused_terms
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
+from tadistill.train import spans
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,16 @@ class Loss:
 class Models:
     """A student and its teachers. `loss` runs them on a batch."""
 
-    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teachers: tuple[PreTrainedModel | Teacher, ...],
+        vocab: int,
+        shared: SharedVocabulary | None = None,
+    ):
+        """`shared` are the tokens that student and teacher have in common, if they have different tokenizers."""
         self.student_model, self.teachers, self.vocab = student, tuple(map(teacher_of, teachers)), vocab
-        self.student = Reader(student)
+        self.student, self.shared = Reader(student), shared
 
     @property
     def here(self) -> tuple[PreTrainedModel, ...]:
@@ -61,12 +69,18 @@ class Models:
             return tuple(batch.targets[k] for k in kept)
         return tuple(self.teachers[k].target(batch.of_teacher) for k in kept)
 
-    def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float, per_span: float = 1.0) -> Loss:
         """Return the loss of a batch: the sum of each term over the response tokens, divided by the number `per`.
 
-        `model` is the student or a wrapper around it."""
+        If the teacher has another tokenizer, its terms are summed over spans and divided by `per_span`. `model` is the student or a wrapper
+        around it.
+        """
         teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()
         hidden = self.student.hidden(model, batch)
+        if batch.aligned is not None:
+            assert self.shared is not None, "a batch with spans needs the shared tokens of both models"
+            sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.shared)
+            return Loss(*spans.loss(sides, batch, terms, per, per_span))
         weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32).to(hidden.device, non_blocking=True)
         total, found = fused_terms(terms, hidden, self.student.head, weights, teachers=teachers, vocab=self.vocab)
         sums = (found * weights.to(found.dtype)).sum(1)
@@ -116,9 +130,10 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: two divisors: `response` for the sum over response tokens, and `corpus` for the sum over plain text.
+            per: divisors: `response` for the sum over response tokens, `corpus` for the sum over plain text, and `spans` for the sum over
+                spans.
         """
-        found = self.models.loss(student, batch, self.terms(batch), per["response"])
+        found = self.models.loss(student, batch, self.terms(batch), per["response"], per.get("spans", 1.0))
         if batch.corpus is None:
             return found
         # The plain text has its own forward pass. Joined with the rollouts, the shorter text would be padded, and both graphs would be in
@@ -134,9 +149,13 @@ def mixture_of(batch: Batch) -> TargetMixture | None:
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
-    """Count this process's loss tokens. The key `response` counts response tokens, and `corpus` counts tokens of plain text."""
+    """Count this process's loss tokens. The key `response` counts response tokens, and `corpus` counts tokens of plain text.
+
+    If the teacher has another tokenizer, there are also the counts of `Aligned.found`, such as `spans`.
+    """
     corpora = [b.corpus for b in batches if b.corpus]
-    return {"response": sum(len(b.places.loss) for b in batches), "corpus": sum(len(c.places.loss) for c in corpora)}
+    found = {"response": sum(len(b.places.loss) for b in batches), "corpus": sum(len(c.places.loss) for c in corpora)}
+    return found | spans.counts([b.aligned for b in batches if b.aligned])
 
 
 def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
@@ -157,6 +176,7 @@ def make_step(
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,
     recorded: int = 0,
+    shared: SharedVocabulary | None = None,
 ) -> Step:
     """Return the `Step` of a method, which computes the loss of a batch for the training loop.
 
@@ -166,8 +186,9 @@ def make_step(
         seed: the random seed that decides which teachers an update leaves out.
         own: the function of objective `custom`.
         recorded: the number of teachers whose recorded outputs the batches contain.
+        shared: the tokens that student and teacher have in common, if they have different tokenizers.
     """
-    models, count = Models(student, teachers, vocab), recorded or len(teachers)
+    models, count = Models(student, teachers, vocab, shared), recorded or len(teachers)
     step = _step(method, models, own)
     if method.dense is None or count < 2:
         return step
@@ -266,7 +287,8 @@ def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Ba
 
 
 def _returns(objective: config.MiniLLM, batch: Batch) -> Tensor:
-    rewards = (batch.values["teacher"] - batch.values["student"]) / objective.reward_scale
+    found = batch.values["teacher"] - batch.values["student"] if batch.aligned is None else spans.rewards(batch)
+    rewards = found / objective.reward_scale
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     return objectives.returns(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tadistill import objectives
 from tadistill.data.batch import Batch
+from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 from tadistill.tuning import WATCHED_ROWS
 
@@ -38,6 +39,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
     weight_min, _max    smallest and largest q_old / behaviour
     clip_fraction       share of tokens whose q / behaviour the objective clips
+
+    If the teacher has another tokenizer, reverse_kl and reward are means over spans, and there is no teacher_top_mass.
     """
     if "student" not in batches[0].values:
         return {}
@@ -50,13 +53,16 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     entropy, top_mass, log_q, log_p = _scored(step, part)
     ratio = (log_q - behaviour).exp()
     found["entropy"] = float(entropy.mean())
+    if step.clip is not None:
+        found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
+    if part.aligned is not None:
+        log_q, old, behaviour = (spans.summed(part.aligned, values) for values in (log_q, old, behaviour))
+        ratio = (log_q - behaviour).exp()
     if log_p is not None:
         found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
         found["reward"] = float((log_p - old).mean())
     if top_mass is not None:
         found["teacher_top_mass"] = float(top_mass.mean())
-    if step.clip is not None:
-        found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
     return {f"rollout/{name}": value for name, value in found.items()}
 
 
@@ -65,6 +71,7 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
     models, tokens = step.models, batch.counted(batch.targets_BT)
     exact = all(teacher.gives_hidden for teacher in models.teachers)
     teachers = models.targets(batch) if batch.targets or (models.teachers and exact) else ()
+    beside = teachers if batch.aligned is None else ()  # at the student's own tokens
     mixture = mixture_of(batch)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
@@ -77,9 +84,11 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
         return torch.stack(found)
 
     hidden = models.student.hidden(models.student_model, batch)
-    weights = torch.ones(4 if teachers else 2, 1, device=hidden.device)
-    _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=teachers, vocab=models.vocab)
-    if teachers:
+    weights = torch.ones(4 if beside else 2, 1, device=hidden.device)
+    _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=beside, vocab=models.vocab)
+    if batch.aligned is not None:
+        return found[0], None, found[1], spans.teacher_log_probs(models.shared, batch, teachers)
+    if beside:
         entropy, log_q, top_mass, log_p = found.unbind()
         return entropy, top_mass, log_q, log_p
     if (known := batch.values.get("teacher")) is not None:

@@ -1,0 +1,208 @@
+"""Second readings: the responses of a student in the tokens of a teacher with another tokenizer, and the spans of both.
+
+    again = Rereader(token_bytes(student_tokenizer), token_bytes(teacher_tokenizer))
+    sequences = again.each(references(encoded))     # each sequence gets its `second` reading when it is used
+    batch = collate(sequences[:8], pad=pad)         # batch.context is in the teacher's tokens; batch.aligned has the spans
+
+`data.alignment` finds the spans of a text. Here they are numbered in sequences and batches, as the losses need them.
+
+Axes: N positions of the loss in the student's batch, M in the teacher's batch.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tadistill.data.alignment import NO_SPAN, align, read_again
+from tadistill.data.token_bytes import TokenBytes
+from tadistill.errors import DataError
+
+if TYPE_CHECKING:
+    from tadistill.data.batch import Sequence
+
+_KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
+_NOTHING = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class SecondReading:
+    """A response in the teacher's tokens, and the spans of both readings."""
+
+    ids: np.ndarray
+    """The teacher's tokens, int32."""
+    student: np.ndarray
+    """The span of each token of the response, int32, or `NO_SPAN`."""
+    teacher: np.ndarray
+    """The span of each of the teacher's tokens, int32, or `NO_SPAN`."""
+    lone: int = 0
+    changed: int = 0
+    dropped: int = 0
+    """Numbers of bytes, as in `data.token_bytes.Reading`. `changed` and `dropped` count those of both readings."""
+
+
+@dataclass(frozen=True)
+class Rereader:
+    """Reads a student's responses with the tokenizer of its teacher."""
+
+    student: TokenBytes
+    teacher: TokenBytes
+    vocab: int
+    """Number of tokens in the teacher's vocabulary that its output head has."""
+    most: int | None = None
+    """Number of tokens that the teacher can read, prompt and response together. Tokens after them are in no span."""
+
+    def __call__(self, sequence: "Sequence") -> "Sequence":
+        """Return the sequence with its second reading. The response must follow a prompt.
+
+        Raises:
+            DataError: the teacher's prompt is as long as all that the teacher can read.
+        """
+        return replace(sequence, second=self._read(sequence))
+
+    def each(self, sequences: Seq["Sequence"]) -> Seq["Sequence"]:
+        """Return sequences with second readings. A response is read again when it is used first."""
+        return _Reread(sequences, self)
+
+    def _read(self, sequence: "Sequence") -> SecondReading:
+        assert sequence.teacher_prompt is not None, "a teacher with another tokenizer reads a prompt of its own"
+        own, found = read_again(sequence.response, self.student, self.teacher)
+        if self.most is not None:
+            room = self.most - len(sequence.teacher_prompt)
+            if room < 1:
+                raise DataError(
+                    f"a prompt has {len(sequence.teacher_prompt)} tokens of the teacher, but the teacher can read only {self.most}; lower "
+                    "data.max_prompt"
+                )
+            found = replace(found, ids=found.ids[:room], pieces=found.pieces[:room], exact=found.exact[:room])
+        spans = align(own, found)
+        of_student = np.full(len(sequence.response), NO_SPAN, np.int32)
+        of_student[: len(spans.student)] = spans.student
+        ids, of_teacher = np.array(found.ids, np.int32), np.array(spans.teacher, np.int32)
+        changed, dropped = (getattr(own, name) + getattr(found, name) for name in ("changed", "dropped"))
+        return SecondReading(ids, of_student, of_teacher, found.lone, changed, dropped)
+
+
+class _Reread(Seq["Sequence"]):
+    def __init__(self, sequences: Seq["Sequence"], again: Rereader):
+        self._sequences, self._again, self._known = sequences, again, OrderedDict[int, SecondReading]()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @overload
+    def __getitem__(self, i: int) -> "Sequence": ...
+    @overload
+    def __getitem__(self, i: slice) -> list["Sequence"]: ...
+    def __getitem__(self, i: int | slice) -> "Sequence | list[Sequence]":
+        places = range(len(self))[i]
+        return [self._one(k) for k in places] if isinstance(places, range) else self._one(places)
+
+    def _one(self, i: int) -> "Sequence":
+        sequence = self._sequences[i]
+        if (known := self._known.get(i)) is not None:
+            return replace(sequence, second=known)
+        found = self._again(sequence)
+        assert found.second is not None
+        self._known[i] = found.second
+        if len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return found
+
+
+def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
+    """Return the span of each token of the response, and of each token of the second reading, numbered from 0.
+
+    A span is left out (`NO_SPAN`) if one of its tokens does not count in the loss.
+    """
+    assert sequence.second is not None, "the sequence has no second reading"
+    mine, theirs = sequence.second.student, sequence.second.teacher
+    counts = np.zeros(len(mine), bool)
+    for first, after in sequence.parts:
+        counts[first - len(sequence.prompt) : after - len(sequence.prompt)] = True
+    kept = np.ones(int(max(mine.max(initial=NO_SPAN), theirs.max(initial=NO_SPAN))) + 2, bool)
+    kept[mine[~counts]] = False
+    kept[NO_SPAN] = False  # the last place stands for tokens without a span
+    numbers = np.where(kept, kept.cumsum() - 1, NO_SPAN)
+    return numbers[mine], numbers[theirs]
+
+
+def runs(counts: np.ndarray, start: int) -> tuple[tuple[int, int], ...]:
+    """Return the runs of True, as pairs (first, after the last) counted from `start`. Return one empty pair if there is none."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], counts, [0]]))) + start
+    return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)) or ((start, start),)
+
+
+def at_span_ends(sequence: "Sequence", scores: np.ndarray) -> np.ndarray:
+    """Return the sum of the teacher's `scores` in each span, at the last of the student's tokens in the span. All other tokens have 0.
+
+    Args:
+        scores: one float per token of the second reading that is in a span.
+    """
+    mine, theirs = counted_spans(sequence)
+    theirs = theirs[theirs >= 0]
+    found = np.zeros(len(mine), scores.dtype)
+    if len(theirs):
+        sums = np.zeros(theirs[-1] + 1, scores.dtype)
+        np.add.at(sums, theirs, scores)
+        last = np.flatnonzero((mine >= 0) & (mine != np.append(mine[1:], NO_SPAN)))
+        found[last] = sums[mine[last]]
+    return found
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The spans of a batch whose teacher has another tokenizer. They are numbered from 0 through the whole batch."""
+
+    student: Tensor
+    """(N,) the span of each position of the loss in the student's batch, in ascending order. `NO_SPAN` is a token that is in no span."""
+    teacher: Tensor
+    """(M,) the span of each of the teacher's tokens that are in a span."""
+    tokens: Tensor
+    """(M,) these tokens. They are those of the loss in the teacher's batch (`Batch.context`)."""
+    of_rows: tuple[int, ...]
+    """Number of spans in each row."""
+    found: Mapping[str, int]
+    """Counts for the log: `spans`; `single`, the spans of one token on both sides; `tokens` of the student that count in the loss;
+    `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of `SecondReading`."""
+
+    @property
+    def count(self) -> int:
+        """Number of spans."""
+        return sum(self.of_rows)
+
+    @classmethod
+    def of(cls, sequences: Seq["Sequence"]) -> "Aligned":
+        """Return the spans of sequences that all have a second reading."""
+        mine, theirs, tokens, of_rows, found = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), list[int](), _NOTHING
+        for s in sequences:
+            student, teacher = counted_spans(s)
+            assert s.second is not None
+            of_loss = np.concatenate([student[first - len(s.prompt) : after - len(s.prompt)] for first, after in s.parts])
+            tokens.append(s.second.ids[teacher >= 0])
+            teacher = teacher[teacher >= 0]
+            count, start = int(teacher.max(initial=NO_SPAN)) + 1, sum(of_rows)
+            sizes = [np.bincount(spans[spans >= 0], minlength=count) for spans in (of_loss, teacher)]
+            new = {"spans": count, "single": int(((sizes[0] == 1) & (sizes[1] == 1)).sum()), "tokens": len(of_loss)}
+            new |= {"left_out": int((of_loss < 0).sum()), "lone": s.second.lone, "changed": s.second.changed, "dropped": s.second.dropped}
+            found = {name: n + new[name] for name, n in found.items()}
+            mine.append(np.where(of_loss >= 0, of_loss + start, NO_SPAN))
+            theirs.append(teacher + start)
+            of_rows.append(count)
+        each = (torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (mine, theirs, tokens))
+        return cls(*each, tuple(of_rows), found)
+
+    def to(self, device: torch.device) -> "Aligned":
+        """Return the spans on `device`."""
+        student, teacher, tokens = (part.to(device, non_blocking=True) for part in (self.student, self.teacher, self.tokens))
+        return replace(self, student=student, teacher=teacher, tokens=tokens)
+
+    def first(self, rows: int, tokens: int) -> "Aligned":
+        """Return the spans of the first `rows` rows, whose positions of the loss are the first `tokens` ones. `found` stays as it is."""
+        kept = self.teacher < sum(self.of_rows[:rows])
+        return Aligned(self.student[:tokens], self.teacher[kept], self.tokens[kept], self.of_rows[:rows], self.found)

@@ -1,0 +1,120 @@
+"""The loss of a batch whose teacher has another tokenizer: divergences over spans, and MiniLLM's rewards of spans.
+
+`objectives.spans` has the losses, and `data.second_readings` makes the batches. Terms without a teacher, such as cross-entropy, are summed
+over the student's tokens, as in any other batch.
+
+Axes: B sequences, T positions, N tokens of the loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tadistill.data.batch import Batch
+from tadistill.data.second_readings import Aligned
+from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens, span_rewards
+from tadistill.objectives.fused import Term, fused_terms
+from tadistill.objectives.spans import fused_span_distance, fused_span_divergence, span_log_probs, span_sums
+from tadistill.objectives.targets import Target, TeacherTerm
+from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Student and teacher at the tokens of a batch's loss."""
+
+    student: Tensor
+    """(N, H) the student's hidden states, with a graph."""
+    head: Head
+    teacher: Target | None
+    """The teacher's hidden states at its own tokens (`Aligned.tokens`). None if no term needs them."""
+    shared: SharedVocabulary
+
+
+def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a batch, and the value of each term by name.
+
+    Args:
+        per: the divisor of sums over the student's tokens.
+        per_span: the divisor of sums over spans.
+    """
+    total, parts = sides.student.new_zeros(()), dict[str, Tensor]()
+    of_tokens = [term for term in terms if not isinstance(term, TeacherTerm)]
+    if of_tokens:
+        weights = torch.tensor([[t.weight / per] for t in of_tokens], dtype=torch.float32).to(sides.student.device, non_blocking=True)
+        total, found = fused_terms(of_tokens, sides.student, sides.head, weights, vocab=sides.shared.sizes[0])
+        parts = dict(zip((t.name for t in of_tokens), (found * weights.to(found.dtype)).sum(1), strict=True))
+    for term in terms:
+        if isinstance(term, TeacherTerm):
+            more = _over_spans(sides, batch, term, per_span)
+            total, parts = total + more if of_tokens else more, {term.name: more.detach(), **parts}
+    return total, parts
+
+
+def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -> Tensor:
+    aligned = batch.aligned
+    assert aligned is not None
+    assert isinstance(sides.teacher, Hidden), "a plan refuses other targets across tokenizers"
+    assert not term.per_token and term.mixture is None, "a plan refuses such objectives across tokenizers"
+    kept = aligned.student >= 0
+    student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
+    teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
+    weights = torch.full((aligned.count,), term.weight / per_span, dtype=torch.float32, device=sides.student.device)
+    shared = sides.shared.to(sides.student.device)
+    settings: dict[str, Any] = {**term.settings, "weights": weights, "temperature": term.temperature}
+    if term.divergence is sorted_distance:
+        return fused_span_distance(sorted_distance, student, teacher, shared.sizes, **settings)[0]
+    if term.divergence is hybrid_distance:
+        return fused_span_distance(hybrid_distance, student, teacher, shared.sizes, shared=shared, **settings)[0]
+    return fused_span_divergence(term.divergence, student, teacher, shared, **settings)[0]
+
+
+def rewards(batch: Batch) -> Tensor:
+    """Return MiniLLM's rewards log p - log q of spans at the student's positions (B, T), before scaling.
+
+    The batch's value `teacher` is the teacher's log-probability of each span, at the span's last token.
+    """
+    assert batch.aligned is not None
+    spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)
+    first_B1 = torch.where(spans_BT < 0, batch.aligned.count, spans_BT).amin(1, keepdim=True)
+    of_row = torch.where(spans_BT < 0, spans_BT, spans_BT - first_B1)
+    return span_rewards(batch.values["student"], of_row, batch.values["teacher"], of_row, delay=0)
+
+
+def summed(aligned: Aligned, values: Tensor) -> Tensor:
+    """Return the sum over each span of values (N,) at the student's tokens."""
+    kept = aligned.student >= 0
+    return span_sums(values[kept], aligned.student[kept], aligned.count)
+
+
+def teacher_log_probs(shared: SharedVocabulary | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
+    """Return the teacher's log-probability of each span of a batch: its value `teacher`, or else computed from the teacher's outputs."""
+    assert batch.aligned is not None
+    if "teacher" in batch.values:
+        return summed(batch.aligned, batch.counted(batch.values["teacher"]))
+    assert shared is not None
+    assert isinstance(teachers[0], Hidden)
+    return span_log_probs(SpanTokens(teachers[0], batch.aligned.tokens, batch.aligned.teacher), shared.sizes[1])
+
+
+def counts(aligned: Sequence[Aligned]) -> dict[str, int]:
+    """Add up the counts of several batches (`Aligned.found`). Return an empty dict if there are none."""
+    names = aligned[0].found if aligned else ()
+    return {name: sum(each.found[name] for each in aligned) for name in names}
+
+
+def metrics(count: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers for the log from the counts of an update. Return an empty dict if student and teacher have one tokenizer.
+
+    spans           number of spans
+    single          share of the spans with one token on both sides
+    left_out        share of the student's tokens that no span has
+    lone, changed, dropped      bytes, as in `SecondReading`
+    """
+    if "spans" not in count:
+        return {}
+    found = {"spans": count["spans"], "single": count["single"] / max(count["spans"], 1), "left_out": count["left_out"] / max(count["tokens"], 1)}
+    return {f"spans/{name}": value for name, value in (found | {name: count[name] for name in ("lone", "changed", "dropped")}).items()}

@@ -1,0 +1,419 @@
+"""Two tokenizers in one update: losses, gradients and weights against loops written by hand, for every way to make batches."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tests.byte_models import byte_tokenizer
+from tests.conftest import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tadistill import objectives
+from tadistill.config.common import Decoding
+from tadistill.config.method import Method, Optim
+from tadistill.data.alignment import shared_tokens
+from tadistill.data.batch import Sequence, collate
+from tadistill.data.second_readings import Rereader, at_span_ends, counted_spans
+from tadistill.data.templates import Encoded
+from tadistill.data.token_bytes import TokenBytes, token_bytes
+from tadistill.errors import DataError
+from tadistill.models.forward import pack_rows
+from tadistill.objectives import SharedVocabulary
+from tadistill.rollout.engine import Native
+from tadistill.rollout.rounds import on_policy
+from tadistill.rollout.samplers import FixedSequences, length, pack, unpack
+from tadistill.train import spans
+from tadistill.train.step import counts, make_step
+from tadistill.train.watch import watch
+
+TEXTS = ("the theatre", "a then the", "he the a", "there then", "the the", "a theatre he", "then", "the a the a")
+MERGES = {"student": ["t h", "th e", "Ġ th", "a t"], "teacher": ["h e", "t he", "Ġ the", "r e", "the n", "Ġ a"]}
+
+
+@cache
+def vocabulary(name: str) -> TokenBytes:
+    """A byte-level BPE tokenizer with a few merges; `student` and `teacher` merge other pairs."""
+    merges = [tuple(merge.split()) for merge in MERGES[name]]
+    tokens = ["<pad>", "<end>" if name == "teacher" else "</s>", *bytes_to_unicode().values(), *map("".join, merges)]
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return token_bytes(PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token=tokens[1]))
+
+
+STUDENT, TEACHER = vocabulary("student"), vocabulary("teacher")
+SIZES = len(STUDENT.tokens), len(TEACHER.tokens)
+AGAIN = Rereader(STUDENT, TEACHER, SIZES[1])
+
+
+def shared(rest="lump") -> SharedVocabulary:
+    mine, theirs = shared_tokens(STUDENT, TEACHER)
+    return SharedVocabulary(torch.tensor(mine), torch.tensor(theirs), SIZES, rest)
+
+
+def ids(vocabulary: TokenBytes, text: str) -> tuple[int, ...]:
+    return tuple(vocabulary.tokenizer(text)["input_ids"])
+
+
+def row(i: int, text: str) -> Encoded:
+    """The prompts of both models differ in text and in length."""
+    prompt, own = ids(STUDENT, f"{i}: "[: 1 + i % 3]), ids(TEACHER, "Q: say it. "[: 3 + 2 * (i % 4)])
+    return Encoded(i, prompt, (*ids(STUDENT, text), STUDENT.ends[0]), teacher_prompt=own)
+
+
+ROWS = [row(i, text) for i, text in enumerate(TEXTS)]
+FIXED = [Sequence(r.prompt, r.response, teacher_prompt=r.teacher_prompt) for r in ROWS]
+
+
+def pair(dtype=torch.float64):
+    student, teacher = tiny_model("llama", vocab=SIZES[0] + 3), tiny_model("llama", vocab=SIZES[1] + 5, seed=5)
+    return student.to(dtype), teacher.to(dtype).requires_grad_(False)
+
+
+def log_probs(model, prompt, response, size: int, temperature: float = 1.0) -> torch.Tensor:
+    """Return the log-probabilities (tokens, size) at a response of one sequence, read by itself."""
+    logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits
+    return (logits[0, len(prompt) - 1 : -1, :size] / temperature).log_softmax(-1)
+
+
+def pieces(vocabulary: TokenBytes, tokens) -> list[bytes]:
+    """What each token stands for, the end of the text as one more byte."""
+    return [b"\xff" if t in vocabulary.ends else vocabulary.pieces[t] for t in tokens]  # pyright: ignore[reportReturnType]
+
+
+def cut(mine: list[bytes], theirs: list[bytes]) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens of each span on both sides, from the common places of both lists of pieces."""
+    ends = [[len(b"".join(side[: k + 1])) for k in range(len(side))] for side in (mine, theirs)]
+    found, last = [], 0
+    for end in sorted(set(ends[0]) & set(ends[1])):
+        found.append(tuple([k for k, e in enumerate(side) if last < e <= end] for side in ends))
+        last = end
+    return found
+
+
+def span_values(divergence, student, teacher, s: Sequence, temperature=1.0, **settings) -> list[torch.Tensor]:
+    """Return the loss of each span of one sequence, with whole logits."""
+    pairs, found = shared(), []
+    theirs = (*ids(TEACHER, STUDENT.tokenizer.decode(s.response[:-1])), TEACHER.ends[0])
+    q = log_probs(student, s.prompt, s.response, SIZES[0], temperature)
+    p = log_probs(teacher, s.teacher_prompt, theirs, SIZES[1], temperature)
+    for own, other in cut(pieces(STUDENT, s.response), pieces(TEACHER, theirs)):
+        if len(own) == len(other) == 1 and pairs.partner[s.response[own[0]]] == theirs[other[0]]:
+            found.append(divergence(*pairs.align(q[own[0]], p[other[0]]), **settings))
+        else:
+            sums = [sum(side[k, t[k]] for k in at) for side, t, at in ((q, s.response, own), (p, theirs, other))]
+            found.append(divergence(*[torch.stack([x, (-x.exp()).log1p()]) for x in sums], **settings))
+    return found
+
+
+def by_hand(divergence, student, teacher, sequences, *, kd_ratio=1.0, **settings) -> torch.Tensor:
+    """Return the loss of an update: a Python loop over rows and spans."""
+    values, likelihood = [], []
+    for s in sequences:
+        values += span_values(divergence, student, teacher, s, **settings)
+        plain = log_probs(student, s.prompt, s.response, SIZES[0])
+        likelihood += [-plain[k, token] for k, token in enumerate(s.response)]
+    return kd_ratio * torch.stack(values).mean() + (1 - kd_ratio) * torch.stack(likelihood).mean()
+
+
+def losses(made, student, batches):
+    """Return the loss of an update and its gradient."""
+    student.zero_grad()
+    per = {name: float(max(n, 1)) for name, n in counts(batches).items()}
+    total = 0.0
+    for batch in batches:
+        loss = made.loss(student, batch, per)
+        loss.total.backward()
+        total += float(loss.total.detach())
+    return total, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+
+def gradient(loss, student):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*student.parameters()], allow_unused=True) if g is not None])
+
+
+OBJECTIVES = [
+    {"type": "forward_kl", "kd_ratio": 0.7},
+    {"type": "reverse_kl", "temperature": 1.5},
+    {"type": "jensen_shannon", "beta": 0.3},
+    {"type": "adaptive_kl"},
+    {"type": "alpha_beta"},
+]
+WAYS = {"whole": {}, "micro": {"micro_batch": 3}, "tokens": {"tokens": 60}, "packed": {"tokens": 60, "packed": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["type"])
+def test_loss_and_gradient_equal_a_loop_by_hand(objective, way):
+    student, teacher = pair()
+    for model in (student, teacher) if way == "packed" else ():
+        pack_rows(model)
+    method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6} | WAYS[way]})
+    sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
+    batches = sampler.micro_batches(0)
+    assert len(batches) > 1 or way == "whole"
+    made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+    found = losses(made, student, batches)
+    settings = {name: value for name, value in objective.items() if name != "type"}
+    student, teacher = pair()
+    expected = by_hand(getattr(objectives, objective["type"]), student, teacher, [FIXED[i] for i in sampler.rows(0)], **settings)
+    assert found[0] == pytest.approx(float(expected.detach()), abs=1e-6)
+    torch.testing.assert_close(found[1], gradient(expected, student), atol=1e-6, rtol=1e-5)
+
+
+def test_weights_after_updates_equal_a_loop_by_hand():
+    """Three updates with AdamW, in micro-batches."""
+    method = Method.model_validate({"objective": {"type": "reverse_kl"}, "optim": {"steps": 3, "batch": 4, "micro_batch": 2}})
+    found = []
+    for ours in (True, False):
+        student, teacher = pair()
+        sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
+        made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+        for step in range(3):
+            optimizer.zero_grad()
+            if ours:
+                losses(made, student, sampler.micro_batches(step))
+            else:
+                by_hand(objectives.reverse_kl, student, teacher, [FIXED[i] for i in sampler.rows(step)]).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+    assert (found[0] - torch.cat([p.flatten() for p in pair()[0].parameters()])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["type"])
+def test_one_tokenizer_is_the_plain_loss_bit_for_bit(objective):
+    """The teacher reads the student's own tokens behind a prompt of its own: with spans, and without."""
+    method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
+    every = torch.arange(SIZES[0])
+    found = []
+    for rereader, both in ((None, None), (Rereader(STUDENT, STUDENT, SIZES[0]), SharedVocabulary(every, every, (SIZES[0], SIZES[0])))):
+        student, _ = pair(torch.float32)
+        teacher = tiny_model("llama", vocab=SIZES[0], seed=5).requires_grad_(False)
+        rows = [replace(s, teacher_prompt=ids(STUDENT, "Q: ")) for s in FIXED]
+        sampler = FixedSequences(rereader.each(rows) if rereader else rows, method.optim, pad=0, seed=1)
+        batches = sampler.micro_batches(0)
+        assert all((batch.aligned is not None) == (rereader is not None) for batch in batches)
+        found.append(losses(make_step(method, student, (teacher,), SIZES[0], shared=both), student, batches))
+    if "kd_ratio" in objective:  # two parts are added in another order
+        assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+        torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-5)
+    else:
+        assert found[0][0] == found[1][0]
+        assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_does_not_count_is_as_if_it_were_not_there():
+    """The first token of `then` does not count. The teacher reads one token there, so all of the word's tokens are in no span."""
+    student, teacher = pair()
+    s = FIXED[TEXTS.index("then")]
+    start = len(s.prompt)
+    masked = AGAIN(replace(s, spans=((start + 1, start + len(s.response)),)))
+    assert [mine.tolist() for mine in counted_spans(masked)] == [[-1, -1, 0], [-1, 0]]
+    batch = collate([masked, AGAIN(FIXED[0])], pad=0)
+    assert batch.aligned.found["left_out"] == 1  # of those that count
+    method = Method.model_validate({"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 2}})
+    found = losses(make_step(method, student, (teacher,), SIZES[0], shared=shared()), student, [batch])
+    kept = [*span_values(objectives.forward_kl, student, teacher, s)[1:], *span_values(objectives.forward_kl, student, teacher, FIXED[0])]
+    expected = torch.stack(kept).mean()
+    assert found[0] == pytest.approx(float(expected.detach()), abs=1e-6)
+    torch.testing.assert_close(found[1], gradient(expected, student), atol=1e-6, rtol=1e-5)
+
+
+def test_a_micro_batch_without_spans_adds_nothing():
+    student, teacher = pair()
+    nothing = Sequence(FIXED[0].prompt, (SIZES[0], SIZES[0]), teacher_prompt=FIXED[0].teacher_prompt)  # rows of the head without a token
+    batch = collate([AGAIN(nothing)], pad=0)
+    assert batch.aligned.count == 0
+    assert batch.aligned.found["left_out"] == 2
+    method = Method.model_validate({"objective": {"type": "reverse_kl"}, "optim": {"steps": 1, "batch": 1}})
+    value, slope = losses(make_step(method, student, (teacher,), SIZES[0], shared=shared()), student, [batch])
+    assert value == 0
+    assert slope.abs().max() == 0
+
+
+NEW = 6
+ROUNDS = {"rollouts": 8, "max_new_tokens": NEW}
+SAMPLERS = {
+    "student": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", **ROUNDS}},
+    "student, two epochs": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "inner_epochs": 2, **ROUNDS}},
+    "mix": {"objective": {"type": "jensen_shannon"}, "sampler": {"type": "mix", "lam": 1.0, "max_new_tokens": NEW}},
+    "replay": {"objective": {"type": "skew_forward_kl"}, "sampler": {"type": "replay", "capacity": 8, "max_new_tokens": NEW}},
+}
+MINILLM = {
+    "objective": {"type": "minillm", "pt_weight": 0, "single_step": False, "include_current": True, "length_normalisation": "remaining"},
+    "sampler": {"type": "teacher_mixed", "alpha": 0, "inner_epochs": 2, **ROUNDS},
+}
+
+
+def made_of(given: dict, again: Rereader | None = AGAIN, *, step: int = 1):
+    """Return the step of a method, its student, its sampler, and the batches of one update."""
+    student, teacher = pair(torch.float32)
+    method = Method.model_validate({**given, "optim": {"steps": 9, "batch": 4, "micro_batch": 2}})
+    engine = Native(student, Decoding(max_new_tokens=NEW), eos=STUDENT.ends, vocab=SIZES[0])
+    common = {"engine": engine, "pad": 0, "seed": 3, "again": again}
+    sampler = on_policy(method, FIXED, ROWS, teachers=(teacher,), vocab=SIZES[0], **common)
+    if hasattr(sampler, "phi"):
+        sampler.phi = sampler.mark = 1.0
+    made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+    for earlier in range(step):
+        sampler.micro_batches(earlier)
+    return made, student, teacher, sampler, made.prepare(sampler.micro_batches(step), step, lambda values: values)
+
+
+def sampled(batches) -> list[Sequence]:
+    """Return the rows of padded batches as sequences, with the teacher's prompt of the same row."""
+    prompts = {r.prompt: r.teacher_prompt for r in ROWS}
+    found = []
+    for batch in batches:
+        for tokens, mask in zip(batch.ids_BT.tolist(), batch.mask_BT.tolist(), strict=True):
+            start = mask.index(True) + 1
+            prompt = tuple(tokens[:start])
+            found.append(Sequence(prompt, tuple(tokens[start : start + sum(mask)]), teacher_prompt=prompts[prompt]))
+    return found
+
+
+@pytest.mark.parametrize("case", SAMPLERS)
+def test_sampled_text_is_read_again(case):
+    """The loss of an update on sampled text equals that of its rows, read again one by one and trained on as a data set."""
+    made, student, teacher, _, batches = made_of(SAMPLERS[case])
+    found = losses(made, student, batches)
+    rows = [AGAIN(s) for s in sampled(batches)]
+    assert found[0] == pytest.approx(losses(made, student, [collate(rows, pad=0)])[0], abs=1e-5)
+    student, teacher = pair()
+    name = SAMPLERS[case]["objective"]["type"]
+    if all(s.response[-1] in STUDENT.ends and b"\xef\xbf\xbd" not in b"".join(pieces(STUDENT, s.response)) for s in rows):
+        expected = by_hand(getattr(objectives, name), student, teacher, rows)
+        assert found[0] == pytest.approx(float(expected.detach()), abs=1e-4)
+
+
+def test_the_student_samples_what_it_samples_alone():
+    texts = [sampled(made_of(SAMPLERS["student"], again)[4]) for again in (AGAIN, None)]
+    assert [s.response for s in texts[0]] == [s.response for s in texts[1]]
+
+
+def test_rollouts_survive_a_checkpoint():
+    _, _, _, sampler, _ = made_of(SAMPLERS["student, two epochs"])
+    for before, after in zip(sampler.sequences, unpack(pack(sampler.sequences)), strict=True):
+        assert before.second is not None and after.second is not None
+        assert np.array_equal(before.second.ids, after.second.ids)
+        assert np.array_equal(before.second.student, after.second.student)
+        assert np.array_equal(before.second.teacher, after.second.teacher)
+        assert (before.second.lone, before.second.changed, before.second.dropped) == (
+            after.second.lone,
+            after.second.changed,
+            after.second.dropped,
+        )
+        assert length(before) == length(after) >= len(before.prompt) + len(before.response)
+
+
+def test_minillm_has_the_rewards_of_spans():
+    """Rewards and returns of each row against sums over its spans; the policy term's gradient is that of -A log q at ratio 1."""
+    made, student, teacher, _, batches = made_of(MINILLM)
+    for batch in batches:
+        for b, s in enumerate(map(AGAIN, sampled([batch]))):
+            theirs = s.second.ids.tolist()
+            q, p = log_probs(student, s.prompt, s.response, SIZES[0]), log_probs(teacher, s.teacher_prompt, theirs, SIZES[1])
+            rewards = torch.zeros(len(s.response))
+            mine, other = counted_spans(s)
+            for k in range(mine.max() + 1):
+                own, their = np.flatnonzero(mine == k), np.flatnonzero(other == k)
+                rewards[own[-1]] = sum(p[i, theirs[i]] for i in their) - sum(q[i, s.response[i]] for i in own)
+            n = len(s.response)
+            expected = torch.stack([rewards[t:].sum() / (n - t) for t in range(n)])
+            start = len(s.prompt) - 1
+            torch.testing.assert_close(batch.values["advantage"][b, start : start + n], expected.detach(), atol=1e-4, rtol=1e-4)
+            assert float(spans.rewards(batch)[b].sum()) == pytest.approx(float(rewards.sum().detach()), abs=1e-4)
+    found = losses(made, student, batches)
+    total = sum(len(s.response) for s in sampled(batches))
+    surrogate = torch.zeros(())
+    for batch in batches:
+        for b, s in enumerate(sampled([batch])):
+            q = log_probs(student, s.prompt, s.response, SIZES[0])
+            start, n = len(s.prompt) - 1, len(s.response)
+            chosen = q[torch.arange(n), torch.tensor(s.response)]
+            surrogate = surrogate - (batch.values["advantage"][b, start : start + n] * chosen).sum() / total
+    torch.testing.assert_close(found[1], gradient(surrogate, student), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["student", "student, two epochs", "minillm"])
+def test_watched_numbers_are_those_of_spans(case):
+    made, student, teacher, _, batches = made_of(MINILLM if case == "minillm" else SAMPLERS[case])
+    found = watch(made, batches)
+    total, kl, count = 0.0, 0.0, 0
+    for s in map(AGAIN, sampled(batches[:1])):
+        theirs = s.second.ids.tolist()
+        q, p = log_probs(student, s.prompt, s.response, SIZES[0]), log_probs(teacher, s.teacher_prompt, theirs, SIZES[1])
+        mine, other = counted_spans(s)
+        for k in range(mine.max() + 1):
+            gap = float(
+                sum(p[i, theirs[i]] for i in np.flatnonzero(other == k)) - sum(q[i, s.response[i]] for i in np.flatnonzero(mine == k))
+            )
+            total, kl, count = total + gap, kl + np.expm1(gap) - gap, count + 1
+    assert found["rollout/reward"] == pytest.approx(total / count, abs=1e-4)
+    assert found["rollout/reverse_kl"] == pytest.approx(kl / count, rel=1e-3)
+    assert "rollout/teacher_top_mass" not in found
+    logged = spans.metrics(counts(batches))
+    assert logged["spans/spans"] == sum(batch.aligned.count for batch in batches)
+    assert 0 <= logged["spans/single"] <= 1
+
+
+def test_scores_stand_at_the_last_token_of_their_span():
+    s = AGAIN(FIXED[0])
+    theirs = counted_spans(s)[1]
+    scores = -np.arange(1.0, len(theirs) + 1)
+    found, mine = at_span_ends(s, scores), counted_spans(s)[0]
+    for k in range(mine.max() + 1):
+        own = np.flatnonzero(mine == k)
+        assert found[own[-1]] == scores[theirs == k].sum()
+        assert not found[own[:-1]].any()
+
+
+def test_what_the_teacher_cannot_read_is_in_no_span_and_is_counted():
+    s = FIXED[0]
+    room = len(s.teacher_prompt) + 2
+    short = replace(AGAIN, most=room)(s)
+    assert len(short.second.ids) == 2
+    batch = collate([short], pad=0)
+    assert batch.context.ids_BT.shape[1] == room
+    assert batch.aligned.found["left_out"] == int((counted_spans(short)[0] < 0).sum()) > 0
+    with pytest.raises(DataError, match="the teacher can read only"):
+        replace(AGAIN, most=len(s.teacher_prompt))(s)
+
+
+def test_sequences_are_read_again_once():
+    asked = []
+
+    class Counting(list):
+        def __getitem__(self, i):
+            asked.append(i)
+            return super().__getitem__(i)
+
+    found = AGAIN.each(Counting(FIXED))
+    first, again = found[3], found[3]
+    assert first.second is again.second
+    assert len(found) == len(FIXED)
+    assert [s.second.ids.tolist() for s in found[:2]] == [AGAIN(s).second.ids.tolist() for s in FIXED[:2]]
+
+
+def test_the_end_token_and_specials_of_each_model():
+    tokenizer = byte_tokenizer()
+    other = token_bytes(tokenizer, (4, 1))  # <|im_end|> ends an answer, and <eos> too
+    found = Rereader(other, TEACHER, SIZES[1])(Sequence((10,), (*tokenizer.encode("the a"), 4), teacher_prompt=(5,)))
+    assert found.second.ids.tolist() == [*ids(TEACHER, "the a"), TEACHER.ends[0]]
+    again = Rereader(other, TEACHER, SIZES[1])(Sequence((10,), (*tokenizer.encode("the"), 5, *tokenizer.encode("a")), teacher_prompt=(5,)))
+    assert counted_spans(again)[0].tolist()[3:] == [-1, -1]  # the teacher has no <|im_start|>, so the rest is in no span
+
+
+def test_optim_limits_tokens_by_the_longer_reading():
+    optim = Optim(steps=1, batch=4, tokens=40)
+    sizes = [length(s) for s in AGAIN.each(FIXED)]
+    assert max(sizes) <= 40
+    for batch in FixedSequences(AGAIN.each(FIXED), optim, pad=0, seed=1).micro_batches(0):
+        assert batch.ids_BT.numel() <= 40 or len(batch.ids_BT) == 1
+        assert batch.context.ids_BT.numel() <= 40 or len(batch.ids_BT) == 1
