@@ -8,41 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.common import MOST, FunctionName, Modest, Share, Strict, Temperature
-
-
-class ObjectiveBase(Strict):
-    """Base class of all objectives. Plans, checks and samplers read its class attributes."""
-
-    needs_teacher: ClassVar[bool] = True
-    """The loss compares the student with a teacher."""
-    needs_scores: ClassVar[bool] = False
-    """Before each update, the loss needs the teacher's log-probability of every sampled token."""
-    needs_rounds: ClassVar[bool] = False
-    """The loss needs a sampler that works in rounds: it samples many sequences, and then trains on them for several updates."""
-    needs_pairs: ClassVar[bool] = False
-    """The loss needs two responses to each prompt: one from the teacher and one from the student."""
-    needs_own_samples: ClassVar[bool] = False
-    """The loss is an estimate. It is correct only if every token is sampled from the student's own distribution."""
-
-    @property
-    def label(self) -> str:
-        return self.type  # type: ignore[attr-defined]
-
-    @property
-    def needs_distribution(self) -> bool:
-        """True if the loss needs the teacher's distribution over the vocabulary at every token."""
-        return self.needs_teacher and not self.needs_scores
-
-    @property
-    def needs_corpus(self) -> bool:
-        """True if a part of the loss is computed on the plain text of `data.corpus`."""
-        return False
-
-    @property
-    def imitates_text(self) -> bool:
-        """True if cross-entropy on the training text is a part of the loss."""
-        return False
+from tadistill.config.common import MOST, FunctionName, Modest, Share
+from tadistill.config.objective_base import Divergence, ObjectiveBase
 
 
 class CrossEntropy(ObjectiveBase):
@@ -54,19 +21,6 @@ class CrossEntropy(ObjectiveBase):
     @property
     def imitates_text(self) -> bool:
         return True
-
-
-class Divergence(ObjectiveBase):
-    """Base class of all divergences between the distributions of teacher and student at every token."""
-
-    temperature: Temperature = 1.0
-    """Number by which the logits of both models are divided. The loss is not multiplied by the temperature squared."""
-    kd_ratio: Share = 1.0
-    """Weight of the divergence in the loss. Cross-entropy on the tokens has the weight 1 - kd_ratio. (MiniLLM's KD baseline uses 0.5.)"""
-
-    @property
-    def imitates_text(self) -> bool:
-        return self.kd_ratio < 1
 
 
 class ForwardKL(Divergence):
@@ -156,6 +110,7 @@ class AlphaMixture(Divergence):
 
 
 class _TopK(Divergence):
+    only_by_token: ClassVar[str] = "compares the teacher's k most probable tokens; use `forward_kl` or `reverse_kl`"
     k: int = Field(default=64, ge=1, le=MOST)
     """Number of tokens that are compared: the teacher's k most probable ones."""
     tail: Literal["lump", "drop"] = "lump"
@@ -179,6 +134,7 @@ class Contrastive(Divergence):
     sampler `pair`."""
 
     needs_pairs: ClassVar[bool] = True
+    only_by_token: ClassVar[str] = "has another loss for each response; use `skew_forward_kl` or `skew_reverse_kl` with another sampler"
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
     """Weight in the mixture: of the teacher in the forward KL, and of the student in the reverse KL. The weight is constant here, but the
@@ -208,6 +164,31 @@ class Taid(Divergence):
         return self
 
 
+class Uld(Divergence):
+    """The ULD distance of two sorted probability distributions (Boizard et al. 2024, arXiv 2402.12030). It needs no tokens in common, and
+    does not see which tokens are likely. It is here for comparison.
+
+    If student and teacher have different tokenizers, it is computed over spans, as in GOLD of TRL 1.16.
+    """
+
+    type: Literal["uld"] = "uld"
+    kd_ratio: Share = 0.6
+    """Weight of the distance in the loss. Cross-entropy on the tokens has the weight 1 - kd_ratio. (The paper adds 1.5 times the distance
+    to the cross-entropy.)"""
+
+
+class Gold(Divergence):
+    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers: a Jensen-Shannon divergence on the shared tokens
+    without renormalisation, plus the ULD distance on all other tokens. It is here for comparison.
+
+    The two parts have the weights w and 1 - w, where w is the share of the teacher's tokens that are shared.
+    """
+
+    type: Literal["gold"] = "gold"
+    beta: Share = 0.5
+    """Weight of the teacher in the mixture of both models. 0 gives the forward KL, and 1 gives the reverse KL."""
+
+
 class Custom(Divergence):
     """A loss in the user's own code. Its function `loss(student_logits, teacher_logits, **settings)` returns one value per token.
 
@@ -233,6 +214,7 @@ class SampledKL(ObjectiveBase):
 
     needs_scores: ClassVar[bool] = True
     needs_own_samples: ClassVar[bool] = True
+    only_by_token: ClassVar[str] = "estimates the KL from single tokens; use `reverse_kl`, or `minillm` with `sampler.alpha: 0`"
     type: Literal["sampled_kl"] = "sampled_kl"
     estimator: Literal["k2", "k3"] = "k2"
     """Schulman's estimator of the KL. `k2` has the gradient of the reverse KL, and `k3` has the gradient of the forward KL."""
@@ -341,6 +323,8 @@ Objective = Annotated[
     | TopKReverseKL
     | Contrastive
     | Taid
+    | Uld
+    | Gold
     | Custom
     | SampledKL
     | NoTeacher

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tadistill.data.encoded import EncodedRows
-from tadistill.data.templates import Encoded, with_bos
 from tadistill.data.second_readings import Aligned, SecondReading, counted_spans, runs
+from tadistill.data.templates import Encoded, with_bos
 from tadistill.disk import stream_jsonl
 from tadistill.errors import DataError
 from tadistill.objectives import Hidden, Sampled, TargetMixture, TopK

@@ -151,7 +151,11 @@ def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
             "states": s.states,
             "values": {k: torch.from_numpy(v) for k, v in s.values.items()},
             "teacher_prompt": s.teacher_prompt,
-            **({"second": {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(s.second).items()}} if s.second else {}),
+            **(
+                {"second": {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(s.second).items()}}
+                if s.second
+                else {}
+            ),
         }
         for s in sequences
     ]
@@ -171,9 +175,7 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
         kept = s.get("second")
         return kept and SecondReading(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in kept.items()})
 
-    return [
-        Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s)) for s in stored
-    ]
+    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s)) for s in stored]
 
 
 class FixedSequences(Sampler):

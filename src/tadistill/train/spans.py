@@ -58,7 +58,7 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     aligned = batch.aligned
     assert aligned is not None
     assert isinstance(sides.teacher, Hidden), "a plan refuses other targets across tokenizers"
-    assert not term.per_token and term.mixture is None, "a plan refuses such objectives across tokenizers"
+    assert not term.per_token, "a plan refuses such objectives across tokenizers"
     kept = aligned.student >= 0
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
@@ -116,5 +116,9 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     """
     if "spans" not in count:
         return {}
-    found = {"spans": count["spans"], "single": count["single"] / max(count["spans"], 1), "left_out": count["left_out"] / max(count["tokens"], 1)}
+    found = {
+        "spans": count["spans"],
+        "single": count["single"] / max(count["spans"], 1),
+        "left_out": count["left_out"] / max(count["tokens"], 1),
+    }
     return {f"spans/{name}": value for name, value in (found | {name: count[name] for name in ("lone", "changed", "dropped")}).items()}

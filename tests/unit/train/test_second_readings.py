@@ -165,6 +165,30 @@ def test_loss_and_gradient_equal_a_loop_by_hand(objective, way):
     torch.testing.assert_close(found[1], gradient(expected, student), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["uld", "gold"])
+def test_distances_of_other_methods(name):
+    """ULD and GOLD over spans: the loss of the library's function on the same states, with cross-entropy on all tokens."""
+    student, teacher = pair()
+    method = Method.model_validate({"objective": {"type": name, "kd_ratio": 0.6}, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
+    sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
+    batches = sampler.micro_batches(0)
+    made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+    found = losses(made, student, batches)
+    rows, values, likelihood = [FIXED[i] for i in sampler.rows(0)], [], []
+    for s in rows:
+        theirs = AGAIN(s).second.ids.tolist()
+        q, p = log_probs(student, s.prompt, s.response, SIZES[0]), log_probs(teacher, s.teacher_prompt, theirs, SIZES[1])
+        for own, other in cut(pieces(STUDENT, s.response), pieces(TEACHER, theirs)):
+            before = [sum((side[k, t[k]] for k in at[:-1]), torch.zeros(())) for side, t, at in ((q, s.response, own), (p, theirs, other))]
+            more = {"shared": shared(), "beta": 0.5} if name == "gold" else {}
+            distance = objectives.hybrid_distance if name == "gold" else objectives.sorted_distance
+            values.append(distance(q[own[-1]], p[other[-1]], before=before, **more))
+        likelihood += [-q[k, token] for k, token in enumerate(s.response)]
+    expected = 0.6 * torch.stack(values).mean() + 0.4 * torch.stack(likelihood).mean()
+    assert found[0] == pytest.approx(float(expected.detach()), abs=1e-6)
+    torch.testing.assert_close(found[1], gradient(expected, student), atol=1e-6, rtol=1e-5)
+
+
 def test_weights_after_updates_equal_a_loop_by_hand():
     """Three updates with AdamW, in micro-batches."""
     method = Method.model_validate({"objective": {"type": "reverse_kl"}, "optim": {"steps": 3, "batch": 4, "micro_batch": 2}})
@@ -300,7 +324,8 @@ def test_the_student_samples_what_it_samples_alone():
 def test_rollouts_survive_a_checkpoint():
     _, _, _, sampler, _ = made_of(SAMPLERS["student, two epochs"])
     for before, after in zip(sampler.sequences, unpack(pack(sampler.sequences)), strict=True):
-        assert before.second is not None and after.second is not None
+        assert before.second is not None
+        assert after.second is not None
         assert np.array_equal(before.second.ids, after.second.ids)
         assert np.array_equal(before.second.student, after.second.student)
         assert np.array_equal(before.second.teacher, after.second.teacher)

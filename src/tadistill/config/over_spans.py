@@ -1,0 +1,55 @@
+"""Methods for a student and a teacher with different tokenizers: what a method becomes there, and which methods are not defined.
+
+The loss is computed over spans: the parts of a text between common boundaries of both models' tokens (`objectives.spans`).
+"""
+
+from typing import TYPE_CHECKING
+
+from tadistill.config.objective import Gold, MiniLLM
+from tadistill.config.sampling import TeacherMixedSampler
+from tadistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tadistill.config.method import Method
+
+
+def over_spans(method: "Method") -> "Method":
+    """Return a method whose loss needs a teacher in the form that it has if this teacher has another tokenizer than the student.
+
+    Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student, which does not exist.
+    So the reward of the sampled span is a part of the return of each of its tokens, in place of this term.
+
+    Raises:
+        ConfigError: the method is not defined for two tokenizers. The message says why, and what to use.
+    """
+    objective, sampler = method.objective, method.sampler
+    if objective.only_by_token:
+        raise ConfigError(f"objective `{objective.label}` {objective.only_by_token}")
+    if sampler.guided:
+        fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
+        raise ConfigError(f"with sampler `{sampler.label}`, both models sample one text together, token by token; {fix}")
+    if method.signal:
+        raise ConfigError(f"sampler.signal `{method.signal.type}` records the teacher's outputs at the student's tokens; remove `signal`")
+    if method.dense:
+        raise ConfigError("`dense` averages distributions over the same tokens; remove `dense`")
+    if method.select.metric == "reverse_kl":
+        raise ConfigError("select.metric `reverse_kl` compares both models token by token; set `select.metric` to `loss` or `rouge_l`")
+    if not isinstance(objective, MiniLLM):
+        return method
+    if objective.needs_corpus and objective.pt_kd_ratio > 0:
+        raise ConfigError(
+            f"objective.pt_kd_ratio is {objective.pt_kd_ratio:g}, and its forward KL on plain text compares single tokens; set "
+            "`objective.pt_kd_ratio: 0`"
+        )
+    normalised = "remaining" if objective.length_normalisation == "after" else objective.length_normalisation
+    changes = {"single_step": False, "include_current": True, "length_normalisation": normalised}
+    return method.model_copy(update={"objective": objective.model_copy(update=changes)})
+
+
+def check_one_tokenizer(method: "Method") -> None:
+    """Check that a method is defined for a student and a teacher with one tokenizer. Raises a ConfigError if it is not."""
+    if isinstance(method.objective, Gold):
+        raise ConfigError(
+            "objective `gold` is for two tokenizers. With one tokenizer, it is the Jensen-Shannon divergence; use "
+            f"`objective: {{type: jensen_shannon, beta: {method.objective.beta:g}}}`"
+        )
