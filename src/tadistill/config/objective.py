@@ -178,8 +178,8 @@ class Uld(Divergence):
 
 
 class Gold(Divergence):
-    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers: a Jensen-Shannon divergence on the shared tokens
-    without renormalisation, plus the ULD distance on all other tokens. It is here for comparison.
+    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers. It is here for comparison. It adds a
+    Jensen-Shannon divergence on the shared tokens, without renormalisation, and the ULD distance on all other tokens.
 
     The two parts have the weights w and 1 - w, where w is the share of the teacher's tokens that are shared.
     """

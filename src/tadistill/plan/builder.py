@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
 from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
+from tadistill.config.over_spans import check_one_tokenizer
 from tadistill.config.sampling import Rounds
 from tadistill.data import datasets
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
@@ -201,6 +202,7 @@ class StageBuilder:
             ConfigError: `dense.weights` does not have one weight per teacher.
         """
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
+        check_one_tokenizer(method)
         (_, teacher), *others = teachers
         names = [n for n, _ in teachers]
         dense = method.dense if others else None

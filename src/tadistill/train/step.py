@@ -42,16 +42,11 @@ class Loss:
 class Models:
     """A student and its teachers. `loss` runs them on a batch."""
 
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teachers: tuple[PreTrainedModel | Teacher, ...],
-        vocab: int,
-        shared: SharedVocabulary | None = None,
-    ):
-        """`shared` are the tokens that student and teacher have in common, if they have different tokenizers."""
-        self.student_model, self.teachers, self.vocab = student, tuple(map(teacher_of, teachers)), vocab
-        self.student, self.shared = Reader(student), shared
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int | SharedVocabulary):
+        """`vocab` is as in `make_step`."""
+        self.student_model, self.teachers, self.student = student, tuple(map(teacher_of, teachers)), Reader(student)
+        self.shared = vocab if isinstance(vocab, SharedVocabulary) else None
+        self.vocab = vocab.sizes[0] if isinstance(vocab, SharedVocabulary) else vocab
 
     @property
     def here(self) -> tuple[PreTrainedModel, ...]:
@@ -171,24 +166,23 @@ def make_step(
     method: Method,
     student: PreTrainedModel,
     teachers: tuple[PreTrainedModel | Teacher, ...],
-    vocab: int,
+    vocab: int | SharedVocabulary,
     *,
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,
     recorded: int = 0,
-    shared: SharedVocabulary | None = None,
 ) -> Step:
     """Return the `Step` of a method, which computes the loss of a batch for the training loop.
 
     Args:
         teachers: the teachers that run in training, the original one first. Empty if the objective uses no teacher, or if the batches
             already contain the teacher's outputs.
+        vocab: the number of tokens of the vocabulary, or the tokens that student and teacher share if they have different tokenizers.
         seed: the random seed that decides which teachers an update leaves out.
         own: the function of objective `custom`.
         recorded: the number of teachers whose recorded outputs the batches contain.
-        shared: the tokens that student and teacher have in common, if they have different tokenizers.
     """
-    models, count = Models(student, teachers, vocab, shared), recorded or len(teachers)
+    models, count = Models(student, teachers, vocab), recorded or len(teachers)
     step = _step(method, models, own)
     if method.dense is None or count < 2:
         return step

@@ -156,7 +156,7 @@ def test_loss_and_gradient_equal_a_loop_by_hand(objective, way):
     sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
     batches = sampler.micro_batches(0)
     assert len(batches) > 1 or way == "whole"
-    made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+    made = make_step(method, student, (teacher,), shared())
     found = losses(made, student, batches)
     settings = {name: value for name, value in objective.items() if name != "type"}
     student, teacher = pair()
@@ -172,7 +172,7 @@ def test_distances_of_other_methods(name):
     method = Method.model_validate({"objective": {"type": name, "kd_ratio": 0.6}, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
     sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
     batches = sampler.micro_batches(0)
-    made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+    made = make_step(method, student, (teacher,), shared())
     found = losses(made, student, batches)
     rows, values, likelihood = [FIXED[i] for i in sampler.rows(0)], [], []
     for s in rows:
@@ -196,7 +196,7 @@ def test_weights_after_updates_equal_a_loop_by_hand():
     for ours in (True, False):
         student, teacher = pair()
         sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
-        made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+        made = make_step(method, student, (teacher,), shared())
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
         for step in range(3):
             optimizer.zero_grad()
@@ -223,7 +223,7 @@ def test_one_tokenizer_is_the_plain_loss_bit_for_bit(objective):
         sampler = FixedSequences(rereader.each(rows) if rereader else rows, method.optim, pad=0, seed=1)
         batches = sampler.micro_batches(0)
         assert all((batch.aligned is not None) == (rereader is not None) for batch in batches)
-        found.append(losses(make_step(method, student, (teacher,), SIZES[0], shared=both), student, batches))
+        found.append(losses(make_step(method, student, (teacher,), both or SIZES[0]), student, batches))
     if "kd_ratio" in objective:  # two parts are added in another order
         assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
         torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-5)
@@ -242,7 +242,7 @@ def test_what_does_not_count_is_as_if_it_were_not_there():
     batch = collate([masked, AGAIN(FIXED[0])], pad=0)
     assert batch.aligned.found["left_out"] == 1  # of those that count
     method = Method.model_validate({"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 2}})
-    found = losses(make_step(method, student, (teacher,), SIZES[0], shared=shared()), student, [batch])
+    found = losses(make_step(method, student, (teacher,), shared()), student, [batch])
     kept = [*span_values(objectives.forward_kl, student, teacher, s)[1:], *span_values(objectives.forward_kl, student, teacher, FIXED[0])]
     expected = torch.stack(kept).mean()
     assert found[0] == pytest.approx(float(expected.detach()), abs=1e-6)
@@ -256,7 +256,7 @@ def test_a_micro_batch_without_spans_adds_nothing():
     assert batch.aligned.count == 0
     assert batch.aligned.found["left_out"] == 2
     method = Method.model_validate({"objective": {"type": "reverse_kl"}, "optim": {"steps": 1, "batch": 1}})
-    value, slope = losses(make_step(method, student, (teacher,), SIZES[0], shared=shared()), student, [batch])
+    value, slope = losses(make_step(method, student, (teacher,), shared()), student, [batch])
     assert value == 0
     assert slope.abs().max() == 0
 
@@ -284,7 +284,7 @@ def made_of(given: dict, again: Rereader | None = AGAIN, *, step: int = 1):
     sampler = on_policy(method, FIXED, ROWS, teachers=(teacher,), vocab=SIZES[0], **common)
     if hasattr(sampler, "phi"):
         sampler.phi = sampler.mark = 1.0
-    made = make_step(method, student, (teacher,), SIZES[0], shared=shared())
+    made = make_step(method, student, (teacher,), shared())
     for earlier in range(step):
         sampler.micro_batches(earlier)
     return made, student, teacher, sampler, made.prepare(sampler.micro_batches(step), step, lambda values: values)
