@@ -1,5 +1,7 @@
 """Two tokenizers in one update: losses, gradients and weights against loops written by hand, for every way to make batches."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from dataclasses import replace
 from functools import cache
 
