@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -33,6 +33,16 @@ def byte_tokenizer(template: str | None = CHATML, *, eos: str = "<eos>", adds_bo
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=["<|im_end|>", "<|im_start|>"], **names)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def bpe_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's, with `size` tokens that are learnt from some texts. It has one special token, <|end|>."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|end|>"], initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
 
 
 def byte_model(ends: int | list[int] = EOS, *, seed: int = 0, **shape: Any) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.engines import gpus_of
 from tadistill.plan.graph import Stage
-from tadistill.plan.specs import TemperSpec
+from tadistill.plan.specs import RetokeniseSpec, TemperSpec
 from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 
@@ -148,7 +148,7 @@ class Requests:
         return math.ceil(60 * limit), max(1, math.ceil(1.5 * hours / limit))
 
     def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:
-        if stage.measures or isinstance(stage.spec, TemperSpec):
+        if stage.measures or isinstance(stage.spec, TemperSpec | RetokeniseSpec):
             return _EVALUATION_HOURS
         if gpu and (seconds := throughput.seconds(stage.cost, self.speeds.get(gpu.device, {}))) is not None:
             return seconds / 3600 / wanted.processes

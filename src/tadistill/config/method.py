@@ -228,6 +228,16 @@ class Method(Strict):
         return self.trains_with_teacher or self.select.metric == "reverse_kl"
 
     @property
+    def by_token(self) -> str | None:
+        """The setting for which student and teacher must have the same tokens, such as ``objective `forward_kl` ``. None if only text
+        passes from the teacher to the student."""
+        if self.objective.needs_teacher:
+            return f"objective `{self.objective.label}`"
+        if self.sampler.guided:
+            return f"sampler `{self.sampler.label}`"
+        return "select.metric `reverse_kl`" if self.select.metric == "reverse_kl" else None
+
+    @property
     def round_rollouts(self) -> int:
         """Number of sequences that are sampled before each round of updates, on all devices together. The default is one batch."""
         return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch

@@ -103,7 +103,7 @@ def encode_parts(
     Raises:
         DataError, ModelError: as in `encode`. The check that at least one row is left comes after the last part.
     """
-    rows, encoder = zip(itertools.count() if places is None else places, examples, strict=False), _Encoder(tokenizer, rules, name)
+    rows, encoder = zip(itertools.count() if places is None else places, examples, strict=False), Encoder(tokenizer, rules, name)
     shortest, own = 0, rules.context.max_prompt if rules.context else 0
     counts = Counts(0, limit=rules.limit, max_length=rules.max_length, context_limit=own)
     while part := list(itertools.islice(rows, _PART)):
@@ -125,7 +125,9 @@ class _Ids:
     end: int
 
 
-class _Encoder:
+class Encoder:
+    """Encodes the examples of one split with one tokenizer, part by part."""
+
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, name: str):
         self.tokenizer, self.rules, self.name = tokenizer, rules, name
         self.reader, self.unknown = TurnReader(rules, tokenizer), _unknown(tokenizer)

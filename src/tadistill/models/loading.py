@@ -196,7 +196,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Check that all tokenizers have the same token for every id, and the same EOS. `tokenizers` maps the name of a model to its tokenizer.
+    """Check that all tokenizers have the same tokens, and the same EOS. `tokenizers` maps the name of a model to its tokenizer.
+
+    A tokenizer may have added tokens behind the tokens of another one (`Vocabulary.extra`).
 
     Raises:
         ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
@@ -214,9 +216,15 @@ def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> N
             )
 
 
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> tokens.Vocabulary:
+    """Return the tokens of a tokenizer that is loaded."""
+    fast: Any = tokenizer  # the base class does not declare get_added_vocab
+    return tokens.Vocabulary(fast.get_vocab(), fast.get_added_vocab())
+
+
 def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    mine, theirs = first.get_vocab(), other.get_vocab()
-    if mine != theirs:
+    if vocabulary(first).extra(vocabulary(other)) is None:
+        mine, theirs = first.get_vocab(), other.get_vocab()
         by_id, by_other_id = {i: t for t, i in mine.items()}, {i: t for t, i in theirs.items()}
         i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
         return f"token {i} is {_token(by_id.get(i))} in the first and {_token(by_other_id.get(i))} in the second"
@@ -230,7 +238,10 @@ def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
 def _fix(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, other_name: str) -> str:
     if first.get_vocab() == other.get_vocab():
         return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
-    return "distillation between different tokenizers is not supported; choose models with the same tokenizer"
+    return (
+        "their files did not show this (a tokenizer.json is missing); save the tokenizers with save_pretrained, or choose models with the "
+        "same tokenizer"
+    )
 
 
 def _token(token: str | None) -> str:

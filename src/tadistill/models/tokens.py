@@ -6,7 +6,7 @@ Only JSON files are read, so planning needs no torch. `ends` collects the tokens
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,53 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
     )
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a tokenizer, by name."""
+
+    words: Mapping[str, int]
+    """The id of each token of the vocabulary, also of added tokens that are a part of it."""
+    added: Mapping[str, int]
+    """The id of each added token, such as special tokens. They can be outside of the vocabulary."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each token."""
+        return {**self.words, **self.added}
+
+    def extra(self, other: "Vocabulary") -> tuple[dict[str, int], dict[str, int]] | None:
+        """Return the tokens that only one of two tokenizers has, for each of them. Return None if both read text differently.
+
+        Both read text alike if their ordinary tokens have the same ids, and if the extra tokens are added tokens behind all shared ones.
+        """
+        alone = self.ids.items() - other.ids.items(), other.ids.items() - self.ids.items()
+        mine, theirs = (dict(sorted(items, key=lambda item: item[1])) for items in alone)
+        if not mine and not theirs:
+            return mine, theirs
+        shared = max((self.ids.items() & other.ids.items()), key=lambda item: item[1], default=("", -1))[1]
+        ordinary = mine.keys() - self.added.keys() or theirs.keys() - other.added.keys()
+        if ordinary or min((*mine.values(), *theirs.values())) <= shared or (mine and theirs):
+            return None
+        return mine, theirs
+
+
+def of_tinyworld(*, seed: int, people: int) -> Vocabulary:
+    """Return the tokens of the built-in data set tinyworld."""
+    words = {word: i for i, word in enumerate((*tinyworld.SPECIALS, *tinyworld.words(seed=seed, people=people)))}
+    return Vocabulary(words, {word: words[word] for word in tinyworld.SPECIALS})
+
+
+def vocabulary_of(directory: Path) -> Vocabulary | None:
+    """Return the tokens of the tokenizer in a directory. Return None if no JSON file has them, as for a SentencePiece file."""
+    _, added, words, _ = _tokenizer(directory)
+    if not words and (file := directory / "tokenizer.json").is_file():
+        words = _pieces(file, file.stat().st_mtime_ns)
+    return Vocabulary(words, added) if words else None
+
+
 def check_ends(directory: Path, load: str) -> None:
     """Check that the EOS ids in a model's generation_config.json are tokens of the model. `load` is the model's name in messages.
 
@@ -142,6 +189,15 @@ def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str
     words = model.get("vocab") if isinstance(model, dict) else None
     vocabulary = words if isinstance(words, dict) else {}
     return added, vocabulary, _put_first(content.get("post_processor"))
+
+
+@lru_cache
+def _pieces(file: Path, mtime_ns: int) -> dict[str, int]:
+    # the tokens of a Unigram model, which are a list of pairs (token, score)
+    model = _read(file).get("model")
+    pairs = model.get("vocab") if isinstance(model, dict) else None
+    listed = enumerate(pairs) if isinstance(pairs, list) else ()
+    return {pair[0]: i for i, pair in listed if isinstance(pair, list) and pair and isinstance(pair[0], str)}
 
 
 def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, int], str | None]:

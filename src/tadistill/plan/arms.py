@@ -17,6 +17,7 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
 from tadistill.plan.controls import first_teacher
 from tadistill.plan.costs import Ledger
+from tadistill.plan.edges import check_edge
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
@@ -38,7 +39,7 @@ class PlannedArm:
     """Key of the stage that makes the arm's model. None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
-    """Key of the `analyse` stage by seed. Empty if the recipe has no original teacher."""
+    """Key of the `analyse` stage by seed. Empty if no original teacher has the model's tokenizer."""
     also: dict[str, dict[int, str]]
     """Keys of the evaluations with another decoding (`evaluate.also`), by the decoding's name and by seed."""
     flops: float | None
@@ -113,7 +114,7 @@ class _Planner:
         self.ledger = ledger or Ledger(recipe)
         self.teacher = original_teacher(recipe) if recipe.analyse else None
         self.tokens = StudyTokens(recipe, self.teacher)
-        self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of, self.tokens)
+        self.stages = StageBuilder(recipe, self.graph, self.ledger, lambda arm, seed: self._path_of(arm, seed)[-1], self.tokens)
         self.making: list[str] = []  # arms in progress: each one's model sets a temperature that the arm before needs
 
     def plan(self) -> Plan:
@@ -151,14 +152,14 @@ class _Planner:
             for other in (main.also if self.recipe.data.test else ())  # tasks of lm-eval decode by their own rules
         }
         analyse = {}
-        if self.teacher and self.recipe.data.test:
-            compared = {seed: of_path[-1:] if arm.controls else of_path for seed, of_path in models.items()}
+        if self.teacher and self.recipe.data.test and self.tokens.alike(self.teacher, last):
+            alone = arm.controls or not all(self.tokens.alike(self.teacher, name) for name in arm.last)
+            compared = {seed: of_path[-1:] if alone else of_path for seed, of_path in models.items()}
             analyse = {seed: self.stages.analyse(last, compared[seed], seed, evaluate[seed], self.teacher) for seed in models}
         for measured in (evaluate, analyse, *also.values()):
             for key in measured.values():
                 self.graph.mark(key, name)
-        final = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}
-        first = self.recipe.first_seed
+        final, first = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}, self.recipe.first_seed
         return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(final[first]))
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> _Made:
@@ -185,8 +186,10 @@ class _Planner:
                 phases, trained = planned_phases(self.recipe, self.stages, name, arm, model, scale / arm.learners.count(model)), []
                 for number, (method, _) in enumerate(phases, 1):
                     teachers = list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
-                    check_teaching(self.recipe, name, [m for m, _ in teachers], method)
+                    names = [m for m, _ in teachers]
+                    check_teaching(self.recipe, name, names, method)
                     check_itself(name, arm, path[i - 1], model, method)
+                    check_edge(self.tokens, name, names, model, method)
                     turn = Turn(taught.count(model), turns.count(model) + 1, number, len(phases), arm.last[-1])
                     made[model] = new = self.stages.distill(teachers, model, made[model], method, seed, turn)
                     taught.append(model)
@@ -194,9 +197,6 @@ class _Planner:
                 handles.append(made[model])  # a model that teaches itself is in the path twice
                 turns.append(model)
         return _Made(handles, phases, trained)
-
-    def _model_of(self, arm: str, seed: int) -> Handle:
-        return self._path_of(arm, seed)[-1]
 
     def _path_of(self, arm: str, seed: int) -> list[Handle]:
         if arm in self.making:

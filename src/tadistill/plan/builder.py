@@ -17,6 +17,7 @@ from tadistill.models import sources
 from tadistill.models.counting import shapes
 from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
+from tadistill.plan.edges import check_like, check_weights
 from tadistill.plan.graph import Graph
 from tadistill.plan.inputs import (
     Encoding,
@@ -29,6 +30,7 @@ from tadistill.plan.inputs import (
     PrunedDepth,
     Split,
     Tempered,
+    TokenizerFiles,
     is_served,
     plan_metrics,
     plan_objective,
@@ -118,6 +120,12 @@ class StageBuilder:
             sends=model.serve and model.serve.signal,
         )
 
+    def tokenizer(self, name: str) -> TokenizerFiles:
+        """Return the tokenizer that a model uses."""
+        (source, revision), written = self.tokens.source(name), self.recipe.written
+        fingerprint = None if source == "tinyworld" else sources.fingerprint(source, revision, weights=False)
+        return TokenizerFiles(source=written(source) or source, revision=revision, fingerprint=fingerprint, at=source)
+
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:
         """Return the weights `handle` of the model `source`, pruned to the shape of the model `name`.
 
@@ -133,6 +141,7 @@ class StageBuilder:
         if wanted["model_type"] != have["model_type"]:
             kinds = f"{have['model_type']} and {wanted['model_type']}"
             raise ConfigError(f"{name} cannot start from {source}, because their model types are {kinds}; choose models of one type")
+        check_weights(self.tokens, name, source)
         shape = shapes.shape_of(wanted)
         if shape == shapes.shape_of(have):
             return handle
@@ -145,9 +154,9 @@ class StageBuilder:
 
     def tempered(self, name: str, parent: Handle, like: Handle, arm: str, seed: int) -> FromStage:
         """Return a model with the temperature at which its mean entropy equals that of the model `like`, which the arm `arm` made."""
-        spec = specs.TemperSpec(
-            data=self.encoding(name), teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch
-        )
+        check_like(self.tokens, name, self.recipe.arms[arm].last[-1], arm)
+        data, dev = self.encoding(name), self.split("dev")
+        spec = specs.TemperSpec(data=data, teacher=parent, like=like, dev=dev, batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
@@ -211,6 +220,8 @@ class StageBuilder:
                 f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); write one "
                 "weight for each teacher, or remove `dense.weights` for equal weights"
             )
+        # text that a teacher with other tokens has written is behind the student's prompts only
+        context = method.context if method.by_token or self.tokens.hands_over_ids(names[0], name) else None
         spec = specs.DistillSpec(
             student=student,
             teacher=teacher,
@@ -223,7 +234,7 @@ class StageBuilder:
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
             **texts(self, teachers if dense else teachers[:1], method, seed, (name, student), turn),
-            **self._texts(name, method.select, method.context, responses=method.sampler.reads_responses),
+            **self._texts(name, method.select, context, responses=method.sampler.reads_responses),
         )
         label = f"distill {' + '.join(names)} -> {name}{turn.text}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))

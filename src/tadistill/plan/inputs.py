@@ -181,6 +181,17 @@ def is_served(handle: "Handle") -> bool:
     return isinstance(handle, Loaded) and handle.serve is not None
 
 
+class TokenizerFiles(Part):
+    """The tokenizer of a model, without the model."""
+
+    source: str
+    """Path or Hub name as the recipe has it, or `tinyworld`, whose seed is in the stage's `Encoding`."""
+    revision: str
+    fingerprint: str | None
+    at: str | None = Field(default=None, exclude=True)
+    """Path or Hub name on this machine. It is not a part of the key, because the fingerprint identifies the content."""
+
+
 class PrunedDepth(Part):
     """Another model, pruned by removing layers."""
 

@@ -5,6 +5,8 @@ fine-tuning with the study's first seed, whatever the arm's `init` is. So the te
 decoding, the training prompts and `evaluate.precision`, but on no arm, and on no other seed of the study. Every teacher of a path is
 recorded on the same text. A `context` belongs to the text too, because rows with a long teacher's prompt are left out.
 
+A teacher's answers reach a student with another tokenizer as text (`retokenise`).
+
 In a later phase, the student writes the text itself, with the weights that the phase before left. Each seed then has its own text.
 """
 
@@ -15,6 +17,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
 from tadistill.plan import specs
+from tadistill.plan.edges import check_writer
 from tadistill.plan.inputs import Handle, HashedData, Output
 from tadistill.plan.phases import Turn
 
@@ -38,13 +41,15 @@ def texts(
         if turn.phase == 1:
             first, writer = stages.recipe.first_seed, turn.writer
             weights, own = stages.trained(writer, first), stages.seed(writer, first)
+            check_writer(stages.tokens, writer, learner[0])
         shown = own if turn.phase == 1 else seed
         found["responses"] = _answers(stages, (writer, weights), sampler, own, method.context, shown=shown)
         found["text_of"] = writer, sampler.max_new_tokens
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
         as_teacher = method.context is not None
-        found["responses"] = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=as_teacher, shown=seed)
+        answers = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=as_teacher, shown=seed)
+        found["responses"] = _handed_over(stages, teachers[0][0], learner[0], answers, method.context, seed)
     if method.signal is None or not method.objective.needs_teacher:
         return found
     of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
@@ -78,6 +83,22 @@ def _answers(
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
     spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
     return Output(stage=stages.add(spec, f"generate with {name}, seed {shown}", name, shown))
+
+
+def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Output, context: TeacherContext | None, seed: int) -> Output:
+    # a student with the writer's own tokens reads the sampled token ids; any other student reads the text
+    tokens = stages.tokens
+    if tokens.hands_over_ids(writer, learner):
+        return answers
+    spec = specs.RetokeniseSpec(
+        data=stages.encoding(learner, samples=False),
+        answers=answers,
+        writer=stages.tokenizer(writer),
+        asked=stages.encoding(writer, context=context).model_copy(update={"ends": tokens.ends(writer)}),
+        tokenizer=stages.tokenizer(learner),
+        train=stages.split("train"),
+    )
+    return Output(stage=stages.add(spec, f"answers of {writer}, retokenised for {learner}, seed {seed}", learner, seed))
 
 
 def _corpus(stages: "StageBuilder", method: Method) -> HashedData | None:

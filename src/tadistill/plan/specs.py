@@ -4,8 +4,7 @@ A class also has the version of its kind, the name of the function that runs it,
 kinds. A new kind needs a class here, a function in `tadistill.stages`, and a call in `plan.builder` or `plan.arms`.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.common import Decoding, Precision
@@ -14,78 +13,11 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Sampler, Signal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, Tasks, TextOf, stage_of
-from tadistill.store import key_of
+from tadistill.plan.inputs import Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
+from tadistill.plan.spec import Spec
 
 if TYPE_CHECKING:
     from tadistill.plan.costs import Ledger
-
-
-class Spec(Part):
-    """Base class of all kinds of stages."""
-
-    kind: ClassVar[str]
-    version: ClassVar[int]
-    """A number in the stage's key. Increase it if a change of the code changes the results of this kind of stage."""
-    work: ClassVar[str]
-    """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch and a plan must work without torch."""
-    trains: ClassVar[bool] = False
-    """True if the stage updates weights."""
-    shared: ClassVar[bool] = False  # True if several processes may share the work
-    measures: ClassVar[bool] = False
-    """True if the stage changes no model. The plan predicts no cost for such a stage."""
-    in_recipes: ClassVar[bool] = True
-    """False for stages that only `tadistill advise` runs. The recipe's `resources` cannot name them."""
-
-    data: Encoding
-
-    @property
-    def key(self) -> str:
-        """The stage's key in the store: a hash of its kind, version and content."""
-        return key_of({"kind": self.kind, "version": self.version, **self.content()})
-
-    @property
-    def models(self) -> dict[str, Handle]:
-        """The models that the stage reads, by role. A role is a field's name, such as `teacher`; the first assistant is `assistant 1`."""
-        return {role: part for role, part in self._inputs() if not isinstance(part, Output)}
-
-    @property
-    def parents(self) -> dict[str, str]:
-        """Keys of the stages that write this stage's inputs, by role, such as `teacher`. These stages must finish first."""
-        keys = {role: stage_of(part) for role, part in self._inputs()}
-        return {role: key for role, key in keys.items() if key is not None}
-
-    def _inputs(self) -> Iterator[tuple[str, Handle | Output]]:
-        for name, value in self:
-            if isinstance(value, INPUTS):
-                yield name, value
-            elif isinstance(value, tuple):
-                yield from ((f"{name.removesuffix('s')} {i}", v) for i, v in enumerate(value, 1) if isinstance(v, INPUTS))
-
-    @property
-    def steps(self) -> int | None:
-        """Number of optimizer updates. None if the stage trains nothing."""
-        return None
-
-    @property
-    def checkpoints(self) -> int:
-        """Number of checkpoints that are evaluated on dev. The best one is selected."""
-        return 0
-
-    @property
-    def saves_memory(self) -> list[str]:
-        """Changes of the recipe that save memory in this stage, such as `optim.micro_batch: 4`. The most useful change comes first."""
-        return []
-
-    def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost. Return None if it cannot be predicted, or if the stage only measures.
-
-        Args:
-            ledger: predicts costs from model sizes and text lengths.
-            model: name of the model that the stage trains, makes or runs.
-            teachers: names of the stage's teachers, from big to small.
-        """
-        return None
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -226,6 +158,30 @@ class GenerateSpec(Spec):
         return ledger.behind(self.data.context).generate(model, self.sampler, as_teacher=self.as_teacher)
 
 
+class RetokeniseSpec(Spec):
+    """Writing of a model's answers with the tokenizer of a student that has other tokens. `data` are the rules of the student.
+
+    Only text passes between the two tokenizers (`data.handover`).
+    """
+
+    kind = "retokenise"
+    version = 1
+    work = "teacher:retokenise"
+
+    answers: Output
+    writer: TokenizerFiles | None
+    """The tokenizer of the answers. None if they are text already, as those of an API."""
+    asked: Encoding | None
+    """The rules with which the prompts were encoded. None if the answers are text."""
+    tokenizer: TokenizerFiles
+    """The student's tokenizer."""
+    train: Split
+
+    def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
+        """Return an empty cost, because the stage runs no model."""
+        return Cost()
+
+
 class SignalSpec(Spec):
     """Recording of a teacher's outputs on the training set, or on a model's answers. Students train on the recorded outputs later."""
 
@@ -342,7 +298,11 @@ class PairSpec(Spec):
 
 
 KINDS: dict[str, type[Spec]] = {
-    spec.kind: spec for spec in (SftSpec, DistillSpec, TemperSpec, GenerateSpec, SignalSpec, EvaluateSpec, AnalyseSpec, ProbeSpec, PairSpec)
+    spec.kind: spec
+    for spec in (
+        *(SftSpec, DistillSpec, TemperSpec, GenerateSpec, RetokeniseSpec, SignalSpec),
+        *(EvaluateSpec, AnalyseSpec, ProbeSpec, PairSpec),
+    )
 }
 """Every kind of stage by its name."""
 TRAINING = frozenset(kind for kind, spec in KINDS.items() if spec.trains)

@@ -1,10 +1,11 @@
 """The tokenizer of each model of a study, the tokens that end an answer, and BOS. All are read from the models' files on this disk.
 
-Models that teach each other must read the same tokens and end their answers in the same way. So all of them use the tokenizer of the
-original teacher. If a token ends the answers of one of these models, it ends the answers of all of them.
+Models with the same tokens form a family. Models of one family that teach each other must read the same tokens and end their answers in
+the same way. So all of them use the tokenizer of the family's first model, which is the original teacher in its own family. If a token ends
+the answers of one of these models, it ends the answers of all of them. Between two families, only text can pass (`plan.edges`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from tadistill.config import DataRef, Recipe
@@ -13,9 +14,11 @@ from tadistill.data.prompts import of_one_turn
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
-from tadistill.models.tokens import Tokens
+from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.inputs import Encoding
+
+_SHOWN = 3  # number of tokens that a sentence names
 
 
 class StudyTokens:
@@ -33,7 +36,29 @@ class StudyTokens:
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
             return None
-        return other if self._differences(own, lead, str) else None
+        return other if self._differences(own, lead, str) or self._extra(name, self._lead(name))[0] else None
+
+    def source(self, name: str) -> tuple[str, str]:
+        """Return source and revision of the tokenizer that a model uses."""
+        return self.tokenizer(name) or self._source(name)
+
+    def alike(self, one: str, other: str) -> bool:
+        """Return True if two models are of one family: every token that they share has one id, and they read a text alike."""
+        return self._family(one) == self._family(other)
+
+    def hands_over_ids(self, one: str, other: str) -> bool:
+        """Return True if a student can train on token ids that another model has sampled: their tokenizers have exactly the same tokens."""
+        mine, theirs = (self._vocabulary(*self.source(name)) for name in (one, other))
+        return self.alike(one, other) and (mine is None or theirs is None or mine.ids == theirs.ids)
+
+    @property
+    def families(self) -> list[tuple[str, ...]]:
+        """The models of the arms, in families of one tokenizer."""
+        return list(dict.fromkeys(map(self._family, self._used)))
+
+    def sizes(self, *names: str) -> str:
+        """Return the numbers of tokens of some models in words, such as `49,152 and 50,257 tokens`."""
+        return f"{_join([f'{len(self._tokens(name) or ()):,}' for name in names])} tokens"
 
     def encoding(self, name: str, *, samples: bool = True, responses: bool = False) -> Encoding:
         """Return the rules that turn data rows into tokens for a model.
@@ -97,8 +122,11 @@ class StudyTokens:
         lead = self._lead(group[0])
         first, text, found = self._of(lead), self._text(group), []
         for name in group:
+            mine, theirs = self._extra(name, lead)
+            if mine or theirs:
+                found.append(self._matched(name, lead, mine, theirs))
             if self.tokenizer(name):
-                why = _join(self._differences(self._of(name), first, text))
+                why = _join([*self._differences(self._of(name), first, text), *([f"has {_more(mine)}"] if mine else [])])
                 found.append(f"{name} uses the tokenizer of {lead}, because the tokenizer of {name} {why}.")
         if first.bos is not None and self.bos_matters:
             if self.recipe.data.bos == "auto":
@@ -120,6 +148,12 @@ class StudyTokens:
                 "template; for chat models set data.template: chat."
             )
         return found
+
+    def _matched(self, name: str, lead: str, mine: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+        shared = len(self._tokens(name) or ()) - len(mine)
+        who, extra = (name, mine) if mine else (lead, theirs)
+        shown = ", ".join(list(extra)[:_SHOWN]) + (" …" if len(extra) > _SHOWN else "")
+        return f"{lead} and {name} share {shared:,} tokens. {who} has {_more(extra)} ({shown}), which no text may contain."
 
     def _differences(self, own: Tokens, lead: Tokens, text: Callable[[int], str]) -> list[str]:
         found = []
@@ -152,7 +186,45 @@ class StudyTokens:
         return list(dict.fromkeys(self._group(name) for name in self._used))
 
     def _group(self, name: str) -> tuple[str, ...]:
-        return self._used if self.teacher and name in self._used else (name,)
+        return self._family(name) if self.teacher and name in self._used else (name,)
+
+    def _family(self, name: str) -> tuple[str, ...]:
+        return next((family for family in self._families if name in family), (name,))
+
+    @cached_property
+    def _families(self) -> list[tuple[str, ...]]:
+        found: list[list[str]] = []
+        for name in sorted(self._used, key=lambda name: name != self.teacher):
+            known = next((family for family in found if self._fits(name, family[0])), None)
+            found.append([name]) if known is None else known.append(name)
+        return [tuple(name for name in self._used if name in family) for family in found]
+
+    def _fits(self, one: str, other: str) -> bool:
+        # models that are not on this disk are taken to fit; `runner.preflight` looks again
+        mine, theirs = self._tokens(one), self._tokens(other)
+        return mine is None or theirs is None or mine.extra(theirs) is not None
+
+    def _extra(self, name: str, lead: str) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        mine, theirs = self._tokens(name), self._tokens(lead)
+        return (mine.extra(theirs) if mine and theirs and mine is not theirs else None) or ({}, {})
+
+    def _tokens(self, name: str) -> Vocabulary | None:
+        return self._vocabulary(*self._source(name))
+
+    def _vocabulary(self, source: str, revision: str) -> Vocabulary | None:
+        if (source, revision) not in self._vocabularies:
+            self._vocabularies[source, revision] = self._read_vocabulary(source, revision)
+        return self._vocabularies[source, revision]
+
+    @cached_property
+    def _vocabularies(self) -> dict[tuple[str, str], Vocabulary | None]:
+        return {}
+
+    def _read_vocabulary(self, source: str, revision: str) -> Vocabulary | None:
+        if source == "tinyworld":
+            return tokens.of_tinyworld(**self.recipe.data.world.model_dump())
+        directory = sources.locate(source, revision, weights=False)
+        return tokens.vocabulary_of(directory) if directory else None
 
     def _lead(self, name: str) -> str:
         # the model whose tokenizer the group uses: the teacher, unless a chat template is needed and the teacher has none
@@ -216,6 +288,10 @@ class StudyTokens:
         """True if some texts are not written by a chat template. Then `data.bos` decides whether these texts begin with BOS."""
         data = self.recipe.data
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
+
+
+def _more(extra: Mapping[str, int]) -> str:
+    return f"{len(extra)} more token{'s' * (len(extra) != 1)}"
 
 
 def _join(names: list[str] | tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """Check data, models, tokenizers and memory before a study starts, so that mistakes are found before any stage has run."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.models.counting.memory import available_memory, check_memory
 from tadistill.models.head import head_shape, read_config
-from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer
+from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer, vocabulary
 from tadistill.models.packing import check_packing
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import check_scratch, scratch_config
@@ -88,21 +88,25 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
         with found.about(f"models.{name}"):
             tokenizers[name] = _tokenizer(recipe, name, plan.tokens)
     found.finish()
-    if teacher:  # without one, models are only evaluated, and each one may have its own tokenizer
-        check_same_tokenizer(tokenizers)
-    read = {name: read_splits(recipe, tokenizers[name], plan.tokens, name) for name in (used[:1] if teacher else used)}
+    # without a teacher, models are only evaluated, and each one may have its own tokenizer
+    families = [[name for name in family if name in used] for family in plan.tokens.families] if teacher else [[name] for name in used]
+    for family in families:
+        check_same_tokenizer({name: tokenizers[name] for name in family})
+    readers = {name: _reader(family, tokenizers) for family in families for name in family}
+    read = {name: read_splits(recipe, tokenizers[name], plan.tokens, name) for name in dict.fromkeys(readers.values())}
+    shared = {name: min(max(tokenizers[n].get_vocab().values()) for n in family) + 1 for family in families for name in family}
     for name in used:
-        reader = used[0] if teacher else name
+        reader = readers[name]
         with found.about(f"models.{name}"):
             rows, config = _check_model(recipe, name, tokenizers[name])
             _check_packing(recipe, name, config)
             try:
-                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts_of(name))
+                check_texts(recipe, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
             except (ConfigError, ModelError):
                 if not read[reader].unread:
                     raise
                 read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
-                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts_of(name))
+                check_texts(recipe, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
     with found.about():
         unread = dict.fromkeys(of.unread for of in read.values() if of.unread and trains(recipe))
         notes = [*unread, *rows_notes(read, training=trains(recipe)), *script_notes(recipe)]
@@ -110,6 +114,11 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     for note in notes:
         if console:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
+
+
+def _reader(family: Sequence[str], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> str:
+    # the model whose tokenizer reads the texts for all: one with every extra token, so that such a token in a text is seen
+    return max(family, key=lambda name: len(tokenizers[name]))
 
 
 def _used(recipe: Recipe) -> list[str]:
@@ -139,7 +148,7 @@ def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedToke
     if (other := tokens.tokenizer(name)) is None:
         return own
     chosen = load_tokenizer(other[0], revision=other[1], world=world)
-    return chosen if chosen.get_vocab() == own.get_vocab() else own
+    return own if vocabulary(chosen).extra(vocabulary(own)) is None else chosen
 
 
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Mapping[str, Any]]:

@@ -149,13 +149,28 @@ def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, bos: bool, conte
     return OfContext(frozenset(teachers), counts, Texts(0, 0, 0, max(max(prompt) for prompt, _ in own), where, longest, whole))
 
 
-def check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
-    """Check that each token has an embedding, and that no text is longer than the model can read. Raises ModelError or ConfigError."""
+def check_texts(
+    recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts, shared: int
+) -> None:
+    """Check that each token has an embedding, and that no text is longer than the model can read.
+
+    Args:
+        tokenizer: the tokenizer that has read the texts.
+        shared: number of tokens that all models of the family have.
+
+    Raises:
+        ModelError, ConfigError: a token has no embedding, a text is too long, or a text has a token that only some of the models have.
+    """
     if texts.top >= rows:
         token = tokenizer.convert_ids_to_tokens(texts.top)
         raise ModelError(
             f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has only {rows} embeddings; use "
             "the tokenizer that belongs to the model, or resize its embeddings and save it again"
+        )
+    if texts.top >= shared:
+        raise ModelError(
+            f"{texts.where} contains the token {tokenizer.convert_ids_to_tokens(texts.top)!r} ({texts.top}), but some models of its path "
+            f"have only the first {shared} tokens; remove it from the texts, or set `tokenizer:` of the models to one tokenizer"
         )
     _check_positions(recipe, config, texts)
 

@@ -13,7 +13,7 @@ from tadistill.plan import costs, throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle, Loaded, Output, Split
-from tadistill.plan.specs import DistillSpec, GenerateSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
+from tadistill.plan.specs import DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
@@ -56,6 +56,8 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
 
 
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
+    if isinstance(spec, RetokeniseSpec):
+        return spec.model_copy(update={"train": _few(spec.train), "answers": _reduced_output(plan, spec.answers, graph)})
     if isinstance(spec, GenerateSpec | SignalSpec):
         changes: dict[str, Any] = {"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)}
         if isinstance(spec, SignalSpec) and spec.responses:

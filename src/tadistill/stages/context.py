@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -16,6 +16,7 @@ from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.prompts import Rules
+from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE
 from tadistill.data.templates import Counts, EvalSet, encode_counted
 from tadistill.data.turns import without_thinking
@@ -31,7 +32,20 @@ from tadistill.models.scratch import scratch_model
 from tadistill.models.serving import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
-from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, RandomWeights, Split, Tempered
+from tadistill.plan.inputs import (
+    Encoding,
+    FromStage,
+    Handle,
+    HashedData,
+    Loaded,
+    OwnCode,
+    Pruned,
+    PrunedDepth,
+    RandomWeights,
+    Split,
+    Tempered,
+    TokenizerFiles,
+)
 from tadistill.plan.specs import Spec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.rollout.decoder import slower
@@ -136,6 +150,10 @@ class Context(Generic[AnySpec]):
         where = {"load": handle.source, "revision": handle.revision}
         return served_teacher(handle.serve, handle.load, tokenizer, dtype=dtype, device=self.device, **where), tokenizer
 
+    def tokenizer(self, files: TokenizerFiles) -> PreTrainedTokenizerBase:
+        """Load a tokenizer without its model."""
+        return load_tokenizer(files.at or files.source, revision=files.revision, world=self.spec.data.world.model_dump())
+
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher) -> Subject:
         """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `teachers` have too."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
@@ -168,14 +186,16 @@ class Context(Generic[AnySpec]):
 
     # --- data -----------------------------------------------------------------------------------------------------------
 
-    def split(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, contexts: bool = False) -> EvalSet:
+    def split(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, contexts: bool = False, data: Encoding | None = None) -> EvalSet:
         """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk.
 
-        With `contexts`, the rows also have the teacher's own prompts, if the stage has a `context`.
+        Args:
+            contexts: the rows also have the teacher's own prompts, if the stage has a `context`.
+            data: rules of encoding, if they are not those of the stage.
         """
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
-        data, name = self.spec.data, split.ref.name
-        where: Any = {"world": data.world, "root": self.task.data_root, "limit": split.limit}
+        data, name = data or self.spec.data, split.ref.name
+        where = self._where(split)
         rules = Rules.of(data, split.role, bos=data.bos, context=data.context if contexts else None)
         called = f"data set `{name}`"
         total = datasets.count(split.ref, split.role, **where) if split.role == "train" else 0
@@ -186,6 +206,13 @@ class Context(Generic[AnySpec]):
         examples = datasets.read(split.ref, split.role, **where)
         found, self.counts[split.role, name] = encode_counted(examples, tokenizer, rules, name=called)
         return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
+
+    def examples(self, split: Split) -> Iterator[Example]:
+        """Yield the rows of a split of a data set, as they are."""
+        return datasets.stream(split.ref, split.role, **self._where(split))
+
+    def _where(self, split: Split) -> dict[str, Any]:
+        return {"world": self.spec.data.world, "root": self.task.data_root, "limit": split.limit}
 
     def _tokenised(self, total: int, done: int) -> None:
         self.progress(done, total, "rows tokenised")

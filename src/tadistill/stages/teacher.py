@@ -1,10 +1,13 @@
 """The stages that prepare a teacher.
 
-They sample its answers (`generate`), record its outputs (`signal`) or change its temperature (`temper`).
+They sample its answers (`generate`), write them with the tokenizer of another model (`retokenise`), record its outputs (`signal`) or change
+its temperature (`temper`).
 """
 
 import os
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,21 @@ import torch
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import references, responses
+from tadistill.data.counts import Counts
+from tadistill.data.handover import TEXTS, Retokenised, as_json, read_texts, retokenised, said
+from tadistill.data.prompts import Rules
 from tadistill.data.templates import EvalSet
-from tadistill.disk import read_json, write_json, write_rows
+from tadistill.data.token_bytes import token_bytes
+from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
+from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model, shared_vocabulary
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.teacher import teacher_of
-from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
+from tadistill.plan.inputs import TokenizerFiles
+from tadistill.plan.specs import GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
@@ -55,6 +64,68 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
             write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in rows])
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
     return {"answers": len(train.encoded)}
+
+
+def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
+    """Write a model's answers as token ids of a student with another tokenizer. Only text passes between the two (`data.handover`).
+
+    The folder then has the answers as text, and the same file as that of a `generate` stage.
+    """
+    spec, file, early = context.spec, context.folder / TEXTS, Counter[str]()
+    if spec.writer is None:
+        file = context.store.folder(spec.answers.stage) / TEXTS
+    else:
+        early = _write_texts(context, spec.writer, file)
+    tokenizer, name = context.tokenizer(spec.tokenizer), f"data set `{spec.train.ref.name}`"
+    rules = Rules.of(spec.data, spec.train.role, bos=spec.data.bos)
+    last = Retokenised((), Counts(0), 0, 0)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal last
+        for last in retokenised(context.examples(spec.train), read_texts(file), tokenizer, rules, name=name):
+            stop_if_asked(context)
+            yield from ({"prompt": list(e.prompt), "response": list(e.response)} for e in last.encoded)
+
+    write_rows(context.folder / RESPONSES, rows())
+    context.counts = {(spec.train.role, spec.train.ref.name): last.counts}
+    found = {"answers": last.counts.used, "early": dict(early), "unknown": last.unknown, "tokens": last.tokens}
+    for sentence in _losses(early, last):
+        context.alarm(sentence)
+    return found
+
+
+def _write_texts(context: Context[RetokeniseSpec], writer: TokenizerFiles, file: Path) -> Counter[str]:
+    spec, tokenizer, early = context.spec, context.tokenizer(writer), Counter[str]()
+    assert spec.asked is not None
+    asked, read = context.split(spec.train, tokenizer, contexts=True, data=spec.asked), token_bytes(tokenizer, spec.asked.ends or None)
+    answers = stream_jsonl(context.store.folder(spec.answers.stage) / RESPONSES)
+
+    def texts() -> Iterator[Mapping[str, Any]]:
+        for encoded, (_, answer) in zip(asked.encoded, answers, strict=True):
+            found, why = said(encoded.row, answer["response"], read)
+            if why:
+                early[why] += 1
+            yield as_json(found)
+
+    write_rows(file, texts())
+    return early
+
+
+def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
+    rows = last.counts.rows
+    causes = {"bytes": "bytes that are not UTF-8", "token": "a special token that does not end an answer"}
+    for why, count in early.items():
+        yield f"{count} of {rows} answers stop before {causes[why]}, and have no end"
+    if text := last.counts.text.replace("a reference", "an answer"):
+        yield f"answers with the student's tokenizer: {text}"
+    if 2 * last.unknown > last.tokens or not last.counts.used:
+        what = f"{last.unknown} of {last.tokens} tokens are unknown to it" if last.counts.used else "no answer is short enough"
+        raise DataError(
+            f"the student's tokenizer cannot read the teacher's answers: {what}; choose a student whose tokenizer reads this text, or "
+            "raise data.max_length"
+        )
+    if last.unknown:
+        yield f"{last.unknown} of {last.tokens} tokens of the answers are unknown to the student's tokenizer"
 
 
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def test_the_plain_form_is_that_of_finished_stores(planned, recipe, label):
 
 
 def test_every_kind_is_stored():
-    assert {stage["kind"] for stages in STORED.values() for stage in stages.values()} == set(KINDS)
+    elsewhere = {"retokenise"}  # test_edges
+    assert {stage["kind"] for stages in STORED.values() for stage in stages.values()} | elsewhere == set(KINDS)
 
 
 def test_a_spec_survives_pickling(planned):

@@ -1,0 +1,157 @@
+"""Answers as text, which pass from a model to a student with another tokenizer, and their token ids for this student.
+
+The file `texts.jsonl` in the folder of a stage has one JSON object per answer, in the order of the rows:
+
+    {"row": 12, "text": " Paris is in France.", "ended": true}
+
+`row` is the place of the prompt in its split, from 0. Rows without an answer are missing. `text` is what the model wrote, without special
+tokens and without white space added or removed. `ended` is true if the model ended the answer, and false if the answer was cut: by the
+limit of new tokens, or here. So an answer of an API is its message content, and `ended` is true for the finish_reason `stop`.
+
+The bytes of `text` are exactly the bytes that the model wrote. Where this is impossible, the text stops: before bytes that are not UTF-8,
+such as half a character at the limit of new tokens, and before a special token that does not end an answer. Such an answer has not ended.
+
+The student reads the text behind its own prompt, which its own template and tokenizer have made from the row. Its own end token follows
+if the answer has ended.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tadistill.data.counts import Counts
+from tadistill.data.prompts import Rules
+from tadistill.data.rows import Example
+from tadistill.data.templates import Encoded, Encoder
+from tadistill.data.token_bytes import TokenBytes, valid_runs
+from tadistill.data.turns import without_thinking
+from tadistill.disk import damaged, stream_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXTS = "texts.jsonl"
+"""Name of the file in a stage's folder."""
+_PART = 1000  # number of rows that are tokenised in one call
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to the prompt of one row, as text."""
+
+    row: int
+    text: str
+    ended: bool
+
+
+def said(row: int, ids: Seq[int], writer: TokenBytes) -> tuple[Answer, str | None]:
+    """Return the text of sampled token ids, and why it stops early: `bytes` (not UTF-8) or `token` (a special one). None if it does not."""
+    ended = bool(ids) and ids[-1] in writer.ends
+    body = [*ids[:-1]] if ended else [*ids]
+    ordinary = next((k for k, i in enumerate(body) if not _is_text(i, writer)), len(body))
+    why = "token" if ordinary < len(body) else None
+    if writer.spelled:
+        data = b"".join(piece for i in body[:ordinary] if isinstance(piece := writer.pieces[i], bytes))
+        text, whole = valid_runs(data)[0] if data else (b"", True)
+        if not whole or len(text) < len(data):
+            why = "bytes"
+        return Answer(row, text.decode() if whole else "", ended and why is None), why
+    text = writer.tokenizer.decode(body[:ordinary], clean_up_tokenization_spaces=False)
+    return Answer(row, str(text), ended and why is None), why
+
+
+def _is_text(token: int, writer: TokenBytes) -> bool:
+    # a token of WordLevel and similar vocabularies has no bytes of its own, but it is a word
+    if token >= len(writer.pieces) or writer.tokens[token] is None:
+        return False
+    piece = writer.pieces[token]
+    return isinstance(piece, bytes) or (piece is None and not writer.spelled)
+
+
+def read_texts(file: Path) -> Iterator[Answer]:
+    """Yield the answers of a file `texts.jsonl`.
+
+    Raises:
+        StoreError: the file is missing or damaged, or its rows are not in order.
+    """
+    last = -1
+    for _, found in stream_jsonl(file):
+        row, text, ended = (found.get(name) for name in ("row", "text", "ended"))
+        if not (isinstance(row, int) and isinstance(text, str) and isinstance(ended, bool)) or row <= last:
+            raise damaged(file, f"an answer after row {last} is not {{row, text, ended}} with a later row")
+        last = row
+        yield Answer(row, text, ended)
+
+
+@dataclass(frozen=True)
+class Retokenised:
+    """A part of a model's answers, as a student reads them."""
+
+    encoded: tuple[Encoded, ...]
+    """Prompts and answers as token ids of the student."""
+    counts: Counts
+    """The rows so far: those of the split that have an answer."""
+    unknown: int
+    """Number of tokens of the answers so far that are the student's unknown token."""
+    tokens: int
+    """Number of all tokens of the answers so far."""
+
+
+def retokenised(
+    examples: Iterable[Example], answers: Iterable[Answer], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str
+) -> Iterator[Retokenised]:
+    """Yield the answers, encoded behind the student's own prompts, in parts.
+
+    An answer that is too long for `max_length` is cut and does not end, or is left out with `long_responses: drop`. An empty answer that
+    has not ended is left out.
+
+    Args:
+        examples: all rows of the split, in order.
+        rules: the student's rules. Answers are learnt as they are: they have one turn, and their thinking counts.
+
+    Raises:
+        DataError, ModelError: as in `data.templates.encode`, except that no row may be left.
+    """
+    rules = replace(rules, turns="answer", long_responses="drop" if rules.long_responses == "drop" else "cut", context=None)
+    # an answer that was cut has no end token, so one more token fits, which is then removed
+    open_rules = replace(rules, max_prompt=rules.limit, max_length=rules.max_length + 1)
+    drops, kept = rules.thinking == "drop", {"thinking": "keep"}
+    encoders = {True: Encoder(tokenizer, replace(rules, **kept), name), False: Encoder(tokenizer, replace(open_rules, **kept), name)}
+    counts, unknown, total = Counts(0, limit=rules.limit, max_length=rules.max_length), 0, 0
+    pairs = _joined(map(without_thinking, examples) if drops else examples, answers)
+    while part := list(islice(pairs, _PART)):
+        found, numbers = list[Encoded](), Counter[str]()
+        for ended, encoder in encoders.items():
+            given = {a.row: _with_answer(example, a) for example, a in part if a.ended == ended and (ended or a.text)}
+            encoded, of_ended, _ = encoder.part(given)
+            numbers.update(of_ended)
+            found += encoded if ended else [replace(e, response=e.response[:-1]) for e in encoded]
+        silent = sum(not answer.ended and not answer.text for _, answer in part)
+        numbers.update(rows=silent, empty=silent)
+        counts = counts.plus(**numbers)
+        found.sort(key=lambda e: e.row)
+        responses = [e.response for e in found]
+        total += sum(map(len, responses))
+        unknown += sum(response.count(encoders[True].unknown) for response in responses)
+        yield Retokenised(tuple(found), counts, unknown, total)
+
+
+def _joined(examples: Iterable[Example], answers: Iterable[Answer]) -> Iterator[tuple[Example, Answer]]:
+    rows = enumerate(examples)
+    for answer in answers:
+        example = next((example for row, example in rows if row == answer.row), None)
+        assert example is not None, f"row {answer.row} is not in the split"
+        yield example, answer
+
+
+def _with_answer(example: Example, answer: Answer) -> Example:
+    return replace(example, references=(answer.text,), last={}, choices=())
+
+
+def as_json(answer: Answer) -> Mapping[str, Any]:
+    """Return an answer as a line of `texts.jsonl`."""
+    return {"row": answer.row, "text": answer.text, "ended": answer.ended}

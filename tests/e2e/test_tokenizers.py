@@ -1,0 +1,74 @@
+"""A study whose models have two tokenizers: words, and byte-level BPE. Text passes between them, and everything else stays in a family."""
+
+import json
+
+import pytest
+import yaml
+from tests.byte_models import bpe_tokenizer
+from tests.e2e.inprocess import tadistill
+
+from tadistill.config import load
+from tadistill.data import tinyworld
+from tadistill.disk import read_jsonl
+from tadistill.models.loading import load_tokenizer
+from tadistill.plan.arms import make_plan
+from tadistill.store import Store
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+SFT = {"sft": {"optim": {"lr": 3e-3, "steps": 4, "batch": 8}, "select": {"metric": "last"}}}
+OPTIM = {"lr": 1e-3, "steps": 2, "batch": 4}
+
+
+def recipe(tokenizer: str, **changes) -> dict:
+    def model(words: bool, layers: int) -> dict:
+        config = SMALL | {"num_hidden_layers": layers}
+        return {"load": "scratch:llama", "tokenizer": "tinyworld" if words else tokenizer, "config": config}
+
+    return {
+        "study": "two-tokenizers",
+        "seeds": [1],
+        "models": {"t": model(True, 3) | SFT, "a": model(True, 2), "s": model(False, 1)},
+        "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "template": "plain", "world": {"people": 20}}
+        | {"limit": {"train": 16, "dev": 4, "test": 4}, "max_prompt": 120, "max_length": 160},
+        "method": {"name": "seqkd", "optim": OPTIM, "sampler": {"max_new_tokens": 8}},
+        "evaluate": {"max_new_tokens": 4, "seeds": [1], "batch": 4},
+        "arms": {"direct": "t > s", "chain": "t > a > s", "kd": {"path": "t > a", "method": "kd"}},
+    } | changes  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The finished study: its output, its store and its recipe."""
+    folder = tmp_path_factory.mktemp("two")
+    rows = [json.dumps(row) for row in tinyworld.world_rows("tinyworld", "train", seed=0, people=20)]
+    bpe_tokenizer(rows[:200], 300).save_pretrained(folder / "bpe")
+    file = folder / "two.yaml"
+    file.write_text(yaml.safe_dump(recipe(str(folder / "bpe"))))
+    return tadistill("run", str(file), "--runs", str(folder / "runs")), folder
+
+
+def test_it_runs_to_the_report(study):
+    done, folder = study
+    assert done.code == 0, done.err
+    assert (folder / "runs" / "two-tokenizers" / "report.html").is_file()
+
+
+def test_students_learn_what_their_teacher_wrote(study):
+    """Each answer is behind the prompt of its own row, in the student's own tokens, and ends if the teacher has ended it."""
+    _, folder = study
+    recipe, store = load(folder / "two.yaml"), Store(folder / "runs" / "store")
+    plan = make_plan(recipe)
+    words, student = tinyworld.tokenizer(seed=0, people=20), load_tokenizer(folder / "bpe")
+    retokenised = [stage for stage in plan.stages.values() if stage.kind == "retokenise"]
+    assert len(retokenised) == 2  # of t and of a
+    for stage in retokenised:
+        sampled = read_jsonl(store.folder(stage.parents["answers"]) / "responses.jsonl")
+        texts, read = (read_jsonl(store.folder(stage.key) / name) for name in ("texts.jsonl", "responses.jsonl"))
+        assert [text["row"] for text in texts] == list(range(16))
+        for theirs, text, mine in zip(sampled, texts, read, strict=True):
+            assert words.decode(theirs["prompt"]).split() == student.decode(mine["prompt"]).split()
+            ids = theirs["response"][: len(theirs["response"]) - text["ended"]]
+            stop = next((k for k, i in enumerate(ids) if i in words.all_special_ids), len(ids))
+            assert text["text"] == words.decode(ids[:stop])
+            assert text["ended"] == (stop == len(ids) and theirs["response"][-1] == words.eos_token_id)
+            assert student.decode(mine["response"]) == text["text"] + "<|end|>" * text["ended"]

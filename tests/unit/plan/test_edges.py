@@ -1,0 +1,162 @@
+"""The rule of tokenizers holds per edge: what compares tokens stays in a family of models, and text passes between families."""
+
+import json
+
+import pytest
+from tests.byte_models import bpe_tokenizer, byte_tokenizer
+
+from tadistill.config import validate
+from tadistill.errors import ConfigError
+from tadistill.plan.arms import make_plan
+from tadistill.plan.inputs import Encoding, Output, Split, TokenizerFiles
+from tadistill.plan.specs import RetokeniseSpec
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+SEQKD = {"name": "seqkd", "optim": {"steps": 2, "batch": 4}}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Directories of tokenizers: BPE, single bytes, the latter with two more tokens, and the latter with another EOS."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    more = byte_tokenizer()
+    more.add_tokens(["<tool>", "<call>"])
+    made = {"bpe": bpe_tokenizer(["the cat"], 260), "bytes": byte_tokenizer(), "more": more, "end": byte_tokenizer(eos="<|im_end|>")}
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in made}
+
+
+@pytest.fixture
+def planned(folders, tmp_path):
+    """A function that plans a study. `models` maps each model to a directory of `folders`, or to another model's settings."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"say {i}", "output": "the cat"}) + "\n" for i in range(6)))
+
+    def plan(arms: dict, t="bytes", a="bytes", s="bpe", method=SEQKD, **changes):
+        load = {"t": (t, 4), "a": (a, 3), "s": (s, 2)}
+        models = {
+            name: {"load": "scratch:llama", "tokenizer": folders[which], "config": SHAPE | {"num_hidden_layers": layers}}
+            for name, (which, layers) in load.items()
+        }
+        data = {"train": str(rows), "dev": str(rows), "test": [str(rows)], "template": "plain", "max_prompt": 30, "max_length": 60}
+        models |= changes.pop("models", {})
+        return make_plan(validate({"study": "x", "seeds": [1], "models": models, "data": data, "method": method, "arms": arms} | changes))
+
+    return plan
+
+
+def kinds(plan) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for stage in plan.stages.values():
+        found.setdefault(stage.kind, []).append(stage)
+    return found
+
+
+def test_text_is_retokenised_only_for_a_student_with_other_tokens(planned):
+    found = kinds(planned({"direct": "t > s", "chain": "t > a > s", "same": "t > a"}))
+    (of_t, of_a), retokenised = found["generate"], {stage.parents["answers"]: stage for stage in found["retokenise"]}
+    distilled = {stage.label.split(",")[0]: stage.parents["responses"] for stage in found["distill"]}
+    assert {of_t.model, of_a.model} == {"t", "a"}
+    assert distilled == {
+        "distill t -> s": retokenised[of_t.key].key,
+        "distill a -> s": retokenised[of_a.key].key,
+        "distill t -> a": of_t.key,
+    }
+    spec = retokenised[of_t.key].spec
+    assert (spec.writer.at.endswith("bytes"), spec.tokenizer.at.endswith("bpe")) == (True, True)
+    assert spec.asked.ends == (1, 4)  # EOS of t, with which `said` finds the end of an answer
+    assert retokenised[of_t.key].cost.total == 0
+
+
+def test_all_arms_and_phases_share_one_retokenised_text(planned):
+    arms = {"one": "t > s", "two": {"path": "t > s", "optim": {"lr": 1.0}}}
+    assert len(kinds(planned(arms))["retokenise"]) == 1
+
+
+def test_a_context_is_read_by_the_writer_only(planned):
+    context = {"system": None, "template": "Think first. {prompt}"}
+    (stage,) = kinds(planned({"direct": {"path": "t > s", "context": context}}))["retokenise"]
+    assert (stage.spec.asked.context is None, stage.spec.data.context is None) == (False, True)
+
+
+REFUSED = [
+    ({"x": {"path": "t > s", "method": "kd"}}, {}, r"arms.x: t teaches s with objective `forward_kl`.*\(262 and 260 tokens\); use .*seqkd"),
+    ({"x": {"path": "t > a > s", "method": "gkd"}}, {}, r"arms.x: a teaches s with objective `jensen_shannon`"),
+    ({"x": {"path": "t > s", "select": {"metric": "reverse_kl"}}}, {}, r"arms.x: t teaches s with select.metric `reverse_kl`"),
+    ({"x": {"path": "t > a > s", "init": {"s": "a"}}}, {}, r"s cannot start from a, because their tokenizers differ"),
+    (
+        {"x": {"path": "t > a > s", "dense": {}, "objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}}},
+        {"a": "bpe"},
+        r"arms.x: t teaches a with objective `reverse_kl`",
+    ),
+    (
+        {"x": "soft > a", "y": "t > s"},
+        {"models": {"soft": {"temper": {"of": "t", "like": "y"}}}, "teacher": "t"},
+        r"models.soft.temper.like is `y`, whose model s has another tokenizer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arms", "changes", "message"), REFUSED)
+def test_what_compares_tokens_is_refused_between_families(planned, arms, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(arms, **changes)
+
+
+def test_within_a_family_everything_stays_allowed(planned):
+    arms = {"kd": {"path": "t > a", "method": "gkd"}, "text": "t > s", "start": {"path": "t > a", "init": {}}}
+    found = kinds(planned(arms))
+    assert {stage.model for stage in found["analyse"]} == {"a"}  # no distribution of s can be compared with the teacher's
+
+
+def test_recorded_text_of_another_family_is_refused(planned):
+    recorded = {"path": "t > a > s", "objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "recorded": True}}
+    with pytest.raises(ConfigError, match="a trains on the recorded text of s"):
+        planned({"x": recorded})
+
+
+def test_only_the_last_model_is_analysed_if_an_assistant_has_other_tokens(planned):
+    (stage,) = kinds(planned({"x": "t > a > s"}, a="bpe", s="bytes"))["analyse"]
+    assert (stage.model, stage.spec.assistants) == ("s", ())
+
+
+@pytest.mark.parametrize(("t", "s", "who"), [("more", "bytes", "t"), ("bytes", "more", "s")])
+def test_extra_tokens_at_the_end_do_not_divide_a_family(planned, t, s, who):
+    """A divergence compares the shared tokens. Text passes as text, because one model cannot read every token of the other."""
+    arms = {"kd": {"path": "t > s", "method": "kd"}, "text": "t > s"}
+    plan = planned(arms, t=t, a=t, s=s)
+    assert plan.tokens.families == [("t", "s")]
+    assert f"t and s share 262 tokens. {who} has 2 more tokens (<tool>, <call>), which no text may contain." in plan.tokens.cautions()
+    uses = plan.tokens.tokenizer("s")
+    assert (uses is not None and uses[0].endswith("bytes")) == (s == "more")  # a student keeps no token that its teacher lacks
+    assert len(kinds(plan).get("retokenise", [])) == (t == "more")
+
+
+def test_another_eos_does_not_divide_a_family(planned):
+    plan = planned({"kd": {"path": "t > s", "method": "kd"}}, s="end")
+    assert plan.tokens.families == [("t", "s")]
+    assert plan.tokens.ends("s") == (1, 4)
+
+
+def test_models_of_two_families_end_answers_with_their_own_tokens(planned):
+    plan = planned({"direct": "t > s", "chain": "t > a > s"})
+    assert plan.tokens.families == [("t", "a"), ("s",)]
+    assert plan.tokens.notes() == [
+        "An answer of t and a ends with <eos> (1); <|im_end|> (4) can also end it.",
+        "An answer of s ends with <|end|> (0).",
+    ]
+
+
+def test_the_key_of_a_retokenised_text():
+    """Its plain form is the one that finished stores have."""
+    from tadistill.config import DataRef
+    from tadistill.config.data import World
+
+    data = Encoding(template="plain", max_prompt=30, max_length=60, world=World())
+    tokenizer = TokenizerFiles(source="o/m", revision="main", fingerprint="f", at="/here/o/m")
+    train = Split(ref=DataRef(load="d"), fingerprint="d", role="train", limit=4)
+    spec = RetokeniseSpec(data=data, answers=Output(stage="ab"), writer=None, asked=None, tokenizer=tokenizer, train=train)
+    assert spec.content()["tokenizer"] == {"source": "o/m", "revision": "main", "fingerprint": "f"}
+    assert spec.parents == {"answers": "ab"}
+    assert spec.key == "25c2627c3eb172b9"
