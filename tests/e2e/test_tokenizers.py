@@ -1,16 +1,12 @@
 """A study whose models have two tokenizers: words, and byte-level BPE. Text passes between them, and everything else stays in a family."""
 
-import json
-
 import pytest
 import yaml
-from tests.byte_models import bpe_tokenizer
 from tests.e2e.inprocess import tadistill
 
 from tadistill.config import load
-from tadistill.data import tinyworld
+from tadistill.data.tinyworld_tokenizers import TOKENIZERS, tokenizer
 from tadistill.disk import read_jsonl
-from tadistill.models.loading import load_tokenizer
 from tadistill.plan.arms import make_plan
 from tadistill.store import Store
 
@@ -19,10 +15,10 @@ SFT = {"sft": {"optim": {"lr": 3e-3, "steps": 4, "batch": 8}, "select": {"metric
 OPTIM = {"lr": 1e-3, "steps": 2, "batch": 4}
 
 
-def recipe(tokenizer: str, **changes) -> dict:
+def recipe(**changes) -> dict:
     def model(words: bool, layers: int) -> dict:
-        config = SMALL | {"num_hidden_layers": layers}
-        return {"load": "scratch:llama", "tokenizer": "tinyworld" if words else tokenizer, "config": config}
+        config = SMALL | {"num_hidden_layers": layers} | ({} if words else {"hidden_size": 8, "intermediate_size": 16})
+        return {"load": "scratch:llama", "tokenizer": "tinyworld" if words else "tinyworld-bpe", "config": config}
 
     return {
         "study": "two-tokenizers",
@@ -40,10 +36,8 @@ def recipe(tokenizer: str, **changes) -> dict:
 def study(tmp_path_factory):
     """The finished study: its output, its store and its recipe."""
     folder = tmp_path_factory.mktemp("two")
-    rows = [json.dumps(row) for row in tinyworld.world_rows("tinyworld", "train", seed=0, people=20)]
-    bpe_tokenizer(rows[:200], 300).save_pretrained(folder / "bpe")
     file = folder / "two.yaml"
-    file.write_text(yaml.safe_dump(recipe(str(folder / "bpe"))))
+    file.write_text(yaml.safe_dump(recipe()))
     return tadistill("run", str(file), "--runs", str(folder / "runs")), folder
 
 
@@ -58,7 +52,7 @@ def test_students_learn_what_their_teacher_wrote(study):
     _, folder = study
     recipe, store = load(folder / "two.yaml"), Store(folder / "runs" / "store")
     plan = make_plan(recipe)
-    words, student = tinyworld.tokenizer(seed=0, people=20), load_tokenizer(folder / "bpe")
+    words, student = (tokenizer(source, seed=0, people=20) for source in TOKENIZERS)
     retokenised = [stage for stage in plan.stages.values() if stage.kind == "retokenise"]
     assert len(retokenised) == 2  # of t and of a
     for stage in retokenised:
@@ -71,4 +65,4 @@ def test_students_learn_what_their_teacher_wrote(study):
             stop = next((k for k, i in enumerate(ids) if i in words.all_special_ids), len(ids))
             assert text["text"] == words.decode(ids[:stop])
             assert text["ended"] == (stop == len(ids) and theirs["response"][-1] == words.eos_token_id)
-            assert student.decode(mine["response"]) == text["text"] + "<|end|>" * text["ended"]
+            assert student.decode(mine["response"]) == text["text"] + "<eos>" * text["ended"]

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.data import chat, tinyworld
+from tadistill.data import chat, tinyworld, tinyworld_tokenizers
 from tadistill.disk import write_json
 from tadistill.errors import ModelError
 
@@ -139,9 +139,9 @@ class Vocabulary:
         return mine, theirs
 
 
-def of_tinyworld(*, seed: int, people: int) -> Vocabulary:
-    """Return the tokens of the built-in data set tinyworld."""
-    words = {word: i for i, word in enumerate((*tinyworld.SPECIALS, *tinyworld.words(seed=seed, people=people)))}
+def of_tinyworld(source: str, *, seed: int, people: int) -> Vocabulary:
+    """Return the tokens of a tokenizer of the built-in data set tinyworld."""
+    words = tinyworld_tokenizers.vocabulary(source, seed=seed, people=people)
     return Vocabulary(words, {word: words[word] for word in tinyworld.SPECIALS})
 
 

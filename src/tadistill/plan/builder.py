@@ -30,7 +30,6 @@ from tadistill.plan.inputs import (
     PrunedDepth,
     Split,
     Tempered,
-    TokenizerFiles,
     is_served,
     plan_metrics,
     plan_objective,
@@ -119,12 +118,6 @@ class StageBuilder:
             serve=model.serve,
             sends=model.serve and model.serve.signal,
         )
-
-    def tokenizer(self, name: str) -> TokenizerFiles:
-        """Return the tokenizer that a model uses."""
-        (source, revision), written = self.tokens.source(name), self.recipe.written
-        fingerprint = None if source == "tinyworld" else sources.fingerprint(source, revision, weights=False)
-        return TokenizerFiles(source=written(source) or source, revision=revision, fingerprint=fingerprint, at=source)
 
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:
         """Return the weights `handle` of the model `source`, pruned to the shape of the model `name`.

@@ -185,7 +185,7 @@ class TokenizerFiles(Part):
     """The tokenizer of a model, without the model."""
 
     source: str
-    """Path or Hub name as the recipe has it, or `tinyworld`, whose seed is in the stage's `Encoding`."""
+    """Path or Hub name as the recipe has it, or a tokenizer of tinyworld, whose seed is in the stage's `Encoding`."""
     revision: str
     fingerprint: str | None
     at: str | None = Field(default=None, exclude=True)

@@ -93,9 +93,9 @@ def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Out
     spec = specs.RetokeniseSpec(
         data=stages.encoding(learner, samples=False),
         answers=answers,
-        writer=stages.tokenizer(writer),
+        writer=tokens.files(writer),
         asked=stages.encoding(writer, context=context).model_copy(update={"ends": tokens.ends(writer)}),
-        tokenizer=stages.tokenizer(learner),
+        tokenizer=tokens.files(learner),
         train=stages.split("train"),
     )
     return Output(stage=stages.add(spec, f"answers of {writer}, retokenised for {learner}, seed {seed}", learner, seed))

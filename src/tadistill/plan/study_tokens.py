@@ -16,7 +16,7 @@ from tadistill.errors import ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.contexts import contexts_of
-from tadistill.plan.inputs import Encoding
+from tadistill.plan.inputs import Encoding, TokenizerFiles
 
 _SHOWN = 3  # number of tokens that a sentence names
 
@@ -41,6 +41,12 @@ class StudyTokens:
     def source(self, name: str) -> tuple[str, str]:
         """Return source and revision of the tokenizer that a model uses."""
         return self.tokenizer(name) or self._source(name)
+
+    def files(self, name: str) -> TokenizerFiles:
+        """Return the tokenizer that a model uses, as an input of a stage."""
+        (source, revision), written = self.source(name), self.recipe.written
+        fingerprint = None if source in TOKENIZERS else sources.fingerprint(source, revision, weights=False)
+        return TokenizerFiles(source=written(source) or source, revision=revision, fingerprint=fingerprint, at=source)
 
     def alike(self, one: str, other: str) -> bool:
         """Return True if two models are of one family: every token that they share has one id, and they read a text alike."""
@@ -221,8 +227,8 @@ class StudyTokens:
         return {}
 
     def _read_vocabulary(self, source: str, revision: str) -> Vocabulary | None:
-        if source == "tinyworld":
-            return tokens.of_tinyworld(**self.recipe.data.world.model_dump())
+        if source in TOKENIZERS:
+            return tokens.of_tinyworld(source, **self.recipe.data.world.model_dump())
         directory = sources.locate(source, revision, weights=False)
         return tokens.vocabulary_of(directory) if directory else None
 
