@@ -74,6 +74,10 @@ class Kit:
         """Return the largest number of allocated GB since `free`. None on a CPU."""
         return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
 
+    def allocated(self) -> float | None:
+        """Return the number of allocated GB. None on a CPU."""
+        return torch.cuda.memory_allocated() / 1e9 if self.cuda else None
+
     def milliseconds(self, work: Callable[[], Any], repeat: int = 3, warm: int = 1) -> float:
         """Return the median time of `work`."""
         for _ in range(warm):

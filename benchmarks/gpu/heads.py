@@ -131,7 +131,7 @@ def head_speed(kit: Kit) -> None:
 
 def _head_speed(kit: Kit, tokens: int, vocab: int, width: int, teacher_width: int) -> None:
     inputs, title = Inputs.random(kit.device, tokens, vocab, width, teacher_width), f"N = {tokens:,}, V = {vocab:,}"
-    flops, before = 2 * tokens * vocab * (3 * width + teacher_width), kit.peak()
+    flops, before = 2 * tokens * vocab * (3 * width + teacher_width), kit.allocated()
     kit.note(f"{title}: GFLOP of the products", flops / 1e9)
     found: dict[str, tuple[float, float | None]] = {}
 
