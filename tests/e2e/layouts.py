@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout.samplers import Shard
+from tadistill.train.average import MovingAverage, frozen_copy
 from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import offload, shard, weights
@@ -27,6 +28,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sft": ({"type": "cross_entropy"}, {"type": "dataset"}),
     "kd": ({"type": "forward_kl"}, {"type": "dataset"}),
     "on-policy": ({"type": "reverse_kl"}, {"type": "student", **ROUNDS}),
+    "ema": ({"type": "forward_kl", "kd_ratio": 0.5}, {"type": "dataset"}),
     "minillm": ({"type": "minillm", "preset": "official"}, {"type": "teacher_mixed", **ROUNDS}),  # two forward passes a backward pass
 }
 
@@ -55,7 +57,7 @@ class Case:
 
 
 CASES = [
-    *(Case(method, fsdp) for method in METHODS for fsdp in (False, True)),
+    *(Case(method, fsdp) for method in METHODS for fsdp in (False, True) if fsdp or method != "ema"),
     Case("kd", True, tied=True),
     Case("on-policy", True, tied=True),
     Case("kd", True, recompute=True),
@@ -88,7 +90,8 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
     objective, sampling = METHODS[case.method]
     how = {"gradient_checkpointing": case.recompute, "precision": case.precision}
     optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, **how)
-    method = Method.model_validate({"objective": objective, "sampler": sampling, "optim": optim})
+    ema = 0.8 if case.method == "ema" else None
+    method = Method.model_validate({"objective": objective, "sampler": sampling, "optim": optim, "ema": ema})
     check_pairing(method)
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if case.precision == "bf16" else "no")
@@ -97,8 +100,13 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
     if case.recompute:
         recompute_layers(student)
         student.train()
+    average = None
     if case.fsdp and accelerator.num_processes > 1:
         shard(student, torch.device("cpu"))
+    if ema is not None:
+        sharded = _model(1, 16, tokenizer, case.tied).requires_grad_(False)
+        teacher = shard(sharded, torch.device("cpu")) if case.fsdp and accelerator.num_processes > 1 else frozen_copy(student)
+        average = MovingAverage(student, teacher, ema)
     if case.teacher != "replicated":
         {"sharded": shard, "offloaded": offload}[case.teacher](teacher, torch.device("cpu"))
     sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), None)
@@ -118,7 +126,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
         with mock.patch.object(Checkpoints, "due", side_effect=[update == 4 for update in range(STEPS)]):  # one state, half-way
             train_stage(
                 student,
-                make_step(method, student, () if case.method == "sft" else (teacher,), len(tokenizer)),
+                replace(make_step(method, student, () if case.method == "sft" else (teacher,), len(tokenizer)), average=average),
                 sampler,
                 optim=optim,
                 select=Select(metric="loss", every=2),

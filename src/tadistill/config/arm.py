@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from tadistill.config.common import MOST, Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.controls import Control, read_control
-from tadistill.config.method import PARTS, Dense, MethodPatch, Optim, Phases, Select
+from tadistill.config.method import PARTS, Dense, Ema, MethodPatch, Optim, Phases, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 from tadistill.config.shorthand import MethodName, written_out
@@ -102,6 +102,8 @@ class Arm(Strict):
     """Changes to the recipe's `method.dense` for this arm."""
     context: TeacherContext | None = None
     """Changes to the recipe's `method.context` for this arm. A path such as `s > s`, in which a model teaches itself, needs a context."""
+    ema: Ema | None = None
+    """Changes the recipe's `method.ema` for this arm."""
     phases: Phases | None = None
     """Phases of each distillation of this arm, one after the other. They replace the phases of the recipe's `method`. `[]` means no
     phases."""

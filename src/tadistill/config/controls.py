@@ -13,7 +13,11 @@ from tadistill.config.sampling import StudentSampler
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
 _WRITTEN = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
-_COPIED = ("method", *(part for part in PARTS if part != "dense"), "phases")  # a control has one teacher
+_COPIED = (
+    "method",
+    *(part for part in PARTS if part not in ("dense", "ema")),
+    "phases",
+)  # its one teacher is fixed
 
 
 class Control(NamedTuple):

@@ -133,7 +133,7 @@ class Data(Strict):
     """Largest number of tokens in a prompt. The default is MiniLLM's value."""
     long_prompts: LongText = "drop"
     """What happens to a row whose prompt is longer than `max_prompt`. `drop`: the row is left out and counted. `cut`: the first
-    `max_prompt` tokens are kept, as in MiniLLM's tests. `refuse`: the study does not start."""
+    `max_prompt` tokens are kept, as in MiniLLM's tests; a chat then loses its generation prompt. `refuse`: the study does not start."""
     max_length: int = Field(default=512, ge=2)
     """Largest number of tokens in a prompt together with its reference response. Sampled responses are not limited by it."""
     long_responses: LongText = "cut"

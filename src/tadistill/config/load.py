@@ -152,7 +152,12 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(error, f"override `{item}`")) from error
     try:
-        tree = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(overrides)))
+        tree: typing.Any = OmegaConf.create(base)
+        for item in overrides:
+            key, _, value = item.partition("=")
+            if value.replace(" ", "") == "{}":  # to merge an empty mapping would change nothing
+                OmegaConf.update(tree, key, {}, merge=False)
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
         return OmegaConf.to_container(tree, resolve=False)
     except yaml.YAMLError as error:
         raise ConfigError(_not_yaml(error, source)) from error

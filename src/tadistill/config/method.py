@@ -19,7 +19,7 @@ from tadistill.config.shorthand import MethodName, written_out
 from tadistill.errors import ConfigError, about
 from tadistill.metrics import SELECTABLE
 
-PARTS = ("objective", "sampler", "optim", "select", "dense", "context")
+PARTS = ("objective", "sampler", "optim", "select", "dense", "context", "ema")
 """The keys of a method that a model, an arm or a phase can change."""
 _ROUNDING = 1e-6  # shares such as 0.333333 add up to 1
 
@@ -47,6 +47,10 @@ class Select(Strict):
                 f"select.patience is {self.patience}, but with select.metric `last` nothing is measured on the dev set; set "
                 "`select.metric` to `loss` or `rouge_l`, or remove `select.patience`"
             )
+
+
+Ema = Annotated[float, Field(ge=0, lt=1)]
+"""Weight of the teacher's own weights in each update of an exponential moving average."""
 
 
 class Sft(Strict):
@@ -102,6 +106,8 @@ class Phase(Strict):
     """Changes to `dense` in this phase."""
     context: TeacherContext | None = None
     """Changes to `context` in this phase."""
+    ema: Ema | None = None
+    """Changes `ema` in this phase. The average begins with the student's weights at the start of the phase."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,6 +167,8 @@ class MethodPatch(Strict):
     """Changes to the recipe's `method.dense`."""
     context: TeacherContext | None = None
     """Changes to the recipe's `method.context`."""
+    ema: Ema | None = None
+    """Changes the recipe's `method.ema`."""
     phases: Phases | None = None
     """Phases of the distillation, one after the other. They replace the phases of the recipe's `method`. `[]` means no phases."""
 
@@ -188,6 +196,10 @@ class Method(Strict):
     dense: Dense | None = None
     context: TeacherContext | None = None
     """The teacher's own prompt. By default, the teacher reads the student's prompt."""
+    ema: Ema | None = None
+    """Makes the teacher the exponential moving average of the student, in a path such as `s > s`, in which a model teaches itself. After
+    each update, teacher = ema x teacher + (1 - ema) x student, in float32. With 0, the teacher is the student itself. By default, the
+    teacher does not change."""
     phases: Phases | None = None
     """Phases of every distillation, one after the other. Each has its own `share` of the updates, and changes parts of this method. By
     default, a distillation has no phases."""
@@ -249,12 +261,12 @@ class Method(Strict):
         return self.round_rollouts // self.optim.batch * epochs
 
 
-def merge_methods(base: Strict, patch: Strict | None) -> Any:
+def merge_methods(base: Any, patch: Strict | float | None) -> Any:
     """Return a copy of `base` with the fields that `patch` sets. Return `patch` itself if its class (its `type`) differs from that of
-    `base`."""
+    `base`, or if it has no fields."""
     if patch is None:
         return base
-    if type(patch) is not type(base):
+    if type(patch) is not type(base) or not isinstance(patch, Strict):
         return patch
     changed = {name: getattr(patch, name) for name in patch.model_fields_set}
     if isinstance(base, Optim):  # two of these keys exclude each other, so giving one clears the other
@@ -279,8 +291,9 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     if method.phases:
         phases_of(method)  # only these are trained with
         return method
-    for name, used in (("dense", method.objective.needs_teacher), ("context", method.uses_teacher)):
-        if not used and not any(getattr(patch, name) for patch in patches):
+    asked = method.objective.needs_teacher
+    for name, used in (("dense", asked), ("context", method.uses_teacher), ("ema", asked)):
+        if not used and all(getattr(patch, name) is None for patch in patches):
             method = method.model_copy(update={name: None})  # the recipe's own setting applies only to arms that have teachers
     check_pairing(method)
     return method

@@ -20,6 +20,8 @@ def check_pairing(method: "Method") -> None:
     _check_engine(method)
     if method.context:
         _check_context(method)
+    if method.ema is not None:
+        _check_ema(method)
     sampler, batch = method.sampler, method.optim.batch
     if method.round_rollouts % batch:
         raise ConfigError(
@@ -120,6 +122,42 @@ def _check_context(method: "Method") -> None:
         raise ConfigError(
             "select.metric `reverse_kl` compares student and teacher on the student's prompts, but with `context` the teacher reads "
             "prompts of its own; set `select.metric` to `loss` or `rouge_l`"
+        )
+
+
+def _check_ema(method: "Method") -> None:
+    objective, sampler = method.objective, method.sampler
+    if not objective.needs_teacher:
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so `ema` has no effect; use an objective with a teacher, such as "
+            "`reverse_kl`, or remove `ema`"
+        )
+    if method.signal:
+        raise ConfigError(
+            f"sampler.signal `{method.signal.type}` records the teacher's outputs before training, but with `ema` the teacher changes "
+            "during training; remove one of the two keys"
+        )
+    if sampler.teacher_text or sampler.guided:
+        raise ConfigError(
+            f"sampler `{sampler.type}` uses text of the teacher, but with `ema` the teacher changes during training and writes no text; "
+            "use `sampler: {type: student}` or `sampler: {type: dataset}`, or remove `ema`"
+        )
+    if method.dense:
+        raise ConfigError("`dense` has several teachers, but `ema` makes the student its only teacher; remove one of the two keys")
+    if method.select.metric == "reverse_kl":
+        raise ConfigError(
+            "select.metric `reverse_kl` compares the student with its teacher, but with `ema` the teacher follows the student; set "
+            "`select.metric` to `loss` or `rouge_l`"
+        )
+    if not method.context and not objective.imitates_text:
+        raise ConfigError(
+            "with `ema`, student and teacher begin with the same weights; they also read the same prompts, so there is nothing to learn; "
+            "give the teacher a prompt of its own (`context`), or set `objective.kd_ratio` below 1"
+        )
+    if isinstance(sampler, Rounds) and method.round_updates > 1 and (objective.needs_scores or sampler.inner_epochs > 1):
+        raise ConfigError(
+            f"with `ema` the teacher changes after every update, but its outputs are kept for a round of {method.round_updates} updates; "
+            "set `sampler.inner_epochs` to 1 and `sampler.rollouts` to `optim.batch`, or remove `ema`"
         )
 
 

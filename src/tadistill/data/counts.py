@@ -17,6 +17,8 @@ class Counts:
     """Number of rows that were left out because their prompt has no tokens."""
     cut: int = 0
     """Number of rows whose prompt was cut to `limit` tokens."""
+    unopened: int = 0
+    """Number of these rows whose prompt is a chat, which then has no generation prompt: the start of the assistant's turn is cut off."""
     shortened: int = 0
     """Number of rows whose response was cut, because prompt and response had more than `max_length` tokens. A cut response has no end
     token."""
@@ -59,6 +61,7 @@ class Counts:
             (self.answers, f"{self.answers} left out with a reference that is longer than data.max_length ({self.max_length})"),
             (self.empty, f"{self.empty} with an empty prompt"),
             (self.cut, f"{self.cut} with a prompt cut at {key}"),
+            (self.unopened, f"{self.unopened} of these without the chat's generation prompt, which is cut off (data.long_prompts)"),
             (self.long_context + self.cut_context, self.of_contexts),
             (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
             (self.turns, f"{_turns(self.turns)} left out of used rows, longer than {key} or data.max_length ({self.max_length})"),

@@ -147,6 +147,7 @@ class Encoder:
             numbers.update(left)
             if found and example.choices and len(of_row) == 1:
                 found = [self._with_choices(found[0], example.choices, of_row[0].prompt, of_ids[0].plain)]
+            numbers["unopened"] += bool(left["cut"]) and in_chat(example, self.rules.template)
             numbers["unlearnt"] += bool(found) and unlearnt(example, self.rules)
             encoded += found
         numbers.update(rows=len(examples), tokens=sum(len(e.prompt) for e in encoded))

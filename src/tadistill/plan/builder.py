@@ -203,6 +203,8 @@ class StageBuilder:
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
         """
+        if method.ema is not None:
+            teachers = [(name, student)]  # the average begins here, also in a later phase
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
         check_one_tokenizer(method)
         (_, teacher), *others = teachers
@@ -226,6 +228,7 @@ class StageBuilder:
             assistants=tuple(handle for _, handle in others) if dense else (),
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
+            ema=method.ema,
             **texts(self, teachers if dense else teachers[:1], method, seed, (name, student), turn),
             **self._texts(name, method.select, context, responses=method.sampler.reads_responses),
         )
@@ -345,4 +348,5 @@ def _describe(method: Method) -> str:
     detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
     if isinstance(sampler, Rounds) and sampler.rollouts:
         detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
-    return f"{method.objective.label} on {sampler.type}{detail}{', with a context' if method.context else ''}"
+    how = f"{', with a context' if method.context else ''}{f', EMA {method.ema:g}' if method.ema is not None else ''}"
+    return f"{method.objective.label} on {sampler.type}{detail}{how}"

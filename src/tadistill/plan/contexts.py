@@ -10,11 +10,19 @@ from tadistill.errors import ConfigError, about
 
 
 def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
-    """Raise a ConfigError if a model of the arm `name` teaches itself without a context.
-
-    Such a model would learn its own distribution, so the loss would be 0.
-    """
-    if teacher == learner and not method.context:
+    """Raise a ConfigError if a model of the arm `name` teaches itself with the same weights and prompts, so that the loss would be 0. The
+    same holds if the teacher is a moving average (`ema`) of another model than the student, or of one that a control changes."""
+    if method.ema is not None and teacher != learner:
+        raise ConfigError(
+            f"arms.{name}: with `ema`, the teacher is a moving average of the student, but in `{arm.text}`, {teacher} teaches {learner}; "
+            f"write `{learner} > {learner}`, or remove `ema`"
+        )
+    if method.ema is not None and arm.controls:
+        raise ConfigError(
+            f"arms.{name}.control is `{arm.control}`, whose teacher does not change, but `ema` makes the teacher follow the student; set "
+            f"`ema` in arms.{arm.controls.arm} and not in `method`"
+        )
+    if teacher == learner and not method.context and method.ema is None:
         raise ConfigError(
             f"arms.{name}: in `{arm.text}`, {learner} teaches itself, so there is nothing to learn; give the teacher a prompt of its own "
             "(`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"

@@ -128,9 +128,13 @@ def _check_effects(recipe: Recipe, model: str, arm: Arm, method: Method) -> None
     for part in PARTS:
         if getattr(arm, part) is None:
             continue
-        without = arm.patch.model_copy(update={part: None})
-        other = method.model_copy(update={part: getattr(_base(recipe, model, without), part)})
-        if other != method and phases_of(other) == phases:
+        try:
+            base = _base(recipe, model, arm.patch.model_copy(update={part: None}))
+            other = method.model_copy(update={part: getattr(base, part)})
+            lost = other != method and phases_of(other) == phases
+        except ConfigError:  # other settings need this one
+            continue
+        if lost:
             raise ConfigError(
                 f"`{part}` (set here, or by the arm's `method`) has no effect, because every phase has its own `{part}`; change it in the "
                 "phases, or write `phases: []`"
@@ -169,7 +173,8 @@ def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
 
 def _settings(method: Method) -> dict[str, Any]:
     parts = (method.objective, method.sampler, method.optim)
-    return {name: value for part in parts for name, value in part.model_dump().items() if name not in ("steps", "warmup")}
+    found = {name: value for part in parts for name, value in part.model_dump().items() if name not in ("steps", "warmup")}
+    return found | {"ema": "none" if method.ema is None else method.ema}
 
 
 def _kind(method: Method) -> tuple[str, str]:

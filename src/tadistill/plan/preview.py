@@ -127,7 +127,8 @@ def _arms(plan: Plan) -> Table:
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
-        path = arm.arm.text + (", context" if arm.method.context else "")
+        method = arm.method
+        path = arm.arm.text + (", context" if method.context else "") + (f", EMA {method.ema:g}" if method.ema is not None else "")
         table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
     return table
 

@@ -103,6 +103,7 @@ class DistillSpec(TrainingSpec):
     corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
     own: OwnCode | None = None  # the function of objective `custom`
+    ema: float | None = None
 
     @property
     def method(self) -> Method:

@@ -116,6 +116,8 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     if not stage.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
         unused = ("parallel",) if stage.spec.shared else (*_SEVERAL, "parallel")
         given = {f: v for f, v in given.items() if f not in unused and (f, v) != ("teacher", "sharded")}
+    if isinstance(stage.spec, TrainingSpec) and stage.spec.method.ema is not None:  # such a teacher lies where its student does
+        given["teacher"] = "sharded" if given.get("parallel") == "fsdp" else "replicated"
     try:
         return Resources.model_validate(given)
     except ValidationError as error:

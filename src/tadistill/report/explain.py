@@ -39,7 +39,7 @@ def arm_words(results: Results) -> dict[str, str]:
     The training text and the objective are named only where they tell arms apart.
     """
     arms = [arm for arm in results.plan.arms if arm.is_trained]
-    taught = [arm for arm in arms if len(arm.models) > 1]
+    taught = [arm for arm in arms if arm.is_taught]
     usual = Counter(_sampler(arm) for arm in taught if not arm.is_phased).most_common(1)
     found = {arm.name: _words(arm, usual[0][0] if usual else "") for arm in arms}
     twins = Counter((arm.model, found[arm.name], arm.compute) for arm in taught)
@@ -53,7 +53,7 @@ def _sampler(arm: ArmRecord) -> str:
 
 
 def _words(arm: ArmRecord, usual: str) -> str:
-    if len(arm.models) == 1:
+    if not arm.is_taught:
         return "plain fine-tuning, continued" if arm.method.endswith("continued") else "plain fine-tuning"
     if arm.is_phased:
         return f"{taught(arm)} in {len(arm.phases)} phases: {', then '.join(_phase(phase, arm.path[-2]) for phase in arm.phases)}"

@@ -168,10 +168,10 @@ def _strip(results: Results) -> Strip:
 def roles(results: Results) -> dict[str, str]:
     """Return the role of each model: teacher, assistant or student. It is empty in a study that distils nothing."""
     found: dict[str, str] = {}
-    for arm in (arm for arm in results.plan.arms if len(arm.models) > 1):
+    for arm in (arm for arm in results.plan.arms if arm.is_taught):
         for model in arm.models[1:-1]:
             found.setdefault(model, "assistant")
-    for arm in (arm for arm in results.plan.arms if len(arm.models) > 1):
+    for arm in (arm for arm in results.plan.arms if arm.is_taught):
         found.setdefault(arm.model, "student")
     if results.plan.teacher and found:
         found[results.plan.teacher] = "teacher"

@@ -6,6 +6,7 @@ xl > l then xl > s, s from l      pruned from l, then taught by xl
 l > s then xl > s                 taught by l, then by xl
 xl > m > s, dense                 taught by xl and m together
 s > s, context                    taught by itself with a context
+s > s, context, ema               taught by its moving average with a context
 xl > s, control no_teacher of d   trained without a teacher (control of d)
 """
 
@@ -28,6 +29,8 @@ class Route:
     """True if each model learns from all models before it in its part."""
     context: bool = False
     """True if the teachers read a prompt of their own."""
+    ema: bool = False
+    """True if the teacher is a moving average of the student."""
     control: Control | None = None
     """Set if the arm is a control of another arm."""
 
@@ -50,7 +53,7 @@ def route(arm: ArmRecord) -> Route:
     pairs = [mark.split(" from ", 1) for mark in marks if " from " in mark]
     control = next((mark.removeprefix("control ") for mark in marks if mark.startswith("control ")), "")
     parts = tuple(tuple(part.split(" > ")) for part in text.split(" then "))
-    return Route(parts, dict(pairs), "dense" in marks, "context" in marks, read_control(control))
+    return Route(parts, dict(pairs), "dense" in marks, "context" in marks, "ema" in marks, read_control(control))
 
 
 def taught(arm: ArmRecord) -> str:
@@ -60,7 +63,8 @@ def taught(arm: ArmRecord) -> str:
         return found.control.words
     if len(found.parts) == 1 and not found.dense:
         first, *through, last = found.parts[0]
-        how = f"taught by {'itself' if first == last else first}{f' through {listed(through)}' if through and first != last else ''}"
+        itself = "its moving average" if found.ema else "itself"
+        how = f"taught by {itself if first == last else first}{f' through {listed(through)}' if through and first != last else ''}"
     else:
         how = f"taught {', then '.join(_by(teachers) for teachers in found.teachers(arm.model))}"
     how += " with a context" if found.context else ""
@@ -81,7 +85,10 @@ def steps(arm: ArmRecord) -> str:
             teachers = part[:at] if found.dense else part[at - 1 : at]
             learner = "itself" if teachers == (model,) else model
             how = f"{_in_phases(arm, model)}{' with a context' * found.context}"
-            said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {learner}{how}")
+            if found.ema and teachers == (model,):
+                said.append(f"the moving average of {model} teaches {model}{how}")
+            else:
+                said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {learner}{how}")
     return "; ".join(said)
 
 

@@ -260,13 +260,13 @@ def _unit(metric: str) -> str:
 def sft_arm(results: Results) -> ArmRecord | None:
     """Return the arm that fine-tunes the student without a teacher. If there are several, it is the one with the most training compute."""
     model = student_of(results)
-    tuned = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) == 1]
+    tuned = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and not arm.is_taught]
     return max(tuned, key=lambda arm: arm.flops or 0.0, default=None)
 
 
 def _against_sft(results: Results) -> str:
     model, tuned = student_of(results), sft_arm(results)
-    distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) > 1]
+    distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and arm.is_taught]
     if not (distilled and results.summaries):
         return ""
     if tuned is None:

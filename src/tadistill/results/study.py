@@ -105,6 +105,11 @@ class ArmRecord:
         return any(key is not None for key in self.final.values())
 
     @property
+    def is_taught(self) -> bool:
+        """True if a model teaches the arm's model, which may be the same model."""
+        return len(self.path) > 1
+
+    @property
     def is_phased(self) -> bool:
         """True if the model passes several phases with one teacher, each with its own method."""
         return len(self.phases) > 1
@@ -112,7 +117,7 @@ class ArmRecord:
     @property
     def is_chain(self) -> bool:
         """True if at least one teacher assistant is between the teacher and the student."""
-        return len(self.path) > 2
+        return len(set(self.path)) > 2
 
     @property
     def is_plain(self) -> bool:

@@ -221,6 +221,7 @@ def _as_written(recipe: Recipe) -> dict:
 def _text(arm: PlannedArm) -> str:
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
     marks = [name for name in ("dense", "context") if any(getattr(phase.method, name) for phase in arm.phases)]
+    marks += ["ema"] if any(phase.method.ema is not None for phase in arm.phases) else []
     marks += [f"control {arm.arm.control}"] if arm.arm.control else []
     return f"{arm.arm.text}{starts}{''.join(f', {mark}' for mark in marks)}"
 

@@ -28,6 +28,7 @@ from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
+from tadistill.train.average import MovingAverage, frozen_copy
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import shard, sharded, weights
 from tadistill.train.step import make_step
@@ -44,7 +45,8 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     accelerator = _accelerator(context, optim)
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
-    teachers = tuple(context.teacher(handle, dtype_of(optim.precision))[0] for handle in handles)
+    average = None if method.ema is None else MovingAverage(student, _twin(context, student), method.ema)
+    teachers = tuple(context.teacher(handle, dtype_of(optim.precision))[0] for handle in handles) if average is None else (average.teacher,)
     for model in (student, *(teacher.model for teacher in teachers if teacher.model is not None)) if optim.packed else ():
         pack_rows(model)
     recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
@@ -68,7 +70,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     )
     state = train_stage(
         student,
-        make_step(method, student, teachers, vocab, seed=spec.seed, own=own, recorded=len(signals)),
+        replace(make_step(method, student, teachers, vocab, seed=spec.seed, own=own, recorded=len(signals)), average=average),
         sampler,
         optim=optim,
         select=spec.select,
@@ -116,6 +118,11 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
         return student, tokenizer, lambda folder, whole: save_model(student, tokenizer, folder, whole, ends=ends)
     tuner = adapt(student, spec.lora, seed=rng.torch_seed(spec.seed, "adapters"))
     return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder, ends=ends)
+
+
+def _twin(context: Context[TrainingSpec], student: PreTrainedModel) -> PreTrainedModel:
+    # a sharded model cannot be copied, and has no adapters
+    return context.frozen(context.spec.student)[0] if sharded(student) else frozen_copy(student)
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:

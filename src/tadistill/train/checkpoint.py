@@ -39,6 +39,8 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Any] = field(default_factory=dict)
+    """The weights of a teacher that is a moving average of the student."""
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     """The tokens and FLOPs that `train.meter` has counted."""
@@ -46,8 +48,8 @@ class TrainState:
     """The measurements of the updates after the last line of the log."""
 
     def release(self) -> None:
-        """Drop the weights and the optimizer's state, which take the most memory. The model and the optimizer have their own copies."""
-        self.model, self.optimizer = {}, {}
+        """Drop the weights and the optimizer's state, which take the most memory. The models and the optimizer have their own copies."""
+        self.model, self.optimizer, self.average = {}, {}, {}
 
 
 class Checkpoints:

@@ -138,6 +138,8 @@ def train_stage(
             torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *others))
             with meter.timed("training"):
                 since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
+                if step.average:
+                    step.average.update()
             state.step += 1
             if state.step in hooks.kept:
                 kept = sharding.weights(student)
@@ -197,9 +199,10 @@ class _Run:
 
     def save(self, state: TrainState) -> None:
         model, optimizer = sharding.weights(self.student), sharding.gathered(self.optimizer.state_dict())
+        average = self.step.average.state() if self.step.average else {}
         if not self.accelerator.is_main_process:
             return
-        state.model, state.optimizer, state.sampler = model, optimizer, self.sampler.state()
+        state.model, state.optimizer, state.average, state.sampler = model, optimizer, average, self.sampler.state()
         state.schedule = self.step.schedule.state() if self.step.schedule else {}
         state.alarms, state.ledger = self.alarms.state(), self.meter.state(self.accelerator.num_processes)
         self.files.save(state)
@@ -216,6 +219,8 @@ class _Run:
         self.meter.restore(state.ledger, self.accelerator.num_processes)
         if self.step.schedule:
             self.step.schedule.restore(state.schedule)
+        if self.step.average:
+            self.step.average.restore(state.average)
         state.release()
         return state
 

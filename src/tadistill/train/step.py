@@ -29,6 +29,7 @@ from tadistill.objectives.fused import Term, fused_terms
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans
+from tadistill.train.average import MovingAverage
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Step:
     """The random seed that decides which teachers an update leaves out."""
     schedule: TaidSchedule | None = None
     """TAID's state, which changes once per update and is saved with the training state."""
+    average: MovingAverage | None = None
+    """The teacher that is a moving average of the student. It changes after every update."""
     phase: Phase = nullcontext
     clip: float | None = None
     """Half the width of the interval [1 - clip, 1 + clip] to which the objective clips the probability ratio. None if it does not clip."""

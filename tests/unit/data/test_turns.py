@@ -285,6 +285,19 @@ def test_rows_with_a_long_answer_are_left_out_and_counted():
         encode(rows, tokenizer, Rules(900, length - 1, "cut", "drop", template="chat"), name="d")
 
 
+def test_chats_that_lose_their_generation_prompt_are_counted():
+    tokenizer, rows = chat_tokenizer(CHATML), examples(row(TALK), row(TALK[:2]))
+    whole, short = encode(rows, tokenizer, rules("last"))
+    most = len(whole.prompt) - 1
+    (cut, kept), counts = encode_counted(rows, tokenizer, Rules(most, 900, "cut", template="chat"), name="d")
+    assert (cut.prompt, kept.prompt) == (whole.prompt[:most], short.prompt)
+    assert tokenizer.decode(whole.prompt).endswith("<|im_start|>assistant\n")
+    assert not tokenizer.decode(cut.prompt).endswith("<|im_start|>assistant\n")
+    assert (counts.cut, counts.unopened) == (1, 1)
+    assert counts.text.endswith("1 of these without the chat's generation prompt, which is cut off (data.long_prompts)")
+    assert encode_counted(rows, tokenizer, Rules(900, 900, "cut", template="chat"))[1].text == ""
+
+
 def test_a_turn_whose_tokens_depend_on_the_next_text_begins_a_sequence():
     # GPT-2 divides "\n\n" before a word, so the prompt as the model reads it is no part of the longer text
     tokenizer = chat_tokenizer(LLAMA3, words=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 from tests.e2e.inprocess import run_here
-from tests.unit.plan.test_plan import plan
+from tests.unit.plan.test_plan import model, plan
 from tests.unit.plan.test_plan_edges import MODELS, stages
 
 from tadistill.config import validate
@@ -15,6 +15,7 @@ from tadistill.errors import DataError
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.inputs import FromStage
+from tadistill.plan.task import resources_of
 from tadistill.store import Store
 
 SELF = {
@@ -92,6 +93,8 @@ ARMS = {
     "packed": {"sampler": {"type": "dataset"}, "optim": {"tokens": 60, "packed": True}},
     "recorded": {"sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
     "rounds": {"sampler": {"type": "student", "max_new_tokens": 4, "rollouts": 16, "inner_epochs": 2}},
+    "average": {"path": "s > s", "ema": 0.9, "sampler": {"type": "dataset"}},
+    "adapters": {"path": "a > a", "ema": 0.9, "sampler": {"type": "dataset"}},
 }
 
 
@@ -104,7 +107,7 @@ def test_predicted_flops_are_those_that_are_metered(tmp_path):
     recipe = {
         "study": "t",
         "seeds": [1],
-        "models": {"t": shaped(32), "s": shaped(16)},
+        "models": {"t": shaped(32), "s": shaped(16), "a": shaped(16) | {"lora": {"r": 4}}},
         "analyse": False,
         "data": data | {"template": "plain"},
         "method": {"objective": {"type": "reverse_kl"}, "optim": {"steps": 2, "batch": 8}, "select": {"metric": "last"}},
@@ -122,6 +125,42 @@ def test_predicted_flops_are_those_that_are_metered(tmp_path):
         assert predicted == pytest.approx(metered, rel=0.01), stage.label
 
 
+def test_a_moving_average_begins_with_the_weights_of_its_student():
+    """In the second phase too. It costs the FLOPs of a fixed teacher, and the memory of float32 weights or of adapters alone."""
+    phases = [{"share": 0.5}, {"share": 0.5, "ema": 0.5}]
+    arms = {"fixed": SELF, "ema": SELF | {"ema": 0.9}, "phased": SELF | {"phases": phases}}
+    half, lora = {"optim": {"precision": "bf16"}}, model(16, lora={"r": 2})
+    found = plan(seeds=[1], models={"xl": model(64), "s": model(16), "a": lora}, arms=arms | {
+        "half": SELF | half, "half ema": SELF | half | {"ema": 0.9}, "adapters": SELF | {"path": "a > a", "ema": 0.9},
+        "xl": "xl > s",
+    })  # fmt: skip
+    (fixed,), (ema,), (first, second) = (stages(found, name) for name in ("fixed", "ema", "phased"))
+    assert ema.spec.teacher == ema.spec.student == fixed.spec.teacher
+    assert second.spec.teacher == second.spec.student == FromStage(stage=first.key)
+    assert ema.label.endswith("reverse_kl on student, with a context, EMA 0.9, 16 updates, seed 1")
+    assert (ema.flops, ema.key == fixed.key) == (fixed.flops, False)
+    (half,), (other,), (adapters,) = (stages(found, name) for name in ("half", "half ema", "adapters"))
+    assert ema.cost.memory.frozen == fixed.cost.memory.frozen == other.cost.memory.frozen == 2 * half.cost.memory.frozen
+    assert adapters.cost.memory.frozen == adapters.cost.memory.gradients < 0.2 * ema.cost.memory.frozen
+
+
+def test_an_average_lies_where_its_student_does():
+    def where(**given):
+        found = plan(seeds=[1], resources={"distill": {"processes": 2, **given}}, arms={"a": SELF | {"ema": 0.9}})
+        return resources_of(found.recipe, stages(found, "a")[0]).teacher
+
+    assert (where(), where(parallel="fsdp"), where(teacher="offloaded")) == ("replicated", "sharded", "replicated")
+
+
+def test_an_older_checkpoint_may_teach_without_a_context():
+    models = MODELS | {"s": model(16, sft={"optim": {"steps": 10}, "keep": [4]}), "early": {"checkpoint": {"of": "s", "step": 4}}}
+    found = plan(
+        seeds=[1], models=models, arms={"a": {"path": "early > s", "objective": {"type": "reverse_kl"}, "sampler": {"type": "student"}}}
+    )
+    (only,) = stages(found, "a")
+    assert (only.spec.teacher, only.spec.student.checkpoint) == (only.spec.student.model_copy(update={"checkpoint": 4}), None)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -130,6 +169,36 @@ def test_predicted_flops_are_those_that_are_metered(tmp_path):
             "arms.a: in `s > s`, s teaches itself, so there is nothing to learn; give the teacher a prompt of its own",
         ),
         ({"arms": {"a": {"path": "xl > s > s"}}}, "in `xl > s > s`, s teaches itself"),
+        (
+            {"arms": {"a": SELF | {"path": "xl > s", "ema": 0.9}}},
+            "arms.a: with `ema`, .* in `xl > s`, xl teaches s; write `s > s`, or remove `ema`",
+        ),
+        ({"arms": {"a": SELF | {"context": None, "ema": 0.9}}}, "with `ema`, student and teacher begin with the same weights; .*kd_ratio"),
+        (
+            {"arms": {"a": SELF | {"ema": 0.9, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}}}},
+            "sampler.signal `hidden` records the teacher's outputs before training, but with `ema`",
+        ),
+        (
+            {"arms": {"a": SELF | {"ema": 0.9, "sampler": {"type": "teacher"}}}},
+            "sampler `teacher` uses text of the teacher, but with `ema`",
+        ),
+        (
+            {"arms": {"a": SELF | {"ema": 0.9, "sampler": {"type": "student", "rollouts": 32, "inner_epochs": 2}}}},
+            "its outputs are kept for a round of 4 updates; set `sampler.inner_epochs` to 1 and `sampler.rollouts` to `optim.batch`",
+        ),
+        (
+            {"arms": {"a": SELF | {"ema": 0.9, "objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset"}}}},
+            "objective `cross_entropy` uses no teacher",
+        ),
+        ({"arms": {"a": SELF | {"ema": 1.0}}}, "`arms.a.ema` is 1.0: write a number less than 1"),
+        (
+            {"arms": {"a": SELF | {"path": "xl > l > s", "ema": 0.9, "dense": {}}}},
+            "`dense` has several teachers, but `ema` makes the student its only teacher",
+        ),
+        (
+            {"method": {"ema": 0.9, "optim": {"steps": 16, "batch": 16}}, "arms": {"a": SELF, "b": {"control": "random_teacher of a"}}},
+            "arms.b.control is `random_teacher of a`, whose teacher does not change, but `ema`",
+        ),
         (
             {"arms": {"a": SELF | {"sampler": {"type": "teacher_mixed", "rollouts": 32}}}},
             "sampler `teacher_mixed` lets student and teacher sample one text together, but .*; set `sampler.alpha: 0`",

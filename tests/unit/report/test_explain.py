@@ -9,6 +9,8 @@ import pytest
 from tadistill.config.sampling import StudentSampler
 from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.report.explain import arm_words
+from tadistill.report.routes import steps
+from tadistill.report.text import sft_arm
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
 from tadistill.results.units import number, summary_text
@@ -35,6 +37,23 @@ def test_published_values_match_inside_the_interval(tmp_path):
     assert f"on dolly {summary_text(dolly, 'rouge_l')} matches the published 24.5" in sentence
     assert f"is {number(40 - vicuna.mean, 'rouge_l')} below the published 40.0" in sentence
     assert "on sinst 25.3 is published and not measured here" in sentence
+
+
+def test_a_model_that_teaches_itself_is_not_fine_tuned(tmp_path):
+    itself = ArmSpec("itself", ("s", "s"), text="s > s, context")
+    average = ArmSpec("average", ("s", "s"), text="s > s, context, ema", flops=9e17)
+    spec = StudySpec([ArmSpec("sft", ("s",), method="sft"), itself, average], seeds=(1,), teacher=None)
+    results = build_study(tmp_path, spec).read()
+    words = {"itself": "taught by itself with a context", "average": "taught by its moving average with a context"}
+    assert arm_words(results) == {"sft": "plain fine-tuning"} | words
+    assert [steps(results.arm(name)) for name in words] == [
+        "s teaches itself with a context",
+        "the moving average of s teaches s with a context",
+    ]
+    tuned = sft_arm(results)
+    assert tuned is not None
+    assert tuned.name == "sft"
+    assert not any(arm.is_chain for arm in results.plan.arms)
 
 
 def test_every_arm_is_explained_in_plain_words(tmp_path):

@@ -6,7 +6,7 @@ to have `max_new_tokens` tokens, because such a model never ends an answer.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,7 +23,7 @@ from tadistill.data.survey import Survey, survey
 from tadistill.errors import NotHere
 from tadistill.models.counting.cost import Cost, CostPart, Disk
 from tadistill.models.counting.memory import Memory, resident_bytes
-from tadistill.models.counting.sizes import Size, Work, forward_flops
+from tadistill.models.counting.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.model_sizes import ModelSizes
 from tadistill.plan.costs.passes import Texts
@@ -164,8 +164,11 @@ class Ledger(ModelSizes):
         student, above = self.described(name), tuple(found for model in teachers if (found := self.described(model)))
         if student is None or len(above) < len(teachers) or method.optim.steps is None:
             return None
-        drop = method.dense.drop if method.dense else 0.0
-        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=self.adapters(name))
+        drop, adapters = method.dense.drop if method.dense else 0.0, self.adapters(name)
+        if method.ema is not None:
+            above = (replace(student, size=with_adapters(student.size, adapters)),)
+        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=adapters)
+        cost.memory.average = method.ema is not None
         sampler, objective = method.sampler, method.objective
         cost.dropout = not sampler.on_policy
         count = _SAMPLERS.get(type(sampler))

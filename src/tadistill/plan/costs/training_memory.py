@@ -54,6 +54,8 @@ class TrainingMemory:
         self.bf16 = optim.precision == "bf16"
         self.texts, self.plain = Memory(), Memory()
         self.drawn, self.stored = 0.0, 0.0
+        self.average = False
+        """True if the teacher is a moving average of the student. It then shares the weights that are not trained, and is in float32."""
 
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
         """Add the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
@@ -98,7 +100,9 @@ class TrainingMemory:
         """Return the memory of the training. With `runs_teachers`, their weights are in memory. Otherwise, only recorded outputs are."""
         size, dtype = self.student.size, DTYPES[self.optim.precision]
         trained = self.adapters.trained if self.adapters else size.total
-        if runs_teachers:
+        if runs_teachers and self.average:
+            frozen = 4 * trained
+        elif runs_teachers:
             frozen = sum(resident_bytes(t.present, training=False, dtype=dtype) for t in self.teachers)
         else:
             read = self.texts.logit_row > 4 * self.student.vocab  # recorded hidden states come with the teacher's head
