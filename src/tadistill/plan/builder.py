@@ -203,11 +203,9 @@ class StageBuilder:
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
         """
-        if method.ema is not None:
-            teachers = [(name, student)]  # the average begins here, also in a later phase
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
         check_one_tokenizer(method)
-        (_, teacher), *others = teachers
+        (_, teacher), *others = teachers if method.ema is None else [(name, student)]  # an average begins here, in a later phase too
         names = [n for n, _ in teachers]
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
