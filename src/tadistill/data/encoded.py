@@ -19,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from tadistill.config import DataRef
 from tadistill.config.data import World
 from tadistill.data import chat, contexts, datasets, prompts, templates, turns
@@ -44,6 +46,11 @@ class EncodedRows(Seq[Encoded]):
     def __len__(self) -> int:
         return len(self._row)
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The index of each row in its split."""
+        return self._row.to_numpy()
+
     @overload
     def __getitem__(self, i: int) -> Encoded: ...
     @overload
@@ -55,6 +62,13 @@ class EncodedRows(Seq[Encoded]):
         choices, spans = (tuple(map(tuple, column[i].as_py())) for column in (self._choices, self._spans))
         own = self._teacher[i].as_py()
         return Encoded(self._row[i].as_py(), prompt, response, choices, None if own is None else tuple(own), spans)
+
+
+def numbers(rows: Seq[Encoded]) -> np.ndarray:
+    """Return the index of each row in its split."""
+    if isinstance(rows, EncodedRows):
+        return rows.numbers
+    return np.array([row.row for row in rows], np.int64)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from tadistill.data.alignment import NO_SPAN, align, read_again
+from tadistill.data.encoded import numbers
 from tadistill.data.token_bytes import TokenBytes
 from tadistill.errors import DataError
 
 if TYPE_CHECKING:
     from tadistill.data.batch import Sequence
+    from tadistill.data.templates import Encoded
 
 _KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
 _NOTHING = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
@@ -115,6 +117,34 @@ class _Reread(Seq["Sequence"]):
         return found
 
 
+class WithPrompts(Seq["Encoded"]):
+    """The rows of a student's training set with the prompts of a teacher that has another template or tokenizer.
+
+    A row that only one of the two models can read is left out. `left_out` counts those of the student.
+    """
+
+    def __init__(self, rows: Seq["Encoded"], of_teacher: Seq["Encoded"]):
+        """Both are encodings of one split, with one prompt per row."""
+        self._rows, self._of_teacher = rows, of_teacher
+        _, self._mine, self._theirs = np.intersect1d(*(numbers(part) for part in (rows, of_teacher)), assume_unique=True, return_indices=True)
+        self.left_out = len(rows) - len(self._mine)
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    @overload
+    def __getitem__(self, i: int) -> "Encoded": ...
+    @overload
+    def __getitem__(self, i: slice) -> list["Encoded"]: ...
+    def __getitem__(self, i: int | slice) -> "Encoded | list[Encoded]":
+        places = range(len(self))[i]
+        return [self._one(k) for k in places] if isinstance(places, range) else self._one(places)
+
+    def _one(self, i: int) -> "Encoded":
+        teacher = self._of_teacher[int(self._theirs[i])]
+        return replace(self._rows[int(self._mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
+
+
 def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
     """Return the span of each token of the response, and of each token of the second reading, numbered from 0.
 
@@ -194,8 +224,8 @@ class Aligned:
             mine.append(np.where(of_loss >= 0, of_loss + start, NO_SPAN))
             theirs.append(teacher + start)
             of_rows.append(count)
-        each = (torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (mine, theirs, tokens))
-        return cls(*each, tuple(of_rows), found)
+        student, teacher, ids = (torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (mine, theirs, tokens))
+        return cls(student, teacher, ids, tuple(of_rows), found)
 
     def to(self, device: torch.device) -> "Aligned":
         """Return the spans on `device`."""

@@ -172,8 +172,8 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
         return None if prompt is None else tuple(prompt)
 
     def second(s: dict[str, Any]) -> SecondReading | None:
-        kept = s.get("second")
-        return kept and SecondReading(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in kept.items()})
+        kept: dict[str, Any] = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in s.get("second", {}).items()}
+        return SecondReading(**kept) if kept else None
 
     return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s)) for s in stored]
 

@@ -26,6 +26,7 @@ from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
+from tadistill.stages.across import Across
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
 from tadistill.train.average import MovingAverage, frozen_copy
@@ -46,16 +47,19 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
     average = None if method.ema is None else MovingAverage(student, _twin(context, student), method.ema)
-    teachers = tuple(context.teacher(handle, dtype_of(optim.precision))[0] for handle in handles) if average is None else (average.teacher,)
+    loaded = [context.teacher(handle, dtype_of(optim.precision)) for handle in handles] if average is None else []
+    teachers = tuple(teacher for teacher, _ in loaded) if average is None else (average.teacher,)
     for model in (student, *(teacher.model for teacher in teachers if teacher.model is not None)) if optim.packed else ():
         pack_rows(model)
     recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
     signals = tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded)
-    subject = context.subject(student, tokenizer, *teachers)
-    vocab = min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)])
-    subject = replace(subject, vocab=vocab)
+    other = distill.teacher_data if distill else None  # the teacher has another tokenizer
+    subject = context.subject(student, tokenizer, *(() if other else teachers))
+    subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)]))
+    across = Across.of(context, subject, *loaded[0], other) if other else None
+    vocab = across.shared if across else subject.vocab
     ranks = Shard(accelerator.process_index, accelerator.num_processes)
-    sampler = _sampler(context, subject, teachers, signals, ranks)
+    sampler = _sampler(context, subject, teachers, signals, ranks, across)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not method.sampler.on_policy)
     own = context.own(distill.own).call if distill and distill.own else None
@@ -143,7 +147,12 @@ def _accelerator(context: Context, optim: Optim) -> Accelerator:
 
 
 def _sampler(
-    context: Context[TrainingSpec], subject: Subject, teachers: tuple[Teacher, ...], signals: tuple[Signals, ...], shard: Shard
+    context: Context[TrainingSpec],
+    subject: Subject,
+    teachers: tuple[Teacher, ...],
+    signals: tuple[Signals, ...],
+    shard: Shard,
+    across: Across | None,
 ) -> Sampler:
     spec = context.spec
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None

@@ -217,12 +217,12 @@ def _step(method: Method, models: Models, own: Callable[..., Tensor] | None) -> 
             return Step(models, partial(_divergence, objective))
 
 
-_FUNCTIONS = {"uld": "sorted_distance", "gold": "hybrid_distance"}
+_FUNCTIONS: dict[str, str] = {"uld": "sorted_distance", "gold": "hybrid_distance"}
 """The functions of objectives that the field knows by another name. Every other function has the name of its objective."""
 
 
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
-    settings, name = objective.model_dump(exclude={"type", "kd_ratio", "temperature"}), objective.type  # type: ignore[attr-defined]
+    settings, name = objective.model_dump(exclude={"type", "kd_ratio", "temperature"}), str(objective.type)  # type: ignore[attr-defined]
     return _towards_teacher(objective, batch, getattr(objectives, _FUNCTIONS.get(name, name)), settings)
 
 

@@ -1,0 +1,71 @@
+"""What a training needs if its student and its teacher have different tokenizers: second readings, and the tokens that both have."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tadistill.data.alignment import shared_tokens
+from tadistill.data.second_readings import Rereader, WithPrompts
+from tadistill.data.templates import Encoded
+from tadistill.data.token_bytes import token_bytes
+from tadistill.errors import DataError, ModelError
+from tadistill.evaluation.scoring import Subject
+from tadistill.models.loading import shared_vocabulary
+from tadistill.models.teacher import Teacher
+from tadistill.objectives import SharedVocabulary
+from tadistill.plan.inputs import Encoding, Split
+from tadistill.stages.context import Context
+
+
+@dataclass(frozen=True)
+class Across:
+    """A student and a teacher with different tokenizers."""
+
+    context: Context[Any]
+    tokenizer: PreTrainedTokenizerBase
+    """The teacher's tokenizer."""
+    data: Encoding
+    """The teacher's rules of encoding."""
+    again: Rereader
+    shared: SharedVocabulary
+
+    @classmethod
+    def of(cls, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding) -> "Across":
+        """Compare the tokens of both models.
+
+        Raises:
+            ModelError: they have no token in common.
+        """
+        mine, theirs = token_bytes(student.tokenizer, student.eos), token_bytes(tokenizer, data.ends)
+        sizes = student.vocab, shared_vocabulary(tokenizer, widths=(teacher.width,))
+        config = teacher.config if teacher.model is None else teacher.model.config.get_text_config().to_dict()
+        most = config.get("max_position_embeddings", config.get("n_positions"))
+        pairs = [pair for pair in zip(*shared_tokens(mine, theirs), strict=True) if pair[0] < sizes[0] and pair[1] < sizes[1]]
+        if not pairs:
+            raise ModelError(
+                f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
+                "compare them; choose models whose tokenizers read the same characters"
+            )
+        ids = [torch.tensor(side) for side in zip(*pairs, strict=True)]
+        alone = [size > len(pairs) for size in sizes]
+        shared = SharedVocabulary(ids[0], ids[1], sizes, "lump" if alone[0] == alone[1] else "drop")
+        return cls(context, tokenizer, data, Rereader(mine, theirs, sizes[1], most), shared)
+
+    def rows(self, rows: Seq[Encoded], split: Split) -> WithPrompts:
+        """Return the student's rows of a split with the teacher's own prompts.
+
+        Raises:
+            DataError: no row is left.
+        """
+        counts = dict(self.context.counts)
+        of_teacher = self.context.split(split, self.tokenizer, contexts=True, data=self.data).encoded
+        self.context.counts = counts  # those of the student
+        found = WithPrompts(rows, of_teacher)
+        if found.left_out:
+            self.context.alarm(f"{found.left_out} of {len(rows)} rows are left out, because the teacher's prompt is too long in its own tokens")
+        if not len(found):
+            raise DataError("the teacher can read none of the student's rows, because its prompts are too long; raise data.max_prompt")
+        return found
