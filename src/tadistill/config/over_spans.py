@@ -29,7 +29,8 @@ def over_spans(method: "Method") -> "Method":
         fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
         raise ConfigError(f"with sampler `{sampler.label}`, both models sample one text together, token by token; {fix}")
     if method.signal:
-        raise ConfigError(f"sampler.signal `{method.signal.type}` records the teacher's outputs at the student's tokens; remove `signal`")
+        key = "recorded" if method.recorded_text else "signal"
+        raise ConfigError(f"sampler.signal `{method.signal.type}` records the teacher's outputs at the student's tokens; remove `{key}`")
     if method.dense:
         raise ConfigError("`dense` averages distributions over the same tokens; remove `dense`")
     if method.select.metric == "reverse_kl":

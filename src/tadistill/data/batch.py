@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.data.encoded import EncodedRows
+from tadistill.data.encoded import row_numbers
 from tadistill.data.second_readings import Aligned, SecondReading, counted_spans, runs
 from tadistill.data.templates import Encoded, with_bos
 from tadistill.disk import stream_jsonl
@@ -199,7 +199,7 @@ def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
         row = encoded[i]
         return Sequence(row.prompt, row.response, teacher_prompt=row.teacher_prompt, spans=row.spans)
 
-    return _OnDisk(len(encoded), read) if isinstance(encoded, EncodedRows) else [*map(read, range(len(encoded)))]
+    return [*map(read, range(len(encoded)))] if isinstance(encoded, list | tuple) else _OnDisk(len(encoded), read)
 
 
 def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
@@ -218,6 +218,15 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
         return Sequence(tuple(row["prompt"]), tuple(row["response"]), teacher_prompt=encoded[i].teacher_prompt if encoded else None)
 
     return _OnDisk(len(places), read)
+
+
+def answered_rows(file: Path, encoded: Seq[Encoded]) -> np.ndarray:
+    """Return the index in its split of the row of each response in a JSON Lines file.
+
+    The file has these numbers if it leaves out rows. Otherwise, its rows are those of `encoded`.
+    """
+    numbers = [row.get("row") for _, row in stream_jsonl(file)]
+    return row_numbers(encoded) if None in numbers else np.array(numbers, np.int64)
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:

@@ -64,7 +64,7 @@ class EncodedRows(Seq[Encoded]):
         return Encoded(self._row[i].as_py(), prompt, response, choices, None if own is None else tuple(own), spans)
 
 
-def numbers(rows: Seq[Encoded]) -> np.ndarray:
+def row_numbers(rows: Seq[Encoded]) -> np.ndarray:
     """Return the index of each row in its split."""
     if isinstance(rows, EncodedRows):
         return rows.numbers

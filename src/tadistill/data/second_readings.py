@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tadistill.data.alignment import NO_SPAN, align, read_again
-from tadistill.data.encoded import numbers
+from tadistill.data.encoded import row_numbers
 from tadistill.data.token_bytes import TokenBytes
 from tadistill.errors import DataError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tadistill.data.batch import Sequence
     from tadistill.data.templates import Encoded
 
+Row = TypeVar("Row", "Sequence", "Encoded")
 _KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
 _NOTHING = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
 
@@ -117,30 +118,32 @@ class _Reread(Seq["Sequence"]):
         return found
 
 
-class WithPrompts(Seq["Encoded"]):
-    """The rows of a student's training set with the prompts of a teacher that has another template or tokenizer.
+class Behind(Seq[Row]):
+    """Rows or responses of a student, with the prompts of a teacher that has another tokenizer.
 
-    A row that only one of the two models can read is left out. `left_out` counts those of the student.
+    A row that only the student can read is left out. `left_out` is their number.
     """
 
-    def __init__(self, rows: Seq["Encoded"], of_teacher: Seq["Encoded"]):
-        """Both are encodings of one split, with one prompt per row."""
+    def __init__(self, rows: Seq[Row], numbers: np.ndarray, of_teacher: Seq["Encoded"]):
+        """`numbers` are the places of the rows in the split of which `of_teacher` is an encoding, each once."""
         self._rows, self._of_teacher = rows, of_teacher
-        _, self._mine, self._theirs = np.intersect1d(*(numbers(part) for part in (rows, of_teacher)), assume_unique=True, return_indices=True)
-        self.left_out = len(rows) - len(self._mine)
+        _, mine, theirs = np.intersect1d(numbers, row_numbers(of_teacher), assume_unique=True, return_indices=True)
+        order = np.argsort(mine)
+        self._mine, self._theirs = mine[order], theirs[order]
+        self.left_out = len(rows) - len(mine)
 
     def __len__(self) -> int:
         return len(self._mine)
 
     @overload
-    def __getitem__(self, i: int) -> "Encoded": ...
+    def __getitem__(self, i: int) -> Row: ...
     @overload
-    def __getitem__(self, i: slice) -> list["Encoded"]: ...
-    def __getitem__(self, i: int | slice) -> "Encoded | list[Encoded]":
+    def __getitem__(self, i: slice) -> list[Row]: ...
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
         places = range(len(self))[i]
         return [self._one(k) for k in places] if isinstance(places, range) else self._one(places)
 
-    def _one(self, i: int) -> "Encoded":
+    def _one(self, i: int) -> Row:
         teacher = self._of_teacher[int(self._theirs[i])]
         return replace(self._rows[int(self._mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
 from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
-from tadistill.config.over_spans import check_one_tokenizer
-from tadistill.config.sampling import Rounds
+from tadistill.config.over_spans import over_spans
 from tadistill.data import datasets
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere
@@ -17,7 +16,7 @@ from tadistill.models import sources
 from tadistill.models.counting import shapes
 from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
-from tadistill.plan.edges import check_like, check_weights
+from tadistill.plan.edges import check_like, check_weights, teacher_rules
 from tadistill.plan.graph import Graph
 from tadistill.plan.inputs import (
     Encoding,
@@ -204,7 +203,6 @@ class StageBuilder:
             ConfigError: `dense.weights` does not have one weight per teacher.
         """
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
-        check_one_tokenizer(method)
         (_, teacher), *others = teachers if method.ema is None else [(name, student)]  # an average begins here, in a later phase too
         names = [n for n, _ in teachers]
         dense = method.dense if others else None
@@ -213,8 +211,10 @@ class StageBuilder:
                 f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); write one "
                 "weight for each teacher, or remove `dense.weights` for equal weights"
             )
+        of_teacher = teacher_rules(self, names[0], name, method)
         # text that a teacher with other tokens has written is behind the student's prompts only
-        context = method.context if method.by_token or self.tokens.hands_over_ids(names[0], name) else None
+        context = None if of_teacher or not (method.by_token or self.tokens.hands_over_ids(names[0], name)) else method.context
+        method = over_spans(method) if of_teacher else method
         spec = specs.DistillSpec(
             student=student,
             teacher=teacher,
@@ -227,10 +227,11 @@ class StageBuilder:
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
             ema=method.ema,
+            teacher_data=of_teacher,
             **texts(self, teachers if dense else teachers[:1], method, seed, (name, student), turn),
             **self._texts(name, method.select, context, responses=method.sampler.reads_responses),
         )
-        label = f"distill {' + '.join(names)} -> {name}{turn.text}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
+        label = f"distill {' + '.join(names)} -> {name}{turn.text}, {spec.summary}, seed {seed}"
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
@@ -338,13 +339,3 @@ class StageBuilder:
             steps = max(1, round(optim.epochs * self.ledger.rows / optim.batch))
             return optim.model_copy(update={"steps": steps, "epochs": None})
         return optim
-
-
-def _describe(method: Method) -> str:
-    sampler = method.sampler
-    recorded = "recorded, " if method.recorded_text else ""
-    detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
-    if isinstance(sampler, Rounds) and sampler.rollouts:
-        detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
-    how = f"{', with a context' if method.context else ''}{f', EMA {method.ema:g}' if method.ema is not None else ''}"
-    return f"{method.objective.label} on {sampler.type}{detail}{how}"

@@ -3,7 +3,8 @@
 An edge is a step of a path, such as `A > B`. Its method decides what the two models must have in common:
 
     only text passes (SeqKD: `cross_entropy` on the teacher's answers)     any two tokenizers
-    a loss, a sampler or a metric compares tokens                          tokenizers of one family (`StudyTokens.alike`)
+    a loss that is defined over spans of text                              any two tokenizers (`config.over_spans`)
+    another loss, a sampler or a metric compares tokens                    tokenizers of one family (`StudyTokens.alike`)
 
 `Method.by_token` names the setting that compares tokens. Weights, temperatures and recorded teacher outputs also pass only within a family.
 """
@@ -12,9 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method
-from tadistill.errors import ConfigError
+from tadistill.config.over_spans import check_one_tokenizer, over_spans
+from tadistill.errors import ConfigError, about
+from tadistill.plan.inputs import Encoding
 
 if TYPE_CHECKING:
+    from tadistill.plan.builder import StageBuilder
     from tadistill.plan.study_tokens import StudyTokens
 
 _TEXT_ONLY = "use a method that hands over text (`seqkd`), or models with one tokenizer"
@@ -24,16 +28,47 @@ def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner
     """Check that a student's tokenizer allows a method with its teachers.
 
     Raises:
-        ConfigError: the method compares tokens, but a teacher has other tokens than the student.
+        ConfigError: the method compares tokens, but a teacher has other tokens than the student. Or the method needs two tokenizers, but
+            both models have one.
     """
     if method.by_token is None:
         return
     for teacher in teachers:
-        if not tokens.alike(teacher, learner):
+        differ = f"their tokenizers differ ({tokens.sizes(teacher, learner)})"
+        if tokens.alike(teacher, learner):
+            with about(f"arms.{arm}"):
+                check_one_tokenizer(method)
+        elif method.objective.needs_teacher:
+            with about(f"arms.{arm}: {teacher} teaches {learner}, but {differ}"):
+                over_spans(method)
+                serve = tokens.recipe.models[teacher].serve
+                if serve and serve.signal:
+                    raise ConfigError(
+                        "its server sends only the most probable tokens, but a loss over spans needs hidden states; remove `serve.signal`"
+                    )
+        else:
             raise ConfigError(
-                f"arms.{arm}: {teacher} teaches {learner} with {method.by_token}, which compares the two models token by token, but their "
-                f"tokenizers differ ({tokens.sizes(teacher, learner)}); {_TEXT_ONLY}"
+                f"arms.{arm}: {teacher} teaches {learner} with {method.by_token}, which compares the two models token by token, but "
+                f"{differ}; {_TEXT_ONLY}"
             )
+
+
+def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Method) -> Encoding | None:
+    """Return the rules with which a teacher reads the prompts of the training set in its own tokens. Return None if both models have one
+    tokenizer, or if only text passes.
+
+    Raises:
+        ConfigError: the text has several turns.
+    """
+    if not method.objective.needs_teacher or stages.tokens.alike(teacher, learner):
+        return None
+    if method.sampler.reads_responses and stages.recipe.data.turns == "all":
+        raise ConfigError(
+            f"{learner} learns from {teacher}, which has another tokenizer and reads one answer behind each prompt, but data.turns is all; "
+            "set data.turns to last"
+        )
+    found = stages.encoding(teacher, context=method.context)
+    return found.model_copy(update={"ends": stages.tokens.ends(teacher), "long_responses": "cut"})  # it reads none of the references
 
 
 def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:

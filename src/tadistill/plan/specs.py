@@ -11,7 +11,7 @@ from tadistill.config.common import Decoding, Precision
 from tadistill.config.method import PARTS, Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
-from tadistill.config.sampling import OnPolicy, Sampler, Signal
+from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.counting.cost import Cost
 from tadistill.plan.inputs import Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
 from tadistill.plan.spec import Spec
@@ -104,10 +104,25 @@ class DistillSpec(TrainingSpec):
     """Plain text for MiniLLM's language-modelling loss."""
     own: OwnCode | None = None  # the function of objective `custom`
     ema: float | None = None
+    teacher_data: Encoding | None = None
+    """The rules with which the teacher reads prompts, if it has another tokenizer than the student. The loss is then over spans."""
 
     @property
     def method(self) -> Method:
-        return Method(**{part: getattr(self, part) for part in PARTS if part != "context"}, context=self.data.context)
+        context = (self.teacher_data or self.data).context
+        return Method(**{part: getattr(self, part) for part in PARTS if part != "context"}, context=context)
+
+    @property
+    def summary(self) -> str:
+        """Words for the stage's label: the loss, the text, and the number of updates."""
+        method, sampler = self.method, self.sampler
+        recorded = "recorded, " if method.recorded_text else ""
+        detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
+        if isinstance(sampler, Rounds) and sampler.rollouts:
+            detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
+        own = f"{', with a context' if method.context else ''}{f', EMA {method.ema:g}' if method.ema is not None else ''}"
+        own += ", over spans" if self.teacher_data else ""
+        return f"{method.objective.label} on {sampler.type}{detail}{own}, {method.optim.steps} updates"
 
     def content(self) -> dict[str, Any]:
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""

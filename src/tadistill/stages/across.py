@@ -1,14 +1,18 @@
-"""What a training needs if its student and its teacher have different tokenizers: second readings, and the tokens that both have."""
+"""The parts of a training whose student and teacher have different tokenizers: second readings, and the tokens that both have."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.data.alignment import shared_tokens
-from tadistill.data.second_readings import Rereader, WithPrompts
+from tadistill.data.batch import Sequence, answered_rows, responses
+from tadistill.data.encoded import row_numbers
+from tadistill.data.second_readings import Behind, Rereader
 from tadistill.data.templates import Encoded
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import DataError, ModelError
@@ -16,7 +20,7 @@ from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import shared_vocabulary
 from tadistill.models.teacher import Teacher
 from tadistill.objectives import SharedVocabulary
-from tadistill.plan.inputs import Encoding, Split
+from tadistill.plan.inputs import Encoding
 from tadistill.stages.context import Context
 
 
@@ -54,18 +58,26 @@ class Across:
         shared = SharedVocabulary(ids[0], ids[1], sizes, "lump" if alone[0] == alone[1] else "drop")
         return cls(context, tokenizer, data, Rereader(mine, theirs, sizes[1], most), shared)
 
-    def rows(self, rows: Seq[Encoded], split: Split) -> WithPrompts:
-        """Return the student's rows of a split with the teacher's own prompts.
+    @cached_property
+    def _of_teacher(self) -> Seq[Encoded]:
+        counts = dict(self.context.counts)  # those of the student stay in the manifest
+        found = self.context.split(self.context.spec.train, self.tokenizer, contexts=True, data=self.data).encoded
+        self.context.counts = counts
+        return found
+
+    def rows(self, rows: Seq[Encoded]) -> Seq[Encoded]:
+        """Return the student's training rows with the teacher's own prompts. An alarm says how many rows the teacher cannot read.
 
         Raises:
             DataError: no row is left.
         """
-        counts = dict(self.context.counts)
-        of_teacher = self.context.split(split, self.tokenizer, contexts=True, data=self.data).encoded
-        self.context.counts = counts  # those of the student
-        found = WithPrompts(rows, of_teacher)
+        found = Behind(rows, row_numbers(rows), self._of_teacher)
         if found.left_out:
-            self.context.alarm(f"{found.left_out} of {len(rows)} rows are left out, because the teacher's prompt is too long in its own tokens")
+            self.context.alarm(f"{found.left_out} of {len(rows)} rows are left out, because the prompt is too long in the teacher's tokens")
         if not len(found):
-            raise DataError("the teacher can read none of the student's rows, because its prompts are too long; raise data.max_prompt")
+            raise DataError("the teacher can read none of the student's rows, because the prompts are too long; raise data.max_prompt")
         return found
+
+    def answers(self, file: Path, rows: Seq[Encoded]) -> Seq[Sequence]:
+        """Return the responses of a file to the student's prompts `rows`, with the teacher's own prompts."""
+        return Behind(responses(file), answered_rows(file, rows), self._of_teacher)

@@ -84,7 +84,7 @@ def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
         nonlocal last
         for last in retokenised(context.examples(spec.train), read_texts(file), tokenizer, rules, name=name):
             stop_if_asked(context)
-            yield from ({"prompt": list(e.prompt), "response": list(e.response)} for e in last.encoded)
+            yield from ({"row": e.row, "prompt": list(e.prompt), "response": list(e.response)} for e in last.encoded)
 
     write_rows(context.folder / RESPONSES, rows())
     context.counts = {(spec.train.role, spec.train.ref.name): last.counts}

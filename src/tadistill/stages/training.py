@@ -159,14 +159,20 @@ def _sampler(
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard}
     train = context.split(spec.train, subject.tokenizer, contexts=True)
     answered, rows = distill.responses if distill else None, train.encoded if spec.data.context else ()
-    texts = responses(context.store.folder(answered.stage) / RESPONSES, rows) if answered else references(train.encoded)
-    config = method.sampler
+    file = context.store.folder(answered.stage) / RESPONSES if answered else None
+    config, encoded = method.sampler, train.encoded
+    if across:
+        encoded = across.rows(train.encoded)
+        texts = across.answers(file, train.encoded) if file else references(encoded)
+    else:
+        texts = responses(file, rows) if file else references(encoded)
     if not (method.samples and isinstance(config, OnPolicy)):
-        return FixedSequences(texts, method.optim, signals=signals, **common)
+        return FixedSequences(across.again.each(texts) if across else texts, method.optim, signals=signals, **common)
+    common["again"] = across and across.again
     context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     common |= {"engine": _engine(context, config, subject), "vocab": subject.vocab, "corpus": plain}
-    return on_policy(method, texts, train.encoded, teachers=teachers, **common)
+    return on_policy(method, texts, encoded, teachers=teachers, **common)
 
 
 def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) -> Engine:

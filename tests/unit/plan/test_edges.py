@@ -5,7 +5,8 @@ import json
 import pytest
 from tests.byte_models import bpe_tokenizer, byte_tokenizer
 
-from tadistill.config import validate
+from tadistill.config import Method, validate
+from tadistill.config.over_spans import over_spans
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.inputs import Encoding, Output, Split, TokenizerFiles
@@ -81,14 +82,45 @@ def test_a_context_is_read_by_the_writer_only(planned):
 
 
 REFUSED = [
-    ({"x": {"path": "t > s", "method": "kd"}}, {}, r"arms.x: t teaches s with objective `forward_kl`.*\(262 and 260 tokens\); use .*seqkd"),
-    ({"x": {"path": "t > a > s", "method": "gkd"}}, {}, r"arms.x: a teaches s with objective `jensen_shannon`"),
+    (
+        {"x": {"path": "t > s", "objective": {"type": "top_k_forward_kl"}, "sampler": {"type": "dataset"}}},
+        {},
+        r"arms.x: t teaches s, but their tokenizers differ \(262 and 260 tokens\): objective `top_k_forward_kl` .*use `forward_kl`",
+    ),
+    ({"x": {"path": "t > a > s", "method": "distillm-2"}}, {}, r"a teaches s, but their tokenizers differ.*: objective `contrastive` has"),
+    ({"x": {"path": "t > s", "objective": {"type": "sampled_kl"}, "sampler": {"type": "student"}}}, {}, r"`sampled_kl` estimates"),
+    (
+        {"x": {"path": "t > s", "objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "recorded": True}}},
+        {},
+        r"records the teacher's outputs .*; remove `recorded`",
+    ),
+    (
+        {"x": {"path": "t > s", "method": "minillm", "objective": {"pt_weight": 0}}},
+        {},
+        r"with sampler `teacher_mixed`, both models sample.*set `sampler.alpha: 0`",
+    ),
+    ({"x": {"path": "t > s", "method": "skd"}}, {}, r"with sampler `speculative`.*use `sampler: {type: student}`"),
+    (
+        {"x": {"path": "t > s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}}},
+        {},
+        r"sampler.signal `hidden` records .* at the student's tokens; remove `signal`",
+    ),
+    (
+        {"x": {"path": "t > s", "method": "on-policy-rkl", "select": {"metric": "reverse_kl"}}},
+        {},
+        r"select.metric `reverse_kl` compares both models token by token; set `select.metric` to `loss`",
+    ),
+    (
+        {"x": {"path": "t > a", "objective": {"type": "gold"}}},
+        {},
+        r"objective `gold` is for two tokenizers.*jensen_shannon, beta: 0.5",
+    ),
     ({"x": {"path": "t > s", "select": {"metric": "reverse_kl"}}}, {}, r"arms.x: t teaches s with select.metric `reverse_kl`"),
     ({"x": {"path": "t > a > s", "init": {"s": "a"}}}, {}, r"s cannot start from a, because their tokenizers differ"),
     (
         {"x": {"path": "t > a > s", "dense": {}, "objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}}},
         {"a": "bpe"},
-        r"arms.x: t teaches a with objective `reverse_kl`",
+        r"arms.x: t teaches a, but their tokenizers differ.*: `dense` averages distributions over the same tokens; remove `dense`",
     ),
     (
         {"x": "soft > a", "y": "t > s"},
@@ -160,3 +192,57 @@ def test_the_key_of_a_retokenised_text():
     assert spec.content()["tokenizer"] == {"source": "o/m", "revision": "main", "fingerprint": "f"}
     assert spec.parents == {"answers": "ab"}
     assert spec.key == "25c2627c3eb172b9"
+
+
+def test_a_text_with_several_turns_is_refused_over_spans(planned, tmp_path):
+    rows = tmp_path / "turns.jsonl"
+    turns = [{"role": who, "content": "the cat"} for who in ("user", "assistant", "user", "assistant")]
+    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    data = {"train": str(rows), "dev": str(rows), "test": [str(rows)], "turns": "all", "max_prompt": 90, "max_length": 120}
+    with pytest.raises(ConfigError, match=r"s learns from t, which has another tokenizer .* set data.turns to last"):
+        planned({"x": CROSSED["kd"]}, s="more", t="bpe", a="bpe", data=data)
+
+
+def test_plain_text_is_learnt_without_the_teacher():
+    given = {"objective": {"type": "minillm", "pt_kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed", "alpha": 0}}
+    with pytest.raises(ConfigError, match=r"objective.pt_kd_ratio is 0.5, and .*set `objective.pt_kd_ratio: 0`"):
+        over_spans(Method.model_validate(given))
+    given["objective"]["pt_kd_ratio"] = 0
+    assert over_spans(Method.model_validate(given)).objective.needs_corpus
+
+
+CROSSED = {
+    "kd": {"path": "t > s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}},
+    "taught": {"path": "t > s", "objective": {"type": "forward_kl"}, "sampler": {"type": "teacher"}},
+    "on policy": {"path": "t > s", "method": "on-policy-rkl"},
+    "minillm": {"path": "t > s", "method": "minillm", "sampler": {"alpha": 0, "rollouts": 4}, "objective": {"pt_weight": 0}},
+    "uld": {"path": "t > s", "objective": {"type": "uld"}, "sampler": {"type": "dataset"}},
+    "gold": {"path": "t > s", "objective": {"type": "gold"}, "sampler": {"type": "dataset"}},
+    "plain": {"path": "t > a", "method": "kd"},
+}
+
+
+def test_losses_over_spans_say_so_and_have_the_teachers_rules(planned):
+    context = {"template": "Think. {prompt}"}
+    plan = planned(CROSSED | {"with": CROSSED["kd"] | {"context": context}})
+    distilled = {name: plan.stages[arm.final[1]] for arm in plan.arms if (name := arm.name)}
+    for name, stage in distilled.items():
+        assert (", over spans" in stage.label) == (stage.spec.teacher_data is not None) == (name != "plain")
+        assert stage.spec.data.context is None
+    own = distilled["kd"].spec.teacher_data
+    assert own.ends[0] == 1
+    assert own.context is None
+    assert distilled["with"].spec.teacher_data.context.template == context["template"]
+    assert distilled["with"].spec.method.context.template == context["template"]
+    objective = distilled["minillm"].spec.objective
+    assert (objective.single_step, objective.include_current, objective.length_normalisation) == (False, True, "remaining")
+    assert not distilled["minillm"].spec.method.objective.needs_distribution
+
+
+def test_the_key_depends_on_both_tokenizers(planned):
+    def key(**which):
+        plan = planned({"x": CROSSED["kd"]}, **which)
+        return plan.stages[plan.arms[0].final[1]].key
+
+    found = [key(), key(t="more", a="more"), key(t="bpe", a="bpe", s="bytes"), key(t="bpe", a="bpe", s="more"), key(t="end", a="end")]
+    assert len(set(found)) == len(found)
