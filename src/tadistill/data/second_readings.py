@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", "Sequence", "Encoded")
 _KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
-_NOTHING = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
+_NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
 
 
 @dataclass(frozen=True, eq=False)
