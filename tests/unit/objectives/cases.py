@@ -1,6 +1,6 @@
 """Every objective with some parameters and its reference, and the checks that all of them must pass.
 
-`test_<module>.py` runs `CHECKS` over its own cases and adds what is special; `test_fused.py` runs over all of them.
+`test_<module>.py` runs `pass_checks` over its own cases and adds what is special; `test_fused.py` runs over all of them.
 """
 
 import math
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from tests.conftest import naming
 from torch import Tensor
 
 from tadistill import objectives as ours
@@ -271,3 +272,10 @@ CHECKS = [
     half_precision_is_computed_in_float32,
     temperature_divides_both_logits,
 ]
+
+
+def pass_checks(c: Case, *more: Callable[[Case], None]) -> None:
+    """Run all of `CHECKS`, and `more`, on a case."""
+    for check in (*CHECKS, *more):
+        with naming(check.__name__):
+            check(c)

@@ -19,16 +19,15 @@ from tadistill.objectives import (
 )
 
 from . import reference
-from .cases import CHECKS, draw, name, of
+from .cases import draw, name, of, pass_checks
 from .test_divergence import STUDENT, TEACHER
 
 ALL = pytest.mark.parametrize("case", of("adaptive"), ids=name)
 
 
 @ALL
-@pytest.mark.parametrize("check", CHECKS, ids=name)
-def test_common(case, check):
-    check(case)
+def test_common(case):
+    pass_checks(case)
 
 
 # --- adaptive KL --------------------------------------------------------------------------------------------------------

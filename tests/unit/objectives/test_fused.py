@@ -2,9 +2,11 @@
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
+from tests.conftest import naming
 
 from tadistill.objectives import (
     Head,
@@ -65,10 +67,13 @@ def close(found, expected, tolerance: float = 1e-5) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("width", [V, WIDE], ids=["equal", "sliced"])
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_fused_equals_plain(case, tied, width, kind):
+def test_fused_equals_plain(case):
+    for tied, width, kind in product([False, True], [V, WIDE], MIXTURES):
+        with naming(f"tied={tied}, width={width}, {kind}"):
+            check_fused(case, tied, width, kind)
+
+
+def check_fused(case: Case, tied: bool, width: int, kind: str) -> None:
     hidden, head, leaves = student(tied)
     mixture = MIXTURES[kind]
     targets = [teacher(width), teacher(width, seed=30)][: 2 if mixture else 1]
@@ -85,18 +90,20 @@ def test_fused_equals_plain(case, tied, width, kind):
 
 
 @ALL
-@pytest.mark.parametrize(("tile", "small"), [(1, 1), (3 * 2 * V * 8, 2 * V)], ids=["one", "three-of-two"])
-def test_tiles_give_the_same_numbers(case, tile, small, monkeypatch):
+def test_tiles_give_the_same_numbers(case, monkeypatch):
+    """Tiles of one token, and of three tokens in parts of two."""
     hidden, head, leaves = student(dtype=torch.float64)
     target, results = teacher(V, dtype=torch.float64), []
     weights = torch.linspace(0.1, 2, 12).reshape(TOKENS)  # all different, so that a tile with another's weights shows
-    for _ in range(2):
-        total, values = fused_case(case, hidden, head, target, mask=weights)
-        results.append([total.detach(), values, *slopes(total, leaves)])
+    for tile, small in [(tiles.TILE_BYTES, tiles._CACHED), (1, 1), (3 * 2 * V * 8, 2 * V)]:
         monkeypatch.setattr(tiles, "TILE_BYTES", tile)
         monkeypatch.setattr(tiles, "_CACHED", small)
-    for found, expected in zip(*results, strict=True):
-        close(found, expected, 1e-12)
+        total, values = fused_case(case, hidden, head, target, mask=weights)
+        results.append([total.detach(), values, *slopes(total, leaves)])
+    for number, tiled in enumerate(results[1:]):
+        for found, expected in zip(tiled, results[0], strict=True):
+            with naming("tiles", number):
+                close(found, expected, 1e-12)
 
 
 def test_the_tiles_of_that_test_are_small(monkeypatch):
