@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,12 @@ def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return model.eval()
+
+
+@cache
+def shared_model(kind: str, **settings):
+    """Return a `tiny_model` that tests of a process share, and must not change. The ways to sample from it are tried only once."""
+    return tiny_model(kind, **settings)
 
 
 @pytest.fixture(params=["gpt2", "llama"])

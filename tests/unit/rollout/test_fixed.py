@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_model
+from tests.conftest import shared_model, tiny_model
 from tests.families import tiny
 from tests.unit.rollout.test_generate import ALL_OPTIONS, EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_equal, assert_frequencies, uniforms
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +49,7 @@ GUIDES = {"alone": lambda _: None, "mixture": lambda teacher: Mixture(teacher, 0
 @pytest.mark.parametrize(("family", "guide"), [*((f, "mixture") for f in FAMILIES), ("gpt2", "alone"), ("qwen2", "speculation")])
 def test_equals_the_loop_over_positions(family, guide, monkeypatch):
     """With padding, and with rows that end early."""
-    student, teacher = tiny_model(family), tiny_model(family, seed=3, layers=3)
+    student, teacher = shared_model(family), shared_model(family, seed=3, layers=3)
     found = assert_same(monkeypatch, student, guide=GUIDES[guide](teacher))
     assert len({len(r.tokens) for r in found}) > 1
     assert all((r.hidden is None) == (guide == "alone") for r in found)
@@ -64,18 +64,18 @@ def test_equals_the_loop_for_gemma(kind, monkeypatch):
 
 @pytest.mark.parametrize("case", ["no padding", "greedy", "warped", "guided by itself", "two families", "wide window"])
 def test_equals_the_loop_in_every_setting(case, monkeypatch):
-    student, teacher = tiny_model("llama"), tiny_model("mistral", seed=3, sliding_window=64 if case == "wide window" else None)
+    student, teacher = shared_model("llama"), shared_model("mistral", seed=3, sliding_window=64 if case == "wide window" else None)
     guide = Mixture(student if case == "guided by itself" else teacher, 0.3)
     decoding = {"greedy": GREEDY, "warped": WARPED}.get(case, Decoding())
     if case == "two families":
-        student = tiny_model("gpt2")
+        student = shared_model("gpt2")
     assert_same(monkeypatch, student, EQUAL if case == "no padding" else PROMPTS, decoding=decoding, guide=guide)
 
 
 @pytest.mark.parametrize("case", ["narrow window", "no repeated n-grams", "state", "no padding possible"])
 def test_what_it_does_not_support_goes_the_usual_way(case, monkeypatch):
     model = {"state": lambda: tiny("mamba"), "no padding possible": lambda: tiny("rwkv"), "narrow window": lambda: tiny("gemma3_text")}.get(
-        case, lambda: tiny_model("llama")
+        case, lambda: shared_model("llama")
     )()
     decoding = Decoding(no_repeat_ngram=3) if case == "no repeated n-grams" else Decoding()
     assert not fixed.possible(model, 32, decoding)
@@ -96,12 +96,12 @@ def test_a_gpu_samples_a_mixture_with_the_packed_calls(monkeypatch):
     """Until steps are recorded as graphs, these start fewer kernels."""
     monkeypatch.setattr(fixed, "DEVICES", {"cpu"})
     monkeypatch.setattr(fixed, "fill", None)
-    sample(tiny_model("llama"), PROMPTS, uniforms(8, 4), eos=(), vocab=VOCAB, guide=Mixture(tiny_model("llama", seed=3), 0.2))
+    sample(shared_model("llama"), PROMPTS, uniforms(8, 4), eos=(), vocab=VOCAB, guide=Mixture(shared_model("llama", seed=3), 0.2))
 
 
 def test_two_tokens_follow_the_models_distribution(monkeypatch):
     """The first is drawn after the prompt, the second in a step; its random number is another one."""
-    student, teacher, draws = tiny_model("llama", vocab=6), tiny_model("llama", vocab=6, seed=5), 8_000
+    student, teacher, draws = shared_model("llama", vocab=6), shared_model("llama", vocab=6, seed=5), 8_000
     numbers = np.random.default_rng(1).random((draws, 2))
     with path(monkeypatch, in_step=True):
         rollouts = sample(student, [(1, 2)] * draws, numbers, eos=(), vocab=6, guide=Mixture(teacher, 0.2))
@@ -168,7 +168,7 @@ def batch_of(student, guide, decoding=Decoding()):
 @torch.inference_mode()
 def test_a_step_recorded_once_and_repeated_says_the_same(family, guide, monkeypatch):
     """As a CUDA graph: the same operations on the same memory, and no Python in between."""
-    student, helper = tiny_model(family), GUIDES[guide](tiny_model(family, seed=3))
+    student, helper = shared_model(family), GUIDES[guide](shared_model(family, seed=3))
     expected = assert_same(monkeypatch, student, decoding=WARPED, guide=helper)
     columns, said = batch_of(student, helper)
     with fixed.teacher_tap(helper) as seen:
@@ -188,7 +188,7 @@ def test_a_step_recorded_once_and_repeated_says_the_same(family, guide, monkeypa
 
 @torch.inference_mode()
 def test_all_steps_are_the_same_operations_and_ask_nothing():
-    student, guide = tiny_model("qwen2"), Mixture(tiny_model("qwen2", seed=3), 0.3)
+    student, guide = shared_model("qwen2"), Mixture(shared_model("qwen2", seed=3), 0.3)
     columns, said = batch_of(student, guide)
     with fixed.teacher_tap(guide) as tap:
         step = fixed.Step(columns, said, Decoding(), guide, tap)
@@ -227,7 +227,7 @@ def waits(monkeypatch):
 
 
 def counts(monkeypatch, steps: int, guide: str, prompts=PROMPTS) -> tuple[int, int, int]:
-    student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
+    student, teacher = shared_model("llama"), shared_model("llama", seed=3)
     settings = {"eos": (), "vocab": VOCAB, "guide": GUIDES[guide](teacher)}
     sample(student, prompts, uniforms(len(prompts), 2), **settings)  # the models are tried once
     with waits(monkeypatch) as found:
@@ -274,7 +274,7 @@ def test_a_packed_call_is_one_copy_to_the_device(monkeypatch):
     counting(lazy._Packed, "__call__")
     counting(lazy._Packed, "keep")
     counting(lazy, "_say")
-    student, guide = tiny_model("llama"), Mixture(tiny_model("llama", seed=3), 0.2)
+    student, guide = shared_model("llama"), Mixture(shared_model("llama", seed=3), 0.2)
     with waits(monkeypatch) as found:
         sample(student, PROMPTS, uniforms(8, 24), eos=(), vocab=VOCAB, guide=guide)
     settled = -(-done["__call__"] // 8)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_model
+from tests.conftest import shared_model, tiny_model
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -89,7 +89,7 @@ def assert_frequencies(tokens: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers_generate(family):
-    model = tiny_model(family)
+    model = shared_model(family)
     for prompt, rollout in zip(PROMPTS, sample(model, PROMPTS, uniforms(8, 12), eos=EOS, vocab=VOCAB, decoding=GREEDY), strict=True):
         assert rollout.tokens == generated(model, prompt, 12)
         assert not rollout.values["behaviour"].any()
@@ -99,7 +99,7 @@ def test_greedy_equals_transformers_generate(family):
 
 
 def test_greedy_without_repeated_n_grams_equals_transformers_generate(kind):
-    model = tiny_model(kind)
+    model = shared_model(kind)
     decoding = Decoding(temperature=0, no_repeat_ngram=2)
     plain = sample(model, PROMPTS, uniforms(8, 12), eos=(), vocab=VOCAB, decoding=GREEDY)
     ours = sample(model, PROMPTS, uniforms(8, 12), eos=(), vocab=VOCAB, decoding=decoding)
@@ -110,7 +110,7 @@ def test_greedy_without_repeated_n_grams_equals_transformers_generate(kind):
 
 def test_sliding_windows_equal_transformers_generate():
     """A window narrower than the text keeps transformers' own cache layer; a wide one is no window."""
-    narrow = tiny_model("mistral", sliding_window=6)
+    narrow = shared_model("mistral", sliding_window=6)
     for prompt, rollout in zip(PROMPTS, sample(narrow, PROMPTS, uniforms(8, 12), eos=(), vocab=VOCAB, decoding=GREEDY), strict=True):
         assert rollout.tokens == generated(narrow, prompt, 12, eos_token_id=None)
     assert {type(layer) for layer in in_place_cache(narrow.config, 20).layers} == {DynamicSlidingWindowLayer}
@@ -133,7 +133,7 @@ IN_ORDER = [OPTIONS[name][1] for name in ("no_repeat_ngram", "temperature", "top
 )
 def test_options_are_those_of_transformers(settings, warpers):
     """The tokens of 2,000 draws, and their probabilities, are those that its processors leave."""
-    model, prompt = tiny_model("llama", vocab=12), (4, 5, 4)
+    model, prompt = shared_model("llama", vocab=12), (4, 5, 4)
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[:, -1]
     expected = LogitsProcessorList(warpers)(torch.tensor([prompt]), logits).softmax(-1)[0].numpy()
@@ -150,7 +150,7 @@ def test_options_are_those_of_transformers(settings, warpers):
 
 def test_padding_is_part_of_no_n_gram():
     """With n = 1 nothing may occur twice; the id used for padding has not occurred yet."""
-    model = tiny_model("llama", vocab=12)
+    model = shared_model("llama", vocab=12)
     decoding = Decoding(temperature=0, no_repeat_ngram=1)
     alone = sample(model, [(1,)], uniforms(1, 11), eos=(), vocab=12, decoding=decoding)[0]
     padded = sample(model, [(1,), (2, 3, 4)], uniforms(2, 11), eos=(), vocab=12, decoding=decoding)[0]
@@ -176,7 +176,7 @@ GUIDES = {
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("warped", [False, True])
 def test_values_and_hidden_states_are_those_of_a_full_forward_pass(kind, guide, warped):
-    student, teacher = tiny_model(kind), tiny_model(kind, seed=3)
+    student, teacher = shared_model(kind), shared_model(kind, seed=3)
     make, law = GUIDES[guide]
     decoding = Decoding(temperature=1.5, top_p=0.95) if warped else Decoding()
     warpers = LogitsProcessorList([TemperatureLogitsWarper(1.5), TopPLogitsWarper(0.95)] if warped else [])
@@ -198,13 +198,13 @@ def test_values_and_hidden_states_are_those_of_a_full_forward_pass(kind, guide, 
 
 
 def test_weights_of_a_mixture_are_bounded(kind):
-    rollouts = sample(tiny_model(kind), PROMPTS, uniforms(8, 24), eos=EOS, vocab=VOCAB, guide=Mixture(tiny_model(kind, seed=3), 0.2))
+    rollouts = sample(shared_model(kind), PROMPTS, uniforms(8, 24), eos=EOS, vocab=VOCAB, guide=Mixture(shared_model(kind, seed=3), 0.2))
     weights = np.concatenate([np.exp(r.values["student"] - r.values["behaviour"]) for r in rollouts])
     assert weights.max() <= 1 / 0.8 + 1e-5
 
 
 def test_a_token_that_underflows_keeps_a_finite_log_probability():
-    student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
+    student, teacher = tiny_model("llama"), shared_model("llama", seed=3)
     with torch.no_grad():
         student.lm_head.weight.mul_(200)
     rollouts = sample(student, PROMPTS, uniforms(8, 12), eos=EOS, vocab=VOCAB, guide=Mixture(teacher, 1.0))
@@ -232,7 +232,7 @@ def test_hidden_states_can_be_part_of_a_loss():
     ids=["mixture", "speculation"],
 )
 def test_frequencies_follow_the_guided_distribution(make, law):
-    student, teacher = tiny_model("llama", vocab=6), tiny_model("llama", vocab=6, seed=5)
+    student, teacher = shared_model("llama", vocab=6), shared_model("llama", vocab=6, seed=5)
     draws = 20_000
     rollouts = sample(student, [(1, 2)] * draws, many(draws), eos=(), vocab=6, guide=make(teacher))
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_draw_is_the_inverse_cdf_and_never_a_token_of_weight_zero():
 
 
 def test_alpha_zero_is_the_student_and_alpha_one_the_teacher(kind):
-    student, teacher = tiny_model(kind), tiny_model(kind, seed=3)
+    student, teacher = shared_model(kind), shared_model(kind, seed=3)
     numbers = uniforms(8, 12)
 
     def tokens(model, guide=None):
@@ -271,7 +271,7 @@ def test_alpha_zero_is_the_student_and_alpha_one_the_teacher(kind):
 
 
 def test_greedy_with_a_guide_is_the_mode_of_the_mixture():
-    student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
+    student, teacher = shared_model("llama"), shared_model("llama", seed=3)
     rollouts = sample(student, PROMPTS, uniforms(8, 6), eos=EOS, vocab=VOCAB, decoding=GREEDY, guide=Mixture(teacher, 0.6))
     for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
         q, p = (full_forward(m, prompt, rollout.tokens)[0].softmax(-1) for m in (student, teacher))
@@ -284,7 +284,7 @@ def test_greedy_with_a_guide_is_the_mode_of_the_mixture():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_does_not_depend_on_its_batch(family):
-    model, guide = tiny_model(family), Mixture(tiny_model(family, seed=3), 0.3)
+    model, guide = shared_model(family), Mixture(shared_model(family, seed=3), 0.3)
     numbers = uniforms(8, 16)
     together = sample(model, PROMPTS, numbers, eos=EOS, vocab=VOCAB, guide=guide)
     backwards = sample(model, PROMPTS[::-1], numbers[::-1].copy(), eos=EOS, vocab=VOCAB, guide=guide)[::-1]
@@ -299,7 +299,7 @@ def test_a_row_does_not_depend_on_its_batch(family):
 
 
 def test_every_eos_ends_a_response_and_is_counted_once():
-    model = tiny_model("llama", vocab=5)
+    model = shared_model("llama", vocab=5)
     rollouts = sample(model, [(1,)] * 64, uniforms(64, 16), eos=(0, 3), vocab=5)
     assert {r.tokens[-1] for r in rollouts} >= {0, 3}
     for rollout in rollouts:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_model
+from tests.conftest import shared_model, tiny_model
 from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_equal, full_forward, log_probs, uniforms
 
 from tadistill.config.common import Decoding
@@ -33,10 +33,12 @@ def in_step(monkeypatch, *args, **settings):
         return sample(*args, **settings)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("alpha", [0.0, 0.05, 0.2, 0.5, 1.0])
+ALPHAS = [(family, alpha) for family in ("gpt2", "llama") for alpha in (0.0, 0.05, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("family", "alpha"), [*((family, 0.2) for family in FAMILIES), *ALPHAS])
 def test_equals_the_loop_over_positions(family, alpha, monkeypatch):
-    student, teacher = tiny_model(family), tiny_model(family, seed=3, layers=3)
+    student, teacher = shared_model(family), shared_model(family, seed=3, layers=3)
     args = student, PROMPTS, uniforms(8, STEPS)
     settings = {"eos": EOS, "vocab": VOCAB, "guide": Mixture(teacher, alpha)}
     with counted(teacher) as calls:
@@ -52,7 +54,7 @@ def test_equals_the_loop_over_positions(family, alpha, monkeypatch):
 
 def test_a_model_may_read_only_prompts_in_a_call(monkeypatch):
     """The teacher draws the first token of every row, so the student reads a long prompt and predicts nothing."""
-    student, teacher, numbers = tiny_model("llama"), tiny_model("llama", seed=3, layers=3), uniforms(1, STEPS)
+    student, teacher, numbers = shared_model("llama"), shared_model("llama", seed=3, layers=3), uniforms(1, STEPS)
     numbers[:, 0] = 0.1
     args, settings = (student, [tuple(range(1, 21))], numbers), {"eos": EOS, "vocab": VOCAB, "guide": Mixture(teacher, 0.2)}
     assert_equal(sample(*args, **settings), in_step(monkeypatch, *args, **settings))
@@ -60,7 +62,7 @@ def test_a_model_may_read_only_prompts_in_a_call(monkeypatch):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_models_of_two_families_and_windows_wider_than_the_text(wide, monkeypatch):
-    student, teacher = tiny_model("gpt2"), tiny_model("mistral", seed=3, sliding_window=64 if wide else None)
+    student, teacher = shared_model("gpt2"), shared_model("mistral", seed=3, sliding_window=64 if wide else None)
     args, settings = (student, PROMPTS, uniforms(8, STEPS)), {"eos": EOS, "vocab": VOCAB, "guide": Mixture(teacher, 0.2)}
     with counted(teacher) as calls:
         found = sample(*args, **settings)
@@ -69,14 +71,14 @@ def test_models_of_two_families_and_windows_wider_than_the_text(wide, monkeypatc
 
 
 def test_a_model_can_guide_itself(monkeypatch):
-    model = tiny_model("llama")
+    model = shared_model("llama")
     args, settings = (model, PROMPTS, uniforms(8, STEPS)), {"eos": EOS, "vocab": VOCAB, "guide": Mixture(model, 0.5)}
     assert_equal(sample(*args, **settings), in_step(monkeypatch, *args, **settings))
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_values_are_those_of_a_full_forward_pass():
-    student, teacher = tiny_model("qwen2"), tiny_model("qwen2", seed=3)
+    student, teacher = shared_model("qwen2"), shared_model("qwen2", seed=3)
     for rollout, prompt in zip(
         sample(student, PROMPTS, uniforms(8, STEPS), eos=EOS, vocab=VOCAB, guide=Mixture(teacher, 0.2)), PROMPTS, strict=True
     ):
@@ -89,7 +91,7 @@ def test_values_are_those_of_a_full_forward_pass():
 
 @pytest.mark.parametrize(("alpha", "most"), [(0.05, 12), (0.2, 32), (0.5, 56)])
 def test_the_teacher_is_called_less_often_than_there_are_tokens(alpha, most):
-    student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
+    student, teacher = shared_model("llama"), shared_model("llama", seed=3)
     with counted(teacher) as calls, counted(student) as calls_of_student:
         sample(student, PROMPTS * 2, uniforms(16, 64), eos=(), vocab=VOCAB, guide=Mixture(teacher, alpha))
     assert len(calls) <= most
@@ -98,7 +100,7 @@ def test_the_teacher_is_called_less_often_than_there_are_tokens(alpha, most):
 
 
 def test_no_model_falls_far_behind_at_the_ends_of_alpha():
-    student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
+    student, teacher = shared_model("llama"), shared_model("llama", seed=3)
     for alpha, behind in ((0.0, teacher), (1.0, student)):
         with counted(behind) as calls:
             sample(student, PROMPTS, uniforms(8, 64), eos=(), vocab=VOCAB, guide=Mixture(teacher, alpha))
@@ -108,20 +110,20 @@ def test_no_model_falls_far_behind_at_the_ends_of_alpha():
 
 def test_the_switch_leaves_a_uniform_for_the_choice():
     numbers = torch.from_numpy(uniforms(100, 100))
-    teachers, rest = Mixture(tiny_model("llama"), 0.2).switch(numbers)
+    teachers, rest = Mixture(shared_model("llama"), 0.2).switch(numbers)
     assert abs(teachers.double().mean() - 0.2) < 0.015
     for part in (rest[teachers], rest[~teachers]):
         assert 0 <= part.min() <= part.max() < 1
         counts = torch.histc(part, 10, 0, 1)
         expected = len(part) / 10
         assert ((counts - expected) ** 2 / expected).sum() < 27.9  # the 0.999 quantile
-    _, rest = Mixture(tiny_model("llama"), 0.2).switch(torch.tensor([1 - 2**-53], dtype=torch.float64))
+    _, rest = Mixture(shared_model("llama"), 0.2).switch(torch.tensor([1 - 2**-53], dtype=torch.float64))
     assert rest < 1
 
 
 @pytest.mark.parametrize("case", ["window", "eager", "family", "warping", "greedy", "speculation"])
 def test_what_cannot_be_packed_goes_in_step(case, monkeypatch):
-    student = tiny_model("mistral")
+    student = shared_model("mistral")
     teacher = tiny_model("mistral", seed=3, **({"sliding_window": 6} if case == "window" else {}))
     if case == "eager":
         teacher.set_attn_implementation("eager")
