@@ -38,6 +38,7 @@ def arms(rng, shares, seeds, count, skewed):
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "skewed"), [(3, False), (3, True), (5, True)])
 @pytest.mark.parametrize("name", SHARES)
 def test_intervals_hold_the_truth(name, seeds, skewed):

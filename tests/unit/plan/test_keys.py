@@ -84,6 +84,7 @@ def all_recipes() -> dict[str, Path]:
 def changes(path: Path, data: Path) -> list[str]:
     """Overrides that let a recipe be planned without its models and data."""
     recipe = load(path)
+    assert recipe.arms or path in OWN
     arms = [name for name, arm in recipe.arms.items() if arm.compute and any("/" in (m.load or "") for m in recipe.models.values())]
     kept = {n: max(m.sft.keep) for n, m in recipe.models.items() if m.sft and m.sft.keep}
     found = [f"models.{n}.sft.optim.{s}" for n, steps in kept.items() for s in ("epochs=null", f"steps={steps}")]
