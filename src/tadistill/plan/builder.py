@@ -62,7 +62,7 @@ class StageBuilder:
             teachers: names of the stage's teachers, from big to small.
         """
         try:
-            cost = spec.cost(self.ledger, model, teachers)
+            cost = spec.cost(self.ledger.of(self.tokens.readers(model)), model, teachers)
         except NotHere:
             cost = None
         return self.graph.add(spec, label, model, seed, cost)

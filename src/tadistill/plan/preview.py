@@ -15,7 +15,7 @@ from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.contexts import contexts_of
-from tadistill.plan.costs import passes
+from tadistill.plan.costs import Ledger, passes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
@@ -267,16 +267,24 @@ def _rows(plan: Plan) -> Iterable[str]:
     data = plan.recipe.data
     splits: list[tuple[Literal["train", "dev", "test"], DataRef]] = [("train", data.train), ("dev", data.dev)]
     splits = (splits if any(s.trains for s in plan.stages.values()) else []) + [("test", ref) for ref in data.test]
-    for role, ref in splits:
-        counts = passes.count_first_rows(plan.recipe, ref, role)
-        if counts:
-            texts = filter(None, (counts.text, counts.unknown_text))
-            yield from (f"Rows of {ref.name} ({role}), among the first {counts.rows}: {text}." for text in texts)
-    for context, teachers in contexts_of(plan.recipe).items():
-        counts = passes.count_first_rows(plan.recipe, data.train, "train", context)
-        if counts and counts.of_contexts:
-            who = " and ".join(sorted(teachers))
-            yield f"Rows of {data.train.name} (train) with the context of {who}, among the first {counts.rows}: {counts.of_contexts}."
+    for readers, family in _readers(plan):
+        who, reading = f", {' and '.join(family)}" if readers else "", Ledger(plan.recipe).of(readers).reading
+        for role, ref in splits:
+            counts = passes.count_first_rows(reading, ref, role)
+            texts = filter(None, (counts.text, counts.unknown_text)) if counts else ()
+            yield from (f"Rows of {ref.name} ({role}{who}), among the first {counts.rows}: {text}." for text in texts if counts)
+        for context, teachers in contexts_of(plan.recipe).items():
+            reads = sorted(teachers.intersection(family) if readers else teachers)
+            counts = passes.count_first_rows(reading, data.train, "train", context) if reads else None
+            if counts and counts.of_contexts:
+                where = f"Rows of {data.train.name} (train) with the context of {' and '.join(reads)}, among the first {counts.rows}"
+                yield f"{where}: {counts.of_contexts}."
+
+
+def _readers(plan: Plan) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
+    # the models whose tokenizer counts a family's tokens, and the family; one without readers if the study has one tokenizer
+    families = plan.tokens.families or [()]
+    return [(plan.tokens.readers(family[0]) if family else (), family) for family in families]
 
 
 def _flops(value: float | None) -> str:

@@ -16,6 +16,7 @@ from tadistill.config import Method
 from tadistill.config.common import Decoding
 from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
+from tadistill.errors import NotHere
 from tadistill.plan import specs
 from tadistill.plan.edges import check_writer
 from tadistill.plan.inputs import Handle, HashedData, Output
@@ -50,6 +51,8 @@ def texts(
         as_teacher = method.context is not None
         answers = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=as_teacher, shown=seed)
         found["responses"] = _handed_over(stages, teachers[0][0], learner[0], answers, method.context, seed)
+        if found["responses"] != answers:
+            found["text_of"] = teachers[0][0], _tokens_of(stages, teachers[0][0], learner[0], sampler.max_new_tokens)
     if method.signal is None or not method.objective.needs_teacher:
         return found
     of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
@@ -99,6 +102,15 @@ def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Out
         train=stages.split("train"),
     )
     return Output(stage=stages.add(spec, f"answers of {writer}, retokenised for {learner}, seed {seed}", learner, seed))
+
+
+def _tokens_of(stages: "StageBuilder", writer: str, learner: str, most: int) -> int:
+    # the largest number of the learner's tokens in an answer of `most` tokens of the writer: in proportion, as in the references
+    try:
+        mine, theirs = (stages.ledger.of(stages.tokens.readers(name)).train.mean_response for name in (learner, writer))
+    except NotHere:
+        return most
+    return max(1, round(most * mine / theirs))
 
 
 def _corpus(stages: "StageBuilder", method: Method) -> HashedData | None:

@@ -62,6 +62,11 @@ class StudyTokens:
         """The models of the arms, in families of one tokenizer."""
         return list(dict.fromkeys(map(self._family, self._used)))
 
+    def readers(self, name: str) -> tuple[str, ...]:
+        """Return the models whose tokenizer counts the tokens of a model's texts. Empty if the whole study has one tokenizer."""
+        roots = {self._root(other) for other in self._family(name)}
+        return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
+
     def sizes(self, *names: str) -> str:
         """Return the numbers of tokens of some models in words, such as `49,152 and 50,257 tokens`."""
         return f"{_join([f'{len(self._tokens(name) or ()):,}' for name in names])} tokens"
@@ -244,9 +249,7 @@ class StudyTokens:
         return {}
 
     def _of(self, name: str) -> Tokens:
-        parent = self.recipe.models[name].parent
-        if parent:
-            return self._of(parent)
+        name = self._root(name)
         if name not in self._known:
             self._known[name] = self._read(name)
         return self._known[name]
@@ -262,10 +265,12 @@ class StudyTokens:
         weights = None if scratch else sources.locate(model.load, model.revision, weights=False)
         return tokens.read(weights, directory) if directory and (weights or scratch) else Tokens(None)
 
+    def _root(self, name: str) -> str:
+        parent = self.recipe.models[name].parent
+        return self._root(parent) if parent else name
+
     def _source(self, name: str) -> tuple[str, str]:
-        model = self.recipe.models[name]
-        if model.parent:
-            return self._source(model.parent)
+        model = self.recipe.models[self._root(name)]
         assert model.tokenizer_source is not None
         return model.tokenizer_source, model.revision
 

@@ -9,7 +9,9 @@ from tadistill.config import Method, validate
 from tadistill.config.over_spans import over_spans
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Encoding, Output, Split, TokenizerFiles
+from tadistill.plan.preview import _rows
 from tadistill.plan.specs import RetokeniseSpec
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -41,7 +43,7 @@ def planned(folders, tmp_path):
             for name, (which, layers) in load.items()
         }
         data = {"train": str(rows), "dev": str(rows), "test": [str(rows)], "template": "plain", "max_prompt": 30, "max_length": 60}
-        models |= changes.pop("models", {})
+        models, data = models | changes.pop("models", {}), data | changes.pop("data", {})
         return make_plan(validate({"study": "x", "seeds": [1], "models": models, "data": data, "method": method, "arms": arms} | changes))
 
     return plan
@@ -246,3 +248,29 @@ def test_the_key_depends_on_both_tokenizers(planned):
 
     found = [key(), key(t="more", a="more"), key(t="bpe", a="bpe", s="bytes"), key(t="bpe", a="bpe", s="more"), key(t="end", a="end")]
     assert len(set(found)) == len(found)
+
+
+def test_lengths_and_costs_are_counted_with_each_models_own_tokens(planned):
+    arms = {"text": "t > s", "same": "t > a"}
+    two, one = planned(arms), planned(arms, s="bytes")
+    assert [two.tokens.readers(name) for name in "tas"] == [("t", "a"), ("t", "a"), ("s",)]
+    assert [one.tokens.readers(name) for name in "tas"] == [(), (), ()]
+    ledger = Ledger(two.recipe)
+    reads = {name: ledger.of(two.tokens.readers(name)).train for name in "ts"}
+    assert {name: texts.rows[0][1] for name, texts in reads.items()} == {"t": len("the cat") + 1, "s": 4 + 1}  # the, " c", a, t
+    assert Ledger(one.recipe).of(()).train == reads["t"]
+
+    def training(plan, learner: str) -> float:
+        (stage,) = (stage for stage in plan.stages.values() if stage.kind == "distill" and stage.model == learner)
+        return stage.cost.parts["training/student"].positions
+
+    assert training(two, "a") == training(one, "a")
+    assert training(two, "s") < training(one, "s")
+
+
+def test_the_plan_says_the_rows_of_each_tokenizer(planned):
+    plan = planned({"text": "t > s"}, data={"max_length": 12})
+    assert [*_rows(plan)] == [
+        f"Rows of rows ({role}, t), among the first 6: 6 of 6 rows; 6 with a reference cut at data.max_length (12)."
+        for role in ("train", "dev", "test")
+    ]

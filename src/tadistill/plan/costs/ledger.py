@@ -41,7 +41,8 @@ class Ledger(ModelSizes):
         super().__init__(recipe)
         self.partial = partial
         self.context: TeacherContext | None = None
-        self._others: dict[TeacherContext | None, Ledger] = {}
+        self.readers: tuple[str, ...] = ()
+        self._others: dict[tuple[TeacherContext | None, tuple[str, ...]], Ledger] = {}
         self._distilled: dict[tuple, Cost | None] = {}  # all seeds have the same cost
 
     def _survey(self, role: Literal["train", "dev"]) -> Survey:
@@ -73,25 +74,39 @@ class Ledger(ModelSizes):
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
-        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
+        return passes.read_lengths(self.reading, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
 
     def behind(self, context: TeacherContext | None) -> "Ledger":
-        """Return a copy in which teachers read their own prompts (`context`) on the training set."""
-        if context == self.context:
+        """Return a ledger whose teachers read their own prompts on the training set."""
+        return self._other(context, self.readers)
+
+    def of(self, readers: tuple[str, ...]) -> "Ledger":
+        """Return a ledger that counts tokens with the tokenizer of the models `readers`, which share it. By default, it is that of the
+        recipe's first model."""
+        return self._other(self.context, readers)
+
+    def _other(self, context: TeacherContext | None, readers: tuple[str, ...]) -> "Ledger":
+        if (context, readers) == (self.context, self.readers):
             return self
-        if context not in self._others:
-            self._others[context] = other = Ledger(self.recipe, partial=self.partial)
-            other.context = context
-        return self._others[context]
+        if (context, readers) not in self._others:
+            self._others[context, readers] = other = Ledger(self.recipe, partial=self.partial)
+            other.context, other.readers = context, readers
+        return self._others[context, readers]
+
+    @property
+    def reading(self) -> Recipe:
+        """The recipe with only the models whose tokenizer counts the tokens."""
+        models = {name: model for name, model in self.recipe.models.items() if name in self.readers or not self.readers}
+        return self.recipe.model_copy(update={"models": models})
 
     @cached_property
     def dev(self) -> Texts:
-        return passes.read_lengths(self.recipe, self.recipe.data.dev, "dev", self._survey("dev"))
+        return passes.read_lengths(self.reading, self.recipe.data.dev, "dev", self._survey("dev"))
 
     @cached_property
     def corpus_length(self) -> int:
         """Number of tokens in one row of the plain-text corpus."""
-        return passes.chunk(self.recipe)
+        return passes.chunk(self.reading)
 
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
         """Predict the cost of fine-tuning. The student runs forward and backward on each batch."""
