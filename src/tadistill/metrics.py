@@ -49,6 +49,8 @@ class Metric:
     """True if a model card shows the metric as a secondary value."""
     signed: bool = False
     """True if the metric can be negative."""
+    by_token: bool = False
+    """True if the metric counts a model's own tokens. It can compare only models with the same tokenizer."""
     right_or_wrong: bool = False
     """True if each response is right (100) or wrong (0). Reports then have pass@k as METRIC/k."""
 
@@ -68,10 +70,10 @@ _ROWS = (
     Metric("task_score", "task score", *_SHARE, hub="accuracy", on_card=True),
     Metric("rouge_l", "ROUGE-L", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("rouge_l_unicode", "ROUGE-L (all scripts)", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
-    Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),
-    Metric("perplexity", "perplexity", "language", "", 2, "lower", whole_set=True, hub="perplexity", on_card=True),
+    Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True, by_token=True),
+    Metric("perplexity", "perplexity", "language", "", 2, "lower", whole_set=True, hub="perplexity", on_card=True, by_token=True),
     Metric("bits_per_byte", "bits per byte", "language", BITS, 3, "lower", on_card=True),
-    Metric("ece_tokens", "calibration error of tokens", "language", PERCENT, 1, "lower", whole_set=True, on_card=True),
+    Metric("ece_tokens", "calibration error of tokens", "language", PERCENT, 1, "lower", whole_set=True, on_card=True, by_token=True),
     Metric("ece_labels", "calibration error of labels", "language", PERCENT, 1, "lower", whole_set=True),
     Metric("label_accuracy", "label accuracy", "language", PERCENT, 1, "higher", hub="accuracy"),
     Metric("forward_kl", "KL(teacher ‖ student)", "divergence", NATS, 3, "lower", "analyse", on_card=True),
@@ -83,13 +85,13 @@ _ROWS = (
         on_card=True,
     ),
     Metric("budget", "error budget", "divergence", NATS, 3, None, "analyse", signed=True),
-    Metric("length", "answer length", "text", "tokens", 1, logs=("rollout",), on_card=True),
+    Metric("length", "answer length", "text", "tokens", 1, logs=("rollout",), on_card=True, by_token=True),
     Metric("repetition", "repeated 4-grams", "text", PERCENT, 1, "lower", logs=("rollout",), on_card=True),
     Metric("self_bleu", "self-BLEU", "text", POINTS, 1, "lower"),
     Metric("distinct_1", "distinct 1-grams", "text", PERCENT, 1, whole_set=True),
     Metric("distinct_2", "distinct 2-grams", "text", PERCENT, 1, whole_set=True),
     Metric("distinct_4", "distinct 4-grams", "text", PERCENT, 1, whole_set=True, on_card=True),
-    Metric("entropy", "entropy", "text", NATS, 3, logs=("rollout",), on_card=True),
+    Metric("entropy", "entropy", "text", NATS, 3, logs=("rollout",), on_card=True, by_token=True),
     Metric("exact_match", "exact match", "text", PERCENT, 1, "higher", hub="exact_match", on_card=True),
 )
 METRICS = {row.name: row for row in _ROWS}

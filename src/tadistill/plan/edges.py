@@ -9,7 +9,7 @@ An edge is a step of a path, such as `A > B`. Its method decides what the two mo
 `Method.by_token` names the setting that compares tokens. Weights, temperatures and recorded teacher outputs also pass only within a family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method
@@ -18,6 +18,7 @@ from tadistill.errors import ConfigError, about
 from tadistill.plan.inputs import Encoding
 
 if TYPE_CHECKING:
+    from tadistill.plan.arms import Plan
     from tadistill.plan.builder import StageBuilder
     from tadistill.plan.study_tokens import StudyTokens
 
@@ -96,3 +97,20 @@ def check_writer(tokens: "StudyTokens", writer: str, learner: str) -> None:
             f"{learner} trains on the recorded text of {writer} (sampler `student` with `recorded: true`), but their tokenizers differ "
             f"({tokens.sizes(writer, learner)}), and the teacher's outputs on this text are recorded token by token; remove `recorded`"
         )
+
+
+def undefined_notes(plan: "Plan") -> Iterator[str]:
+    """Yield sentences about what is not measured, because it is not defined between two tokenizers."""
+    teacher = plan.teacher
+    if teacher is None or not plan.recipe.data.test:
+        return
+    others = [arm.name for arm in plan.arms if not arm.analyse]
+    if others:
+        yield (
+            f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are not "
+            f"measured for {', '.join(others)}."
+        )
+    for arm in plan.arms:
+        apart = [name for name in arm.arm.last if not plan.tokens.alike(name, teacher)]
+        if arm.analyse and apart and not arm.arm.controls:
+            yield f"The error budget of {arm.name} is not measured, because {apart[0]} has another vocabulary than {teacher}."

@@ -16,6 +16,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.costs import Ledger, passes
+from tadistill.plan.edges import undefined_notes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
@@ -216,6 +217,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     yield from (escape(f"arms.{arm.name}: {sentence}.") for arm in plan.arms for sentence in approximations(plan, arm.name))
     yield from engine_notes(plan)
     yield from map(escape, plan.tokens.notes())
+    yield from map(escape, undefined_notes(plan))
     yield from (f"[yellow]{escape(sentence)}[/]" for sentence in plan.tokens.cautions())
     placed = [layout(plan.recipe, stage) for stage in plan.stages.values()]
     if any(resources.processes > 1 or resources.teacher != "replicated" for resources in placed):

@@ -9,6 +9,7 @@ from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
 from tadistill.report.routes import listed, taught
+from tadistill.report.vocabularies import vocabulary_texts
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
@@ -222,6 +223,7 @@ def cautions(results: Results) -> list[str]:
     seeds.
     """
     texts = [text for text in (rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results)) if text]
+    texts += vocabulary_texts(results)
     for c in by_importance(results):
         texts += caution_texts(c)
     trained = {arm.name: len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]}

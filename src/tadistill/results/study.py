@@ -151,6 +151,8 @@ class StudyPlan:
     """Maps each model that was loaded as an adapter to its base model."""
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
+    tokenizers: tuple[tuple[str, ...], ...] = ()
+    """The models in families that share a tokenizer. Empty in a plan of an earlier version, whose models share one."""
 
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
@@ -180,6 +182,8 @@ class StageManifest:
     """Maps a role (train, dev or test) and a set to its numbers of rows. Empty if an earlier version made the stage."""
     checkpoints: int | None
     """Number of dev evaluations of a stage that stopped early. None for other stages."""
+    notes: tuple[str, ...] = ()
+    """Sentences of the stage about its result, without a full stop."""
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
@@ -202,6 +206,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             bases={name: str(model["base"]) for name, model in content["models"].items() if model.get("base")},
             stages=tuple(_stage(entry) for entry in content["stages"]),
             arms=tuple(_arm(entry) for entry in content["arms"]),
+            tokenizers=tuple(map(tuple, content.get("tokenizers", ()))),
         )
         declare(*(OwnMetric.model_validate(entry).row for entry in content["recipe"].get("metrics", ())))
         for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
@@ -275,6 +280,6 @@ def load_manifest(store: Store, key: str) -> StageManifest | None:
         counts = {(row.pop("role"), row.pop("set")): Counts(**row) for row in rows}
         metered_flops = Cost(metered).learning if metered else None
         early = int(content["checkpoints"]) if content.get("stopped_early") else None
-        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early)
+        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early, tuple(map(str, content.get("notes", ()))))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error

@@ -156,6 +156,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
         "recipe_text": recipe_text,
         "recipe": _as_written(plan.recipe),
         "teacher": plan.teacher,
+        "tokenizers": plan.tokens.families,
         "models": {name: {"parameters": _parameters(ledger, name), **_base(model)} for name, model in plan.recipe.models.items()},
         "stages": [
             {

@@ -87,11 +87,11 @@ def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
             yield from ({"row": e.row, "prompt": list(e.prompt), "response": list(e.response)} for e in last.encoded)
 
     write_rows(context.folder / RESPONSES, rows())
-    context.counts = {(spec.train.role, spec.train.ref.name): last.counts}
-    found = {"answers": last.counts.used, "early": dict(early), "unknown": last.unknown, "tokens": last.tokens}
-    for sentence in _losses(early, last):
+    context.counts.clear()  # the rows of the writer
+    notes = [*_losses(early, last)]
+    for sentence in notes:
         context.alarm(sentence)
-    return found
+    return {"answers": last.counts.used, "notes": notes}
 
 
 def _write_texts(context: Context[RetokeniseSpec], writer: TokenizerFiles, file: Path) -> Counter[str]:
@@ -115,9 +115,10 @@ def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
     rows = last.counts.rows
     causes = {"bytes": "bytes that are not UTF-8", "token": "a special token that does not end an answer"}
     for why, count in early.items():
-        yield f"{count} of {rows} answers stop before {causes[why]}, and have no end"
+        one = count == 1
+        yield f"of {rows} answers, {count} {'stops' if one else 'stop'} before {causes[why]}, and {'has' if one else 'have'} no end"
     if text := last.counts.text.replace("a reference", "an answer"):
-        yield f"answers with the student's tokenizer: {text}"
+        yield f"{text} with the student's tokenizer"
     if 2 * last.unknown > last.tokens or not last.counts.used:
         what = f"{last.unknown} of {last.tokens} tokens are unknown to it" if last.counts.used else "no answer is short enough"
         raise DataError(

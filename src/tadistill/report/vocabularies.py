@@ -1,0 +1,62 @@
+"""Sentences about a study whose models have several tokenizers: what is not defined between them, and what passed as text."""
+
+from tadistill.metrics import METRICS, metric_title
+from tadistill.report.routes import listed, some
+from tadistill.results.collect import Results
+from tadistill.results.study import ArmRecord, load_manifest
+
+
+def vocabulary_texts(results: Results) -> list[str]:
+    """Return sentences for a report. The list is empty if all models share one tokenizer."""
+    if len(results.plan.tokenizers) < 2:
+        return []
+    found = [_undefined_text(results), _budget_text(results), _by_token_text(results), _handed_text(results)]
+    return [text for text in found if text]
+
+
+def _family(results: Results, model: str | None) -> tuple[str, ...]:
+    return next((family for family in results.plan.tokenizers if model in family), ())
+
+
+def _measured(results: Results) -> list[ArmRecord]:
+    return [arm for arm in results.plan.arms if results.scores[arm.name]]
+
+
+def _undefined_text(results: Results) -> str:
+    teacher = results.plan.teacher
+    others = [arm for arm in _measured(results) if teacher and not arm.analyse and arm.model not in _family(results, teacher)]
+    if not others:
+        return ""
+    return (
+        f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are left out "
+        f"for {some([arm.name for arm in others])}."
+    )
+
+
+def _budget_text(results: Results) -> str:
+    inside = _family(results, results.plan.teacher)
+    cut = [arm for arm in _measured(results) if arm.analyse and any(name not in inside for name in arm.path)]
+    if not cut:
+        return ""
+    names = some([arm.name for arm in cut])
+    return f"The error budget of {names} is left out, because a model of the path has another vocabulary than {results.plan.teacher}."
+
+
+def _by_token_text(results: Results) -> str:
+    models = {arm.model for arm in _measured(results)}
+    families = [f"({', '.join(own)})" for family in results.plan.tokenizers if (own := [name for name in family if name in models])]
+    metrics = [metric_title(name) for name, row in METRICS.items() if row.by_token and (row.whole_set or name in results.metrics)]
+    if len(families) < 2 or not metrics:
+        return ""
+    return (
+        f"{listed(metrics)[:1].upper()}{listed(metrics)[1:]} count a model's own tokens. They can be compared only among models that share "
+        f"a tokenizer: {', '.join(families)}."
+    )
+
+
+def _handed_text(results: Results) -> str:
+    texts = []
+    for stage in results.plan.stages:
+        manifest = load_manifest(results.store, stage.key) if stage.kind == "retokenise" else None
+        texts += [f"{stage.label}: {'; '.join(manifest.notes)}"] if manifest and manifest.notes else []
+    return f"{'. '.join(texts)}." if texts else ""
