@@ -43,6 +43,7 @@ def pytest_collection(session):
     finally:
         gc.freeze()
         gc.enable()
+        gc.set_threshold(20_000, 50)  # with Python's 700 and 10, collections take seconds of the unit tests
 
 
 @pytest.hookimpl(tryfirst=True)

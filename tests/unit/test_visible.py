@@ -132,9 +132,8 @@ def test_files_for_others_follow_the_umask(tmp_path):
     ("output", "environment", "code", "words"),
     [
         ("/dev/full", {}, 1, "error: the output cannot be written (No space left on device)"),
-        (None, {"PYTHONIOENCODING": "ascii"}, 0, ""),
+        (None, {"PYTHONIOENCODING": "ascii", "COLUMNS": "20"}, 0, ""),
         (None, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0, ""),
-        (None, {"COLUMNS": "20"}, 0, ""),
         ("pipe", {}, 141, ""),
     ],
 )

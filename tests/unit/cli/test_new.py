@@ -1,5 +1,7 @@
 """`tadistill new`: four answers become a recipe that can be planned."""
 
+from functools import cache
+
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -42,6 +44,11 @@ def flags(**changed: str) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
+@cache
+def validator() -> Draft202012Validator:
+    return Draft202012Validator(recipe_schema())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_recipe_of_every_method_can_be_planned(method, tmp_path):
     file = tmp_path / f"{method}.yaml"
@@ -50,7 +57,7 @@ def test_the_recipe_of_every_method_can_be_planned(method, tmp_path):
     recipe = load(file)
     assert recipe.study == method
     assert make_plan(recipe).stages
-    Draft202012Validator(recipe_schema()).validate(yaml.safe_load(file.read_text().replace("2e-5", "0.00002")))
+    validator().validate(yaml.safe_load(file.read_text().replace("2e-5", "0.00002")))
 
 
 def test_the_recipe_points_editors_to_the_schema_and_explains_its_keys(tmp_path):

@@ -174,12 +174,16 @@ INEXACT = {
 }
 
 
+SHOWN = [*INEXACT][:2] + [*INEXACT][-1:]
+"""An exact loss, an approximate one and an estimate: the page, the report and the card write the plan's sentence."""
+
+
 @pytest.mark.parametrize("overrides", INEXACT)
 def test_an_inexact_loss_is_named_in_the_plan_the_report_and_the_model_card(overrides, recipe, tmp_path):
     plan = make_plan(recipe(*overrides))
     sentence = INEXACT[overrides]
     assert approximations(plan, "direct") == ([sentence] if sentence else [])
-    texts = {"plan": notes(plan, tmp_path), **pages(plan, tmp_path)}
+    texts = {"plan": notes(plan, tmp_path)} | (pages(plan, tmp_path) if overrides in SHOWN else {})
     flat = {name: " ".join(text.replace("\\", "").split()) for name, text in texts.items()}
     for name, text in flat.items():
         if sentence:
