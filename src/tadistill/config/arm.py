@@ -1,4 +1,4 @@
-"""The arms of a recipe, their training budgets, and the search for a path.
+"""The arms of a recipe, and their budgets.
 
 An arm is a named path of models, in which each model teaches the next one.
 """
@@ -6,11 +6,11 @@ An arm is a named path of models, in which each model teaches the next one.
 import re
 from collections.abc import Iterable
 from itertools import groupby, pairwise
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Strict
+from tadistill.config.common import Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.controls import Control, read_control
 from tadistill.config.method import PARTS, Dense, Ema, MethodPatch, Optim, Phases, Select
@@ -111,6 +111,10 @@ class Arm(Strict):
     """Training budget of this arm, relative to another arm. `as ARM` gives the same training FLOPs as ARM (an equal-compute baseline).
     `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
     training is not counted."""
+    teacher_budget: str | None = None
+    """`as ARM`: this arm asks as much of the original teacher as ARM does. The teacher writes or scores the same number of answer tokens.
+    If it only writes text (`seqkd`), it answers only the first prompts of the training set, as many as the budget allows. Otherwise, the
+    number of updates of the models that it teaches is chosen to match the budget; `compute` then sets the updates of the other models."""
     control: str | None = None
     """Makes this arm a control of another arm: `KIND of ARM`. It has the same student, settings and training FLOPs as ARM.
     `no_teacher`: the objective is `no_teacher`, on the student's own text. `tempered`: the first model of ARM's path teaches, with its
@@ -175,6 +179,13 @@ class Arm(Strict):
             raise ValueError(f"compute is `{value}`; write `as ARM` or `4x ARM`, where ARM is the name of an arm")
         return value
 
+    @field_validator("teacher_budget")
+    @classmethod
+    def _of_teacher(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"as \S.*", value) is None:
+            raise ValueError(f"teacher_budget is `{value}`; write `as ARM`, where ARM is the name of an arm")
+        return value
+
     @field_validator("control")
     @classmethod
     def _of_arm(cls, value: str | None) -> str | None:
@@ -192,6 +203,17 @@ class Arm(Strict):
         """The factor and the arm in `compute`: (4.0, ARM) for `4x ARM`, and (None, ARM) for `as ARM`. None if `compute` is not set."""
         found = _COMPUTE.fullmatch(self.compute) if self.compute else None
         return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
+
+    @property
+    def asks_like(self) -> str | None:
+        """The arm in `teacher_budget`. None if `teacher_budget` is not set."""
+        return self.teacher_budget.removeprefix("as ") if self.teacher_budget else None
+
+    @property
+    def budgets(self) -> dict[str, str]:
+        """The arms in `compute` and `teacher_budget`, by key."""
+        found = {"compute": self.like[1] if self.like else None, "teacher_budget": self.asks_like}
+        return {key: arm for key, arm in found.items() if arm is not None}
 
     @property
     def last(self) -> ModelPath:
@@ -303,44 +325,3 @@ def budget_of(name: str, compute: str | None) -> BudgetOf | None:
 def at_budget(arm: str, times: float) -> str:
     """Return the name of an arm at a budget. For example, the arm `chain` at the budget 4x has the name `chain-4x`."""
     return f"{arm}-{times:g}x"
-
-
-class Search(Strict):
-    """Settings of `tadistill search` and `tadistill advise`: the models of the paths, and the search strategy. Both commands compare paths
-    on the dev set only."""
-
-    teacher: str
-    """The first model of every path."""
-    assistants: tuple[str, ...] = Field(min_length=1)
-    """The models that can be assistants (between teacher and student), from big to small."""
-    student: str
-    """The last model of every path."""
-    strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
-    """`exhaustive`: try every path. `single`: try the direct path, and all paths with one assistant. `best_prefix`: for each model, keep
-    only the best path to it, and extend this path. (The result is only right if a better teacher makes a better student.) `beam`: for each
-    model, keep and extend the `width` best paths to it. `halving`: train all paths for a few updates, drop the worse half, and repeat with
-    more updates."""
-    max_assistants: int | None = Field(default=None, ge=1, le=MOST)
-    """Largest number of assistants in a path. By default, there is no limit."""
-    budget: float | None = Field(default=None, gt=0)
-    """Largest training cost of a path, as a multiple of the training FLOPs of the direct path (without assistants). By default, there is no
-    limit."""
-    width: int = Field(default=2, ge=1, le=MOST)
-    """Number of paths to each model that the strategy `beam` keeps."""
-    rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
-    """The rounds of the strategy `halving`, with one number per round. The number is the length of the training runs in this round, as a
-    fraction of all updates. The last number is 1."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        models = (self.teacher, *self.assistants, self.student)
-        for name in models:
-            if models.count(name) > 1:
-                raise ValueError(f"search names the model {name} twice; teacher, assistants and student must be different models")
-        if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
-            raise ValueError(f"search.rungs are {list(self.rungs)}; write rising fractions that end with 1, such as [0.1, 0.3, 1]")
-        if self.strategy == "halving" and len(self.rungs) < 2:
-            raise ValueError(
-                "search.strategy is `halving`, which needs at least two rungs; set `search.rungs`, for instance to [0.1, 0.3, 1]"
-            )
-        return self

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tadistill.config.arm import Arm, Budgets, Search
+from tadistill.config.arm import Arm, Budgets
 from tadistill.config.common import Name, Strict
 from tadistill.config.controls import with_controls
 from tadistill.config.data import Data
@@ -21,6 +21,7 @@ from tadistill.config.method import Method, MethodPatch, apply, phases_of
 from tadistill.config.model import ModelConfig
 from tadistill.config.named import with_methods
 from tadistill.config.objective import Custom
+from tadistill.config.search import Search
 
 if TYPE_CHECKING:
     from tadistill.config.places import Origin
@@ -87,6 +88,7 @@ class Recipe(Strict):
             raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.like[1] for n, a in self.arms.items() if a.like}, "compute")
+        check_acyclic({n: a.asks_like for n, a in self.arms.items() if a.asks_like}, "teacher_budget")
         return self
 
     _origin: "Origin | None" = PrivateAttr(default=None)
@@ -162,8 +164,9 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
             yield from _unknown(recipe, model, f"arms.{name}.path names")
         if recipe.teacher in arm.learners:
             yield f"teacher is `{recipe.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
-        if arm.like and arm.like[1] not in recipe.arms:
-            yield f"arms.{name}.compute is `{arm.compute}`, but `{arm.like[1]}` is not an arm; {_choice(arm.like[1], recipe.arms)}"
+        for key, other in arm.budgets.items():
+            if other not in recipe.arms:
+                yield f"arms.{name}.{key} is `{getattr(arm, key)}`, but `{other}` is not an arm; {_choice(other, recipe.arms)}"
 
 
 def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:

@@ -4,25 +4,27 @@ An arm is a named path of models, such as `A > B > C`. A stage is one step of a 
 disk, and later stages read it. A stage's key is a hash of its settings and inputs.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from tadistill.config import Arm, Method, Recipe, Sft
+from tadistill.config.arm import ModelPath
 from tadistill.config.places import placed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
+from tadistill.plan.budgets import Budget, Budgets, Trial
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
 from tadistill.plan.controls import first_teacher
 from tadistill.plan.costs import Ledger
 from tadistill.plan.edges import check_edge
-from tadistill.plan.graph import Graph, Stage, with_ancestors
+from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
 from tadistill.plan.served import check_measured, check_not_run, check_teaching
-from tadistill.plan.specs import TrainingSpec
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import check_entries, check_sources, original_teacher
 
@@ -44,6 +46,9 @@ class PlannedArm:
     """Keys of the evaluations with another decoding (`evaluate.also`), by the decoding's name and by seed."""
     flops: float | None
     """Training FLOPs of the final model and all models from which it was made, for one seed. None if a size is not known."""
+    asked: float | None = None
+    """Number of answer tokens that the original teacher writes or scores for the final model and all models from which it was made, for one
+    seed. None if it is not known."""
 
     @property
     def method(self) -> Method:
@@ -118,16 +123,17 @@ class _Planner:
         self.making: list[str] = []  # arms in progress: each one's model sets a temperature that the arm before needs
 
     def plan(self) -> Plan:
-        # in the recipe's order, except that an arm with `compute: as X` is planned after arm X
+        # in the recipe's order, except that an arm with `compute: as X` or `teacher_budget: as X` is planned after arm X
         done: dict[str, PlannedArm] = {}
         absent: dict[str, str] = {}
         waiting = dict(self.recipe.arms)
         while waiting:
             for name, arm in list(waiting.items()):
-                before = arm.like[1] if arm.like else None
-                if before in absent:
-                    absent[name] = f"its `compute: {arm.compute}` needs arm {before}, which is left out too"
-                elif before is None or before in done:
+                missing = [key for key, other in arm.budgets.items() if other in absent]
+                if missing:
+                    left_out = arm.budgets[missing[0]]
+                    absent[name] = f"its `{missing[0]}: {getattr(arm, missing[0])}` needs arm {left_out}, which is left out too"
+                elif all(other in done for other in arm.budgets.values()):
                     try:
                         done[name] = self._arm(name, arm, done)
                     except NotHere as error:
@@ -142,8 +148,8 @@ class _Planner:
         return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
-        scale = self._scale(name, arm, done[arm.like[1]]) if arm.like else 1.0
-        made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
+        budget = Budgets(self.recipe, self.stages, self.graph, self._trial).of(name, arm, done)
+        made = {seed: self._models(name, arm, seed, budget) for seed in self.recipe.seeds}
         models = {seed: found.path for seed, found in made.items()}
         last, main = arm.last[-1], self.recipe.evaluate
         evaluate = {seed: self.stages.evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
@@ -160,9 +166,11 @@ class _Planner:
             for key in measured.values():
                 self.graph.mark(key, name)
         final, first = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}, self.recipe.first_seed
-        return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(final[first]))
+        teacher, key = original_teacher(self.recipe) if self.teacher or arm.teacher_budget else None, final[first]
+        asked = self.graph.asked(key, teacher) if teacher else None
+        return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked)
 
-    def _models(self, name: str, arm: Arm, seed: int, scale: float) -> _Made:
+    def _models(self, name: str, arm: Arm, seed: int, budget: Budget) -> _Made:
         check_not_run(self.recipe, name, self.teacher)
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
@@ -175,7 +183,7 @@ class _Planner:
             only = arm.last[0]
             if arm.objective is None:
                 return _Made([made[only]], phases, trained)
-            phases = planned_phases(self.recipe, self.stages, name, arm, only, scale)
+            phases = planned_phases(self.recipe, self.stages, name, arm, only, budget.updates)
             more = Sft(optim=phases[0].method.optim, select=phases[0].method.select)
             longer = self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)
             return _Made([longer], phases, [longer.stage])
@@ -183,7 +191,8 @@ class _Planner:
         for path in arm.path:
             handles = [first_teacher(self.stages, name, arm, made[path[0]], seed, self._path_of)]
             for i, model in enumerate(path[1:], 1):
-                phases, trained = planned_phases(self.recipe, self.stages, name, arm, model, scale / arm.learners.count(model)), []
+                stages, scale = self._asking(arm, path[:i], budget)
+                phases, trained = planned_phases(self.recipe, stages, name, arm, model, scale / arm.learners.count(model)), []
                 for number, (method, _) in enumerate(phases, 1):
                     teachers = list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
                     names = [m for m, _ in teachers]
@@ -191,25 +200,35 @@ class _Planner:
                     check_itself(name, arm, path[i - 1], model, method)
                     check_edge(self.tokens, name, names, model, method)
                     turn = Turn(taught.count(model), turns.count(model) + 1, number, len(phases), arm.last[-1])
-                    made[model] = new = self.stages.distill(teachers, model, made[model], method, seed, turn)
+                    made[model] = new = stages.distill(teachers, model, made[model], method, seed, turn)
                     taught.append(model)
                     trained.append(new.stage)
                 handles.append(made[model])  # a model that teaches itself is in the path twice
                 turns.append(model)
         return _Made(handles, phases, trained)
 
+    def _asking(self, arm: Arm, above: ModelPath, budget: Budget) -> tuple[StageBuilder, float]:
+        # the builder and the factor on the updates for a model that learns from the last model of `above`, or from all of them
+        dense = arm.dense or self.recipe.method.dense
+        if arm.teacher_budget is None or original_teacher(self.recipe) not in (above if dense else above[-1:]):
+            return self.stages, budget.updates
+        stages = copy.copy(self.stages)
+        stages.rows = budget.rows
+        return stages, budget.updates if budget.taught is None else budget.taught
+
     def _path_of(self, arm: str, seed: int) -> list[Handle]:
         if arm in self.making:
             raise ConfigError(
                 f"a model has `temper.like: {arm}`, but arm {arm} needs this model; in `temper.like`, name an arm that does not need it"
             )
-        if (compute := self.recipe.arms[arm].compute) is not None:
+        for key in self.recipe.arms[arm].budgets:
+            given = f"{key}: {getattr(self.recipe.arms[arm], key)}"
             raise ConfigError(
-                f"a model has `temper.like: {arm}`, but arm {arm} has `compute: {compute}`; in `temper.like`, name an arm without `compute`"
+                f"a model has `temper.like: {arm}`, but arm {arm} has `{given}`; in `temper.like`, name an arm without `{key}`"
             )
         self.making.append(arm)
         try:
-            return self._models(arm, self.recipe.arms[arm], seed, 1.0).path
+            return self._models(arm, self.recipe.arms[arm], seed, Budget()).path
         finally:
             self.making.pop()
 
@@ -243,73 +262,10 @@ class _Planner:
                 f"arms.{name} has no teacher in its path, so sampler {arm.sampler.type} cannot be used; use sampler: {{type: dataset}}"
             )
 
-    def _scale(self, name: str, arm: Arm, like: PlannedArm) -> float:
-        # the factor on the updates at which this arm costs as many FLOPs as its `compute` says
-        assert arm.like is not None
-        times = arm.like[0]
-        if times is None and (len(arm.path) > 1 or len(arm.last) != 2):
-            raise ConfigError(f"arms.{name} has `compute`, which needs a path of two models, but its path is {arm.text}; remove `compute`")
-        if not arm.learners and not arm.objective:
-            raise ConfigError(f"arms.{name} trains no model, so `compute: {arm.compute}` has no effect; remove `compute`")
-        trial, final, trained = self._trial(name, arm, 1.0)
-        self._check_patience(name, arm, like, trial.stages, final)
-        total, target = trial.flops(final), like.flops
-        if times is None:
-            parts = [trial.stages[key].flops for key in trained]
-            scaled = None if None in parts else sum(part for part in parts if part is not None)
-        else:
-            twice, longer, _ = self._trial(name, arm, 2.0)
-            doubled = twice.flops(longer)
-            scaled = None if total is None or doubled is None else doubled - total
-        if target is None or total is None or scaled is None:
-            raise self._unknown_cost(name, arm)
-        fixed = total - scaled
-        if times is not None:
-            fixed -= self._of_teacher(trial, final)
-            target = times * (target - self._of_teacher(self.graph, like.final[self.recipe.first_seed]))
-        if target <= fixed:
-            spent, fix = (f"the budget of {target:.3g} FLOPs is", "raise the budget") if times else ("that arm costs", "remove `compute`")
-            raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but {spent} less than the {fixed:.3g} FLOPs that `{name}` needs "
-                f"before its distillation; {fix}"
-            )
-        return (target - fixed) / scaled
-
-    def _trial(self, name: str, arm: Arm, scale: float) -> tuple[Graph, str, list[str]]:
+    def _trial(self, name: str, arm: Arm, budget: Budget) -> Trial:
         planner = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
-        made = planner._models(name, arm, self.recipe.first_seed, scale)
-        return planner.graph, made.stages[-1], made.stages
-
-    def _of_teacher(self, graph: Graph, final: str | None) -> float:
-        # the FLOPs of the original teacher's own training, if this model depends on it
-        teacher = original_teacher(self.recipe)
-        own = _stage(self.stages.trained(teacher, self.recipe.first_seed)) if teacher else None
-        return (graph.flops(own) or 0.0) if own and final and own in with_ancestors(graph.stages, [final]) else 0.0
-
-    def _unknown_cost(self, name: str, arm: Arm) -> ConfigError | NotHere:
-        if unknown := self.ledger.unknown():
-            names = ", ".join(each.split(" ")[0] for each in unknown)
-            return NotHere(
-                f"arms.{name} has `compute: {arm.compute}`, which needs the sizes of models that are not on this disk ({names}); run "
-                "`tadistill fetch RECIPE`"
-            )
-        self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
-        return ConfigError(
-            f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known; run `tadistill fetch RECIPE`, "
-            "and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
-        )
-
-    def _check_patience(self, name: str, arm: Arm, like: PlannedArm, own: dict[str, Stage], final: str) -> None:
-        # stages of both arms stop at the same update, so only the others matter
-        theirs = like.final[self.recipe.first_seed]
-        above = with_ancestors(self.graph.stages, [theirs] if theirs else [], without="like")
-        stages = {key: (own | self.graph.stages)[key] for key in above ^ with_ancestors(own, [final], without="like")}
-        early = [s.label for s in stages.values() if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
-        if early:
-            raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` may stop early (select.patience), so its FLOPs are not known "
-                f"in advance; set select: {{patience: null}} for {like.name} and {name}"
-            )
+        made = planner._models(name, arm, self.recipe.first_seed, budget)
+        return Trial(planner.graph, made.stages[-1] if made.stages else "", made.stages)
 
 
 class _ArmModels(dict[str, Handle]):

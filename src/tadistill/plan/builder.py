@@ -46,6 +46,7 @@ class StageBuilder:
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
+        self.rows: int | None = None  # of the training set; None means all
         self._splits: dict[tuple[str, str, int | None], Split] = {}
         self._own: Callable[[str, int], Handle] = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))
 
@@ -65,7 +66,7 @@ class StageBuilder:
             cost = spec.cost(self.ledger.of(self.tokens.readers(model)), model, teachers)
         except NotHere:
             cost = None
-        return self.graph.add(spec, label, model, seed, cost)
+        return self.graph.add(spec, label, model, seed, cost, teachers)
 
     def seed(self, name: str, seed: int) -> int:
         """Return the seed with which a model is trained. It is the model's own `seed` in the recipe, or else the study's `seed`."""
@@ -306,7 +307,7 @@ class StageBuilder:
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
         """Return the train or dev split. `limit` is the number of rows to use. Its default is the recipe's `data.limit`."""
         ref = getattr(self.recipe.data, role)
-        return self._split(ref, role, limit or getattr(self.recipe.data.limit, role))
+        return self._split(ref, role, limit or (self.rows if role == "train" else None) or getattr(self.recipe.data.limit, role))
 
     def _test_sets(self) -> tuple[Split, ...]:
         return tuple(self._split(ref, "test", self.recipe.data.limit.test) for ref in self.recipe.data.test)

@@ -28,6 +28,8 @@ class Stage:
     seed: int
     cost: Cost | None
     """None if the cost is not known, or if the stage only measures models."""
+    teachers: tuple[str, ...] = ()
+    """Names of the teachers of a distillation, from big to small. Empty for other stages."""
     arms: set[str] = field(default_factory=set)
 
     @property
@@ -69,12 +71,12 @@ class Graph:
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
 
-    def add(self, spec: Spec, label: str, model: str, seed: int, cost: Cost | None) -> str:
+    def add(self, spec: Spec, label: str, model: str, seed: int, cost: Cost | None, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage unless the graph already has it. Return its key."""
         assert KINDS[spec.kind] is type(spec), f"{type(spec).__name__} is not in KINDS of tadistill.plan.specs"
         key = spec.key
         if key not in self.stages:
-            self.stages[key] = Stage(spec, key, label, model, seed, cost)
+            self.stages[key] = Stage(spec, key, label, model, seed, cost, teachers)
         return key
 
     def mark(self, key: str, arm: str) -> None:
@@ -91,6 +93,12 @@ class Graph:
             return 0.0
         parts = [self.stages[k].flops for k in with_ancestors(self.stages, [key], without="like")]
         return None if any(p is None for p in parts) else math.fsum(p for p in parts if p is not None)  # fsum does not depend on the order
+
+    def asked(self, key: str | None, teacher: str) -> float | None:
+        """Return the number of answer tokens that a teacher writes or scores for a stage and all its ancestors. None if it is unknown."""
+        stages = [self.stages[k] for k in with_ancestors(self.stages, [key] if key else [], without="like")]
+        costs = [stage.cost for stage in stages if teacher == (stage.teachers[0] if stage.teachers else stage.model)]
+        return None if None in costs else math.fsum(cost.asked for cost in costs if cost is not None)
 
 
 def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:

@@ -171,7 +171,7 @@ class GenerateSpec(Spec):
     as_teacher: bool = False  # True if it answers the teacher's own prompts (`data.context`)
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.behind(self.data.context).generate(model, self.sampler, as_teacher=self.as_teacher)
+        return ledger.behind(self.data.context).generate(model, self.sampler, limit=self.train.limit, as_teacher=self.as_teacher)
 
 
 class RetokeniseSpec(Spec):
@@ -216,7 +216,7 @@ class SignalSpec(Spec):
     text_of: TextOf = None
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.behind(self.data.context).signal(model, self.signal, self.text_of)
+        return ledger.behind(self.data.context).signal(model, self.signal, self.text_of, limit=self.train.limit)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import Search, path_text
+from tadistill.config.arm import path_text
 from tadistill.config.method import MethodPatch, Optim, Select, apply
+from tadistill.config.search import Search
 from tadistill.errors import ConfigError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.plan.arms import make_plan

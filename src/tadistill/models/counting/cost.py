@@ -60,6 +60,8 @@ class Cost:
     """A text that is equal for two trainings if they differ only in their number of updates. Such trainings run at the same speed."""
     disk: Disk | None = None
     """Space on disk of recorded outputs. None for other stages."""
+    asked: float = 0.0
+    """Number of answer tokens that the first teacher writes or scores, in its own tokens. Its dev evaluations are not included."""
 
     @property
     def learning(self) -> float:

@@ -118,24 +118,34 @@ class Ledger(ModelSizes):
         self._selection(cost, select)
         return cost.total()
 
-    def generate(self, name: str, decoding: Decoding, *, as_teacher: bool = False) -> Cost | None:
-        """Predict the cost of a `generate` stage. A model answers every training prompt, or every prompt of its own (`context`)."""
+    def generate(self, name: str, decoding: Decoding, *, limit: int | None = None, as_teacher: bool = False) -> Cost | None:
+        """Predict the cost of a `generate` stage. A model answers every training prompt, or every prompt of its own (`context`).
+
+        `limit` is the number of rows, if not all of them are used.
+        """
         model = self.described(name)
         if model is None:
             return None
         answers = self._answers(name, decoding)
         answers = answers.of_teacher if as_teacher else answers
-        work = passes.sampling(answers, _padded(decoding, GENERATION_BATCH), round(self.train.count))
+        count = self.train.count * self._share(limit)
+        work = passes.sampling(answers, _padded(decoding, GENERATION_BATCH), round(count))
         memory = self._frozen(model, sampling_bytes(model, GENERATION_BATCH, max(p for p, _ in answers.rows), decoding.max_new_tokens))
         later = {"engine"} if decoding.engine == "native" else set()  # earlier versions had no such field
         kind = key_of(["generate", asdict(model.size), decoding.model_dump(include=set(Decoding.model_fields), exclude=later)])
-        return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind)
+        return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind, asked=answers.mean_response * count)
 
-    def signal(self, name: str, signal: samplers.Signal, text_of: tuple[str, int] | None = None) -> Cost | None:
+    def _share(self, limit: int | None) -> float:
+        return 1.0 if limit is None else min(1.0, limit / self.rows)
+
+    def signal(
+        self, name: str, signal: samplers.Signal, text_of: tuple[str, int] | None = None, *, limit: int | None = None
+    ) -> Cost | None:
         """Predict the cost of a `signal` stage, which records a teacher's outputs on a text.
 
         Args:
             text_of: the model that wrote the text, and the largest number of tokens of an answer. None for the training set's responses.
+            limit: number of rows, if not all of them are used.
         """
         from tadistill.rollout import signal_format  # not at the top, because numpy is slow to import and few plans need it
 
@@ -143,14 +153,16 @@ class Ledger(ModelSizes):
         if model is None:
             return None
         texts = (self._text_of(*text_of) if text_of else self.fixed).of_teacher
-        work = passes.pass_by_length(texts, RECORDING_BATCH, texts.count)
+        count = texts.count * self._share(limit)
+        work = passes.pass_by_length(texts, RECORDING_BATCH, count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
         memory = self._frozen(model, reading_bytes(model, RECORDING_BATCH, max(texts.totals)))
         each = signal_format.token_bytes(signal, model.size.hidden, model.size.head // model.size.hidden)
-        disk = Disk(each, each * texts.mean_response * texts.count, exact=not isinstance(signal, samplers.SampledSignal))
+        asked = texts.mean_response * count
+        disk = Disk(each, each * asked, exact=not isinstance(signal, samplers.SampledSignal))
         kind = key_of(["signal", asdict(model.size), signal.model_dump()])
-        return Cost({"recording/teacher": _part(model.size, work)}, memory=memory, kind=kind, disk=disk)
+        return Cost({"recording/teacher": _part(model.size, work)}, memory=memory, kind=kind, disk=disk, asked=asked)
 
     def measuring(self, name: str) -> float | None:
         """Predict the bytes that a stage needs to sample and score answers of a model. Weights are not included."""
@@ -251,11 +263,13 @@ class Ledger(ModelSizes):
         cost.add("rollout/student", sampled)
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
+            cost.asked += rollouts * rounds * answers.mean_response
         read, scored = (cost.reading(texts, sampler.chunk, rollouts) * rounds for texts in (answers.of_teacher, answers))
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = objective.needs_teacher and (known or scores or sampler.inner_epochs > 1)
         if kept and not known:
             cost.add("scoring/teacher", read if scores else Work(read.positions, read.pairs))
+            cost.asked += rollouts * rounds * answers.of_teacher.mean_response
         if scores and (method.optim.precision == "bf16" or sampler.vllm):
             cost.add("scoring/student", scored)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)

@@ -27,6 +27,8 @@ class TrainingCost:
         self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
         self.parts: dict[str, CostPart] = {}
         self.padding = 0.0  # padding positions in all updates
+        self.asked = 0.0
+        """Number of tokens that the first teacher has written or scored (`Cost.asked`)."""
         self.memory = TrainingMemory(trained, teachers, optim, adapters)
         self.dropout = True
         """False if the student samples its own text, because it then trains without dropout."""
@@ -63,6 +65,7 @@ class TrainingCost:
         if teacher or teacher_head:
             read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
             self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
+            self.asked += read.heads * batches * self.used if teacher else 0.0
             for each in self.memory.teachers if teacher and texts.contexts else ():  # one after another, before the student
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
@@ -79,6 +82,7 @@ class TrainingCost:
         self.memory.batch(micro, heads=self._heads(teacher), dropout=self.dropout, corpus=True)
         if teacher:
             self.add("corpus/teacher", work * self.used)
+            self.asked += work.heads * self.used
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
         """Add the cost of sampling one batch from the student before an update. A fraction `share` (0 to 1) of the updates does this."""
@@ -102,7 +106,7 @@ class TrainingCost:
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
         """Return the cost of the training. `published` is what MiniLLM's released code needs for the same number of rollouts."""
         runs = any(name.endswith("/teacher") and part.positions for name, part in self.parts.items())
-        return Cost(self.parts, self.padding, published, self.memory.total(runs_teachers=runs), self._kind(method))
+        return Cost(self.parts, self.padding, published, self.memory.total(runs_teachers=runs), self._kind(method), asked=self.asked)
 
     def _kind(self, method: Method | None) -> str:
         later = {name for name in ("tokens", "packed") if getattr(self.optim, name)}  # earlier plans do not have them

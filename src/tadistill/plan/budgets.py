@@ -1,0 +1,172 @@
+"""The budgets of an arm: how many updates it makes, and how much it asks of the original teacher.
+
+`compute` sets the training FLOPs of an arm, and `teacher_budget` sets the number of answer tokens that the original teacher writes or
+scores. Both are those of another arm. They change different things, so an arm can have both:
+
+    the teacher only writes text (SeqKD)      `teacher_budget` sets the number of prompts, and `compute` the number of all updates
+    the teacher runs during training          `teacher_budget` sets the updates of the models that it teaches, and `compute` the other ones
+
+All costs are linear in the number of updates and in the number of prompts, so two trial plans give the factors.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from tadistill.config import Arm, Recipe
+from tadistill.errors import ConfigError, NotHere
+from tadistill.plan.builder import StageBuilder
+from tadistill.plan.graph import Graph, Stage, with_ancestors
+from tadistill.plan.inputs import FromStage
+from tadistill.plan.specs import DistillSpec, TrainingSpec
+from tadistill.plan.task import original_teacher
+
+if TYPE_CHECKING:
+    from tadistill.plan.arms import PlannedArm
+
+
+class Budget(NamedTuple):
+    """What an arm may use, relative to the settings of the recipe."""
+
+    updates: float = 1.0
+    """Factor on the number of updates."""
+    taught: float | None = None
+    """Factor on the updates of models that the original teacher teaches. None if it is `updates`."""
+    rows: int | None = None
+    """Number of training prompts that the original teacher answers. None if it answers all of them."""
+
+
+class Trial(NamedTuple):
+    """A plan of one arm for one seed."""
+
+    graph: Graph
+    final: str
+    """Key of the stage that makes the arm's model."""
+    trained: list[str]
+    """Keys of the stages of the last training, one for each phase."""
+
+
+class Budgets:
+    """Finds the budget of each arm."""
+
+    def __init__(self, recipe: Recipe, stages: StageBuilder, graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
+        """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
+        self.recipe, self.stages, self.graph, self.trial = recipe, stages, graph, trial
+        self.ledger = stages.ledger
+
+    def of(self, name: str, arm: Arm, done: Mapping[str, "PlannedArm"]) -> Budget:
+        """Return the budget of an arm. `done` has the arms that its keys name.
+
+        Raises:
+            ConfigError: the arm cannot have this budget.
+            NotHere: a size that is needed is not known, because a model or a data set is not on this disk.
+        """
+        budget = self._asked(name, arm, done[arm.asks_like]) if arm.asks_like else Budget()
+        return budget._replace(updates=self._updates(name, arm, done[arm.like[1]], budget)) if arm.like else budget
+
+    # --- the teacher ----------------------------------------------------------------------------------------------------
+
+    def _asked(self, name: str, arm: Arm, like: "PlannedArm") -> Budget:
+        teacher = original_teacher(self.recipe)
+        assert teacher is not None
+        given, final = f"arms.{name} has `teacher_budget: {arm.teacher_budget}`, but", like.final[self.recipe.first_seed]
+        trial = self.trial(name, arm, Budget())
+        target, total = self.graph.asked(final, teacher), trial.graph.asked(trial.final, teacher)
+        if target is None or total is None:
+            raise self._unknown_cost(name, f"teacher_budget: {arm.teacher_budget}")
+        for who, tokens in ((like.name, target), (name, total)):
+            if not tokens:
+                raise ConfigError(f"{given} {teacher} writes or scores no answer for `{who}`; remove `teacher_budget`")
+        live = _live(trial, teacher)
+        if not live:
+            return Budget(rows=self._rows(given, teacher, target / total))
+        if target <= total - live:
+            raise ConfigError(
+                f"{given} `{name}` asks {teacher} for {total - live:,.0f} answer tokens before its updates, and `{like.name}` for "
+                f"{target:,.0f} in all; name an arm that asks for more"
+            )
+        return Budget(taught=(target - (total - live)) / live)
+
+    def _rows(self, given: str, teacher: str, share: float) -> int:
+        rows, most = round(share * self.ledger.rows), self.ledger.rows
+        if not 1 <= rows <= most:
+            needs, fix = (f"{rows:,} answers", "name an arm that asks for less") if rows else ("less than one answer", "name another arm")
+            raise ConfigError(f"{given} this budget is {needs} of {teacher}, and the training set has {most:,} prompts; {fix}")
+        return rows
+
+    # --- training FLOPs -------------------------------------------------------------------------------------------------
+
+    def _updates(self, name: str, arm: Arm, like: "PlannedArm", budget: Budget) -> float:
+        # the factor on the updates at which this arm costs as many FLOPs as its `compute` says
+        assert arm.like is not None
+        times = arm.like[0]
+        if times is None and (len(arm.path) > 1 or len(arm.last) != 2):
+            raise ConfigError(f"arms.{name} has `compute`, which needs a path of two models, but its path is {arm.text}; remove `compute`")
+        if not arm.learners and not arm.objective:
+            raise ConfigError(f"arms.{name} trains no model, so `compute: {arm.compute}` has no effect; remove `compute`")
+        trial = self.trial(name, arm, budget)
+        self._check_patience(name, arm, like, trial)
+        total, target = trial.graph.flops(trial.final), like.flops
+        if times is None and budget.taught is None:
+            parts = [trial.graph.stages[key].flops for key in trial.trained]
+            scaled = None if None in parts else sum(part for part in parts if part is not None)
+        else:
+            twice = self.trial(name, arm, budget._replace(updates=2.0))
+            doubled = twice.graph.flops(twice.final)
+            scaled = None if total is None or doubled is None else doubled - total
+        if target is None or total is None or scaled is None:
+            raise self._unknown_cost(name, f"compute: {arm.compute}")
+        if not scaled:
+            raise ConfigError(
+                f"arms.{name} has `compute` and `teacher_budget`, but the original teacher runs in all of its updates, so both would set "
+                "the same number; remove one of the two keys"
+            )
+        fixed = total - scaled
+        if times is not None:
+            fixed -= self._of_teacher(trial.graph, trial.final)
+            target = times * (target - self._of_teacher(self.graph, like.final[self.recipe.first_seed]))
+        if target <= fixed:
+            spent, fix = (f"the budget of {target:.3g} FLOPs is", "raise the budget") if times else ("that arm costs", "remove `compute`")
+            raise ConfigError(
+                f"arms.{name} has `compute: {arm.compute}`, but {spent} less than the {fixed:.3g} FLOPs that `{name}` needs "
+                f"before its distillation; {fix}"
+            )
+        return (target - fixed) / scaled
+
+    def _of_teacher(self, graph: Graph, final: str | None) -> float:
+        # the FLOPs of the original teacher's own training, if this model depends on it
+        teacher = original_teacher(self.recipe)
+        handle = self.stages.trained(teacher, self.recipe.first_seed) if teacher else None
+        own = handle.stage if isinstance(handle, FromStage) else None
+        return (graph.flops(own) or 0.0) if own and final and own in with_ancestors(graph.stages, [final]) else 0.0
+
+    def _unknown_cost(self, name: str, key: str) -> ConfigError | NotHere:
+        if unknown := self.ledger.unknown():
+            names = ", ".join(each.split(" ")[0] for each in unknown)
+            return NotHere(
+                f"arms.{name} has `{key}`, which needs the sizes of models that are not on this disk ({names}); run "
+                "`tadistill fetch RECIPE`"
+            )
+        self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
+        return ConfigError(
+            f"arms.{name} has `{key}`, but the size of one of its models is not known; run `tadistill fetch RECIPE`, "
+            "and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
+        )
+
+    def _check_patience(self, name: str, arm: Arm, like: "PlannedArm", trial: Trial) -> None:
+        # stages of both arms stop at the same update, so only the others matter
+        theirs, own = like.final[self.recipe.first_seed], trial.graph.stages
+        above = with_ancestors(self.graph.stages, [theirs] if theirs else [], without="like")
+        stages = {key: (own | self.graph.stages)[key] for key in above ^ with_ancestors(own, [trial.final], without="like")}
+        early = [s.label for s in stages.values() if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
+        if early:
+            raise ConfigError(
+                f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` may stop early (select.patience), so its FLOPs are not known "
+                f"in advance; set select: {{patience: null}} for {like.name} and {name}"
+            )
+
+
+def _live(trial: Trial, teacher: str) -> float:
+    # the tokens that a teacher writes or scores during training
+    stages: list[Stage] = [trial.graph.stages[key] for key in with_ancestors(trial.graph.stages, [trial.final], without="like")]
+    taught = [stage.cost for stage in stages if isinstance(stage.spec, DistillSpec) and stage.teachers[0] == teacher]
+    return sum(cost.asked for cost in taught if cost is not None)
