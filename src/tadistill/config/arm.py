@@ -27,6 +27,15 @@ def path_text(path: Iterable[str]) -> str:
     return " > ".join(path)
 
 
+def marked(text: str, across: Iterable[tuple[str, str]]) -> str:
+    """Return the text of paths with `~>` in place of `>` at some steps, such as `xl ~> l > s`. `across` has these steps."""
+    parts, lossy = re.split(r"( > | then |, )", text), {*across}
+    for i in range(1, len(parts) - 1, 2):
+        if parts[i] == " > " and (parts[i - 1], parts[i + 1]) in lossy:
+            parts[i] = " ~> "
+    return "".join(parts)
+
+
 _COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 

@@ -128,6 +128,7 @@ class _Planner:
         absent: dict[str, str] = {}
         waiting = dict(self.recipe.arms)
         while waiting:
+            todo = len(waiting)
             for name, arm in list(waiting.items()):
                 missing = [key for key, other in arm.budgets.items() if other in absent]
                 if missing:
@@ -143,6 +144,9 @@ class _Planner:
                 else:
                     continue
                 del waiting[name]
+            if len(waiting) == todo:
+                names = ", ".join(waiting)
+                raise ConfigError(f"arms need each other's budgets (`compute`, `teacher_budget`): {names}; remove one of these keys")
         stages = {key: s for key, s in self.graph.stages.items() if s.arms} if absent else self.graph.stages
         arms = [done[name] for name in self.recipe.arms if name in done]
         return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])

@@ -24,7 +24,6 @@ from tadistill.plan.inputs import (
     Handle,
     Loaded,
     Output,
-    OwnCode,
     Pruned,
     PrunedDepth,
     Split,
@@ -51,8 +50,9 @@ class StageBuilder:
         self._own: Callable[[str, int], Handle] = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))
 
     @cached_property
-    def _own_and_tasks(self) -> tuple[tuple[OwnCode, ...], Any]:
-        return plan_metrics(self.recipe), plan_tasks(self.recipe)
+    def _measured(self) -> dict[str, Any]:
+        asked, across = self.recipe.evaluate.bits_per_byte, len(self.tokens.families) > 1
+        return {"own": plan_metrics(self.recipe), "tasks": plan_tasks(self.recipe), "per_byte": across if asked is None else asked}
 
     def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.
@@ -237,9 +237,7 @@ class StageBuilder:
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
-        own, tasks = self._own_and_tasks
-        more: dict[str, Any] = {"references": not other, "own": own, "tasks": None if other else tasks}
-        more["per_byte"] = not other and bool(self.recipe.evaluate.bits_per_byte)
+        more = {"references": not other, **self._measured, **({"tasks": None, "per_byte": False} if other else {})}
         spec = specs.EvaluateSpec(**self.only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 

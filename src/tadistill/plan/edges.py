@@ -10,6 +10,7 @@ An edge is a step of a path, such as `A > B`. Its method decides what the two mo
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method
@@ -70,6 +71,11 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
         )
     found = stages.encoding(teacher, context=method.context)
     return found.model_copy(update={"ends": stages.tokens.ends(teacher), "long_responses": "cut"})  # it reads none of the references
+
+
+def lossy_steps(tokens: "StudyTokens", paths: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Return the steps of paths, as pairs (teacher, student), whose two models have different tokenizers."""
+    return [(above, below) for path in paths for above, below in pairwise(path) if not tokens.alike(above, below)]
 
 
 def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.config import DataRef, Recipe
-from tadistill.config.arm import direct_arm
+from tadistill.config.arm import direct_arm, marked
 from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import sources
@@ -16,7 +16,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.costs import Ledger, passes
-from tadistill.plan.edges import undefined_notes
+from tadistill.plan.edges import lossy_steps, undefined_notes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
@@ -82,6 +82,18 @@ def off_budget(plan: Plan) -> Iterable[str]:
             )
 
 
+def off_teacher_budget(plan: Plan) -> Iterable[str]:
+    """Yield a sentence for each arm that asks clearly more or less of the teacher than its `teacher_budget` says."""
+    arms = {arm.name: arm for arm in plan.arms}
+    for arm in (arm for arm in plan.arms if arm.arm.asks_like):
+        asked, budget = arm.asked, arms[arm.arm.asks_like or ""].asked
+        if asked and budget and abs(asked / budget - 1) > _OFF:
+            yield (
+                f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but it asks {asked / budget:.2g} times as much of the "
+                "teacher, because its updates come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`)"
+            )
+
+
 def _without_teacher(plan: Plan, arm: PlannedArm) -> float | None:
     final = next(iter(arm.final.values()))
     above = with_ancestors(plan.stages, [final] if final else [], without="like")
@@ -97,7 +109,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-_NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
+_ASKED = "asked"
+_NUMBERS = (_ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
 
 def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
@@ -122,16 +135,25 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
 
 
 def _arms(plan: Plan) -> Table:
-    table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", "compute")
+    asks = _asks(plan)
+    tokens = [_ASKED] if asks else []
+    table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", *tokens, "compute")
     for column in table.columns[:2]:
         column.no_wrap, column.overflow = False, "fold"
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
         method = arm.method
-        path = arm.arm.text + (", context" if method.context else "") + (f", EMA {method.ema:g}" if method.ema is not None else "")
-        table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
+        path = marked(arm.arm.text, lossy_steps(plan.tokens, arm.arm.path)) + (", context" if method.context else "")
+        path += f", EMA {method.ema:g}" if method.ema is not None else ""
+        asked = ["–" if arm.asked is None else f"{arm.asked:.2e}"] if asks else []
+        rule = "\n".join(filter(None, (arm.arm.compute, arm.arm.teacher_budget and f"teacher {arm.arm.teacher_budget}")))
+        table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), *asked, rule)
     return table
+
+
+def _asks(plan: Plan) -> bool:
+    return any(arm.arm.teacher_budget for arm in plan.arms) or len(plan.tokens.families) > 1
 
 
 def _direct(plan: Plan, arm: PlannedArm) -> float | None:
@@ -204,6 +226,8 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     yield from _rows(plan)
     yield from _recordings(plan)
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_budget(plan))
+    yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_teacher_budget(plan))
+    yield from _across(plan)
     yield from _controls(plan)
     head = plan.teacher or "a loaded model"
     yield (
@@ -239,6 +263,15 @@ def _phases(plan: Plan) -> Iterable[str]:
         if len(arm.phases) > 1:
             updates = " + ".join(str(phase.method.optim.steps) for phase in arm.phases)
             yield escape(f"arms.{arm.name} has {len(arm.phases)} phases: {phases_text(arm.phases)} ({updates} updates).")
+
+
+def _across(plan: Plan) -> Iterable[str]:
+    steps = dict.fromkeys(step for arm in plan.arms for step in lossy_steps(plan.tokens, arm.arm.path))
+    if steps:
+        named = ", ".join(f"{above} and {below}" for above, below in steps)
+        yield escape(f"`~>` is a step between two tokenizers ({named}).")
+    if plan.teacher and _asks(plan):
+        yield escape(f"`{_ASKED}`: number of answer tokens that {plan.teacher} writes or scores for an arm, for one seed.")
 
 
 def _recordings(plan: Plan) -> Iterable[str]:

@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from tadistill.config.arm import path_text
+from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, metric_unit, sorted_names
+from tadistill.report.routes import listed
 from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
 from tadistill.results.study import ArmRecord
@@ -179,6 +180,9 @@ def _hops(results: Results, c: Comparison) -> list[str]:
     models = budget_models(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
     if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
+        if arm.across:
+            steps = listed([marked(path_text(step), [step]) for step in arm.across])
+            return [f"The error of each hop is not defined across vocabularies ({steps}). See the bits per byte instead."]
         return ["The error of each hop is not measured: this arm has no error budget."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
     sets = sets_with(results, terms[0])

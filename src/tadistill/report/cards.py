@@ -75,7 +75,7 @@ def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: s
 
 def _made(results: Results, arm: ArmRecord, size: str) -> str:
     name, models = arm.model, results.plan.recipe["models"]
-    text = f"Model {escape_markdown(name)} ({size} parameters), made by the path {code(arm.path_text)} with {escape_markdown(arm.method)}."
+    text = f"Model {escape_markdown(name)} ({size} parameters), made by the path {code(arm.shown_path)} with {escape_markdown(arm.method)}."
     for origin in dict.fromkeys(_origin(models, model) for model in (*arm.models, name)):
         if base := results.plan.bases.get(origin):
             adapter = code(models[origin]["load"])

@@ -83,7 +83,7 @@ def _budget(arm: ArmRecord) -> str:
 def undecided_text(pair: ComparedPair) -> str:
     """Return the sentence for a path that cannot be compared. Either there is no arm for the comparison, or the two arms have no finished
     seed in common."""
-    name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
+    name = f"TA path {pair.arm.shown_path} ({pair.arm.name})"
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
     return f"{name}: no evidence yet, because it shares no finished seed with {_other(pair.against, pair.other.name)}."
@@ -101,7 +101,7 @@ def verdict_text(results: Results, c: Comparison) -> str:
     if c.against == "pair":
         subject = f"{c.arm} against {c.other}: {value}"
     else:
-        subject = f"TA path {results.arm(c.arm).path_text} ({c.arm}): {value} against {_other(c.against, c.other)}"
+        subject = f"TA path {results.arm(c.arm).shown_path} ({c.arm}): {value} against {_other(c.against, c.other)}"
     parts = [f"{subject}: {_word_text(c)}", _power_text(c)]
     sentence = "; ".join(part for part in parts if part) + "."
     return " ".join([sentence, *_credit_text(c)])

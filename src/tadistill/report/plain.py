@@ -100,7 +100,8 @@ def _paths(results: Results) -> str:
     lines: list[str] = []
     for arm in results.plan.arms:
         compute = f", compute {arm.compute}" if arm.compute else ""
-        path = code(arm.path_text) + (f" ({escape_markdown(steps(arm))})" if not arm.is_plain or arm.is_phased else "")
+        compute += f", teacher budget {arm.teacher_budget}" if arm.teacher_budget else ""
+        path = code(arm.shown_path) + (f" ({escape_markdown(steps(arm))})" if not arm.is_plain or arm.is_phased else "")
         inexact = "".join(f"; {sentence}" for sentence in arm.inexact)
         lines.append(f"- **{escape_markdown(arm.name)}**: {path}, {escape_markdown(arm.method)}{escape_markdown(compute + inexact)}")
     return "\n".join(lines)

@@ -246,14 +246,19 @@ def _published(results: Results) -> Table | None:
 
 
 def _cost(results: Results) -> Table:
-    columns = (Column("parameters"), Column("training FLOPs", "per seed"), Column("relative to direct"))
+    teacher, asks = results.plan.teacher, any(arm.teacher_budget or arm.across for arm in results.plan.arms)
+    asked = (Column(f"tokens of {teacher}", "per seed"),) if asks else ()
+    columns = (Column("parameters"), Column("training FLOPs", "per seed"), Column("relative to direct"), *asked)
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for row in cost_rows(results):
         relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
-        rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative)))
-    return Table(
-        "cost", "Cost", "The cost of all training for an arm's final model, including its teacher assistants.", columns, tuple(rows)
-    )
+        tokens = row.arm.teacher_tokens
+        of_teacher = (Cell() if tokens is None else Cell(f"{tokens:,.0f}"),) if asks else ()
+        rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative, *of_teacher)))
+    note = "The cost of all training for an arm's final model, including its teacher assistants."
+    if asks:
+        note += f" The last column is the number of answer tokens that {teacher} writes or scores, as the plan predicts it."
+    return Table("cost", "Cost", note, columns, tuple(rows))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.config.arm import path_text
+from tadistill.config.arm import marked, path_text
 from tadistill.config.evaluate import OwnMetric
 from tadistill.data.counts import Counts
 from tadistill.disk import damaged, read_json
@@ -88,6 +88,17 @@ class ArmRecord:
     """One sentence, without a full stop, for each loss of the arm's path that is not exact."""
     phases: tuple[PhaseRecord, ...] = ()
     """The phases of the last distillation, one after the other. Empty if no model teaches the arm's model."""
+    across: tuple[tuple[str, str], ...] = ()
+    """The steps of the path, as pairs (teacher, student), whose two models have different tokenizers."""
+    teacher_budget: str | None = None
+    """The recipe's rule for what the arm asks of the original teacher, such as ``as direct``."""
+    teacher_tokens: float | None = None
+    """Number of answer tokens that the original teacher writes or scores for the arm, for one seed. None if it is not known."""
+
+    @property
+    def shown_path(self) -> str:
+        """The whole path for readers. ``~>`` marks a step between two tokenizers, such as ``xl ~> l > s``."""
+        return marked(self.path_text, self.across)
 
     def measured_by(self, seed: int) -> tuple[str, ...]:
         """Return the keys of all stages that measure the arm's model, for one training seed."""
@@ -260,6 +271,9 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         final={int(seed): key for seed, key in entry["final"].items()},
         inexact=tuple(entry.get("inexact", ())),
         phases=tuple(PhaseRecord(**phase) for phase in entry.get("phases", ())),  # a plan of an earlier version has none
+        across=tuple((above, below) for above, below in entry.get("across", ())),
+        teacher_budget=entry.get("teacher_budget"),
+        teacher_tokens=entry.get("teacher_tokens"),
     )
 
 

@@ -22,6 +22,7 @@ from tadistill.models import sources
 from tadistill.models.partial import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
+from tadistill.plan.edges import lossy_steps
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.phases import own_settings, phases_text
@@ -184,6 +185,9 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "inexact": approximations(plan, a.name),
                 "model": a.arm.last[-1],
                 "compute": a.arm.compute,
+                "across": lossy_steps(plan.tokens, a.arm.path),
+                "teacher_budget": a.arm.teacher_budget,
+                "teacher_tokens": a.asked,
                 "flops": a.flops,
                 "evaluate": _by_seed(a.evaluate),
                 "analyse": _by_seed(a.analyse),

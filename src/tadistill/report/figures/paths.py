@@ -143,7 +143,7 @@ def lattice_figure(results: Results) -> Chart | None:
     styles, dearest = method_looks(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
     marks = {float(i): model for i, model in enumerate(models)}
     x = Axis(-0.03, len(models) - 0.96, marks=marks, grid=False)
-    summary = "Paths: " + "; ".join(f"{arm.name}: {arm.path_text}" for arm in results.plan.arms)
+    summary = "Paths: " + "; ".join(f"{arm.name}: {arm.shown_path}" for arm in results.plan.arms)
     chart = Chart("figure-paths", summary, x, rows_axis(rows), height=_ROW * rows, head=42, frame=False)
     for at, model in marks.items():
         chart.rule(x=at, kind="grid")
