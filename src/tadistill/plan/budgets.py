@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Budget(NamedTuple):
-    """What an arm may use, relative to the settings of the recipe."""
+    """The numbers of an arm that its keys `compute` and `teacher_budget` set."""
 
     updates: float = 1.0
     """Factor on the number of updates."""

@@ -63,7 +63,8 @@ class StageBuilder:
             teachers: names of the stage's teachers, from big to small.
         """
         try:
-            cost = spec.cost(self.ledger.of(self.tokens.readers(model)), model, teachers)
+            read_by = [self.tokens.readers(name) for name in (model, *teachers[:1])]
+            cost = spec.cost(self.ledger.of(*read_by), model, teachers)
         except NotHere:
             cost = None
         return self.graph.add(spec, label, model, seed, cost, teachers)

@@ -96,3 +96,17 @@ def test_what_cannot_be(arm, why):
         arms["b"] = {"path": "xl > s", **TEXT, "teacher_budget": "as a"}
     with pytest.raises(ConfigError, match=why.replace("?", "\\?")):
         planned(arms)
+
+
+def test_a_teacher_with_another_tokenizer_is_asked_in_its_own_tokens():
+    words = recipe()["models"]
+    pieces = {name: entry | {"tokenizer": "tinyworld-bpe"} for name, entry in words.items() if name != "xl"}
+    arms = {"direct": "xl > s", "seqkd": {"path": "xl > s", **TEXT, "teacher_budget": "as direct"}}
+    live = LIVE | {"sampler": LIVE["sampler"] | {"max_new_tokens": 40}}
+    alone, across = (planned(arms, models=models, method=live) for models in (words, words | pieces))
+    (mine,), (other,) = (stages_of(found, "direct", DistillSpec) for found in (alone, across))
+    assert arms_of(across)["direct"].asked == pytest.approx(arms_of(alone)["direct"].asked, rel=0.05)  # the same text
+    heads = {name: stage.cost.parts[f"training/{name}"].heads for name, stage in (("teacher", other), ("student", other))}
+    assert heads["student"] > 1.3 * heads["teacher"]
+    assert mine.cost.parts["training/student"].heads == pytest.approx(mine.cost.parts["training/teacher"].heads)
+    assert arms_of(across)["seqkd"].asked == pytest.approx(arms_of(across)["direct"].asked, rel=0.03)

@@ -42,7 +42,8 @@ class Ledger(ModelSizes):
         self.partial = partial
         self.context: TeacherContext | None = None
         self.readers: tuple[str, ...] = ()
-        self._others: dict[tuple[TeacherContext | None, tuple[str, ...]], Ledger] = {}
+        self.teachers: tuple[str, ...] = ()
+        self._others: dict[tuple[TeacherContext | None, tuple[str, ...], tuple[str, ...]], Ledger] = {}
         self._distilled: dict[tuple, Cost | None] = {}  # all seeds have the same cost
 
     def _survey(self, role: Literal["train", "dev"]) -> Survey:
@@ -74,24 +75,31 @@ class Ledger(ModelSizes):
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
-        return passes.read_lengths(self.reading, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
+        found = passes.read_lengths(self.reading, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
+        return replace(found, ratio=self._ratio) if self.teachers else found
+
+    @cached_property
+    def _ratio(self) -> tuple[float, float]:
+        mine, theirs = (self._other(None, readers).train for readers in (self.readers, self.teachers))
+        return theirs.mean_prompt / mine.mean_prompt, theirs.mean_response / mine.mean_response
 
     def behind(self, context: TeacherContext | None) -> "Ledger":
         """Return a ledger whose teachers read their own prompts on the training set."""
-        return self._other(context, self.readers)
+        return self._other(context, self.readers, self.teachers)
 
-    def of(self, readers: tuple[str, ...]) -> "Ledger":
+    def of(self, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> "Ledger":
         """Return a ledger that counts tokens with the tokenizer of the models `readers`, which share it. By default, it is that of the
-        recipe's first model."""
-        return self._other(self.context, readers)
+        recipe's first model. `teachers` share the tokenizer of the teachers, if it is another one."""
+        return self._other(self.context, readers, () if teachers == readers else teachers)
 
-    def _other(self, context: TeacherContext | None, readers: tuple[str, ...]) -> "Ledger":
-        if (context, readers) == (self.context, self.readers):
+    def _other(self, context: TeacherContext | None, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> "Ledger":
+        key = context, readers, teachers
+        if key == (self.context, self.readers, self.teachers):
             return self
-        if (context, readers) not in self._others:
-            self._others[context, readers] = other = Ledger(self.recipe, partial=self.partial)
-            other.context, other.readers = context, readers
-        return self._others[context, readers]
+        if key not in self._others:
+            self._others[key] = other = Ledger(self.recipe, partial=self.partial)
+            other.context, other.readers, other.teachers = key
+        return self._others[key]
 
     @property
     def reading(self) -> Recipe:
@@ -246,7 +254,7 @@ class Ledger(ModelSizes):
         sampler = method.sampler
         assert isinstance(sampler, samplers.PairSampler)
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
-        twice = Texts((*of_teacher.rows, *answers.rows), self.train.count, (*of_teacher.contexts, *answers.contexts))
+        twice = Texts((*of_teacher.rows, *answers.rows), self.train.count, (*of_teacher.contexts, *answers.contexts), answers.ratio)
         cost.train(twice, 2.0, teacher=True)
         cost.sample(answers, _padded(sampler, sampler.chunk), 1.0)
 

@@ -35,11 +35,17 @@ class Texts:
     """Estimated number of rows of the split, without rows that are too long."""
     contexts: tuple[int, ...] = ()
     """Tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
+    ratio: tuple[float, float] = (1.0, 1.0)
+    """Tokens of a teacher with another tokenizer for each token of the student: of prompts, and of responses."""
 
     @property
     def of_teacher(self) -> "Texts":
-        """The lengths of the teacher's prompts with the same responses."""
-        return self._with_prompts([*self.contexts])
+        """The lengths of the teacher's prompts with the same responses, in the teacher's tokens."""
+        found = self._with_prompts([*self.contexts])
+        if self.ratio == (1.0, 1.0):
+            return found
+        of_prompt, of_response = self.ratio
+        return Texts(tuple((max(1, round(p * of_prompt)), max(1, round(r * of_response))) for p, r in found.rows), self.count)
 
     @property
     def longer(self) -> "Texts":
