@@ -17,11 +17,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tadistill.config import DataRef
 from tadistill.config.data import World
 from tadistill.config.method import Method, Optim, Select, check_pairing
+from tadistill.config.over_spans import over_spans
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld_tokenizers
-from tadistill.data.batch import Sequence
+from tadistill.data.alignment import shared_tokens
+from tadistill.data.batch import Sequence, references
+from tadistill.data.encoded import row_numbers
 from tadistill.data.prompts import Rules
+from tadistill.data.second_readings import Behind, Rereader
 from tadistill.data.templates import Encoded, encode
+from tadistill.data.token_bytes import token_bytes
+from tadistill.objectives import SharedVocabulary
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Shard
@@ -47,10 +53,19 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "student": [{"type": "minillm", "preset": "official"}, {"type": "sampled_kl"}, {"type": "jensen_shannon"}],  # with a corpus term
 }
 DEFAULT = [{"type": "reverse_kl"}, {"type": "jensen_shannon"}, {"type": "taid"}]
+MINILLM = {"objective": {"type": "minillm", "pt_weight": 0}, "sampler": {"type": "teacher_mixed", "alpha": 0} | ROUNDS}
 STEPS, BATCH = 8, 8  # two rounds of 16 rollouts, each for two epochs of two updates
 SAVED = (1, 4, STEPS - 1)
 """Updates before which the state is saved: within an epoch, before a round, and before the last update."""
-CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)]
+SPANS = " over spans"
+"""The end of the names of cases in which the teacher has another tokenizer."""
+TWO_TOKENIZERS = {
+    "dataset": [{"type": "forward_kl", "kd_ratio": 0.6}],
+    "student": [{"type": "jensen_shannon"}],
+    "teacher_mixed": [over_spans(Method.model_validate(MINILLM)).objective.model_dump()],
+    "replay": [{"type": "taid"}],
+}
+CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)] + [(name + SPANS, 0) for name in TWO_TOKENIZERS]
 
 
 def model(seed: int, hidden: int, tokenizer, **changes: Any) -> LlamaForCausalLM:
@@ -73,11 +88,12 @@ def train(
     directory: Path, case: tuple[str, int], *, stop: Callable[[], bool] = lambda: False, interrupt: int | None = None
 ) -> torch.Tensor:
     """Train and return all weights. `interrupt` is the number of the engine's call in which it raises half-way."""
-    name, number = case
+    (name, number), across = case, case[0].endswith(SPANS)
+    name = name.removesuffix(SPANS)
     method = Method.model_validate(
         {
-            "objective": OBJECTIVES.get(name, DEFAULT)[number],
-            "sampler": {"type": name} | SAMPLERS[name],
+            "objective": TWO_TOKENIZERS[name][number] if across else OBJECTIVES.get(name, DEFAULT)[number],
+            "sampler": {"type": name} | SAMPLERS[name] | ({"alpha": 0} if across and name == "teacher_mixed" else {}),
             "optim": Optim(steps=STEPS, batch=BATCH, micro_batch=4, lr=2e-3, eps=1e-4),
             "select": Select(metric="loss", every=2),
         }
@@ -86,8 +102,10 @@ def train(
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     tokenizer, _ = rows()
-    student, teacher = model(1, 16, tokenizer), model(2, 24, tokenizer).requires_grad_(False)
-    sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), interrupt)
+    other = tinyworld_tokenizers.tokenizer("tinyworld-bpe", seed=0, people=20) if across else None
+    student, teacher = model(1, 16, tokenizer), model(2, 24, other or tokenizer).requires_grad_(False)
+    shard, again = Shard(accelerator.process_index, accelerator.num_processes), other and _again(tokenizer, other)
+    sampler = _sampler(method, student, teacher, tokenizer, shard, interrupt, again=again)
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "metrics.jsonl"
 
@@ -99,7 +117,7 @@ def train(
     with mock.patch.object(Checkpoints, "due", side_effect=lambda: updates[-1] in SAVED):
         train_stage(
             student,
-            make_step(method, student, (teacher,), len(tokenizer)),
+            make_step(method, student, (teacher,), _shared(again) if again else len(tokenizer)),
             sampler,
             optim=method.optim,
             select=Select(metric="loss", every=2),
@@ -120,13 +138,28 @@ def rows() -> tuple[Any, list[Encoded]]:
     return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")
 
 
-def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None):
+def _again(tokenizer, other) -> Rereader:
+    return Rereader(token_bytes(tokenizer), token_bytes(other), len(other), most=64)
+
+
+def _shared(again: Rereader) -> SharedVocabulary:
+    mine, theirs = shared_tokens(again.student, again.teacher)
+    return SharedVocabulary(torch.tensor(mine), torch.tensor(theirs), (len(again.student.tokens), again.vocab))
+
+
+def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None):
     _, encoded = rows()
-    texts = [Sequence(e.prompt, e.response) for e in encoded]
+    if again:
+        examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
+        of_teacher = encode(examples, again.teacher.tokenizer, Rules(50, 63, template="plain"), name="tinyworld")
+        encoded = Behind(encoded, row_numbers(encoded), of_teacher)
+        assert len(encoded) > 16
+    texts = references(encoded)
     eos, config = tokenizer.eos_token_id, method.sampler
     common: dict[str, Any] = {"pad": eos, "seed": 3, "shard": shard}
     if isinstance(config, DatasetSampler | TeacherSampler):
-        return FixedSequences(texts, method.optim, **common)
+        return FixedSequences(again.each(texts) if again else texts, method.optim, **common)
+    common["again"] = again
     assert isinstance(config, OnPolicy)
     common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
     corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 from tests.e2e.inprocess import ranks
-from tests.e2e.on_policy import CASES, train, train_all
+from tests.e2e.on_policy import CASES, SPANS, train, train_all
 
 from tadistill.errors import Interrupted
 
 IDS = [f"{name}-{number}" for name, number in CASES]
-SAMPLING = [case for case in CASES if case[0] not in ("dataset", "teacher")]
+SAMPLING = [case for case in CASES if case[0].removesuffix(SPANS) not in ("dataset", "teacher")]
 
 
 @pytest.fixture(scope="module")

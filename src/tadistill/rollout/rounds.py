@@ -154,7 +154,7 @@ class Rollouts(Sampler):
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
         for k, one in enumerate(teacher.each):
             name = "teacher" if len(teacher.each) == 1 else f"teacher {k}"
-            passes = self._passes([s.of_teacher for s in sequences], one, states=teacher.stored, scores=teacher.scores)
+            passes = self._passes([s.of_teacher for s in sequences], one, self.again, states=teacher.stored, scores=teacher.scores)
             found = [
                 replace(
                     s,
@@ -189,11 +189,10 @@ class Rollouts(Sampler):
 
     @torch.no_grad()
     def _passes(
-        self, sequences: list[Sequence], model: Teacher, *, states: bool, scores: bool
+        self, sequences: list[Sequence], model: Teacher, again: Rereader | None = None, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        other = None if model is self._student else self.again
-        pad, vocab = (0, other.vocab) if other else (self.pad, self.teacher.vocab)
+        pad, vocab = (0, again.vocab) if again else (self.pad, self.teacher.vocab)
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=pad).to(model.device)
             target, log_p = model.scored(batch, vocab) if scores else (model.target(batch), None)
