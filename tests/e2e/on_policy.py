@@ -20,7 +20,6 @@ from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.config.over_spans import over_spans
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld_tokenizers
-from tadistill.data.alignment import shared_tokens
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoded import row_numbers
 from tadistill.data.prompts import Rules
@@ -139,12 +138,11 @@ def rows() -> tuple[Any, list[Encoded]]:
 
 
 def _again(tokenizer, other) -> Rereader:
-    return Rereader(token_bytes(tokenizer), token_bytes(other), len(other), most=64)
+    return Rereader(token_bytes(tokenizer), token_bytes(other), (len(tokenizer), len(other)), most=64)
 
 
 def _shared(again: Rereader) -> SharedVocabulary:
-    mine, theirs = shared_tokens(again.student, again.teacher)
-    return SharedVocabulary(torch.tensor(mine), torch.tensor(theirs), (len(again.student.tokens), again.vocab))
+    return SharedVocabulary(torch.tensor([*again.shared]), torch.tensor([*again.shared.values()]), again.sizes)
 
 
 def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None):

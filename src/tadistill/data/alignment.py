@@ -105,7 +105,8 @@ def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], 
 
     Tokens are matched by their bytes, so `Ġthe` of GPT-2 and `▁the` of Gemma are a pair. End tokens are matched in the order of `ends`, and
     other special tokens by their names. Where several tokens of a vocabulary have the same bytes (`A` and `<0x41>` of Gemma), ordinary
-    tokens are matched first. If both models have the same tokenizer, every id is matched with itself.
+    tokens are matched first. A word of a tokenizer that drops spaces (WordLevel, WordPiece) is matched with one space before it, because
+    a dropped space belongs to the next word. If both models have the same tokenizer, every id is matched with itself.
     """
     if student.same(teacher):
         every = sorted(student.tokenizer.get_vocab().values())
@@ -119,7 +120,7 @@ def _by_piece(vocabulary: TokenBytes) -> dict[Piece, list[int]]:
     found: dict[Piece, list[int]] = {}
     rest = [i for i in range(len(vocabulary.pieces)) if i not in vocabulary.ends]
     for i in [*vocabulary.ends, *sorted(rest, key=lambda i: i in vocabulary.fallback)]:
-        piece = vocabulary.pieces[i]
+        piece = vocabulary.pieces[i] or vocabulary.word(i)
         if piece:
             found.setdefault(piece, []).append(i)
     return found

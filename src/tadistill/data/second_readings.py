@@ -13,13 +13,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.data.alignment import NO_SPAN, align, read_again
+from tadistill.data.alignment import NO_SPAN, align, read_again, shared_tokens
 from tadistill.data.encoded import row_numbers
 from tadistill.data.token_bytes import TokenBytes
 from tadistill.errors import DataError
@@ -43,6 +44,8 @@ class SecondReading:
     """The span of each token of the response, int32, or `NO_SPAN`."""
     teacher: np.ndarray
     """The span of each of the teacher's tokens, int32, or `NO_SPAN`."""
+    matched: np.ndarray
+    """True for a token of the response that is a span by itself, if the teacher reads there one token, which both vocabularies share."""
     lone: int = 0
     changed: int = 0
     dropped: int = 0
@@ -55,10 +58,16 @@ class Rereader:
 
     student: TokenBytes
     teacher: TokenBytes
-    vocab: int
-    """Number of tokens in the teacher's vocabulary that its output head has."""
+    sizes: tuple[int, int]
+    """The number of tokens of both vocabularies that the models' output heads have."""
     most: int | None = None
     """Number of tokens that the teacher can read, prompt and response together. Tokens after them are in no span."""
+
+    @cached_property
+    def shared(self) -> dict[int, int]:
+        """The teacher's token for each token of the student that both vocabularies have."""
+        pairs = zip(*shared_tokens(self.student, self.teacher), strict=True)
+        return {mine: theirs for mine, theirs in pairs if mine < self.sizes[0] and theirs < self.sizes[1]}
 
     def __call__(self, sequence: "Sequence") -> "Sequence":
         """Return the sequence with its second reading. The response must follow a prompt.
@@ -84,11 +93,12 @@ class Rereader:
                 )
             found = replace(found, ids=found.ids[:room], pieces=found.pieces[:room], exact=found.exact[:room])
         spans = align(own, found)
-        of_student = np.full(len(sequence.response), NO_SPAN, np.int32)
+        of_student, matched = np.full(len(sequence.response), NO_SPAN, np.int32), np.zeros(len(sequence.response), bool)
         of_student[: len(spans.student)] = spans.student
         ids, of_teacher = np.array(found.ids, np.int32), np.array(spans.teacher, np.int32)
+        matched[[k for k, theirs in _single(of_student, of_teacher) if self.shared.get(own.ids[k]) == found.ids[theirs]]] = True
         changed, dropped = (getattr(own, name) + getattr(found, name) for name in ("changed", "dropped"))
-        return SecondReading(ids, of_student, of_teacher, found.lone, changed, dropped)
+        return SecondReading(ids, of_student, of_teacher, matched, found.lone, changed, dropped)
 
 
 class _Reread(Seq["Sequence"]):
@@ -148,6 +158,15 @@ class Behind(Seq[Row]):
         return replace(self._rows[int(self._mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
 
 
+def _single(student: np.ndarray, teacher: np.ndarray) -> list[tuple[int, int]]:
+    """Return the tokens of each span that is one token on both sides."""
+    places = []
+    for spans in (student, teacher):
+        alone = np.flatnonzero((spans >= 0) & (np.bincount(spans + 1)[spans + 1] == 1)) if len(spans) else []
+        places.append({int(spans[k]): int(k) for k in alone})
+    return [(k, places[1][span]) for span, k in places[0].items() if span in places[1]]
+
+
 def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
     """Return the span of each token of the response, and of each token of the second reading, numbered from 0.
 
@@ -201,7 +220,7 @@ class Aligned:
     of_rows: tuple[int, ...]
     """Number of spans in each row."""
     found: Mapping[str, int]
-    """Counts for the log: `spans`; `single`, the spans of one token on both sides; `tokens` of the student that count in the loss;
+    """Counts for the log: `spans`; `single`, the spans of one shared token; `tokens` of the student that count in the loss;
     `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of `SecondReading`."""
 
     @property
@@ -216,12 +235,12 @@ class Aligned:
         for s in sequences:
             student, teacher = counted_spans(s)
             assert s.second is not None
-            of_loss = np.concatenate([student[first - len(s.prompt) : after - len(s.prompt)] for first, after in s.parts])
+            parts = [slice(first - len(s.prompt), after - len(s.prompt)) for first, after in s.parts]
+            of_loss, matched = (np.concatenate([values[part] for part in parts]) for values in (student, s.second.matched))
             tokens.append(s.second.ids[teacher >= 0])
             teacher = teacher[teacher >= 0]
             count, start = int(teacher.max(initial=NO_SPAN)) + 1, sum(of_rows)
-            sizes = [np.bincount(spans[spans >= 0], minlength=count) for spans in (of_loss, teacher)]
-            new = {"spans": count, "single": int(((sizes[0] == 1) & (sizes[1] == 1)).sum()), "tokens": len(of_loss)}
+            new = {"spans": count, "single": int((matched & (of_loss >= 0)).sum()), "tokens": len(of_loss)}
             new |= {"left_out": int((of_loss < 0).sum()), "lone": s.second.lone, "changed": s.second.changed, "dropped": s.second.dropped}
             found = {name: n + new[name] for name, n in found.items()}
             mine.append(np.where(of_loss >= 0, of_loss + start, NO_SPAN))

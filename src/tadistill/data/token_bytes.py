@@ -88,6 +88,17 @@ class TokenBytes:
         found = {piece: i for i, piece in enumerate(self.pieces) if isinstance(piece, str)}
         return found | ({END: self.ends[0]} if self.ends else {})
 
+    def word(self, token: int) -> bytes | None:
+        """Return the text of a token without bytes of its own, such as a word of WordLevel, inside a text: with one space before it.
+
+        Return None for all other tokens, and if a normaliser changes texts, because such a word stands for several texts.
+        """
+        name = self.tokens[token]
+        backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        if self.spelled or name is None or self.pieces[token] is not None or token == self.tokenizer.unk_token_id or backend.normalizer:
+            return None
+        return name.removeprefix("##").encode() if name.startswith("##") or name.isspace() else f" {name}".encode()
+
     def spell(self, ids: Sequence[int], *, first: bool = False) -> Reading:
         """Return the text of token ids, for instance of sampled tokens, as a `Reading`. It stops before a token with unknown bytes.
 

@@ -1,10 +1,11 @@
-"""Losses of a study that are not exact, because a server or a recording has less than a teacher's whole distribution."""
+"""Losses of a study that are not exact: a server or a recording has less than a teacher's whole distribution, or the teacher has another
+tokenizer than the student."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method
-from tadistill.config.objective import MiniLLM
+from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.plan.inputs import Handle, Loaded
 from tadistill.plan.specs import DistillSpec
 from tadistill.plan.task import name_of
@@ -20,11 +21,29 @@ def approximations(plan: "Plan", arm: str) -> list[str]:
 
 
 def _of_stage(plan: "Plan", student: str, spec: object) -> Iterator[str]:
+    if isinstance(spec, DistillSpec) and spec.teacher_data:
+        yield f"the loss `{spec.objective.label}` of {student} is {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
+        return
     if not isinstance(spec, DistillSpec) or not _reads_distribution(spec.method):
         return
     for teacher in (spec.teacher, *spec.assistants):
         if inexact := _inexact(spec.method, teacher, name_of(plan, teacher) or "its teacher"):
             yield f"the loss `{spec.objective.label}` of {student} is {inexact}"
+
+
+def _over_spans(spec: DistillSpec, teacher: str) -> str:
+    why = f"computed over spans of text, because {teacher} has another tokenizer"
+    if isinstance(spec.objective, MiniLLM):
+        return (
+            f"{why}: each token of a span gets the reward of the whole span, in place of the single-step term; the gradient is unbiased "
+            "unless later text changes how the teacher's tokenizer cuts a span"
+        )
+    if isinstance(spec.objective, Uld | Gold):
+        return f"{why}, as in GOLD of TRL 1.16"
+    return (
+        f"{why}: where both models have one shared token, all shared tokens and one rest are compared; elsewhere, the span and everything "
+        "else are compared"
+    )
 
 
 def _reads_distribution(method: Method) -> bool:

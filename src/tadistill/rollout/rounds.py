@@ -192,7 +192,7 @@ class Rollouts(Sampler):
         self, sequences: list[Sequence], model: Teacher, again: Rereader | None = None, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        pad, vocab = (0, again.vocab) if again else (self.pad, self.teacher.vocab)
+        pad, vocab = (0, again.sizes[1]) if again else (self.pad, self.teacher.vocab)
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=pad).to(model.device)
             target, log_p = model.scored(batch, vocab) if scores else (model.target(batch), None)

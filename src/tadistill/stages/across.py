@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tadistill.data.alignment import shared_tokens
 from tadistill.data.batch import Sequence, answered_rows, responses
 from tadistill.data.encoded import row_numbers
 from tadistill.data.second_readings import Behind, Rereader
@@ -47,16 +46,15 @@ class Across:
         sizes = student.vocab, shared_vocabulary(tokenizer, widths=(teacher.width,))
         config = teacher.config if teacher.model is None else teacher.model.config.get_text_config().to_dict()
         most = config.get("max_position_embeddings", config.get("n_positions"))
-        pairs = [pair for pair in zip(*shared_tokens(mine, theirs), strict=True) if pair[0] < sizes[0] and pair[1] < sizes[1]]
-        if not pairs:
+        again = Rereader(mine, theirs, sizes, most)
+        if not again.shared:
             raise ModelError(
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
                 "compare them; choose models whose tokenizers read the same characters"
             )
-        ids = [torch.tensor(side) for side in zip(*pairs, strict=True)]
-        alone = [size > len(pairs) for size in sizes]
-        shared = SharedVocabulary(ids[0], ids[1], sizes, "lump" if alone[0] == alone[1] else "drop")
-        return cls(context, tokenizer, data, Rereader(mine, theirs, sizes[1], most), shared)
+        alone = [size > len(again.shared) for size in sizes]
+        ids = torch.tensor([*again.shared]), torch.tensor([*again.shared.values()])
+        return cls(context, tokenizer, data, again, SharedVocabulary(*ids, sizes, "lump" if alone[0] == alone[1] else "drop"))
 
     @cached_property
     def _of_teacher(self) -> Seq[Encoded]:

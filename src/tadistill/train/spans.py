@@ -110,7 +110,7 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     """Return the numbers for the log from the counts of an update. Return an empty dict if student and teacher have one tokenizer.
 
     spans           number of spans
-    single          share of the spans with one token on both sides
+    single          share of the spans that are one token on both sides, which both vocabularies share
     left_out        share of the student's tokens that no span has
     lone, changed, dropped      bytes, as in `SecondReading`
     """

@@ -366,3 +366,23 @@ def test_real_rows():
     ids, others = shared_tokens(gpt2, smol)
     assert len(ids) == 36961
     assert all(gpt2.pieces[a] == smol.pieces[b] for a, b in zip(ids, others, strict=True))
+
+
+def test_words_are_shared_with_tokens_that_begin_with_a_space():
+    """A word of WordLevel is `Ġthe` for a byte-level BPE. The unknown token and a vocabulary with a normaliser share no words."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "then": 3, "\n": 4, "##re": 5}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+|\n"), behavior="removed", invert=True)
+    wordy = token_bytes(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>"))
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("r", "e")]
+    alphabet = {token: i for i, token in enumerate(["</s>", *bytes_to_unicode().values(), "th", "the", "Ġthe", "re", "<unk>"])}
+    core = Tokenizer(models.BPE(vocab=alphabet, merges=merges))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    parts = token_bytes(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
+    expected = {(1, alphabet["</s>"]), (2, alphabet["Ġthe"]), (4, alphabet["Ċ"]), (5, alphabet["re"])}
+    assert set(zip(*shared_tokens(wordy, parts), strict=True)) == expected
+    student, teacher = read_again((2, 4, 2, 1), wordy, parts)
+    spans = align(student, teacher)
+    pairs = [(student.ids[spans.student.index(k)], teacher.ids[spans.teacher.index(k)]) for k, one in enumerate(spans.single()) if one]
+    assert (2, alphabet["the"]) in pairs  # the first word of a text, and the word behind a line break, have no space: no shared token
+    wordy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert set(zip(*shared_tokens(token_bytes(wordy.tokenizer), parts), strict=True)) == {(1, alphabet["</s>"])}

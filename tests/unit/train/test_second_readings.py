@@ -49,7 +49,7 @@ def vocabulary(name: str) -> TokenBytes:
 
 STUDENT, TEACHER = vocabulary("student"), vocabulary("teacher")
 SIZES = len(STUDENT.tokens), len(TEACHER.tokens)
-AGAIN = Rereader(STUDENT, TEACHER, SIZES[1])
+AGAIN = Rereader(STUDENT, TEACHER, SIZES)
 
 
 def shared(rest="lump") -> SharedVocabulary:
@@ -218,7 +218,10 @@ def test_one_tokenizer_is_the_plain_loss_bit_for_bit(objective):
     method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
     every = torch.arange(SIZES[0])
     found = []
-    for rereader, both in ((None, None), (Rereader(STUDENT, STUDENT, SIZES[0]), SharedVocabulary(every, every, (SIZES[0], SIZES[0])))):
+    for rereader, both in (
+        (None, None),
+        (Rereader(STUDENT, STUDENT, (SIZES[0], SIZES[0])), SharedVocabulary(every, every, (SIZES[0], SIZES[0]))),
+    ):
         student, _ = pair(torch.float32)
         teacher = tiny_model("llama", vocab=SIZES[0], seed=5).requires_grad_(False)
         rows = [replace(s, teacher_prompt=ids(STUDENT, "Q: ")) for s in FIXED]
@@ -387,7 +390,13 @@ def test_watched_numbers_are_those_of_spans(case):
     assert "rollout/teacher_top_mass" not in found
     logged = spans.metrics(counts(batches))
     assert logged["spans/spans"] == sum(batch.aligned.count for batch in batches)
-    assert 0 <= logged["spans/single"] <= 1
+    sides = [(batch.aligned.student, batch.counted(batch.targets_BT), batch.aligned.teacher, batch.aligned.tokens) for batch in batches]
+    one = sum(
+        (own := tokens[mine == k]).numel() == (theirs := other[their == k]).numel() == 1 and shared().partner[own[0]] == theirs[0]
+        for mine, tokens, their, other in sides
+        for k in range(int(mine.max()) + 1)
+    )
+    assert logged["spans/single"] == pytest.approx(float(one) / logged["spans/spans"])
 
 
 def test_scores_stand_at_the_last_token_of_their_span():
@@ -431,9 +440,9 @@ def test_sequences_are_read_again_once():
 def test_the_end_token_and_specials_of_each_model():
     tokenizer = byte_tokenizer()
     other = token_bytes(tokenizer, (4, 1))  # <|im_end|> ends an answer, and <eos> too
-    found = Rereader(other, TEACHER, SIZES[1])(Sequence((10,), (*tokenizer.encode("the a"), 4), teacher_prompt=(5,)))
+    found = Rereader(other, TEACHER, SIZES)(Sequence((10,), (*tokenizer.encode("the a"), 4), teacher_prompt=(5,)))
     assert found.second.ids.tolist() == [*ids(TEACHER, "the a"), TEACHER.ends[0]]
-    again = Rereader(other, TEACHER, SIZES[1])(Sequence((10,), (*tokenizer.encode("the"), 5, *tokenizer.encode("a")), teacher_prompt=(5,)))
+    again = Rereader(other, TEACHER, SIZES)(Sequence((10,), (*tokenizer.encode("the"), 5, *tokenizer.encode("a")), teacher_prompt=(5,)))
     assert counted_spans(again)[0].tolist()[3:] == [-1, -1]  # the teacher has no <|im_start|>, so the rest is in no span
 
 
