@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from tadistill.charts.axis import Axis
 from tadistill.charts.labels import WIDTHS, Label, Mark, place_labels, text_width
-from tadistill.charts.looks import Look, marker, safe
+from tadistill.charts.looks import Look, glyph, marker, safe
 from tadistill.visible import visible_parts
 
 _ACROSS = 1000  # units of a path along x, whatever the width in pixels
@@ -51,6 +51,7 @@ class Chart:
         self._labels: list[Label] = []
         self._points: list[Mark] = []
         self._ends: list[Label] = []
+        self._key: list[str] = []
         self._moved = False
         self._data: dict[str, list[Any]] = {"lines": [], "points": [], "bars": []}
 
@@ -69,7 +70,7 @@ class Chart:
     ) -> None:
         """Draw a line, with gaps where y is None or NaN. With `seed`, it shows one training seed and is faint.
 
-        With `label`, the name is written at the right end of the line.
+        With `label`, the name is written at the right end of the line, or below the figure on a phone.
         """
         known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and math.isfinite(y)]
         if not known:
@@ -92,6 +93,7 @@ class Chart:
         if label:
             x, y = known[-1]
             self._ends.append(Label(self.x.place(x), self._top(y), name, name, look.colour))
+            self._key.append(f'<span data-arm="{safe(name)}"><b style="color:{look.colour}">{glyph(look)}</b> {safe(name)}</span>')
 
     def band(self, name: str, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], look: Look) -> None:
         """Fill the area between two lines, such as the ends of an interval."""
@@ -217,8 +219,9 @@ class Chart:
         sides = f"--left:{left}px;--right:{right}px"
         sized = f'<div class="sides" style="{sides}">{svg}</div>'
         said = "Points at nearly the same place are drawn side by side; saved values are exact."
-        moved = f'<p class="moved">{said}</p>' if self._moved else ""
-        return Markup(f'<div class="chart" id="{safe(self.name)}">{sized}{moved}{self._saves()}{self._values()}</div>')
+        below = f'<p class="key">{"".join(self._key)}</p>' if self._key else ""
+        below += f'<p class="moved">{said}</p>' if self._moved else ""
+        return Markup(f'<div class="chart" id="{safe(self.name)}">{sized}{below}{self._saves()}{self._values()}</div>')
 
     def _saves(self) -> str:
         kinds = (("SVG", "the figure"), ("PNG", "the figure"), ("CSV", "its values"))

@@ -97,7 +97,8 @@ def off_teacher_budget(plan: Plan) -> Iterable[str]:
 def _without_teacher(plan: Plan, arm: PlannedArm) -> float | None:
     final = next(iter(arm.final.values()))
     above = with_ancestors(plan.stages, [final] if final else [], without="like")
-    flops = [plan.stages[key].flops for key in above if plan.stages[key].model != plan.teacher]
+    stages = [plan.stages[key] for key in above]
+    flops = [stage.flops for stage in stages if not (stage.trains and stage.model == plan.teacher)]  # its answers are a cost of the arm
     return None if None in flops else sum(f for f in flops if f is not None)
 
 
@@ -109,6 +110,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+_NAME = 24
 _ASKED = "asked"
 _NUMBERS = (_ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
@@ -140,6 +142,7 @@ def _arms(plan: Plan) -> Table:
     table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", *tokens, "compute")
     for column in table.columns[:2]:
         column.no_wrap, column.overflow = False, "fold"
+    table.columns[0].min_width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # the path is folded before the name
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"

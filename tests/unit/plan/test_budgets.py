@@ -59,6 +59,12 @@ def test_a_budget_that_whole_rounds_cannot_meet_is_said():
     assert "choose smaller rounds" in found[0]
 
 
+def test_the_answers_of_the_teacher_are_a_cost_of_the_arm_that_learns_them():
+    phases = [{"objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher", "max_new_tokens": 16}}, {}]
+    arms = {"cold": {"path": "xl > s", "phases": phases}, "twin": {"path": "xl > s", "compute": "as cold"}}
+    assert not [*off_budget(plan(arms=arms, budgets=None))]
+
+
 def test_equal_stages_are_shared():
     once, more = plan(budgets=[1, 2]), plan(budgets=[1, 2, 8])
     assert set(once.stages) < set(more.stages)

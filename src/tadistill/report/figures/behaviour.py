@@ -111,7 +111,8 @@ def _by_method(curves: list[Curve], results: Results) -> dict[str, list[Curve]]:
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(results.arm(curve.name).method, []).append(curve)
-    return groups if len(groups) > 1 else {"": curves}
+    taught_first = sorted(groups.items(), key=lambda group: not any(results.arm(curve.name).is_taught for curve in group[1]))
+    return dict(taught_first) if len(groups) > 1 else {"": curves}
 
 
 def _log_title(metric: str) -> str:
@@ -143,5 +144,5 @@ def _curve_figure(name: str, title: str, curves: list[Curve], results: Results, 
                 chart.line(curve.name, places(curve, steps), values, styles[curve.name], seed=seed)
     for curve in curves:
         steps, values = curve.mean
-        chart.line(curve.name, places(curve, steps), values, styles[curve.name], label=large and len(curves) <= MANY)
+        chart.line(curve.name, places(curve, steps), values, styles[curve.name], label=len(curves) <= MANY)
     return chart
