@@ -76,8 +76,8 @@ class Counts:
         """Return the part of `text` about the teacher's own prompts, such as ``24 with a teacher's prompt longer than …``."""
         key = f"context.max_prompt ({self.context_limit})"
         if self.long_context:
-            return f"{self.long_context} are left out, because the teacher's prompt is longer than {key}"
-        return f"{self.cut_context} have a teacher's prompt that is cut at {key}" if self.cut_context else ""
+            return f"{self.long_context} left out, because the teacher's prompt is longer than {key}"
+        return f"{self.cut_context} with a teacher's prompt that is cut at {key}" if self.cut_context else ""
 
     @property
     def unknown_text(self) -> str:

@@ -71,7 +71,7 @@ def test_the_plan_shows_the_rows_that_a_context_leaves_out(tmp_path):
     text = console.file.getvalue()
     assert "s > s, context" in text
     assert "with the context of s, among the first" in text
-    assert "are left out, because the teacher's prompt is longer than context.max_prompt (15)" in text
+    assert "left out, because the teacher's prompt is longer than context.max_prompt (15)" in text
 
 
 def test_a_long_context_needs_memory():

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tadistill.report.explain import cautions
-from tadistill.report.figures.behaviour import exposure_figure
+from tadistill.report.figures.behaviour import curve_figures, exposure_figure
 from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure
 from tadistill.report.figures.scores import cost_figure, cost_points, difference_figure, means_figure
 from tadistill.report.figures.style import looks
 from tadistill.results.collect import MEAN
-from tadistill.results.curves import accumulated_error, exposures, reliabilities
+from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
 from tadistill.results.samples import samples, shown_first
 from tadistill.statistics import undominated
 
@@ -74,6 +74,20 @@ def test_calibration_is_pooled_by_count(study):
     assert found.correct == pytest.approx([60.0])  # (30 x 50 + 10 x 90) / 40
     assert found.count == pytest.approx([2 * 40])
     assert reliabilities(read(study), "labels") == {}
+
+
+def test_learning_curves_name_their_arms_and_begin_with_distillations(tmp_path):
+    arms = [ArmSpec("sft", ("s",), method="sft"), ArmSpec("kd", ("xl", "s"), method="forward_kl (dataset)")]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1, 2))).read()
+    figures = curve_figures(learning_curves(results), results)
+    assert [title for title in figures if title.startswith("training loss")] == [
+        "training loss: forward_kl (dataset)",
+        "training loss: sft",
+    ]
+    for title, figure in figures.items():
+        names = set(re.findall(r'<text class="label" data-arm="(\w+)"', html := figure.html()))
+        assert names, title
+        assert set(re.findall(r'<span data-arm="(\w+)">', html)) == names  # below the figure on a phone
 
 
 def test_arms_share_assistants_in_the_lattice(tmp_path):
