@@ -60,7 +60,7 @@ def test_long_prompts_of_the_teacher_are_left_out_or_cut_and_counted():
     found, counts = encode_counted(rows, byte_tokenizer(), Rules(200, 400, context=context, template="plain"))
     assert [e.row for e in found] == [0]
     assert (counts.rows, counts.used, counts.long_context, counts.empty, counts.context_limit) == (2, 1, 1, 0, 12)
-    assert "1 of 2 rows; 1 are left out, because the teacher's prompt is longer than context.max_prompt (12)" in counts.text
+    assert "1 of 2 rows; 1 left out, because the teacher's prompt is longer than context.max_prompt (12)" in counts.text
     found, counts = encode_counted(rows, byte_tokenizer(), Rules(200, 400, "cut", context=context, template="plain"))
     assert [len(e.teacher_prompt) for e in found] == [9, 12]
     assert (counts.used, counts.cut_context, counts.cut) == (2, 1, 0)
