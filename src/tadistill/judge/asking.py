@@ -6,21 +6,19 @@ Every reply is appended to a cache file at once (one JSON object per line). A qu
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from tadistill.config.judge import Judge
-from tadistill.errors import JudgeFailed, StoreError
-from tadistill.judge.endpoint import Refused, Reply, Unavailable
+from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import ATTEMPTS, Question, parse_scores, with_reminder
+from tadistill.models.chat import Refused, Reply, Unavailable, complete, estimated_tokens
+from tadistill.models.replies import Cache, in_threads
 
-_CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for the estimate
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
 _REFUSALS = 3  # after so many refusals and no answer, the run assumes that the endpoint refuses everything
 
@@ -68,82 +66,22 @@ def question_key(settings: Judge, text: str) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
-class Cache:
-    """The judge's replies, in memory and in a file. Several threads may add replies at the same time."""
-
-    def __init__(self, path: Path, replies: dict[str, Reply]):
-        self._replies = replies
-        self._lock = threading.Lock()
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    def get(self, key: str) -> Reply | None:
-        return self._replies.get(key)
-
-    def put(self, key: str, reply: Reply) -> None:
-        line = json.dumps({"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}, ensure_ascii=False)
-        with self._lock:
-            self._replies[key] = reply
-            try:
-                self._file.write(line + "\n")
-                self._file.flush()
-            except OSError as error:
-                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}); check disk space and quota") from error
-
-
-@contextmanager
-def open_cache(path: Path) -> Iterator[Cache]:
-    """Open the file with the replies to a study's questions. Only one process at a time can open it.
-
-    Raises:
-        StoreError: another process has opened the file, or a line of it is damaged.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=0), Cache(path, _read_replies(path)) as cache:
-            yield cache
-    except Timeout as error:
-        raise StoreError(f"another process is writing judgements to {path.parent}; wait until it has finished") from error
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path} cannot be opened ({error.strerror}); check the directory's permissions") from error
-
-
-def _read_replies(path: Path) -> dict[str, Reply]:
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    replies: dict[str, Reply] = {}
-    for number, line in enumerate(content[:whole].split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            replies[row["key"]] = Reply(str(row["text"]), int(row["in"]), int(row["out"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path}, line {number} is not a reply ({error}); delete this line; its question is then asked again"
-            ) from error
-    return replies
-
-
 def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cache) -> RequestEstimate:
     """Estimate the requests and tokens of a run. Questions with the same text are asked and counted once."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
-    tokens_in = sum(len(text) for text in open_texts) // _CHARACTERS_A_TOKEN
+    tokens_in = estimated_tokens(sum(map(len, open_texts)))
     expected = len(open_texts) * min(_TOKENS_A_REPLY, settings.max_tokens)
     return RequestEstimate(len(texts), len(texts) - len(open_texts), tokens_in, expected, len(open_texts) * settings.max_tokens)
+
+
+def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
+    """Ask one question and return the reply. Raises Refused and Unavailable as `models.chat.complete` does."""
+    message = {"role": "user", "content": text}
+    return complete(
+        client,
+        {"model": settings.model, "messages": [message], "temperature": settings.temperature, "max_tokens": settings.max_tokens},
+    )
 
 
 def ask_all(
@@ -160,14 +98,7 @@ def ask_all(
     """
     texts = list(dict.fromkeys(question.text for question in questions))
     run = _Run(settings, cache, ask, tick)
-    pool = ThreadPoolExecutor(settings.jobs, thread_name_prefix="judge")
-    futures: list[Future[None]] = []
-    try:
-        futures = [pool.submit(run.settle, text) for text in texts]
-        wait(futures, return_when=FIRST_EXCEPTION)
-    finally:  # also after Ctrl-C: pending requests are paid for, so their replies are kept
-        run.stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    futures = in_threads(texts, run.settle, threads=settings.jobs, stop=run.stop)
     for future in futures:
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error

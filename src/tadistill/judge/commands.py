@@ -11,11 +11,12 @@ from rich.table import Table
 
 from tadistill.config.judge import REFERENCE, BlindSheet, Judge
 from tadistill.errors import ConfigError, JudgeFailed
-from tadistill.judge.asking import Cache, RequestEstimate, Verdicts, ask_all, estimate_requests, open_cache, stopped
-from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, knock
+from tadistill.judge.asking import RequestEstimate, Verdicts, ask, ask_all, estimate_requests, stopped
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
 from tadistill.judge.summary import Row, summarise, write_summary
+from tadistill.models.chat import Unavailable, check_address, connect, knock
+from tadistill.models.replies import Cache, open_cache
 from tadistill.results.find import find_study
 from tadistill.store import store_of
 

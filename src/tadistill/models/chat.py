@@ -1,0 +1,239 @@
+"""Chat completions of an OpenAI-compatible endpoint, through the `openai` package.
+
+    client = connect("https://HOST/v1", key="MY_KEY", timeout=120)
+    complete(client, {"model": NAME, "messages": [{"role": "user", "content": "…"}], "max_tokens": 256})        # a Reply
+
+Judges and teachers behind an API use it. Only the host that the user names is contacted.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ValidationError
+
+from tadistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+PUBLIC = "https://api.openai.com/v1"
+KEY = "OPENAI_API_KEY"
+_CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for estimates
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply of the endpoint. The token counts are 0 if the endpoint did not report them."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    ended: bool = True
+    """False if the model did not end the text itself, for example because it reached the largest number of tokens."""
+    model: str = ""
+    """The name of the model that answered, as the endpoint reports it."""
+    digest: str = field(default="", compare=False)
+    """A digest of the whole answer, by which two requests with one answer are found."""
+
+
+class Refused(Exception):
+    """The endpoint works but refuses one request, for example because it is too long or filtered."""
+
+
+class Unavailable(Exception):
+    """The endpoint did not answer a request. The message is the end of a sentence about the endpoint, such as "cannot be reached"."""
+
+    def __init__(self, reason: str, *, again: bool = False, wait: float | None = None):
+        """
+        Args:
+            again: the same request may succeed later.
+            wait: number of seconds after which the endpoint wants to be asked again (Retry-After). None if it does not say.
+        """
+        super().__init__(reason)
+        self.again, self.wait = again, wait
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice]
+    usage: _Usage | None = None
+    model: str | None = None
+
+
+def check_address(base_url: str) -> str:
+    """Check the address of the endpoint, and return it without a trailing slash.
+
+    Raises:
+        ConfigError: the address does not begin with http:// or https://, or has no valid host or port.
+    """
+    try:
+        parts = urlsplit(base_url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port is not None and parts.port < 1)
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise ConfigError(f"the endpoint's address is `{base_url}`; write it in the form http://HOST:PORT/v1 or https://HOST/v1")
+    return base_url.rstrip("/")
+
+
+def connect(
+    base_url: str, *, timeout: float, retries: int = 5, variable: str = KEY, needed: bool = False, extra: str = "judge"
+) -> "OpenAI":
+    """Create a client for the endpoint.
+
+    Args:
+        retries: how often the `openai` package sends a failed request again.
+        variable: name of the environment variable with the API key.
+        needed: True if the endpoint needs the key. The public endpoint of OpenAI always needs one.
+        extra: the extra of tadistill that installs the `openai` package, for the message.
+
+    Raises:
+        ConfigError: the `openai` package is missing, or a key is needed and the variable is not set.
+    """
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        what = "a judge" if extra == "judge" else "a teacher behind an API"
+        raise ConfigError(f"{what} needs the package openai; install it with `pip install 'tadistill[{extra}]'`") from error
+    key = os.environ.get(variable, "")
+    if not key and (needed or base_url.startswith(PUBLIC)):
+        fix = ", or give --base-url" if extra == "judge" else ""
+        raise ConfigError(f"{base_url} needs an API key; set the environment variable {variable}{fix}")
+    return OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=retries)
+
+
+def knock(client: "OpenAI", variable: str = KEY) -> tuple[str, ...]:
+    """Test whether the endpoint answers and accepts the key, with one cheap request (GET /models, no retries). Return the listed models.
+
+    An endpoint without /models passes the test. The result is then empty.
+
+    Raises:
+        Unavailable: the endpoint does not answer, or it rejects the key.
+    """
+    import openai
+
+    try:
+        listed = client.with_options(max_retries=0).models.with_raw_response.list().http_response.json()
+        return tuple(str(model["id"]) for model in listed["data"])
+    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.APIConnectionError) as error:
+        raise Unavailable(reason_of(error, variable)) from error
+    except (openai.APIStatusError, ValueError, TypeError, KeyError):
+        return ()
+
+
+def complete(client: "OpenAI", body: Mapping[str, Any], variable: str = KEY) -> Reply:
+    """Ask for one chat completion. `body` has the fields of the request: `model`, `messages`, `max_tokens` and others.
+
+    Raises:
+        Refused: the endpoint refuses this request.
+        Unavailable: the endpoint is down, too slow or out of quota; or it rejects the key or the model; or its answer is not a chat
+            completion.
+    """
+    import openai
+
+    try:
+        content = _complete(client, body)
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        raise Refused(reason_of(error, variable)) from error
+    except openai.APIError as error:
+        raise Unavailable(reason_of(error, variable), again=_passes(error), wait=_wait(error)) from error
+    try:
+        completion = _Completion.model_validate_json(content)
+    except ValidationError as error:
+        raise Unavailable(f"answers with something that is not a chat completion ({_start(content)})", again=True) from error
+    if not completion.choices:
+        raise Unavailable(f"answers without any choice ({_start(content)})", again=True)
+    if len(completion.choices) > 1:
+        raise Unavailable(f"sends {len(completion.choices)} answers to one request ({_start(content)})", again=True)
+    usage, (first, *_) = completion.usage or _Usage(), completion.choices
+    ended = first.finish_reason in (None, "stop")
+    numbers = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Reply(first.message.content or "", *numbers, ended=ended, model=completion.model or "", digest=digest)
+
+
+def _complete(client: "OpenAI", body: Mapping[str, Any]) -> str:
+    import openai
+
+    create: Any = client.chat.completions.with_raw_response.create
+    try:
+        return create(**body).http_response.text
+    except openai.BadRequestError as error:
+        if "max_completion_tokens" not in str(error) or "max_tokens" not in body:
+            raise
+    # the newest models of the public endpoint accept the limit only under this name; older servers accept only the other name
+    limit = {"max_completion_tokens": body["max_tokens"]}
+    return create(**{name: value for name, value in body.items() if name != "max_tokens"}, **limit).http_response.text
+
+
+def estimated_tokens(characters: int) -> int:
+    """Return the estimated number of tokens of a text with so many characters."""
+    return characters // _CHARACTERS_A_TOKEN
+
+
+def reason_of(error: Exception, variable: str = KEY) -> str:
+    """Describe an error of the `openai` package as the end of a sentence about the endpoint, such as "cannot be reached".
+
+    `variable` is the name of the environment variable with the API key.
+    """
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return "did not answer in time"
+    if isinstance(error, openai.APIConnectionError):
+        return f"cannot be reached ({error.__cause__ or error})"
+    if isinstance(error, openai.AuthenticationError):
+        return f"does not accept the key in {variable} (401)"
+    if isinstance(error, openai.PermissionDeniedError):
+        return f"forbids the request (403, {_start(error.body)})"
+    if isinstance(error, openai.NotFoundError):
+        return f"does not know the model or the path (404, {_start(error.body)})"
+    if isinstance(error, openai.RateLimitError):
+        wait = error.response.headers.get("retry-after")
+        return "is at its rate limit or out of quota (429)" + (f" and asks to wait {wait} s" if wait else "")
+    if isinstance(error, openai.APIStatusError):
+        return f"answers {error.status_code} ({_start(error.body)})"
+    return f"answers with something that is not a chat completion ({_start(error)})"
+
+
+def _passes(error: Exception) -> bool:
+    # a later request may succeed
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code >= 500 or error.status_code in (408, 409, 425, 429)
+    return True
+
+
+def _wait(error: Exception) -> float | None:
+    import openai
+
+    if not isinstance(error, openai.APIStatusError):
+        return None
+    try:
+        return max(0.0, float(error.response.headers.get("retry-after", "")))
+    except ValueError:  # not given, or a date
+        return None
+
+
+def _start(body: object) -> str:
+    text = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+    words = " ".join(str(text).split())
+    return words if len(words) <= 120 else words[:119] + "…"

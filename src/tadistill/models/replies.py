@@ -1,0 +1,157 @@
+"""Replies of an endpoint: requests in several threads, and a file that keeps every reply, so that nothing is asked (and paid for) twice.
+
+    with open_cache(path, waiting) as cache:
+        in_threads(requests, lambda request: cache.put(request.key, ask(request)), threads=8, stop=Event())
+
+Every reply is appended to the file at once, as one JSON object on one line, and the line is on the disk before the next step.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from tadistill.errors import StoreError
+from tadistill.models.chat import Reply
+
+_LOOK = 0.2  # seconds between two calls of `look`
+Item = TypeVar("Item")
+
+
+class Cache:
+    """The replies of an endpoint, in memory and in a file. Several threads may add replies at the same time."""
+
+    def __init__(self, path: Path, replies: dict[str, Reply]):
+        self._replies = replies
+        self._lock = threading.Lock()
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def get(self, key: str) -> Reply | None:
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Add a reply. It is on the disk when this function returns."""
+        row: dict[str, Any] = {"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}
+        row |= {} if reply.ended else {"ended": False}
+        row |= {"model": reply.model} if reply.model else {}
+        with self._lock:
+            self._replies[key] = reply
+            try:
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}); check disk space and quota") from error
+
+
+@contextmanager
+def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Cache]:
+    """Open a file of replies. Only one process at a time can open it.
+
+    Args:
+        waiting: called about once a second while another process has opened the file. It may raise an error to give up. Without it, that is
+            an error.
+
+    Raises:
+        StoreError: another process has opened the file, or a line of it is damaged.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        while True:
+            try:
+                lock.acquire(timeout=1 if waiting else 0)
+                break
+            except Timeout as error:
+                if waiting is None:
+                    raise StoreError(f"another process is writing judgements to {path.parent}; wait until it has finished") from error
+                waiting()
+        try:
+            with Cache(path, read_replies(path)) as cache:
+                yield cache
+        finally:
+            lock.release()
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} cannot be opened ({error.strerror}); check the directory's permissions") from error
+
+
+def read_replies(path: Path) -> dict[str, Reply]:
+    """Return the replies in a file by their keys. It is empty if there is no file. Half a line at the end, which a killed process may
+    leave, is removed.
+
+    Raises:
+        StoreError: a line is damaged.
+    """
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return _parsed(content[:whole], path)
+
+
+def peek(path: Path) -> dict[str, Reply]:
+    """Return the replies in a file by their keys, also while another process writes to it. The file is not changed. Raises StoreError as
+    `read_replies` does."""
+    content = path.read_bytes() if path.is_file() else b""
+    return _parsed(content[: content.rfind(b"\n") + 1], path)
+
+
+def _parsed(content: bytes, path: Path) -> dict[str, Reply]:
+    replies: dict[str, Reply] = {}
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            reply = Reply(str(row["text"]), int(row["in"]), int(row["out"]), row.get("ended", True) is True, str(row.get("model", "")))
+            replies.setdefault(row["key"], reply)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{path}, line {number} is not a reply ({error}); delete this line; its question is then asked again"
+            ) from error
+    return replies
+
+
+def in_threads(
+    items: Iterable[Item], work: Callable[[Item], None], *, threads: int, stop: threading.Event, look: Callable[[], None] = lambda: None
+) -> list[Future[None]]:
+    """Call `work` with each item, in several threads, and return the futures of all calls. A future contains the error of its call.
+
+    After the first error, no further call begins. Calls that have begun are awaited, also after Ctrl-C: their requests are paid for.
+
+    Args:
+        stop: set before the calls that have begun are awaited.
+        look: called a few times a second by this thread. It may raise an error to stop the work.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="asking")
+    futures: list[Future[None]] = []
+    try:
+        futures = [pool.submit(work, item) for item in items]
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=_LOOK, return_when=FIRST_EXCEPTION)
+            look()
+            if any(future.exception() for future in done):
+                break
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+    return futures
