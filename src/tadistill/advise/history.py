@@ -240,9 +240,9 @@ def _read_arm(
         left_out.append(f"{name} is `{arm.path_text}`; only a plain path, in which each model teaches the next one, can be used")
         return
     direct = direct_arm(plan.arms, arm.path[0], arm.path[-1], arm.method)
-    if direct is None or direct.flops is None or arm.flops is None:
+    if direct is None or direct.flops is None or arm.flops is None or not all(plan.parameters[model] for model in arm.path):
         left_out.append(
-            f"{name} has an unknown relative cost: the study has no direct arm of the same models and method, or FLOPs are unknown"
+            f"{name} has an unknown relative cost: the study has no direct arm of the same models and method, or FLOPs or sizes are unknown"
         )
         return
     edges = path_edges(arm.path, plan.parameters, measures)

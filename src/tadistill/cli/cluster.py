@@ -19,11 +19,23 @@ Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML fil
 
 
 @app.command()
-def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+def fetch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also ask the APIs for the answers of teachers, which may cost money.")
+    ] = False,
+    runs: Runs = None,
+) -> None:
     """Download a recipe's models and data sets on a login node, so that jobs need no network."""
     from tadistill.cluster.fetch import fetch_recipe
 
-    fetch_recipe(read_recipe(recipe, overrides), runs_directory(runs), console)
+    loaded, root = read_recipe(recipe, overrides), runs_directory(runs)
+    fetch_recipe(loaded, root, console)
+    if answers:
+        from tadistill.runner.apis import ask_now  # here: it imports torch
+
+        ask_now(loaded, store_of(root), console)
 
 
 @app.command()
@@ -52,6 +64,10 @@ def doctor(
         from tadistill.runner.servers import examined  # here: it imports torch
 
         found += [Check(*row) for row in examined(loaded)]
+    if loaded and any(model.api for model in loaded.models.values()):
+        from tadistill.runner import apis
+
+        found += [Check(*row) for row in apis.examined(loaded)]
     console.print(table(found))
     if any(check.state == "problem" for check in found):
         raise typer.Exit(1)

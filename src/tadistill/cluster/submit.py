@@ -39,6 +39,7 @@ from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, make_plan
+from tadistill.plan.asked import check_asked
 from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
 from tadistill.store import command_for, store_of
@@ -269,6 +270,7 @@ def submit(
         console.print(change, highlight=False, soft_wrap=True)
     check(recipe)
     plan = make_plan(recipe)
+    check_asked(plan, store_of(runs))
     submission = Submission(plan, profile, runs, account=account)
     study = runs / recipe.study
     if dry_run:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tadistill.config.api import Api
 from tadistill.config.common import MOST, Strict, Temperature
 from tadistill.config.method import MethodPatch, Sft
 from tadistill.config.served import Serve
@@ -109,9 +110,13 @@ class Lora(Strict):
 _ENDS = {"lm_head", "embed_out", "wte", "wpe", "embed_tokens", "embed_positions", "embed_in"}
 
 
+_OF_WEIGHTS = ("revision", "config", "tokenizer", "serve", "sft", "lora", "distill")
+"""Keys of a model that have no effect if an API runs it."""
+
+
 class ModelConfig(Strict):
     """A model: the source of its weights, and its fine-tuning. Exactly one of `load`, `init`, `checkpoint` and `temper` gives its
-    weights."""
+    weights. A model with `api` has no weights here: it writes text for students."""
 
     load: str | None = None
     """Source of the weights: a hub id, a local directory, a GGUF file (`x.gguf`), or a file in a Python package
@@ -127,12 +132,14 @@ class ModelConfig(Strict):
     serve: Serve | None = None
     """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
     process."""
+    api: Api | None = None
+    """An OpenAI-compatible API that runs this model. It gives only text, so students train on the answers that it writes (`seqkd`)."""
     init: Init | None = None
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
     seed: int | None = None
     """Train this model only once, with this seed, and use the same weights for all seeds of the study. This is useful for a fixed
-    teacher."""
+    teacher. A model with `api` writes its answers only once, with this seed."""
     sft: Sft | None = None
     """Supervised fine-tuning before the model teaches or learns. By default, the model is not fine-tuned."""
     lora: Lora | None = None
@@ -154,9 +161,13 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self):
-        given = [name for name in ("load", "init", "checkpoint", "temper") if getattr(self, name) is not None]
+        given = [name for name in ("load", "init", "checkpoint", "temper", "api") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; this one has {given or 'none'}")
+            raise ValueError(
+                f"a model needs exactly one of `load`, `init`, `checkpoint`, `temper` and `api`; this one has {given or 'none'}"
+            )
+        if self.api and (unused := [name for name in _OF_WEIGHTS if name in self.model_fields_set]):
+            raise ValueError(f"a model with `api` has no weights here, so `{unused[0]}` has no effect; remove it")
         scratch = (self.load or "").startswith("scratch:")
         if self.serve and (not self.load or scratch):
             raise ValueError("`serve` needs `load` with the files of the model that the server runs; set `load`, or remove `serve`")

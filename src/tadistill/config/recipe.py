@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from tadistill.config.api import Api
 from tadistill.config.arm import Arm, Budgets
 from tadistill.config.common import Name, Strict
 from tadistill.config.controls import with_controls
@@ -156,9 +157,13 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
             yield f"models.{name} is `{of}` after update {step}, but this checkpoint is not stored; add {step} to models.{of}.sft.keep"
         if model.temper and model.temper.like is not None and model.temper.like not in recipe.arms:
             yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_choice(model.temper.like, recipe.arms)}"
+        if model.parent in recipe.models and recipe.models[str(model.parent)].api:
+            yield f"models.{name} is made of `{model.parent}`, which {Api.has_no}; name a model whose weights are here"
     yield from _unknown(recipe, recipe.teacher, "teacher is")
     for name in (recipe.search.teacher, *recipe.search.assistants, recipe.search.student) if recipe.search else ():
         yield from _unknown(recipe, name, "search names")
+        if name in recipe.models and recipe.models[name].api:
+            yield f"search names `{name}`, which {Api.has_no}; name models whose weights are here, because a search compares probabilities"
     for name, arm in recipe.arms.items():
         for model in arm.models:
             yield from _unknown(recipe, model, f"arms.{name}.path names")

@@ -1,4 +1,7 @@
-"""The teacher's own prompts (`context` of a method): their texts, and their token ids beside those of the student's prompts."""
+"""The teacher's own prompts (`context` of a method): their texts, and their token ids beside those of the student's prompts.
+
+`messages` returns the prompt that a teacher behind an API reads, with or without a `context`.
+"""
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -100,16 +103,32 @@ def render(
             f"{where}: the `context` needs a chat template, but the tokenizer has none; set `tokenizer:` of the models to one that has a "
             "chat template, or set context.chat: false"
         )
+    return chat.render(_turns(context, example, text), tokenizer, where, example.tools, settings)
+
+
+def _turns(context: TeacherContext, example: Example, text: str | None) -> list[dict[str, Any]]:
     turns = before_answer(example)
     if text is not None:
         turns[-1] = turns[-1] | {"content": text}
     if context.system is not None:
         turns = [{"role": "system", "content": context.system}, *(turn for turn in turns if turn["role"] != "system")]
-    return chat.render(turns, tokenizer, where, example.tools, settings)
+    return turns
 
 
-def _columns(context: TeacherContext, example: Example, prompt: str, where: str) -> Mapping[str, str]:
-    found = {**example.extra, "prompt": prompt, "output": example.references[0]}
+def messages(example: Example, context: TeacherContext | None, where: str = "data") -> list[dict[str, Any]]:
+    """Return the messages that a teacher behind an API reads. An instruction, or a whole prompt, is one message of a user.
+
+    Raises:
+        DataError: the row has no column for a placeholder of the context.
+    """
+    if context is None:
+        return before_answer(example)
+    text = None if context.template is None else context.filled(_columns(context, example, None, where))
+    return _turns(context, example, text)
+
+
+def _columns(context: TeacherContext, example: Example, prompt: str | None, where: str) -> Mapping[str, str]:
+    found = {**example.extra, "output": example.references[0]} | ({} if prompt is None else {"prompt": prompt})
     if example.messages:
         found["instruction"] = example.messages[-1].get("content") or ""
     elif not example.verbatim:

@@ -32,8 +32,9 @@ class Reply:
     text: str
     tokens_in: int
     tokens_out: int
-    ended: bool = True
-    """False if the model did not end the text itself, for example because it reached the largest number of tokens."""
+    finish: str = "stop"
+    """Why the text ends (`finish_reason`): `stop` if the model ended it, `length` if it reached the largest number of tokens, or another
+    word of the endpoint."""
     model: str = ""
     """The name of the model that answered, as the endpoint reports it."""
     digest: str = field(default="", compare=False)
@@ -108,7 +109,7 @@ def connect(
         ConfigError: the `openai` package is missing, or a key is needed and the variable is not set.
     """
     try:
-        from openai import OpenAI
+        from openai import DefaultHttpx2Client, OpenAI
     except ImportError as error:
         what = "a judge" if extra == "judge" else "a teacher behind an API"
         raise ConfigError(f"{what} needs the package openai; install it with `pip install 'tadistill[{extra}]'`") from error
@@ -116,7 +117,9 @@ def connect(
     if not key and (needed or base_url.startswith(PUBLIC)):
         fix = ", or give --base-url" if extra == "judge" else ""
         raise ConfigError(f"{base_url} needs an API key; set the environment variable {variable}{fix}")
-    return OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=retries)
+    # a redirection could send prompts to a host that the user has not named
+    direct = DefaultHttpx2Client(follow_redirects=False, timeout=timeout)
+    return OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=retries, http_client=direct)
 
 
 def knock(client: "OpenAI", variable: str = KEY) -> tuple[str, ...]:
@@ -163,10 +166,9 @@ def complete(client: "OpenAI", body: Mapping[str, Any], variable: str = KEY) -> 
     if len(completion.choices) > 1:
         raise Unavailable(f"sends {len(completion.choices)} answers to one request ({_start(content)})", again=True)
     usage, (first, *_) = completion.usage or _Usage(), completion.choices
-    ended = first.finish_reason in (None, "stop")
     numbers = usage.prompt_tokens or 0, usage.completion_tokens or 0
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Reply(first.message.content or "", *numbers, ended=ended, model=completion.model or "", digest=digest)
+    return Reply(first.message.content or "", *numbers, first.finish_reason or "stop", completion.model or "", digest)
 
 
 def _complete(client: "OpenAI", body: Mapping[str, Any]) -> str:
@@ -208,6 +210,8 @@ def reason_of(error: Exception, variable: str = KEY) -> str:
     if isinstance(error, openai.RateLimitError):
         wait = error.response.headers.get("retry-after")
         return "is at its rate limit or out of quota (429)" + (f" and asks to wait {wait} s" if wait else "")
+    if isinstance(error, openai.APIStatusError) and 300 <= error.status_code < 400:
+        return f"redirects to {error.response.headers.get('location', 'another address')}; write the address of the API itself"
     if isinstance(error, openai.APIStatusError):
         return f"answers {error.status_code} ({_start(error.body)})"
     return f"answers with something that is not a chat completion ({_start(error)})"

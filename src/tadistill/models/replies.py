@@ -45,7 +45,7 @@ class Cache:
     def put(self, key: str, reply: Reply) -> None:
         """Add a reply. It is on the disk when this function returns."""
         row: dict[str, Any] = {"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}
-        row |= {} if reply.ended else {"ended": False}
+        row |= {} if reply.finish == "stop" else {"finish": reply.finish}
         row |= {"model": reply.model} if reply.model else {}
         with self._lock:
             self._replies[key] = reply
@@ -121,7 +121,8 @@ def _parsed(content: bytes, path: Path) -> dict[str, Reply]:
             continue
         try:
             row = json.loads(line)
-            reply = Reply(str(row["text"]), int(row["in"]), int(row["out"]), row.get("ended", True) is True, str(row.get("model", "")))
+            more = str(row.get("finish", "stop")), str(row.get("model", ""))
+            reply = Reply(str(row["text"]), int(row["in"]), int(row["out"]), *more)
             replies.setdefault(row["key"], reply)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(

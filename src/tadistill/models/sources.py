@@ -74,6 +74,8 @@ def _parsed(load: str) -> Source:
     if "://" in load:
         page = _PAGE.match(load)
         hint = f"write the hub id `{page[1]}`" if page else "write a hub id (ORG/NAME), or download it to a directory"
+        if load.startswith("api://"):
+            hint = f"write `api: {{at: https://{load[6:]}, model: NAME, key: VARIABLE}}` in place of `load`"
         raise ModelError(f"`{load}` is a web address; {hint}")
     path = Path(load).expanduser()
     path.exists()  # raises for a path that cannot exist

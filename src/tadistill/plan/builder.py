@@ -19,6 +19,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.edges import check_like, check_weights, teacher_rules
 from tadistill.plan.graph import Graph
 from tadistill.plan.inputs import (
+    BehindApi,
     Encoding,
     FromStage,
     Handle,
@@ -28,7 +29,6 @@ from tadistill.plan.inputs import (
     PrunedDepth,
     Split,
     Tempered,
-    is_served,
     plan_metrics,
     plan_objective,
     plan_tasks,
@@ -101,10 +101,11 @@ class StageBuilder:
                 return self.tempered(name, parent, self.of_arm(temper.like, seed), temper.like, seed)
             assert temper.tau is not None
             return Tempered(temper=temper.tau, of=parent)
+        if model.api:
+            return BehindApi(asks=model.api.model, api=model.api)
         assert model.load is not None
         tokenizer, revision = self.tokens.tokenizer(name) or (model.tokenizer, model.revision)
-        written = self.recipe.written
-        own = tokenizer is not None and tokenizer not in TOKENIZERS
+        written, own = self.recipe.written, tokenizer is not None and tokenizer not in TOKENIZERS
         return Loaded(
             load=written(model.load) or model.load,
             at=model.load,
@@ -244,8 +245,8 @@ class StageBuilder:
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
         """Add the stage that compares a path's last model with the original teacher and with the assistants in the path."""
-        teacher = self.trained(original, seed)
-        written = None if is_served(teacher) else Output(stage=self.evaluate(original, teacher, seed, self.recipe.evaluate))
+        teacher, served = self.trained(original, seed), self.recipe.models[original].serve
+        written = None if served else Output(stage=self.evaluate(original, teacher, seed, self.recipe.evaluate))
         spec = specs.AnalyseSpec(
             **self.only_runs(name, samples=False),
             sets=self._test_sets(),
@@ -319,11 +320,10 @@ class StageBuilder:
 
     def _texts(self, name: str, select: Select, context: TeacherContext | None = None, *, responses: bool) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
-        data = self.encoding(name, responses=responses, context=context)
-        found: dict[str, Any] = {"data": data, "train": self.split("train"), "select": select}
+        found: dict[str, Any] = {"data": self.encoding(name, responses=responses, context=context), "select": select}
         if select.metric != "last":
             found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.during_training}
-        return found
+        return found | {"train": self.split("train")}
 
     def with_steps(self, optim: Optim) -> Optim:
         """Return the settings with `epochs` converted to `steps` (updates).

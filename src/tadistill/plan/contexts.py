@@ -31,6 +31,7 @@ def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method
 
 def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
     """Return every context of a recipe, with the names of the models that teach with it. Equal contexts are one entry.
+    Models behind an API are left out, because they read messages.
 
     Raises:
         ConfigError: parts of a method do not fit together.
@@ -40,8 +41,9 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
         with about(f"arms.{name}"):
             for method, path, i in _distillations(recipe, arm):
                 if method.context:
-                    found.setdefault(method.context, set()).update(path[:i] if method.dense else path[i - 1 : i])
-    return found
+                    names = {name for name in (path[:i] if method.dense else path[i - 1 : i]) if not recipe.models[name].api}
+                    found.setdefault(method.context, set()).update(names)
+    return {context: names for context, names in found.items() if names}
 
 
 def _distillations(recipe: Recipe, arm: Arm) -> Iterator[tuple[Method, ModelPath, int]]:

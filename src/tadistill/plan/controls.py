@@ -5,7 +5,7 @@ from collections.abc import Callable
 from tadistill.config import Arm
 from tadistill.errors import ConfigError
 from tadistill.plan.builder import StageBuilder
-from tadistill.plan.inputs import Handle, RandomWeights, is_served
+from tadistill.plan.inputs import BehindApi, Handle, RandomWeights, is_served
 
 
 def first_teacher(
@@ -23,6 +23,11 @@ def first_teacher(
     control, model = arm.controls, arm.last[0]
     if control is None or control.kind == "no_teacher":
         return teacher
+    if isinstance(teacher, BehindApi):
+        raise ConfigError(
+            f"arms.{name}.control is `{arm.control}`, but {model} is behind an API, so its weights and logits cannot be changed; remove "
+            f"arms.{name}" + ("" if arm.control is None else ", or use the control `no_teacher`")
+        )
     if is_served(teacher):
         raise ConfigError(
             f"arms.{name}.control is `{arm.control}`, but {model} is served, so its weights and logits cannot be changed here; remove "

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
+from tadistill.config.api import Api
 from tadistill.config.common import Decoding, Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.data import LongText, Template, Thinking, Turns, World
@@ -176,6 +177,15 @@ class Loaded(Part):
         return self.tokenizer_at or self.tokenizer or self.source
 
 
+class BehindApi(Part):
+    """A model behind an API. It gives only text, so it is never loaded."""
+
+    asks: str
+    """The model's name at the API."""
+    api: Api | None = Field(default=None, exclude=True)
+    """The API. Its address, limits and prices are not a part of the key."""
+
+
 def is_served(handle: "Handle") -> bool:
     """Return True if a model teaches from a server."""
     return isinstance(handle, Loaded) and handle.serve is not None
@@ -227,9 +237,9 @@ class RandomWeights(Part):
     of: "Handle"
 
 
-Handle: TypeAlias = FromStage | Loaded | PrunedDepth | Pruned | Tempered | RandomWeights
+Handle: TypeAlias = FromStage | Loaded | BehindApi | PrunedDepth | Pruned | Tempered | RandomWeights
 """The source of a model's weights."""
-INPUTS = (Output, FromStage, Loaded, PrunedDepth, Pruned, Tempered, RandomWeights)
+INPUTS = (Output, FromStage, Loaded, BehindApi, PrunedDepth, Pruned, Tempered, RandomWeights)
 PrunedDepth.model_rebuild()
 Pruned.model_rebuild()
 Tempered.model_rebuild()
@@ -240,7 +250,7 @@ def stage_of(part: Handle | Output) -> str | None:
     """Return the key of the stage that writes this model or output. Return None if the model does not come from a stage."""
     if isinstance(part, FromStage | Output):
         return part.stage
-    return None if isinstance(part, Loaded) else stage_of(part.of)
+    return None if isinstance(part, Loaded | BehindApi) else stage_of(part.of)
 
 
 # --- tasks of lm-eval -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tadistill.errors import ModelError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
+from tadistill.plan.asked import asked_notes
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.costs import Ledger, passes
 from tadistill.plan.edges import lossy_steps, undefined_notes
@@ -125,7 +126,8 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     for stage in plan.stages.values():
         done = store.finished(stage.key)
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
-        flops = "–" if stage.measures else _flops(stage.flops)
+        unknown = stage.cost is not None and stage.cost.elsewhere
+        flops = "–" if stage.measures else "?" if unknown else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
         needs = process_bytes(plan, stage, cuda=throughput.gpus() > 0)
         memory = f"{needs / 1e9:.2g} GB" if needs else "–"
@@ -232,7 +234,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_teacher_budget(plan))
     yield from _across(plan)
     yield from _controls(plan)
-    head = plan.teacher or "a loaded model"
+    head = "a loaded model" if plan.teacher is None or plan.recipe.models[plan.teacher].api else plan.teacher
     yield (
         f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "
         "FLOPs of dev evaluations, rollout metrics and tests are not included."
@@ -241,6 +243,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
         if model.load and (base := sources.adapter_base(model.load, model.revision)):
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
     yield from map(escape, served_notes(plan))
+    yield from map(escape, asked_notes(plan, store))
     yield from (escape(f"arms.{arm.name}: {sentence}.") for arm in plan.arms for sentence in approximations(plan, arm.name))
     yield from engine_notes(plan)
     yield from map(escape, plan.tokens.notes())

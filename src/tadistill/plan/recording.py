@@ -5,7 +5,7 @@ fine-tuning with the study's first seed, whatever the arm's `init` is. So the te
 decoding, the training prompts and `evaluate.precision`, but on no arm, and on no other seed of the study. Every teacher of a path is
 recorded on the same text. A `context` belongs to the text too, because rows with a long teacher's prompt are left out.
 
-A teacher's answers reach a student with another tokenizer as text (`retokenise`).
+A teacher's answers reach a student with another tokenizer as text (`retokenise`). A teacher behind an API always writes text (`ask`).
 
 In a later phase, the student writes the text itself, with the weights that the phase before left. Each seed then has its own text.
 """
@@ -19,7 +19,7 @@ from tadistill.data import datasets
 from tadistill.errors import NotHere
 from tadistill.plan import specs
 from tadistill.plan.edges import check_writer
-from tadistill.plan.inputs import Handle, HashedData, Output
+from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output
 from tadistill.plan.phases import Turn
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def texts(
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
         as_teacher = method.context is not None
+        if stages.recipe.models[teachers[0][0]].api:
+            return found | {"responses": _asked(stages, teachers[0], sampler, seed, method.context, learner[0])}
         answers = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=as_teacher, shown=seed)
         found["responses"] = _handed_over(stages, teachers[0][0], learner[0], answers, method.context, seed)
         if found["responses"] != answers:
@@ -86,6 +88,31 @@ def _answers(
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
     spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
     return Output(stage=stages.add(spec, f"generate with {name}, seed {shown}", name, shown))
+
+
+def _asked(
+    stages: "StageBuilder", teacher: tuple[str, Handle], sampler: Decoding, seed: int, context: TeacherContext | None, learner: str
+) -> Output:
+    (name, handle), seed = teacher, stages.seed(teacher[0], seed)
+    assert isinstance(handle, BehindApi)
+    decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
+    data = stages.recipe.data
+    rules = {name: getattr(data, name) for name in ("world", "thinking", "max_prompt", "max_length")}
+    messages = Encoding(template="chat", context=context, **rules)
+    drawn = None if decoding.temperature == 0 else seed  # without randomness, all seeds have the same answers
+    asked = specs.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, train=stages.split("train"))
+    shown = stages.recipe.first_seed if drawn is None else seed
+    answers = Output(stage=stages.add(asked, f"ask {name}{'' if drawn is None else f', seed {seed}'}", name, shown))
+    spec = specs.RetokeniseSpec(
+        data=stages.encoding(learner, samples=False),
+        answers=answers,
+        writer=None,
+        asked=None,
+        tokenizer=stages.tokens.files(learner),
+        train=stages.split("train"),
+    )
+    label = f"answers of {name}, tokenised for {learner}{'' if drawn is None else f', seed {seed}'}"
+    return Output(stage=stages.add(spec, label, learner, shown))
 
 
 def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Output, context: TeacherContext | None, seed: int) -> Output:

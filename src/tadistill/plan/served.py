@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method, Recipe
+from tadistill.config.api import check_text_only
 from tadistill.config.common import DTYPES, Precision
 from tadistill.config.served import Serve, check_served
 from tadistill.errors import ConfigError, about
+from tadistill.plan.asked import check_only_writes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Handle, Loaded
 from tadistill.plan.specs import AnalyseSpec, DistillSpec, SignalSpec, Spec
@@ -41,12 +43,15 @@ def check_teaching(recipe: Recipe, arm: str, teachers: Iterable[str], method: Me
     """
     with about(f"arms.{arm}"):
         for name in teachers:
-            if serve := recipe.models[name].serve:
-                check_served(name, serve, method)
+            model = recipe.models[name]
+            if model.serve:
+                check_served(name, model.serve, method)
+            if model.api:
+                check_text_only(name, model.api, method)
 
 
 def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
-    """Check that an arm does not run a served model in a process of the study.
+    """Check that an arm does not run a served model, or one behind an API, in a process of the study.
 
     Args:
         teacher: the original teacher with which the arm's model is compared; None if nothing is compared.
@@ -55,6 +60,7 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
         ConfigError: the arm trains or measures a served model; or compares its model with one that gives only top-k tokens; or a model is
             made from a served one.
     """
+    check_only_writes(recipe, arm)
     served, path = {name for name, model in recipe.models.items() if model.serve}, recipe.arms[arm]
     for name, model in recipe.models.items():
         if model.temper and model.temper.of in served:

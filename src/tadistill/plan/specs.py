@@ -13,7 +13,7 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
+from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
 from tadistill.plan.spec import Spec
 
 if TYPE_CHECKING:
@@ -174,6 +174,24 @@ class GenerateSpec(Spec):
         return ledger.behind(self.data.context).generate(model, self.sampler, limit=self.train.limit, as_teacher=self.as_teacher)
 
 
+class AskSpec(Spec):
+    """Answers of a model behind an API to every training prompt, as text (`data.handover`)."""
+
+    kind = "ask"
+    version = 1
+    work = "teacher:ask"
+
+    teacher: BehindApi
+    sampler: Decoding
+    seed: int | None
+    """None for greedy decoding."""
+    train: Split
+
+    def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
+        """Return an empty cost, because nobody knows the FLOPs of a model behind an API."""
+        return Cost(elsewhere=True)
+
+
 class RetokeniseSpec(Spec):
     """Writing of a model's answers with the tokenizer of a student that has other tokens. `data` are the rules of the student.
 
@@ -316,7 +334,7 @@ class PairSpec(Spec):
 KINDS: dict[str, type[Spec]] = {
     spec.kind: spec
     for spec in (
-        *(SftSpec, DistillSpec, TemperSpec, GenerateSpec, RetokeniseSpec, SignalSpec),
+        *(SftSpec, DistillSpec, TemperSpec, GenerateSpec, AskSpec, RetokeniseSpec, SignalSpec),
         *(EvaluateSpec, AnalyseSpec, ProbeSpec, PairSpec),
     )
 }

@@ -54,8 +54,10 @@ class StudyTokens:
 
     def hands_over_ids(self, one: str, other: str) -> bool:
         """Return True if a student can train on token ids that another model has sampled: their tokenizers have exactly the same tokens."""
+        if not self.alike(one, other):
+            return False
         mine, theirs = (self._vocabulary(*self.source(name)) for name in (one, other))
-        return self.alike(one, other) and (mine is None or theirs is None or mine.ids == theirs.ids)
+        return mine is None or theirs is None or mine.ids == theirs.ids
 
     @property
     def families(self) -> list[tuple[str, ...]]:
@@ -190,7 +192,7 @@ class StudyTokens:
         models = self.recipe.models
         for _ in models:  # and those that they are made of
             named |= {models[name].parent for name in named if name in models}
-        return tuple(name for name in models if name in named)
+        return tuple(name for name in models if name in named and not models[name].api)
 
     @property
     def _groups(self) -> list[tuple[str, ...]]:

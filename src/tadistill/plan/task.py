@@ -16,7 +16,7 @@ from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.engines import check_vllm, gpus_of
 from tadistill.plan.graph import Stage
-from tadistill.plan.inputs import FromStage, Handle, Loaded, is_served
+from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
 from tadistill.plan.specs import KINDS, Spec, TrainingSpec
 from tadistill.store import Store
 
@@ -187,6 +187,8 @@ def name_of(plan: "Plan", handle: Handle) -> str | None:
     """Return the name of a model in the recipe. None if the recipe has no such model."""
     if isinstance(handle, FromStage):
         return plan.stages[handle.stage].model
+    if isinstance(handle, BehindApi):
+        return next((name for name, model in plan.recipe.models.items() if model.api == handle.api), None)
     if not isinstance(handle, Loaded):
         return name_of(plan, handle.of)
     wanted = handle.source, handle.revision, handle.config

@@ -175,7 +175,7 @@ def roles(results: Results) -> dict[str, str]:
         found.setdefault(arm.model, "student")
     if results.plan.teacher and found:
         found[results.plan.teacher] = "teacher"
-    return dict(sorted(found.items(), key=lambda entry: -results.plan.parameters[entry[0]]))
+    return {model: found[model] for model in results.plan.from_big(found)}
 
 
 def _progress(results: Results) -> list[tuple[str, int, int]]:

@@ -3,7 +3,8 @@
 If a file of a finished stage cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
 """
 
-from collections.abc import Container, Mapping
+import math
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,17 @@ class StudyPlan:
     decodings: Mapping[str, Mapping[str, Any]]
     """Maps the name of each additional decoding to the settings that it changes."""
     parameters: Mapping[str, int]
+    """The number of parameters of each model. It is 0 for a model behind an API, whose size is not known."""
     bases: Mapping[str, str]
     """Maps each model that was loaded as an adapter to its base model."""
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
     tokenizers: tuple[tuple[str, ...], ...] = ()
     """The models in families that share a tokenizer. Empty in a plan of an earlier version, whose models share one."""
+
+    def from_big(self, models: Iterable[str]) -> list[str]:
+        """Return the models from big to small. A model whose size is not known comes first."""
+        return sorted(models, key=lambda model: -(self.parameters[model] or math.inf))
 
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).

@@ -60,7 +60,9 @@ def summary_text(summary: Summary, metric: str) -> str:
 
 
 def parameters_text(count: int) -> str:
-    """Return a number of parameters as text, such as ``124 M`` or ``1.56 B``."""
+    """Return a number of parameters as text, such as ``124 M`` or ``1.56 B``, or ``?`` for 0, which stands for an unknown number."""
+    if not count:
+        return "?"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             scaled = count / size

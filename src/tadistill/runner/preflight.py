@@ -123,7 +123,8 @@ def _reader(family: Sequence[str], tokenizers: Mapping[str, PreTrainedTokenizerB
 
 def _used(recipe: Recipe) -> list[str]:
     teacher = original_teacher(recipe)
-    return [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
+    here = [name for name, model in recipe.models.items() if model.api is None]
+    return [name for name in here if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
 
 
 def _check_peft(recipe: Recipe) -> None:

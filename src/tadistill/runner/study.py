@@ -60,12 +60,15 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     jobs = 0
     if missing:
         with prepared(), console.working("checking models and data"):
+            from tadistill.runner.apis import announced
             from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
             jobs = check_study(recipe, console, missing)
+            asked = [*announced(plan, store, missing)]
         for sentence in (*plan.tokens.cautions(), *off_budget(plan)):
             console.note(sentence, problem=True)
-        console.note(_beginning(plan, store, missing, jobs))
+        for sentence in (*asked, _beginning(plan, store, missing, jobs)):
+            console.note(sentence)
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
@@ -208,6 +211,8 @@ def _base(model: ModelConfig) -> dict[str, str]:
 def _parameters(ledger: Ledger, name: str) -> int:
     if size := ledger.size(name):
         return size.total
+    if ledger.recipe.models[name].api:
+        return 0
     from tadistill.models.scratch import count_parameters  # imports torch
 
     return count_parameters(ledger.config(name) or {})

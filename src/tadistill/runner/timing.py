@@ -12,8 +12,8 @@ from tadistill.models.counting.cost import spans
 from tadistill.plan import costs, throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Graph, Stage
-from tadistill.plan.inputs import FromStage, Handle, Loaded, Output, Split
-from tadistill.plan.specs import DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
+from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output, Split
+from tadistill.plan.specs import AskSpec, DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
@@ -75,9 +75,14 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
         parents = {"signal": spec.signal, "responses": spec.responses}
         for role, parent in parents.items():
             if parent:
-                changes |= {"train": _few(spec.train), role: _reduced_output(plan, parent, graph)}
+                # requests to an API cost money, and the references of the data set are as long as its answers
+                changes |= {"train": _few(spec.train), role: None if _asks(plan, parent) else _reduced_output(plan, parent, graph)}
         changes["assistant_signals"] = tuple(_reduced_output(plan, parent, graph) for parent in spec.assistant_signals)
     return spec.model_copy(update=changes)
+
+
+def _asks(plan: Plan, output: Output) -> bool:
+    return any(isinstance(plan.stages[key].spec, AskSpec) for key in plan.stages[output.stage].parents.values())
 
 
 def _reduced_output(plan: Plan, output: Output, graph: Graph) -> Output:
@@ -90,7 +95,7 @@ def _few(split: Split) -> Split:
 
 
 def _origin(plan: Plan, handle: Handle) -> Handle:
-    if isinstance(handle, Loaded):
+    if isinstance(handle, Loaded | BehindApi):
         return handle
     if not isinstance(handle, FromStage):
         return handle.model_copy(update={"of": _origin(plan, handle.of)})

@@ -1,7 +1,7 @@
 """The stages that prepare a teacher.
 
-They sample its answers (`generate`), write them with the tokenizer of another model (`retokenise`), record its outputs (`signal`) or change
-its temperature (`temper`).
+They sample its answers (`generate`), ask an API for them (`ask`), write them with the tokenizer of another model (`retokenise`), record its
+outputs (`signal`) or change its temperature (`temper`).
 """
 
 import os
@@ -15,12 +15,16 @@ from typing import Any
 import torch
 
 from tadistill.config import Evaluate
+from tadistill.config.api import Api
 from tadistill.data.batch import references, responses
+from tadistill.data.contexts import messages
 from tadistill.data.counts import Counts
-from tadistill.data.handover import TEXTS, Retokenised, as_json, read_texts, retokenised, said
+from tadistill.data.handover import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
 from tadistill.data.prompts import Rules
+from tadistill.data.rows import Example
 from tadistill.data.templates import EvalSet
 from tadistill.data.token_bytes import token_bytes
+from tadistill.data.turns import without_thinking
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
@@ -28,9 +32,11 @@ from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model, shared_vocabulary
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
+from tadistill.models.replies import open_cache
 from tadistill.models.teacher import teacher_of
 from tadistill.plan.inputs import TokenizerFiles
-from tadistill.plan.specs import GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
+from tadistill.plan.specs import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
+from tadistill.rollout.api import Asking, Request, replies_file, requests
 from tadistill.rollout.signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
@@ -64,6 +70,49 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
             write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in rows])
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
     return {"answers": len(train.encoded)}
+
+
+def ask(context: Context[AskSpec]) -> dict[str, Any]:
+    """Ask a model behind an API for the answer to every training prompt. After an interruption, all answers so far are kept.
+
+    All answers of a model are in one file of the store, `api/MODEL.jsonl`. Every study of the runs directory reads it, and one process at a
+    time adds to it. So a request that was answered once is never sent again.
+
+    The result has the numbers of tokens that the API reports. They are None if it reports none.
+
+    Raises:
+        ServerFailed: the API stopped answering, or some rows got no usable answer.
+    """
+    spec = context.spec
+    api = spec.teacher.api
+    assert api is not None
+    wanted = wanted_of(spec, api, list(context.examples(spec.train)))
+
+    def waiting() -> None:
+        context.progress(0, len(wanted), f"another process asks {api.model}")
+        stop_if_asked(context)
+
+    def look(done: int) -> None:
+        context.progress(done, len(wanted), "answers")
+        stop_if_asked(context)
+
+    with open_cache(replies_file(context.store.root, api.model), waiting) as cache:
+        replies = Asking(api, cache, f"`{api.model}`").all(wanted, look)
+    answers = [Answer(row, reply.text, reply.finish == "stop") for row, reply in enumerate(replies)]
+    write_rows(context.folder / TEXTS, map(as_json, answers))
+    reported = all(reply.tokens_out for reply in replies)
+    tokens = {"tokens_in": sum(r.tokens_in for r in replies), "tokens_out": sum(r.tokens_out for r in replies)}
+    models = dict(Counter(reply.model for reply in replies if reply.model))
+    found: dict[str, Any] = {"answers": len(answers), "cut": sum(not answer.ended for answer in answers)}
+    return found | (tokens if reported else dict.fromkeys(tokens)) | {"models": models}
+
+
+def wanted_of(spec: AskSpec, api: Api, examples: list[Example]) -> list[Request]:
+    """Return the request of each row of the training set. Raises DataError if a row has no column for a placeholder of the `context`."""
+    rows = map(without_thinking, examples) if spec.data.thinking == "drop" else examples
+    name = f"data set `{spec.train.ref.name}`"
+    prompts = (messages(example, spec.data.context, f"{name}, row {row}") for row, example in enumerate(rows, 1))
+    return requests(prompts, api, spec.sampler, seed=spec.seed or 0)
 
 
 def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_mistakes(arm, sentence):
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        ({"load": "gpt2", "init": {"from": "xl", "layers": 2}}, "exactly one of `load`, `init`, `checkpoint` and `temper`"),
+        ({"load": "gpt2", "init": {"from": "xl", "layers": 2}}, "exactly one of `load`, `init`, `checkpoint`, `temper` and `api`"),
         ({"temper": {"of": "xl"}}, "exactly one of two keys: `tau`"),
         ({"temper": {"of": "xl", "tau": 1, "like": "a"}}, "exactly one of two keys: `tau`"),
         ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "set `sft` for the model in `temper.of`"),

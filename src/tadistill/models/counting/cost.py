@@ -62,6 +62,8 @@ class Cost:
     """Space on disk of recorded outputs. None for other stages."""
     asked: float = 0.0
     """Number of answer tokens that the first teacher writes or scores, in its own tokens. Its dev evaluations are not included."""
+    elsewhere: bool = False
+    """True if a model behind an API does the work. Its FLOPs are not known, and are not counted."""
 
     @property
     def learning(self) -> float:

@@ -196,8 +196,9 @@ class Ledger(ModelSizes):
         return self._distilled[key]
 
     def _distill(self, teachers: tuple[str, ...], name: str, method: Method, text_of: tuple[str, int] | None) -> Cost | None:
-        student, above = self.described(name), tuple(found for model in teachers if (found := self.described(model)))
-        if student is None or len(above) < len(teachers) or method.optim.steps is None:
+        running = [model for model in teachers if not self.recipe.models[model].api]  # an API gives only text, before the distillation
+        student, above = self.described(name), tuple(found for model in running if (found := self.described(model)))
+        if student is None or len(above) < len(running) or method.optim.steps is None:
             return None
         drop, adapters = method.dense.drop if method.dense else 0.0, self.adapters(name)
         if method.ema is not None:

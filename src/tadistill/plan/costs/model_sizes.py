@@ -51,6 +51,8 @@ class ModelSizes:
             except ConfigError as error:
                 raise ConfigError(f"models.{name}.init: {error}") from error
             return shapes.with_shape(parent, shape)
+        if model.api:
+            return None
         assert model.load is not None
         vocab = vocabulary(model, self.recipe.data.world) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)

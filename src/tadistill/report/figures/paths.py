@@ -138,7 +138,7 @@ def lattice_figure(results: Results) -> Chart | None:
     if all(node.parent is None for node in nodes.values()):
         return None
     rows = len(results.plan.arms)
-    models = sorted(dict.fromkeys(node.model for node in nodes.values()), key=lambda model: -results.plan.parameters[model])
+    models = results.plan.from_big(dict.fromkeys(node.model for node in nodes.values()))
     place = {at: (float(models.index(node.model)), float(rows - 1 - node.row)) for at, node in nodes.items()}
     styles, dearest = method_looks(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
     marks = {float(i): model for i, model in enumerate(models)}

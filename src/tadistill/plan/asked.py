@@ -1,0 +1,112 @@
+"""Teachers behind an API in a plan: what they cannot do, and what their answers cost.
+
+An `ask` stage sends one request for each row of the training set. The requests of all stages, their tokens and their price are estimated
+before the first one is sent: from the number of characters of the prompts, and from the length of the reference answers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tadistill.config import Recipe
+from tadistill.config.api import Api
+from tadistill.data.contexts import messages
+from tadistill.data.rows import Example
+from tadistill.data.survey import survey
+from tadistill.errors import ConfigError
+from tadistill.models.chat import estimated_tokens
+from tadistill.plan.specs import AskSpec
+from tadistill.store import Store
+
+if TYPE_CHECKING:
+    from tadistill.plan.arms import Plan
+
+
+def check_only_writes(recipe: Recipe, arm: str) -> None:
+    """Check that a model behind an API only writes text for the models of an arm.
+
+    Raises:
+        ConfigError: the arm trains it, measures it or starts from it, or the training set has descriptions of tools.
+    """
+    apis, path = {name for name, model in recipe.models.items() if model.api}, recipe.arms[arm]
+    if wrong := apis.intersection((*path.learners, *path.init.values(), *(path.last if len(path.last) == 1 else ()))):
+        name = min(wrong)
+        what = "trains" if name in path.learners else "starts from" if name in path.init.values() else "measures"
+        raise ConfigError(
+            f"arms.{arm} {what} `{name}`, which {Api.has_no}; use it only as the first model of a path, such as {name} > STUDENT"
+        )
+    if apis.intersection(path.models) and "tools" in recipe.data.train.columns:
+        raise ConfigError(
+            f"data.train.columns names `tools`, but the API of `{min(apis)}` is asked for text, and not for calls of tools; remove `tools`"
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The numbers of requests and tokens, estimated from the length of texts."""
+
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    most_out: int = 0
+    """The largest number of tokens that the answers can have."""
+
+    @classmethod
+    def of(cls, spec: AskSpec, examples: Sequence[Example], requests: int) -> "Estimate":
+        """Return the estimate for `requests` rows like `examples`."""
+        most, times = spec.sampler.max_new_tokens, requests / max(1, len(examples))
+        prompts = [messages(example, spec.data.context) for example in examples]
+        into = sum(estimated_tokens(sum(len(str(m.get("content") or "")) for m in prompt)) for prompt in prompts)
+        out = sum(min(most, estimated_tokens(len(example.references[0])) + 1) for example in examples)
+        return cls(requests, round(into * times), round(out * times), requests * most)
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Estimate(*(a + b for a, b in both))
+
+    def text(self, api: Api) -> str:
+        """Return the numbers in words, with their price if the recipe has prices."""
+        found = f"about {self.tokens_in:,} tokens of prompts and {self.tokens_out:,} of answers (at most {self.most_out:,})"
+        if api.price is None:
+            return f"{found}; the recipe has no `price`"
+        price, most = (_money(api.price.of(self.tokens_in, out)) for out in (self.tokens_out, self.most_out))
+        return f"{found}, which cost about {price} {api.price.currency} (at most {most})"
+
+
+def _money(value: float) -> str:
+    return f"{value:,.2f}" if value == 0 or value >= 0.01 else f"{value:.1g}"
+
+
+def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
+    """Yield sentences for each teacher behind an API: its requests, what they cost, and that its FLOPs are not known."""
+    for name, model in plan.recipe.models.items():
+        if model.api is None:
+            continue
+        stages = [(s.key, s.spec) for s in plan.stages.values() if isinstance(s.spec, AskSpec) and s.spec.teacher.api == model.api]
+        if not stages:
+            continue
+        rows = survey(plan.recipe.data.train, "train", plan.recipe.data)
+        left = [spec for key, spec in stages if not store.finished(key)]
+        where = f"{name} ({model.api.model} at {model.api.at})"
+        done = "All its answers are in the store."
+        if left:
+            first, *others = (Estimate.of(spec, rows.sample, rows.rows) for spec in left)
+            total = sum(others, first)
+            sets = "1 set" if len(left) == 1 else f"{len(left)} sets"
+            done = f"At most {total.requests:,} requests for {sets} of answers: {total.text(model.api)}."
+            if len({spec.seed for spec in left}) > 1:
+                done += f" Each seed has its own answers; `models.{name}.seed` gives one set to all seeds."
+        yield f"Teacher {where} writes text. {done}"
+        yield f"Teacher FLOPs unknown: the FLOPs of {name} are not counted in any number of this plan, nor by `compute`."
+        if name == plan.teacher and plan.recipe.data.test:
+            yield f"Students are not compared with {name} (`analyse`), because it {Api.has_no}."
+
+
+def check_asked(plan: "Plan", store: Store) -> None:
+    """Check that no job of a cluster has to ask an API. Raises ConfigError if answers are missing."""
+    for stage in plan.stages.values():
+        if isinstance(stage.spec, AskSpec) and not store.finished(stage.key):
+            raise ConfigError(
+                f"jobs have no API keys, and the answers of {stage.model} are not in the store; run `tadistill fetch RECIPE --answers` on "
+                "a login node first"
+            )

@@ -1,0 +1,262 @@
+"""Answers of a teacher behind an API to the training prompts: the requests, and how they are sent.
+
+    wanted = requests(examples, api, decoding, seed=1)
+    with open_cache(replies_file(store.root, api.model), waiting) as cache:
+        answers = Asking(api, cache).all(wanted, look)
+
+The API gets the messages of a row, and renders its own template. Two requests with equal messages, settings and seed are one request.
+"""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tadistill.config.api import Api
+from tadistill.config.common import Decoding
+from tadistill.errors import ConfigError, ServerFailed
+from tadistill.models.chat import PUBLIC, Refused, Reply, Unavailable, complete, connect
+from tadistill.models.replies import Cache, in_threads
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""Seconds before a request is sent again, once after each failure."""
+LONGEST_WAIT = 600.0
+"""Largest number of seconds (Retry-After) that an API may ask to wait. If it asks for more, the stage ends."""
+_REFUSALS = 3  # after so many refusals and no answer, every request is assumed to be refused
+_SEEDS = 2**31  # some servers take no larger seed
+_SHOWN = 5  # rows that a message names
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for one answer."""
+
+    body: dict[str, Any]
+    """The fields of the request."""
+    key: str
+    """A digest of the request. It does not depend on the API's address, nor on the settings that `api.omit` names."""
+    characters: int
+    """Number of characters of the messages."""
+    row: int
+    """Number of the row in its data set, from 1. Of several rows with this request, the first one."""
+
+
+def requests(prompts: Iterable[Sequence[dict[str, Any]]], api: Api, decoding: Decoding, *, seed: int) -> list[Request]:
+    """Return the request for the answer to each prompt, in their order.
+
+    The seed of a request depends on its messages, and on the number of earlier prompts with the same messages. So it does not change if
+    other rows are removed. Greedy decoding has no seed, so that equal prompts are one request.
+
+    Args:
+        prompts: the messages of each row.
+    """
+    found, before = [], Counter[str]()
+    common = {"model": api.model, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature, "top_p": decoding.top_p}
+    for row, messages in enumerate(prompts, 1):
+        text = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+        whole = common | {"messages": [*messages]}
+        if decoding.temperature > 0:
+            digest = hashlib.sha256(f"{seed} {before[text]} {text}".encode()).digest()
+            whole["seed"] = int.from_bytes(digest[:8], "little") % _SEEDS
+            before[text] += 1
+        key = hashlib.sha256(json.dumps(whole, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+        body = {name: value for name, value in whole.items() if name not in api.omit}
+        found.append(Request(body, key, sum(len(str(message.get("content") or "")) for message in messages), row))
+    return found
+
+
+def replies_file(store: Path, model: str) -> Path:
+    """Return the file with all answers of a model behind an API. `store` is the folder of all stages."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[:60]
+    return store / "api" / f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.jsonl"
+
+
+def usable(reply: Reply) -> str:
+    """Return what is wrong with a reply as an answer to train on. Return an empty text if nothing is wrong."""
+    if reply.finish not in ("stop", "length"):
+        return f"the answer ends by `{reply.finish}`"
+    if not reply.text.strip():
+        return "the answer is empty" + ("; raise `max_new_tokens`" if reply.finish == "length" else "")
+    return ""
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Return True if an answer comes from the model that was asked. The API may add the version or the date of the model to the name."""
+    own, other = (name.rsplit("/", 1)[-1].lower() for name in (asked, answered))
+    rest = other.removeprefix(own.removesuffix("-latest"))
+    return not answered or own == other or (rest != other and re.fullmatch(r"[-@:](v?\d[\w.-]*)?(-latest)?", rest) is not None)
+
+
+class Pace:
+    """Says when the next request may be sent. Several threads may ask. Times are in seconds."""
+
+    def __init__(self, per_minute: float | None):
+        self._between, self._next, self._held, self._lock = 60 / per_minute if per_minute else 0.0, 0.0, 0.0, threading.Lock()
+
+    def delay(self, now: float) -> float:
+        """Take a turn at the time `now`. Return the time until this turn."""
+        with self._lock:
+            at = max(now, self._next)
+            self._next = at + self._between
+            return at - now
+
+    def hold(self, until: float) -> None:
+        """Let no request be sent before the time `until`."""
+        with self._lock:
+            self._held = max(self._held, until)
+
+    def held(self, now: float) -> float:
+        """Return the time until requests may be sent again. It is 0 or less if they may be sent now."""
+        return self._held - now
+
+    def turn(self, stop: threading.Event) -> bool:
+        """Wait until the next request may be sent. Return False if `stop` is set before."""
+        wait = self.delay(time.monotonic())
+        while not stop.wait(max(0.0, wait)):
+            if (wait := self.held(time.monotonic())) <= 0:
+                return True
+        return False
+
+
+class _Stopped(Exception):
+    """Another request failed, or the user stops the run."""
+
+
+@dataclass
+class Asking:
+    """Sends requests until all of them are answered, and keeps every answer."""
+
+    api: Api
+    cache: Cache
+    name: str = "the teacher"
+    """Name of the model in messages."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """What is wrong with the rows that got no usable answer."""
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pace, self.stop, self.lock = Pace(self.api.requests_per_minute), threading.Event(), threading.Lock()
+        self.answered, self.reason = 0, ""
+
+    def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
+        """Return an answer to every request. Those that the cache has are not sent.
+
+        Args:
+            look: called a few times a second with the number of finished requests. It may raise an error to stop.
+
+        Raises:
+            ConfigError: the `openai` package or the API key is missing.
+            ServerFailed: the API stopped answering, or some rows got no usable answer. All answers so far are kept.
+        """
+        distinct = {request.key: request for request in reversed(wanted)}
+        missing = [request for request in distinct.values() if self.cache.get(request.key) is None][::-1]
+        known = sum(self.cache.get(request.key) is not None for request in wanted)
+        look(known)
+        if missing:
+            client = client_of(self.api)
+            futures = in_threads(
+                missing,
+                lambda request: self._settle(client, request),
+                threads=self.api.requests,
+                stop=self.stop,
+                look=lambda: look(known + self.answered),
+            )
+            for future in futures:
+                if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable | _Stopped):
+                    raise error
+        replies = [self.cache.get(request.key) for request in wanted]
+        done = [reply for reply in replies if reply is not None]
+        if len(done) < len(replies):
+            raise ServerFailed(self._sentence(len(done), len(replies)))
+        return done
+
+    def _sentence(self, done: int, total: int) -> str:
+        saved = f"{done} of {total} answers are saved, {total - done} are missing"
+        if self.reason:
+            return f"the API {self.api.at} of {self.name} {self.reason}: {saved}; run the same command to continue"
+        rows = sorted(self.failed)
+        named = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        plural = "s" * (len(rows) != 1)
+        return (
+            f"the API {self.api.at} of {self.name} gives no usable answer to row{plural} {named} of the training set (row {rows[0]}: "
+            f"{self.failed[rows[0]]}): {saved}; run the same command to ask again, or delete the row{plural}"
+        )
+
+    def _settle(self, client: "OpenAI", request: Request) -> None:
+        try:
+            reply = self._ask(client, request)
+        except Refused as error:
+            self._refused(request, str(error))
+            return
+        except Unavailable as error:
+            self._end(str(error))
+            raise
+        if reply is not None:
+            self.cache.put(request.key, reply)
+            with self.lock:
+                self.answered += 1
+
+    def _refused(self, request: Request, why: str) -> None:
+        with self.lock:
+            self.failed[request.row] = why
+            all_refused = not self.answered and len(self.failed) >= _REFUSALS
+        if all_refused:
+            fix = " (if it does not take a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""
+            self._end(f"has given no usable answer so far: {why}{fix}")
+            raise Unavailable(why)
+
+    def _end(self, reason: str) -> None:
+        with self.lock:
+            self.reason = self.reason or reason
+        self.stop.set()
+
+    def _ask(self, client: "OpenAI", request: Request) -> Reply | None:
+        empty = ""
+        for pause in (*PAUSES, None):
+            if not self.pace.turn(self.stop):
+                raise _Stopped
+            try:
+                reply = self._checked(complete(client, request.body, self.api.key or "`api.key`, which is not set"), request)
+            except Unavailable as error:
+                wait = max(pause or 0.0, error.wait or 0.0)
+                if not error.again or pause is None or wait > LONGEST_WAIT:
+                    raise
+                if error.wait is not None:  # the limit is that of all requests
+                    self.pace.hold(time.monotonic() + wait)
+                elif self.stop.wait(wait):
+                    raise _Stopped from error
+                continue
+            if not (wrong := usable(reply)):
+                return reply
+            if empty or reply.finish != "stop":  # an empty answer is asked for once more, because each one may cost money
+                raise Refused(wrong)
+            empty = wrong
+        raise Refused(empty)
+
+    def _checked(self, reply: Reply, request: Request) -> Reply:
+        if not same_model(self.api.model, reply.model):
+            raise Unavailable(
+                f"answers as the model `{reply.model}`, but the recipe has `{self.api.model}` (write `model: {reply.model}` if this is the "
+                "model)"
+            )
+        with self.lock:
+            other = self._digests.setdefault(reply.digest, request.key)
+        if other != request.key:
+            raise Unavailable("sends the same answer to two requests", again=True)
+        return reply
+
+
+def client_of(api: Api) -> "OpenAI":
+    """Return a client of the API. Raises ConfigError if the `openai` package is missing, or if the variable with the key is not set."""
+    if api.key is None and api.at.startswith(PUBLIC):
+        raise ConfigError(f"{PUBLIC} needs an API key; name the environment variable with your key in `api.key`")
+    return connect(api.at, timeout=api.seconds, retries=0, variable=api.key or "", needed=api.key is not None, extra="api")

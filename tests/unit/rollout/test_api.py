@@ -1,0 +1,261 @@
+"""The requests to a teacher behind an API, against an endpoint of this machine with the faults of real ones."""
+
+import json
+import threading
+
+import pytest
+from tests.unit.judge.fake import as_json, error, serve
+
+from tadistill.config.api import Api
+from tadistill.config.common import Decoding
+from tadistill.errors import ConfigError, ServerFailed, StoreError
+from tadistill.models.replies import open_cache, peek
+from tadistill.rollout import api as module
+from tadistill.rollout.api import Asking, Pace, replies_file, requests, same_model
+
+PROMPTS = [[{"role": "user", "content": f"Say {i}"}] for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(module, "PAUSES", (0.0, 0.0))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "THE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def reply(number, text="", finish="stop", model="m", **more):
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
+    usage = {"prompt_tokens": 10, "completion_tokens": 3}
+    return as_json(
+        {"id": f"chat-{number}", "object": "chat.completion", "created": 0, "model": model, "choices": [choice], "usage": usage} | more
+    )
+
+
+def honest(number, text):
+    return reply(number, f"{text}: yes")
+
+
+def asked(fake, path, prompts=PROMPTS, seed=1, decoding=None, **settings):
+    api = Api(at=fake.url, model="m", seconds=20, **({"requests": 2} | settings))
+    wanted = requests(prompts, api, decoding or Decoding(max_new_tokens=8), seed=seed)
+    with open_cache(path) as cache:
+        return Asking(api, cache, "`m`").all(wanted)
+
+
+def test_every_answer_comes_once_and_is_kept(tmp_path):
+    seen = []
+    with serve(honest) as fake:
+        found = asked(fake, tmp_path / "a.jsonl")
+        again = asked(fake, tmp_path / "a.jsonl")
+        assert [r.text for r in found] == [r.text for r in again] == [f"Say {i}: yes" for i in range(6)]
+        assert len(fake.asked) == 6
+        seen = [(body["temperature"], body["top_p"], body["max_tokens"], body["model"]) for body in fake.bodies]
+        assert len({body["seed"] for body in fake.bodies}) == 6
+        asked(fake, tmp_path / "a.jsonl", PROMPTS[2:])  # other rows, the same requests
+        assert len(fake.asked) == 6
+        asked(fake, tmp_path / "a.jsonl", seed=2)
+        assert len(fake.asked) == 12
+    assert set(seen) == {(1.0, 1.0, 8, "m")}
+    assert [(r.tokens_in, r.tokens_out, r.finish) for r in again] == [(10, 3, "stop")] * 6
+
+
+def test_equal_prompts_are_one_request_only_without_randomness(tmp_path):
+    twice = [PROMPTS[0], PROMPTS[0]]
+    with serve(lambda number, text: reply(number, f"answer {number}")) as fake:
+        drawn = asked(fake, tmp_path / "a.jsonl", twice, requests=1)
+        greedy = asked(fake, tmp_path / "a.jsonl", twice, decoding=Decoding(temperature=0))
+        assert "seed" not in fake.bodies[-1]
+    assert [r.text for r in drawn] == ["answer 0", "answer 1"]
+    assert [r.text for r in greedy] == ["answer 2", "answer 2"]
+
+
+def test_omitted_settings_are_not_sent_and_change_no_key(tmp_path):
+    with serve(honest) as fake:
+        asked(fake, tmp_path / "a.jsonl", omit=("seed", "top_p"))
+        asked(fake, tmp_path / "a.jsonl")
+    assert len(fake.bodies) == 6
+    assert not {"seed", "top_p"} & fake.bodies[0].keys()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(429, "slow down", retry_after="0.01"),
+        error(500, "oh"),
+        (200, {"content-type": "application/json"}, b'{"choices": [{"mess'),
+        as_json({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}),
+        as_json({"choices": [{"message": {"content": "a"}}, {"message": {"content": "b"}}]}),
+        reply(0, ""),
+    ],
+    ids=["429", "500", "half", "no choice", "two choices", "empty"],
+)
+def test_a_fault_that_passes_is_no_fault(tmp_path, fault):
+    with serve(lambda number, text: fault if number == 2 else honest(number, text)) as fake:
+        found = asked(fake, tmp_path / "a.jsonl")
+        assert len(fake.asked) == 7
+    assert [r.text for r in found] == [f"Say {i}: yes" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (error(429, "quota", retry_after="0"), r"rate limit or out of quota \(429\)"),
+        (error(429, "quota", retry_after="9999"), "asks to wait 9999 s"),
+        (error(503, "down"), "answers 503"),
+        (error(401, "no"), "does not accept the key in `api.key`, which is not set"),
+        (error(404, "no m here"), "does not know the model or the path"),
+        (as_json({}, 307, location="http://127.0.0.1:9/v1"), "redirects to http://127.0.0.1:9/v1; write the address"),
+        ((200, {"content-type": "text/html"}, b"<html>"), "not a chat completion"),
+        (reply(9, "hello", model="other"), "answers as the model `other`, but the recipe has `m`"),
+        (reply(9, "the same for all"), "sends the same answer to two requests"),
+    ],
+)
+def test_a_fault_that_stays_is_one_sentence_and_what_was_paid_is_kept(tmp_path, fault, message):
+    path, whole = tmp_path / "a.jsonl", 3
+    with serve(lambda number, text: honest(number, text) if number < whole else fault) as fake, pytest.raises(ServerFailed) as caught:
+        asked(fake, path, requests=1)
+    kept = len(peek(path))
+    text = str(caught.value)
+    assert f"{kept} of 6 answers are saved, {6 - kept} are missing; run the same command to continue" in text
+    assert kept in (whole, whole + 1)  # one of the equal answers belongs to its request
+    assert "\n" not in text
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(text)
+    with serve(honest) as fake:
+        assert len(asked(fake, path)) == 6
+        assert len(fake.asked) == 6 - kept
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (error(400, "too long"), r"row 3: answers 400 \(too long\)"),
+        (reply(9, "", "length"), "row 3: the answer is empty; raise `max_new_tokens`"),
+        (reply(9, "I can", "content_filter"), "row 3: the answer ends by `content_filter`"),
+        (reply(9, None, "tool_calls"), "row 3: the answer ends by `tool_calls`"),
+        (reply(9, " "), "row 3: the answer is empty"),
+    ],
+)
+def test_a_row_without_an_answer_does_not_stop_the_others(tmp_path, fault, message):
+    path = tmp_path / "a.jsonl"
+    with serve(lambda number, text: fault if text == "Say 2" else honest(number, text)) as fake:
+        with pytest.raises(ServerFailed, match=message) as caught:
+            asked(fake, path)
+        assert "gives no usable answer to row 3 of the training set" in str(caught.value)
+        assert len(peek(path)) == 5
+        assert len(fake.asked) <= 7  # an empty answer is asked for twice
+
+
+def test_settings_that_are_refused_end_the_stage_at_once(tmp_path):
+    with serve(lambda number, text: error(422, "extra field `seed`")) as fake:
+        with pytest.raises(ServerFailed, match=r"no usable answer so far.*seed.*api\.omit.*0 of 6 answers"):
+            asked(fake, tmp_path / "a.jsonl", requests=1)
+        assert len(fake.asked) == 3
+
+
+def test_cut_answers_are_marked(tmp_path):
+    with serve(lambda number, text: reply(number, text, "length" if text == "Say 1" else "stop")) as fake:
+        asked(fake, tmp_path / "a.jsonl")
+        found = asked(fake, tmp_path / "a.jsonl")
+    assert [r.finish for r in found] == ["stop", "length", "stop", "stop", "stop", "stop"]
+
+
+def test_half_a_line_of_a_killed_process_is_asked_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with serve(honest) as fake:
+        asked(fake, path)
+        path.write_bytes(path.read_bytes()[:-9])
+        assert len(asked(fake, path)) == 6
+        assert len(fake.asked) == 7
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 6
+
+
+def test_two_processes_pay_once(tmp_path):
+    path, found = tmp_path / "a.jsonl", []
+
+    def other():
+        with open_cache(path, lambda: None) as cache:
+            found.extend(Asking(api, cache).all(wanted))
+
+    with serve(honest) as fake:
+        api = Api(at=fake.url, model="m")
+        wanted = requests(PROMPTS, api, Decoding(max_new_tokens=8), seed=1)
+        second = threading.Thread(target=other)
+        with open_cache(path) as cache:
+            second.start()
+            with pytest.raises(StoreError, match="another process"), open_cache(path):
+                pass
+            Asking(api, cache).all(wanted)
+        second.join()
+        assert len(fake.asked) == len(found) == 6
+
+
+def test_a_stopped_run_keeps_the_answers_on_their_way(tmp_path):
+    class Enough(Exception):
+        pass
+
+    path, begun, go = tmp_path / "a.jsonl", threading.Barrier(3), threading.Event()
+
+    def slow(number, text):
+        begun.wait(timeout=10)
+        go.wait(timeout=10)
+        return honest(number, text)
+
+    def look(done):
+        if begun.n_waiting == 2:
+            begun.wait(timeout=10)
+            go.set()
+            raise Enough
+
+    with serve(slow) as fake, open_cache(path) as cache:
+        api = Api(at=fake.url, model="m", requests=2)
+        wanted = requests(PROMPTS, api, Decoding(max_new_tokens=8), seed=1)
+        with pytest.raises(Enough):
+            Asking(api, cache).all(wanted, look)
+    assert len(fake.asked) == len(peek(path)) == 2
+
+
+def test_the_key_is_sent_and_never_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "top-secret-1")
+    with serve(honest) as fake:
+        asked(fake, tmp_path / "a.jsonl", key="THE_KEY")
+    assert "top-secret-1" not in (tmp_path / "a.jsonl").read_text()
+    monkeypatch.delenv("THE_KEY")
+    with serve(honest) as fake, pytest.raises(ConfigError, match="set the environment variable THE_KEY"):
+        asked(fake, tmp_path / "b.jsonl", key="THE_KEY")
+    with pytest.raises(ConfigError, match=r"name the environment variable with your key in `api\.key`"):
+        module.client_of(Api(at="https://api.openai.com/v1", model="m"))
+
+
+def test_the_pace_is_the_limit_of_all_threads():
+    pace = Pace(30)
+    assert [pace.delay(100.0) for _ in range(3)] == [0.0, 2.0, 4.0]
+    assert pace.delay(107.0) == 0.0
+    pace.hold(110.0)
+    assert pace.held(107.5) == 2.5
+    assert pace.held(111.0) < 0
+    assert [Pace(None).delay(5.0) for _ in range(2)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "answered", "same"),
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("gpt-4o", "gpt-4o-mini", False),
+        ("gpt-4o", "gpt-4o-mini-2024-07-18", False),
+        ("large-latest", "large-2411", True),
+        ("org/Model-7B", "model-7b", True),
+        ("m", "", True),
+        ("m", "mm", False),
+        ("m", "n", False),
+    ],
+)
+def test_names_of_one_model(name, answered, same):
+    assert same_model(name, answered) == same
+
+
+def test_each_model_has_its_own_file(tmp_path):
+    names = ["org/a", "org-a", "Ö", "x" * 300]
+    files = [replies_file(tmp_path, name) for name in names]
+    assert len(set(files)) == 4
+    assert all(file.parent == tmp_path / "api" and len(file.name) < 90 for file in files)
