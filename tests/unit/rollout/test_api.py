@@ -2,6 +2,7 @@
 
 import json
 import threading
+from typing import Any
 
 import pytest
 from tests.unit.judge.fake import as_json, error, serve
@@ -23,7 +24,7 @@ def _quick(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def reply(number, text="", finish="stop", model="m", **more):
+def reply(number, text: str | None = "", finish="stop", model="m", **more):
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
     usage = {"prompt_tokens": 10, "completion_tokens": 3}
     return as_json(
@@ -36,7 +37,8 @@ def honest(number, text):
 
 
 def asked(fake, path, prompts=PROMPTS, seed=1, decoding=None, **settings):
-    api = Api(at=fake.url, model="m", seconds=20, **({"requests": 2} | settings))
+    given: Any = {"requests": 2} | settings
+    api = Api(at=fake.url, model="m", seconds=20, **given)
     wanted = requests(prompts, api, decoding or Decoding(max_new_tokens=8), seed=seed)
     with open_cache(path) as cache:
         return Asking(api, cache, "`m`").all(wanted)
