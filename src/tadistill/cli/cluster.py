@@ -33,7 +33,7 @@ def fetch(
     loaded, root = read_recipe(recipe, overrides), runs_directory(runs)
     fetch_recipe(loaded, root, console)
     if answers:
-        from tadistill.runner.apis import ask_now  # here: it imports torch
+        from tadistill.runner.apis import ask_now
 
         ask_now(loaded, store_of(root), console)
 

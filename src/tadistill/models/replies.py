@@ -16,8 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
 from tadistill.errors import StoreError
 from tadistill.models.chat import Reply
 
@@ -68,6 +66,8 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
     Raises:
         StoreError: another process has opened the file, or a line of it is damaged.
     """
+    from filelock import FileLock, Timeout  # imported here because it loads asyncio, and a plan needs no lock
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")

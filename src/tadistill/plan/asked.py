@@ -4,7 +4,7 @@ An `ask` stage sends one request for each row of the training set. The requests 
 before the first one is sent: from the number of characters of the prompts, and from the length of the reference answers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ from tadistill.config.api import Api
 from tadistill.data.contexts import messages
 from tadistill.data.rows import Example
 from tadistill.data.survey import survey
+from tadistill.data.turns import without_thinking
 from tadistill.errors import ConfigError
 from tadistill.models.chat import estimated_tokens
 from tadistill.plan.specs import AskSpec
+from tadistill.rollout.api import Request, requests
 from tadistill.store import Store
 
 if TYPE_CHECKING:
@@ -39,6 +41,15 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
         raise ConfigError(
             f"data.train.columns names `tools`, but the API of `{min(apis)}` is asked for text, and not for calls of tools; remove `tools`"
         )
+
+
+def wanted_of(spec: AskSpec, examples: Iterable[Example]) -> list[Request]:
+    """Return the request of each row of the training set. Raises DataError if a row has no column for a placeholder of the `context`."""
+    rows = map(without_thinking, examples) if spec.data.thinking == "drop" else examples
+    api, name = spec.teacher.api, f"data set `{spec.train.ref.name}`"
+    assert api is not None
+    prompts = (messages(example, spec.data.context, f"{name}, row {row}") for row, example in enumerate(rows, 1))
+    return requests(prompts, api, spec.sampler, seed=spec.seed or 0)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from tadistill.errors import ServerFailed, TadistillError
 from tadistill.models.chat import Unavailable, knock
 from tadistill.models.replies import peek
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.plan.asked import Estimate
+from tadistill.plan.asked import Estimate, wanted_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.specs import AskSpec
 from tadistill.plan.task import make_task
 from tadistill.rollout.api import client_of, replies_file, same_model
 from tadistill.runner.processes import run_in_processes
-from tadistill.stages.teacher import wanted_of
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -64,7 +63,7 @@ def _left(plan: Plan, store: Store, stages: Iterable[Stage]) -> dict[str, _Left]
         assert api is not None
         examples = datasets.read(spec.train.ref, spec.train.role, world=data.world, root=data.root, limit=spec.train.limit)
         kept, left = peek(replies_file(store.root, api.model)), found.setdefault(stage.model, _Left(api))
-        rows = [(request.key, example) for request, example in zip(wanted_of(spec, api, examples), examples, strict=True)]
+        rows = [(request.key, example) for request, example in zip(wanted_of(spec, examples), examples, strict=True)]
         new = {key: example for key, example in rows if key not in kept and key not in seen}
         left.cached += len({key for key, _ in rows if key in kept} - seen)
         seen |= {key for key, _ in rows}

@@ -28,6 +28,7 @@ from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
+from tadistill.runner.apis import announced
 from tadistill.runner.processes import prepared
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
@@ -60,7 +61,6 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     jobs = 0
     if missing:
         with prepared(), console.working("checking models and data"):
-            from tadistill.runner.apis import announced
             from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
             jobs = check_study(recipe, console, missing)

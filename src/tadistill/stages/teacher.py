@@ -15,16 +15,12 @@ from typing import Any
 import torch
 
 from tadistill.config import Evaluate
-from tadistill.config.api import Api
 from tadistill.data.batch import references, responses
-from tadistill.data.contexts import messages
 from tadistill.data.counts import Counts
 from tadistill.data.handover import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
 from tadistill.data.prompts import Rules
-from tadistill.data.rows import Example
 from tadistill.data.templates import EvalSet
 from tadistill.data.token_bytes import token_bytes
-from tadistill.data.turns import without_thinking
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
@@ -34,9 +30,10 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.replies import open_cache
 from tadistill.models.teacher import teacher_of
+from tadistill.plan.asked import wanted_of
 from tadistill.plan.inputs import TokenizerFiles
 from tadistill.plan.specs import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
-from tadistill.rollout.api import Asking, Request, replies_file, requests
+from tadistill.rollout.api import Asking, replies_file
 from tadistill.rollout.signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
@@ -86,7 +83,7 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
     spec = context.spec
     api = spec.teacher.api
     assert api is not None
-    wanted = wanted_of(spec, api, list(context.examples(spec.train)))
+    wanted = wanted_of(spec, context.examples(spec.train))
 
     def waiting() -> None:
         context.progress(0, len(wanted), f"another process asks {api.model}")
@@ -105,14 +102,6 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
     models = dict(Counter(reply.model for reply in replies if reply.model))
     found: dict[str, Any] = {"answers": len(answers), "cut": sum(not answer.ended for answer in answers)}
     return found | (tokens if reported else dict.fromkeys(tokens)) | {"models": models}
-
-
-def wanted_of(spec: AskSpec, api: Api, examples: list[Example]) -> list[Request]:
-    """Return the request of each row of the training set. Raises DataError if a row has no column for a placeholder of the `context`."""
-    rows = map(without_thinking, examples) if spec.data.thinking == "drop" else examples
-    name = f"data set `{spec.train.ref.name}`"
-    prompts = (messages(example, spec.data.context, f"{name}, row {row}") for row, example in enumerate(rows, 1))
-    return requests(prompts, api, spec.sampler, seed=spec.seed or 0)
 
 
 def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:

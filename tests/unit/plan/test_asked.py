@@ -13,14 +13,13 @@ from tadistill.data.contexts import messages
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.replies import Reply, open_cache
 from tadistill.plan.arms import make_plan
-from tadistill.plan.asked import asked_notes, check_asked
+from tadistill.plan.asked import asked_notes, check_asked, wanted_of
 from tadistill.plan.specs import AskSpec, RetokeniseSpec
 from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock
 from tadistill.rollout.api import replies_file
 from tadistill.runner.apis import announced, examined
 from tadistill.runner.study import describe
-from tadistill.stages.teacher import wanted_of
 from tadistill.store import Store
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -156,7 +155,7 @@ def test_the_api_reads_messages_of_the_context():
     plan = make_plan(recipe(method={"name": "seqkd", "context": {"system": "Be brief.", "template": "{instruction}!"}}))
     (stage, _) = of_kind(plan, AskSpec)
     examples = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
-    wanted = wanted_of(stage.spec, stage.spec.teacher.api, examples)
+    wanted = wanted_of(stage.spec, examples)
     first = examples[0].instruction
     assert wanted[0].body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{first}!"}]
     assert (wanted[0].row, len(wanted)) == (1, 20)
@@ -168,7 +167,7 @@ def test_before_a_run_only_missing_answers_are_counted(tmp_path, monkeypatch):
         plan, store = make_plan(recipe(api=API | {"at": fake.url})), Store(tmp_path)
         stages = of_kind(plan, AskSpec)
         examples = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
-        wanted = wanted_of(stages[0].spec, stages[0].spec.teacher.api, examples)
+        wanted = wanted_of(stages[0].spec, examples)
         with open_cache(replies_file(tmp_path, "big")) as cache:
             for request in wanted[:15]:
                 cache.put(request.key, Reply("a", 1, 1))
