@@ -101,7 +101,7 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
         where = f"{name} ({model.api.model} at {model.api.at})"
         done = "All its answers are in the store."
         if left:
-            first, *others = (Estimate.of(spec, rows.sample, rows.rows) for spec in left)
+            first, *others = (Estimate.of(spec, rows.sample, min(rows.rows, spec.train.limit or rows.rows)) for spec in left)
             total = sum(others, first)
             sets = "1 set" if len(left) == 1 else f"{len(left)} sets"
             done = f"At most {total.requests:,} requests for {sets} of answers: {total.text(model.api)}."

@@ -188,8 +188,8 @@ class AskSpec(Spec):
     train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return an empty cost, because nobody knows the FLOPs of a model behind an API."""
-        return Cost(elsewhere=True)
+        """Return the number of tokens that are asked of the model. Nobody knows the FLOPs of a model behind an API."""
+        return ledger.ask(self.sampler, limit=self.train.limit)
 
 
 class RetokeniseSpec(Spec):

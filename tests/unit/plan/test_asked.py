@@ -191,3 +191,13 @@ def test_the_settings_of_a_request_are_those_of_the_sampler():
     (stage, _) = of_kind(plan, AskSpec)
     assert stage.spec.sampler == Decoding(temperature=0.5, top_p=0.9, max_new_tokens=9)
     assert stage.spec.teacher.api == Api.model_validate(API)
+
+
+def test_a_teacher_budget_counts_the_tokens_that_are_asked():
+    half = {"path": "api > s", "sampler": {"type": "teacher", "max_new_tokens": 2}}
+    plan = make_plan(recipe({"short": half, "direct": {"path": "api > s", "teacher_budget": "as short"}}))
+    short, direct = plan.arms
+    limits = {arm: stage.spec.train.limit for stage in of_kind(plan, AskSpec) for arm in stage.arms}
+    assert limits["short"] == 20
+    assert limits["direct"] < 20
+    assert direct.asked == pytest.approx(short.asked, rel=0.1)

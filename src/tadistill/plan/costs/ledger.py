@@ -143,6 +143,11 @@ class Ledger(ModelSizes):
         kind = key_of(["generate", asdict(model.size), decoding.model_dump(include=set(Decoding.model_fields), exclude=later)])
         return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind, asked=answers.mean_response * count)
 
+    def ask(self, decoding: Decoding, *, limit: int | None = None) -> Cost:
+        """Predict the number of answer tokens that are asked of a model behind an API, in tokens of the students. `limit` is as in
+        `generate`."""
+        return Cost(elsewhere=True, asked=self.train.answered(decoding.max_new_tokens).mean_response * self.rows * self._share(limit))
+
     def _share(self, limit: int | None) -> float:
         return 1.0 if limit is None else min(1.0, limit / self.rows)
 
