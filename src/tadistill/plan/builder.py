@@ -11,7 +11,7 @@ from tadistill.config.method import Optim, Select
 from tadistill.config.over_spans import over_spans
 from tadistill.data import datasets
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
-from tadistill.errors import ConfigError, NotHere
+from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import sources
 from tadistill.models.counting import shapes
 from tadistill.plan import specs
@@ -62,9 +62,10 @@ class StageBuilder:
             seed: the seed that the report shows for the stage.
             teachers: names of the stage's teachers, from big to small.
         """
+        readers = self.tokens.readers(model)
         try:
-            read_by = [self.tokens.readers(name) for name in (model, *teachers[:1])]
-            cost = spec.cost(self.ledger.of(*read_by), model, teachers)
+            with about(f"models.{model}" if readers else ""):
+                cost = spec.cost(self.ledger.of(readers, *map(self.tokens.readers, teachers[:1])), model, teachers)
         except NotHere:
             cost = None
         return self.graph.add(spec, label, model, seed, cost, teachers)

@@ -16,7 +16,7 @@ from tadistill.config import Method
 from tadistill.config.common import Decoding
 from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
-from tadistill.errors import NotHere
+from tadistill.errors import NotHere, about
 from tadistill.plan import specs
 from tadistill.plan.edges import check_writer
 from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output
@@ -133,10 +133,14 @@ def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Out
 
 def _tokens_of(stages: "StageBuilder", writer: str, learner: str, most: int) -> int:
     # the largest number of the learner's tokens in an answer of `most` tokens of the writer: in proportion, as in the references
-    try:
-        mine, theirs = (stages.ledger.of(stages.tokens.readers(name)).train.mean_response for name in (learner, writer))
-    except NotHere:
-        return most
+    lengths = []
+    for name in (learner, writer):
+        try:
+            with about(f"models.{name}"):
+                lengths.append(stages.ledger.of(stages.tokens.readers(name)).train.mean_response)
+        except NotHere:
+            return most
+    mine, theirs = lengths
     return max(1, round(most * mine / theirs))
 
 

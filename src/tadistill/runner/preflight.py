@@ -34,7 +34,7 @@ from tadistill.plan.task import host_bytes, layout, original_teacher, process_by
 from tadistill.plan.throughput import cores
 from tadistill.runner import devices, processes
 from tadistill.runner.servers import check_teachers
-from tadistill.runner.splits import check_texts, read_splits, rows_notes, script_notes, trains
+from tadistill.runner.splits import Read, check_readable, check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence
 
 _LESS_MEMORY = (
@@ -93,7 +93,12 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     for family in families:
         check_same_tokenizer({name: tokenizers[name] for name in family})
     readers = {name: _reader(family, tokenizers) for family in families for name in family}
-    read = {name: read_splits(recipe, tokenizers[name], plan.tokens, name) for name in dict.fromkeys(readers.values())}
+    read: dict[str, Read] = {}
+    for name in dict.fromkeys(readers.values()):
+        with about(f"models.{name}" if len(families) > 1 else ""):
+            read[name] = read_splits(recipe, tokenizers[name], plan.tokens, name)
+    if teacher:
+        check_readable(read)
     shared = {name: min(max(tokenizers[n].get_vocab().values()) for n in family) + 1 for family in families for name in family}
     for name in used:
         reader = readers[name]

@@ -201,6 +201,24 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
         raise ConfigError(*problems)
 
 
+def check_readable(read: Mapping[str, Read]) -> None:
+    """Check that each tokenizer of a study with several ones knows the characters of the data.
+
+    Args:
+        read: the splits as each tokenizer reads them, by the name of a model.
+
+    Raises:
+        DataError: most tokens of a split's prompts are the unknown token of a tokenizer.
+    """
+    for name, of_model in read.items() if len(read) > 1 else ():
+        for (role, data), counts in of_model.counts.items():
+            if 2 * counts.unknown > counts.tokens:
+                raise DataError(
+                    f"models.{name}: its tokenizer cannot read {data} ({role}): {counts.unknown_text}; choose a model whose tokenizer has "
+                    "the characters of this text"
+                )
+
+
 def trains(recipe: Recipe) -> bool:
     """Return True if a recipe trains a model."""
     return bool(methods(recipe)) or any(model.sft for model in recipe.models.values())

@@ -100,20 +100,25 @@ def _ids_of(model: ModelConfig, world: World) -> Ids | None:
 
 
 def vocabulary(model: ModelConfig, world: World) -> int | None:
-    """Return the vocabulary size of a model's tokenizer. Return None if its tokenizer.json is not on this disk."""
+    """Return the vocabulary size of a model's tokenizer. Return None if no JSON file on this disk has its tokens."""
     if model.tokenizer_source in TOKENIZERS:
         return len(world_vocabulary(model.tokenizer_source, seed=world.seed, people=world.people))
-    file = _tokenizer_file(model)
-    if file is None:
-        return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
+    if file := _tokenizer_file(model):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
+    directory = _directory(model)
+    found = tokens.vocabulary_of(directory) if directory else None
+    return len(found) if found else None
+
+
+def _directory(model: ModelConfig) -> Path | None:
+    source = model.tokenizer_source
+    assert source is not None
+    return sources.locate(source, model.revision, weights=False)
 
 
 def _tokenizer_file(model: ModelConfig) -> Path | None:
-    source = model.tokenizer_source
-    assert source is not None
-    directory = sources.locate(source, model.revision, weights=False)
+    directory = _directory(model)
     file = directory / "tokenizer.json" if directory else None
     return file if file and file.is_file() else None
 
