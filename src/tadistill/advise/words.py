@@ -298,7 +298,7 @@ def verdict_line(advice: Advice) -> str:
 
 
 def basis_line(report: Report) -> str:
-    """Return a line that says on how many earlier chains and families the verdict is based."""
+    """Return a line with the numbers of earlier chains and families on which the verdict is based."""
     advice = report.advice
     if not advice.pairs:
         return "no history: differences come from the prior, which assumes no effect on average"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def over_spans(method: "Method") -> "Method":
-    """Return a method whose loss needs a teacher in the form that it has if this teacher has another tokenizer than the student.
+    """Return the form that a method has if teacher and student have different tokenizers.
 
     Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student, which does not exist.
     So the reward of the sampled span is a part of the return of each of its tokens, in place of this term.
@@ -27,20 +27,28 @@ def over_spans(method: "Method") -> "Method":
         raise ConfigError(f"objective `{objective.label}` {objective.only_by_token}")
     if sampler.guided:
         fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
-        raise ConfigError(f"with sampler `{sampler.label}`, both models sample one text together, token by token; {fix}")
+        raise ConfigError(
+            f"sampler `{sampler.label}` needs one tokenizer for both models, which sample one text together, token by token; {fix}"
+        )
     if method.signal:
         key = "recorded" if method.recorded_text else "signal"
-        raise ConfigError(f"sampler.signal `{method.signal.type}` records the teacher's outputs at the student's tokens; remove `{key}`")
+        raise ConfigError(
+            f"sampler.signal `{method.signal.type}` needs one tokenizer for both models, because it records the teacher's "
+            f"outputs at the student's tokens; remove `{key}`"
+        )
     if method.dense:
-        raise ConfigError("`dense` averages distributions over the same tokens; remove `dense`")
+        raise ConfigError("`dense` needs one tokenizer for all models, because it averages their distributions over tokens; remove `dense`")
     if method.select.metric == "reverse_kl":
-        raise ConfigError("select.metric `reverse_kl` compares both models token by token; set `select.metric` to `loss` or `rouge_l`")
+        raise ConfigError(
+            "select.metric `reverse_kl` needs one tokenizer for both models, because it compares them token by token; set "
+            "`select.metric` to `loss` or `rouge_l`"
+        )
     if not isinstance(objective, MiniLLM):
         return method
     if objective.needs_corpus and objective.pt_kd_ratio > 0:
         raise ConfigError(
-            f"objective.pt_kd_ratio is {objective.pt_kd_ratio:g}, and its forward KL on plain text compares single tokens; set "
-            "`objective.pt_kd_ratio: 0`"
+            f"objective.pt_kd_ratio {objective.pt_kd_ratio:g} needs one tokenizer for both models, because its forward KL compares "
+            "single tokens; set `objective.pt_kd_ratio: 0`"
         )
     normalised = "remaining" if objective.length_normalisation == "after" else objective.length_normalisation
     changes = {"single_step": False, "include_current": True, "length_normalisation": normalised}

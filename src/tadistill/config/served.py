@@ -129,4 +129,4 @@ def _check_top_k(name: str, serve: Serve, method: Method) -> None:
         raise ConfigError(f"objective `{objective.label}` {what}, but {sends}, {fix}")
     tempered = isinstance(objective, Divergence) and objective.temperature != 1 and method.signal is None
     if tempered and serve.tail == "lump":
-        raise ConfigError(f"`tail: lump` needs objective.temperature 1, and {sends}, `temperature: 1`, or `tail: drop`")
+        raise ConfigError(f"serve.tail `lump` needs objective.temperature 1, because {sends}, `temperature: 1`, or `tail: drop`")

@@ -49,7 +49,7 @@ class Answer:
 
 
 def said(row: int, ids: Seq[int], writer: TokenBytes) -> tuple[Answer, str | None]:
-    """Return the text of sampled token ids, and why it stops early: `bytes` (not UTF-8) or `token` (a special one). None if it does not."""
+    """Return the text of sampled token ids, and the reason if the text stops early: `bytes` (not UTF-8) or `token` (a special token)."""
     ended = bool(ids) and ids[-1] in writer.ends
     body = [*ids[:-1]] if ended else [*ids]
     ordinary = next((k for k, i in enumerate(body) if not _is_text(i, writer)), len(body))
@@ -89,7 +89,7 @@ def read_texts(file: Path) -> Iterator[Answer]:
 
 @dataclass(frozen=True)
 class Retokenised:
-    """A part of a model's answers, as a student reads them."""
+    """Some answers of a model, as token ids of a student with another tokenizer."""
 
     encoded: tuple[Encoded, ...]
     """Prompts and answers as token ids of the student."""
@@ -104,17 +104,17 @@ class Retokenised:
 def retokenised(
     examples: Iterable[Example], answers: Iterable[Answer], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str
 ) -> Iterator[Retokenised]:
-    """Yield the answers, encoded behind the student's own prompts, in parts.
+    """Encode the answers with the student's tokenizer, after the student's own prompts. Yield them in parts.
 
     An answer that is too long for `max_length` is cut and does not end, or is left out with `long_responses: drop`. An empty answer that
     has not ended is left out.
 
     Args:
         examples: all rows of the split, in order.
-        rules: the student's rules. Answers are learnt as they are: they have one turn, and their thinking counts.
+        rules: the student's rules. The student learns an answer as it is: one turn, with its thinking.
 
     Raises:
-        DataError, ModelError: as in `data.templates.encode`, except that no row may be left.
+        DataError, ModelError: as in `data.templates.encode`. But it is no error if no row is left.
     """
     rules = replace(rules, turns="answer", long_responses="drop" if rules.long_responses == "drop" else "cut", context=None)
     # an answer that was cut has no end token, so one more token fits, which is then removed

@@ -36,7 +36,7 @@ _NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "tokens", "left_out
 
 @dataclass(frozen=True, eq=False)
 class SecondReading:
-    """A response in the teacher's tokens, and the spans of both readings."""
+    """A response in the teacher's tokens, and the spans of both tokenisations."""
 
     ids: np.ndarray
     """The teacher's tokens, int32."""
@@ -129,13 +129,14 @@ class _Reread(Seq["Sequence"]):
 
 
 class Behind(Seq[Row]):
-    """Rows or responses of a student, with the prompts of a teacher that has another tokenizer.
+    """Rows or responses of a student, together with the prompts of a teacher that has another tokenizer.
 
     A row that only the student can read is left out. `left_out` is their number.
     """
 
     def __init__(self, rows: Seq[Row], numbers: np.ndarray, of_teacher: Seq["Encoded"]):
-        """`numbers` are the places of the rows in the split of which `of_teacher` is an encoding, each once."""
+        """`numbers` are the indices of the rows in their split, each once. `of_teacher` are rows of the same split, encoded for the
+        teacher."""
         self._rows, self._of_teacher = rows, of_teacher
         _, mine, theirs = np.intersect1d(numbers, row_numbers(of_teacher), assume_unique=True, return_indices=True)
         order = np.argsort(mine)
@@ -185,13 +186,15 @@ def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
 
 
 def runs(counts: np.ndarray, start: int) -> tuple[tuple[int, int], ...]:
-    """Return the runs of True, as pairs (first, after the last) counted from `start`. Return one empty pair if there is none."""
+    """Return the start and the end of each run of True values. The first value has the index `start`. Without a True value, return one
+    empty run."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], counts, [0]]))) + start
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)) or ((start, start),)
 
 
 def at_span_ends(sequence: "Sequence", scores: np.ndarray) -> np.ndarray:
-    """Return the sum of the teacher's `scores` in each span, at the last of the student's tokens in the span. All other tokens have 0.
+    """Return one value per token of the student. The last token of a span has the sum of the teacher's `scores` in the span. All other
+    tokens have 0.
 
     Args:
         scores: one float per token of the second reading that is in a span.

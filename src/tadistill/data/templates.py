@@ -133,7 +133,8 @@ class Encoder:
         self.reader, self.unknown = TurnReader(rules, tokenizer), _unknown(tokenizer)
 
     def part(self, examples: dict[int, Example]) -> tuple[list[Encoded], Counter[str], list[int]]:
-        """Return the encoded examples, numbers for `Counts`, and the lengths of all prompts. `examples` have their indices as keys."""
+        """Encode examples, given by their row numbers. Return the encoded examples, numbers to add to `Counts`, and the lengths of all
+        prompts."""
         if self.rules.thinking == "drop":
             examples = {row: without_thinking(example) for row, example in examples.items()}
         turns = [self.reader.turns(example, self._where(row)) for row, example in examples.items()]

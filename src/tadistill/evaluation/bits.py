@@ -24,7 +24,7 @@ def bits_per_byte(nats: Seq[np.ndarray], sizes: Seq[int]) -> np.ndarray:
 
 
 def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq[int]) -> list[int]:
-    """Return the number of bytes of each first reference. If a part of a reference was cut or does not count, only the rest has bytes.
+    """Return the number of bytes of each first reference. Parts of a reference that were cut, or do not count in the loss, are left out.
 
     Raises:
         DataError: the tokenizer does not say which text its tokens cover, and a reference was cut.
@@ -43,7 +43,8 @@ def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq
 
 
 def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of the references that are the tokenizer's unknown token. Its bytes are then not predicted."""
+    """Return the number of tokens of the references that are the tokenizer's unknown token. Such a token does not predict the bytes of its
+    text."""
     unknown = tokenizer.unk_token_id
     # GPT-2 names its EOS here, although it can read every byte
     return 0 if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else sum(e.response.count(unknown) for e in data.encoded)  # type: ignore[arg-type]

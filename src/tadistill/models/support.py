@@ -117,7 +117,7 @@ def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _check_type(kind: Any, model: str) -> None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise _refusal(model, kind, "is no causal language model of this version of transformers")
+        raise _refusal(model, kind, "is not a causal language model of this version of transformers")
     if kind in REFUSED:
         raise _refusal(model, kind, REFUSED[kind])
 

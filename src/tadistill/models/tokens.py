@@ -126,7 +126,7 @@ class Vocabulary:
     def extra(self, other: "Vocabulary") -> tuple[dict[str, int], dict[str, int]] | None:
         """Return the tokens that only one of two tokenizers has, for each of them. Return None if both read text differently.
 
-        Both read text alike if their ordinary tokens have the same ids, and if the extra tokens are added tokens behind all shared ones.
+        They read text in the same way if their ordinary tokens have the same ids, and if the extra tokens are added tokens with higher ids.
         """
         alone = self.ids.items() - other.ids.items(), other.ids.items() - self.ids.items()
         mine, theirs = (dict(sorted(items, key=lambda item: item[1])) for items in alone)

@@ -46,7 +46,8 @@ def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner
                 serve = tokens.recipe.models[teacher].serve
                 if serve and serve.signal:
                     raise ConfigError(
-                        "its server sends only the most probable tokens, but a loss over spans needs hidden states; remove `serve.signal`"
+                        f"the server of {teacher} sends only the most probable tokens, but a loss over spans needs hidden states; remove "
+                        "`serve.signal`"
                     )
         else:
             raise ConfigError(
@@ -66,7 +67,7 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
         return None
     if method.sampler.reads_responses and stages.recipe.data.turns == "all":
         raise ConfigError(
-            f"{learner} learns from {teacher}, which has another tokenizer and reads one answer behind each prompt, but data.turns is all; "
+            f"{learner} learns from {teacher}, which has another tokenizer, so a row can have only one answer, but data.turns is `all`; "
             "set data.turns to last"
         )
     found = stages.encoding(teacher, context=method.context)

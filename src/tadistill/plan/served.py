@@ -87,7 +87,7 @@ def _check_analysed(recipe: Recipe, models: Iterable[str]) -> None:
 
 
 def check_measured(recipe: Recipe, models: Iterable[str]) -> None:
-    """Check that no model that `tadistill advise` measures is served. Raises ConfigError with the first one that is."""
+    """Check that none of the models that `tadistill advise` measures is served. Raises ConfigError if one of them is served."""
     for name in models:
         if recipe.models[name].serve:
             raise ConfigError(

@@ -49,7 +49,8 @@ class StudyTokens:
         return TokenizerFiles(source=written(source) or source, revision=revision, fingerprint=fingerprint, at=source)
 
     def alike(self, one: str, other: str) -> bool:
-        """Return True if two models are of one family: every token that they share has one id, and they read a text alike."""
+        """Return True if two models are of one family: a token that both have has the same id in both, and both tokenise a text in the same
+        way."""
         return self._family(one) == self._family(other)
 
     def hands_over_ids(self, one: str, other: str) -> bool:
@@ -61,7 +62,7 @@ class StudyTokens:
 
     @property
     def families(self) -> list[tuple[str, ...]]:
-        """The models of the arms, in families of one tokenizer."""
+        """The models of the arms, in groups that share a tokenizer (families)."""
         return list(dict.fromkeys(map(self._family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:

@@ -170,7 +170,8 @@ def read_results(study_dir: Path, store: Store) -> Results:
 
 
 def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """Return the scores of a set. If a metric says right or wrong, its pass@k is added as METRIC/k. pass@1 is the metric itself."""
+    """Return the scores of a set. For each metric that says right or wrong, pass@k is added under the name METRIC/k. pass@1 is the metric
+    itself."""
     verified = [name for name in table if "@" not in name and metric_of(name).right_or_wrong]
     return table | {f"{name}/{k}": 100 * pass_at_k(table[name] > 50, k) for name in verified for k in sorted(pass_at) if k > 1}
 
@@ -186,10 +187,10 @@ class _Reader:
         found, scores = load_rows(self.store, key, self.corpora[key]), self._of(key)
         for name in {*found, *self.corpora[key], *scores}:
             if not (name in found and name in self.corpora[key] and name in scores):
-                raise damaged(self.store.folder(key), f"not all of its files have the set {name}", self.store.redo(key))
+                raise damaged(self.store.folder(key), f"some files of the evaluation do not have the set {name}", self.store.redo(key))
             count, lengths = len(found[name]), self.corpora[key][name]["reference_length"]
             if len(np.unique(found[name])) != count or len(lengths) != count:
-                raise damaged(self.store.folder(key), f"its files have different prompts of {name}", self.store.redo(key))
+                raise damaged(self.store.folder(key), f"the files of the evaluation have different prompts of {name}", self.store.redo(key))
         return found
 
     def scores(self, arm: ArmRecord, seed: int, chosen: Mapping[str, NDArray[np.intp]]) -> Scores:

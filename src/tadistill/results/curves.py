@@ -139,11 +139,11 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
         measured = {name: sides for name, sides in content.items() if sides is not None}
         curves = [sides[side] for sides in measured.values() for side in ("student", "teacher")]
         if not content or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
-            raise ValueError("it has no set, or `kl` and `count` of a set have different lengths")
+            raise ValueError("the file has no set, or `kl` and `count` of a set have different lengths")
         for curve in curves:
             np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"it must map sets to two curves: {type(error).__name__} {error}", store.redo(key)) from error
+        raise damaged(path, f"the file must map sets to two curves: {type(error).__name__} {error}", store.redo(key)) from error
     return measured
 
 

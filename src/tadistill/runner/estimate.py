@@ -52,7 +52,7 @@ _EARLY = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """The predicted work of one stage, in seconds on a machine of an assumed speed."""
+    """The predicted work of one stage, in seconds. They are for a machine with a fixed speed, and are scaled later."""
 
     kind: str
     """A name that is equal for stages that do the same work with other seeds."""

@@ -25,7 +25,7 @@ from tadistill.stages.context import Context
 
 @dataclass(frozen=True)
 class Across:
-    """A student and a teacher with different tokenizers."""
+    """The means of a training in which student and teacher have different tokenizers."""
 
     context: Context[Any]
     tokenizer: PreTrainedTokenizerBase

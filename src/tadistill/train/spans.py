@@ -24,7 +24,7 @@ from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
 
 @dataclass(frozen=True)
 class Sides:
-    """Student and teacher at the tokens of a batch's loss."""
+    """The outputs of student and teacher at the tokens that count in a batch's loss."""
 
     student: Tensor
     """(N, H) the student's hidden states, with a graph."""
@@ -91,7 +91,8 @@ def summed(aligned: Aligned, values: Tensor) -> Tensor:
 
 
 def teacher_log_probs(shared: SharedVocabulary | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
-    """Return the teacher's log-probability of each span of a batch: its value `teacher`, or else computed from the teacher's outputs."""
+    """Return the teacher's log-probability of each span of a batch: the batch's value `teacher` or, without it, a value computed from the
+    teacher's outputs."""
     assert batch.aligned is not None
     if "teacher" in batch.values:
         return summed(batch.aligned, batch.counted(batch.values["teacher"]))

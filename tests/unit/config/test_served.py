@@ -117,7 +117,7 @@ REFUSED = {
     (TOP_K, "analyse=true"): "`analyse` needs the whole distribution of `xl`, but models.xl.serve gives only `top_k`",
     (TOP_K, "method.objective={type: top_k_forward_kl}"): "selects the top tokens itself, but models.xl.serve gives only `top_k`",
     (TOP_K, MINILLM): "or `single_step: false`",
-    (TOP_K, "method.objective={type: reverse_kl, temperature: 2}"): "`tail: lump` needs objective.temperature 1",
+    (TOP_K, "method.objective={type: reverse_kl, temperature: 2}"): "serve.tail `lump` needs objective.temperature 1",
     (TOP_K, "method.select={metric: reverse_kl}"): "needs the teacher's whole distribution",
 }
 

@@ -128,7 +128,7 @@ def test_damaged_weights_are_one_sentence(model_directory, content):
 
 def test_not_a_causal_language_model(model_directory):
     (model_directory / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
-    with pytest.raises(ModelError, match="is of type vit, which is no causal language model"):
+    with pytest.raises(ModelError, match="is of type vit, which is not a causal language model"):
         load_model(model_directory)
 
 

@@ -99,18 +99,18 @@ REFUSED = [
     (
         {"x": {"path": "t > s", "method": "minillm", "objective": {"pt_weight": 0}}},
         {},
-        r"with sampler `teacher_mixed`, both models sample.*set `sampler.alpha: 0`",
+        r"sampler `teacher_mixed` needs one tokenizer for both models, which sample.*set `sampler.alpha: 0`",
     ),
-    ({"x": {"path": "t > s", "method": "skd"}}, {}, r"with sampler `speculative`.*use `sampler: {type: student}`"),
+    ({"x": {"path": "t > s", "method": "skd"}}, {}, r"sampler `speculative` needs one tokenizer.*use `sampler: {type: student}`"),
     (
         {"x": {"path": "t > s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}}},
         {},
-        r"sampler.signal `hidden` records .* at the student's tokens; remove `signal`",
+        r"sampler.signal `hidden` needs one tokenizer .* at the student's tokens; remove `signal`",
     ),
     (
         {"x": {"path": "t > s", "method": "on-policy-rkl", "select": {"metric": "reverse_kl"}}},
         {},
-        r"select.metric `reverse_kl` compares both models token by token; set `select.metric` to `loss`",
+        r"select.metric `reverse_kl` needs one tokenizer .* compares them token by token; set `select.metric` to `loss`",
     ),
     (
         {"x": {"path": "t > a", "objective": {"type": "gold"}}},
@@ -122,7 +122,7 @@ REFUSED = [
     (
         {"x": {"path": "t > a > s", "dense": {}, "objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}}},
         {"a": "bpe"},
-        r"arms.x: t teaches a, but their tokenizers differ.*: `dense` averages distributions over the same tokens; remove `dense`",
+        r"arms.x: t teaches a, but their tokenizers differ.*: `dense` needs one tokenizer .*; remove `dense`",
     ),
     (
         {"x": "soft > a", "y": "t > s"},
@@ -201,13 +201,13 @@ def test_a_text_with_several_turns_is_refused_over_spans(planned, tmp_path):
     turns = [{"role": who, "content": "the cat"} for who in ("user", "assistant", "user", "assistant")]
     rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
     data = {"train": str(rows), "dev": str(rows), "test": [str(rows)], "turns": "all", "max_prompt": 90, "max_length": 120}
-    with pytest.raises(ConfigError, match=r"s learns from t, which has another tokenizer .* set data.turns to last"):
+    with pytest.raises(ConfigError, match=r"s learns from t, which has another tokenizer, .* set data.turns to last"):
         planned({"x": CROSSED["kd"]}, s="more", t="bpe", a="bpe", data=data)
 
 
 def test_plain_text_is_learnt_without_the_teacher():
     given = {"objective": {"type": "minillm", "pt_kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed", "alpha": 0}}
-    with pytest.raises(ConfigError, match=r"objective.pt_kd_ratio is 0.5, and .*set `objective.pt_kd_ratio: 0`"):
+    with pytest.raises(ConfigError, match=r"objective.pt_kd_ratio 0.5 needs .*set `objective.pt_kd_ratio: 0`"):
         over_spans(Method.model_validate(given))
     given["objective"]["pt_kd_ratio"] = 0
     assert over_spans(Method.model_validate(given)).objective.needs_corpus

@@ -58,7 +58,7 @@ class TrainingMemory:
         """True if the teacher is a moving average of the student. It then shares the weights that are not trained, and is in float32."""
 
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
-        """Add the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
+        """Add the memory of the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
 
         A batch of the corpus is in memory together with another batch.
 
@@ -88,12 +88,12 @@ class TrainingMemory:
         setattr(self, name, max(getattr(self, name), found, key=lambda memory: memory.layers))
 
     def sampling(self, *needs: float) -> None:
-        """Add a sampling or an evaluation, in which several models need these bytes at once. If several are added, only the largest
-        counts."""
+        """Add the memory of a sampling or an evaluation, in which several models need these bytes at once. If several are added, only the
+        largest counts."""
         self.drawn = max(self.drawn, sum(needs))
 
     def rollouts(self, tokens: float) -> None:
-        """Add the teachers' last hidden states at the sampled tokens of a round."""
+        """Add the memory of the teachers' last hidden states at the sampled tokens of a round."""
         self.stored = (2 if self.bf16 else 4) * tokens * sum(teacher.size.hidden for teacher in self.teachers)
 
     def total(self, *, runs_teachers: bool) -> Memory:
