@@ -160,9 +160,9 @@ def complete(client: "OpenAI", body: Mapping[str, Any], variable: str = KEY) -> 
     try:
         completion = _Completion.model_validate_json(content)
     except ValidationError as error:
-        raise Unavailable(f"answers with something that is not a chat completion ({_start(content)})", again=True) from error
+        raise Unavailable(f"sends an answer that is not a chat completion ({_start(content)})", again=True) from error
     if not completion.choices:
-        raise Unavailable(f"answers without any choice ({_start(content)})", again=True)
+        raise Unavailable(f"sends a chat completion that contains no answer ({_start(content)})", again=True)
     if len(completion.choices) > 1:
         raise Unavailable(f"sends {len(completion.choices)} answers to one request ({_start(content)})", again=True)
     usage, (first, *_) = completion.usage or _Usage(), completion.choices
@@ -214,7 +214,7 @@ def reason_of(error: Exception, variable: str = KEY) -> str:
         return f"redirects to {error.response.headers.get('location', 'another address')}; write the address of the API itself"
     if isinstance(error, openai.APIStatusError):
         return f"answers {error.status_code} ({_start(error.body)})"
-    return f"answers with something that is not a chat completion ({_start(error)})"
+    return f"sends an answer that is not a chat completion ({_start(error)})"
 
 
 def _passes(error: Exception) -> bool:
