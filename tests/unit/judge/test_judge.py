@@ -165,7 +165,7 @@ def test_retry_after_is_respected(judged):
         (as_json({"choices": [None]}), "not a chat completion"),
         (as_json({"choices": [{"message": "8 5"}]}), "not a chat completion"),
         ((200, {"content-type": "application/json"}, b"[1, 2]"), "not a chat completion"),
-        (as_json({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}), "without any choice"),
+        (as_json({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}), "contains no answer"),
         (as_json({"hello": "world"}), "not a chat completion"),
         (error(404, "no model judge-1"), "does not know the model or the path"),
         (error(403, "not for you"), "forbids"),
