@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tadistill.config import Recipe
 from tadistill.config.api import Api
+from tadistill.data import datasets, hub
 from tadistill.data.contexts import messages
 from tadistill.data.rows import Example
 from tadistill.data.survey import survey
@@ -96,11 +97,14 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
         stages = [(s.key, s.spec) for s in plan.stages.values() if isinstance(s.spec, AskSpec) and s.spec.teacher.api == model.api]
         if not stages:
             continue
-        rows = survey(plan.recipe.data.train, "train", plan.recipe.data)
         left = [spec for key, spec in stages if not store.finished(key)]
         where = f"{name} ({model.api.model} at {model.api.at})"
         done = "All its answers are in the store."
-        if left:
+        data, ref = plan.recipe.data, plan.recipe.data.train
+        if left and (place := datasets.on_hub(ref, "train", data)) and hub.cached(place[0], ref.revision, place[1]) is None:
+            done = f"The number of requests is not known, because data set `{ref.load}` is not on this disk."
+        elif left:
+            rows = survey(ref, "train", data)
             first, *others = (Estimate.of(spec, rows.sample, min(rows.rows, spec.train.limit or rows.rows)) for spec in left)
             total = sum(others, first)
             sets = "1 set" if len(left) == 1 else f"{len(left)} sets"
@@ -109,8 +113,6 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
                 done += f" Each seed has its own answers; `models.{name}.seed` gives one set to all seeds."
         yield f"Teacher {where} writes text. {done}"
         yield f"Teacher FLOPs unknown: the FLOPs of {name} are not counted in any number of this plan, nor by `compute`."
-        if name == plan.teacher and plan.recipe.data.test:
-            yield f"Students are not compared with {name} (`analyse`), because it {Api.has_no}."
 
 
 def check_asked(plan: "Plan", store: Store) -> None:

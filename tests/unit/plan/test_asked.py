@@ -80,14 +80,13 @@ def test_one_set_of_answers_without_randomness_or_with_a_seed_of_its_own():
 
 def test_the_plan_says_what_is_asked_and_that_flops_are_unknown(tmp_path):
     plan, store = make_plan(recipe()), Store(tmp_path)
-    first, flops, compared = asked_notes(plan, store)
+    first, flops = asked_notes(plan, store)
     texts = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
     tokens = 2 * sum(len(messages(example, None)[0]["content"]) // 4 for example in texts)
     assert f"api (big at https://host/v1) writes text. At most 40 requests for 2 sets of answers: about {tokens:,} tokens" in first
     assert "(at most 1,280), which cost about " in first
     assert "`models.api.seed` gives one set to all seeds" in first
     assert "Teacher FLOPs unknown" in flops
-    assert "not compared with api" in compared
     for stage in of_kind(plan, AskSpec):
         store.finish(stage.key, {"key": stage.key}) if store.begin(stage.key, {}) else None
     assert "All its answers are in the store" in next(iter(asked_notes(plan, store)))
