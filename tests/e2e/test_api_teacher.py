@@ -93,8 +93,9 @@ def _check(folder: Path) -> None:
     assert [row["response"][-1] == eos for row in rows] == [text["ended"] for text in texts]
     assert all(tokenizer()(text["text"])["input_ids"][0] in row["response"] for text, row in zip(texts, rows, strict=True))
     report = (folder / "runs" / "one" / "report.md").read_text()
-    assert "big" in report
+    assert "teacher FLOPs unknown: big is behind an API" in report
     written = [path for path in (folder / "runs").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert written == []
     exported = tadistill("export", "one", "direct", str(folder / "model"), "--runs", str(folder / "runs"))
     assert exported.code == 0, exported.err
+    assert "Teacher FLOPs unknown" in (folder / "model" / "README.md").read_text()

@@ -90,7 +90,7 @@ def _money(value: float) -> str:
 
 
 def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
-    """Yield sentences for each teacher behind an API: its requests, what they cost, and that its FLOPs are not known."""
+    """Yield a sentence for each teacher behind an API: its requests, and what they cost."""
     for name, model in plan.recipe.models.items():
         if model.api is None:
             continue
@@ -112,7 +112,6 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
             if len({spec.seed for spec in left}) > 1:
                 done += f" Each seed has its own answers; `models.{name}.seed` gives one set to all seeds."
         yield f"Teacher {where} writes text. {done}"
-        yield f"Teacher FLOPs unknown: the FLOPs of {name} are not counted in any number of this plan, nor by `compute`."
 
 
 def check_asked(plan: "Plan", store: Store) -> None:

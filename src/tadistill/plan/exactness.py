@@ -1,5 +1,5 @@
-"""Losses of a study that are not exact: a server or a recording has less than a teacher's whole distribution, or the teacher has another
-tokenizer than the student."""
+"""Numbers of a study that are not exact: losses, if a server or a recording has less than a teacher's whole distribution, or if the teacher
+has another tokenizer than the student; and FLOPs, if a teacher is behind an API."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tadistill.config import Method
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.plan.inputs import Handle, Loaded
-from tadistill.plan.specs import DistillSpec
+from tadistill.plan.specs import AskSpec, DistillSpec
 from tadistill.plan.task import name_of
 
 if TYPE_CHECKING:
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 
 def approximations(plan: "Plan", arm: str) -> list[str]:
-    """Return one sentence for each teacher whose outputs make a loss of the arm inexact. Empty if all losses are exact."""
+    """Return one sentence for each teacher whose outputs make a loss of the arm inexact, or whose FLOPs are not known. Empty if all numbers
+    are exact."""
     found = (_of_stage(plan, stage.model, stage.spec) for stage in plan.stages.values() if arm in stage.arms)
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
 def _of_stage(plan: "Plan", student: str, spec: object) -> Iterator[str]:
+    if isinstance(spec, AskSpec):
+        yield f"teacher FLOPs unknown: {student} is behind an API, so its FLOPs are not counted, nor by `compute`"
     if isinstance(spec, DistillSpec) and spec.teacher_data:
         yield f"the loss `{spec.objective.label}` of {student} is {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
         return

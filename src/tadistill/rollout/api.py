@@ -145,7 +145,7 @@ class Asking:
 
     def __post_init__(self) -> None:
         self.pace, self.stop, self.lock = Pace(self.api.requests_per_minute), threading.Event(), threading.Lock()
-        self.answered, self.reason = 0, ""
+        self.known, self.answered, self.reason = 0, 0, ""
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
         """Return an answer to every request. Those that the cache has are not sent.
@@ -159,8 +159,8 @@ class Asking:
         """
         distinct = {request.key: request for request in reversed(wanted)}
         missing = [request for request in distinct.values() if self.cache.get(request.key) is None][::-1]
-        known = sum(self.cache.get(request.key) is not None for request in wanted)
-        look(known)
+        self.known = sum(self.cache.get(request.key) is not None for request in wanted)
+        look(self.known)
         if missing:
             client = client_of(self.api)
             futures = in_threads(
@@ -168,7 +168,7 @@ class Asking:
                 lambda request: self._settle(client, request),
                 threads=self.api.requests,
                 stop=self.stop,
-                look=lambda: look(known + self.answered),
+                look=lambda: look(self.known + self.answered),
             )
             for future in futures:
                 if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable | _Stopped):
@@ -200,15 +200,14 @@ class Asking:
         except Unavailable as error:
             self._end(str(error))
             raise
-        if reply is not None:
-            self.cache.put(request.key, reply)
-            with self.lock:
-                self.answered += 1
+        self.cache.put(request.key, reply)
+        with self.lock:
+            self.answered += 1
 
     def _refused(self, request: Request, why: str) -> None:
         with self.lock:
             self.failed[request.row] = why
-            all_refused = not self.answered and len(self.failed) >= _REFUSALS
+            all_refused = not (self.known or self.answered) and len(self.failed) >= _REFUSALS
         if all_refused:
             fix = " (if it does not take a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""
             self._end(f"has given no usable answer so far: {why}{fix}")
@@ -219,7 +218,7 @@ class Asking:
             self.reason = self.reason or reason
         self.stop.set()
 
-    def _ask(self, client: "OpenAI", request: Request) -> Reply | None:
+    def _ask(self, client: "OpenAI", request: Request) -> Reply:
         empty = ""
         for pause in (*PAUSES, None):
             if not self.pace.turn(self.stop):

@@ -100,6 +100,8 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
     reported = all(reply.tokens_out for reply in replies)
     tokens = {"tokens_in": sum(r.tokens_in for r in replies), "tokens_out": sum(r.tokens_out for r in replies)}
     models = dict(Counter(reply.model for reply in replies if reply.model))
+    if len(models) > 1:
+        context.alarm(f"the answers come from {len(models)} versions of `{api.model}`: {', '.join(models)}")
     found: dict[str, Any] = {"answers": len(answers), "cut": sum(not answer.ended for answer in answers)}
     return found | (tokens if reported else dict.fromkeys(tokens)) | {"models": models}
 

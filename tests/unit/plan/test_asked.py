@@ -14,6 +14,7 @@ from tadistill.errors import ConfigError, ModelError
 from tadistill.models.replies import Reply, open_cache
 from tadistill.plan.arms import make_plan
 from tadistill.plan.asked import asked_notes, check_asked, wanted_of
+from tadistill.plan.exactness import approximations
 from tadistill.plan.specs import AskSpec, RetokeniseSpec
 from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock
@@ -80,13 +81,14 @@ def test_one_set_of_answers_without_randomness_or_with_a_seed_of_its_own():
 
 def test_the_plan_says_what_is_asked_and_that_flops_are_unknown(tmp_path):
     plan, store = make_plan(recipe()), Store(tmp_path)
-    first, flops = asked_notes(plan, store)
+    (first,) = asked_notes(plan, store)
+    (flops,) = approximations(plan, "direct")
     texts = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
     tokens = 2 * sum(len(messages(example, None)[0]["content"]) // 4 for example in texts)
     assert f"api (big at https://host/v1) writes text. At most 40 requests for 2 sets of answers: about {tokens:,} tokens" in first
     assert "(at most 1,280), which cost about " in first
     assert "`models.api.seed` gives one set to all seeds" in first
-    assert "Teacher FLOPs unknown" in flops
+    assert "teacher FLOPs unknown: api is behind an API" in flops
     for stage in of_kind(plan, AskSpec):
         store.finish(stage.key, {"key": stage.key}) if store.begin(stage.key, {}) else None
     assert "All its answers are in the store" in next(iter(asked_notes(plan, store)))

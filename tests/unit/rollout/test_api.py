@@ -148,6 +148,15 @@ def test_a_row_without_an_answer_does_not_stop_the_others(tmp_path, fault, messa
         assert len(fake.asked) <= 7  # an empty answer is asked for twice
 
 
+def test_rows_that_are_refused_again_do_not_stop_a_continued_run(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with serve(honest) as fake:
+        asked(fake, path, PROMPTS[:1])
+    last = serve(lambda number, text: honest(number, text) if text == "Say 5" else error(400, "too long"))
+    with last as fake, pytest.raises(ServerFailed, match=r"rows 2, 3, 4, 5 of the training set.*2 of 6 answers are saved"):
+        asked(fake, path, requests=1)
+
+
 def test_settings_that_are_refused_end_the_stage_at_once(tmp_path):
     with serve(lambda number, text: error(422, "extra field `seed`")) as fake:
         with pytest.raises(ServerFailed, match=r"no usable answer so far.*seed.*api\.omit.*0 of 6 answers"):
