@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tadistill.config.common import Decoding, Strict
+from tadistill.config.common import Decoding, Strict, Variable
 from tadistill.config.method import Method
 from tadistill.errors import ConfigError
 
@@ -50,7 +50,7 @@ class Api(Strict):
     """Address of the API, such as https://HOST/v1. Requests go to AT/chat/completions. It is not a part of the keys of stages."""
     model: str = Field(pattern=r"\S")
     """The model's name at the API. It identifies the model: write a name that always means the same weights."""
-    key: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere. By default, no key is sent."""
     price: Price | None = None
     """Prices, from which the plan and the run say what the requests cost. By default, only their numbers of tokens are shown."""

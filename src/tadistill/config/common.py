@@ -5,7 +5,7 @@ import re
 import typing
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from tadistill.errors import ConfigError
 
@@ -37,6 +37,19 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]
 uniform."""
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """A function in the user's own code, written as MODULE:FUNCTION. `tadistill.own_code` imports it."""
+_VARIABLE = "^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _variable(value: str) -> str:
+    if not re.fullmatch(_VARIABLE, value):
+        raise ValueError(  # a sentence that begins with the key does not repeat the value, which may be an API key
+            "key must be the name of an environment variable, with only letters, digits and `_`; put the API key itself into this variable"
+        )
+    return value
+
+
+Variable = Annotated[str, AfterValidator(_variable), WithJsonSchema({"type": "string", "pattern": _VARIABLE})]
+"""The name of an environment variable with an API key, as the value of `key`."""
 Precision = Literal["fp32", "bf16"]
 """A number format: float32 or bfloat16."""
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}

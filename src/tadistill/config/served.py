@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Strict
+from tadistill.config.common import MOST, Strict, Variable
 from tadistill.config.method import Method
 from tadistill.config.objective import Divergence, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import TopKSignal
@@ -49,7 +49,7 @@ class Serve(Strict):
     name: str | None = None
     """The model's name on the server. By default, it is the value of `load`, or the name of the only model of the server if that was
     started from `load`."""
-    key: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere."""
     seconds: float = Field(default=120.0, gt=0, le=86400)
     """Largest number of seconds to wait for one answer. A request without an answer is sent again, at most four times."""

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
 from tadistill.config.machine import vllm_folder
+from tadistill.config.method import Method
 from tadistill.config.recipe import methods
 from tadistill.config.sampling import OnPolicy
 from tadistill.config.served import Serve
@@ -68,9 +69,16 @@ def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "problem"], st
 def longest_text(recipe: Recipe) -> int:
     """Return the length in tokens of the longest text that any teacher of the recipe may have to read."""
     data = recipe.data
-    answers = [method.sampler.max_new_tokens for method in methods(recipe) if isinstance(method.sampler, OnPolicy)]
-    answers += [recipe.evaluate.max_new_tokens] if recipe.analyse and data.test else []  # teachers read the answers to the test prompts
-    return max([data.max_length, *(data.max_prompt + answer for answer in answers)])
+    lengths = [_longest_of(method, data.max_prompt, data.max_length) for method in methods(recipe)]
+    answer = recipe.evaluate.max_new_tokens if recipe.analyse and data.test else 0  # teachers read the answers to the test prompts
+    return max([data.max_length, data.max_prompt + answer, *lengths])
+
+
+def _longest_of(method: Method, max_prompt: int, max_length: int) -> int:
+    answer = method.sampler.max_new_tokens if isinstance(method.sampler, OnPolicy) else 0
+    if method.context is None:
+        return max_prompt + answer
+    return method.context.max_prompt + max(answer, max_length)  # a response of the data set may be nearly as long as its row
 
 
 def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: int | None = None, more: Sequence[str] = ()) -> list[str]:

@@ -98,6 +98,14 @@ def test_a_password_is_not_repeated():
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("model", ["serve: {at: http://a:1, key: KEY}, load: x", "api: {at: https://a/v1, model: m, key: KEY}"])
+def test_a_key_in_place_of_its_variable_is_not_repeated(model):
+    text = RECIPE.replace('{load: DIRECTORY, serve: "http://127.0.0.1:8001"}', "{" + model.replace("KEY", "sk-s3cret-1") + "}")
+    with pytest.raises(ConfigError, match=r"key` must be the name of an environment variable") as caught:
+        parse(text, source="test")
+    assert "s3cret" not in str(caught.value)
+
+
 def test_a_model_has_either_a_server_or_a_temperature(recipe):
     with pytest.raises(ConfigError, match="needs exactly one of `load`"):
         recipe("models.xl={temper: {of: s, tau: 2}, serve: http://a:1, load: x}")
@@ -231,6 +239,12 @@ def test_the_longest_text_contains_the_answers_to_test_prompts(recipe):
     given = "data.max_prompt=60", "data.max_length=64", "evaluate.max_new_tokens=30"
     assert longest_text(recipe(*given)) == 64
     assert longest_text(recipe(*given, "analyse=true")) == 90
+
+
+def test_the_longest_text_contains_the_context_of_the_teacher(recipe):
+    given = "data.max_prompt=60", "data.max_length=64", 'method.context={template: "{output} {prompt}", max_prompt: 200}'
+    assert longest_text(recipe(*given)) == 264
+    assert longest_text(recipe(*given, "method.sampler={type: student, max_new_tokens: 80}")) == 280
 
 
 def test_the_command_of_a_server(recipe, directory):
