@@ -135,7 +135,7 @@ class Servers:
         return self._asked(at, partial(self._post, at, path, body), read, threading.Event())
 
     def _asked(self, at: str, send: Callable[[str], httpx.Response], read: Callable[[Answer], T], stop: threading.Event) -> T:
-        reason = ""
+        reason, fix = "", "start the server with `tadistill serve RECIPE MODEL`, or correct its address in `serve.at`"
         for pause in (0.0, *self.pauses):
             if stop.wait(pause):
                 raise _Stopped
@@ -147,6 +147,8 @@ class Servers:
                 continue
             except httpx.TransportError as error:
                 reason = f"it cannot be reached, or broke the connection ({error or type(error).__name__})"
+                if "WRONG_VERSION_NUMBER" in str(error):  # of TLS: the answer was plain HTTP
+                    reason, fix = f"its address begins with https, but it answers without TLS ({error})", "write http:// in `serve.at`"
                 continue
             if response.status_code >= 500 or response.status_code in _LATER:
                 reason = f"it answers {response.status_code} ({_message(response)})"
@@ -158,10 +160,7 @@ class Servers:
             except Broken as error:
                 reason = str(error)
         again = ", also when the request was repeated" if self.pauses else ""
-        raise ServerFailed(
-            f"the server {at} of `{self.model}` failed{again}: {reason}; start the server, and run the same command again: finished work "
-            "is kept"
-        )
+        raise ServerFailed(f"the server {at} of `{self.model}` failed{again}: {reason}; {fix}")
 
     def _refused(self, at: str, response: httpx.Response) -> "Refused":
         status, fix = response.status_code, "correct `serve`, or start the server with `tadistill serve RECIPE MODEL`"

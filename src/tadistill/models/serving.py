@@ -5,8 +5,9 @@ for server in check_servers(servers, ("ORG/NAME",), tokenizer, config, longest=5
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -109,8 +110,9 @@ def check_servers(
         ServerFailed: a server cannot be reached, runs another model, has another tokenizer or a smaller vocabulary, takes only shorter
             texts, or does not send what the recipe needs.
     """
-    listed = servers.get("/v1/models", _named(names))
-    found = [_check(servers, at, name, takes, tokenizer, config, longest) for at, (name, takes) in listed.items()]
+    listed = servers.get("/v1/models", _models)
+    named = {at: _named(servers, at, models, names) for at, models in listed.items()}
+    found = [_check(servers, at, name, takes, tokenizer, config, longest) for at, (name, takes) in named.items()]
     if len({server.name for server in found}) > 1:
         raise ServerFailed(
             f"the servers of `{servers.model}` have different names for it ({', '.join(server.name for server in found)}); start them with "
@@ -119,19 +121,24 @@ def check_servers(
     return found
 
 
-def _named(names: Collection[str]) -> Callable[[Answer], tuple[str, int | None]]:
-    def read(answer: Answer) -> tuple[str, int | None]:
-        content = answer.json()
-        listed = content.get("data") if isinstance(content, dict) else None
-        if not isinstance(listed, list) or not all(isinstance(model, dict) and model.get("id") for model in listed):
-            raise Broken("the answer to /v1/models is not a list of models, as a server of vLLM sends it")
-        for model in listed:
-            if model["id"] in names or model.get("root") in names:
-                return str(model["id"]), model.get("max_model_len")
-        runs = ", ".join(f"`{model['id']}`" for model in listed)
-        raise Broken(f"the server runs {runs}, but the recipe has `{next(iter(names))}` (if this is the same model, set `serve.name`)")
+def _models(answer: Answer) -> list[dict[str, Any]]:
+    content = answer.json()
+    listed = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(model, dict) and model.get("id") for model in listed):
+        raise Broken("the answer to /v1/models is not a list of models, as a server of vLLM sends it")
+    return listed
 
-    return read
+
+def _named(servers: Servers, at: str, models: list[dict[str, Any]], names: Collection[str]) -> tuple[str, int | None]:
+    for model in models:
+        if model["id"] in names or model.get("root") in names:
+            return str(model["id"]), model.get("max_model_len")
+    runs = ", ".join(f"`{model['id']}`" for model in models) or "no model"
+    fix = "correct `serve.name`" if servers.serve.name else "if it is the same model, set `serve.name` to its name there"
+    raise ServerFailed(
+        f"the server {at} of `{servers.model}` runs {runs}, but the recipe has `{next(iter(names))}`; {fix}, or start the server with "
+        "`tadistill serve RECIPE MODEL`"
+    )
 
 
 def _check(

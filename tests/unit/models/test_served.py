@@ -275,9 +275,17 @@ def test_a_good_server_passes(here):
 
 def test_another_model_is_refused(here):
     here.name = "org/other"
-    with pytest.raises(ServerFailed, match=re.escape("runs `org/other`, but the recipe has `")):
+    with pytest.raises(ServerFailed, match=re.escape("runs `org/other`, but the recipe has `")) as caught:
         checked(here)
+    assert str(caught.value).count("start the server") == 1
+    assert "if it is the same model, set `serve.name` to its name there, or start the server with `tadistill serve" in str(caught.value)
     assert checked(here, name="org/other")[0].name == "org/other"
+
+
+def test_https_to_a_server_without_tls_names_the_scheme(here):
+    servers = Servers("org/m", Serve(at=here.at.replace("http:", "https:")), again=False)
+    with pytest.raises(ServerFailed, match=r"begins with https, but it answers without TLS .*; write http:// in `serve.at`"):
+        servers.get("/v1/models", lambda answer: answer)
 
 
 def test_another_tokenizer_is_refused(here):
