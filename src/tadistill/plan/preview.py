@@ -234,9 +234,8 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_teacher_budget(plan))
     yield from _across(plan)
     yield from _controls(plan)
-    head = "a loaded model" if plan.teacher is None or plan.recipe.models[plan.teacher].api else plan.teacher
     yield (
-        f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "
+        "FLOPs include all training in this study that an arm's final model needs, also the fine-tuning of its teachers. "
         "FLOPs of dev evaluations, rollout metrics and tests are not included."
     )
     for name, model in plan.recipe.models.items():
