@@ -131,7 +131,7 @@ def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
         }
-        model = model_class(config(max_position_embeddings=128, **sizes, **common, **settings))
+        model = model_class(config(max_position_embeddings=128, **common, **(sizes | settings)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -109,7 +109,7 @@ ADD_COUNT = '''    def count(self, name, model, seed):
         """Add a count."""
         from tadistill.plan.specs import CountSpec
 
-        return self.add(CountSpec(data=self.encoding(name), model=model, dev=self.split("dev")), f"count {name}", name, seed)
+        return self.add(CountSpec(data=self.encoding(name), model=model, dev=self.sets.dev()), f"count {name}", name, seed)
 
 @'''
 USE_COUNT = """

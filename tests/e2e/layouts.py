@@ -109,7 +109,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
         average = MovingAverage(student, teacher, ema)
     if case.teacher != "replicated":
         {"sharded": shard, "offloaded": offload}[case.teacher](teacher, torch.device("cpu"))
-    sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), None)
+    sampler = _sampler(method, student, (teacher,), tokenizer, Shard(accelerator.process_index, accelerator.num_processes), None)
     directory.mkdir(parents=True, exist_ok=True)
     found, before = Found(), len(_losses(directory))
 

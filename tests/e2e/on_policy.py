@@ -4,6 +4,7 @@ Models have random weights; the training loop, samplers, objectives and data are
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tadistill.data.prompts import Rules
 from tadistill.data.second_readings import Behind, Rereader
 from tadistill.data.templates import Encoded, encode
 from tadistill.data.token_bytes import token_bytes
+from tadistill.data.training_sets import TrainingSets
 from tadistill.objectives import SharedVocabulary
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
@@ -56,8 +58,8 @@ MINILLM = {"objective": {"type": "minillm", "pt_weight": 0}, "sampler": {"type":
 STEPS, BATCH = 8, 8  # two rounds of 16 rollouts, each for two epochs of two updates
 SAVED = (1, 4, STEPS - 1)
 """Updates before which the state is saved: within an epoch, before a round, and before the last update."""
-SPANS = " over spans"
-"""The end of the names of cases in which the teacher has another tokenizer."""
+SPANS, ROUTED = " over spans", " routed"
+"""The ends of the names of cases: the teacher has another tokenizer; or two training sets have a teacher each."""
 TWO_TOKENIZERS = {
     "dataset": [{"type": "forward_kl", "kd_ratio": 0.6}],
     "student": [{"type": "jensen_shannon"}],
@@ -65,6 +67,8 @@ TWO_TOKENIZERS = {
     "replay": [{"type": "taid"}],
 }
 CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)] + [(name + SPANS, 0) for name in TWO_TOKENIZERS]
+CASES += [(f"student{ROUTED}", 2), (f"replay{ROUTED}", 2)]
+SETS = TrainingSets((15, 25), (0.3, 0.7), (0, 1))
 
 
 def model(seed: int, hidden: int, tokenizer, **changes: Any) -> LlamaForCausalLM:
@@ -87,8 +91,8 @@ def train(
     directory: Path, case: tuple[str, int], *, stop: Callable[[], bool] = lambda: False, interrupt: int | None = None
 ) -> torch.Tensor:
     """Train and return all weights. `interrupt` is the number of the engine's call in which it raises half-way."""
-    (name, number), across = case, case[0].endswith(SPANS)
-    name = name.removesuffix(SPANS)
+    (name, number), across, routed = case, case[0].endswith(SPANS), case[0].endswith(ROUTED)
+    name = name.removesuffix(SPANS).removesuffix(ROUTED)
     method = Method.model_validate(
         {
             "objective": TWO_TOKENIZERS[name][number] if across else OBJECTIVES.get(name, DEFAULT)[number],
@@ -102,9 +106,10 @@ def train(
     accelerator = Accelerator(cpu=True)
     tokenizer, _ = rows()
     other = tinyworld_tokenizers.tokenizer("tinyworld-bpe", seed=0, people=20) if across else None
-    student, teacher = model(1, 16, tokenizer), model(2, 24, other or tokenizer).requires_grad_(False)
+    student, teachers = model(1, 16, tokenizer), [model(2, 24, other or tokenizer).requires_grad_(False)]
+    teachers += [model(3, 20, tokenizer).requires_grad_(False)] if routed else []
     shard, again = Shard(accelerator.process_index, accelerator.num_processes), other and _again(tokenizer, other)
-    sampler = _sampler(method, student, teacher, tokenizer, shard, interrupt, again=again)
+    sampler = _sampler(method, student, teachers, tokenizer, shard, interrupt, again=again)
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "metrics.jsonl"
 
@@ -116,7 +121,7 @@ def train(
     with mock.patch.object(Checkpoints, "due", side_effect=lambda: updates[-1] in SAVED):
         train_stage(
             student,
-            make_step(method, student, (teacher,), _shared(again) if again else len(tokenizer)),
+            make_step(method, student, (*teachers,), _shared(again) if again else len(tokenizer)),
             sampler,
             optim=method.optim,
             select=Select(metric="loss", every=2),
@@ -145,23 +150,24 @@ def _shared(again: Rereader) -> SharedVocabulary:
     return SharedVocabulary(torch.tensor([*again.shared]), torch.tensor([*again.shared.values()]), again.sizes)
 
 
-def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None):
+def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None):
     _, encoded = rows()
     if again:
         examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
         of_teacher = encode(examples, again.teacher.tokenizer, Rules(50, 63, template="plain"), name="tinyworld")
         encoded = Behind(encoded, row_numbers(encoded), of_teacher)
         assert len(encoded) > 16
-    texts = references(encoded)
+    sets = SETS if len(teachers) > 1 else TrainingSets((len(encoded),))
+    texts = [replace(text, teacher=sets.teacher(i)) for i, text in enumerate(references(encoded))]
     eos, config = tokenizer.eos_token_id, method.sampler
-    common: dict[str, Any] = {"pad": eos, "seed": 3, "shard": shard}
+    common: dict[str, Any] = {"pad": eos, "seed": 3, "shard": shard, "sets": sets}
     if isinstance(config, DatasetSampler | TeacherSampler):
         return FixedSequences(again.each(texts) if again else texts, method.optim, **common)
     common["again"] = again
     assert isinstance(config, OnPolicy)
     common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
     corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []
-    return on_policy(method, texts, encoded, teachers=(teacher,), vocab=len(tokenizer), corpus=corpus, **common)
+    return on_policy(method, texts, encoded, teachers=(*teachers,), vocab=len(tokenizer), corpus=corpus, **common)
 
 
 class _Interrupted:

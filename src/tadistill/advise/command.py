@@ -133,7 +133,7 @@ def _advice(
     metric = arm.method.select.metric
     described = describe(plan, created="", recipe_text="", command="")
     method = next(a["method"] for a in described["arms"] if a["name"] == arm.name)
-    family = family_of(recipe.models, found.sizes, found.teacher, recipe.data.train.load, method)
+    family = family_of(recipe.models, found.sizes, found.teacher, recipe.data.source, method)
     past = history(runs)
     used = () if metric in NOT_COMPARABLE else past.on(metric)
     known = edge_measures(measures)

@@ -246,7 +246,7 @@ def _read_arm(
         )
         return
     edges = path_edges(arm.path, plan.parameters, measures)
-    family = family_of(models, plan.parameters, arm.path[0], plan.recipe["data"]["train"]["load"], arm.method)
+    family = family_of(models, plan.parameters, arm.path[0], plan.train_source, arm.method)
     for seed, key in arm.final.items():
         if key is None or not store.finished(key):
             left_out.append(f"{name}, seed {seed}, is not finished")

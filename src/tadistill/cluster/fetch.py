@@ -84,8 +84,7 @@ def needs(recipe: Recipe) -> list[Need]:
         if model.tokenizer and model.tokenizer not in TOKENIZERS and sources.parse_source(model.tokenizer).kind in ("hub", "wheel"):
             found.append(Need("tokenizer", model.tokenizer, model.revision))
     data = recipe.data
-    splits = [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]
-    for ref, role in splits + ([(data.corpus, "train")] if data.corpus else []):
+    for role, ref in [*data.splits(), *([("train", data.corpus)] if data.corpus else [])]:
         if place := datasets.on_hub(ref, role, data):
             found.append(Need("data set", place[0], ref.revision, place[1]))
     return list(dict.fromkeys(found))

@@ -15,6 +15,7 @@ from tadistill.config.context import TeacherContext
 from tadistill.config.controls import Control, read_control
 from tadistill.config.method import PARTS, Dense, Ema, MethodPatch, Optim, Phases, Select
 from tadistill.config.objective import Objective
+from tadistill.config.route import flat, problems
 from tadistill.config.sampling import Sampler
 from tadistill.config.shorthand import MethodName, written_out
 
@@ -84,9 +85,10 @@ class Arm(Strict):
     """A path of models in which each model teaches the next one, with the training method.
 
     `xl > l > s` means two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` means that s first learns from l, and then
-    continues with the teacher xl. `init: {s: l}` initialises s with weights of this arm's model l, pruned to the size of s. With `dense`, a
-    student learns from all models before it in the path at once. A path with only one model evaluates this model. If such an arm sets
-    `objective`, it first continues the model's training.
+    continues with the teacher xl. `m on maths + xl on chat > s` means that m teaches on the training set maths, and xl on chat.
+    `init: {s: l}` initialises s with weights of this arm's model l, pruned to the size of s. With `dense`, a student learns from all models
+    before it in the path at once. A path with only one model evaluates this model. If such an arm sets `objective`, it first continues the
+    model's training.
     """
 
     text_sets: ClassVar[str] = "path"
@@ -146,6 +148,8 @@ class Arm(Strict):
     @model_validator(mode="after")
     def _check_path(self):
         for path in self.path:
+            for problem in problems(path):
+                raise ValueError(problem)
             for name in path:
                 if sum(other == name for other, _ in groupby(path)) > 1:
                     raise ValueError(
@@ -173,7 +177,7 @@ class Arm(Strict):
                 raise ValueError(
                     f"init names {learner}, but path `{self.text}` does not teach {learner}; name a model that the path teaches"
                 )
-            before = [m for path in self.path[:first] for m in path] + [*self.path[first][: self.path[first].index(learner)]]
+            before = [*flat(m for path in self.path[:first] for m in path), *flat(self.path[first][: self.path[first].index(learner)])]
             if source not in before:
                 raise ValueError(
                     f"init starts {learner} from {source}, but {source} is not before {learner} in `{self.text}`; name a model that is "
@@ -232,7 +236,7 @@ class Arm(Strict):
     @property
     def models(self) -> tuple[str, ...]:
         """The names of all models in the paths, each once."""
-        return tuple(dict.fromkeys(m for path in self.path for m in path))
+        return tuple(dict.fromkeys(m for path in self.path for m in flat(path)))
 
     @property
     def learners(self) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """The data sets of a recipe, and how their rows become token sequences."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
-from tadistill.config.common import MOST, Strict
+from tadistill.config.common import MOST, Name, Strict
 
 
 class World(Strict):
@@ -75,6 +76,8 @@ class DataRef(Strict):
 
     _folder: Path | None = PrivateAttr(default=None)
     """The folder of the recipe's file."""
+    _called: str | None = PrivateAttr(default=None)
+    """The name that the recipe gives to the data set, if it has one."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -85,16 +88,45 @@ class DataRef(Strict):
     @property
     def name(self) -> str:
         """The short name of the data set in tables and file names."""
+        if self._called:
+            return self._called
         if self.load.startswith(("sinst/", "uinst/")):  # `0_2` alone would not name the set
             return self.load.replace("/", "_")
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
+
+
+class TrainSet(DataRef):
+    """One of several training sets, with its weight."""
+
+    weight: float = Field(gt=0, le=1e6)
+    """The share of this set in the training rows is its weight, divided by the sum of all weights. The number of its rows does not matter.
+    After every update, the rows that were drawn from a set differ from its share by less than one row."""
+
+    def plain(self, name: str) -> DataRef:
+        """Return the data set without its weight. Its name is `name`."""
+        found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
+        found._folder, found._called = self._folder, name
+        return found
+
+
+def _form(train: Any) -> str:
+    # the keys of a mapping are names of sets, unless one of them is a key of a data set
+    if not isinstance(train, Mapping) or any(key in DataRef.model_fields for key in train):
+        return ONE
+    return SETS if any(isinstance(part, Mapping | DataRef) for part in train.values()) else ONE
+
+
+ONE, SETS = "<one set>", "<sets>"
+"""The two forms of `data.train`, as pydantic names them in the place of an error."""
+TrainData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, TrainSet], Tag(SETS)], Discriminator(_form)]
+"""One training set, or several with names and weights."""
 
 
 class Limit(Strict):
     """The number of rows to use from the start of each data set, for quick trials. By default, all rows are used."""
 
     train: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of rows of the training set."""
+    """Number of rows of each training set."""
     dev: int | None = Field(default=None, ge=1, le=MOST)
     """Number of rows of the dev set."""
     test: int | None = Field(default=None, ge=1, le=MOST)
@@ -116,8 +148,9 @@ _OWN_VARIABLES = frozenset(("messages", "conversation", "tools", "add_generation
 class Data(Strict):
     """The data sets of a study, and how their rows become token sequences."""
 
-    train: DataRef
-    """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set."""
+    train: TrainData
+    """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set. For several sets,
+    write names of your own with the keys of each set: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl, weight: 3}}."""
     dev: DataRef
     """The data set on which checkpoints and paths are chosen."""
     test: tuple[DataRef, ...]
@@ -154,6 +187,50 @@ class Data(Strict):
     limit: Limit = Limit()
     world: World = World()
 
+    @property
+    def sets(self) -> dict[str, DataRef]:
+        """The training sets by name. A single set has the name of its data set."""
+        if isinstance(self.train, DataRef):
+            return {self.train.name: self.train}
+        return {name: each.plain(name) for name, each in self.train.items()}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each training set in the training rows, by name. The shares add up to 1."""
+        if isinstance(self.train, DataRef):
+            return {self.train.name: 1.0}
+        total = sum(each.weight for each in self.train.values())
+        return {name: each.weight / total for name, each in self.train.items()}
+
+    @property
+    def several(self) -> bool:
+        """True if there are several training sets."""
+        return not isinstance(self.train, DataRef)
+
+    @property
+    def source(self) -> str:
+        """The sources of the training rows, as one text."""
+        return " + ".join(ref.load for ref in self.sets.values())
+
+    def splits(self, *, trains: bool = True) -> Iterator[tuple[Literal["train", "dev", "test"], DataRef]]:
+        """Yield each data set with its role: the training sets, the dev set and the test sets; without `trains`, only the test sets."""
+        if trains:
+            yield from (("train", ref) for ref in self.sets.values())
+            yield "dev", self.dev
+        yield from (("test", ref) for ref in self.test)
+
+    @field_validator("train")
+    @classmethod
+    def _named(cls, train: Any) -> Any:
+        if isinstance(train, dict) and len(train) == 1:
+            raise ValueError(f"`{next(iter(train))}` is the only set; write its keys directly below `train`, without a name and a weight")
+        for name in train if isinstance(train, dict) else ():
+            if f" {name} ".strip() != name or any(sign in f" {name} " for sign in (" + ", ">", " then ")):
+                raise ValueError(
+                    f"`{name}` cannot be used in a path, because paths are written with `+`, `>` and `then`; choose another name"
+                )
+        return train
+
     @field_validator("chat_template_kwargs")
     @classmethod
     def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -182,3 +259,16 @@ class Data(Strict):
             if names.count(name) > 1:
                 raise ValueError(f"two data sets have the name `{name}`; rename one of the files, or remove one data set")
         return test
+
+
+def shares_text(shares: Mapping[str, float]) -> str:
+    """Return the shares of training sets in words, such as "30 % of its rows from maths and 70 % from chat"."""
+    first, *others = (f"{100 * share:.3g} %{{}} from {name}" for name, share in shares.items())
+    *between, last = [first.format(" of its rows"), *(each.format("") for each in others)]
+    return f"{', '.join(between)} and {last}" if between else last
+
+
+def training_refs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the training sets of a recipe, given its `data` as plain data."""
+    train = data["train"]
+    return [train] if "load" in train else [*train.values()]

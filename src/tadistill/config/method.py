@@ -61,6 +61,8 @@ class Sft(Strict):
     keep: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = ()
     """Updates after which the weights are also stored, such as [100, 200]. Another model of the recipe can be such a stored state (key
     `checkpoint`)."""
+    sets: tuple[str, ...] = ()
+    """Names of the sets of `data.train` that are used, such as [maths]. Their weights stay. By default, all sets are used."""
 
 
 class Dense(Strict):

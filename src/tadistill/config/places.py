@@ -119,7 +119,8 @@ def _dotted(key: tuple) -> str:
 
 def _data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
     data = recipe.data
-    named = {("data", "train"): data.train, ("data", "dev"): data.dev, ("data", "corpus"): data.corpus}
+    train = {(): data.train} if isinstance(data.train, DataRef) else {(name,): ref for name, ref in data.train.items()}
+    named = {("data", "train", *key): ref for key, ref in train.items()} | {("data", "dev"): data.dev, ("data", "corpus"): data.corpus}
     named |= {("data", "test", i): ref for i, ref in enumerate(data.test)}
     return ((key, ref) for key, ref in named.items() if ref is not None)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from tadistill.config.data import ONE, SETS
+from tadistill.config.reference import NAME, named_classes
 from tadistill.config.shorthand import METHODS
 
 _WORDS = {
@@ -283,10 +285,9 @@ def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
     def walk(model: type[BaseModel], at: tuple[str, ...], inside: tuple[type[BaseModel], ...]) -> None:
         for name, annotation in _fields(model).items():
             found.setdefault(name, []).append(".".join((*at, name)))
-            more = ("NAME",) if "dict[" in str(annotation) else ()
             for child in _children(annotation):
                 if child not in inside:
-                    walk(child, (*at, name, *more), (*inside, child))
+                    walk(child, (*at, name, *([NAME] if child in named_classes(annotation) else [])), (*inside, child))
 
     walk(root, (), (root,))
     return {name: sorted(places, key=lambda place: place.count(".")) for name, places in found.items()}
@@ -321,6 +322,8 @@ def _resolve(location: tuple, root: type[BaseModel]) -> tuple[tuple, list[type[B
     models: list[type[BaseModel]] = [root]
     key: list = []
     for part in location:
+        if part in (ONE, SETS):
+            continue
         tagged = [m for m in models if _tag(m) == part]
         if tagged and part not in {n for m in models for n in _fields(m)}:
             models = tagged

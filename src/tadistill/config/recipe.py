@@ -22,6 +22,7 @@ from tadistill.config.method import Method, MethodPatch, apply, phases_of
 from tadistill.config.model import ModelConfig
 from tadistill.config.named import with_methods
 from tadistill.config.objective import Custom
+from tadistill.config.route import teachers_of
 from tadistill.config.search import Search
 
 if TYPE_CHECKING:
@@ -113,8 +114,10 @@ class Recipe(Strict):
     @classmethod
     def _no_arrows(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
         for name in models:
-            if ">" in name or " then " in f" {name} ":
-                raise ValueError(f"`{name}` cannot be used in a path, because paths are written with `>` and `then`; choose another name")
+            if ">" in name or any(word in f" {name} " for word in (" then ", " on ")):
+                raise ValueError(
+                    f"`{name}` cannot be used in a path, because paths are written with `>`, `then` and `on`; choose another name"
+                )
         return models
 
 
@@ -159,6 +162,10 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
             yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_choice(model.temper.like, recipe.arms)}"
         if model.parent in recipe.models and recipe.models[str(model.parent)].api:
             yield f"models.{name} is made of `{model.parent}`, which {Api.has_no}; name a model whose weights are here"
+        for each in model.sft.sets if model.sft else ():
+            if not recipe.data.several or each not in recipe.data.sets:
+                what = _choice(each, recipe.data.sets) if recipe.data.several else "`data.train` is one set without a name; remove `sets`"
+                yield f"models.{name}.sft.sets names `{each}`, which is not a training set; {what}"
     yield from _unknown(recipe, recipe.teacher, "teacher is")
     for name in (recipe.search.teacher, *recipe.search.assistants, recipe.search.student) if recipe.search else ():
         yield from _unknown(recipe, name, "search names")
@@ -167,6 +174,8 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
     for name, arm in recipe.arms.items():
         for model in arm.models:
             yield from _unknown(recipe, model, f"arms.{name}.path names")
+        for path in arm.path:
+            yield from _wrong_sets(recipe, name, path[0])
         if recipe.teacher in arm.learners:
             yield f"teacher is `{recipe.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
         for key, other in arm.budgets.items():
@@ -178,6 +187,19 @@ def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:
     if model is not None and model not in recipe.models:
         fix = "write `>` between two models" if re.search(r"[-=–—]$|[→⇒,>]", model) else _choice(model, recipe.models)
         yield f"{where} `{model}`, which is not a model; {fix}"
+
+
+def _wrong_sets(recipe: Recipe, arm: str, teachers: str) -> Iterator[str]:
+    taught, sets = teachers_of(teachers), recipe.data.sets
+    if taught and not recipe.data.several:
+        yield f"arms.{arm}.path `{teachers}` names training sets, but `data.train` is one set without a name; give names to several sets"
+        return
+    for name in taught:
+        if name not in sets:
+            yield f"arms.{arm}.path names the set `{name}`, which is not in `data.train`; {_choice(name, sets)}"
+    if taught and (left := [name for name in sets if name not in taught]):
+        example = f"+ {[*taught.values()][-1]} on {left[0]}"
+        yield f"arms.{arm}.path `{teachers}` has no teacher for the set {left[0]}; add for instance `{example}`"
 
 
 def _kept(recipe: Recipe, name: str) -> tuple[int, ...]:

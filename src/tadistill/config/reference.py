@@ -131,6 +131,13 @@ def classes(annotation: Any) -> list[type[BaseModel]]:
     return [cls for part in typing.get_args(annotation) for cls in classes(part)]
 
 
+def named_classes(annotation: Any) -> list[type[BaseModel]]:
+    """Return those of these classes whose objects have names in a recipe, such as models."""
+    if typing.get_origin(annotation) is dict:
+        return classes(annotation)
+    return [cls for part in typing.get_args(annotation) for cls in named_classes(part)]
+
+
 def tag(model: type[BaseModel]) -> str:
     """Return the value of `type` that chooses this class in a recipe. Return an empty string for a class without `type`."""
     return str(model.model_fields["type"].default) if "type" in model.model_fields else ""
@@ -142,9 +149,9 @@ def _found() -> dict[type[BaseModel], list[str]]:
     def walk(model: type[BaseModel], at: str) -> None:
         found.setdefault(model, []).append(at)
         for name, field in model.model_fields.items():
-            below = ".".join(filter(None, (at, field.alias or name, NAME if "dict[" in str(field.annotation) else "")))
+            below = ".".join(filter(None, (at, field.alias or name)))
             for child in classes(field.annotation):
-                walk(child, below)
+                walk(child, f"{below}.{NAME}" if child in named_classes(field.annotation) else below)
 
     walk(Recipe, "")
     return found

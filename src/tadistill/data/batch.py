@@ -4,12 +4,12 @@ Axes: B sequences, T positions. At position t, the model predicts token t + 1. T
 at position t. Only this module makes this shift.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from tadistill.data.encoded import row_numbers
 from tadistill.data.second_readings import Aligned, SecondReading, counted_spans, runs
 from tadistill.data.templates import Encoded, with_bos
+from tadistill.data.training_sets import Lazy
 from tadistill.disk import stream_jsonl
 from tadistill.errors import DataError
 from tadistill.objectives import Hidden, Sampled, TargetMixture, TopK
@@ -45,6 +46,8 @@ class Sequence:
     the whole response. With a prompt of the teacher's own, they are parts of the response."""
     second: SecondReading | None = None
     """The response in the tokens of a teacher with another tokenizer. None if both have one tokenizer."""
+    teacher: int | None = None
+    """The number of the teacher that teaches on this sequence. None if all teachers do."""
 
     @property
     def of_teacher(self) -> "Sequence":
@@ -56,10 +59,11 @@ class Sequence:
             assert self.teacher_prompt is not None
             kept = counted_spans(self)[1] >= 0
             return Sequence(self.teacher_prompt, tuple(self.second.ids.tolist()), spans=runs(kept, len(self.teacher_prompt)))
-        if self.teacher_prompt is None:
-            return Sequence(self.prompt, self.response, spans=self.spans)
-        shift = len(self.teacher_prompt) - len(self.prompt)
-        return Sequence(self.teacher_prompt, self.response, spans=tuple((start + shift, end + shift) for start, end in self.spans))
+        prompt, shift = self.prompt, 0
+        if self.teacher_prompt is not None:
+            prompt, shift = self.teacher_prompt, len(self.teacher_prompt) - len(self.prompt)
+        spans = tuple((start + shift, end + shift) for start, end in self.spans)
+        return Sequence(prompt, self.response, spans=spans, teacher=self.teacher)
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
@@ -127,6 +131,8 @@ class Batch:
     """The same responses behind the teacher's own prompts. None if the teacher reads the student's prompts."""
     aligned: Aligned | None = None
     """The spans of both batches, if the teacher has another tokenizer. Then `context` has the responses in the teacher's tokens."""
+    route: tuple[int, ...] = ()
+    """The number of each row's teacher. Empty if every teacher teaches on all rows. `targets` are then those of the `shares`, in order."""
 
     @property
     def of_teacher(self) -> "Batch":
@@ -149,18 +155,37 @@ class Batch:
         """The indices of the batch's tokens. `to` computes them before it moves the batch, and then moves them too."""
         return Places.of(self.attention_BT, self.mask_BT)
 
+    @cached_property
+    def shares(self) -> tuple["Share", ...]:
+        """The rows of each teacher, if the rows have a `route`. `to` makes them on the device that the batch leaves, as `places`."""
+        return tuple(Share.of(self, teacher, rows).to(self.ids_BT.device) for teacher, rows in _grouped(self.route).items())
+
+    def of_share(self, number: int) -> "Batch":
+        """Return the rows of a teacher as a batch. `number` is the place in `shares`."""
+        share = self.shares[number]
+        ids, attention, mask = (t.index_select(0, share.rows) for t in (self.ids_BT, self.attention_BT, self.mask_BT))
+        values = {name: value.index_select(0, share.rows) for name, value in self.values.items()}
+        context = self.context.of_share(number) if self.context else None
+        targets, route = self.targets[number : number + 1], (share.teacher,) * len(share.rows)
+        found = Batch(ids, attention, mask, values, None, targets, self.mixture, context, route=route)
+        vars(found)["places"] = share.places
+        return found
+
     def counted(self, values_BT: Tensor) -> Tensor:
         """Return the values (N,) at the positions where the mask is True, in row-major order."""
         return values_BT.flatten().index_select(0, self.places.loss)
 
     def first(self, rows: int) -> "Batch":
         """Return the first `rows` sequences as a batch. Its `corpus` is None."""
-        mask = self.mask_BT[:rows]
+        mask, kept = self.mask_BT[:rows], self.route[:rows]
         aligned = self.aligned and self.aligned.first(rows, int(mask.sum()))
-        targets: Any = tuple(select(t, slice(0, len(aligned.teacher) if aligned else int(mask.sum()))) for t in self.targets)
+        by_teacher = _grouped(kept)
+        read = [by_teacher.get(k, []) for k in _grouped(self.route)] if kept else [slice(None)] * len(self.targets)
+        known = ((t, mask[own]) for t, own in zip(self.targets, read, strict=False) if not kept or own)
+        targets: Any = tuple(select(t, slice(0, len(aligned.teacher) if aligned else int(part.sum()))) for t, part in known)
         values = {k: v[:rows] for k, v in self.values.items()}
         context = self.context.first(rows) if self.context else None
-        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture, context, aligned)
+        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture, context, aligned, kept)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with all its tensors on `device`."""
@@ -170,25 +195,46 @@ class Batch:
         corpus, context = (part.to(device) if part else None for part in (self.corpus, self.context))
         named, targets = dict(zip(self.values, values, strict=True)), tuple(t.to(device) for t in self.targets)
         aligned = self.aligned and self.aligned.to(device)
-        moved = Batch(ids, attention, mask, named, corpus, targets, self.mixture, context, aligned)
+        moved = Batch(ids, attention, mask, named, corpus, targets, self.mixture, context, aligned, self.route)
         vars(moved)["places"] = self.places.to(device)
+        vars(moved)["shares"] = tuple(share.to(device) for share in self.shares)
         return moved
 
 
-class _OnDisk(Seq[Sequence]):
-    def __init__(self, count: int, read: Callable[[int], Sequence]):
-        self._count, self._read = count, read
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one teacher reads. Like `Places`, it is made on the host."""
 
-    def __len__(self) -> int:
-        return self._count
+    teacher: int
+    rows: Tensor
+    """(n,) the rows, in ascending order."""
+    loss: Tensor
+    """(m,) which of the batch's N positions of the loss are in these rows."""
+    places: Places
+    """The indices of the tokens, counted in these rows alone."""
 
-    @overload
-    def __getitem__(self, i: int) -> Sequence: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Sequence]: ...
-    def __getitem__(self, i: int | slice) -> Sequence | list[Sequence]:
-        places = range(self._count)[i]  # an IndexError beyond the end
-        return [self._read(k) for k in places] if isinstance(places, range) else self._read(places)
+    @classmethod
+    def of(cls, batch: Batch, teacher: int, rows: list[int]) -> "Share":
+        """Return the share of a teacher, given its rows."""
+        chosen = torch.zeros(len(batch.ids_BT), dtype=torch.bool)
+        chosen[rows] = True
+        mask = batch.mask_BT.cpu()
+        loss = chosen.unsqueeze(1).expand_as(mask)[mask].nonzero().squeeze(1)
+        return cls(teacher, torch.tensor(rows), loss, Places.of(batch.attention_BT.cpu()[rows], mask[rows]))
+
+    def to(self, device: torch.device) -> "Share":
+        """Return the share with its indices on `device`."""
+        rows, loss = (index.to(device, non_blocking=True) for index in (self.rows, self.loss))
+        return Share(self.teacher, rows, loss, self.places.to(device))
+
+
+def taught(sequences: Seq[Sequence]) -> dict[int, list[int]]:
+    """Return the indices of the sequences of each teacher, by ascending number. It is empty if every teacher teaches on all of them."""
+    return _grouped([s.teacher for s in sequences if s.teacher is not None])
+
+
+def _grouped(route: Seq[int]) -> dict[int, list[int]]:
+    return {teacher: [row for row, other in enumerate(route) if other == teacher] for teacher in sorted(set(route))}
 
 
 def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
@@ -199,7 +245,7 @@ def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
         row = encoded[i]
         return Sequence(row.prompt, row.response, teacher_prompt=row.teacher_prompt, spans=row.spans)
 
-    return [*map(read, range(len(encoded)))] if isinstance(encoded, list | tuple) else _OnDisk(len(encoded), read)
+    return [*map(read, range(len(encoded)))] if isinstance(encoded, list | tuple) else Lazy(len(encoded), read)
 
 
 def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
@@ -217,7 +263,7 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
         _, row = next(stream_jsonl(file, start=int(places[i])))
         return Sequence(tuple(row["prompt"]), tuple(row["response"]), teacher_prompt=encoded[i].teacher_prompt if encoded else None)
 
-    return _OnDisk(len(places), read)
+    return Lazy(len(places), read)
 
 
 def answered_rows(file: Path, encoded: Seq[Encoded]) -> np.ndarray:
@@ -282,5 +328,6 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
     aligned = Aligned.of(sequences) if any(s.second is not None for s in sequences) else None
     # no model reads the padding, but its embedding is looked up: 0 is a token of every model
     context = collate([s.of_teacher for s in sequences], pad=0 if aligned else pad) if own else None
-    masks = torch.from_numpy(attention), torch.from_numpy(mask)
-    return Batch(torch.from_numpy(ids), *masks, tensors, corpus, targets, context=context, aligned=aligned)
+    route = tuple(s.teacher for s in sequences if s.teacher is not None)
+    arrays = (torch.from_numpy(array) for array in (ids, attention, mask))
+    return Batch(*arrays, tensors, corpus, targets, context=context, aligned=aligned, route=route)

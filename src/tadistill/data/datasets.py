@@ -118,7 +118,7 @@ def check_sources(data: Data) -> None:
         DataError: some data sets do not exist. The message names all of them.
     """
     found = Gathering()
-    for role, ref in [("train", data.train), ("dev", data.dev), *(("test", ref) for ref in data.test)]:
+    for role, ref in data.splits():
         with found.about():
             on_hub(ref, role, data)
     found.finish()

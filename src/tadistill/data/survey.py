@@ -82,7 +82,7 @@ def check(recipe: Recipe) -> None:
         ConfigError: settings of a method do not fit together.
     """
     data = recipe.data
-    for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
+    for role, ref in data.splits():
         survey(ref, role, data)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
         datasets.check_corpus(data.corpus, data)

@@ -11,6 +11,7 @@ facts. Skills (sort, reverse, count, extract, …) use a given input. Each test 
     tinyworld_multi      every phrasing is a reference                             (like UnNI)
     tinyworld_choices    classification: the value or one of its rivals            (like SST-2, BoolQ)
 
+Two more data sets are the halves of tinyworld, with training, dev and test rows: tinyworld_facts and tinyworld_skills.
 Training contains all facts, so the test sets measure knowledge and not guessing. No pair of instruction and input is in two splits.
 """
 
@@ -28,6 +29,9 @@ VERSION = 1
 
 SPLITS: dict[str, tuple[str, ...]] = {"tinyworld": ("train", "dev", "test")}
 SPLITS |= {f"tinyworld_{part}": ("test",) for part in ("reworded", "open", "lengths", "multi", "choices")}
+HALVES = {"tinyworld_facts": False, "tinyworld_skills": True}
+"""Data sets with a part of the rows of tinyworld: those with an input (True), or those without one."""
+SPLITS |= dict.fromkeys(HALVES, SPLITS["tinyworld"])
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 
@@ -171,9 +175,13 @@ def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
         for part, found in source(here).items():
             parts[part] += found
     mixed = {part: tuple(pieces.shuffled(found, pieces.rng(seed, "order", part))) for part, found in parts.items()}
-    return {
-        (name, split): mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")] for name in SPLITS for split in SPLITS[name]
+    found = {
+        (name, split): mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")]
+        for name in SPLITS.keys() - HALVES
+        for split in SPLITS[name]
     }
+    halves = ((name, split) for name in HALVES for split in SPLITS[name])
+    return found | {(name, split): tuple(row for row in mixed[split] if bool(row["input"]) == HALVES[name]) for name, split in halves}
 
 
 def _fact_rows(here: FictionalWorld) -> dict[str, list[Row]]:

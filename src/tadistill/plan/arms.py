@@ -7,22 +7,24 @@ disk, and later stages read it. A stage's key is a hash of its settings and inpu
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import NamedTuple
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.arm import ModelPath
 from tadistill.config.places import placed
+from tadistill.config.route import flat, is_route, routed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.budgets import Budget, Budgets, Trial
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
-from tadistill.plan.controls import first_teacher
+from tadistill.plan.controls import teaching
 from tadistill.plan.costs import Ledger
 from tadistill.plan.edges import check_edge
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle
+from tadistill.plan.paths import check_route, check_sizes
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
 from tadistill.plan.served import check_measured, check_not_run, check_teaching
 from tadistill.plan.study_tokens import StudyTokens
@@ -163,7 +165,8 @@ class _Planner:
         }
         analyse = {}
         if self.teacher and self.recipe.data.test and self.tokens.alike(self.teacher, last):
-            alone = arm.controls or not all(self.tokens.alike(self.teacher, name) for name in arm.last)
+            # no model of a route is on the way from the original teacher
+            alone = arm.controls or routed(arm.path) or not all(self.tokens.alike(self.teacher, name) for name in flat(arm.last))
             compared = {seed: of_path[-1:] if alone else of_path for seed, of_path in models.items()}
             analyse = {seed: self.stages.analyse(last, compared[seed], seed, evaluate[seed], self.teacher) for seed in models}
         for measured in (evaluate, analyse, *also.values()):
@@ -176,7 +179,7 @@ class _Planner:
 
     def _models(self, name: str, arm: Arm, seed: int, budget: Budget) -> _Made:
         check_not_run(self.recipe, name, self.teacher)
-        self._check_sizes(name, arm)
+        check_sizes(self.ledger, name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
             raise ConfigError(
                 f"arms.{name} has `dense`, but in `{arm.text}` no model has two teachers; remove `dense`, or write a path such as A > B > C"
@@ -193,18 +196,20 @@ class _Planner:
             return _Made([longer], phases, [longer.stage])
         taught, turns, handles = list[str](), list[str](), list[Handle]()  # a turn with one teacher has one or several phases
         for path in arm.path:
-            handles = [first_teacher(self.stages, name, arm, made[path[0]], seed, self._path_of)]
+            first = teaching(self.stages, name, arm, path[0], made, seed, self._path_of)
+            handles = [handle for _, handle in first[:1]]
             for i, model in enumerate(path[1:], 1):
                 stages, scale = self._asking(arm, path[:i], budget)
                 phases, trained = planned_phases(self.recipe, stages, name, arm, model, scale / arm.learners.count(model)), []
                 for number, (method, _) in enumerate(phases, 1):
-                    teachers = list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
-                    names = [m for m, _ in teachers]
+                    teachers = first if i == 1 else list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
+                    names, route = [m for m, _ in teachers], path[0] if i == 1 and is_route(path[0]) else ""
+                    check_route(self.tokens, name, path, method)
                     check_teaching(self.recipe, name, names, method)
                     check_itself(name, arm, path[i - 1], model, method)
                     check_edge(self.tokens, name, names, model, method)
                     turn = Turn(taught.count(model), turns.count(model) + 1, number, len(phases), arm.last[-1])
-                    made[model] = new = stages.distill(teachers, model, made[model], method, seed, turn)
+                    made[model] = new = stages.distill(teachers, model, made[model], method, seed, turn, route)
                     taught.append(model)
                     trained.append(new.stage)
                 handles.append(made[model])  # a model that teaches itself is in the path twice
@@ -235,15 +240,6 @@ class _Planner:
             return self._models(arm, self.recipe.arms[arm], seed, Budget()).path
         finally:
             self.making.pop()
-
-    def _check_sizes(self, name: str, arm: Arm) -> None:
-        for above, below in (pair for path in arm.path for pair in pairwise(path)):
-            teacher, learner = self.ledger.size(above), self.ledger.size(below)
-            if teacher and learner and learner.total > teacher.total:
-                raise ConfigError(
-                    f"arms.{name}: in `{arm.text}`, {above} ({teacher.total:,} parameters) teaches the bigger model {below} "
-                    f"({learner.total:,} parameters); write the path from big to small"
-                )
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:

@@ -9,14 +9,17 @@ scores. Both are those of another arm. They change different things, so an arm c
 All costs are linear in the number of updates and in the number of prompts, so two trial plans give the factors.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from tadistill.config import Arm, Recipe
+from tadistill.config.route import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage
+from tadistill.plan.paths import given_teachers
 from tadistill.plan.specs import DistillSpec, TrainingSpec
 from tadistill.plan.task import original_teacher
 
@@ -69,6 +72,8 @@ class Budgets:
         teacher = original_teacher(self.recipe)
         assert teacher is not None
         given, final = f"arms.{name} has `teacher_budget: {arm.teacher_budget}`, but", like.final[self.recipe.first_seed]
+        if routed((*arm.path, *like.arm.path)):
+            raise ConfigError(f"{given} in a route several teachers are asked; remove `teacher_budget`, or use `compute`")
         trial = self.trial(name, arm, Budget())
         target, total = self.graph.asked(final, teacher), trial.graph.asked(trial.final, teacher)
         if target is None or total is None:
@@ -88,6 +93,8 @@ class Budgets:
 
     def _rows(self, given: str, teacher: str, share: float) -> int:
         rows, most = round(share * self.ledger.rows), self.ledger.rows
+        if self.recipe.data.several:
+            raise ConfigError(f"{given} it sets the number of prompts of one training set, and there are several; remove `teacher_budget`")
         if not 1 <= rows <= most:
             needs, fix = (f"{rows:,} answers", "name an arm that asks for less") if rows else ("less than one answer", "name another arm")
             raise ConfigError(f"{given} this budget is {needs} of {teacher}, and the training set has {most:,} prompts; {fix}")
@@ -121,9 +128,9 @@ class Budgets:
                 "the same number; remove one of the two keys"
             )
         fixed = total - scaled
-        if times is not None:
-            fixed -= self._of_teacher(trial.graph, trial.final)
-            target = times * (target - self._of_teacher(self.graph, like.final[self.recipe.first_seed]))
+        if given := given_teachers(self.recipe, arm, like.arm):
+            fixed -= self._of_teachers(given, trial.graph, trial.final)
+            target = (times or 1.0) * (target - self._of_teachers(given, self.graph, like.final[self.recipe.first_seed]))
         if target <= fixed:
             spent, fix = (f"the budget of {target:.3g} FLOPs is", "raise the budget") if times else ("that arm costs", "remove `compute`")
             raise ConfigError(
@@ -132,12 +139,13 @@ class Budgets:
             )
         return (target - fixed) / scaled
 
-    def _of_teacher(self, graph: Graph, final: str | None) -> float:
-        # the FLOPs of the original teacher's own training, if this model depends on it
-        teacher = original_teacher(self.recipe)
-        handle = self.stages.trained(teacher, self.recipe.first_seed) if teacher else None
-        own = handle.stage if isinstance(handle, FromStage) else None
-        return (graph.flops(own) or 0.0) if own and final and own in with_ancestors(graph.stages, [final]) else 0.0
+    def _of_teachers(self, names: set[str], graph: Graph, final: str | None) -> float:
+        # the FLOPs of these teachers' own training, if this model depends on it
+        handles = [self.stages.trained(name, self.recipe.first_seed) for name in names]
+        own = {handle.stage for handle in handles if isinstance(handle, FromStage)}
+        above = own & (with_ancestors(graph.stages, [final]) if final else set())
+        flops = (graph.stages[key].flops for key in with_ancestors(graph.stages, above, without="like"))
+        return math.fsum(each or 0.0 for each in flops)
 
     def _unknown_cost(self, name: str, key: str) -> ConfigError | NotHere:
         if unknown := self.ledger.unknown():

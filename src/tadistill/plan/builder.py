@@ -1,15 +1,15 @@
 """The stages of a recipe. `StageBuilder` adds them to the graph, and `plan.arms` combines them into arms (paths of models)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any
 
-from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
+from tadistill.config import Evaluate, Method, Recipe, Sft
 from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
 from tadistill.config.over_spans import over_spans
-from tadistill.data import datasets
+from tadistill.config.route import teachers_of
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import sources
@@ -27,7 +27,6 @@ from tadistill.plan.inputs import (
     Output,
     Pruned,
     PrunedDepth,
-    Split,
     Tempered,
     plan_metrics,
     plan_objective,
@@ -35,6 +34,7 @@ from tadistill.plan.inputs import (
 )
 from tadistill.plan.phases import Turn
 from tadistill.plan.recording import texts
+from tadistill.plan.study_sets import StudySets
 from tadistill.plan.study_tokens import StudyTokens
 
 
@@ -45,8 +45,7 @@ class StageBuilder:
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
-        self.rows: int | None = None  # of the training set; None means all
-        self._splits: dict[tuple[str, str, int | None], Split] = {}
+        self.sets, self.rows = StudySets(recipe), None  # the number of training rows; None means all
         self._own: Callable[[str, int], Handle] = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))
 
     @cached_property
@@ -91,7 +90,7 @@ class StageBuilder:
                 assert init.layers is not None
                 return PrunedDepth(prune=init.layers, of=parent)
             layers = init.layers if isinstance(init.layers, tuple) else init.layers_by
-            return Pruned(prune=init.sizes, layers=layers, of=parent, data=self.encoding(name, samples=False), train=self.split("train"))
+            return Pruned(prune=init.sizes, layers=layers, of=parent, data=self.encoding(name, samples=False), **self.training())
         if point := model.checkpoint:
             whole = self.trained(point.of, seed)
             assert isinstance(whole, FromStage)  # only fine-tuning stores checkpoints
@@ -146,12 +145,12 @@ class StageBuilder:
         except ConfigError as error:
             raise ConfigError(f"{name} cannot start from {source}: {error}") from error
         sizes = {key: value for key, value in asdict(shape).items() if key != "head_dim" and value is not None}
-        return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), train=self.split("train"))
+        return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), **self.training())
 
     def tempered(self, name: str, parent: Handle, like: Handle, arm: str, seed: int) -> FromStage:
         """Return a model with the temperature at which its mean entropy equals that of the model `like`, which the arm `arm` made."""
         check_like(self.tokens, name, self.recipe.arms[arm].last[-1], arm)
-        data, dev = self.encoding(name), self.split("dev")
+        data, dev = self.encoding(name), self.sets.dev()
         spec = specs.TemperSpec(data=data, teacher=parent, like=like, dev=dev, batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
@@ -167,7 +166,7 @@ class StageBuilder:
             sft.select.check()
         except ConfigError as error:
             raise ConfigError(f"models.{name}.sft: {error}") from error
-        optim = self.with_steps(sft.optim)
+        optim = self.with_steps(sft.optim, sft.sets)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
             raise ConfigError(
@@ -184,9 +183,10 @@ class StageBuilder:
             seed=seed,
             keep=tuple(sorted(set(sft.keep))),
             lora=self.recipe.models[name].lora,
-            **self._texts(name, sft.select, responses=True),
+            **self._texts(name, sft.select, sft.sets, responses=True),
         )
-        return FromStage(stage=self.add(spec, f"sft {name}{', continued' if continues else ''}, seed {seed}", name, seed))
+        on = f" on {' and '.join(sft.sets)}" if sft.sets else ""
+        return FromStage(stage=self.add(spec, f"sft {name}{on}{', continued' if continues else ''}, seed {seed}", name, seed))
 
     def distill(
         self,
@@ -196,11 +196,13 @@ class StageBuilder:
         method: Method,
         seed: int,
         turn: Turn,
+        route: str = "",
     ) -> FromStage:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small. With `dense`, there are several. Otherwise, there is one.
+            teachers: names and models, from big to small. With `dense` or a route, there are several. Otherwise, there is one.
+            route: the teachers with their sets, as the path has them. Empty if every teacher teaches on all rows.
             turn: which of the arm's distillations of this model this one is. Each has its own order of prompts.
 
         Raises:
@@ -208,7 +210,7 @@ class StageBuilder:
         """
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
         (_, teacher), *others = teachers if method.ema is None else [(name, student)]  # an average begins here, in a later phase too
-        names = [n for n, _ in teachers]
+        names, taught = [n for n, _ in teachers], teachers_of(route)
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
             raise ConfigError(
@@ -227,21 +229,22 @@ class StageBuilder:
             sampler=method.sampler,
             optim=method.optim,
             dense=dense,
-            assistants=tuple(handle for _, handle in others) if dense else (),
+            assistants=tuple(handle for _, handle in others) if dense or route else (),
+            route=tuple(names.index(taught[each]) for each in self.recipe.data.sets) if route and others else (),
             lora=self.recipe.models[name].lora,
             own=plan_objective(method.objective, self.recipe.runtime.code),
             ema=method.ema,
             teacher_data=of_teacher,
-            **texts(self, teachers if dense else teachers[:1], method, seed, (name, student), turn),
-            **self._texts(name, method.select, context, responses=method.sampler.reads_responses),
+            **texts(self, teachers if dense or route else teachers[:1], method, seed, (name, student), turn, taught if others else {}),
+            **self._texts(name, method.select, context=context, responses=method.sampler.reads_responses),
         )
-        label = f"distill {' + '.join(names)} -> {name}{turn.text}, {spec.summary}, seed {seed}"
+        label = f"distill {route or ' + '.join(names)} -> {name}{turn.text}, {spec.summary}, seed {seed}"
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
         more = {"references": not other, **self._measured, **({"tasks": None, "per_byte": False} if other else {})}
-        spec = specs.EvaluateSpec(**self.only_runs(name), sets=self._test_sets(), model=model, decoding=decoding, **more)
+        spec = specs.EvaluateSpec(**self.only_runs(name), sets=self.sets.test(), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
@@ -250,7 +253,7 @@ class StageBuilder:
         written = None if served else Output(stage=self.evaluate(original, teacher, seed, self.recipe.evaluate))
         spec = specs.AnalyseSpec(
             **self.only_runs(name, samples=False),
-            sets=self._test_sets(),
+            sets=self.sets.test(),
             teacher=teacher,
             model=models[-1],
             answers=Output(stage=answers),
@@ -264,7 +267,7 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = specs.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.split("dev", prompts))
+        spec = specs.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
@@ -276,7 +279,7 @@ class StageBuilder:
             model=model,
             answers=Output(stage=answers),
             k=k,
-            dev=self.split("dev", prompts),
+            dev=self.sets.dev(prompts),
             batch=self.recipe.evaluate.batch,
         )
         return self.add(spec, f"pair {above} -> {name}", name, self.seed(name, seed))
@@ -305,29 +308,24 @@ class StageBuilder:
             )
         return found.model_copy(update={"context": context})
 
-    def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
-        """Return the train or dev split. `limit` is the number of rows to use. Its default is the recipe's `data.limit`."""
-        ref = getattr(self.recipe.data, role)
-        return self._split(ref, role, limit or (self.rows if role == "train" else None) or getattr(self.recipe.data.limit, role))
+    def training(self, sets: Sequence[str] = (), *, weights: bool = False) -> dict[str, Any]:
+        """Return the fields of a stage that name its training sets (`StudySets.training`)."""
+        return self.sets.training(sets, weights=weights, rows=self.rows)
 
-    def _test_sets(self) -> tuple[Split, ...]:
-        return tuple(self._split(ref, "test", self.recipe.data.limit.test) for ref in self.recipe.data.test)
-
-    def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
-        key = role, ref.name, limit  # read once: hundreds of stages use the same rows
-        if key not in self._splits:
-            self._splits[key] = Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
-        return self._splits[key]
-
-    def _texts(self, name: str, select: Select, context: TeacherContext | None = None, *, responses: bool) -> dict[str, Any]:
+    def _texts(
+        self, name: str, select: Select, sets: Sequence[str] = (), context: TeacherContext | None = None, *, responses: bool
+    ) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
         found: dict[str, Any] = {"data": self.encoding(name, responses=responses, context=context), "select": select}
         if select.metric != "last":
-            found |= {"dev": self.split("dev"), "decoding": self.recipe.evaluate.during_training}
-        return found | {"train": self.split("train")}
+            found |= {"dev": self.sets.dev(), "decoding": self.recipe.evaluate.during_training}
+        return found | self.training(sets, weights=True)
 
-    def with_steps(self, optim: Optim) -> Optim:
-        """Return the settings with `epochs` converted to `steps` (updates).
+    def with_steps(self, optim: Optim, sets: Sequence[str] = ()) -> Optim:
+        """Return the settings with `epochs` converted to `steps` (updates). An epoch has as many rows as the sets together.
+
+        Args:
+            sets: names of the training sets. By default, they are all sets of the recipe.
 
         Raises:
             ConfigError: the settings have neither `steps` nor `epochs`, or both.
@@ -337,6 +335,7 @@ class StageBuilder:
         if optim.steps is not None and optim.epochs is not None:
             raise ConfigError(f"an `optim` of the recipe has both `steps` {optim.steps} and `epochs` {optim.epochs}; remove one of them")
         if optim.epochs is not None:
-            steps = max(1, round(optim.epochs * self.ledger.rows / optim.batch))
+            texts = self.ledger.of_texts(tuple(name for name in self.recipe.data.sets if name in sets or not sets))
+            steps = max(1, round(optim.epochs * texts.rows / optim.batch))
             return optim.model_copy(update={"steps": steps, "epochs": None})
         return optim

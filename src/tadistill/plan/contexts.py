@@ -6,6 +6,7 @@ from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import ModelPath
 from tadistill.config.context import TeacherContext
 from tadistill.config.method import apply, phases_of
+from tadistill.config.route import flat
 from tadistill.errors import ConfigError, about
 
 
@@ -41,7 +42,7 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
         with about(f"arms.{name}"):
             for method, path, i in _distillations(recipe, arm):
                 if method.context:
-                    names = {name for name in (path[:i] if method.dense else path[i - 1 : i]) if not recipe.models[name].api}
+                    names = {name for name in flat(path[:i] if method.dense else path[i - 1 : i]) if not recipe.models[name].api}
                     found.setdefault(method.context, set()).update(names)
     return {context: names for context, names in found.items() if names}
 

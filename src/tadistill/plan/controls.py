@@ -1,28 +1,41 @@
 """The teacher of an arm that is a control of another arm (`arms.X.control`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tadistill.config import Arm
+from tadistill.config.route import is_route, members
 from tadistill.errors import ConfigError
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.inputs import BehindApi, Handle, RandomWeights, is_served
 
 
-def first_teacher(
-    stages: StageBuilder, name: str, arm: Arm, teacher: Handle, seed: int, path_of: Callable[[str, int], list[Handle]]
-) -> Handle:
-    """Return the model that teaches first in the arm `name`. In a control, it can have random weights or another temperature.
+def teaching(
+    stages: StageBuilder, name: str, arm: Arm, head: str, made: Mapping[str, Handle], seed: int, path_of: Callable[[str, int], list[Handle]]
+) -> list[tuple[str, Handle]]:
+    """Return name and model of each teacher at the start of a path. In a control, it can have random weights or another temperature.
 
     Args:
-        teacher: the first model of the arm's path.
+        head: the first part of the path: a model, or the teachers of a route.
+        made: the models of the arm by name.
         path_of: returns the models of another arm's path, given its name and a seed.
 
     Raises:
-        ConfigError: the control changes a teacher that is served.
+        ConfigError: the control changes a teacher that is served, or the teachers of a route.
     """
-    control, model = arm.controls, arm.last[0]
+    control = arm.controls
     if control is None or control.kind == "no_teacher":
-        return teacher
+        return [(model, made[model]) for model in members(head)]
+    if is_route(head):
+        raise ConfigError(
+            f"arms.{name}.control is `{arm.control}`, but in `{head}` several models teach; use `no_teacher of {control.arm}`, or name an "
+            "arm with one teacher"
+        )
+    return [(head, _changed(stages, name, arm, made[head], seed, path_of))]
+
+
+def _changed(stages: StageBuilder, name: str, arm: Arm, teacher: Handle, seed: int, path_of: Callable[[str, int], list[Handle]]) -> Handle:
+    control, model = arm.controls, arm.last[0]
+    assert control is not None
     if isinstance(teacher, BehindApi):
         raise ConfigError(
             f"arms.{name}.control is `{arm.control}`, but {model} is behind an API, so its weights and logits cannot be changed; remove "

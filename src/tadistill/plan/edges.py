@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tadistill.config import Method
 from tadistill.config.over_spans import check_one_tokenizer, over_spans
+from tadistill.config.route import members
 from tadistill.errors import ConfigError, about
 from tadistill.plan.inputs import Encoding
 
@@ -61,10 +62,15 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
     tokenizer, or if only text passes.
 
     Raises:
-        ConfigError: the text has several turns.
+        ConfigError: the text has several turns, or there are several training sets.
     """
     if not method.objective.needs_teacher or stages.tokens.alike(teacher, learner):
         return None
+    if stages.recipe.data.several:
+        raise ConfigError(
+            f"{learner} learns from {teacher}, which has another tokenizer, but this works with one training set only; remove the other "
+            "sets of `data.train`, or use models with one tokenizer"
+        )
     if method.sampler.reads_responses and stages.recipe.data.turns == "all":
         raise ConfigError(
             f"{learner} learns from {teacher}, which has another tokenizer, so a row can have only one answer, but data.turns is `all`; "
@@ -76,7 +82,8 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
 
 def lossy_steps(tokens: "StudyTokens", paths: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
     """Return the steps of paths, as pairs (teacher, student), whose two models have different tokenizers."""
-    return [(above, below) for path in paths for above, below in pairwise(path) if not tokens.alike(above, below)]
+    steps = ((above, below) for path in paths for names, below in pairwise(path) for above in members(names))
+    return [(above, below) for above, below in steps if not tokens.alike(above, below)]
 
 
 def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:

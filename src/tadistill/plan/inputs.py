@@ -220,6 +220,8 @@ class Pruned(Part):
     of: "Handle"
     data: Encoding
     train: Split
+    more: tuple[Split, ...] = ()
+    """The other training sets, if there are several."""
 
 
 class Tempered(Part):

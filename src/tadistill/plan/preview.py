@@ -1,14 +1,17 @@
 """The tables of `tadistill plan`: stages with their FLOPs, time and memory, and arms (paths of models) with their total FLOPs."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from tadistill.config import DataRef, Recipe
+from tadistill.config import Recipe
 from tadistill.config.arm import direct_arm, marked
+from tadistill.config.data import shares_text
+from tadistill.config.route import routed
 from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import sources
@@ -21,6 +24,7 @@ from tadistill.plan.edges import lossy_steps, undefined_notes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
+from tadistill.plan.paths import given_teachers
 from tadistill.plan.phases import phases_text
 from tadistill.plan.served import served_notes
 from tadistill.plan.specs import SignalSpec
@@ -74,7 +78,8 @@ def off_budget(plan: Plan) -> Iterable[str]:
         if arm.arm.like is None:
             continue
         times, other = arm.arm.like[0] or 1.0, arms[arm.arm.like[1]]
-        own, theirs = _without_teacher(plan, arm), _without_teacher(plan, other)
+        given = {plan.teacher, *given_teachers(plan.recipe, arm.arm, other.arm)}
+        own, theirs = _without(plan, arm, given), _without(plan, other, given)
         if own and theirs and abs(own / (times * theirs) - 1) > _OFF:
             ratio = own / (times * theirs)
             yield (
@@ -95,11 +100,11 @@ def off_teacher_budget(plan: Plan) -> Iterable[str]:
             )
 
 
-def _without_teacher(plan: Plan, arm: PlannedArm) -> float | None:
+def _without(plan: Plan, arm: PlannedArm, teachers: set[str | None]) -> float | None:
     final = next(iter(arm.final.values()))
     above = with_ancestors(plan.stages, [final] if final else [], without="like")
     stages = [plan.stages[key] for key in above]
-    flops = [stage.flops for stage in stages if not (stage.trains and stage.model == plan.teacher)]  # its answers are a cost of the arm
+    flops = [stage.flops for stage in stages if not (stage.trains and stage.model in teachers)]  # a teacher's answers are a cost of the arm
     return None if None in flops else sum(f for f in flops if f is not None)
 
 
@@ -179,7 +184,7 @@ class _Candidate(NamedTuple):
 
 def _candidate(arm: PlannedArm) -> _Candidate:
     context = any(phase.method.context for phase in arm.phases)
-    is_plain = len(arm.arm.path) == 1 and not (arm.arm.init or context or arm.arm.control)
+    is_plain = len(arm.arm.path) == 1 and not (arm.arm.init or context or arm.arm.control or routed(arm.arm.path))
     return _Candidate(arm.arm.last, is_plain, arm.arm.compute, arm.taught_with, arm.flops)
 
 
@@ -305,19 +310,19 @@ def _controls(plan: Plan) -> Iterable[str]:
 
 def _rows(plan: Plan) -> Iterable[str]:
     data = plan.recipe.data
-    splits: list[tuple[Literal["train", "dev", "test"], DataRef]] = [("train", data.train), ("dev", data.dev)]
-    splits = (splits if any(s.trains for s in plan.stages.values()) else []) + [("test", ref) for ref in data.test]
+    if data.several:
+        yield f"Training draws {shares_text(data.shares)}."
     for readers, family in _readers(plan):
         who, reading = f", {' and '.join(family)}" if readers else "", Ledger(plan.recipe).of(readers).reading
-        for role, ref in splits:
+        for role, ref in data.splits(trains=any(s.trains for s in plan.stages.values())):
             counts = passes.count_first_rows(reading, ref, role)
             texts = filter(None, (counts.text, counts.unknown_text)) if counts else ()
             yield from (f"Rows of {ref.name} ({role}{who}), among the first {counts.rows}: {text}." for text in texts if counts)
-        for context, teachers in contexts_of(plan.recipe).items():
+        for (context, teachers), ref in product(contexts_of(plan.recipe).items(), data.sets.values()):
             reads = sorted(teachers.intersection(family) if readers else teachers)
-            counts = passes.count_first_rows(reading, data.train, "train", context) if reads else None
+            counts = passes.count_first_rows(reading, ref, "train", context) if reads else None
             if counts and counts.of_contexts:
-                where = f"Rows of {data.train.name} (train) with the context of {' and '.join(reads)}, among the first {counts.rows}"
+                where = f"Rows of {ref.name} (train) with the context of {' and '.join(reads)}, among the first {counts.rows}"
                 yield f"{where}: {counts.of_contexts}."
 
 

@@ -10,13 +10,14 @@ A teacher's answers reach a student with another tokenizer as text (`retokenise`
 In a later phase, the student writes the text itself, with the weights that the phase before left. Each seed then has its own text.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config import Method
 from tadistill.config.common import Decoding
 from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
-from tadistill.errors import NotHere, about
+from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import specs
 from tadistill.plan.edges import check_writer
 from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output
@@ -27,67 +28,89 @@ if TYPE_CHECKING:
 
 
 def texts(
-    stages: "StageBuilder", teachers: list[tuple[str, Handle]], method: Method, seed: int, learner: tuple[str, Handle], turn: Turn
+    stages: "StageBuilder",
+    teachers: list[tuple[str, Handle]],
+    method: Method,
+    seed: int,
+    learner: tuple[str, Handle],
+    turn: Turn,
+    route: Mapping[str, str],
 ) -> dict[str, Any]:
     """Add the stages that write the texts of a distillation. Return the fields of its `DistillSpec` that name them.
 
     Args:
         teachers: names and models of the student's teachers, from big to small.
         learner: name and initial weights of the student.
+        route: the teacher of each training set. Empty if every teacher teaches on all rows. Otherwise, each teacher has a text of its own.
     """
     (writer, weights), own = learner, turn.seed(seed)
     sampler, found = method.sampler, dict[str, Any](corpus=_corpus(stages, method))
+    sets = [tuple(each for each in route if route[each] == name) for name, _ in teachers] if route else [()]
+    answers: list[Output] = []
     if method.recorded_text:
         assert isinstance(sampler, Decoding)
         if turn.phase == 1:
             first, writer = stages.recipe.first_seed, turn.writer
             weights, own = stages.trained(writer, first), stages.seed(writer, first)
             check_writer(stages.tokens, writer, learner[0])
-        shown = own if turn.phase == 1 else seed
-        found["responses"] = _answers(stages, (writer, weights), sampler, own, method.context, shown=shown)
+        seeds = own, own if turn.phase == 1 else seed
+        answers = [_answers(stages, (writer, weights), sampler, seeds, method.context, sets=each) for each in sets]
         found["text_of"] = writer, sampler.max_new_tokens
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
-        as_teacher = method.context is not None
+        how: dict[str, Any] = {"as_teacher": method.context is not None}
+        if len(stages.recipe.data.sets) > 1:
+            _check_one_tokenizer(stages, [name for name, _ in teachers[: len(sets)]], learner[0])
         if stages.recipe.models[teachers[0][0]].api:
             return found | {"responses": _asked(stages, teachers[0], sampler, seed, method.context, learner[0])}
-        answers = _answers(stages, teachers[0], sampler, seed, method.context, as_teacher=as_teacher, shown=seed)
-        found["responses"] = _handed_over(stages, teachers[0][0], learner[0], answers, method.context, seed)
-        if found["responses"] != answers:
-            found["text_of"] = teachers[0][0], _tokens_of(stages, teachers[0][0], learner[0], sampler.max_new_tokens)
+        for teacher, each in zip(teachers, sets, strict=False):
+            own_text = _answers(stages, teacher, sampler, (seed, seed), method.context, sets=each, **how)
+            answers.append(_handed_over(stages, teacher[0], learner[0], own_text, method.context, seed))
+            if answers[-1] != own_text:
+                found["text_of"] = teacher[0], _tokens_of(stages, teacher[0], learner[0], sampler.max_new_tokens)
+    if answers:
+        found |= {"responses": answers[0], "assistant_responses": tuple(answers[1:])}
     if method.signal is None or not method.objective.needs_teacher:
         return found
-    of_text = {key: found[key] for key in ("responses", "text_of") if method.recorded_text}
+    of_text = {"text_of": found["text_of"]} if method.recorded_text else {}
     place = f" on the text of {writer}" if of_text else ""
     outputs = []
-    for name, teacher in teachers:
+    for number, (name, teacher) in enumerate(teachers):
+        mine = number if route else 0
         spec = specs.SignalSpec(
             data=stages.encoding(name, samples=False, responses=not of_text, context=method.context),
             teacher=teacher,
             signal=method.signal,
             precision=method.optim.precision,
-            train=stages.split("train"),
+            responses=answers[mine] if of_text else None,
+            **stages.training(sets[mine]),
             **of_text,
         )
-        outputs.append(Output(stage=stages.add(spec, f"{method.signal.type} signal of {name}{place}, seed {seed}", name, seed)))
+        label = f"{method.signal.type} signal of {name}{place}{_on(sets[mine])}, seed {seed}"
+        outputs.append(Output(stage=stages.add(spec, label, name, seed)))
     return found | {"signal": outputs[0], "assistant_signals": tuple(outputs[1:])}
+
+
+def _on(sets: Sequence[str]) -> str:
+    return f" on {' and '.join(sets)}" if sets else ""
 
 
 def _answers(
     stages: "StageBuilder",
     model: tuple[str, Handle],
     sampler: Decoding,
-    seed: int,
+    seeds: tuple[int, int],
     context: TeacherContext | None,
     *,
+    sets: Sequence[str],
     as_teacher: bool = False,
-    shown: int,
 ) -> Output:
-    name, handle = model
+    # `seeds`: that of the text, and that which the stage's label shows
+    (name, handle), (seed, shown) = model, seeds
     decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
-    spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, train=stages.split("train"))
-    return Output(stage=stages.add(spec, f"generate with {name}, seed {shown}", name, shown))
+    spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, **stages.training(sets))
+    return Output(stage=stages.add(spec, f"generate with {name}{_on(sets)}, seed {shown}", name, shown))
 
 
 def _asked(
@@ -100,7 +123,7 @@ def _asked(
     rules = {name: getattr(data, name) for name in ("world", "thinking", "max_prompt", "max_length")}
     messages = Encoding(template="chat", context=context, **rules)
     drawn = None if decoding.temperature == 0 else seed  # without randomness, all seeds have the same answers
-    asked = specs.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, train=stages.split("train"))
+    asked = specs.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, **stages.training())
     shown = stages.recipe.first_seed if drawn is None else seed
     answers = Output(stage=stages.add(asked, f"ask {name}{'' if drawn is None else f', seed {seed}'}", name, shown))
     spec = specs.RetokeniseSpec(
@@ -109,7 +132,7 @@ def _asked(
         writer=None,
         asked=None,
         tokenizer=stages.tokens.files(learner),
-        train=stages.split("train"),
+        **stages.training(),
     )
     label = f"answers of {name}, tokenised for {learner}{'' if drawn is None else f', seed {seed}'}"
     return Output(stage=stages.add(spec, label, learner, shown))
@@ -126,9 +149,19 @@ def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Out
         writer=tokens.files(writer),
         asked=stages.encoding(writer, context=context).model_copy(update={"ends": tokens.ends(writer)}),
         tokenizer=tokens.files(learner),
-        train=stages.split("train"),
+        **stages.training(),
     )
     return Output(stage=stages.add(spec, f"answers of {writer}, retokenised for {learner}, seed {seed}", learner, seed))
+
+
+def _check_one_tokenizer(stages: "StageBuilder", writers: Sequence[str], learner: str) -> None:
+    for writer in writers:
+        if stages.recipe.models[writer].api or not stages.tokens.hands_over_ids(writer, learner):
+            what = "is behind an API" if stages.recipe.models[writer].api else "has another tokenizer"
+            raise ConfigError(
+                f"{learner} learns from the text of {writer}, which {what}, but this works with one training set only; remove the other "
+                "sets of `data.train`, or use models with one tokenizer"
+            )
 
 
 def _tokens_of(stages: "StageBuilder", writer: str, learner: str, most: int) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tadistill.config import Method, Recipe
 from tadistill.config.api import check_text_only
 from tadistill.config.common import DTYPES, Precision
+from tadistill.config.route import routed
 from tadistill.config.served import Serve, check_served
 from tadistill.errors import ConfigError, about
 from tadistill.plan.asked import check_only_writes
@@ -74,7 +75,7 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
             f"arms.{arm} {what} `{min(own)}`, but this model is served, and a served model can only teach; remove its `serve`, or this arm"
         )
     if teacher and recipe.data.test:
-        _check_analysed(recipe, (teacher, *path.last[:-1]))
+        _check_analysed(recipe, (teacher, *(() if routed(path.path) else path.last[:-1])))
 
 
 def _check_analysed(recipe: Recipe, models: Iterable[str]) -> None:

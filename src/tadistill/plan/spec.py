@@ -1,10 +1,10 @@
-"""The base class of all kinds of stages (`plan.specs`): a stage's key, its inputs and its predicted cost."""
+"""The base classes of all kinds of stages (`plan.specs`): a stage's key, its inputs and its predicted cost."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, Output, Part, stage_of
+from tadistill.plan.inputs import INPUTS, Encoding, Handle, Output, Part, Split, stage_of
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -76,3 +76,25 @@ class Spec(Part):
             teachers: names of the stage's teachers, from big to small.
         """
         return None
+
+
+class OnTrainingSets(Spec):
+    """Base class of the stages that read the training sets."""
+
+    train: Split
+    more: tuple[Split, ...] = ()
+    """The other training sets, if there are several."""
+
+    @property
+    def sets(self) -> tuple[Split, ...]:
+        """All training sets."""
+        return (self.train, *self.more)
+
+    @property
+    def limit(self) -> int | None:
+        """Number of rows to use of the only training set. None if all rows are used, or those that `data.limit` allows for several sets."""
+        return None if self.more else self.train.limit
+
+    def texts(self, ledger: "Ledger", weights: tuple[float, ...] = (), route: tuple[int, ...] = ()) -> "Ledger":
+        """Return a ledger of the texts that the stage reads."""
+        return ledger.of_texts(tuple(split.ref.name for split in self.sets), self.data.context, weights, route)

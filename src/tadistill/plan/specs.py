@@ -14,7 +14,7 @@ from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.counting.cost import Cost
 from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
-from tadistill.plan.spec import Spec
+from tadistill.plan.spec import OnTrainingSets, Spec
 
 if TYPE_CHECKING:
     from tadistill.plan.costs import Ledger
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
-class TrainingSpec(Spec):
+class TrainingSpec(OnTrainingSets):
     """Base class of the stages that train a model."""
 
     work = "training:train"
@@ -33,7 +33,8 @@ class TrainingSpec(Spec):
     optim: Optim
     select: Select
     seed: int
-    train: Split
+    weights: tuple[float, ...] = ()
+    """The share of each training set in the rows, if there are several."""
     dev: Split | None = None
     """None if no dev metric selects the checkpoint."""
     decoding: Evaluate | None = None
@@ -80,7 +81,7 @@ class SftSpec(TrainingSpec):
     """Numbers of updates after which weights are stored too, in addition to the selected checkpoint. Ascending."""
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.sft(model, self.optim, self.select)
+        return self.texts(ledger, self.weights).sft(model, self.optim, self.select)
 
 
 class DistillSpec(TrainingSpec):
@@ -99,7 +100,10 @@ class DistillSpec(TrainingSpec):
     sampler: Sampler
     dense: Dense | None = None
     assistants: tuple[Handle, ...] = ()
-    """The other teachers if the method has `dense`, from big to small."""
+    """The other teachers: with `dense` from big to small, or those of a `route`."""
+    route: tuple[int, ...] = ()
+    """For each training set, the place of its teacher in (teacher, *assistants). Empty if every teacher teaches on all rows."""
+    assistant_responses: tuple[Output, ...] = ()  # with a route: answers for the sets of each assistant; `responses` are for `teacher`
     corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
     own: OwnCode | None = None  # the function of objective `custom`
@@ -130,7 +134,7 @@ class DistillSpec(TrainingSpec):
         return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.behind(self.data.context).distill(teachers, model, self.method, self.text_of)
+        return self.texts(ledger, self.weights, self.route).distill(teachers, model, self.method, self.text_of)
 
 
 # --- preparing a teacher ---------------------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ class TemperSpec(Spec):
         return Cost()
 
 
-class GenerateSpec(Spec):
+class GenerateSpec(OnTrainingSets):
     """Sampling of a model's answer to every training prompt."""
 
     kind = "generate"
@@ -165,16 +169,15 @@ class GenerateSpec(Spec):
     """The model that answers: a teacher, or the student whose text is recorded."""
     sampler: Decoding
     seed: int
-    train: Split
     precision: Precision = "fp32"
     """Number format of the models (`evaluate.precision`)."""
     as_teacher: bool = False  # True if it answers the teacher's own prompts (`data.context`)
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.behind(self.data.context).generate(model, self.sampler, limit=self.train.limit, as_teacher=self.as_teacher)
+        return self.texts(ledger).generate(model, self.sampler, limit=self.limit, as_teacher=self.as_teacher)
 
 
-class AskSpec(Spec):
+class AskSpec(OnTrainingSets):
     """Answers of a model behind an API to every training prompt, as text (`data.handover`)."""
 
     kind = "ask"
@@ -185,14 +188,13 @@ class AskSpec(Spec):
     sampler: Decoding
     seed: int | None
     """None for greedy decoding."""
-    train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         """Return the number of tokens that are asked of the model. Nobody knows the FLOPs of a model behind an API."""
-        return ledger.ask(self.sampler, limit=self.train.limit)
+        return ledger.ask(self.sampler, limit=self.limit)
 
 
-class RetokeniseSpec(Spec):
+class RetokeniseSpec(OnTrainingSets):
     """Writing of a model's answers with the tokenizer of a student that has other tokens. `data` are the rules of the student.
 
     Only text passes between the two tokenizers (`data.handover`).
@@ -209,14 +211,13 @@ class RetokeniseSpec(Spec):
     """The rules with which the prompts were encoded. None if the answers are text."""
     tokenizer: TokenizerFiles
     """The student's tokenizer."""
-    train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         """Return an empty cost, because the stage runs no model."""
         return Cost()
 
 
-class SignalSpec(Spec):
+class SignalSpec(OnTrainingSets):
     """Recording of a teacher's outputs on the training set, or on a model's answers. Students train on the recorded outputs later."""
 
     kind = "signal"
@@ -228,13 +229,12 @@ class SignalSpec(Spec):
     signal: Signal
     precision: Precision
     """Precision of the students' training, on which the teacher's dtype depends."""
-    train: Split
     responses: Output | None = None
     """The answers that are the text. None if the training set's own responses are the text."""
     text_of: TextOf = None
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        return ledger.behind(self.data.context).signal(model, self.signal, self.text_of, limit=self.train.limit)
+        return self.texts(ledger).signal(model, self.signal, self.text_of, limit=self.limit)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------

@@ -285,8 +285,7 @@ class StudyTokens:
 
     @property
     def _splits(self) -> list[tuple[DataRef, str]]:
-        data = self.recipe.data
-        return [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]
+        return [(ref, role) for role, ref in self.recipe.data.splits()]
 
     @cached_property
     def _chat(self) -> bool:

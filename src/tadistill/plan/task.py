@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
 from tadistill.config.machine import Resources, Vllm
+from tadistill.config.route import members
 from tadistill.data import datasets
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
@@ -17,7 +18,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.engines import check_vllm, gpus_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
-from tadistill.plan.specs import KINDS, Spec, TrainingSpec
+from tadistill.plan.specs import KINDS, DistillSpec, Spec, TrainingSpec
 from tadistill.store import Store
 
 if TYPE_CHECKING:
@@ -211,6 +212,11 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
             f"{stage.label}: `optim.batch` is {spec.optim.batch}, but it must be a multiple of the {given.processes} processes in "
             "`resources`; change one of the two numbers"
         )
+    if given.teacher == "sharded" and isinstance(spec, DistillSpec) and spec.route:
+        raise ConfigError(
+            f"{stage.label}: `resources` has teacher: sharded, but each process reads other rows of each teacher in a route; set teacher: "
+            "replicated or offloaded"
+        )
     if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(
             f"{stage.label}: `resources` has parallel: fsdp, but `lora` needs whole weights in each process; set parallel: ddp"
@@ -229,7 +235,8 @@ def original_teacher(recipe: Recipe) -> str | None:
     if recipe.teacher:
         return recipe.teacher
     taught = {model for arm in recipe.arms.values() for model in arm.learners}
-    heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
+    starts = dict.fromkeys(name for arm in recipe.arms.values() for path in arm.path if len(path) > 1 for name in members(path[0]))
+    heads = [name for name in starts if name not in taught]
     if len(heads) > 1:
         raise ConfigError(
             f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"

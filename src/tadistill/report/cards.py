@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tadistill.config.data import training_refs
 from tadistill.data.datasets import NAMED
 from tadistill.disk import ordinary_permissions, write_text
 from tadistill.errors import ConfigError, StoreError
@@ -112,7 +113,7 @@ def _origin(models: dict[str, Any], name: str) -> str:
 
 def _datasets(data: dict[str, Any]) -> list[str]:
     found: list[str] = []
-    for ref in (data["train"], data.get("corpus")):
+    for ref in (*training_refs(data), data.get("corpus")):
         load = ref["load"] if ref else ""
         if load in NAMED:
             found.append(NAMED[load].hub)

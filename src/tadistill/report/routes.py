@@ -7,6 +7,7 @@ l > s then xl > s                 taught by l, then by xl
 xl > m > s, dense                 taught by xl and m together
 s > s, context                    taught by itself with a context
 s > s, context, ema               taught by its moving average with a context
+m on maths + xl on chat > s       taught by m on maths and xl on chat
 xl > s, control no_teacher of d   trained without a teacher (control of d)
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from tadistill.config.arm import path_text
 from tadistill.config.controls import Control, read_control
+from tadistill.config.route import flat, is_route, teachers_of
 from tadistill.results.study import ArmRecord
 
 
@@ -42,7 +44,7 @@ class Route:
     def teachers(self, model: str) -> list[tuple[str, ...]]:
         """Return the teachers of a model, with one entry for each of its distillations, in order."""
         places = ((part, at) for part in self.parts for at, name in enumerate(part) if at and name == model)
-        return [part[:at] if self.dense else part[at - 1 : at] for part, at in places]
+        return [flat(part[:at] if self.dense else part[at - 1 : at]) for part, at in places]
 
 
 def route(arm: ArmRecord) -> Route:
@@ -64,9 +66,12 @@ def taught(arm: ArmRecord) -> str:
     if len(found.parts) == 1 and not found.dense:
         first, *through, last = found.parts[0]
         itself = "its moving average" if found.ema else "itself"
-        how = f"taught by {itself if first == last else first}{f' through {listed(through)}' if through and first != last else ''}"
+        who = itself if first == last else in_words(first)
+        how = f"taught by {who}{f' through {listed(through)}' if through and first != last else ''}"
     else:
-        how = f"taught {', then '.join(_by(teachers) for teachers in found.teachers(arm.model))}"
+        places = ((part, part.index(arm.model)) for part in found.parts if arm.model in part[1:])
+        each = [part[:at] if found.dense else part[at - 1 : at] for part, at in places]
+        how = f"taught {', then '.join(map(_by, each))}"
     how += " with a context" if found.context else ""
     start = found.starts.get(arm.model)
     return f"pruned from {start}, then {how}" if start else how
@@ -88,7 +93,8 @@ def steps(arm: ArmRecord) -> str:
             if found.ema and teachers == (model,):
                 said.append(f"the moving average of {model} teaches {model}{how}")
             else:
-                said.append(f"{listed(teachers)} teach{'es' if len(teachers) == 1 else ''} {learner}{how}")
+                alone = len(flat(teachers)) == 1
+                said.append(f"{listed([*map(in_words, teachers)])} teach{'es' if alone else ''} {learner}{how}")
     return "; ".join(said)
 
 
@@ -97,7 +103,12 @@ def _in_phases(arm: ArmRecord, model: str) -> str:
 
 
 def _by(teachers: Sequence[str]) -> str:
-    return f"by {listed(teachers)}{' together' if len(teachers) > 1 else ''}"
+    return f"by {listed([*map(in_words, teachers)])}{' together' if len(teachers) > 1 else ''}"
+
+
+def in_words(name: str) -> str:
+    """Return a part of a path as text: a model, or the teachers of a route such as "m on maths and xl on chat"."""
+    return listed([f"{teacher} on {name}" for name, teacher in teachers_of(name).items()]) if is_route(name) else name
 
 
 def listed(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from tadistill.config.data import Data
+from tadistill.config.data import Data, training_refs
 from tadistill.config.evaluate import Evaluate
 from tadistill.data.prompts import render, split_prompt
 from tadistill.data.rows import Example
@@ -102,7 +102,7 @@ def _quoted(text: str) -> str:
 
 
 def _question(data: dict[str, Any]) -> str:
-    if not data["train"]["load"].startswith("tinyworld"):
+    if not training_refs(data)[0]["load"].startswith("tinyworld"):
         return _QUESTION
     return str(world_rows("tinyworld", "test", **data["world"])[0]["instruction"])
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config.arm import marked, path_text
+from tadistill.config.data import training_refs
 from tadistill.config.evaluate import OwnMetric
+from tadistill.config.route import flat, routed
 from tadistill.data.counts import Counts
 from tadistill.disk import damaged, read_json
 from tadistill.errors import StoreError
@@ -135,7 +137,14 @@ class ArmRecord:
     def is_plain(self) -> bool:
         """True if the arm is one simple path: each model has one teacher, and no model is used in any other way."""
         text = path_text(self.path)
+        if self.is_routed:
+            return False
         return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
+
+    @property
+    def is_routed(self) -> bool:
+        """True if several models teach in one place of the last path, each on some of the training sets."""
+        return routed((self.path,))
 
     @property
     def has_assistant(self) -> bool:
@@ -170,6 +179,11 @@ class StudyPlan:
     def from_big(self, models: Iterable[str]) -> list[str]:
         """Return the models from big to small. A model whose size is not known comes first."""
         return sorted(models, key=lambda model: -(self.parameters[model] or math.inf))
+
+    @property
+    def train_source(self) -> str:
+        """The sources of the training rows, as one text."""
+        return " + ".join(ref["load"] for ref in training_refs(self.recipe["data"]))
 
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
@@ -226,7 +240,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             tokenizers=tuple(map(tuple, content.get("tokenizers", ()))),
         )
         declare(*(OwnMetric.model_validate(entry).row for entry in content["recipe"].get("metrics", ())))
-        for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
+        for name in {name for arm in plan.arms for name in (*flat(arm.path), arm.model)}:
             plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); run `tadistill run RECIPE` to write it again") from error

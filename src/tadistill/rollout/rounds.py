@@ -23,14 +23,15 @@ from tadistill import rng
 from tadistill.config.method import Method
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
-from tadistill.data.batch import Batch, Sequence, by_length, collate
+from tadistill.data.batch import Batch, Sequence, by_length, collate, taught
 from tadistill.data.second_readings import Rereader, at_span_ends
 from tadistill.data.templates import Encoded
+from tadistill.data.training_sets import TrainingSets, shuffled
 from tadistill.models.teacher import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.generate import Mixture, Speculation
-from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, shuffled, unpack
+from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,14 @@ class Rollouts(Sampler):
         corpus: Seq[Sequence] = (),
         shard: Shard = Shard(),
         again: Rereader | None = None,
+        sets: TrainingSets | None = None,
     ):
         """`again` reads the sampled responses with the tokenizer of a teacher that has another one. Then `teacher` in `Batch.values` is the
         log-probability of a whole span, at the span's last token, and 0 at all other tokens."""
         assert isinstance(method.sampler, Rounds)
         self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
         self.pad, self.seed, self.corpus, self.shard, self.again = pad, seed, corpus, shard, again
+        self.sets = sets or TrainingSets((len(prompts),))
         self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
         self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
         self.round = -1
@@ -119,16 +122,16 @@ class Rollouts(Sampler):
         return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))
 
     def _roll_out(self, number: int) -> list[Sequence]:
-        rows = shuffled(len(self.prompts), self.rollouts, number, (self.seed, "prompt order"))
+        rows = self.sets.rows(self.rollouts, number, (self.seed, "prompt order"))
         # sorted by length, so that all processes get prompts of similar length
         mine = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world].tolist()
         asked = [self.prompts[int(rows[i])] for i in mine]
         prompts = [row.prompt for row in asked]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
-        out = self.engine.respond(prompts, uniforms, self._guide())
+        out, teachers = self.engine.respond(prompts, uniforms, self._guide()), [self.sets.teacher(int(rows[i])) for i in mine]
         sampled = [
-            Sequence(e.prompt, r.tokens, r.values, () if r.hidden is None else (r.hidden,), e.teacher_prompt)
-            for e, r in zip(asked, out, strict=True)
+            Sequence(e.prompt, r.tokens, r.values, () if r.hidden is None else (r.hidden,), e.teacher_prompt, teacher=k)
+            for e, r, k in zip(asked, out, teachers, strict=True)
         ]
         found = self._with_teacher([*map(self.again, sampled)] if self.again else sampled)
         if self.teacher.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
@@ -152,17 +155,17 @@ class Rollouts(Sampler):
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
+        by_teacher = taught(sequences)
         for k, one in enumerate(teacher.each):
-            name = "teacher" if len(teacher.each) == 1 else f"teacher {k}"
-            passes = self._passes([s.of_teacher for s in sequences], one, self.again, states=teacher.stored, scores=teacher.scores)
-            found = [
-                replace(
-                    s,
-                    values=s.values | ({} if scores is None else {name: _of_response(s, scores.numpy())}),
-                    states=s.states if states is None else (*s.states, states),
+            mine = by_teacher.get(k, []) if by_teacher else range(len(sequences))
+            name = "teacher" if by_teacher or len(teacher.each) == 1 else f"teacher {k}"
+            passes = self._passes([sequences[i].of_teacher for i in mine], one, self.again, states=teacher.stored, scores=teacher.scores)
+            for i, (states, scores) in zip(mine, passes, strict=True):
+                found[i] = replace(
+                    found[i],
+                    values=found[i].values | ({} if scores is None else {name: _of_response(found[i], scores.numpy())}),
+                    states=found[i].states if states is None else (*found[i].states, states),
                 )
-                for s, (states, scores) in zip(found, passes, strict=True)
-            ]
         return found
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -205,9 +208,13 @@ class Rollouts(Sampler):
         return [found[i] for i in range(len(sequences))]
 
     def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
-        states = zip(*(s.states for s in sequences), strict=True)
-        heads = [teacher.head for teacher in self.teacher.each if isinstance(teacher, HiddenTeacher)]
-        return tuple(Hidden(torch.cat(parts), head) for parts, head in zip(states, heads, strict=False))
+        heads = [teacher.head if isinstance(teacher, HiddenTeacher) else None for teacher in self.teacher.each]
+        if by_teacher := taught(sequences):
+            states = [tuple(state for i in mine for state in sequences[i].states) for mine in by_teacher.values()]
+            heads = [heads[k] for k in by_teacher]
+        else:
+            states = [*zip(*(s.states for s in sequences), strict=True)]
+        return tuple(Hidden(torch.cat(parts), head) for parts, head in zip(states, heads, strict=False) if parts and head)
 
     def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
         if not self.corpus:
@@ -241,7 +248,7 @@ def on_policy(
     Args:
         texts: the responses of the data set. For the sampler `pair`, these are the teacher's responses.
         prompts: the prompts for samplers that work in rounds.
-        common: the arguments that every sampler takes: engine, pad, seed, shard and again.
+        common: the arguments that every sampler takes: engine, pad, seed, shard, sets and again.
     """
     config = method.sampler
     if isinstance(config, Rounds):

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,8 +18,10 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config.method import Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler
-from tadistill.data.batch import Batch, Sequence, collate
+from tadistill.data.batch import Batch, Sequence, collate, taught
 from tadistill.data.second_readings import Rereader, SecondReading
+from tadistill.data.training_sets import TrainingSets
+from tadistill.objectives import Hidden, Sampled, TopK
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.signals import Signals
 
@@ -84,18 +85,6 @@ class Sampler:
         """Continue from a saved `state`."""
 
 
-def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch number `step`. Each epoch has all rows in a new order. `address` is a part of the seed of
-    the order."""
-    places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
-    return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
-
-
-@lru_cache(maxsize=4)  # prompts and corpus, each at the end of an epoch
-def _order(rows: int, *address: int | str) -> np.ndarray:
-    return rng.generator(*address).permutation(rows)
-
-
 def own(optim: Optim, shard: Shard) -> np.ndarray:
     """Return the positions in an update's batch that this process works on."""
     return np.arange(optim.batch)[shard.rank :: shard.world]
@@ -139,7 +128,8 @@ def respond(engine: Engine, asked: Seq[Sequence], places: Seq[int], *address: in
     """
     uniforms = rng.uniforms([int(p) for p in places], engine.decoding.max_new_tokens, *address)
     answers = engine.respond([s.prompt for s in asked], uniforms)
-    return [Sequence(s.prompt, r.tokens, r.values, teacher_prompt=s.teacher_prompt) for s, r in zip(asked, answers, strict=True)]
+    pairs = zip(asked, answers, strict=True)
+    return [Sequence(s.prompt, r.tokens, r.values, teacher_prompt=s.teacher_prompt, teacher=s.teacher) for s, r in pairs]
 
 
 def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
@@ -151,6 +141,7 @@ def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
             "states": s.states,
             "values": {k: torch.from_numpy(v) for k, v in s.values.items()},
             "teacher_prompt": s.teacher_prompt,
+            "teacher": s.teacher,
             **(
                 {"second": {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(s.second).items()}}
                 if s.second
@@ -175,19 +166,36 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
         kept: dict[str, Any] = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in s.get("second", {}).items()}
         return SecondReading(**kept) if kept else None
 
-    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s)) for s in stored]
+    return [
+        Sequence(
+            tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s), teacher=s.get("teacher")
+        )
+        for s in stored
+    ]
 
 
 class FixedSequences(Sampler):
     """Sampler of fixed responses, in a new order every epoch. `signals` has the recorded outputs of each teacher for these responses, if
-    there are any."""
+    there are any. With `sets`, the sequences are those of all these sets, one set after the other.
+    """
 
-    def __init__(self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Seq[Signals] = (), shard: Shard = Shard()):
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        optim: Optim,
+        *,
+        pad: int,
+        seed: int,
+        signals: Seq[Signals] = (),
+        shard: Shard = Shard(),
+        sets: TrainingSets | None = None,
+    ):
         self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard
+        self.sets = sets or TrainingSets((len(sequences),))
 
     def rows(self, step: int) -> list[int]:
         """Return the indices of the sequences that all processes together use in update `step`."""
-        return shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order")).tolist()
+        return self.sets.rows(self.optim.batch, step, (self.seed, "data order")).tolist()
 
     def micro_batches(self, step: int) -> list[Batch]:
         rows = self.rows(step)
@@ -195,8 +203,14 @@ class FixedSequences(Sampler):
         return [self._collate([rows[p] for p in places]) for places in groups]
 
     def _collate(self, rows: list[int]) -> Batch:
-        targets = tuple(signals.target(rows) for signals in self.signals)
-        return collate([self.sequences[i] for i in rows], pad=self.pad, targets=targets)
+        sequences = [self.sequences[i] for i in rows]
+        return collate(sequences, pad=self.pad, targets=self._recorded(rows, sequences) if self.signals else ())
+
+    def _recorded(self, rows: list[int], sequences: list[Sequence]) -> tuple[Hidden | TopK | Sampled, ...]:
+        by_teacher = taught(sequences)
+        if not by_teacher:
+            return tuple(signals.target(rows) for signals in self.signals)
+        return tuple(self.signals[k].target([self.sets.place(rows[i]) for i in mine]) for k, mine in by_teacher.items())
 
 
 class _WithStudent(Sampler):
@@ -210,8 +224,9 @@ class _WithStudent(Sampler):
         seed: int,
         shard: Shard = Shard(),
         again: Rereader | None = None,
+        sets: TrainingSets | None = None,
     ):
-        self.fixed = FixedSequences(again.each(sequences) if again else sequences, optim, pad=pad, seed=seed, shard=shard)
+        self.fixed = FixedSequences(again.each(sequences) if again else sequences, optim, pad=pad, seed=seed, shard=shard, sets=sets)
         self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
         self.again = again
 

@@ -95,7 +95,10 @@ class _Sizes:
     def reads(self, name: str, rows: float, batch: int, tokens: int) -> float:
         return self.passes(name, -(-rows // batch)) + self._flops(name, rows * (_PROMPT + tokens))
 
-    def rows(self, split: Split) -> int:
+    def rows(self, *splits: Split) -> int:
+        return sum(map(self._rows_of, splits))
+
+    def _rows_of(self, split: Split) -> int:
         place = split.ref.model_dump_json(), split.role
         if place not in self._rows:
             self._rows[place] = self._count(split)
@@ -145,12 +148,12 @@ def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
 
 
 def _generate(stage: Stage, spec: GenerateSpec, sizes: _Sizes) -> Workload:
-    work = sizes.answers(stage.model, sizes.rows(spec.train), GENERATION_BATCH, spec.sampler.max_new_tokens)
+    work = sizes.answers(stage.model, sizes.rows(*spec.sets), GENERATION_BATCH, spec.sampler.max_new_tokens)
     return Workload(f"generate {stage.model}", work)
 
 
 def _signal(stage: Stage, spec: SignalSpec, sizes: _Sizes) -> Workload:
-    return Workload(f"signal {stage.model}", sizes.reads(stage.model, sizes.rows(spec.train), RECORDING_BATCH, spec.data.max_length))
+    return Workload(f"signal {stage.model}", sizes.reads(stage.model, sizes.rows(*spec.sets), RECORDING_BATCH, spec.data.max_length))
 
 
 def _temper(stage: Stage, spec: TemperSpec, sizes: _Sizes) -> Workload:

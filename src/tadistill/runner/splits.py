@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tadistill.config import Recipe
+from tadistill.config import DataRef, Recipe
 from tadistill.config.common import Decoding
-from tadistill.config.context import TeacherContext
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
@@ -92,8 +91,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
             f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not contain this setting; "
             "save it again with save_pretrained, or set data.bos: never"
         )
-    splits = {"train": data.train, "dev": data.dev}
-    for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
+    for role, ref in data.splits():
         where, rules = f"data set `{ref.name}` ({role})", Rules.of(data, role, bos=bos)
         if role == "train" and (total := survey.survey(ref, role, data)).large:
             on_disk = RowsOnDisk(ref, role, data.world, data.root, data.limit.train)
@@ -131,19 +129,22 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         )
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
-    contexts = tuple(_behind(recipe, tokenizer, bos, context, teachers) for context, teachers in contexts_of(recipe).items())
+    contexts = tuple(
+        _behind(recipe, tokenizer, ref, Rules.of(data, "train", bos=bos, context=context), teachers)
+        for context, teachers in contexts_of(recipe).items()
+        for ref in data.sets.values()
+    )
     return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread, contexts)
 
 
-def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, bos: bool, context: TeacherContext, teachers: set[str]) -> OfContext:
-    data = recipe.data
-    where, rules = f"data set `{data.train.name}` (train)", Rules.of(data, "train", bos=bos, context=context)
-    if survey.survey(data.train, "train", data).large:
-        rows = RowsOnDisk(data.train, "train", data.world, data.root, data.limit.train)
+def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, rules: Rules, teachers: set[str]) -> OfContext:
+    data, where = recipe.data, f"data set `{ref.name}` (train)"
+    if survey.survey(ref, "train", data).large:
+        rows = RowsOnDisk(ref, "train", data.world, data.root, data.limit.train)
         kept = rows.kept(tokenizer, rules, name=where)
         texts = Texts(kept.prompt, kept.whole, 0, kept.top, where, kept.context, kept.context_whole)
         return OfContext(frozenset(teachers), kept.counts, texts)
-    encoded, counts = encode_counted(datasets.load(data.train, "train", data), tokenizer, rules, name=where)
+    encoded, counts = encode_counted(datasets.load(ref, "train", data), tokenizer, rules, name=where)
     own = [(e.teacher_prompt or (), e.response) for e in encoded]
     longest, whole = max(len(prompt) for prompt, _ in own), max(len(prompt) + len(response) for prompt, response in own)
     return OfContext(frozenset(teachers), counts, Texts(0, 0, 0, max(max(prompt) for prompt, _ in own), where, longest, whole))

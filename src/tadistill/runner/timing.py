@@ -12,7 +12,8 @@ from tadistill.models.counting.cost import spans
 from tadistill.plan import costs, throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Graph, Stage
-from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output, Split
+from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output
+from tadistill.plan.spec import OnTrainingSets
 from tadistill.plan.specs import AskSpec, DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
@@ -57,9 +58,9 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
 
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
     if isinstance(spec, RetokeniseSpec):
-        return spec.model_copy(update={"train": _few(spec.train), "answers": _reduced_output(plan, spec.answers, graph)})
+        return spec.model_copy(update={**_few(spec), "answers": _reduced_output(plan, spec.answers, graph)})
     if isinstance(spec, GenerateSpec | SignalSpec):
-        changes: dict[str, Any] = {"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)}
+        changes: dict[str, Any] = {"teacher": _origin(plan, spec.teacher), **_few(spec)}
         if isinstance(spec, SignalSpec) and spec.responses:
             changes["responses"] = _reduced_output(plan, spec.responses, graph)
         return spec.model_copy(update=changes)
@@ -76,8 +77,9 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
         for role, parent in parents.items():
             if parent:
                 # requests to an API cost money, and the references of the data set are as long as its answers
-                changes |= {"train": _few(spec.train), role: None if _asks(plan, parent) else _reduced_output(plan, parent, graph)}
-        changes["assistant_signals"] = tuple(_reduced_output(plan, parent, graph) for parent in spec.assistant_signals)
+                changes |= {**_few(spec), role: None if _asks(plan, parent) else _reduced_output(plan, parent, graph)}
+        for role, parents in {"assistant_signals": spec.assistant_signals, "assistant_responses": spec.assistant_responses}.items():
+            changes[role] = tuple(_reduced_output(plan, parent, graph) for parent in parents)
     return spec.model_copy(update=changes)
 
 
@@ -90,8 +92,9 @@ def _reduced_output(plan: Plan, output: Output, graph: Graph) -> Output:
     return Output(stage=graph.add(_reduced(plan, stage.spec, graph), stage.label, stage.model, stage.seed, None))
 
 
-def _few(split: Split) -> Split:
-    return split.model_copy(update={"limit": min(split.limit or _ROWS, _ROWS)})
+def _few(spec: OnTrainingSets) -> dict[str, Any]:
+    train, *more = (split.model_copy(update={"limit": min(split.limit or _ROWS, _ROWS)}) for split in spec.sets)
+    return {"train": train, "more": tuple(more)}
 
 
 def _origin(plan: Plan, handle: Handle) -> Handle:

@@ -116,8 +116,9 @@ class Context(Generic[AnySpec]):
         total = parent.config.num_hidden_layers
         if isinstance(handle, PrunedDepth):
             return prune_depth(parent, keep_list(handle.prune, total))
-        train = references(self.split(handle.train, tokenizer).encoded)
-        measured = importance(parent, [[*s.prompt, *s.response] for s in train[:_CALIBRATION]])
+        sets = [references(self.split(split, tokenizer).encoded) for split in (handle.train, *handle.more)]
+        texts = [s for train in sets for s in train[: _CALIBRATION // len(sets)]]
+        measured = importance(parent, [[*s.prompt, *s.response] for s in texts])
         shape = resized(shape_of(parent.config), **handle.prune)
         if handle.layers == "influence":
             return prune(parent, shape, measured)

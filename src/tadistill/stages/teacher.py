@@ -21,6 +21,7 @@ from tadistill.data.handover import TEXTS, Answer, Retokenised, as_json, read_te
 from tadistill.data.prompts import Rules
 from tadistill.data.templates import EvalSet
 from tadistill.data.token_bytes import token_bytes
+from tadistill.data.training_sets import joined
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
@@ -47,26 +48,27 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     dtype, here = dtype_of(spec.precision), spec.sampler.engine == "native"  # vLLM has its own copy of the model on the device
     model, tokenizer = context.frozen(spec.teacher, dtype) if here else context.model(spec.teacher, dtype, torch.device("cpu"))
     subject = context.subject(model, tokenizer)
-    train = context.split(spec.train, tokenizer, contexts=True)
+    sets = [context.split(split, tokenizer, contexts=True) for split in spec.sets]
+    rows, examples = joined([each.encoded for each in sets]), joined([each.examples for each in sets])
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     engine = context.engine(native(subject, decoding, adapts=True))
     parts = context.folder / "parts"
-    files, done = list[Path](), Done(context, len(train.encoded), "answers")
-    for start in range(0, len(train.encoded), size := 8 * GENERATION_BATCH):
+    files, done = list[Path](), Done(context, len(rows), "answers")
+    for start in range(0, len(rows), size := 8 * GENERATION_BATCH):
         files.append(parts / f"{start}.json")
-        end = min(start + size, len(train.encoded))
+        end = min(start + size, len(rows))
         done.part(end - start)
         if files[-1].is_file():
             done(end - start)
         else:
             stop_if_asked(context)
-            asked = train.encoded[start:end]
+            asked = rows[start:end]
             read = [replace(e, prompt=e.teacher_prompt or e.prompt) for e in asked] if spec.as_teacher else asked
-            answers = generate_answers(engine, EvalSet(train.name, train.examples, read), spec.seed, done)
-            rows = zip(asked, answers, strict=True)
-            write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in rows])
+            answers = generate_answers(engine, EvalSet(spec.train.ref.name, examples, read), spec.seed, done)
+            pairs = zip(asked, answers, strict=True)
+            write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in pairs])
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
-    return {"answers": len(train.encoded)}
+    return {"answers": len(rows)}
 
 
 def ask(context: Context[AskSpec]) -> dict[str, Any]:
@@ -173,7 +175,8 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     """Record the teacher's outputs on the training set, or on a model's answers. After an interruption, finished parts are kept."""
     spec = context.spec
     teacher, tokenizer = context.teacher(spec.teacher, dtype_of(spec.precision))
-    encoded = context.split(spec.train, tokenizer, contexts=True).encoded if spec.data.context or not spec.responses else ()
+    reads = spec.sets if spec.data.context or not spec.responses else ()
+    encoded = joined([context.split(split, tokenizer, contexts=True).encoded for split in reads]) if reads else ()
     sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES), encoded) if spec.responses else references(encoded)
     vocab, pad = shared_vocabulary(tokenizer, widths=(teacher.width,)), tokenizer.eos_token_id
     assert isinstance(pad, int)

@@ -1,6 +1,7 @@
 """The two stages that train a student: `sft` and `distill`. They build the models, the sampler and the training step, and run the loop."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill import rng
 from tadistill.config import Method, Optim
 from tadistill.config.sampling import OnPolicy, Rounds
-from tadistill.data.batch import Batch, references, responses
+from tadistill.data.batch import Batch, Sequence, references, responses
+from tadistill.data.templates import Encoded
+from tadistill.data.training_sets import Lazy, TrainingSets, joined
 from tadistill.disk import write_json
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
@@ -20,6 +23,7 @@ from tadistill.models.forward import pack_rows
 from tadistill.models.loading import end_tokens, save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
 from tadistill.models.teacher import Teacher
+from tadistill.plan.inputs import Output
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
 from tadistill.rollout.engine import Engine, Native
@@ -156,23 +160,45 @@ def _sampler(
 ) -> Sampler:
     spec = context.spec
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
-    common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard}
-    train = context.split(spec.train, subject.tokenizer, contexts=True)
-    answered, rows = distill.responses if distill else None, train.encoded if spec.data.context else ()
+    sets = [context.split(split, subject.tokenizer, contexts=True).encoded for split in spec.sets]
+    answered, config = distill.responses if distill else None, method.sampler
     file = context.store.folder(answered.stage) / RESPONSES if answered else None
-    config, encoded = method.sampler, train.encoded
-    if across:
-        encoded = across.rows(train.encoded)
-        texts = across.answers(file, train.encoded) if file else references(encoded)
-    else:
-        texts = responses(file, rows) if file else references(encoded)
+    texts = across.answers(file, joined(sets)) if across and file else None  # such a text is of one training set
+    sets = [across.rows(each) for each in sets] if across else sets
+    training = TrainingSets(tuple(map(len, sets)), spec.weights, distill.route if distill else ())
+    common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training}
+    texts = _texts(context, training, sets) if texts is None else texts
     if not (method.samples and isinstance(config, OnPolicy)):
         return FixedSequences(across.again.each(texts) if across else texts, method.optim, signals=signals, **common)
     common["again"] = across and across.again
     context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     common |= {"engine": _engine(context, config, subject), "vocab": subject.vocab, "corpus": plain}
-    return on_policy(method, texts, encoded, teachers=teachers, **common)
+    return on_policy(method, texts, joined(sets), teachers=teachers, **common)
+
+
+def _texts(context: Context[TrainingSpec], training: TrainingSets, sets: list[Seq[Encoded]]) -> Seq[Sequence]:
+    # the responses of all sets, one set after the other; each with the number of its teacher, if the sets have teachers of their own
+    spec = context.spec
+    distill = spec if isinstance(spec, DistillSpec) else None
+    answered = (distill.responses, *distill.assistant_responses) if distill and distill.responses else ()
+
+    def written(output: Output, encoded: list[Seq[Encoded]]) -> Seq[Sequence]:
+        return responses(context.store.folder(output.stage) / RESPONSES, joined(encoded) if spec.data.context else ())
+
+    if answered and not training.route:
+        return written(answered[0], sets)
+    fixed = joined([references(each) for each in sets])
+    if not training.route:
+        return fixed
+    own = [written(output, [sets[number] for number in training.sets_of(k)]) for k, output in enumerate(answered)]
+
+    def read(row: int) -> Sequence:
+        teacher = training.teacher(row)
+        assert teacher is not None
+        return replace(own[teacher][training.place(row)] if own else fixed[row], teacher=teacher)
+
+    return Lazy(len(fixed), read)
 
 
 def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) -> Engine:

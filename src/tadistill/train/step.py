@@ -25,7 +25,7 @@ from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.objectives import SharedVocabulary, TaidSchedule, TargetMixture
-from tadistill.objectives.fused import Term, fused_terms
+from tadistill.objectives.fused import Term, fused_parts, part_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans
@@ -61,26 +61,39 @@ class Models:
         are skipped.
         """
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
+        if batch.route:  # all rows of such a batch have the same teacher (`Batch.of_share`)
+            return batch.targets or (self.teachers[batch.route[0]].target(batch.of_teacher),)
         if batch.targets:
             return tuple(batch.targets[k] for k in kept)
         return tuple(self.teachers[k].target(batch.of_teacher) for k in kept)
 
-    def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float, per_span: float = 1.0) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, terms: Callable[[Batch], Sequence[Term]], per: float, per_span: float = 1.0) -> Loss:
         """Return the loss of a batch: the sum of each term over the response tokens, divided by the number `per`.
 
-        If the teacher has another tokenizer, its terms are summed over spans and divided by `per_span`. `model` is the student or a wrapper
-        around it.
+        If the teacher has another tokenizer, its terms are summed over spans and divided by `per_span`.
+
+        Args:
+            model: the student or a wrapper around it. It reads the batch once. Each teacher of a route reads its own rows.
+            terms: returns the terms of a batch.
         """
-        teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()
+        read = [batch.of_share(i) for i in range(len(batch.shares))] or [batch]
+        each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
         hidden = self.student.hidden(model, batch)
         if batch.aligned is not None:
             assert self.shared is not None, "a batch with spans needs the shared tokens of both models"
+            (own, teachers) = each[0]
             sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.shared)
-            return Loss(*spans.loss(sides, batch, terms, per, per_span))
-        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32).to(hidden.device, non_blocking=True)
-        total, found = fused_terms(terms, hidden, self.student.head, weights, teachers=teachers, vocab=self.vocab)
-        sums = (found * weights.to(found.dtype)).sum(1)
-        return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
+            return Loss(*spans.loss(sides, batch, own, per, per_span))
+        rows = [torch.tensor([[t.weight / per] for t in own], dtype=torch.float32) for own, _ in each]
+        weights = [row.to(hidden.device, non_blocking=True) for row in rows]
+        states = [hidden.index_select(0, share.loss) for share in batch.shares] or [hidden]
+        parts = [part_of(own, z, w, teachers=teachers) for (own, teachers), z, w in zip(each, states, weights, strict=True)]
+        total, found = fused_parts(parts, self.student.head, vocab=self.vocab)
+        sums = dict[str, Tensor]()
+        for (own, _), values, w in zip(each, found, weights, strict=True):
+            for term, value in zip(own, (values * w.to(values.dtype)).sum(1), strict=True):
+                sums[term.name] = sums[term.name] + value if term.name in sums else value
+        return Loss(total, sums)
 
 
 Sum = Callable[[Tensor], Tensor]
@@ -131,13 +144,13 @@ class Step:
             per: divisors: `response` for the sum over response tokens, `corpus` for the sum over plain text, and `spans` for the sum over
                 spans.
         """
-        found = self.models.loss(student, batch, self.terms(batch), per["response"], per.get("spans", 1.0))
+        found = self.models.loss(student, batch, self.terms, per["response"], per.get("spans", 1.0))
         if batch.corpus is None:
             return found
         # The plain text has its own forward pass. Joined with the rollouts, the shorter text would be padded, and both graphs would be in
         # memory at once.
         with self.phase("corpus"):
-            plain = self.models.loss(student, batch.corpus, self.corpus_terms(batch.corpus), per["corpus"])
+            plain = self.models.loss(student, batch.corpus, self.corpus_terms, per["corpus"])
         return Loss(found.total + plain.total, found.parts | plain.parts)
 
 

@@ -66,8 +66,25 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     return {f"rollout/{name}": value for name, value in found.items()}
 
 
-@torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    if not batch.shares:
+        return _of_teachers(step, batch)
+    parts = [_of_teachers(step, batch.of_share(i)) for i in range(len(batch.shares))]
+    order = torch.cat([share.loss for share in batch.shares]).argsort()  # back to the order of the whole batch
+    entropy, mass, log_q, log_p = (
+        None if any(v is None for v in each) else torch.cat([*filter(_there, each)])[order] for each in zip(*parts, strict=True)
+    )
+    assert entropy is not None
+    assert log_q is not None
+    return entropy, mass, log_q, log_p
+
+
+def _there(value: Tensor | None) -> bool:
+    return value is not None
+
+
+@torch.no_grad()
+def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     models, tokens = step.models, batch.counted(batch.targets_BT)
     exact = all(teacher.gives_hidden for teacher in models.teachers)
     teachers = models.targets(batch) if batch.targets or (models.teachers and exact) else ()
@@ -93,7 +110,8 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
         return entropy, top_mass, log_q, log_p
     if (known := batch.values.get("teacher")) is not None:
         return found[0], None, found[1], batch.counted(known)
-    return found[0], None, found[1], None if exact else models.teachers[0].scored(batch.of_teacher, models.vocab)[1]
+    teacher = models.teachers[batch.route[0] if batch.route else 0] if models.teachers else None
+    return found[0], None, found[1], None if exact or teacher is None else teacher.scored(batch.of_teacher, models.vocab)[1]
 
 
 def _repetition(batches: list[Batch]) -> float:

@@ -6,7 +6,7 @@ import pytest
 from tadistill.data import tinyworld, tinyworld_parts, tinyworld_tokenizers
 from tadistill.errors import DataError
 
-PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits]
+PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits if name not in tinyworld.HALVES]
 ALL = pytest.mark.parametrize(("name", "split"), PARTS, ids=["/".join(p) for p in PARTS])
 
 
@@ -203,6 +203,14 @@ def test_every_fact_is_told_in_training_in_several_wordings_and_phrasings():
         assert len(pairs) == len(set(pairs)) == 4
     distinct = [len({answer for _, answer in pairs}) for pairs in told.values()]
     assert sum(distinct) / len(distinct) > 2.5
+
+
+def test_facts_and_skills_are_the_two_halves_of_tinyworld():
+    for split in ("train", "dev", "test"):
+        rows, facts, skills = (tinyworld.world_rows(name, split) for name in ("tinyworld", *tinyworld.HALVES))
+        assert not any(row["input"] for row in facts)
+        assert all(row["input"] for row in skills)
+        assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, [*facts, *skills]))
 
 
 def test_sizes():

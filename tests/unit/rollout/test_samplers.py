@@ -15,13 +15,14 @@ from tadistill.config.method import Method, Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, SpeculativeSampler, StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import Encoded
+from tadistill.data.training_sets import shuffled
 from tadistill.models.forward import Reader
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import Hidden
 from tadistill.rollout import samplers
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import Rollouts, Teachers
-from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Shard, shuffled
+from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Shard
 
 ROWS = [Sequence((1, 2), (3 + i, 0)) for i in range(10)]
 

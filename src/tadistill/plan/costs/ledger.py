@@ -8,113 +8,30 @@ to have `max_new_tokens` tokens, because such a model never ends an answer.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Literal
 
-from tadistill.config import DataRef, Method, Recipe
+from tadistill.config import Method
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding
-from tadistill.config.context import TeacherContext
-from tadistill.config.data import Turns
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
-from tadistill.data import datasets, hub
-from tadistill.data.prompts import of_one_turn
-from tadistill.data.survey import Survey, survey
-from tadistill.errors import NotHere
 from tadistill.models.counting.cost import Cost, CostPart, Disk
 from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.models.counting.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
-from tadistill.plan.costs.model_sizes import ModelSizes
 from tadistill.plan.costs.passes import Texts
+from tadistill.plan.costs.text_lengths import TextLengths
 from tadistill.plan.costs.training_cost import TrainingCost
 from tadistill.plan.costs.training_memory import Described, reading_bytes, sampling_bytes
 from tadistill.store import key_of
 from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 
-class Ledger(ModelSizes):
-    """Predicts the costs of one recipe's stages. Text lengths and model sizes are read once and cached."""
-
-    def __init__(self, recipe: Recipe, *, partial: bool = False):
-        """With `partial`, a method raises NotHere if it needs a data set that is neither on this disk nor on a Hub that can be reached."""
-        super().__init__(recipe)
-        self.partial = partial
-        self.context: TeacherContext | None = None
-        self.readers: tuple[str, ...] = ()
-        self.teachers: tuple[str, ...] = ()
-        self._others: dict[tuple[TeacherContext | None, tuple[str, ...], tuple[str, ...]], Ledger] = {}
-        self._distilled: dict[tuple, Cost | None] = {}  # all seeds have the same cost
-
-    def _survey(self, role: Literal["train", "dev"]) -> Survey:
-        data = self.recipe.data
-        ref: DataRef = getattr(data, role)
-        if self.partial and (place := datasets.on_hub(ref, role, data)):
-            here = hub.cached(place[0], ref.revision, place[1]) is not None
-            if not here and not hub.reachable():
-                raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` with a network")
-        return survey(ref, role, data)
-
-    @property
-    def rows(self) -> int:
-        """Number of training rows, including rows that are too long."""
-        return self._train.rows
+class Ledger(TextLengths):
+    """Predicts the costs of one recipe's stages."""
 
     @cached_property
-    def _train(self) -> Survey:
-        return self._survey("train")
-
-    @cached_property
-    def train(self) -> Texts:
-        """The lengths of the training prompts and their references."""
-        return self._train_texts(of_one_turn(self.recipe.data.turns))
-
-    @cached_property
-    def fixed(self) -> Texts:
-        """The lengths of the training set's own text. With `data.turns: all`, a row has several turns."""
-        return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
-
-    def _train_texts(self, turns: Turns) -> Texts:
-        found = passes.read_lengths(self.reading, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
-        return replace(found, ratio=self._ratio) if self.teachers else found
-
-    @cached_property
-    def _ratio(self) -> tuple[float, float]:
-        mine, theirs = (self._other(None, readers).train for readers in (self.readers, self.teachers))
-        return theirs.mean_prompt / mine.mean_prompt, theirs.mean_response / mine.mean_response
-
-    def behind(self, context: TeacherContext | None) -> "Ledger":
-        """Return a ledger whose teachers read their own prompts on the training set."""
-        return self._other(context, self.readers, self.teachers)
-
-    def of(self, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> "Ledger":
-        """Return a ledger that counts tokens with the tokenizer of the models `readers`, which share it. By default, it is that of the
-        recipe's first model. `teachers` share the tokenizer of the teachers, if it is another one."""
-        return self._other(self.context, readers, () if teachers == readers else teachers)
-
-    def _other(self, context: TeacherContext | None, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> "Ledger":
-        key = context, readers, teachers
-        if key == (self.context, self.readers, self.teachers):
-            return self
-        if key not in self._others:
-            self._others[key] = other = Ledger(self.recipe, partial=self.partial)
-            other.context, other.readers, other.teachers = key
-        return self._others[key]
-
-    @property
-    def reading(self) -> Recipe:
-        """The recipe with only the models whose tokenizer counts the tokens."""
-        models = {name: model for name, model in self.recipe.models.items() if name in self.readers or not self.readers}
-        return self.recipe.model_copy(update={"models": models})
-
-    @cached_property
-    def dev(self) -> Texts:
-        return passes.read_lengths(self.reading, self.recipe.data.dev, "dev", self._survey("dev"))
-
-    @cached_property
-    def corpus_length(self) -> int:
-        """Number of tokens in one row of the plain-text corpus."""
-        return passes.chunk(self.reading)
+    def _distilled(self) -> dict[tuple, Cost | None]:  # all seeds have the same cost
+        return {}
 
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
         """Predict the cost of fine-tuning. The student runs forward and backward on each batch."""
@@ -260,7 +177,14 @@ class Ledger(ModelSizes):
         sampler = method.sampler
         assert isinstance(sampler, samplers.PairSampler)
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
-        twice = Texts((*of_teacher.rows, *answers.rows), self.train.count, (*of_teacher.contexts, *answers.contexts), answers.ratio)
+        twice = Texts(
+            (*of_teacher.rows, *answers.rows),
+            self.train.count,
+            (*of_teacher.contexts, *answers.contexts),
+            answers.ratio,
+            (*of_teacher.teachers, *answers.teachers),
+            (*of_teacher.sets, *answers.sets),
+        )
         cost.train(twice, 2.0, teacher=True)
         cost.sample(answers, _padded(sampler, sampler.chunk), 1.0)
 
@@ -269,7 +193,7 @@ class Ledger(ModelSizes):
         sampler, objective = method.sampler, method.objective
         assert isinstance(sampler, samplers.Rounds)
         answers, rollouts = self._answers(name, sampler), method.round_rollouts
-        rounds = -(-cost.steps // method.round_updates)
+        rounds, cost.drawn = -(-cost.steps // method.round_updates), float(rollouts)
         scores, distribution = objective.needs_scores, objective.needs_distribution
         mixture = isinstance(sampler, samplers.TeacherMixedSampler) and sampler.guided
         lazy = mixture and sampler.plain and self._packs(teacher) and self._packs(name)
@@ -278,14 +202,18 @@ class Ledger(ModelSizes):
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
             cost.asked += rollouts * rounds * answers.mean_response
-        read, scored = (cost.reading(texts, sampler.chunk, rollouts) * rounds for texts in (answers.of_teacher, answers))
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = objective.needs_teacher and (known or scores or sampler.inner_epochs > 1)
         if kept and not known:
-            cost.add("scoring/teacher", read if scores else Work(read.positions, read.pairs))
+
+            def read(texts: Texts, share: float) -> Work:
+                work = cost.reading(texts, sampler.chunk, rollouts * share) * rounds
+                return work if scores else Work(work.positions, work.pairs)
+
+            cost.teach("scoring", answers, read)
             cost.asked += rollouts * rounds * answers.of_teacher.mean_response
         if scores and (method.optim.precision == "bf16" or sampler.vllm):
-            cost.add("scoring/student", scored)
+            cost.add("scoring/student", cost.reading(answers, sampler.chunk, rollouts) * rounds)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)
         if distribution and kept:
             cost.memory.rollouts(rollouts * answers.mean_response)

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal, cast
 
 from tadistill.config import DataRef, Optim, Recipe
@@ -37,6 +38,18 @@ class Texts:
     """Tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
     ratio: tuple[float, float] = (1.0, 1.0)
     """Tokens of a teacher with another tokenizer for each token of the student: of prompts, and of responses."""
+    teachers: tuple[int, ...] = ()
+    """The number of the teacher of each row. Empty if every teacher reads all rows."""
+    sets: tuple[int, ...] = ()
+    """The number of the training set of each row, if there are several."""
+
+    def taught_by(self, teacher: int) -> tuple["Texts", float]:
+        """Return the lengths that a teacher reads, and the share (0 to 1) of the rows that it reads."""
+        if not self.teachers:
+            return self.of_teacher, 1.0
+        places = [i for i, number in enumerate(self.teachers) if number == teacher]
+        share, read = len(places) / len(self.rows), self.of_teacher.rows
+        return Texts(tuple(read[i] for i in places), self.count * share, sets=tuple(self.sets[i] for i in places)), share
 
     @property
     def of_teacher(self) -> "Texts":
@@ -45,7 +58,8 @@ class Texts:
         if self.ratio == (1.0, 1.0):
             return found
         of_prompt, of_response = self.ratio
-        return Texts(tuple((max(1, round(p * of_prompt)), max(1, round(r * of_response))) for p, r in found.rows), self.count)
+        rows = tuple((max(1, round(p * of_prompt)), max(1, round(r * of_response))) for p, r in found.rows)
+        return Texts(rows, self.count, teachers=self.teachers, sets=self.sets)
 
     @property
     def longer(self) -> "Texts":
@@ -54,7 +68,7 @@ class Texts:
 
     def _with_prompts(self, prompts: list[int]) -> "Texts":
         rows = tuple((prompt, response) for prompt, (_, response) in zip(prompts, self.rows, strict=True)) if prompts else self.rows
-        return Texts(rows, self.count)
+        return Texts(rows, self.count, teachers=self.teachers, sets=self.sets)
 
     @property
     def totals(self) -> list[int]:
@@ -110,6 +124,31 @@ def read_lengths(
     return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own)
 
 
+_MIXED = 2048
+"""Number of rows that stand for several sets together."""
+
+
+def together(parts: Sequence[Texts], weights: Sequence[float], route: Sequence[int]) -> Texts:
+    """Return the lengths of several sets as those of one set.
+
+    Args:
+        weights: the share of each set. Without them, every row counts once.
+        route: the number of each set's teacher, if the sets have teachers of their own.
+    """
+    if len(parts) == 1 and not route:
+        return parts[0]
+    total = sum(part.count for part in parts)
+    rows, contexts, teachers, sets = list[tuple[int, int]](), list[int](), list[int](), list[int]()
+    for number, part in enumerate(parts):
+        wanted = max(1, round(_MIXED * (weights[number] if weights else part.count / total)))
+        places = [int((i + 0.5) * len(part.rows) / wanted) for i in range(wanted)]
+        rows += [part.rows[i] for i in places]
+        contexts += [part.contexts[i] for i in places] if part.contexts else []
+        teachers += [route[number]] * wanted if route else []
+        sets += [number] * wanted
+    return Texts(tuple(rows), total, tuple(contexts), teachers=tuple(teachers), sets=tuple(sets))
+
+
 def _counted(encoded: Encoded) -> int:
     return sum(end - start for start, end in encoded.spans) if encoded.spans else len(encoded.response)
 
@@ -159,22 +198,39 @@ def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
     return total
 
 
+def _longest(texts: Texts, rows: int, drawn: float, *, power: int = 1) -> float:
+    # the mean of the largest input of `rows` sequences, which are a random part of `drawn`. Each set has its share in those.
+    values = [total - 1 for total in texts.totals]
+    if not texts.sets:
+        return largest(texts.totals, rows) - 1 if power == 1 else largest(values, rows, power=power)
+    groups = [sorted(v for v, own in zip(values, texts.sets, strict=True) if own == number) for number in sorted(set(texts.sets))]
+    shares, part = [len(group) / len(values) for group in groups], min(1.0, rows / drawn)
+    found = before = 0.0
+    for value in sorted(set(values)):
+        below = [bisect_right(group, value) / len(group) for group in groups]
+        exact = prod(q ** (rows * share) for q, share in zip(below, shares, strict=True))
+        mixed = sum(q * share for q, share in zip(below, shares, strict=True)) ** rows
+        share = part * exact + (1 - part) * mixed  # probability that no sequence is longer
+        found, before = found + (share - before) * value**power, share
+    return found
+
+
 _CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads its rows to the same number of tokens
 
 
 @lru_cache
-def training_batch(texts: Texts, rows: int, *, packed: bool = False) -> tuple[Work, float]:
+def training_batch(texts: Texts, rows: int, *, packed: bool = False, drawn: float = 0.0) -> tuple[Work, float]:
     """Return the work of a model on one batch of `rows` shuffled sequences, and the number of padding positions in the batch.
 
     Sequences are padded to the longest one, as in `models.forward.Reader.hidden`, unless they are `packed`. The last token of a sequence is
-    not an input. Logits are computed for responses only.
+    not an input. Logits are computed for responses only. With several training sets, the batch is a part of `drawn` sequences, in which
+    each set has its share.
     """
     if packed:
         read = [total - 1 for total in texts.totals]
         squares = sum(n * n for n in read) / len(read)
         return Work(rows * sum(read) / len(read), rows * squares, rows * texts.mean_response), 0.0
-    width = largest(texts.totals, rows) - 1
-    square = largest([total - 1 for total in texts.totals], rows, power=2)
+    width, square = (_longest(texts, rows, max(drawn, rows), power=power) for power in (1, 2))
     real = texts.mean_prompt + texts.mean_response - 1
     return Work(rows * width, rows * square, rows * texts.mean_response), rows * (width - real)
 

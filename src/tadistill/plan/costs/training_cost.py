@@ -1,5 +1,6 @@
 """Predict the cost of one training: FLOPs of each part, padding, and memory."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from tadistill.config import Method
@@ -30,6 +31,8 @@ class TrainingCost:
         self.asked = 0.0
         """Number of tokens that the first teacher has written or scored (`Cost.asked`)."""
         self.memory = TrainingMemory(trained, teachers, optim, adapters)
+        self.drawn = float(optim.batch)
+        """Number of sequences that are drawn together. With several training sets, each set has its share in them."""
         self.dropout = True
         """False if the student samples its own text, because it then trains without dropout."""
 
@@ -48,7 +51,21 @@ class TrainingCost:
                 flops = training_flops(size, self.adapters, work, again=again)
             else:
                 flops = forward_flops(size, work * (3 if backward else 1) + (Work(work.positions, work.pairs) if again else Work()))
-            self.parts[name] = self.parts.get(name, CostPart()) + CostPart(flops, work.positions, work.heads)
+            self._count(name, work, flops)
+
+    def teach(self, phase: str, texts: Texts, work: Callable[[Texts, float], Work]) -> Work:
+        """Add the forward passes of all teachers on `texts`. Return those of the first teacher. With a route, each reads only its own rows.
+
+        Args:
+            work: a function of the texts that a teacher reads, and of their share (0 to 1) in all rows. It returns the work.
+        """
+        each = [work(*texts.taught_by(number)) for number in range(len(self.teachers))]
+        for size, own in zip(self.teachers, each, strict=True):
+            self._count(f"{phase}/teacher", own, forward_flops(size, own))
+        return each[0] if each else Work()
+
+    def _count(self, name: str, work: Work, flops: float) -> None:
+        self.parts[name] = self.parts.get(name, CostPart()) + CostPart(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
         """Add the cost of training on `texts`. `share` (0 to 1) is the fraction of updates that use these texts.
@@ -57,15 +74,19 @@ class TrainingCost:
         """
         micro = passes.rows_in_pass(self.optim, texts)
         batches = share * self.steps * self.optim.batch / micro
-        work, padding = passes.training_batch(texts, micro, packed=self.optim.packed)
+        work, padding = passes.training_batch(texts, micro, packed=self.optim.packed, drawn=self.drawn)
         self.padding += padding * batches
         largest = passes.largest_batch(self.optim, texts, max(share, 1))  # each prompt of DistiLLM-2 occurs twice
         self.memory.batch(largest, heads=self._heads(teacher or teacher_head), dropout=self.dropout)
         self.add("training/student", work * batches, backward=True)
         if teacher or teacher_head:
-            read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
-            self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
-            self.asked += read.heads * batches * self.used if teacher else 0.0
+
+            def read(texts: Texts, rows: float) -> Work:
+                found = self._batch(texts, micro, rows)
+                return (found if teacher else Work(heads=found.heads)) * (batches * self.used)
+
+            first = self.teach("training", texts, read)
+            self.asked += first.heads if teacher else 0.0
             for each in self.memory.teachers if teacher and texts.contexts else ():  # one after another, before the student
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
@@ -92,13 +113,22 @@ class TrainingCost:
         """Add the cost of metrics of sampled text (`train.watch`). They use the first rows of some updates, at least ten updates apart."""
         micro = passes.rows_in_pass(self.optim, answers)
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
-        work, read = (
-            passes.training_batch(texts, micro, packed=self.optim.packed)[0] * (min(micro, WATCHED_ROWS) / micro * times)
-            for texts in (answers, answers.of_teacher)
-        )
-        self.add("watching/student", work)
-        if teacher or teacher_head:
-            self.add("watching/teacher", (read if teacher else Work(heads=read.heads)) * self.used)
+        watched = min(micro, WATCHED_ROWS) / micro * times
+        self.add("watching/student", self._batch(answers, micro) * watched)
+        if not (teacher or teacher_head):
+            return
+
+        def read(texts: Texts, rows: float) -> Work:
+            found = self._batch(texts, micro, rows) * watched
+            return (found if teacher else Work(heads=found.heads)) * self.used
+
+        self.teach("watching", answers, read)
+
+    def _batch(self, texts: Texts, micro: int, share: float = 1.0) -> Work:
+        # of a forward pass on a share of `micro` rows; on average it can be a fraction
+        rows, drawn = micro * share, self.drawn * share
+        whole = max(1, round(rows))
+        return passes.training_batch(texts, whole, packed=self.optim.packed, drawn=drawn)[0] * (rows / whole)
 
     def _heads(self, teacher: bool) -> int:
         return max(len(self.teachers), 1) if teacher else 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from tadistill.charts import GREY, PLAIN, Axis, Chart, Look
+from tadistill.config.route import flat, members
 from tadistill.metrics import metric_title
 from tadistill.plan.specs import TRAINING
 from tadistill.report.figures.style import kinds, looks, rows_axis
@@ -48,7 +49,7 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
     """
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
-        for index, (at, model) in enumerate(zip(ids, arm.path, strict=True)):
+        for index, (at, model) in enumerate(zip(ids, _line(arm), strict=True)):
             node = nodes.setdefault(at, Node(model, row))
             node.arms.append(arm)
             if index > 0:
@@ -60,10 +61,11 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
 def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row: float) -> None:
     """Add the other parts of an arm to its last path: earlier paths, the model from which the student starts, and further teachers."""
     found = route(arm)
-    for model in (*(model for part in found.parts[:-1] for model in part), *found.starts.values()):
+    beside = [*(model for part in found.parts[:-1] for model in flat(part)), *found.starts.values(), *members(arm.path[0])[1:]]
+    for model in beside:
         node = nodes.setdefault(_id(results, arm, model), Node(model, row - _ASIDE))
         node.arms += [arm] if arm not in node.arms else []
-    for above, model in (pair for part in found.parts[:-1] for pair in pairwise(part)):
+    for above, model in (pair for part in found.parts[:-1] for pair in pairwise((members(part[0])[0], *part[1:]))):
         node = nodes[_id(results, arm, model)]
         if node.parent is None:
             _teach(results, node, arm, _id(results, arm, above))
@@ -97,7 +99,12 @@ def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
 def _ids(results: Results, arm: ArmRecord) -> tuple[NodeId, ...]:
     if len(arm.path) == 1:
         return (("arm", arm.name),)
-    return tuple(_id(results, arm, model) for model in arm.path)
+    return tuple(_id(results, arm, model) for model in _line(arm))
+
+
+def _line(arm: ArmRecord) -> tuple[str, ...]:
+    # of the teachers of a route, the first one; the others are further teachers
+    return (members(arm.path[0])[0], *arm.path[1:])
 
 
 def _id(results: Results, arm: ArmRecord, model: str) -> NodeId:
