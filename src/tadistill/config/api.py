@@ -36,7 +36,7 @@ class Price(Strict):
     """The currency of the prices, for messages."""
 
     def of(self, tokens_in: float, tokens_out: float) -> float:
-        """Return the price of so many tokens."""
+        """Return the price of these numbers of tokens."""
         return (tokens_in * self.input + tokens_out * self.output) / 1e6
 
 

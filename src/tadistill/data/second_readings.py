@@ -258,6 +258,6 @@ class Aligned:
         return replace(self, student=student, teacher=teacher, tokens=tokens)
 
     def first(self, rows: int, tokens: int) -> "Aligned":
-        """Return the spans of the first `rows` rows, whose positions of the loss are the first `tokens` ones. `found` stays as it is."""
+        """Return the spans of the first `rows` rows, which have the first `tokens` positions of the loss. `found` stays as it is."""
         kept = self.teacher < sum(self.of_rows[:rows])
         return Aligned(self.student[:tokens], self.teacher[kept], self.tokens[kept], self.of_rows[:rows], self.found)

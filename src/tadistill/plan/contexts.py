@@ -11,8 +11,8 @@ from tadistill.errors import ConfigError, about
 
 
 def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
-    """Raise a ConfigError if a model of the arm `name` teaches itself with the same weights and prompts, so that the loss would be 0. The
-    same holds if the teacher is a moving average (`ema`) of another model than the student, or of one that a control changes."""
+    """Raise a ConfigError if a model of the arm `name` teaches itself with the same weights and prompts, so that the loss would be 0. Raise
+    it also if `ema` is set, but the teacher is another model than the student, or a control changes the teacher."""
     if method.ema is not None and teacher != learner:
         raise ConfigError(
             f"arms.{name}: with `ema`, the teacher is a moving average of the student, but in `{arm.text}`, {teacher} teaches {learner}; "
