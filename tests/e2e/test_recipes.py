@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +275,27 @@ def test_a_model_teaches_itself_end_to_end(recipe, data, tmp_path, monkeypatch):
     assert len(set(trained.values())) == 3  # every arm has other weights
 
 
-@pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
+RUN = ("gpt2-120M", "llama-7B", "opt-6.7B", "qwen2.5-1.5B")
+"""The recipes that are run: one for each family, with gradient checkpointing and (gpt2) without."""
+OF_A_SIZE = re.compile(r"study|models\.\w+\.load|.*\.(lr|epochs|micro_batch|gradient_checkpointing)|arms\.\w+\.published.*")
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their keys, such as `method.optim.lr`."""
+    if not isinstance(value, dict):
+        return {at: value}
+    return {key: found for name, part in value.items() for key, found in flat(part, f"{at}.{name}".lstrip(".")).items()}
+
+
+@pytest.mark.parametrize("path", [path for path in MINILLM if path.stem not in RUN], ids=lambda path: path.stem)
+def test_sizes_of_a_family_differ_only_in_models_and_numbers(path):
+    """So one recipe of each family is run."""
+    alike = next(other for other in MINILLM if other.stem in RUN and other.stem.partition("-")[0] == path.stem.partition("-")[0])
+    ours, theirs = (flat(load(each).model_dump()) for each in (path, alike))
+    assert [key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key) and not OF_A_SIZE.fullmatch(key)] == []
+
+
+@pytest.mark.parametrize("path", [path for path in MINILLM if path.stem in RUN], ids=lambda path: path.stem)
 def test_runs_end_to_end(path, data, stand_in, runs, monkeypatch):
     monkeypatch.setattr("tadistill.runner.study.run_stages", run_here)
     monkeypatch.setattr("tadistill.runner.study.prepared", nullcontext)
