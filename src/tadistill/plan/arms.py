@@ -21,7 +21,7 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
 from tadistill.plan.controls import teaching
 from tadistill.plan.costs import Ledger
-from tadistill.plan.edges import check_edge
+from tadistill.plan.edges import check_compared, check_edge
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.paths import check_route, check_sizes
@@ -291,6 +291,7 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
     """
     check_measured(recipe, models)
     planner = _Planner(recipe)
+    check_compared(planner.tokens, models)
     stages, seed = planner.stages, recipe.first_seed
     handles = {name: stages.trained(name, seed) for name in models}
     alone = {name: stages.probe(name, handle, seed, prompts) for name, handle in handles.items()}

@@ -98,7 +98,8 @@ class StageBuilder:
         if temper := model.temper:
             parent = self.trained(temper.of, seed)
             if temper.like is not None:
-                return self.tempered(name, parent, self.of_arm(temper.like, seed), temper.like, seed)
+                like = self.recipe.arms[temper.like].last[-1], self.of_arm(temper.like, seed)
+                return self.tempered(name, parent, like, temper.like, seed)
             assert temper.tau is not None
             return Tempered(temper=temper.tau, of=parent)
         if model.api:
@@ -147,11 +148,11 @@ class StageBuilder:
         sizes = {key: value for key, value in asdict(shape).items() if key != "head_dim" and value is not None}
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), **self.training())
 
-    def tempered(self, name: str, parent: Handle, like: Handle, arm: str, seed: int) -> FromStage:
-        """Return a model with the temperature at which its mean entropy equals that of the model `like`, which the arm `arm` made."""
-        check_like(self.tokens, name, self.recipe.arms[arm].last[-1], arm)
+    def tempered(self, name: str, parent: Handle, like: tuple[str, Handle], arm: str, seed: int) -> FromStage:
+        """Return a model with the temperature at which its mean entropy equals that of the model `like` (name and weights) of an arm."""
+        check_like(self.tokens, name, like[0], arm)
         data, dev = self.encoding(name), self.sets.dev()
-        spec = specs.TemperSpec(data=data, teacher=parent, like=like, dev=dev, batch=self.recipe.evaluate.batch)
+        spec = specs.TemperSpec(data=data, teacher=parent, like=like[1], dev=dev, batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:

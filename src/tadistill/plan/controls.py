@@ -48,4 +48,5 @@ def _changed(stages: StageBuilder, name: str, arm: Arm, teacher: Handle, seed: i
         )
     if control.kind == "random_teacher":
         return RandomWeights(random=seed, of=teacher)
-    return stages.tempered(model, teacher, path_of(control.arm, seed)[-2], control.arm, seed)
+    like = stages.recipe.arms[control.arm].last[-2], path_of(control.arm, seed)[-2]
+    return stages.tempered(model, teacher, like, control.arm, seed)

@@ -86,6 +86,16 @@ def lossy_steps(tokens: "StudyTokens", paths: Sequence[Sequence[str]]) -> list[t
     return [(above, below) for above, below in steps if not tokens.alike(above, below)]
 
 
+def check_compared(tokens: "StudyTokens", models: Sequence[str]) -> None:
+    """Check that `tadistill advise` can compare the probabilities of models. Raises ConfigError if two tokenizers differ."""
+    for name in models[1:]:
+        if not tokens.alike(models[0], name):
+            raise ConfigError(
+                f"`tadistill advise` compares models token by token, but the tokenizers of {models[0]} and {name} differ "
+                f"({tokens.sizes(models[0], name)}); leave one of them out, or compare their arms with `tadistill run`"
+            )
+
+
 def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:
     """Check that a model can start from the weights of another one. Raises ConfigError if their tokenizers differ."""
     if not tokens.alike(name, source):
@@ -96,11 +106,12 @@ def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:
 
 
 def check_like(tokens: "StudyTokens", name: str, like: str, arm: str) -> None:
-    """Check that a model's temperature can be set like that of an arm's last model. Raises ConfigError if their tokenizers differ."""
+    """Check that a model's temperature can be set like that of a model of an arm. Raises ConfigError if their tokenizers differ."""
     if not tokens.alike(name, like):
         raise ConfigError(
-            f"models.{name}.temper.like is `{arm}`, whose model {like} has another tokenizer ({tokens.sizes(name, like)}), so their "
-            "entropies per token cannot be compared; name an arm with the same tokenizer, or set `temper.tau`"
+            f"the temperature of {name} cannot be set like that of {like} (arm {arm}), because their tokenizers differ "
+            f"({tokens.sizes(name, like)}), so their entropies per token cannot be compared; name an arm with the same tokenizer, or set "
+            "`temper.tau`"
         )
 
 

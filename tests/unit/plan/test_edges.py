@@ -8,7 +8,7 @@ from tests.byte_models import bpe_tokenizer, byte_tokenizer
 from tadistill.config import Method, validate
 from tadistill.config.over_spans import over_spans
 from tadistill.errors import ConfigError
-from tadistill.plan.arms import make_plan
+from tadistill.plan.arms import make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Encoding, Output, Split, TokenizerFiles
 from tadistill.plan.preview import _rows
@@ -127,7 +127,7 @@ REFUSED = [
     (
         {"x": "soft > a", "y": "t > s"},
         {"models": {"soft": {"temper": {"of": "t", "like": "y"}}}, "teacher": "t"},
-        r"models.soft.temper.like is `y`, whose model s has another tokenizer",
+        r"the temperature of soft cannot be set like that of s \(arm y\), because their tokenizers differ",
     ),
 ]
 
@@ -142,6 +142,20 @@ def test_within_a_family_everything_stays_allowed(planned):
     arms = {"kd": {"path": "t > a", "method": "gkd"}, "text": "t > s", "start": {"path": "t > a", "init": {}}}
     found = kinds(planned(arms))
     assert {stage.model for stage in found["analyse"]} == {"a"}  # no distribution of s can be compared with the teacher's
+
+
+def test_a_tempered_control_has_the_temperature_of_the_assistant(planned):
+    """The student may have other tokens, but the assistant may not."""
+    arms = {"chain": "t > a > s", "soft": {"path": "t > s", "control": "tempered of chain"}}
+    assert len(kinds(planned(arms))["temper"]) == 1
+    with pytest.raises(ConfigError, match=r"the temperature of t cannot be set like that of a \(arm chain\)"):
+        planned(arms, a="bpe", s="bytes")
+
+
+def test_advice_does_not_compare_two_families(planned):
+    recipe = planned({"x": "t > s"}).recipe
+    with pytest.raises(ConfigError, match=r"the tokenizers of t and s differ \(262 and 260 tokens\); leave one of them out"):
+        plan_probes(recipe, ["t", "s"], prompts=4, k=4)
 
 
 def test_recorded_text_of_another_family_is_refused(planned):
