@@ -10,8 +10,14 @@ import pytest
 from tests.e2e.inprocess import tadistill
 from tests.unit.judge.fake import as_json, error, serve
 
+from tadistill.config import load
 from tadistill.data.tinyworld_tokenizers import tokenizer
+from tadistill.errors import ConfigError
+from tadistill.plan.arms import make_plan
+from tadistill.plan.asked import check_asked
 from tadistill.rollout import api
+from tadistill.runner import apis
+from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
 RECIPE = """
@@ -47,9 +53,14 @@ def answer(number, text):
     )
 
 
-def run(folder: Path, url: str, study: str = "one", layers: int = 1):
+def written(folder: Path, url: str, study: str = "one", layers: int = 1) -> Path:
     path = folder / f"{study}.yaml"
     path.write_text(RECIPE.replace("STUDY", study).replace("ADDRESS", url).replace("LAYERS", str(layers)))
+    return path
+
+
+def run(folder: Path, url: str, study: str = "one", layers: int = 1):
+    path = written(folder, url, study, layers)
     return tadistill("run", str(path), "--runs", str(folder / "runs"))
 
 
@@ -79,6 +90,22 @@ def test_a_study_whose_api_breaks_down(tmp_path):
         assert len(fake.asked) == 3
         assert all(body["max_tokens"] == 16 and body["temperature"] == 1 for body in fake.bodies)
     _check(tmp_path)
+
+
+def test_a_login_node_asks_so_that_jobs_need_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(apis, "run_in_processes", lambda task, threads, **given: run_stage(task, **given))
+    with serve(answer) as fake:
+        path = written(tmp_path, fake.url)
+        plan, store = make_plan(load(path)), Store(tmp_path / "runs" / "store")
+        with pytest.raises(ConfigError, match="run `tadistill fetch RECIPE --answers` on a login node"):
+            check_asked(plan, store)
+        done = tadistill("fetch", str(path), "--answers", "--runs", str(tmp_path / "runs"))
+        assert (done.code, len(fake.asked)) == (0, 12), done.err
+        assert "12 requests will be sent" in done.out
+    check_asked(plan, store)
+    assert [*apis.announced(plan, store, plan.stages.values())] == [
+        "big (big-1): 12 of 12 answers are in the store, and no request will be sent"
+    ]
 
 
 def _check(folder: Path) -> None:

@@ -97,6 +97,18 @@ def test_the_plan_says_what_is_asked_and_that_flops_are_unknown(tmp_path):
     assert plan.arms[0].flops == sum(stage.flops or 0 for stage in plan.stages.values() if stage.kind == "distill" and stage.seed == 1)
 
 
+def test_a_cold_start_from_an_api_goes_on_with_another_teacher():
+    cold = {"path": "api > c then l > s", "init": {"s": "c"}}
+    models = {"c": HERE | {"config": SHAPE, "distill": {"name": "seqkd"}}}
+    plan = make_plan(recipe({"cold": cold}, method={"name": "on-policy-rkl"}, models=models, teacher="l"))
+    found = {stage.kind: stage for stage in plan.stages.values() if stage.seed == 1 and "api" in (stage.model, *stage.teachers)}
+    (last,) = (stage for stage in plan.stages.values() if stage.seed == 1 and stage.model == "s" and stage.kind == "distill")
+    assert found["ask"].key in plan.stages[found["distill"].parents["responses"]].parents.values()
+    assert last.parents == {"student": found["distill"].key}
+    assert last.spec.method.objective.type == "reverse_kl"
+    assert plan.arms[0].analyse
+
+
 def test_equal_compute_counts_what_is_known():
     plan = make_plan(recipe({"chain": "api > l > s", "direct": {"path": "api > s", "compute": "as chain"}}))
     chain, direct = plan.arms
