@@ -87,7 +87,8 @@ def _there(value: Tensor | None) -> bool:
 def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     models, tokens = step.models, batch.counted(batch.targets_BT)
     exact = all(teacher.gives_hidden for teacher in models.teachers)
-    teachers = models.targets(batch) if batch.targets or (models.teachers and exact) else ()
+    known = batch.aligned is not None and "teacher" in batch.values
+    teachers = models.targets(batch) if not known and (batch.targets or (models.teachers and exact)) else ()
     beside = teachers if batch.aligned is None else ()  # at the student's own tokens
     mixture = mixture_of(batch)
 

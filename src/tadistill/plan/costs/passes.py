@@ -19,6 +19,7 @@ from tadistill.data.prompts import Rules
 from tadistill.data.survey import SAMPLE, Survey
 from tadistill.data.templates import Counts, Encoded, encode_counted
 from tadistill.models.counting.sizes import Work
+from tadistill.plan.costs.second_lengths import SecondLength
 from tadistill.plan.costs.stand_in import StandIn
 from tadistill.tuning import COMPACT_BELOW
 
@@ -36,6 +37,7 @@ class Texts:
     """Estimated number of rows of the split, without rows that are too long."""
     contexts: tuple[int, ...] = ()
     """Tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
+<<<<<<< HEAD
     ratio: tuple[float, float] = (1.0, 1.0)
     """Tokens of a teacher with another tokenizer for each token of the student: of prompts, and of responses."""
     teachers: tuple[int, ...] = ()
@@ -50,20 +52,38 @@ class Texts:
         places = [i for i, number in enumerate(self.teachers) if number == teacher]
         share, read = len(places) / len(self.rows), self.of_teacher.rows
         return Texts(tuple(read[i] for i in places), self.count * share, sets=tuple(self.sets[i] for i in places)), share
+=======
+    places: tuple[int, ...] = ()
+    """The index of each row in its split."""
+    seconds: tuple[SecondLength, ...] = ()
+    """How the teacher reads each row, if it has another tokenizer."""
+>>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 
     @property
     def of_teacher(self) -> "Texts":
         """The lengths of the teacher's prompts with the same responses, in the teacher's tokens."""
+<<<<<<< HEAD
         found = self._with_prompts([*self.contexts])
         if self.ratio == (1.0, 1.0):
             return found
         of_prompt, of_response = self.ratio
         rows = tuple((max(1, round(p * of_prompt)), max(1, round(r * of_response))) for p, r in found.rows)
         return Texts(rows, self.count, teachers=self.teachers, sets=self.sets)
+=======
+        if self.seconds:
+            return Texts(tuple((s.prompt, s.response) for s in self.seconds), self.count)
+        return self._with_prompts([*self.contexts])
+>>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 
     @property
     def longer(self) -> "Texts":
-        """The lengths that `optim.tokens` limits. For each row, the longer prompt counts, that of the student or that of the teacher."""
+        """The lengths that `optim.tokens` limits. For each row, the longer prompt counts, that of the student or that of the teacher.
+
+        If the teacher has another tokenizer, the longer sequence counts.
+        """
+        if self.seconds:
+            pairs = zip(self.rows, self.of_teacher.rows, strict=True)
+            return Texts(tuple(max(pair, key=sum) for pair in pairs), self.count)
         return self._with_prompts([max(own, prompt) for own, (prompt, _) in zip(self.contexts, self.rows, strict=False)])
 
     def _with_prompts(self, prompts: list[int]) -> "Texts":
@@ -90,7 +110,9 @@ class Texts:
 
         With `endless`, each answer has `most` tokens. Otherwise it is as long as the reference, up to `most` tokens.
         """
-        return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
+        rows = tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows)
+        scales = [new / old for (_, new), (_, old) in zip(rows, self.rows, strict=True)]
+        return replace(self, rows=rows, seconds=tuple(s.scaled(scale) for s, scale in zip(self.seconds, scales, strict=False)))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
         """Sort the rows by prompt length and return `count` evenly spaced ones. If there are fewer rows, return all of them."""
@@ -121,7 +143,8 @@ def read_lengths(
     sizes = [(len(e.prompt) + len(e.response) - counted, counted) for e in found for counted in [_counted(e)]]
     sizes = [(min(other, data.max_prompt, data.max_length - 1), counted) for other, counted in sizes]
     own = tuple(min(len(e.teacher_prompt), context.max_prompt) for e in found if e.teacher_prompt and context)
-    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own)
+    places = tuple(e.row for e in found)
+    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own, places)
 
 
 _MIXED = 2048

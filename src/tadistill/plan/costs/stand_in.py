@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNKNOWN = -2
+_WORD = r"\S+|\n"  # a token of tinyworld's words
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
 """A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
 Text that the tokenizer cannot read is UNKNOWN."""
@@ -42,7 +43,7 @@ class StandIn:
     def __init__(self, recipe: Recipe):
         loaded = [model for model in recipe.models.values() if model.load]  # models that teach each other share their tokenizer
         ids, backend = _ids_of(loaded[0], recipe.data.world), _backend(loaded[0], recipe.data.world)
-        self.known, self.ids = ids is not None, ids or _pieces
+        self.known, self.ids, self._backend = ids is not None, ids or _pieces, backend
         """True if the study's tokenizer is on this disk."""
         self.added_tokens_decoder: dict[int, Any] = backend.get_added_tokens_decoder() if backend else {}
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
@@ -55,6 +56,14 @@ class StandIn:
     def readable(self, rules: Rules) -> Rules:
         """Return the rules, without variables for a chat template that is not on this disk."""
         return rules if self._chats else replace(rules, chat_template_kwargs={})
+
+    def cuts(self, text: str) -> list[int]:
+        """Return the place in a text where each of its tokens ends, in characters."""
+        if self._backend:
+            return [end for _, end in self._backend.encode(text, add_special_tokens=False).offsets]
+        if self.known:
+            return [match.end() for match in re.finditer(_WORD, text)]
+        return [min(k + 4, len(text)) for k in range(0, len(text), 4)]
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
         return {"input_ids": [list(ids) for ids in self.ids(texts)]}
@@ -90,7 +99,7 @@ def _backend(model: ModelConfig, world: World) -> "Tokenizer | None":
 def _ids_of(model: ModelConfig, world: World) -> Ids | None:
     if model.tokenizer_source == WORDS:  # `tokenizers` loads slowly
         words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
-        return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(r"\S+|\n", text)] for text in texts]
+        return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(_WORD, text)] for text in texts]
     found = _backend(model, world)
     if found is None:
         return None

@@ -35,6 +35,8 @@ class TrainingCost:
         """Number of sequences that are drawn together. With several training sets, each set has its share in them."""
         self.dropout = True
         """False if the student samples its own text, because it then trains without dropout."""
+        self.distance, self.two_losses = False, False
+        """For a teacher with another tokenizer: the loss is `uld` or `gold`; and cross-entropy is a part of the loss."""
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
         """Add forward passes to the part `name`, such as `rollout/student` or `training/teacher`.
@@ -79,7 +81,13 @@ class TrainingCost:
         largest = passes.largest_batch(self.optim, texts, max(share, 1))  # each prompt of DistiLLM-2 occurs twice
         self.memory.batch(largest, heads=self._heads(teacher or teacher_head), dropout=self.dropout)
         self.add("training/student", work * batches, backward=True)
+        if texts.seconds and (teacher or teacher_head):
+            apart = sum(s.before if self.distance else s.apart for s in texts.seconds) / len(texts.seconds)
+            self.add("training/student", Work(heads=apart * micro * batches))  # log-probabilities of spans, before the loss
+            if self.two_losses:
+                self.add("training/student", Work(heads=work.heads * batches), backward=True)
         if teacher or teacher_head:
+<<<<<<< HEAD
 
             def read(texts: Texts, rows: float) -> Work:
                 found = self._batch(texts, micro, rows)
@@ -88,6 +96,14 @@ class TrainingCost:
             first = self.teach("training", texts, read)
             self.asked += first.heads if teacher else 0.0
             for each in self.memory.teachers if teacher and texts.contexts else ():  # one after another, before the student
+=======
+            read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
+            self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
+            self.asked += read.heads * batches * self.used if teacher else 0.0
+            for each in (
+                self.memory.teachers if teacher and (texts.contexts or texts.seconds) else ()
+            ):  # one after another, before the student
+>>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def reading(self, texts: Texts, batch: int, count: float) -> Work:
