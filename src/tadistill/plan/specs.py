@@ -134,11 +134,10 @@ class DistillSpec(TrainingSpec):
         return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-<<<<<<< HEAD
-        return self.texts(ledger, self.weights, self.route).distill(teachers, model, self.method, self.text_of)
-=======
-        return ledger.behind(self.method.context).distill(teachers, model, self.method, self.text_of)
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
+        texts = self.texts(ledger, self.weights, self.route)
+        if self.teacher_data:
+            texts = texts.of_texts(texts.sets, self.teacher_data.context, texts.weights, texts.route)
+        return texts.distill(teachers, model, self.method, self.text_of)
 
 
 # --- preparing a teacher ---------------------------------------------------------------------------------------------------

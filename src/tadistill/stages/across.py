@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import shared_vocabulary
 from tadistill.models.teacher import Teacher
 from tadistill.objectives import SharedVocabulary
-from tadistill.plan.inputs import Encoding
+from tadistill.plan.inputs import Encoding, Split
 from tadistill.stages.context import Context
 
 
@@ -56,26 +55,28 @@ class Across:
         ids = torch.tensor([*again.shared]), torch.tensor([*again.shared.values()])
         return cls(context, tokenizer, data, again, SharedVocabulary(*ids, sizes, "lump" if alone[0] == alone[1] else "drop"))
 
-    @cached_property
-    def _of_teacher(self) -> Seq[Encoded]:
-        counts = dict(self.context.counts)  # those of the student stay in the manifest
-        found = self.context.split(self.context.spec.train, self.tokenizer, contexts=True, data=self.data).encoded
-        self.context.counts = counts
-        return found
-
-    def rows(self, rows: Seq[Encoded]) -> Seq[Encoded]:
-        """Return the student's training rows with the teacher's own prompts. An alarm says how many rows the teacher cannot read.
+    def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
+        """Return the student's rows of a training set with the teacher's own prompts. An alarm says how many rows the teacher cannot read.
 
         Raises:
             DataError: no row is left.
         """
-        found = Behind(rows, row_numbers(rows), self._of_teacher)
+        found, where = Behind(rows, row_numbers(rows), self._of_teacher(split)), f"data set `{split.ref.name}`"
         if found.left_out:
-            self.context.alarm(f"{found.left_out} of {len(rows)} rows are left out, because the prompt is too long in the teacher's tokens")
+            why = "because the prompt is too long in the teacher's tokens"
+            self.context.alarm(f"{where}: {found.left_out} of {len(rows)} rows are left out, {why}")
         if not len(found):
-            raise DataError("the teacher can read none of the student's rows, because the prompts are too long; raise data.max_prompt")
+            raise DataError(
+                f"{where}: the teacher can read none of the student's rows, because the prompts are too long; raise data.max_prompt"
+            )
         return found
 
-    def answers(self, file: Path, rows: Seq[Encoded]) -> Seq[Sequence]:
-        """Return the responses of a file to the student's prompts `rows`, with the teacher's own prompts."""
-        return Behind(responses(file), answered_rows(file, rows), self._of_teacher)
+    def answers(self, file: Path, rows: Seq[Encoded], split: Split) -> Seq[Sequence]:
+        """Return the responses of a file to the student's prompts `rows` of a training set, with the teacher's own prompts."""
+        return Behind(responses(file), answered_rows(file, rows), self._of_teacher(split))
+
+    def _of_teacher(self, split: Split) -> Seq[Encoded]:
+        counts = dict(self.context.counts)  # those of the student stay in the manifest
+        found = self.context.split(split, self.tokenizer, contexts=True, data=self.data).encoded
+        self.context.counts = counts
+        return found

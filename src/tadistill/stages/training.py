@@ -163,8 +163,8 @@ def _sampler(
     sets = [context.split(split, subject.tokenizer, contexts=True).encoded for split in spec.sets]
     answered, config = distill.responses if distill else None, method.sampler
     file = context.store.folder(answered.stage) / RESPONSES if answered else None
-    texts = across.answers(file, joined(sets)) if across and file else None  # such a text is of one training set
-    sets = [across.rows(each) for each in sets] if across else sets
+    texts = across.answers(file, joined(sets), spec.train) if across and file else None  # such a text is of one training set
+    sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
     training = TrainingSets(tuple(map(len, sets)), spec.weights, distill.route if distill else ())
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training}
     texts = _texts(context, training, sets) if texts is None else texts

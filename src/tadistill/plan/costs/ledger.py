@@ -13,27 +13,14 @@ from tadistill.config import Method
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.method import Optim, Select
-<<<<<<< HEAD
-from tadistill.config.objective import MiniLLM
-=======
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.config.objective_base import Divergence
-from tadistill.data import datasets, hub
-from tadistill.data.prompts import of_one_turn
-from tadistill.data.survey import Survey, survey
-from tadistill.errors import NotHere
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 from tadistill.models.counting.cost import Cost, CostPart, Disk
 from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.models.counting.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
-<<<<<<< HEAD
 from tadistill.plan.costs.text_lengths import TextLengths
-=======
-from tadistill.plan.costs.second_lengths import second_lengths
-from tadistill.plan.costs.stand_in import StandIn
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 from tadistill.plan.costs.training_cost import TrainingCost
 from tadistill.plan.costs.training_memory import Described, reading_bytes, sampling_bytes
 from tadistill.store import key_of
@@ -44,63 +31,8 @@ class Ledger(TextLengths):
     """Predicts the costs of one recipe's stages."""
 
     @cached_property
-<<<<<<< HEAD
     def _distilled(self) -> dict[tuple, Cost | None]:  # all seeds have the same cost
         return {}
-=======
-    def _train(self) -> Survey:
-        return self._survey("train")
-
-    @cached_property
-    def train(self) -> Texts:
-        """The lengths of the training prompts and their references."""
-        return self._train_texts(of_one_turn(self.recipe.data.turns))
-
-    @cached_property
-    def fixed(self) -> Texts:
-        """The lengths of the training set's own text. With `data.turns: all`, a row has several turns."""
-        return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
-
-    def _train_texts(self, turns: Turns) -> Texts:
-        found = passes.read_lengths(self.reading, self.recipe.data.train, "train", self._train, turns=turns, context=self.context)
-        if not self.teachers:
-            return found
-        other = self._other(self.context, self.teachers)
-        return second_lengths(found, other.train, self._train, StandIn(self.reading), StandIn(other.reading))
-
-    def behind(self, context: TeacherContext | None) -> "Ledger":
-        """Return a ledger whose teachers read their own prompts on the training set."""
-        return self._other(context, self.readers, self.teachers)
-
-    def of(self, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> "Ledger":
-        """Return a ledger that counts tokens with the tokenizer of the models `readers`, which share it. By default, it is that of the
-        recipe's first model. `teachers` share the tokenizer of the teachers, if it is another one."""
-        return self._other(self.context, readers, () if teachers == readers else teachers)
-
-    def _other(self, context: TeacherContext | None, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> "Ledger":
-        key = context, readers, teachers
-        if key == (self.context, self.readers, self.teachers):
-            return self
-        if key not in self._others:
-            self._others[key] = other = Ledger(self.recipe, partial=self.partial)
-            other.context, other.readers, other.teachers = key
-        return self._others[key]
-
-    @property
-    def reading(self) -> Recipe:
-        """The recipe with only the models whose tokenizer counts the tokens."""
-        models = {name: model for name, model in self.recipe.models.items() if name in self.readers or not self.readers}
-        return self.recipe.model_copy(update={"models": models})
-
-    @cached_property
-    def dev(self) -> Texts:
-        return passes.read_lengths(self.reading, self.recipe.data.dev, "dev", self._survey("dev"))
-
-    @cached_property
-    def corpus_length(self) -> int:
-        """Number of tokens in one row of the plain-text corpus."""
-        return passes.chunk(self.reading)
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
         """Predict the cost of fine-tuning. The student runs forward and backward on each batch."""
@@ -247,18 +179,13 @@ class Ledger(TextLengths):
         sampler = method.sampler
         assert isinstance(sampler, samplers.PairSampler)
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
-<<<<<<< HEAD
         twice = Texts(
             (*of_teacher.rows, *answers.rows),
             self.train.count,
             (*of_teacher.contexts, *answers.contexts),
-            answers.ratio,
-            (*of_teacher.teachers, *answers.teachers),
-            (*of_teacher.sets, *answers.sets),
+            teachers=(*of_teacher.teachers, *answers.teachers),
+            sets=(*of_teacher.sets, *answers.sets),
         )
-=======
-        twice = Texts((*of_teacher.rows, *answers.rows), self.train.count, (*of_teacher.contexts, *answers.contexts))
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
         cost.train(twice, 2.0, teacher=True)
         cost.sample(answers, _padded(sampler, sampler.chunk), 1.0)
 

@@ -37,9 +37,10 @@ class Texts:
     """Estimated number of rows of the split, without rows that are too long."""
     contexts: tuple[int, ...] = ()
     """Tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
-<<<<<<< HEAD
-    ratio: tuple[float, float] = (1.0, 1.0)
-    """Tokens of a teacher with another tokenizer for each token of the student: of prompts, and of responses."""
+    places: tuple[int, ...] = ()
+    """The index of each row in its split. Empty for several sets together."""
+    seconds: tuple[SecondLength, ...] = ()
+    """The teacher's own reading of each row, if it has another tokenizer."""
     teachers: tuple[int, ...] = ()
     """The number of the teacher of each row. Empty if every teacher reads all rows."""
     sets: tuple[int, ...] = ()
@@ -52,28 +53,13 @@ class Texts:
         places = [i for i, number in enumerate(self.teachers) if number == teacher]
         share, read = len(places) / len(self.rows), self.of_teacher.rows
         return Texts(tuple(read[i] for i in places), self.count * share, sets=tuple(self.sets[i] for i in places)), share
-=======
-    places: tuple[int, ...] = ()
-    """The index of each row in its split."""
-    seconds: tuple[SecondLength, ...] = ()
-    """How the teacher reads each row, if it has another tokenizer."""
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 
     @property
     def of_teacher(self) -> "Texts":
         """The lengths of the teacher's prompts with the same responses, in the teacher's tokens."""
-<<<<<<< HEAD
-        found = self._with_prompts([*self.contexts])
-        if self.ratio == (1.0, 1.0):
-            return found
-        of_prompt, of_response = self.ratio
-        rows = tuple((max(1, round(p * of_prompt)), max(1, round(r * of_response))) for p, r in found.rows)
-        return Texts(rows, self.count, teachers=self.teachers, sets=self.sets)
-=======
         if self.seconds:
-            return Texts(tuple((s.prompt, s.response) for s in self.seconds), self.count)
+            return Texts(tuple((s.prompt, s.response) for s in self.seconds), self.count, teachers=self.teachers, sets=self.sets)
         return self._with_prompts([*self.contexts])
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
 
     @property
     def longer(self) -> "Texts":
@@ -83,7 +69,7 @@ class Texts:
         """
         if self.seconds:
             pairs = zip(self.rows, self.of_teacher.rows, strict=True)
-            return Texts(tuple(max(pair, key=sum) for pair in pairs), self.count)
+            return Texts(tuple(max(pair, key=sum) for pair in pairs), self.count, teachers=self.teachers, sets=self.sets)
         return self._with_prompts([max(own, prompt) for own, (prompt, _) in zip(self.contexts, self.rows, strict=False)])
 
     def _with_prompts(self, prompts: list[int]) -> "Texts":
@@ -162,14 +148,16 @@ def together(parts: Sequence[Texts], weights: Sequence[float], route: Sequence[i
         return parts[0]
     total = sum(part.count for part in parts)
     rows, contexts, teachers, sets = list[tuple[int, int]](), list[int](), list[int](), list[int]()
+    seconds = list[SecondLength]()
     for number, part in enumerate(parts):
         wanted = max(1, round(_MIXED * (weights[number] if weights else part.count / total)))
         places = [int((i + 0.5) * len(part.rows) / wanted) for i in range(wanted)]
         rows += [part.rows[i] for i in places]
         contexts += [part.contexts[i] for i in places] if part.contexts else []
+        seconds += [part.seconds[i] for i in places] if part.seconds else []
         teachers += [route[number]] * wanted if route else []
         sets += [number] * wanted
-    return Texts(tuple(rows), total, tuple(contexts), teachers=tuple(teachers), sets=tuple(sets))
+    return Texts(tuple(rows), total, tuple(contexts), (), tuple(seconds), tuple(teachers), tuple(sets))
 
 
 def _counted(encoded: Encoded) -> int:

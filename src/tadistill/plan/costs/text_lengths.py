@@ -1,6 +1,5 @@
 """The lengths of the texts that stages read, in tokens: of some training sets, of the dev set and of the corpus."""
 
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -14,6 +13,8 @@ from tadistill.errors import NotHere
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.model_sizes import ModelSizes
 from tadistill.plan.costs.passes import Texts
+from tadistill.plan.costs.second_lengths import second_lengths
+from tadistill.plan.costs.stand_in import StandIn
 
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")
 """The fields that say what is read, and by whom."""
@@ -70,14 +71,15 @@ class TextLengths(ModelSizes):
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
-        read = (passes.read_lengths(self.reading, ref, "train", rows, turns=turns, context=self.context) for ref, rows in self._train)
-        found = passes.together([*read], self.weights, self.route)
-        return replace(found, ratio=self._ratio) if self.teachers else found
+        return passes.together([self._read(ref, rows, turns) for ref, rows in self._train], self.weights, self.route)
 
-    @cached_property
-    def _ratio(self) -> tuple[float, float]:
-        mine, theirs = (self._other(context=None, readers=readers, teachers=()).train for readers in (self.readers, self.teachers))
-        return theirs.mean_prompt / mine.mean_prompt, theirs.mean_response / mine.mean_response
+    def _read(self, ref: DataRef, rows: Survey, turns: Turns) -> Texts:
+        if not self.teachers:
+            return passes.read_lengths(self.reading, ref, "train", rows, turns=turns, context=self.context)
+        other = self._other(readers=self.teachers, teachers=()).reading
+        mine = passes.read_lengths(self.reading, ref, "train", rows, turns=turns)
+        theirs = passes.read_lengths(other, ref, "train", rows, turns=of_one_turn(turns), context=self.context)
+        return second_lengths(mine, theirs, rows, StandIn(self.reading), StandIn(other))
 
     def of_texts(
         self, sets: tuple[str, ...], context: TeacherContext | None = None, weights: tuple[float, ...] = (), route: tuple[int, ...] = ()

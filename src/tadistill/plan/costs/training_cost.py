@@ -87,7 +87,6 @@ class TrainingCost:
             if self.two_losses:
                 self.add("training/student", Work(heads=work.heads * batches), backward=True)
         if teacher or teacher_head:
-<<<<<<< HEAD
 
             def read(texts: Texts, rows: float) -> Work:
                 found = self._batch(texts, micro, rows)
@@ -95,15 +94,9 @@ class TrainingCost:
 
             first = self.teach("training", texts, read)
             self.asked += first.heads if teacher else 0.0
-            for each in self.memory.teachers if teacher and texts.contexts else ():  # one after another, before the student
-=======
-            read = passes.training_batch(texts.of_teacher, micro, packed=self.optim.packed)[0]
-            self.add("training/teacher", (read if teacher else Work(heads=read.heads)) * (batches * self.used))
-            self.asked += read.heads * batches * self.used if teacher else 0.0
             for each in (
                 self.memory.teachers if teacher and (texts.contexts or texts.seconds) else ()
             ):  # one after another, before the student
->>>>>>> 7e270735 (Plans count a teacher's tokens row by row, and the student's head for spans; a study over spans from the recipe to the report)
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def reading(self, texts: Texts, batch: int, count: float) -> Work:
