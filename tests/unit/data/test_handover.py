@@ -104,3 +104,14 @@ def test_the_file_is_read_as_it_was_written_and_its_order_is_checked(tmp_path):
     write_rows(file, [{"row": 0, "text": "a"}])
     with pytest.raises(StoreError, match="ended"):
         [*read_texts(file)]
+
+
+def test_the_students_chat_template_writes_the_prompt_and_its_own_token_ends_the_answer():
+    """The row's own references are not read, and neither is the answer's message in a conversation."""
+    student, rules = byte_tokenizer(), Rules(max_prompt=200, max_length=300, template="chat", turns="last")
+    turns = ({"role": "user", "content": "ask"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "more"})
+    talk = Example("", "", ("x",), messages=turns, last={"role": "assistant", "content": "x"})
+    found = parts([Answer(0, " the cat ", True), Answer(1, "sat", False)], rules, [ROWS[0], talk], student).encoded
+    prompts = ["user\nask 0", "user\nask<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nmore"]
+    assert [student.decode(e.prompt) for e in found] == [f"<|im_start|>{text}<|im_end|>\n<|im_start|>assistant\n" for text in prompts]
+    assert [student.decode(e.response) for e in found] == [" the cat <|im_end|>", "sat"]
