@@ -51,7 +51,7 @@ class StudyTokens:
     def alike(self, one: str, other: str) -> bool:
         """Return True if two models are of one family: a token that both have has the same id in both, and both tokenise a text in the same
         way."""
-        return self._family(one) == self._family(other)
+        return self.family(one) == self.family(other)
 
     def hands_over_ids(self, one: str, other: str) -> bool:
         """Return True if a student can train on token ids that another model has sampled: their tokenizers have exactly the same tokens."""
@@ -60,14 +60,18 @@ class StudyTokens:
         mine, theirs = (self._vocabulary(*self.source(name)) for name in (one, other))
         return mine is None or theirs is None or mine.ids == theirs.ids
 
+    def family(self, name: str) -> tuple[str, ...]:
+        """Return the models that share a model's tokenizer, with the model itself."""
+        return next((family for family in self._families if name in family), (name,))
+
     @property
     def families(self) -> list[tuple[str, ...]]:
         """The models of the arms, in groups that share a tokenizer (families)."""
-        return list(dict.fromkeys(map(self._family, self._used)))
+        return list(dict.fromkeys(map(self.family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:
         """Return the models whose tokenizer counts the tokens of a model's texts. Empty if the whole study has one tokenizer."""
-        roots = {self._root(other) for other in self._family(name)}
+        roots = {self._root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
 
     def sizes(self, *names: str) -> str:
@@ -200,10 +204,7 @@ class StudyTokens:
         return list(dict.fromkeys(self._group(name) for name in self._used))
 
     def _group(self, name: str) -> tuple[str, ...]:
-        return self._family(name) if self.teacher and name in self._used else (name,)
-
-    def _family(self, name: str) -> tuple[str, ...]:
-        return next((family for family in self._families if name in family), (name,))
+        return self.family(name) if self.teacher and name in self._used else (name,)
 
     @cached_property
     def _families(self) -> list[tuple[str, ...]]:

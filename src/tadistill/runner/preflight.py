@@ -89,7 +89,8 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
             tokenizers[name] = _tokenizer(recipe, name, plan.tokens)
     found.finish()
     # without a teacher, models are only evaluated, and each one may have its own tokenizer
-    families = [[name for name in family if name in used] for family in plan.tokens.families] if teacher else [[name] for name in used]
+    alike = dict.fromkeys(plan.tokens.family(name) if teacher else (name,) for name in used)
+    families = [[name for name in family if name in used] for family in alike]
     for family in families:
         check_same_tokenizer({name: tokenizers[name] for name in family})
     readers = {name: _reader(family, tokenizers) for family in families for name in family}

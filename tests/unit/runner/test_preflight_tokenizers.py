@@ -19,7 +19,7 @@ def checked(tmp_path, capsys):
     """A function that checks a study in which `t` teaches `s`, and returns the notes that it prints."""
     from rich.console import Console
 
-    def check(t, s, rows=(ROW,) * 4, method="seqkd", **data) -> str:
+    def check(t, s, rows=(ROW,) * 4, method="seqkd", more=None, **data) -> str:
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         models = {}
@@ -37,7 +37,7 @@ def checked(tmp_path, capsys):
             "evaluate": {"max_new_tokens": 8},
             "arms": {"x": "t > s"},
         }
-        check_inputs(validate(recipe), Console(width=300))
+        check_inputs(validate(recipe | (more or {})), Console(width=300))
         return capsys.readouterr().out
 
     return check
@@ -78,3 +78,8 @@ def test_a_token_that_only_the_teacher_has_must_not_be_in_a_text(checked):
         ModelError, match=r"data set `rows` \(train\) contains the token '<tool>' \(262\), but some models of its path have only"
     ):
         checked(more, byte_tokenizer(None), rows=[ROW | {"output": "a <tool> b"}] * 4, method="kd")
+
+
+def test_a_teacher_that_no_arm_uses_and_nothing_is_compared_with(checked):
+    more = {"teacher": "t", "analyse": False, "arms": {"x": {"path": "s", "method": "sft"}}}
+    assert checked(byte_tokenizer(None), bpe_tokenizer(["a"], 260), more=more) == ""
