@@ -116,7 +116,9 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
     except errors.RemoteEntryNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
     except (errors.HfHubHTTPError, OSError) as cause:
-        raise error(f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check the network") from cause
+        raise error(
+            f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check its name and the network"
+        ) from cause
 
 
 # --- sending a model ----------------------------------------------------------------------------------------------------

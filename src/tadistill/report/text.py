@@ -221,7 +221,8 @@ def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
 def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided: Sequence[Comparison]) -> tuple[Kind, str]:
     metric, (summary, first) = primary_metric(results), group[0]
     if number(summary.mean, metric) == number(group[-1][0].mean, metric):
-        return "open", f"All {len(group)} arms have the same mean, {_score(results, summary)}."
+        arms = "Both" if len(group) == 2 else f"All {len(group)}"
+        return "open", f"{arms} arms have the same mean, {_score(results, summary)}."
     tied = [arm.name for other, arm in group if number(other.mean, metric) == number(summary.mean, metric)]
     if len(tied) > 1:
         return "open", f"{listed(tied)} have the same highest mean, {number(summary.mean, metric)} {_unit(metric)}."

@@ -248,7 +248,7 @@ def test_an_unreachable_hub_is_one_sentence(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(ModelError, match=r"data set `org/set` at revision `main` cannot be downloaded .*; check the network"):
+    with pytest.raises(ModelError, match=r"data set `org/set` at revision `main` cannot be downloaded .*; check its name and the network"):
         run(tmp_path)
 
 

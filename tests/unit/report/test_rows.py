@@ -158,7 +158,7 @@ def test_equal_arms_are_a_tie_and_detect_nothing(tmp_path):
     results = study.read()
     write_report(results)
     markdown = (study.study_dir / "report.md").read_text(encoding="utf-8")
-    assert "All 2 arms have the same mean, 0.0 % fact accuracy" in markdown
+    assert "Both arms have the same mean, 0.0 % fact accuracy" in markdown
     assert "Highest mean" not in markdown
     assert "**0.0" not in markdown
     (line,) = [line for line in markdown.split("### Comparisons")[1].splitlines() if "no evidence" in line]
