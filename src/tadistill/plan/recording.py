@@ -58,15 +58,13 @@ def texts(
         found["text_of"] = writer, sampler.max_new_tokens
     elif sampler.teacher_text:
         assert isinstance(sampler, Decoding)
-        how: dict[str, Any] = {"as_teacher": method.context is not None}
         if len(stages.recipe.data.sets) > 1:
             _check_one_tokenizer(stages, [name for name, _ in teachers[: len(sets)]], learner[0])
         if stages.recipe.models[teachers[0][0]].api:
             return found | {"responses": _asked(stages, teachers[0], sampler, seed, method.context, learner[0])}
         for teacher, each in zip(teachers, sets, strict=False):
-            own_text = _answers(stages, teacher, sampler, (seed, seed), method.context, sets=each, **how)
-            answers.append(_handed_over(stages, teacher[0], learner[0], own_text, method.context, seed))
-            if answers[-1] != own_text:
+            answers.append(_taught(stages, teacher, learner[0], method, seed, each))
+            if not stages.tokens.hands_over_ids(teacher[0], learner[0]):
                 found["text_of"] = teacher[0], _tokens_of(stages, teacher[0], learner[0], sampler.max_new_tokens)
     if answers:
         found |= {"responses": answers[0], "assistant_responses": tuple(answers[1:])}
@@ -138,9 +136,11 @@ def _asked(
     return Output(stage=stages.add(spec, label, learner, shown))
 
 
-def _handed_over(stages: "StageBuilder", writer: str, learner: str, answers: Output, context: TeacherContext | None, seed: int) -> Output:
+def _taught(stages: "StageBuilder", teacher: tuple[str, Handle], learner: str, method: Method, seed: int, sets: Sequence[str]) -> Output:
     # a student with the writer's own tokens reads the sampled token ids; any other student reads the text
-    tokens = stages.tokens
+    (writer, _), tokens, context = teacher, stages.tokens, method.context
+    assert isinstance(method.sampler, Decoding)
+    answers = _answers(stages, teacher, method.sampler, (seed, seed), context, sets=sets, as_teacher=context is not None)
     if tokens.hands_over_ids(writer, learner):
         return answers
     spec = specs.RetokeniseSpec(
