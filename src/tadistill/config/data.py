@@ -268,6 +268,12 @@ def shares_text(shares: Mapping[str, float]) -> str:
     return f"{', '.join(between)} and {last}" if between else last
 
 
+def training_shares(data: Mapping[str, Any]) -> dict[str, float]:
+    """Return the share of each training set of a recipe, given its `data` as plain data. It is empty if there is one set."""
+    weights = {} if "load" in data["train"] else {name: each["weight"] for name, each in data["train"].items()}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
 def training_refs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the training sets of a recipe, given its `data` as plain data."""
     train = data["train"]

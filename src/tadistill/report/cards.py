@@ -193,7 +193,7 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
         "The exported seed is the recipe's first finished seed, or the seed that the user named. It is not chosen by its score.",
     ]
     sentences += [f"T{sentence[1:]}." for sentence in arm.inexact]
-    sentences += [text for text in [rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]
+    sentences += [text for text in [results.plan.drawn, rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]
     if trained < len(arm.evaluate):
         sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")
     return sentences

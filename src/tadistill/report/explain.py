@@ -219,10 +219,11 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
 
 
 def cautions(results: Results) -> list[str]:
-    """Return warnings about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
-    seeds.
+    """Return notes about the numbers: the shares of several training sets, rows left out, letters that the metric ignores, arms that were
+    not treated equally, and too few seeds.
     """
-    texts = [text for text in (rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results)) if text]
+    about = (results.plan.drawn, rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results))
+    texts = [text for text in about if text]
     texts += vocabulary_texts(results)
     for c in by_importance(results):
         texts += caution_texts(c)

@@ -13,7 +13,7 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.explain import failed_text, missing_text, needed_text, seeds_text
-from tadistill.report.routes import listed, some, taught
+from tadistill.report.routes import in_words, listed, some, taught
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
@@ -108,6 +108,9 @@ def _question(results: Results) -> str:
     found, plain = pairs(results), all(arm.is_plain for arm in chains)
     equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""
     with_assistants = f"{'through' if plain else 'with the help of'} {through}"  # an assistant may do other things than teach the student
+    if route := next((arm for arm in chains if arm.is_routed), None):
+        own = f"each training set has its own teacher ({in_words(route.path[0])})"
+        return f"Is {student} better when {own} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
     if not any(pair.other for pair in found):
         return f"How good is {student} when {teacher} teaches it {with_assistants}?"
     return f"Is {student} better when {teacher} teaches it {with_assistants} than when {teacher.split(' ')[0]} teaches it directly{equal}?"

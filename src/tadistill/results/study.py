@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config.arm import marked, path_text
-from tadistill.config.data import training_refs
+from tadistill.config.data import shares_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
 from tadistill.config.route import flat, routed
 from tadistill.data.counts import Counts
@@ -179,6 +179,12 @@ class StudyPlan:
     def from_big(self, models: Iterable[str]) -> list[str]:
         """Return the models from big to small. A model whose size is not known comes first."""
         return sorted(models, key=lambda model: -(self.parameters[model] or math.inf))
+
+    @property
+    def drawn(self) -> str:
+        """A sentence that gives the share of each training set in the rows. It is empty if there is one set."""
+        shares = training_shares(self.recipe["data"])
+        return f"Training draws {shares_text(shares)}." if shares else ""
 
     @property
     def train_source(self) -> str:

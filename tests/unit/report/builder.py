@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tadistill.config.route import flat
 from tadistill.results.collect import Results, read_results
 from tadistill.store import Store
 
@@ -136,7 +137,7 @@ def _arm(study: Study, spec: StudySpec, arm: ArmSpec, stages: dict[str, dict]) -
         "name": arm.name,
         "path": list(arm.path),
         "text": arm.text,
-        "models": list(dict.fromkeys((*arm.before, *arm.path))),
+        "models": list(dict.fromkeys(flat((*arm.before, *arm.path)))),
         "method": arm.method,
         "model": arm.path[-1],
         "compute": arm.compute,

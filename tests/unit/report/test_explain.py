@@ -9,8 +9,9 @@ import pytest
 from tadistill.config.sampling import StudentSampler
 from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.report.explain import arm_words
+from tadistill.report.figures.paths import lattice
 from tadistill.report.routes import steps
-from tadistill.report.text import sft_arm
+from tadistill.report.text import answer, sft_arm
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
 from tadistill.results.units import number, summary_text
@@ -54,6 +55,20 @@ def test_a_model_that_teaches_itself_is_not_fine_tuned(tmp_path):
     assert tuned is not None
     assert tuned.name == "sft"
     assert not any(arm.is_chain for arm in results.plan.arms)
+
+
+def test_the_teachers_of_a_route_are_named_with_their_sets(tmp_path):
+    route = ArmSpec("mopd", ("xl on maths + l on chat", "s"), method="reverse_kl (student)")
+    chain = ArmSpec("chain", ("xl on maths + l on chat", "m", "s"), method="reverse_kl (student)")
+    results = build_study(tmp_path, StudySpec([ArmSpec("direct", ("xl", "s")), route, chain], seeds=(1,))).read()
+    words = arm_words(results)
+    assert words["mopd"] == "taught by xl on maths and l on chat"
+    assert words["chain"] == "taught by xl on maths and l on chat through m"
+    assert steps(results.arm("chain")) == "xl on maths and l on chat teach m; m teaches s"
+    assert "each training set has its own teacher (xl on maths and l on chat) than when xl teaches it directly" in answer(results).question
+    nodes = {node.model: node for node in lattice(results).values() if route.name in {arm.name for arm in node.arms}}
+    assert nodes.keys() == {"xl", "l", "s"}
+    assert [model for _, model in [nodes["s"].parent, *nodes["s"].others]] == ["xl", "l"]
 
 
 def test_every_arm_is_explained_in_plain_words(tmp_path):
