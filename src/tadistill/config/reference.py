@@ -132,7 +132,7 @@ def classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def named_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return those of these classes whose objects have names in a recipe, such as models."""
+    """Return only the classes whose objects have names in a recipe, such as models."""
     if typing.get_origin(annotation) is dict:
         return classes(annotation)
     return [cls for part in typing.get_args(annotation) for cls in named_classes(part)]
