@@ -118,7 +118,7 @@ KINDS = {
     "unknown type": (config(model_type="nope"), "cannot be loaded|cannot be read"),
     "no type": (config(model_type=None), "cannot be loaded|cannot be read"),
     "type is a list": (config(model_type=["llama"]), "cannot be loaded|cannot be read"),
-    "an encoder-decoder": (config(model_type="t5", architectures=["T5Model"]), "cannot be loaded|no causal language model"),
+    "an encoder-decoder": (config(model_type="t5", architectures=["T5Model"]), "cannot be loaded|not a causal language model"),
     "unknown activation": (config(hidden_act="relu9"), "hidden_act is `relu9`, .* did you mean `relu`. Known values are gelu.*silu"),
     "unknown rope": (config(rope_parameters={"rope_type": "yarm"}), r"rope_parameters.rope_type is `yarm`, .* did you mean `yarn`"),
     "no positions": (config(max_position_embeddings=0), "has 0 positions"),
