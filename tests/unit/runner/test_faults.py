@@ -97,6 +97,7 @@ def disk(request, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, UPDATES])  # while a state is saved, and while the model is
 def test_a_full_disk_is_named_and_the_stage_goes_on_when_there_is_room(disk, at, whole):
     root, fill, free = disk
@@ -165,6 +166,7 @@ def test_a_kill_between_two_renames_leaves_the_state_before(tmp_path, whole):
     assert digests(task) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["cut manifest", "other JSON", "deleted file"])
 def test_a_stage_that_is_not_whole_is_redone_and_nothing_else(fault, tmp_path, whole):
     sft, evaluate = tasks(tmp_path)
