@@ -21,6 +21,8 @@ from tadistill.objectives.spans import fused_span_distance, fused_span_divergenc
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
 
+_DELAY = 1  # tokens; on real text, the spans so far then depend on later text at less than 1 % of the places (docs/concepts/tokenizers.md)
+
 
 @dataclass(frozen=True)
 class Sides:
@@ -75,13 +77,14 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
 def rewards(batch: Batch) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans at the student's positions (B, T), before scaling.
 
-    The batch's value `teacher` is the teacher's log-probability of each span, at the span's last token.
+    The batch's value `teacher` is the teacher's log-probability of each span, at the span's last token. A reward is paid one token later,
+    because the next token of the student can still change where a span of the teacher ends.
     """
     assert batch.aligned is not None
     spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)
     first_B1 = torch.where(spans_BT < 0, batch.aligned.count, spans_BT).amin(1, keepdim=True)
     of_row = torch.where(spans_BT < 0, spans_BT, spans_BT - first_B1)
-    return span_rewards(batch.values["student"], of_row, batch.values["teacher"], of_row, delay=0)
+    return span_rewards(batch.values["student"], of_row, batch.values["teacher"], of_row, delay=_DELAY)
 
 
 def summed(aligned: Aligned, values: Tensor) -> Tensor:

@@ -351,9 +351,10 @@ def test_minillm_has_the_rewards_of_spans():
             q, p = log_probs(student, s.prompt, s.response, SIZES[0]), log_probs(teacher, s.teacher_prompt, theirs, SIZES[1])
             rewards = torch.zeros(len(s.response))
             mine, other = counted_spans(s)
+            last = np.flatnonzero(mine >= 0)[-1]
             for k in range(mine.max() + 1):
                 own, their = np.flatnonzero(mine == k), np.flatnonzero(other == k)
-                rewards[own[-1]] = sum(p[i, theirs[i]] for i in their) - sum(q[i, s.response[i]] for i in own)
+                rewards[min(own[-1] + 1, last)] += sum(p[i, theirs[i]] for i in their) - sum(q[i, s.response[i]] for i in own)
             n = len(s.response)
             expected = torch.stack([rewards[t:].sum() / (n - t) for t in range(n)])
             start = len(s.prompt) - 1

@@ -78,6 +78,7 @@ class TrainingCost:
         batches = share * self.steps * self.optim.batch / micro
         work, padding = passes.training_batch(texts, micro, packed=self.optim.packed, drawn=self.drawn)
         self.padding += padding * batches
+        self.memory.across = bool(texts.seconds)
         largest = passes.largest_batch(self.optim, texts, max(share, 1))  # each prompt of DistiLLM-2 occurs twice
         self.memory.batch(largest, heads=self._heads(teacher or teacher_head), dropout=self.dropout)
         self.add("training/student", work * batches, backward=True)

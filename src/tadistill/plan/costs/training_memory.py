@@ -54,6 +54,8 @@ class TrainingMemory:
         self.bf16 = optim.precision == "bf16"
         self.texts, self.plain = Memory(), Memory()
         self.drawn, self.stored = 0.0, 0.0
+        self.across = False
+        """True if the teacher has another tokenizer."""
         self.average = False
         """True if the teacher is a moving average of the student. It then shares the weights that are not trained, and is in float32."""
 
@@ -75,7 +77,10 @@ class TrainingMemory:
         else:
             layers, scores = layer * size.layers, scores * size.layers
         gradient = 0 if self.adapters else 4 * size.head
-        row = 4 * self.student.vocab * (1 + heads)
+        # a teacher with another tokenizer has other numbers of logits
+        row = (
+            4 * (self.student.vocab + sum(t.vocab for t in self.teachers[:heads])) if self.across else 4 * self.student.vocab * (1 + heads)
+        )
         found = Memory(
             layers=layers + 12 * size.hidden * work.positions + 4 * size.hidden * work.heads,
             cpu=scores + (_PRODUCT * (gradient / 4 + self.student.vocab * min(work.heads, TILE_ROWS)) if self.bf16 else 0),
