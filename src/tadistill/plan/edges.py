@@ -62,14 +62,14 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
     tokenizer, or if only text passes.
 
     Raises:
-        ConfigError: the text has several turns, or there are several training sets.
+        ConfigError: the text has several turns, or the teacher answers the prompts of several training sets.
     """
     if not method.objective.needs_teacher or stages.tokens.alike(teacher, learner):
         return None
-    if stages.recipe.data.several:
+    if stages.recipe.data.several and method.sampler.teacher_text:
         raise ConfigError(
-            f"{learner} learns from {teacher}, which has another tokenizer, but this works with one training set only; remove the other "
-            "sets of `data.train`, or use models with one tokenizer"
+            f"{learner} learns from answers of {teacher}, which has another tokenizer, but this works with one training set only; remove "
+            "the other sets of `data.train`, or use another sampler"
         )
     if method.sampler.reads_responses and stages.recipe.data.turns == "all":
         raise ConfigError(

@@ -288,3 +288,19 @@ def test_the_plan_says_the_rows_of_each_tokenizer(planned):
         f"Rows of rows ({role}, t), among the first 6: 6 of 6 rows; 6 with a reference cut at data.max_length (12)."
         for role in ("train", "dev", "test")
     ]
+
+
+def test_answers_of_a_teacher_with_other_tokens_are_of_one_training_set(planned, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"instruction": f"say {i}", "output": "the cat"}) + "\n" for i in range(6))
+        )
+    train = {name: {"load": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in "ab"}
+    dev = str(tmp_path / "a.jsonl")
+    data = {"train": train, "dev": dev, "test": [dev], "template": "plain", "max_prompt": 30, "max_length": 60}
+    with pytest.raises(ConfigError, match=r"s learns from answers of t, .* remove the other sets of `data.train`"):
+        planned({"x": CROSSED["taught"]}, data=data)
+    plan = planned({"x": CROSSED["kd"]}, data=data)
+    stage = plan.stages[plan.arms[0].final[1]]
+    assert len(stage.spec.sets) == 2
+    assert stage.cost.parts["training/teacher"].heads > 0
