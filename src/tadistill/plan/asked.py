@@ -38,7 +38,7 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
         raise ConfigError(
             f"arms.{arm} {what} `{name}`, which {Api.has_no}; use it only as the first model of a path, such as {name} > STUDENT"
         )
-    if apis.intersection(path.models) and "tools" in recipe.data.train.columns:
+    if apis.intersection(path.models) and any("tools" in ref.columns for ref in recipe.data.sets.values()):
         raise ConfigError(
             f"data.train.columns names `tools`, but the API of `{min(apis)}` is asked for text, and not for calls of tools; remove `tools`"
         )
@@ -100,7 +100,7 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
         left = [spec for key, spec in stages if not store.finished(key)]
         where = f"{name} ({model.api.model} at {model.api.at})"
         done = "All its answers are in the store."
-        data, ref = plan.recipe.data, plan.recipe.data.train
+        data, ref = plan.recipe.data, stages[0][1].train.ref
         if left and (place := datasets.on_hub(ref, "train", data)) and hub.cached(place[0], ref.revision, place[1]) is None:
             done = f"The number of requests is not known, because data set `{ref.load}` is not on this disk."
         elif left:

@@ -46,6 +46,11 @@ def of_kind(plan, kind) -> Any:
     return [stage for stage in plan.stages.values() if isinstance(stage.spec, kind)]
 
 
+def rows_of(plan):
+    (ref,) = plan.recipe.data.sets.values()
+    return datasets.load(ref, "train", plan.recipe.data)
+
+
 def keys(**changes):
     return {stage.key for stage in make_plan(recipe(**changes)).stages.values()}
 
@@ -83,7 +88,7 @@ def test_the_plan_says_what_is_asked_and_that_flops_are_unknown(tmp_path):
     plan, store = make_plan(recipe()), Store(tmp_path)
     (first,) = asked_notes(plan, store)
     (flops,) = approximations(plan, "direct")
-    texts = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
+    texts = rows_of(plan)
     tokens = 2 * sum(len(messages(example, None)[0]["content"]) // 4 for example in texts)
     assert f"api (big at https://host/v1) writes text. At most 40 requests for 2 sets of answers: about {tokens:,} tokens" in first
     assert "(at most 1,280), which cost about " in first
@@ -105,7 +110,8 @@ def test_a_cold_start_from_an_api_goes_on_with_another_teacher():
     (last,) = (stage for stage in plan.stages.values() if stage.seed == 1 and stage.model == "s" and stage.kind == "distill")
     assert found["ask"].key in plan.stages[found["distill"].parents["responses"]].parents.values()
     assert last.parents == {"student": found["distill"].key}
-    assert last.spec.method.objective.type == "reverse_kl"
+    spec: Any = last.spec
+    assert spec.method.objective.type == "reverse_kl"
     assert plan.arms[0].analyse
 
 
@@ -164,10 +170,17 @@ def test_a_search_and_rows_with_tools_are_refused():
         make_plan(recipe(data=data))
 
 
+def test_several_training_sets_are_refused():
+    sets = {"a": {"load": "tinyworld", "weight": 1}, "b": {"load": "tinyworld", "weight": 2}}
+    data = {"train": sets, "dev": "tinyworld", "test": ["tinyworld"], "limit": {"train": 20}}
+    with pytest.raises(ConfigError, match="is behind an API, but this works with one training set only"):
+        make_plan(recipe(data=data))
+
+
 def test_the_api_reads_messages_of_the_context():
     plan = make_plan(recipe(method={"name": "seqkd", "context": {"system": "Be brief.", "template": "{instruction}!"}}))
     (stage, _) = of_kind(plan, AskSpec)
-    examples = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
+    examples = rows_of(plan)
     wanted = wanted_of(stage.spec, examples)
     first = examples[0].instruction
     assert wanted[0].body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{first}!"}]
@@ -179,7 +192,7 @@ def test_before_a_run_only_missing_answers_are_counted(tmp_path, monkeypatch):
     with serve(lambda number, text: error(500, "not asked")) as fake:
         plan, store = make_plan(recipe(api=API | {"at": fake.url})), Store(tmp_path)
         stages = of_kind(plan, AskSpec)
-        examples = datasets.load(plan.recipe.data.train, "train", plan.recipe.data)
+        examples = rows_of(plan)
         wanted = wanted_of(stages[0].spec, examples)
         with open_cache(replies_file(tmp_path, "big")) as cache:
             for request in wanted[:15]:
@@ -209,7 +222,7 @@ def test_the_settings_of_a_request_are_those_of_the_sampler():
 def test_a_teacher_budget_counts_the_tokens_that_are_asked():
     half = {"path": "api > s", "sampler": {"type": "teacher", "max_new_tokens": 2}}
     plan = make_plan(recipe({"short": half, "direct": {"path": "api > s", "teacher_budget": "as short"}}))
-    short, direct = plan.arms
+    short, direct = (arm.asked or 0.0 for arm in plan.arms)
     limits = {arm: stage.spec.train.limit for stage in of_kind(plan, AskSpec) for arm in stage.arms}
-    assert limits == {"short": 20, "direct": round(20 * short.asked / (direct.asked / 4 * 20))}
-    assert direct.asked == pytest.approx(short.asked, abs=direct.asked / 4)  # less than one row
+    assert limits == {"short": 20, "direct": round(20 * short / (direct / 4 * 20))}
+    assert direct == pytest.approx(short, abs=direct / 4)  # less than one row
