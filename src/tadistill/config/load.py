@@ -156,14 +156,20 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         tree: typing.Any = OmegaConf.create(base)
         for item in overrides:
             key, _, value = item.partition("=")
-            if value.replace(" ", "") == "{}":  # to merge an empty mapping would change nothing
-                OmegaConf.update(tree, key, {}, merge=False)
+            for place in _emptied(key, yaml.safe_load(value)):  # to merge an empty mapping would change nothing
+                OmegaConf.update(tree, place, {}, merge=False)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
         return OmegaConf.to_container(tree, resolve=False)
     except yaml.YAMLError as error:
         raise ConfigError(_not_yaml(error, source)) from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+def _emptied(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (place for name, part in value.items() for place in _emptied(f"{key}[{name}]", part))
+        yield from () if value else (key,)
 
 
 def _with_overrides(lines: Lines, overrides: typing.Sequence[str]) -> Lines:

@@ -24,7 +24,7 @@ from tadistill.plan.specs import KINDS
 from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import arm_words, cautions, verdict_text
-from tadistill.report.figures import behaviour, compute, paths, scores
+from tadistill.report.figures import behaviour, compute, error_budget, paths, scores
 from tadistill.report.figures.style import MANY, looks, titled
 from tadistill.report.routes import route, steps
 from tadistill.report.tables import (
@@ -173,6 +173,9 @@ def roles(results: Results) -> dict[str, str]:
             found.setdefault(model, "assistant")
     for arm in (arm for arm in results.plan.arms if arm.is_taught):
         found.setdefault(arm.model, "student")
+    for arm in results.plan.arms if results.plan.teacher is None else ():  # the study compares no student with its teacher
+        if arm.is_taught:
+            found.setdefault(arm.path[0], "teacher")
     if results.plan.teacher and found:
         found[results.plan.teacher] = "teacher"
     return {model: found[model] for model in results.plan.from_big(found)}
@@ -190,7 +193,7 @@ def _progress(results: Results) -> list[tuple[str, int, int]]:
 
 def _sections(results: Results) -> dict[str, Any]:
     measured, stages = bool(results.summaries), stage_rows(results)
-    lattice, budgets = paths.lattice_figure(results), paths.budget_figures(results)
+    lattice, budgets = paths.lattice_figure(results), error_budget.budget_figures(results)
     exposure, lengths, plane = behaviour.exposure_figure(results), behaviour.length_figure(results), scores.plane_figure(results)
     over_budgets = compute.curves_figure(results) if measured else None
     panels, judged = behaviour.curve_figures(learning_curves(results), results), judgements(results.study_dir)
@@ -210,7 +213,7 @@ def _sections(results: Results) -> dict[str, Any]:
         "lattice": _markup(lattice),
         "lattice_notes": paths.lattice_notes(results) if lattice else [],
         "methods": paths.line_looks(results),
-        "budget_notes": paths.budget_notes(results),
+        "budget_notes": error_budget.budget_notes(results),
         "budgets": _markups(budgets),
         "panels": _markups(panels),
         "judged": judged,

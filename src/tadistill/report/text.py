@@ -103,7 +103,8 @@ def _question(results: Results) -> str:
             return f"Which of {len(trained)} ways to train {student} gives the best model?"
         return f"How good is {student} {_made(results, trained[0])}?" if trained else f"How good is {student}?"
     teacher = sized(results, results.plan.teacher or chains[0].path[0])
-    assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (results.plan.teacher, arm.model)))
+    original = results.plan.teacher
+    assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (original or arm.path[0], arm.model)))
     through = listed([sized(results, model) for model in assistants])
     found, plain = pairs(results), all(arm.is_plain for arm in chains)
     equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""

@@ -44,6 +44,7 @@ def test_overrides_and_dotted_names(recipe):
 def test_an_empty_mapping_empties(recipe):
     recipe.write_text(recipe.read_text() + "evaluate: {also: {hot: {temperature: 2}}}\n")
     assert load(recipe, ["evaluate.also={}"]).evaluate.also == {}
+    assert load(recipe, ["evaluate={also: {}, batch: 3}"]).evaluate.also == {}
     assert list(load(recipe, ["evaluate.also={}", "evaluate.also.cold.temperature=0"]).evaluate.also) == ["cold"]
     assert list(load(recipe, ["evaluate.also={cold: {temperature: 0}}"]).evaluate.also) == ["hot", "cold"]
 

@@ -10,6 +10,7 @@ from tadistill.config.sampling import StudentSampler
 from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.report.explain import arm_words
 from tadistill.report.figures.paths import lattice
+from tadistill.report.page import roles
 from tadistill.report.routes import steps
 from tadistill.report.text import answer, sft_arm
 from tadistill.results.collect import MEAN
@@ -38,6 +39,14 @@ def test_published_values_match_inside_the_interval(tmp_path):
     assert f"on dolly {summary_text(dolly, 'rouge_l')} matches the published 24.5" in sentence
     assert f"is {number(40 - vicuna.mean, 'rouge_l')} below the published 40.0" in sentence
     assert "on sinst 25.3 is published and not measured here" in sentence
+
+
+def test_the_first_model_of_a_chain_is_no_assistant(tmp_path):
+    """In a study that compares no student with its teacher (`analyse: false`), too."""
+    arms = [ArmSpec("direct", ("xl", "s")), ArmSpec("chain", ("xl", "l", "s")), ArmSpec("itself", ("s", "s"), text="s > s, context")]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1,), teacher=None)).read()
+    assert "through l (" in answer(results).question
+    assert roles(results) == {"xl": "teacher", "l": "assistant", "s": "student"}
 
 
 def test_a_model_that_teaches_itself_is_not_fine_tuned(tmp_path):

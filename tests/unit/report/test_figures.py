@@ -9,7 +9,8 @@ import pytest
 
 from tadistill.report.explain import cautions
 from tadistill.report.figures.behaviour import curve_figures, exposure_figure
-from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure
+from tadistill.report.figures.error_budget import budget_figures
+from tadistill.report.figures.paths import lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import cost_figure, cost_points, difference_figure, means_figure
 from tadistill.report.figures.style import looks
 from tadistill.results.collect import MEAN
@@ -101,6 +102,44 @@ def test_arms_share_assistants_in_the_lattice(tmp_path):
     assert rows["longer-chain"] == rows["chain"] + 1
     assert nodes["arm", "sft"].parent is None
     assert nodes["arm", "chain"].flops == 2e16  # its fine-tuning and its distillation
+
+
+def test_the_figure_of_paths_shows_self_teaching_and_controls(tmp_path):
+    method = "reverse_kl (student)"
+    arms = [
+        ArmSpec("sft", ("s",), method="sft"),
+        ArmSpec("chain", ("xl", "l", "s"), method=method),
+        ArmSpec("nobody", ("xl", "s"), method=method, text="xl > s, control no_teacher of chain"),
+        ArmSpec("random", ("xl", "s"), method=method, text="xl > s, control random_teacher of chain"),
+        ArmSpec("itself", ("s", "s"), method=method, text="s > s, context, ema"),
+        ArmSpec("later", ("xl", "s", "s"), method=method, text="xl > s > s, context"),
+    ]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1,))).read()
+    nodes = {name: lattice(results)["arm", name] for name in ("sft", "chain", "nobody", "random", "itself", "later")}
+    assert {name for name, node in nodes.items() if not node.is_taught} == {"sft", "nobody"}
+    assert {name for name, node in nodes.items() if node.itself} == {"itself", "later"}
+    assert (nodes["itself"].parent, nodes["later"].parent) == (None, ("model", "xl"))
+    assert not any(node.others for node in nodes.values())
+    assert {node.kind.partition(", ")[2] for node in nodes.values()} == {
+        "",
+        "random teacher",
+        "with a context, moving-average teacher",
+        "with a context",
+    }
+    assert lattice_notes(results)[:2] == [
+        "A short line means that the model teaches itself.",
+        "A model without a line is trained without a teacher.",
+    ]
+    figure = lattice_figure(results)
+    assert figure is not None
+    assert [
+        name for name in nodes if f'class="edge" data-arm="{name}"' in figure.html() or f'data-arm="{name}" class="edge"' in figure.html()
+    ] == [
+        "chain",
+        "random",
+        "itself",
+        "later",
+    ]
 
 
 def test_arms_of_equal_cost_stand_apart(tmp_path):

@@ -18,7 +18,18 @@ from .builder import SMALL, ArmSpec, Study, StudySpec, build_study, key_of
 from .test_outputs import render
 
 KINDS = ("evaluate", "analyse", "greedy", "t0.5")
-COUNTS = {"role": "test", "set": "dolly", "rows": 14, "long": 2, "empty": 0, "cut": 0, "shortened": 0, "limit": 256, "max_length": 512}
+COUNTS = {
+    "role": "test",
+    "set": "dolly",
+    "rows": 14,
+    "long": 2,
+    "empty": 0,
+    "cut": 0,
+    "unopened": 0,
+    "shortened": 0,
+    "limit": 256,
+    "max_length": 512,
+}
 COUNTS |= {"long_context": 0, "cut_context": 0, "context_limit": 0, "answers": 0, "more": 0, "turns": 0, "unlearnt": 0}
 
 

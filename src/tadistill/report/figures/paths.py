@@ -1,27 +1,26 @@
-"""Figures of paths: the models and the distillations between them, and how much each step of a path adds to the divergence."""
+"""The figure of paths: the models of a study, and the distillations between them."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from tadistill.charts import GREY, PLAIN, Axis, Chart, Look
+from tadistill.charts import PLAIN, Axis, Chart, Look
 from tadistill.config.route import flat, members
 from tadistill.metrics import metric_title
 from tadistill.plan.specs import TRAINING
 from tadistill.report.figures.style import kinds, looks, rows_axis
-from tadistill.report.routes import route, some
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric
-from tadistill.results.compare import budget_models, twin_of
+from tadistill.report.routes import route
+from tadistill.results.collect import MEAN, Results, primary_metric
 from tadistill.results.curves import last_dev_value
 from tadistill.results.study import ArmRecord, StageRecord
-from tadistill.results.units import flops_text, interval, number, parameters_text, signed, summary_text
-from tadistill.results.verdict import by_importance
+from tadistill.results.units import flops_text, interval, number, parameters_text
 
 _ROW = 46  # pixels
 _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row
 PRUNED = Look("var(--ink)", "circle", "2 5")
 """The look of a line from a model to the model that is pruned from it."""
+_STUB = 0.07  # length of the line of a model that teaches itself, as a share of the width
 _THIN, _WIDER = 1.5, 6.0  # width of an edge without cost, and the additional width of the most expensive edge, in pixels
 
 NodeId = tuple[str, str]
@@ -41,6 +40,12 @@ class Node:
     """The model from which this model is pruned."""
     others: list[NodeId] = field(default_factory=list)
     """Further teachers: those of earlier paths, and with `dense` the bigger models of the path."""
+    itself: bool = False
+    """True if the model teaches itself."""
+
+    @property
+    def is_taught(self) -> bool:
+        return self.itself or self.parent is not None
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
@@ -49,11 +54,12 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
     """
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
+        alone = _has_no_teacher(arm)
         for index, (at, model) in enumerate(zip(ids, _line(arm), strict=True)):
             node = nodes.setdefault(at, Node(model, row))
-            node.arms.append(arm)
-            if index > 0:
-                _teach(results, node, arm, ids[index - 1])
+            node.arms += [arm] if arm not in node.arms else []  # a model that teaches itself is in the path twice
+            if index > 0 and not alone:
+                _teach(results, node, arm, ids[index - 1], at)
         _add_beside(results, nodes, arm, row)
     return nodes
 
@@ -68,21 +74,36 @@ def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row
     for above, model in (pair for part in found.parts[:-1] for pair in pairwise((members(part[0])[0], *part[1:]))):
         node = nodes[_id(results, arm, model)]
         if node.parent is None:
-            _teach(results, node, arm, _id(results, arm, above))
-    for model in found.learners:
+            _teach(results, node, arm, _id(results, arm, above), _id(results, arm, model))
+    for model in () if _has_no_teacher(arm) else found.learners:
         node = nodes[_id(results, arm, model)]
         teachers = dict.fromkeys(_id(results, arm, name) for names in found.teachers(model) for name in names)
-        node.others += [at for at in teachers if at != node.parent and at not in node.others]
+        node.others += [at for at in teachers if at not in (node.parent, _id(results, arm, model), *node.others)]
         if model in found.starts:
             node.start = _id(results, arm, found.starts[model])
 
 
-def _teach(results: Results, node: Node, arm: ArmRecord, teacher: NodeId) -> None:
+def _teach(results: Results, node: Node, arm: ArmRecord, teacher: NodeId, own: NodeId) -> None:
     steps = _steps(results, arm, node.model)
-    node.parent = teacher
-    node.kind = _kinds([stage for stage in steps if stage.kind == "distill"]) or arm.method
+    if teacher == own:
+        node.itself = True
+    else:
+        node.parent = teacher
+    node.kind = (_kinds([stage for stage in steps if stage.kind == "distill"]) or arm.method) + _how(arm)
     known = [stage.flops for stage in steps if stage.flops is not None]
     node.flops = sum(known) if len(known) == len(steps) and steps else None
+
+
+def _has_no_teacher(arm: ArmRecord) -> bool:
+    control = route(arm).control
+    return control is not None and control.kind == "no_teacher"
+
+
+def _how(arm: ArmRecord) -> str:
+    found = route(arm)
+    control = {"tempered": "tempered teacher", "random_teacher": "random teacher"}.get(found.control.kind) if found.control else None
+    marks = ["with a context"] * found.context + ["moving-average teacher"] * found.ema + [control]
+    return "".join(f", {mark}" for mark in marks if mark)
 
 
 def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
@@ -142,7 +163,7 @@ def _kind(stage: StageRecord) -> str:
 def lattice_figure(results: Results) -> Chart | None:
     """Draw the models and the distillations between them. Return None if no arm distils a model."""
     nodes = lattice(results)
-    if all(node.parent is None for node in nodes.values()):
+    if not any(node.is_taught for node in nodes.values()):
         return None
     rows = len(results.plan.arms)
     models = results.plan.from_big(dict.fromkeys(node.model for node in nodes.values()))
@@ -160,6 +181,9 @@ def lattice_figure(results: Results) -> Chart | None:
     for at, node in nodes.items():
         if node.parent is not None:
             _add_edge(chart, node, (place[node.parent], place[at]), styles[node.kind], dearest)
+        if node.itself:
+            x, y = place[at]
+            _add_edge(chart, node, ((x - _STUB * (chart.x.high - chart.x.low), y), (x, y)), styles[node.kind], dearest)
         for other in node.others:
             tip = f"{nodes[other].model} teaches {node.model} too"
             _add_side(chart, node, (place[other], place[at]), styles[node.kind], tip)
@@ -193,7 +217,8 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
     if not is_student:
         dev = last_dev_value(results, arm, node.model, metric)
         text = f"dev {number(dev, metric)}" if dev is not None else "teacher" if node.model == results.plan.teacher else ""
-        chart.text(x, y, text, side="start", shift=(8, 14))
+        side, away = ("start", 8) if dev is None else ("end", -8)  # on a phone, the value of a student is near the right side
+        chart.text(x, y, text, side=side, shift=(away, 14))
         chart.mark("", (x, y), PLAIN, size=5, tip=f"{node.model}, {text}: in the path of {', '.join(a.name for a in node.arms)}")
         return
     summary = results.summaries.get((arm.name, MEAN, metric))
@@ -208,7 +233,7 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
 
 def method_looks(results: Results) -> Mapping[str, Look]:
     """Return the look (colour and dash) of each method in the figure of paths."""
-    return kinds(dict.fromkeys(node.kind for node in lattice(results).values() if node.parent is not None))
+    return kinds(dict.fromkeys(node.kind for node in lattice(results).values() if node.is_taught))
 
 
 def lattice_notes(results: Results) -> list[str]:
@@ -217,130 +242,12 @@ def lattice_notes(results: Results) -> list[str]:
     assistants = [node for at, node in nodes.items() if at[0] != "arm" and node.parent is not None]
     dev = any(last_dev_value(results, node.arms[0], node.model, metric) is not None for node in assistants)
     pruned = any(node.start is not None for node in nodes.values())
+    alone = any(map(_has_no_teacher, results.plan.arms))
     said = (
+        ("A short line means that the model teaches itself.", any(node.itself for node in nodes.values())),
+        ("A model without a line is trained without a teacher.", alone),
         ("The number below an assistant is its last dev value.", dev),
         ("A dotted line is no distillation: the model at its end is pruned from the model at its start.", pruned),
         ("A sloping line that is not dotted is a further teacher.", any(node.others for node in nodes.values())),
     )
     return [sentence for sentence, needed in said if needed]
-
-
-# --- error budget -----------------------------------------------------------------------------------------------------
-
-
-_ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The error budget of a path: KL(student ‖ teacher) in nats/token, divided into one part for each step of the path.
-
-    `terms` are the parts, and they add up to the KL. `total` is a direct measurement of the KL.
-    """
-
-    arm: ArmRecord
-    terms: tuple[tuple[str, Summary], ...]
-    total: tuple[str, Summary]
-    twin: tuple[str, Summary] | None
-    """KL(student ‖ teacher) of direct distillation with the same compute. None if it was not measured."""
-
-
-def budgets(results: Results) -> list[Budget]:
-    """Return the error budget of each path with assistants. It says how much each step of the path adds to the divergence.
-
-    Paths for which a term was not measured are left out.
-    """
-    found: list[Budget] = []
-    for arm in (arm for arm in results.plan.arms if arm.is_chain):
-        upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
-        names = [f"KL({upwards[0]} ‖ {upwards[1]})", *(f"{upwards[j]} → {upwards[j + 1]}" for j in range(1, len(upwards) - 1))]
-        terms = [results.summaries.get((arm.name, MEAN, f"budget/{j}")) for j in range(len(names))]
-        total = results.summaries.get((arm.name, MEAN, "reverse_kl"))
-        known = [(name, term) for name, term in zip(names, terms, strict=True) if term is not None]
-        if total is None or len(known) < len(names):
-            continue
-        twin = twin_of(results, arm)
-        of_twin = results.summaries.get((twin.name, MEAN, "reverse_kl")) if twin else None
-        found.append(
-            Budget(arm, tuple(known), (f"KL({upwards[0]} ‖ {upwards[-1]})", total), (twin.name, of_twin) if twin and of_twin else None)
-        )
-    return found
-
-
-def budget_text(results: Results, b: Budget) -> str:
-    """Return a sentence on how much the steps above the last assistant add to the divergence."""
-    added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
-    first, total = b.terms[0][1].mean, b.total[1].mean
-    if added <= 0 or total <= 0:
-        ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
-        return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
-    steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {results.plan.teacher or b.arm.path[0]}"
-    ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
-    return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
-
-
-def budget_notes(results: Results) -> list[str]:
-    """Return sentences on the figures of error budgets: the dashed lines, and the arms with assistants that have no figure."""
-    found = budgets(results)
-    lines = [b.arm.name for b in found if b.twin]
-    without = [arm for arm in results.plan.arms if arm.has_assistant and arm.name not in {b.arm.name for b in found}]
-    apart, unknown = ([arm.name for arm in without if arm.is_chain == chain] for chain in (False, True))
-    first = next(iter(by_importance(results)), None)
-    apart_from_answer = found and first is not None and first.arm not in {b.arm.name for b in found}
-    where = "" if len(lines) == len(found) else f" (only in {some(lines)}: the study has no such baseline for the others)"
-    return [
-        *([f"{budget_text(results, found[0])}."] if apart_from_answer else []),
-        *([f"The dashed line is the equal-compute baseline{where}."] if lines else []),
-        *([f"{some(apart)} {_has(apart)} no error budget, because no assistant teaches the student there."] if apart else []),
-        *([f"{some(unknown)} {_has(unknown)} no error budget, because it was not measured."] if unknown else []),
-    ]
-
-
-def _has(names: list[str]) -> str:
-    return "has" if len(names) == 1 else "have"
-
-
-def budget_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw how much each step of a path adds to the divergence, as a waterfall chart for each path. All charts have the same scale."""
-    found = budgets(results)
-    if not found:
-        return {}
-    tops = [sum(max(term.mean, 0) for _, term in b.terms) for b in found] + [b.total[1].high for b in found]
-    bottoms = [min(0.0, *_ends(b)) for b in found]
-    high = max(*tops, *(b.twin[1].mean for b in found if b.twin), 1e-9)
-    y = Axis(min(bottoms), high + 0.18 * (high - min(bottoms)), "nats/token")
-    return {b.arm.name: _waterfall(results, b, index, y) for index, b in enumerate(found)}
-
-
-def _ends(budget: Budget) -> list[float]:
-    ends, at = [], 0.0
-    for _, term in budget.terms:
-        ends.append(min(at, at + term.mean, at + term.low))
-        at += term.mean
-    return ends
-
-
-def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
-    bars, at = [*budget.terms, budget.total], 0.0
-    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'hop'}" for i, (name, _) in enumerate(bars)]
-    x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
-    summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term in bars)
-    chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name
-    colours = [looks(results)[name], *(_ADDS if term.mean > 0 else _TAKES for _, term in budget.terms[1:]), PLAIN]
-    chart.rule(y=0)
-    for i, ((title, term), colour) in enumerate(zip(bars, colours, strict=True)):
-        last = i == len(bars) - 1
-        base = 0.0 if last else at
-        tip = f"{title}: {summary_text(term, 'reverse_kl')} nats/token"
-        chart.bar(name, (i - 0.31, i + 0.31), (base, base + term.mean), colour, tip=tip)
-        chart.whisker(name, i, base + term.low, base + term.high)
-        text = signed(term.mean, "reverse_kl") if 0 < i < len(bars) - 1 else number(term.mean, "reverse_kl")
-        chart.text(i, max(base, base + term.mean, base + term.high), text, name=name, kind="name", shift=(0, -6))
-        if not last:
-            at += term.mean
-            chart.segment((i, at), (i + 1, at), Look(GREY, "circle", "2 3"))
-    if budget.twin:
-        twin, mean = budget.twin[0], budget.twin[1].mean
-        tip = f"{twin}: {summary_text(budget.twin[1], 'reverse_kl')} nats/token"
-        chart.segment((len(bars) - 1.5, mean), (len(bars) - 0.5, mean), Look("var(--ink)", "circle", "5 4"), name=twin, tip=tip)
-    return chart
