@@ -119,7 +119,7 @@ def test_equal_compute_counts_what_is_known():
     plan = make_plan(recipe({"chain": "api > l > s", "direct": {"path": "api > s", "compute": "as chain"}}))
     chain, direct = plan.arms
     assert chain.flops == sum(
-        s.flops for s in plan.stages.values() if s.seed == 1 and "chain" in s.arms and s.kind in ("distill", "generate")
+        s.flops or 0.0 for s in plan.stages.values() if s.seed == 1 and "chain" in s.arms and s.kind in ("distill", "generate")
     )
     assert direct.flops == pytest.approx(chain.flops, rel=0.2)
     assert describe(plan, created="", recipe_text="", command="")["models"]["api"] == {"parameters": 0}
