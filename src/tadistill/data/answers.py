@@ -234,7 +234,7 @@ def _read_checks(value: Any, choices: tuple[str, ...], where: str) -> tuple[tupl
             found.append((kind, None))
         else:
             kinds = f"{', '.join(_NUMBERS)} with a number `n`, {', '.join(_TEXTS)} with a `text`, or {', '.join(_PLAIN)}"
-            raise _wrong("checks", value, where, f'write a list of objects such as {{"kind": "max_words", "n": 20}}; a kind is {kinds}')
+            raise _wrong("checks", value, where, f'write a list of objects such as {{"kind": "max_words", "n": 20}}; the kinds are {kinds}')
     return tuple(found)
 
 

@@ -124,7 +124,8 @@ class Vocabulary:
         return {**self.words, **self.added}
 
     def extra(self, other: "Vocabulary") -> tuple[dict[str, int], dict[str, int]] | None:
-        """Return the tokens that only one of two tokenizers has, for each of them. Return None if both read text differently.
+        """Return two mappings from token to id: the tokens that only this tokenizer has, and those that only the other has. Return None if
+        the two tokenizers read text differently.
 
         They read text in the same way if their ordinary tokens have the same ids, and if the extra tokens are added tokens with higher ids.
         """

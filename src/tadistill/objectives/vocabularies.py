@@ -75,7 +75,7 @@ class SharedVocabulary:
 
     @cached_property
     def partner(self) -> Tensor:
-        """The teacher's id (V,) of each token of the student, or -1."""
+        """The teacher's id (V,) of each token of the student. It is -1 for a token that is not shared."""
         partner = torch.full((self.sizes[0],), -1, dtype=torch.long, device=self.student_ids.device)
         return partner.scatter_(0, self.student_ids, self.teacher_ids)
 

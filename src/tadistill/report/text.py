@@ -278,8 +278,7 @@ def _against_sft(results: Results) -> str:
         return f"The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes {model}."
     metric, greedy, main = primary_metric(results), greedy_decoding(results), results.plan.recipe["evaluate"].get("temperature", 1.0)
     ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
-    found = {way: [(d, arm) for arm in distilled if (d := difference(results, arm.name, tuned.name, m))] for way, m in ways.items()}
-    known = {way: ds for way, ds in found.items() if ds}
+    known = {w: ds for w, m in ways.items() if (ds := [(d, a) for a in distilled if (d := difference(results, a.name, tuned.name, m))])}
     if not known:
         return f"Distillation is not compared with plain fine-tuning ({tuned.name}) yet: they share no finished seed."
     every = [(way, d, arm) for way, ds in known.items() for d, arm in ds]

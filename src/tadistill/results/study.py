@@ -261,7 +261,7 @@ def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
     path = study_dir / "results.json"
     if not path.is_file():
         return {}
-    content = read_json(path, fix="write it again with `tadistill report STUDY`")
+    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
     try:
         return {
             (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
@@ -269,7 +269,7 @@ def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
             if c["against"] != "pair"
         }
     except (KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}", "write it again with `tadistill report STUDY`") from error
+        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error
 
 
 def _stage(entry: Mapping[str, Any]) -> StageRecord:

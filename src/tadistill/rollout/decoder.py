@@ -104,7 +104,7 @@ class Decoder:
         self.memory: Any = in_place_cache(model.config, capacity) if way.memory == "ours" else None
 
     def logits(self, ids_BT: Tensor, attention_BT: Tensor | None, positions_BT: Tensor, start: int) -> Tensor:
-        """Return the logits (B, V) of the next token after `ids_BT`. Columns before `start` were read in earlier calls."""
+        """Return the logits (B, V) of the next token after `ids_BT`. Earlier calls have read the columns before `start`."""
         remembers = self.way.memory != "none"
         if remembers and start > 0 and self.way.masked == "first":
             attention_BT = None

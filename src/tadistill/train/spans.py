@@ -105,7 +105,7 @@ def teacher_log_probs(shared: SharedVocabulary | None, batch: Batch, teachers: S
 
 
 def counts(aligned: Sequence[Aligned]) -> dict[str, int]:
-    """Add up the counts of several batches (`Aligned.found`). Return an empty dict if there are none."""
+    """Add up the counts of spans and tokens (`Aligned.found`) over several batches. Return an empty dict if there are no counts."""
     names = aligned[0].found if aligned else ()
     return {name: sum(each.found[name] for each in aligned) for name in names}
 

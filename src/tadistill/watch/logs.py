@@ -64,7 +64,7 @@ class Follower:
             return False
 
     def backward(self) -> None:
-        """Read one piece of the older lines."""
+        """Read another piece of the lines before those that have been read, towards the beginning of the file."""
         start = max(self._low - _PIECE, 0)
         try:
             piece = self._read(start, self._low - start)

@@ -298,7 +298,9 @@ def _read_plan(study: Path) -> tuple[StageState, ...]:
             StageState(s["key"], s["kind"], labels[s["key"]], s["model"], s["seed"], dict(s["parents"]), s.get("steps") or 1) for s in found
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(study / "plan.json", f"{type(error).__name__}: {error}", "run or submit the recipe again to rewrite it") from error
+        raise damaged(
+            study / "plan.json", f"{type(error).__name__}: {error}", "run or submit the recipe again, which writes the file again"
+        ) from error
 
 
 def _progress(stage: StageState, log: TrainingLog | None) -> StageState:

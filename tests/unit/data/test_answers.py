@@ -162,7 +162,7 @@ def test_checks(kind, passes, fails):
         ("checks", [], "write a list of objects such as"),
         ("checks", [{"kind": "max_words"}], "max_words with a number `n`"),
         ("checks", [{"kind": "max_words", "n": 3, "text": "x"}], "max_words with a number `n`"),
-        ("checks", [{"kind": "rhymes"}], "a kind is min_words"),
+        ("checks", [{"kind": "rhymes"}], "the kinds are min_words"),
     ],
 )
 def test_a_wrong_answer_of_a_row_is_named_with_file_and_row(read, column, value, words):
