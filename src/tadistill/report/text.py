@@ -84,6 +84,8 @@ def student_of(results: Results) -> str:
 
 def sized(results: Results, model: str, *, words: bool = False) -> str:
     """Return the name of a model with its number of parameters, such as ``s (23.8 k)``."""
+    if model not in results.plan.parameters:  # the teachers of a route
+        return in_words(model)
     count = parameters_text(results.plan.parameters[model])
     return f"{model} ({count} parameters)" if words else f"{model} ({count})"
 
@@ -101,7 +103,8 @@ def _question(results: Results) -> str:
         trained = [arm for arm in arms if arm.is_trained and arm.model == student_of(results)]
         if len(trained) > 1:
             return f"Which of {len(trained)} ways to train {student} gives the best model?"
-        return f"How good is {student} {_made(results, trained[0])}?" if trained else f"How good is {student}?"
+        made = [f" after distillation from {sized(results, arm.path[0])}" if len(arm.path) > 1 else " after fine-tuning" for arm in trained]
+        return f"How good is {student}{made[0] if made else ''}?"
     teacher = sized(results, results.plan.teacher or chains[0].path[0])
     original = results.plan.teacher
     assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (original or arm.path[0], arm.model)))
@@ -110,17 +113,13 @@ def _question(results: Results) -> str:
     equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""
     with_assistants = f"{'through' if plain else 'with the help of'} {through}"  # an assistant may do other things than teach the student
     if route := next((arm for arm in chains if arm.is_routed), None):
-        own = f"each training set has its own teacher ({in_words(route.path[0])})"
-        return f"Is {student} better when {own} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
+        alone = [arm.path[0] for arm in arms if len(arm.path) > 1 and not arm.is_routed]
+        asked = f"Is {student} better" if alone else f"How good is {student}"
+        than = f" than when {alone[0]} teaches it directly{equal}" if alone else ""
+        return f"{asked} when each training set has its own teacher ({in_words(route.path[0])}){than}?"
     if not any(pair.other for pair in found):
         return f"How good is {student} when {teacher} teaches it {with_assistants}?"
     return f"Is {student} better when {teacher} teaches it {with_assistants} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
-
-
-def _made(results: Results, arm: ArmRecord) -> str:
-    if len(arm.path) == 1:
-        return "after fine-tuning"
-    return f"after distillation from {sized(results, arm.path[0])}"
 
 
 # --- the answer -----------------------------------------------------------------------------------------------------------
