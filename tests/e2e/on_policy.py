@@ -108,7 +108,7 @@ def train(
     other = tinyworld_tokenizers.tokenizer("tinyworld-bpe", seed=0, people=20) if across else None
     student, teachers = model(1, 16, tokenizer), [model(2, 24, other or tokenizer).requires_grad_(False)]
     teachers += [model(3, 20, tokenizer).requires_grad_(False)] if routed else []
-    shard, again = Shard(accelerator.process_index, accelerator.num_processes), other and _again(tokenizer, other)
+    shard, again = Shard(accelerator.process_index, accelerator.num_processes), _again(tokenizer, other) if other else None
     sampler = _sampler(method, student, teachers, tokenizer, shard, interrupt, again=again)
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "metrics.jsonl"

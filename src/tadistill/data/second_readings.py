@@ -69,6 +69,12 @@ class Rereader:
         pairs = zip(*shared_tokens(self.student, self.teacher), strict=True)
         return {mine: theirs for mine, theirs in pairs if mine < self.sizes[0] and theirs < self.sizes[1]}
 
+    @cached_property
+    def _partner(self) -> np.ndarray:
+        found = np.full(len(self.student.pieces), -1)  # -1 is a token that only the student has
+        found[[*self.shared]] = [*self.shared.values()]
+        return found
+
     def __call__(self, sequence: "Sequence") -> "Sequence":
         """Return the sequence with its second reading. The response must follow a prompt.
 
@@ -93,10 +99,13 @@ class Rereader:
                 )
             found = replace(found, ids=found.ids[:room], pieces=found.pieces[:room], exact=found.exact[:room])
         spans = align(own, found)
-        of_student, matched = np.full(len(sequence.response), NO_SPAN, np.int32), np.zeros(len(sequence.response), bool)
+        of_student, ids = np.full(len(sequence.response), NO_SPAN, np.int32), np.array(found.ids, np.int32)
         of_student[: len(spans.student)] = spans.student
-        ids, of_teacher = np.array(found.ids, np.int32), np.array(spans.teacher, np.int32)
-        matched[[k for k, theirs in _single(of_student, of_teacher) if self.shared.get(own.ids[k]) == found.ids[theirs]]] = True
+        of_teacher = np.array(spans.teacher, np.int32)
+        mine, theirs, matched = _alone(of_student), _alone(of_teacher), np.zeros(len(of_student), bool)
+        read = np.full(len(spans.ends) + 1, -2)  # the only token of the teacher in each span; -2 is no token
+        read[of_teacher[theirs]] = ids[theirs]
+        matched[mine] = self._partner[np.array(own.ids, np.int64)[mine]] == read[of_student[mine]]
         changed, dropped = (getattr(own, name) + getattr(found, name) for name in ("changed", "dropped"))
         return SecondReading(ids, of_student, of_teacher, matched, found.lone, changed, dropped)
 
@@ -159,13 +168,9 @@ class Behind(Seq[Row]):
         return replace(self._rows[int(self._mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
 
 
-def _single(student: np.ndarray, teacher: np.ndarray) -> list[tuple[int, int]]:
-    """Return the tokens of each span that is one token on both sides."""
-    places = []
-    for spans in (student, teacher):
-        alone = np.flatnonzero((spans >= 0) & (np.bincount(spans + 1)[spans + 1] == 1)) if len(spans) else []
-        places.append({int(spans[k]): int(k) for k in alone})
-    return [(k, places[1][span]) for span, k in places[0].items() if span in places[1]]
+def _alone(spans: np.ndarray) -> np.ndarray:
+    """Return the places of the tokens that are a span by themselves."""
+    return np.flatnonzero((spans >= 0) & (np.bincount(spans + 1)[spans + 1] == 1)) if len(spans) else np.zeros(0, np.int64)
 
 
 def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
