@@ -18,8 +18,23 @@ from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((5, 6), (7, 8, 9, 0)), Sequence((4,), (11, 0)), Sequence((1, 2, 3), (17, 18, 19, 20, 0))]
 CLASSES = config.Objective.__args__[0].__args__
-DIVERGENCES = [c for c in CLASSES if issubclass(c, config.Divergence) and c not in (config.Taid, config.Contrastive, config.Custom)]
+OTHERS = {
+    config.CrossEntropy,
+    config.Taid,
+    config.Contrastive,
+    config.Custom,
+    config.SampledKL,
+    config.NoTeacher,
+    config.MiniLLM,
+    config.Gold,
+}
+"""Objectives that are no function of two logits with one tokenizer. `Gold` is for two tokenizers."""
+DIVERGENCES = [c for c in CLASSES if c not in OTHERS]
 VARIANTS = [v for v in DIVERGENCES if v not in (config.TopKForwardKL, config.TopKReverseKL)]
+
+
+def function_of(objective):
+    return getattr(objectives, "sorted_distance" if objective.type == "uld" else objective.type)
 
 
 def gradients(model):
@@ -50,7 +65,7 @@ def check(objective, batch, expected, *, kind="llama", vocab=31, teacher=None):
 def test_every_divergence_is_its_function(variant, ratio, kind):
     objective = variant(kd_ratio=ratio, temperature=1.5, **({"k": 7} if "k" in variant.model_fields else {}))
     arguments = objective.model_dump(exclude={"type", "kd_ratio"})
-    function = getattr(objectives, objective.type)
+    function = function_of(objective)
 
     def expected(logits, target, tokens):
         return ratio * function(logits, target, **arguments) + (1 - ratio) * cross_entropy(logits, tokens)
@@ -110,9 +125,9 @@ def test_a_recorded_signal_takes_the_teachers_place(variant, tail):
     teacher = tiny_model("llama", seed=5).requires_grad_(False)
     batch = collate(ROWS, pad=0)
     kept = top_k(response_logits(teacher, batch, 31), 6, tail=tail)
-    objective = variant(temperature=1.0 if tail == "lump" else 2.0)
+    objective = variant(kd_ratio=1.0, temperature=1.0 if tail == "lump" else 2.0)
     arguments = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
-    function = getattr(objectives, objective.type)
+    function = function_of(objective)
 
     def expected(logits, _, __):
         return function(*kept.align(logits, objective.temperature), **arguments)
@@ -149,23 +164,22 @@ def test_an_objective_is_one_function_one_variant_and_one_line(monkeypatch):
 
 
 def test_every_variant_has_a_function_and_only_its_arguments():
-    others = {config.CrossEntropy, config.Taid, config.Contrastive, config.Custom, config.SampledKL, config.NoTeacher, config.MiniLLM}
-    assert set(CLASSES) == {*DIVERGENCES, *others}
+    assert set(CLASSES) == {*DIVERGENCES, *OTHERS}
     for variant in DIVERGENCES:
         defaults = variant()
-        function = getattr(objectives, defaults.type)
-        assert function.__name__ == defaults.type
+        function = function_of(defaults)
         for name in set(variant.model_fields) - {"type", "kd_ratio"}:
             assert function.__kwdefaults__[name] == getattr(defaults, name), (variant, name)
 
 
 @pytest.mark.parametrize("variant", [c for c in CLASSES if c not in (config.MiniLLM, config.Custom)])
 def test_every_variant_has_a_step(variant):
-    """Its only term has its name; MiniLLM's step is in test_minillm.py."""
+    """Its term has its name, beside cross-entropy if it has a share; MiniLLM's step is in test_minillm.py."""
     values = {name: np.zeros(4, np.float32) for name in ("from_teacher", "teacher")}
     batch = collate([Sequence((5, 6), (7, 8, 9, 0), values)], pad=0)
     step = make_step(Method.model_construct(objective=variant()), tiny_model("llama"), (tiny_model("llama", seed=5),), 31)
-    assert [term.name for term in step.terms(batch)] == [variant().type]
+    own = variant().type
+    assert [term.name for term in step.terms(batch)] == [own, *["cross_entropy"] * (getattr(variant(), "kd_ratio", 1) < 1)]
 
 
 UNEVEN = [Sequence((3 + i, 0, 9), (*range(5, 5 + n), 0)) for i, n in enumerate((1, 2, 4, 18, 3, 2, 3, 5))]
