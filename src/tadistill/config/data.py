@@ -215,9 +215,11 @@ class Data(Strict):
     def splits(self, *, trains: bool = True) -> Iterator[tuple[Literal["train", "dev", "test"], DataRef]]:
         """Yield each data set with its role: the training sets, the dev set and the test sets; without `trains`, only the test sets."""
         if trains:
-            yield from (("train", ref) for ref in self.sets.values())
+            for ref in self.sets.values():
+                yield "train", ref
             yield "dev", self.dev
-        yield from (("test", ref) for ref in self.test)
+        for ref in self.test:
+            yield "test", ref
 
     @field_validator("train")
     @classmethod

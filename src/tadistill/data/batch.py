@@ -329,5 +329,5 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
     # no model reads the padding, but its embedding is looked up: 0 is a token of every model
     context = collate([s.of_teacher for s in sequences], pad=0 if aligned else pad) if own else None
     route = tuple(s.teacher for s in sequences if s.teacher is not None)
-    arrays = (torch.from_numpy(array) for array in (ids, attention, mask))
-    return Batch(*arrays, tensors, corpus, targets, context=context, aligned=aligned, route=route)
+    masks = torch.from_numpy(attention), torch.from_numpy(mask)
+    return Batch(torch.from_numpy(ids), *masks, tensors, corpus, targets, context=context, aligned=aligned, route=route)

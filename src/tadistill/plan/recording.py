@@ -70,7 +70,7 @@ def texts(
         found |= {"responses": answers[0], "assistant_responses": tuple(answers[1:])}
     if method.signal is None or not method.objective.needs_teacher:
         return found
-    of_text = {"text_of": found["text_of"]} if method.recorded_text else {}
+    of_text: dict[str, Any] = {"text_of": found["text_of"]} if method.recorded_text else {}
     place = f" on the text of {writer}" if of_text else ""
     outputs = []
     for number, (name, teacher) in enumerate(teachers):
