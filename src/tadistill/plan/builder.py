@@ -45,7 +45,8 @@ class StageBuilder:
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
-        self.sets, self.rows = StudySets(recipe), None  # the number of training rows; None means all
+        self.sets = StudySets(recipe)
+        self.rows: int | None = None  # the number of training rows; None means all
         self._own: Callable[[str, int], Handle] = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))
 
     @cached_property

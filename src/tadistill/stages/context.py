@@ -33,6 +33,7 @@ from tadistill.models.serving import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import (
+    BehindApi,
     Encoding,
     FromStage,
     Handle,
@@ -108,6 +109,8 @@ class Context(Generic[AnySpec]):
             case RandomWeights():
                 known, tokenizer = self.model(handle.of, dtype, torch.device("cpu"))  # only its configuration is used
                 model = scratch_model(known.config, seed=rng.torch_seed(handle.random, "random teacher"), dtype=dtype).eval()
+            case BehindApi():
+                raise AssertionError("a model behind an API has no weights here; the stage `ask` asks it")
         placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
         check_reading(placed)
         return placed, tokenizer
