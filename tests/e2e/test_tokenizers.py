@@ -1,5 +1,6 @@
 """A study whose models have two tokenizers: words, and byte-level BPE. Text passes between them, and everything else stays in a family."""
 
+import json
 import re
 
 import pytest
@@ -76,8 +77,20 @@ def test_what_is_not_defined_is_left_out_and_said(study):
     runs = folder / "runs" / "two-tokenizers"
     text = (runs / "report.md").read_text()
     undefined = "The divergence from t, the error budget and the exposure bias are not defined across vocabularies, so they are left out"
-    assert f"{undefined} for chain and direct." in text
+    assert f"{undefined} for chain and direct. The bits per byte of their answers are reported instead." in text
     assert "They can be compared only among models that share a tokenizer: (a), (s)." in text
     assert re.search(r"answers of t, retokenised for s, seed 1: of 16 answers, \d+ stops? before a special token that does not end", text)
     (divergence,) = re.findall(r"\|  \| KL.*?</details>", text, re.DOTALL)
-    assert re.findall(r"^\| (\w+) \|", divergence, re.MULTILINE) == ["kd"]
+    cells = {
+        line.split(" | ")[0].strip("| "): line.count("–") for line in divergence.splitlines() if re.match(r"\| (kd|chain|direct) ", line)
+    }
+    assert cells["kd"] > 0 and cells["chain"] == cells["direct"] > 0
+
+
+def test_models_read_each_others_answers(study):
+    _, folder = study
+    rows = [row for row in json.loads((folder / "runs" / "two-tokenizers" / "results.json").read_text())["rows"] if row["arm"] == "direct"]
+    found = {row["metric"]: row["value"] for row in rows}
+    assert {"bits_per_byte", "teacher_text", "own_text", "forward_bits", "reverse_bits"} <= set(found)
+    assert 0 < found["forward_bits"] < found["teacher_text"]
+    assert all(0 < found[name] < 40 for name in ("bits_per_byte", "teacher_text", "own_text"))

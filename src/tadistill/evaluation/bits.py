@@ -9,13 +9,20 @@ A loss per token cannot, because each tokenizer cuts a text into another number 
 that was cut has no end. Other tokens can spell the same text, so p is at most the probability of the text.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tadistill.data.templates import EvalSet
+from tadistill.data.batch import Sequence, references
+from tadistill.data.counts import Counts
+from tadistill.data.handover import Answer, Retokenised, retokenised, said
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import Encoded, EvalSet
 from tadistill.data.token_bytes import token_bytes
+from tadistill.evaluation.scoring import Subject, likelihood
 
 
 def bits_per_byte(nats: Seq[np.ndarray], sizes: Seq[int]) -> np.ndarray:
@@ -48,3 +55,54 @@ def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
     unknown = tokenizer.unk_token_id
     # GPT-2 names its EOS here, although it can read every byte
     return 0 if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else sum(e.response.count(unknown) for e in data.encoded)  # type: ignore[arg-type]
+
+
+# --- answers of a model with another tokenizer ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CrossReading:
+    """The bits per byte of one model's answers, for the model itself and for another one."""
+
+    writer: np.ndarray
+    """(N,) with the tokens that the writer sampled."""
+    reader: np.ndarray
+    """(N,) with the other model's own tokens of the same text, behind its own prompt."""
+    early: int
+    """Number of answers with a token that is no text, such as half a character. The other model reads the text before this token."""
+    unknown: int
+    """Number of the other model's tokens that are its unknown token."""
+
+
+def cross_read(
+    writer: Subject, reader: Subject, data: EvalSet, rules: Rules, answers: Mapping[int, Sequence], *, batch: int
+) -> CrossReading:
+    """Let one model read the answers of another one.
+
+    Args:
+        data: the test set, encoded for the reader.
+        rules: the reader's rules of encoding.
+        answers: the prompt and the sampled answer of each row, in the writer's tokens. The rows are in ascending order. The reader can read
+            all of these prompts.
+    """
+    own = token_bytes(writer.tokenizer, writer.eos)
+    texts = [said(row, answer.response, own) for row, answer in answers.items()]
+    written = likelihood(writer, [*answers.values()], batch=batch)["loss"]
+    rules, found = replace(rules, long_responses="cut"), Retokenised((), Counts(0), 0, 0)
+    encoded: dict[int, Encoded] = {}
+    for found in retokenised(data.examples, [answer for answer, _ in texts], reader.tokenizer, rules, name=f"data set `{data.name}`"):
+        encoded |= {e.row: e for e in found.encoded}
+    read = dict(zip(encoded, likelihood(reader, references([*encoded.values()]), batch=batch)["loss"], strict=True))
+    assert all(answer.row in encoded or not (answer.text or answer.ended) for answer, _ in texts)
+    sizes = [len(answer.text.encode()) for answer, _ in texts]
+    theirs = [_kept(answer, encoded.get(answer.row), reader, rules) for answer, _ in texts]
+    nats = [read.get(answer.row, np.zeros(0)) for answer, _ in texts]
+    return CrossReading(bits_per_byte(written, sizes), bits_per_byte(nats, theirs), sum(bool(why) for _, why in texts), found.unknown)
+
+
+def _kept(answer: Answer, encoded: Encoded | None, reader: Subject, rules: Rules) -> int:
+    # the bytes of an answer that the reader reads: a long answer is cut
+    if encoded is None or len(encoded.prompt) + len(encoded.response) < rules.max_length or encoded.response[-1] in reader.eos:
+        return len(answer.text.encode())
+    pieces = token_bytes(reader.tokenizer, reader.eos).spell(encoded.response).pieces
+    return sum(len(piece) for piece in pieces if isinstance(piece, bytes))

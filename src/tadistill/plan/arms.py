@@ -23,7 +23,7 @@ from tadistill.plan.controls import teaching
 from tadistill.plan.costs import Ledger
 from tadistill.plan.edges import check_compared, check_edge
 from tadistill.plan.graph import Graph, Stage
-from tadistill.plan.inputs import FromStage, Handle
+from tadistill.plan.inputs import FromStage, Handle, is_served
 from tadistill.plan.paths import check_route, check_sizes
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
 from tadistill.plan.served import check_measured, check_not_run, check_teaching
@@ -164,7 +164,7 @@ class _Planner:
             for other in (main.also if self.recipe.data.test else ())  # tasks of lm-eval decode by their own rules
         }
         analyse = {}
-        if self.teacher and self.recipe.data.test and self.tokens.alike(self.teacher, last):
+        if self.teacher and self.recipe.data.test and self._comparable(self.teacher, last):
             # no model of a route is on the way from the original teacher
             alone = arm.controls or routed(arm.path) or not all(self.tokens.alike(self.teacher, name) for name in flat(arm.last))
             compared = {seed: of_path[-1:] if alone else of_path for seed, of_path in models.items()}
@@ -176,6 +176,10 @@ class _Planner:
         teacher, key = original_teacher(self.recipe) if self.teacher or arm.teacher_budget else None, final[first]
         asked = self.graph.asked(key, teacher) if teacher else None
         return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked)
+
+    def _comparable(self, teacher: str, model: str) -> bool:
+        # a model with other tokens is compared through texts, which a teacher on a server does not write or read
+        return self.tokens.alike(teacher, model) or not is_served(self.stages.trained(teacher, self.recipe.first_seed))
 
     def _models(self, name: str, arm: Arm, seed: int, budget: Budget) -> _Made:
         check_not_run(self.recipe, name, self.teacher)

@@ -262,8 +262,13 @@ class StageBuilder:
             teacher_answers=written,
             assistants=tuple(m for m in models[:-1] if m != teacher),
             batch=self.recipe.evaluate.batch,
+            of_teacher=None if self.tokens.alike(original, name) else self._asking(original),
         )
         return self.add(spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed))
+
+    def _asking(self, name: str) -> Encoding:
+        # the rules with which a model reads prompts, with all its end tokens
+        return self.encoding(name, samples=False).model_copy(update={"ends": self.tokens.ends(name)})
 
     def probe(self, name: str, model: Handle, seed: int, prompts: int) -> str:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""

@@ -129,13 +129,14 @@ def undefined_notes(plan: "Plan") -> Iterator[str]:
     teacher = plan.teacher
     if teacher is None or not plan.recipe.data.test:
         return
-    others = [arm.name for arm in plan.arms if not arm.analyse]
+    others = [arm for arm in plan.arms if not plan.tokens.alike(arm.arm.last[-1], teacher)]
     if others:
+        instead = " The bits per byte of their answers are measured instead." if all(arm.analyse for arm in others) else ""
         yield (
             f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are not "
-            f"measured for {', '.join(others)}."
+            f"measured for {', '.join(arm.name for arm in others)}.{instead}"
         )
     for arm in plan.arms:
         apart = [name for name in arm.arm.last if not plan.tokens.alike(name, teacher)]
-        if arm.analyse and apart and not arm.arm.controls:
+        if apart and arm not in others and not arm.arm.controls:
             yield f"The error budget of {arm.name} is not measured, because {apart[0]} has another vocabulary than {teacher}."

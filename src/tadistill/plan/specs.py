@@ -291,6 +291,9 @@ class AnalyseSpec(_OnTestSets):
     teacher_answers: Output | None  # None if a server runs the teacher: it writes no text, so the exposure bias is not measured
     assistants: tuple[Handle, ...]
     batch: int
+    of_teacher: Encoding | None = None
+    """The rules of a teacher with another tokenizer. The two models then read each other's answers, and nothing is compared token by token.
+    """
 
     @property
     def saves_memory(self) -> list[str]:

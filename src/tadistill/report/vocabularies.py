@@ -24,18 +24,19 @@ def _measured(results: Results) -> list[ArmRecord]:
 
 def _undefined_text(results: Results) -> str:
     teacher = results.plan.teacher
-    others = [arm for arm in _measured(results) if teacher and not arm.analyse and arm.model not in _family(results, teacher)]
+    others = [arm for arm in _measured(results) if teacher and arm.model not in _family(results, teacher)]
     if not others:
         return ""
+    bits = all(arm.analyse for arm in others)
     return (
         f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are left out "
-        f"for {some([arm.name for arm in others])}."
+        f"for {some([arm.name for arm in others])}.{' The bits per byte of their answers are reported instead.' * bits}"
     )
 
 
 def _budget_text(results: Results) -> str:
     inside = _family(results, results.plan.teacher)
-    cut = [arm for arm in _measured(results) if arm.analyse and any(name not in inside for name in arm.path)]
+    cut = [arm for arm in _measured(results) if arm.analyse and arm.model in inside and any(name not in inside for name in arm.path)]
     if not cut:
         return ""
     names = some([arm.name for arm in cut])

@@ -4,19 +4,25 @@
 one value per prompt and metric, so that standard errors can be computed from the file.
 """
 
+from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
+from tadistill.data.prompts import Rules
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
-from tadistill.evaluation.bits import unknown_tokens
+from tadistill.errors import DataError
+from tadistill.evaluation.bits import cross_read, unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
+from tadistill.models.loading import end_tokens, shared_vocabulary
 from tadistill.models.teacher import Teacher, teacher_of
-from tadistill.plan.inputs import Handle, Output, is_served
+from tadistill.plan.inputs import Encoding, Handle, Output, is_served
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
@@ -103,6 +109,8 @@ def _answers(context: Context, engine: Engine, sets: list[EvalSet], settings: Ev
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     """Compare a model with the original teacher. Write its divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
+    if spec.of_teacher is not None:
+        return _read_each_other(context, spec.of_teacher)
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
     assistants = [_assistant(context, handle) for handle in spec.assistants]
@@ -126,6 +134,56 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
     return {}
+
+
+class _Side(NamedTuple):
+    # one of two models with different tokenizers, its rules, and its test sets with its own answers
+    subject: Subject
+    rules: Rules
+    sets: list[EvalSet]
+    answers: dict[str, dict[int, list[Sequence]]]
+
+
+def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dict[str, Any]:
+    spec = context.spec
+    assert spec.teacher_answers is not None
+    student = _side(context, spec.model, spec.data, spec.answers)
+    teacher = _side(context, spec.teacher, of_teacher, spec.teacher_answers)
+    ways = (teacher, student, "teacher_text", "forward_bits"), (student, teacher, "own_text", "reverse_bits")
+    done = Done(context, sum(len(of_set) for writer, *_ in ways for of_set in writer.answers.values()), "sets of answers")
+    scores, notes = dict[str, dict[str, list]](), Counter[str]()
+    for mine, theirs in zip(student.sets, teacher.sets, strict=True):
+        rows, columns = {e.row for e in mine.encoded}, dict[str, list[np.ndarray]]()
+        if missing := rows - {e.row for e in theirs.encoded}:
+            raise DataError(
+                f"data set `{mine.name}`, row {min(missing) + 1}: the prompt is too long for the teacher, but not for the student; raise "
+                "data.max_prompt"
+            )
+        for writer, reader, text, extra in ways:
+            of_writer, of_reader = (mine, theirs) if writer is student else (theirs, mine)
+            for of_seed in writer.answers[mine.name].values():
+                answers = {e.row: answer for e, answer in zip(of_writer.encoded, of_seed, strict=True) if e.row in rows}
+                found = cross_read(writer.subject, reader.subject, of_reader, reader.rules, answers, batch=spec.batch)
+                columns.setdefault(text, []).append(found.reader)
+                columns.setdefault(extra, []).append(found.reader - found.writer)
+                notes.update(early=found.early, unknown=found.unknown)
+                done(1)
+        scores[mine.name] = {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
+    write_json(context.folder / "scores.json", scores)
+    write_json(context.folder / "exposure.json", {})
+    if notes["unknown"]:
+        context.alarm(
+            f"{notes['unknown']} tokens of the answers are unknown to the model that reads them, so their bits per byte are too low"
+        )
+    return dict(notes)
+
+
+def _side(context: Context[AnalyseSpec], handle: Handle, data: Encoding, answers: Output) -> _Side:
+    model, tokenizer = context.model(handle, dtype_of(context.spec.precision))
+    ends = data.ends or end_tokens(model, tokenizer)
+    sets = [context.split(split, tokenizer, data=data) for split in context.spec.sets]
+    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), ends)
+    return _Side(subject, Rules.of(data, "test", bos=data.bos), sets, _read_answers(context, answers, sets))
 
 
 def _assistant(context: Context[AnalyseSpec], handle: Handle) -> Teacher:

@@ -8,14 +8,16 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.config import Evaluate
-from tadistill.data import datasets, tinyworld_tokenizers
+from tadistill.data import datasets, tinyworld, tinyworld_tokenizers
 from tadistill.data.batch import Sequence
 from tadistill.data.prompts import Rules
 from tadistill.data.templates import EvalSet, encode
-from tadistill.evaluation.bits import bits_per_byte, reference_sizes, unknown_tokens
+from tadistill.evaluation.bits import bits_per_byte, cross_read, reference_sizes, unknown_tokens
 from tadistill.evaluation.run import score
 from tadistill.evaluation.scoring import Subject
 
+HERE = tinyworld.world(0, 12)
+NAME, PLACE = HERE.names[0], HERE.places[0]
 TEXTS = ("the home of bodan is kirkham .", "naïve café — 猫 🙂", "z", "")
 SETTINGS = Evaluate(seeds=(1,), max_new_tokens=4, batch=3)
 
@@ -82,3 +84,46 @@ def test_only_asked_for():
     subject, data = prepared("tinyworld", TEXTS[:1])
     answers = {1: [Sequence(e.prompt, (subject.eos[0],)) for e in data.encoded]}
     assert "bits_per_byte" not in score(subject, data, SETTINGS, answers).scores
+
+
+def answers_of(subject: Subject, data: EvalSet, texts: list[str], *, ends: bool = True) -> dict[int, Sequence]:
+    ids = [subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return {e.row: Sequence(e.prompt, (*i, *subject.eos[: int(ends)])) for e, i in zip(data.encoded, ids, strict=True)}
+
+
+def test_each_model_reads_the_others_text_with_its_own_tokens():
+    texts = [f"the home of {NAME} is {PLACE} .", NAME, "."]
+    (words, of_words), (pieces, of_pieces) = (prepared(source, ("x",) * 3) for source in tinyworld_tokenizers.TOKENIZERS)
+    rules = Rules(60, 200, template="plain")
+    found = cross_read(words, pieces, of_pieces, rules, answers_of(words, of_words, texts), batch=2)
+    assert (found.early, found.unknown) == (0, 0)
+    written, read = answers_of(words, of_words, texts), answers_of(pieces, of_pieces, texts)
+    for row, text in enumerate(texts):
+        assert found.writer[row] == pytest.approx(direct(words, written[row].prompt, written[row].response, text), rel=1e-5)
+        assert found.reader[row] == pytest.approx(direct(pieces, read[row].prompt, read[row].response, text), rel=1e-5)
+    back = cross_read(pieces, words, of_words, rules, answers_of(pieces, of_pieces, texts), batch=2)
+    np.testing.assert_allclose(back.reader, found.writer, rtol=1e-5)  # the same text, whoever wrote it
+    same = cross_read(words, words, of_words, rules, answers_of(words, of_words, texts), batch=2)
+    np.testing.assert_allclose(same.reader - same.writer, 0, atol=1e-6)
+
+
+def test_answers_without_an_end_and_without_text():
+    (words, of_words), (pieces, of_pieces) = (prepared(source, ("x",) * 2) for source in tinyworld_tokenizers.TOKENIZERS)
+    rules = Rules(60, 200, template="plain")
+    for texts, ends in (([f"{NAME} is", NAME], False), (["", ""], True)):
+        found = cross_read(words, pieces, of_pieces, rules, answers_of(words, of_words, texts, ends=ends), batch=2)
+        read = answers_of(pieces, of_pieces, texts, ends=ends)
+        for row, text in enumerate(texts):
+            assert found.reader[row] == pytest.approx(direct(pieces, read[row].prompt, read[row].response, text), rel=1e-5)
+    nothing = cross_read(words, pieces, of_pieces, rules, {e.row: Sequence(e.prompt, ()) for e in of_words.encoded}, batch=2)
+    assert nothing.reader.tolist() == nothing.writer.tolist() == [0.0, 0.0]
+
+
+def test_text_stops_before_half_a_character():
+    pieces, of_pieces = prepared("tinyworld-bpe", ("x",))
+    half = pieces.tokenizer("a猫", add_special_tokens=False)["input_ids"][:-1]
+    found = cross_read(
+        pieces, pieces, of_pieces, Rules(60, 200, template="plain"), {0: Sequence(of_pieces.encoded[0].prompt, tuple(half))}, batch=1
+    )
+    assert found.early == 1
+    assert found.reader[0] < found.writer[0]  # the text that is read is only `a`

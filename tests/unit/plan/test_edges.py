@@ -141,7 +141,9 @@ def test_what_compares_tokens_is_refused_between_families(planned, arms, changes
 def test_within_a_family_everything_stays_allowed(planned):
     arms = {"kd": {"path": "t > a", "method": "gkd"}, "text": "t > s", "start": {"path": "t > a", "init": {}}}
     found = kinds(planned(arms))
-    assert {stage.model for stage in found["analyse"]} == {"a"}  # no distribution of s can be compared with the teacher's
+    by_text = {stage.model: stage.spec.of_teacher is not None for stage in found["analyse"]}
+    assert by_text == {"a": False, "s": True}  # no distribution of s can be compared with the teacher's, but its answers can
+    assert {stage.spec.per_byte for stage in found["evaluate"]} == {True, False}
 
 
 def test_a_tempered_control_has_the_temperature_of_the_assistant(planned):
