@@ -170,7 +170,7 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
                 done(1)
         scores[mine.name] = {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
     write_json(context.folder / "scores.json", scores)
-    write_json(context.folder / "exposure.json", {})
+    write_json(context.folder / "exposure.json", dict.fromkeys(scores))
     if notes["unknown"]:
         context.alarm(
             f"{notes['unknown']} tokens of the answers are unknown to the model that reads them, so their bits per byte are too low"
