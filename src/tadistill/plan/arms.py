@@ -178,8 +178,10 @@ class _Planner:
         return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked)
 
     def _comparable(self, teacher: str, model: str) -> bool:
-        # a model with other tokens is compared through texts, which a teacher on a server does not write or read
-        return self.tokens.alike(teacher, model) or not is_served(self.stages.trained(teacher, self.recipe.first_seed))
+        # a model with other tokens is compared through texts, which a teacher on a server or behind an API does not read
+        if self.tokens.alike(teacher, model) or self.recipe.models[teacher].api:
+            return self.tokens.alike(teacher, model)
+        return not is_served(self.stages.trained(teacher, self.recipe.first_seed))
 
     def _models(self, name: str, arm: Arm, seed: int, budget: Budget) -> _Made:
         check_not_run(self.recipe, name, self.teacher)
