@@ -77,7 +77,7 @@ def keys_of(recipe: Recipe) -> list[str]:
 
 
 def all_recipes() -> dict[str, Path]:
-    """Every committed recipe by a short name; `compute: as` needs real tokenizers where models come from the hub."""
+    """Every committed recipe by a short name; `compute` and `teacher_budget` need real tokenizers where models come from the hub."""
     return {str(path.relative_to(RECIPES.parent)): path for path in [*sorted(RECIPES.rglob("*.yaml")), *OWN]}
 
 
@@ -85,10 +85,11 @@ def changes(path: Path, data: Path) -> list[str]:
     """Overrides that let a recipe be planned without its models and data."""
     recipe = load(path)
     assert recipe.arms or path in OWN
-    arms = [name for name, arm in recipe.arms.items() if arm.compute and any("/" in (m.load or "") for m in recipe.models.values())]
+    on_hub = any("/" in (m.load or "") for m in recipe.models.values())
+    budgets = [f"arms[{name}].{key}=null" for name, arm in recipe.arms.items() for key in arm.budgets if on_hub]
     kept = {n: max(m.sft.keep) for n, m in recipe.models.items() if m.sft and m.sft.keep}
     found = [f"models.{n}.sft.optim.{s}" for n, steps in kept.items() for s in ("epochs=null", f"steps={steps}")]
-    return [f"data.root={data}", *found, *(f"arms[{name}].compute=null" for name in arms)]
+    return [f"data.root={data}", *found, *budgets]
 
 
 @pytest.fixture(scope="module")
