@@ -94,6 +94,7 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
     template = _template(tokenizer, settings)
     if eos is None and generated and "eos_token" not in specials:
         eos = generated[0]  # some classes of tokenizers name their EOS in code only; the model then has the same
+    shown = {eos, *generated, *added.values()}
     return Tokens(
         eos,
         generated,
@@ -102,7 +103,7 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
         known.get(specials.get("bos_token", "")) if first is not None and first == specials.get("bos_token") else None,
         template,
         specials,
-        {i: text for text, i in known.items() if i in {eos, *generated, *added.values()}},
+        {i: text for text, i in known.items() if i in shown},
     )
 
 

@@ -15,7 +15,6 @@ from tadistill.data.batch import Sequence, references
 from tadistill.data.prompts import Rules
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
-from tadistill.errors import DataError
 from tadistill.evaluation.bits import cross_read, unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
@@ -155,10 +154,12 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
     for mine, theirs in zip(student.sets, teacher.sets, strict=True):
         rows, columns = {e.row for e in mine.encoded}, dict[str, list[np.ndarray]]()
         if missing := rows - {e.row for e in theirs.encoded}:
-            raise DataError(
-                f"data set `{mine.name}`, row {min(missing) + 1}: the prompt is too long for the teacher, but not for the student; raise "
-                "data.max_prompt"
+            context.alarm(
+                f"{mine.name}: {len(missing)} prompts are too long for the teacher, but not for the student, so the two do not read each "
+                "other's answers to this set; raise data.max_prompt"
             )
+            scores[mine.name] = {}
+            continue
         for writer, reader, text, extra in ways:
             of_writer, of_reader = (mine, theirs) if writer is student else (theirs, mine)
             for of_seed in writer.answers[mine.name].values():

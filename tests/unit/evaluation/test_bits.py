@@ -1,6 +1,7 @@
 """Bits per byte: equal to a direct float64 computation, the same however a text is cut into tokens, and independent of padding."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ SETTINGS = Evaluate(seeds=(1,), max_new_tokens=4, batch=3)
 
 
 def prepared(source: str, texts: tuple[str, ...], *, longest: int = 200) -> tuple[Subject, EvalSet]:
-    tokenizer = tinyworld_tokenizers.tokenizer(source, people=12)
+    tokenizer: Any = tinyworld_tokenizers.tokenizer(source, people=12)
     examples = [datasets.Example("in which town does bodan live ?", "", (text,)) for text in texts]
     rules = Rules(60, longest, template="plain")
     subject = Subject(tiny_model("llama", vocab=len(tokenizer)), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
@@ -65,7 +66,7 @@ def test_a_uniform_model_has_the_same_value_for_every_way_to_spell_a_text():
 def test_a_reference_that_was_cut_counts_only_the_bytes_that_are_left():
     subject, data = prepared("tinyworld-bpe", ("naïve café — 猫 🙂",), longest=25)
     (encoded,) = data.encoded
-    kept = subject.tokenizer.decode(encoded.response)
+    kept = subject.tokenizer.decode([*encoded.response])
     assert encoded.response[-1] != subject.eos[0]
     (size,) = reference_sizes(data, subject.tokenizer, subject.eos)
     assert 0 < size < len("naïve café — 猫 🙂".encode())
