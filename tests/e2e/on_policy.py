@@ -150,7 +150,7 @@ def _shared(again: Rereader) -> SharedVocabulary:
     return SharedVocabulary(torch.tensor([*again.shared]), torch.tensor([*again.shared.values()]), again.sizes)
 
 
-def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None):
+def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None = None):
     _, encoded = rows()
     if again:
         examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from tadistill import charts
 from tadistill.charts import Axis, Chart, Look, Strip, nice_span
+from tadistill.config.route import members
 from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
 from tadistill.plan.specs import KINDS
@@ -169,13 +170,15 @@ def roles(results: Results) -> dict[str, str]:
     """Return the role of each model: teacher, assistant or student. It is empty in a study that distils nothing."""
     found: dict[str, str] = {}
     for arm in (arm for arm in results.plan.arms if arm.is_taught):
-        for model in arm.models[1:-1]:
+        heads = members(arm.path[0])
+        found |= dict.fromkeys(heads, "teacher") if arm.is_routed else {}
+        for model in (model for model in arm.models[1:-1] if model not in heads):
             found.setdefault(model, "assistant")
     for arm in (arm for arm in results.plan.arms if arm.is_taught):
         found.setdefault(arm.model, "student")
     for arm in results.plan.arms if results.plan.teacher is None else ():  # the study compares no student with its teacher
         if arm.is_taught:
-            found.setdefault(arm.path[0], "teacher")
+            found.update(dict.fromkeys(members(arm.path[0]), "teacher"))
     if results.plan.teacher and found:
         found[results.plan.teacher] = "teacher"
     return {model: found[model] for model in results.plan.from_big(found)}

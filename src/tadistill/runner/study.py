@@ -230,8 +230,9 @@ def _as_written(recipe: Recipe) -> dict:
 
 def _text(arm: PlannedArm) -> str:
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
-    marks = [name for name in ("dense", "context") if any(getattr(phase.method, name) for phase in arm.phases)]
-    marks += ["ema"] if any(phase.method.ema is not None for phase in arm.phases) else []
+    methods = [phase.method for phase in arm.phases] if arm.arm.learners else []
+    marks = [name for name in ("dense", "context") if any(getattr(method, name) for method in methods)]
+    marks += ["ema"] if any(method.ema is not None for method in methods) else []
     marks += [f"control {arm.arm.control}"] if arm.arm.control else []
     return f"{arm.arm.text}{starts}{''.join(f', {mark}' for mark in marks)}"
 

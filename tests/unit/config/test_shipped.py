@@ -76,7 +76,7 @@ def test_a_wheel_holds_the_recipes(elsewhere):
     with zipfile.ZipFile(wheel) as content:
         names = {name for name in content.namelist() if name.startswith("tadistill/recipes/")}
         content.extractall(elsewhere / "site")
-    files = (path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*") if path.is_file())
+    files = (path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*") if path.is_file() and path.suffix != ".pyc")
     assert names == {f"tadistill/{path.as_posix()}" for path in files}  # with the data of a recipe, which lies beside it
     program = (
         "from tadistill.config import load; from tadistill.config.shipped import shipped, located; "
