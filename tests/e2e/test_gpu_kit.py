@@ -71,6 +71,8 @@ def test_bf16_has_the_gradients_of_float32_for_every_objective(result):
     lines = {line["name"]: line for line in result["parts"]["losses"]["lines"]}
     for kind in typing.get_args(typing.get_args(Objective)[0]):
         name = kind.model_fields["type"].default
+        if name == "gold":  # only between two tokenizers
+            continue
         cosine, loss = lines[f"qwen2 {name}: cosine of gradients, bf16 and float32"], lines[f"qwen2 {name}: loss, bf16 against float32"]
         assert 0.98 <= cosine["value"] < 1 - 1e-9  # below 1, because bf16 rounds
         assert 0 < loss["value"] <= 5e-3

@@ -169,16 +169,15 @@ def _strip(results: Results) -> Strip:
 def roles(results: Results) -> dict[str, str]:
     """Return the role of each model: teacher, assistant or student. It is empty in a study that distils nothing."""
     found: dict[str, str] = {}
-    for arm in (arm for arm in results.plan.arms if arm.is_taught):
-        heads = members(arm.path[0])
-        found |= dict.fromkeys(heads, "teacher") if arm.is_routed else {}
-        for model in (model for model in arm.models[1:-1] if model not in heads):
-            found.setdefault(model, "assistant")
-    for arm in (arm for arm in results.plan.arms if arm.is_taught):
+    taught = [arm for arm in results.plan.arms if arm.is_taught]
+    for arm in taught:
+        for model in arm.models[1:-1]:
+            found.setdefault(model, "teacher" if model in members(arm.path[0]) else "assistant")
+    for arm in taught:
         found.setdefault(arm.model, "student")
-    for arm in results.plan.arms if results.plan.teacher is None else ():  # the study compares no student with its teacher
-        if arm.is_taught:
-            found.update(dict.fromkeys(members(arm.path[0]), "teacher"))
+    for arm in taught:
+        if arm.is_routed or results.plan.teacher is None:  # without it, the study compares no student with its teacher
+            found = dict.fromkeys(members(arm.path[0]), "teacher") | found
     if results.plan.teacher and found:
         found[results.plan.teacher] = "teacher"
     return {model: found[model] for model in results.plan.from_big(found)}

@@ -40,7 +40,9 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     weight_min, _max    smallest and largest q_old / behaviour
     clip_fraction       share of tokens whose q / behaviour the objective clips
 
-    If the teacher has another tokenizer, reverse_kl and reward are means over spans, and there is no teacher_top_mass.
+    If the teacher has another tokenizer, reverse_kl and reward are means over spans, and there is no teacher_top_mass. Over all sequences:
+
+    left_out            share of the student's tokens that are in no span, so no loss compares them with the teacher
     """
     if "student" not in batches[0].values:
         return {}
@@ -56,6 +58,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     if step.clip is not None:
         found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
     if part.aligned is not None:
+        count = spans.counts([b.aligned for b in batches if b.aligned is not None])
+        found["left_out"] = count["left_out"] / max(count["tokens"], 1)
         log_q, old, behaviour = (spans.summed(part.aligned, values) for values in (log_q, old, behaviour))
         ratio = (log_q - behaviour).exp()
     if log_p is not None:
@@ -148,6 +152,9 @@ class Alarms:
             found["length drift"] = f"responses have {now['length']:.0f} tokens (at first {then['length']:.0f})"
         if now["entropy"] < 0.3 * then["entropy"]:
             found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f})"
+        if now.get("left_out", 0) > max(0.1, 2 * then.get("left_out", 0)):
+            share = f"{now['left_out']:.0%} of the sampled tokens have no loss (at first {then.get('left_out', 0):.0%})"
+            found["text that the teacher cannot read"] = f"{share}, because the teacher's tokenizer cannot write their text"
         new = [f"update {step}: {name}: {text}; {self.advice}" for name, text in found.items() if name not in self.active]
         self.active, self.given = list(found), self.given + new
         return new

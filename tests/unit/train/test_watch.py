@@ -93,3 +93,12 @@ def test_small_changes_and_unwatched_updates_raise_none():
     for length, repetition, entropy in ((20, 0.05, 2.0), (25, 0.1, 1.5), (14, 0.2, 2.6)):
         assert alarms.check(3, metrics(length, repetition, entropy)) == []
     assert alarms.check(3, {}) == []
+
+
+def test_text_without_a_loss_gives_an_alarm():
+    alarms, usual = Alarms(minillm=False), {"rollout/length": 5.0, "rollout/repetition": 0.0, "rollout/entropy": 1.0}
+    assert alarms.check(0, usual | {"rollout/left_out": 0.04}) == []
+    assert alarms.check(1, usual | {"rollout/left_out": 0.09}) == []  # doubled, but small
+    (line,) = alarms.check(2, usual | {"rollout/left_out": 0.97})
+    assert "97% of the sampled tokens have no loss (at first 4%), because the teacher's tokenizer cannot write their text" in line
+    assert alarms.check(3, usual | {"rollout/left_out": 0.98}) == []  # once
