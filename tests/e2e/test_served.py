@@ -45,7 +45,8 @@ VOCAB, K = 262, 7
 ROWS = [Sequence((50, 60), (70, 80, 90, 1)), Sequence((40,), (110, 1)), Sequence((9, 8, 7), (17, 18, 19, 20, 1))]
 BATCH = collate(ROWS, pad=0)
 EVERY = config.Objective.__args__[0].__args__
-DIVERGENCES = [c for c in EVERY if issubclass(c, config.Divergence) and c not in (config.Contrastive, config.Custom)]
+OTHERS = (config.Contrastive, config.Custom, config.Gold)  # gold compares models with different tokenizers
+DIVERGENCES = [c for c in EVERY if issubclass(c, config.Divergence) and c not in OTHERS]
 SPARSE = [c for c in DIVERGENCES if c not in (config.TopKForwardKL, config.TopKReverseKL, config.Taid)]
 RECIPE = """
 study: served
