@@ -1,11 +1,10 @@
 """Teachers behind an API: the endpoint, its limits and prices, and which methods can use text only."""
 
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tadistill.config.common import Decoding, Strict, Variable
+from tadistill.config.common import Decoding, Strict, Variable, is_http_address
 from tadistill.config.method import Method
 from tadistill.errors import ConfigError
 
@@ -15,12 +14,7 @@ _NO_FIELD = ("no_repeat_ngram", "top_k", "min_p")  # settings of sampling for wh
 
 
 def _base(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        wrong = not parts.hostname or parts.scheme not in ("http", "https") or parts.port == 0  # a port that is no number raises an error
-    except ValueError:
-        wrong = True
-    if wrong:
+    if not is_http_address(text):
         raise ValueError(f"api.at has `{text}`; write an address of the form https://HOST/v1 or http://HOST:PORT/v1")
     return text.rstrip("/").removesuffix("/chat/completions")
 

@@ -4,6 +4,7 @@ import functools
 import re
 import typing
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
@@ -46,6 +47,15 @@ def _variable(value: str) -> str:
             "key must be the name of an environment variable, with only letters, digits and `_`; put the API key itself into this variable"
         )
     return value
+
+
+def is_http_address(text: str) -> bool:
+    """Return True for an address with http:// or https://, a host, and no port or a valid one."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # a port that is no number, or brackets that do not close
+        return False
 
 
 Variable = Annotated[str, AfterValidator(_variable), WithJsonSchema({"type": "string", "pattern": _VARIABLE})]

@@ -1,11 +1,10 @@
 """Teachers on servers: the addresses, what the servers send, and which methods can use it."""
 
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Strict, Variable
+from tadistill.config.common import MOST, Strict, Variable, is_http_address
 from tadistill.config.method import Method
 from tadistill.config.objective import Divergence, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import TopKSignal
@@ -13,12 +12,7 @@ from tadistill.errors import ConfigError
 
 
 def _address(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        wrong = not parts.hostname or parts.scheme not in ("http", "https") or parts.port == 0  # a port that is no number raises an error
-    except ValueError:
-        wrong = True
-    if wrong:
+    if not is_http_address(text):
         raise ValueError(f"serve.at has `{text}`; write an address of the form http://HOST:PORT or https://HOST")
     return text.rstrip("/").removesuffix("/v1")
 

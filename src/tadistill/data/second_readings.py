@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from tadistill.data.alignment import NO_SPAN, align, read_again, shared_tokens
 from tadistill.data.encoded import row_numbers
 from tadistill.data.token_bytes import TokenBytes
+from tadistill.data.training_sets import Lazy
 from tadistill.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,7 +86,19 @@ class Rereader:
 
     def each(self, sequences: Seq["Sequence"]) -> Seq["Sequence"]:
         """Return sequences with second readings. A response is read again when it is used first."""
-        return _Reread(sequences, self)
+        known = OrderedDict[int, SecondReading]()
+
+        def read(i: int) -> "Sequence":
+            if i in known:
+                return replace(sequences[i], second=known[i])
+            found = self(sequences[i])
+            assert found.second is not None
+            known[i] = found.second
+            if len(known) > _KEPT:
+                known.popitem(last=False)
+            return found
+
+        return Lazy(len(sequences), read)
 
     def _read(self, sequence: "Sequence") -> SecondReading:
         assert sequence.teacher_prompt is not None, "a teacher with another tokenizer reads a prompt of its own"
@@ -110,34 +123,7 @@ class Rereader:
         return SecondReading(ids, of_student, of_teacher, matched, found.lone, changed, dropped)
 
 
-class _Reread(Seq["Sequence"]):
-    def __init__(self, sequences: Seq["Sequence"], again: Rereader):
-        self._sequences, self._again, self._known = sequences, again, OrderedDict[int, SecondReading]()
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    @overload
-    def __getitem__(self, i: int) -> "Sequence": ...
-    @overload
-    def __getitem__(self, i: slice) -> list["Sequence"]: ...
-    def __getitem__(self, i: int | slice) -> "Sequence | list[Sequence]":
-        places = range(len(self))[i]
-        return [self._one(k) for k in places] if isinstance(places, range) else self._one(places)
-
-    def _one(self, i: int) -> "Sequence":
-        sequence = self._sequences[i]
-        if (known := self._known.get(i)) is not None:
-            return replace(sequence, second=known)
-        found = self._again(sequence)
-        assert found.second is not None
-        self._known[i] = found.second
-        if len(self._known) > _KEPT:
-            self._known.popitem(last=False)
-        return found
-
-
-class Behind(Seq[Row]):
+class Behind(Lazy[Row]):
     """Rows or responses of a student, together with the prompts of a teacher that has another tokenizer.
 
     A row that only the student can read is left out. `left_out` is their number.
@@ -146,26 +132,16 @@ class Behind(Seq[Row]):
     def __init__(self, rows: Seq[Row], numbers: np.ndarray, of_teacher: Seq["Encoded"]):
         """`numbers` are the indices of the rows in their split, each once. `of_teacher` are rows of the same split, encoded for the
         teacher."""
-        self._rows, self._of_teacher = rows, of_teacher
         _, mine, theirs = np.intersect1d(numbers, row_numbers(of_teacher), assume_unique=True, return_indices=True)
         order = np.argsort(mine)
-        self._mine, self._theirs = mine[order], theirs[order]
+        mine, theirs = mine[order], theirs[order]
         self.left_out = len(rows) - len(mine)
 
-    def __len__(self) -> int:
-        return len(self._mine)
+        def read(i: int) -> Row:
+            teacher = of_teacher[int(theirs[i])]
+            return replace(rows[int(mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
 
-    @overload
-    def __getitem__(self, i: int) -> Row: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Row]: ...
-    def __getitem__(self, i: int | slice) -> Row | list[Row]:
-        places = range(len(self))[i]
-        return [self._one(k) for k in places] if isinstance(places, range) else self._one(places)
-
-    def _one(self, i: int) -> Row:
-        teacher = self._of_teacher[int(self._theirs[i])]
-        return replace(self._rows[int(self._mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
+        super().__init__(len(mine), read)
 
 
 def _alone(spans: np.ndarray) -> np.ndarray:

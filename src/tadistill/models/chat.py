@@ -11,10 +11,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
+from tadistill.config.common import is_http_address
 from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,12 +84,7 @@ def check_address(base_url: str) -> str:
     Raises:
         ConfigError: the address does not begin with http:// or https://, or has no valid host or port.
     """
-    try:
-        parts = urlsplit(base_url)
-        wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port is not None and parts.port < 1)
-    except ValueError:
-        wrong = True
-    if wrong:
+    if not is_http_address(base_url):
         raise ConfigError(f"the endpoint's address is `{base_url}`; write it in the form http://HOST:PORT/v1 or https://HOST/v1")
     return base_url.rstrip("/")
 
