@@ -4,7 +4,8 @@ To add a metric, add a row here and a function in `tadistill.evaluation` that co
 
 A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
 of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC. `task_score` is
-the first metric of a task of lm-eval, and `task_score/NAME` is another one.
+the first metric of a task of lm-eval, and `task_score/NAME` is another one. Training logs have `dev/METRIC`, and `dev/METRIC/SET` for each
+set if there are several dev sets.
 """
 
 import re
@@ -161,6 +162,22 @@ def metric_title(name: str) -> str:
         part = base.partition("/")[2]
         title = f"{title}, {'pass@' if metric_of(name).right_or_wrong else ''}{part}"
     return f"{title}, {decoding}" if decoding else title
+
+
+def log_parts(name: str) -> tuple[str, str, str]:
+    """Split the name of a value in a training log into the log, the metric and the dev set, such as ``dev``, ``loss`` and ``maths``.
+
+    The last part is empty if the value is not of one of several dev sets.
+    """
+    log, _, rest = name.partition("/")
+    metric, _, of = rest.partition("/")
+    return log, metric, of
+
+
+def in_order(logged: Iterable[str]) -> list[str]:
+    """Return the names of `logged` that have a learning curve, in the order of `LOGS`. The values of single dev sets follow their mean."""
+    names = [*dict.fromkeys(logged)]
+    return [name for log in LOGS for name in names if name == log or name.startswith(f"{log}/")]
 
 
 def metric_unit(name: str) -> str:

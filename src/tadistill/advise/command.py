@@ -89,7 +89,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         study=recipe.study,
         command=command,
         seed=recipe.first_seed,
-        dev=recipe.data.dev.name,
+        dev=recipe.data.dev_name,
         prompts=measures.models[0].loss.n,
         metric=metric,
         ladder=found,

@@ -269,7 +269,9 @@ def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
     """
     if prompts < 2:
         raise ConfigError(f"--prompts is {prompts}, but a standard error needs at least 2 prompts; raise --prompts")
-    rows = len(datasets.load(recipe.data.dev, "dev", recipe.data))
+    data = recipe.data
+    shares = data.shares if isinstance(data.dev, dict) else {data.dev.name: 1.0}
+    rows = min(int(len(datasets.load(ref, "dev", data)) / shares[name]) for name, ref in data.dev_sets().items())
     return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
 
 

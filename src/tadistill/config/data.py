@@ -1,7 +1,7 @@
 """The data sets of a recipe, and how their rows become token sequences."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -94,6 +94,12 @@ class DataRef(Strict):
             return self.load.replace("/", "_")
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
 
+    def plain(self, name: str) -> "DataRef":
+        """Return the data set without a weight. Its name is `name`."""
+        found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
+        found._folder, found._called = self._folder, name
+        return found
+
 
 class TrainSet(DataRef):
     """One of several training sets, with its weight."""
@@ -102,24 +108,20 @@ class TrainSet(DataRef):
     """The share of this set in the training rows is its weight, divided by the sum of all weights. The number of its rows does not matter.
     After every update, the rows that were drawn from a set differ from its share by less than one row."""
 
-    def plain(self, name: str) -> DataRef:
-        """Return the data set without its weight. Its name is `name`."""
-        found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
-        found._folder, found._called = self._folder, name
-        return found
 
-
-def _form(train: Any) -> str:
-    # the keys of a mapping are names of sets, unless one of them is a key of a data set
-    if not isinstance(train, Mapping) or any(key in DataRef.model_fields for key in train):
+def _form(given: Any) -> str:
+    # the keys of a mapping are names of sets, unless one of them is a key of a data set; a single key with a text is a mistyped key
+    if not isinstance(given, Mapping) or any(key in DataRef.model_fields for key in given):
         return ONE
-    return SETS if any(isinstance(part, Mapping | DataRef) for part in train.values()) else ONE
+    return SETS if len(given) > 1 or any(isinstance(part, Mapping | DataRef) for part in given.values()) else ONE
 
 
 ONE, SETS = "<one set>", "<sets>"
-"""The two forms of `data.train`, as pydantic names them in the place of an error."""
+"""The two forms of `data.train` and `data.dev`, as pydantic names them in the place of an error."""
 TrainData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, TrainSet], Tag(SETS)], Discriminator(_form)]
 """One training set, or several with names and weights."""
+DevData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, DataRef], Tag(SETS)], Discriminator(_form)]
+"""One dev set, or one for each training set."""
 
 
 class Limit(Strict):
@@ -128,7 +130,7 @@ class Limit(Strict):
     train: int | None = Field(default=None, ge=1, le=MOST)
     """Number of rows of each training set."""
     dev: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of rows of the dev set."""
+    """Number of rows of each dev set."""
     test: int | None = Field(default=None, ge=1, le=MOST)
     """Number of rows of each test set."""
 
@@ -151,8 +153,9 @@ class Data(Strict):
     train: TrainData
     """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set. For several sets,
     write names of your own with the keys of each set: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl, weight: 3}}."""
-    dev: DataRef
-    """The data set on which checkpoints and paths are chosen."""
+    dev: DevData
+    """The data set on which checkpoints and paths are chosen. If there are several training sets, each may have a dev set of the same name:
+    {maths: maths-dev.jsonl, chat: chat-dev.jsonl}. Dev values are then means over these sets, with the weights of the training sets."""
     test: tuple[DataRef, ...]
     """The data sets on which trained models are measured."""
     corpus: DataRef | None = None
@@ -207,17 +210,33 @@ class Data(Strict):
         """True if there are several training sets."""
         return not isinstance(self.train, DataRef)
 
+    def dev_sets(self, sets: Collection[str] = ()) -> dict[str, DataRef]:
+        """Return the dev sets by name, in the order of the training sets. A single dev set has the name of its data set.
+
+        Args:
+            sets: the names of the training sets whose dev sets are wanted. By default, they are all sets.
+        """
+        if isinstance(self.dev, DataRef):
+            return {self.dev.name: self.dev}
+        return {name: self.dev[name].plain(name) for name in self.sets if name in sets or not sets}
+
+    @property
+    def dev_name(self) -> str:
+        """The names of the dev sets, as one text."""
+        return " + ".join(self.dev_sets())
+
     @property
     def source(self) -> str:
         """The sources of the training rows, as one text."""
         return " + ".join(ref.load for ref in self.sets.values())
 
     def splits(self, *, trains: bool = True) -> Iterator[tuple[Literal["train", "dev", "test"], DataRef]]:
-        """Yield each data set with its role: the training sets, the dev set and the test sets; without `trains`, only the test sets."""
+        """Yield each data set with its role: the training sets, the dev sets and the test sets; without `trains`, only the test sets."""
         if trains:
             for ref in self.sets.values():
                 yield "train", ref
-            yield "dev", self.dev
+            for ref in self.dev_sets().values():
+                yield "dev", ref
         for ref in self.test:
             yield "test", ref
 
@@ -248,7 +267,8 @@ class Data(Strict):
     @field_validator("dev", "test", "corpus")
     @classmethod
     def _no_extra(cls, given: Any) -> Any:
-        for ref in given if isinstance(given, tuple) else (given,):
+        refs = given.values() if isinstance(given, dict) else given if isinstance(given, tuple) else (given,)
+        for ref in refs:
             if ref and ref.extra:
                 raise ValueError(f"data set `{ref.name}` has `extra`, but only training reads a `context`; remove `extra`")
         return given
@@ -262,12 +282,33 @@ class Data(Strict):
                 raise ValueError(f"two data sets have the name `{name}`; rename one of the files, or remove one data set")
         return test
 
+    @model_validator(mode="after")
+    def _dev_of_each(self):
+        if isinstance(self.dev, DataRef):
+            return self
+        if not self.several:
+            raise ValueError("`data.dev` has sets with names, but `data.train` is one set; write one data set, without names")
+        if unknown := [name for name in self.dev if name not in self.sets]:
+            known = " and ".join(f"`{name}`" for name in self.sets)
+            raise ValueError(
+                f"`data.dev` has the set `{unknown[0]}`, but the sets of `data.train` are {known}; use the names of the training sets"
+            )
+        if missing := [name for name in self.sets if name not in self.dev]:
+            raise ValueError(f"`data.dev` has no set `{missing[0]}`; add the dev set of this training set, or write one dev set for all")
+        return self
+
 
 def shares_text(shares: Mapping[str, float]) -> str:
     """Return the shares of training sets in words, such as "30 % of its rows from maths and 70 % from chat"."""
     first, *others = (f"{100 * share:.3g} %{{}} from {name}" for name, share in shares.items())
     *between, last = [first.format(" of its rows"), *(each.format("") for each in others)]
     return f"{', '.join(between)} and {last}" if between else last
+
+
+def drawn_text(shares: Mapping[str, float], *, dev: bool) -> str:
+    """Return the shares of training sets as a sentence. With `dev`, another sentence says how the dev values of the sets are weighted."""
+    also = " Dev values are means over the dev sets of these names, with the same shares." if dev else ""
+    return f"Training draws {shares_text(shares)}.{also}"
 
 
 def training_shares(data: Mapping[str, Any]) -> dict[str, float]:

@@ -119,8 +119,9 @@ def _dotted(key: tuple) -> str:
 
 def _data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
     data = recipe.data
-    train = {(): data.train} if isinstance(data.train, DataRef) else {(name,): ref for name, ref in data.train.items()}
-    named = {("data", "train", *key): ref for key, ref in train.items()} | {("data", "dev"): data.dev, ("data", "corpus"): data.corpus}
+    named: dict[tuple, DataRef | None] = {("data", "corpus"): data.corpus}
+    for role, given in (("train", data.train), ("dev", data.dev)):
+        named |= {("data", role): given} if isinstance(given, DataRef) else {("data", role, name): ref for name, ref in given.items()}
     named |= {("data", "test", i): ref for i, ref in enumerate(data.test)}
     return ((key, ref) for key, ref in named.items() if ref is not None)
 

@@ -65,6 +65,15 @@ class EvalSet:
         return [self.examples[e.row] for e in self.encoded]
 
 
+def as_one(sets: Seq[EvalSet]) -> EvalSet:
+    """Return several data sets as one. Its rows are numbered one set after the other. A single set is returned itself."""
+    if len(sets) == 1:
+        return sets[0]
+    starts = itertools.accumulate((len(each.examples) for each in sets), initial=0)
+    encoded = [replace(e, row=e.row + start) for each, start in zip(sets, starts, strict=False) for e in each.encoded]
+    return EvalSet(" + ".join(each.name for each in sets), [*itertools.chain(*(each.examples for each in sets))], encoded)
+
+
 def encode(examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data") -> list[Encoded]:
     """Return the token ids of the examples: prompts, first references and choices. Rows whose prompt is too long or empty are left out.
 

@@ -191,3 +191,16 @@ def dev_metrics(
             (beside,) = divergences(subject, answers, [teacher], batch=settings.batch)
             found["reverse_kl"] = mean(beside["reverse_kl"])
     return found
+
+
+def over_sets(measured: Mapping[str, tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """Return the means of metrics over dev sets, as METRIC, and the values of each set, as METRIC/SET. A single set has only METRIC.
+
+    `measured` maps the name of a set to its weight in the means, and to its metrics. The weights add up to 1.
+    """
+    if len(measured) == 1:
+        ((_, only),) = measured.values()
+        return only
+    names = next(iter(measured.values()))[1]
+    means = {name: sum(share * values[name] for share, values in measured.values()) for name in names}
+    return means | {f"{name}/{of}": values[name] for name in names for of, (_, values) in measured.items()}

@@ -274,7 +274,7 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = specs.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts))
+        spec = specs.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts=prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
@@ -286,7 +286,7 @@ class StageBuilder:
             model=model,
             answers=Output(stage=answers),
             k=k,
-            dev=self.sets.dev(prompts),
+            dev=self.sets.dev(prompts=prompts),
             batch=self.recipe.evaluate.batch,
         )
         return self.add(spec, f"pair {above} -> {name}", name, self.seed(name, seed))
@@ -325,7 +325,7 @@ class StageBuilder:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
         found: dict[str, Any] = {"data": self.encoding(name, responses=responses, context=context), "select": select}
         if select.metric != "last":
-            found |= {"dev": self.sets.dev(), "decoding": self.recipe.evaluate.during_training}
+            found |= {"dev": self.sets.dev(sets), "decoding": self.recipe.evaluate.during_training}
         return found | self.training(sets, weights=True)
 
     def with_steps(self, optim: Optim, sets: Sequence[str] = ()) -> Optim:

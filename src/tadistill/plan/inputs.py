@@ -117,6 +117,28 @@ class Split(HashedData):
         """Return the data set as plain data, without `limit`. The stage stores the limit in an entry of its own, such as `train_limit`."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
+    @property
+    def splits(self) -> "tuple[Split, ...]":
+        """The split, as `DevSets` has several."""
+        return (self,)
+
+
+class DevSets(Part):
+    """Several dev sets, each with the name and the share of its training set. Training logs contain the names."""
+
+    names: tuple[str, ...]
+    splits: tuple[Split, ...]
+    shares: tuple[float, ...]
+    """The weight of each set in a mean over the sets. The weights add up to 1."""
+
+    def content(self) -> dict[str, Any]:
+        """Return the sets as plain data, with their limits."""
+        return super().content() | {"limits": [split.limit for split in self.splits]}
+
+
+Dev: TypeAlias = Split | DevSets
+"""The dev data of a stage."""
+
 
 # --- models and other outputs of stages ---------------------------------------------------------------------------------
 

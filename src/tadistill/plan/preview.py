@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tadistill.config import Recipe
 from tadistill.config.arm import direct_arm, marked
-from tadistill.config.data import shares_text
+from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.route import routed
 from tadistill.data import hub
 from tadistill.errors import ModelError
@@ -311,7 +311,7 @@ def _controls(plan: Plan) -> Iterable[str]:
 def _rows(plan: Plan) -> Iterable[str]:
     data = plan.recipe.data
     if data.several:
-        yield f"Training draws {shares_text(data.shares)}."
+        yield drawn_text(data.shares, dev=not isinstance(data.dev, DataRef))
     for readers, family in _readers(plan):
         who, reading = f", {' and '.join(family)}" if readers else "", Ledger(plan.recipe).of(readers).reading
         for role, ref in data.splits(trains=any(s.trains for s in plan.stages.values())):

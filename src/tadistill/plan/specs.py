@@ -13,7 +13,7 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
+from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
 from tadistill.plan.spec import OnTrainingSets, Spec
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class TrainingSpec(OnTrainingSets):
     seed: int
     weights: tuple[float, ...] = ()
     """The share of each training set in the rows, if there are several."""
-    dev: Split | None = None
+    dev: Dev | None = None
     """None if no dev metric selects the checkpoint."""
     decoding: Evaluate | None = None
     """Settings for sampling answers to dev prompts. None if no dev metric selects the checkpoint."""
@@ -153,7 +153,7 @@ class TemperSpec(Spec):
     teacher: Handle
     like: Handle
     """The other model. An arm's FLOPs do not include its training."""
-    dev: Split
+    dev: Dev
     batch: int
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
@@ -311,7 +311,7 @@ class ProbeSpec(Spec):
 
     model: Handle
     decoding: Evaluate
-    dev: Split
+    dev: Dev
     precision: Precision = "fp32"
     """Number format of the models (`evaluate.precision`)."""
 
@@ -331,7 +331,7 @@ class PairSpec(Spec):
     """The student's answers from its probe stage."""
     k: int
     """Number of most likely tokens that are compared."""
-    dev: Split
+    dev: Dev
     batch: int
     precision: Precision = "fp32"
     """Number format of the models (`evaluate.precision`)."""

@@ -1,15 +1,15 @@
 """The data sets of a study as inputs of stages. Hundreds of stages use the same rows, so each set is looked at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from tadistill.config import DataRef, Recipe
 from tadistill.data import datasets
-from tadistill.plan.inputs import Split
+from tadistill.plan.inputs import Dev, DevSets, Split
 
 
 class StudySets:
-    """The training sets, the dev set and the test sets of a recipe."""
+    """The training sets, the dev sets and the test sets of a recipe."""
 
     def __init__(self, recipe: Recipe):
         self.data = recipe.data
@@ -26,14 +26,27 @@ class StudySets:
         names = [name for name in self.data.sets if name in sets or not sets]
         train, *more = (self._split(self.data.sets[name], "train", rows or self.data.limit.train) for name in names)
         found: dict[str, Any] = {"train": train, "more": tuple(more)}
-        if not (weights and more):
-            return found
-        total = sum(self.data.shares[name] for name in names)
-        return found | {"weights": tuple(self.data.shares[name] / total for name in names)}
+        return found | {"weights": self._shares(names)} if weights and more else found
 
-    def dev(self, limit: int | None = None) -> Split:
-        """Return the dev set. `limit` is the number of rows to use. Its default is the recipe's `data.limit.dev`."""
-        return self._split(self.data.dev, "dev", limit or self.data.limit.dev)
+    def dev(self, sets: Sequence[str] = (), *, prompts: int | None = None) -> Dev:
+        """Return the dev set, or the dev sets of some training sets.
+
+        Args:
+            sets: the names of the training sets. By default, they are all sets of the recipe.
+            prompts: the number of rows to use, divided among the sets by their shares. By default, each set has `data.limit.dev` rows.
+        """
+        refs = self.data.dev_sets(sets)
+        if len(refs) == 1:
+            (ref,) = refs.values()
+            return self._split(ref, "dev", prompts or self.data.limit.dev)
+        shares = self._shares(refs)
+        limits = [self.data.limit.dev if prompts is None else max(1, round(prompts * share)) for share in shares]
+        splits = tuple(self._split(ref, "dev", limit) for ref, limit in zip(refs.values(), limits, strict=True))
+        return DevSets(names=tuple(refs), splits=splits, shares=shares)
+
+    def _shares(self, names: Collection[str]) -> tuple[float, ...]:
+        total = sum(self.data.shares[name] for name in names)
+        return tuple(self.data.shares[name] / total for name in names)
 
     def test(self) -> tuple[Split, ...]:
         """Return all test sets."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.disk import damaged, read_json, read_jsonl
-from tadistill.metrics import LOGS
+from tadistill.metrics import in_order
 from tadistill.plan.specs import TRAINING
 from tadistill.results.collect import Results
 from tadistill.results.measured import load_corpus
@@ -68,7 +68,7 @@ def _learning_curves(results: Results) -> list[Curve]:
     curves: list[Curve] = []
     for (arm_name, name), keys in groups.items():
         logs = {s: load_metrics(results.store, k) for s, k in keys.items() if results.store.finished(k)}
-        for metric in LOGS:
+        for metric in in_order(name for log in logs.values() for name in log):
             by_seed = {seed: log[metric] for seed, log in logs.items() if metric in log}
             if by_seed:
                 seeds = {seed: _thinned(points) for seed, points in by_seed.items()}

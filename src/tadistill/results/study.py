@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config.arm import marked, path_text
-from tadistill.config.data import shares_text, training_refs, training_shares
+from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
 from tadistill.config.route import flat, routed
 from tadistill.data.counts import Counts
@@ -183,8 +183,9 @@ class StudyPlan:
     @property
     def drawn(self) -> str:
         """A sentence that gives the share of each training set in the rows. It is empty if there is one set."""
-        shares = training_shares(self.recipe["data"])
-        return f"Training draws {shares_text(shares)}." if shares else ""
+        data = self.recipe["data"]
+        shares = training_shares(data)
+        return drawn_text(shares, dev="load" not in data["dev"]) if shares else ""
 
     @property
     def train_source(self) -> str:

@@ -136,7 +136,7 @@ def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
         even += sizes.passes(name, chunks * sampler.max_new_tokens * (1 + sampler.guided))
     looks = 0.0
     if spec.dev and spec.decoding:
-        rows, decoding = sizes.rows(spec.dev), spec.decoding
+        rows, decoding = sizes.rows(*spec.dev.splits), spec.decoding
         each = sizes.reads(name, rows, decoding.batch, _PROMPT)
         if spec.select.metric in (*names_in("quality"), "reverse_kl"):
             each += sizes.answers(name, rows, decoding.batch, decoding.max_new_tokens)
@@ -158,7 +158,7 @@ def _signal(stage: Stage, spec: SignalSpec, sizes: _Sizes) -> Workload:
 
 def _temper(stage: Stage, spec: TemperSpec, sizes: _Sizes) -> Workload:
     searches = 20  # forward passes over the dev set until the temperature is found
-    return Workload("temper", searches * sizes.reads(stage.model, sizes.rows(spec.dev), spec.batch, _PROMPT))
+    return Workload("temper", searches * sizes.reads(stage.model, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT))
 
 
 def _evaluate(stage: Stage, spec: EvaluateSpec, sizes: _Sizes) -> Workload:
@@ -178,12 +178,12 @@ def _analyse(stage: Stage, spec: AnalyseSpec, sizes: _Sizes) -> Workload:
 
 
 def _probe(stage: Stage, spec: ProbeSpec, sizes: _Sizes) -> Workload:
-    rows = sizes.rows(spec.dev)
+    rows = sizes.rows(*spec.dev.splits)
     return Workload(f"probe {stage.model}", sizes.answers(stage.model, rows, spec.decoding.batch, spec.decoding.max_new_tokens))
 
 
 def _pair(stage: Stage, spec: PairSpec, sizes: _Sizes) -> Workload:
-    return Workload(f"pair {stage.model}", 4 * sizes.reads(stage.model, sizes.rows(spec.dev), spec.batch, _PROMPT))
+    return Workload(f"pair {stage.model}", 4 * sizes.reads(stage.model, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT))
 
 
 def _other(stage: Stage, spec: Spec, sizes: _Sizes) -> Workload:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import DataRef, Recipe
 from tadistill.config.common import Decoding
+from tadistill.config.method import Select
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
@@ -117,16 +118,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         text = datasets.texts(data.corpus, world=data.world, root=data.root)
         piece = chunks(text, tokenizer, data.max_length, 1, bos=bos)[0].response
         found.append(Texts(0, 0, len(piece), max(piece), "data.corpus"))
-    selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
-    if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
-        raise ConfigError(
-            f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set `select.metric` to rouge_l or loss"
-        )
-    if unnamed := [s.metric for s in selects if s.metric in RULES and s.metric not in data.dev.columns]:
-        raise ConfigError(
-            f"select.metric is {unnamed[0]}, but the dev set `{data.dev.name}` names no right answers; name their column in "
-            f"data.dev.columns, for instance {{{unnamed[0]}: answer}}, or set `select.metric` to loss"
-        )
+    _check_selection(recipe)
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
     contexts = tuple(
@@ -135,6 +127,26 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         for ref in data.sets.values()
     )
     return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread, contexts)
+
+
+def _selects(recipe: Recipe) -> list[Select]:
+    return [*(method.select for method in methods(recipe)), *(model.sft.select for model in recipe.models.values() if model.sft)]
+
+
+def _check_selection(recipe: Recipe) -> None:
+    data = recipe.data
+    selects = _selects(recipe)
+    for name, ref in data.dev_sets().items():
+        if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(ref, "dev", data)):
+            raise ConfigError(
+                f"select.metric is fact_accuracy, but the dev set `{name}` has no facts; set `select.metric` to rouge_l or loss"
+            )
+        if unnamed := [s.metric for s in selects if s.metric in RULES and s.metric not in ref.columns]:
+            place = "data.dev" if isinstance(data.dev, DataRef) else f"data.dev.{name}"
+            raise ConfigError(
+                f"select.metric is {unnamed[0]}, but the dev set `{name}` names no right answers; name their column in "
+                f"{place}.columns, for instance {{{unnamed[0]}: answer}}, or set `select.metric` to loss"
+            )
 
 
 def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, rules: Rules, teachers: set[str]) -> OfContext:
@@ -258,9 +270,9 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 def script_notes(recipe: Recipe) -> list[str]:
     """Return a warning for each split whose references have too many characters outside ASCII (`UNSEEN`). ROUGE-L ignores these."""
     data, found = recipe.data, list[str]()
-    selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
-    for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
-        if role == "dev" and not any(select.metric == "rouge_l" for select in selects):
+    selects = _selects(recipe)
+    for role, ref in data.splits():
+        if role == "train" or (role == "dev" and not any(select.metric == "rouge_l" for select in selects)):
             continue
         share = survey.survey(ref, role, data).beyond_ascii
         if share >= UNSEEN:

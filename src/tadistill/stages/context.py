@@ -34,6 +34,7 @@ from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import (
     BehindApi,
+    Dev,
     Encoding,
     FromStage,
     Handle,
@@ -210,6 +211,13 @@ class Context(Generic[AnySpec]):
         examples = datasets.read(split.ref, split.role, **where)
         found, self.counts[split.role, name] = encode_counted(examples, tokenizer, rules, name=called)
         return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
+
+    def dev(self, dev: Dev, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[float, EvalSet]]:
+        """Read the dev data. Return each set by its name, with its weight in a mean over the sets. The weights add up to 1."""
+        if isinstance(dev, Split):
+            return {dev.ref.name: (1.0, self.split(dev, tokenizer))}
+        each = zip(dev.names, dev.shares, dev.splits, strict=True)
+        return {name: (share, self.split(split, tokenizer)) for name, share, split in each}
 
     def examples(self, split: Split) -> Iterator[Example]:
         """Yield the rows of a split of a data set, as they are."""

@@ -13,7 +13,7 @@ import numpy as np
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import EvalSet
+from tadistill.data.templates import EvalSet, as_one
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.bits import cross_read, unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score
@@ -210,7 +210,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     (seed,) = settings.seeds
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer)
-    dev = context.split(spec.dev, tokenizer)
+    dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
     done = Done(context, len(dev.encoded), "answers")
     done.part(len(dev.encoded))
     answers = generate_answers(context.engine(native(subject, settings)), dev, seed, done)
@@ -226,7 +226,7 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
     teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer, teacher)
-    dev = context.split(spec.dev, tokenizer)
+    dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
     own = _own_answers(context, spec.answers, dev)
     stop_if_asked(context)
     found = pair_measures(subject, teacher, own=own, references=references(dev.encoded), k=spec.k, batch=spec.batch)

@@ -199,11 +199,11 @@ def temper(context: Context[TemperSpec]) -> dict[str, Any]:
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)
     subject = context.subject(teacher.eval(), tokenizer, teacher_of(like))
-    sequences = references(context.split(spec.dev, tokenizer).encoded)
+    sets = [(share, references(data.encoded)) for share, data in context.dev(spec.dev, tokenizer).values()]
 
     def mean_entropy(of: Subject, tau: float) -> float:
         stop_if_asked(context)
-        return float(means(entropy(of, sequences, batch=spec.batch, temperature=tau)).mean())
+        return sum(share * float(means(entropy(of, texts, batch=spec.batch, temperature=tau)).mean()) for share, texts in sets)
 
     wanted = mean_entropy(replace(subject, model=like), 1.0)
     tau = matching_temperature(lambda tau: mean_entropy(subject, tau), wanted)

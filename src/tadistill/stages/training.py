@@ -14,10 +14,10 @@ from tadistill import rng
 from tadistill.config import Method, Optim
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Batch, Sequence, references, responses
-from tadistill.data.templates import Encoded
+from tadistill.data.templates import Encoded, EvalSet
 from tadistill.data.training_sets import Lazy, TrainingSets, joined
 from tadistill.disk import write_json
-from tadistill.evaluation.run import dev_metrics
+from tadistill.evaluation.run import dev_metrics, over_sets
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.forward import pack_rows
 from tadistill.models.loading import end_tokens, save_model
@@ -213,8 +213,12 @@ def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | No
     spec = context.spec
     if spec.dev is None or spec.decoding is None:
         return dict
-    data, settings, metric = context.split(spec.dev, subject.tokenizer), spec.decoding, spec.select.metric
+    sets, settings, metric = context.dev(spec.dev, subject.tokenizer), spec.decoding, spec.select.metric
     # all processes run a sharded teacher on the same texts
     together = metric == "reverse_kl" and teacher is not None and teacher.model is not None and sharded(teacher.model)
-    share = Shard() if together or len(data.encoded) < ranks.world else ranks
-    return lambda: dev_metrics(subject, data, settings, metric, teacher=teacher, shard=share)
+
+    def measure(data: EvalSet) -> dict[str, float]:
+        share = Shard() if together or len(data.encoded) < ranks.world else ranks
+        return dev_metrics(subject, data, settings, metric, teacher=teacher, shard=share)
+
+    return lambda: over_sets({name: (share, measure(data)) for name, (share, data) in sets.items()})

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from tadistill import charts
 from tadistill.errors import StoreError
-from tadistill.metrics import LOGS, metric_title, metric_unit
+from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.runner.local import spoken
 from tadistill.visible import visible
 from tadistill.watch.graph import GUTTER, HEIGHT, ROW, WIDTH, Node, draw, nodes_of, picked
@@ -124,14 +124,14 @@ def _panels(moment: Moment, shown: Sequence[StageState]) -> list[Panel]:
     looks, found = _looks(shown), []
     kinds = dict.fromkeys(stage.kind for stage in shown)
     names = [name for stage in shown for name in moment.logs[stage.key].curves]
-    order = [name for name in dict.fromkeys(("train/loss", *LOGS, *names)) if name in names]
+    order = [name for name in dict.fromkeys(("train/loss", *in_order(names), *names)) if name in names]
     for kind in kinds:
         for name in order:
             lines = [(s, look, moment.logs[s.key].curves.get(name)) for s, look in looks if s.kind == kind]
             drawn = [(s, look, points) for s, look, curve in lines if curve and (points := curve.points())]
             if drawn:
                 text = f"{_title(name)} ({kind})" if len(kinds) > 1 else _title(name)
-                found.append(Panel(text, _chart(f"{kind}-{name.replace('/', '-')}", text, _unit(name), drawn)))
+                found.append(Panel(text, _chart("-".join(f"{kind}/{name}".replace("/", " ").split()), text, _unit(name), drawn)))
     return found
 
 
@@ -151,18 +151,18 @@ def _chart(name: str, text: str, unit: str, lines: Sequence[tuple[StageState, ch
 def _title(name: str) -> str:
     if name == "train/loss":
         return "Training loss"
-    log, _, metric = name.partition("/")
+    log, metric, of_set = log_parts(name)
     try:
         text = metric_title(metric)
     except StoreError:  # a metric of the user's own code
         text = metric
-    text = f"{text} {'on dev' if log == 'dev' else 'of sampled text'}"
+    text = f"{text} {'on dev' if log == 'dev' else 'of sampled text'}{f': {of_set}' if of_set else ''}"
     return text[0].upper() + text[1:]
 
 
 def _unit(name: str) -> str:
     try:
-        return metric_unit(name.partition("/")[2])
+        return metric_unit(log_parts(name)[1])
     except StoreError:
         return ""
 

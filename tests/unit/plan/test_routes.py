@@ -10,9 +10,17 @@ from tests.e2e.inprocess import run_here
 from tests.unit.plan.test_plan import model, plan
 
 from tadistill.config import validate
+from tadistill.data import datasets
+from tadistill.data.batch import references
+from tadistill.data.prompts import Rules
+from tadistill.data.templates import EvalSet, encode
 from tadistill.errors import TadistillError
+from tadistill.evaluation.run import dev_metrics
+from tadistill.evaluation.scoring import Subject, entropy, means
+from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
+from tadistill.plan.inputs import FromStage
 from tadistill.plan.task import layout
 from tadistill.store import Store
 
@@ -146,23 +154,26 @@ def trained(tmp_path_factory):
     sets = {name: {"load": str(folder / f"{name}.jsonl"), "weight": weight} for name, weight in (("short", 3), ("long", 1))}
     text = {"type": "student", "max_new_tokens": 4}
     kinds = {
-        "fixed": {"sampler": {"type": "dataset"}},
+        "fixed": {"sampler": {"type": "dataset"}, "select": {"metric": "loss", "every": 1}},
         "packed": {"sampler": {"type": "dataset"}, "optim": {"packed": True}},
         "recorded": {"sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
         "rounds": {"sampler": text | {"rollouts": 8, "inner_epochs": 2}},
         "scored": {"objective": {"type": "sampled_kl"}, "sampler": text},
         "seqkd": {"objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher", "max_new_tokens": 4}},
     }
+    sharp = shaped(16)
+    sharp["config"] |= {"initializer_range": 0.5}  # so that the loss and the entropy of the two sets differ clearly
     recipe = {
         "study": "t",
         "seeds": [1],
-        "models": {"t": shaped(32), "u": shaped(24), "s": shaped(16)},
+        "models": {"t": shaped(32), "u": shaped(24), "s": sharp, "q": {"temper": {"of": "t", "like": "fixed"}}},
         "teacher": "t",
         "analyse": False,
-        "data": DATA | {"train": sets, "limit": {"test": 2}},
+        "data": DATA | {"train": sets, "dev": {name: each["load"] for name, each in sets.items()}, "limit": {"test": 2}},
         "method": {"objective": {"type": "reverse_kl"}, "optim": {"steps": 2, "batch": 8}, "select": {"metric": "last"}},
         "evaluate": {"also": {}, "max_new_tokens": 4},
-        "arms": {name: {"path": "t on short + u on long > s"} | arm for name, arm in kinds.items()} | {"mixture": "t > s"},
+        "arms": {name: {"path": "t on short + u on long > s"} | arm for name, arm in kinds.items()}
+        | {"mixture": "t > s", "tempered": "q > s"},
     }
     found, store = make_plan(validate(recipe)), Store(folder / "store")
     run_here(replace(found, stages={s.key: s for s in found.stages.values() if not s.measures}), store, jobs=1, console=Console(quiet=True))
@@ -172,10 +183,13 @@ def trained(tmp_path_factory):
 def test_predicted_flops_are_those_that_are_metered(trained):
     found, store = trained
     students = stages(found, "distill")
-    assert len(students) == 7
+    assert len(students) == 8
     for stage in students:
         metered = {name: part["flops"] for name, part in store.manifest(stage.key)["ledger"]["parts"].items() if "watching" not in name}
         predicted = {name: part.flops for name, part in stage.cost.parts.items() if "watching" not in name}
+        looks = [each.pop("selection/student", 0.0) for each in (predicted, metered)]  # of dev; the costs of arms do not include it
+        assert looks[0] == pytest.approx(looks[1], rel=0.02)
+        assert bool(looks[0]) == ("fixed" in stage.arms)
         assert predicted == pytest.approx({name: metered[name] for name in predicted}, rel=0.01), stage.label
         assert sum(predicted.values()) == pytest.approx(sum(metered.values()), rel=0.01), stage.label
 
@@ -188,7 +202,45 @@ def test_recorded_outputs_train_the_same_weights(trained):
         losses[arm.name] = [json.loads(line)["train/loss"] for line in lines]
     assert losses["recorded"] == pytest.approx(losses["fixed"], rel=1e-4)
     assert losses["packed"] == pytest.approx(losses["fixed"], rel=1e-4)
-    assert losses["mixture"] != pytest.approx(losses["fixed"], rel=1e-2)
+    assert losses["mixture"] != pytest.approx(losses["fixed"], rel=1e-3)
+
+
+def of_each_set(trained, handle, measure) -> dict:
+    """What `measure` finds on the dev set of each name, for a model of the study."""
+    found, store = trained
+    folder = store.folder(handle.stage) / "model"
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder), world={})
+    subject = Subject(model, tokenizer, model.config.vocab_size, (tokenizer.eos_token_id,))
+    data = found.recipe.data
+    rules = Rules.of(data, "dev", bos=False)
+    rows = {name: datasets.load(ref, "dev", data) for name, ref in data.dev_sets().items()}
+    return {name: measure(subject, EvalSet(name, rows[name], encode(rows[name], tokenizer, rules))) for name in rows}
+
+
+def test_the_dev_loss_of_each_set_is_logged_and_their_weighted_mean_selects(trained):
+    found, store = trained
+    (student,) = (stage for stage in stages(found, "distill") if "fixed" in stage.arms)
+    lines = [json.loads(line) for line in (store.folder(student.key) / "metrics.jsonl").read_text().splitlines()]
+    manifest = store.manifest(student.key)
+    for line in lines:
+        assert line["dev/loss"] == pytest.approx(0.75 * line["dev/loss/short"] + 0.25 * line["dev/loss/long"], rel=3e-6)
+    best = min(lines, key=lambda line: line["dev/loss"])
+    assert (manifest["best_step"], manifest["best_value"]) == (best["step"], pytest.approx(best["dev/loss"], rel=3e-6))
+    apart = of_each_set(trained, FromStage(stage=student.key), lambda *of: dev_metrics(*of, found.recipe.evaluate, "loss")["loss"])
+    assert apart == pytest.approx({name: best[f"dev/loss/{name}"] for name in ("short", "long")}, rel=3e-6)
+    assert apart["short"] != pytest.approx(apart["long"], rel=1e-3)
+
+
+def test_a_teacher_is_tempered_to_the_weighted_entropy_on_the_dev_sets(trained):
+    found, store = trained
+    (tempered,) = stages(found, "temper")
+
+    def mean_entropy(subject, data) -> float:
+        return float(means(entropy(subject, references(data.encoded), batch=8, temperature=1.0)).mean())
+
+    apart = of_each_set(trained, tempered.spec.like, mean_entropy)
+    assert store.manifest(tempered.key)["entropy"] == pytest.approx(0.75 * apart["short"] + 0.25 * apart["long"], rel=1e-6)
+    assert apart["short"] != pytest.approx(apart["long"], rel=1e-3)
 
 
 def laid_out(**changes) -> None:

@@ -91,6 +91,23 @@ def test_learning_curves_name_their_arms_and_begin_with_distillations(tmp_path):
         assert set(re.findall(r'<span data-arm="(\w+)">', html)) == names  # below the figure on a phone
 
 
+def test_each_dev_set_has_a_learning_curve(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL))
+    for log in study.store_dir.glob("*/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        of_sets = [{f"dev/rouge_l/{name}": line["dev/rouge_l"] + more for name, more in (("maths", 1), ("my chat", -1))} for line in lines]
+        log.write_text("".join(json.dumps(line | more) + "\n" for line, more in zip(lines, of_sets, strict=True)))
+    results = study.read()
+    figures = curve_figures(learning_curves(results), results)
+    assert [title for title in figures if title.startswith("ROUGE-L")] == [
+        "ROUGE-L on dev",
+        "ROUGE-L on dev: maths",
+        "ROUGE-L on dev: my chat",
+    ]
+    names = re.findall(r'<div class="chart" id="([^"]+)"', "".join(figure.html() for figure in figures.values()))
+    assert len({*names}) == len(figures)
+
+
 def test_arms_share_assistants_in_the_lattice(tmp_path):
     arms = [*SMALL, ArmSpec("longer-chain", ("xl", "l", "m", "s")), ArmSpec("sft", ("s",))]
     nodes = lattice(read(build_study(tmp_path, StudySpec(arms))))

@@ -229,18 +229,19 @@ class Ledger(TextLengths):
         if select.metric == "last":
             return
         looks, settings = -(-cost.steps // select.every) + extra, self.recipe.evaluate
-        cost.add("selection/student", cost.reading(self.dev, settings.batch, self.dev.count) * looks)
-        student = cost.memory.student
-        cost.memory.sampling(reading_bytes(student, settings.batch, max(self.dev.totals)))
-        if select.metric == "loss":
-            return
-        cost.memory.sampling(sampling_bytes(student, settings.batch, max(p for p, _ in self.dev.rows), settings.max_new_tokens))
-        answers = self.dev.answered(settings.max_new_tokens)
-        cost.add("selection/student", passes.sampling(answers, settings.batch, round(self.dev.count)) * looks)
-        if select.metric == "reverse_kl":
-            beside = cost.reading(answers, settings.batch, self.dev.count) * looks
-            cost.add("selection/student", beside)
-            cost.add("selection/teacher", beside)
+        for dev in self.dev:
+            cost.add("selection/student", cost.reading(dev, settings.batch, dev.count) * looks)
+            student = cost.memory.student
+            cost.memory.sampling(reading_bytes(student, settings.batch, max(dev.totals)))
+            if select.metric == "loss":
+                continue
+            cost.memory.sampling(sampling_bytes(student, settings.batch, max(p for p, _ in dev.rows), settings.max_new_tokens))
+            answers = dev.answered(settings.max_new_tokens)
+            cost.add("selection/student", passes.sampling(answers, settings.batch, round(dev.count)) * looks)
+            if select.metric == "reverse_kl":
+                beside = cost.reading(answers, settings.batch, dev.count) * looks
+                cost.add("selection/student", beside)
+                cost.add("selection/teacher", beside)
 
     def _published(self, cost: TrainingCost, objective: MiniLLM, sampler: samplers.SamplerBase, name: str) -> float:
         # MiniLLM's released code computes the logits of all positions

@@ -110,8 +110,10 @@ class TextLengths(ModelSizes):
         return self.recipe.model_copy(update={"models": models})
 
     @cached_property
-    def dev(self) -> Texts:
-        return passes.read_lengths(self.reading, self.recipe.data.dev, "dev", self._survey(self.recipe.data.dev, "dev"))
+    def dev(self) -> list[Texts]:
+        """The lengths of the prompts and references of each dev set of the training sets that are read."""
+        refs = self.recipe.data.dev_sets(self.sets).values()
+        return [passes.read_lengths(self.reading, ref, "dev", self._survey(ref, "dev")) for ref in refs]
 
     @cached_property
     def corpus_length(self) -> int:

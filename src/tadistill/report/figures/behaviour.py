@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from tadistill.charts import GREY, Axis, Chart, Look, Point, nice_span
-from tadistill.metrics import LOGS, metric_title, metric_unit
+from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.report.figures.style import MANY, looks, span_axis, titled
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
@@ -96,13 +96,14 @@ def curve_figures(curves: list[Curve], results: Results) -> dict[str, Chart]:
     """
     first = f"dev/{primary_metric(results)}"
     panels: dict[str, Chart] = {}
-    for metric in sorted(LOGS, key=lambda log: log != first):
+    for metric in sorted(in_order(curve.metric for curve in curves), key=lambda log: not f"{log}/".startswith(f"{first}/")):
         of_metric = [curve for curve in curves if curve.metric == metric and curve.arm is not None]
         groups = {"": of_metric} if not metric.startswith("train/") else _by_method(of_metric, results)
         for method, found in groups.items():
             if found:
                 title = f"{_log_title(metric)}{f': {method}' if method else ''}"
-                name = f"figure-{metric.replace('/', '-')}" + (f"-{len(panels)}" if method else "")
+                log, of_log, of_set = log_parts(metric)
+                name = f"figure-{log}-{of_log}" + (f"-{len(panels)}" if method or of_set else "")
                 panels[title] = _curve_figure(name, title, found, results, large=metric == first)
     return panels
 
@@ -118,15 +119,15 @@ def _by_method(curves: list[Curve], results: Results) -> dict[str, list[Curve]]:
 def _log_title(metric: str) -> str:
     if metric == "train/loss":
         return "training loss"
-    where, name = metric.split("/")
-    where = {"dev": "on dev", "train": "in training", "rollout": "of rollouts"}[where]
-    return f"{metric_title(name)} {where}"
+    log, name, of_set = log_parts(metric)
+    where = {"dev": "on dev", "train": "in training", "rollout": "of rollouts"}[log]
+    return f"{metric_title(name)} {where}{f': {of_set}' if of_set else ''}"
 
 
 def _curve_figure(name: str, title: str, curves: list[Curve], results: Results, *, large: bool) -> Chart:
     plain = len(curves) <= MANY  # few lines differ enough in colour and marker; dashes of curves with noise are hard to read
     styles = {name: replace(found, dash="") if plain else found for name, found in looks(results).items()}
-    unit = metric_unit(curves[0].metric.split("/")[1])
+    unit = metric_unit(log_parts(curves[0].metric)[1])
     ends = {curve.name: max(curve.mean[0], default=1) for curve in curves}
     share = max(ends.values()) > 1.5 * min(ends.values())  # stages of different length are compared by their progress
     heights = [v for curve in curves for series in (curve.mean, *curve.seeds.values()) for v in series[1]]
