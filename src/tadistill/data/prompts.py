@@ -3,6 +3,7 @@
 The text around an instruction is the Alpaca prompt, a line break, or the tokenizer's chat template.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,8 @@ _WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 _WORDS = r"\s+".join
+OPEN, CLOSE = "<think>", "</think>"
+"""Marks around the thinking of an assistant in a text."""
 _ALPACA = re.compile(
     rf"(?:{_WORDS(map(re.escape, _NO_INPUT.split()))}|{_WORDS(map(re.escape, _WITH_INPUT.split()))})\s*"
     r"### Instruction:\s*(?P<instruction>.*?)(?:\n\s*### Input:\s*(?P<input>.*?))?\s*### Response:\s*",
@@ -134,8 +137,32 @@ def task_of(example: Example) -> tuple[str, str]:
     For a conversation, the instruction has one line `role: content` per message, and the input is empty.
     """
     if example.messages:
-        return "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in example.messages), ""
+        return "\n\n".join(f"{turn['role']}: {turn['text']}" for turn in map(for_people, example.messages)), ""
     return example.instruction, example.input
+
+
+def for_people(message: Mapping[str, Any]) -> dict[str, str]:
+    """Return a message of a conversation for people: its `role`, its `text` with the tool calls, and its `thinking` if it has any."""
+    thought, text = split_thought(message.get("content") or "")
+    calls = [each.get("function", each) for each in message.get("tool_calls") or ()]
+    arguments = (call.get("arguments", "") for call in calls)
+    said = (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False) for given in arguments)
+    lines = [text] * bool(text) + [f"calls {call.get('name')}({given})" for call, given in zip(calls, said, strict=True)]
+    thought = str(chat.thinking(message) or thought).strip()
+    return {"role": message["role"], "text": "\n".join(lines)} | ({"thinking": thought} if thought else {})
+
+
+def split_thought(text: str, prompt: str = "") -> tuple[str, str]:
+    """Split a text of the assistant into its thinking (`<think>…</think>` at its start) and the rest.
+
+    Without thinking, the first part is empty. If the thinking does not end, the rest is empty. `prompt` is the text before it, which may
+    begin the thinking.
+    """
+    begun = prompt.rstrip().endswith(OPEN)
+    if not begun and not text.lstrip().startswith(OPEN):
+        return "", text
+    thought, _, rest = text.lstrip().removeprefix(OPEN).partition(CLOSE)
+    return thought.strip(), rest.lstrip()
 
 
 def split_prompt(text: str) -> tuple[str, str]:

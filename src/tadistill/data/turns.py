@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import chat
-from tadistill.data.prompts import Rules, before_answer, check_template, in_chat, render
+from tadistill.data.prompts import OPEN, Rules, before_answer, check_template, in_chat, render
 from tadistill.data.rows import Example
 from tadistill.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OPEN = "<think>"
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _REST = re.compile(r".*?</think>\s*", re.DOTALL)  # of a thought that the prompt begins
 
@@ -134,7 +133,7 @@ class TurnReader:
 
     def _turn(self, prompt: str, answer: str, end: int, hidden: str = "") -> Turn:
         if self.rules.thinking == "mask":
-            opened = (prompt + hidden).rstrip().endswith(_OPEN)
+            opened = (prompt + hidden).rstrip().endswith(OPEN)
             thought = (_REST if opened else _THOUGHT).match(answer)
             if thought:
                 hidden, answer = hidden + thought[0], answer[thought.end() :]

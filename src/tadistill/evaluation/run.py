@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
-from tadistill.data.prompts import task_of
+from tadistill.data.prompts import for_people, task_of
 from tadistill.data.templates import EvalSet
 from tadistill.evaluation import calibration, text_scores
 from tadistill.evaluation.bits import bits_per_byte, reference_sizes
@@ -148,6 +148,7 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
             "prompt": prompts[i],
             "instruction": tasks[i][0],
             "input": tasks[i][1],
+            **({"turns": [*map(for_people, data.rows[i].messages)]} if data.rows[i].messages else {}),
             "prediction": predictions[i],
             "references": list(data.examples[e.row].references),
             **{name: round(float(column[i]), 4) for name, column in scores.items()},

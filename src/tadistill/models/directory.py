@@ -27,6 +27,11 @@ def is_adapter(directory: Path) -> bool:
     )
 
 
+def is_described(directory: Path) -> bool:
+    """Return True if a directory has the configuration of a model, or that of a tokenizer alone."""
+    return any((directory / name).is_file() for name in ("config.json", "tokenizer_config.json"))
+
+
 def complete(directory: Path) -> bool:
     """Return True if the directory has a configuration and all weight files. Raises a ModelError if an index is damaged."""
     if not (directory / "config.json").is_file():

@@ -31,6 +31,7 @@ from tadistill.models.directory import (
     complete,
     directory_digest,
     is_adapter,
+    is_described,
     is_pointer,
 )
 
@@ -53,7 +54,7 @@ class Source:
 
 
 def parse_source(load: str) -> Source:
-    """Return the kind and the name of the source `load`. A directory with a config.json is preferred to a hub id of the same name.
+    """Return the kind and the name of the source `load`. A directory of a model or tokenizer is preferred to a hub id of its name.
 
     Raises:
         ModelError: `load` has none of the known forms.
@@ -83,7 +84,7 @@ def _parsed(load: str) -> Source:
         return Source("gguf", load)
     if is_adapter(path):
         return Source("adapter", load)
-    if (path / "config.json").is_file() or load.startswith((".", "/", "~")) or path.is_absolute() or load.count("/") > 1:
+    if is_described(path) or load.startswith((".", "/", "~")) or path.is_absolute() or load.count("/") > 1:
         return Source("directory", load)
     if HUB_ID.fullmatch(load):
         return Source("hub", load)
@@ -344,7 +345,6 @@ def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path
             snapshot_download(name, allow_patterns=_PICKLES, **options)
     if weights and not complete(path) and not is_adapter(path):
         raise ModelError(
-            f"model `{name}` at revision `{revision}` needs a config.json and weights (model.safetensors or pytorch_model.bin), but at "
-            "least one of them is missing; choose another model"
+            f"model `{name}` at revision `{revision}` has no config.json or no weights (*.safetensors or *.bin); choose another model"
         )
     return path

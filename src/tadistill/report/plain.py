@@ -1,7 +1,7 @@
 """Reports as plain text: the Markdown file and the tables in the terminal."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -200,6 +200,10 @@ def _arm_table(results: Results, metrics: Sequence[str], intervals: int, compute
     return table
 
 
+def _said(turn: Mapping[str, str]) -> str:
+    return f"[thinking: {turn['thinking']}]\n{turn['text']}" if turn.get("thinking") else turn["text"]
+
+
 def side_by_side(results: Results, show: int) -> Group:
     """Return the first ``show`` prompts of each test set, with the answers of all arms and their scores."""
     blocks: list[Text | RichTable] = []
@@ -210,6 +214,7 @@ def side_by_side(results: Results, show: int) -> Group:
             answers.add_column(overflow="fold", ratio=1)
             answers.add_row("reference", escape(prompt["references"][0]))
             for arm, said in prompt["answers"].items():
-                answers.add_row(escape(arm), f"{escape(said['text'])}\n[dim]{escape(said['scores'])}[/]")
-            blocks += [Text(f"{name}, prompt {prompt['index']}", style="bold"), Text(prompt["prompt"].strip()), answers]
+                answers.add_row(escape(arm), f"{escape(_said(said))}\n[dim]{escape(said['scores'])}[/]")
+            asked = "\n".join(f"{turn['role']}: {_said(turn)}" for turn in prompt["turns"]) or prompt["prompt"].strip()
+            blocks += [Text(f"{name}, prompt {prompt['index']}", style="bold"), Text(asked), answers]
     return Group(*blocks)

@@ -128,7 +128,7 @@ def rows_text(used: Sequence[UsedRows]) -> str:
     found = [text for split in used if (text := split.text)]
     apart = any(split.compared < split.counts.used for split in used)
     whole = " Metrics of whole sets are over each model's own rows." if apart else ""
-    return f"Rows left out or cut: {'. '.join(found)}.{whole}" if found else ""
+    return f"Rows left out, cut or divided: {'. '.join(found)}.{whole}" if found else ""
 
 
 def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:

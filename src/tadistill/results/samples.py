@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tadistill.data.prompts import split_thought
 from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
@@ -24,6 +25,7 @@ Samples = dict[str, list[dict[str, Any]]]
 def samples(results: Results) -> Samples:
     """Return the first prompts of each test set, with their references and the answer of every arm.
 
+    A prompt of a conversation also has `turns`, each with a `role`, a `text` and perhaps `thinking`. An answer has `text` and `thinking`.
     Answers are not chosen by quality. They come from the first finished training seed and the first decoding seed.
     """
     return results.once("samples", lambda: _samples(results))
@@ -38,10 +40,10 @@ def _samples(results: Results) -> Samples:
             continue
         rows = load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])
         for row in _first_answers([row for row in rows if row["set"] in shared and row["index"] in shared[row["set"]]]):
-            prompt = by_set[row["set"]].setdefault(
-                row["index"], {"index": row["index"], "prompt": row["prompt"], "references": row["references"], "answers": {}}
-            )
-            prompt["answers"][arm.name] = {"text": row["prediction"], "scores": _scores(row)}
+            kept = {name: row[name] for name in ("index", "prompt", "references")} | {"turns": row.get("turns", []), "answers": {}}
+            prompt = by_set[row["set"]].setdefault(row["index"], kept)
+            thinking, text = split_thought(row["prediction"], row["prompt"])
+            prompt["answers"][arm.name] = {"text": text, "thinking": thinking, "scores": _scores(row)}
     found = {name: [prompts[index] for index in sorted(prompts)] for name, prompts in by_set.items() if prompts}
     count = _how_many(found)
     return {name: prompts[:count] for name, prompts in found.items()}

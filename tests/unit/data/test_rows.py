@@ -9,7 +9,8 @@ from tadistill.config import Data, DataRef
 from tadistill.config.data import World
 from tadistill.data import datasets
 from tadistill.data.batch import chunks
-from tadistill.data.prompts import task_of
+from tadistill.data.prompts import for_people, split_thought, task_of
+from tadistill.data.rows import Example
 from tadistill.errors import DataError
 
 OK = {"instruction": "Say hi", "output": "hi there"}
@@ -81,6 +82,41 @@ def test_parts_of_a_message_are_joined(read):
     assert (row.messages, row.references) == (({"role": "user", "content": "hi there"},), ("hi there",))
     (row,) = read({"messages": [USER, {"role": "assistant", "content": None}, {"role": "tool"}, ASSISTANT]})
     assert task_of(row)[0].endswith("assistant: \n\ntool: ")
+
+
+def test_messages_for_people():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Malmö"}}}
+    messages = [
+        {
+            "role": "assistant",
+            "content": "Wait.",
+            "reasoning_content": "I look it up.",
+            "tool_calls": [call, {"name": "f", "arguments": "{}"}],
+        },
+        {"role": "assistant", "content": "<think>\nCold.\n</think>\n\nIt is cold."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    assert [*map(for_people, messages)] == [
+        {"role": "assistant", "text": 'Wait.\ncalls weather({"city": "Malmö"})\ncalls f({})', "thinking": "I look it up."},
+        {"role": "assistant", "text": "It is cold.", "thinking": "Cold."},
+        {"role": "assistant", "text": 'calls weather({"city": "Malmö"})'},
+    ]
+    row = Example("", "", ("x",), messages=tuple(messages))
+    assert task_of(row)[0].splitlines()[:2] == ["assistant: Wait.", 'calls weather({"city": "Malmö"})']
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "thinking", "rest"),
+    [
+        ("<think>a</think>\n\nb <think>", "", "a", "b <think>"),
+        ("a </think> b", "<|assistant|><think>\n", "a", "b"),
+        ("a </think> b", "<|assistant|>", "", "a </think> b"),
+        (" <think>\na", "", "a", ""),
+        ("b", "", "", "b"),
+    ],
+)
+def test_thinking_is_split_off(text, prompt, thinking, rest):
+    assert split_thought(text, prompt) == (thinking, rest)
 
 
 @pytest.mark.parametrize(

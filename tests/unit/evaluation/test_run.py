@@ -132,6 +132,8 @@ def test_records_hold_the_question_without_its_template(tokenizer):
         ("user: Name a colour.", ""),
         ("system: Be brief.\n\nuser: A colour?", ""),
     ]
+    turns = [[{"role": m["role"], "text": m["content"]} for m in example.messages] for example in examples]
+    assert [r.get("turns", []) for r in found.records] == turns
     assert found.records[0]["prompt"] == tokenizer.decode(list(encoded[0].prompt), skip_special_tokens=True)  # what the model read
 
 

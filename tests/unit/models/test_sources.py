@@ -77,6 +77,13 @@ def test_bad_wheel_reference(load):
         parse_source(load)
 
 
+def test_a_directory_of_a_tokenizer_alone_wins_over_a_hub_id(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "words")
+    monkeypatch.chdir(tmp_path)
+    assert parse_source("words").kind == "directory"
+    assert str(locate("words", weights=False)) == "words"
+
+
 def test_a_model_directory_wins_over_a_hub_id(model_directory, monkeypatch):
     monkeypatch.chdir(model_directory.parent)
     assert parse_source("model").kind == "directory"

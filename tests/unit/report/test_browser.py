@@ -310,6 +310,30 @@ def test_print(browser, shared, tmp_path):
     opened.assert_quiet()
 
 
+def test_a_conversation_is_shown_in_turns(browser, tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL, seeds=(1,), sets={"chats": 5}))
+    turns = [{"role": "system", "text": "Be <i>brief</i>."}, {"role": "assistant", "text": "calls f({})", "thinking": "hmm"}]
+    for file in study.store_dir.glob("*/*/predictions.jsonl"):
+        lines = file.read_text().strip().split("\n")
+        rows = [json.loads(line) | {"turns": turns, "prediction": "<think>so</think>\n\nthus"} for line in lines]
+        for row in rows:
+            row["prediction"] = "<think>so and" if row["index"] == 1 else row["prediction"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = Opened(browser, write_report(study.read()))
+    page = opened.page
+    assert page.locator("#sample-prompt .turn").all_text_contents() == ["systemBe <i>brief</i>.", "assistantthinking hmmcalls f({})"]
+    assert not page.locator("#sample-prompt details pre").is_visible()  # the text with the marks of the template
+    cards = page.locator("#sample-answers article")
+    assert {*cards.locator(".thinking").all_text_contents()} == {"thinking so"}
+    assert {*cards.locator("p:last-child").all_text_contents()} == {"thus"}
+    page.select_option("#sample-index", "1")
+    assert {*cards.locator("p:last-child").all_text_contents()} == {"The text ends inside the thinking."}
+    page.fill("#sample-search", "HMM")
+    assert page.locator("#sample-prompt mark").all_text_contents() == ["hmm"]
+    opened.assert_fits()
+    opened.assert_quiet()
+
+
 def test_samples_are_searched_and_put_side_by_side(browser, shared):
     opened = Opened(browser, write_report(shared.results))
     page = opened.page
@@ -328,6 +352,7 @@ def test_samples_are_searched_and_put_side_by_side(browser, shared):
     assert page.locator("#sample-answers mark").first.text_content() == "<b>bold</b> &"
     page.fill("#sample-search", "")
     assert page.locator("#sample-index option").count() == 9
+    assert page.locator("#sample-prompt details").count() == 0
 
     page.click(".pick[data-pick=direct]")
     assert page.locator("#sample-answers h3").all_inner_texts() == ["■︎chain", "◆︎direct-long"]

@@ -200,6 +200,16 @@ def test_answers_side_by_side(shared):
     assert text.count("reference 0") == 2  # one in each set
 
 
+def test_conversations_side_by_side(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL, seeds=(1,), sets={"chats": 5}))
+    for file in study.store_dir.glob("*/*/predictions.jsonl"):
+        more = {"turns": [{"role": "user", "text": "hi", "thinking": "hmm"}], "prediction": "<think>so</think>thus"}
+        file.write_text("".join(json.dumps(json.loads(line) | more) + "\n" for line in file.read_text().strip().split("\n")))
+    text = " ".join(render(side_by_side(study.read(), 1), 200).split())
+    assert "user: [thinking: hmm] hi" in text
+    assert "[thinking: so] thus" in text
+
+
 def test_models_alone_in_every_output(tmp_path):
     study = build_study(tmp_path, StudySpec([ArmSpec("xl", ("xl",))], seeds=(0,), sets={"dolly": 12}, teacher=None, trained=False, also={}))
     write_report(study.read())

@@ -103,7 +103,8 @@ if (setSelect) {
   const search = byId("sample-search"), indexSelect = byId("sample-index");
   const picks = [...document.querySelectorAll(".pick")];
   const wanted = () => search.value.trim().toLowerCase();
-  const texts = (sample) => [sample.prompt, ...sample.references, ...Object.values(sample.answers).map((answer) => answer.text)];
+  const said = (turn) => [turn.thinking || "", turn.text];
+  const texts = (sample) => [sample.prompt, ...sample.references, ...sample.turns.flatMap(said), ...Object.values(sample.answers).flatMap(said)];
   const matching = (name) => data.samples[name].filter((sample) => texts(sample).some((text) => text.toLowerCase().includes(wanted())));
 
   // marks what was searched for; lower-casing may change a text's length, and then it is shown unmarked
@@ -117,10 +118,29 @@ if (setSelect) {
     node.replaceChildren(...parts, text.slice(at));
     return node;
   };
+  // thinking is shown beside what is said, not in it
+  const parts = (turn, tag) => {
+    const thought = turn.thinking ? [element("p", "thinking")] : [], text = turn.text || thought.length === 0;
+    for (const node of thought) node.append(element("b", "", "thinking"), " ", fill(element("span"), turn.thinking));
+    return [...thought, text ? fill(element(tag), turn.text) : element("p", "soft", "The text ends inside the thinking.")];
+  };
+  const conversation = (turns) => turns.map((turn) => {
+    const block = element("div", "turn");
+    block.append(element("b", "role", turn.role), ...parts(turn, "pre"));
+    return block;
+  });
+  const asked = (sample) => {
+    const whole = fill(element("pre"), sample.prompt);
+    if (!sample.turns.length) return [whole];
+    const turns = element("div", "turns"), written = element("details");
+    turns.append(...conversation(sample.turns));
+    written.append(element("summary", "", "As the chat template writes it"), whole);
+    return [turns, written];
+  };
   const show = () => {
     const found = matching(setSelect.value), sample = found[indexSelect.selectedIndex];
     const away = new Set(picks.filter((pick) => pick.getAttribute("aria-pressed") !== "true").map((pick) => pick.dataset.pick));
-    fill(byId("sample-prompt"), sample ? sample.prompt : "");
+    byId("sample-prompt").replaceChildren(...(sample ? asked(sample) : []));
     byId("sample-references").replaceChildren(...(sample ? sample.references : []).map((text) => fill(element("pre"), text)));
     const answers = Object.entries(sample ? sample.answers : {}).filter(([arm]) => !away.has(arm));
     byId("sample-answers").replaceChildren(...answers.map(([arm, answer]) => {
@@ -130,7 +150,7 @@ if (setSelect) {
       card.classList.toggle("off", hidden.has(arm));
       glyph.setAttribute("aria-hidden", "true");
       heading.append(glyph, arm);
-      card.append(heading, element("p", "scores", answer.scores), fill(element("p"), answer.text));
+      card.append(heading, element("p", "scores", answer.scores), ...parts(answer, "p"));
       return card;
     }));
     byId("sample-previous").disabled = indexSelect.selectedIndex <= 0;
