@@ -123,6 +123,7 @@ def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **
             "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
             "mistral": (hf.MistralConfig, hf.MistralForCausalLM),
             "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
+            "gemma3_text": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM),
         }[kind]
         sizes = {
             "hidden_size": 16,

@@ -15,6 +15,7 @@ from tadistill.config.search import Search
 from tadistill.data import datasets
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError
+from tadistill.models.counting.shapes import COUNTED
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.task import original_teacher
@@ -222,8 +223,8 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     unknown = [name for name, size in found.items() if size is None]
     if unknown:
         raise ConfigError(
-            f"the size of {', '.join(unknown)} is not known, so the cost of a path cannot be computed; use gpt2, opt, llama, mistral, "
-            "qwen2 or qwen3 models"
+            f"the size of {', '.join(unknown)} is not known, so the cost of a path cannot be computed; use models of the "
+            f"families {', '.join(COUNTED)}"
         )
     return {name: size.total for name, size in found.items() if size}
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tadistill.config import Arm, Recipe
 from tadistill.config.route import routed
 from tadistill.errors import ConfigError, NotHere
+from tadistill.models.counting.shapes import COUNTED
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage
@@ -157,7 +158,7 @@ class Budgets:
         self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
         return ConfigError(
             f"arms.{name} has `{key}`, but the size of one of its models is not known; run `tadistill fetch RECIPE`, "
-            "and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
+            f"and use only the families {', '.join(COUNTED)}"
         )
 
     def _check_patience(self, name: str, arm: Arm, like: "PlannedArm", trial: Trial) -> None:

@@ -17,6 +17,7 @@ from tadistill.config.method import MethodPatch, Optim, Select, apply
 from tadistill.config.search import Search
 from tadistill.errors import ConfigError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
+from tadistill.models.counting.shapes import COUNTED
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
@@ -158,7 +159,7 @@ def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Latti
     if len(costs) < len(flops):
         raise ConfigError(
             f"search.budget is {search.budget:g}, but the cost of a path cannot be computed, because the size of a model is unknown; use "
-            "only gpt2, opt, llama, mistral, qwen2 or qwen3 models, or remove `search.budget`"
+            f"only models of the families {', '.join(COUNTED)}, or remove `search.budget`"
         )
     budget = search.budget
     lattice = _lattice(search, cost=costs.__getitem__, budget=budget)

@@ -84,7 +84,7 @@ def test_alpha_scales_and_dropout_follows_the_mode():
     assert not torch.equal(model(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "mistral", "qwen2", "gemma3_text"])
 @pytest.mark.parametrize("partly", [False, True])
 def test_counted_from_the_configuration_as_they_are(kind, partly):
     targets = ({"gpt2": "c_proj", "opt": "fc1"}.get(kind, "v_proj"),) if partly else ()

@@ -127,6 +127,9 @@ def test_other_families_and_unknown_weights_are_refused():
         ModelError, match="a gpt_neox model cannot be pruned in width; choose a model of one of the families gpt2, opt, llama"
     ):
         shape_of(config)
+    gemma = {"model_type": "gemma3_text", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with pytest.raises(ModelError, match="a gemma3_text model cannot be pruned in width; choose a model of one of the families gpt2"):
+        check_shape(gemma, dataclasses.replace(shape_of(gemma), intermediate=8))
     model = tiny("gpt2")
     model.transformer.h[0].register_parameter("gate", nn.Parameter(torch.ones(1)))
     with pytest.raises(ModelError, match=r"gpt2 models with a weight transformer\.h\.0\.gate cannot be pruned in width"):

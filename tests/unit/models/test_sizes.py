@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tadistill.errors import ConfigError
@@ -26,6 +27,8 @@ CASES = [
     ("qwen2", BASE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("qwen3", BASE | {"num_key_value_heads": 2}),
     ("qwen3", BASE | {"num_key_value_heads": 1, "head_dim": 6, "attention_bias": True, "tie_word_embeddings": True}),
+    ("gemma3_text", BASE | {"num_key_value_heads": 1, "head_dim": 10, "sliding_window": 4}),
+    ("gemma3_text", BASE | {"num_key_value_heads": 2, "head_dim": 6, "attention_bias": True, "tie_word_embeddings": False}),
 ]
 
 
@@ -56,7 +59,16 @@ def test_counts_from_a_saved_configuration(kind, fields):
     assert size_of(written) == size_of({"model_type": kind, **fields})
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("kind", "fields"), CASES)
+def test_flops_equal_those_that_torch_counts(kind, fields):
+    """Also behind a sliding window of 4 tokens: the products of masked pairs are computed."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), attn_implementation="eager")
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.arange(24).reshape(2, 12))
+    assert forward_flops(size_of({"model_type": kind, **fields}), Work(24, 2 * 12**2, 24)) == counted.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3_text"])
 def test_missing_fields_have_the_defaults_of_transformers(kind):
     fields = BASE | {"num_attention_heads": 64, "hidden_size": 128}
     assert size_of({"model_type": kind, **fields}).total == sum(p.numel() for p in build(kind, fields).parameters())
@@ -71,6 +83,13 @@ def test_gpt2_small_is_124_million():
     # a sequence of 512: 2 x 84,934,656 a position, 4 x 12 x 768 a pair, and 2 x 38,597,376 where there are logits, here on 100
     work = Work(positions=512, pairs=512**2, heads=100)
     assert forward_flops(size, work) == 512 * 169_869_312 + 512**2 * 36_864 + 100 * 77_194_752
+
+
+def test_gemma_3_270m_has_268_million():
+    config = {"model_type": "gemma3_text", "vocab_size": 262_144, "hidden_size": 640, "num_hidden_layers": 18, "intermediate_size": 2048}
+    size = size_of(config | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256})
+    assert size.total == 268_098_176  # 167,772,160 embeddings, which are also the head, and 100,326,016 in the layers and the last norm
+    assert (size.head, size.attention, size.keys) == (167_772_160, 1024, 256)
 
 
 def test_attention_width_is_that_of_the_queries():

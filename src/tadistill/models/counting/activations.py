@@ -47,10 +47,14 @@ def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Ke
         position += 2 * width * hidden if dropout and _rate(config, family == "gpt2", "resid_pdrop", "dropout") else 0
         scores = 12.0 * shape.heads if dropout and _rate(config, family == "gpt2", "attn_pdrop", "attention_dropout") else 0.0
         return Kept(position, width, scores, (4 if family == "gpt2" else 2) * width * inner + 12 * hidden)
-    # inputs of two norms in two forms; their outputs; queries, keys and values after rotation, attention's output; four tensors of the MLP
-    position = 16 * hidden + (2 + 3 * casts) * width * hidden + 4 * width * queries + 4 * width * inner + sums + 8
-    if family == "qwen3":  # norms of queries and keys
-        position += (4 + width) * (queries + keys) + 4 * (shape.heads + shape.groups)
+    # inputs of the norms in two forms; outputs of two norms; queries, keys and values after rotation, attention's output; four tensors of
+    # the MLP. Keys and values are repeated for the query heads. A single key-value head is repeated without a copy, but autocast copies
+    # the rotated keys.
+    norms, alone = 4 if family == "gemma3_text" else 2, shape.groups == 1
+    read = 2 * queries + (keys if alone and not bf16 else queries) + (keys if alone else queries)
+    position = norms * (8 * hidden + 4) + (2 + 3 * casts) * width * hidden + width * read + 4 * width * inner + sums
+    if family in ("qwen3", "gemma3_text"):  # norms of queries and keys
+        position += (8 if family == "gemma3_text" else 4 + width) * (queries + keys) + 4 * (shape.heads + shape.groups)
     scores = 12.0 * shape.heads if dropout and config.get("attention_dropout") else 0.0
     return Kept(position, width, scores, 3 * width * inner + 12 * hidden)
 

@@ -46,18 +46,20 @@ class Shape:
 
 PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 """The model families that can be pruned in width."""
+COUNTED = (*PRUNABLE, "gemma3_text")
+"""The model families whose parameters, FLOPs and memory can be computed from a configuration."""
 
 _LARGEST = 10**9  # larger than any size of a model; products of much larger numbers have no float
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
-_HEAD_DIM = {"qwen3": 128}
+_KV_HEADS = {"gemma3_text": 4, "mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
+_HEAD_DIM = {"gemma3_text": 256, "qwen3": 128}
 
 
 def shape_of(config: Config) -> Shape:
     """Return the shape of the model that a configuration describes.
 
     Raises:
-        ModelError: the family is not one of `PRUNABLE`.
+        ModelError: the family is not one of `COUNTED`.
         ConfigError: the configuration has no value for a size.
     """
     fields = _fields(config)
@@ -134,7 +136,10 @@ def check_shape(config: Config, shape: Shape) -> None:
         ModelError: the family cannot be pruned in width.
         ConfigError: a size is larger than that of the model, or a configuration of this family cannot have the shape.
     """
-    have, fields = shape_of(config), _fields(config)
+    fields = _fields(config)
+    if fields["model_type"] not in PRUNABLE:
+        raise _not_prunable(fields["model_type"])
+    have = shape_of(config)
     if shape.head_dim != have.head_dim:
         raise ConfigError(f"head_dim is {shape.head_dim}, but pruning cannot change it; write {have.head_dim}")
     for name, value, limit in (
@@ -209,6 +214,10 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
 def _fields(config: Config) -> Mapping[str, Any]:
     fields = config if isinstance(config, Mapping) else config.to_dict()
     family = fields.get("model_type")
-    if family not in PRUNABLE:
-        raise ModelError(f"a {family} model cannot be pruned in width; choose a model of one of the families {', '.join(PRUNABLE)}")
+    if family not in COUNTED:
+        raise _not_prunable(family)  # in all other cases, callers look first whether the sizes can be counted
     return fields
+
+
+def _not_prunable(family: Any) -> ModelError:
+    return ModelError(f"a {family} model cannot be pruned in width; choose a model of one of the families {', '.join(PRUNABLE)}")

@@ -1,4 +1,5 @@
-"""Exact parameter counts and FLOPs, computed from a config.json alone, for gpt2, opt, llama, mistral, qwen2 and qwen3.
+"""Exact parameter counts and FLOPs, computed from a config.json alone, for gpt2, opt, llama, mistral, qwen2, qwen3
+and gemma3_text.
 
     config = read_config("gpt2")            # from this disk; None if the model is not on it
     size = size_of(config)                  # None for other families
@@ -15,7 +16,7 @@ from typing import Any
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.counting.shapes import PRUNABLE, shape_of, size_in
+from tadistill.models.counting.shapes import COUNTED, shape_of, size_in
 from tadistill.models.directory import read_description
 
 Config = Mapping[str, Any]
@@ -106,9 +107,15 @@ def forward_flops(size: Size, work: Work) -> float:
     """Return the FLOPs of forward passes. A backward pass costs twice as many (Kaplan et al. 2020).
 
     Layers cost 2 FLOPs per matrix entry and position. Attention costs 4 x its width per query-key pair and layer. Masked pairs are
-    included, as in `torch.utils.flop_counter`. The LM head costs 2 FLOPs per entry and position with logits.
+    included, also those outside of a sliding window, as in `torch.utils.flop_counter`. The LM head costs 2 FLOPs per entry and position
+    with logits.
     """
     return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
+
+
+def tied(config: Config) -> bool:
+    """Return True if the LM head's weights are the embeddings."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED))
 
 
 def _or(config: Config, name: str, default: int) -> int:
@@ -125,7 +132,7 @@ def _gpt2(config: Config) -> Size:
     matrices = 4 * width * width + 2 * width * inner
     biases = 3 * width + width + inner + width
     block = matrices + biases + 4 * width  # two layer norms
-    heads = 1 if config.get("tie_word_embeddings", True) else 2
+    heads = 1 if tied(config) else 2
     total = heads * vocab * width + positions * width + layers * block + 2 * width
     return Size(total, layers * matrices + vocab * width, layers, width, vocab * width, width, width)
 
@@ -144,17 +151,23 @@ def _opt(config: Config) -> Size:
     matrices = 4 * width * width + 2 * width * inner
     block = matrices + bias * (4 * width + inner + width) + 2 * norm
     projections = 2 * outer * width if outer != width else 0
-    heads = 1 if config.get("tie_word_embeddings", True) else 2
+    heads = 1 if tied(config) else 2
     # OPT's position table has two more rows than there are positions
     total = heads * vocab * outer + (positions + 2) * width + layers * block + final + projections
     return Size(total, layers * matrices + projections + vocab * outer, layers, width, vocab * outer, width, width)
 
 
 def _llama_like(
-    *, kv: int | None = None, head_dim: int | None = None, qkv_bias: bool = False, bias_fields: bool = False, query_norm: bool = False
+    *,
+    kv: int | None = None,
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    bias_fields: bool = False,
+    query_norm: bool = False,
+    norms: int = 2,
 ) -> Callable[[Config], Size]:
     # kv (key-value heads) and head_dim are defaults of transformers. qkv_bias: these biases always exist; bias_fields: the fields
-    # attention_bias and mlp_bias add biases; query_norm: queries and keys have a norm per head
+    # attention_bias and mlp_bias add biases; query_norm: queries and keys have a norm per head; norms: of the hidden states, in each layer
     def count(config: Config) -> Size:
         vocab, width, layers = (
             size_in(config, "vocab_size"),
@@ -172,8 +185,8 @@ def _llama_like(
             biases += queries + 2 * keys + width
         if bias_fields and config.get("mlp_bias", False):
             biases += 2 * inner + width
-        block = matrices + biases + 2 * width + (2 * size if query_norm else 0)
-        tables = 1 if config.get("tie_word_embeddings", False) else 2
+        block = matrices + biases + norms * width + (2 * size if query_norm else 0)
+        tables = 1 if tied(config) else 2
         total, head = tables * vocab * width + layers * block + width, vocab * width
         return Size(total, layers * matrices + head, layers, queries, head, width, keys)
 
@@ -187,7 +200,9 @@ _COUNTERS: dict[str, Callable[[Config], Size]] = {
     "mistral": _llama_like(kv=8),
     "qwen2": _llama_like(kv=32, qkv_bias=True),
     "qwen3": _llama_like(kv=32, head_dim=128, bias_fields=True, query_norm=True),
+    "gemma3_text": _llama_like(kv=4, head_dim=256, bias_fields=True, query_norm=True, norms=4),
 }
+_TIED = ("gpt2", "opt", "gemma3_text")  # families whose default in transformers is a head with the embeddings' weights
 
 
 _LAYER = 10  # layer i has the places 10 i to 10 i + 9, for its matrices in the order of use; attention is between places 0 and 1
@@ -265,7 +280,7 @@ def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = 
 def _matrices(config: Config) -> list[_Matrix] | None:
     # all matrices except the head
     family = config.get("model_type")
-    if family not in PRUNABLE:
+    if family not in COUNTED:
         return None
     shape = shape_of(config)
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim

@@ -12,7 +12,7 @@ from tadistill.config.common import DTYPES
 from tadistill.config.method import Optim
 from tadistill.models.counting.activations import kept_by_layer
 from tadistill.models.counting.memory import Memory, resident_bytes
-from tadistill.models.counting.sizes import Adapters, Size, Work
+from tadistill.models.counting.sizes import Adapters, Size, Work, tied
 from tadistill.tuning import TILE_ROWS
 
 _DRAWN = 12
@@ -38,7 +38,7 @@ class Described:
     @property
     def tied(self) -> bool:
         """True if the head's weights are the embeddings."""
-        return bool(self.config.get("tie_word_embeddings", self.config["model_type"] in ("gpt2", "opt")))
+        return tied(self.config)
 
     @property
     def vocab(self) -> float:
