@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from tadistill.config.api import Api
 from tadistill.config.common import MOST, Strict, Temperature
+from tadistill.config.data import Template
 from tadistill.config.method import MethodPatch, Sft
 from tadistill.config.served import Serve
 
@@ -110,7 +111,7 @@ class Lora(Strict):
 _ENDS = {"lm_head", "embed_out", "wte", "wpe", "embed_tokens", "embed_positions", "embed_in"}
 
 
-_OF_WEIGHTS = ("revision", "config", "tokenizer", "serve", "sft", "lora", "distill")
+_OF_WEIGHTS = ("revision", "config", "tokenizer", "template", "serve", "sft", "lora", "distill")
 """Keys of a model that have no effect if an API runs it."""
 
 
@@ -129,6 +130,10 @@ class ModelConfig(Strict):
     tokenizer: str | None = None
     """Source of the tokenizer, if the weights have none: a directory, a hub id, or a tokenizer of the built-in data set tinyworld. The
     tokens of `tinyworld` are words, and those of `tinyworld-bpe` are parts of words (byte-level BPE)."""
+    template: Template | None = None
+    """Text around an instruction for this model and for all models that share its tokenizer. The default is `data.template`. So a chat
+    model can learn from a base model without a chat template: `alpaca` for one of them, and `chat` for the other. Only a model with `load`
+    can have this key. For a chat template of your own, save a tokenizer with this template, and name its directory in `tokenizer`."""
     serve: Serve | None = None
     """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
     process."""
@@ -177,6 +182,8 @@ class ModelConfig(Strict):
                 f"a model with `serve` is not trained, because its server has fixed weights; remove `{key}`, or train the model in another "
                 "study, export it, and serve the export"
             )
+        if self.template and not self.load:
+            raise ValueError("a model that is made from another one has its template; remove `template`, or set it for the other model")
         if self.config and not self.load:
             raise ValueError("`config` is only for a model with `load`, but this model is made from another model; remove `config`")
         if self.config and not scratch and not isinstance(self.config.get("model_type"), str):

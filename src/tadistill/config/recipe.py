@@ -24,6 +24,7 @@ from tadistill.config.named import with_methods
 from tadistill.config.objective import Custom
 from tadistill.config.route import teachers_of
 from tadistill.config.search import Search
+from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from tadistill.config.places import Origin
@@ -98,6 +99,21 @@ class Recipe(Strict):
     def written(self, source: str | None) -> str | None:
         """Return a model's source as the recipe's file has it. `source` is the value after loading, which can be an absolute path."""
         return self._origin.written.get(source, source) if self._origin and source else source
+
+    def data_of(self, names: Iterable[str]) -> Data:
+        """Return `data` with the template of the models `names`, which share a tokenizer.
+
+        Raises:
+            ConfigError: two of the models name different templates.
+        """
+        given = {self.models[name].template: name for name in names if self.models[name].template}
+        if len(given) > 1:
+            (one, first), (other, second) = [*given.items()][:2]
+            raise ConfigError(
+                f"models.{first}.template is {one}, but models.{second}.template is {other}. Both models have the same tokenizer, so they "
+                "read the same prompts; write the same template, or remove one of the two keys"
+            )
+        return self.data.model_copy(update={"template": next(iter(given))}) if given else self.data
 
     @property
     def first_seed(self) -> int:

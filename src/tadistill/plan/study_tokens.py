@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from tadistill.config import DataRef, Recipe
+from tadistill.config.data import Data
 from tadistill.data import chat, datasets
 from tadistill.data.prompts import of_one_turn
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
@@ -36,7 +37,7 @@ class StudyTokens:
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
             return None
-        return other if self._differences(own, lead, str) or self._extra(name, self._lead(name))[0] else None
+        return other if self._differences(name, str) or self._extra(name, self._lead(name))[0] else None
 
     def source(self, name: str) -> tuple[str, str]:
         """Return source and revision of the tokenizer that a model uses."""
@@ -89,27 +90,39 @@ class StudyTokens:
             ModelError: the prompts need a chat template, but no model that shares this tokenizer has one.
         """
         self._check_template(name)
-        data, lead = self.recipe.data, self._of(self._lead(name))
+        data, lead = self.data(name), self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
         return Encoding(
             **{field: getattr(data, field) for field in Encoding.model_fields if field not in ("ends", "bos", "turns", "context")},
             turns=data.turns if responses else of_one_turn(data.turns),
             ends=() if lead.eos is None or (same and ends[0] == own[0]) else ends,
-            bos=data.bos == "auto" and self.bos_matters and lead.bos is not None,
+            bos=data.bos == "auto" and self.bos_matters(name) and lead.bos is not None,
         )
 
     def ends(self, name: str) -> tuple[int, ...]:
         """Return every token that ends an answer of a model. The first of them ends the reference answers."""
-        return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat)
+        return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat(name))
+
+    def data(self, name: str) -> Data:
+        """Return the recipe's `data` with the template that a model reads.
+
+        Raises:
+            ConfigError: models that share the tokenizer name different templates.
+        """
+        return self.recipe.data_of(dict.fromkeys(self._root(other) for other in self._group(name)))
 
     def _check_template(self, name: str) -> None:
         group = self._group(name)
-        if not self._templated or any(self._of(other).template or self._of(other).eos is None for other in group):
+        if not self._templated(name) or any(self._of(other).template or self._of(other).eos is None for other in group):
             return  # a model without a known EOS is not on this disk
         talks = "messages" in self._forms
-        why = "the data has conversations" if talks else "data.template is chat" if self._chat else "a `context` has `chat` or `system`"
-        other = "" if talks else ", or set data.template to alpaca or plain" if self._chat else ", or write the prompt in context.template"
+        in_chat, own = self._chat(name), next((root for root in map(self._root, group) if self.recipe.models[root].template), None)
+        why = f"{f'models.{own}' if own else 'data'}.template is chat" if in_chat else "a `context` has `chat` or `system`"
+        key = f"models.{own or self._root(group[0])}.template" if own or len(self._groups) > 1 else "data.template"
+        other = f", or set {key} to alpaca or plain" if in_chat else ", or write the prompt in context.template"
+        if talks:
+            why, other = "the data has conversations", ""
         raise ModelError(
             f"models.{group[0]}: {why}, but the tokenizer of {_join(group)} has no chat template; set `tokenizer:` of the models to one "
             f"that has a chat template{other}"
@@ -118,7 +131,8 @@ class StudyTokens:
     # --- sentences ------------------------------------------------------------------------------------------------------
 
     def notes(self) -> list[str]:
-        """Return one sentence for each group of models that share a tokenizer. It names the tokens that end their answers."""
+        """Return sentences for each group of models that share a tokenizer: the tokens that end their answers and, if models have a
+        `template`, the text around their instructions."""
         found = []
         for group in self._groups:
             lead, text = self._lead(group[0]), self._text(group)
@@ -126,6 +140,8 @@ class StudyTokens:
                 closing, *others = self.ends(lead)
                 also = f"; {_join([*map(text, others)])} can also end it" if others else ""
                 found.append(f"An answer of {_join(group)} ends with {text(closing)}{also}.")
+        if "instruction" in self._forms and any(model.template for model in self.recipe.models.values()):
+            found += [f"Instructions for {_join(group)} have the template `{self.data(group[0]).template}`." for group in self._groups]
         return found
 
     def cautions(self) -> list[str]:
@@ -138,31 +154,32 @@ class StudyTokens:
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
         lead = self._lead(group[0])
-        first, text, found = self._of(lead), self._text(group), []
+        first, text, found, data = self._of(lead), self._text(group), [], self.data(lead)
         for name in group:
             mine, theirs = self._extra(name, lead)
             if mine or theirs:
                 found.append(self._matched(name, lead, mine, theirs))
             if self.tokenizer(name):
-                why = _join([*self._differences(self._of(name), first, text), *([f"has {_more(mine)}"] if mine else [])])
+                why = _join([*self._differences(name, text), *([f"has {_more(mine)}"] if mine else [])])
                 found.append(f"{name} uses the tokenizer of {lead}, because the tokenizer of {name} {why}.")
-        if first.bos is not None and self.bos_matters:
-            if self.recipe.data.bos == "auto":
+        if first.bos is not None and self.bos_matters(lead):
+            if data.bos == "auto":
                 found.append(f"Prompts begin with {text(first.bos)}, the BOS of the tokenizer of {lead}; `data.bos: never` leaves it out.")
             else:
                 found.append(
                     f"Because of `data.bos: never`, prompts do not begin with {text(first.bos)}, the BOS of the tokenizer of {lead}."
                 )
-        written = chat.opening(first.template, {**first.specials, **self.recipe.data.chat_template_kwargs})
-        if self._chat and self.recipe.data.turns == "answer" and written:
+        written = chat.opening(first.template, {**first.specials, **data.chat_template_kwargs})
+        if self._chat(lead) and data.turns == "answer" and written:
             found.append(
                 f"The chat template of {lead} writes {written!r} before an answer. `data.turns: answer` does not learn it, but "
                 "`data.turns: last` does."
             )
         chats = [name for name in group if self._of(name).template]
-        if chats and self.recipe.data.template != "chat" and "instruction" in self._forms:
+        chosen = data is not self.recipe.data  # a model has its own `template`
+        if chats and not chosen and data.template != "chat" and "instruction" in self._forms:
             found.append(
-                f"Check data.template: it is {self.recipe.data.template}, but {_join(chats)} {'has' if len(chats) == 1 else 'have'} a chat "
+                f"Check data.template: it is {data.template}, but {_join(chats)} {'has' if len(chats) == 1 else 'have'} a chat "
                 "template; for chat models set data.template: chat."
             )
         return found
@@ -173,13 +190,13 @@ class StudyTokens:
         shown = ", ".join(list(extra)[:_SHOWN]) + (" …" if len(extra) > _SHOWN else "")
         return f"{lead} and {name} share {shared:,} tokens. {who} has {_more(extra)} ({shown}), which no text may contain."
 
-    def _differences(self, own: Tokens, lead: Tokens, text: Callable[[int], str]) -> list[str]:
-        found = []
+    def _differences(self, name: str, text: Callable[[int], str]) -> list[str]:
+        found, own, lead = [], self._of(name), self._of(self._lead(name))
         if own.eos is not None and own.eos != lead.eos:
             found.append(f"has the EOS {text(own.eos)}")
-        if self._chat and (own.template or "").strip() != (lead.template or "").strip():
+        if self._chat(name) and (own.template or "").strip() != (lead.template or "").strip():
             found.append("has another chat template" if own.template else "has no chat template")
-        if own.bos != lead.bos and self.bos_matters and self.recipe.data.bos == "auto":
+        if own.bos != lead.bos and self.bos_matters(name) and self.recipe.data.bos == "auto":
             found.append("puts no BOS first" if own.bos is None else "puts BOS first")
         return found
 
@@ -245,7 +262,7 @@ class StudyTokens:
         # the model whose tokenizer the group uses: the teacher, unless a chat template is needed and the teacher has none
         group = self._group(name)
         ordered = [self.teacher, *group] if self.teacher in group else group
-        wanted = (n for n in ordered if n and (not self._templated or self._of(n).template))
+        wanted = (n for n in ordered if n and (not self._templated(name) or self._of(n).template))
         return next(wanted, ordered[0] or name)
 
     @cached_property
@@ -288,19 +305,17 @@ class StudyTokens:
     def _splits(self) -> list[tuple[DataRef, str]]:
         return [(ref, role) for role, ref in self.recipe.data.splits()]
 
-    @cached_property
-    def _chat(self) -> bool:
-        return "messages" in self._forms or (self.recipe.data.template == "chat" and "instruction" in self._forms)
+    def _chat(self, name: str) -> bool:
+        return "messages" in self._forms or (self.data(name).template == "chat" and "instruction" in self._forms)
 
-    @cached_property
-    def _templated(self) -> bool:
-        # a chat template writes some prompts: those of the study, or a teacher's own
-        return self._chat or any(context.chat or context.system is not None for context in contexts_of(self.recipe))
+    def _templated(self, name: str) -> bool:
+        # a chat template writes some prompts: those of the model, or a teacher's own
+        return self._chat(name) or any(context.chat or context.system is not None for context in contexts_of(self.recipe))
 
-    @cached_property
-    def bos_matters(self) -> bool:
-        """True if some texts are not written by a chat template. Then `data.bos` decides whether these texts begin with BOS."""
-        data = self.recipe.data
+    def bos_matters(self, name: str) -> bool:
+        """Return True if a chat template does not write all texts of a model. Then `data.bos` decides whether these texts begin with
+        BOS."""
+        data = self.data(name)
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 
 

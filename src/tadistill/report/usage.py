@@ -9,6 +9,7 @@ from tadistill.config.evaluate import Evaluate
 from tadistill.data.prompts import render, split_prompt
 from tadistill.data.rows import Example
 from tadistill.data.tinyworld import world_rows
+from tadistill.disk import read_json
 from tadistill.models import tokens
 from tadistill.report.plain import code
 from tadistill.results.collect import Results
@@ -45,9 +46,11 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     """Return the format of the prompts on which a model was trained.
 
-    If the training rows have their own format, it is that format. Otherwise it is the recipe's template.
+    If the training rows have their own format, it is that format. Otherwise it is the template of the model in the recipe.
     """
-    template = _data(results)["template"]
+    key = next(iter(arm.evaluate.values()), None)
+    spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}
+    template = spec["data"]["template"]
     if template == "chat" or not (prompt := _first_prompt(results, arm)):
         return template
     if split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n"):

@@ -86,8 +86,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         ConfigError: the metric that selects a checkpoint needs facts or right answers, but the dev set does not contain them.
     """
     found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
-    data, bos = recipe.data, tokens.encoding(name).bos
-    if data.bos == "auto" and tokens.bos_matters and not bos and adds_bos(tokenizer):
+    data, bos = tokens.data(name), tokens.encoding(name).bos
+    if data.bos == "auto" and tokens.bos_matters(name) and not bos and adds_bos(tokenizer):
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not contain this setting; "
             "save it again with save_pretrained, or set data.bos: never"

@@ -1,10 +1,11 @@
 """The tokenizer, the ends of answers and BOS that a plan chooses, and the stages whose keys depend on them."""
 
 import pytest
+from pydantic import ValidationError
 from tests.byte_models import BOS, CHATML, EOS, IM_END, ROWS, byte_model, byte_tokenizer, save, write_rows
 
 from tadistill.config.recipe import Recipe
-from tadistill.errors import ModelError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.plan.arms import make_plan
 
 OTHER = CHATML.replace("\n{% endfor %}", "{% endfor %}")
@@ -167,3 +168,61 @@ def test_the_plan_says_which_ends_and_warns_of_a_template(plan):
     ]
     assert plan("listed", "base", "prompts").tokens.cautions() == []
     assert BOS not in found.tokens.ends("s")
+
+
+@pytest.fixture
+def across(folder):
+    """A plan of t, a chat model of bytes, and s, whose tokenizer has other tokens and no chat template."""
+
+    def across(template: str, of_t: str | None = None, of_s: str | None = None, **more: dict):
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        models = {
+            "t": {"load": str(folder / "base"), "template": of_t},
+            "s": {"load": "scratch:llama", "tokenizer": "tinyworld", "config": small, "template": of_s},
+        }
+        file = str(folder / "rows.jsonl")
+        recipe = {
+            "study": "x",
+            "seeds": [1],
+            "models": models | more,
+            "data": {"train": file, "dev": file, "test": [file], "template": template},
+            "method": {"name": "seqkd", "optim": {"steps": 1}},
+            "arms": {"a": f"t > {' > '.join(more)} > s" if more else "t > s", "t": "t"},
+        }
+        return make_plan(Recipe.model_validate(recipe))
+
+    return across
+
+
+def test_each_model_has_its_own_template(across):
+    with pytest.raises(
+        ModelError, match=r"models\.s: data\.template is chat, .* no chat template; .*, or set models\.s\.template to alpaca or"
+    ):
+        across("chat")
+    with pytest.raises(ModelError, match=r"models\.s: models\.s\.template is chat, but the tokenizer of s"):
+        across("plain", of_s="chat")
+    found = across("chat", of_s="plain")
+    read = {(stage.kind, stage.model): stage.spec.data.template for stage in found.stages.values() if stage.kind != "analyse"}
+    assert {template for (_, model), template in read.items() if model == "t"} == {"chat"}
+    assert {template for (kind, model), template in read.items() if model == "s" and kind != "generate"} == {"plain"}
+    (text,) = (stage.spec for stage in found.stages.values() if stage.kind == "generate")
+    assert (text.data.template, text.data.ends[0]) == ("chat", IM_END)
+    told = found.tokens.notes()
+    assert "Instructions for t have the template `chat`." in told
+    assert "Instructions for s have the template `plain`." in told
+    assert not [sentence for sentence in found.tokens.cautions() if "Check data.template" in sentence]
+    same = across("plain", of_t="chat").stages
+    assert {key for key, stage in same.items() if stage.model == "t"} == {key for key, stage in found.stages.items() if stage.model == "t"}
+    assert across("chat", of_s="plain").stages.keys() == same.keys()
+
+
+def test_models_with_one_tokenizer_read_one_template(across, folder):
+    other = {"load": str(folder / "listed"), "template": "alpaca"}
+    with pytest.raises(
+        ConfigError, match=r"models\.t\.template is chat, but models\.l\.template is alpaca\. Both models have the same tok"
+    ):
+        across("plain", of_t="chat", l=other)
+    found = across("plain", of_t="chat", l={"load": str(folder / "listed")})
+    assert {found.tokens.data(name).template for name in ("t", "l")} == {"chat"}
+    with pytest.raises(ValidationError, match="a model that is made from another one has its template; remove `template`, or set it for"):
+        across("plain", l={"init": {"from": "t", "layers": 1}, "template": "chat"})

@@ -48,6 +48,7 @@ class StudySpec:
     unfinished: tuple[tuple[str, int], ...] = ()
     steps: int = 10
     prompt: str = "Instruction: name the capital of country {index}."
+    template: str = "alpaca"
     answer: str = NASTY
     also: dict[str, dict] = field(default_factory=lambda: {"greedy": {"temperature": 0.0}, "t0.5": {"temperature": 0.5}})
     teacher: str | None = "xl"
@@ -225,6 +226,7 @@ def _measure(study: Study, spec: StudySpec, arm: ArmSpec, seed: int, keys: dict[
         files = {"scores.json": json.dumps(as_lists)}
         if what == "evaluate":
             files |= {"predictions.jsonl": "\n".join(predictions) + "\n", "corpus.json": json.dumps(_corpus(spec, arm, rng))}
+            files["stage.json"] = json.dumps({"spec": {"data": {"template": spec.template}}})
         if what == "analyse":
             files["exposure.json"] = json.dumps({name: _exposure(arm, rng) for name in spec.sets})
         finish(study.store_dir, keys[what], files)

@@ -26,10 +26,11 @@ PROMPTS = {
 
 def exported(tmp_path, written: str, *, template: str, adds_bos: bool = False, **evaluate) -> tuple[Results, str]:
     """Export a tiny model of a study whose prompts have a format; return its card too."""
-    study = build_study(tmp_path, StudySpec([ArmSpec("one", ("xl", "s"))], (10,), {"dolly": 2}, (), 1, prompt=PROMPTS[written], also={}))
+    prompts = {"prompt": PROMPTS[written], "template": template}
+    study = build_study(tmp_path, StudySpec([ArmSpec("one", ("xl", "s"))], (10,), {"dolly": 2}, (), 1, also={}, **prompts))
     path = study.study_dir / "plan.json"
     plan = json.loads(path.read_text())
-    plan["recipe"]["data"] |= {"template": template, "bos": "auto"}
+    plan["recipe"]["data"] |= {"bos": "auto"}
     plan["recipe"]["evaluate"] |= {"max_new_tokens": 5} | evaluate
     path.write_text(json.dumps(plan))
     key = plan["arms"][0]["final"]["10"]

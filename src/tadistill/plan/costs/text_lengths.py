@@ -105,9 +105,9 @@ class TextLengths(ModelSizes):
 
     @property
     def reading(self) -> Recipe:
-        """The recipe with only the models whose tokenizer counts the tokens."""
+        """The recipe with only the models whose tokenizer counts the tokens, and with their template."""
         models = {name: model for name, model in self.recipe.models.items() if name in self.readers or not self.readers}
-        return self.recipe.model_copy(update={"models": models})
+        return self.recipe.model_copy(update={"models": models, "data": self.recipe.data_of(models)})
 
     @cached_property
     def dev(self) -> list[Texts]:
