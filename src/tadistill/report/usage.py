@@ -48,7 +48,7 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
 
     If the training rows have their own format, it is that format. Otherwise it is the template of the model in the recipe.
     """
-    key = next(iter(arm.evaluate.values()), None)
+    key = _evaluated(results, arm)
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}
     template = spec["data"]["template"]
     if template == "chat" or not (prompt := _first_prompt(results, arm)):
@@ -63,8 +63,13 @@ def _data(results: Results) -> dict[str, Any]:
 
 
 def _first_prompt(results: Results, arm: ArmRecord) -> str:
-    key = arm.evaluate[arm.first_seed(results.scores[arm.name])]
-    return load_predictions(results.store, key)[0]["prompt"] if results.scores[arm.name] else ""
+    key = _evaluated(results, arm)
+    return load_predictions(results.store, key)[0]["prompt"] if key else ""
+
+
+def _evaluated(results: Results, arm: ArmRecord) -> str | None:
+    # the first finished evaluation of the arm
+    return arm.evaluate[arm.first_seed(results.scores[arm.name])] if results.scores[arm.name] else None
 
 
 def _puts_bos(results: Results, written: Format, folder: Path) -> bool:
