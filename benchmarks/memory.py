@@ -1,8 +1,8 @@
-"""Compares the predicted memory of stages with the memory that they use: the largest stage of five shipped recipes, in a small form.
+"""Compares the predicted memory of stages with the memory that they use: the largest stage of shipped recipes, in a small form.
 
     python benchmarks/memory.py [--only minillm/gpt2-120M] [--folder DIR] [--markdown PATH]
 
-A small form has the recipe's methods, precisions and model families, and its vocabulary size. Its models are narrower, have fewer layers
+A small form has the recipe's methods, precisions and model families, and its vocabulary sizes. Its models are narrower, have fewer layers
 and random weights. Texts are random words. Batches are small, and there are two updates. The measured stage has a process of its own. On a
 CPU, its memory is the largest resident anonymous memory, sampled every few milliseconds, minus that at the stage's start, when everything
 is imported. On a GPU it is `torch.cuda.max_memory_allocated`.
@@ -33,6 +33,9 @@ _QWEN2 = ("scratch:qwen2", *_SIZES, {"tie_word_embeddings": True})
 _SMOL = ("scratch:llama", *_SIZES, {"max_position_embeddings": 512, "tie_word_embeddings": True})
 
 
+_GEMMA = ("scratch:gemma3_text", *_SIZES, {"max_position_embeddings": 512, "num_key_value_heads": 1, "head_dim": 64})
+
+
 class Small(NamedTuple):
     """How a recipe is made small."""
 
@@ -42,6 +45,10 @@ class Small(NamedTuple):
     vocab: int
     models: dict[str, tuple[int, int, int]]
     """Width, layers and heads of each loaded model. The feed-forward width is 4 times (GPT-2, OPT) or 3 times the width."""
+    others: dict[str, tuple[tuple[str, str, str, str, dict[str, Any]], int]] = {}
+    """Family and vocabulary size of each model that differs from the others. Its tokenizer has the same first words."""
+    stage: str = ""
+    """How the label of the compared stage begins. Empty for any stage."""
 
 
 RECIPES = {
@@ -50,6 +57,9 @@ RECIPES = {
     "minillm/llama-7B": Small("kd", _LLAMA, 32000, {"teacher": (640, 8, 8), "init": (512, 8, 8), "base": (512, 8, 8)}),
     "minillm/qwen2.5-1.5B": Small("minillm", _QWEN2, 151936, {"teacher": (320, 8, 5), "init": (192, 6, 3), "base": (192, 6, 3)}),
     "smollm2_dolly": Small("kd", _SMOL, 49152, {"xl": (384, 12, 6)}),
+    "bridge/smollm2-gemma": Small(
+        "direct", _SMOL, 49152, {"gemma": (128, 6, 2), "l": (384, 12, 6)}, {"gemma": (_GEMMA, 262144)}, "distill gemma -> s"
+    ),
 }
 
 
@@ -94,11 +104,11 @@ def compare(name: str, folder: Path) -> Row:
     from tadistill.store import Store
 
     folder.mkdir(parents=True, exist_ok=True)
-    _texts(folder, RECIPES[name].vocab)
+    _texts(folder, RECIPES[name])
     recipe = parse(small(name, folder), source=name, folder=folder)
     plan, store = make_plan(recipe), Store(folder / "store")
     needs = {key: estimated(memory) if (memory := planned_memory(plan, stage)) else 0 for key, stage in plan.stages.items()}
-    largest = max(needs, key=lambda key: needs[key])
+    largest = max((key for key in needs if plan.stages[key].label.startswith(RECIPES[name].stage)), key=lambda key: needs[key])
     for key in plan.stages:
         if key in with_ancestors(plan.stages, [largest]):
             used = _in_process(pickle.dumps(make_task(plan, plan.stages[key], store)), folder)
@@ -180,9 +190,9 @@ def small(name: str, folder: Path) -> dict[str, Any]:
     """Return the small form of a shipped recipe as plain data."""
     form = RECIPES[name]
     raw = yaml.safe_load((Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
-    load, width, layers, heads, more = form.family
-    inner = {"scratch:gpt2": ("n_inner", 4), "scratch:opt": ("ffn_dim", 4)}.get(load, ("intermediate_size", 3))
     for model, entry in raw["models"].items():
+        (load, width, layers, heads, more), vocab = form.others.get(model, (form.family, form.vocab))
+        inner = {"scratch:gpt2": ("n_inner", 4), "scratch:opt": ("ffn_dim", 4)}.get(load, ("intermediate_size", 3))
         if "load" in entry:
             size = form.models[model]
             config = dict(zip((width, layers, heads), size, strict=True)) | {inner[0]: inner[1] * size[0]} | more
@@ -190,7 +200,7 @@ def small(name: str, folder: Path) -> dict[str, Any]:
                 config["num_key_value_heads"] = 1
             if load == "scratch:opt":
                 config["word_embed_proj_dim"] = size[0]
-            entry |= {"load": load, "tokenizer": str(folder / "tokenizer"), "config": config}
+            entry |= {"load": load, "tokenizer": str(_tokenizer(folder, vocab)), "config": config}
         elif "init" in entry:
             entry["init"]["layers"] = form.models[entry["init"]["from"]][1] // 2
     _shorten(raw)
@@ -220,19 +230,28 @@ def _shorten(part: Any) -> None:
             _shorten(value)
 
 
-def _texts(folder: Path, vocab: int) -> None:
+def _tokenizer(folder: Path, vocab: int) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<eos>", "<unk>", *(f"w{i}" for i in range(vocab - 2))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder / "tokenizer")
-    draw = random.Random(1)
+    made = folder / f"tokenizer-{vocab}"
+    if not made.exists():
+        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<eos>", "<unk>", *_words(vocab)])}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(made)
+    return made
+
+
+def _words(vocab: int) -> list[str]:
+    return [f"w{i}" for i in range(vocab - 2)]
+
+
+def _texts(folder: Path, form: Small) -> None:
+    draw, words = random.Random(1), _words(form.vocab)
     for part, rows in {"train": 64, "dev": 8, "test": 8}.items():
         with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as file:
             for _ in range(rows):
-                prompt, answer = (" ".join(draw.choices(words[2:], k=draw.randint(40, 100))) for _ in range(2))
+                prompt, answer = (" ".join(draw.choices(words, k=draw.randint(40, 100))) for _ in range(2))
                 file.write(json.dumps({"instruction": prompt, "output": answer, "text": f"{prompt} {answer}"}) + "\n")
 
 

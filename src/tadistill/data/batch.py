@@ -7,7 +7,7 @@ at position t. Only this module makes this shift.
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,7 +257,7 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
     Raises:
         StoreError: the file is missing or damaged.
     """
-    places = np.array([place for place, _ in stream_jsonl(file)], np.int64)
+    places, _ = _answers_in(file, file.stat().st_mtime_ns if file.is_file() else 0)
 
     def read(i: int) -> Sequence:
         _, row = next(stream_jsonl(file, start=int(places[i])))
@@ -271,8 +271,16 @@ def answered_rows(file: Path, encoded: Seq[Encoded]) -> np.ndarray:
 
     The file has these numbers if it leaves out rows. Otherwise, its rows are those of `encoded`.
     """
-    numbers = [row.get("row") for _, row in stream_jsonl(file)]
-    return row_numbers(encoded) if None in numbers else np.array(numbers, np.int64)
+    _, numbers = _answers_in(file, file.stat().st_mtime_ns if file.is_file() else 0)
+    return row_numbers(encoded) if numbers is None else numbers
+
+
+@lru_cache(maxsize=1)
+def _answers_in(file: Path, mtime_ns: int) -> tuple[np.ndarray, np.ndarray | None]:
+    # where each row of a file begins, and its number in the split; `responses` and `answered_rows` share one reading
+    rows = [(place, row.get("row")) for place, row in stream_jsonl(file)]
+    places, numbers = [place for place, _ in rows], [number for _, number in rows]
+    return np.array(places, np.int64), None if None in numbers else np.array(numbers, np.int64)
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:

@@ -1,11 +1,15 @@
 """Collation: the mask is the predictions of response tokens, EOS once; padding changes no logit and no loss."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from tests.conftest import response_logits, tiny_model
 
-from tadistill.data.batch import Batch, Sequence, collate, responses
+from tadistill.data import batch
+from tadistill.data.batch import Batch, Sequence, answered_rows, collate, responses
+from tadistill.data.templates import Encoded
 from tadistill.disk import write_rows
 from tadistill.errors import StoreError
 from tadistill.objectives import cross_entropy
@@ -34,6 +38,21 @@ def test_responses_are_read_when_they_are_asked_for(tmp_path):
         file.write('{"prompt": [1')
     with pytest.raises(StoreError, match=r"r.jsonl cannot be read \(line 4"):
         responses(tmp_path / "r.jsonl")
+
+
+def test_the_rows_of_answers_need_no_second_reading_of_the_file(tmp_path, monkeypatch):
+    rows = [{"prompt": [1], "response": [2, 3], "row": 4}, {"prompt": [5], "response": [6]}]
+    write_rows(tmp_path / "some.jsonl", [rows[0], rows[0] | {"row": 7}])
+    write_rows(tmp_path / "all.jsonl", rows)
+    encoded = [Encoded(i, (1,), (2,)) for i in (3, 9)]
+    for name, numbers in (("some", [4, 7]), ("all", [3, 9])):
+        assert len(responses(tmp_path / f"{name}.jsonl")) == 2
+        with monkeypatch.context() as blind:
+            blind.setattr(batch, "stream_jsonl", None)
+            assert answered_rows(tmp_path / f"{name}.jsonl", encoded).tolist() == numbers
+    write_rows(tmp_path / "all.jsonl", [rows[0]])
+    os.utime(tmp_path / "all.jsonl", ns=(1, 1))
+    assert len(responses(tmp_path / "all.jsonl")) == 1  # another content is read again
 
 
 def test_text_without_a_prompt_counts_from_its_second_token():
