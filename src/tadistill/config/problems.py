@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.data import ONE, SETS
-from tadistill.config.reference import NAME, named_classes
+from tadistill.config.reference import NAME, meaning, named_classes
 from tadistill.config.shorthand import METHODS
 
 _WORDS = {
@@ -259,12 +259,15 @@ def _plain(value: Any) -> str:
 
 
 def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
-    name, here = str(key[-1]), sorted({n for m in _resolve(location[:-1], root)[1] for n in _fields(m)})
+    name, blocks = str(key[-1]), _resolve(location[:-1], root)[1]
+    here = sorted({n for m in blocks for n in _fields(m)})
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
     for other in wanted:
         if other in here:
             return other, f"did you mean `{other}`?"
+    if len(alike := {n for m in blocks for n, field in m.model_fields.items() if _is_called(plain, meaning(m, n))}) == 1:
+        return alike.copy().pop(), f"did you mean `{alike.pop()}`?"
     if close := difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7):
         elsewhere = [p for other in wanted[:1] for p in _places(root).get(other, [])]
         if not elsewhere or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7:
@@ -276,6 +279,11 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
                 return "", f"did you mean `{place}`?"
             return "", f"it belongs to another `type`; the keys of this one are: {', '.join(here)}."
     return "", f"the known keys here are: {', '.join(here)}."
+
+
+def _is_called(word: str, text: str) -> bool:
+    # `temperature` means the key that is described as "The temperature. …"; but "Name of …" is the name of something else
+    return word != "name" and re.match(rf"(the )?{re.escape(word.replace('_', ' '))}([.,:;]| of )", text, re.IGNORECASE) is not None
 
 
 @functools.cache

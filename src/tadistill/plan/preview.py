@@ -153,9 +153,10 @@ def _arms(plan: Plan) -> Table:
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
-        method = arm.method
-        path = marked(arm.arm.text, lossy_steps(plan.tokens, arm.arm.path)) + (", context" if method.context else "")
-        path += f", EMA {method.ema:g}" if method.ema is not None else ""
+        path = marked(arm.arm.text, lossy_steps(plan.tokens, arm.arm.path))
+        if arm.arm.learners:  # without a teacher, these settings have no effect
+            path += ", context" if arm.method.context else ""
+            path += f", EMA {arm.method.ema:g}" if arm.method.ema is not None else ""
         asked = ["–" if arm.asked is None else f"{arm.asked:.2e}"] if asks else []
         rule = "\n".join(filter(None, (arm.arm.compute, arm.arm.teacher_budget and f"teacher {arm.arm.teacher_budget}")))
         table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), *asked, rule)

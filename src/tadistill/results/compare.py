@@ -97,6 +97,7 @@ def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     arm of the first chain, so that a study calls one arm direct distillation.
     """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
+    teacher = None if teacher == arm.model else teacher  # a model that teaches itself is no original teacher of its student
     chain = next((other for other in results.plan.arms if other.has_assistant and other.model == arm.model), None)
     like = arm if arm.has_assistant or arm.compute else chain
     method = like.method if like else None

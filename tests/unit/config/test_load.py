@@ -62,6 +62,7 @@ def test_an_empty_mapping_empties(recipe):
         ("models.s={load: null, tokenizer: null, init: {from: s, layers: 1}}", ["has a cycle"]),
         ("models.s.load=null", ["line 5", "exactly one of `load`, `init`"]),
         ("data.test=[]", ["data.test", "names no set, so nothing can be measured"]),
+        ("models.q={temper: {of: xl, temperature: 2}}", ["`models.q.temper.temperature` is not a known key; did you mean `tau`?"]),
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("seeds=[1,1]", ["contain a seed twice"]),

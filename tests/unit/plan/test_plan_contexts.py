@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -138,6 +139,10 @@ def test_a_moving_average_begins_with_the_weights_of_its_student():
     assert ema.spec.teacher == ema.spec.student == fixed.spec.teacher
     assert second.spec.teacher == second.spec.student == FromStage(stage=first.key)
     assert ema.label.endswith("reverse_kl on student, with a context, EMA 0.9, 16 updates, seed 1")
+    out = io.StringIO()
+    whole = {"optim": {"steps": 16, "batch": 16}, "ema": 0.9} | {key: SELF[key] for key in ("context", "sampler", "objective")}
+    preview.print_plan(plan(method=whole, arms={"ema": "s > s", "alone": "s"}), Store(io.__file__), Console(file=out, width=200))
+    assert re.findall(r"^ (ema|alone) +(.*?)  ", out.getvalue(), re.MULTILINE) == [("ema", "s > s, context, EMA 0.9"), ("alone", "s")]
     assert (ema.flops, ema.key == fixed.key) == (fixed.flops, False)
     (half,), (other,), (adapters,) = (stages(found, name) for name in ("half", "half ema", "adapters"))
     assert ema.cost.memory.frozen == fixed.cost.memory.frozen == other.cost.memory.frozen == 2 * half.cost.memory.frozen

@@ -116,6 +116,12 @@ def test_a_chain_knows_its_twin_and_its_direct_arm(shared):
     assert direct_of(results, chain) is direct
 
 
+def test_a_model_that_teaches_itself_is_measured_against_the_direct_arm(tmp_path):
+    arms = [ArmSpec("direct", ("xl", "s")), ArmSpec("itself", ("s", "s"), text="s > s, context")]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1,), teacher=None)).read()  # `analyse: false`
+    assert direct_of(results, results.plan.arms[1]) is results.plan.arms[0]
+
+
 def test_unfinished_evaluations_are_listed_and_their_arms_kept(unfinished):
     results = unfinished.results
     assert [(entry.arm, entry.seed) for entry in results.missing] == [("direct", 20), ("chain", 10), ("chain", 20)]
