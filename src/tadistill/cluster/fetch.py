@@ -92,9 +92,10 @@ def needs(recipe: Recipe) -> list[Need]:
 
 def conversions(recipe: Recipe) -> list[Need]:
     """Return the models and tokenizers of a recipe that are GGUF files on this disk. They are read after a conversion."""
-    kinds = {"model": [model.load for model in recipe.models.values()], "tokenizer": [model.tokenizer for model in recipe.models.values()]}
-    named = [(kind, load) for kind, loads in kinds.items() for load in loads if load and load not in TOKENIZERS]
-    return list(dict.fromkeys(Need(kind, load, "main") for kind, load in named if sources.parse_source(load).kind == "gguf"))
+    models = recipe.models.values()
+    named = [Need("model", model.load, "main") for model in models if model.load]
+    named += [Need("tokenizer", model.tokenizer, "main") for model in models if model.tokenizer]
+    return [n for n in dict.fromkeys(named) if n.name not in TOKENIZERS and sources.parse_source(n.name).kind == "gguf"]
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:

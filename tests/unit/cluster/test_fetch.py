@@ -123,7 +123,7 @@ def test_gguf_files_are_converted_so_that_a_plan_knows_their_sizes(tmp_path, mon
     monkeypatch.setattr(fetch, "needs", lambda recipe: [])
     assert read_config(str(file)) is None
     assert "converted" in run(tmp_path, text)
-    assert read_config(str(file))["hidden_size"] == 16
+    assert (read_config(str(file)) or {})["hidden_size"] == 16
     assert "already here" in run(tmp_path, text)
 
 
