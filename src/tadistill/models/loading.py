@@ -160,10 +160,21 @@ def convert_gguf(file: Path, directory: Path) -> None:
             raise ModelError(
                 f"GGUF file `{file.name}` cannot be read: {first_line(error)}; use another file or the model's hub id"
             ) from error
+        _check_attention(loaded.config, file)
         plain = _without_quantization(loaded)
         plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         ordinary_permissions(directory)
+
+
+def _check_attention(config: PreTrainedConfig, file: Path) -> None:
+    # a GGUF file does not have this number, and transformers takes that of the small Gemma models
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    if scale is not None and scale != config.head_dim:
+        raise ModelError(
+            f"GGUF file `{file.name}` has a {config.model_type} model with heads of {config.head_dim} numbers, and does not say how its "
+            "attention is scaled (query_pre_attn_scalar); use the model's hub id"
+        )
 
 
 def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:

@@ -9,10 +9,12 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import constants
+from tests.conftest import tiny_model
 from tests.unit.models.conftest import cached_repository, write_gguf, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tadistill import disk as files
+from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import ModelError
 from tadistill.models import wheels
 from tadistill.models.loading import load_model, load_tokenizer
@@ -210,6 +212,71 @@ def test_gguf_becomes_an_ordinary_directory(gguf_file, cache, capfd):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")
     assert tokenizer.chat_template == words.chat_template
     assert "m['content']" in tokenizer.chat_template
+
+
+def write_gemma(path, model):
+    """Writes a gemma3_text model as llama.cpp does: norms hold 1 + weight; a SentencePiece tokenizer with a token for each byte."""
+    import gguf
+
+    config, state = model.config, model.state_dict()
+    words = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 2, "<end_of_turn>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
+    words |= dict.fromkeys(["\u2581", "t", "h", "e", "th", "the", "\u2581the"], 1)
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e6)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*words])
+    writer.add_token_types([*words.values()])
+    writer.add_token_scores([-float(i) for i in range(len(words))])
+    for i, add in enumerate((writer.add_pad_token_id, writer.add_eos_token_id, writer.add_bos_token_id, writer.add_unk_token_id)):
+        add(i)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    for name, weight in state.items():
+        if name != "lm_head.weight":
+            stored = names.get_name(name, try_suffixes=(".weight",))
+            writer.add_tensor(stored, (weight + 1 if "norm" in name else weight).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_of_gemma_3_is_the_model_and_reads_every_byte(tmp_path, cache):
+    sizes = {"vocab": 268, "sliding_window": 4, "layers": 6}  # the sixth layer has no window
+    written = tiny_model("gemma3_text", head_dim=256, **sizes)
+    with torch.no_grad():
+        for name, weight in written.named_parameters():
+            if "norm" in name:
+                weight.normal_(std=0.1)
+    write_gemma(tmp_path / "gemma.gguf", written)
+    write_gemma(tmp_path / "27b.gguf", tiny_model("gemma3_text", head_dim=12, **sizes))
+    with pytest.raises(
+        ModelError, match=r"`27b.gguf` has a gemma3_text model with heads of 12 numbers, and does not say how its attention"
+    ):
+        fetch(str(tmp_path / "27b.gguf"))
+    model, tokenizer = load_model(str(tmp_path / "gemma.gguf")), load_tokenizer(str(tmp_path / "gemma.gguf"))
+    assert set(written.config.layer_types) == {"sliding_attention", "full_attention"}
+    ids = tokenizer(" the théâtre\n東🙂\r\n", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, written(ids).logits, rtol=0, atol=1e-5)
+    assert tokenizer.convert_ids_to_tokens(ids[0, :3].tolist()) == ["<bos>", "\u2581the", "\u2581"]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")
+    known = token_bytes(tokenizer)
+    read = known.read(" the théâtre\n東🙂\r\n", first=False)
+    assert b"".join(read.pieces) == " the théâtre\n東🙂\r\n".encode()
+    assert all(read.exact)
+    assert tuple(ids[0, 1:].tolist()) == tuple(read.ids)
 
 
 def test_gguf_is_converted_once(gguf_file, tmp_path):
