@@ -150,7 +150,7 @@ def human(
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
 ) -> None:
-    """Write a sheet for people who rate answers without knowing the models, or read filled-in sheets.
+    """Write a sheet on which people rate answers without knowing the models. If filled-in sheets are given, read the ratings instead.
 
     More: the page "Judges: a language model, or people" of the documentation.
     """

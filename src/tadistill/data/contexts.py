@@ -135,7 +135,7 @@ def _columns(context: TeacherContext, example: Example, prompt: str | None, wher
         found |= {"instruction": example.instruction, "input": example.input}
     if missing := [name for name in context.columns if name not in found]:
         raise DataError(
-            f"{where}: context.template names `{{{missing[0]}}}`, but the row has only {', '.join(found)}; correct the name, or name the "
-            f"file's column in data.train.extra, for instance extra: [{missing[0]}]"
+            f"{where}: context.template names `{{{missing[0]}}}`, but the row has only {', '.join(found)}; correct the template, or add "
+            f"the column to data.train.extra, for instance `extra: [{missing[0]}]`"
         )
     return found

@@ -62,7 +62,7 @@ def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class CrossReading:
-    """The bits per byte of one model's answers, for the model itself and for another one."""
+    """The answers of one model (the writer) in bits: how well the writer and another model (the reader) predict them."""
 
     writer: np.ndarray
     """(N,) with the tokens that the writer sampled."""

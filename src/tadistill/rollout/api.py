@@ -182,13 +182,13 @@ class Asking:
     def _sentence(self, done: int, total: int) -> str:
         saved = f"{done} of {total} answers are saved, {total - done} are missing"
         if self.reason:
-            return f"the API {self.api.at} of {self.name} {self.reason}: {saved}; run the same command to continue"
+            return f"the API {self.api.at} of {self.name} failed: {self.reason}; {saved}; run the same command to continue"
         rows = sorted(self.failed)
         named = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
         plural = "s" * (len(rows) != 1)
         return (
             f"the API {self.api.at} of {self.name} gives no usable answer to row{plural} {named} of the training set (row {rows[0]}: "
-            f"{self.failed[rows[0]]}): {saved}; run the same command to ask again, or delete the row{plural}"
+            f"{self.failed[rows[0]]}); {saved}; run the same command to ask again, or delete the row{plural}"
         )
 
     def _settle(self, client: "OpenAI", request: Request) -> None:
@@ -210,7 +210,7 @@ class Asking:
             all_refused = not (self.known or self.answered) and len(self.failed) >= _REFUSALS
         if all_refused:
             fix = " (if it does not take a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""
-            self._end(f"has given no usable answer so far: {why}{fix}")
+            self._end(f"it has given no usable answer so far, because {why}{fix}")
             raise Unavailable(why)
 
     def _end(self, reason: str) -> None:
@@ -244,13 +244,13 @@ class Asking:
     def _checked(self, reply: Reply, request: Request) -> Reply:
         if not same_model(self.api.model, reply.model):
             raise Unavailable(
-                f"answers as the model `{reply.model}`, but the recipe has `{self.api.model}` (write `model: {reply.model}` if this is the "
+                f"it answers as the model `{reply.model}`, but the recipe has `{self.api.model}` (write `model: {reply.model}` if this is the "
                 "model)"
             )
         with self.lock:
             other = self._digests.setdefault(reply.digest, request.key)
         if other != request.key:
-            raise Unavailable("sends the same answer to two requests", again=True)
+            raise Unavailable("it sends the same answer to two requests", again=True)
         return reply
 
 

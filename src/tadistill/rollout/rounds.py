@@ -67,9 +67,9 @@ class Teachers:
 class Rollouts(Sampler):
     """The sampler that works in rounds. In a round, it samples `rollouts` sequences, and trains on them for `inner_epochs` epochs.
 
-    `Batch.values` contains log-probabilities of the sampled tokens: `student` under the student at the time of sampling, and `behaviour`
-    under the distribution from which the tokens were sampled. If the objective needs it, there is also `teacher`. With several teachers,
-    the keys are `teacher 0`, `teacher 1` and so on.
+    `Batch.values` contains log-probabilities of the sampled tokens. `student` is computed by the student at the time of sampling, and
+    `behaviour` is that of the distribution from which the tokens were sampled. `teacher` is there if the objective needs the teacher's
+    values. With several teachers, the keys are `teacher 0`, `teacher 1` and so on.
     """
 
     def __init__(

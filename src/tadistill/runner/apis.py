@@ -77,7 +77,7 @@ def _try(name: str, api: Api) -> tuple[str, ...]:
         return knock(client, api.key or "`api.key`, which is not set")
     except Unavailable as error:
         raise ServerFailed(
-            f"models.{name}: the API {api.at} {error}; correct `api`, or run the same command again when the API answers"
+            f"models.{name}: the API {api.at} failed: {error}; correct `api`, or run the same command again when the API answers"
         ) from error
 
 

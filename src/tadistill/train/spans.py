@@ -77,8 +77,8 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
 def rewards(batch: Batch) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans at the student's positions (B, T), before scaling.
 
-    The batch's value `teacher` is the teacher's log-probability of each span, at the span's last token. A reward is paid one token later,
-    because the next token of the student can still change where a span of the teacher ends.
+    `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span stands one
+    token after the span, because the student's next token can still change where a span ends.
     """
     assert batch.aligned is not None
     spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)

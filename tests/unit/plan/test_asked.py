@@ -205,7 +205,7 @@ def test_before_a_run_only_missing_answers_are_counted(tmp_path, monkeypatch):
         assert [row[1] for row in examined(plan.recipe)] == ["warning"]
         fake.models = error(401, "no")
         assert [row[1:3] for row in examined(plan.recipe)] == [
-            ("problem", f"models.api: the API {fake.url} does not accept the key in A_KEY (401)")
+            ("problem", f"models.api: the API {fake.url} failed: it does not accept the key in A_KEY (401)")
         ]
         assert fake.asked == []
     with pytest.raises(ConfigError, match="run `tadistill fetch RECIPE --answers`"):

@@ -138,11 +138,11 @@ _MIXED = 2048
 
 
 def together(parts: Sequence[Texts], weights: Sequence[float], route: Sequence[int]) -> Texts:
-    """Return the lengths of several sets as those of one set.
+    """Merge the lengths of several data sets, as if they were one set.
 
     Args:
-        weights: the share of each set. Without them, every row counts once.
-        route: the number of each set's teacher, if the sets have teachers of their own.
+        weights: the share of each set. Without weights, every row counts once.
+        route: the index of the teacher of each set. It is empty if all sets have the same teacher.
     """
     if len(parts) == 1 and not route:
         return parts[0]
