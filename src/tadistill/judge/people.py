@@ -253,8 +253,8 @@ def _rating(place: str, row: Mapping[str, str], key: Mapping[str, Any], *, rater
     item, letter, text = (row[name].strip() for name in _NEEDED)
     if row.get("sheet", "").strip() not in ("", key["sheet"]):
         raise DataError(
-            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but --name chose the sheet {key['sheet']}; give the name under which "
-            "the row's sheet was written with --name"
+            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but the chosen sheet is {key['sheet']}; "
+            f"choose the row's sheet with --name, or delete the row"
         )
     if item not in key["items"]:
         raise DataError(f"{place}: the sheet has no item `{item}`; use one of its items, p001 to {list(key['items'])[-1]}")

@@ -189,7 +189,7 @@ def per_token(target: Target) -> Tensor:
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
-    """Return the target at the positions `rows`. If `target` is a tensor of logits, only the first `width` tokens of the vocabulary stay."""
+    """Return the target at the positions `rows`. Logits are also cut: the first `width` tokens of the vocabulary stay."""
     if isinstance(target, Hidden):
         return Hidden(target.states[rows], target.head, target.vocab)
     if isinstance(target, TopK):

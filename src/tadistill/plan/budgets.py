@@ -96,7 +96,7 @@ class Budgets:
         rows, most = round(share * self.ledger.rows), self.ledger.rows
         if self.recipe.data.several:
             raise ConfigError(
-                f"{given} `teacher_budget` sets the number of prompts of one training set, and the recipe has several; remove `teacher_budget`"
+                f"{given} `teacher_budget` sets the number of prompts of one training set, and the recipe has several; remove this key"
             )
         if not 1 <= rows <= most:
             needs, fix = (f"{rows:,} answers", "name an arm that asks for less") if rows else ("less than one answer", "name another arm")
