@@ -149,7 +149,7 @@ def test_429_half_way_keeps_what_is_answered(judged):
 
 
 def test_retry_after_is_respected(judged):
-    with serve(lambda number, text: error(429, "later", retry_after="9999")) as fake, pytest.raises(JudgeFailed, match="wait 9999 s"):
+    with serve(lambda number, text: error(429, "later", retry_after="9999")) as fake, pytest.raises(JudgeFailed, match="a pause of 9999 s"):
         judged(fake.url, jobs=1)
     assert len(fake.asked) == 1
 
