@@ -219,7 +219,7 @@ def test_nobody_there(judged):
 def test_wrong_key_is_found_before_anything_is_asked(judged):
     with serve(honest) as fake:
         fake.models = error(401, "bad key")
-        with pytest.raises(JudgeFailed, match=r"OPENAI_API_KEY \(401\): 0 of 40 questions"):
+        with pytest.raises(JudgeFailed, match=r"OPENAI_API_KEY \(401\); 0 of 40 questions"):
             judged(fake.url)
         fake.models = error(404, "no such path")
         judged(fake.url, limit=1)
