@@ -102,7 +102,7 @@ def test_a_fault_that_passes_is_no_fault(tmp_path, fault):
     ("fault", "message"),
     [
         (error(429, "quota", retry_after="0"), r"rate limit or out of quota \(429\)"),
-        (error(429, "quota", retry_after="9999"), "asks to wait 9999 s"),
+        (error(429, "quota", retry_after="9999"), "asks for a pause of 9999 s"),
         (error(503, "down"), "answers 503"),
         (error(401, "no"), "does not accept the key in `api.key`, which is not set"),
         (error(404, "no m here"), "does not know the model or the path"),
@@ -131,7 +131,7 @@ def test_a_fault_that_stays_is_one_sentence_and_what_was_paid_is_kept(tmp_path, 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (error(400, "too long"), r"row 3: answers 400 \(too long\)"),
+        (error(400, "too long"), r"row 3: it answers 400 \(too long\)"),
         (reply(9, "", "length"), "row 3: the answer is empty; raise `max_new_tokens`"),
         (reply(9, "I can", "content_filter"), "row 3: the answer ends by `content_filter`"),
         (reply(9, None, "tool_calls"), "row 3: the answer ends by `tool_calls`"),
