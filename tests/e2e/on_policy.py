@@ -165,7 +165,7 @@ def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interru
         return FixedSequences(again.each(texts) if again else texts, method.optim, **common)
     common["again"] = again
     assert isinstance(config, OnPolicy)
-    common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
+    common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=6), interrupt)
     corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []
     return on_policy(method, texts, encoded, teachers=(*teachers,), vocab=len(tokenizer), corpus=corpus, **common)
 

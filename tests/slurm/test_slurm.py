@@ -94,10 +94,10 @@ def test_a_study_goes_as_arrays_and_survives_a_signal(study):
     subprocess.run(["scancel", "--signal=USR2", record["job"]], check=True)
     study.await_end()
     text = (study.directory / "jobs" / f"{record['job']}_0_log.out").read_text()
-    assert re.search(r"stopped at update \d+ of 400", text)
+    assert re.search(r"stopped at update \d+ of 200", text)
     assert text.count("Starting with JobEnvironment") == 2
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == [*range(4, 401, 4)]  # each once, across the interruption
+    assert steps == [*range(2, 201, 2)]  # each once, across the interruption
     assert study.store.finished(teacher)
 
 
@@ -147,8 +147,8 @@ def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_pat
     study.await_end()
     logs = [(study.runs / "tiny3" / "jobs" / f"{job}_{i}_0_log.out").read_text() for i in range(3)]
     assert "stopped at update" in logs[0]
-    assert "400/400" in logs[1]
-    assert "/400" not in logs[2]  # nothing was left
+    assert "200/200" in logs[1]
+    assert "/200" not in logs[2]  # nothing was left
 
 
 def test_two_submissions_cancelling_and_stale_records(study):

@@ -6,7 +6,7 @@ without transformers (`stand_in`). As in training, `data.templates.encode` appli
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, cast
@@ -119,18 +119,36 @@ def read_lengths(
         context: the teacher's own prompt, if it has one.
     """
     data, tokenizer = recipe.data, StandIn(recipe)
-    sample = [replace(example, choices=()) for example in rows.sample]
     rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context)).lenient
     rules = replace(rules, turns=turns or rules.turns)
     if not tokenizer.known:
         own = context.model_copy(update={"max_prompt": _ENDLESS}) if context else None
         rules = replace(rules, max_prompt=_ENDLESS, max_length=_ENDLESS, context=own)
-    found, _ = encode_counted(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})", rows=rows.places)
+    limits = data.max_prompt, data.max_length, context.max_prompt if context else 0
+    name, of_text = f"data set `{ref.name}` ({role})", (tokenizer.identity, str(rules), limits)
+    return _read(_Sample(name, of_text, id(rows), rows, tokenizer, rules))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    name: str
+    how: tuple[Any, ...]
+    number: int  # of the survey: equal numbers are one survey, because the cache keeps it
+    rows: Survey = field(compare=False)
+    tokenizer: StandIn = field(compare=False)
+    rules: Rules = field(compare=False)
+
+
+@lru_cache(maxsize=32)  # a command makes several plans, most of the same texts
+def _read(asked: _Sample) -> Texts:
+    rows, (_, _, (max_prompt, max_length, max_context)) = asked.rows, asked.how
+    sample = [replace(example, choices=()) for example in rows.sample]
+    found, _ = encode_counted(sample, cast(Any, asked.tokenizer), asked.rules, name=asked.name, rows=rows.places)
     sizes = [(len(e.prompt) + len(e.response) - counted, counted) for e in found for counted in [_counted(e)]]
-    sizes = [(min(other, data.max_prompt, data.max_length - 1), counted) for other, counted in sizes]
-    own = tuple(min(len(e.teacher_prompt), context.max_prompt) for e in found if e.teacher_prompt and context)
+    sizes = [(min(other, max_prompt, max_length - 1), counted) for other, counted in sizes]
+    own = tuple(min(len(e.teacher_prompt), max_context) for e in found if e.teacher_prompt and max_context)
     places = tuple(e.row for e in found)
-    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own, places)
+    return Texts(tuple((p, min(r, max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own, places)
 
 
 _MIXED = 2048

@@ -42,7 +42,9 @@ class StandIn:
 
     def __init__(self, recipe: Recipe):
         loaded = [model for model in recipe.models.values() if model.load]  # models that teach each other share their tokenizer
-        ids, backend = _ids_of(loaded[0], recipe.data.world), _backend(loaded[0], recipe.data.world)
+        first, world = loaded[0], recipe.data.world
+        ids, backend = _ids_of(first, world), _backend(first, world)
+        self._source = first.load, first.tokenizer_source, first.revision, world.seed, world.people
         self.known, self.ids, self._backend = ids is not None, ids or _pieces, backend
         """True if the study's tokenizer is on this disk."""
         self.added_tokens_decoder: dict[int, Any] = backend.get_added_tokens_decoder() if backend else {}
@@ -52,6 +54,11 @@ class StandIn:
             ((model, chats) for model, chats in found if chats[0]), (None, (None, dict[str, str]()))
         )
         self.chat_template, self.name_or_path = template or _CHATML, self._chats.tokenizer_source if self._chats else ""
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Return a value that is equal for two stand-ins that split all texts alike and write all conversations alike."""
+        return self._source, self.known, self.chat_template, str(self.special_tokens_map)
 
     def readable(self, rules: Rules) -> Rules:
         """Return the rules, without variables for a chat template that is not on this disk."""
