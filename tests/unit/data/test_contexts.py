@@ -129,7 +129,11 @@ def test_extra_columns_do_not_hide_known_ones():
             QUESTION,
             r"data, row 1: context.template names `\{document\}`, but the row has only output, prompt, instruction, input",
         ),
-        ("{input}", Example("whole", "", ("a",), verbatim=True), "names `{input}`, but the row has only output, prompt; correct the template"),
+        (
+            "{input}",
+            Example("whole", "", ("a",), verbatim=True),
+            "names `{input}`, but the row has only output, prompt; correct the template",
+        ),
         ("{input}", QUESTION, "data, row 1: the teacher's prompt is empty"),
     ],
 )

@@ -1,6 +1,7 @@
 """The key of every stage of every recipe is the committed one: a finished store stays valid.
 
-`stage_keys.json` maps a recipe to the keys of its stages, in the order of the plan. A key changes only on purpose, together with the
+`stage_keys.json` maps a recipe to the keys of its stages, in the order of the plan. The lengths of answers, which need the real tokenizers,
+are in no key. A key changes only on purpose, together with the
 version of its stage kind and a line in the changelog. Then write the file anew:
 
     python -m tests.unit.plan.test_keys
@@ -14,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from tadistill.config import load
-from tadistill.config.recipe import Recipe
 from tadistill.models import sources
 from tadistill.plan.arms import make_plan
 
@@ -71,11 +71,6 @@ def stub_models(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setattr(sources, "fingerprint", fingerprinted(sources.fingerprint))
 
 
-def keys_of(recipe: Recipe) -> list[str]:
-    """The keys of the recipe's stages. The answers' lengths, which need the real tokenizers, are not part of any key."""
-    return [*make_plan(recipe).stages]
-
-
 def all_recipes() -> dict[str, Path]:
     """Every committed recipe by a short name; `compute` and `teacher_budget` need real tokenizers where models come from the hub."""
     return {str(path.relative_to(RECIPES.parent)): path for path in [*sorted(RECIPES.rglob("*.yaml")), *OWN]}
@@ -103,7 +98,10 @@ def data(tmp_path_factory) -> Path:
 def test_keys_are_the_committed_ones(name, data, tmp_path, monkeypatch):
     stub_models(monkeypatch, tmp_path)
     path = all_recipes()[name]
-    assert keys_of(load(path, changes(path, data))) == json.loads(KEYS.read_text())[name]
+    plan = make_plan(recipe := load(path, changes(path, data)))
+    assert [*plan.stages] == json.loads(KEYS.read_text())[name]
+    assert [arm.name for arm in plan.arms] == list(recipe.arms)
+    assert all(arm.evaluate.keys() == set(recipe.seeds) for arm in plan.arms)
 
 
 def test_no_recipe_is_forgotten():
@@ -117,7 +115,7 @@ def main() -> None:
         write_data(Path(directory) / "data")
         stub_models(patch, Path(directory) / "models")
         for name, path in all_recipes().items():
-            found[name] = keys_of(load(path, changes(path, Path(directory) / "data")))
+            found[name] = [*make_plan(load(path, changes(path, Path(directory) / "data"))).stages]
     KEYS.write_text(json.dumps(found, indent=0) + "\n")
 
 

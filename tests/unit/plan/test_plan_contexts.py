@@ -231,5 +231,5 @@ def test_mistakes(changes, sentence):
 
 
 def test_a_placeholder_that_no_row_has():
-    with pytest.raises(DataError, match=r"row 1: context.template names `\{document\}`, but the row has only .*; correct the name"):
+    with pytest.raises(DataError, match=r"row 1: context.template names `\{document\}`, but the row has only .*; correct the template"):
         plan(arms={"a": SELF | {"context": "{document}"}})

@@ -1,29 +1,26 @@
 """The lengths of a study's texts in tokens, and the work of running a model on these texts.
 
-Work is a count of token positions, of query-key pairs and of positions with logits. Padding is included. Texts are tokenised
-without transformers (`stand_in`). As in training, `data.templates.encode` applies the template, shortens long texts and leaves rows out.
+Work is a count of token positions, of query-key pairs and of positions with logits. Padding is included.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal, cast
 
 from tadistill.config import DataRef, Optim, Recipe
 from tadistill.config.context import TeacherContext
-from tadistill.config.data import Turns
 from tadistill.data import datasets, tinyworld
 from tadistill.data.prompts import Rules
-from tadistill.data.survey import SAMPLE, Survey
-from tadistill.data.templates import Counts, Encoded, encode_counted
+from tadistill.data.survey import SAMPLE
+from tadistill.data.templates import Counts, encode_counted
 from tadistill.models.counting.sizes import Work
 from tadistill.plan.costs.second_lengths import SecondLength
 from tadistill.plan.costs.stand_in import StandIn
 from tadistill.tuning import COMPACT_BELOW
 
-_ENDLESS = 2**31
 _COUNTED = 2000  # rows of a dev or test set that a plan counts; MiniLLM's S-NI has 1,694
 
 
@@ -109,48 +106,6 @@ class Texts:
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def read_lengths(
-    recipe: Recipe, ref: DataRef, role: str, rows: Survey, *, turns: Turns | None = None, context: TeacherContext | None = None
-) -> Texts:
-    """Return the lengths of a split's rows, measured on a sample of its examples.
-
-    Args:
-        turns: replaces `data.turns`.
-        context: the teacher's own prompt, if it has one.
-    """
-    data, tokenizer = recipe.data, StandIn(recipe)
-    rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context)).lenient
-    rules = replace(rules, turns=turns or rules.turns)
-    if not tokenizer.known:
-        own = context.model_copy(update={"max_prompt": _ENDLESS}) if context else None
-        rules = replace(rules, max_prompt=_ENDLESS, max_length=_ENDLESS, context=own)
-    limits = data.max_prompt, data.max_length, context.max_prompt if context else 0
-    name, of_text = f"data set `{ref.name}` ({role})", (tokenizer.identity, str(rules), limits)
-    return _read(_Sample(name, of_text, id(rows), rows, tokenizer, rules))
-
-
-@dataclass(frozen=True)
-class _Sample:
-    name: str
-    how: tuple[Any, ...]
-    number: int  # of the survey: equal numbers are one survey, because the cache keeps it
-    rows: Survey = field(compare=False)
-    tokenizer: StandIn = field(compare=False)
-    rules: Rules = field(compare=False)
-
-
-@lru_cache(maxsize=32)  # a command makes several plans, most of the same texts
-def _read(asked: _Sample) -> Texts:
-    rows, (_, _, (max_prompt, max_length, max_context)) = asked.rows, asked.how
-    sample = [replace(example, choices=()) for example in rows.sample]
-    found, _ = encode_counted(sample, cast(Any, asked.tokenizer), asked.rules, name=asked.name, rows=rows.places)
-    sizes = [(len(e.prompt) + len(e.response) - counted, counted) for e in found for counted in [_counted(e)]]
-    sizes = [(min(other, max_prompt, max_length - 1), counted) for other, counted in sizes]
-    own = tuple(min(len(e.teacher_prompt), max_context) for e in found if e.teacher_prompt and max_context)
-    places = tuple(e.row for e in found)
-    return Texts(tuple((p, min(r, max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own, places)
-
-
 _MIXED = 2048
 """Number of rows that stand for several sets together."""
 
@@ -176,10 +131,6 @@ def together(parts: Sequence[Texts], weights: Sequence[float], route: Sequence[i
         teachers += [route[number]] * wanted if route else []
         sets += [number] * wanted
     return Texts(tuple(rows), total, tuple(contexts), (), tuple(seconds), tuple(teachers), tuple(sets))
-
-
-def _counted(encoded: Encoded) -> int:
-    return sum(end - start for start, end in encoded.spans) if encoded.spans else len(encoded.response)
 
 
 def count_first_rows(

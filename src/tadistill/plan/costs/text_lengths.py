@@ -1,14 +1,20 @@
-"""The lengths of the texts that stages read, in tokens: of some training sets, of the dev set and of the corpus."""
+"""The lengths of the texts that stages read, in tokens: of some training sets, of the dev set and of the corpus.
 
-from functools import cached_property
-from typing import Any, Literal, Self
+Texts are tokenised without transformers (`stand_in`). As in training, `data.templates.encode` applies the template, shortens long texts
+and leaves rows out.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal, Self, cast
 
 from tadistill.config import DataRef, Recipe
 from tadistill.config.context import TeacherContext
 from tadistill.config.data import Turns
 from tadistill.data import datasets, hub
-from tadistill.data.prompts import of_one_turn
+from tadistill.data.prompts import Rules, of_one_turn
 from tadistill.data.survey import Survey, survey
+from tadistill.data.templates import Encoded, encode_counted
 from tadistill.errors import NotHere
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.model_sizes import ModelSizes
@@ -16,6 +22,7 @@ from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.second_lengths import second_lengths
 from tadistill.plan.costs.stand_in import StandIn
 
+_ENDLESS = 2**31
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")
 """The fields that say what is read, and by whom."""
 
@@ -75,10 +82,10 @@ class TextLengths(ModelSizes):
 
     def _read(self, ref: DataRef, rows: Survey, turns: Turns) -> Texts:
         if not self.teachers:
-            return passes.read_lengths(self.reading, ref, "train", rows, turns=turns, context=self.context)
+            return read_lengths(self.reading, ref, "train", rows, turns=turns, context=self.context)
         other = self._other(readers=self.teachers, teachers=()).reading
-        mine = passes.read_lengths(self.reading, ref, "train", rows, turns=turns)
-        theirs = passes.read_lengths(other, ref, "train", rows, turns=of_one_turn(turns), context=self.context)
+        mine = read_lengths(self.reading, ref, "train", rows, turns=turns)
+        theirs = read_lengths(other, ref, "train", rows, turns=of_one_turn(turns), context=self.context)
         return second_lengths(mine, theirs, rows, StandIn(self.reading), StandIn(other))
 
     def of_texts(
@@ -113,9 +120,55 @@ class TextLengths(ModelSizes):
     def dev(self) -> list[Texts]:
         """The lengths of the prompts and references of each dev set of the training sets that are read."""
         refs = self.recipe.data.dev_sets(self.sets).values()
-        return [passes.read_lengths(self.reading, ref, "dev", self._survey(ref, "dev")) for ref in refs]
+        return [read_lengths(self.reading, ref, "dev", self._survey(ref, "dev")) for ref in refs]
 
     @cached_property
     def corpus_length(self) -> int:
         """Number of tokens in one row of the plain-text corpus."""
         return passes.chunk(self.reading)
+
+
+def read_lengths(
+    recipe: Recipe, ref: DataRef, role: str, rows: Survey, *, turns: Turns | None = None, context: TeacherContext | None = None
+) -> Texts:
+    """Return the lengths of a split's rows, measured on a sample of its examples.
+
+    Args:
+        turns: replaces `data.turns`.
+        context: the teacher's own prompt, if it has one.
+    """
+    data, tokenizer = recipe.data, StandIn(recipe)
+    rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context)).lenient
+    rules = replace(rules, turns=turns or rules.turns)
+    if not tokenizer.known:
+        own = context.model_copy(update={"max_prompt": _ENDLESS}) if context else None
+        rules = replace(rules, max_prompt=_ENDLESS, max_length=_ENDLESS, context=own)
+    limits = data.max_prompt, data.max_length, context.max_prompt if context else 0
+    name, of_text = f"data set `{ref.name}` ({role})", (tokenizer.identity, str(rules), limits)
+    return _read(_Sample(name, of_text, id(rows), rows, tokenizer, rules))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    name: str
+    how: tuple[Any, ...]
+    number: int  # of the survey: equal numbers are one survey, because the cache keeps it
+    rows: Survey = field(compare=False)
+    tokenizer: StandIn = field(compare=False)
+    rules: Rules = field(compare=False)
+
+
+@lru_cache(maxsize=32)  # a command makes several plans, most of the same texts
+def _read(asked: _Sample) -> Texts:
+    rows, (_, _, (max_prompt, max_length, max_context)) = asked.rows, asked.how
+    sample = [replace(example, choices=()) for example in rows.sample]
+    found, _ = encode_counted(sample, cast(Any, asked.tokenizer), asked.rules, name=asked.name, rows=rows.places)
+    sizes = [(len(e.prompt) + len(e.response) - counted, counted) for e in found for counted in [_counted(e)]]
+    sizes = [(min(other, max_prompt, max_length - 1), counted) for other, counted in sizes]
+    own = tuple(min(len(e.teacher_prompt), max_context) for e in found if e.teacher_prompt and max_context)
+    places = tuple(e.row for e in found)
+    return Texts(tuple((p, min(r, max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample), own, places)
+
+
+def _counted(encoded: Encoded) -> int:
+    return sum(end - start for start, end in encoded.spans) if encoded.spans else len(encoded.response)
