@@ -45,11 +45,11 @@ arms:
 SHORT = """
   kd: {path: l > s, objective: {type: forward_kl, kd_ratio: 0.5}, sampler: {type: dataset}}
   hidden: {path: xl > s, objective: {type: jensen_shannon}, sampler: {type: dataset, signal: {type: hidden}}}
-  minillm: xl > s
   pair: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 4}, select: {metric: last}}
   like: like > s
 """
 REST = """
+  minillm: xl > s
   official: {path: l > s, objective: {type: minillm, preset: official}}
   pruned: xl > p
   early: early > s

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TORCH = {"torch", "transformers", "accelerate", "datasets"}
 HEAVY = TORCH | {"scipy", "nltk", "rouge_score", "gguf", "submitit", "peft"}
@@ -26,6 +28,7 @@ QUICK = [
 """Code, and the libraries that neither it nor the code before it imports."""
 
 
+@pytest.mark.slow
 def test_no_torch(tmp_path):
     checked = [f"{code}; bad = {heavy} & set(sys.modules); assert not bad, bad" for code, heavy in QUICK]
     environment = os.environ | {"TADISTILL_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}

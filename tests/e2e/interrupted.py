@@ -1,4 +1,4 @@
-"""Run stages undisturbed and again with three or four signals each, and write what `test_interrupted` compares to OUT/found.json.
+"""Run stages undisturbed and again with two or three signals each, and write what `test_interrupted` compares to OUT/found.json.
 
 The test forks one process, which has one thread and runs all stages undisturbed. Each interrupted attempt at a stage is a child of it. The
 child sends a real signal to itself at an event: when the stage asks whether to stop (between two steps), or just before a file is synced to
@@ -33,7 +33,7 @@ from tadistill.stages.execute import run_stage
 from tadistill.store import ROLLOUTS, Store
 
 RECIPE = Path(__file__).with_name("interrupted.yaml")
-SIGNALS = {"stops": [signal.SIGUSR2, signal.SIGTERM] * 2, "kills": [signal.SIGKILL] * 3}
+SIGNALS = {"stops": [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2], "kills": [signal.SIGKILL] * 2}
 """The signals to successive attempts at a stage."""
 STOPPED, FAILED = 3, 1
 

@@ -128,6 +128,7 @@ def test_files_for_others_follow_the_umask(tmp_path):
     assert (tmp_path / "private").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "environment", "code", "words"),
     [

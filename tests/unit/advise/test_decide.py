@@ -124,12 +124,14 @@ def verdicts():
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scatter", [0.0, 0.3])
 def test_on_null_worlds_direct_is_what_to_run(verdicts, scatter):
     found = verdicts(WORLDS["World"]("none", family_sd=scatter, edge_sd=scatter), 11)
     assert np.mean([direct for _, direct, _, _ in found]) >= 0.9
 
 
+@pytest.mark.slow
 def test_a_large_effect_is_found_and_a_harmful_one_is_not(verdicts):
     """3 points for every chain, families and edges differing by 0.3, seeds by 0.4."""
     found = verdicts(WORLDS["World"]("constant", 3.0, family_sd=0.3, edge_sd=0.3), 12)

@@ -71,6 +71,7 @@ def test_a_study_is_found_by_the_shipped_recipe_of_its_run(elsewhere):
     assert arms(Path("runs/gkd")) == []
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_recipes(elsewhere):
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(elsewhere), versions=["standard"])
     with zipfile.ZipFile(wheel) as content:

@@ -303,6 +303,7 @@ def test_every_test_word_is_trained():
         assert used(tinyworld.world_rows(*part)) <= trained
 
 
+@pytest.mark.slow
 def test_tokenizer_round_trips(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = tinyworld_tokenizers.tokenizer()

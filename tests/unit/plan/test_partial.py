@@ -60,6 +60,7 @@ def test_a_published_recipe_is_planned_without_its_models(tmp_path, monkeypatch)
         make_plan(load(RECIPE, ["models.same={load: openai-community/gpt2-xl}"]))
 
 
+@pytest.mark.slow
 def test_config_json_is_enough(tmp_path, monkeypatch):
     data = tmp_path / "minillm_dolly"
     data.mkdir()

@@ -75,6 +75,7 @@ def test_the_plan_shows_the_rows_that_a_context_leaves_out(tmp_path):
     assert "left out, because the teacher's prompt is longer than context.max_prompt (15)" in text
 
 
+@pytest.mark.slow
 def test_a_long_context_needs_memory():
     def peak(**context):
         arm = {"path": "xl > s", "objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}, "select": {"metric": "last"}}
@@ -99,6 +100,7 @@ ARMS = {
 }
 
 
+@pytest.mark.slow
 def test_predicted_flops_are_those_that_are_metered(tmp_path):
     """All rows have equal lengths, so no average is in the way: the teacher's longer sequences are counted, and only they."""
     row = {"instruction": "who sold the peas ?", "output": "renor sold it .", "hint": "in birchham renor sold the peas"}

@@ -180,6 +180,7 @@ def trained(tmp_path_factory):
     return found, store
 
 
+@pytest.mark.slow
 def test_predicted_flops_are_those_that_are_metered(trained):
     found, store = trained
     students = stages(found, "distill")

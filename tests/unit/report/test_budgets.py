@@ -34,6 +34,7 @@ def build(folder, gains):
     return made.read()
 
 
+@pytest.mark.slow
 def test_curves_have_the_arms_of_each_budget(study):
     results = study(-12, -12, 12, 12)
     direct, chain = budget_curves(results)
@@ -63,6 +64,7 @@ def test_a_clear_crossing_is_found_between_its_budgets(study):
     assert 2 < chain.crossing.low <= chain.crossing.times <= chain.crossing.high < 4
 
 
+@pytest.mark.slow
 def test_curves_that_do_not_cross_have_no_crossing(study):
     _, chain = budget_curves(study(12, 12, 12, 12))
     assert chain.crossing is None

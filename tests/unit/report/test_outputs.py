@@ -114,6 +114,7 @@ def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_reports_are_deterministic(shared):
     def contents():
         write_report(shared.read())

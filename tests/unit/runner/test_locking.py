@@ -52,6 +52,7 @@ def work(monkeypatch):
     return started, done
 
 
+@pytest.mark.slow
 def test_the_second_waits_and_trains_nothing(tmp_path, work):
     started, done = work
     with ThreadPoolExecutor(2) as pool:
@@ -65,6 +66,7 @@ def test_the_second_waits_and_trains_nothing(tmp_path, work):
     assert Store(tmp_path).finished(task(tmp_path).key)
 
 
+@pytest.mark.slow
 def test_a_waiting_process_can_be_stopped(tmp_path, work):
     started, done = work
     with ThreadPoolExecutor(2) as pool:

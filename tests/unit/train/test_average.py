@@ -141,6 +141,7 @@ def by_hand(student, batches, method: Method, vocab: int, *, decay: float):
     return teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_stage_equals_a_loop_written_by_hand(case, tmp_path):
     """On tinyworld, to the bit, with two micro-batches an update. The loop gets the batches that the stage has sampled."""

@@ -135,6 +135,7 @@ def test_training_stops_when_dev_no_longer_improves(tmp_path):
     assert state.ledger["parts"] == whole.ledger["parts"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 5, 7])
 def test_a_stage_that_stops_early_resumes_to_the_bit(tmp_path, at):
     """The evaluations without an improvement are part of the training state."""
