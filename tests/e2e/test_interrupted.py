@@ -31,25 +31,26 @@ def test_all_cases_are_looked_at(found):
     assert sorted(found) == sorted(TRAINING + IN_PARTS + OTHERS)
 
 
-@pytest.mark.parametrize("how", interrupted.SIGNALS)
 @pytest.mark.parametrize("name", TRAINING + IN_PARTS + OTHERS)
-def test_cut_short_and_resumed_to_the_bit(name, how, found):
-    whole, run = found[name]["whole"], found[name][how]
+def test_cut_short_and_resumed_to_the_bit(name, found):
+    whole, run = found[name]["whole"], found[name]["cut"]
     assert run["digests"] == whole["digests"]
     assert run["rows"] == whole["rows"]
     assert run["left"] == []
     *cut, last = run["attempts"]
     assert last["code"] == 0
-    for attempt in cut:
-        assert (attempt["killed"] == signal.SIGKILL) if how == "kills" else (attempt["code"] == 3)
-    assert len(cut) == len(interrupted.SIGNALS[how]) or (name not in TRAINING and cut)
+    for attempt, how in zip(cut, interrupted.SIGNALS, strict=False):
+        assert (attempt["killed"] == how) if how == signal.SIGKILL else (attempt["code"] == 3)
+    assert len(cut) == len(interrupted.SIGNALS) or (name not in TRAINING and cut)
     if name in TRAINING:
-        done = [update for attempt in run["attempts"] for update in attempt["done"]]
-        if how == "kills":  # a state was saved before each update, so each kill loses one at most
-            assert set(done) == set(range(1, UPDATES + 1))
-            assert len(done) <= UPDATES + len(cut)
-        else:
-            assert done == list(range(1, UPDATES + 1))
+        done, killed = [], False  # a state was saved before each update, so a kill loses one at most, and a signal to stop loses none
+        for attempt, before in zip(run["attempts"], [None, *interrupted.SIGNALS], strict=True):
+            killed |= before == signal.SIGKILL
+            repeated = done[-1:] == attempt["done"][:1] != []
+            assert killed or not repeated
+            done += attempt["done"][repeated:]
+            killed &= not attempt["done"]
+        assert done == list(range(1, UPDATES + 1))
     if name in IN_PARTS:
         files = [Path(f) for attempt in run["attempts"] for f in attempt["files"]]
         parts = Counter(f for f in files if f.parent.name in ("parts", "signal") and f.stem != "head")

@@ -109,10 +109,13 @@ def _check_decoding(name: str, api: Api, sampler: Decoding) -> None:
     if sampler.engine != "native":
         raise ConfigError(f"sampler has `engine: {sampler.engine}`, but the API of models.{name} samples itself; remove `engine`")
     if sampler.temperature > 2:
-        raise ConfigError(f"sampler.temperature is {sampler.temperature:g}, but an API takes at most 2 (models.{name}); lower it")
+        raise ConfigError(
+            f"sampler.temperature is {sampler.temperature:g}, but an API takes at most 2 (models.{name}); lower the temperature"
+        )
     for key in api.omit:
         value = getattr(sampler, key, None)
         if key != "seed" and value != NOT_SENT[key]:
             raise ConfigError(
-                f"sampler.{key} is {value:g}, but models.{name}.api.omit says that the API does not take it; set it to 1, or change `omit`"
+                f"sampler.{key} is {value:g}, but models.{name}.api.omit says that the API does not take this setting; set "
+                f"`{key}` to 1, or change `omit`"
             )

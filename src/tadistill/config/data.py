@@ -65,10 +65,12 @@ class DataRef(Strict):
                     "two"
                 )
         if known := [name for name in self.extra if name in _IN_TEMPLATES]:
-            raise ValueError(f"`extra` names `{known[0]}`, but a `context` can use this column without `extra`; remove it from `extra`")
+            raise ValueError(
+                f"`extra` names `{known[0]}`, but a `context` can use this column without `extra`; remove the column from `extra`"
+            )
         if len(self.name) > _LONGEST_SET:  # it becomes a part of file names
             raise ValueError(
-                f"the name of the file or folder has {len(self.name)} characters; rename it, with at most {_LONGEST_SET} characters"
+                f"the name of the file or folder has {len(self.name)} characters; give it a name of at most {_LONGEST_SET} characters"
             )
         if self.instruction == "":
             raise ValueError("`instruction` is empty; write the instruction for every row, or remove the key")
@@ -257,7 +259,7 @@ class Data(Strict):
     def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items():
             if name in _OWN_VARIABLES:
-                raise ValueError(f"`{name}` is set by the data itself; remove it")
+                raise ValueError(f"`{name}` is set by the data itself; remove this key")
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:

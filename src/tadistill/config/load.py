@@ -103,8 +103,7 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
         pass
     if not there:
         raise ConfigError(
-            f"{where(source, lines, ('runtime', 'code'))} is `{modules}`, which is not a folder; set it to the folder of your Python "
-            "modules"
+            f"{where(source, lines, ('runtime', 'code'))} is `{modules}`, which is not a folder; name the folder of your Python modules"
         )
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 

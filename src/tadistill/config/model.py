@@ -172,7 +172,7 @@ class ModelConfig(Strict):
                 f"a model needs exactly one of `load`, `init`, `checkpoint`, `temper` and `api`; this one has {given or 'none'}"
             )
         if self.api and (unused := [name for name in _OF_WEIGHTS if name in self.model_fields_set]):
-            raise ValueError(f"a model with `api` has no weights here, so `{unused[0]}` has no effect; remove it")
+            raise ValueError(f"a model with `api` has no weights here, so `{unused[0]}` has no effect; remove this key")
         scratch = (self.load or "").startswith("scratch:")
         if self.serve and (not self.load or scratch):
             raise ValueError("`serve` needs `load` with the files of the model that the server runs; set `load`, or remove `serve`")
@@ -187,9 +187,11 @@ class ModelConfig(Strict):
         if self.config and not self.load:
             raise ValueError("`config` is only for a model with `load`, but this model is made from another model; remove `config`")
         if self.config and not scratch and not isinstance(self.config.get("model_type"), str):
-            raise ValueError("`config` has no `model_type`; add it, or remove `config` (a model with weights has its own configuration)")
+            raise ValueError(
+                "`config` has no `model_type`; add this key, or remove `config` (a model with weights has its own configuration)"
+            )
         if scratch and not self.tokenizer:
-            raise ValueError("a model with `load: scratch:TYPE` needs `tokenizer` (a directory, a hub id, or tinyworld); add it")
+            raise ValueError("a model with `load: scratch:TYPE` needs `tokenizer` (a directory, a hub id, or tinyworld); add this key")
         if self.temper and self.sft:
             raise ValueError(
                 "a model with `temper` has the weights of another model and cannot be trained; set `sft` for the model in `temper.of`"

@@ -161,7 +161,7 @@ class Batch:
         return tuple(Share.of(self, teacher, rows).to(self.ids_BT.device) for teacher, rows in _grouped(self.route).items())
 
     def of_share(self, number: int) -> "Batch":
-        """Return the rows of a teacher as a batch. `number` is the place in `shares`."""
+        """Return the rows of one teacher as a batch. `number` is the index of the teacher's share in `shares`."""
         share = self.shares[number]
         ids, attention, mask = (t.index_select(0, share.rows) for t in (self.ids_BT, self.attention_BT, self.mask_BT))
         values = {name: value.index_select(0, share.rows) for name, value in self.values.items()}

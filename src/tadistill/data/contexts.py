@@ -60,7 +60,7 @@ def behind(
     over = [(where, len(prompt)) for where, prompt in zip(places, ids, strict=True) if len(prompt) > most]
     if over and rules.long_prompts == "refuse":
         raise DataError(
-            f"{over[0][0]}: the teacher's prompt has {over[0][1]} tokens, more than context.max_prompt ({most}); raise it, or set "
+            f"{over[0][0]}: the teacher's prompt has {over[0][1]} tokens, more than context.max_prompt ({most}); raise this limit, or set "
             "data.long_prompts to cut or drop"
         )
     kept = [(r.encoded, prompt[:most]) for r, prompt in zip(rows, ids, strict=True) if cut or len(prompt) <= most]

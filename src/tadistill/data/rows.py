@@ -228,7 +228,9 @@ def _tools(given: Any, where: str) -> tuple[dict[str, Any], ...]:
         try:
             given = json.loads(given)
         except ValueError as error:
-            raise DataError(f"{where}: the column of tools is {shown(given)}, which is not valid JSON ({error}); correct it") from error
+            raise DataError(
+                f"{where}: the column of tools is {shown(given)}, which is not valid JSON ({error}); correct the row"
+            ) from error
     if given is None or given == []:
         return ()
     if not isinstance(given, list | tuple) or not all(isinstance(tool, dict) for tool in given):

@@ -145,7 +145,7 @@ class Behind(Lazy[Row]):
 
 
 def _alone(spans: np.ndarray) -> np.ndarray:
-    """Return the places of the tokens that are a span by themselves."""
+    """Return the indices of the tokens that are a whole span."""
     return np.flatnonzero((spans >= 0) & (np.bincount(spans + 1)[spans + 1] == 1)) if len(spans) else np.zeros(0, np.int64)
 
 
@@ -214,7 +214,7 @@ class Aligned:
 
     @classmethod
     def of(cls, sequences: Seq["Sequence"]) -> "Aligned":
-        """Return the spans of sequences that all have a second reading."""
+        """Return the spans of the sequences of a batch. Each sequence must contain the teacher's tokens of its response."""
         mine, theirs, tokens, of_rows, found = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), list[int](), _NOTHING
         for s in sequences:
             student, teacher = counted_spans(s)

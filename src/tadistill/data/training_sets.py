@@ -75,19 +75,19 @@ class TrainingSets:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """The number of the first row of each set."""
+        """The index of the first row of each set."""
         return (0, *accumulate(self.sizes))[:-1]
 
     def set_of(self, row: int) -> int:
-        """Return the number of a row's set."""
+        """Return the index of the set that contains a row."""
         return bisect_right(self.starts, row) - 1
 
     def teacher(self, row: int) -> int | None:
-        """Return the number of the teacher of a row. Return None if every teacher teaches on all rows."""
+        """Return the index of the teacher of a row. Return None if every teacher teaches on all rows."""
         return self.route[self.set_of(row)] if self.route else None
 
     def sets_of(self, teacher: int) -> list[int]:
-        """Return the numbers of a teacher's sets, in order."""
+        """Return the indices of the sets on which a teacher teaches, in ascending order."""
         return [number for number, other in enumerate(self.route) if other == teacher]
 
     def place(self, row: int) -> int:

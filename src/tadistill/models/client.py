@@ -76,7 +76,8 @@ class Servers:
             key = os.environ.get(serve.key)
             if not key:
                 raise ConfigError(
-                    f"serve.key names the environment variable {serve.key}, which is not set; set it to the API key of the server"
+                    f"serve.key names the environment variable {serve.key}, which is not set; set this variable to the API key of the "
+                    "server"
                 )
             self._headers = {"Authorization": f"Bearer {key}"}
 

@@ -149,7 +149,7 @@ def _refuse_config(directory: Path, load: str) -> None:
         if why := _wrong_field(error, directory, load):
             raise ModelError(f"config.json of model `{load}`: {why}") from error
         raise ModelError(
-            f"config.json of model `{load}` cannot be read ({first_line(error)}); correct it, or download the model again"
+            f"config.json of model `{load}` cannot be read ({first_line(error)}); correct the file, or download the model again"
         ) from error
 
 

@@ -63,7 +63,7 @@ def parse_source(load: str) -> Source:
         return _parsed(load)
     except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
         why = getattr(error, "strerror", None) or error
-        raise ModelError(f"`{load}` is not a valid path ({why}); correct it, or write a hub id in the form ORG/NAME") from error
+        raise ModelError(f"`{load}` is not a valid path ({why}); correct the path, or write a hub id in the form ORG/NAME") from error
 
 
 def _parsed(load: str) -> Source:

@@ -50,7 +50,7 @@ def check_vllm(recipe: Recipe, stage: Stage, given: "Resources") -> None:
     if given.processes > 1 and recipe.runtime.vllm.tensor_parallel > 1:
         raise ConfigError(
             f"{stage.label}: it has {given.processes} processes, each with a vLLM on its own GPU, but `runtime.vllm.tensor_parallel` is "
-            f"{recipe.runtime.vllm.tensor_parallel}; set it to 1, or use one process"
+            f"{recipe.runtime.vllm.tensor_parallel}; set this key to 1, or use one process"
         )
 
 

@@ -107,7 +107,9 @@ def judgements(study_dir: Path) -> list[Judgement]:
         try:
             found += _tables(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `tadistill judge` again") from error
+            raise StoreError(
+                f"{path} is damaged ({type(error).__name__}: {error}); delete the file, and run `tadistill judge` again"
+            ) from error
     return found
 
 

@@ -121,7 +121,9 @@ def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:
     environment, serve = dict(os.environ), recipe.models[name].serve
     if serve and serve.key:
         if not environment.get(serve.key):
-            raise ConfigError(f"models.{name}.serve.key names the environment variable {serve.key}, which is not set; set it to an API key")
+            raise ConfigError(
+                f"models.{name}.serve.key names the environment variable {serve.key}, which is not set; set this variable to an API key"
+            )
         environment["VLLM_API_KEY"] = environment[serve.key]
     os.execve(program, [*command], environment)
 

@@ -285,7 +285,7 @@ def test_doctor_checks_the_servers(recipe):
     ((title, state, wrong, fix),) = examined(recipe("models.xl.serve={at: http://127.0.0.1:9, key: OUR_KEY}"))
     assert (title, state) == ("teacher xl", "problem")
     assert wrong == "serve.key names the environment variable OUR_KEY, which is not set"
-    assert fix == "set it to the API key of the server"
+    assert fix == "set this variable to the API key of the server"
     ((_, state, wrong, fix),) = examined(recipe("models.xl.serve=http://127.0.0.1:9"))
     assert state == "problem"
     assert "the server http://127.0.0.1:9 of `" in wrong

@@ -96,7 +96,7 @@ def test_sizes_in_the_recipe_are_enough(tmp_path, monkeypatch):
     found[0] = tmp_path / "config.json"
     with pytest.raises(ModelError, match=r"models.xl: `config` has n_layer: 48, but config.json of `org/xl` has 12; correct or remove"):
         make_plan(parse(SMALL.format(xl=xl), source="r"), partial=True)
-    with pytest.raises(ConfigError, match="has no `model_type`; add it, or remove `config`"):
+    with pytest.raises(ConfigError, match="has no `model_type`; add this key, or remove `config`"):
         parse(SMALL.format(xl="config: {n_layer: 48}"), source="r")
 
 
