@@ -99,7 +99,8 @@ def _check_signal(method: "Method") -> None:
     if isinstance(signal, SampledSignal) and (not isinstance(objective, ForwardKL) or tempered):
         raise ConfigError(
             f"sampler.signal `sampled` gives an unbiased gradient only for objective `forward_kl` at temperature 1, but the objective "
-            f"is `{objective.type}`{' at another temperature' if tempered else ''}; change the objective, or use `signal: {{type: hidden}}`"
+            f"is `{objective.type}`{' at another temperature' if tempered else ''}; use `objective: {{type: forward_kl}}`, "
+            "or `signal: {type: hidden}`"
         )
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
         raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")

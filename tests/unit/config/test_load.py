@@ -210,11 +210,11 @@ def test_one_key_sets_the_size_of_a_forward_pass():
         ({"sampler": {"type": "student", "recorded": True, "rollouts": 64}}, "`rollouts` has no effect; remove `rollouts`"),
         (
             {"objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
-            "unbiased gradient only for objective `forward_kl` at temperature 1, but the recipe has objective `reverse_kl`",
+            "unbiased gradient only for objective `forward_kl` at temperature 1, but the objective is `reverse_kl`",
         ),
         (
             {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
-            "objective `forward_kl` at another temperature",
+            "the objective is `forward_kl` at another temperature; use `objective: {type: forward_kl}`",
         ),
         (
             {"sampler": {"type": "student", "recorded": True, "signal": {"type": "top_k"}}, "dense": {}},

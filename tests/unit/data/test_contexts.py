@@ -161,5 +161,5 @@ def test_a_masked_thought_stays_masked_behind_the_teachers_prompt():
 
 def test_a_long_prompt_of_the_teacher_can_be_refused():
     rules = Rules(200, 400, "refuse", template="plain", context=TeacherContext(template="{prompt}{prompt}", max_prompt=9))
-    with pytest.raises(DataError, match=r"d, row 1: the teacher's prompt has \d+ tokens, more than context.max_prompt \(9\); raise it"):
+    with pytest.raises(DataError, match=r"d, row 1: the teacher's prompt has \d+ tokens, more than context.max_prompt \(9\); raise this"):
         encode_counted([QUESTION], byte_tokenizer(), rules, name="d")
