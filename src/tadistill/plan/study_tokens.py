@@ -110,7 +110,7 @@ class StudyTokens:
         Raises:
             ConfigError: models that share the tokenizer name different templates.
         """
-        return self.recipe.data_of(dict.fromkeys(self._root(other) for other in self._group(name)))
+        return self.recipe.data_of(dict.fromkeys(self._root(other) for other in self.family(name)))
 
     def _check_template(self, name: str) -> None:
         group = self._group(name)

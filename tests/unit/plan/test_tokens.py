@@ -222,6 +222,17 @@ def test_models_with_one_tokenizer_read_one_template(across, folder):
         ConfigError, match=r"models\.t\.template is chat, but models\.l\.template is alpaca\. Both models have the same tok"
     ):
         across("plain", of_t="chat", l=other)
+    two = {name: {"load": str(folder / name), "template": template} for name, template in (("base", "chat"), ("listed", "plain"))}
+    file = str(folder / "rows.jsonl")
+    only = {
+        "study": "x",
+        "seeds": [1],
+        "models": two,
+        "data": {"train": file, "dev": file, "test": [file]},
+        "arms": {"a": "base", "b": "listed"},
+    }
+    with pytest.raises(ConfigError, match=r"models\.base\.template is chat, but models\.listed\.template is plain"):
+        make_plan(Recipe.model_validate(only))
     found = across("plain", of_t="chat", l={"load": str(folder / "listed")})
     assert {found.tokens.data(name).template for name in ("t", "l")} == {"chat"}
     with pytest.raises(ValidationError, match="a model that is made from another one has its template; remove `template`, or set it for"):
