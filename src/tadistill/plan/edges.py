@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tadistill.config import Method
 from tadistill.config.over_spans import check_one_tokenizer, over_spans
-from tadistill.config.route import members
+from tadistill.config.route import flat, members
 from tadistill.errors import ConfigError, about
 from tadistill.plan.inputs import Encoding
 
@@ -137,6 +137,6 @@ def undefined_notes(plan: "Plan") -> Iterator[str]:
             f"measured for {', '.join(arm.name for arm in others)}.{instead}"
         )
     for arm in plan.arms:
-        apart = [name for name in arm.arm.last if not plan.tokens.alike(name, teacher)]
+        apart = [name for name in flat(arm.arm.last) if not plan.tokens.alike(name, teacher)]
         if apart and arm not in others and not arm.arm.controls:
             yield f"The error budget of {arm.name} is not measured, because {apart[0]} has another vocabulary than {teacher}."

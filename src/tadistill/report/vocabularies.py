@@ -1,5 +1,6 @@
 """Sentences about a study whose models have several tokenizers: what is not defined between them, and what passed as text."""
 
+from tadistill.config.route import flat
 from tadistill.metrics import METRICS, metric_title
 from tadistill.report.routes import listed, some
 from tadistill.results.collect import Results
@@ -36,7 +37,7 @@ def _undefined_text(results: Results) -> str:
 
 def _budget_text(results: Results) -> str:
     inside = _family(results, results.plan.teacher)
-    cut = [arm for arm in _measured(results) if arm.analyse and arm.model in inside and any(name not in inside for name in arm.path)]
+    cut = [arm for arm in _measured(results) if arm.analyse and arm.model in inside and any(name not in inside for name in flat(arm.path))]
     if not cut:
         return ""
     names = some([arm.name for arm in cut])

@@ -135,6 +135,7 @@ def test_the_plan_says_what_is_drawn():
     out = io.StringIO()
     preview.print_plan(routed(), Store(io.__file__), Console(file=out, width=200))
     assert "Training draws 75 % of its rows from facts and 25 % from skills." in out.getvalue()
+    assert "another vocabulary" not in out.getvalue()
 
 
 def shaped(width: int) -> dict:
