@@ -105,6 +105,7 @@ def test_columns_are_mapped(tmp_path):
         ([{"instruction": "a", "output": 3}], "must be a string"),
         ([{"messages": [{"role": "user", "content": "hi"}]}], "must be a list of at least two messages"),
         ([{"messages": "hi"}], "must be a list of at least two messages"),
+        ([{"messages": [{"role": "user", "content": "hi"}] * 2}], "has no turn of the role assistant, so there is nothing to learn"),
         ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}], "row 1: the response is null"),
         ([{"instruction": "a", "output": None}], "row 1: the response is null; give a string .it may be empty., or delete the row"),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
