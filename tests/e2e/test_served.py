@@ -13,6 +13,7 @@ import subprocess
 import time
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,8 +190,6 @@ def test_every_divergence_is_exact_with_hidden_states(objective, teachers):
 
 @pytest.mark.parametrize("objective", SPARSE)
 def test_a_divergence_from_top_k_is_that_of_the_local_top_k(objective, teachers):
-    from dataclasses import replace
-
     local = teachers["local"].target(BATCH)
     recorded = replace(BATCH, targets=(top_k(local.head.logits(local.states), K),))
     near(outcome(objective(), (teachers["top_k"],)), outcome(objective(), (), recorded), 1e-3)
@@ -201,6 +200,17 @@ def test_several_teachers_at_several_addresses(teachers):
     dense = Dense(weights=(2.0, 1.0))
     found, expected = (outcome(config.ReverseKL(), (teachers[name], other), dense=dense) for name in ("hidden", "local"))
     near(found, expected)
+
+
+def test_a_route_with_a_served_teacher(teachers):
+    other = teacher_of(tiny_model("llama", vocab=VOCAB, seed=9).requires_grad_(False))
+    batch = collate([replace(row, teacher=teacher) for row, teacher in zip(ROWS, (0, 1, 0), strict=True)], pad=0)
+    found, expected, mixed_up = (
+        outcome(config.ReverseKL(), each, batch)
+        for each in ((teachers["hidden"], other), (teachers["local"], other), (other, teachers["local"]))
+    )
+    near(found, expected)
+    assert float(mixed_up[0]) != pytest.approx(float(expected[0]), rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ def test_a_running_study_is_followed(browser, folder, server, quick):
     opened.wait("document.querySelector('#samples').textContent.includes('first answer')")
     folder.sampled(D1, "second answer")
     opened.wait("document.querySelector('#samples').textContent.includes('second answer')")
+    boxes = "['.prompt span', '.prompt'].map((name) => document.querySelector(name).getBoundingClientRect())"
+    text, box = page.evaluate(boxes)
+    assert text["height"] > box["height"]
+    assert text["bottom"] <= box["bottom"]  # a long prompt shows its end, with the question
 
     folder.finish(S1)
     folder.run(S2)

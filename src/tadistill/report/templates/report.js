@@ -134,7 +134,7 @@ if (setSelect) {
     if (!sample.turns.length) return [whole];
     const turns = element("div", "turns"), written = element("details");
     turns.append(...conversation(sample.turns));
-    written.append(element("summary", "", "As the chat template writes it"), whole);
+    written.append(element("summary", "", "As the chat template writes it, without special tokens"), whole);
     return [turns, written];
   };
   const show = () => {
