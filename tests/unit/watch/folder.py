@@ -50,7 +50,8 @@ class Folder:
             write_json(self.store.folder(key) / "manifest.json", {"seconds": 61.0, "files": {}, "alarms": alarms})
 
     def sampled(self, key: str, response: str) -> None:
-        write_json(self.store.folder(key) / ROLLOUTS, {"step": 40, "rows": [{"prompt": "a line\n" * 40 + "a question", "response": response}]})
+        row = {"prompt": "a line\n" * 40 + "a question", "response": response}
+        write_json(self.store.folder(key) / ROLLOUTS, {"step": 40, "rows": [row]})
 
     def run(self, *running: str, dead: bool = False, **facts) -> None:
         """Write the record of a run of this process, or of a process that has ended."""
