@@ -282,7 +282,7 @@ class Budgets(Strict):
         return times
 
     def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
-        """Return the recipe's arms, with one arm per budget in place of each arm in `self.arms`. All other arms stay as they are.
+        """Return the recipe's arms, with one arm per budget in place of each arm in `self.arms`. All other arms are not changed.
 
         Raises:
             ValueError: an arm in `of` or `arms` is missing, has `compute` or trains no model; or a new arm's name is already used.

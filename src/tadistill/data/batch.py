@@ -316,7 +316,7 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
     """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted.
 
     The teacher may have its own prompts. Without recorded `targets`, the result then also has a second batch: the teacher's prompts with
-    the same responses (`Batch.context`). If the sequences have second readings, this batch is in the teacher's tokens.
+    the same responses (`Batch.context`). If the teacher has another tokenizer, this batch has the teacher's tokens.
     """
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)

@@ -77,7 +77,7 @@ class Rereader:
         return found
 
     def __call__(self, sequence: "Sequence") -> "Sequence":
-        """Return the sequence with its second reading. The response must follow a prompt.
+        """Return the sequence, with the teacher's tokens of its response added. The response must follow a prompt.
 
         Raises:
             DataError: the teacher's prompt is as long as all that the teacher can read.
@@ -85,7 +85,7 @@ class Rereader:
         return replace(sequence, second=self._read(sequence))
 
     def each(self, sequences: Seq["Sequence"]) -> Seq["Sequence"]:
-        """Return sequences with second readings. A response is read again when it is used first."""
+        """Return the sequences with the teacher's tokens of their responses, which are made when a sequence is first used."""
         known = OrderedDict[int, SecondReading]()
 
         def read(i: int) -> "Sequence":
@@ -150,7 +150,7 @@ def _alone(spans: np.ndarray) -> np.ndarray:
 
 
 def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
-    """Return the span of each token of the response, and of each token of the second reading, numbered from 0.
+    """Return the index of the span of each of the student's tokens of a response, and of each of the teacher's tokens.
 
     A span is left out (`NO_SPAN`) if one of its tokens does not count in the loss.
     """
@@ -178,7 +178,7 @@ def at_span_ends(sequence: "Sequence", scores: np.ndarray) -> np.ndarray:
     tokens have 0.
 
     Args:
-        scores: one float per token of the second reading that is in a span.
+        scores: one float for each of the teacher's tokens that is in a span.
     """
     mine, theirs = counted_spans(sequence)
     theirs = theirs[theirs >= 0]

@@ -50,8 +50,7 @@ def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq
 
 
 def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of the references that are the tokenizer's unknown token. Such a token does not predict the bytes of its
-    text."""
+    """Return the number of unknown tokens in the references. An unknown token does not say which bytes its text has."""
     unknown = tokenizer.unk_token_id
     # GPT-2 names its EOS here, although it can read every byte
     return 0 if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else sum(e.response.count(unknown) for e in data.encoded)  # type: ignore[arg-type]

@@ -280,8 +280,8 @@ def check_same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 
 def width_of(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    """Return the number of the student's logits that a loss uses: `vocab`, or the size of all heads. Teachers with a vocabulary of their
-    own are not asked.
+    """Return how many of the student's logits a loss uses: `vocab`, or the size of the heads. Teachers with another vocabulary do not
+    matter.
 
     Raises:
         ConfigError: the heads have different sizes and `vocab` is None, or `vocab` is larger than a head.

@@ -1,8 +1,8 @@
 """Divergences between two models with different vocabularies, at a place where both predict the same text.
 
 `SharedVocabulary` compares the tokens that both vocabularies have. `sorted_distance` (ULD) compares sorted probabilities, and needs no
-tokens in common. `hybrid_distance` (GOLD) does the first for shared tokens and the second for all others. All compute in at least float32,
-and return one value per token, without mask or reduction.
+tokens in common. `hybrid_distance` (GOLD) compares shared tokens, and the sorted probabilities of all others. All compute in at least
+float32, and return one value per token, without mask or reduction.
 
 Axes: V student's vocabulary, W teacher's vocabulary, M shared tokens.
 """
@@ -64,7 +64,7 @@ class SharedVocabulary:
 
     @cached_property
     def same(self) -> bool:
-        """True if the two vocabularies are equal. The logits then stay as they are."""
+        """True if the two vocabularies are equal. Then `align` does not change the logits."""
         every = torch.arange(self.sizes[0], device=self.student_ids.device)
         return self.sizes[0] == self.sizes[1] and torch.equal(self.student_ids, every) and torch.equal(self.teacher_ids, every)
 
@@ -123,7 +123,7 @@ def shared_divergence(
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
         student_logits: (..., V).
         teacher_logits: (..., W), at places where both models have read the same text.
-        temperature: divides all logits of both models, before the other tokens are lumped.
+        temperature: divides all logits of both models, before the tokens that are not shared become one outcome.
 
     Returns:
         (...) nats.

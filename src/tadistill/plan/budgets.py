@@ -1,7 +1,7 @@
 """The budgets of an arm: how many updates it makes, and how much it asks of the original teacher.
 
 `compute` sets the training FLOPs of an arm, and `teacher_budget` sets the number of answer tokens that the original teacher writes or
-scores. Both are those of another arm. They change different things, so an arm can have both:
+scores. Each takes its number from another arm. They change different things, so an arm can have both:
 
     the teacher only writes text (SeqKD)      `teacher_budget` sets the number of prompts, and `compute` the number of all updates
     the teacher runs during training          `teacher_budget` sets the updates of the models that it teaches, and `compute` the other ones
@@ -58,7 +58,7 @@ class Budgets:
         self.ledger = stages.ledger
 
     def of(self, name: str, arm: Arm, done: Mapping[str, "PlannedArm"]) -> Budget:
-        """Return the budget of an arm. `done` has the arms that its keys name.
+        """Return the budget of an arm. `done` contains the planned arms that `compute` and `teacher_budget` can name.
 
         Raises:
             ConfigError: the arm cannot have this budget.

@@ -132,7 +132,7 @@ class StageBuilder:
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
             raise NotHere(
-                f"{name} starts from {source}. This needs the sizes of both models, but at least one of them is not on this disk; run "
+                f"{name} starts from {source}, which needs the sizes of both models, but at least one config.json is not on this disk; run "
                 "`tadistill fetch RECIPE`"
             )
         if wanted["model_type"] != have["model_type"]:
@@ -205,7 +205,7 @@ class StageBuilder:
         Args:
             teachers: names and models, from big to small. With `dense` or a route, there are several. Otherwise, there is one.
             route: the teachers with their sets, as the path has them. Empty if every teacher teaches on all rows.
-            turn: which of the arm's distillations of this model this one is. Each has its own order of prompts.
+            turn: the index of this distillation among the arm's distillations of this model. Each has its own order of prompts.
 
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.

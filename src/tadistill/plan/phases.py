@@ -25,7 +25,7 @@ class PlannedPhase(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The number of a distillation, if an arm distils one model several times."""
+    """Says which distillation of a model this is, if an arm distils one model several times."""
 
     before: int
     """Number of earlier distillations of the model."""

@@ -71,7 +71,7 @@ class Analysis:
 
 
 def analyses(results: Results) -> list[Analysis]:
-    """Return the analysis of each comparison; that of the answer is the first.
+    """Return the analysis of each comparison. The first one is about the comparison in the report's answer.
 
     The list is empty if there are too many pairs of arms for a reader.
     """

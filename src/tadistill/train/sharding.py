@@ -53,8 +53,8 @@ def sharded(model: nn.Module) -> bool:
 def whole(*models: nn.Module, when: bool = True) -> Iterator[None]:
     """Inside the `with` block, every process has the whole models. All processes must enter the block together.
 
-    Nothing happens to a model that is not sharded, or if `when` is False. A forward pass inside the block waits for no other process.
-    Sampling needs this, because each process makes a different number of forward passes.
+    If the model is not sharded, or if `when` is False, the block changes nothing. Inside the block, a forward pass does not wait for other
+    processes. Sampling needs this, because each process makes a different number of forward passes.
     """
     chosen = [model for model in models if when and sharded(model)]
     for model in chosen:
