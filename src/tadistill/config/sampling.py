@@ -72,11 +72,6 @@ class HiddenSignal(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the recorded states on disk."""
 
-    @property
-    def exactness(self) -> str:
-        """Words for the plan: how training on the recording differs from training with the teacher itself."""
-        return "exact" if self.dtype == "float32" else "approximate (bfloat16)"
-
     def inexact(self, given: str) -> str | None:
         """Return words that say how a loss differs from the exact one. None if it is exact. `given` is `the recording has`, or similar."""
         return None if self.dtype == "float32" else f"approximate: {given} hidden states in bfloat16"
@@ -92,10 +87,6 @@ class TopKSignal(Strict):
     """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
     dtype: Literal["packed", "float32"] = "packed"
     """Number format on disk. `packed`: at most 150 bytes a token with k = 64, and rounded log-probabilities. `float32`: 8 k + 4 bytes."""
-
-    @property
-    def exactness(self) -> str:
-        return f"approximate (the top {self.k} tokens)"
 
     def inexact(self, given: str) -> str | None:
         rest = "count as one" if self.tail == "lump" else "are left out"
@@ -113,10 +104,6 @@ class SampledSignal(Strict):
     """Number of draws per position. A token that is drawn several times is stored once, with its number of draws."""
     seed: int = Field(default=0, ge=0, le=MOST)
     """Seed of the draws. It is independent of the seeds of training."""
-
-    @property
-    def exactness(self) -> str:
-        return f"unbiased ({self.draws} draws)"
 
     def inexact(self, given: str) -> str | None:
         return f"an unbiased estimate: {given} {self.draws} drawn tokens for each position"

@@ -293,7 +293,8 @@ def _recordings(plan: Plan) -> Iterable[str]:
         disk, readers = stage.cost.disk, sum(stage.key in other.parents.values() for other in plan.stages.values())
         space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
         shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
-        yield escape(f"{stage.label}: {stage.spec.signal.exactness}, {'' if disk.exact else 'at most '}{space}; {shared}.")
+        losses = stage.spec.signal.inexact("the recording has") or "exact"
+        yield escape(f"{stage.label}: losses are {losses}; {'' if disk.exact else 'at most '}{space}; {shared}.")
 
 
 def _controls(plan: Plan) -> Iterable[str]:
