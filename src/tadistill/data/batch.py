@@ -229,7 +229,7 @@ class Share:
 
 
 def taught(sequences: Seq[Sequence]) -> dict[int, list[int]]:
-    """Return the indices of the sequences of each teacher, by ascending number. It is empty if every teacher teaches on all of them."""
+    """Return a mapping from each teacher's index to the indices of its sequences. Empty if every teacher teaches on all sequences."""
     return _grouped([s.teacher for s in sequences if s.teacher is not None])
 
 
@@ -267,9 +267,9 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
 
 
 def answered_rows(file: Path, encoded: Seq[Encoded]) -> np.ndarray:
-    """Return the index in its split of the row of each response in a JSON Lines file.
+    """Return, for each response in a JSON Lines file, the index of its row in the split.
 
-    The file has these numbers if it leaves out rows. Otherwise, its rows are those of `encoded`.
+    A file that leaves out rows contains these indices. Any other file has one response for each row of `encoded`, in the same order.
     """
     _, numbers = _answers_in(file, file.stat().st_mtime_ns if file.is_file() else 0)
     return row_numbers(encoded) if numbers is None else numbers

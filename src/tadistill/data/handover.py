@@ -82,7 +82,7 @@ def read_texts(file: Path) -> Iterator[Answer]:
     for _, found in stream_jsonl(file):
         row, text, ended = (found.get(name) for name in ("row", "text", "ended"))
         if not (isinstance(row, int) and isinstance(text, str) and isinstance(ended, bool)) or row <= last:
-            raise damaged(file, f"an answer after row {last} is not {{row, text, ended}} with a later row")
+            raise damaged(file, f"the answer after that to row {last} has no valid `row`, `text` and `ended`, or its `row` is not larger")
         last = row
         yield Answer(row, text, ended)
 

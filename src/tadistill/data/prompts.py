@@ -142,7 +142,7 @@ def task_of(example: Example) -> tuple[str, str]:
 
 
 def for_people(message: Mapping[str, Any]) -> dict[str, str]:
-    """Return a message of a conversation for people: its `role`, its `text` with the tool calls, and its `thinking` if it has any."""
+    """Return what people are shown of a message: its `role`, its `text` with the tool calls, and its `thinking` if it has any."""
     thought, text = split_thought(message.get("content") or "")
     calls = [each.get("function", each) for each in message.get("tool_calls") or ()]
     arguments = (call.get("arguments", "") for call in calls)

@@ -125,7 +125,7 @@ def _models(answer: Answer) -> list[dict[str, Any]]:
     content = answer.json()
     listed = content.get("data") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not all(isinstance(model, dict) and model.get("id") for model in listed):
-        raise Broken("the answer to /v1/models is not a list of models, as a server of vLLM sends it")
+        raise Broken("the server's answer to /v1/models is not a list of models; start a server of vLLM")
     return listed
 
 

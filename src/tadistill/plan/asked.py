@@ -65,7 +65,7 @@ class Estimate:
 
     @classmethod
     def of(cls, spec: AskSpec, examples: Sequence[Example], requests: int) -> "Estimate":
-        """Return the estimate for `requests` rows like `examples`."""
+        """Return the estimate for a number of `requests` whose prompts are on average as long as those of `examples`."""
         most, times = spec.sampler.max_new_tokens, requests / max(1, len(examples))
         prompts = [messages(example, spec.data.context) for example in examples]
         into = sum(estimated_tokens(sum(len(str(m.get("content") or "")) for m in prompt)) for prompt in prompts)

@@ -87,7 +87,7 @@ class Budgets:
             return Budget(rows=self._rows(given, teacher, target / total))
         if target <= total - live:
             raise ConfigError(
-                f"{given} `{name}` asks {teacher} for {total - live:,.0f} answer tokens before its updates, and `{like.name}` for "
+                f"{given} `{name}` asks {teacher} for {total - live:,.0f} answer tokens before the first update, and `{like.name}` for "
                 f"{target:,.0f} in all; name an arm that asks for more"
             )
         return Budget(taught=(target - (total - live)) / live)

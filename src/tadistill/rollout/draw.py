@@ -49,9 +49,9 @@ class Mixture:
         return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two tensors of the input's shape: a mask, and the random numbers.
+        """Decide which model draws each token. Return a mask that is True for the teacher, and new random numbers in [0, 1) for the draws.
 
-        The mask is True where the teacher draws. The random numbers are rescaled to [0, 1).
+        Both have the shape of `uniforms`.
         """
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms

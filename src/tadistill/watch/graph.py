@@ -51,7 +51,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A graph with two drawings of its edges as SVG paths: one for columns of nodes, one for a list of nodes."""
+    """The graph of a study, drawn in two ways: nodes in columns, or nodes in a list. `edges` and `arcs` are the SVG paths of its edges."""
 
     nodes: tuple[tuple[Node, int, int], ...]
     """Nodes in the order of the list. Each has its left and top pixel in the drawing with columns."""

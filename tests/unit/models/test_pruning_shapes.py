@@ -98,7 +98,7 @@ def test_a_shape_that_cannot_be_is_one_sentence(kind, fields, message):
 
 def test_opt_whose_projections_would_vanish():
     model = tiny("opt-350m", word_embed_proj_dim=16)
-    with pytest.raises(ConfigError, match=r"hidden must not be 16\. This is also the model's word_embed_proj_dim"):
+    with pytest.raises(ConfigError, match=r"hidden must not be 16, because word_embed_proj_dim is 16 too"):
         prune(model, target("opt-350m", model), scores(model))
 
 

@@ -206,8 +206,8 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
     if family == "opt" and outer not in (None, have) and shape.hidden == outer:
         raise ConfigError(
-            f"hidden must not be {shape.hidden}. This is also the model's word_embed_proj_dim, and with equal values, the projections of "
-            "the embeddings would be lost; write another size"
+            f"hidden must not be {shape.hidden}, because word_embed_proj_dim is {outer} too, and with equal values "
+            "transformers builds no projections of the embeddings; write another size"
         )
 
 
