@@ -80,7 +80,7 @@ class Rereader:
         """Return the sequence, with the teacher's tokens of its response added. The response must follow a prompt.
 
         Raises:
-            DataError: the teacher's prompt is as long as all that the teacher can read.
+            DataError: the teacher's prompt leaves no room for a response in the text that the teacher can read.
         """
         return replace(sequence, second=self._read(sequence))
 

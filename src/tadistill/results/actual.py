@@ -54,7 +54,7 @@ class UsedRows:
 
 
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
-    """Return the numbers of the rows that an evaluation answered, for each test set, in the order of its scores.
+    """Return the indices of the rows that an evaluation answered, for each test set, in the order of its scores.
 
     If an earlier version of tadistill did not save these numbers, they are read from the predictions.
     """

@@ -276,7 +276,7 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of `size` items. The call that counts its last item does not raise Interrupted, so that the part can be saved."""
+        """Begin a part of `size` items. When its last item is counted, Interrupted is not raised, so that the part can be saved first."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

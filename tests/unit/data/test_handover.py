@@ -99,7 +99,7 @@ def test_the_file_is_read_as_it_was_written_and_its_order_is_checked(tmp_path):
     assert [*read_texts(file)] == answers
     for damage in ([*reversed(answers)], [answers[0], answers[0]]):
         write_rows(file, map(as_json, damage))
-        with pytest.raises(StoreError, match="later row"):
+        with pytest.raises(StoreError, match="is not larger"):
             [*read_texts(file)]
     write_rows(file, [{"row": 0, "text": "a"}])
     with pytest.raises(StoreError, match="ended"):
