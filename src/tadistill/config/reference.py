@@ -208,7 +208,8 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _kind(inside[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_kind(part) for part in inside if part is not type(None)))
+        kinds = dict.fromkeys(_kind(part) for part in inside if part is not type(None))
+        return (", or " if len(kinds) > 1 and any(" or " in kind for kind in kinds) else " or ").join(kinds)
     if origin is typing.Literal:
         return "text" if all(isinstance(value, str) for value in inside) else "number"
     if origin in (tuple, list):
