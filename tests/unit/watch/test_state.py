@@ -116,7 +116,8 @@ def test_jobs_of_slurm(folder, monkeypatch):
 def test_rollouts_are_read_again_when_they_change(folder):
     watched = Watched(folder.study, folder.store)
     folder.sampled(D1, "old")
-    assert watched.look().rollouts[D1].rows == (("a question", "old"),)
+    ((prompt, response),) = watched.look().rollouts[D1].rows
+    assert (prompt.splitlines()[-1], response) == ("a question", "old")
     time.sleep(0.01)
     folder.sampled(D1, "new")
     (folder.store.folder(D2)).mkdir(parents=True)
