@@ -39,7 +39,9 @@ def test_the_page_and_its_parts(folder, server):
     content = json.loads(ask(server, "/state")[2])
     assert content["title"] == "1/6 running · small"
     assert "sft s, seed 1" in content["parts"]["now"]
-    assert 'class="line"' in content["parts"]["curves"]
+    curves = content["parts"]["curves"]
+    assert 'class="line"' in curves
+    assert curves.index("ROUGE-L on dev<") < curves.index("ROUGE-L on dev: my chat<") < curves.index("Entropy of sampled text<")
     assert "4 min" in content["parts"]["head"]
 
 
