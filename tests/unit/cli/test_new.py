@@ -49,6 +49,7 @@ def validator() -> Draft202012Validator:
     return Draft202012Validator(recipe_schema())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_recipe_of_every_method_can_be_planned(method, tmp_path):
     file = tmp_path / f"{method}.yaml"

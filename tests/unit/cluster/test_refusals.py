@@ -25,6 +25,7 @@ def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = 
     return list(Submission(make_plan(load(RECIPE, chosen)), profile.load_profile(site), runs, account=account).scripts())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("site", "resources", "message"),
     [

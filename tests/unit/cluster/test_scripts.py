@@ -40,6 +40,7 @@ def scripts(plan, site: str) -> list[tuple]:
     return list(Submission(plan, profile.load_profile(site), RUNS, account=account(site)).scripts())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", profile.names())
 def test_golden(plan, site):
     first: dict[str, str] = {}

@@ -217,6 +217,7 @@ def test_forward_is_that_of_the_hand_built_model(kind, keep):
     assert size_of(pruned.config.to_dict()).total == pruned.num_parameters()
 
 
+@pytest.mark.slow
 def test_one_dimension_at_a_time(kind):
     model = tiny(kind)
     by, have = scores(model), shape_of(model.config)
@@ -262,6 +263,7 @@ def test_untied_gpt2():
     torch.testing.assert_close(logits(prune(model, want, by)), logits(hand), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_saves_loads_generates_and_trains(kind, tmp_path):
     pruned = prune(tiny(kind), target(kind, tiny(kind), layers=2), scores(tiny(kind)))
     save_model(pruned, word_tokenizer(), tmp_path / "pruned")

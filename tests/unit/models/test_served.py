@@ -168,6 +168,7 @@ PASSING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSING)
 def test_a_request_is_sent_again_after(name, here):
     teacher = connected(here, seconds=2)
@@ -206,6 +207,7 @@ STAYING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAYING)
 def test_one_sentence_for(name, here):
     teacher, (make, message) = connected(here, seconds=2), STAYING[name]

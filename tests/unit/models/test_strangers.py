@@ -184,6 +184,7 @@ def test_enough_kinds():
     assert len(KINDS) >= 37
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strangers_model_is_refused_or_loaded(kind, whole, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))

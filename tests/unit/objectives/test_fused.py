@@ -89,6 +89,7 @@ def check_fused(case: Case, tied: bool, width: int, kind: str) -> None:
         assert expected.abs().max() > 1e-4 or "t=0)" in case.name  # TAID at t = 0 has no gradient
 
 
+@pytest.mark.slow
 @ALL
 def test_tiles_give_the_same_numbers(case, monkeypatch):
     """Tiles of one token, and of three tokens in parts of two."""

@@ -98,6 +98,7 @@ def test_a_fault_that_passes_is_no_fault(tmp_path, fault):
     assert [r.text for r in found] == [f"Say {i}: yes" for i in range(6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -87,6 +87,7 @@ def assert_frequencies(tokens: np.ndarray, expected: np.ndarray) -> None:
 # --- equal to transformers ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers_generate(family):
     model = shared_model(family)
@@ -282,6 +283,7 @@ def test_greedy_with_a_guide_is_the_mode_of_the_mixture():
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_does_not_depend_on_its_batch(family):
     model, guide = shared_model(family), Mixture(shared_model(family, seed=3), 0.3)

@@ -36,6 +36,7 @@ def in_step(monkeypatch, *args, **settings):
 ALPHAS = [(family, alpha) for family in ("gpt2", "llama") for alpha in (0.0, 0.05, 0.5, 1.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "alpha"), [*((family, 0.2) for family in FAMILIES), *ALPHAS])
 def test_equals_the_loop_over_positions(family, alpha, monkeypatch):
     student, teacher = shared_model(family), shared_model(family, seed=3, layers=3)

@@ -118,6 +118,7 @@ def rows_of(batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_another_context_equals_sequences_built_by_hand(case, packed):

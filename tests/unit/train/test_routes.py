@@ -79,6 +79,7 @@ def number_of(prompt: tuple[int, ...]) -> int:
     return {5: 1, 6: 0, 7: 1}[prompt[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_each_row_meets_the_teacher_of_its_set(case, packed):
