@@ -310,7 +310,11 @@ class StudyTokens:
 
     def _templated(self, name: str) -> bool:
         # a chat template writes some prompts: those of the model, or a teacher's own
-        return self._chat(name) or any(context.chat or context.system is not None for context in contexts_of(self.recipe))
+        return self._chat(name) or self._templated_contexts
+
+    @cached_property
+    def _templated_contexts(self) -> bool:
+        return any(context.chat or context.system is not None for context in contexts_of(self.recipe))
 
     def bos_matters(self, name: str) -> bool:
         """Return True if a chat template does not write all texts of a model. Then `data.bos` decides whether these texts begin with
