@@ -34,6 +34,7 @@ from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Shard
 from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
 
 LENGTH = 6
@@ -121,7 +122,7 @@ def train(
     with mock.patch.object(Checkpoints, "due", side_effect=lambda: updates[-1] in SAVED):
         train_stage(
             student,
-            make_step(method, student, (*teachers,), _shared(again) if again else len(tokenizer)),
+            make_step(method, student, (*teachers,), _vocabularies(again) if again else len(tokenizer)),
             sampler,
             optim=method.optim,
             select=Select(metric="loss", every=2),
@@ -146,8 +147,9 @@ def _again(tokenizer, other) -> Rereader:
     return Rereader(token_bytes(tokenizer), token_bytes(other), (len(tokenizer), len(other)), most=64)
 
 
-def _shared(again: Rereader) -> SharedVocabulary:
-    return SharedVocabulary(torch.tensor([*again.shared]), torch.tensor([*again.shared.values()]), again.sizes)
+def _vocabularies(again: Rereader) -> Vocabularies:
+    shared = SharedVocabulary(torch.tensor([*again.shared]), torch.tensor([*again.shared.values()]), again.sizes)
+    return Vocabularies(shared, again.spelled)
 
 
 def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None = None):

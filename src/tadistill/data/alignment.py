@@ -116,11 +116,63 @@ def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], 
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
+def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Divide two vocabularies into cells (`objectives.spelling`). Return the cell of each token, and the length of the cell's root, for
+    student and teacher.
+
+    Each token points to the first token that the other tokenizer makes of its text. All tokens that are connected by such pointers are one
+    cell. Two more cells come last: the tokens that only the student writes, and those that only the teacher writes.
+
+    Args:
+        sizes: the numbers of tokens of the models' heads. Tokens after the tokenizer's own are in the last two cells.
+    """
+    sides = student, teacher
+    links = [[_first_token(a, i, b) for i in range(min(size, len(a.pieces)))] for a, b, size in zip(sides, sides[::-1], sizes, strict=True)]
+    roots: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def root(side: int, token: int) -> tuple[int, int]:
+        path = list[tuple[int, int]]()
+        place: tuple[int, int] = (side, token)
+        while place not in path and place not in roots:
+            path.append(place)
+            after = links[place[0]][place[1]] if place[1] < len(links[place[0]]) else None
+            if after is None:
+                break
+            place = 1 - place[0], after
+        found = roots.get(place) or min(path[path.index(place) :])
+        roots.update(dict.fromkeys(path, found))
+        return found
+
+    of_tokens = [[root(side, token) for token in range(size)] for side, size in enumerate(sizes)]
+    both = sorted(set(of_tokens[0]) & set(of_tokens[1]))
+    number = {found: cell for cell, found in enumerate(both)}
+    lengths = [_width(piece_of(sides[side], token) or b"") for side, token in both]
+    mine, theirs = (
+        [(number[f], lengths[number[f]]) if f in number else (len(both) + side, 1) for f in found] for side, found in enumerate(of_tokens)
+    )
+    return mine, theirs
+
+
+def piece_of(vocabulary: TokenBytes, token: int) -> Piece | None:
+    return vocabulary.word(token) if vocabulary.pieces[token] is None else vocabulary.pieces[token]
+
+
+def _first_token(vocabulary: TokenBytes, token: int, other: TokenBytes) -> int | None:
+    """Return the first token that the other tokenizer makes of a token's text. None if it does not spell the text."""
+    piece = piece_of(vocabulary, token)
+    if not piece:
+        return None
+    found, _ = _read_piece(piece, other, first=False)
+    first = piece_of(other, found.ids[0]) if found.ids and found.exact[0] else None
+    begins = piece.startswith(first) if isinstance(piece, bytes) and isinstance(first, bytes) else piece == first
+    return found.ids[0] if begins else None
+
+
 def _by_piece(vocabulary: TokenBytes) -> dict[Piece, list[int]]:
     found: dict[Piece, list[int]] = {}
     rest = [i for i in range(len(vocabulary.pieces)) if i not in vocabulary.ends]
     for i in [*vocabulary.ends, *sorted(rest, key=lambda i: i in vocabulary.fallback)]:
-        piece = vocabulary.pieces[i] or vocabulary.word(i)
+        piece = piece_of(vocabulary, i)
         if piece:
             found.setdefault(piece, []).append(i)
     return found

@@ -20,17 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.data.alignment import NO_SPAN, align, read_again, shared_tokens
+from tadistill.data.alignment import NO_SPAN, align, cells, piece_of, read_again, shared_tokens
 from tadistill.data.encoded import row_numbers
-from tadistill.data.token_bytes import TokenBytes
+from tadistill.data.token_bytes import END, Reading, TokenBytes
 from tadistill.data.training_sets import Lazy
 from tadistill.errors import DataError
+from tadistill.objectives.spelling import SpelledVocabulary, Spelling
 
 if TYPE_CHECKING:
     from tadistill.data.batch import Sequence
     from tadistill.data.templates import Encoded
 
 Row = TypeVar("Row", "Sequence", "Encoded")
+SPELLED, STRIPPED, CHANGED = 0, 1, 2
+"""What a token writes at its place: its symbols, its symbols without the first space, or something else."""
+_BYTES = 256
 _KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
 _NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
 
@@ -47,6 +51,10 @@ class SecondReading:
     """The span of each of the teacher's tokens, int32, or `NO_SPAN`."""
     matched: np.ndarray
     """True for a token of the response that is a span by itself, if the teacher reads there one token, which both vocabularies share."""
+    student_marks: np.ndarray
+    """For each token of the response, int8: `SPELLED`, `STRIPPED` or `CHANGED`."""
+    teacher_marks: np.ndarray
+    """The same for each of the teacher's tokens."""
     lone: int = 0
     changed: int = 0
     dropped: int = 0
@@ -69,6 +77,23 @@ class Rereader:
         """The teacher's token for each token of the student that both vocabularies have."""
         pairs = zip(*shared_tokens(self.student, self.teacher), strict=True)
         return {mine: theirs for mine, theirs in pairs if mine < self.sizes[0] and theirs < self.sizes[1]}
+
+    @cached_property
+    def spelled(self) -> tuple[SpelledVocabulary, SpelledVocabulary]:
+        """The symbols of the tokens of student and teacher: bytes, the end of the text, and the special tokens that both have."""
+        events = [{piece for piece in side.pieces if isinstance(piece, str)} - {END} for side in (self.student, self.teacher)]
+        names = {END: _BYTES, **{name: _BYTES + 1 + k for k, name in enumerate(sorted(events[0] & events[1]))}}
+
+        def symbols(side: TokenBytes, token: int) -> Seq[int] | None:
+            piece = piece_of(side, token) if token < len(side.pieces) else None
+            return (names[piece],) if isinstance(piece, str) and piece in names else piece if isinstance(piece, bytes) else None
+
+        found = cells(self.student, self.teacher, self.sizes)
+        mine, theirs = (
+            SpelledVocabulary.of([symbols(side, token) for token in range(size)], _BYTES + len(names), roots)
+            for side, size, roots in zip((self.student, self.teacher), self.sizes, found, strict=True)
+        )
+        return mine, theirs
 
     @cached_property
     def _partner(self) -> np.ndarray:
@@ -120,7 +145,9 @@ class Rereader:
         read[of_teacher[theirs]] = ids[theirs]
         matched[mine] = self._partner[np.array(own.ids, np.int64)[mine]] == read[of_student[mine]]
         changed, dropped = (getattr(own, name) + getattr(found, name) for name in ("changed", "dropped"))
-        return SecondReading(ids, of_student, of_teacher, matched, found.lone, changed, dropped)
+        mine, theirs = (_marks(reading, spelled.inside) for reading, spelled in zip((own, found), self.spelled, strict=True))
+        mine = np.append(mine, np.full(len(of_student) - len(mine), CHANGED, np.int8))
+        return SecondReading(ids, of_student, of_teacher, matched, mine, theirs, found.lone, changed, dropped)
 
 
 class Behind(Lazy[Row]):
@@ -142,6 +169,21 @@ class Behind(Lazy[Row]):
             return replace(rows[int(mine[i])], teacher_prompt=teacher.teacher_prompt or teacher.prompt)
 
         super().__init__(len(mine), read)
+
+
+def _marks(reading: Reading, spelling: Spelling) -> np.ndarray:
+    """Return for each token whether its symbols in the vocabulary are those that it writes here."""
+    found = np.full(len(reading.ids), CHANGED, np.int8)
+    for k, (token, piece, exact) in enumerate(zip(reading.ids, reading.pieces, reading.exact, strict=True)):
+        if not exact or token >= len(spelling):
+            continue
+        symbols = spelling.table[token, : spelling.lengths[token]]
+        if isinstance(piece, str):
+            found[k] = SPELLED if symbols[0] >= _BYTES and symbols[0] != spelling.other else CHANGED
+        elif symbols[0] < _BYTES:
+            written = bytes(symbols.astype(np.uint8))
+            found[k] = SPELLED if written == piece else STRIPPED if written == b" " + piece else CHANGED
+    return found
 
 
 def _alone(spans: np.ndarray) -> np.ndarray:
@@ -203,6 +245,10 @@ class Aligned:
     """(M,) these tokens. They are those of the loss in the teacher's batch (`Batch.context`)."""
     of_rows: tuple[int, ...]
     """Number of spans in each row."""
+    texts: "tuple[SpannedTokens, SpannedTokens]"
+    """The same for student and teacher, on the CPU. Tokens that are in no span are left out."""
+    follows: np.ndarray
+    """(S,) bool. True if a span comes directly after the span before it."""
     found: Mapping[str, int]
     """Counts for the log: `spans`; `single`, the spans of one shared token; `tokens` of the student that count in the loss;
     `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of `SecondReading`."""
@@ -215,23 +261,14 @@ class Aligned:
     @classmethod
     def of(cls, sequences: Seq["Sequence"]) -> "Aligned":
         """Return the spans of the sequences of a batch. Each sequence must contain the teacher's tokens of its response."""
-        mine, theirs, tokens, of_rows, found = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), list[int](), _NOTHING
-        for s in sequences:
-            student, teacher = counted_spans(s)
-            assert s.second is not None
-            parts = [slice(first - len(s.prompt), after - len(s.prompt)) for first, after in s.parts]
-            of_loss, matched = (np.concatenate([values[part] for part in parts]) for values in (student, s.second.matched))
-            tokens.append(s.second.ids[teacher >= 0])
-            teacher = teacher[teacher >= 0]
-            count, start = int(teacher.max(initial=NO_SPAN)) + 1, sum(of_rows)
-            new = {"spans": count, "single": int((matched & (of_loss >= 0)).sum()), "tokens": len(of_loss)}
-            new |= {"left_out": int((of_loss < 0).sum()), "lone": s.second.lone, "changed": s.second.changed, "dropped": s.second.dropped}
-            found = {name: n + new[name] for name, n in found.items()}
-            mine.append(np.where(of_loss >= 0, of_loss + start, NO_SPAN))
-            theirs.append(teacher + start)
-            of_rows.append(count)
-        student, teacher, ids = (torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in (mine, theirs, tokens))
-        return cls(student, teacher, ids, tuple(of_rows), found)
+        each = [_of_row(s) for s in sequences]
+        of_rows = tuple(len(row.follows) for row in each)
+        starts = np.cumsum([0, *of_rows])
+        at = np.concatenate([np.where(row.at >= 0, row.at + start, NO_SPAN) for row, start in zip(each, starts, strict=False)])
+        mine, theirs = (SpannedTokens.joined([row.texts[k] for row in each], starts) for k in range(2))
+        found = {name: sum(row.found[name] for row in each) for name in _NOTHING}
+        tensors = (torch.from_numpy(part) for part in (at, theirs.spans, theirs.ids))
+        return cls(*tensors, of_rows, (mine, theirs), np.concatenate([row.follows for row in each]), found)
 
     def to(self, device: torch.device) -> "Aligned":
         """Return the spans on `device`."""
@@ -240,5 +277,60 @@ class Aligned:
 
     def first(self, rows: int, tokens: int) -> "Aligned":
         """Return the spans of the first `rows` rows, which have the first `tokens` positions of the loss. `found` stays as it is."""
-        kept = self.teacher < sum(self.of_rows[:rows])
-        return Aligned(self.student[:tokens], self.teacher[kept], self.tokens[kept], self.of_rows[:rows], self.found)
+        spans = sum(self.of_rows[:rows])
+        mine, theirs = (text.first(spans) for text in self.texts)
+        more = len(theirs.ids)
+        parts = self.student[:tokens], self.teacher[:more], self.tokens[:more]
+        return Aligned(*parts, self.of_rows[:rows], (mine, theirs), self.follows[:spans], self.found)
+
+
+@dataclass(frozen=True)
+class SpannedTokens:
+    """The tokens of one model that are in a span, on the CPU."""
+
+    ids: np.ndarray
+    spans: np.ndarray
+    """The span of each token, in ascending order."""
+    marks: np.ndarray
+    """What each token writes, as in `SecondReading`."""
+
+    @classmethod
+    def joined(cls, texts: Seq["SpannedTokens"], starts: np.ndarray) -> "SpannedTokens":
+        """Join texts. `starts` are the first spans of each text."""
+        spans = np.concatenate([text.spans + start for text, start in zip(texts, starts, strict=False)])
+        return cls(np.concatenate([text.ids for text in texts]), spans, np.concatenate([text.marks for text in texts]))
+
+    def first(self, spans: int) -> "SpannedTokens":
+        """Return the tokens of the first `spans` spans."""
+        count = int(np.searchsorted(self.spans, spans))
+        return SpannedTokens(self.ids[:count], self.spans[:count], self.marks[:count])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The part of one row of an `Aligned`."""
+
+    at: np.ndarray
+    texts: tuple[SpannedTokens, SpannedTokens]
+    follows: np.ndarray
+    found: dict[str, int]
+
+
+def _of_row(s: "Sequence") -> _Row:
+    mine, theirs = (spans.astype(np.int64) for spans in counted_spans(s))
+    second = s.second
+    assert second is not None
+    counts = np.zeros(len(mine), bool)
+    for first, after in s.parts:
+        counts[first - len(s.prompt) : after - len(s.prompt)] = True
+    kept = [np.flatnonzero(spans >= 0) for spans in (mine, theirs)]
+    follows = np.ones(int(theirs.max(initial=NO_SPAN)) + 1, bool)
+    for spans, places in zip((mine, theirs), kept, strict=True):
+        first, after = (np.searchsorted(spans[places], np.arange(len(follows)), side) for side in ("left", "right"))
+        follows[1:] &= places[first[1:]] == places[after[:-1] - 1] + 1
+    follows[:1] = False
+    found = {"spans": len(follows), "single": int((second.matched & (mine >= 0)).sum()), "tokens": int(counts.sum())}
+    found |= {"left_out": int((mine[counts] < 0).sum()), "lone": second.lone, "changed": second.changed, "dropped": second.dropped}
+    parts = (np.array(s.response, np.int64), mine, second.student_marks), (second.ids.astype(np.int64), theirs, second.teacher_marks)
+    texts = [SpannedTokens(*(part[places] for part in own)) for own, places in zip(parts, kept, strict=True)]
+    return _Row(mine[counts], (texts[0], texts[1]), follows, found)

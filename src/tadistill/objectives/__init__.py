@@ -21,10 +21,10 @@ from tadistill.objectives.families import alpha_beta, alpha_mixture
 from tadistill.objectives.fused import fused_divergence, fused_head
 from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
 from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, no_teacher, token_log_probs
-from tadistill.objectives.spans import SpanTokens, fused_span_distance, fused_span_divergence, span_divergence, span_log_probs, span_rewards
+from tadistill.objectives.spans import SpanTokens, fused_span_distance, fused_span_divergence, span_log_probs, span_rewards
 from tadistill.objectives.sparse import Sampled, TopK, sampled_target, top_k, top_k_forward_kl, top_k_reverse_kl
 from tadistill.objectives.targets import Head, Hidden, TargetMixture
-from tadistill.objectives.vocabularies import SharedVocabulary, hybrid_distance, shared_divergence, sorted_distance
+from tadistill.objectives.vocabularies import SharedVocabulary, hybrid_distance, sorted_distance
 
 __all__ = [
     "Head",
@@ -60,12 +60,10 @@ __all__ = [
     "returns",
     "reverse_kl",
     "sampled_target",
-    "shared_divergence",
     "single_step",
     "skew_forward_kl",
     "skew_reverse_kl",
     "sorted_distance",
-    "span_divergence",
     "span_log_probs",
     "span_rewards",
     "taid",

@@ -1,30 +1,34 @@
 """Losses over spans: the parts of a text between common boundaries of the student's tokens and the teacher's tokens.
 
-    total, values = fused_span_divergence(reverse_kl, student, teacher, shared, weights=weights)
+    pair = SpelledPair.of(SpelledText(...), SpelledText(...), follows, compared)
+    total, values = fused_span_divergence(reverse_kl, student, teacher, pair, weights=weights)
 
-A span is a number of whole tokens on both sides. Its log-probability under a model, given the text before it, is the sum of the
-log-probabilities of its tokens. The tokens of a span are one way to write its bytes. A model can write the same bytes with other tokens,
-and this probability is not included. The page "Different tokenizers" of the documentation says when this makes a difference.
+A span is a number of whole tokens on both sides. At its beginning, both models are compared by the cell of their next token
+(`objectives.cells`), and inside it by the next symbol (`objectives.next_symbol`).
+
+The log-probability of a span under a model, given the text before it, is the sum of the log-probabilities of its tokens. A model can write
+the same bytes with other tokens. Their probability is not included. The page "Different tokenizers" of the documentation says when this
+makes a difference.
 
 Axes: N student's tokens, M teacher's tokens, S spans; B sequences, T student's positions, U teacher's positions.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import at_least_float32, wide
+from tadistill.objectives.cells import Cells
 from tadistill.objectives.fused import Part, fused_parts, fused_terms, part_of
+from tadistill.objectives.next_symbol import SpelledPair, symbol_divergence, tensor_of
 from tadistill.objectives.sampled import TokenTerm
-from tadistill.objectives.targets import Hidden, TeacherTerm, select
-from tadistill.objectives.vocabularies import SharedVocabulary, shared_divergence
+from tadistill.objectives.targets import WITH_SLOPE, Hidden
 
 
 @dataclass(frozen=True)
@@ -58,32 +62,6 @@ class SpanTokens:
 def span_sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
     """Return the sum of the values (N,) in each span, of shape (count,). `spans` (N,) is the span of each value."""
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, spans, values)
-
-
-def two_outcomes(log_prob: Tensor) -> Tensor:
-    """Return the log-probabilities (..., 2) of an event and of its opposite. The argument is the log-probability (...) of the event.
-
-    The probability of the opposite is at least the machine epsilon, so gradients stay finite.
-    """
-    sure = at_least_float32(log_prob).clamp(max=-torch.finfo(at_least_float32(log_prob).dtype).eps)
-    near = sure > math.log(0.5)  # each form is exact on its side of log 1/2
-    opposite = torch.where(near, (-torch.expm1(torch.where(near, sure, -1.0))).log(), torch.log1p(-torch.where(near, -1.0, sure).exp()))
-    return torch.stack([sure, opposite], -1)
-
-
-def span_divergence(divergence: Callable[..., Tensor], log_q: Tensor, log_p: Tensor, **parameters: Any) -> Tensor:
-    """Return a divergence between two models about one event: the next tokens are exactly the tokens of this span.
-
-    There are two outcomes: this sequence of tokens, or any other one.
-
-    Args:
-        divergence: any function of `tadistill.objectives` that takes the logits of two models.
-        log_q, log_p: log-probabilities (...) of the span under student and teacher.
-
-    Returns:
-        (...) nats.
-    """
-    return divergence(two_outcomes(log_q), two_outcomes(log_p), **parameters)
 
 
 def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU: Tensor, *, delay: int | None = None) -> Tensor:
@@ -124,9 +102,9 @@ def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU:
 
 def fused_span_divergence(
     divergence: Callable[..., Tensor],
-    student: SpanTokens,
-    teacher: SpanTokens,
-    shared: SharedVocabulary,
+    student: Hidden,
+    teacher: Hidden,
+    pair: SpelledPair,
     *,
     weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -134,12 +112,10 @@ def fused_span_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of a divergence over spans, without a tensor of shape [tokens, vocabulary] for either model.
 
-    If a span is one token for both models, and both vocabularies have this token, `shared_divergence` is computed. For all other spans,
-    `span_divergence` is computed. If both models have the same tokenizer, the result equals that of `fused_divergence`, bit for bit.
-
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models and no other tensor.
-        student: its states and its head have an autograd graph.
+        student: states (N, H) that predict the student's tokens, and the head. They have an autograd graph.
+        teacher: the same for the teacher's tokens, (M, H).
         weights: one weight per span, (S,). The default is 1. Include the factor 1 / count.
 
     Returns:
@@ -147,30 +123,26 @@ def fused_span_divergence(
         span, of shape (S,), without a graph.
 
     Raises:
-        ConfigError: shapes do not fit, student and teacher have different numbers of spans, a parameter is out of range, or a result is
-            NaN.
+        ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
     """
     checks.positive("temperature", temperature)
-    count = _check(student, teacher, shared.sizes)
-    device = student.tokens.device
-    weights = torch.ones(count, device=device) if weights is None else weights
-    one = single_tokens(student, teacher, shared, count)
-    of_one = divergence if shared.same else partial(_on_shared, divergence, shared)
-    other = Hidden(teacher.hidden.states[one[teacher.spans]], teacher.hidden.head, shared.sizes[1])
-    term = TeacherTerm("", of_one, settings=parameters, temperature=temperature)
-    parts = [part_of([term], student.hidden.states[one[student.spans]], weights[one].unsqueeze(0), teachers=[other])]
-    in_text = torch.zeros(0, dtype=wide(student.hidden.states.dtype), device=device)
-    if not bool(one.all()):
-        own, log_p = _chosen(student, ~one), span_log_probs(_chosen(teacher, ~one), shared.sizes[1], temperature=temperature)
-        log_q = span_log_probs(own, shared.sizes[0], temperature=temperature)
-        in_text, slope = _with_slope(partial(span_divergence, divergence, **parameters), log_q, log_p.to(log_q.dtype))
-        parts.append(_text_part(own, (weights[~one] * slope)[own.spans].unsqueeze(0), temperature))
-    total, found = fused_parts(parts, student.hidden.head, vocab=shared.sizes[0])
-    values = torch.zeros_like(weights, dtype=found[0].dtype).masked_scatter(one, found[0][0]).masked_scatter(~one, in_text)
-    if len(parts) > 1:
-        total = total + (weights[~one] * in_text).sum()
-    checks.result(values, student_hidden=student.hidden.states, student_head=student.hidden.head.weight, teacher=teacher.hidden.states)
-    return total, values
+    for name, side, text in (("student", student, pair.student), ("teacher", teacher, pair.teacher)):
+        size = len(text.vocabulary.cells)
+        if side.states.shape[:-1] != text.tokens.shape or size > len(side.head.weight):
+            raise ConfigError(
+                f"`{name}` has states of shape {tuple(side.states.shape)} and a head of {len(side.head.weight)} logits, but its text has "
+                f"{len(text.tokens)} tokens of a vocabulary of {size}"
+            )
+    device = student.states.device
+    weights = torch.ones(len(pair.follows), device=device) if weights is None else weights
+    bound = partial(divergence, **parameters)
+    by_cell, spans = _first_cells(divergence, parameters, pair, student, teacher, weights, temperature)
+    values, parts = symbol_divergence(bound, pair, (student, teacher), weights, temperature)
+    total, found = fused_parts([by_cell, *parts], student.head, vocab=len(pair.student.vocabulary.cells))
+    inner = (weights.to(values.dtype) * values).sum()
+    values = values.index_add(0, spans, found[0][0].to(values.dtype))
+    checks.result(values, student_hidden=student.states, student_head=student.head.weight, teacher=teacher.states)
+    return total + inner, values
 
 
 def fused_span_distance(
@@ -219,11 +191,42 @@ def fused_span_distance(
     return total, found[0]
 
 
-def single_tokens(student: SpanTokens, teacher: SpanTokens, shared: SharedVocabulary, count: int) -> Tensor:
-    """Return one bool per span, (count,). It is True if the span is one token for both models, and both vocabularies have this token."""
-    sizes = [torch.bincount(side.spans, minlength=count) for side in (student, teacher)]
-    mine, theirs = (torch.zeros(count, dtype=torch.long, device=s.tokens.device).scatter_(0, s.spans, s.tokens) for s in (student, teacher))
-    return (sizes[0] == 1) & (sizes[1] == 1) & (shared.partner[mine] == theirs)
+def _first_cells(
+    divergence: Callable[..., Tensor],
+    parameters: dict[str, Any],
+    pair: SpelledPair,
+    student: Hidden,
+    teacher: Hidden,
+    weights: Tensor,
+    temperature: float,
+) -> tuple[Part, Tensor]:
+    """Return the part of the loss about the first cells of the spans, and the span of each of its rows."""
+    mine, theirs = pair.places
+    device, vocabularies = weights.device, [side.vocabulary for side in (pair.student, pair.teacher)]
+    kept = np.flatnonzero(mine.begins & ~pair.goes_on[np.arange(len(mine.symbol)), mine.symbol])
+    limited = np.flatnonzero(pair.goes_on[kept].any(1))
+    which = np.full(len(kept), -1)
+    which[limited] = np.arange(len(limited))
+    own, other = (tensor_of(v.cells, device) for v in vocabularies)
+    count = 1 + max(int(v.cells.max(initial=0)) for v in vocabularies)
+    first = np.full(count, vocabularies[0].inside.other)
+    both = np.isin(vocabularies[0].cells, vocabularies[1].cells)
+    first[vocabularies[0].cells[both]] = vocabularies[0].starts.table[both, 0]
+    excluded = torch.index_select(tensor_of(pair.goes_on[kept[limited]], device), 1, tensor_of(first, device))
+    cells = Cells(own, other, count, tensor_of(which, device), excluded)
+    settings = {**parameters, "temperature": temperature}
+
+    def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        return cells.divergence(divergence, logits, targets[0], rows, **settings).unsqueeze(0)
+
+    def slopes(logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        found, slope = cells.with_slope(divergence, logits, targets[0], rows, **settings)
+        return found.unsqueeze(0), slope * weights.t()
+
+    spans = tensor_of(pair.student.spans[mine.token[kept]], device)
+    target = Hidden(teacher.states[tensor_of(theirs.token[kept], device)], teacher.head, len(vocabularies[1].cells))
+    states = student.states[tensor_of(mine.token[kept], device)]
+    return Part(states, values, weights[spans].unsqueeze(0), slopes if divergence in WITH_SLOPE else None, [target]), spans
 
 
 def span_log_probs(side: SpanTokens, vocab: int, *, temperature: float = 1.0) -> Tensor:
@@ -247,30 +250,10 @@ def _earlier(side: SpanTokens) -> SpanTokens:
     return SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], side.spans[rows])
 
 
-def _with_slope(loss: Callable[..., Tensor], log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a loss and its slope: the gradient with respect to the student's log-probabilities of spans. Both have no graph."""
-    leaf = log_q.detach().requires_grad_()
-    with torch.enable_grad(), checks.deferred():
-        values = loss(leaf, log_p)
-        (slope,) = torch.autograd.grad(values.sum(), leaf)
-    return values.detach(), slope
-
-
 def _text_part(side: SpanTokens, slopes: Tensor | Callable[[Tensor], Tensor], temperature: float) -> Part:
     """Return a part that does not change the value of a loss. Its gradient is `slopes` (1, N) times that of the tokens'
     log-probabilities."""
     return replace(part_of([TokenTerm("", _same, side.tokens, temperature=temperature)], side.hidden.states, slopes), counts=False)
-
-
-def _chosen(side: SpanTokens, chosen: Tensor) -> SpanTokens:
-    rows = chosen[side.spans]
-    hidden = select(side.hidden, rows)
-    assert isinstance(hidden, Hidden)
-    return SpanTokens(hidden, side.tokens[rows], (chosen.cumsum(0) - 1)[side.spans[rows]])
-
-
-def _on_shared(divergence: Callable[..., Tensor], shared: SharedVocabulary, student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
-    return shared_divergence(divergence, student, teacher, shared, **settings)
 
 
 def _same(log_q: Tensor) -> Tensor:

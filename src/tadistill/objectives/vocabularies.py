@@ -1,33 +1,27 @@
-"""Divergences between two models with different vocabularies, at a place where both predict the same text.
+"""Distances of other methods between two models with different vocabularies, at a place where both predict the same text.
 
-`SharedVocabulary` compares the tokens that both vocabularies have. `sorted_distance` (ULD) compares sorted probabilities, and needs no
-tokens in common. `hybrid_distance` (GOLD) compares shared tokens, and the sorted probabilities of all others. All compute in at least
-float32, and return one value per token, without mask or reduction.
+`sorted_distance` (ULD) compares sorted probabilities, and needs no tokens in common. `hybrid_distance` (GOLD) compares the shared tokens
+(`SharedVocabulary`) one by one, and all others like ULD. Both compute in at least float32, and return one value per token, without mask
+or reduction.
 
 Axes: V student's vocabulary, W teacher's vocabulary, M shared tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import at_least_float32, log_probs
-from tadistill.tuning import LOG_ZERO
+from tadistill.objectives.divergence import log_probs
 
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """The tokens that two vocabularies have in common. `tadistill.data.alignment.shared_tokens` finds them.
-
-    A divergence over the shared vocabulary has one outcome per shared token, and at most one more outcome: the rest. The rest is the event
-    that the next token is not a shared token.
-    """
+    """The tokens that two vocabularies have in common. `tadistill.data.alignment.shared_tokens` finds them."""
 
     student_ids: Tensor
     """Ids (M,) of the shared tokens in the student's vocabulary."""
@@ -35,13 +29,8 @@ class SharedVocabulary:
     """Ids (M,) of the same tokens in the teacher's vocabulary."""
     sizes: tuple[int, int]
     """The number of tokens of both vocabularies, (V, W). Logits after them are padding and are cut off."""
-    rest: Literal["lump", "drop"] = "lump"
-    """`lump` counts all other tokens of a model as one outcome. `drop` leaves them out, and renormalises both models over the shared
-    tokens."""
 
     def __post_init__(self) -> None:
-        if self.rest not in ("lump", "drop"):
-            raise ConfigError(f"`rest` is {self.rest!r}; it must be `lump` or `drop`")
         if self.student_ids.shape != self.teacher_ids.shape or self.student_ids.ndim != 1 or not len(self.student_ids):
             raise ConfigError(
                 f"`student_ids` has shape {tuple(self.student_ids.shape)} and `teacher_ids` {tuple(self.teacher_ids.shape)}; give two "
@@ -50,17 +39,10 @@ class SharedVocabulary:
         for name, ids, size in (("student_ids", self.student_ids, self.sizes[0]), ("teacher_ids", self.teacher_ids, self.sizes[1])):
             if not 0 <= int(ids.min()) <= int(ids.max()) < size or len(ids.unique()) < len(ids):
                 raise ConfigError(f"`{name}` must have different ids from 0 to {size - 1}")
-        alone = [size - len(self.student_ids) for size in self.sizes]
-        if self.rest == "lump" and (alone[0] == 0) != (alone[1] == 0):
-            who, other = ("teacher", "student") if alone[1] else ("student", "teacher")
-            raise ConfigError(
-                f"the {who} has {max(alone)} tokens that are not shared, but all tokens of the {other} are shared: for the {other} the "
-                "rest has probability 0, so most divergences are infinite; use rest='drop'"
-            )
 
     def to(self, device: torch.device) -> "SharedVocabulary":
         """Return a copy on another device."""
-        return SharedVocabulary(self.student_ids.to(device), self.teacher_ids.to(device), self.sizes, self.rest)
+        return SharedVocabulary(self.student_ids.to(device), self.teacher_ids.to(device), self.sizes)
 
     @cached_property
     def same(self) -> bool:
@@ -72,66 +54,6 @@ class SharedVocabulary:
     def alone(self) -> tuple[Tensor, Tensor]:
         """The ids of the tokens that are not shared, of the student and of the teacher."""
         return _others(self.student_ids, self.sizes[0]), _others(self.teacher_ids, self.sizes[1])
-
-    @cached_property
-    def partner(self) -> Tensor:
-        """The teacher's id (V,) of each token of the student. It is -1 for a token that is not shared."""
-        partner = torch.full((self.sizes[0],), -1, dtype=torch.long, device=self.student_ids.device)
-        return partner.scatter_(0, self.student_ids, self.teacher_ids)
-
-    def align(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the logits of both models on the shared tokens, each of shape (..., M), or (..., M + 1) with the rest.
-
-        The logit of the rest is the logsumexp of all other logits. The softmax is then the model's own distribution, with all other tokens
-        as one outcome. The temperature is applied first, so compute divergences of the result at temperature 1.
-
-        Args:
-            student_logits: (..., V).
-            teacher_logits: (..., W).
-        """
-        checks.positive("temperature", temperature)
-        pairs = zip((student_logits, teacher_logits), (self.student_ids, self.teacher_ids), self.alone, self.sizes, strict=True)
-        student, teacher = (self._side(logits, ids, alone, size, temperature) for logits, ids, alone, size in pairs)
-        return student, teacher
-
-    def _side(self, logits: Tensor, ids: Tensor, alone: Tensor, size: int, temperature: float) -> Tensor:
-        _check_width(logits, size)
-        shared = at_least_float32(logits.index_select(-1, ids)) / temperature
-        if self.rest == "drop" or not len(alone):
-            return shared
-        # a rest without any possible token would be -inf - (-inf) in the gradient
-        others = (at_least_float32(logits.index_select(-1, alone)) / temperature).clamp(min=LOG_ZERO)
-        return torch.cat([shared, others.logsumexp(-1, keepdim=True)], -1)
-
-
-def shared_divergence(
-    divergence: Callable[..., Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    shared: SharedVocabulary,
-    *,
-    temperature: float = 1.0,
-    **parameters: Any,
-) -> Tensor:
-    """Return a divergence between two models with different vocabularies, over the shared tokens and the rest.
-
-    If both models have the same vocabulary, the result is `divergence(student_logits, teacher_logits, ...)`, bit for bit. Otherwise the
-    value is 0 if and only if both models give every shared token the same probability. The rest is different text for each model, so the
-    value does not say which of the other tokens a model prefers.
-
-    Args:
-        divergence: any function of `tadistill.objectives` that takes the logits of two models.
-        student_logits: (..., V).
-        teacher_logits: (..., W), at places where both models have read the same text.
-        temperature: divides all logits of both models, before the tokens that are not shared become one outcome.
-
-    Returns:
-        (...) nats.
-    """
-    _check_places(student_logits, teacher_logits)
-    if shared.same:
-        return divergence(student_logits, teacher_logits, temperature=temperature, **parameters)
-    return divergence(*shared.align(student_logits, teacher_logits, temperature), temperature=1.0, **parameters)
 
 
 def sorted_distance(
@@ -176,11 +98,10 @@ def hybrid_distance(
 
     D_beta is the formula of `jensen_shannon`, with beta = 0 for KL(p || q) and beta = 1 for KL(q || p). But q and p are not renormalised:
     they are the probabilities of the shared tokens in the whole softmax, times `before`, and at least 1e-8. So for beta = 0 and 1 the
-    value can be negative, and it is not smallest where q = p. `shared_divergence` does not have this fault.
+    value can be negative, and it is not smallest where q = p. `fused_span_divergence` does not have this fault.
 
     Args:
         term_weights: (w, u). The default is GOLD's: w = M / W, the share of the teacher's tokens that are shared, and u = 1 - w.
-        shared: its `rest` is not used.
 
     Other args and returns are as in `sorted_distance`. Source: GOLD in TRL 1.16 (`uld_use_hybrid_loss`).
     """

@@ -131,7 +131,8 @@ class DistillSpec(TrainingSpec):
     def content(self) -> dict[str, Any]:
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""
         found = super().content()
-        return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
+        method = {name: found.pop(name) for name in ("objective", "sampler")}
+        return found | {"method": method} | ({"over_spans": 2} if self.teacher_data else {})  # the version of the losses over spans
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         texts = self.texts(ledger, self.weights, self.route)

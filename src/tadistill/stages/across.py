@@ -20,6 +20,7 @@ from tadistill.models.teacher import Teacher
 from tadistill.objectives import SharedVocabulary
 from tadistill.plan.inputs import Encoding, Split
 from tadistill.stages.context import Context
+from tadistill.train.spans import Vocabularies
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Across:
     data: Encoding
     """The teacher's rules of encoding."""
     again: Rereader
-    shared: SharedVocabulary
+    vocabularies: Vocabularies
 
     @classmethod
     def of(cls, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding) -> "Across":
@@ -51,9 +52,8 @@ class Across:
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
                 "compare them; choose models whose tokenizers read the same characters"
             )
-        alone = [size > len(again.shared) for size in sizes]
         ids = torch.tensor([*again.shared]), torch.tensor([*again.shared.values()])
-        return cls(context, tokenizer, data, again, SharedVocabulary(*ids, sizes, "lump" if alone[0] == alone[1] else "drop"))
+        return cls(context, tokenizer, data, again, Vocabularies(SharedVocabulary(*ids, sizes), again.spelled))
 
     def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
         """Return the student's rows of a training set with the teacher's own prompts. An alarm says how many rows the teacher cannot read.

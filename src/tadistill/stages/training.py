@@ -61,7 +61,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     subject = context.subject(student, tokenizer, *(() if other else teachers))
     subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)]))
     across = Across.of(context, subject, *loaded[0], other) if other else None
-    vocab = across.shared if across else subject.vocab
+    vocab = across.vocabularies if across else subject.vocab
     ranks = Shard(accelerator.process_index, accelerator.num_processes)
     sampler = _sampler(context, subject, teachers, signals, ranks, across)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)

@@ -10,18 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tadistill.data.batch import Batch
-from tadistill.data.second_readings import Aligned
+from tadistill.data.second_readings import CHANGED, STRIPPED, Aligned
 from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens, span_rewards
-from tadistill.objectives.fused import Term, fused_terms
+from tadistill.objectives.fused import Term, fused_parts, fused_terms, part_of
+from tadistill.objectives.next_symbol import SpelledPair
 from tadistill.objectives.spans import fused_span_distance, fused_span_divergence, span_log_probs, span_sums
+from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
 
 _DELAY = 1  # tokens; on real text, the spans so far then depend on later text at less than 1 % of the places (docs/concepts/tokenizers.md)
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """What the tokens of student and teacher have in common."""
+
+    shared: SharedVocabulary
+    spelled: tuple[SpelledVocabulary, SpelledVocabulary]
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Sides:
     head: Head
     teacher: Target | None
     """The teacher's hidden states at its own tokens (`Aligned.tokens`). None if no term needs them."""
-    shared: SharedVocabulary
+    vocabularies: Vocabularies
 
 
 def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,7 +58,7 @@ def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span
     of_tokens = [term for term in terms if not isinstance(term, TeacherTerm)]
     if of_tokens:
         weights = torch.tensor([[t.weight / per] for t in of_tokens], dtype=torch.float32).to(sides.student.device, non_blocking=True)
-        total, found = fused_terms(of_tokens, sides.student, sides.head, weights, vocab=sides.shared.sizes[0])
+        total, found = fused_terms(of_tokens, sides.student, sides.head, weights, vocab=sides.vocabularies.shared.sizes[0])
         parts = dict(zip((t.name for t in of_tokens), (found * weights.to(found.dtype)).sum(1), strict=True))
     for term in terms:
         if isinstance(term, TeacherTerm):
@@ -65,13 +76,29 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
     weights = torch.full((aligned.count,), term.weight / per_span, dtype=torch.float32, device=sides.student.device)
-    shared = sides.shared.to(sides.student.device)
+    shared = sides.vocabularies.shared.to(sides.student.device)
     settings: dict[str, Any] = {**term.settings, "weights": weights, "temperature": term.temperature}
     if term.divergence is sorted_distance:
         return fused_span_distance(sorted_distance, student, teacher, shared.sizes, **settings)[0]
     if term.divergence is hybrid_distance:
         return fused_span_distance(hybrid_distance, student, teacher, shared.sizes, shared=shared, **settings)[0]
-    return fused_span_divergence(term.divergence, student, teacher, shared, **settings)[0]
+    if shared.same:  # every span is one token of both
+        part = part_of([term], student.hidden.states, weights.unsqueeze(0), teachers=[teacher.hidden])
+        return fused_parts([part], sides.head, vocab=shared.sizes[0])[0]
+    return fused_span_divergence(
+        term.divergence, student.hidden, teacher.hidden, _spelled(aligned, sides.vocabularies.spelled), **settings
+    )[0]
+
+
+def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVocabulary]) -> SpelledPair:
+    compared = np.ones(aligned.count, bool)
+    for text in aligned.texts:
+        compared[text.spans[text.marks == CHANGED]] = False
+    mine, theirs = (
+        SpelledText(v, t.ids, t.spans, t.marks == STRIPPED, np.zeros(len(t.ids), bool))
+        for v, t in zip(vocabularies, aligned.texts, strict=True)
+    )
+    return SpelledPair.of(mine, theirs, aligned.follows, compared)
 
 
 def rewards(batch: Batch) -> Tensor:
@@ -93,15 +120,15 @@ def summed(aligned: Aligned, values: Tensor) -> Tensor:
     return span_sums(values[kept], aligned.student[kept], aligned.count)
 
 
-def teacher_log_probs(shared: SharedVocabulary | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
+def teacher_log_probs(vocabularies: Vocabularies | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
     """Return the teacher's log-probability of each span of a batch: the batch's value `teacher` or, without it, a value computed from the
     teacher's outputs."""
     assert batch.aligned is not None
     if "teacher" in batch.values:
         return summed(batch.aligned, batch.counted(batch.values["teacher"]))
-    assert shared is not None
+    assert vocabularies is not None
     assert isinstance(teachers[0], Hidden)
-    return span_log_probs(SpanTokens(teachers[0], batch.aligned.tokens, batch.aligned.teacher), shared.sizes[1])
+    return span_log_probs(SpanTokens(teachers[0], batch.aligned.tokens, batch.aligned.teacher), vocabularies.shared.sizes[1])
 
 
 def counts(aligned: Sequence[Aligned]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.models.teacher import Teacher, teacher_of
-from tadistill.objectives import SharedVocabulary, TaidSchedule, TargetMixture
+from tadistill.objectives import TaidSchedule, TargetMixture
 from tadistill.objectives.fused import Term, fused_parts, part_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
@@ -43,11 +43,11 @@ class Loss:
 class Models:
     """A student and its teachers. `loss` runs them on a batch."""
 
-    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int | SharedVocabulary):
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int | spans.Vocabularies):
         """`vocab` is as in `make_step`."""
         self.student_model, self.teachers, self.student = student, tuple(map(teacher_of, teachers)), Reader(student)
-        self.shared = vocab if isinstance(vocab, SharedVocabulary) else None
-        self.vocab = vocab.sizes[0] if isinstance(vocab, SharedVocabulary) else vocab
+        self.vocabularies = None if isinstance(vocab, int) else vocab
+        self.vocab = vocab if isinstance(vocab, int) else vocab.shared.sizes[0]
 
     @property
     def here(self) -> tuple[PreTrainedModel, ...]:
@@ -80,9 +80,9 @@ class Models:
         each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
         hidden = self.student.hidden(model, batch)
         if batch.aligned is not None:
-            assert self.shared is not None, "a batch with spans needs the shared tokens of both models"
+            assert self.vocabularies is not None, "a batch with spans needs the vocabularies of both models"
             (own, teachers) = each[0]
-            sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.shared)
+            sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.vocabularies)
             return Loss(*spans.loss(sides, batch, own, per, per_span))
         rows = [torch.tensor([[t.weight / per] for t in own], dtype=torch.float32) for own, _ in each]
         weights = [row.to(hidden.device, non_blocking=True) for row in rows]
@@ -182,7 +182,7 @@ def make_step(
     method: Method,
     student: PreTrainedModel,
     teachers: tuple[PreTrainedModel | Teacher, ...],
-    vocab: int | SharedVocabulary,
+    vocab: int | spans.Vocabularies,
     *,
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.byte_models import SHAPE, byte_model, byte_tokenizer
@@ -15,10 +16,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tadistill.data.alignment import NO_SPAN, Alignment, align, read_again, shared_tokens
+from tadistill.data.alignment import NO_SPAN, Alignment, align, cells, piece_of, read_again, shared_tokens
+from tadistill.data.second_readings import Rereader
 from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
 from tadistill.errors import DataError
-from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens, forward_kl, fused_span_divergence
+from tadistill.objectives import Head, Hidden, forward_kl, fused_span_divergence
+from tadistill.objectives.next_symbol import SpelledPair
+from tadistill.objectives.spelling import SpelledText
 
 USER = own_environment()
 WORDS = "the theatre then there is his history café naïve 東京 東 😀👍 don't it's 2024 20 a ab abc\n\n\n    def f(x):\n\treturn x"
@@ -297,6 +301,28 @@ def test_shared_tokens():
     assert ends[small.ends[0]] == turn.ends[0]
 
 
+@pytest.mark.parametrize("names", [("small", "large"), ("large", "words"), ("llama", "gemma"), ("words", "small")], ids="-".join)
+def test_all_tokens_of_a_cell_begin_with_its_root(names):
+    student, teacher = map(vocabulary, names)
+    sizes = len(student.tokens) + 2, len(teacher.tokens)
+    found = cells(student, teacher, sizes)
+    roots, last = dict[int, set[bytes]](), max(cell for own in found for cell, _ in own)
+    for side, own, size in zip((student, teacher), found, sizes, strict=True):
+        assert len(own) == size
+        for token, (cell, length) in enumerate(own):
+            piece = piece_of(side, token) if token < len(side.tokens) else None
+            if isinstance(piece, bytes) and cell < last - 1:
+                roots.setdefault(cell, set()).add(piece[:length])
+                assert len(piece) >= length
+    assert all(len(each) == 1 for each in roots.values())
+    assert len({cell for cell, _ in found[0]} & {cell for cell, _ in found[1]}) > 5
+    # the first tokens of one text are in one cell
+    for text in (" the theatre", " is", " a ab", " theatre the"):
+        mine, theirs = (side.read(text) for side in (student, teacher))
+        if all(mine.exact) and all(theirs.exact):
+            assert found[0][mine.ids[0]][0] == found[1][theirs.ids[0]][0], text
+
+
 def test_two_models_with_different_tokenizers_come_closer():
     """From the text to the student's weights, as the page "Different tokenizers" does it."""
     student, teacher = token_bytes(byte_tokenizer()), vocabulary("large")
@@ -307,18 +333,24 @@ def test_two_models_with_different_tokenizers_come_closer():
     learner = byte_model()
     mine, theirs = read_again([*student.read("the theatre there is 東").ids, *student.ends], student, teacher)
     spans = align(mine, theirs)
-    shared = SharedVocabulary(*map(torch.tensor, shared_tokens(student, teacher)), sizes=(len(student.tokens), len(teacher.tokens)))
+    spelled, count = Rereader(student, teacher, (len(student.tokens), len(teacher.tokens))).spelled, len(spans.ends)
+    no = [np.zeros(len(reading.ids), bool) for reading in (mine, theirs)]
+    texts = [
+        SpelledText(v, np.array(r.ids), np.array(of), n, n)
+        for v, r, of, n in zip(spelled, (mine, theirs), (spans.student, spans.teacher), no, strict=True)
+    ]
+    pair = SpelledPair.of(*texts, np.arange(count) > 0, np.ones(count, bool))
 
-    def side(model, prompt: str, own: TokenBytes, reading: Reading, of: tuple[int, ...]) -> SpanTokens:
+    def states(model, prompt: str, own: TokenBytes, reading: Reading) -> Hidden:
         before = own.read(prompt).ids
-        states = model.model(torch.tensor([[*before, *reading.ids]])).last_hidden_state[0, len(before) - 1 : -1]
-        return SpanTokens(Hidden(states, Head(model.lm_head.weight)), torch.tensor(reading.ids), torch.tensor(of))
+        found = model.model(torch.tensor([[*before, *reading.ids]])).last_hidden_state[0, len(before) - 1 : -1]
+        return Hidden(found, Head(model.lm_head.weight))
 
-    target = side(reader, "say", teacher, theirs, spans.teacher)
+    target = states(reader, "say", teacher, theirs)
     optimizer, losses = torch.optim.Adam(learner.parameters(), lr=0.01), []
     for _ in range(30):
-        own = side(learner, "say ", student, mine, spans.student)
-        loss, values = fused_span_divergence(forward_kl, own, target, shared, weights=torch.full((len(spans.ends),), 1 / len(spans.ends)))
+        own = states(learner, "say ", student, mine)
+        loss, values = fused_span_divergence(forward_kl, own, target, pair, weights=torch.full((count,), 1 / count))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -53,10 +53,9 @@ def test_lengths_of_a_plan_are_those_of_the_readings():
     for second, response, prompt in zip(found.seconds, ids[1:], (6, 7), strict=True):
         own, other = read_again(response, token_bytes(student), token_bytes(teacher))
         spans = align(own, other)
-        alone = [k for k, one in enumerate(spans.single()) if one]
         assert second.prompt == prompt
         assert second.response == len(other.ids) + 1
-        assert second.apart == sum(span not in alone for span in spans.student)
+        assert second.spans == len(spans.ends) + 1  # the end of the text
         assert second.before == len(own.ids) - len(spans.ends)
     assert found.of_teacher.rows == tuple((s.prompt, s.response) for s in found.seconds)
     half = found.answered(3)

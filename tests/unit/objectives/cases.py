@@ -50,16 +50,6 @@ def _shared(width: int) -> ours.SharedVocabulary:
     return ours.SharedVocabulary(torch.tensor(student), torch.tensor(teacher), (width, width))
 
 
-def shared_forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Forward KL between vocabularies with some tokens in common."""
-    return ours.shared_divergence(ours.forward_kl, student, teacher, _shared(student.shape[-1]), temperature=temperature)
-
-
-def shared_reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Reverse KL between vocabularies with some tokens in common."""
-    return ours.shared_divergence(ours.reverse_kl, student, teacher, _shared(student.shape[-1]), temperature=temperature)
-
-
 def hybrid_distance(student: Tensor, teacher: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
     """GOLD's loss between vocabularies with some tokens in common."""
     return ours.hybrid_distance(student, teacher, shared=_shared(student.shape[-1]), beta=beta, temperature=temperature)
@@ -118,8 +108,6 @@ CASES = [
         for side in ("forward", "reverse")
         for tail in ("lump", "drop")
     ),
-    Case("shared_forward_kl", "vocabularies", shared_forward_kl, reference.shared_forward_kl, least=3),
-    Case("shared_reverse_kl", "vocabularies", shared_reverse_kl, reference.shared_reverse_kl, least=3),
     case("vocabularies", "sorted_distance"),
     *(
         Case(f"hybrid({b})", "vocabularies", partial(hybrid_distance, beta=b), partial(reference.hybrid_distance, beta=b), least=3)

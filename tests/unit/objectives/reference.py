@@ -128,23 +128,6 @@ def shared_ids(width: int) -> tuple[list[int], list[int]]:
     return list(range(many)), [width - 1 - v for v in range(many)]
 
 
-def on_shared(p: Probs, q: Probs) -> tuple[Probs, Probs]:
-    """Both sides on the shared tokens, with the rest as one outcome."""
-    of_student, of_teacher = shared_ids(len(p))
-    sides = [(p, of_teacher), (q, of_student)]
-    a, b = (np.append(x[ids], math.fsum(x[v] for v in range(len(x)) if v not in ids)) for x, ids in sides)
-    return a, b
-
-
-def shared_forward_kl(p: Probs, q: Probs) -> float:
-    return kl(*on_shared(p, q))
-
-
-def shared_reverse_kl(p: Probs, q: Probs) -> float:
-    a, b = on_shared(p, q)
-    return kl(b, a)
-
-
 def sorted_distance(p: Probs, q: Probs) -> float:
     return math.fsum(abs(x - y) for x, y in zip(sorted(p), sorted(q), strict=True))
 

@@ -12,26 +12,14 @@ from tadistill.objectives import (
     Hidden,
     SharedVocabulary,
     SpanTokens,
-    alpha_beta,
-    forward_kl,
-    fused_divergence,
     fused_span_distance,
-    fused_span_divergence,
     hybrid_distance,
-    jensen_shannon,
-    reverse_kl,
-    shared_divergence,
-    skew_reverse_kl,
     sorted_distance,
-    span_divergence,
     span_log_probs,
     tiles,
-    total_variation,
 )
-from tadistill.objectives.spans import single_tokens, two_outcomes
 
 V, W, H = 7, 9, 5
-SHARED = SharedVocabulary(torch.tensor([0, 2, 3, 6]), torch.tensor([4, 1, 0, 8]), (V, W))
 # spans: 0 is a pair of shared tokens; 1 has two tokens and one; 2 one and three; 3 is a pair of tokens that are not shared; 4 is a pair
 MINE = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([2, 5, 0, 4, 1, 6])
 THEIRS = torch.tensor([0, 1, 2, 2, 2, 3, 4]), torch.tensor([1, 3, 0, 5, 5, 2, 8])
@@ -61,126 +49,21 @@ def summed(side: SpanTokens, size: int, temperature: float) -> torch.Tensor:
     return torch.stack([sum(log_probs[k, side.tokens[k]] for k in own) for own in rows])  # pyright: ignore[reportArgumentType,reportCallIssue]
 
 
-def plain(divergence, student: SpanTokens, teacher: SpanTokens, temperature: float, **parameters) -> torch.Tensor:
-    log_q, log_p = summed(student, V, temperature), summed(teacher, W, temperature)
-    found = span_divergence(divergence, log_q, log_p, **parameters)
-    one = [0, 4]  # the places of these spans in each text
-    pairs = logits(student, V)[[0, 5]], logits(teacher, W)[[0, 6]]
-    return found.index_copy(0, torch.tensor(one), shared_divergence(divergence, *pairs, SHARED, temperature=temperature, **parameters))
-
-
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_log_probabilities_of_spans_are_sums(temperature):
     student, teacher, _ = models()
     torch.testing.assert_close(span_log_probs(student, V, temperature=temperature), summed(student, V, temperature), atol=1e-12, rtol=0)
     torch.testing.assert_close(span_log_probs(teacher, W, temperature=temperature), summed(teacher, W, temperature), atol=1e-12, rtol=0)
-    assert single_tokens(student, teacher, SHARED, 5).tolist() == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize(
-    ("divergence", "parameters"),
-    [
-        (forward_kl, {}),
-        (reverse_kl, {}),
-        (jensen_shannon, {"beta": 0.3}),
-        (skew_reverse_kl, {"alpha": 0.2}),
-        (total_variation, {}),
-        (alpha_beta, {}),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)
-@pytest.mark.parametrize("temperature", [1.0, 1.6])
-@pytest.mark.parametrize("tiny", [False, True], ids=["", "tiles"])
-def test_fused_equals_plain(divergence, parameters, temperature, tiny, monkeypatch):
-    if tiny:
-        monkeypatch.setattr(tiles, "TILE_BYTES", 2 * (V + W) * 8)
-        monkeypatch.setattr(tiles, "_CACHED", W)
-    student, teacher, leaves = models()
-    total, values = fused_span_divergence(divergence, student, teacher, SHARED, weights=WEIGHTS, temperature=temperature, **parameters)
-    expected = plain(divergence, student, teacher, temperature, **parameters)
-    torch.testing.assert_close(values, expected.detach(), atol=1e-11, rtol=0)
-    torch.testing.assert_close(total.detach(), (WEIGHTS * expected).sum().detach(), atol=1e-11, rtol=0)
-    for found, exact in zip(torch.autograd.grad(total, leaves), torch.autograd.grad((WEIGHTS * expected).sum(), leaves), strict=True):
-        torch.testing.assert_close(found, exact, atol=1e-11, rtol=0)
-        assert exact.abs().max() > 1e-3
-    with torch.no_grad():
-        again, same = fused_span_divergence(divergence, student, teacher, SHARED, weights=WEIGHTS, temperature=temperature, **parameters)
-    torch.testing.assert_close(again, total.detach(), atol=1e-12, rtol=0)
-    torch.testing.assert_close(same, values, atol=1e-12, rtol=0)
-
-
-def test_gradients_by_finite_differences():
-    student, teacher, leaves = models()
-
-    def loss(states, weight, bias):
-        side = SpanTokens(Hidden(states, Head(weight, bias)), student.tokens, student.spans)
-        return plain(reverse_kl, side, teacher, 1.3)
-
-    assert torch.autograd.gradcheck(loss, leaves)
-
-
-@pytest.mark.parametrize("divergence", [reverse_kl, jensen_shannon, total_variation])
-@pytest.mark.parametrize("temperature", [1.0, 1.6])
-def test_one_tokenizer_is_the_plain_divergence_bit_for_bit(divergence, temperature):
-    tokens, spans, every = torch.tensor([3, 0, 6, 6, 2, 1]), torch.arange(6), torch.arange(V)
-    results = []
-    for over_spans in (False, True):
-        student, teacher, leaves = models(torch.float32)
-        other = Hidden(teacher.hidden.states[:6], teacher.hidden.head)
-        weights = torch.linspace(0.1, 2, 6)
-        if over_spans:
-            mine, theirs = (SpanTokens(hidden, tokens, spans) for hidden in (student.hidden, other))
-            shared = SharedVocabulary(every, every, (V, V))
-            total, values = fused_span_divergence(divergence, mine, theirs, shared, weights=weights, temperature=temperature)
-        else:
-            states, head = student.hidden.states, student.hidden.head
-            total, values = fused_divergence(divergence, states, head, other, mask=weights, vocab=V, temperature=temperature)
-        results.append([total, values, *torch.autograd.grad(total, leaves)])
-    for found, expected in zip(*results, strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_masked_equals_deleted():
-    student, teacher, leaves = models()
-    kept = torch.tensor([True, False, True, True, False])
-    total, values = fused_span_divergence(forward_kl, student, teacher, SHARED, weights=WEIGHTS * kept)
-    sides = []
-    for side in (student, teacher):
-        rows = kept[side.spans]
-        again = (kept.cumsum(0) - 1)[side.spans[rows]]
-        sides.append(SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], again))
-    fewer, found = fused_span_divergence(forward_kl, sides[0], sides[1], SHARED, weights=WEIGHTS[kept])
-    torch.testing.assert_close(values[kept], found, atol=1e-12, rtol=0)
-    for a, b in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(fewer, leaves), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("kind", [fused_span_divergence, fused_span_distance])
-def test_no_spans_give_zero_with_a_graph(kind):
+def test_no_spans_give_zero_with_a_graph():
     student, teacher, leaves = models()
     nothing = torch.zeros(0, dtype=torch.long)
     sides = [SpanTokens(Hidden(s.hidden.states[:0], s.hidden.head), nothing, nothing) for s in (student, teacher)]
-    run = (reverse_kl, *sides, SHARED) if kind is fused_span_divergence else (sorted_distance, *sides, (V, W))
-    total, values = kind(*run)
+    total, values = fused_span_distance(sorted_distance, sides[0], sides[1], (V, W))
     assert float(total.detach()) == 0
     assert values.shape == (0,)
     assert all(g.abs().max() == 0 for g in torch.autograd.grad(total, leaves))
-
-
-def test_two_outcomes():
-    log_prob = torch.tensor([-1e-3, -0.2, -0.69, -0.7, -5.0, -800.0, math.log(0.25)], dtype=torch.float64, requires_grad=True)
-    both = two_outcomes(log_prob)
-    torch.testing.assert_close(both.exp().sum(-1), torch.ones(7).double(), atol=1e-15, rtol=0)
-    assert both[-1].exp().tolist() == pytest.approx([0.25, 0.75], abs=1e-15)
-    assert torch.autograd.gradcheck(lambda x: two_outcomes(x)[:, 1], log_prob)
-    sure = torch.tensor([0.0, 1e-9, -math.inf], requires_grad=True)
-    values = span_divergence(reverse_kl, sure, torch.tensor([-1.0, -1.0, -1.0]))
-    assert torch.isfinite(values).all()
-    assert torch.isfinite(torch.autograd.grad(values.sum(), sure)[0]).all()
-    assert span_divergence(forward_kl, log_prob, log_prob).abs().max() < 1e-12
-    by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    found = span_divergence(forward_kl, torch.tensor(0.25).log().double(), torch.tensor(0.5).log().double())
-    assert float(found) == pytest.approx(by_hand, abs=1e-7)
 
 
 # --- ULD and GOLD -------------------------------------------------------------------------------------------------------
@@ -292,8 +175,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("run", [fused_span_divergence, fused_span_distance])
-def test_no_tensor_has_a_row_of_logits_for_each_token(run, monkeypatch):
+def test_no_tensor_has_a_row_of_logits_for_each_token(monkeypatch):
     tokens, size, wide = 60, 400, 900
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * (size + wide) * 4)
     monkeypatch.setattr(tiles, "_CACHED", wide)
@@ -302,16 +184,16 @@ def test_no_tensor_has_a_row_of_logits_for_each_token(run, monkeypatch):
         for count, v in ((tokens, size), (tokens // 2, wide))
     ]
     sides[0].hidden.head.weight.requires_grad_()
-    shared = SharedVocabulary(torch.arange(300), torch.arange(300).flip(0), (size, wide))
     with Largest() as largest:
-        total, _ = run(reverse_kl, *sides, shared) if run is fused_span_divergence else run(sorted_distance, *sides, (size, wide))
+        total, _ = fused_span_distance(sorted_distance, sides[0], sides[1], (size, wide))
         total.backward()
     assert largest.size <= 5 * wide  # of four tokens, and not of 30 or 60
 
 
-def spans_of(student=MINE, teacher=THEIRS, shared=SHARED):
+def spans_of(student=MINE, teacher=THEIRS, sizes=(V, W)):
     mine, theirs, _ = models()
-    return reverse_kl, SpanTokens(mine.hidden, student[1], student[0]), SpanTokens(theirs.hidden, teacher[1], teacher[0]), shared
+    sides = SpanTokens(mine.hidden, student[1], student[0]), SpanTokens(theirs.hidden, teacher[1], teacher[0])
+    return sorted_distance, *sides, sizes
 
 
 @pytest.mark.parametrize(
@@ -322,12 +204,12 @@ def spans_of(student=MINE, teacher=THEIRS, shared=SHARED):
         (lambda: spans_of(student=(MINE[0] * 2, MINE[1])), ("`student`", "without gaps")),
         (lambda: spans_of(teacher=(THEIRS[0].clamp(max=3), THEIRS[1])), ("5 spans", "has 4")),
         (lambda: spans_of(student=(MINE[0], MINE[1] + 1)), ("`student`", "0 to 6")),
-        (lambda: spans_of(shared=SharedVocabulary(torch.tensor([0]), torch.tensor([0]), (V, 40))), ("teacher", "40 tokens", "11 logits")),
+        (lambda: spans_of(sizes=(V, 40)), ("teacher", "40 tokens", "11 logits")),
     ],
 )
 def test_bad_input(arguments, words):
     with pytest.raises(ConfigError) as error:
-        fused_span_divergence(*arguments())
+        fused_span_distance(*arguments())
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -335,4 +217,4 @@ def test_a_model_that_has_diverged_is_named():
     student, teacher, _ = models()
     broken = SpanTokens(Hidden(student.hidden.states.detach() * math.nan, student.hidden.head), student.tokens, student.spans)
     with pytest.raises(ConfigError, match="student_hidden"):
-        fused_span_divergence(reverse_kl, broken, teacher, SHARED)
+        fused_span_distance(sorted_distance, broken, teacher, (V, W))

@@ -3,13 +3,14 @@
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from tests.byte_models import byte_tokenizer
 from tests.conftest import tiny_model
+from tests.unit.objectives.text_oracle import Side, text_divergence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -17,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from tadistill import objectives
 from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
-from tadistill.data.alignment import shared_tokens
+from tadistill.data.alignment import cells, shared_tokens
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.second_readings import Rereader, at_span_ends, counted_spans
 from tadistill.data.templates import Encoded
@@ -52,9 +53,13 @@ SIZES = len(STUDENT.tokens), len(TEACHER.tokens)
 AGAIN = Rereader(STUDENT, TEACHER, SIZES)
 
 
-def shared(rest="lump") -> SharedVocabulary:
+def shared() -> SharedVocabulary:
     mine, theirs = shared_tokens(STUDENT, TEACHER)
-    return SharedVocabulary(torch.tensor(mine), torch.tensor(theirs), SIZES, rest)
+    return SharedVocabulary(torch.tensor(mine), torch.tensor(theirs), SIZES)
+
+
+def both() -> spans.Vocabularies:
+    return spans.Vocabularies(shared(), AGAIN.spelled)
 
 
 def ids(vocabulary: TokenBytes, text: str) -> tuple[int, ...]:
@@ -97,19 +102,26 @@ def cut(mine: list[bytes], theirs: list[bytes]) -> list[tuple[list[int], list[in
     return found
 
 
-def span_values(divergence, student, teacher, s: Sequence, temperature=1.0, **settings) -> list[torch.Tensor]:
-    """Return the loss of each span of one sequence, with whole logits."""
-    pairs, found = shared(), []
+def symbols(vocabulary: TokenBytes, size: int) -> list[tuple[int, ...] | None]:
+    """The bytes of each token of a head. 256 is the end of the text, and 257 the padding token."""
+    known = [(256,) if i in vocabulary.ends else tuple(p) if isinstance(p, bytes) else (257,) for i, p in enumerate(vocabulary.pieces)]
+    return [*known, *[None] * (size - len(known))]
+
+
+def span_values(divergence, student, teacher, s: Sequence, temperature=1.0, first=0, **settings) -> list[torch.Tensor]:
+    """Return the loss of each span of one sequence from the span `first` on, with whole distributions."""
     theirs = (*ids(TEACHER, STUDENT.tokenizer.decode(s.response[:-1])), TEACHER.ends[0])
-    q = log_probs(student, s.prompt, s.response, SIZES[0], temperature)
-    p = log_probs(teacher, s.teacher_prompt, theirs, SIZES[1], temperature)
-    for own, other in cut(pieces(STUDENT, s.response), pieces(TEACHER, theirs)):
-        if len(own) == len(other) == 1 and pairs.partner[s.response[own[0]]] == theirs[other[0]]:
-            found.append(divergence(*pairs.align(q[own[0]], p[other[0]]), **settings))
-        else:
-            sums = [sum(side[k, t[k]] for k in at) for side, t, at in ((q, s.response, own), (p, theirs, other))]
-            found.append(divergence(*[torch.stack([x, (-x.exp()).log1p()]) for x in sums], **settings))
-    return found
+    q = log_probs(student, s.prompt, s.response, SIZES[0], temperature).exp()
+    p = log_probs(teacher, s.teacher_prompt, theirs, SIZES[1], temperature).exp()
+    places = cut(pieces(STUDENT, s.response), pieces(TEACHER, theirs))[first:]
+    sides = []
+    for k, (vocabulary, tokens, probs) in enumerate(((STUDENT, s.response, q), (TEACHER, theirs, p))):
+        kept = [(i, span) for span, both in enumerate(places) for i in both[k]]
+        rows = [i for i, _ in kept]
+        roots = cells(STUDENT, TEACHER, SIZES)[k]
+        sides.append(Side(symbols(vocabulary, SIZES[k]), roots, [tokens[i] for i in rows], [span for _, span in kept], probs[rows]))
+    every = [True] * len(places)
+    return text_divergence(partial(divergence, **settings), sides[0], sides[1], [False, *every[1:]], every)
 
 
 def by_hand(divergence, student, teacher, sequences, *, kd_ratio=1.0, **settings) -> torch.Tensor:
@@ -148,23 +160,25 @@ OBJECTIVES = [
 WAYS = {"whole": {}, "micro": {"micro_batch": 3}, "tokens": {"tokens": 60}, "packed": {"tokens": 60, "packed": True}}
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o["type"])
-def test_loss_and_gradient_equal_a_loop_by_hand(objective, way):
+def test_loss_and_gradient_equal_a_loop_by_hand(objective):
     student, teacher = pair()
-    for model in (student, teacher) if way == "packed" else ():
-        pack_rows(model)
-    method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6} | WAYS[way]})
-    sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
-    batches = sampler.micro_batches(0)
-    assert len(batches) > 1 or way == "whole"
-    made = make_step(method, student, (teacher,), shared())
-    found = losses(made, student, batches)
     settings = {name: value for name, value in objective.items() if name != "type"}
-    student, teacher = pair()
-    expected = by_hand(getattr(objectives, objective["type"]), student, teacher, [FIXED[i] for i in sampler.rows(0)], **settings)
-    assert found[0] == pytest.approx(float(expected.detach()), abs=1e-6)
-    torch.testing.assert_close(found[1], gradient(expected, student), atol=1e-6, rtol=1e-5)
+    expected = None
+    for way, optim in WAYS.items():
+        method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6} | optim})
+        sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
+        if expected is None:
+            rows = [FIXED[i] for i in sampler.rows(0)]
+            loss = by_hand(getattr(objectives, objective["type"]), student, teacher, rows, **settings)
+            expected = float(loss.detach()), gradient(loss, student)
+        batches = sampler.micro_batches(0)
+        assert len(batches) > 1 or way == "whole"
+        for model in (student, teacher) if way == "packed" else ():
+            pack_rows(model)
+        found = losses(make_step(method, student, (teacher,), both()), student, batches)
+        assert found[0] == pytest.approx(expected[0], abs=1e-6), way
+        torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5, msg=way)
 
 
 @pytest.mark.parametrize("name", ["uld", "gold"])
@@ -174,7 +188,7 @@ def test_distances_of_other_methods(name):
     method = Method.model_validate({"objective": {"type": name, "kd_ratio": 0.6}, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
     sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
     batches = sampler.micro_batches(0)
-    made = make_step(method, student, (teacher,), shared())
+    made = make_step(method, student, (teacher,), both())
     found = losses(made, student, batches)
     rows, values, likelihood = [FIXED[i] for i in sampler.rows(0)], [], []
     for s in rows:
@@ -198,7 +212,7 @@ def test_weights_after_updates_equal_a_loop_by_hand():
     for ours in (True, False):
         student, teacher = pair()
         sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
-        made = make_step(method, student, (teacher,), shared())
+        made = make_step(method, student, (teacher,), both())
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
         for step in range(3):
             optimizer.zero_grad()
@@ -216,11 +230,11 @@ def test_weights_after_updates_equal_a_loop_by_hand():
 def test_one_tokenizer_is_the_plain_loss_bit_for_bit(objective):
     """The teacher reads the student's own tokens behind a prompt of its own: with spans, and without."""
     method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
-    every = torch.arange(SIZES[0])
+    every, plain = torch.arange(SIZES[0]), Rereader(STUDENT, STUDENT, (SIZES[0], SIZES[0]))
     found = []
-    for rereader, both in (
+    for rereader, vocabularies in (
         (None, None),
-        (Rereader(STUDENT, STUDENT, (SIZES[0], SIZES[0])), SharedVocabulary(every, every, (SIZES[0], SIZES[0]))),
+        (plain, spans.Vocabularies(SharedVocabulary(every, every, (SIZES[0], SIZES[0])), plain.spelled)),
     ):
         student, _ = pair(torch.float32)
         teacher = tiny_model("llama", vocab=SIZES[0], seed=5).requires_grad_(False)
@@ -228,7 +242,7 @@ def test_one_tokenizer_is_the_plain_loss_bit_for_bit(objective):
         sampler = FixedSequences(rereader.each(rows) if rereader else rows, method.optim, pad=0, seed=1)
         batches = sampler.micro_batches(0)
         assert all((batch.aligned is not None) == (rereader is not None) for batch in batches)
-        found.append(losses(make_step(method, student, (teacher,), both or SIZES[0]), student, batches))
+        found.append(losses(make_step(method, student, (teacher,), vocabularies or SIZES[0]), student, batches))
     if "kd_ratio" in objective:  # two parts are added in another order
         assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
         torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-5)
@@ -247,8 +261,11 @@ def test_what_does_not_count_is_as_if_it_were_not_there():
     batch = collate([masked, AGAIN(FIXED[0])], pad=0)
     assert batch.aligned.found["left_out"] == 1  # of those that count
     method = Method.model_validate({"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 2}})
-    found = losses(make_step(method, student, (teacher,), shared()), student, [batch])
-    kept = [*span_values(objectives.forward_kl, student, teacher, s)[1:], *span_values(objectives.forward_kl, student, teacher, FIXED[0])]
+    found = losses(make_step(method, student, (teacher,), both()), student, [batch])
+    kept = [
+        *span_values(objectives.forward_kl, student, teacher, s, first=1),
+        *span_values(objectives.forward_kl, student, teacher, FIXED[0]),
+    ]
     expected = torch.stack(kept).mean()
     assert found[0] == pytest.approx(float(expected.detach()), abs=1e-6)
     torch.testing.assert_close(found[1], gradient(expected, student), atol=1e-6, rtol=1e-5)
@@ -261,7 +278,7 @@ def test_a_micro_batch_without_spans_adds_nothing():
     assert batch.aligned.count == 0
     assert batch.aligned.found["left_out"] == 2
     method = Method.model_validate({"objective": {"type": "reverse_kl"}, "optim": {"steps": 1, "batch": 1}})
-    value, slope = losses(make_step(method, student, (teacher,), shared()), student, [batch])
+    value, slope = losses(make_step(method, student, (teacher,), both()), student, [batch])
     assert value == 0
     assert slope.abs().max() == 0
 
@@ -289,7 +306,7 @@ def made_of(given: dict, again: Rereader | None = AGAIN, *, step: int = 1):
     sampler = on_policy(method, FIXED, ROWS, teachers=(teacher,), vocab=SIZES[0], **common)
     if hasattr(sampler, "phi"):
         sampler.phi = sampler.mark = 1.0
-    made = make_step(method, student, (teacher,), shared())
+    made = make_step(method, student, (teacher,), both())
     for earlier in range(step):
         sampler.micro_batches(earlier)
     return made, student, teacher, sampler, made.prepare(sampler.micro_batches(step), step, lambda values: values)
@@ -393,7 +410,7 @@ def test_watched_numbers_are_those_of_spans(case):
     assert logged["spans/spans"] == sum(batch.aligned.count for batch in batches)
     sides = [(batch.aligned.student, batch.counted(batch.targets_BT), batch.aligned.teacher, batch.aligned.tokens) for batch in batches]
     one = sum(
-        (own := tokens[mine == k]).numel() == (theirs := other[their == k]).numel() == 1 and shared().partner[own[0]] == theirs[0]
+        (own := tokens[mine == k]).numel() == (theirs := other[their == k]).numel() == 1 and AGAIN.shared.get(int(own[0])) == int(theirs[0])
         for mine, tokens, their, other in sides
         for k in range(int(mine.max()) + 1)
     )

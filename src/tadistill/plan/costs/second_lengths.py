@@ -4,8 +4,6 @@ Both tokenisations of the references are cut at their common boundaries, as `dat
 without torch.
 """
 
-from bisect import bisect_left
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,14 +20,14 @@ class SecondLength:
 
     prompt: int
     response: int
-    apart: float
-    """Tokens of the student in spans that are not one token on both sides."""
+    spans: float
+    """The number of spans: parts of the text between boundaries that both tokenisations have."""
     before: float
     """Tokens of the student that are not the last of their span."""
 
     def scaled(self, by: float) -> "SecondLength":
         """Return the lengths of a response that is `by` times as long."""
-        return replace(self, response=max(1, round(self.response * by)), apart=self.apart * by, before=self.before * by)
+        return replace(self, response=max(1, round(self.response * by)), spans=self.spans * by, before=self.before * by)
 
 
 def second_lengths(mine: "Texts", theirs: "Texts", rows: Survey, student: "StandIn", teacher: "StandIn") -> "Texts":
@@ -49,7 +47,5 @@ def second_lengths(mine: "Texts", theirs: "Texts", rows: Survey, student: "Stand
 def _second(prompt: int, response: int, mine: list[int], theirs: list[int]) -> SecondLength:
     # the end of the answer is one token on both sides; a response that was cut keeps its share of everything
     ends = sorted({*mine} & {*theirs})
-    sizes = [Counter(bisect_left(ends, end) for end in side) for side in (mine, theirs)]
-    apart = sum(size for span, size in sizes[0].items() if size > 1 or sizes[1][span] != 1)
-    whole = SecondLength(prompt, len(theirs) + 1, apart, len(mine) - len(sizes[0]))
+    whole = SecondLength(prompt, len(theirs) + 1, len(ends) + 1, len(mine) - len(ends))
     return whole.scaled(response / (len(mine) + 1)) if response < len(mine) + 1 else whole

@@ -1,6 +1,6 @@
 """Predict the cost of one training: FLOPs of each part, padding, and memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 from tadistill.config import Method
@@ -83,8 +83,7 @@ class TrainingCost:
         self.memory.batch(largest, heads=self._heads(teacher or teacher_head), dropout=self.dropout)
         self.add("training/student", work * batches, backward=True)
         if texts.seconds and (teacher or teacher_head):
-            apart = sum(s.before if self.distance else s.apart for s in texts.seconds) / len(texts.seconds)
-            self.add("training/student", Work(heads=apart * micro * batches))  # log-probabilities of spans, before the loss
+            self._spans(texts, micro * batches)
             if self.two_losses:
                 self.add("training/student", Work(heads=work.heads * batches), backward=True)
         if teacher or teacher_head:
@@ -99,6 +98,24 @@ class TrainingCost:
                 self.memory.teachers if teacher and (texts.contexts or texts.seconds) else ()
             ):  # one after another, before the student
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
+
+    def _spans(self, texts: Texts, rows: float) -> None:
+        """Add the logits that a loss over spans needs besides one for each token of both models.
+
+        A loss over cells and next symbols needs up to two for each token, and one for each span. All of them are counted.
+        """
+
+        seconds = texts.seconds
+
+        def heads(values: Iterable[float]) -> Work:
+            return Work(heads=sum(values) / len(seconds) * rows)
+
+        if self.distance:  # the probability of a span's earlier tokens
+            self.add("training/student", heads(s.before for s in seconds))
+            return
+        self.add("training/student", heads(response for _, response in texts.rows))  # before the loss
+        self.add("training/student", heads(s.spans for s in seconds), backward=True)
+        self.add("training/teacher", heads(s.spans for s in seconds) * self.used)
 
     def reading(self, texts: Texts, batch: int, count: float) -> Work:
         """Return the work (token positions and pairs) of one forward pass over `count` sequences, in batches of similar length."""

@@ -1,0 +1,325 @@
+"""The next symbol of a text, given the text so far, for two models with different tokenizers.
+
+A model's distribution of the next byte follows from its distribution of the next token. `SpelledPair` has the places of the texts at which
+the two models can be compared, and `symbol_divergence` compares them there. `objectives.spans` has the whole loss. The page "Different
+tokenizers" of the documentation derives it.
+
+Axes: N student's tokens, M teacher's tokens, S spans, X places in the texts, U different tokens, K groups (`Spelling.around`), R nodes: a
+node is a token and the number of its symbols that are written.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.cells import LEAST
+from tadistill.objectives.divergence import at_least_float32
+from tadistill.objectives.fused import Part, fused_parts
+from tadistill.objectives.spelling import SpelledText
+from tadistill.objectives.targets import Head, Hidden
+
+_AT_ONCE = 1024  # places whose distributions are in memory at the same time
+
+
+@dataclass(frozen=True)
+class SpelledPair:
+    """The tokens of student and teacher for the same texts. `SpelledPair.of` also says which spans are compared by cells."""
+
+    student: SpelledText
+    teacher: SpelledText
+    follows: np.ndarray
+    """(S,) bool. True if a span comes directly after the span before it, for both models."""
+    compared: np.ndarray
+    """(S,) bool. True for a span whose tokens spell the same symbols on both sides. Other spans have the loss 0."""
+
+    @classmethod
+    def of(cls, student: SpelledText, teacher: SpelledText, follows: np.ndarray, compared: np.ndarray) -> "SpelledPair":
+        """Return the pair. A span is compared by cells if the first tokens of both models are in the same cell.
+
+        Raises:
+            ConfigError: the tokens of a span that is compared spell different texts.
+        """
+        starts = [np.searchsorted(side.spans, np.arange(len(follows))) for side in (student, teacher)]
+        cells = [side.vocabulary.cells[side.tokens[at]] for side, at in zip((student, teacher), starts, strict=True)]
+        stripped = student.stripped[starts[0]] | teacher.stripped[starts[1]]
+        by_cell = compared & (cells[0] == cells[1]) & ~stripped
+        sides = []
+        for side, at in zip((student, teacher), starts, strict=True):
+            begins = np.zeros(len(side.tokens), bool)
+            begins[at[by_cell]] = True
+            sides.append(replace(side, begins=begins))
+        pair = cls(sides[0], sides[1], follows, compared)
+        if not np.array_equal(*(each.symbol for each in pair.places)):
+            raise ConfigError("the tokens of student and teacher spell different texts in a span that is compared")
+        return pair
+
+    @cached_property
+    def places(self) -> "tuple[Places, Places]":
+        """All places of the spans that are compared, for student and teacher."""
+        return Places.of(self.student, self), Places.of(self.teacher, self)
+
+    @cached_property
+    def goes_on(self) -> np.ndarray:
+        """(X, width) bool. True for a symbol with which the token before a place could have gone on, for a model whose token ends there."""
+        mine, theirs = self.places
+        found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), bool)
+        for each in (mine, theirs):
+            for x in np.flatnonzero(each.before):
+                found[x, each.text.longer[each.token[x] - 1]] = True
+        return found
+
+
+def tensor_of(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+
+def symbol_divergence(
+    divergence: Callable[..., Tensor], pair: SpelledPair, sides: tuple[Hidden, Hidden], weights: Tensor, temperature: float
+) -> tuple[Tensor, list[Part]]:
+    """Compare the next symbols at all places of the spans.
+
+    At the beginning of a span that is compared by cells, only the first question of `_of_places` is asked.
+
+    Args:
+        divergence: a function of the logits of two models.
+        sides: the states and heads of student and teacher.
+        weights: one weight per span, (S,).
+
+    Returns:
+        The sum over the places of each span, (S,), and parts of a loss that have the gradient of the weighted sum.
+    """
+    chosen = np.flatnonzero(~pair.places[0].begins | pair.goes_on.any(1))
+    places = [each.chosen(chosen) for each in pair.places]
+    walks = [_Walk(each.text, weights.device, temperature) for each in places]
+    states = [side.states[tensor_of(each.kept, weights.device)] for side, each in zip(sides, places, strict=True)]
+    sums = [walk.sums(own, side.head) for walk, own, side in zip(walks, states, sides, strict=True)]
+    values, slopes = torch.zeros(len(pair.follows), dtype=sums[0].dtype, device=weights.device), torch.zeros_like(sums[0])
+    spans = places[0].text.spans[places[0].token]
+    for chunk in _chunks(spans):
+        own, other = (each.part(chunk) for each in places)
+        goes_on = tensor_of(pair.goes_on[chosen[chunk]], weights.device)
+        leaf = sums[0][own.tokens].detach().requires_grad_()
+        with torch.enable_grad(), checks.deferred():
+            q = own.distributions(walks[0], leaf)
+            with torch.no_grad():
+                p = other.distributions(walks[1], sums[1][other.tokens])
+            found = _of_places(divergence, q, p, goes_on, own)
+            where = tensor_of(spans[chunk], weights.device)
+            (slope,) = torch.autograd.grad((found * weights[where]).sum(), leaf)
+        slopes[own.tokens] += slope
+        values.index_add_(0, where, found.detach())
+    return values, [Part(states[0][rows], *arguments, counts=False) for rows, arguments in walks[0].gradients(slopes)]
+
+
+@dataclass(frozen=True)
+class _Next:
+    """What is known about one model's next symbol at some places."""
+
+    probs: Tensor
+    """(X, width) probabilities of the symbols. The last one is the probability of all symbols that are not known."""
+    known: Tensor
+    """(X, width) bool."""
+
+
+def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, goes_on: Tensor, places: "Places") -> Tensor:
+    """Return the divergence (X,) at places.
+
+    If a token before the place could have gone on, there are two questions: does it go on, and with which symbol? If not, which symbol is
+    next? The second question counts only if the text answers the first one with no, and if no cell has answered it.
+    """
+    known, each = student.known & teacher.known, (student.probs, teacher.probs.to(student.probs.dtype))
+    symbols = tensor_of(places.symbol, known.device)
+    ended = ~goes_on.gather(1, symbols.unsqueeze(1)).squeeze(1) & ~tensor_of(places.begins, known.device)
+    found = divergence(*(_logits(torch.where(goes_on, 0.0, probs), known) for probs in each)) * ended
+    asked = goes_on.any(1)
+    first = divergence(*(_logits(probs, known & goes_on) for probs in each)) * asked
+    return found + first
+
+
+def _logits(probs: Tensor, separate: Tensor) -> Tensor:
+    """Return log-probabilities of the symbols that are `separate`, and of all others together, in the place of the last one."""
+    alone = torch.where(separate, probs, 0.0)
+    rest = torch.where(separate, 0.0, probs).sum(-1, keepdim=True)
+    found = torch.cat([alone[..., :-1], rest], -1)
+    return (found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)).clamp(min=LEAST).log()
+
+
+def _chunks(spans: np.ndarray) -> list[slice]:
+    """Divide the places into parts of whole spans."""
+    edges = np.flatnonzero(np.diff(spans, prepend=-1))  # the first place of each span
+    found, start = list[slice](), 0
+    for edge, after in zip(edges, [*edges[1:], len(spans)], strict=False):
+        if after - start > _AT_ONCE and edge > start:
+            found.append(slice(start, int(edge)))
+            start = int(edge)
+    return [*found, slice(start, len(spans))] if len(spans) else []
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places of the texts in one model's tokens."""
+
+    text: SpelledText
+    token: np.ndarray
+    """(X,) the index of the token in `text`."""
+    depth: np.ndarray
+    """(X,) the number of symbols of this token that are written."""
+    symbol: np.ndarray
+    """(X,) the symbol at the place."""
+    begins: np.ndarray
+    """(X,) bool. True at the beginning of a span that is compared by cells."""
+    before: np.ndarray
+    """(X,) bool. True for the first place of a token, if the token directly before it could have gone on."""
+    kept: np.ndarray
+    """The indices of the text's tokens among all tokens of the model."""
+    tokens: slice
+    """The tokens of the text that these places need."""
+
+    @classmethod
+    def of(cls, text: SpelledText, pair: SpelledPair) -> "Places":
+        tokens = np.flatnonzero(pair.compared[text.spans])
+        count = text.count[tokens]
+        token = np.repeat(tokens, count)
+        depth = np.arange(len(token)) - np.repeat(np.cumsum(count) - count, count)
+        longer = np.array([len(more) > 0 for more in text.longer], bool)
+        inside = np.concatenate([[False], text.spans[1:] == text.spans[:-1]])[: len(text.spans)]
+        earlier = pair.follows[text.spans] & np.concatenate([[False], pair.compared])[text.spans]
+        after = (inside | earlier) & np.concatenate([[False], longer])[: len(text.spans)]
+        begins, whole = text.begins[token] & (depth == 0), np.arange(len(text.tokens))
+        return cls(text, token, depth, text.symbols(token, depth), begins, after[token] & (depth == 0), whole, slice(0, len(whole)))
+
+    def chosen(self, places: np.ndarray) -> "Places":
+        """Return some places, and a text with the tokens that they need."""
+        needed = np.zeros(len(self.text.tokens), bool)
+        needed[self.token[places]] = True
+        needed[self.token[places[self.before[places]]] - 1] = True
+        token = (needed.cumsum() - 1)[self.token[places]]
+        parts = (part[places] for part in (self.depth, self.symbol, self.begins, self.before))
+        kept = np.flatnonzero(needed)
+        return Places(self.text.only(needed), token, *parts, kept, slice(0, len(kept)))
+
+    def part(self, places: slice) -> "Places":
+        """Return neighbouring places."""
+        parts = [part[places] for part in (self.token, self.depth, self.symbol, self.begins, self.before)]
+        token, before = parts[0], parts[-1]
+        return Places(self.text, *parts, self.kept, slice(int(token[0]) - int(before[0]), int(token[-1]) + 1))
+
+    def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
+        """Return what the model says about the next symbols. `sums` (n, K) are those of `tokens`.
+
+        If a token of the vocabulary ends at a place inside the text's own token, what comes after it is not known. Then the probabilities
+        of the symbols of longer tokens are known, and that of all other symbols together, which is the one of `stop`.
+        """
+        nodes, exists = walk.nodes(sums, self.tokens)
+        first = self.text.first - self.text.first[self.tokens.start]
+        here = tensor_of(first[self.token] + self.depth, sums.device)
+        probs, known = nodes[here], exists[here]
+        known = known | ~known[:, -1:]
+        known[:, -1] = False
+        where = np.flatnonzero(self.before)
+        if len(where):
+            ends, at = tensor_of(first[self.token[where]] - 1, sums.device), tensor_of(where, sums.device)
+            longer = nodes[ends]
+            mixed = longer[:, :-1] + longer[:, -1:] * probs[at][:, :-1]
+            probs = probs.index_copy(0, at, torch.nn.functional.pad(mixed, (0, 1)))
+        return _Next(probs, known)
+
+
+class _Walk:
+    """The groups of one model's tokens as tensors, and sums of probabilities over them."""
+
+    def __init__(self, text: SpelledText, device: torch.device, temperature: float):
+        self.text, self.temperature, self.device = text, temperature, device
+        self.kinds = [_Kind(text, begins, device) for begins in (True, False) if (text.begins == begins).any()]
+        self.width = max((kind.sizes.shape[1] for kind in self.kinds), default=1)
+        self.sizes, self.cells = (torch.zeros(len(text.tokens), self.width, dtype=torch.long, device=device) for _ in range(2))
+        for kind in self.kinds:
+            self.sizes[kind.rows, : kind.sizes.shape[1]] = kind.sizes[kind.which]
+            self.cells[kind.rows, : kind.cells.shape[1]] = kind.cells[kind.which]
+
+    @torch.no_grad()
+    def sums(self, states: Tensor, head: Head) -> Tensor:
+        """Return the probability (N, K) of each group, without a graph."""
+        found = torch.zeros(
+            len(states), self.width, dtype=torch.float64 if states.dtype == torch.float64 else torch.float32, device=self.device
+        )
+        for kind in self.kinds:
+
+            def values(logits: Tensor, targets: tuple[Any, ...], rows: slice, kind: _Kind = kind) -> Tensor:
+                return kind.sums(self._probs(logits), rows).t()
+
+            none = torch.zeros(kind.sizes.shape[1], 1, device=self.device)
+            _, (own,) = fused_parts([Part(states[kind.rows], values, none)], head, vocab=len(kind.order))
+            found[kind.rows, : len(own)] = own.t()
+        return found
+
+    def _probs(self, logits: Tensor) -> Tensor:
+        return (at_least_float32(logits) / self.temperature).softmax(-1)
+
+    def gradients(self, slopes: Tensor) -> list[tuple[Tensor, tuple[Any, Tensor, Any]]]:
+        """Return rows, and arguments of a `Part` for these rows. The gradient of the parts is that of sum_nk slopes_nk sums_nk."""
+        return [
+            (kind.rows, (partial(self._value, kind, slopes), torch.ones(1, 1, device=self.device), partial(self._slope, kind, slopes)))
+            for kind in self.kinds
+        ]
+
+    def _value(self, kind: "_Kind", slopes: Tensor, logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        found = kind.sums(self._probs(logits), rows)
+        return (slopes[kind.rows[rows], : found.shape[1]] * found).sum(1).unsqueeze(0)
+
+    def _slope(
+        self, kind: "_Kind", slopes: Tensor, logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        probs, sizes = self._probs(logits), kind.sizes[kind.which[rows]]
+        each = slopes[kind.rows[rows], : sizes.shape[1]].flatten().repeat_interleave(sizes.flatten(), output_size=logits.numel())
+        each = each.view(logits.shape).index_select(1, kind.back)
+        mean = (each * probs).sum(1, keepdim=True)
+        return mean.t(), (each - mean).mul_(probs).div_(self.temperature)
+
+    def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Return the distributions (R, width) of the next symbol at the nodes of some tokens, and a bool (R, width): True for symbols that
+        a token of the vocabulary writes there.
+
+        Args:
+            sums: (n, K) of these tokens.
+        """
+        text, width, device = self.text, self.text.vocabulary.inside.width, self.device
+        first, count = text.first[tokens.start : tokens.stop + 1] - text.first[tokens.start], text.count[tokens]
+        token = np.repeat(np.arange(len(count)), count + 1)
+        depth = np.arange(first[-1]) - first[token]
+        cells = (tensor_of(first[:-1], device) * width).unsqueeze(1) + self.cells[tokens]
+        flat = torch.zeros(len(token) * width, dtype=sums.dtype, device=device).index_add(0, cells.flatten(), sums.flatten())
+        longest = int(count.max(initial=0)) + 1
+        place = tensor_of(token * longest + depth, device)
+        padded = torch.zeros(len(count) * longest, dtype=sums.dtype, device=device).index_copy(0, place, flat.view(-1, width).sum(1))
+        later = padded.view(len(count), -1).flip(1).cumsum(1).flip(1).flatten()[place]
+        inner = np.flatnonzero(depth < count[token])  # here the text's own symbol has all that comes after it
+        own = tensor_of(inner * width + text.symbols(token[inner] + tokens.start, depth[inner]), device)
+        flat = flat.index_add(0, own, later[tensor_of(inner + 1, device)])
+        exists = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, own, True)
+        exists[cells[self.sizes[tokens] > 0]] = True
+        return flat.view(-1, width) / later.clamp(min=torch.finfo(later.dtype).tiny).unsqueeze(1), exists.view(-1, width)
+
+
+class _Kind:
+    """The tokens of a text with the same kind of groups: those at the beginning of a span, or those inside one."""
+
+    def __init__(self, text: SpelledText, begins: bool, device: torch.device):
+        rows = np.flatnonzero(text.begins == begins)
+        sizes, cells, which = text.groups(rows, begins=begins)
+        order = (text.vocabulary.starts if begins else text.vocabulary.inside).order
+        parts: Sequence[np.ndarray] = (rows, sizes, cells, which, order, np.argsort(order))
+        self.rows, self.sizes, self.cells, self.which, self.order, self.back = (tensor_of(part, device) for part in parts)
+
+    def sums(self, probs: Tensor, rows: slice) -> Tensor:
+        """Return the probability (n, K) of each group around the tokens `rows`."""
+        sizes = self.sizes[self.which[rows]]
+        probs = probs.index_select(1, self.order)
+        return torch.segment_reduce(probs.flatten(), "sum", lengths=sizes.flatten(), axis=0, unsafe=True).view(sizes.shape)

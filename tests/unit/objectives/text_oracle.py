@@ -1,0 +1,135 @@
+"""The divergence of two models with different tokenizers, place by place, with dictionaries and whole distributions.
+
+Nothing of `tadistill.objectives` is used but the divergence itself. A token is a tuple of symbols.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LEAST = 1e-15
+STOP, OTHER = -1, 10**6
+Symbols = tuple[int, ...]
+
+
+@cache
+def _members(vocabulary, cells, prefix: Symbols, cell: int | None, stripped: bool) -> dict[int, list[int]]:
+    """Return the tokens that begin with `prefix`, by their next symbol."""
+    found = dict[int, list[int]]()
+    for i, symbols in enumerate(vocabulary):
+        written = symbols or (OTHER,)
+        written = written[1:] if stripped and written[0] == 32 else written
+        if cell in (None, cells[i][0]) and written[: len(prefix)] == prefix:
+            found.setdefault(written[len(prefix)] if len(written) > len(prefix) else STOP, []).append(i)
+    return found
+
+
+@dataclass
+class Side:
+    """One model's tokens of a text. `probs` (n, V) are its distributions of each token."""
+
+    vocabulary: Sequence[Symbols | None]
+    cells: Sequence[tuple[int, int]]
+    tokens: Sequence[int]
+    spans: Sequence[int]
+    probs: Tensor
+    stripped: Sequence[bool] | None = None
+
+    def written(self, k: int) -> Symbols:
+        """Return the symbols of the k-th token of the text."""
+        symbols = self.vocabulary[self.tokens[k]]
+        assert symbols
+        return symbols[1:] if self.stripped and self.stripped[k] else symbols
+
+    def after(self, k: int, prefix: Symbols, by_cell: bool) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Return the probabilities of the next symbols of the k-th token after `prefix`, and of its end. None if no token ends there."""
+        cell = self.cells[self.tokens[k]][0] if by_cell else None
+        members = _members(tuple(self.vocabulary), tuple(self.cells), prefix, cell, bool(self.stripped and self.stripped[k]))
+        masses = {symbol: self.probs[k, rows].sum() for symbol, rows in members.items()}
+        total = torch.stack([*masses.values()]).sum()
+        stop = masses.pop(STOP, None)
+        return {s: p / total for s, p in masses.items()}, None if stop is None else stop / total
+
+    def at(self, span: int) -> list[int]:
+        """Return the indices of the tokens of a span."""
+        return [k for k, s in enumerate(self.spans) if s == span]
+
+
+def text_divergence(
+    divergence: Callable[..., Tensor], student: Side, teacher: Side, follows: Sequence[bool], compared: Sequence[bool]
+) -> list[Tensor]:
+    """Return the divergence of each span."""
+    sides, values = (student, teacher), list[Tensor]()
+    by_cell = [
+        len({side.cells[side.tokens[side.at(k)[0]]][0] for side in sides}) == 1
+        and not any(side.stripped and side.stripped[side.at(k)[0]] for side in sides)
+        for k in range(len(follows))
+    ]
+    for span in range(len(follows)):
+        total = student.probs.new_zeros(())
+        if compared[span]:
+            text = sum((student.written(k) for k in student.at(span)), ())
+            root = student.cells[student.tokens[student.at(span)[0]]][1]
+            for place in range(len(text)):
+                if not (by_cell[span] and 0 < place < root):
+                    total = total + _of_place(divergence, sides, span, place, text, follows, compared, by_cell)
+        values.append(total)
+    return values
+
+
+def _of_place(divergence, sides, span: int, place: int, text: Symbols, follows, compared, by_cell) -> Tensor:
+    known, goes_on = [], set[int]()
+    for side in sides:
+        tokens, start = side.at(span), 0
+        for k in tokens:
+            if start + len(side.written(k)) > place:
+                break
+            start += len(side.written(k))
+        own, stop = side.after(k, text[start:place], by_cell[span] and k == tokens[0] and place > 0)
+        every = stop is None or place == start
+        earlier = k - 1 if k > 0 and (side.spans[k - 1] == span or (follows[span] and compared[span - 1])) else None
+        if place == start and earlier is not None:
+            before = side.spans[earlier]
+            first = by_cell[before] and earlier == side.at(before)[0]
+            longer, ended = side.after(earlier, side.written(earlier), first)
+            goes_on |= set(longer)
+            own = {s: longer.get(s, 0) + ended * own.get(s, 0) for s in {*own, *longer}} if longer else own
+        known.append((own, every))
+    found = sides[0].probs.new_zeros(())
+    if goes_on:
+        found = found + _compare(divergence, known, lambda s: s in goes_on, lambda s: True)
+    if text[place] in goes_on:
+        return found
+    if place == 0 and by_cell[span]:
+        return found + _of_cells(divergence, sides, span, goes_on)
+    return found + _compare(divergence, known, lambda s: True, lambda s: s not in goes_on)
+
+
+def _compare(divergence, known, separate: Callable[[int], bool], counts: Callable[[int], bool]) -> Tensor:
+    """Compare the symbols that count. Those that are known on both sides and `separate` are outcomes, and all others together are one."""
+    symbols = sorted({s for own, _ in known for s in own if counts(s)})
+    alone = [s for s in symbols if separate(s) and all(every or s in own for own, every in known)]
+    logits = []
+    for own, _ in known:
+        masses = {s: p for s, p in own.items() if counts(s)}
+        excluded = sum(p for s, p in own.items() if not counts(s))
+        outcomes = [torch.as_tensor(masses.get(s, 0.0)).double() for s in alone]
+        probs = torch.stack([*outcomes, torch.as_tensor(1 - excluded - sum(outcomes)).double()])
+        logits.append((probs / probs.sum()).clamp(min=LEAST).log())
+    return divergence(*logits)
+
+
+def _of_cells(divergence, sides, span: int, goes_on: set[int]) -> Tensor:
+    first = {cell: side.vocabulary[i][0] for side in sides for i, (cell, _) in enumerate(side.cells) if side.vocabulary[i]}
+    shared = {c for c, _ in sides[0].cells} & {c for c, _ in sides[1].cells}
+    kept = [c for c in sorted({c for side in sides for c, _ in side.cells}) if c not in shared or first[c] not in goes_on]
+    logits = []
+    for side in sides:
+        k = side.at(span)[0]
+        rows = torch.tensor([cell for cell, _ in side.cells])
+        masses = [side.probs[k, rows == cell].sum() for cell in kept]
+        logits.append(torch.stack(masses).clamp(min=LEAST).log())
+    return divergence(*logits)
