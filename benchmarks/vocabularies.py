@@ -3,9 +3,11 @@
     python benchmarks/vocabularies.py [--markdown PATH] [--quick]
     python benchmarks/vocabularies.py --texts ROWS.jsonl STUDENT_TOKENIZER TEACHER_TOKENIZER
 
-The student has SmolLM2's vocabulary (49,152) and the teacher Gemma's (262,144). Of the spans, nine of ten are one token on both sides. Each
-tenth span has two tokens on both sides. The steps with one tokenizer have the same tokens and hidden sizes, and the student's or the
-teacher's vocabulary on both sides. Every step is a fresh process: forward and backward from hidden states and heads.
+The student has a vocabulary of SmolLM2's size (49,152), and the teacher one of Gemma's (262,144). Tokens are made by joining random earlier
+tokens, as in byte-pair encoding. The first 30,000 are the same for both models. A text consists of random tokens of the student, mostly
+short ones. ULD and GOLD have spans of their own: each tenth has two tokens on both sides. The steps with one tokenizer have the same
+tokens and hidden sizes, and the student's or the teacher's vocabulary on both sides. Every step is a fresh process: forward and backward
+from hidden states and heads.
 
     extra = peak resident set - resident set before the call - one gradient of the student's head and of its hidden states
 
@@ -19,15 +21,17 @@ is paid so many tokens late (`span_rewards(delay=...)`) depends on later text.
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +41,8 @@ from tadistill import objectives as ob
 from tadistill.data.alignment import align, read_again
 from tadistill.data.token_bytes import TokenBytes, token_bytes
 from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens
+from tadistill.objectives.next_symbol import SpelledPair
+from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
 
 STUDENT, TEACHER, SHARED = 49152, 262144, 30000
 HIDDEN = (576, 640)
@@ -80,19 +86,82 @@ def prepared(way: str, size: Size) -> tuple[Callable[[], Tensor], list[Tensor]]:
     share = torch.full((size.tokens,), 1 / size.tokens)
     if not two:
         return lambda: ob.fused_divergence(getattr(ob, name), states[0], sides[0].head, sides[1], mask=share)[0], [states[0], heads[0]]
+    if name in ("sorted_distance", "hybrid_distance"):
+        return lambda: of_distances(name, size, sides, share), [states[0], heads[0]]
+    pair = pair_of(size)
+    mine, theirs = (Hidden(h.states[: len(t.tokens)], h.head) for h, t in zip(sides, (pair.student, pair.teacher), strict=True))
+    weights = torch.full((len(pair.follows),), 1 / len(pair.follows))
+    return lambda: ob.fused_span_divergence(getattr(ob, name), mine, theirs, pair, weights=weights)[0], [states[0], heads[0]]
+
+
+def of_distances(name: str, size: Size, sides: list[Hidden], share: Tensor) -> Tensor:
+    """Return the loss of ULD or GOLD. Of 11 tokens, the last two are one span."""
     many = min(SHARED, min(size[1:]) // 2)
     shared = SharedVocabulary(torch.randperm(size.student)[:many], torch.randperm(size.teacher)[:many], size[1:])
-    # of 11 tokens, the last two are one span
     spans = (torch.arange(size.tokens) % 11 != 10).long().cumsum(0) - 1
     pairs = torch.randint(many, (size.tokens,))
     mine, theirs = (SpanTokens(side, ids[pairs], spans) for side, ids in zip(sides, (shared.student_ids, shared.teacher_ids), strict=True))
-    weights = share[: int(spans[-1]) + 1]
-    if name == "sorted_distance":
-        return lambda: ob.fused_span_distance(ob.sorted_distance, mine, theirs, size[1:], weights=weights)[0], [states[0], heads[0]]
-    if name == "hybrid_distance":
-        run = ob.hybrid_distance
-        return lambda: ob.fused_span_distance(run, mine, theirs, size[1:], weights=weights, shared=shared)[0], [states[0], heads[0]]
-    return lambda: ob.fused_span_divergence(getattr(ob, name), mine, theirs, shared, weights=weights)[0], [states[0], heads[0]]
+    more = {"shared": shared} if name == "hybrid_distance" else {}
+    return ob.fused_span_distance(getattr(ob, name), mine, theirs, size[1:], weights=share[: int(spans[-1]) + 1], **more)[0]
+
+
+def merged(size: int, shared: Sequence[bytes], seed: int) -> list[bytes]:
+    """Return a vocabulary of a size: tokens that it shares with another one, and joined random tokens."""
+    draw, found = random.Random(seed), dict.fromkeys([*(bytes([byte]) for byte in range(256)), *shared])
+    tokens = list(found)[:size]
+    while len(tokens) < size:
+        token = tokens[draw.randrange(len(tokens) // 2 + 1)] + tokens[draw.randrange(min(2000, len(tokens)))]
+        if len(token) < 16 and token not in found:
+            found[token] = None
+            tokens.append(token)
+    return tokens
+
+
+def longest(text: bytes, known: Mapping[bytes, int]) -> list[int]:
+    """Return the tokens of a text: at each place, the longest one."""
+    found, place = list[int](), 0
+    while place < len(text):
+        token = next(text[place : place + n] for n in range(16, 0, -1) if text[place : place + n] in known)
+        found.append(known[token])
+        place += len(token)
+    return found
+
+
+def pair_of(size: Size) -> SpelledPair:
+    """Return a text in the tokens of both models. The student has about `size.tokens` tokens."""
+    shared = merged(min(SHARED, min(size[1:]) // 2), (), 0)
+    tokens = [merged(n, shared, seed) for seed, n in enumerate(size[1:], 1)]
+    known = [{token: i for i, token in enumerate(own)} for own in tokens]
+    ends = [[(known[1 - k][token[:n]], n) for token in own for n in [first_length(token, known[1 - k])]] for k, own in enumerate(tokens)]
+    roots = [roots_of(k, ends, tokens) for k in range(2)]
+    draw = random.Random(5)
+    text = b"".join(tokens[0][draw.randrange(2 ** draw.randint(8, 15))] for _ in range(size.tokens - size.tokens // 8))
+    sides = [longest(text, each)[: size.tokens] for each in known]
+    places = [np.cumsum([len(tokens[k][i]) for i in own]) for k, own in enumerate(sides)]
+    common = np.intersect1d(*places)
+    texts = []
+    for k, own in enumerate(sides):
+        kept = places[k] <= common[-1]
+        no = np.zeros(int(kept.sum()), bool)
+        spelled = SpelledVocabulary.of(tokens[k], 257, roots[k])
+        texts.append(SpelledText(spelled, np.array(own)[kept], np.searchsorted(common, places[k][kept]), no, no))
+    return SpelledPair.of(*texts, np.arange(len(common)) > 0, np.ones(len(common), bool))
+
+
+def first_length(token: bytes, known: Mapping[bytes, int]) -> int:
+    """Return the length of the longest token that a text begins with."""
+    return next(n for n in range(len(token), 0, -1) if token[:n] in known)
+
+
+def roots_of(side: int, links: list[list[tuple[int, int]]], tokens: list[list[bytes]]) -> list[tuple[int, int]]:
+    """Return the cell and the length of the root of each token: the first token of both that it leads to."""
+    found = []
+    for token in range(len(tokens[side])):
+        here, place = side, token
+        while len(tokens[1 - here][links[here][place][0]]) < len(tokens[here][place]) or here:
+            here, place = 1 - here, links[here][place][0]
+        found.append((place, len(tokens[0][place])))
+    return found
 
 
 def measure(way: str, tokens: int) -> dict[str, float]:
