@@ -263,8 +263,7 @@ class _FusedHead(torch.autograd.Function):
                 first = rows.stop
         ctx.save_for_backward(*grads.result(hidden.dtype, weight.dtype))
         ctx.mark_non_differentiable(*found)
-        totals = totals or [found[0].new_zeros(())]
-        return (sum(totals[1:], start=totals[0]), *found)
+        return (sum(totals[1:], start=totals[0] if totals else found[0].new_zeros(())), *found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -120,7 +120,7 @@ def symbol_divergence(
 
 @dataclass(frozen=True)
 class _Next:
-    """What is known about one model's next symbol at some places."""
+    """The probabilities of one model's next symbols at some places, as far as they are known."""
 
     probs: Tensor
     """(X, width) probabilities of the symbols. The last one is the probability of all symbols that are not known."""
