@@ -29,7 +29,7 @@ _DELAY = 1  # tokens; on real text, the spans so far then depend on later text a
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """What the tokens of student and teacher have in common."""
+    """The tokens that student and teacher share, and the symbols of the tokens of both."""
 
     shared: SharedVocabulary
     spelled: tuple[SpelledVocabulary, SpelledVocabulary]

@@ -339,7 +339,7 @@ def test_two_models_with_different_tokenizers_come_closer():
         SpelledText(v, np.array(r.ids), np.array(of), n, n)
         for v, r, of, n in zip(spelled, (mine, theirs), (spans.student, spans.teacher), no, strict=True)
     ]
-    pair = SpelledPair.of(*texts, np.arange(count) > 0, np.ones(count, bool))
+    pair = SpelledPair.of(texts[0], texts[1], np.arange(count) > 0, np.ones(count, bool))
 
     def states(model, prompt: str, own: TokenBytes, reading: Reading) -> Hidden:
         before = own.read(prompt).ids

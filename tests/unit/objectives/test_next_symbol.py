@@ -104,7 +104,8 @@ class Toy:
 
     def texts(self, side: int, within: Symbols | None = None) -> list[tuple[tuple[int, ...], Tensor]]:
         """Return all token sequences that end, with their log-probabilities. `within` allows only beginnings of this text."""
-        found, open_ = [], [((), torch.zeros((), dtype=torch.float64))]
+        found = list[tuple[tuple[int, ...], Tensor]]()
+        open_: list[tuple[tuple[int, ...], Tensor]] = [((), torch.zeros((), dtype=torch.float64))]
         while open_:
             tokens, total = open_.pop()
             scores, allowed = self.log_probs(side, tokens), self.allowed(side, tokens)
@@ -134,7 +135,7 @@ class Toy:
             texts.append(SpelledText(self.spelled[side], np.array(own), spans, no, no))
             states = torch.stack([self.state(side, own[:k]) for k in range(len(own))])
             hidden.append(Hidden(states, Head(self.head(side) if side == 0 else self.head(side).detach())))
-        return SpelledPair.of(*texts, np.arange(len(common)) > 0, np.ones(len(common), bool)), hidden
+        return SpelledPair.of(texts[0], texts[1], np.arange(len(common)) > 0, np.ones(len(common), bool)), hidden
 
     def expected(self) -> Tensor:
         """Return the expectation of our loss over the student's texts."""
@@ -178,8 +179,8 @@ def test_models_that_use_all_tokenisations_are_not_exact(case, error):
 
 # --- against the oracle ---------------------------------------------------------------------------------------------------
 
-MINE = ((A,), (B,), (A, B), (A, B, A), (32, A), (32, B, B), (END,), (32,), None)
-THEIRS = ((A,), (B,), (32,), (B, A), (32, A, B), (END,), (A, B, B), (32, B), None, (A, A))
+MINE: tuple[Symbols | None, ...] = ((A,), (B,), (A, B), (A, B, A), (32, A), (32, B, B), (END,), (32,), None)
+THEIRS: tuple[Symbols | None, ...] = ((A,), (B,), (32,), (B, A), (32, A, B), (END,), (A, B, B), (32, B), None, (A, A))
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -192,7 +193,7 @@ def case(seed: int):
     spelled = [tuple(t for t in v if t) for v in (MINE, THEIRS)]
     roots = [[*own, *[(own[-1][0] + 90, 1)] * (len(v) - len(own))] for v, own in zip((MINE, THEIRS), cells(*spelled), strict=True)]
     aligned = [
-        [dict(zip(s, r, strict=False)).get(t, (90 + k, 1)) for t in v]
+        [dict(zip(s, r, strict=False)).get(t or (), (90 + k, 1)) for t in v]
         for k, (v, s, r) in enumerate(zip((MINE, THEIRS), spelled, roots, strict=True))
     ]
     tokens, follows, ends = ([], []), [], 0
@@ -218,14 +219,14 @@ def case(seed: int):
         SpelledText(SpelledVocabulary.of(v, EVENTS, c), np.array(t), np.array(s), no, np.zeros(len(t), bool))
         for v, c, t, s, no in zip((MINE, THEIRS), aligned, tokens, spans, stripped, strict=True)
     ]
-    pair = SpelledPair.of(*texts, np.array(follows), compared)
+    pair = SpelledPair.of(texts[0], texts[1], np.array(follows), compared)
 
     def oracle(divergence, temperature: float) -> Tensor:
         sides = []
         for v, c, t, s, no, h in zip((MINE, THEIRS), aligned, tokens, spans, stripped, hidden, strict=True):
             probs = (h.head.logits(h.states)[:, : len(v)] / temperature).softmax(-1)
             sides.append(Side(v, c, t, s, probs, no.tolist()))
-        return torch.stack(text_divergence(divergence, *sides, follows, compared.tolist()))
+        return torch.stack(text_divergence(divergence, sides[0], sides[1], follows, compared.tolist()))
 
     return pair, hidden, leaves, oracle
 
@@ -249,7 +250,7 @@ def test_equals_the_oracle(divergence, parameters, tiny, monkeypatch):
     for seed in range(6):
         pair, hidden, leaves, oracle = case(seed)
         weights = drawn(len(pair.follows), seed=seed).abs()
-        total, values = fused_span_divergence(divergence, *hidden, pair, weights=weights, temperature=1.4, **parameters)
+        total, values = fused_span_divergence(divergence, hidden[0], hidden[1], pair, weights=weights, temperature=1.4, **parameters)
         expected = oracle(partial(divergence, **parameters), 1.4)
         torch.testing.assert_close(values, expected.detach(), atol=1e-10, rtol=0)
         torch.testing.assert_close(total.detach(), (weights * expected).sum().detach(), atol=1e-10, rtol=0)
@@ -277,9 +278,9 @@ def test_equal_models_have_no_loss():
     states, weight = drawn(5, 3, seed=0), drawn(3, 3, seed=1)
     tokens, no = np.array([0, 1, 1, 0, 2]), np.zeros(5, bool)
     texts = [SpelledText(v, t, np.arange(5), no, no) for v, t in zip(spelled, (tokens, np.argsort(order)[tokens]), strict=True)]
-    pair = SpelledPair.of(*texts, np.arange(5) > 0, np.ones(5, bool))
+    pair = SpelledPair.of(texts[0], texts[1], np.arange(5) > 0, np.ones(5, bool))
     same = [Hidden(states, Head(w)) for w in (weight, weight[order])]
-    assert fused_span_divergence(forward_kl, *same, pair)[1].abs().max() < 1e-12
+    assert fused_span_divergence(forward_kl, same[0], same[1], pair)[1].abs().max() < 1e-12
     other = Hidden(drawn(5, 3, seed=2), Head(weight[order]))
     plain = forward_kl(states @ weight.t(), other.states @ weight.t())
     torch.testing.assert_close(fused_span_divergence(forward_kl, same[0], other, pair)[1], plain, atol=1e-12, rtol=0)
@@ -291,7 +292,7 @@ def test_text_that_one_model_cannot_write_has_a_finite_loss():
     spelled = [SpelledVocabulary.of(v, EVENTS, own) for v, own in zip((LETTERS, teacher), cells(LETTERS, teacher), strict=True)]
     no = np.zeros(1, bool)
     texts = [SpelledText(v, np.array([0]), np.array([0]), no, no) for v in spelled]
-    pair = SpelledPair.of(*texts, no, ~no)
+    pair = SpelledPair.of(texts[0], texts[1], no, ~no)
     student, other = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log(), torch.tensor([[0.6, 0.4]], dtype=torch.float64).log()
     eyes = [Head(torch.eye(n).double()) for n in (3, 2)]
     found = fused_span_divergence(reverse_kl, Hidden(student, eyes[0]), Hidden(other, eyes[1]), pair)[1]
@@ -328,7 +329,9 @@ def test_no_tensor_has_a_row_of_logits_for_each_token(monkeypatch):
     sides = [Hidden(drawn(n, 2, seed=n), Head(drawn(len(v), 2, seed=1))) for n, v in ((60, words), (180, letters))]
     sides[0].head.weight.requires_grad_()
     with Largest() as largest:
-        fused_span_divergence(reverse_kl, *sides, SpelledPair.of(*texts, np.arange(60) > 0, np.ones(60, bool)))[0].backward()
+        fused_span_divergence(reverse_kl, sides[0], sides[1], SpelledPair.of(texts[0], texts[1], np.arange(60) > 0, np.ones(60, bool)))[
+            0
+        ].backward()
     assert largest.size <= 12 * len(words)  # of a few tokens, and not of 60
 
 
@@ -374,7 +377,7 @@ def test_bad_input():
     with pytest.raises(ConfigError, match="`teacher` has states of shape"):
         fused_span_divergence(reverse_kl, hidden[0], Hidden(hidden[1].states[1:], hidden[1].head), pair)
     with pytest.raises(ConfigError, match="temperature"):
-        fused_span_divergence(reverse_kl, *hidden, pair, temperature=0)
+        fused_span_divergence(reverse_kl, hidden[0], hidden[1], pair, temperature=0)
     broken = Hidden(hidden[0].states.detach() * float("nan"), hidden[0].head)
     with pytest.raises(ConfigError, match="student_hidden"):
         fused_span_divergence(reverse_kl, broken, hidden[1], pair)

@@ -83,11 +83,9 @@ def text_divergence(
 def _of_place(divergence, sides, span: int, place: int, text: Symbols, follows, compared, by_cell) -> Tensor:
     known, goes_on = [], set[int]()
     for side in sides:
-        tokens, start = side.at(span), 0
-        for k in tokens:
-            if start + len(side.written(k)) > place:
-                break
-            start += len(side.written(k))
+        tokens = side.at(span)
+        starts = [sum(len(side.written(i)) for i in tokens[:n]) for n in range(len(tokens))]
+        start, k = max((start, k) for start, k in zip(starts, tokens, strict=True) if start <= place)
         own, stop = side.after(k, text[start:place], by_cell[span] and k == tokens[0] and place > 0)
         every = stop is None or place == start
         earlier = k - 1 if k > 0 and (side.spans[k - 1] == span or (follows[span] and compared[span - 1])) else None
