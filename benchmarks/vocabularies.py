@@ -101,7 +101,7 @@ def of_distances(name: str, size: Size, sides: list[Hidden], share: Tensor) -> T
     spans = (torch.arange(size.tokens) % 11 != 10).long().cumsum(0) - 1
     pairs = torch.randint(many, (size.tokens,))
     mine, theirs = (SpanTokens(side, ids[pairs], spans) for side, ids in zip(sides, (shared.student_ids, shared.teacher_ids), strict=True))
-    more = {"shared": shared} if name == "hybrid_distance" else {}
+    more: dict[str, Any] = {"shared": shared} if name == "hybrid_distance" else {}
     return ob.fused_span_distance(getattr(ob, name), mine, theirs, size[1:], weights=share[: int(spans[-1]) + 1], **more)[0]
 
 
@@ -135,17 +135,17 @@ def pair_of(size: Size) -> SpelledPair:
     ends = [[(known[1 - k][token[:n]], n) for token in own for n in [first_length(token, known[1 - k])]] for k, own in enumerate(tokens)]
     roots = [roots_of(k, ends, tokens) for k in range(2)]
     draw = random.Random(5)
-    text = b"".join(tokens[0][draw.randrange(2 ** draw.randint(8, 15))] for _ in range(size.tokens - size.tokens // 8))
+    text = b"".join(tokens[0][draw.randrange(min(len(tokens[0]), 2 ** draw.randint(8, 15)))] for _ in range(size.tokens - size.tokens // 8))
     sides = [longest(text, each)[: size.tokens] for each in known]
     places = [np.cumsum([len(tokens[k][i]) for i in own]) for k, own in enumerate(sides)]
-    common = np.intersect1d(*places)
+    common = np.intersect1d(places[0], places[1])
     texts = []
     for k, own in enumerate(sides):
         kept = places[k] <= common[-1]
         no = np.zeros(int(kept.sum()), bool)
         spelled = SpelledVocabulary.of(tokens[k], 257, roots[k])
         texts.append(SpelledText(spelled, np.array(own)[kept], np.searchsorted(common, places[k][kept]), no, no))
-    return SpelledPair.of(*texts, np.arange(len(common)) > 0, np.ones(len(common), bool))
+    return SpelledPair.of(texts[0], texts[1], np.arange(len(common)) > 0, np.ones(len(common), bool))
 
 
 def first_length(token: bytes, known: Mapping[bytes, int]) -> int:

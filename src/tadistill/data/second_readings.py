@@ -267,8 +267,8 @@ class Aligned:
         at = np.concatenate([np.where(row.at >= 0, row.at + start, NO_SPAN) for row, start in zip(each, starts, strict=False)])
         mine, theirs = (SpannedTokens.joined([row.texts[k] for row in each], starts) for k in range(2))
         found = {name: sum(row.found[name] for row in each) for name in _NOTHING}
-        tensors = (torch.from_numpy(part) for part in (at, theirs.spans, theirs.ids))
-        return cls(*tensors, of_rows, (mine, theirs), np.concatenate([row.follows for row in each]), found)
+        student, teacher, ids = (torch.from_numpy(part) for part in (at, theirs.spans, theirs.ids))
+        return cls(student, teacher, ids, of_rows, (mine, theirs), np.concatenate([row.follows for row in each]), found)
 
     def to(self, device: torch.device) -> "Aligned":
         """Return the spans on `device`."""

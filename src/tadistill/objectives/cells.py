@@ -32,7 +32,9 @@ class Cells:
     which: Tensor
     """For each place, a row of `excluded`, or -1 for a place at which no cell is excluded."""
     excluded: Tensor
-    """(..., C) bool. True for a cell that cannot follow there, because another token would have been written before."""
+    """(..., width) bool. True for a symbol with which no cell can begin there, because another token would have been written before."""
+    first: Tensor
+    """The first symbol (C,) of each cell's root."""
 
     def divergence(self, divergence: Callable[..., Tensor], student: Tensor, teacher: Tensor, rows: slice, **settings: Any) -> Tensor:
         """Return the divergence (n,) at the places `rows`. `student` (n, V) and `teacher` (n, W) are logits."""
@@ -55,7 +57,7 @@ class Cells:
         logits, which = mass.clamp(min=LEAST).log(), self.which[rows]
         if not len(self.excluded):
             return logits
-        return logits.masked_fill(self.excluded[which] & (which >= 0).unsqueeze(1), LOG_ZERO)
+        return logits.masked_fill((self.excluded[which] & (which >= 0).unsqueeze(1)).index_select(1, self.first), LOG_ZERO)
 
 
 def _sums(logits: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:

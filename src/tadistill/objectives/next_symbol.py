@@ -56,7 +56,7 @@ class SpelledPair:
             begins[at[by_cell]] = True
             sides.append(replace(side, begins=begins))
         pair = cls(sides[0], sides[1], follows, compared)
-        if not np.array_equal(*(each.symbol for each in pair.places)):
+        if not np.array_equal(pair.places[0].symbol, pair.places[1].symbol):
             raise ConfigError("the tokens of student and teacher spell different texts in a span that is compared")
         return pair
 
@@ -200,16 +200,19 @@ class Places:
         needed = np.zeros(len(self.text.tokens), bool)
         needed[self.token[places]] = True
         needed[self.token[places[self.before[places]]] - 1] = True
-        token = (needed.cumsum() - 1)[self.token[places]]
-        parts = (part[places] for part in (self.depth, self.symbol, self.begins, self.before))
-        kept = np.flatnonzero(needed)
-        return Places(self.text.only(needed), token, *parts, kept, slice(0, len(kept)))
+        kept, index = np.flatnonzero(needed), needed.cumsum() - 1
+        return replace(
+            self._at(places), text=self.text.only(needed), token=index[self.token[places]], kept=kept, tokens=slice(0, len(kept))
+        )
 
     def part(self, places: slice) -> "Places":
         """Return neighbouring places."""
-        parts = [part[places] for part in (self.token, self.depth, self.symbol, self.begins, self.before)]
-        token, before = parts[0], parts[-1]
-        return Places(self.text, *parts, self.kept, slice(int(token[0]) - int(before[0]), int(token[-1]) + 1))
+        found = self._at(places)
+        return replace(found, tokens=slice(int(found.token[0]) - int(found.before[0]), int(found.token[-1]) + 1))
+
+    def _at(self, places: np.ndarray | slice) -> "Places":
+        token, depth, symbol = self.token[places], self.depth[places], self.symbol[places]
+        return replace(self, token=token, depth=depth, symbol=symbol, begins=self.begins[places], before=self.before[places])
 
     def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
         """Return what the model says about the next symbols. `sums` (n, K) are those of `tokens`.
@@ -303,8 +306,9 @@ class _Walk:
         inner = np.flatnonzero(depth < count[token])  # here the text's own symbol has all that comes after it
         own = tensor_of(inner * width + text.symbols(token[inner] + tokens.start, depth[inner]), device)
         flat = flat.index_add(0, own, later[tensor_of(inner + 1, device)])
-        exists = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, own, True)
-        exists[cells[self.sizes[tokens] > 0]] = True
+        # empty groups mark one more place, which is cut off: a mask as an index would wait for the GPU
+        real = torch.where(self.sizes[tokens] > 0, cells, len(flat)).flatten()
+        exists = torch.zeros(len(flat) + 1, dtype=torch.bool, device=device).index_fill_(0, torch.cat([own, real]), True)[:-1]
         return flat.view(-1, width) / later.clamp(min=torch.finfo(later.dtype).tiny).unsqueeze(1), exists.view(-1, width)
 
 

@@ -212,8 +212,8 @@ def _first_cells(
     first = np.full(count, vocabularies[0].inside.other)
     both = np.isin(vocabularies[0].cells, vocabularies[1].cells)
     first[vocabularies[0].cells[both]] = vocabularies[0].starts.table[both, 0]
-    excluded = torch.index_select(tensor_of(pair.goes_on[kept[limited]], device), 1, tensor_of(first, device))
-    cells = Cells(own, other, count, tensor_of(which, device), excluded)
+    excluded = tensor_of(pair.goes_on[kept[limited]], device)
+    cells = Cells(own, other, count, tensor_of(which, device), excluded, tensor_of(first, device))
     settings = {**parameters, "temperature": temperature}
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
