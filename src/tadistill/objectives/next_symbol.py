@@ -8,7 +8,7 @@ Axes: N student's tokens, M teacher's tokens, S spans, X places in the texts, U 
 node is a token and the number of its symbols that are written.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -52,9 +52,9 @@ class SpelledPair:
         by_cell = compared & (cells[0] == cells[1]) & ~stripped
         sides = []
         for side, at in zip((student, teacher), starts, strict=True):
-            begins = np.zeros(len(side.tokens), bool)
-            begins[at[by_cell]] = True
-            sides.append(replace(side, begins=begins))
+            firsts = np.zeros(len(side.tokens), bool)
+            firsts[at[by_cell]] = True
+            sides.append(replace(side, by_cell=firsts))
         pair = cls(sides[0], sides[1], follows, compared)
         if not np.array_equal(pair.places[0].symbol, pair.places[1].symbol):
             raise ConfigError("the tokens of student and teacher spell different texts in a span that is compared")
@@ -66,14 +66,21 @@ class SpelledPair:
         return Places.of(self.student, self), Places.of(self.teacher, self)
 
     @cached_property
-    def goes_on(self) -> np.ndarray:
-        """(X, width) bool. True for a symbol with which the token before a place could have gone on, for a model whose token ends there."""
+    def longer(self) -> np.ndarray:
+        """(X, width) int8. 1 for a symbol that makes a longer token of the token that ends before a place, for one of the models; 2 for a
+        symbol with which a longer token only begins; 0 for all others."""
         mine, theirs = self.places
-        found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), bool)
+        found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), np.int8)
         for each in (mine, theirs):
             for x in np.flatnonzero(each.before):
-                found[x, each.text.longer[each.token[x] - 1]] = True
+                symbols, is_token = each.text.longer[each.token[x] - 1]
+                found[x, symbols] = np.maximum(found[x, symbols], np.where(is_token, 1, 2))
         return found
+
+    @cached_property
+    def sure(self) -> np.ndarray:
+        """(X,) bool. False for a place at which a model may be inside another token than that of the text. Such places are left out."""
+        return self.places[0].sure & self.places[1].sure
 
 
 def tensor_of(values: np.ndarray, device: torch.device) -> Tensor:
@@ -95,25 +102,25 @@ def symbol_divergence(
     Returns:
         The sum over the places of each span, (S,), and parts of a loss that have the gradient of the weighted sum.
     """
-    chosen = np.flatnonzero(~pair.places[0].begins | pair.goes_on.any(1))
-    places = [each.chosen(chosen) for each in pair.places]
-    walks = [_Walk(each.text, weights.device, temperature) for each in places]
-    states = [side.states[tensor_of(each.kept, weights.device)] for side, each in zip(sides, places, strict=True)]
+    chosen = np.flatnonzero(pair.sure & (~pair.places[0].by_cell | pair.longer.any(1)))
+    places, device = [each.chosen(chosen) for each in pair.places], weights.device
+    walks = [_Walk(each.text, device, temperature) for each in places]
+    states = [side.states[tensor_of(each.kept, device)] for side, each in zip(sides, places, strict=True)]
     sums = [walk.sums(own, side.head) for walk, own, side in zip(walks, states, sides, strict=True)]
-    values, slopes = torch.zeros(len(pair.follows), dtype=sums[0].dtype, device=weights.device), torch.zeros_like(sums[0])
+    values, slopes = torch.zeros(len(pair.follows), dtype=sums[0].dtype, device=device), torch.zeros_like(sums[0])
     spans = places[0].text.spans[places[0].token]
     for chunk in _chunks(spans):
         own, other = (each.part(chunk) for each in places)
-        goes_on = tensor_of(pair.goes_on[chosen[chunk]], weights.device)
+        longer = tensor_of(pair.longer[chosen[chunk]], device)
         leaf = sums[0][own.tokens].detach().requires_grad_()
         with torch.enable_grad(), checks.deferred():
             q = own.distributions(walks[0], leaf)
             with torch.no_grad():
                 p = other.distributions(walks[1], sums[1][other.tokens])
-            found = _of_places(divergence, q, p, goes_on, own)
-            where = tensor_of(spans[chunk], weights.device)
-            (slope,) = torch.autograd.grad((found * weights[where]).sum(), leaf)
-        slopes[own.tokens] += slope
+            found = _of_places(divergence, q, p, longer, own)
+            where = tensor_of(spans[chunk], device)
+            if found.requires_grad:  # it does not, if the divergence does not depend on the student, as with a skew of 1
+                slopes[own.tokens] += torch.autograd.grad((found * weights[where]).sum(), leaf)[0]
         values.index_add_(0, where, found.detach())
     return values, [Part(states[0][rows], *arguments, counts=False) for rows, arguments in walks[0].gradients(slopes)]
 
@@ -128,19 +135,19 @@ class _Next:
     """(X, width) bool."""
 
 
-def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, goes_on: Tensor, places: "Places") -> Tensor:
+def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
     """Return the divergence (X,) at places.
 
-    If a token before the place could have gone on, there are two questions: does it go on, and with which symbol? If not, which symbol is
-    next? The second question counts only if the text answers the first one with no, and if no cell has answered it.
+    A token that ends at a place could have been longer. So the first question is: does a symbol follow that makes a longer token, and which
+    one? If the text shows that no such symbol follows, the second question is: which other symbol follows? At the beginning of a span that
+    is compared by cells, the second question names only symbols with which a longer token begins. The cells answer the rest.
     """
     known, each = student.known & teacher.known, (student.probs, teacher.probs.to(student.probs.dtype))
-    symbols = tensor_of(places.symbol, known.device)
-    ended = ~goes_on.gather(1, symbols.unsqueeze(1)).squeeze(1) & ~tensor_of(places.begins, known.device)
-    found = divergence(*(_logits(torch.where(goes_on, 0.0, probs), known) for probs in each)) * ended
-    asked = goes_on.any(1)
-    first = divergence(*(_logits(probs, known & goes_on) for probs in each)) * asked
-    return found + first
+    makes, begins = longer == 1, longer == 2
+    ended = ~makes.gather(1, tensor_of(places.symbol, known.device).unsqueeze(1)).squeeze(1)
+    named = known & (begins | ~tensor_of(places.by_cell, known.device).unsqueeze(1))
+    first = divergence(*(_logits(probs, known & makes) for probs in each)) * makes.any(1)
+    return first + divergence(*(_logits(torch.where(makes, 0.0, probs), named) for probs in each)) * ended
 
 
 def _logits(probs: Tensor, separate: Tensor) -> Tensor:
@@ -173,10 +180,12 @@ class Places:
     """(X,) the number of symbols of this token that are written."""
     symbol: np.ndarray
     """(X,) the symbol at the place."""
-    begins: np.ndarray
+    by_cell: np.ndarray
     """(X,) bool. True at the beginning of a span that is compared by cells."""
     before: np.ndarray
-    """(X,) bool. True for the first place of a token, if the token directly before it could have gone on."""
+    """(X,) bool. True for the first place of a token, if the token directly before it could have been longer."""
+    sure: np.ndarray
+    """(X,) bool. False if the text so far could also be in another token, which the model has not ended."""
     kept: np.ndarray
     """The indices of the text's tokens among all tokens of the model."""
     tokens: slice
@@ -188,12 +197,21 @@ class Places:
         count = text.count[tokens]
         token = np.repeat(tokens, count)
         depth = np.arange(len(token)) - np.repeat(np.cumsum(count) - count, count)
-        longer = np.array([len(more) > 0 for more in text.longer], bool)
         inside = np.concatenate([[False], text.spans[1:] == text.spans[:-1]])[: len(text.spans)]
         earlier = pair.follows[text.spans] & np.concatenate([[False], pair.compared])[text.spans]
-        after = (inside | earlier) & np.concatenate([[False], longer])[: len(text.spans)]
-        begins, whole = text.begins[token] & (depth == 0), np.arange(len(text.tokens))
-        return cls(text, token, depth, text.symbols(token, depth), begins, after[token] & (depth == 0), whole, slice(0, len(whole)))
+        joined = (inside | earlier) & pair.compared[text.spans]
+        longer = np.array([False, *(len(symbols) > 0 for symbols, _ in text.longer)], bool)
+        return cls(
+            text,
+            token,
+            depth,
+            text.symbols(token, depth),
+            by_cell=text.by_cell[token] & (depth == 0),
+            before=(joined & longer[:-1])[token] & (depth == 0),
+            sure=text.sure(token, depth, joined),
+            kept=np.arange(len(text.tokens)),
+            tokens=slice(0, len(text.tokens)),
+        )
 
     def chosen(self, places: np.ndarray) -> "Places":
         """Return some places, and a text with the tokens that they need."""
@@ -211,20 +229,21 @@ class Places:
         return replace(found, tokens=slice(int(found.token[0]) - int(found.before[0]), int(found.token[-1]) + 1))
 
     def _at(self, places: np.ndarray | slice) -> "Places":
-        token, depth, symbol = self.token[places], self.depth[places], self.symbol[places]
-        return replace(self, token=token, depth=depth, symbol=symbol, begins=self.begins[places], before=self.before[places])
+        names = ("token", "depth", "symbol", "by_cell", "before", "sure")
+        return replace(self, **{name: getattr(self, name)[places] for name in names})
 
     def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
         """Return what the model says about the next symbols. `sums` (n, K) are those of `tokens`.
 
-        If a token of the vocabulary ends at a place inside the text's own token, what comes after it is not known. Then the probabilities
-        of the symbols of longer tokens are known, and that of all other symbols together, which is the one of `stop`.
+        If a shorter token can end at a place, what comes after it is not known. Then a symbol that makes a token is known by itself, and all
+        others are known together.
         """
-        nodes, exists = walk.nodes(sums, self.tokens)
-        first = self.text.first - self.text.first[self.tokens.start]
-        here = tensor_of(first[self.token] + self.depth, sums.device)
-        probs, known = nodes[here], exists[here]
-        known = known | ~known[:, -1:]
+        nodes, closed = walk.nodes(sums, self.tokens)
+        start = self.text.first[self.tokens.start]
+        first, place = self.text.first - start, self.text.first[self.token] + self.depth
+        here = tensor_of(place - start, sums.device)
+        ended = tensor_of(self.text.ends[place] & (self.depth > 0), sums.device).unsqueeze(1)
+        probs, known = nodes[here], closed[here] | ~ended
         known[:, -1] = False
         where = np.flatnonzero(self.before)
         if len(where):
@@ -240,12 +259,14 @@ class _Walk:
 
     def __init__(self, text: SpelledText, device: torch.device, temperature: float):
         self.text, self.temperature, self.device = text, temperature, device
-        self.kinds = [_Kind(text, begins, device) for begins in (True, False) if (text.begins == begins).any()]
+        self.kinds = [_Kind(text, by_cell, device) for by_cell in (True, False) if (text.by_cell == by_cell).any()]
         self.width = max((kind.sizes.shape[1] for kind in self.kinds), default=1)
-        self.sizes, self.cells = (torch.zeros(len(text.tokens), self.width, dtype=torch.long, device=device) for _ in range(2))
+        shape = len(text.tokens), self.width
+        self.slots = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.closed = torch.full(shape, -1, dtype=torch.int32, device=device)
         for kind in self.kinds:
-            self.sizes[kind.rows, : kind.sizes.shape[1]] = kind.sizes[kind.which]
-            self.cells[kind.rows, : kind.cells.shape[1]] = kind.cells[kind.which]
+            self.slots[kind.rows, : kind.slots.shape[1]] = kind.slots[kind.which]
+            self.closed[kind.rows, : kind.slots.shape[1]] = kind.closed[kind.which]
 
     @torch.no_grad()
     def sums(self, states: Tensor, head: Head) -> Tensor:
@@ -287,8 +308,8 @@ class _Walk:
         return mean.t(), (each - mean).mul_(probs).div_(self.temperature)
 
     def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return the distributions (R, width) of the next symbol at the nodes of some tokens, and a bool (R, width): True for symbols that
-        a token of the vocabulary writes there.
+        """Return the distributions (R, width) of the next symbol at the nodes of some tokens, and a bool (R, width): True for a symbol
+        that makes a token there.
 
         Args:
             sums: (n, K) of these tokens.
@@ -297,30 +318,31 @@ class _Walk:
         first, count = text.first[tokens.start : tokens.stop + 1] - text.first[tokens.start], text.count[tokens]
         token = np.repeat(np.arange(len(count)), count + 1)
         depth = np.arange(first[-1]) - first[token]
-        cells = (tensor_of(first[:-1], device) * width).unsqueeze(1) + self.cells[tokens]
-        flat = torch.zeros(len(token) * width, dtype=sums.dtype, device=device).index_add(0, cells.flatten(), sums.flatten())
+        start = (tensor_of(first[:-1], device) * width).unsqueeze(1)
+        slots, closed = start + self.slots[tokens], self.closed[tokens]
+        flat = torch.zeros(len(token) * width, dtype=sums.dtype, device=device).index_add(0, slots.flatten(), sums.flatten())
         longest = int(count.max(initial=0)) + 1
         place = tensor_of(token * longest + depth, device)
         padded = torch.zeros(len(count) * longest, dtype=sums.dtype, device=device).index_copy(0, place, flat.view(-1, width).sum(1))
         later = padded.view(len(count), -1).flip(1).cumsum(1).flip(1).flatten()[place]
         inner = np.flatnonzero(depth < count[token])  # here the text's own symbol has all that comes after it
-        own = tensor_of(inner * width + text.symbols(token[inner] + tokens.start, depth[inner]), device)
-        flat = flat.index_add(0, own, later[tensor_of(inner + 1, device)])
-        # empty groups mark one more place, which is cut off: a mask as an index would wait for the GPU
-        real = torch.where(self.sizes[tokens] > 0, cells, len(flat)).flatten()
-        exists = torch.zeros(len(flat) + 1, dtype=torch.bool, device=device).index_fill_(0, torch.cat([own, real]), True)[:-1]
-        return flat.view(-1, width) / later.clamp(min=torch.finfo(later.dtype).tiny).unsqueeze(1), exists.view(-1, width)
+        own_slots = inner * width + text.symbols(token[inner] + tokens.start, depth[inner])
+        flat = flat.index_add(0, tensor_of(own_slots, device), later[tensor_of(inner + 1, device)])
+        # other groups mark one more place, which is cut off: a mask as an index would wait for the GPU
+        marks = torch.where(closed < 0, len(flat), start + closed).flatten()
+        path = tensor_of(np.where(text.ends[text.first[tokens.start] + inner + 1], own_slots, len(token) * width), device)
+        last = torch.zeros(len(flat) + 1, dtype=torch.bool, device=device).index_fill_(0, torch.cat([path, marks]), True)[:-1]
+        return flat.view(-1, width) / later.clamp(min=torch.finfo(later.dtype).tiny).unsqueeze(1), last.view(-1, width)
 
 
 class _Kind:
     """The tokens of a text with the same kind of groups: those at the beginning of a span, or those inside one."""
 
-    def __init__(self, text: SpelledText, begins: bool, device: torch.device):
-        rows = np.flatnonzero(text.begins == begins)
-        sizes, cells, which = text.groups(rows, begins=begins)
-        order = (text.vocabulary.starts if begins else text.vocabulary.inside).order
-        parts: Sequence[np.ndarray] = (rows, sizes, cells, which, order, np.argsort(order))
-        self.rows, self.sizes, self.cells, self.which, self.order, self.back = (tensor_of(part, device) for part in parts)
+    def __init__(self, text: SpelledText, by_cell: bool, device: torch.device):
+        rows = np.flatnonzero(text.by_cell == by_cell)
+        order = (text.vocabulary.starts if by_cell else text.vocabulary.inside).order
+        parts = (rows, *text.groups(rows, by_cell=by_cell), order, np.argsort(order))
+        self.rows, self.sizes, self.slots, self.closed, self.which, self.order, self.back = (tensor_of(part, device) for part in parts)
 
     def sums(self, probs: Tensor, rows: slice) -> Tensor:
         """Return the probability (n, K) of each group around the tokens `rows`."""

@@ -203,8 +203,9 @@ def _first_cells(
     """Return the part of the loss about the first cells of the spans, and the span of each of its rows."""
     mine, theirs = pair.places
     device, vocabularies = weights.device, [side.vocabulary for side in (pair.student, pair.teacher)]
-    kept = np.flatnonzero(mine.begins & ~pair.goes_on[np.arange(len(mine.symbol)), mine.symbol])
-    limited = np.flatnonzero(pair.goes_on[kept].any(1))
+    longer = pair.longer > 0
+    kept = np.flatnonzero(mine.by_cell & pair.sure & ~longer[np.arange(len(mine.symbol)), mine.symbol])
+    limited = np.flatnonzero(longer[kept].any(1))
     which = np.full(len(kept), -1)
     which[limited] = np.arange(len(limited))
     own, other = (tensor_of(v.cells, device) for v in vocabularies)
@@ -212,7 +213,7 @@ def _first_cells(
     first = np.full(count, vocabularies[0].inside.other)
     both = np.isin(vocabularies[0].cells, vocabularies[1].cells)
     first[vocabularies[0].cells[both]] = vocabularies[0].starts.table[both, 0]
-    excluded = tensor_of(pair.goes_on[kept[limited]], device)
+    excluded = tensor_of(longer[kept[limited]], device)
     cells = Cells(own, other, count, tensor_of(which, device), excluded, tensor_of(first, device))
     settings = {**parameters, "temperature": temperature}
 

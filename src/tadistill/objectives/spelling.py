@@ -15,6 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +29,13 @@ class Around:
 
     starts: np.ndarray
     """The first token (K,) of each group, ascending."""
-    cells: np.ndarray
+    slots: np.ndarray
     """(K,) depth * width + symbol. The tokens of the group begin with the first `depth` symbols of the token, and then write `symbol`, or
     have ended if it is `stop`."""
+    closed: np.ndarray
+    """(K,) bool. True if the first `depth` symbols and `symbol` are a token."""
+    ends: np.ndarray
+    """(L + 1,) bool for a token with L symbols. True if its first symbols, so many as the index says, are a token."""
 
 
 class Spelling:
@@ -65,7 +70,8 @@ class Spelling:
         """Return the groups around a token: `around(token, stripped)`. If `stripped`, all tokens of the vocabulary count without a space
         at their beginning, as in the first word of a text."""
         self.longer = lru_cache(_KEPT)(self._longer)
-        """Return the symbols with which longer tokens go on after a token: `longer(token, stripped)`, in ascending order."""
+        """Return the symbols with which longer tokens go on after a token: `longer(token, stripped)`; and True for each symbol that makes
+        a token with it."""
         self._branches = lru_cache(_KEPT)(self._find_branches)
 
     def __len__(self) -> int:
@@ -97,24 +103,48 @@ class Spelling:
             # other cells can have the same first symbol
             low, high, _, _ = self._ranges(token, stripped)[0]
             starts, symbols = self._branches(0, len(self), 0)
-            after = np.searchsorted(starts, high, side="right")
+            after = int(np.searchsorted(starts, high, side="right"))
             before = starts < low
-            walks.append((starts[before], symbols[before].astype(np.int64)))
-            walks.append((starts[after:], symbols[after:].astype(np.int64)))
+            walks += [self._groups(starts[before], symbols[before], 0, 0), self._groups(starts[after:], symbols[after:], 0, 0)]
             if high < len(self) and (after == len(starts) or starts[after] > high):
-                walks.append((np.array([high]), symbols[after - 1 : after].astype(np.int64)))
-        starts, cells = (np.concatenate(part) for part in zip(*walks, strict=True))
-        order = starts.argsort(kind="stable")
-        return Around(starts[order], cells[order])
+                walks.append(self._groups(np.array([high]), symbols[after - 1 : after], 0, 0))
+        starts, slots, closed = (np.concatenate(part) for part in zip(*walks, strict=True))
+        order, ends = starts.argsort(kind="stable"), np.zeros(len(path) + 1, bool)
+        ends[(slots // self.width)[slots % self.width == self.stop]] = True
+        return Around(starts[order], slots[order], closed[order], ends)
 
-    def _longer(self, token: int, stripped: bool) -> np.ndarray:
-        path, found = self._path(token, stripped), set[int]()
+    def _longer(self, token: int, stripped: bool) -> tuple[np.ndarray, np.ndarray]:
+        found = dict[int, bool]()
+        for low, high, column in self._nodes(token, stripped):
+            starts, symbols = self._branches(low, high, column)
+            for symbol, is_token in zip(
+                symbols.tolist(), (self._sorted[starts, min(column + 1, self._sorted.shape[1] - 1)] == _NOTHING).tolist(), strict=True
+            ):
+                found[symbol] = found.get(symbol, False) or is_token
+        found.pop(_NOTHING, None)
+        return np.array([*found], np.int64), np.array([*found.values()], bool)
+
+    def extent(self, token: int, stripped: bool, following: Sequence[int]) -> int:
+        """Return the number of symbols that follow a token in a text for which a longer token would write the same."""
+        most = 0
+        for low, high, column in self._nodes(token, stripped):
+            for count, symbol in enumerate(following):
+                here = self._sorted[:, min(column + count, self._sorted.shape[1] - 1)]
+                low, high = bisect_left(here, symbol, low, high), bisect_right(here, symbol, low, high)
+                if low == high:
+                    break
+                most = max(most, count + 1)
+        return most
+
+    def _nodes(self, token: int, stripped: bool) -> list[tuple[int, int, int]]:
+        """Return the ranges of the tokens that begin with a token, and the column after it."""
+        path, found = self._path(token, stripped), list[tuple[int, int, int]]()
         for low, high, column, first in self._ranges(token, stripped):
             for depth in range(first, len(path)):
                 here = self._sorted[:, column + depth - first]
                 low, high = bisect_left(here, path[depth], low, high), bisect_right(here, path[depth], low, high)
-            found.update(self._branches(low, high, column + len(path) - first)[1].tolist())
-        return np.array(sorted(found - {_NOTHING}), np.int64)
+            found.append((low, high, column + len(path) - first))
+        return found
 
     def _path(self, token: int, stripped: bool) -> np.ndarray:
         return self.table[token, int(stripped) : self.lengths[token]]
@@ -125,20 +155,24 @@ class Spelling:
         edges = np.flatnonzero(np.diff(here, prepend=-2))
         return low + edges, here[edges]
 
-    def _walk(self, path: np.ndarray, low: int, high: int, column: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+    def _walk(self, path: np.ndarray, low: int, high: int, column: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the groups among the tokens from `low` to `high`. The symbol at depth `first` of the token `path` is in `column`."""
-        starts, cells = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
         for depth in range(first, len(path) + 1):
             edges, symbols = self._branches(low, high, column + depth - first)
             own = np.flatnonzero(symbols == path[depth]) if depth < len(path) else np.zeros(0, np.int64)
             away = np.ones(len(edges), bool)
             away[own] = False
-            starts.append(edges[away])
-            cells.append(depth * self.width + np.where(symbols == _NOTHING, self.stop, symbols)[away].astype(np.int64))
+            found.append(self._groups(edges[away], symbols[away], depth, column + depth - first))
             if not len(own):
                 break
             low, high = int(edges[own[0]]), int(edges[own[0] + 1]) if own[0] + 1 < len(edges) else high
-        return np.concatenate(starts), np.concatenate(cells)
+        starts, slots, closed = (np.concatenate(part) for part in zip(*found, strict=True))
+        return starts, slots, closed
+
+    def _groups(self, starts: np.ndarray, symbols: np.ndarray, depth: int, column: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        slots = depth * self.width + np.where(symbols == _NOTHING, self.stop, symbols).astype(np.int64)
+        return starts, slots, self._sorted[starts, min(column + 1, self._sorted.shape[1] - 1)] == _NOTHING
 
 
 @dataclass(frozen=True)
@@ -167,18 +201,18 @@ class SpelledText:
     """Span (N,) of each token, in ascending order from 0."""
     stripped: np.ndarray
     """(N,) bool. True for a token whose first space is not written, because it begins a text."""
-    begins: np.ndarray
+    by_cell: np.ndarray
     """(N,) bool. True for the first token of a span that is compared by cells."""
 
     def only(self, kept: np.ndarray) -> "SpelledText":
         """Return the text with the tokens `kept` alone, (N,) bool."""
-        return SpelledText(self.vocabulary, *(part[kept] for part in (self.tokens, self.spans, self.stripped, self.begins)))
+        return SpelledText(self.vocabulary, *(part[kept] for part in (self.tokens, self.spans, self.stripped, self.by_cell)))
 
     @cached_property
     def count(self) -> np.ndarray:
         """The number of symbols (N,) that each token writes in its spelling."""
         starts, inside = self.vocabulary.starts.lengths[self.tokens], self.vocabulary.inside.lengths[self.tokens]
-        return np.where(self.begins, starts, inside - self.stripped)
+        return np.where(self.by_cell, starts, inside - self.stripped)
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -188,30 +222,86 @@ class SpelledText:
     def symbols(self, token: np.ndarray, depth: np.ndarray) -> np.ndarray:
         """Return the symbol (X,) with the index `depth` of each of the tokens with the indices `token`."""
         found, ids = np.zeros(len(token), np.int64), self.tokens[token]
-        for spelling, rows in ((self.vocabulary.starts, self.begins[token]), (self.vocabulary.inside, ~self.begins[token])):
+        for spelling, rows in ((self.vocabulary.starts, self.by_cell[token]), (self.vocabulary.inside, ~self.by_cell[token])):
             found[rows] = spelling.table[ids[rows], (depth + self.stripped[token])[rows]]
         return found
 
     @cached_property
-    def longer(self) -> list[np.ndarray]:
-        """For each token, the symbols with which longer tokens go on after it."""
-        return [
-            self._spelling(begins).longer(int(t), bool(s)) for t, s, begins in zip(self.tokens, self.stripped, self.begins, strict=True)
-        ]
+    def longer(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`Spelling.longer` of each token."""
+        return [self._spelling(by_cell).longer(int(t), bool(s)) for t, s, by_cell in self._each]
 
-    def _spelling(self, begins: bool) -> Spelling:
-        return self.vocabulary.starts if begins else self.vocabulary.inside
+    @property
+    def _each(self) -> "zip[tuple[Any, Any, Any]]":
+        return zip(self.tokens, self.stripped, self.by_cell, strict=True)
 
-    def groups(self, rows: np.ndarray, *, begins: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the sizes (U, K) and the cells (U, K) of the groups around each different token, and the place (n,) of each token in them.
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(R,) bool. True for a node whose symbols are a token."""
+        each = [self._spelling(by_cell).around(int(t), bool(s)).ends for t, s, by_cell in self._each]
+        return np.concatenate([np.zeros(0, bool), *each])
 
-        `rows` are the indices of n tokens that are all at the beginning of a span, or all not.
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """The number of symbols (N + 1,) of the texts before each token."""
+        return np.concatenate([[0], np.cumsum(self.vocabulary.inside.lengths[self.tokens] - self.stripped)])
+
+    def sure(self, token: np.ndarray, depth: np.ndarray, joined: np.ndarray) -> np.ndarray:
+        """Return one bool per place, (X,). It is False if the text so far could also be in another token than the text's own.
+
+        A shorter token may have ended inside this token, and others may have followed. If the symbols so far are a token, the tokenizer
+        would have written this one. Or a token before this one could go on, if the symbols after it are those of a longer token.
+
+        Args:
+            token: the index (X,) of the token at each place.
+            depth: the number (X,) of its symbols that are written.
+            joined: as in `unsure`.
+        """
+        node, total = self.first[token] + depth, np.concatenate([[0], np.cumsum(self.ends)])
+        shorter = total[node] - total[np.minimum(self.first[token] + 1, node)] > 0
+        root = (self.vocabulary.inside.lengths - self.vocabulary.starts.lengths + 1)[self.tokens[token]]
+        within = np.where(self.by_cell[token] & (depth > 0), root + depth - 1, depth)
+        return (self.ends[node] | ~shorter) & ~self.unsure(joined)[self.offsets[token] + within]
+
+    def unsure(self, joined: np.ndarray) -> np.ndarray:
+        """Return one bool per symbol of the texts. It is True if, before this symbol, a token that has ended could still be the beginning
+        of a longer one.
+
+        Args:
+            joined: (N,) bool. True for a token that comes directly after the token before it.
+        """
+        table, lengths = self.vocabulary.inside.table, self.vocabulary.inside.lengths
+        symbols = [table[t, int(s) : lengths[t]] for t, s in zip(self.tokens, self.stripped, strict=True)]
+        found = np.zeros(self.offsets[-1] + 1, bool)
+        for k in np.flatnonzero(joined[1:]):
+            if symbols[k + 1][0] not in self.longer[k][0]:
+                continue
+            last = k + 1
+            while last < len(joined) and joined[last] and self.offsets[last] - self.offsets[k + 1] < table.shape[1]:
+                last += 1
+            following = np.concatenate(symbols[k + 1 : last]).tolist()[:-1]  # no place is behind the last symbol of a text
+            count = self._spelling(bool(self.by_cell[k])).extent(int(self.tokens[k]), bool(self.stripped[k]), following)
+            found[self.offsets[k + 1] + 1 : self.offsets[k + 1] + count + 1] = True
+        return found
+
+    def _spelling(self, by_cell: bool) -> Spelling:
+        return self.vocabulary.starts if by_cell else self.vocabulary.inside
+
+    def groups(self, rows: np.ndarray, *, by_cell: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the groups around some tokens, which are all compared by cells, or all not. Empty groups fill the rows.
+
+        Returns:
+            The sizes (U, K) and the slots (U, K) of the groups around each different token; the slots again, but -1 for a group that is
+            empty or not `closed`; and the row (n,) of each of the tokens `rows` in these arrays.
         """
         keys, which = np.unique(2 * self.tokens[rows] + self.stripped[rows], return_inverse=True)
-        spelling = self._spelling(begins)
+        spelling = self._spelling(by_cell)
         found = [spelling.around(int(key) // 2, bool(key % 2)) for key in keys]
-        sizes, cells = (np.zeros((len(found), max((len(a.starts) for a in found), default=1)), np.int64) for _ in range(2))
+        shape = len(found), max((len(a.starts) for a in found), default=1)
+        sizes, slots, closed = np.zeros(shape, np.int64), np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         for row, around in enumerate(found):
-            sizes[row, : len(around.starts)] = np.diff(around.starts, append=len(spelling))
-            cells[row, : len(around.cells)] = around.cells
-        return sizes, cells, which
+            count = len(around.starts)
+            sizes[row, :count] = np.diff(around.starts, append=len(spelling))
+            slots[row, :count] = around.slots
+            closed[row, :count] = np.where(around.closed, around.slots, -1)
+        return sizes, slots, closed, which

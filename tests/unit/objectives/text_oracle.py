@@ -53,6 +53,26 @@ class Side:
         stop = masses.pop(STOP, None)
         return {s: p / total for s, p in masses.items()}, None if stop is None else stop / total
 
+    def tokens_of(self, k: int, by_cell: bool) -> set[Symbols]:
+        """Return the symbols of all tokens with which the k-th token is compared."""
+        cell = self.cells[self.tokens[k]][0] if by_cell else None
+        strip = bool(self.stripped and self.stripped[k])
+        kept = [t for i, t in enumerate(self.vocabulary) if t and cell in (None, self.cells[i][0])]
+        return {t[1:] if strip and t[0] == 32 else t for t in kept}
+
+    def sure(self, k: int, joined: Sequence[bool], inside: Symbols, by_cell: Sequence[bool]) -> bool:
+        """Return False if the text could be in another token, after the symbols `inside` of the k-th token."""
+        own = self.tokens_of(k, by_cell[k])
+        if inside and inside not in own and any(inside[:n] in own for n in range(1, len(inside))):
+            return False
+        after = inside
+        while joined[k]:
+            k -= 1
+            after = self.written(k) + after
+            if len(after) > len(self.written(k)) and any(t[: len(after)] == after for t in self.tokens_of(k, by_cell[k])):
+                return False
+        return True
+
     def at(self, span: int) -> list[int]:
         """Return the indices of the tokens of a span."""
         return [k for k, s in enumerate(self.spans) if s == span]
@@ -81,37 +101,50 @@ def text_divergence(
 
 
 def _of_place(divergence, sides, span: int, place: int, text: Symbols, follows, compared, by_cell) -> Tensor:
-    known, goes_on = [], set[int]()
+    known, longer, sure = [], dict[int, int](), True
     for side in sides:
         tokens = side.at(span)
         starts = [sum(len(side.written(i)) for i in tokens[:n]) for n in range(len(tokens))]
         start, k = max((start, k) for start, k in zip(starts, tokens, strict=True) if start <= place)
-        own, stop = side.after(k, text[start:place], by_cell[span] and k == tokens[0] and place > 0)
+        cells = [by_cell[side.spans[i]] and i == side.at(side.spans[i])[0] for i in range(len(side.tokens))]
+        joined = [
+            i > 0 and compared[s] and compared[side.spans[i - 1]] and (side.spans[i - 1] == s or follows[s])
+            for i, s in enumerate(side.spans)
+        ]
+        inside = text[start:place]
+        sure = sure and side.sure(k, joined, inside, cells)
+        own, stop = side.after(k, inside, cells[k] and place > 0)
+        whole = side.tokens_of(k, cells[k])
         every = stop is None or place == start
-        earlier = k - 1 if k > 0 and (side.spans[k - 1] == span or (follows[span] and compared[span - 1])) else None
-        if place == start and earlier is not None:
-            before = side.spans[earlier]
-            first = by_cell[before] and earlier == side.at(before)[0]
-            longer, ended = side.after(earlier, side.written(earlier), first)
-            goes_on |= set(longer)
-            own = {s: longer.get(s, 0) + ended * own.get(s, 0) for s in {*own, *longer}} if longer else own
-        known.append((own, every))
-    found = sides[0].probs.new_zeros(())
-    if goes_on:
-        found = found + _compare(divergence, known, lambda s: s in goes_on, lambda s: True)
-    if text[place] in goes_on:
+        single = {s for s in own if every or (*inside, s) in whole}
+        if place == start and joined[k]:
+            more, ended = side.after(k - 1, side.written(k - 1), cells[k - 1])
+            tokens_before = side.tokens_of(k - 1, cells[k - 1])
+            for s in more:
+                longer[s] = max(longer.get(s, 0), 1 if (*side.written(k - 1), s) in tokens_before else 2)
+            own = {s: more.get(s, 0) + ended * own.get(s, 0) for s in {*own, *more}} if more else own
+            single = set(own)
+        known.append((own, every, single))
+    if not sure:
+        return sides[0].probs.new_zeros(())
+    makes, found = {s for s, kind in longer.items() if kind == 1}, sides[0].probs.new_zeros(())
+    if makes:
+        found = found + _compare(divergence, known, lambda s: s in makes, lambda s: True)
+    if text[place] in makes:
         return found
-    if place == 0 and by_cell[span]:
-        return found + _of_cells(divergence, sides, span, goes_on)
-    return found + _compare(divergence, known, lambda s: True, lambda s: s not in goes_on)
+    if not (place == 0 and by_cell[span]):
+        return found + _compare(divergence, known, lambda s: True, lambda s: s not in makes)
+    if len(makes) < len(longer):
+        found = found + _compare(divergence, known, lambda s: longer.get(s) == 2, lambda s: s not in makes)
+    return found if text[place] in longer else found + _of_cells(divergence, sides, span, set(longer))
 
 
 def _compare(divergence, known, separate: Callable[[int], bool], counts: Callable[[int], bool]) -> Tensor:
     """Compare the symbols that count. Those that are known on both sides and `separate` are outcomes, and all others together are one."""
-    symbols = sorted({s for own, _ in known for s in own if counts(s)})
-    alone = [s for s in symbols if separate(s) and all(every or s in own for own, every in known)]
+    symbols = sorted({s for own, *_ in known for s in own if counts(s)})
+    alone = [s for s in symbols if separate(s) and all(every or s in single for _, every, single in known)]
     logits = []
-    for own, _ in known:
+    for own, *_ in known:
         masses = {s: p for s, p in own.items() if counts(s)}
         excluded = sum(p for s, p in own.items() if not counts(s))
         outcomes = [torch.as_tensor(masses.get(s, 0.0)).double() for s in alone]
