@@ -36,7 +36,7 @@ SPELLED, STRIPPED, CHANGED = 0, 1, 2
 """What a token writes at its place: its symbols, its symbols without the first space, or something else."""
 _BYTES = 256
 _KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
-_NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "tokens", "left_out", "lone", "changed", "dropped"), 0)
+_NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "unspelled", "tokens", "left_out", "lone", "changed", "dropped"), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,8 @@ class Behind(Lazy[Row]):
 
 
 def _marks(reading: Reading, spelling: Spelling) -> np.ndarray:
-    """Return for each token whether its symbols in the vocabulary are those that it writes here."""
+    """Return for each token whether it writes here the symbols that it has in the vocabulary. Only the first word of a text may lack its
+    space."""
     found = np.full(len(reading.ids), CHANGED, np.int8)
     for k, (token, piece, exact) in enumerate(zip(reading.ids, reading.pieces, reading.exact, strict=True)):
         if not exact or token >= len(spelling):
@@ -181,8 +182,8 @@ def _marks(reading: Reading, spelling: Spelling) -> np.ndarray:
         if isinstance(piece, str):
             found[k] = SPELLED if symbols[0] >= _BYTES and symbols[0] != spelling.other else CHANGED
         elif symbols[0] < _BYTES:
-            written = bytes(symbols.astype(np.uint8))
-            found[k] = SPELLED if written == piece else STRIPPED if written == b" " + piece else CHANGED
+            written, first = bytes(symbols.astype(np.uint8)), k == 0 or isinstance(reading.pieces[k - 1], str)
+            found[k] = SPELLED if written == piece else STRIPPED if first and written == b" " + piece else CHANGED
     return found
 
 
@@ -250,7 +251,8 @@ class Aligned:
     follows: np.ndarray
     """(S,) bool. True if a span comes directly after the span before it."""
     found: Mapping[str, int]
-    """Counts for the log: `spans`; `single`, the spans of one shared token; `tokens` of the student that count in the loss;
+    """Counts for the log: `spans`; `single`, the spans of one shared token; `unspelled`, those with a `CHANGED` token; `tokens` of the student
+    that count in the loss;
     `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of `SecondReading`."""
 
     @property
@@ -330,7 +332,9 @@ def _of_row(s: "Sequence") -> _Row:
         follows[1:] &= places[first[1:]] == places[after[:-1] - 1] + 1
     follows[:1] = False
     found = {"spans": len(follows), "single": int((second.matched & (mine >= 0)).sum()), "tokens": int(counts.sum())}
-    found |= {"left_out": int((mine[counts] < 0).sum()), "lone": second.lone, "changed": second.changed, "dropped": second.dropped}
     parts = (np.array(s.response, np.int64), mine, second.student_marks), (second.ids.astype(np.int64), theirs, second.teacher_marks)
+    unspelled = [spans[places][marks[places] == CHANGED] for (_, spans, marks), places in zip(parts, kept, strict=True)]
+    found |= {"unspelled": len(np.unique(np.concatenate(unspelled)))}
+    found |= {"left_out": int((mine[counts] < 0).sum()), "lone": second.lone, "changed": second.changed, "dropped": second.dropped}
     texts = [SpannedTokens(*(part[places] for part in own)) for own, places in zip(parts, kept, strict=True)]
     return _Row(mine[counts], (texts[0], texts[1]), follows, found)

@@ -229,14 +229,12 @@ class Places:
         return replace(found, tokens=slice(int(found.token[0]) - int(found.before[0]), int(found.token[-1]) + 1))
 
     def _at(self, places: np.ndarray | slice) -> "Places":
-        names = ("token", "depth", "symbol", "by_cell", "before", "sure")
-        return replace(self, **{name: getattr(self, name)[places] for name in names})
+        return replace(self, **{n: getattr(self, n)[places] for n in ("token", "depth", "symbol", "by_cell", "before", "sure")})
 
     def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
-        """Return what the model says about the next symbols. `sums` (n, K) are those of `tokens`.
+        """Return the probabilities of the next symbols. `sums` (n, K) are those of `tokens`.
 
-        If a shorter token can end at a place, what comes after it is not known. Then a symbol that makes a token is known by itself, and all
-        others are known together.
+        If a shorter token can end at a place, only the symbols that make a token there are known. All others are known together.
         """
         nodes, closed = walk.nodes(sums, self.tokens)
         start = self.text.first[self.tokens.start]

@@ -76,26 +76,27 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
     weights = torch.full((aligned.count,), term.weight / per_span, dtype=torch.float32, device=sides.student.device)
-    shared = sides.vocabularies.shared.to(sides.student.device)
+    shared = sides.vocabularies.shared
     settings: dict[str, Any] = {**term.settings, "weights": weights, "temperature": term.temperature}
     if term.divergence is sorted_distance:
         return fused_span_distance(sorted_distance, student, teacher, shared.sizes, **settings)[0]
     if term.divergence is hybrid_distance:
+        shared = shared.to(weights.device)
         return fused_span_distance(hybrid_distance, student, teacher, shared.sizes, shared=shared, **settings)[0]
     if shared.same:  # every span is one token of both
         part = part_of([term], student.hidden.states, weights.unsqueeze(0), teachers=[teacher.hidden])
         return fused_parts([part], sides.head, vocab=shared.sizes[0])[0]
-    return fused_span_divergence(
-        term.divergence, student.hidden, teacher.hidden, _spelled(aligned, sides.vocabularies.spelled), **settings
-    )[0]
+    pair = _spelled(aligned, sides.vocabularies.spelled)
+    return fused_span_divergence(term.divergence, student.hidden, teacher.hidden, pair, **settings)[0]
 
 
 def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVocabulary]) -> SpelledPair:
     compared = np.ones(aligned.count, bool)
     for text in aligned.texts:
         compared[text.spans[text.marks == CHANGED]] = False
+    # a changed token can be one that the head does not have; its span is not compared, so any token may stand for it
     mine, theirs = (
-        SpelledText(v, t.ids, t.spans, t.marks == STRIPPED, np.zeros(len(t.ids), bool))
+        SpelledText(v, np.where(t.marks == CHANGED, 0, t.ids), t.spans, t.marks == STRIPPED, np.zeros(len(t.ids), bool))
         for v, t in zip(vocabularies, aligned.texts, strict=True)
     )
     return SpelledPair.of(mine, theirs, aligned.follows, compared)
@@ -142,6 +143,7 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
 
     spans           number of spans
     single          share of the spans that are one token on both sides, which both vocabularies share
+    unspelled       share of the spans that a divergence leaves out, because a token does not spell its text
     left_out        share of the student's tokens that no span has
     lone, changed, dropped      bytes, as in `SecondReading`
     """
@@ -150,6 +152,7 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     found = {
         "spans": count["spans"],
         "single": count["single"] / max(count["spans"], 1),
+        "unspelled": count["unspelled"] / max(count["spans"], 1),
         "left_out": count["left_out"] / max(count["tokens"], 1),
     }
     return {f"spans/{name}": value for name, value in (found | {name: count[name] for name in ("lone", "changed", "dropped")}).items()}
