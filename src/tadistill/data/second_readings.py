@@ -145,7 +145,7 @@ class Rereader:
         read[of_teacher[theirs]] = ids[theirs]
         matched[mine] = self._partner[np.array(own.ids, np.int64)[mine]] == read[of_student[mine]]
         changed, dropped = (getattr(own, name) + getattr(found, name) for name in ("changed", "dropped"))
-        mine, theirs = (_marks(reading, spelled.inside) for reading, spelled in zip((own, found), self.spelled, strict=True))
+        mine, theirs = (marks(reading, spelled.inside) for reading, spelled in zip((own, found), self.spelled, strict=True))
         mine = np.append(mine, np.full(len(of_student) - len(mine), CHANGED, np.int8))
         return SecondReading(ids, of_student, of_teacher, matched, mine, theirs, found.lone, changed, dropped)
 
@@ -171,7 +171,7 @@ class Behind(Lazy[Row]):
         super().__init__(len(mine), read)
 
 
-def _marks(reading: Reading, spelling: Spelling) -> np.ndarray:
+def marks(reading: Reading, spelling: Spelling) -> np.ndarray:
     """Return for each token whether it writes here the symbols that it has in the vocabulary. Only the first word of a text may lack its
     space."""
     found = np.full(len(reading.ids), CHANGED, np.int8)
@@ -251,9 +251,9 @@ class Aligned:
     follows: np.ndarray
     """(S,) bool. True if a span comes directly after the span before it."""
     found: Mapping[str, int]
-    """Counts for the log: `spans`; `single`, the spans of one shared token; `unspelled`, those with a `CHANGED` token; `tokens` of the student
-    that count in the loss;
-    `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of `SecondReading`."""
+    """Counts for the log: `spans`; `single`, the spans of one shared token; `unspelled`, those with a `CHANGED` token; `tokens` of the
+    student that count in the loss; `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of
+    `SecondReading`."""
 
     @property
     def count(self) -> int:

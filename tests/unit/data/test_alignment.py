@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tadistill.data.alignment import NO_SPAN, Alignment, align, cells, piece_of, read_again, shared_tokens
-from tadistill.data.second_readings import Rereader
+from tadistill.data.batch import Sequence
+from tadistill.data.second_readings import CHANGED, SPELLED, STRIPPED, Rereader, marks
 from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
 from tadistill.errors import DataError
 from tadistill.objectives import Head, Hidden, forward_kl, fused_span_divergence
@@ -321,6 +322,19 @@ def test_all_tokens_of_a_cell_begin_with_its_root(names):
         mine, theirs = (side.read(text) for side in (student, teacher))
         if all(mine.exact) and all(theirs.exact):
             assert found[0][mine.ids[0]][0] == found[1][theirs.ids[0]][0], text
+
+
+def test_only_the_first_word_of_a_text_may_lack_its_space():
+    """A word stands for a space and its letters. After `a`, the letters `ab` without a space are another text."""
+    student, teacher = vocabulary("words"), vocabulary("large")
+    again = Rereader(student, teacher, (len(student.tokens), len(teacher.tokens)))
+    split = student.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    ids = [split.token_to_id(word) for word in ("the", "a", "ab")]
+    found = again(Sequence((0,), (*ids, student.ends[0]), teacher_prompt=(0,))).second
+    assert found is not None
+    assert found.student_marks.tolist() == [STRIPPED, SPELLED, SPELLED, SPELLED]
+    text = Reading(tuple(ids[1:]), (b"a", b"ab"), (True, True))
+    assert marks(text, again.spelled[0].inside).tolist() == [STRIPPED, CHANGED]
 
 
 def test_two_models_with_different_tokenizers_come_closer():
