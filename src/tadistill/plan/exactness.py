@@ -44,8 +44,8 @@ def _over_spans(spec: DistillSpec, teacher: str) -> str:
     if isinstance(spec.objective, Uld | Gold):
         return f"{why}, as in GOLD of TRL 1.16"
     return (
-        f"{why}: where both models have one shared token, all shared tokens and one rest are compared; elsewhere, the span and everything "
-        "else are compared"
+        f"{why}: the models are compared by the next cell of tokens and by the next byte; this is exact if each model writes only what its "
+        "tokenizer writes"
     )
 
 
