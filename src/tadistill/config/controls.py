@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from tadistill.config.method import PARTS
+from tadistill.config.route import is_route
 from tadistill.config.sampling import StudentSampler
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
@@ -60,7 +61,10 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
         return raw  # the check of `arms` shows the mistake
     fair = raw.get("fair") is True
     if fair:
-        arms = dict(_fair(arms))
+        added = [*_fair(arms)]
+        if problems := _fair_problems(arms, [name for name, _ in added]):
+            raise ValueError("\n".join(problems))
+        arms = dict(added)
     elif not any(arm.get("control") for arm in arms.values()):
         return raw
     if raw.get("budgets") is not None:
@@ -84,13 +88,29 @@ def _fair(arms: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     equal = {arm.get("compute") for arm in arms.values() if len(_models(arm)) == 2 and not arm.get("control")}
     for name, arm in arms.items():
         yield name, arm
-        if len(_models(arm)) < 3 or arm.get("control") or arm.get("init") or arm.get("compute"):
+        if not _is_chain(arm):
             continue
         if f"as {name}" not in equal:
             yield f"{name}-equal-compute", _copy(arm) | {"path": _ends(arm), "compute": f"as {name}"}
         for kind in get_args(Kind):
             if (control := f"{kind} of {name}") not in given:
                 yield f"{name}-{kind.replace('_', '-')}", {"control": control}
+
+
+def _is_chain(arm: dict[str, Any]) -> bool:
+    # `fair: true` adds a baseline and controls to such an arm
+    return len(_models(arm)) > 2 and not (arm.get("control") or arm.get("init") or arm.get("compute"))
+
+
+def _fair_problems(arms: dict[str, Any], names: list[str]) -> list[str]:
+    found = [
+        f"fair adds the controls `tempered` and `random_teacher` to arms.{name}, but these need one teacher, and in `{_models(arm)[0]}` "
+        f"several models teach; remove `fair`, and write the arms that you want, such as {{control: no_teacher of {name}}}"
+        for name, arm in arms.items()
+        if _is_chain(arm) and is_route(_models(arm)[0])
+    ]
+    twice = [name for name in arms if names.count(name) > 1]
+    return found + [f"fair adds an arm `{name}`, but the recipe already has an arm of this name; rename the recipe's arm" for name in twice]
 
 
 def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:

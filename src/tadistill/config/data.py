@@ -242,6 +242,15 @@ class Data(Strict):
         for ref in self.test:
             yield "test", ref
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_dev_set_by_name(cls, value: Any) -> Any:
+        # {maths: maths.jsonl} is a set with a name, and no mistyped key, if maths is one of several training sets
+        train, dev = (value.get("train"), value.get("dev")) if isinstance(value, Mapping) else (None, None)
+        if _form(train) != SETS or not isinstance(dev, Mapping) or _form(dev) == SETS or not set(dev) <= set(train):
+            return value
+        return {**value, "dev": {name: DataRef.model_validate(given) for name, given in dev.items()}}
+
     @field_validator("train")
     @classmethod
     def _named(cls, train: Any) -> Any:

@@ -150,11 +150,6 @@ def _check_ema(method: "Method") -> None:
             "select.metric `reverse_kl` compares the student with its teacher, but with `ema` the teacher follows the student; set "
             "`select.metric` to `loss` or `rouge_l`"
         )
-    if not method.context and not objective.imitates_text:
-        raise ConfigError(
-            "with `ema`, student and teacher begin with the same weights; they also read the same prompts, so there is nothing to learn; "
-            "give the teacher a prompt of its own (`context`), or set `objective.kd_ratio` below 1"
-        )
     if isinstance(sampler, Rounds) and method.round_updates > 1 and (objective.needs_scores or sampler.inner_epochs > 1):
         raise ConfigError(
             f"with `ema` the teacher changes after every update, but its outputs are kept for a round of {method.round_updates} updates; "

@@ -109,7 +109,7 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind == "union_tag_invalid":
         return _type(str(context.get("tag")), re.findall(r"'([^']+)'", str(context.get("expected_tags"))), key)
     if kind == "union_tag_not_found":
-        return " needs a `type`, for instance {type: " + _first_type(location, root) + "}."
+        return " needs a `type`, because its other keys depend on it; for instance {type: " + _first_type(location, root) + "}."
     if value is None:
         return f" has no value; {_empty(kind, context)}, or remove the key."
     if kind in ("too_short", "too_long"):
@@ -260,13 +260,13 @@ def _plain(value: Any) -> str:
 
 def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
     name, blocks = str(key[-1]), _resolve(location[:-1], root)[1]
-    here = sorted({n for m in blocks for n in _fields(m)})
+    here = sorted({n for m in blocks for n in _fields(m)} - {name})  # a class of several at this key may have it
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
     for other in wanted:
         if other in here:
             return other, f"did you mean `{other}`?"
-    if len(alike := {n for m in blocks for n, field in m.model_fields.items() if _is_called(plain, meaning(m, n))}) == 1:
+    if len(alike := {n for m in blocks for n, field in m.model_fields.items() if n != name and _is_called(plain, meaning(m, n))}) == 1:
         return alike.copy().pop(), f"did you mean `{alike.pop()}`?"
     if close := difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7):
         elsewhere = [p for other in wanted[:1] for p in _places(root).get(other, [])]
@@ -276,7 +276,7 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
         if found := [other] if other != plain and "." in other else _places(root).get(other, []):
             place = next((p for p in found if other in p.split(".")), found[0])
             if place != ".".join(map(str, key)):
-                return "", f"did you mean `{place}`?"
+                return "", f"did you mean `{place}`{'' if '.' in place else ', at the top level of the recipe'}?"
             return "", f"it belongs to another `type`; the keys of this one are: {', '.join(here)}."
     return "", f"the known keys here are: {', '.join(here)}."
 

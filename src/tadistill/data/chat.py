@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _ANSWER = "an answer 7919"  # text that no template contains
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag of transformers, which only marks a part
 _START, _END = "\ufdd0", "\ufdd1"  # around a marked part; no text contains them, because they are no characters
-_THINKING = ("reasoning_content", "thinking", "reasoning")
+THINKING = ("reasoning_content", "thinking", "reasoning")
+"""Names of the field with the thinking of a message, as in transformers."""
 
 
 def render(
@@ -129,12 +130,12 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
 
 def thinking(message: Mapping[str, Any]) -> str | None:
     """Return the thinking of a message, if it is in a field of its own. As in transformers, the field has one of three names."""
-    return next((message[name] for name in _THINKING if message.get(name) is not None), None)
+    return next((message[name] for name in THINKING if message.get(name) is not None), None)
 
 
 def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message without the fields of its thinking."""
-    return {name: value for name, value in message.items() if name not in _THINKING}
+    return {name: value for name, value in message.items() if name not in THINKING}
 
 
 def called(functions: Seq[Mapping[str, Any]]) -> list[str]:

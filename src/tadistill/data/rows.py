@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tadistill.config import DataRef
-from tadistill.data import tinyworld
+from tadistill.data import chat, tinyworld
 from tadistill.data.answers import RULES
 from tadistill.errors import DataError
 
@@ -210,8 +210,21 @@ def _turn(turn: dict[str, Any], what: str, where: str) -> dict[str, Any]:
         turn = turn | {"content": "".join(_part(part, what, where) for part in content)}
     elif not isinstance(content, str | None):
         raise DataError(f"{where}: the content of {what} is {shown(content)}; it must be a string, or a list of text parts")
+    if (calls := turn.get("tool_calls")) and not (isinstance(calls, list | tuple) and all(map(_is_call, calls))):
+        raise DataError(
+            f"{where}: `tool_calls` of {what} is {shown(calls)}; write a list of calls, as in "
+            '[{"type": "function", "function": {"name": "…", "arguments": {…}}}], or delete the row'
+        )
+    for name in chat.THINKING:
+        if not isinstance(turn.get(name), str | None):
+            raise DataError(f"{where}: `{name}` of {what} is {shown(turn[name])}; it must be a string, or delete the row")
     _check_unicode(json.dumps(turn, ensure_ascii=False, default=str), what, where)
     return turn
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
 
 
 def _part(part: Any, what: str, where: str) -> str:

@@ -212,7 +212,7 @@ class _Planner:
                     names, route = [m for m, _ in teachers], path[0] if i == 1 and is_route(path[0]) else ""
                     check_route(self.tokens, name, path, method)
                     check_teaching(self.recipe, name, names, method)
-                    check_itself(name, arm, path[i - 1], model, method)
+                    check_itself(self.recipe, name, arm, path[i - 1], model, method)
                     check_edge(self.tokens, name, names, model, method)
                     turn = Turn(taught.count(model), turns.count(model) + 1, number, len(phases), arm.last[-1])
                     made[model] = new = stages.distill(teachers, model, made[model], method, seed, turn, route)

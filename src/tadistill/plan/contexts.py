@@ -10,7 +10,7 @@ from tadistill.config.route import flat
 from tadistill.errors import ConfigError, about
 
 
-def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
+def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
     """Raise a ConfigError if a model of the arm `name` teaches itself with the same weights and prompts, so that the loss would be 0. Raise
     it also if `ema` is set, but the teacher is another model than the student, or a control changes the teacher."""
     if method.ema is not None and teacher != learner:
@@ -23,11 +23,26 @@ def check_itself(name: str, arm: Arm, teacher: str, learner: str, method: Method
             f"arms.{name}.control is `{arm.control}`, whose teacher does not change, but `ema` makes the teacher follow the student; set "
             f"`ema` in arms.{arm.controls.arm} and not in `method`"
         )
-    if teacher == learner and not method.context and method.ema is None:
+    same = _is_students_prompt(recipe, method.context)
+    if teacher != learner or not method.uses_teacher or (method.context and not same):
+        return
+    prompt = " and its `context` is exactly the student's prompt" if same else ""
+    if method.ema is None:
         raise ConfigError(
-            f"arms.{name}: in `{arm.text}`, {learner} teaches itself, so there is nothing to learn; give the teacher a prompt of its own "
-            "(`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"
+            f"arms.{name}: in `{arm.text}`, {learner} teaches itself{prompt}, so there is nothing to learn; give the teacher a prompt of its "
+            "own (`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"
         )
+    if not method.objective.imitates_text:
+        raise ConfigError(
+            f"arms.{name}: with `ema`, student and teacher begin with the same weights{prompt}; they read the same prompts, so there is "
+            "nothing to learn; give the teacher a prompt of its own (`context`), such as `{output} {prompt}`"
+        )
+
+
+def _is_students_prompt(recipe: Recipe, context: TeacherContext | None) -> bool:
+    if context is None or context.template != "{prompt}" or context.system is not None:
+        return False
+    return recipe.data.template != "chat" if context.chat is None else not context.chat  # a chat template would write a turn around it
 
 
 def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:

@@ -1,8 +1,8 @@
 """The teacher of an arm that is a control of another arm (`arms.X.control`)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from tadistill.config import Arm
+from tadistill.config import Arm, Recipe
 from tadistill.config.route import is_route, members
 from tadistill.errors import ConfigError
 from tadistill.plan.builder import StageBuilder
@@ -31,6 +31,13 @@ def teaching(
             "arm with one teacher"
         )
     return [(head, _changed(stages, name, arm, made[head], seed, path_of))]
+
+
+def fair_notes(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence if `fair: true` adds no arm to the recipe."""
+    chains = [arm for arm in recipe.arms.values() if len(arm.path) == 1 and len(arm.last) > 2]
+    if recipe.fair and not any(not (arm.control or arm.init or arm.compute) for arm in chains):
+        yield "`fair: true` adds no arms, because no arm has one path with an assistant, such as A > B > C, without `init` and `compute`."
 
 
 def _changed(stages: StageBuilder, name: str, arm: Arm, teacher: Handle, seed: int, path_of: Callable[[str, int], list[Handle]]) -> Handle:

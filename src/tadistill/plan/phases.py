@@ -96,6 +96,11 @@ def _scaled(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> M
 def _divided(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> list[PlannedPhase]:
     whole = stages.with_steps(method.optim).steps
     assert whole is not None
+    if len(method.phases or ()) > whole:
+        raise ConfigError(
+            f"`phases` has {len(method.phases or ())} phases, but the training has {whole} updates, so a phase would have no update; raise "
+            "`optim.steps`, or remove phases"
+        )
     found: list[PlannedPhase] = []
     wanted, done = 0.0, 0
     for phase, (of_phase, share) in zip(method.phases or (), phases_of(method), strict=True):

@@ -20,6 +20,7 @@ from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.asked import asked_notes
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.costs import Ledger, passes
+from tadistill.plan.controls import fair_notes
 from tadistill.plan.edges import lossy_steps, undefined_notes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations
@@ -240,6 +241,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     yield from (f"[yellow]{escape(sentence)}.[/]" for sentence in off_teacher_budget(plan))
     yield from _across(plan)
     yield from _controls(plan)
+    yield from (f"[yellow]{sentence}[/]" for sentence in fair_notes(plan.recipe))
     yield (
         "FLOPs include all training in this study that an arm's final model needs, also the fine-tuning of its teachers. "
         "FLOPs of dev evaluations, rollout metrics and tests are not included."

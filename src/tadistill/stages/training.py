@@ -165,7 +165,8 @@ def _sampler(
     file = context.store.folder(answered.stage) / RESPONSES if answered else None
     texts = across.answers(file, joined(sets), spec.train) if across and file else None  # such a text is of one training set
     sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
-    training = TrainingSets(tuple(map(len, sets)), spec.weights, distill.route if distill else ())
+    route = distill.route if distill and method.uses_teacher else ()
+    training = TrainingSets(tuple(map(len, sets)), spec.weights, route)
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training}
     texts = _texts(context, training, sets) if texts is None else texts
     if not (method.samples and isinstance(config, OnPolicy)):
