@@ -29,8 +29,8 @@ def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str
     prompt = " and its `context` is exactly the student's prompt" if same else ""
     if method.ema is None:
         raise ConfigError(
-            f"arms.{name}: in `{arm.text}`, {learner} teaches itself{prompt}, so there is nothing to learn; give the teacher a prompt of its "
-            "own (`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"
+            f"arms.{name}: in `{arm.text}`, {learner} teaches itself{prompt}, so there is nothing to learn; give the teacher a prompt of "
+            "its own (`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"
         )
     if not method.objective.imitates_text:
         raise ConfigError(

@@ -19,8 +19,8 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.asked import asked_notes
 from tadistill.plan.contexts import contexts_of
-from tadistill.plan.costs import Ledger, passes
 from tadistill.plan.controls import fair_notes
+from tadistill.plan.costs import Ledger, passes
 from tadistill.plan.edges import lossy_steps, undefined_notes
 from tadistill.plan.engines import engine_notes
 from tadistill.plan.exactness import approximations

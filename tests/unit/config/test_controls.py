@@ -73,3 +73,22 @@ def test_mistakes(given, sentence):
 def test_budgets_change_the_compute_that_a_control_takes():
     with pytest.raises(ConfigError, match="sets the compute of an arm, but `budgets` set it too; remove one of these two keys"):
         arms({"d": "xl > s", "c": "xl > l > s"}, fair=True, budgets=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"c": "xl > l > s", "c-no-teacher": "xl > s"},
+            "`fair` adds an arm `c-no-teacher`, but the recipe already has an arm of this name",
+        ),
+        (
+            {"c": "xl on a + l on b > m > s"},
+            "to arms.c, but these need one teacher, and in `xl on a + l on b` several models teach; remove",
+        ),
+    ],
+)
+def test_arms_that_fair_cannot_add(given, sentence):
+    with pytest.raises(ConfigError) as error:
+        arms(given, fair=True)
+    assert sentence in str(error.value)

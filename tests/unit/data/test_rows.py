@@ -131,6 +131,14 @@ def test_thinking_is_split_off(text, prompt, thinking, rest):
         ({"role": "user"}, "turn 1 of `messages` has no content"),
         ({"content": "hi"}, "turn 1 of messages has the role None"),
         ({"role": ["user"], "content": "hi"}, "turn 1 of messages has the role"),
+        *(
+            (
+                ASSISTANT | {"tool_calls": calls},
+                "`tool_calls` of turn 1 of messages is .*; write a list of calls, as in .*, or delete the row",
+            )
+            for calls in ("add", ["add"], {"name": "add"}, [{"function": "add"}], [{"name": 3}])
+        ),
+        *((ASSISTANT | {"reasoning_content": text}, "`reasoning_content` of turn 1 of messages is .*; it must be") for text in (3, ["a"])),
     ],
 )
 def test_bad_turns(read, turn, words):

@@ -52,6 +52,13 @@ def test_a_control_has_no_assistant_to_compare_it_with(plan):
 def test_the_plan_says_what_controls_cost(plan, tmp_path):
     console = Console(file=io.StringIO(), width=400)
     preview.print_plan(plan, Store(tmp_path), console)
+    assert "adds no arms" not in console.file.getvalue()
     assert "Controls and equal-compute baselines (takd-equal-compute, takd-no-teacher, takd-tempered, takd-random-teacher) need" in (
         console.file.getvalue()
     )
+
+
+def test_the_plan_says_that_fair_adds_nothing(tmp_path):
+    console = Console(file=io.StringIO(), width=400)
+    preview.print_plan(make_plan(validate(recipe(seeds=[1], arms={"direct": "xl > s"}, fair=True))), Store(tmp_path), console)
+    assert "`fair: true` adds no arms, because no arm has one path with an assistant" in console.file.getvalue()

@@ -82,6 +82,8 @@ def test_means_over_dev_sets():
          "`data.dev` has the set `chat`, but the sets of `data.train` are `facts` and `skills`; use the names of the training sets"),
         ({"dev": {"facts": DEV["facts"]}},
          "`data.dev` has no set `skills`; add the dev set of this training set, or write one dev set for all"),
+        ({"dev": {"facts": "tinyworld"}},
+         "`data.dev` has no set `skills`; add the dev set of this training set, or write one dev set for all"),
         ({"dev": DEV, "train": "tinyworld"},
          "`data.dev` has sets with names, but `data.train` is one set; write one data set, without names"),
         ({"dev": DEV | {"facts": DEV["facts"] | {"weight": 2}}}, "`data.dev.facts.weight` is not a known key"),

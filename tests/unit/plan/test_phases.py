@@ -188,6 +188,10 @@ def test_a_direct_arm_with_other_phases_is_no_reference(tmp_path):
         ),
         ({"path": "xl > s", "objective": {"type": "taid"}, "phases": TWO}, "arms.a: `objective` .* has no effect, because every phase"),
         ({"path": "xl > s", "method": "gkd", "phases": TWO}, "arms.a: `objective` .* has no effect"),
+        (
+            {"path": "xl > s", "optim": {"steps": 2}, "phases": ["sft", "kd", "sft"]},
+            "arms.a: `phases` has 3 phases, but the training has 2 updates",
+        ),
         ({"path": "xl > l > s", "dense": {"drop": 0.5}, "phases": ["seqkd", "sft"]}, "arms.a: `dense` .* has no effect"),
     ],
 )

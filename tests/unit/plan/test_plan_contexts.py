@@ -168,6 +168,12 @@ def test_an_older_checkpoint_may_teach_without_a_context():
     assert (only.spec.teacher, only.spec.student.checkpoint) == (only.spec.student.model_copy(update={"checkpoint": 4}), None)
 
 
+def test_a_model_that_teaches_itself_has_a_control_without_a_teacher():
+    found = plan(seeds=[1], arms={"a": SELF | {"ema": 0.9}, "b": {"control": "no_teacher of a"}})
+    (control,) = stages(found, "b")
+    assert (control.spec.objective.type, control.spec.data.context, control.spec.ema) == ("no_teacher", None, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -180,7 +186,15 @@ def test_an_older_checkpoint_may_teach_without_a_context():
             {"arms": {"a": SELF | {"path": "xl > s", "ema": 0.9}}},
             "arms.a: with `ema`, .* in `xl > s`, xl teaches s; write `s > s`, or remove `ema`",
         ),
-        ({"arms": {"a": SELF | {"context": None, "ema": 0.9}}}, "with `ema`, student and teacher begin with the same weights; .*kd_ratio"),
+        (
+            {"arms": {"a": SELF | {"context": None, "ema": 0.9}}},
+            "arms.a: with `ema`, student and teacher begin .* \\(`context`\\), such as",
+        ),
+        ({"arms": {"a": SELF | {"path": "xl > s", "context": None, "ema": 0.9}}}, "arms.a: with `ema`, .* in `xl > s`, xl teaches s"),
+        (
+            {"arms": {"a": SELF | {"context": "{prompt}"}}},
+            "s teaches itself and its `context` is exactly the student's prompt, so there is",
+        ),
         (
             {"arms": {"a": SELF | {"ema": 0.9, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}}}},
             "sampler.signal `hidden` records the teacher's outputs before training, but with `ema`",

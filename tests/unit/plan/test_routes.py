@@ -160,6 +160,7 @@ def trained(tmp_path_factory):
         "recorded": {"sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
         "rounds": {"sampler": text | {"rollouts": 8, "inner_epochs": 2}},
         "scored": {"objective": {"type": "sampled_kl"}, "sampler": text},
+        "alone": {"objective": {"type": "no_teacher"}, "sampler": text | {"rollouts": 8}},
         "seqkd": {"objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher", "max_new_tokens": 4}},
     }
     sharp = shaped(16)
@@ -185,7 +186,7 @@ def trained(tmp_path_factory):
 def test_predicted_flops_are_those_that_are_metered(trained):
     found, store = trained
     students = stages(found, "distill")
-    assert len(students) == 8
+    assert len(students) == 9
     for stage in students:
         metered = {name: part["flops"] for name, part in store.manifest(stage.key)["ledger"]["parts"].items() if "watching" not in name}
         predicted = {name: part.flops for name, part in stage.cost.parts.items() if "watching" not in name}
