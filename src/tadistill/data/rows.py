@@ -217,7 +217,7 @@ def _turn(turn: dict[str, Any], what: str, where: str) -> dict[str, Any]:
         )
     for name in chat.THINKING:
         if not isinstance(turn.get(name), str | None):
-            raise DataError(f"{where}: `{name}` of {what} is {shown(turn[name])}; it must be a string, or delete the row")
+            raise DataError(f"{where}: `{name}` of {what} is {shown(turn[name])}; write a string or null, or delete the row")
     _check_unicode(json.dumps(turn, ensure_ascii=False, default=str), what, where)
     return turn
 
