@@ -247,9 +247,9 @@ class Data(Strict):
     def _one_dev_set_by_name(cls, value: Any) -> Any:
         # {maths: maths.jsonl} is a set with a name, and no mistyped key, if maths is one of several training sets
         train, dev = (value.get("train"), value.get("dev")) if isinstance(value, Mapping) else (None, None)
-        if _form(train) != SETS or not isinstance(dev, Mapping) or _form(dev) == SETS or not set(dev) <= set(train):
+        if not (isinstance(train, Mapping) and isinstance(dev, Mapping)) or _form(train) != SETS or _form(dev) == SETS:
             return value
-        return {**value, "dev": {name: DataRef.model_validate(given) for name, given in dev.items()}}
+        return {**value, "dev": {name: {"load": given} for name, given in dev.items()}} if set(dev) <= set(train) else value
 
     @field_validator("train")
     @classmethod
