@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 _NOTHING = -1  # after the last symbol of a token
-_KEPT = 20_000  # tokens whose groups are kept: about 4 KB for a token of a vocabulary of 50,000
+_KEPT = 20_000  # tokens whose groups are kept: about 3 KB for a token of a vocabulary of 50,000
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Around:
     have ended if it is `stop`."""
     closed: np.ndarray
     """(K,) bool. True if the first `depth` symbols and `symbol` are a token."""
-    ends: np.ndarray
-    """(L + 1,) bool for a token with L symbols. True if its first symbols, so many as the index says, are a token."""
 
 
 class Spelling:
@@ -72,6 +70,9 @@ class Spelling:
         self.longer = lru_cache(_KEPT)(self._longer)
         """Return the symbols with which longer tokens go on after a token: `longer(token, stripped)`; and True for each symbol that makes
         a token with it."""
+        self.ends = lru_cache(_KEPT)(self._find_ends)
+        """Return (L + 1,) bool for a token with L symbols: `ends(token, stripped)`. True if its first symbols, as many as the index says,
+        are a token."""
         self._branches = lru_cache(_KEPT)(self._find_branches)
 
     def __len__(self) -> int:
@@ -109,9 +110,18 @@ class Spelling:
             if high < len(self) and (after == len(starts) or starts[after] > high):
                 walks.append(self._groups(np.array([high]), symbols[after - 1 : after], 0, 0))
         starts, slots, closed = (np.concatenate(part) for part in zip(*walks, strict=True))
-        order, ends = starts.argsort(kind="stable"), np.zeros(len(path) + 1, bool)
-        ends[(slots // self.width)[slots % self.width == self.stop]] = True
-        return Around(starts[order], slots[order], closed[order], ends)
+        order = starts.argsort(kind="stable")
+        return Around(starts[order].astype(np.int32), slots[order].astype(np.int32), closed[order])
+
+    def _find_ends(self, token: int, stripped: bool) -> np.ndarray:
+        path, found = self._path(token, stripped), np.zeros(self.lengths[token] - int(stripped) + 1, bool)
+        for low, high, column, first in self._ranges(token, stripped):
+            for depth in range(first, len(found)):
+                here = self._sorted[:, column + depth - first]
+                found[depth] |= low < high and here[low] == _NOTHING
+                if depth < len(path):
+                    low, high = bisect_left(here, path[depth], low, high), bisect_right(here, path[depth], low, high)
+        return found
 
     def _longer(self, token: int, stripped: bool) -> tuple[np.ndarray, np.ndarray]:
         found = dict[int, bool]()
@@ -238,7 +248,7 @@ class SpelledText:
     @cached_property
     def ends(self) -> np.ndarray:
         """(R,) bool. True for a node whose symbols are a token."""
-        each = [self._spelling(by_cell).around(int(t), bool(s)).ends for t, s, by_cell in self._each]
+        each = [self._spelling(by_cell).ends(int(t), bool(s)) for t, s, by_cell in self._each]
         return np.concatenate([np.zeros(0, bool), *each])
 
     @cached_property

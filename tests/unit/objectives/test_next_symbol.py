@@ -398,7 +398,7 @@ def test_groups_tile_the_vocabulary(kind):
         assert (np.diff(around.starts) > 0).all()
         whole = {t for i, t in enumerate(tokens) if t and (cells is None or cells[i] == cells[token])}
         whole = {t[1:] if t[0] == 32 else t for t in known} if stripped else whole
-        assert [bool(end) for end in around.ends[1:]] == [
+        assert [bool(end) for end in spelling.ends(token, stripped)[1:]] == [
             tuple(path[:n]) in whole or path == [spelling.other] for n in range(1, len(path) + 1)
         ]
         stops = [*around.starts[1:], len(tokens)]
