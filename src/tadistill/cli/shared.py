@@ -107,7 +107,8 @@ def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]
     if not trained:
         return
     student, metric = student_of(results), primary_metric(results)
-    means = {arm.name: s.mean for arm in trained if arm.model == student and (s := results.summaries.get((arm.name, MEAN, metric)))}
+    copied = [arm for arm in trained if arm.model == student and arm.control is None]
+    means = {arm.name: s.mean for arm in copied if (s := results.summaries.get((arm.name, MEAN, metric)))}
     yield command_for("watch", study), "Look at curves, samples and stages in a browser"
     if means:
         best = max(means, key=lambda name: means[name])

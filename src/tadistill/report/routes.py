@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tadistill.config.arm import path_text
-from tadistill.config.controls import Control, read_control
+from tadistill.config.controls import Control
 from tadistill.config.route import flat, is_route, teachers_of
 from tadistill.results.study import ArmRecord
 
@@ -53,9 +53,8 @@ def route(arm: ArmRecord) -> Route:
         return Route((arm.path,), {}, dense=False)
     text, *marks = arm.path_text.split(", ")
     pairs = [mark.split(" from ", 1) for mark in marks if " from " in mark]
-    control = next((mark.removeprefix("control ") for mark in marks if mark.startswith("control ")), "")
     parts = tuple(tuple(part.split(" > ")) for part in text.split(" then "))
-    return Route(parts, dict(pairs), "dense" in marks, "context" in marks, "ema" in marks, read_control(control))
+    return Route(parts, dict(pairs), "dense" in marks, "context" in marks, "ema" in marks, arm.control)
 
 
 def taught(arm: ArmRecord) -> str:

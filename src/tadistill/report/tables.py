@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
-from tadistill.results.collect import MEAN, Results, Summary, sets_with
-from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, direct_of
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
+from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
 from tadistill.results.units import DASH, MINUS, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
-from tadistill.results.verdict import Comparison, comparisons
+from tadistill.results.verdict import Comparison, comparisons, control_pairs
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ class Table:
 
 def comparison_table(results: Results) -> Table | None:
     """Return the table of paired differences with their tests and verdicts. Return None if the study compares no arms."""
-    compared = comparisons(results)
-    if not compared:
+    compared, metric = comparisons(results), primary_metric(results)
+    controlled = _control_rows(results, metric, {(c.arm, c.other) for c in compared})
+    if not (compared or controlled):
         return None
-    metric = compared[0].metric
     columns = (
         Column("difference", metric_unit(metric)),
         Column("p"),
-        Column("Holm p", f"over {compared[0].family}"),
+        Column("Holm p", f"over {compared[0].family}" if compared else ""),
         Column("sign-flip p", "smallest possible"),
         Column("detectable", "80 % power"),
         Column("verdict"),
@@ -146,7 +146,18 @@ def comparison_table(results: Results) -> Table | None:
         f"Paired differences of {metric_title(metric)} on the mean over sets. {interval_method(results)} "
         f"The equivalence margin is ±{number(results.plan.margin, metric)}."
     )
-    return Table("comparisons", "Comparisons", note, columns, tuple((_pair_title(c), _comparison_cells(c)) for c in compared))
+    note += " A row with a control gives an arm minus its control, and has no verdict: its p-value is not corrected." if controlled else ""
+    return Table("comparisons", "Comparisons", note, columns, (*((_pair_title(c), _comparison_cells(c)) for c in compared), *controlled))
+
+
+def _control_rows(results: Results, metric: str, tested: set[tuple[str, str]]) -> list[tuple[str, tuple[Cell, ...]]]:
+    rows: list[tuple[str, tuple[Cell, ...]]] = []
+    for arm, control in control_pairs(results):
+        d = difference(results, arm.name, control.name, metric)
+        if d and not {(arm.name, control.name), (control.name, arm.name)} & tested:
+            value = Cell(signed(d.mean, metric, more=1), interval(d.low, d.high, metric, more=1))
+            rows.append((f"{arm.name} {DASH} {control.name}", (value, Cell(f"{d.p:.4f}"), Cell(), Cell(), Cell(), Cell("control"))))
+    return rows
 
 
 def interval_method(results: Results) -> str:

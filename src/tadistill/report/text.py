@@ -135,8 +135,8 @@ def _answer(results: Results) -> tuple[Kind, str]:
     groups = [group for group in _ranked(results) if len(group) > 1]
     if not groups:
         summary, arm = _ranked(results)[0][0]
-        other = "arm" if arm.is_trained else "model"
-        return "measured", f"{arm.name} scores {_score(results, summary)}. The study has no other {other} to compare it with."
+        others = "only controls" if any(a.control for a in results.plan.arms) else f"no other {'arm' if arm.is_trained else 'model'}"
+        return "measured", f"{arm.name} scores {_score(results, summary)}. The study has {others} to compare it with."
     parts = [_of_group(results, group, list(decided.values())) for group in groups]
     return parts[0][0], " ".join(text for _, text in parts)
 
@@ -213,7 +213,7 @@ def _limits(c: Comparison) -> str:
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
     metric = primary_metric(results)
     groups = [
-        [(results.summaries[arm.name, MEAN, metric], arm) for arm in group if (arm.name, MEAN, metric) in results.summaries]
+        [(s, arm) for arm in group if (s := results.summaries.get((arm.name, MEAN, metric))) and arm.control is None]
         for group in competitors(results)
     ]
     return [sorted(group, key=lambda pair: -pair[0].mean) for group in groups if group] or [
@@ -229,7 +229,7 @@ def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided:
     tied = [arm.name for other, arm in group if number(other.mean, metric) == number(summary.mean, metric)]
     if len(tied) > 1:
         return "open", f"{listed(tied)} have the same highest mean, {number(summary.mean, metric)} {_unit(metric)}."
-    mine = [c for c in decided if first.name in (c.arm, c.other)]
+    mine = [c for c in decided if first.name in (c.arm, c.other) and {c.arm, c.other} <= {arm.name for _, arm in group}]
     beaten = [c for c in mine if c.word == ("gain" if c.arm == first.name else "loss")]
     score = f"{first.name} has the highest mean, {_score(results, summary)}"
     if mine and len(beaten) == len(mine):
@@ -270,7 +270,7 @@ def sft_arm(results: Results) -> ArmRecord | None:
 
 def _against_sft(results: Results) -> str:
     model, tuned = student_of(results), sft_arm(results)
-    distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and arm.is_taught]
+    distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and arm.is_taught and arm.control is None]
     if not (distilled and results.summaries):
         return ""
     if tuned is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config.arm import marked, path_text
+from tadistill.config.controls import Control, read_control
 from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
 from tadistill.config.route import flat, routed
@@ -127,6 +128,14 @@ class ArmRecord:
     def is_phased(self) -> bool:
         """True if the model passes several phases with one teacher, each with its own method."""
         return len(self.phases) > 1
+
+    @property
+    def control(self) -> Control | None:
+        """The kind of control that the arm is, and the arm that it is a control of. None for all other arms."""
+        if self.path_text == path_text(self.path):  # names of models may contain commas
+            return None
+        marks = [mark.removeprefix("control ") for mark in self.path_text.split(", ")[1:] if mark.startswith("control ")]
+        return read_control(marks[0]) if marks else None
 
     @property
     def is_chain(self) -> bool:

@@ -105,6 +105,12 @@ def pairs(results: Results) -> list[ComparedPair]:
     return [ComparedPair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
 
 
+def control_pairs(results: Results) -> list[tuple[ArmRecord, ArmRecord]]:
+    """Return each arm that has a control, together with the control. An arm with several controls is returned once for each of them."""
+    arms = {arm.name: arm for arm in results.plan.arms}
+    return [(arms[control.arm], other) for other in results.plan.arms if (control := other.control) and control.arm in arms]
+
+
 def competitors(results: Results) -> list[list[ArmRecord]]:
     """Return groups of arms that train the same student. The teacher itself is left out. If nothing is trained, all arms are one group."""
     if not any(arm.is_trained for arm in results.plan.arms):
@@ -146,7 +152,7 @@ def by_importance(results: Results) -> list[Comparison]:
 def _two_best(results: Results) -> list[str]:
     metric = primary_metric(results)
     means = {name: summary.mean for (name, of_set, m), summary in results.summaries.items() if (of_set, m) == (MEAN, metric)}
-    groups = [[arm.name for arm in group if arm.name in means] for group in competitors(results)]
+    groups = [[arm.name for arm in group if arm.name in means and arm.control is None] for group in competitors(results)]
     group = next((names for names in groups if len(names) > 1), [])
     return sorted(group, key=lambda name: -means[name])[:2]
 

@@ -95,8 +95,7 @@ def _teach(results: Results, node: Node, arm: ArmRecord, teacher: NodeId, own: N
 
 
 def _has_no_teacher(arm: ArmRecord) -> bool:
-    control = route(arm).control
-    return control is not None and control.kind == "no_teacher"
+    return arm.control is not None and arm.control.kind == "no_teacher"
 
 
 def _how(arm: ArmRecord) -> str:

@@ -13,7 +13,7 @@ from tadistill.results.compare import MAIN, compare, differences_per_seed, direc
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import MINUS, flops_text, interval, number, p_text, ratio_text, signed, summary_text
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, control_pairs
 from tadistill.statistics import Difference
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
@@ -55,7 +55,8 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def differences(results: Results) -> list[ForestRow]:
-    """Return the rows of the figure of differences. Paths with assistants come first. Large differences come before small ones.
+    """Return the rows of the figure of differences. Paths with assistants come first. Large differences come before small ones. A control
+    has the row ``arm - control``.
 
     If a study distils nothing and has at most 15 pairs of models, there is a row for each pair.
     """
@@ -64,8 +65,8 @@ def differences(results: Results) -> list[ForestRow]:
         return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, _word(c)) for c in decided]
     words = {(c.arm, c.other): (_word(c), c.against == "plain direct") for c in decided}
     found: list[ForestRow] = []
-    for arm in results.plan.arms:
-        other = reference_of(results, arm)
+    compared_arms = [(arm, reference_of(results, arm)) for arm in results.plan.arms if arm.control is None]
+    for arm, other in [*compared_arms, *control_pairs(results)]:
         compared = compare(results, arm.name, other.name, metric) if other else None
         if other and compared:
             per_seed = differences_per_seed(results, arm.name, other.name, metric)
