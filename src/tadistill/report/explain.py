@@ -80,10 +80,14 @@ def _budget(arm: ArmRecord) -> str:
     return f", with {other}'s compute" if times == "as" else f", with {times.rstrip('x')} times {other}'s compute"
 
 
+def _path_text(arm: ArmRecord) -> str:
+    return f"{'TA path' if arm.assistants else 'Path'} {arm.shown_path} ({arm.name})"
+
+
 def undecided_text(pair: ComparedPair) -> str:
     """Return the sentence for a path that cannot be compared. Either there is no arm for the comparison, or the two arms have no finished
     seed in common."""
-    name = f"TA path {pair.arm.shown_path} ({pair.arm.name})"
+    name = _path_text(pair.arm)
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
     return f"{name}: no evidence yet, because it shares no finished seed with {_other(pair.against, pair.other.name)}."
@@ -97,11 +101,11 @@ def _other(against: str, name: str) -> str:
 def verdict_text(results: Results, c: Comparison) -> str:
     """Return the verdict of a comparison in words. If it is a gain, a second sentence says whether the path is its cause."""
     unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
-    value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
+    value = f"{signed(c.difference.mean, c.metric)} {unit}, " + span(c.difference, c.metric).partition(", ")[2]
     if c.against == "pair":
         subject = f"{c.arm} against {c.other}: {value}"
     else:
-        subject = f"TA path {results.arm(c.arm).shown_path} ({c.arm}): {value} against {_other(c.against, c.other)}"
+        subject = f"{_path_text(results.arm(c.arm))}: {value} against {_other(c.against, c.other)}"
     parts = [f"{subject}: {_word_text(c)}", _power_text(c)]
     sentence = "; ".join(part for part in parts if part) + "."
     return " ".join([sentence, *_credit_text(c)])
@@ -219,10 +223,10 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
 
 
 def cautions(results: Results) -> list[str]:
-    """Return notes about the numbers: the shares of several training sets, rows left out, letters that the metric ignores, arms that were
-    not treated equally, and too few seeds.
+    """Return cautions about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
+    seeds.
     """
-    about = (results.plan.drawn, rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results))
+    about = (rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results))
     texts = [text for text in about if text]
     texts += vocabulary_texts(results)
     for c in by_importance(results):

@@ -9,14 +9,14 @@ from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.error_budget import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
-from tadistill.report.routes import listed, some, steps
+from tadistill.report.routes import listed, some, steps, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.samples import Samples, samples
-from tadistill.results.units import number, signed
+from tadistill.results.units import signed, spoken_interval
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
 
 _VERBS = {
@@ -67,11 +67,14 @@ def against(results: Results) -> str:
     named = {(c.arm, c.other) for c in decided}
     more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
     return "; ".join(
-        [_decided(decided), *(_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more))]
+        [
+            _decided(results, decided),
+            *(_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more)),
+        ]
     )
 
 
-def _decided(found: Sequence[Comparison]) -> str:
+def _decided(results: Results, found: Sequence[Comparison]) -> str:
     if len(found) == 1:
         c = found[0]
         return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.against == 'plain direct' else ''}"
@@ -85,7 +88,9 @@ def _decided(found: Sequence[Comparison]) -> str:
     rest, unequal = arms["no evidence"], [c.arm for c in found if c.against == "plain direct"]
     if not clear:
         none = "Neither" if len(found) == 2 else "None"
-        said = f"{none} of {len(found)} ways to use an assistant is clearly better or worse than direct distillation"
+        said = (
+            f"{none} of {len(found)} {ways_text([results.arm(c.arm) for c in found])} is clearly better or worse than direct distillation"
+        )
     else:
         said = f"{listed(clear)} direct distillation" + (f"; {_named(rest)} not clearly better or worse" if rest else "")
     return said + (f" ({some(unequal)}: not at equal compute)" if unequal else "")
@@ -181,7 +186,7 @@ def behaviour(results: Results) -> str:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
         assert d is not None
         word = "not clearly different from" if d.covers_zero else "clearly lower than" if d.mean < 0 else "clearly higher than"
-        ends = f"95 % interval {number(d.low, 'entropy')} to {number(d.high, 'entropy')}"
+        ends = spoken_interval(d, "entropy")
         return f"The entropy of {c.arm} is {word} that of {c.other}: {signed(d.mean, 'entropy')} nats/token, {ends}"
     curves = entropy_curves(results)
     mains = {name: p.entropy for name, points in curves.items() for p in points if p.decoding == MAIN}

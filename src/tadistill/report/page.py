@@ -171,8 +171,8 @@ def roles(results: Results) -> dict[str, str]:
     found: dict[str, str] = {}
     taught = [arm for arm in results.plan.arms if arm.is_taught]
     for arm in taught:
-        for model in arm.models[1:-1]:
-            found.setdefault(model, "teacher" if model in members(arm.path[0]) else "assistant")
+        for model in arm.assistants:
+            found.setdefault(model, "assistant")
     for arm in taught:
         found.setdefault(arm.model, "student")
     for arm in taught:

@@ -29,7 +29,7 @@ from tadistill.report.tables import (
 from tadistill.report.text import answer
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
 from tadistill.results.samples import samples
-from tadistill.results.units import DASH, interval, number, ratio_text, signed, summary_text
+from tadistill.results.units import DASH, gap_text, number, ratio_text, summary_text
 from tadistill.visible import one_line, visible
 
 
@@ -41,6 +41,7 @@ def render_markdown(results: Results) -> str:
     found = answer(results)
     blocks += [f"**{escape_markdown(found.question)}**", f"**{found.badge}.** {escape_markdown(found.answer)}"]
     blocks += [escape_markdown(sentence) for sentence in found.sentences[1:]]
+    blocks += [escape_markdown(plan.drawn)] if plan.drawn else []
     limits = cautions(results) if results.summaries else []
     blocks += ["\n".join(f"- {escape_markdown(caution)}" for caution in limits)] if limits else []
     if results.summaries:
@@ -77,7 +78,7 @@ def _analysis(found: Analysis) -> str:
     body: list[list[str]] = []
     for row in found.rows:
         d, metric = row.difference, row.metric
-        value = f"{signed(d.mean, metric)} {interval(d.low, d.high, metric)}" if d else DASH
+        value = gap_text(d, metric) if d else DASH
         body.append([metric_title(metric), row.place, f"{MARKS[row.mark]} {row.mark}", value])
     return pipe_table(["metric", "where", f"{found.arm} is", "difference"], body)
 
@@ -160,7 +161,8 @@ def summary_table(results: Results) -> Group:
     found = answer(results)
     said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES.get(found.kind, '')}".strip()), found.answer)
     above = [Text(found.question, style="bold"), said, *([Text(found.against_sft)] if found.against_sft else [])]
-    below = [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
+    below = [Text(results.plan.drawn)] if results.plan.drawn else []
+    below += [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
     below += [Text(found.failed, style="red")] if found.failed else []
     below += [Text(found.next)] if found.next else []
     above, below = ([Padding(text, (0, 0, 0, 1)) for text in texts] for texts in (above, below))

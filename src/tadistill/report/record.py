@@ -35,6 +35,7 @@ def write_results(results: Results) -> None:
         "data": [split.record for split in results.used],
         "answer": asdict(answer(results)),
         "findings": {section.anchor: section.finding for section in sections(results)},
+        "training_shares": results.plan.drawn,
         "cautions": cautions(results) if results.summaries else [],
         "models": results.plan.parameters,
         "arms": [_arm(results, row, arm_words(results).get(row.arm.name, "")) for row in cost_rows(results)],

@@ -105,6 +105,11 @@ def _by(teachers: Sequence[str]) -> str:
     return f"by {listed([*map(in_words, teachers)])}{' together' if len(teachers) > 1 else ''}"
 
 
+def ways_text(arms: Sequence[ArmRecord]) -> str:
+    """Name what several compared arms are: "ways to use an assistant", or "ways to distil" if one of them has no assistant."""
+    return "ways to use an assistant" if all(arm.assistants for arm in arms) else "ways to distil"
+
+
 def in_words(name: str) -> str:
     """Return a part of a path as text: a model, or the teachers of a route such as "m on maths and xl on chat"."""
     return listed([f"{teacher} on {name}" for name, teacher in teachers_of(name).items()]) if is_route(name) else name

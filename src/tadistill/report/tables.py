@@ -7,7 +7,18 @@ from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorte
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
-from tadistill.results.units import DASH, MINUS, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
+from tadistill.results.units import (
+    DASH,
+    MINUS,
+    detectable_text,
+    flops_text,
+    interval,
+    interval_of,
+    number,
+    parameters_text,
+    ratio_text,
+    signed,
+)
 from tadistill.results.verdict import Comparison, comparisons, control_pairs
 
 
@@ -155,7 +166,7 @@ def _control_rows(results: Results, metric: str, tested: set[tuple[str, str]]) -
     for arm, control in control_pairs(results):
         d = difference(results, arm.name, control.name, metric)
         if d and not {(arm.name, control.name), (control.name, arm.name)} & tested:
-            value = Cell(signed(d.mean, metric, more=1), interval(d.low, d.high, metric, more=1))
+            value = Cell(signed(d.mean, metric, more=1), interval_of(d, metric, more=1))
             rows.append((f"{arm.name} {DASH} {control.name}", (value, Cell(f"{d.p:.4f}"), Cell(), Cell(), Cell(), Cell("control"))))
     return rows
 
@@ -173,7 +184,7 @@ def _pair_title(c: Comparison) -> str:
 
 def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
     d = c.difference
-    value = Cell(signed(d.mean, c.metric, more=1), interval(d.low, d.high, c.metric, more=1))
+    value = Cell(signed(d.mean, c.metric, more=1), interval_of(d, c.metric, more=1))
     signs = Cell(f"{c.sign_flip.p:.3f}", f"[{c.sign_flip.smallest:.3f}]") if c.sign_flip else Cell()
     verdict = Cell(c.word, f"({c.credit})" if c.credit else "")
     return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(detectable_text(c.detectable, c.metric, more=1)), verdict

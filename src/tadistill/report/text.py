@@ -13,12 +13,12 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.explain import failed_text, missing_text, needed_text, seeds_text
-from tadistill.report.routes import in_words, listed, some, taught
+from tadistill.report.routes import in_words, listed, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import detectable_text, flops_text, number, p_text, parameters_text, signed, with_unit
+from tadistill.results.units import detectable_text, flops_text, number, p_text, parameters_text, signed, spoken_interval, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.statistics import Difference, holm
 
@@ -152,7 +152,7 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
     gains, losses = ([c for c, _ in known if c.word == word] for word in ("gain", "loss"))
     best = by_importance(results)[0]
     kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
-    ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else "ways to use an assistant"
+    ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else ways_text([arm for _, arm in known])
     counts = f"{len(gains) or 'None'} of {len(known)} {ways} ({some([c.arm for c, _ in known])}) clearly beat direct distillation"
     worse = f", and {len(losses)} did clearly worse" if losses else ""
     return kind, f"{counts}{worse}. {_chain_text(results, best, results.arm(best.arm), best=True)}"
@@ -190,11 +190,7 @@ def _claim(one: str, other: str, c: Comparison) -> str:
 
 
 def _gap(d: Difference, metric: str) -> str:
-    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)}, {_interval(d, metric)}"
-
-
-def _interval(d: Difference | Summary, metric: str) -> str:
-    return f"95 % interval {number(d.low, metric)} to {number(d.high, metric)}"
+    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)}, {spoken_interval(d, metric)}"
 
 
 def _limits(c: Comparison) -> str:
@@ -251,7 +247,7 @@ def _few_seeds(found: Sequence[Comparison]) -> str:
 
 def _score(results: Results, summary: Summary) -> str:
     metric = primary_metric(results)
-    return f"{number(summary.mean, metric)} {_unit(metric)} ({_interval(summary, metric)})"
+    return f"{number(summary.mean, metric)} {_unit(metric)} (95 % interval {number(summary.low, metric)} to {number(summary.high, metric)})"
 
 
 def _unit(metric: str) -> str:
@@ -306,7 +302,7 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
     best, arm = max(found, key=lambda entry: entry[0].mean)
     name = f"{arm.name}, " if len(found) > 1 else ""
     size = signed(best.mean, metric)
-    return f"{with_unit(size, metric) if unit else size} with {way} answers ({name}{_interval(best, metric)})"
+    return f"{with_unit(size, metric) if unit else size} with {way} answers ({name}{spoken_interval(best, metric)})"
 
 
 # --- the cost and what comes next -------------------------------------------------------------------------------------------

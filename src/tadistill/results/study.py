@@ -13,7 +13,7 @@ from tadistill.config.arm import marked, path_text
 from tadistill.config.controls import Control, read_control
 from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
-from tadistill.config.route import flat, routed
+from tadistill.config.route import flat, members, routed
 from tadistill.data.counts import Counts
 from tadistill.disk import damaged, read_json
 from tadistill.errors import StoreError
@@ -156,8 +156,13 @@ class ArmRecord:
         return routed((self.path,))
 
     @property
+    def assistants(self) -> tuple[str, ...]:
+        """The models between the first teachers of the last path and the student. A teacher of a route is no assistant."""
+        return tuple(model for model in self.models if model not in (*members(self.path[0]), self.model))
+
+    @property
     def has_assistant(self) -> bool:
-        """True if the arm uses three or more models. One of them is then a teacher assistant."""
+        """True if the arm uses three or more models. One of them is then a teacher assistant, or a further teacher of a route."""
         return len(self.models) > 2
 
 

@@ -5,6 +5,7 @@ from tadistill.results.collect import Summary
 from tadistill.statistics import Difference
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+ALL_ZERO = "all paired differences are 0"
 
 
 def number(value: float, metric: str, *, more: int = 0) -> str:
@@ -24,15 +25,28 @@ def signed(value: float, metric: str, *, more: int = 0) -> str:
     return f"+{text}" if value > 0 and any(digit in text for digit in "123456789") else text
 
 
+def interval_of(difference: Difference, metric: str, *, more: int = 0) -> str:
+    """Return the 95 % interval of a difference as text: ``[low, high]``, or in words that all differences are 0."""
+    return ALL_ZERO if difference.all_zero else interval(difference.low, difference.high, metric, more=more)
+
+
+def spoken_interval(difference: Difference, metric: str) -> str:
+    """Return the 95 % interval of a difference as words: ``95 % interval low to high``, or that all differences are 0."""
+    low, high = (number(bound, metric) for bound in (difference.low, difference.high))
+    return ALL_ZERO if difference.all_zero else f"95 % interval {low} to {high}"
+
+
 def span(difference: Difference, metric: str) -> str:
     """Return a difference with its 95 % interval as text for a sentence: ``+0.3, 95 % −0.4 … +1.0``."""
+    if difference.all_zero:
+        return f"{signed(difference.mean, metric)}, {ALL_ZERO}"
     low, high = (signed(bound, metric) for bound in (difference.low, difference.high))
     return f"{signed(difference.mean, metric)}, 95 % {low} … {high}"
 
 
 def gap_text(difference: Difference, metric: str) -> str:
     """Return a difference with its 95 % interval as text for a table: ``+0.3 [−0.4, 1.0]``."""
-    return f"{signed(difference.mean, metric)} {interval(difference.low, difference.high, metric)}"
+    return f"{signed(difference.mean, metric)} {interval_of(difference, metric)}"
 
 
 def detectable_text(effect: float | None, metric: str, *, more: int = 0, unit: bool = False) -> str:

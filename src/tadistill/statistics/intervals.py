@@ -70,6 +70,8 @@ class Difference:
     df: float
     low90: float
     high90: float
+    all_zero: bool = False
+    """True if the two models have exactly the same scores. The interval then has no width, and says nothing about new prompts."""
 
     @property
     def covers_zero(self) -> bool:
@@ -122,8 +124,9 @@ def macro_difference(
             "prompts"
         )
     span = bounds[1] - bounds[0]
-    found = _Estimate([a - b for a, b in zip(a_SN, b_SN, strict=True)], (-span, span))
-    return Difference(found.mean, *found.interval(level), found.p, found.se, found.df, *found.interval(0.90))
+    gaps_SN = [a - b for a, b in zip(a_SN, b_SN, strict=True)]
+    found, all_zero = _Estimate(gaps_SN, (-span, span)), not any(gaps.any() for gaps in gaps_SN)
+    return Difference(found.mean, *found.interval(level), found.p, found.se, found.df, *found.interval(0.90), all_zero)
 
 
 class _Estimate:

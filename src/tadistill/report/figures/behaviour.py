@@ -21,7 +21,7 @@ def exposure_figure(results: Results) -> Chart | None:
 
     The thick line is the mean, and each faint line is one seed. The mean is dotted where fewer than 10 answers are long enough.
     """
-    found, styles = exposures(results), looks(results)
+    found, styles = {name: e for name, e in exposures(results).items() if np.isfinite(e.mean).any()}, looks(results)
     if not found:
         return None
     longest = max(len(e.mean) for e in found.values())

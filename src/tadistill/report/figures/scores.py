@@ -12,7 +12,7 @@ from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, pr
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import MINUS, flops_text, interval, number, p_text, ratio_text, signed, summary_text
+from tadistill.results.units import MINUS, flops_text, gap_text, number, p_text, ratio_text, summary_text
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, control_pairs
 from tadistill.statistics import Difference
 
@@ -95,7 +95,7 @@ def difference_figure(results: Results) -> Chart | None:
     ends = [value for row in rows for value in (row.difference.low, row.difference.high, *row.per_seed.values())]
     x = span_axis([*ends, -margin, margin, 0.0], f"difference in {titled(metric)}".replace("(%)", "(percentage points)"))
     summary = f"Differences in {metric_title(metric)}: " + "; ".join(
-        f"{row.arm.name} {MINUS} {row.other.name} {_difference_text(row.difference, metric)}" for row in rows[::-1]
+        f"{row.arm.name} {MINUS} {row.other.name} {gap_text(row.difference, metric)}" for row in rows[::-1]
     )
     narrow = [_phone_lines(row, metric) for row in rows]
     high = _TALL_ROW + _LINE * (max(map(len, narrow)) - 1)
@@ -107,7 +107,7 @@ def difference_figure(results: Results) -> Chart | None:
         chart.rule(y=y + 0.5, kind="grid")
     for y, (row, lines) in enumerate(zip(rows, narrow, strict=True)):
         d, name, top = row.difference, row.arm.name, y + 0.5
-        tip = f"{_pair(row)}: {_difference_text(d, metric)}"
+        tip = f"{_pair(row)}: {gap_text(d, metric)}"
         chart.row(name, y - 0.5 + _LINE / high, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
         wide = [(_pair(row), " · ".join(_parts(row, metric)))]
         for form, kind in ((wide, ""),) if lines == wide else ((wide, " wide"), (lines, " slim")):
@@ -125,7 +125,7 @@ def _pair(row: ForestRow) -> str:
 
 
 def _parts(row: ForestRow, metric: str) -> list[str]:
-    return [_difference_text(row.difference, metric), *([row.word] if row.word else []), *(["not equal compute"] if row.unequal else [])]
+    return [gap_text(row.difference, metric), *([row.word] if row.word else []), *(["not equal compute"] if row.unequal else [])]
 
 
 def _phone_lines(row: ForestRow, metric: str) -> list[tuple[str, str]]:
@@ -140,10 +140,6 @@ def _phone_lines(row: ForestRow, metric: str) -> list[tuple[str, str]]:
         else:
             lines.append(("", part))
     return lines
-
-
-def _difference_text(d: Difference, metric: str) -> str:
-    return f"{signed(d.mean, metric)} {interval(d.low, d.high, metric)}"
 
 
 def means_figure(results: Results) -> Chart | None:
