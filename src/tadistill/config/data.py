@@ -281,7 +281,10 @@ class Data(Strict):
         refs = given.values() if isinstance(given, dict) else given if isinstance(given, tuple) else (given,)
         for ref in refs:
             if ref and ref.extra:
-                raise ValueError(f"data set `{ref.name}` has `extra`, but only training reads a `context`; remove `extra`")
+                raise ValueError(
+                    f"data set `{ref.name}` has `extra`, but `extra` is only used in a `context`, and a `context` is only used in "
+                    "training; remove `extra`"
+                )
         return given
 
     @field_validator("test")

@@ -21,11 +21,11 @@ class Judge(Strict):
     """`pair`: the judge compares two answers in both orders. An answer wins if the judge prefers it in both. `score`: the judge rates each
     answer alone. The result is the answer's score in percent of the score of the reference answer."""
     arms: tuple[str, ...] = ()
-    """Arms whose answers are judged. By default, these are all arms."""
+    """Arms whose answers are judged. By default, the answers of all arms are judged."""
     against: str = REFERENCE
     """The other side of the comparison: the name of an arm, or `reference` for the reference answers of the data set."""
     sets: tuple[str, ...] = ()
-    """Test sets to use. By default, these are all test sets."""
+    """Test sets to use. By default, all test sets are used."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Number of prompts to use from each test set, evenly spaced. By default, all prompts are used."""
     all_seeds: bool = False
@@ -49,9 +49,9 @@ class BlindSheet(Strict):
     name: str = "blind"
     """The part NAME of the file names sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json."""
     arms: tuple[str, ...] = ()
-    """Arms whose answers are shown. By default, these are all arms."""
+    """Arms whose answers are shown. By default, the answers of all arms are shown."""
     sets: tuple[str, ...] = ()
-    """Test sets to use. By default, these are all test sets."""
+    """Test sets to use. By default, all test sets are used."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
     """Number of prompts to use from each test set, evenly spaced. By default, all prompts are used."""
     reference: bool = False

@@ -88,7 +88,8 @@ class Phase(Strict):
     """A part of a distillation with its own method and its own share of the updates. `NAME` is short for `{method: NAME}`.
 
     A student passes the phases one after the other. Each phase starts from the weights of the phase before, with a new optimizer and a new
-    schedule of the learning rate. A phase has the settings of the method that contains it, except for those that the phase changes.
+    schedule of the learning rate. A phase has the settings of the whole distillation, except for those that
+    the phase changes.
     """
 
     text_sets: ClassVar[str] = "method"
@@ -127,7 +128,7 @@ class Phase(Strict):
 
     @property
     def patch(self) -> "MethodPatch":
-        """This phase's changes to the method that contains it."""
+        """This phase's changes to the settings of the whole distillation."""
         return MethodPatch(**{part: getattr(self, part) for part in PARTS})
 
 

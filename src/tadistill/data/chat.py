@@ -56,8 +56,8 @@ def render(
     for name in called(tools):
         if name not in text:
             raise DataError(
-                f"{where}: the tokenizer's chat template leaves out the tool `{name}`; use a tokenizer whose template writes tools, or do "
-                "not name the column `tools` in `columns` of the data set"
+                f"{where}: the tokenizer's chat template leaves out the tool `{name}`; use a tokenizer whose template writes tools, or "
+                "remove `tools` from `columns` of the data set"
             )
     return text + _header(template, specials)
 

@@ -61,7 +61,7 @@ def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class CrossReading:
-    """The answers of one model (the writer) in bits: how well the writer and another model (the reader) predict them."""
+    """The bits that two models need for the answers of one of them: the writer, which sampled the answers, and the reader."""
 
     writer: np.ndarray
     """(N,) with the tokens that the writer sampled."""

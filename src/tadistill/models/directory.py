@@ -28,7 +28,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def is_described(directory: Path) -> bool:
-    """Return True if a directory has the configuration of a model, or that of a tokenizer alone."""
+    """Return True if a directory has the configuration of a model, or only the configuration of a tokenizer."""
     return any((directory / name).is_file() for name in ("config.json", "tokenizer_config.json"))
 
 

@@ -134,7 +134,7 @@ def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -
         ((place,), id) = facts["data"], str(facts["id"])
         shape, start, end, form = tuple(place["shape"]), place["start"], place["end"], place["embed_dtype"]
     except (KeyError, TypeError, ValueError) as error:
-        raise Broken(f"the server's answer does not describe the form of its states ({facts!s:.100})") from error
+        raise Broken(f"the server's answer does not describe the shape and the dtype of its states ({facts!s:.100})") from error
     if answer.request not in id:
         raise Broken(f"the server's answer belongs to another request ({id:.80})")
     if shape != (length, width):

@@ -42,7 +42,7 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
     if student_logits.ndim == 0 or student_logits.shape[-1] == 0:
         raise ConfigError(
-            f"`student_logits` has shape {tuple(student_logits.shape)}; its last axis must be the vocabulary, with at least 1 token"
+            f"`student_logits` has shape {tuple(student_logits.shape)}; its last axis must be the vocabulary, with a size of at least 1"
         )
 
 

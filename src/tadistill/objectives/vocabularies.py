@@ -126,8 +126,8 @@ def _check_places(student_logits: Tensor, teacher_logits: Tensor) -> None:
     shapes = [tuple(logits.shape) for logits in (student_logits, teacher_logits)]
     if shapes[0][:-1] != shapes[1][:-1] or not all(shape and shape[-1] for shape in shapes):
         raise ConfigError(
-            f"`student_logits` has shape {shapes[0]}, but `teacher_logits` has shape {shapes[1]}; only the last axis may differ, and it "
-            "must have at least 1 token"
+            f"`student_logits` has shape {shapes[0]}, but `teacher_logits` has shape {shapes[1]}; only the last axis may differ, and "
+            "its size must be at least 1"
         )
 
 

@@ -127,8 +127,8 @@ class Budgets:
             raise self._unknown_cost(name, f"compute: {arm.compute}")
         if not scaled:
             raise ConfigError(
-                f"arms.{name} has `compute` and `teacher_budget`, but the original teacher runs in all of its updates, so both would set "
-                "the same number; remove one of the two keys"
+                f"arms.{name} has `compute` and `teacher_budget`, but the original teacher runs in every update of the arm, so both keys "
+                "would set the number of updates; remove one of the two keys"
             )
         fixed = total - scaled
         if given := given_teachers(self.recipe, arm, like.arm):

@@ -39,7 +39,7 @@ class Turn(NamedTuple):
     """Name of the last model of the arm, which writes the text of a first phase with `recorded: true`."""
 
     def seed(self, seed: int) -> int:
-        """Return the seed of the distillation for a `seed` of the study. The first distillation has the study's seed."""
+        """Return the seed of this distillation for a training seed of the study. Both are the same for the first distillation."""
         if self.before == 0:
             return seed
         from tadistill import rng  # not at the top, because numpy is slow to import and few plans need it

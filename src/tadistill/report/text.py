@@ -153,7 +153,9 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
     best = by_importance(results)[0]
     kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
     ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else ways_text([arm for _, arm in known])
-    counts = f"{len(gains) or 'None'} of {len(known)} {ways} ({some([c.arm for c, _ in known])}) clearly beat direct distillation"
+    same = " with the same compute" if all(c.against == "equal compute" for c, _ in known) else ""
+    baselines = f"direct distillation{same} ({some(list(dict.fromkeys(c.other for c, _ in known)))})"
+    counts = f"{len(gains) or 'None'} of {len(known)} {ways} ({some([c.arm for c, _ in known])}) clearly beat {baselines}"
     worse = f", and {len(losses)} did clearly worse" if losses else ""
     return kind, f"{counts}{worse}. {_chain_text(results, best, results.arm(best.arm), best=True)}"
 

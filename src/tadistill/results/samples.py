@@ -52,7 +52,8 @@ def _samples(results: Results) -> Samples:
 def shown_first(results: Results) -> list[str]:
     """Return the arms whose answers the page shows when it opens.
 
-    If there are at most four arms, these are all arms. Otherwise they are the teacher and the two arms that the report's answer compares.
+    If at most four arms have answers, all of them are shown. Otherwise the page shows the teacher and the two arms that the report's answer
+    compares.
     """
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:

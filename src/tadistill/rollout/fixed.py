@@ -123,12 +123,12 @@ class Columns:
             self.masks[name] = mask
 
     def prompts(self) -> dict[str, Tensor]:
-        """Read the prompts. Return each model's logits (B, V) of the next token."""
+        """Run each model over the prompts. Return each model's logits (B, V) of the next token."""
         attention_BW = self.attention_BW if self.padded else None
         return {name: d.logits(self.ids_BW, attention_BW, self.positions_BW, 0) for name, d in self.decoders.items()}
 
     def next(self, tokens_B1: Tensor) -> dict[str, Tensor]:
-        """Read one more token of every row. Return each model's logits (B, V) of the next token."""
+        """Run each model over one more token of every row. Return each model's logits (B, V) of the next token."""
         found = {}
         for name, decoder in self.decoders.items():
             self.masks[name].index_fill_(3, self.at_1, 0)

@@ -153,7 +153,7 @@ class Vllm:
         if not apart <= _APART[self.launch.dtype] * size:
             raise StageFailed(
                 f"vLLM gives tokens of this {self.student.config.model_type} model other probabilities than transformers (the "
-                f"log-probabilities differ by {apart:.3g} nats on average), so it cannot sample for it; use `engine: native`"
+                f"log-probabilities differ by {apart:.3g} nats on average), so vLLM cannot write this model's text; use `engine: native`"
             )
 
     # --- the process ----------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable
     The function prints notes on the data. They name rows that will be left out or cut, and references that ROUGE-L ignores.
 
     Args:
-        stages: the stages to run. By default, these are all stages of the recipe. Only the servers of their teachers must answer.
+        stages: the stages to run. By default, all stages of the recipe run. Only the servers of their teachers must answer.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.

@@ -111,7 +111,7 @@ class Context(Generic[AnySpec]):
                 known, tokenizer = self.model(handle.of, dtype, torch.device("cpu"))  # only its configuration is used
                 model = scratch_model(known.config, seed=rng.torch_seed(handle.random, "random teacher"), dtype=dtype).eval()
             case BehindApi():
-                raise AssertionError("a model behind an API has no weights here; the stage `ask` asks it")
+                raise AssertionError("a model behind an API has no weights here; the stage `ask` sends the requests to its server")
         placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
         check_reading(placed)
         return placed, tokenizer

@@ -112,7 +112,7 @@ def test_a_context_that_cannot_work(context, sentence):
 
 
 def test_extra_columns_belong_to_the_training_set():
-    with pytest.raises(ValidationError, match="data set `d` has `extra`, but only training reads a `context`"):
+    with pytest.raises(ValidationError, match="data set `d` has `extra`, but `extra` is only used in a `context`, and a `context`"):
         Data(train="d", dev="d", test=[{"load": "d", "extra": ["x"]}])
 
 

@@ -87,7 +87,7 @@ def test_means_over_dev_sets():
         ({"dev": DEV, "train": "tinyworld"},
          "`data.dev` has sets with names, but `data.train` is one set; write one data set, without names"),
         ({"dev": DEV | {"facts": DEV["facts"] | {"weight": 2}}}, "`data.dev.facts.weight` is not a known key"),
-        ({"dev": DEV | {"facts": DEV["facts"] | {"extra": ["note"]}}}, "has `extra`, but only training reads a `context`; remove `extra`"),
+        ({"dev": DEV | {"facts": DEV["facts"] | {"extra": ["note"]}}}, "and a `context` is only used in training; remove `extra`"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(data, sentence):

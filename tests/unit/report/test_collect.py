@@ -30,8 +30,8 @@ ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low
 def test_rows_hold_the_scores(shared):
     write_results(shared.results)
     content = json.loads((shared.study_dir / "results.json").read_text())
-    keys = "study created command data answer findings cautions models arms rows means differences comparisons verdicts explanations"
-    figures = "budgets paths lengths curves exposure calibration ledger stages versions"
+    keys = "study created command data answer findings training_shares cautions models arms rows means differences comparisons"
+    figures = "verdicts explanations budgets paths lengths curves exposure calibration ledger stages versions"
     assert list(content) == [*keys.split(), *figures.split()]
     page = (Path(__file__).parents[3] / "docs" / "reference" / "results-json.md").read_text(encoding="utf-8")
     ours = {key: value[:1] for key, value in content.items() if isinstance(value, list)} | {"answer": [content["answer"]]}

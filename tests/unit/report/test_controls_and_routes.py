@@ -89,7 +89,7 @@ def change(study, edit):
 
 def test_a_route_is_no_assistant(routed):
     results = routed.results
-    assert answer(results).answer.startswith("None of 2 ways to distil (first and second) clearly beat direct distillation")
+    assert answer(results).answer.startswith("None of 2 ways to distil (first and second) clearly beat direct distillation (direct).")
     assert against(results).startswith("Neither of 2 ways to distil is")
     assert [verdict_text(results, c).partition(" (")[0] for c in comparisons(results)] == ["Path m on maths + xl on chat > s"] * 2
 

@@ -42,8 +42,8 @@ def results(tmp_path_factory):
 def test_question_answer_and_headings_are_about_the_same_arm(results):
     found = answer(results)
     assert found.question.startswith("Is s (124 M parameters) better when xl (1.56 B) teaches it with the help of l (774 M) than when xl ")
-    ways = "None of 2 ways to use an assistant (teaches and starts) clearly beat direct distillation, and 1 did clearly worse. "
-    assert found.answer.startswith(ways)
+    ways = "None of 2 ways to use an assistant (teaches and starts) clearly beat direct distillation (direct and equal), and 1 did"
+    assert found.answer.startswith(f"{ways} clearly worse. ")
     assert "The best, starts (pruned from l, then taught by xl), did not" in found.answer
     assert re.search(r"This design finds a difference of [\d.]+ points with 80 % power\.$", found.answer)
     assert by_importance(results)[0].arm == "starts" != comparisons(results)[0].arm
