@@ -130,7 +130,8 @@ def _order(rows: int, *address: int | str) -> np.ndarray:
 class _Draws:
     """Draws the training set from which each row of a training is taken.
 
-    After every row, the number of rows of a set differs from its share by less than 1. This is the algorithm of R. Tijdeman (1980), The chairman assignment problem. Each row goes to the set that must be drawn soonest.
+    After every row, the number of rows of a set differs from its share by less than 1. This is the algorithm of
+    R. Tijdeman (1980), The chairman assignment problem. Each row goes to the set that must be drawn soonest.
     """
 
     weights: tuple[float, ...]
