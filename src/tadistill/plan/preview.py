@@ -119,10 +119,7 @@ def _table(title: str, *columns: str) -> Table:
 
 _NAME = 24
 _ASKED = "asked"
-_COUNTED = (
-    "FLOPs count all training for an arm's model, with that of its teachers in this study. x direct is relative to the direct arm with the "
-    "same method; a report takes one direct arm for all methods."
-)
+_DIRECT = "x direct is relative to the direct arm with the same method. A report may take another direct arm, which its table Cost names."
 _NUMBERS = (_ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
 
@@ -152,7 +149,7 @@ def _arms(plan: Plan) -> Table:
     asks = _asks(plan)
     tokens = [_ASKED] if asks else []
     table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", *tokens, "compute")
-    table.caption, table.caption_justify = _COUNTED, "left"
+    table.caption, table.caption_justify = _DIRECT, "left"
     for column in table.columns[:2]:
         column.no_wrap, column.overflow = False, "fold"
     table.columns[0].min_width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # the path is folded before the name

@@ -31,6 +31,7 @@ from tadistill.report.routes import route, steps
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
+    counted_text,
     cost_rows,
     detail_tables,
     interval_method,
@@ -106,6 +107,7 @@ def _first(results: Results) -> dict[str, Any]:
         "mean": MEAN,
         "answer": answer(results),
         "cautions": cautions(results) if results.summaries else [],
+        "counted": counted_text(results),
         "seeds": seeds_of(results),
         "many": len(results.plan.arms) > MANY,
         "trained": any(arm.is_trained for arm in results.plan.arms),

@@ -277,15 +277,20 @@ def _cost(results: Results) -> Table:
         tokens = row.arm.teacher_tokens
         of_teacher = (Cell() if tokens is None else Cell(f"{tokens:,.0f}"),) if asks else ()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative, *of_teacher)))
-    note = (
-        "The cost of all training for an arm's final model, including that of its teachers and teacher assistants in this study. It is "
-        "relative to the direct arm below each value."
-    )
-    if any(arm.is_routed for arm in results.plan.arms) and any(arm.compute for arm in results.plan.arms):
-        note += " `compute: as ARM` gives two arms the same compute without that of their first teachers, which this table counts."
+    note = f"The cost of all training for an arm's final model, {counted_text(results)} It is relative to the direct arm below each value."
     if asks:
         note += f" The last column is the number of answer tokens that {teacher} writes or scores, as the plan predicts it."
     return Table("cost", "Cost", note, columns, tuple(rows))
+
+
+def counted_text(results: Results) -> str:
+    """Return the rest of a sentence that says which trainings count as the compute of an arm. A second sentence follows in a study in which
+    "the same compute" leaves out some of them."""
+    arms = results.plan.arms
+    text = "with that of its teachers and teacher assistants in this study."
+    if any(arm.is_routed for arm in arms) and any(arm.compute for arm in arms):
+        text += " `compute: as ARM` gives two arms the same compute without the training of their first teachers, which is counted here."
+    return text
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def signed(value: float, metric: str, *, more: int = 0) -> str:
 
 def interval_of(difference: Difference, metric: str, *, more: int = 0) -> str:
     """Return the 95 % interval of a difference as text: ``[low, high]``, or in words that all differences are 0."""
-    return ALL_ZERO if difference.all_zero else interval(difference.low, difference.high, metric, more=more)
+    return f"({ALL_ZERO})" if difference.all_zero else interval(difference.low, difference.high, metric, more=more)
 
 
 def spoken_interval(difference: Difference, metric: str) -> str:

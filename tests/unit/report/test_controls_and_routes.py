@@ -10,9 +10,9 @@ from tadistill.report.explain import verdict_text
 from tadistill.report.figures.behaviour import exposure_figure
 from tadistill.report.figures.scores import differences
 from tadistill.report.findings import against
-from tadistill.report.page import roles
+from tadistill.report.page import render_page, roles
 from tadistill.report.plain import render_markdown
-from tadistill.report.tables import comparison_table
+from tadistill.report.tables import comparison_table, counted_text
 from tadistill.report.text import answer
 from tadistill.results.verdict import comparisons
 
@@ -94,6 +94,15 @@ def test_a_route_is_no_assistant(routed):
     assert [verdict_text(results, c).partition(" (")[0] for c in comparisons(results)] == ["Path m on maths + xl on chat > s"] * 2
 
 
+def test_the_report_says_what_the_same_compute_leaves_out(routed, tmp_path):
+    said = "without the training of their first teachers"
+    assert said not in counted_text(routed.results)
+    arms = [ArmSpec("mopd", ("m on maths + xl on chat", "s")), ArmSpec("one", ("xl", "s"), compute="as mopd")]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1,), sets={"dolly": 12}, fact_sets=())).read()
+    assert said in render_markdown(results)
+    assert said in render_page(results)
+
+
 def test_a_student_that_is_taught_twice_is_a_student(tmp_path):
     text = "l > s then m on maths + xl on chat > s"
     arms = [ArmSpec("later", ("m on maths + xl on chat", "s"), before=("l", "s"), text=text)]
@@ -119,6 +128,16 @@ def test_exposure_without_values_is_no_figure(tmp_path):
         nothing = {who: {"kl": [0.0] * 5, "count": [1] * 5} for who in ("student", "teacher")}
         path.write_text(json.dumps({"dolly": nothing, "facts": nothing}))
     assert exposure_figure(study.results) is None
+
+
+def test_exposure_of_few_answers_is_inside_its_axes(tmp_path):
+    study = build_study(tmp_path, StudySpec([ArmSpec("direct", ("xl", "s"))], seeds=(1,)))
+    for path in study.store_dir.glob("*/*/exposure.json"):
+        few = {who: {"kl": [kl] * 5, "count": [2] * 5} for who, kl in (("student", 1.5), ("teacher", 1.0))}
+        path.write_text(json.dumps({"dolly": few, "facts": few}))
+    figure = exposure_figure(study.results)
+    assert figure is not None
+    assert figure.y.low <= 0 < 50 <= figure.y.high
 
 
 def test_equal_arms_have_no_interval_of_width_0(tmp_path):

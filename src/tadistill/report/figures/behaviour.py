@@ -25,7 +25,8 @@ def exposure_figure(results: Results) -> Chart | None:
     if not found:
         return None
     longest = max(len(e.mean) for e in found.values())
-    heights = [float(v) for e in found.values() for v in e.mean[: e.solid] if np.isfinite(v)] or [0.0]
+    measured = any(np.isfinite(e.mean[: e.solid]).any() for e in found.values())  # else all lines are dotted
+    heights = [float(v) for e in found.values() for v in (e.mean[: e.solid] if measured else e.mean) if np.isfinite(v)]
     x = Axis(1, max(longest, 2), "position in the response (tokens)")
     chart = Chart(
         "figure-exposure", "Exposure bias by position, one line per arm", x, span_axis([*heights, 0.0], "ExAccErr (%)"), height=260, head=24
