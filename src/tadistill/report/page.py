@@ -31,8 +31,8 @@ from tadistill.report.routes import route, steps
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
-    counted_text,
     cost_rows,
+    counted_text,
     detail_tables,
     interval_method,
     main_metrics,
