@@ -25,7 +25,7 @@ from tadistill.objectives.fused import Part, fused_parts
 from tadistill.objectives.spelling import SpelledText
 from tadistill.objectives.targets import Head, Hidden
 
-_AT_ONCE = 1024  # places whose distributions are in memory at the same time
+_AT_ONCE = {"cpu": 256, "cuda": 4096}  # places whose distributions are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def symbol_divergence(
     sums = [walk.sums(own, side.head) for walk, own, side in zip(walks, states, sides, strict=True)]
     values, slopes = torch.zeros(len(pair.follows), dtype=sums[0].dtype, device=device), torch.zeros_like(sums[0])
     spans = places[0].text.spans[places[0].token]
-    for chunk in _chunks(spans):
+    for chunk in _chunks(spans, _AT_ONCE.get(device.type, 4096)):
         own, other = (each.part(chunk) for each in places)
         longer = tensor_of(pair.longer[chosen[chunk]], device)
         leaf = sums[0][own.tokens].detach().requires_grad_()
@@ -158,12 +158,12 @@ def _logits(probs: Tensor, separate: Tensor) -> Tensor:
     return (found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)).clamp(min=LEAST).log()
 
 
-def _chunks(spans: np.ndarray) -> list[slice]:
-    """Divide the places into parts of whole spans."""
+def _chunks(spans: np.ndarray, most: int) -> list[slice]:
+    """Divide the places into parts of whole spans, with about `most` places each."""
     edges = np.flatnonzero(np.diff(spans, prepend=-1))  # the first place of each span
     found, start = list[slice](), 0
     for edge, after in zip(edges, [*edges[1:], len(spans)], strict=False):
-        if after - start > _AT_ONCE and edge > start:
+        if after - start > most and edge > start:
             found.append(slice(start, int(edge)))
             start = int(edge)
     return [*found, slice(start, len(spans))] if len(spans) else []

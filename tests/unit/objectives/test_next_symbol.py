@@ -19,6 +19,7 @@ from tadistill.objectives import (
     forward_kl,
     fused_span_divergence,
     jensen_shannon,
+    next_symbol,
     reverse_kl,
     tiles,
     total_variation,
@@ -290,7 +291,7 @@ def test_equals_the_oracle(divergence, parameters, tiny, monkeypatch):
     if tiny:
         monkeypatch.setattr(tiles, "TILE_BYTES", 2 * (len(MINE) + len(THEIRS)) * 8)
         monkeypatch.setattr(tiles, "_CACHED", len(THEIRS))
-        monkeypatch.setattr("tadistill.objectives.next_symbol._AT_ONCE", 3)
+        monkeypatch.setitem(next_symbol._AT_ONCE, "cpu", 3)
     for seed in range(6):
         pair, hidden, leaves, oracle = case(seed)
         weights = drawn(len(pair.follows), seed=seed).abs()
@@ -363,7 +364,7 @@ def test_no_tensor_has_a_row_of_logits_for_each_token(monkeypatch):
     spelled = [SpelledVocabulary.of(v, EVENTS, own) for v, own in zip((words, letters), cells(words, letters), strict=True)]
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * (len(words) + len(letters)) * 4)
     monkeypatch.setattr(tiles, "_CACHED", len(words))
-    monkeypatch.setattr("tadistill.objectives.next_symbol._AT_ONCE", 3)
+    monkeypatch.setitem(next_symbol._AT_ONCE, "cpu", 3)
     tokens = np.arange(60) * 7
     no = np.zeros(180, bool)
     texts = [
