@@ -242,8 +242,9 @@ def cautions(results: Results) -> list[str]:
 
 
 def _unmeasured_text(results: Results) -> str:
-    analysed = any(arm.analyse and results.scores[arm.name] for arm in results.plan.arms)
     who = results.plan.teacher
+    strangers = {model for family in results.plan.tokenizers if who not in family for model in family}  # `vocabulary_texts` names these
+    analysed = any(arm.analyse and results.scores[arm.name] and arm.model not in strangers for arm in results.plan.arms)
     why = f"the teacher {who} ran on a server, which wrote no answers"
     return f"The exposure bias is not measured, because {why}." if analysed and not exposures(results) else ""
 

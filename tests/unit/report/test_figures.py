@@ -1,6 +1,7 @@
 """What the figures compute: fronts, exposure bias, pooled calibration, the lattice; and what they leave out."""
 
 import json
+from dataclasses import replace
 import re
 from itertools import pairwise
 
@@ -60,6 +61,9 @@ def test_an_exposure_that_is_not_measured_is_named(study):
     results = read(study)
     assert exposures(results) == {}
     assert "The exposure bias is not measured, because the teacher xl ran on a server, which wrote no answers." in cautions(results)
+    others = tuple({arm.model for arm in results.plan.arms if arm.model} - {"xl"})
+    apart = replace(results, plan=replace(results.plan, tokenizers=(("xl",), others)))  # no student has the teacher's tokenizer
+    assert not [text for text in cautions(apart) if "ran on a server" in text]
 
 
 def test_calibration_is_pooled_by_count(study):
