@@ -1,8 +1,8 @@
 """What the figures compute: fronts, exposure bias, pooled calibration, the lattice; and what they leave out."""
 
 import json
-from dataclasses import replace
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
