@@ -28,7 +28,6 @@ from tadistill.data.second_readings import Behind, Rereader
 from tadistill.data.templates import Encoded, encode
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.training_sets import TrainingSets
-from tadistill.objectives import SharedVocabulary
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Shard
@@ -122,7 +121,7 @@ def train(
     with mock.patch.object(Checkpoints, "due", side_effect=lambda: updates[-1] in SAVED):
         train_stage(
             student,
-            make_step(method, student, (*teachers,), _vocabularies(again) if again else len(tokenizer)),
+            make_step(method, student, (*teachers,), Vocabularies(again) if again else len(tokenizer)),
             sampler,
             optim=method.optim,
             select=Select(metric="loss", every=2),
@@ -145,11 +144,6 @@ def rows() -> tuple[Any, list[Encoded]]:
 
 def _again(tokenizer, other) -> Rereader:
     return Rereader(token_bytes(tokenizer), token_bytes(other), (len(tokenizer), len(other)), most=64)
-
-
-def _vocabularies(again: Rereader) -> Vocabularies:
-    shared = SharedVocabulary(torch.tensor([*again.shared]), torch.tensor([*again.shared.values()]), again.sizes)
-    return Vocabularies(shared, again.spelled)
 
 
 def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None = None):

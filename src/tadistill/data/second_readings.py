@@ -25,7 +25,7 @@ from tadistill.data.encoded import row_numbers
 from tadistill.data.token_bytes import END, Reading, TokenBytes
 from tadistill.data.training_sets import Lazy
 from tadistill.errors import DataError
-from tadistill.objectives.spelling import SpelledVocabulary, Spelling
+from tadistill.objectives.spelling import SpelledVocabulary
 
 if TYPE_CHECKING:
     from tadistill.data.batch import Sequence
@@ -145,7 +145,8 @@ class Rereader:
         read[of_teacher[theirs]] = ids[theirs]
         matched[mine] = self._partner[np.array(own.ids, np.int64)[mine]] == read[of_student[mine]]
         changed, dropped = (getattr(own, name) + getattr(found, name) for name in ("changed", "dropped"))
-        mine, theirs = (marks(reading, spelled.inside) for reading, spelled in zip((own, found), self.spelled, strict=True))
+        sides = zip((own, found), (self.student, self.teacher), self.sizes, strict=True)
+        mine, theirs = (marks(reading, vocabulary, size) for reading, vocabulary, size in sides)
         mine = np.append(mine, np.full(len(of_student) - len(mine), CHANGED, np.int8))
         return SecondReading(ids, of_student, of_teacher, matched, mine, theirs, found.lone, changed, dropped)
 
@@ -171,19 +172,21 @@ class Behind(Lazy[Row]):
         super().__init__(len(mine), read)
 
 
-def marks(reading: Reading, spelling: Spelling) -> np.ndarray:
-    """Return for each token whether it writes here the symbols that it has in the vocabulary. Only the first word of a text may lack its
-    space."""
+def marks(reading: Reading, vocabulary: TokenBytes, size: int) -> np.ndarray:
+    """Return `SPELLED`, `STRIPPED` or `CHANGED` for each token of a text. Only the first word of a text may be `STRIPPED`.
+
+    Args:
+        size: the number of tokens of the model's head. Tokens after them are `CHANGED`.
+    """
     found = np.full(len(reading.ids), CHANGED, np.int8)
     for k, (token, piece, exact) in enumerate(zip(reading.ids, reading.pieces, reading.exact, strict=True)):
-        if not exact or token >= len(spelling):
+        if not exact or token >= size:
             continue
-        symbols = spelling.table[token, : spelling.lengths[token]]
-        if isinstance(piece, str):
-            found[k] = SPELLED if symbols[0] >= _BYTES and symbols[0] != spelling.other else CHANGED
-        elif symbols[0] < _BYTES:
-            written, first = bytes(symbols.astype(np.uint8)), k == 0 or isinstance(reading.pieces[k - 1], str)
-            found[k] = SPELLED if written == piece else STRIPPED if first and written == b" " + piece else CHANGED
+        written = piece_of(vocabulary, token)
+        if written == piece:
+            found[k] = SPELLED
+        elif isinstance(piece, bytes) and written == b" " + piece and (k == 0 or isinstance(reading.pieces[k - 1], str)):
+            found[k] = STRIPPED
     return found
 
 
@@ -199,14 +202,20 @@ def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
     """
     assert sequence.second is not None, "the sequence has no second reading"
     mine, theirs = sequence.second.student, sequence.second.teacher
-    counts = np.zeros(len(mine), bool)
-    for first, after in sequence.parts:
-        counts[first - len(sequence.prompt) : after - len(sequence.prompt)] = True
+    counts = _counted(sequence)
     kept = np.ones(int(max(mine.max(initial=NO_SPAN), theirs.max(initial=NO_SPAN))) + 2, bool)
     kept[mine[~counts]] = False
     kept[NO_SPAN] = False  # the last place stands for tokens without a span
     numbers = np.where(kept, kept.cumsum() - 1, NO_SPAN)
     return numbers[mine], numbers[theirs]
+
+
+def _counted(sequence: "Sequence") -> np.ndarray:
+    """Return one bool per token of the response. It is True if the token counts in the loss."""
+    counts = np.zeros(len(sequence.response), bool)
+    for first, after in sequence.parts:
+        counts[first - len(sequence.prompt) : after - len(sequence.prompt)] = True
+    return counts
 
 
 def runs(counts: np.ndarray, start: int) -> tuple[tuple[int, int], ...]:
@@ -322,9 +331,7 @@ def _of_row(s: "Sequence") -> _Row:
     mine, theirs = (spans.astype(np.int64) for spans in counted_spans(s))
     second = s.second
     assert second is not None
-    counts = np.zeros(len(mine), bool)
-    for first, after in s.parts:
-        counts[first - len(s.prompt) : after - len(s.prompt)] = True
+    counts = _counted(s)
     kept = [np.flatnonzero(spans >= 0) for spans in (mine, theirs)]
     follows = np.ones(int(theirs.max(initial=NO_SPAN)) + 1, bool)
     for spans, places in zip((mine, theirs), kept, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tadistill.objectives.divergence import at_least_float32
+from tadistill.objectives.divergence import at_least_float32, dot, through_softmax
 from tadistill.objectives.targets import WITH_SLOPE
 from tadistill.tuning import LOG_ZERO
 
@@ -51,7 +51,7 @@ class Cells:
         others = _sums(teacher / temperature, self.teacher, self.count)[1]
         values, slope = WITH_SLOPE[divergence](self._logits(mass, rows), self._logits(others, rows), **settings)
         each = torch.where(mass < LEAST, 0.0, slope / mass.clamp(min=LEAST)).index_select(1, self.student)
-        return values, (each - (each * probs).sum(1, keepdim=True)).mul_(probs).div_(temperature)
+        return values, through_softmax(probs, each, dot(each, probs), temperature)
 
     def _logits(self, mass: Tensor, rows: slice) -> Tensor:
         logits, which = mass.clamp(min=LEAST).log(), self.which[rows]

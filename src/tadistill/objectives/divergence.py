@@ -49,7 +49,7 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
     """Return `forward_kl` and its slope: the gradient with respect to the student's logits. The slope is 0 where a logit is -inf."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
-    value = _dot(p, log_p.sub_(log_q))
+    value = dot(p, log_p.sub_(log_q))
     # the slope is q - p
     slope = log_q.exp_().sub_(p).masked_fill_(student_logits < LOG_ZERO, 0)
     return value, _over(slope, temperature)
@@ -76,8 +76,8 @@ def reverse_kl_in_place(log_q: Tensor, log_p: Tensor, temperature: float) -> tup
     """Return what `reverse_kl_with_slope` returns, from the log-probabilities (..., V) of student and teacher. Both are overwritten."""
     gap = torch.sub(log_q, log_p, out=log_p)  # g
     q = log_q.exp_()
-    value = _dot(q, gap)
-    return value, _through_softmax(q, gap, value, temperature)
+    value = dot(q, gap)
+    return value, through_softmax(q, gap, value, temperature)
 
 
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -125,11 +125,11 @@ def jensen_shannon_with_slope(
     p, q = log_p.exp(), log_q.exp()
     # logaddexp would take as long as all other operations here. Where the sum underflows, p and q are 0, so the clamp changes nothing.
     log_m = torch.lerp(q, p, beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
-    of_teacher = _dot(p, log_p.sub_(log_m))
+    of_teacher = dot(p, log_p.sub_(log_m))
     gap = log_q.sub_(log_m)
-    of_student = _dot(q, gap)
+    of_student = dot(q, gap)
     # g = (1 - beta) (log q - log m); the part of the gradient that goes through m cancels
-    slope = _through_softmax(q, gap, of_student, temperature)
+    slope = through_softmax(q, gap, of_student, temperature)
     return beta * of_teacher + (1 - beta) * of_student, slope.mul_(1 - beta)
 
 
@@ -155,9 +155,9 @@ def skew_forward_kl_with_slope(
         return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_p, mixture(log_p, log_q, alpha))
-    value = _dot(log_p.exp_(), gap)
+    value = dot(log_p.exp_(), gap)
     g, q = gap.exp_().mul_(alpha - 1), log_q.exp_()  # g = -(1 - alpha) p / m
-    return value, _through_softmax(q, g, _dot(q, g), temperature)
+    return value, through_softmax(q, g, dot(q, g), temperature)
 
 
 def skew_reverse_kl(
@@ -187,10 +187,10 @@ def skew_reverse_kl_with_slope(
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_q, mixture(log_q, log_p, alpha), out=log_p)
     q = log_q.exp_()
-    value = _dot(q, gap)
+    value = dot(q, gap)
     # g = log q - log m - alpha q / m; a detached mixture adds no last term
     g = gap if detach_mixture else gap.sub_(gap.exp(), alpha=alpha)
-    return value, _through_softmax(q, g, _dot(q, g), temperature)
+    return value, through_softmax(q, g, dot(q, g), temperature)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -233,11 +233,13 @@ def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 
-def _through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
+def through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
+    """Return the gradient (..., V) with respect to logits, in the memory of `g`: the gradient with respect to their softmax `q`. `mean`
+    (...) is `dot(g, q)`."""
     return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     # `vecdot` allocates no tensor for the products. On a GPU it is a matrix product, which may round float32 to TF32.
     return torch.linalg.vecdot(a, b) if a.device.type == "cpu" else (a * b).sum(-1)
 

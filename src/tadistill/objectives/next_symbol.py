@@ -20,7 +20,7 @@ from torch import Tensor
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.cells import LEAST
-from tadistill.objectives.divergence import at_least_float32
+from tadistill.objectives.divergence import at_least_float32, dot, through_softmax, wide
 from tadistill.objectives.fused import Part, fused_parts
 from tadistill.objectives.spelling import SpelledText
 from tadistill.objectives.targets import Head, Hidden
@@ -84,6 +84,7 @@ class SpelledPair:
 
 
 def tensor_of(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without waiting for the device."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
@@ -193,6 +194,7 @@ class Places:
 
     @classmethod
     def of(cls, text: SpelledText, pair: SpelledPair) -> "Places":
+        """Return all places of the spans of a text that are compared."""
         tokens = np.flatnonzero(pair.compared[text.spans])
         count = text.count[tokens]
         token = np.repeat(tokens, count)
@@ -269,9 +271,7 @@ class _Walk:
     @torch.no_grad()
     def sums(self, states: Tensor, head: Head) -> Tensor:
         """Return the probability (N, K) of each group, without a graph."""
-        found = torch.zeros(
-            len(states), self.width, dtype=torch.float64 if states.dtype == torch.float64 else torch.float32, device=self.device
-        )
+        found = torch.zeros(len(states), self.width, dtype=wide(states.dtype), device=self.device)
         for kind in self.kinds:
 
             def values(logits: Tensor, targets: tuple[Any, ...], rows: slice, kind: _Kind = kind) -> Tensor:
@@ -302,8 +302,8 @@ class _Walk:
         probs, sizes = self._probs(logits), kind.sizes[kind.which[rows]]
         each = slopes[kind.rows[rows], : sizes.shape[1]].flatten().repeat_interleave(sizes.flatten(), output_size=logits.numel())
         each = each.view(logits.shape).index_select(1, kind.back)
-        mean = (each * probs).sum(1, keepdim=True)
-        return mean.t(), (each - mean).mul_(probs).div_(self.temperature)
+        mean = dot(each, probs)
+        return mean.unsqueeze(0), through_softmax(probs, each, mean, self.temperature)
 
     def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return the distributions (R, width) of the next symbol at the nodes of some tokens, and a bool (R, width): True for a symbol
@@ -338,8 +338,8 @@ class _Kind:
 
     def __init__(self, text: SpelledText, by_cell: bool, device: torch.device):
         rows = np.flatnonzero(text.by_cell == by_cell)
-        order = (text.vocabulary.starts if by_cell else text.vocabulary.inside).order
-        parts = (rows, *text.groups(rows, by_cell=by_cell), order, np.argsort(order))
+        spelling = text.vocabulary.starts if by_cell else text.vocabulary.inside
+        parts = (rows, *text.groups(rows, by_cell=by_cell), spelling.order, spelling.rank)
         self.rows, self.sizes, self.slots, self.closed, self.which, self.order, self.back = (tensor_of(part, device) for part in parts)
 
     def sums(self, probs: Tensor, rows: slice) -> Tensor:

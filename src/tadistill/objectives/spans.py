@@ -28,6 +28,7 @@ from tadistill.objectives.cells import Cells
 from tadistill.objectives.fused import Part, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import SpelledPair, symbol_divergence, tensor_of
 from tadistill.objectives.sampled import TokenTerm
+from tadistill.objectives.spelling import first_symbols
 from tadistill.objectives.targets import WITH_SLOPE, Hidden
 
 
@@ -209,12 +210,8 @@ def _first_cells(
     which = np.full(len(kept), -1)
     which[limited] = np.arange(len(limited))
     own, other = (tensor_of(v.cells, device) for v in vocabularies)
-    count = 1 + max(int(v.cells.max(initial=0)) for v in vocabularies)
-    first = np.full(count, vocabularies[0].inside.other)
-    both = np.isin(vocabularies[0].cells, vocabularies[1].cells)
-    first[vocabularies[0].cells[both]] = vocabularies[0].starts.table[both, 0]
-    excluded = tensor_of(longer[kept[limited]], device)
-    cells = Cells(own, other, count, tensor_of(which, device), excluded, tensor_of(first, device))
+    first = tensor_of(first_symbols(vocabularies[0], vocabularies[1]), device)
+    cells = Cells(own, other, len(first), tensor_of(which, device), tensor_of(longer[kept[limited]], device), first)
     settings = {**parameters, "temperature": temperature}
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:

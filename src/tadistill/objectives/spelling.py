@@ -12,7 +12,7 @@ Axes: N tokens of a text, V vocabulary, U different tokens, K groups.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -63,7 +63,8 @@ class Spelling:
             self.table[token, : len(written)] = written
         self._sorted = self.table[self.order]
         self._of_cell = None if roots is None else np.array([cell for cell, _ in roots])[self.order]
-        self._rank = np.argsort(self.order)
+        self.rank = np.argsort(self.order)
+        """The place (V,) of each token in `order`."""
         self.around = lru_cache(_KEPT)(self._around)
         """Return the groups around a token: `around(token, stripped)`. If `stripped`, all tokens of the vocabulary count without a space
         at their beginning, as in the first word of a text."""
@@ -90,7 +91,7 @@ class Spelling:
             return [(low, high, 1, 0), (0, low, 0, 0), (high, len(self), 0, 0)]
         if self._of_cell is None:
             return [(0, len(self), 0, 0)]
-        cell, low, high = self._of_cell[self._rank[token]], int(self._rank[token]), int(self._rank[token]) + 1
+        cell, low, high = self._of_cell[self.rank[token]], int(self.rank[token]), int(self.rank[token]) + 1
         while low > 0 and self._of_cell[low - 1] == cell:
             low -= 1
         while high < len(self) and self._of_cell[high] == cell:
@@ -98,11 +99,11 @@ class Spelling:
         return [(low, high, 1, 1)]
 
     def _around(self, token: int, stripped: bool) -> Around:
-        path = self._path(token, stripped)
-        walks = [self._walk(path, *part) for part in self._ranges(token, stripped)]
+        path, ranges = self._path(token, stripped), self._ranges(token, stripped)
+        walks = [self._walk(path, *part) for part in ranges]
         if self._of_cell is not None:
             # other cells can have the same first symbol
-            low, high, _, _ = self._ranges(token, stripped)[0]
+            low, high, _, _ = ranges[0]
             starts, symbols = self._branches(0, len(self), 0)
             after = int(np.searchsorted(starts, high, side="right"))
             before = starts < low
@@ -114,47 +115,46 @@ class Spelling:
         return Around(starts[order].astype(np.int32), slots[order].astype(np.int32), closed[order])
 
     def _find_ends(self, token: int, stripped: bool) -> np.ndarray:
-        path, found = self._path(token, stripped), np.zeros(self.lengths[token] - int(stripped) + 1, bool)
-        for low, high, column, first in self._ranges(token, stripped):
-            for depth in range(first, len(found)):
-                here = self._sorted[:, column + depth - first]
-                found[depth] |= low < high and here[low] == _NOTHING
-                if depth < len(path):
-                    low, high = bisect_left(here, path[depth], low, high), bisect_right(here, path[depth], low, high)
+        found = np.zeros(self.lengths[token] - int(stripped) + 1, bool)
+        for part in self._ranges(token, stripped):
+            for depth, low, high, column in self._nodes(token, stripped, part):
+                found[depth] |= low < high and self._sorted[low, column] == _NOTHING
         return found
 
     def _longer(self, token: int, stripped: bool) -> tuple[np.ndarray, np.ndarray]:
         found = dict[int, bool]()
-        for low, high, column in self._nodes(token, stripped):
+        for part in self._ranges(token, stripped):
+            *_, (_, low, high, column) = self._nodes(token, stripped, part)
             starts, symbols = self._branches(low, high, column)
-            for symbol, is_token in zip(
-                symbols.tolist(), (self._sorted[starts, min(column + 1, self._sorted.shape[1] - 1)] == _NOTHING).tolist(), strict=True
-            ):
-                found[symbol] = found.get(symbol, False) or is_token
+            for symbol, closed in zip(symbols.tolist(), self._closed(starts, column).tolist(), strict=True):
+                found[symbol] = found.get(symbol, False) or closed
         found.pop(_NOTHING, None)
         return np.array([*found], np.int64), np.array([*found.values()], bool)
 
     def extent(self, token: int, stripped: bool, following: Sequence[int]) -> int:
         """Return the number of symbols that follow a token in a text for which a longer token would write the same."""
         most = 0
-        for low, high, column in self._nodes(token, stripped):
+        for part in self._ranges(token, stripped):
+            *_, (_, low, high, column) = self._nodes(token, stripped, part)
             for count, symbol in enumerate(following):
-                here = self._sorted[:, min(column + count, self._sorted.shape[1] - 1)]
-                low, high = bisect_left(here, symbol, low, high), bisect_right(here, symbol, low, high)
+                low, high = self._narrow(low, high, min(column + count, self._sorted.shape[1] - 1), symbol)
                 if low == high:
                     break
                 most = max(most, count + 1)
         return most
 
-    def _nodes(self, token: int, stripped: bool) -> list[tuple[int, int, int]]:
-        """Return the ranges of the tokens that begin with a token, and the column after it."""
-        path, found = self._path(token, stripped), list[tuple[int, int, int]]()
-        for low, high, column, first in self._ranges(token, stripped):
-            for depth in range(first, len(path)):
-                here = self._sorted[:, column + depth - first]
-                low, high = bisect_left(here, path[depth], low, high), bisect_right(here, path[depth], low, high)
-            found.append((low, high, column + len(path) - first))
-        return found
+    def _nodes(self, token: int, stripped: bool, part: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
+        """Yield each depth of a token in one of its `_ranges`, the range of the tokens that begin with so many of its symbols, and the
+        column after them."""
+        path, (low, high, column, first) = self._path(token, stripped), part
+        for depth in range(first, len(path) + 1):
+            yield depth, low, high, column + depth - first
+            if depth < len(path):
+                low, high = self._narrow(low, high, column + depth - first, path[depth])
+
+    def _narrow(self, low: int, high: int, column: int, symbol: int) -> tuple[int, int]:
+        here = self._sorted[:, column]
+        return bisect_left(here, symbol, low, high), bisect_right(here, symbol, low, high)
 
     def _path(self, token: int, stripped: bool) -> np.ndarray:
         return self.table[token, int(stripped) : self.lengths[token]]
@@ -182,10 +182,14 @@ class Spelling:
 
     def _groups(self, starts: np.ndarray, symbols: np.ndarray, depth: int, column: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         slots = depth * self.width + np.where(symbols == _NOTHING, self.stop, symbols).astype(np.int64)
-        return starts, slots, self._sorted[starts, min(column + 1, self._sorted.shape[1] - 1)] == _NOTHING
+        return starts, slots, self._closed(starts, column)
+
+    def _closed(self, starts: np.ndarray, column: int) -> np.ndarray:
+        """Return True for each group that begins with a token that ends after `column`."""
+        return self._sorted[starts, min(column + 1, self._sorted.shape[1] - 1)] == _NOTHING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpelledVocabulary:
     """The symbols of a vocabulary's tokens: at the beginning of a span, where both models predict the next token, and inside a span."""
 
@@ -198,6 +202,15 @@ class SpelledVocabulary:
     def of(cls, tokens: Sequence[Sequence[int] | None], symbols: int, roots: Sequence[tuple[int, int]]) -> "SpelledVocabulary":
         """Return the vocabulary of tokens, as in `Spelling`."""
         return cls(np.array([cell for cell, _ in roots], np.int64), Spelling(tokens, symbols, roots), Spelling(tokens, symbols))
+
+
+@lru_cache(4)
+def first_symbols(student: SpelledVocabulary, teacher: SpelledVocabulary) -> np.ndarray:
+    """Return the first symbol (C,) of each cell's root. It is `other` for the cells of one model alone."""
+    found = np.full(1 + max(int(each.cells.max(initial=0)) for each in (student, teacher)), student.inside.other)
+    both = np.isin(student.cells, teacher.cells)
+    found[student.cells[both]] = student.starts.table[both, 0]
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.data.batch import Sequence, answered_rows, responses
@@ -17,7 +16,6 @@ from tadistill.errors import DataError, ModelError
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import shared_vocabulary
 from tadistill.models.teacher import Teacher
-from tadistill.objectives import SharedVocabulary
 from tadistill.plan.inputs import Encoding, Split
 from tadistill.stages.context import Context
 from tadistill.train.spans import Vocabularies
@@ -52,8 +50,7 @@ class Across:
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
                 "compare them; choose models whose tokenizers read the same characters"
             )
-        ids = torch.tensor([*again.shared]), torch.tensor([*again.shared.values()])
-        return cls(context, tokenizer, data, again, Vocabularies(SharedVocabulary(*ids, sizes), again.spelled))
+        return cls(context, tokenizer, data, again, Vocabularies(again))
 
     def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
         """Return the student's rows of a training set with the teacher's own prompts. An alarm says how many rows the teacher cannot read.

@@ -8,6 +8,7 @@ Axes: B sequences, T positions, N tokens of the loss.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tadistill.data.batch import Batch
-from tadistill.data.second_readings import CHANGED, STRIPPED, Aligned
+from tadistill.data.second_readings import CHANGED, STRIPPED, Aligned, Rereader
 from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens, span_rewards
 from tadistill.objectives.fused import Term, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import SpelledPair
@@ -31,8 +32,12 @@ _DELAY = 1  # tokens; on real text, the spans so far then depend on later text a
 class Vocabularies:
     """The tokens that student and teacher share, and the symbols of the tokens of both."""
 
-    shared: SharedVocabulary
-    spelled: tuple[SpelledVocabulary, SpelledVocabulary]
+    again: Rereader
+
+    @cached_property
+    def shared(self) -> SharedVocabulary:
+        """The tokens that both vocabularies have."""
+        return SharedVocabulary(torch.tensor([*self.again.shared]), torch.tensor([*self.again.shared.values()]), self.again.sizes)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     if shared.same:  # every span is one token of both
         part = part_of([term], student.hidden.states, weights.unsqueeze(0), teachers=[teacher.hidden])
         return fused_parts([part], sides.head, vocab=shared.sizes[0])[0]
-    pair = _spelled(aligned, sides.vocabularies.spelled)
+    pair = _spelled(aligned, sides.vocabularies.again.spelled)
     return fused_span_divergence(term.divergence, student.hidden, teacher.hidden, pair, **settings)[0]
 
 

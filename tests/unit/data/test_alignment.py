@@ -334,7 +334,7 @@ def test_only_the_first_word_of_a_text_may_lack_its_space():
     assert found is not None
     assert found.student_marks.tolist() == [STRIPPED, SPELLED, SPELLED, SPELLED]
     text = Reading(tuple(ids[1:]), (b"a", b"ab"), (True, True))
-    assert marks(text, again.spelled[0].inside).tolist() == [STRIPPED, CHANGED]
+    assert marks(text, student, len(student.tokens)).tolist() == [STRIPPED, CHANGED]
 
 
 def test_two_models_with_different_tokenizers_come_closer():

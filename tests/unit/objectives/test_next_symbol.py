@@ -7,9 +7,9 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
+from tests.unit.objectives.largest import Largest
 from tests.unit.objectives.text_oracle import Side, text_divergence
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import (
@@ -343,18 +343,6 @@ def test_text_that_one_model_cannot_write_has_a_finite_loss():
     found = fused_span_divergence(reverse_kl, Hidden(student, eyes[0]), Hidden(other, eyes[1]), pair)[1]
     by_hand = 0.2 * np.log(0.2 / 0.6) + 0.3 * np.log(0.3 / 0.4) + 0.5 * np.log(0.5 / 1e-15)
     assert float(found) == pytest.approx(by_hand, rel=1e-9)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest number of elements of a new tensor."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
 
 
 def test_no_tensor_has_a_row_of_logits_for_each_token(monkeypatch):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from tests.unit.objectives.largest import Largest
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import (
@@ -161,18 +161,6 @@ def test_fused_distance_equals_plain(beta, monkeypatch):
 
 
 # --- memory and bad input -----------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest number of elements of a new tensor."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
 
 
 def test_no_tensor_has_a_row_of_logits_for_each_token(monkeypatch):
