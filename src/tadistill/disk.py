@@ -27,21 +27,21 @@ _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
 
 def cache_root() -> Path:
-    """Return the folder of converted models: the environment variable TADISTILL_CACHE, or else `tadistill` in the user's cache folder."""
+    """Return the folder for converted models and tokenised data: $TADISTILL_CACHE, or else `tadistill` in the user's cache folder."""
     if given := os.environ.get("TADISTILL_CACHE"):
         return Path(given).expanduser()
     return user_cache() / "tadistill"
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder: the environment variable XDG_CACHE_HOME, or else ~/.cache."""
+    """Return the user's cache folder: $XDG_CACHE_HOME, or else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the error sentence for a file that is in none of the `folders`.
+    """Return the error sentence for a path that is in none of the `folders`.
 
-    If these folders contain a folder, or a file with one of the `suffixes`, with a similar name, the sentence suggests this name.
+    The sentence suggests a similar name in these folders, if there is one: that of a folder, or of a file with one of the `suffixes`.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:
@@ -88,7 +88,7 @@ def sampled_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-_OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch's errors while tensors are copied from a GPU, not of the file
+_OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch raises these while it copies tensors from a GPU; the file is not the cause
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside the `with` block, a failed write raises StoreError. The message names `path`, the reason and the fix."""
+    """Turn errors of writing in the `with` block into a StoreError. Its message names `path`, the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
@@ -136,9 +136,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, and create missing folders. Several processes may write it. Raises StoreError if this fails."""
+    """Write a text file atomically, and create missing folders. Several processes may write the same file. Raises StoreError on failure."""
     with _own_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character pair, as in arguments of another locale
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # arguments in another encoding have lone surrogates
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
@@ -196,7 +196,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a JSON file. Raises StoreError if the file is missing or damaged. `fix` is the end of the message: what the user should do."""
+    """Parse a JSON file. Raises StoreError if it is missing or damaged. The message ends with `fix`, which says what the user should do."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:
@@ -216,7 +216,7 @@ def stream_jsonl(
     Empty lines are skipped. Raises StoreError if the file is missing or damaged.
     """
     try:
-        with path.open("rb") as file:  # lines of bytes: JSON does not escape U+2028 and similar separators of lines of text
+        with path.open("rb") as file:  # bytes, because a line of text would also end at U+2028, which JSON does not escape
             place = file.seek(start)
             for number, line in enumerate(file, start=1):
                 if line.strip():

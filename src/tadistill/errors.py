@@ -30,7 +30,7 @@ class TadistillError(Exception):
 
 
 class Gathering:
-    """Collects the errors of several checks, so that the user sees all problems at once.
+    """Collects the errors of several checks, so that the user sees all problems at once. For example:
 
     found = Gathering()
     for name in models:
@@ -62,7 +62,7 @@ class Gathering:
 def about(what: str) -> Iterator[None]:
     """Put `what` (such as `models.xl`) in front of the message of an error in the block.
 
-    A message that already begins with `models.` is not changed.
+    A message that already begins with the first part of `what` (here `models.`) is not changed.
     """
     try:
         yield
@@ -98,7 +98,7 @@ class StageFailed(TadistillError, RuntimeError):
 
 
 class ServerFailed(TadistillError, RuntimeError):
-    """A server that runs a teacher does not answer, or its answers are wrong. What was finished before is kept."""
+    """A server that runs a teacher does not answer, or its answers are wrong. All work that was finished before is kept."""
 
 
 class Interrupted(Exception):

@@ -1,4 +1,4 @@
-"""Functions of the user's own code. A recipe names such a function as MODULE:FUNCTION.
+"""Load metrics and objectives from the user's own code. A recipe names such a function as MODULE:FUNCTION.
 
 function = load_function("mymodule:score", "/home/me/study")
 function.check("a metric is called with", "prediction", "references")
@@ -22,7 +22,7 @@ from typing import Any
 
 from tadistill.errors import ConfigError
 
-_DIGEST = "__tadistill_source__"  # attribute of a module that was imported here: the digest of the source that it was imported from
+_DIGEST = "__tadistill_source__"  # attribute of an imported module: the digest of its source file at the time of the import
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ class OwnFunction:
     def check(self, how: str, *positions: str, **settings: Any) -> None:
         """Raise a ConfigError if the function cannot be called with these arguments.
 
-        The message contains `how`, for example "a metric is called with".
+        Args:
+            how: a part of the message, such as "a metric is called with".
+            positions: names of the positional arguments.
+            settings: the keyword arguments.
         """
         try:
             signature = inspect.signature(self.call)
-        except ValueError:  # a function of C has none
+        except ValueError:  # some functions written in C have no signature
             return
         try:
             signature.bind(*positions, **settings)

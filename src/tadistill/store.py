@@ -1,4 +1,4 @@
-"""The store is a folder of stages. A stage is one step of a study, such as a training. Its key is a hash of its content.
+"""The store is a folder of stages. A stage is one step of a study, such as a training. Its key is a hash of its settings and inputs.
 
 `runs/store/ab/abcd…/` is the folder of the stage with the key abcd…. The stage is finished if its folder contains manifest.json and every
 file that the manifest names. The manifest is written last. The folder of an unfinished stage may contain a saved state, from which the
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 RECORD = "job.json"  # the cluster job that runs the stage
 FAILURE = "failure.txt"  # the last error of that job
-ROLLOUTS = "rollouts.json"  # the newest text that a student sampled in training, for people who watch
+ROLLOUTS = "rollouts.json"  # the newest text that a student sampled in training, for `tadistill watch`
 _NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE, ROLLOUTS)
 STATES = ("state.pt", "state-before.pt")  # the two newest saved states of a training that is not finished
 _RESUME = (*STATES, "best-*.pt", "*.tmp")
@@ -36,14 +36,10 @@ _PARTS = "parts"
 _STAGE = "stage.json"
 
 
-def canonical(value: Any) -> str:
-    """Return a value as JSON text for hashing. Equal values give equal texts."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def key_of(value: Any) -> str:
-    """Return the key of a stage's content: the first 16 hex digits of the content's SHA-256."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+    """Return the first 16 hex digits of the SHA-256 of a JSON value. The key of a stage is that of its settings and inputs."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # equal values give equal texts
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def runs_directory(given: str | Path | None = None) -> Path:
@@ -66,7 +62,7 @@ class Store:
     """The folders of all stages under one directory."""
 
     def __init__(self, root: Path, command: str = ""):
-        """Open a store. Messages about damaged files tell the user to run `command`, which makes the damaged stages again."""
+        """Open a store. Messages about damaged files tell the user to run `command`, which runs the damaged stages again."""
         self.root = Path(root)
         self.command = command
 
@@ -110,7 +106,7 @@ class Store:
         file is skipped if the manifest has no digest of it.
 
         Raises:
-            StoreError: files have changed. The message names all of them, their stages, and how to make the stages again.
+            StoreError: files have changed. The message names all of them, their stages, and how to run the stages again.
         """
         names, changed = tuple(names), dict[str, str]()
         for key in dict.fromkeys(keys):
@@ -201,7 +197,7 @@ class Store:
 
 
 def _step_of(state: Path) -> int | None:
-    # torch.save writes a zip file with a pickled dict; its first entry is the step. Commands that only look must not import torch
+    # torch.save writes a zip file with a pickled dict, whose first entry is the step. `tadistill status` must not import torch
     try:
         with zipfile.ZipFile(state) as file, file.open(next(name for name in file.namelist() if name.endswith("/data.pkl"))) as content:
             values = [value for _, value, _ in islice(pickletools.genops(content), 10) if value is not None]

@@ -1,4 +1,4 @@
-"""The console of the commands. It also handles an output that cannot be written."""
+"""The console to which all commands print. `output` handles errors while the output is written, such as a closed pipe."""
 
 import codecs
 import contextlib
@@ -23,7 +23,9 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 Detail = Literal["problems", "progress", "everything"]
-"""How much a command prints while it works (`--quiet`, neither, `--verbose`). The end of a command is always printed."""
+"""What a command prints while it works: `problems` with `--quiet`, `everything` with `--verbose`, else `progress`. Its result is always
+printed.
+"""
 
 
 class Terminal(Console):
@@ -71,7 +73,7 @@ class Terminal(Console):
 
 @contextmanager
 def output() -> Iterator[None]:
-    """Inside the `with` block, problems with the output are handled. The block contains the whole command.
+    """Handle errors of stdout and stderr inside the `with` block, which contains the whole command.
 
     Characters that the output's encoding lacks are printed as escapes. The command ends if its output cannot be written. If the reader has
     closed the pipe (`| head`), the command ends without a message and with exit code 141. On a full disk, it ends with one sentence and
@@ -88,7 +90,7 @@ def output() -> Iterator[None]:
         _silence()
         sys.exit(BROKEN_PIPE)
     except OSError as error:
-        if error.filename is not None or error.errno not in _UNWRITABLE:  # an output has no file name; files have their own errors
+        if error.filename is not None or error.errno not in _UNWRITABLE:  # not stdout or stderr, whose errors have no file name
             raise
         _silence()
         with contextlib.suppress(OSError):

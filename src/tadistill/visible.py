@@ -1,21 +1,21 @@
 r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal.
 
-visible("a\x1b[2J")     -> control characters are shown as escapes, here as `\x1b`
-visible_parts(value)    -> the same for every text in lists and dicts
-one_line(text)          -> line breaks are shown as \n, too
-shortened(sentence)     -> every quoted value is cut at 200 characters
+visible("a\x1b[2J")     -> shows control characters as escapes, here as `\x1b`
+visible_parts(value)    -> does the same for every text in lists and dicts
+one_line(text)          -> also shows line breaks as escapes
+shortened(sentence)     -> cuts every quoted value at 200 characters
 """
 
 import re
 from typing import Any
 
 LONGEST_VALUE = 200
-"""Number of characters of a value that a message shows."""
+"""The largest number of characters of a quoted value in a message."""
 _LONGEST_SENTENCE = 3000
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line feed
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they change the direction of the text around them
-    "\u2028\u2029\ufeff\ud800-\udfff\U000e0000-\U000e007f]"  # line breaks in disguise, halves of characters, invisible letters
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that change the direction of the text around them
+    "\u2028\u2029\ufeff\ud800-\udfff\U000e0000-\U000e007f]"  # line separators, byte order mark, lone surrogates, invisible tag characters
 )
 _VALUES = re.compile(
     r"`[^`]+`|(?<!\w)'(?:[^'\\]|\\.){201,}'(?!\w)|(?<!\w)\"(?:[^\"\\]|\\.){201,}\"(?!\w)|\[[^\[\]]{201,}\]|\{[^{}]{201,}\}|\S{201,}"
@@ -23,12 +23,12 @@ _VALUES = re.compile(
 
 
 def visible(text: str) -> str:
-    """Return the text with control characters, escapes and directional marks shown as escapes. Tabs and line feeds stay."""
+    """Return the text with control characters, direction marks and invisible characters shown as escapes. Tabs and line feeds stay."""
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def visible_parts(value: Any) -> Any:
-    """Return the value with every text made visible, also inside lists and dicts. HTML that was made on purpose stays as it is."""
+    """Apply `visible` to every text of a value, also inside lists and dicts. Markup (HTML of our own templates) stays as it is."""
     if isinstance(value, str):
         return value if hasattr(value, "__html__") else visible(value)
     if isinstance(value, dict):
@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
 
 def shortened(sentence: str) -> str:
     """Return the sentence with long quoted values cut. Each cut says how many characters are missing."""
-    # short quoted values are found too, so that the text between two of them is none
+    # the pattern also matches short quoted values, because the text between two of them must not count as a value
     cut = _VALUES.sub(lambda found: _cut(found[0], LONGEST_VALUE) if len(found[0]) > LONGEST_VALUE else found[0], sentence)
     return _cut(cut, _LONGEST_SENTENCE) if len(cut) > _LONGEST_SENTENCE else cut
 
@@ -54,5 +54,5 @@ def guarded(cell: str) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    kept = length - 40  # room for the note, so that a text that is cut is never cut again
+    kept = length - 40  # with the note, the result is shorter than `length`, so a second call does not cut it again
     return f"{text[: kept - 1]}… ({len(text) - kept} more characters){text[-1]}"

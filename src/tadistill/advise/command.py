@@ -47,7 +47,7 @@ from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
 
 NATS_PER_POINT = 1 / 30
-"""Factor that converts a recipe's margin from points to nats if the metric is the loss (0.3 points become 0.01 nats)."""
+"""Nats of loss that count as one point of a score from 0 to 100. So a margin of 0.3 points becomes 0.01 nats."""
 _STYLES = {"chain": "bold green", "direct": "bold", "inconclusive": "bold yellow"}
 Columns = tuple[tuple[str, str, int], ...]  # title, measure, decimals
 ON_OWN: Columns = (
@@ -115,7 +115,7 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    from tadistill.runner.preflight import check_study  # imports transformers, which a call that finds all in the store does not need
+    from tadistill.runner.preflight import check_study  # imports transformers, which is not needed if all measurements are in the store
 
     jobs = check_study(recipe, console)
     console.note(
@@ -143,7 +143,7 @@ def _advice(
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:
-    """Return the recipe's margin (the smallest difference that matters) in the unit of a metric. The recipe gives it in points."""
+    """Convert the recipe's margin (the smallest difference that matters) from points of a score from 0 to 100 to the unit of `metric`."""
     return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
 
 
@@ -162,7 +162,7 @@ def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def measured(study: str, command: str, measures: Measures, edges: Mapping[tuple[str, str], EdgeMeasures]) -> dict[str, Any]:
-    """Return the measured values for advice.json. The advice on later studies reads them."""
+    """Return the measured values for advice.json. Later calls of `tadistill advise` load them as evidence (`history`)."""
     return {
         "study": study,
         "command": command,

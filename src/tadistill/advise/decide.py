@@ -38,7 +38,7 @@ class Option:
     p_matters: float
     """Probability that the difference is above the margin (the smallest difference that matters)."""
     basis: Literal["reference", "prior", "history"]
-    """Source of the forecast. It is `reference` for the direct path, because all differences are relative to this path."""
+    """Source of the forecast: earlier studies (`history`), or the prior alone. The direct path has `reference`: it is the baseline."""
     beyond: tuple[str, ...] = ()
     """Measures whose value for this path is outside the range of earlier studies. They make the interval wider."""
 

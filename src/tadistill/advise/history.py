@@ -1,6 +1,7 @@
-"""Read the results of earlier studies as evidence for forecasts. Only dev values are read.
+"""Load the dev results of earlier studies as evidence for forecasts.
 
-Each chain (a path with assistants) is paired with its equal-compute baseline, which is direct distillation with the same compute.
+Each chain (a path with assistants) is paired with its equal-compute baseline, which is direct distillation with the same compute. Test
+results are used only for the uncertainty of a difference (`Observation.reported`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Observation:
-    """The result of one trained path (an arm of an earlier study) for one training seed. It contains dev values only."""
+    """The dev result of one trained path (an arm of an earlier study) for one training seed."""
 
     family: str
     """Name of the family (`family_of`). Runs of one family share teacher, data and method, so they are not independent evidence."""
@@ -143,9 +144,9 @@ class History:
 
 
 def history(runs: Path) -> History:
-    """Read the results of all finished arms (distilled paths) of the studies in a directory. Each training seed of an arm is one result.
+    """Load the results of all finished arms (distilled paths) of the studies in a directory. Each training seed of an arm is one result.
 
-    If two studies share a training, it is read once. Raises StoreError if `runs` is not a directory.
+    A training that two studies share gives only one result. Raises StoreError if `runs` is not a directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")
@@ -181,7 +182,7 @@ def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], 
 
 
 def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
-    model = models[name]  # the text must not contain its name: two recipes may name one model differently
+    model = models[name]  # the result must not contain `name`, because two recipes may name the same model differently
     if model.parent is None:
         return str(model.load)
     source = _origin(models, model.parent)
@@ -332,7 +333,7 @@ def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ..
 
 
 def _ends(o: Observation) -> tuple[str, str, str, str, int]:
-    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # separates students of two studies that have the same name
+    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # two studies may use one name for students of different sizes
     return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
 
 

@@ -166,9 +166,7 @@ class PathCost:
     flops: float
     multiple: float
     twin: tuple[int, int] | None
-    """Two numbers of direct distillation with the path's compute: all its updates; and the updates between two dev evaluations. None for
-    the direct path.
-    """
+    """Direct distillation of equal compute, as (number of updates, updates between two dev evaluations). None for the direct path."""
 
 
 def with_search(recipe: Recipe) -> Recipe:
@@ -232,8 +230,8 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
     """Return a copy of the recipe with arms for all paths, and the cost of each path.
 
-    The copy has an arm for each path within `search.budget`. For each path with assistants, it also has direct distillation with the same
-    compute.
+    The copy has an arm for each path within `search.budget`. For each path with assistants, it also has an arm of direct distillation with
+    the same compute.
 
     Raises:
         ConfigError: the budget is too small for any path.

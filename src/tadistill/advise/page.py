@@ -10,7 +10,6 @@ from markupsafe import Markup
 from tadistill import charts
 from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
-    TAGS,
     Report,
     basis_line,
     measure_name,
@@ -56,6 +55,7 @@ class Panel:
 
 
 def render_advice(report: Report) -> str:
+    looks = {path_text(path): found for path, found in path_looks(report).items()}
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("tadistill.advise"), PackageLoader("tadistill.report")]),
         autoescape=True,
@@ -68,8 +68,8 @@ def render_advice(report: Report) -> str:
     return environment.get_template("advice.html.j2").render(
         report=report,
         advice=report.advice,
-        looks={path_text(path): found for path, found in path_looks(report).items()},
-        glyphs={path_text(path): charts.glyph(found) for path, found in path_looks(report).items()},
+        looks=looks,
+        glyphs={path: charts.glyph(found) for path, found in looks.items()},
         glossary=GLOSSARY,
         charts=charts,
         verdict=verdict_line(report.advice),
@@ -79,7 +79,6 @@ def render_advice(report: Report) -> str:
         units=units,
         metric_title=metric_title,
         columns=_COLUMNS,
-        tags=TAGS,
         heatmaps=[Panel(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],
         cost=_markup(cost_figure(report)),
         sweep=_markup(lambda_figure(report)),
@@ -164,7 +163,7 @@ def cost_figure(report: Report) -> Chart | None:
 
 
 def lambda_figure(report: Report) -> Chart | None:
-    """Draw the assistant that MiniDisc's rule chooses for each number lambda. A larger lambda favours smaller models.
+    """Draw the assistant that MiniDisc's rule chooses for each value of its parameter lambda. A larger lambda favours smaller models.
 
     Return None if there are fewer than two assistants.
     """

@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 SIZE_LAW = 2.5
 """Ratio of teacher to learner parameters that the law of capacity gap recommends (Zhang et al. 2025, arXiv 2311.07052)."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
-"""Maps possible ratios (weight of a hop / weight of the next hop) to their prior probabilities."""
+"""Prior probability of each possible value of `carry`, the ratio (weight of a hop / weight of the next hop)."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
 """Possible standard deviations of the contrasts' part of a difference, as multiples of `unit` (the typical size of a difference)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
@@ -75,7 +75,7 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
     The `gaps` along the path are added up, weighted by `hop_weights`. The gap in direct distillation is then subtracted.
 
-    In the result, `cost` is the logarithm of the path's relative cost.
+    In the result, `cost` is the logarithm of the argument `cost`, which is the path's compute divided by that of the direct path.
     """
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
@@ -159,7 +159,7 @@ def predict(
     beyond: list[tuple[str, ...]] = []
     for carry, prior in CARRIES.items():
         columns = _contrasts(rows, carry)
-        if carry == 0.3:  # the measures outside history hardly depend on `carry`
+        if carry == 0.3:  # which measures are outside the range of earlier chains hardly depends on `carry`
             beyond = [_beyond(columns, len(history), len(history) + i) for i in range(len(candidates))]
         x_RK, excess_R = _standardised(columns, len(rows), len(history))
         parts.append(_conditional(_kernels(rows, x_RK, excess_R, carry, unit), y_N, noise_NN, prior))

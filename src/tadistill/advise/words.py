@@ -19,7 +19,7 @@ from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.units import MINUS
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
 
-LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
+LEAST_MASS, HOPS = 0.9, (1.3, 4.0)  # `notes` warns about a `Pair.mass` below the first, and about size ratios outside the range
 _NAMES = {
     "cost": "compute",
     "size": "size ratio",
@@ -38,7 +38,7 @@ def measure_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of thumb for the choice of assistants, and the path that it chooses. No rule is shown to beat direct distillation."""
+    """A rule of thumb for the choice of assistants, and the path that it chooses. No rule has been shown to beat direct distillation."""
 
     name: str
     path: tuple[str, ...]
@@ -46,7 +46,7 @@ class Rule:
 
 
 def scores(measures: Measures) -> dict[str, dict[str, float]]:
-    """Return the dev scores of each model, between 0 and 1. There are two kinds of score: from the loss, and from ROUGE-L."""
+    """Return the dev scores of each model, as {kind of score: {model: value from 0 to 1}}. The kinds are exp(−loss) and ROUGE-L / 100."""
     by_loss = {m.name: exp(-m.loss.mean) for m in measures.models}
     return {"exp(−loss)": by_loss, "ROUGE-L / 100": {m.name: m.rouge_l.mean / 100 for m in measures.models}}
 
@@ -94,22 +94,22 @@ def notes(
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
     near = [f"{p.teacher} > {p.learner} ({p.size_ratio:.2f})" for p in pairs if p.size_ratio < HOPS[0]]
     if wide:
-        found.append(f"In wide hops, the teacher is more than {HOPS[1]:g} times as big as the learner: {_list(wide)}.")
+        found.append(f"In wide hops, the teacher is more than {HOPS[1]:g} times as big as the learner: {', '.join(wide)}.")
     if near:
         found.append(
-            f"In short hops, the teacher is less than {HOPS[0]:g} times as big as the learner: {_list(near)}. Such a hop costs a training "
-            "and changes little."
+            f"In short hops, the teacher is less than {HOPS[0]:g} times as big as the learner: {', '.join(near)}. Such a hop costs a "
+            "training and changes little."
         )
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
     if thin:
         found.append(
-            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} most likely tokens: {_list(thin)}. "
+            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} most likely tokens: {', '.join(thin)}. "
             "On-policy reverse KL has been reported to collapse if this probability is low."
         )
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:
         found.append(
-            f"This study does not train {_list(bought)}, so the compute of that training is unknown, and no path's cost contains it."
+            f"This study does not train {', '.join(bought)}, so the compute of that training is unknown, and no path's cost contains it."
         )
     if metric in NOT_COMPARABLE:
         found.append(f"method.select.metric is `{metric}`, which cannot compare students of different teachers; use loss or rouge_l.")
@@ -133,10 +133,6 @@ def notes(
 def _ready_made(recipe: Recipe, name: str) -> bool:
     model = recipe.models[name]
     return model.load is not None and not model.load.startswith("scratch:") and model.sft is None
-
-
-def _list(parts: Sequence[str]) -> str:
-    return ", ".join(parts)
 
 
 @dataclass(frozen=True)

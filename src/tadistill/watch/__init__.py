@@ -1,1 +1,1 @@
-"""A page on this machine that shows a running or finished study. It only reads files, and it reads long logs piece by piece."""
+"""`tadistill watch`: a local web page that shows a running or finished study. It changes no files, and reads long logs in pieces."""

@@ -1,4 +1,4 @@
-"""The stages of a study as a small graph. All seeds of a training are one node, together with the stages that measure their models.
+"""The stages of a study as a small graph. One node holds all seeds of a training, and the stages that evaluate the trained models.
 
 In a wide window, nodes are in columns, with parents left of children. In a narrow window, they are a list, and arcs beside it are the
 edges.
@@ -14,16 +14,16 @@ from tadistill.watch.logs import TrainingLog
 from tadistill.watch.state import BAD, StageState
 
 WIDTH, HEIGHT, ACROSS, DOWN = 292, 74, 342, 88
-"""Pixels of a node, and from one node to the next."""
+"""In columns: width and height of a node, and the horizontal and vertical distance from a node to the next one, in pixels."""
 ROW, GUTTER = 82, 42
-"""Pixels of a node's row in the list, and of the arcs beside it."""
+"""In the list: height of a node's row, and width of the margin for the arcs, in pixels."""
 _ROWS = 8
 _SEED = re.compile(r",?\s*seed \d+")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of the graph. Its `stages` differ only in their seed. Its `measures` are the stages that measure the trained models."""
+    """One node of the graph. Its `stages` differ only in their seed. Its `measures` are the stages that evaluate the trained models."""
 
     id: str
     title: str
@@ -98,7 +98,7 @@ def draw(nodes: Sequence[Node]) -> Drawn:
     for node in nodes:
         columns.setdefault(depth[node.id], []).append(node)
     at: dict[str, tuple[int, int]] = {}
-    first = 0  # of the columns of this depth
+    first = 0  # the first column of this depth
     for number in sorted(columns):
         ordered = sorted(columns[number], key=lambda node: fmean([at[p][1] for p in node.parents if p in at] or [0.0]))
         for place, node in enumerate(ordered):
@@ -116,10 +116,10 @@ def draw(nodes: Sequence[Node]) -> Drawn:
 
 
 def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Iterable[str]) -> tuple[list[StageState], str]:
-    """Return the trainings whose curves are shown, and a sentence that says which they are.
+    """Return the trainings whose curves are shown, at most `_SHOWN`, and a sentence that says which they are.
 
-    The trainings in the nodes `wanted` are shown. Without any, the running trainings are shown, or else the interrupted ones, or else those
-    with the newest logs.
+    They are the trainings in the nodes with the ids `wanted`. If these have none, they are the running trainings, else the interrupted
+    ones, else those with the newest logs.
     """
     chosen, nodes = set(wanted), list(nodes)
     some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]

@@ -1,11 +1,11 @@
-"""Follow logs that grow. The newest lines are read first, then older lines piece by piece, so that each reading is short.
+"""Follow logs that grow. The newest lines are read first, then older lines in pieces, so that no call takes long.
 
     log = TrainingLog(folder / "metrics.jsonl")
     log.file.forward()                # the lines since the last call; the first call starts near the end of the file
     while log.file.unread: log.file.backward()
     log.curves["train/loss"].points()
 
-Lines are not kept. A curve has at most `BUCKETS` ranges of steps, each with its lowest, mean and highest value.
+Lines of a training log are not kept. A curve has at most `BUCKETS` ranges of steps, each with its lowest, mean and highest value.
 """
 
 import json
@@ -20,7 +20,7 @@ from tadistill.metrics import LOGS
 BUCKETS = 120
 """Largest number of points in a curve."""
 _PIECE = 64 << 10
-_KEPT = 200  # alarms, and as many last lines
+_KEPT = 200  # number of alarms, and number of last lines, that are kept
 _ALARM = re.compile(r"^(?P<time>[\d: -]*\d:\d\d)(?: \d+)? alarm: (?P<text>.*)$")
 
 
@@ -89,7 +89,7 @@ class Follower:
 
 
 class Point(NamedTuple):
-    """A point of a curve. It stands for a range of steps, with their lowest, mean and highest value."""
+    """A point of a curve: a range of steps by its mean step, with the lowest, mean and highest value in it."""
 
     step: float
     low: float
@@ -98,7 +98,7 @@ class Point(NamedTuple):
 
 
 class Curve:
-    """A curve in at most `BUCKETS` ranges of steps. If a step does not fit any more, all ranges become twice as wide."""
+    """A curve in at most `BUCKETS` ranges of steps. If a step is beyond the last range, all ranges become twice as wide."""
 
     def __init__(self) -> None:
         self.width = 1
@@ -150,7 +150,7 @@ class TrainingLog:
         return more
 
     def left(self, total: int) -> float | None:
-        """Return the predicted seconds until update `total`, from the speed at which the log grows. Return None if it has not grown yet."""
+        """Return the predicted seconds until update `total`, from the speed at which the log grows. Return None until the log has grown."""
         then, step = self._first or (0.0, self.step)
         seconds, updates = self.file.changed - then, self.step - step
         return (total - self.step) * seconds / updates if updates > 0 and seconds > 0 else None

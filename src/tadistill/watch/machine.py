@@ -1,4 +1,4 @@
-"""The load of this machine: CPU, memory and GPUs, and the part that the processes of a run use."""
+"""The load of this machine: CPU, memory and GPUs, and how much of it the processes of a run cause."""
 
 import platform
 import shutil
@@ -14,7 +14,7 @@ from tadistill.runner.local import LocalRun
 
 _PAUSE, _CARDS_PAUSE = 1.0, 5.0
 """Seconds between two measurements, and between two calls of nvidia-smi, which takes up to a second."""
-_FIELDS = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
+_FIELDS = "name,utilization.gpu,memory.used,memory.total,temperature.gpu"
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Gpu:
     memory: float | None
     """Memory in use, in bytes."""
     total: float | None
+    """All memory, in bytes."""
     celsius: float | None
-    watts: float | None
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,22 @@ class Use:
     cpu: float
     """CPU load of the machine, in per cent of all cores."""
     memory: int
+    """Memory in use on the machine, in bytes."""
     total: int
+    """All memory of the machine, in bytes."""
     own_processes: int
     """Number of the run's processes on this machine. If it is 0, the other values that begin with `own` are 0 too."""
     own_cpu: float
     """CPU time of the run's processes, in per cent of one core."""
     own_memory: int
+    """Memory of the run's processes, in bytes."""
     gpus: tuple[Gpu, ...]
     note: str
     """A sentence about values that cannot be measured on this machine. Empty if there are none."""
 
 
 class Machine:
-    """Measures the load of this machine, as a mean since the last measurement. Several threads may use it."""
+    """Measures the load of this machine. CPU loads are means since the last measurement. Several threads may call `look`."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, float], psutil.Process] = {}
@@ -62,7 +65,12 @@ class Machine:
         psutil.cpu_percent()  # the first call has no load to return
 
     def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
-        """Return the load now, or the last measurement if it is less than a second old. `elsewhere` is True if Slurm runs stages."""
+        """Return the load now, or the last measurement if it is less than a second old.
+
+        Args:
+            runs: the runs of the study. The load of their processes on this machine is measured separately.
+            elsewhere: True if Slurm runs stages of the study.
+        """
         with self._lock:
             if self._last is None or time.monotonic() - self._at >= _PAUSE:
                 self._last, self._at = self._look(runs, elsewhere=elsewhere), time.monotonic()
@@ -73,8 +81,8 @@ class Machine:
         own = self._processes([run.pid for run in running if run.host == platform.node()])
         memory = psutil.virtual_memory()
         gpus, others = self._cards(), sorted({run.host for run in running} - {platform.node()})
-        notes = [f"The run is on {', '.join(others)}; this page sees only {platform.node()}."] if others else []
-        notes += ["Slurm runs the stages on other machines, whose load is not seen from here."] if elsewhere and not others else []
+        notes = [f"The run is on {', '.join(others)}, but the load is that of {platform.node()}."] if others else []
+        notes += ["Slurm runs the stages on other machines, whose load is not shown."] if elsewhere and not others else []
         notes += ["There is no NVIDIA GPU on this machine, or no nvidia-smi."] if gpus is None else []
         cpu, used = 0.0, 0
         for process in own:
@@ -130,15 +138,13 @@ def _nvidia() -> tuple[Gpu, ...] | None:
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:
-    """Read the output of nvidia-smi. A value such as `[N/A]` becomes None."""
+    """Parse the output of nvidia-smi. A value such as `[N/A]` becomes None."""
     found = []
     for line in text.splitlines():
         name, *rest = (part.strip() for part in line.split(","))
         values = [float(part) if part.replace(".", "", 1).isdigit() else None for part in rest]
-        if len(values) == 5:
-            used, memory, total, celsius, watts = values
+        if len(values) == 4:
+            used, memory, total, celsius = values
             scale = 2**20
-            found.append(
-                Gpu(name, used, None if memory is None else memory * scale, None if total is None else total * scale, celsius, watts)
-            )
+            found.append(Gpu(name, used, None if memory is None else memory * scale, None if total is None else total * scale, celsius))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The page as HTML, in several parts. Every few seconds, the browser asks for the parts and replaces those that have changed."""
+"""The web page as HTML, in several parts. Every few seconds, the browser requests the parts and replaces those that have changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Panel:
 
 
 def shell(moment: Moment, parts: Mapping[str, str]) -> str:
-    """Return the HTML of the whole page. `parts` is its first content."""
+    """Return the HTML of the whole page. `parts` maps the id of each part to its HTML (`render`)."""
     own = files("tadistill.watch").joinpath("templates")
     style = f"{charts.style()}\n{own.joinpath('watch.css').read_text(encoding='utf-8')}"
     script = f"{charts.script()}\n{own.joinpath('watch.js').read_text(encoding='utf-8')}"
@@ -68,7 +68,7 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
     """Return the parts of the page by id.
 
     Args:
-        wanted: ids of the graph's nodes whose curves and samples are shown. If it is empty, running stages are shown.
+        wanted: ids of the graph's nodes whose curves and samples are shown. If it is empty, a default is shown (`graph.picked`).
         reports: names of files of the study. The page has a link to each of them.
     """
     nodes = nodes_of(moment.stages)

@@ -1,10 +1,10 @@
-"""The server of the page. It listens on 127.0.0.1 only, writes nothing, and serves only a few files of the study's own folder.
+"""The web server of the page. It listens on 127.0.0.1 only, writes nothing, and serves only a few files of the study's own folder.
 
 server = make_server(study, store, port=0)
 server.serve_forever()                      # until server.shutdown()
 
 /                 the page
-/state            its parts as JSON
+/state            the parts of the page, as JSON
 /files/NAME       report.html, results.json and other files that the study's folder may have
 """
 
@@ -33,7 +33,7 @@ from tadistill.watch.machine import Machine
 from tadistill.watch.state import Watched
 
 HOSTS = ("localhost", "127.0.0.1", "[::1]")
-"""Allowed names in the Host header. With another name, a foreign page in the same browser could read the study (DNS rebinding)."""
+"""Allowed names in the Host header. With other names, a foreign page in the same browser could read the study (DNS rebinding)."""
 FILES = {
     "report.html": "text/html",
     "report.md": "text/plain",
@@ -42,13 +42,13 @@ FILES = {
     "plan.json": "application/json",
     "run.log": "text/plain",
 }
-"""The files of a study's folder that are served, with their types."""
+"""The files of a study's folder that are served, with their media types."""
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'"
 )
 _PAUSES = {"running": 2, "queued": 5}
 _TABLE = Path("/proc/net/tcp")  # connections and their owners, on Linux
-_REST = 10  # seconds between two looks at a study in which nothing happens
+_REST = 10  # seconds between two updates of the page if nothing runs or waits in the queue
 
 
 class Server(ThreadingHTTPServer):
@@ -68,7 +68,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def state(self, wanted: Sequence[str] = (), have: Container[str] = ()) -> dict[str, Any]:
-        """Return the title, the seconds until the browser should ask again, and the parts of the page with their digests.
+        """Return the title, the seconds until the browser should send the next request, and the parts of the page with their digests.
 
         Args:
             wanted: ids of the graph's nodes whose curves are shown.
@@ -148,15 +148,15 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _not_allowed(self) -> None:
-        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "this page only reads; use GET", {"Allow": "GET, HEAD"})
+        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "this server changes nothing; use GET", {"Allow": "GET, HEAD"})
 
     def _allowed(self) -> bool:
         host = self.headers.get("Host", "")
         if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
-            self._refuse(HTTPStatus.FORBIDDEN, "this page is only served under the names localhost and 127.0.0.1")
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is served only under the names localhost and 127.0.0.1")
             return False
         if not same_user(*self.client_address[:2], port=self.server.server_address[1]):
-            self._refuse(HTTPStatus.FORBIDDEN, "this page is only served to the user who started it")
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is served only to the user who started the server")
             return False
         return True
 
@@ -199,9 +199,15 @@ def read_file(study: Path, name: str) -> bytes | None:
 
 
 def same_user(address: str, client: int, *, port: int) -> bool:
-    """Return False if another user of this machine opened the connection. Only Linux tells; elsewhere the result is True.
+    """Return False if another user of this machine opened the connection. On systems other than Linux, the owner of a connection is not
+    known, and the result is always True.
 
-    All users of a login node can connect to a port of 127.0.0.1. `address` and `client` are the address and the port of the browser.
+    The check is needed because all users of a login node can connect to a port of 127.0.0.1.
+
+    Args:
+        address: the address of the browser.
+        client: the port of the browser.
+        port: the port of this server.
     """
     try:
         lines = _TABLE.read_text(encoding="ascii").splitlines()[1:]

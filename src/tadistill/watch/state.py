@@ -1,7 +1,7 @@
-"""The state of a study at one moment, for a page that asks for it every few seconds. Nothing is written.
+"""The state of a study at one moment, for a page that requests it every few seconds. Nothing is written.
 
 study = Watched(directory, store)
-moment = study.look()             # reads what has changed since the last look; at most once a second
+moment = study.look()             # reads what has changed since the last call; at most once a second
 moment.state, moment.stages, moment.left
 """
 
@@ -26,9 +26,9 @@ from tadistill.watch.logs import RunLog, TrainingLog
 
 _PAUSE = 1.0
 _SLURM_PAUSE = 15.0
-"""Seconds between two questions to Slurm. All users of a cluster share Slurm, so questions must be rare."""
+"""Seconds between two queries to Slurm. All users of a cluster share Slurm, so queries must be rare."""
 _READING = 0.2
-"""Seconds that one look may spend on reading logs."""
+"""Seconds that one call of `Watched.look` may spend on reading logs."""
 _WORDS = {
     "dead": "killed",
     "not started": "waiting",
@@ -38,7 +38,7 @@ _WORDS = {
     "completing": "running",
 }
 BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_memory", "node_fail", "preempted", "boot_fail", "deadline"})
-"""States of stages that a person must look at."""
+"""States in which a stage needs the user's attention."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,19 @@ class StageState:
     seed: int
     parents: Mapping[str, str]
     total: int
-    """The amount of work: updates of a training, rows of another stage, or 1 if a stage counts nothing."""
+    """The amount of work: updates of a training, rows of another stage, or 1 if the stage's progress is not counted."""
     state: str = "waiting"
     """One of done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
     note: str = ""
     """The newest numbers, or the reason why the stage failed or waits."""
     done: int = 0
+    """How much of `total` is done."""
     seconds: float | None = None
+    """Run time so far, or of the whole stage if it is finished. None if not known."""
     elapsed: str = ""
+    """Run time of the stage's Slurm job, as Slurm prints it."""
     left: float | None = None
+    """Predicted seconds until the stage is finished. None if not known."""
 
     @property
     def trains(self) -> bool:
@@ -74,7 +78,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The newest text that the student of one training has sampled."""
+    """The text that the student of one training has sampled most recently."""
 
     step: int
     rows: tuple[tuple[str, str], ...]
@@ -88,21 +92,27 @@ class Moment:
 
     name: str
     at: float
+    """Time of the moment, in seconds since 1970."""
     state: str
     """One of running, queued, finished, killed, failed, interrupted and `not running`."""
     stages: tuple[StageState, ...]
     runs: tuple[LocalRun, ...]
     left: float | None
+    """Predicted seconds until the study is finished. None if not known."""
     logs: Mapping[str, TrainingLog]
+    """Stage key -> log of the training."""
     rollouts: Mapping[str, Rollouts]
+    """Stage key -> newest sampled text of the training."""
     alarms: tuple[str, ...]
+    """The warnings of all trainings."""
     lines: tuple[str, ...]
     """The last lines of run.log, the log of the study."""
     unread: float
-    """The share of the bytes in logs that has not been read yet."""
+    """The share of the bytes in logs that has not been read yet, from 0 to 1."""
     damaged: int
-    """The number of lines of training logs that cannot be read."""
+    """The number of lines of training logs that cannot be parsed."""
     problems: tuple[str, ...] = ()
+    """Sentences about what is not known, such as an error of Slurm."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -122,7 +132,7 @@ class _Slurm:
 
 
 class Watched:
-    """A study whose files are read again and again. Several threads may use it."""
+    """A study whose files are read again when they change. Several threads may call `look`."""
 
     def __init__(self, study: Path, store: Store):
         self.study, self.store = study, store
@@ -138,8 +148,11 @@ class Watched:
         self._job_logs: dict[Path, RunLog] = {}
 
     def look(self) -> Moment:
-        """Return the state of the study now, or the last one if it is less than a second old. Raises StoreError if plan.json cannot be
-        read."""
+        """Return the state of the study now, or the last result if it is less than a second old.
+
+        Raises:
+            StoreError: plan.json cannot be read.
+        """
         with self._lock:
             if self._moment is None or not 0 <= time.time() - self._moment.at < _PAUSE:
                 self._moment = self._look()
@@ -233,7 +246,7 @@ class Watched:
             paths = [path for job in running for path in jobs_folder(self.study).glob(f"{job}_*log.out")]
             self._job_logs = {path: self._job_logs.get(path) or RunLog(path) for path in paths}
             if not self._slurm.rows and not self._slurm.problem:
-                self._slurm.at = float("-inf")  # nothing was submitted, so nobody was asked
+                self._slurm.at = float("-inf")  # no job was submitted, so Slurm was not queried
         return self._slurm.rows
 
     def _ready(self, stages: tuple[StageState, ...]) -> tuple[StageState, ...]:
@@ -281,7 +294,7 @@ class Watched:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 rows = tuple((str(row["prompt"]), str(row["response"])) for row in content["rows"])
                 self._rollouts[stage.key] = Rollouts(int(content["step"]), rows, changed)
-            except (OSError, ValueError, KeyError, TypeError):  # none yet; they only inform
+            except (OSError, ValueError, KeyError, TypeError):  # no sample yet, or a damaged file: the page works without samples
                 continue
 
     def _recorded(self, stages: Iterable[StageState]) -> Iterable[str]:

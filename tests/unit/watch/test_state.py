@@ -175,8 +175,8 @@ def test_an_evaluation_alone_has_a_node(folder):
 
 
 def test_gpus_as_nvidia_smi_describes_them():
-    full, empty = read_gpus("NVIDIA H100, 87, 40960, 81920, 61, 512.3\nNVIDIA GB10, [N/A], [N/A], [N/A], 45, [N/A]\n")
-    assert (full.used, full.memory, full.total, full.celsius, full.watts) == (87, 40 * 2**30, 80 * 2**30, 61, 512.3)
+    full, empty = read_gpus("NVIDIA H100, 87, 40960, 81920, 61\nNVIDIA GB10, [N/A], [N/A], [N/A], 45\n")
+    assert (full.used, full.memory, full.total, full.celsius) == (87, 40 * 2**30, 80 * 2**30, 61)
     assert (empty.name, empty.used, empty.memory, empty.celsius) == ("NVIDIA GB10", None, None, 45)
     assert read_gpus("No devices were found\n") == ()
 
@@ -192,4 +192,4 @@ def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
     folder.run(S1, host="node7")
     machine = Machine()
     use = machine.look([run for run in look(folder).runs if run.host == "node7"], elsewhere=False)
-    assert (use.own_processes, use.note.startswith("The run is on node7; this page sees only")) == (0, True)
+    assert (use.own_processes, use.note.startswith("The run is on node7, but the load is that of")) == (0, True)
