@@ -118,12 +118,6 @@ def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
         )
 
 
-def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
-    """Build measures from stored values. Names that this version does not know are ignored."""
-    known = {f.name for f in fields(EdgeMeasures)}
-    return EdgeMeasures(**{name: value for name, value in values.items() if name in known})
-
-
 # --- reading studies ----------------------------------------------------------------------------------------------------
 
 MEASURES = "advice.json"
@@ -203,9 +197,12 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
     path = study_dir / MEASURES
     if not path.is_file():
         return {}
-    content = read_json(path)
+    content, known = read_json(path), {f.name for f in fields(EdgeMeasures)}  # other versions may have written other measures
     try:
-        return {(e["teacher"], e["learner"]): measures_from(e["measures"]) for e in content["edges"]}
+        return {
+            (e["teacher"], e["learner"]): EdgeMeasures(**{name: value for name, value in e["measures"].items() if name in known})
+            for e in content["edges"]
+        }
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); run `tadistill advise RECIPE` to write it again") from error
 
