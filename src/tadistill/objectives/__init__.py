@@ -1,9 +1,9 @@
-"""White-box distillation objectives as pure functions. Each function takes logits and returns one value per token, in nats.
+"""White-box distillation objectives as pure functions. Most of them take logits and return one value per token, in nats.
 
     from tadistill.objectives import reverse_kl
     loss = (reverse_kl(student_logits, teacher_logits) * mask).sum() / mask.sum()
 
-`fused_divergence` computes the same values from hidden states and heads. It never builds a tensor of shape [tokens, vocabulary].
+`fused_divergence` computes the same values from hidden states and output heads. It never builds a tensor of shape [tokens, vocabulary].
 """
 
 from tadistill.objectives.adaptive import TaidSchedule, adaptive_kl, contrastive, contrastive_alpha, taid, taid_target

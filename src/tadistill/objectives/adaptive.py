@@ -1,4 +1,4 @@
-"""Objectives that depend on the student's state: adaptive KL, TAID and DistiLLM-2's contrastive loss.
+"""Objectives whose weights or target change as the student learns: adaptive KL, TAID and DistiLLM-2's contrastive loss.
 
 All functions take logits of shape (..., V) and return nats of shape (...). In formulas, p is the teacher and q is the student.
 """
@@ -21,7 +21,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
     """Return the adaptive KL of teacher p and student q: w KL(p || q) + (1 - w) KL(q || p). No gradient flows through w.
 
     Let H be the smallest set of the teacher's most probable tokens whose total probability is at least `mu`. The weight w is the sum of
-    |p - q| over H, divided by the sum of |p - q| over the whole vocabulary. The authors' code leaves out the last token of H.
+    |p - q| over H, divided by the sum of |p - q| over the whole vocabulary. The code of the paper's authors leaves the last token out of H.
 
     Args:
         mu: least total probability of H, in [0, 1]. At 0 the result equals `reverse_kl`, and at 1 it equals `forward_kl`.
@@ -37,7 +37,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
 
 
 def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    # returns the fraction (...) of sum_v |p - q| at the head's tokens; one half where p = q
+    # returns the share (...) of sum_v |p - q| that the tokens of the head H have; one half where p = q
     width = p.shape[-1]
     k = min(_HEAD_GUESS, width)
     top, ids = p.topk(k)  # most heads are short, and sorting a whole vocabulary is slow on a CPU
@@ -65,8 +65,8 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
     """Return the cross-entropy of the student to the target of `taid_target`. It has the same gradient as the forward KL to this target.
 
-    The value is not the KL, because `TaidSchedule` needs the cross-entropy. To get the KL, call `forward_kl` with the target as the
-    teacher's logits.
+    The value is the cross-entropy and not the KL, because `TaidSchedule` needs it. To get the KL, call `forward_kl` with the target as
+    the teacher's logits.
 
     Args:
         t: interpolation weight, in [0, 1]. `TaidSchedule` changes it during training.
@@ -79,7 +79,7 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperatur
 
 
 class TaidSchedule:
-    """The weight t of TAID's target during training. It rises at least linearly, and faster while the loss falls.
+    """The teacher's weight t in TAID's target during training. It rises at least linearly, and faster while the loss falls.
 
     Call `update` once per optimizer update. The first call only stores the loss. Source: Shing et al. 2025 (TAID), Algorithm 1.
     """
@@ -117,7 +117,8 @@ def contrastive(
     Args:
         student_logits, teacher_logits: (..., V).
         from_teacher: bool, broadcastable to (...). True where the teacher wrote the text.
-        alpha: a number in [0, 1] for both losses. A tensor from `contrastive_alpha` is also possible, if it is broadcastable to (...).
+        alpha: the `alpha` of both losses: a number in [0, 1], or a tensor of such numbers that is broadcastable to (...), for example
+            from `contrastive_alpha`.
 
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """

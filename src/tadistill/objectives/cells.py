@@ -1,8 +1,10 @@
-"""A divergence between the next tokens of two models with different vocabularies, about the cell of the next token.
+"""Compare the next tokens of two models with different vocabularies by their cells.
 
-`tadistill.objectives.spelling` explains cells. The probability of a cell is the sum over its tokens.
+A cell is a set of tokens of both vocabularies that begin with the same symbols (bytes), the root of the cell. For example, the student's
+tokens `the` and `then` and the teacher's token `the` are the cell with the root `the` (`tadistill.objectives.spelling`). A model's
+probability of a cell is the sum over its tokens, here P(the) + P(then) for the student and P(the) for the teacher.
 
-Axes: n tokens of a tile, V student's vocabulary, W teacher's vocabulary, C cells.
+Axes: X places where both models predict a token, n places of a tile, V and W vocabulary sizes of student and teacher, C cells.
 """
 
 from collections.abc import Callable
@@ -17,27 +19,31 @@ from tadistill.objectives.targets import WITH_SLOPE
 from tadistill.tuning import LOG_ZERO
 
 LEAST = 1e-15
-"""A smaller probability counts as this one. So text that one model cannot write has a finite loss."""
+"""Smallest probability of a cell or a symbol in a loss. Smaller ones are raised to it. So text that a model cannot write has a finite
+loss."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of two vocabularies, for some places at which both models predict a token."""
+    """The cells of two vocabularies, and the cells that cannot follow at each place."""
 
     student: Tensor
-    """The cell (V,) of each token."""
+    """The cell (V,) of each of the student's tokens."""
     teacher: Tensor
-    """(W,)"""
+    """The cell (W,) of each of the teacher's tokens."""
     count: int
+    """The number C of cells."""
     which: Tensor
-    """For each place, a row of `excluded`, or -1 for a place at which no cell is excluded."""
+    """The row (X,) of `excluded` for each place, or -1 for a place at which every cell can follow."""
     excluded: Tensor
-    """(..., width) bool. True for a symbol with which no cell can begin there, because another token would have been written before."""
+    """(..., width) bool, width different symbols. True for a symbol with which no cell can begin at the place: with this symbol, a
+    tokenizer would have written a longer token before the place."""
     first: Tensor
     """The first symbol (C,) of each cell's root."""
 
     def divergence(self, divergence: Callable[..., Tensor], student: Tensor, teacher: Tensor, rows: slice, **settings: Any) -> Tensor:
-        """Return the divergence (n,) at the places `rows`. `student` (n, V) and `teacher` (n, W) are logits."""
+        """Return the divergence (n,) between the distributions over cells at the places `rows`. `student` (n, V) and `teacher` (n, W)
+        are logits."""
         temperature = settings.pop("temperature", 1.0)
         sides = (_sums(z / temperature, own, self.count)[1] for z, own in ((student, self.student), (teacher, self.teacher)))
         return divergence(*(self._logits(mass, rows) for mass in sides), **settings)
@@ -45,7 +51,7 @@ class Cells:
     def with_slope(
         self, divergence: Callable[..., Tensor], student: Tensor, teacher: Tensor, rows: slice, **settings: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the values (n,) and their gradients with respect to the student's logits (n, V)."""
+        """Return what `divergence` returns, (n,), and its gradient with respect to the student's logits, (n, V)."""
         temperature = settings.pop("temperature", 1.0)
         probs, mass = _sums(student / temperature, self.student, self.count)
         others = _sums(teacher / temperature, self.teacher, self.count)[1]
@@ -61,6 +67,6 @@ class Cells:
 
 
 def _sums(logits: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the probabilities (n, V) of the tokens, and (n, C) of the cells."""
+    """Return the probabilities of the tokens (n, V), and of the cells (n, C)."""
     probs = at_least_float32(logits).softmax(-1)
     return probs, torch.zeros(len(probs), count, dtype=probs.dtype, device=probs.device).index_add(1, cells, probs)

@@ -2,7 +2,7 @@
 
 All functions take logits of shape (..., V) and return values of shape (...). They apply no mask and no reduction. They compute in
 float32, or in float64 for float64 logits. The temperature divides both logits; the value is not multiplied by the temperature squared.
-To stop the gradient to the teacher, the caller detaches its logits. A logit of -inf means a probability of 0.
+To stop the gradient to the teacher, the caller detaches the teacher's logits. A logit of -inf means a probability of 0.
 
 The most used divergences have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and the slope
 (..., V), which is the gradient of the value in the student's logits. It uses no autograd, and takes half the time of autograd on a CPU.
@@ -234,12 +234,15 @@ def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 
 def through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
-    """Return the gradient (..., V) with respect to logits, in the memory of `g`: the gradient with respect to their softmax `q`. `mean`
-    (...) is `dot(g, q)`."""
+    """Return the gradient (..., V) with respect to logits z, where q = softmax(z / temperature). It is q (g - mean) / temperature.
+
+    `g` is the gradient with respect to q. It is overwritten. `mean` (...) is `dot(g, q)`.
+    """
     return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of a * b over the last axis."""
     # `vecdot` allocates no tensor for the products. On a GPU it is a matrix product, which may round float32 to TF32.
     return torch.linalg.vecdot(a, b) if a.device.type == "cpu" else (a * b).sum(-1)
 

@@ -82,10 +82,10 @@ def alpha_mixture(
     the geometric mixture, and alpha = 3 gives the harmonic mixture. The gradient flows through r.
 
     Args:
-        alpha: a finite number that selects the kind of mixture, as above.
+        alpha: a finite number that selects the mean of p and q, as above.
         lam: the teacher's share of the mixture, in [0, 1].
         pair: which two distributions are compared. For example, `pr` is the divergence from p to r.
-        ab_parameters: alpha and beta of the divergence, which is `alpha_beta`. (1, 0) gives the KL divergence. AMiD also uses (0.2, 0.7).
+        ab_parameters: alpha and beta of the function `alpha_beta`, which is the divergence. (1, 0) gives the KL. AMiD also uses (0.2, 0.7).
 
     Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are those of the WASD paper.
     """

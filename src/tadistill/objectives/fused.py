@@ -7,7 +7,7 @@ The tokens are processed in tiles (groups of tokens). `objectives.tiles` chooses
 small ones for the objective. The forward pass already computes the gradient, either by autograd or by a faster
 NAME_with_slope function, and stores it in the memory of the logits. The backward pass only returns this gradient.
 
-Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
+Axes: N tokens, n tokens of a small tile, H hidden size, V vocabulary size, K terms of a loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +44,10 @@ from tadistill.objectives.tiles import add_product, product, project, tile_rows
 _QUEUED = {"cuda"}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
-"""A function of the student's logits (n, V), of each teacher's logits (n, V), TopK or Sampled, and of the slice of tokens. It returns
-(K, n) values."""
+"""A function that computes K terms at n tokens, (K, n). Its arguments are the student's logits (n, V), a tuple with each teacher's logits
+(n, V), `TopK` or `Sampled`, and the slice of the n tokens among the N tokens."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
-"""A function of the arguments of `Values` and weights (K, n). It returns the values, and the gradient (n, V) of their weighted sum."""
+"""A function of the arguments of `Values` and weights (K, n). It returns the terms, and the gradient (n, V) of their weighted sum."""
 Term = TokenTerm | TeacherTerm
 
 
@@ -68,7 +68,7 @@ def fused_divergence(
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
         student_hidden: (..., H) last hidden states, with an autograd graph.
-        teacher: one target, or several with a `mixture`. No gradient reaches a target.
+        teacher: the teacher's output (`Target`), or a list of several teachers' outputs with a `mixture`. No gradient flows to them.
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: use only the first `vocab` tokens of both heads (or of the teacher's logits), and normalise the probabilities over them.
 
@@ -106,7 +106,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute several loss terms with `fused_head`. Return their weighted sum, and their values of shape (K, N)."""
+    """Compute K loss terms at the same N tokens. Return their weighted sum with a graph, and their values (K, N) without one."""
     total, found = fused_parts([part_of(terms, hidden, weights, teachers=teachers)], head, vocab=vocab)
     return total, found[0]
 
@@ -114,7 +114,7 @@ def fused_terms(
 def part_of(
     terms: Sequence[Term], hidden: Tensor, weights: "Tensor | Callable[[Tensor], Tensor]", *, teachers: Sequence[Target] = ()
 ) -> "Part":
-    """Combine several loss terms at the same tokens into one part of a loss."""
+    """Combine several loss terms at the same tokens into a part of a loss, for `fused_parts`."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -185,7 +185,7 @@ class Part:
     hidden: Tensor
     values: Values
     weights: Tensor | Callable[[Tensor], Tensor]
-    """Weights, or a function that returns them for the values of the part before."""
+    """Weights, or a function that computes them from the values of the previous part."""
     slopes: Slopes | None = None
     teachers: Sequence[Target] = ()
     counts: bool = True
@@ -193,7 +193,7 @@ class Part:
 
 
 def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Compute parts of a loss that share one head and its gradient. Return the sum of the parts, and the values of each part."""
+    """Compute parts of a loss that use the same student's head. Return the weighted sum with a graph, and the values of each part."""
     watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
     kind = head.weight.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -284,7 +284,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def of(self, rows: slice) -> "_Gradients":
-        """Return the gradients for one part of the loss: for its own hidden states, and for the head, which all parts share."""
+        """Return the memory of one part's gradients: its own rows for the hidden states, and the head's, which all parts share."""
         part = copy(self)
         part.hidden = None if self.hidden is None else self.hidden[rows]
         return part

@@ -1,11 +1,12 @@
-"""The next symbol of a text, given the text so far, for two models with different tokenizers.
+"""Compare two models with different tokenizers by the next symbol of a text: a byte, or an event such as the end of the text.
 
-A model's distribution of the next byte follows from its distribution of the next token. `SpelledPair` has the places of the texts at which
-the two models can be compared, and `symbol_divergence` compares them there. `objectives.spans` has the whole loss. The page "Different
-tokenizers" of the documentation derives it.
+A model's distribution of the next symbol follows from that of the next token. With the tokens `the`, `then` and `at`, the next symbol is t
+with the probability P(the) + P(then). After `the`, it is n with the probability P(then) / (P(the) + P(then)). A place is a position before
+a symbol. `SpelledPair` finds the places of a text at which the models can be compared, and `symbol_divergence` compares them.
+`objectives.spans` has the whole loss. The page "Different tokenizers" of the documentation derives it.
 
-Axes: N student's tokens, M teacher's tokens, S spans, X places in the texts, U different tokens, K groups (`Spelling.around`), R nodes: a
-node is a token and the number of its symbols that are written.
+Axes: N student's tokens, M teacher's tokens, S spans, X places, width symbols, U different tokens, K groups of a vocabulary around a token
+(`spelling.Around`), R nodes (a node is a token with the number of its symbols before a place).
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ _AT_ONCE = {"cpu": 256, "cuda": 4096}  # places whose distributions are in memor
 
 @dataclass(frozen=True)
 class SpelledPair:
-    """The tokens of student and teacher for the same texts. `SpelledPair.of` also says which spans are compared by cells."""
+    """The same texts in the tokens of student and teacher, cut into spans at the token boundaries that both have."""
 
     student: SpelledText
     teacher: SpelledText
@@ -41,7 +42,7 @@ class SpelledPair:
 
     @classmethod
     def of(cls, student: SpelledText, teacher: SpelledText, follows: np.ndarray, compared: np.ndarray) -> "SpelledPair":
-        """Return the pair. A span is compared by cells if the first tokens of both models are in the same cell.
+        """Return the pair, with `by_cell` set. A span begins with a comparison by cells if its first tokens are in the same cell.
 
         Raises:
             ConfigError: the tokens of a span that is compared spell different texts.
@@ -62,13 +63,13 @@ class SpelledPair:
 
     @cached_property
     def places(self) -> "tuple[Places, Places]":
-        """All places of the spans that are compared, for student and teacher."""
+        """All places of the spans that are compared: in the student's tokens, and in the teacher's."""
         return Places.of(self.student, self), Places.of(self.teacher, self)
 
     @cached_property
     def longer(self) -> np.ndarray:
-        """(X, width) int8. 1 for a symbol that makes a longer token of the token that ends before a place, for one of the models; 2 for a
-        symbol with which a longer token only begins; 0 for all others."""
+        """(X, width) int8, for each symbol after the token that ends before a place. 1: for a model, this token and the symbol are a longer
+        token. 2: for a model, they only begin a longer token (2 replaces 1). 0: neither, or the place is inside a token."""
         mine, theirs = self.places
         found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), np.int8)
         for each in (mine, theirs):
@@ -79,7 +80,7 @@ class SpelledPair:
 
     @cached_property
     def sure(self) -> np.ndarray:
-        """(X,) bool. False for a place at which a model may be inside another token than that of the text. Such places are left out."""
+        """(X,) bool. False for a place where a model may be inside a token that the text does not have. No loss has such places."""
         return self.places[0].sure & self.places[1].sure
 
 
@@ -91,9 +92,9 @@ def tensor_of(values: np.ndarray, device: torch.device) -> Tensor:
 def symbol_divergence(
     divergence: Callable[..., Tensor], pair: SpelledPair, sides: tuple[Hidden, Hidden], weights: Tensor, temperature: float
 ) -> tuple[Tensor, list[Part]]:
-    """Compare the next symbols at all places of the spans.
+    """Compute divergences between the models' next symbols at all places of the spans.
 
-    At the beginning of a span that is compared by cells, only the first question of `_of_places` is asked.
+    At the beginning of a span that is compared by cells, only symbols that continue the token before are compared (`_of_places`).
 
     Args:
         divergence: a function of the logits of two models.
@@ -101,7 +102,7 @@ def symbol_divergence(
         weights: one weight per span, (S,).
 
     Returns:
-        The sum over the places of each span, (S,), and parts of a loss that have the gradient of the weighted sum.
+        The sum (S,) over the places of each span, without a graph; and parts of a loss with the gradient of the weighted sum.
     """
     chosen = np.flatnonzero(pair.sure & (~pair.places[0].by_cell | pair.longer.any(1)))
     places, device = [each.chosen(chosen) for each in pair.places], weights.device
@@ -128,20 +129,20 @@ def symbol_divergence(
 
 @dataclass(frozen=True)
 class _Next:
-    """The probabilities of one model's next symbols at some places, as far as they are known."""
+    """One model's distribution of the next symbol at each place, as far as it is known."""
 
     probs: Tensor
-    """(X, width) probabilities of the symbols. The last one is the probability of all symbols that are not known."""
+    """(X, width) probabilities. The last one is the probability that the token has ended, so that its next symbol is not known."""
     known: Tensor
-    """(X, width) bool."""
+    """(X, width) bool. False for a symbol whose probability is only partly in `probs`: a shorter token may have ended."""
 
 
 def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
-    """Return the divergence (X,) at places.
+    """Return the sum (X,) of two divergences at each place.
 
-    A token that ends at a place could have been longer. So the first question is: does a symbol follow that makes a longer token, and which
-    one? If the text shows that no such symbol follows, the second question is: which other symbol follows? At the beginning of a span that
-    is compared by cells, the second question names only symbols with which a longer token begins. The cells answer the rest.
+    The token before a place could have been longer: a tokenizer with `then` does not write `the` if `n` follows. So the outcomes of the
+    first divergence are each symbol that makes a longer token, and all others together. If the text has one of these others, the second
+    divergence compares them. At the beginning of a span that is compared by cells, it compares only those that begin a longer token.
     """
     known, each = student.known & teacher.known, (student.probs, teacher.probs.to(student.probs.dtype))
     makes, begins = longer == 1, longer == 2
@@ -152,7 +153,7 @@ def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next
 
 
 def _logits(probs: Tensor, separate: Tensor) -> Tensor:
-    """Return log-probabilities of the symbols that are `separate`, and of all others together, in the place of the last one."""
+    """Return log-probabilities (X, width) of the symbols that are `separate`. The last one is that of all other symbols together."""
     alone = torch.where(separate, probs, 0.0)
     rest = torch.where(separate, 0.0, probs).sum(-1, keepdim=True)
     found = torch.cat([alone[..., :-1], rest], -1)
@@ -160,7 +161,7 @@ def _logits(probs: Tensor, separate: Tensor) -> Tensor:
 
 
 def _chunks(spans: np.ndarray, most: int) -> list[slice]:
-    """Divide the places into parts of whole spans, with about `most` places each."""
+    """Divide places into slices of whole spans, with about `most` places each. `spans` has the span of each place."""
     edges = np.flatnonzero(np.diff(spans, prepend=-1))  # the first place of each span
     found, start = list[slice](), 0
     for edge, after in zip(edges, [*edges[1:], len(spans)], strict=False):
@@ -172,29 +173,29 @@ def _chunks(spans: np.ndarray, most: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Places:
-    """Places of the texts in one model's tokens."""
+    """Places of the texts, in the tokens of one model."""
 
     text: SpelledText
     token: np.ndarray
     """(X,) the index of the token in `text`."""
     depth: np.ndarray
-    """(X,) the number of symbols of this token that are written."""
+    """(X,) the number of symbols of this token before the place."""
     symbol: np.ndarray
-    """(X,) the symbol at the place."""
+    """(X,) the symbol of the text after the place."""
     by_cell: np.ndarray
     """(X,) bool. True at the beginning of a span that is compared by cells."""
     before: np.ndarray
     """(X,) bool. True for the first place of a token, if the token directly before it could have been longer."""
     sure: np.ndarray
-    """(X,) bool. False if the text so far could also be in another token, which the model has not ended."""
+    """(X,) bool. False if the model may be inside a token that the text does not have (`SpelledText.sure`)."""
     kept: np.ndarray
-    """The indices of the text's tokens among all tokens of the model."""
+    """The indices of the tokens of `text` among all tokens of the model."""
     tokens: slice
-    """The tokens of the text that these places need."""
+    """The tokens of `text` whose predictions these places need."""
 
     @classmethod
     def of(cls, text: SpelledText, pair: SpelledPair) -> "Places":
-        """Return all places of the spans of a text that are compared."""
+        """Return all places of a text in spans that are compared."""
         tokens = np.flatnonzero(pair.compared[text.spans])
         count = text.count[tokens]
         token = np.repeat(tokens, count)
@@ -216,7 +217,7 @@ class Places:
         )
 
     def chosen(self, places: np.ndarray) -> "Places":
-        """Return some places, and a text with the tokens that they need."""
+        """Return the places with the indices `places`. Their `text` has only the tokens that they need."""
         needed = np.zeros(len(self.text.tokens), bool)
         needed[self.token[places]] = True
         needed[self.token[places[self.before[places]]] - 1] = True
@@ -226,7 +227,7 @@ class Places:
         )
 
     def part(self, places: slice) -> "Places":
-        """Return neighbouring places."""
+        """Return the places in the slice `places`. Their `text` is the same, and `tokens` are those that they need."""
         found = self._at(places)
         return replace(found, tokens=slice(int(found.token[0]) - int(found.before[0]), int(found.token[-1]) + 1))
 
@@ -234,9 +235,9 @@ class Places:
         return replace(self, **{n: getattr(self, n)[places] for n in ("token", "depth", "symbol", "by_cell", "before", "sure")})
 
     def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
-        """Return the probabilities of the next symbols. `sums` (n, K) are those of `tokens`.
+        """Return the distributions of the next symbol. `sums` (n, K) are the probabilities of the groups around `tokens`.
 
-        If a shorter token can end at a place, only the symbols that make a token there are known. All others are known together.
+        If a shorter token can end at a place, only the symbols that make a token there are known.
         """
         nodes, closed = walk.nodes(sums, self.tokens)
         start = self.text.first[self.tokens.start]
@@ -255,7 +256,7 @@ class Places:
 
 
 class _Walk:
-    """The groups of one model's tokens as tensors, and sums of probabilities over them."""
+    """The groups around the tokens of one model's text as tensors, and sums of probabilities over them."""
 
     def __init__(self, text: SpelledText, device: torch.device, temperature: float):
         self.text, self.temperature, self.device = text, temperature, device
@@ -286,7 +287,7 @@ class _Walk:
         return (at_least_float32(logits) / self.temperature).softmax(-1)
 
     def gradients(self, slopes: Tensor) -> list[tuple[Tensor, tuple[Any, Tensor, Any]]]:
-        """Return rows, and arguments of a `Part` for these rows. The gradient of the parts is that of sum_nk slopes_nk sums_nk."""
+        """Return pairs of token indices and arguments of a `Part` at them. The parts have the gradient of sum_nk slopes_nk sums_nk."""
         return [
             (kind.rows, (partial(self._value, kind, slopes), torch.ones(1, 1, device=self.device), partial(self._slope, kind, slopes)))
             for kind in self.kinds
@@ -306,11 +307,11 @@ class _Walk:
         return mean.unsqueeze(0), through_softmax(probs, each, mean, self.temperature)
 
     def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return the distributions (R, width) of the next symbol at the nodes of some tokens, and a bool (R, width): True for a symbol
+        """Return the distributions (R, width) of the next symbol at the nodes of `tokens`. Also return (R, width) bool: True for a symbol
         that makes a token there.
 
         Args:
-            sums: (n, K) of these tokens.
+            sums: the probabilities (n, K) of the groups around these tokens.
         """
         text, width, device = self.text, self.text.vocabulary.inside.width, self.device
         first, count = text.first[tokens.start : tokens.stop + 1] - text.first[tokens.start], text.count[tokens]
@@ -323,10 +324,10 @@ class _Walk:
         place = tensor_of(token * longest + depth, device)
         padded = torch.zeros(len(count) * longest, dtype=sums.dtype, device=device).index_copy(0, place, flat.view(-1, width).sum(1))
         later = padded.view(len(count), -1).flip(1).cumsum(1).flip(1).flatten()[place]
-        inner = np.flatnonzero(depth < count[token])  # here the text's own symbol has all that comes after it
+        inner = np.flatnonzero(depth < count[token])  # at these nodes, the probability of the text's own symbol is that of all later nodes
         own_slots = inner * width + text.symbols(token[inner] + tokens.start, depth[inner])
         flat = flat.index_add(0, tensor_of(own_slots, device), later[tensor_of(inner + 1, device)])
-        # other groups mark one more place, which is cut off: a mask as an index would wait for the GPU
+        # groups that are not closed mark one more entry, which is cut off: a mask as an index would wait for the GPU
         marks = torch.where(closed < 0, len(flat), start + closed).flatten()
         path = tensor_of(np.where(text.ends[text.first[tokens.start] + inner + 1], own_slots, len(token) * width), device)
         last = torch.zeros(len(flat) + 1, dtype=torch.bool, device=device).index_fill_(0, torch.cat([path, marks]), True)[:-1]
@@ -334,7 +335,7 @@ class _Walk:
 
 
 class _Kind:
-    """The tokens of a text with the same kind of groups: those at the beginning of a span, or those inside one."""
+    """The tokens of a text with the same value of `by_cell`, and the groups around them as tensors."""
 
     def __init__(self, text: SpelledText, by_cell: bool, device: torch.device):
         rows = np.flatnonzero(text.by_cell == by_cell)

@@ -1,14 +1,19 @@
-"""Losses over spans: the parts of a text between common boundaries of the student's tokens and the teacher's tokens.
+"""Losses over spans, for a student and a teacher with different tokenizers.
+
+A span is the text between two neighbouring token boundaries that both models have. It is one or more whole tokens of each:
+
+    student's tokens    | th | e |  his  | tory |
+    teacher's tokens    |  the   |   |his| tory |
+    span                    0        1      2
 
     pair = SpelledPair.of(SpelledText(...), SpelledText(...), follows, compared)
     total, values = fused_span_divergence(reverse_kl, student, teacher, pair, weights=weights)
 
-A span is a number of whole tokens on both sides. At its beginning, both models are compared by the cell of their next token
-(`objectives.cells`), and inside it by the next symbol (`objectives.next_symbol`).
+At the beginning of a span, the models are compared by the cell of their next token (a set of tokens with the same beginning,
+`objectives.cells`). Inside the span, they are compared by the next symbol (a byte, `objectives.next_symbol`).
 
-The log-probability of a span under a model, given the text before it, is the sum of the log-probabilities of its tokens. A model can write
-the same bytes with other tokens. Their probability is not included. The page "Different tokenizers" of the documentation says when this
-makes a difference.
+The log-probability of a span under a model, given the text before it, is the sum of the log-probabilities of its tokens. The probability of
+other tokens with the same bytes is not included. The page "Different tokenizers" of the documentation says when this makes a difference.
 
 Axes: N student's tokens, M teacher's tokens, S spans; B sequences, T student's positions, U teacher's positions.
 """
@@ -34,14 +39,14 @@ from tadistill.objectives.targets import WITH_SLOPE, Hidden
 
 @dataclass(frozen=True)
 class SpanTokens:
-    """The tokens of some texts for one model. Each token has the hidden state that predicts it, and the number of its span."""
+    """Texts in the tokens of one model. Each token has the hidden state that predicts it, and the number of its span."""
 
     hidden: Hidden
     """States (N, H) and the head."""
     tokens: Tensor
     """Ids (N,)."""
     spans: Tensor
-    """Span (N,) of each token, in ascending order. Every span from 0 to S - 1 has at least one token. A token without span is left out."""
+    """Number (N,) of the span of each token, in ascending order. Each number from 0 to S - 1 occurs. Tokens without a span are left out."""
 
     def check(self, name: str) -> int:
         """Return the number of spans.
@@ -61,26 +66,26 @@ class SpanTokens:
 
 
 def span_sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
-    """Return the sum of the values (N,) in each span, of shape (count,). `spans` (N,) is the span of each value."""
+    """Return the sum (count,) of the values (N,) in each span. `spans` (N,) has the number of each value's span."""
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, spans, values)
 
 
 def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU: Tensor, *, delay: int | None = None) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans, at the student's positions (B, T), for `minillm.returns`.
 
-    The reward of a span is paid at one position, and all other positions have 0. With `include_current=True` in `returns`, a token then
-    gets all rewards that are paid at its position or later.
+    The reward of a span is placed at one position, and all other positions have 0. With `include_current=True` in `returns`, the return of
+    a token then contains all rewards at its position or later.
 
     A tokenizer can merge later text with earlier text. So the teacher's tokens in a span, and the reward of the span, can depend on a token
-    of the student after this span. The return of this token must then contain the reward. `delay` says how late a reward is paid:
+    of the student after this span. The return of this token must then contain the reward. `delay` selects the position of the reward:
 
-        None    at the last token of the sequence. The policy gradient is unbiased for any pair of tokenizers
-        n       n tokens after the span's last token. It is unbiased if n more tokens of the student always fix the span
-        0       at the span's last token. It has the least variance. With one tokenizer on both sides it is MiniLLM's own reward
+        None    the last token of the sequence. The policy gradient is unbiased for any pair of tokenizers
+        n       n tokens after the span's last token. The gradient is unbiased if n more tokens of the student always fix the span
+        0       the span's last token. The gradient has the least variance. With equal tokenizers, the reward is that of MiniLLM
 
     Args:
         log_q_BT, log_p_BU: log-probabilities of the text's tokens, under the student and under the teacher.
-        spans_BT, spans_BU: the span of each token in its sequence. -1 is a position without a span, such as the prompt.
+        spans_BT, spans_BU: the number of each token's span in its sequence, from 0. -1 is a position without a span, such as the prompt.
     """
     if delay is not None and delay < 0:
         raise ConfigError(f"`delay` is {delay}; it must be at least 0, or None")
@@ -90,7 +95,7 @@ def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU:
         return rewards
     sides = [torch.zeros(len(v), count + 1, dtype=v.dtype, device=v.device) for v in (log_q_BT, log_p_BU)]
     for total, values, spans in zip(sides, (log_q_BT, log_p_BU), (spans_BT, spans_BU), strict=True):
-        # column 0 takes the places without a span
+        # column 0 collects the positions without a span
         total.scatter_add_(1, spans + 1, torch.where(spans >= 0, values, torch.zeros_like(values)))
     of_spans = (sides[1] - sides[0])[:, 1:]
     places = torch.arange(spans_BT.shape[1], device=spans_BT.device).expand_as(spans_BT)
@@ -116,7 +121,8 @@ def fused_span_divergence(
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models and no other tensor.
         student: states (N, H) that predict the student's tokens, and the head. They have an autograd graph.
-        teacher: the same for the teacher's tokens, (M, H).
+        teacher: states (M, H) that predict the teacher's tokens, and the teacher's head.
+        pair: the tokens of both models and their spans.
         weights: one weight per span, (S,). The default is 1. Include the factor 1 / count.
 
     Returns:
@@ -158,8 +164,8 @@ def fused_span_distance(
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of `sorted_distance` or `hybrid_distance` over spans, as ULD and GOLD (`bayesian` merging) compute it.
 
-    The models are compared at the last token of each span. Each distribution is multiplied by the probability of the span's earlier tokens.
-    The gradient flows through both factors.
+    The models are compared by their predictions of the last token of each span. Each distribution is multiplied by the probability of the
+    span's earlier tokens. The gradient flows through both factors.
 
     Args:
         sizes: the sizes of the two vocabularies, (student, teacher).
@@ -201,7 +207,7 @@ def _first_cells(
     weights: Tensor,
     temperature: float,
 ) -> tuple[Part, Tensor]:
-    """Return the part of the loss about the first cells of the spans, and the span of each of its rows."""
+    """Return the part of the loss that compares the cells at the beginnings of spans, and the span of each of its rows."""
     mine, theirs = pair.places
     device, vocabularies = weights.device, [side.vocabulary for side in (pair.student, pair.teacher)]
     longer = pair.longer > 0
@@ -228,13 +234,13 @@ def _first_cells(
 
 
 def span_log_probs(side: SpanTokens, vocab: int, *, temperature: float = 1.0) -> Tensor:
-    """Return the log-probability (S,) of each span, without a graph. `vocab` is the number of tokens of the model's vocabulary."""
+    """Return the log-probability (S,) of each span, without a graph. `vocab` is the size of the model's vocabulary."""
     return span_sums(_log_probs(side, vocab, temperature), side.spans, int(side.spans[-1]) + 1 if len(side.spans) else 0)
 
 
 @torch.no_grad()
 def _log_probs(side: SpanTokens, vocab: int, temperature: float) -> Tensor:
-    term = TokenTerm("", _same, side.tokens, temperature=temperature)
+    term = TokenTerm("", torch.positive, side.tokens, temperature=temperature)
     weights = torch.zeros(1, 1, device=side.tokens.device)
     return fused_terms([term], side.hidden.states, side.hidden.head, weights, vocab=vocab)[1][0]
 
@@ -249,13 +255,9 @@ def _earlier(side: SpanTokens) -> SpanTokens:
 
 
 def _text_part(side: SpanTokens, slopes: Tensor | Callable[[Tensor], Tensor], temperature: float) -> Part:
-    """Return a part that does not change the value of a loss. Its gradient is `slopes` (1, N) times that of the tokens'
-    log-probabilities."""
-    return replace(part_of([TokenTerm("", _same, side.tokens, temperature=temperature)], side.hidden.states, slopes), counts=False)
-
-
-def _same(log_q: Tensor) -> Tensor:
-    return log_q
+    """Return a part of a loss that adds only a gradient: that of sum_n slopes_n log q_n, where log q_n is a token's log-probability."""
+    term = TokenTerm("", torch.positive, side.tokens, temperature=temperature)
+    return replace(part_of([term], side.hidden.states, slopes), counts=False)
 
 
 def _check(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> int:

@@ -1,8 +1,8 @@
-"""Teachers as a few tokens per position: the k most probable tokens (`TopK`), or tokens drawn from the distribution (`Sampled`).
+"""A teacher's distribution as a few tokens per position: the k most probable ones (`TopK`), or randomly drawn ones (`Sampled`).
 
-Recorded teacher outputs contain these forms instead of all V logits. A divergence on the top k tokens is biased: it does not see the other
-tokens, or it sees them as one token. The forward KL on drawn tokens is unbiased: its mean over many draws is the exact forward KL, and so
-is the mean of its gradient.
+Recorded teacher outputs contain these forms instead of all V logits. A divergence on the top k tokens is biased: it ignores the other
+tokens, or counts them as one token. The forward KL on drawn tokens is unbiased: its mean over all draws is the exact forward KL, and the
+mean of its gradient is the exact gradient.
 
 Axes: N tokens, V vocabulary, K tokens that are kept, U different tokens among the drawn ones.
 """
@@ -46,9 +46,10 @@ class TopK:
         check_ids(self.ids, width, "a top-k target")
 
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the logits of student and teacher for the k tokens, each of shape (..., k). If k < V, a tail adds one entry at the end.
+        """Return the logits of student and teacher for the k tokens, each of shape (..., k). If there is a tail and k < V, one more entry
+        for the tail is at the end.
 
-        Compute divergences of these logits at temperature 1.
+        `temperature` is already applied, so compute divergences of these logits at temperature 1.
 
         Raises:
             ConfigError: an id is outside the student's vocabulary; or there is a tail (the probability of all other tokens), and
@@ -56,12 +57,7 @@ class TopK:
         """
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
-        if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
-            raise ConfigError(
-                f"the shapes of `student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `log_probs` "
-                f"{tuple(self.log_probs.shape)} do not fit; `ids` and `log_probs` need the same shape, and `student_logits` may differ "
-                "only in the last axis"
-            )
+        _check_shapes(student_logits, self.ids, self.log_probs, "log_probs")
         self.check(width)
         if self.tail is None:
             return at_least_float32(student_logits).gather(-1, self.ids) / temperature, self.log_probs / temperature
@@ -112,12 +108,7 @@ class Sampled:
         """
         if temperature != 1.0:
             raise ConfigError(f"`temperature` is {temperature}, but the tokens of a sampled target were drawn at temperature 1; use 1")
-        if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.shares.shape:
-            raise ConfigError(
-                f"the shapes of `student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `shares` "
-                f"{tuple(self.shares.shape)} do not fit; `ids` and `shares` need the same shape, and `student_logits` may differ only in "
-                "the last axis"
-            )
+        _check_shapes(student_logits, self.ids, self.shares, "shares")
         self.check(student_logits.shape[-1])
         log_q = log_probs(student_logits)
         found = -(self.shares.to(log_q.dtype) * log_q.gather(-1, self.ids)).sum(-1) - self.entropy.to(log_q.dtype)
@@ -136,7 +127,7 @@ def sampled_target(teacher_logits: Tensor, uniforms: Tensor) -> Sampled:
     total = sums[:, -1:]
     points = torch.minimum(uniforms.to(sums.device) * total, total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(sums, points, right=True).sort(-1).values
-    # equal neighbours are one token; the place of a token is its rank among the row's different tokens
+    # equal neighbours are one token; the column of a token is its rank among the row's different tokens
     new = torch.ones_like(drawn, dtype=torch.bool)
     new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     place = new.long().cumsum(-1) - 1
@@ -144,6 +135,14 @@ def sampled_target(teacher_logits: Tensor, uniforms: Tensor) -> Sampled:
     ids = torch.zeros(len(drawn), width, dtype=torch.long, device=drawn.device).scatter_(1, place, drawn)
     counts = torch.zeros(len(drawn), width, device=drawn.device).scatter_add_(1, place, torch.ones_like(place, dtype=torch.float32))
     return Sampled(ids, counts / drawn.shape[1], -(log_p.exp() * log_p).sum(-1))
+
+
+def _check_shapes(student_logits: Tensor, ids: Tensor, values: Tensor, name: str) -> None:
+    if ids.shape[:-1] != student_logits.shape[:-1] or ids.shape != values.shape:
+        raise ConfigError(
+            f"the shapes of `student_logits` {tuple(student_logits.shape)}, `ids` {tuple(ids.shape)} and `{name}` {tuple(values.shape)} do "
+            f"not fit; `ids` and `{name}` need the same shape, and `student_logits` may differ only in the last axis"
+        )
 
 
 def check_ids(ids: Tensor, width: int, what: str) -> None:

@@ -1,14 +1,21 @@
-"""The symbols that tokens write, and the cells of two vocabularies.
+"""Spell the tokens of a vocabulary as symbols, and find the tokens that begin with the same symbols.
 
-A symbol is a byte, or an event such as the end of the text. A cell is a set of tokens of both vocabularies. All of them begin with the
-same symbols, the root of the cell. `tadistill.data.alignment.cells` finds the cells: if two models with different tokenizers write the
-same text, their next tokens are in the same cell.
+Two models with different tokenizers have only the text in common. Losses between them compare the symbols that tokens write:
 
-    vocabulary      tokens (a cell each)
-    student         the  then  at
-    teacher         the        at  att       cells: {the, then; the} with the root `the`, and {at; at, att} with the root `at`
+    symbol    a byte (0 to 255), or an event such as the end of the text
+    cell      a set of tokens of both vocabularies that all begin with the same symbols, the root of the cell. If two models write the same
+              text, their next tokens are nearly always in the same cell. `tadistill.data.alignment.cells` computes the cells
+    group     tokens of one vocabulary that have the first `depth` symbols and no more in common with a given token, and agree in the symbol
+              after these (or all end there)
 
-Axes: N tokens of a text, V vocabulary, U different tokens, K groups.
+For example, these two vocabularies have two cells. The groups of the student's tokens around `then` are {at}, which differs at depth 0,
+{the}, which ends at depth 3, and {then}, which ends at depth 4:
+
+    root      student's tokens      teacher's tokens
+    the       the  then             the
+    at        at                    at  att
+
+Axes: N tokens of a text, V vocabulary size, U different tokens, K groups, C cells, X places (positions before a symbol of the text).
 """
 
 from bisect import bisect_left, bisect_right
@@ -19,28 +26,29 @@ from typing import Any
 
 import numpy as np
 
-_NOTHING = -1  # after the last symbol of a token
-_KEPT = 20_000  # tokens whose groups are kept: about 3 KB for a token of a vocabulary of 50,000
+_NOTHING = -1  # fills a token's row of the table after its last symbol
+_KEPT = 20_000  # size of each cache, in tokens: about 3 KB for the groups around a token of a vocabulary of 50,000
 
 
 @dataclass(frozen=True)
 class Around:
-    """The groups of a vocabulary around one token. A group is a range of tokens in `Spelling.order`. The groups tile the vocabulary."""
+    """The groups of a vocabulary around one token. Each token of the vocabulary is in one group, and a group is a range of
+    `Spelling.order`."""
 
     starts: np.ndarray
-    """The first token (K,) of each group, ascending."""
+    """Index (K,) in `Spelling.order` of the first token of each group, ascending."""
     slots: np.ndarray
-    """(K,) depth * width + symbol. The tokens of the group begin with the first `depth` symbols of the token, and then write `symbol`, or
-    have ended if it is `stop`."""
+    """(K,) depth * width + symbol. The tokens of the group begin with the first `depth` symbols of the given token. The symbol after these
+    is `symbol`. If it is `Spelling.stop`, they end there."""
     closed: np.ndarray
-    """(K,) bool. True if the first `depth` symbols and `symbol` are a token."""
+    """(K,) bool. True if a token consists of just these symbols: the first `depth` symbols of the given token, and `symbol`."""
 
 
 class Spelling:
-    """The symbols of each token of a vocabulary, in an order in which tokens with the same beginning are neighbours.
+    """The tokens of a vocabulary as sequences of symbols, sorted so that tokens with the same beginning are neighbours.
 
-    A symbol is a number: 0 to 255 is a byte, and the next numbers are events. Two more follow. `other` is the symbol of all tokens without
-    symbols. `stop` says that a token has ended.
+    A symbol is a number: 0 to 255 are bytes, and the next numbers are events. The two numbers after the events are `other`, which stands
+    for all tokens without symbols, and `stop`, which stands for the end of a token.
     """
 
     def __init__(self, tokens: Sequence[Sequence[int] | None], symbols: int, roots: Sequence[tuple[int, int]] | None = None):
@@ -48,9 +56,9 @@ class Spelling:
 
         Args:
             tokens: the symbols of each token. None for a token without symbols, such as padding.
-            symbols: the number of symbols, bytes and events.
-            roots: the cell of each token, and the length of the cell's root. If it is given, a token is spelled as the first symbol of its
-                root, followed by the symbols after its root. The groups then compare it only with the tokens of its cell.
+            symbols: the number of different bytes and events.
+            roots: the cell of each token, and the length of the cell's root. With `roots`, the whole root counts as one symbol: a token is
+                spelled as the first symbol of its root and the symbols after the root. Tokens of other cells differ at depth 0.
         """
         self.other, self.stop, self.width = symbols, symbols + 1, symbols + 2
         spelled = [(self.other,) if token is None or not len(token) else tuple(token) for token in tokens]
@@ -64,16 +72,15 @@ class Spelling:
         self._sorted = self.table[self.order]
         self._of_cell = None if roots is None else np.array([cell for cell, _ in roots])[self.order]
         self.rank = np.argsort(self.order)
-        """The place (V,) of each token in `order`."""
+        """The index (V,) of each token in `order`."""
         self.around = lru_cache(_KEPT)(self._around)
-        """Return the groups around a token: `around(token, stripped)`. If `stripped`, all tokens of the vocabulary count without a space
-        at their beginning, as in the first word of a text."""
+        """`around(token, stripped)` returns the groups around a token. If `stripped` is True, a space at the beginning of a token does not
+        count, for any token of the vocabulary: the first word of a text may be written without it."""
         self.longer = lru_cache(_KEPT)(self._longer)
-        """Return the symbols with which longer tokens go on after a token: `longer(token, stripped)`; and True for each symbol that makes
-        a token with it."""
+        """`longer(token, stripped)` returns the symbols (n,) that follow the token's symbols in longer tokens, and (n,) bool: True if the
+        token's symbols and this symbol are a token."""
         self.ends = lru_cache(_KEPT)(self._find_ends)
-        """Return (L + 1,) bool for a token with L symbols: `ends(token, stripped)`. True if its first symbols, as many as the index says,
-        are a token."""
+        """`ends(token, stripped)` returns (L + 1,) bool for a token with L symbols. Entry n is True if the first n symbols are a token."""
         self._branches = lru_cache(_KEPT)(self._find_branches)
 
     def __len__(self) -> int:
@@ -85,7 +92,7 @@ class Spelling:
         return int(low), int(high)
 
     def _ranges(self, token: int, stripped: bool) -> list[tuple[int, int, int, int]]:
-        """Return the ranges of the tokens that are compared with a token: low, high, the first column that counts, and the depth there."""
+        """Return the ranges of `order` that are searched around a token: low, high, the first column that counts, and its depth."""
         if stripped:
             low, high = self._space
             return [(low, high, 1, 0), (0, low, 0, 0), (high, len(self), 0, 0)]
@@ -132,7 +139,10 @@ class Spelling:
         return np.array([*found], np.int64), np.array([*found.values()], bool)
 
     def extent(self, token: int, stripped: bool, following: Sequence[int]) -> int:
-        """Return the number of symbols that follow a token in a text for which a longer token would write the same."""
+        """Return the largest n for which a longer token begins with a token's symbols and the first n symbols of `following`.
+
+        `following` are the symbols after the token in a text.
+        """
         most = 0
         for part in self._ranges(token, stripped):
             *_, (_, low, high, column) = self._nodes(token, stripped, part)
@@ -144,8 +154,8 @@ class Spelling:
         return most
 
     def _nodes(self, token: int, stripped: bool, part: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
-        """Yield each depth of a token in one of its `_ranges`, the range of the tokens that begin with so many of its symbols, and the
-        column after them."""
+        """Yield depth, low, high and column for each depth of a token. The tokens from `low` to `high` are those of the range `part` that
+        begin with the token's first `depth` symbols, and `column` of the table has their next symbol."""
         path, (low, high, column, first) = self._path(token, stripped), part
         for depth in range(first, len(path) + 1):
             yield depth, low, high, column + depth - first
@@ -160,13 +170,14 @@ class Spelling:
         return self.table[token, int(stripped) : self.lengths[token]]
 
     def _find_branches(self, low: int, high: int, column: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first token of each symbol in a column, among the tokens from `low` to `high`, and these symbols."""
+        """Split the tokens from `low` to `high` by their symbol in `column`. Return the first index of each part, and its symbol."""
         here = self._sorted[low:high, column]
         edges = np.flatnonzero(np.diff(here, prepend=-2))
         return low + edges, here[edges]
 
     def _walk(self, path: np.ndarray, low: int, high: int, column: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the groups among the tokens from `low` to `high`. The symbol at depth `first` of the token `path` is in `column`."""
+        """Return the groups among the tokens from `low` to `high` around a token with the symbols `path`. Their symbol at depth `first` is
+        in `column` of the table."""
         found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
         for depth in range(first, len(path) + 1):
             edges, symbols = self._branches(low, high, column + depth - first)
@@ -185,28 +196,30 @@ class Spelling:
         return starts, slots, self._closed(starts, column)
 
     def _closed(self, starts: np.ndarray, column: int) -> np.ndarray:
-        """Return True for each group that begins with a token that ends after `column`."""
+        """Return (K,) bool: True for a group whose first token has no symbol after `column`."""
         return self._sorted[starts, min(column + 1, self._sorted.shape[1] - 1)] == _NOTHING
 
 
 @dataclass(frozen=True, eq=False)
 class SpelledVocabulary:
-    """The symbols of a vocabulary's tokens: at the beginning of a span, where both models predict the next token, and inside a span."""
+    """The symbols of a vocabulary's tokens. A span is the text between two neighbouring token boundaries that both models have."""
 
     cells: np.ndarray
     """The cell (V,) of each token."""
     starts: Spelling
+    """The spelling of the first token of a span that is compared by cells. The root of the token's cell counts as one symbol."""
     inside: Spelling
+    """The spelling of all other tokens, symbol by symbol."""
 
     @classmethod
     def of(cls, tokens: Sequence[Sequence[int] | None], symbols: int, roots: Sequence[tuple[int, int]]) -> "SpelledVocabulary":
-        """Return the vocabulary of tokens, as in `Spelling`."""
+        """Return the vocabulary. The arguments are those of `Spelling`."""
         return cls(np.array([cell for cell, _ in roots], np.int64), Spelling(tokens, symbols, roots), Spelling(tokens, symbols))
 
 
 @lru_cache(4)
 def first_symbols(student: SpelledVocabulary, teacher: SpelledVocabulary) -> np.ndarray:
-    """Return the first symbol (C,) of each cell's root. It is `other` for the cells of one model alone."""
+    """Return the first symbol (C,) of each cell's root. It is `other` for a cell that has tokens of only one model."""
     found = np.full(1 + max(int(each.cells.max(initial=0)) for each in (student, teacher)), student.inside.other)
     both = np.isin(student.cells, teacher.cells)
     found[student.cells[both]] = student.starts.table[both, 0]
@@ -215,20 +228,20 @@ def first_symbols(student: SpelledVocabulary, teacher: SpelledVocabulary) -> np.
 
 @dataclass(frozen=True)
 class SpelledText:
-    """The tokens of some texts for one model, on the CPU."""
+    """Texts in the tokens of one model, with the spelling of these tokens. The arrays are on the CPU."""
 
     vocabulary: SpelledVocabulary
     tokens: np.ndarray
     """Ids (N,)."""
     spans: np.ndarray
-    """Span (N,) of each token, in ascending order from 0."""
+    """Number (N,) of the span of each token, in ascending order from 0."""
     stripped: np.ndarray
     """(N,) bool. True for a token whose first space is not written, because it begins a text."""
     by_cell: np.ndarray
     """(N,) bool. True for the first token of a span that is compared by cells."""
 
     def only(self, kept: np.ndarray) -> "SpelledText":
-        """Return the text with the tokens `kept` alone, (N,) bool."""
+        """Return the text without the tokens for which `kept`, (N,) bool, is False."""
         return SpelledText(self.vocabulary, *(part[kept] for part in (self.tokens, self.spans, self.stripped, self.by_cell)))
 
     @cached_property
@@ -239,11 +252,12 @@ class SpelledText:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """The first node (N + 1,) of each token. A token with n symbols has n + 1 nodes: the numbers of symbols that are written."""
+        """The index (N + 1,) of the first node of each token, and the number R of all nodes. A node is a token with the number of its
+        symbols that are already written, so a token with n symbols has n + 1 nodes."""
         return np.concatenate([[0], np.cumsum(self.count + 1)])
 
     def symbols(self, token: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        """Return the symbol (X,) with the index `depth` of each of the tokens with the indices `token`."""
+        """Return symbol number `depth` (X,) of token number `token` (X,) of the text."""
         found, ids = np.zeros(len(token), np.int64), self.tokens[token]
         for spelling, rows in ((self.vocabulary.starts, self.by_cell[token]), (self.vocabulary.inside, ~self.by_cell[token])):
             found[rows] = spelling.table[ids[rows], (depth + self.stripped[token])[rows]]
@@ -251,7 +265,7 @@ class SpelledText:
 
     @cached_property
     def longer(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`Spelling.longer` of each token."""
+        """The result of `Spelling.longer` for each token."""
         return [self._spelling(by_cell).longer(int(t), bool(s)) for t, s, by_cell in self._each]
 
     @property
@@ -260,7 +274,7 @@ class SpelledText:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """(R,) bool. True for a node whose symbols are a token."""
+        """(R,) bool. True for a node whose written symbols are a whole token of the vocabulary."""
         each = [self._spelling(by_cell).ends(int(t), bool(s)) for t, s, by_cell in self._each]
         return np.concatenate([np.zeros(0, bool), *each])
 
@@ -270,14 +284,17 @@ class SpelledText:
         return np.concatenate([[0], np.cumsum(self.vocabulary.inside.lengths[self.tokens] - self.stripped)])
 
     def sure(self, token: np.ndarray, depth: np.ndarray, joined: np.ndarray) -> np.ndarray:
-        """Return one bool per place, (X,). It is False if the text so far could also be in another token than the text's own.
+        """Return (X,) bool: False for a place where the model may be inside a token that the text does not have.
 
-        A shorter token may have ended inside this token, and others may have followed. If the symbols so far are a token, the tokenizer
-        would have written this one. Or a token before this one could go on, if the symbols after it are those of a longer token.
+        Example: after `ab`, a model with the tokens a, b and aba may be inside `aba`, or it has written `a` and `b`. There are two cases:
+
+        - The text has `aba`. The model may have written a shorter token instead and tokens after it. This is impossible if `ab` is a token,
+          because a tokenizer writes the longest one.
+        - The text has `a` and `b`. The model may be inside a longer token that begins in the same way (`unsure`).
 
         Args:
             token: the index (X,) of the token at each place.
-            depth: the number (X,) of its symbols that are written.
+            depth: the number (X,) of this token's symbols before the place.
             joined: as in `unsure`.
         """
         node, total = self.first[token] + depth, np.concatenate([[0], np.cumsum(self.ends)])
@@ -287,8 +304,8 @@ class SpelledText:
         return (self.ends[node] | ~shorter) & ~self.unsure(joined)[self.offsets[token] + within]
 
     def unsure(self, joined: np.ndarray) -> np.ndarray:
-        """Return one bool per symbol of the texts. It is True if, before this symbol, a token that has ended could still be the beginning
-        of a longer one.
+        """Return one bool per symbol of the texts, and one for their end. It is True if a token and all symbols from its end to this place
+        (at least one) are the beginning of a longer token.
 
         Args:
             joined: (N,) bool. True for a token that comes directly after the token before it.
@@ -311,11 +328,12 @@ class SpelledText:
         return self.vocabulary.starts if by_cell else self.vocabulary.inside
 
     def groups(self, rows: np.ndarray, *, by_cell: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the groups around some tokens, which are all compared by cells, or all not. Empty groups fill the rows.
+        """Return the groups around the tokens with the indices `rows` (n,). All these tokens have the value `by_cell`.
 
         Returns:
-            The sizes (U, K) and the slots (U, K) of the groups around each different token; the slots again, but -1 for a group that is
-            empty or not `closed`; and the row (n,) of each of the tokens `rows` in these arrays.
+            Four arrays. The first two are the sizes and the slots (U, K) of the groups around each different token. The third has the slots
+            again, but -1 for a group that is not `closed`. Tokens with fewer than K groups have more groups of size 0, with slot 0 and -1.
+            The fourth has the row (n,) of each token in these arrays.
         """
         keys, which = np.unique(2 * self.tokens[rows] + self.stripped[rows], return_inverse=True)
         spelling = self._spelling(by_cell)

@@ -1,12 +1,12 @@
-"""Forms of a teacher other than its logits: hidden states with a head, and a mixture of several teachers.
+"""Forms of a teacher's output other than logits: hidden states with a head, and a mixture of several teachers' outputs.
 
-Two more forms, which keep a few tokens only, are in `tadistill.objectives.sparse`.
+Two more forms, which contain only a few tokens per position, are in `tadistill.objectives.sparse`.
 
 Every divergence takes logits, so each form is converted to logits. `Head.logits` and `TargetMixture.logits` return the teacher's logits.
-`TopK.align` returns both models' logits on the top-k tokens. `TeacherTerm` makes this conversion for a loss. Only `Sampled` is not
+`TopK.align` returns both models' logits on the top-k tokens. `TeacherTerm` does this conversion for a loss. Only `Sampled` is not
 converted: it has its own forward KL.
 
-Axes: N tokens, H hidden, V vocabulary, K tokens that are kept.
+Axes: N tokens of a batch, n tokens of a tile, H hidden size, V vocabulary size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,8 @@ WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = 
     skew_reverse_kl: skew_reverse_kl_with_slope,
     single_step: single_step_with_slope,
 }
-"""The functions that return a divergence with its slope. Autograd finds the slope of every other divergence."""
+"""For a divergence, the function that returns it together with its slope (the gradient in the student's logits). Autograd computes the
+slope of every other divergence."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A teacher's last hidden states (..., H) and its head."""
+    """The last hidden states (..., H) of a model, usually a teacher, and its output head."""
 
     states: Tensor
     head: Head
     vocab: int | None = None
-    """Size of the teacher's own vocabulary, if the student has another tokenizer. None means the student's vocabulary."""
+    """Size of the teacher's vocabulary, if the student has another tokenizer. None means that both have the same vocabulary."""
 
     def to(self, device: torch.device) -> "Hidden":
         """Return a copy whose states are on another device. The head stays on its device."""
@@ -128,7 +129,7 @@ class TargetMixture:
                 return TargetMixture(self.kind, kept)
 
     def check(self, name: str, count: int) -> None:
-        """Raise a ConfigError unless the argument `name` has one entry per weight. It has `count` entries."""
+        """Raise a ConfigError unless `count`, the number of entries of the argument `name`, is the number of weights."""
         if count != len(self.weights):
             raise ConfigError(f"the mixture has {len(self.weights)} weights, but `{name}` has {count} entries; give one entry per weight")
 
@@ -146,7 +147,9 @@ class TargetMixture:
         self.check("log_p", len(log_p))
         total = sum(self.weights)
         parts = [(w / total, p) for w, p in zip(self.weights, log_p, strict=True) if w > 0]
-        if self.kind == "geometric":  # over text of the student, the -log Z of the mixture depends on the student: it stays in the reward
+        if (
+            self.kind == "geometric"
+        ):  # not divided by Z: it depends on the tokens so far, which the student chose, so rewards must contain it
             return torch.stack([w * p for w, p in parts]).sum(0)
         return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
 
@@ -173,7 +176,7 @@ class TargetMixture:
 
 
 Target = Tensor | Hidden | TopK | Sampled
-"""A teacher in one of four forms: logits (..., V), hidden states with their head, top-k tokens, or drawn tokens."""
+"""A teacher's output in one of four forms: logits (..., V), hidden states with their head, top-k tokens, or drawn tokens."""
 
 
 def per_token(target: Target) -> Tensor:
@@ -280,8 +283,9 @@ def check_same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 
 def width_of(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    """Return how many of the student's logits a loss uses: `vocab`, or the size of the heads. Teachers with another vocabulary do not
-    matter.
+    """Return how many of the student's logits a loss uses: `vocab`, or the size of the heads if `vocab` is None.
+
+    The heads of teachers with a vocabulary of their own may have any size.
 
     Raises:
         ConfigError: the heads have different sizes and `vocab` is None, or `vocab` is larger than a head.

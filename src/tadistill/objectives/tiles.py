@@ -1,10 +1,10 @@
 """Tile sizes and matrix products of the fused head, which differ between a CPU and a GPU.
 
-A CPU has small tiles for the objective, which stay in its cache. On a GPU every kernel costs a launch, so tiles are as large as the free
-memory allows. Products of half-precision matrices are summed in float32 on both. A GPU returns these sums (`out_dtype`). A CPU rounds them
-to half precision first.
+A tile is a group of tokens that are computed together. On a CPU, the objective has small tiles, which stay in the cache. On a GPU, each
+kernel costs a launch, so tiles are as large as the free memory allows. Both sum products of half-precision matrices in float32. A GPU
+returns these sums (`out_dtype`). A CPU rounds them to half precision first.
 
-Axes: N tokens, n tokens of a tile, H hidden, V vocabulary.
+Axes: N tokens, n tokens of a tile, H hidden size, V vocabulary size.
 """
 
 import math
@@ -35,11 +35,11 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def tile_rows(count: int, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Return two numbers of tokens: for one product with the heads, and for one call of the objective.
+    """Return two numbers of tokens: those of one matrix product with the heads, and those of one call of the objective.
 
     Args:
         count: number of all tokens. They are divided into tiles of nearly equal size.
-        widths: V of each model whose logits (n, V) are computed.
+        widths: the vocabulary size V of each model whose logits (n, V) are computed.
     """
     row = sum(widths) * dtype.itemsize
     if device.type == "cpu":
@@ -54,7 +54,7 @@ def _equal(count: int, most: int) -> int:
 
 
 def project(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
-    """Write the logits (n, V) into the first rows of `out`, and return these rows."""
+    """Compute the logits (n, V) of hidden states, write them into the first n rows of `out`, and return these rows."""
     logits = out[: len(hidden_nH)]
     if weight_VH.dtype == out.dtype:
         torch.mm(hidden_nH, weight_VH.t(), out=logits)
@@ -68,7 +68,7 @@ def project(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Te
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left @ right, on a GPU in `dtype`."""
+    """Return left @ right: on a GPU in `dtype`, on a CPU in the dtype of the inputs."""
     if left.dtype != dtype and left.device.type in _RETURNS_SUMS:
         return torch.mm(left, right, out_dtype=dtype)
     return left @ right

@@ -1,10 +1,10 @@
-"""Distances of other methods between two models with different vocabularies, at a place where both predict the same text.
+"""The distances of ULD and GOLD between two models with different vocabularies, at positions where both predict the same text.
 
 `sorted_distance` (ULD) compares sorted probabilities, and needs no tokens in common. `hybrid_distance` (GOLD) compares the shared tokens
-(`SharedVocabulary`) one by one, and all others like ULD. Both compute in at least float32, and return one value per token, without mask
-or reduction.
+(`SharedVocabulary`) one by one, and all others as in ULD. Both compute in at least float32, and return one value per position, without
+mask or reduction.
 
-Axes: V student's vocabulary, W teacher's vocabulary, M shared tokens.
+Axes: V and W vocabulary sizes of student and teacher, M shared tokens.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class SharedVocabulary:
     teacher_ids: Tensor
     """Ids (M,) of the same tokens in the teacher's vocabulary."""
     sizes: tuple[int, int]
-    """The number of tokens of both vocabularies, (V, W). Logits after them are padding and are cut off."""
+    """Numbers of tokens (V, W) of the two vocabularies. A head can have more logits, which are padding and are cut off."""
 
     def __post_init__(self) -> None:
         if self.student_ids.shape != self.teacher_ids.shape or self.student_ids.ndim != 1 or not len(self.student_ids):
@@ -46,13 +46,13 @@ class SharedVocabulary:
 
     @cached_property
     def same(self) -> bool:
-        """True if the two vocabularies are equal. Then `align` does not change the logits."""
+        """True if both vocabularies have the same tokens with the same ids."""
         every = torch.arange(self.sizes[0], device=self.student_ids.device)
         return self.sizes[0] == self.sizes[1] and torch.equal(self.student_ids, every) and torch.equal(self.teacher_ids, every)
 
     @cached_property
     def alone(self) -> tuple[Tensor, Tensor]:
-        """The ids of the tokens that are not shared, of the student and of the teacher."""
+        """The ids of the tokens that are not shared: those of the student, and those of the teacher."""
         return _others(self.student_ids, self.sizes[0]), _others(self.teacher_ids, self.sizes[1])
 
 
@@ -66,14 +66,14 @@ def sorted_distance(
     """Return the ULD distance: sum_k |q_(k) - p_(k)|, where q_(k) is the student's k-th largest probability and p_(k) the teacher's.
 
     The shorter list is filled up with zeros. The distance is between 0 and 2. Its authors derive it as a Wasserstein distance in which all
-    tokens are equally far apart. It does not compare which tokens have these probabilities: if one model only swaps the probabilities of
-    two tokens, it is 0.
+    tokens are equally far apart. It ignores which token has which probability: it is 0 for two models that differ only by a swap of the
+    probabilities of two tokens.
 
     Args:
         student_logits: (..., V).
         teacher_logits: (..., W).
-        before: log-probabilities (...) of the earlier tokens of a span, for the student and for the teacher. Each distribution is
-            multiplied by this probability, as with GOLD's `bayesian` merging.
+        before: two tensors (...), for student and teacher: the log-probability of the earlier tokens of a span (several tokens that spell
+            the same text for both models). Each distribution is multiplied by this probability, as with GOLD's `bayesian` merging.
 
     Returns:
         (...), not in nats.
@@ -122,7 +122,7 @@ def hybrid_distance(
 
 
 def _check_places(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise a ConfigError unless the logits (..., V) and (..., W) are at the same places, and both vocabularies have a token."""
+    """Raise a ConfigError unless the logits (..., V) and (..., W) have equal shapes up to the last axis, and V and W are at least 1."""
     shapes = [tuple(logits.shape) for logits in (student_logits, teacher_logits)]
     if shapes[0][:-1] != shapes[1][:-1] or not all(shape and shape[-1] for shape in shapes):
         raise ConfigError(

@@ -1,9 +1,10 @@
 """The loss of a batch whose teacher has another tokenizer: divergences over spans, and MiniLLM's rewards of spans.
 
-`objectives.spans` has the losses, and `data.second_readings` makes the batches. Terms without a teacher, such as cross-entropy, are summed
-over the student's tokens, as in any other batch.
+A span is the text between two neighbouring token boundaries that student and teacher have in common. If the student has the tokens `th` and
+`e` where the teacher has `the`, they are one span. `objectives.spans` has the losses, and `data.second_readings` makes the batches. Terms
+without a teacher, such as cross-entropy, are summed over the student's tokens, as in any other batch.
 
-Axes: B sequences, T positions, N tokens of the loss.
+Axes: B sequences, T positions, N tokens of the loss, S spans.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,14 @@ from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
 
-_DELAY = 1  # tokens; on real text, the spans so far then depend on later text at less than 1 % of the places (docs/concepts/tokenizers.md)
+# Number of tokens between the end of a span and the position of its reward. On real text, the earlier spans then depend on later text at
+# less than 1 % of the positions (docs/concepts/tokenizers.md).
+_DELAY = 1
 
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """The tokens that student and teacher share, and the symbols of the tokens of both."""
+    """The vocabularies of a student and a teacher with different tokenizers."""
 
     again: Rereader
 
@@ -48,7 +51,7 @@ class Sides:
     """(N, H) the student's hidden states, with a graph."""
     head: Head
     teacher: Target | None
-    """The teacher's hidden states at its own tokens (`Aligned.tokens`). None if no term needs them."""
+    """The teacher's hidden states that predict its own tokens (`Aligned.tokens`). None if no term needs them."""
     vocabularies: Vocabularies
 
 
@@ -88,7 +91,7 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     if term.divergence is hybrid_distance:
         shared = shared.to(weights.device)
         return fused_span_distance(hybrid_distance, student, teacher, shared.sizes, shared=shared, **settings)[0]
-    if shared.same:  # every span is one token of both
+    if shared.same:  # every span is one token of each model
         part = part_of([term], student.hidden.states, weights.unsqueeze(0), teachers=[teacher.hidden])
         return fused_parts([part], sides.head, vocab=shared.sizes[0])[0]
     pair = _spelled(aligned, sides.vocabularies.again.spelled)
@@ -99,7 +102,7 @@ def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVoc
     compared = np.ones(aligned.count, bool)
     for text in aligned.texts:
         compared[text.spans[text.marks == CHANGED]] = False
-    # a changed token can be one that the head does not have; its span is not compared, so any token may stand for it
+    # the id of a changed token (one that does not spell its text) can be beyond the head; its span is not compared, so 0 can replace the id
     mine, theirs = (
         SpelledText(v, np.where(t.marks == CHANGED, 0, t.ids), t.spans, t.marks == STRIPPED, np.zeros(len(t.ids), bool))
         for v, t in zip(vocabularies, aligned.texts, strict=True)
@@ -110,8 +113,8 @@ def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVoc
 def rewards(batch: Batch) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans at the student's positions (B, T), before scaling.
 
-    `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span stands one
-    token after the span, because the student's next token can still change where a span ends.
+    `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is one token
+    after the span, because the student's next token can still change where the span ends.
     """
     assert batch.aligned is not None
     spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)
@@ -121,14 +124,14 @@ def rewards(batch: Batch) -> Tensor:
 
 
 def summed(aligned: Aligned, values: Tensor) -> Tensor:
-    """Return the sum over each span of values (N,) at the student's tokens."""
+    """Return the sum (S,) over each span of values (N,) at the student's tokens."""
     kept = aligned.student >= 0
     return span_sums(values[kept], aligned.student[kept], aligned.count)
 
 
 def teacher_log_probs(vocabularies: Vocabularies | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
-    """Return the teacher's log-probability of each span of a batch: the batch's value `teacher` or, without it, a value computed from the
-    teacher's outputs."""
+    """Return the teacher's log-probability (S,) of each span of a batch. It is taken from `batch.values["teacher"]` if the batch has this
+    value, and computed from the teacher's outputs if not."""
     assert batch.aligned is not None
     if "teacher" in batch.values:
         return summed(batch.aligned, batch.counted(batch.values["teacher"]))
@@ -147,10 +150,10 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     """Return the numbers for the log from the counts of an update. Return an empty dict if student and teacher have one tokenizer.
 
     spans           number of spans
-    single          share of the spans that are one token on both sides, which both vocabularies share
+    single          share of the spans that are one token of each model, which both vocabularies have
     unspelled       share of the spans that a divergence leaves out, because a token does not spell its text
-    left_out        share of the student's tokens that no span has
-    lone, changed, dropped      bytes, as in `SecondReading`
+    left_out        share of the student's tokens that are in no span
+    lone, changed, dropped      numbers of bytes, as in `data.token_bytes.Reading`
     """
     if "spans" not in count:
         return {}
