@@ -31,7 +31,7 @@ _AT_ONCE = {"cpu": 256, "cuda": 4096}  # places whose distributions are in memor
 
 @dataclass(frozen=True)
 class SpelledPair:
-    """The same texts in the tokens of student and teacher, cut into spans at the token boundaries that both have."""
+    """Texts in the tokens of both models, cut into spans at the token boundaries that student and teacher have in common."""
 
     student: SpelledText
     teacher: SpelledText

@@ -147,9 +147,7 @@ class TargetMixture:
         self.check("log_p", len(log_p))
         total = sum(self.weights)
         parts = [(w / total, p) for w, p in zip(self.weights, log_p, strict=True) if w > 0]
-        if (
-            self.kind == "geometric"
-        ):  # not divided by Z: it depends on the tokens so far, which the student chose, so rewards must contain it
+        if self.kind == "geometric":  # log Z depends on the tokens so far, which the student chose, so it is no constant of the reward
             return torch.stack([w * p for w, p in parts]).sum(0)
         return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
 
