@@ -27,9 +27,9 @@ Scores = tuple[float, float]
 
 @dataclass(frozen=True)
 class RequestEstimate:
-    """The numbers of questions and tokens of a run. Tokens are estimated from the length of the texts.
+    """The numbers of questions and tokens of a run of the judge. The tokens are estimated from the lengths of the texts.
 
-    `cached` is the number of questions that already have a reply. `most_out` is the upper limit of the generated tokens.
+    `cached` is the number of questions that already have a reply. `most_out` is the largest possible number of generated tokens.
     """
 
     questions: int
@@ -49,7 +49,10 @@ class RequestEstimate:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The judge's replies. `scores` maps the text of a question to its scores (Assistant 1, Assistant 2)."""
+    """The judge's scores. `scores` maps the text of a question to its scores (Assistant 1, Assistant 2).
+
+    `unparsed` has the texts of the questions to which no reply had readable scores.
+    """
 
     scores: dict[str, Scores]
     unparsed: frozenset[str]
@@ -60,7 +63,7 @@ class Verdicts:
 def question_key(settings: Judge, text: str) -> str:
     """Return the cache key of a question. It depends on the judge model and its sampling settings.
 
-    It does not depend on the address of the endpoint, so an endpoint that moves keeps its replies.
+    It does not depend on the address of the endpoint, so the replies stay valid if the address changes.
     """
     content = [settings.model, settings.temperature, settings.max_tokens, text]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
@@ -76,7 +79,7 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 
 
 def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
-    """Ask one question and return the reply. Raises Refused and Unavailable as `models.chat.complete` does."""
+    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.chat.complete` does."""
     message = {"role": "user", "content": text}
     return complete(
         client,
@@ -91,10 +94,10 @@ def ask_all(
 
     Args:
         ask: sends a question and returns the reply, or raises `Refused` or `Unavailable`. It is called from `settings.jobs` threads.
-        tick: called after each different question that is answered or refused.
+        tick: called once for each distinct question, after it is answered or refused.
 
     Raises:
-        JudgeFailed: the endpoint stopped answering. Replies to requests that are on their way are still awaited and saved.
+        JudgeFailed: the endpoint stopped answering. The replies to all requests that were sent are awaited and saved first.
     """
     texts = list(dict.fromkeys(question.text for question in questions))
     run = _Run(settings, cache, ask, tick)

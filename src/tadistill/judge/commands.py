@@ -31,7 +31,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.
-        JudgeFailed: the endpoint stopped answering. All replies are saved. The same command continues from them.
+        JudgeFailed: the endpoint stopped answering. All replies are saved, and the same command continues with the other questions.
     """
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
@@ -130,7 +130,7 @@ def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> No
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))
         console.print(
-            f"the endpoint refused {len(verdicts.refused)} of {plan.questions} questions (it {reason}); these questions are left out"
+            f"the endpoint refused {len(verdicts.refused)} of {plan.questions} questions ({reason}); these questions are left out"
         )
 
 

@@ -34,7 +34,7 @@ _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating
 
 @dataclass(frozen=True)
 class Sheet:
-    """A sheet for raters who do not know the arms. They see only `shown`. `key` maps each letter to its arm."""
+    """A sheet for raters who do not know the arms. Raters see only `shown`, the prompts and answers. `key` maps letters to arms."""
 
     identity: str
     shown: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class Sheet:
 
 
 def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) -> Sheet:
-    """Make a sheet. Its prompts are in random order, and so are the answers to each prompt.
+    """Make a sheet, in which the prompts and the answers to each prompt are in random order. `with_reference` adds the reference answers.
 
     Raises:
         ConfigError: a prompt has fewer than 2 or more than 26 answers.
@@ -69,7 +69,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     """Write sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json, and return the path of the page.
 
     Raises:
-        ConfigError: there is another sheet of this name. It is kept, because raters may be filling it in.
+        ConfigError: there is another sheet of this name. It is not overwritten, because raters may be filling it in.
     """
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
@@ -122,7 +122,7 @@ class Rating:
 
 
 def load_key(path: Path) -> dict[str, Any]:
-    """Read the key file of a sheet, which maps letters to arms.
+    """Load the key file of a sheet, which maps the letters of the answers to arms.
 
     Raises:
         ConfigError: there is no such sheet.
@@ -169,8 +169,8 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mean ratings of every arm, the wins of every pair of arms, and the agreement of the raters.
 
-    Every prompt has the same weight. For one arm, its value is the mean rating over the raters. For a pair of arms, each rater votes +1, 0
-    or -1. The sign of the mean vote says which arm wins the prompt, and 0 is a tie. n is the number of prompts.
+    Every prompt has the same weight. For one arm, the value of a prompt is the mean rating over the raters. For a pair of arms, each rater
+    votes +1, 0 or -1. The sign of the mean vote is the outcome of the prompt: a win, a tie or a loss. n is the number of prompts.
     """
     items = key["items"]
     arms = tuple(sorted({arm for item in items.values() for arm in item["letters"].values()}))

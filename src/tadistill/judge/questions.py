@@ -1,8 +1,8 @@
 """Select the answers that are judged, write the questions for the judge, and parse its replies.
 
-All arms are judged on the same prompts, with the answers of the first decoding seed. Arms whose evaluation is not finished are left out and
-named. As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge sees two answers and rates each from 1 to 10. The words of the
-question differ from MiniLLM's. Judges may prefer the first or the second answer, so every pair is asked in both orders.
+All arms are judged on the same prompts, with the answers of the first decoding seed. Arms whose evaluation is not finished are left out.
+As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge sees two answers and rates each from 1 to 10. The wording of the
+question is not that of MiniLLM. Judges may prefer the first or the second answer, so every pair is asked in both orders.
 """
 
 import re

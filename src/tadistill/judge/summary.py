@@ -40,7 +40,7 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """Return 1 if the arm has the higher score in both orders. Return -1 if the other answer has it. Otherwise return 0.
+    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has it in both orders, and 0 otherwise.
 
     Args:
         first: the scores (arm, other answer) if the arm is shown first.

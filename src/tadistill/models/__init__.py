@@ -1,2 +1,1 @@
-"""Models: where they come from, their sizes and memory, loading, saving and pruning. Only `sources`, `wheels` and `counting` work without
-torch."""
+"""Language models: find, download, load, save, change and prune them, run teachers, and compute the sizes and the memory of models."""

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter, which was trained with peft, into its base model."""
+"""Merge a LoRA adapter that was trained with peft into its base model."""
 
 import warnings
 from pathlib import Path
@@ -16,8 +16,8 @@ _USED = (
     *("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias"),
     *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters"),
 )
-"""The settings of an adapter that change its outputs. All other settings keep their defaults: they concern training, or could import
-code."""
+"""The settings of an adapter that change its outputs. All other settings keep peft's defaults, because they concern only the training, or
+could make peft import foreign code."""
 _REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 
 
@@ -43,14 +43,14 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
     model = read_model(base, base_name, torch.float32)
     own = any((adapter / name).is_file() for name in sources.TOKENIZERS)
     tokenizer = read_tokenizer(adapter if own else base, load if own else base_name)
-    with quiet(), warnings.catch_warnings(action="ignore"):  # of peft, about transformers
+    with quiet(), warnings.catch_warnings(action="ignore"):  # peft's warnings about transformers
         try:
             chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
             tuner: Any = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
             weights = _weights(adapter)
             found = peft.set_peft_model_state_dict(tuner, weights)
             merged = tuner.merge_and_unload(safe_merge=True)
-        except Exception as error:  # peft raises whatever a damaged adapter leads to
+        except Exception as error:  # a damaged adapter can make peft raise any error
             raise ModelError(
                 f"adapter `{load}` cannot be merged with its base `{base_name}` ({first_line(error)}); check that this is the right "
                 "base model"
@@ -59,7 +59,8 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
         if lacking or found.unexpected_keys:
             name = (lacking or found.unexpected_keys)[0]
             raise ModelError(
-                f"adapter `{load}` does not fit its base `{base_name}` (weight {name}); correct `base_model_name_or_path` of the adapter"
+                f"adapter `{load}` does not fit its base `{base_name}` (one of them lacks the weight {name}); correct "
+                "`base_model_name_or_path` of the adapter"
             )
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -3,7 +3,7 @@
     client = connect("https://HOST/v1", key="MY_KEY", timeout=120)
     complete(client, {"model": NAME, "messages": [{"role": "user", "content": "…"}], "max_tokens": 256})        # a Reply
 
-Judges and teachers behind an API use it. Only the host that the user names is contacted.
+Judges and teachers behind an API use this module. It contacts only the host that the user names.
 """
 
 import hashlib
@@ -27,18 +27,21 @@ _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for esti
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply of the endpoint. The token counts are 0 if the endpoint did not report them."""
+    """The reply of the endpoint to one request, with the numbers of tokens of the request (`tokens_in`) and of the reply (`tokens_out`).
+
+    These numbers are 0 if the endpoint did not report them.
+    """
 
     text: str
     tokens_in: int
     tokens_out: int
     finish: str = "stop"
-    """Why the text ends (`finish_reason`): `stop` if the model ended it, `length` if it reached the largest number of tokens, or another
-    word of the endpoint."""
+    """The reason why the text ends (`finish_reason`): `stop` if the model ended it, `length` if it reached the largest number of tokens, or
+    another word of the endpoint."""
     model: str = ""
     """The name of the model that answered, as the endpoint reports it."""
     digest: str = field(default="", compare=False)
-    """A digest of the whole answer. Equal digests show that two requests got the same answer."""
+    """The SHA-256 digest of the whole HTTP body. Two requests with equal digests got the same body."""
 
 
 class Refused(Exception):
@@ -46,13 +49,13 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """The endpoint did not answer a request. The message is a clause about the endpoint, such as "it cannot be reached"."""
+    """The endpoint gave no usable answer to a request. In the message, "it" is the endpoint, as in "it cannot be reached"."""
 
     def __init__(self, reason: str, *, again: bool = False, wait: float | None = None):
         """
         Args:
-            again: the same request may succeed later.
-            wait: number of seconds after which the endpoint wants to be asked again (Retry-After). None if it does not say.
+            again: True if the same request may succeed later.
+            wait: number of seconds until the endpoint accepts the next request, from its header Retry-After. None if it does not say.
         """
         super().__init__(reason)
         self.again, self.wait = again, wait
@@ -95,13 +98,14 @@ def connect(
     """Create a client for the endpoint.
 
     Args:
+        timeout: the longest time to wait for an answer, in seconds.
         retries: how often the `openai` package sends a failed request again.
         variable: name of the environment variable with the API key.
         needed: True if the endpoint needs the key. The public endpoint of OpenAI always needs one.
-        extra: the extra of tadistill that installs the `openai` package, for the message.
+        extra: name of the pip extra of tadistill that installs the `openai` package. The error message names it.
 
     Raises:
-        ConfigError: the `openai` package is missing, or a key is needed and the variable is not set.
+        ConfigError: the `openai` package is missing, or a key is needed but the environment variable is not set.
     """
     try:
         from openai import DefaultHttpx2Client, OpenAI
@@ -110,7 +114,7 @@ def connect(
         raise ConfigError(f"{what} needs the package openai; install it with `pip install 'tadistill[{extra}]'`") from error
     key = os.environ.get(variable, "")
     if not key and (needed or base_url.startswith(PUBLIC)):
-        fix = ", or give --base-url" if extra == "judge" else ""
+        fix = ", or name another endpoint with --base-url" if extra == "judge" else ""
         raise ConfigError(f"{base_url} needs an API key; set the environment variable {variable}{fix}")
     # a redirection could send prompts to a host that the user has not named
     direct = DefaultHttpx2Client(follow_redirects=False, timeout=timeout)
@@ -118,9 +122,9 @@ def connect(
 
 
 def knock(client: "OpenAI", variable: str = KEY) -> tuple[str, ...]:
-    """Test whether the endpoint answers and accepts the key, with one cheap request (GET /models, no retries). Return the listed models.
+    """Test whether the endpoint answers and accepts the key, with one cheap request (GET /models, no retries).
 
-    An endpoint without /models passes the test. The result is then empty.
+    Return the names of the models that the endpoint lists. An endpoint without /models passes the test, and the result is empty.
 
     Raises:
         Unavailable: the endpoint does not answer, or it rejects the key.
@@ -137,11 +141,11 @@ def knock(client: "OpenAI", variable: str = KEY) -> tuple[str, ...]:
 
 
 def complete(client: "OpenAI", body: Mapping[str, Any], variable: str = KEY) -> Reply:
-    """Ask for one chat completion. `body` has the fields of the request: `model`, `messages`, `max_tokens` and others.
+    """Request one chat completion. `body` has the fields of the request: `model`, `messages`, `max_tokens` and others.
 
     Raises:
         Refused: the endpoint refuses this request.
-        Unavailable: the endpoint is down, too slow or out of quota; or it rejects the key or the model; or its answer is not a chat
+        Unavailable: the endpoint is down or too slow, its quota is used up, it rejects the key or the model, or its answer is not a chat
             completion.
     """
     import openai
@@ -181,12 +185,12 @@ def _complete(client: "OpenAI", body: Mapping[str, Any]) -> str:
 
 
 def estimated_tokens(characters: int) -> int:
-    """Return the estimated number of tokens of a text with so many characters."""
+    """Return the estimated number of tokens of a text that has this number of characters."""
     return characters // _CHARACTERS_A_TOKEN
 
 
 def reason_of(error: Exception, variable: str = KEY) -> str:
-    """Describe an error of the `openai` package by a clause about the endpoint, such as "it cannot be reached".
+    """Return a clause that describes an error of the `openai` package. "It" is the endpoint, as in "it cannot be reached".
 
     `variable` is the name of the environment variable with the API key.
     """
@@ -213,7 +217,7 @@ def reason_of(error: Exception, variable: str = KEY) -> str:
 
 
 def _passes(error: Exception) -> bool:
-    # a later request may succeed
+    # True if the same request may succeed later
     import openai
 
     if isinstance(error, openai.APIStatusError):
@@ -228,7 +232,7 @@ def _wait(error: Exception) -> float | None:
         return None
     try:
         return max(0.0, float(error.response.headers.get("retry-after", "")))
-    except ValueError:  # not given, or a date
+    except ValueError:  # the header is missing, or has a date
         return None
 
 

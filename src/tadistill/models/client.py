@@ -1,8 +1,8 @@
 """Requests to the servers of one teacher: several at the same time, sent again after a failure, and checked.
 
     servers = Servers("ORG/NAME", serve)
-    servers.get("/v1/models")                           # the answer of each server
-    servers.post("/pooling", bodies, read)              # one answer per body; all servers share the work
+    servers.get("/v1/models", read)                     # sends one request to each server
+    servers.post("/pooling", bodies, read)              # sends each body to one server; all servers share the work
 
 Only the servers that the recipe names are contacted, without a proxy, and no redirection is followed.
 """
@@ -25,9 +25,9 @@ from tadistill.config.served import Serve
 from tadistill.errors import ConfigError, ServerFailed
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before a request is sent again, once after each failure."""
-_SHOWN = 200
-_LATER = frozenset({408, 425, 429})  # of the statuses below 500, those after which the same request may succeed
+"""Seconds to wait before a failed request is sent again: one number for each repetition."""
+_SHOWN = 200  # characters of a server's text in an error message
+_LATER = frozenset({408, 425, 429})  # HTTP statuses below 500 after which the same request may succeed later
 T = TypeVar("T")
 
 
@@ -36,7 +36,7 @@ class Broken(Exception):
 
 
 class _Stopped(Exception):
-    """Another request failed, so this one is not repeated."""
+    """Raised instead of repeating a failed request, because another request has failed for the last time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Answer:
     content: bytes
     headers: dict[str, str]
     request: str
-    """The id that the request had. Servers of vLLM repeat it in the answer."""
+    """The id of the request. A server of vLLM repeats this id in its answer."""
 
     def json(self) -> Any:
         """Return the content as JSON. Raises Broken if it is not JSON, for example because its end is missing."""
@@ -62,13 +62,13 @@ def read_json(text: str | bytes) -> Any:
 
 
 class Servers:
-    """The servers of one model of the recipe."""
+    """A client for the servers that run one model of the recipe."""
 
     def __init__(self, model: str, serve: Serve, *, again: bool = True):
-        """`model` is the source of the model, which messages name. With `again`, a failed request is sent again after a pause.
+        """`model` is the source of the model, for error messages. With `again`, a failed request is sent again after a pause.
 
         Raises:
-            ConfigError: the variable with the API key is not set.
+            ConfigError: the environment variable with the API key is not set.
         """
         self.model, self.serve, self.pauses = model, serve, PAUSES if again else ()
         self._headers = {}
@@ -103,8 +103,8 @@ class Servers:
         """Send one request for each body, and return the values of `read(number, answer)`, in the order of the bodies.
 
         Raises:
-            ServerFailed: a server refuses a request. Or it cannot be reached, reports an error, or sends no complete answer in time, also
-                when the request is sent again.
+            ServerFailed: a server refuses a request; or, also after the last repetition, it cannot be reached, reports an error or sends
+                no complete answer in time.
         """
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(bodies)):
@@ -128,7 +128,7 @@ class Servers:
                 for done in [pool.submit(work, at) for at in places]:
                     done.result()
             finally:
-                failed.set()  # an interruption ends the waiting of the other threads too
+                failed.set()  # also after Ctrl-C: threads that wait before a repetition stop waiting
         return [found[number] for number in range(len(bodies))]
 
     def one(self, at: str, path: str, body: dict[str, Any], read: Callable[[Answer], T]) -> T:
@@ -175,7 +175,7 @@ class Servers:
 
 
 class Refused(ServerFailed):
-    """A server refuses a request, so sending it again does not help."""
+    """A server refuses a request, so the same request would fail again. `status` is the HTTP status of the answer."""
 
     def __init__(self, problem: object, status: int = 0):
         super().__init__(problem)

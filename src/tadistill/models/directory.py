@@ -11,9 +11,9 @@ from tadistill import disk
 from tadistill.errors import ModelError
 
 WEIGHTS = (".safetensors", ".bin")
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # as peft writes them
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # names of the files that peft writes
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
-_TEXTS = (".jinja", ".txt")  # they may be empty, as merges.txt of a tokenizer without merges
+_TEXTS = (".jinja", ".txt")  # such files may be empty: a tokenizer without merges has an empty merges.txt
 _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
 """Text for messages about a file that Git LFS has not downloaded yet."""
@@ -28,12 +28,12 @@ def is_adapter(directory: Path) -> bool:
 
 
 def is_described(directory: Path) -> bool:
-    """Return True if a directory has the configuration of a model, or only the configuration of a tokenizer."""
+    """Return True if a directory contains the configuration of a model or of a tokenizer."""
     return any((directory / name).is_file() for name in ("config.json", "tokenizer_config.json"))
 
 
 def complete(directory: Path) -> bool:
-    """Return True if the directory has a configuration and all weight files. Raises a ModelError if an index is damaged."""
+    """Return True if the directory has a config.json and all weight files. Raises a ModelError if the index of the weights is damaged."""
     if not (directory / "config.json").is_file():
         return False
     for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
@@ -45,8 +45,8 @@ def complete(directory: Path) -> bool:
 
 
 def shards(index: Path) -> set[str]:
-    """Return the names of the weight files that an index lists. Raises a ModelError if the index is damaged, or names a file outside its
-    folder."""
+    """Return the names of the weight files that an index (model.safetensors.index.json) lists. Raises a ModelError if the index is damaged,
+    or names a file outside its folder."""
     named = read_description(index, str(index.parent)).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) and 0 < len(name) < 250 for name in named.values()):
         raise ModelError(f"{index} does not map weights to files; download or save the model again")
@@ -101,15 +101,15 @@ def is_pointer(path: Path) -> bool:
 
 
 def base_of(adapter: Path, load: str) -> tuple[str, str]:
-    """Return the source and the revision of the base model of an adapter. `load` is the name of the adapter in messages.
+    """Return the source and the revision of the base model of an adapter. `load` is the adapter's name in error messages.
 
     Raises:
-        ModelError: the adapter is not a LoRA adapter, or its base is unknown.
+        ModelError: the adapter is not a LoRA adapter, or does not name a base model that can be found.
     """
     settings = read_description(adapter / ADAPTER, load)
     if str(settings.get("peft_type")).upper() != "LORA":
         raise ModelError(
-            f"adapter `{load}` has the kind {settings.get('peft_type')}, but only LORA adapters can be merged; choose a LORA adapter"
+            f"adapter `{load}` is of type {settings.get('peft_type')}, but only LORA adapters can be merged; choose a LORA adapter"
         )
     local = Path(load).expanduser() == adapter
     fix = f"as base_model_name_or_path into {ADAPTER}"
@@ -122,7 +122,7 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
         for folder in (Path(base).expanduser(), *((adapter / base, adapter.parent / base) if local else ())):
             if (folder / "config.json").is_file() or is_adapter(folder):
                 return os.path.normpath(folder), "main"
-    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+    except (OSError, RuntimeError) as error:  # a part has more than 255 characters, or ~NAME is no user
         why = getattr(error, "strerror", None) or error
         raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a valid path ({why}); correct {ADAPTER}") from error
     if not HUB_ID.fullmatch(base):
@@ -131,7 +131,7 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
 
 
 def directory_digest(directory: Path) -> str:
-    """Return a digest of a model's JSON files, tokenizer and weights. From a large weight file, it reads only some blocks."""
+    """Return a digest of a model's JSON files, tokenizer and weights. Of a large weight file, only some blocks are hashed."""
     described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
     weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
     lines = [f"{p.name} {disk.sha256(p)}" for p in described] + [f"{p.name} {disk.sampled_digest(p)}" for p in weights]

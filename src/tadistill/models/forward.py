@@ -1,4 +1,5 @@
-"""The forward pass of training and scoring. It returns the last hidden states at the positions of the loss, and the LM head.
+"""The forward pass of training and scoring. A `Reader` has the LM head of a model, and returns its last hidden states at the positions of
+the loss.
 
     reader = Reader(model)
     hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
@@ -22,8 +23,8 @@ from tadistill.errors import ModelError
 from tadistill.models.packing import ROWS, check_packing, is_packed, rows
 from tadistill.objectives import Head
 
-# In a causal model, no token reads the padding on its right. So on these devices models get no attention mask, and can use flash attention.
-# On a CPU they get one: without it, attention with grouped keys adds up its gradients in another order.
+# In a causal model, no token attends to the padding on its right. So models on these devices get no attention mask, and can use flash
+# attention. Models on a CPU get a mask: without it, grouped-query attention adds up its gradients in another order.
 _UNMASKED = {"cuda"}
 
 
@@ -32,7 +33,7 @@ class Reader:
     the whole model."""
 
     def __init__(self, model: PreTrainedModel):
-        # raises a ModelError if the model's logits are not those of its head on the last hidden states
+        # raises a ModelError if the logits of the model are not those that its head computes from the last hidden states
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
             raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
@@ -52,7 +53,7 @@ class Reader:
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the last hidden states, of shape (N, H), at the N positions where the mask is True, in row-major order.
 
-        `model` is the model of this `Reader`. It may be in a wrapper for several processes.
+        `model` is the model of this `Reader`. A wrapper for training in several processes may be around it.
         """
         if is_packed(self._model):
             return self._of_rows(model, batch)
@@ -97,7 +98,7 @@ def check_reading(model: PreTrainedModel) -> None:
     """Check three things on four tokens: padding does not change logits, positions start at 0, and no token depends on later tokens.
 
     Raises:
-        ModelError: the logits of a padded text, or of the beginning of a text, differ from those of the text alone.
+        ModelError: one of these three things is not so.
     """
     words = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     ids = (words // 2 + torch.arange(4, device=model.device)) % words
@@ -115,10 +116,12 @@ def check_reading(model: PreTrainedModel) -> None:
 
 
 def pack_rows(model: PreTrainedModel) -> None:
-    """Prepare a model for packed rows. Every `Reader` of the model then runs it without padding. Other forward passes do not change.
+    """Prepare a model for packed rows (see `models.packing`). Every `Reader` of the model then runs it without padding.
+
+    All other forward passes do not change.
 
     Raises:
-        ModelError: models of this type cannot run on packed rows, or this model's logits differ from those of single rows.
+        ModelError: models of this type cannot run on packed rows, or packing changes the logits of this model.
     """
     kind, attention = model.config.get_text_config().model_type, model.config._attn_implementation
     check_packing(kind, getattr(model, "name_or_path", "") or kind)
@@ -148,11 +151,11 @@ def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, 
 
 @contextmanager
 def attention_for_any_shape() -> Iterator[None]:
-    """Inside the `with` block, no attention in this process uses cuDNN.
+    """Switch off cuDNN's attention in this process while a `with` block runs.
 
-    For half precision on Hopper and on Blackwell servers, torch takes cuDNN's attention first. cuDNN builds a plan for every new shape of a
-    batch, which takes much longer than the attention (pytorch/pytorch#155958). Nearly every batch of texts has a new shape, so torch's
-    other kernels are faster here.
+    In half precision on Hopper and Blackwell server GPUs, torch prefers cuDNN's attention. cuDNN builds a plan for every new shape of a
+    batch, which takes much longer than the attention itself (pytorch/pytorch#155958). Nearly every batch of texts has a new shape, so the
+    other attention kernels of torch are faster here.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -230,7 +233,7 @@ class Rounding:
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Yield the size of rounding errors in the forward passes of a `with` block. This size depends on the dtypes of model and logits."""
+    """Yield the size of the rounding errors of the forward passes in a `with` block. It depends on the dtypes of weights and logits."""
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -246,24 +249,23 @@ def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
 
 
 def apart(got_V: Tensor, expected_V: Tensor) -> float:
-    """Return how far two logit vectors are apart: the norm of their difference, divided by the norm of `expected_V`.
+    """Return the relative distance of two logit vectors: the norm of their difference, divided by the norm of `expected_V`.
 
-    Each vector is first shifted to mean 0. Two NaN values are equal.
+    Each vector is first shifted to mean 0. A vector that contains NaN counts as a vector of zeros.
     """
     got, expected = ((z - z.mean()).nan_to_num() for z in (got_V, expected_V))
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `inputs` that a forward function accepts. `takes` are the parameters of this function. If it has `**kwargs`, it accepts
-    all inputs."""
+    """Return the `inputs` that a forward function with the parameters `takes` accepts. A function with `**kwargs` accepts all inputs."""
     return {name: value for name, value in inputs.items() if "kwargs" in takes or name in takes}
 
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Yield a list for a `with` block. Each forward pass in the block appends the input of the output head to this list. With `skip`, the
-    head computes no logits."""
+    """Yield a list, to which each forward pass in the `with` block appends the input of the output head. With `skip`, the head computes no
+    logits."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -278,7 +280,7 @@ def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
 
 
 def logit_changes(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """Return the scale and the soft cap that models with this configuration apply to their logits. The soft cap may be None."""
+    """Return the scale and the soft cap that models with this configuration apply to logits. The soft cap is None if they have none."""
     settings = config.get_text_config(decoder=True).to_dict()
 
     def number(*names: str) -> float | None:

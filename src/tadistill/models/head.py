@@ -1,4 +1,4 @@
-"""The output head of a model, without the rest of the model. A trainer needs only the head of a teacher that runs on a server.
+"""Load only the output head of a model. A training process needs nothing else of a teacher that runs on a server.
 
 head = read_head("ORG/NAME", "main", torch.bfloat16)
 """
@@ -27,7 +27,8 @@ _SMALL = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2),
     **dict.fromkeys(("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner"), 64),
 }
-"""Sizes of a model that shows how its family computes logits. All other sizes are those of the real model."""
+"""Sizes of a small model, with which `_check_logits` tests how a model family computes logits. Its other configuration fields are those of
+the real model."""
 
 
 def read_head(load: str, revision: str, dtype: torch.dtype) -> Head:
@@ -36,7 +37,7 @@ def read_head(load: str, revision: str, dtype: torch.dtype) -> Head:
     For a model of the Hub, only the configuration, the tokenizer and the file with the head are downloaded.
 
     Raises:
-        ModelError: the files cannot be found or read, or the last hidden states and the head do not give the model's logits.
+        ModelError: the files cannot be found or read, or the logits of such models are not those of the head on the last hidden states.
     """
     directory, config = fetch_head(load, revision), read_config(load, revision)
     _check_logits(config, load)
@@ -61,7 +62,7 @@ def read_config(load: str, revision: str) -> PreTrainedConfig:
     """Return the configuration of a model. No weights are needed or downloaded.
 
     Raises:
-        ModelError: the configuration cannot be found or read, or such a model cannot be distilled.
+        ModelError: the configuration cannot be found or read, or models of its type cannot be distilled.
     """
     directory = sources.fetch(load, revision, weights=False)
     assert directory is not None
@@ -69,14 +70,15 @@ def read_config(load: str, revision: str) -> PreTrainedConfig:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever a damaged file leads to
+    except Exception as error:  # a damaged file can make transformers raise any error
         raise ModelError(f"config.json of model `{load}` cannot be read ({first_line(error)}); correct it") from error
     check_architecture(config, load)
     return config
 
 
 def fetch_head(load: str, revision: str) -> Path:
-    """Return the directory of a model, after downloading what contains the output head. Raises ModelError as `sources.fetch` does."""
+    """Return the directory of a model. If necessary, first download the configuration, the tokenizer and the files with the output head.
+    Raises ModelError as `sources.fetch` does."""
     source = sources.parse_source(load)
     if source.kind == "hub" and sources.locate(load, revision) is None:
         directory = sources.fetch(load, revision, weights=False)
@@ -103,7 +105,7 @@ def _download(name: str, file: str, revision: str) -> None:
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return two numbers for a model's output head: its logits, and its inputs (the width of the hidden states)."""
+    """Return the number of logits and the width of the hidden states: the output and input sizes of a model's output head."""
     head = build_on_meta(config).get_output_embeddings()
     assert isinstance(head, nn.Module)
     assert isinstance(head.weight, torch.Tensor)
@@ -111,7 +113,7 @@ def head_shape(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _names(config: PreTrainedConfig) -> list[str]:
-    # the parameters of the head, first under the head's own name, then under that of the embedding if both are one
+    # returns the names of the head's parameters; if the embedding shares the head's weight, the weight has two names
     model = build_on_meta(config)
     model.tie_weights()
     head = model.get_output_embeddings()
@@ -123,12 +125,12 @@ def _names(config: PreTrainedConfig) -> list[str]:
 
 
 def _wanted(keys: Collection[str], names: list[str]) -> list[str]:
-    # files name a tensor with or without the prefix of the model's body
+    # in files, the name of a tensor can have the prefix of the model's body, such as `model.`
     return [key for key in keys if any(key == name or key.endswith(f".{name}") for name in names)]
 
 
 def _check_logits(config: PreTrainedConfig, load: str) -> None:
-    # the real model is on a server, so a small one of the same family shows that logits are a head on the last hidden states
+    # the real model is on a server, so a small model of the same family is tested: are its logits those of the head on the hidden states?
     text = config.get_text_config(decoder=True)
     fields = text.to_dict()
     layers = fields.get("num_hidden_layers")
@@ -138,7 +140,7 @@ def _check_logits(config: PreTrainedConfig, load: str) -> None:
     try:
         with quiet():
             model = scratch_model(type(text).from_dict(fields | less | lists | ids), seed=0, dtype=torch.float32).eval()
-    except Exception as error:  # the code of any family raises whatever it likes
+    except Exception as error:  # the code of a model family can raise any error
         raise ModelError(
             f"the logits of model `{load}` cannot be checked, because a small model of type {text.model_type} cannot be built "
             f"({first_line(error)}); set "

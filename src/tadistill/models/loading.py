@@ -1,4 +1,4 @@
-"""Load, save and compare models and tokenizers. All kinds of sources in `models.sources` are supported, also models with random weights.
+"""Load, save and compare models and tokenizers. A model can come from any source of `models.sources`, also with random weights.
 
     tokenizer = load_tokenizer("gpt2")
     model = load_model("gpt2", dtype=torch.float32)
@@ -112,7 +112,7 @@ def save_model(
 
     Args:
         weights: the full state dict. It is needed if `model` has only one shard of the weights.
-        ends: the tokens that end an answer, for every program that uses the model. The default is those of the model.
+        ends: ids of the tokens that end an answer, to save in the configurations. Without them, the end tokens of the model are saved.
     """
     before, config = model.generation_config, model.config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "pad_token_id")} if before else {}
@@ -156,7 +156,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
             loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
         except ImportError as error:
             raise ModelError(f"reading GGUF file `{file.name}` needs the package gguf; install it with `pip install gguf`") from error
-        except Exception as error:  # the reader raises whatever a damaged file leads to
+        except Exception as error:  # a damaged file can make transformers raise any error
             raise ModelError(
                 f"GGUF file `{file.name}` cannot be read: {first_line(error)}; use another file or the model's hub id"
             ) from error
@@ -168,12 +168,12 @@ def convert_gguf(file: Path, directory: Path) -> None:
 
 
 def _check_attention(config: PreTrainedConfig, file: Path) -> None:
-    # a GGUF file does not have this number, and transformers takes that of the small Gemma models
+    # a GGUF file does not contain this number, and transformers uses the number of the small Gemma models
     scale = getattr(config, "query_pre_attn_scalar", None)
     if scale is not None and scale != config.head_dim:
         raise ModelError(
-            f"GGUF file `{file.name}` has a {config.model_type} model with heads of {config.head_dim} numbers, and does not say how its "
-            "attention is scaled (query_pre_attn_scalar); use the model's hub id"
+            f"GGUF file `{file.name}` has a {config.model_type} model with head_dim {config.head_dim}, but does not contain the scale of "
+            "its attention (query_pre_attn_scalar); use the model's hub id"
         )
 
 
@@ -194,7 +194,7 @@ def column_major(model: PreTrainedModel) -> PreTrainedModel:
     The values stay the same. Matrix products with few rows, as in decoding, take 10 to 20 % less time.
     """
     if model.device.type == "cpu" and model.dtype == torch.float32:
-        rows = model.get_input_embeddings().weight  # a lookup reads rows, so a head tied to the embeddings is not changed
+        rows = model.get_input_embeddings().weight  # a lookup needs whole rows, so a head tied to the embeddings stays
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module.weight is not rows:
                 module.weight.data = module.weight.data.t().contiguous().t()
@@ -209,7 +209,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
     """Check that all tokenizers have the same tokens, and the same EOS. `tokenizers` maps the name of a model to its tokenizer.
 
-    A tokenizer may have added tokens behind the tokens of another one (`Vocabulary.extra`).
+    A tokenizer may have additional added tokens, if their ids are higher than those of the other tokens (`Vocabulary.extra`).
 
     Raises:
         ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
@@ -228,7 +228,7 @@ def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> N
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> tokens.Vocabulary:
-    """Return the tokens of a tokenizer that is loaded."""
+    """Return the tokens of a loaded tokenizer."""
     fast: Any = tokenizer  # the base class does not declare get_added_vocab
     return tokens.Vocabulary(fast.get_vocab(), fast.get_added_vocab())
 
@@ -250,8 +250,8 @@ def _fix(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: s
     if first.get_vocab() == other.get_vocab():
         return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
     return (
-        "their files did not show this (a tokenizer.json is missing); save the tokenizers with save_pretrained, or choose models with the "
-        "same tokenizer"
+        "this was not found before the models were loaded, because a tokenizer.json is missing; save the tokenizers with save_pretrained, "
+        "or choose models with the same tokenizer"
     )
 
 

@@ -3,7 +3,7 @@
 tuner = adapt(model, Lora(r=16), seed=1)         # adds adapters to the linear layers; only the adapters are trained
 save_model(merged(tuner), tokenizer, folder)     # an ordinary model with the adapters added to its weights
 recompute_layers(model)                          # same losses and gradients with less memory, but one more forward pass of the layers
-temper(teacher, 0.8)                             # below 1 the distributions become sharper, above 1 softer
+temper_head(teacher, 0.8)                        # below 1 the distributions become sharper, above 1 softer
 """
 
 import copy
@@ -82,8 +82,8 @@ def merged(tuner: "LoraModel") -> PreTrainedModel:
 
 @torch.no_grad()
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a model's weights by the names that they have in a file. Adapters are added to the weights. Weights that two modules share are
-    returned once. Most tensors are the model's own, and not copies."""
+    """Return a model's weights, by the names that they have in a file. Adapters are added to the weights. A weight that two modules share
+    is returned once. Most tensors are those of the model itself, and not copies."""
     single = {name for name, _ in model.named_parameters()}
     shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - single
     found: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ def adapters_in(model: PreTrainedModel) -> Adapters | None:
 
 
 def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    # the loss reads the head's weights directly, and would miss an adapter there
+    # the loss uses the head's weight itself, and would miss an adapter of the head
     for name, module in model.named_modules():
         end = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
         if end and any(f".{name}".endswith(f".{target}") for target in targets):
@@ -134,7 +134,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
             f"transformers has no gradient checkpointing for models of type {kind}; remove `gradient_checkpointing`, and lower "
             "`optim.micro_batch` to save memory"
         )
-    for layer in layers:  # not `__call__`, which would run hooks (FSDP's, for instance) again
+    for layer in layers:  # not `__call__`: its hooks (of FSDP, for instance) would run twice
         layer.forward = partial(_layer, layer.forward)
 
 
@@ -171,7 +171,7 @@ def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
 
 
 def _last_norm(model: PreTrainedModel) -> nn.Module:
-    # the module that runs last before the head
+    # returns the last module with parameters that runs before the head
     seen: list[nn.Module] = []
     leaves = [m for m in model.modules() if not list(m.children()) and list(m.parameters()) and m is not model.get_output_embeddings()]
     handles = [m.register_forward_hook(lambda module, _, out: seen.append(module)) for m in leaves]

@@ -1,10 +1,10 @@
-"""Forward passes without padding: the rows of a batch stand one after the other, and no token reads another row.
+"""Packed rows: forward passes without padding. The rows (sequences) of a batch are concatenated, and no token attends to another row.
 
-    model.config._attn_implementation = ROWS                             # once (`models.forward.pack_rows` also checks the model)
-    model(input_ids=ids_1M, position_ids=positions_1M, **rows((5, 3)))   # two rows, of 5 and of 3 tokens
+    model.config._attn_implementation = ROWS                                     # once (`models.forward.pack_rows` also checks the model)
+    model(input_ids=ids_1M, position_ids=positions_1M, **rows((5, 3), device))   # two rows, of 5 and of 3 tokens
 
 Attention runs on one row at a time, with its causal flag and without a mask. So no product is computed between two rows, and flash kernels
-and grouped keys are possible. All other layers see one long row, whose positions start again at 0 in each of the rows.
+and grouped-query attention are possible. All other layers get one long row, in which the positions of each row start at 0.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ ROWS = "tadistill_rows"
 FAMILIES = frozenset(
     ("gemma", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 )
-"""Types of models that can train on packed rows. Other types may carry a state from row to row, or have masks of their own."""
+"""Types of models that can train on packed rows. Models of other types may carry a state from one row to the next, or build other masks."""
 # Add a type only if tests/unit/models/test_packing.py covers it.
 
 
@@ -36,13 +36,13 @@ def check_packing(kind: Any, model: str) -> None:
 
 
 def is_packed(model: PreTrainedModel) -> bool:
-    """Return True if the model's forward passes of texts run on packed rows."""
+    """Return True if `models.forward.pack_rows` has prepared the model for packed rows."""
     return model.config._attn_implementation == ROWS
 
 
 def rows(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """Return arguments for a forward pass on packed rows. `lengths` are the numbers of tokens of the rows."""
-    # transformers passes on a mask of four axes as it is, and models pass unknown arguments on to the attention
+    # transformers does not change a mask with four axes, and models pass unknown arguments on to the attention
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "rows": lengths}
 
 

@@ -1,9 +1,10 @@
-"""The files that a study needs of a teacher on a server: the description, the tokenizer and, for hidden states, the output head.
+"""Find or download the files that a study needs of a teacher on a server: configuration, tokenizer and, if the server sends hidden states,
+the output head.
 
     locate_part("ORG/NAME", "main", "hidden")    -> the directory, or None if these files are not on this disk
     fetch_part("ORG/NAME", "main", "hidden")     -> the directory, after downloading these files
 
-Models that do not come from the Hub are always whole.
+A model that does not come from the Hub always has all its files.
 """
 
 from pathlib import Path
@@ -13,18 +14,18 @@ from tadistill.config import Recipe
 from tadistill.models import sources
 
 Gives = Literal["hidden", "top_k"]
-"""What a server sends (`serve.gives`). Only `hidden` needs the output head."""
+"""The outputs that a server sends (`serve.gives`). Only hidden states need the output head."""
 
 
 def needed_part(recipe: Recipe, name: str) -> Gives | None:
-    """Return what the server of a model sends (`serve.gives`). Return None if this process needs the whole model, to run it or to prune
-    it."""
+    """Return the outputs that the server of a model sends (`serve.gives`). Return None if this process needs the whole model, to run or
+    prune it."""
     serve = recipe.models[name].serve
     return None if serve is None or any(model.parent == name for model in recipe.models.values()) else serve.gives
 
 
 def locate_part(load: str, revision: str, gives: Gives) -> Path | None:
-    """Return the directory of a model, without network. Return None if the description, the tokenizer or all weight files are missing.
+    """Return the directory of a model, without network. Return None if the configuration, the tokenizer or all weight files are missing.
 
     This function does not check whether the files contain the output head, because it does not load the model's class. `fetch_part` checks
     this.
@@ -39,7 +40,7 @@ def locate_part(load: str, revision: str, gives: Gives) -> Path | None:
 
 
 def fetch_part(load: str, revision: str, gives: Gives, *, workers: int = 8) -> Path:
-    """Return the directory of a model, after downloading what is missing. Raises ModelError as `sources.fetch` does."""
+    """Return the directory of a model, after downloading the files that are missing. Raises ModelError as `sources.fetch` does."""
     if sources.parse_source(load).kind == "hub" and gives == "hidden":
         from tadistill.models.head import fetch_head  # imports torch
 

@@ -1,8 +1,8 @@
-"""Read a model directory with transformers, safely: no code of the model runs, and missing or additional weights are errors.
+"""Load a model directory with transformers, safely: no code from the directory runs, and missing weights or additional layers are errors.
 
 tokenizer = read_tokenizer(directory, "ORG/NAME")
 model = read_model(directory, "ORG/NAME", torch.float32)
-read_model(directory, "ORG/NAME", torch.float32, device="meta")     # headers only: takes milliseconds, and finds the same mistakes
+read_model(directory, "ORG/NAME", torch.float32, device="meta")     # headers only: takes milliseconds, finds all errors except NaN
 """
 
 import json
@@ -41,7 +41,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
     with quiet():
         try:
             tokenizer = _tokenizer_of(directory)
-        except Exception as error:  # the tokenizers library raises bare exceptions on a damaged file
+        except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
             _refuse_code(directory, load, error)
             _refuse_config(directory, load)
             if not any((directory / name).is_file() for name in _VOCABULARIES):
@@ -60,8 +60,8 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
-    # For some types of models, such as qwen2, AutoTokenizer takes their own class whatever the file says. This class splits text in its own
-    # way, so a tokenizer of the general class would come back as another one.
+    # For some types of models, such as qwen2, AutoTokenizer ignores the class that the file names, and uses the class of the type. That
+    # class splits text in another way, so a saved tokenizer of the general class would be loaded as a different tokenizer.
     try:
         described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -85,13 +85,13 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
     with quiet():
         try:
             check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
-            # sizes that differ come back as a list instead of a report that `quiet` hides
+            # returns weights of a wrong size in a list. By default, transformers only logs them, and `quiet` hides this log
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(directory), trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except ModelError:
             raise
-        except Exception as error:  # transformers raises whatever a damaged file leads to
+        except Exception as error:  # a damaged file can make transformers raise any error
             _refuse_code(directory, load, error)
             if why := _wrong_field(error, directory, load):
                 raise ModelError(f"config.json of model `{load}`: {why}") from error
@@ -103,7 +103,7 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
     if device != "meta":
         _check_finite(model, load)
     quantised = getattr(model.config, "quantization_config", None)
-    if quantised and not getattr(model, "is_quantized", False):  # transformers skips what it does not know
+    if quantised and not getattr(model, "is_quantized", False):  # transformers ignores methods that it does not know
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(f"model `{load}` is quantised as {method}, which transformers cannot read; use the model's full weights")
     return model.eval()
@@ -145,7 +145,7 @@ def _refuse_config(directory: Path, load: str) -> None:
         return
     try:
         AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # as above
+    except Exception as error:  # any error, as in `read_model`
         if why := _wrong_field(error, directory, load):
             raise ModelError(f"config.json of model `{load}`: {why}") from error
         raise ModelError(
@@ -174,7 +174,7 @@ def _wrong_field(error: Exception, directory: Path, load: str) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, with the second line if the first ends with a colon. Return the name of the error's class
-    if it has no text."""
+    """Return the first line of an error's text, and also the second line if the first ends with a colon. Return the name of the error's
+    class if the error has no text."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")

@@ -1,4 +1,4 @@
-"""Replies of an endpoint: requests in several threads, and a file that keeps every reply, so that nothing is asked (and paid for) twice.
+"""Send requests to an endpoint in several threads, and keep every reply in a file, so that no request is sent (and paid for) twice.
 
     with open_cache(path, waiting) as cache:
         in_threads(requests, lambda request: cache.put(request.key, ask(request)), threads=8, stop=Event())
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from tadistill.errors import StoreError
 from tadistill.models.chat import Reply
 
-_LOOK = 0.2  # seconds between two calls of `look`
+_LOOK = 0.2  # the longest time between two calls of `look`, in seconds
 Item = TypeVar("Item")
 
 
@@ -60,8 +60,8 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
     """Open a file of replies. Only one process at a time can open it.
 
     Args:
-        waiting: called about once a second while another process has opened the file. It may raise an error to give up. Without it, that is
-            an error.
+        waiting: called about once a second while another process has opened the file. It may raise an error to give up. Without this
+            function, a file that another process has opened is an error.
 
     Raises:
         StoreError: another process has opened the file, or a line of it is damaged.
@@ -91,8 +91,8 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
 
 
 def read_replies(path: Path) -> dict[str, Reply]:
-    """Return the replies in a file by their keys. It is empty if there is no file. Half a line at the end, which a killed process may
-    leave, is removed.
+    """Return the replies in a file, by their keys, or an empty dict if there is no file. An incomplete last line, as a killed process may
+    leave it, is removed from the file.
 
     Raises:
         StoreError: a line is damaged.
@@ -108,8 +108,8 @@ def read_replies(path: Path) -> dict[str, Reply]:
 
 
 def peek(path: Path) -> dict[str, Reply]:
-    """Return the replies in a file by their keys, also while another process writes to it. The file is not changed. Raises StoreError as
-    `read_replies` does."""
+    """Return the replies in a file, by their keys, also while another process writes to the file. The file is not changed. Raises
+    StoreError as `read_replies` does."""
     content = path.read_bytes() if path.is_file() else b""
     return _parsed(content[: content.rfind(b"\n") + 1], path)
 
@@ -126,7 +126,7 @@ def _parsed(content: bytes, path: Path) -> dict[str, Reply]:
             replies.setdefault(row["key"], reply)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(
-                f"{path}, line {number} is not a reply ({error}); delete this line; its question is then asked again"
+                f"{path}, line {number} is not a reply ({error}); delete this line, so that its request is sent again"
             ) from error
     return replies
 
@@ -136,10 +136,10 @@ def in_threads(
 ) -> list[Future[None]]:
     """Call `work` with each item, in several threads, and return the futures of all calls. A future contains the error of its call.
 
-    After the first error, no further call begins. Calls that have begun are awaited, also after Ctrl-C: their requests are paid for.
+    After the first error, no further call begins. Running calls are awaited, also after Ctrl-C, because their requests are paid for.
 
     Args:
-        stop: set before the calls that have begun are awaited.
+        stop: is set before the running calls are awaited.
         look: called a few times a second by this thread. It may raise an error to stop the work.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="asking")

@@ -1,7 +1,7 @@
 """Models with random weights: check their configuration, and build them.
 
 config = scratch_config("llama", {"hidden_size": 64, "num_hidden_layers": 2}, tokenizer)
-check_scratch(config)                                       # builds it without memory; runs it if it is small
+check_scratch(config)                                       # builds the model without weights; if it is small, also runs it
 model = scratch_model(config, seed=1, dtype=torch.float32)
 """
 
@@ -47,7 +47,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
-    except Exception as error:  # a class of transformers raises whatever a bad field leads to
+    except Exception as error:  # a wrong field can make transformers raise any error
         raise ConfigError(f"`config` of scratch:{kind} is not valid: {_reason(error, fields)}") from error
     check_architecture(config, f"scratch:{kind}")
     return config
@@ -65,7 +65,7 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU's generator
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except Exception as error:  # as above
+        except Exception as error:  # any error, as in `scratch_config`
             raise ConfigError(
                 f"transformers cannot build scratch:{config.model_type} from `config`: {_reason(error, config.to_dict())}"
             ) from error
@@ -75,7 +75,7 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
 
 
 def check_scratch(config: PreTrainedConfig) -> None:
-    """Check that the model can be built, without memory for its weights. If it is small, also give it weights and run it on two tokens.
+    """Check that transformers can build the model, without memory for its weights. A small model also gets weights and runs on two tokens.
 
     Raises:
         ConfigError: transformers cannot build or run a model of this configuration, or its logits are not finite.
@@ -86,7 +86,7 @@ def check_scratch(config: PreTrainedConfig) -> None:
         with torch.no_grad(), quiet():
             model = scratch_model(config, seed=0, dtype=torch.float32).eval()
             logits = model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False).logits
-    except Exception as error:  # as above
+    except Exception as error:  # any error, as in `scratch_config`
         raise ConfigError(
             f"transformers cannot build or run scratch:{config.model_type} with this `config`: {_reason(error, config.to_dict())}"
         ) from error
@@ -124,7 +124,7 @@ def count_parameters(config: Mapping[str, Any]) -> int:
     """
     try:
         return build_on_meta(AutoConfig.for_model(**config)).num_parameters()
-    except Exception as error:  # as above
+    except Exception as error:  # any error, as in `scratch_config`
         raise ModelError(
             f"transformers cannot build a causal language model from a configuration of type {config.get('model_type')} "
             f"({first_line(error)}); correct its config.json"
@@ -139,10 +139,10 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean `{close[0]}`?" if close else "; see its page in the transformers documentation"
+    return f"; did you mean `{close[0]}`?" if close else "; see the list in the transformers documentation"
 
 
 def _reason(error: Exception, fields: Mapping[str, Any]) -> str:
-    # errors of strict dataclasses have two lines, and the second one tells the rule
+    # errors of strict dataclasses have two lines, and the second line is the reason
     last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
     return wrong_field(error, fields) or f"{last}; correct it"

@@ -1,4 +1,4 @@
-"""Teachers that run on servers of vLLM. A server reads the tokens of a batch, and this process computes the loss.
+"""Teachers that run on servers of vLLM. A server runs the model on the tokens of a batch, and this process computes the loss.
 
     teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.serving` makes both
     teacher.target(batch)
@@ -6,7 +6,7 @@
 A server sends one of two things for every token: the last hidden states after the final norm (`POST /pooling`), as bytes; or the k most
 probable tokens with their log-probabilities, and that of the text's own token (`POST /v1/completions` with `prompt_logprobs`).
 
-Axes: N tokens, T tokens of a sequence, H hidden, K tokens that are sent.
+Axes: N tokens, T tokens of a sequence, H hidden, K tokens that a server sends at each position.
 """
 
 from typing import Any, NamedTuple
@@ -86,17 +86,17 @@ class ServedTopK(Teacher):
 
 
 class Rows(NamedTuple):
-    """The sequences of a batch that a server must read, each with the positions that the loss needs."""
+    """The sequences of a batch as token ids (`tokens`), and the positions in each of them whose outputs the loss needs (`places`)."""
 
     tokens: list[list[int]]
     places: list[np.ndarray]
     counted: int
-    """Number of all these positions."""
+    """Number of the positions in `places`, over all sequences."""
 
 
 def sequences(batch: Batch, *, ahead: int) -> Rows:
-    """Return the sequences of a batch without padding. Each one ends `ahead` tokens after the last position that the loss needs, or
-    earlier."""
+    """Return the sequences of a batch without padding. Each sequence is cut `ahead` tokens after the last position that the loss needs. A
+    sequence without such a position is left out."""
     tokens, places = [], []
     for ids, mask in zip(batch.ids_BT.cpu().numpy(), batch.mask_BT.cpu().numpy(), strict=True):
         if len(found := np.flatnonzero(mask)):
@@ -124,7 +124,7 @@ def top_k_request(name: str, ids: list[int], k: int) -> dict[str, Any]:
 
 
 def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return the states (T, H) of an answer of `POST /pooling`.
+    """Return the hidden states, of shape (T, H), in an answer of `POST /pooling`.
 
     Raises:
         Broken: the answer is not complete, belongs to another request, or has another shape than (length, width).
@@ -177,7 +177,7 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
     if choice.get("prompt_token_ids") not in (None, tokens):
         raise Broken("the server's answer is about another text: its tokens are not those of the request")
     own = np.array([dict(row)[token] for token, row in zip(tokens[1:], rows, strict=True)])
-    # the text's own token comes first; it is one token more unless it is itself among the k most probable ones
+    # a row begins with the text's own token, and has k + 1 tokens, or k if this token is among the k most probable tokens
     top = [row if len(row) == k else row[1:] for row in rows]
     if any(len(row) != k for row in top):
         raise Broken(
@@ -192,8 +192,8 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
 def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
     """Return the scores as a target of a loss, from the most to the least probable token.
 
-    Some models have logits for ids that are no tokens of the tokenizer. The probability of such an id is added to the tail. An unused id
-    with the probability 0 takes its place.
+    Some models have logits for ids that are no tokens of the tokenizer. Such an id is replaced by a token with the probability 0, so that
+    its probability becomes a part of the tail.
     """
     ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
     for row, place in np.argwhere(ids >= vocab):

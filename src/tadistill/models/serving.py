@@ -30,8 +30,8 @@ from tadistill.models.served import (
 from tadistill.models.teacher import Teacher
 
 _PROBE = "Two readers, naïve or not: 3.14 × 2 = 6.28?\n"
-_ABSENT = (404, 405)
-_UNIT = 1e-3  # states whose norms differ by less from 1 are normalised
+_ABSENT = (404, 405)  # HTTP statuses of a server that does not have the path of a request
+_UNIT = 1e-3  # hidden states are normalised if their norms differ from 1 by less than this
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def served_teacher(
 
     Args:
         written: the source of the model as the recipe has it, for messages.
-        load: the source of the model's files, of which only the configuration and the output head are read.
+        load: the source of the model's files. Only the configuration and the output head are loaded.
         dtype: number format of the head, and of hidden states on their way from the server.
         device: device of the head and of the teacher's outputs.
 
@@ -89,7 +89,7 @@ def served_teacher(
 
 
 def names_of(load: str, written: str | None, revision: str, serve: Serve) -> tuple[str, ...]:
-    """Return the names under which a server may have the model: `serve.name`, or else the source and the directory of its files."""
+    """Return the names that the model may have on a server: `serve.name`, or else the source and the directory of the model's files."""
     if serve.name:
         return (serve.name,)
     directory = sources.locate(load, revision, weights=False)
@@ -102,7 +102,7 @@ def check_servers(
     """Check each server of a teacher with a few short requests.
 
     Args:
-        names: the names under which a server may have the model.
+        names: the names that the model may have on a server.
         config: the configuration of the model in the recipe.
         longest: number of tokens of the longest text that the servers must read.
 
@@ -145,7 +145,7 @@ def _check(
     servers: Servers, at: str, name: str, takes: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, longest: int
 ) -> Checked:
     serve = servers.serve
-    ahead = serve.gives == "top_k"  # such a server always samples one more token
+    ahead = serve.gives == "top_k"  # then the server always samples one token after the text
     if takes is not None and longest + ahead > takes:
         raise ServerFailed(
             f"the server {at} of `{servers.model}` takes at most {takes} tokens, but the recipe allows {longest + ahead}; start it with "

@@ -54,14 +54,14 @@ class Source:
 
 
 def parse_source(load: str) -> Source:
-    """Return the kind and the name of the source `load`. A directory of a model or tokenizer is preferred to a hub id of its name.
+    """Return the kind and the name of the source `load`. A local model or tokenizer directory is preferred to a hub id.
 
     Raises:
         ModelError: `load` has none of the known forms.
     """
     try:
         return _parsed(load)
-    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+    except (OSError, RuntimeError) as error:  # a part has more than 255 characters, or ~NAME is no user
         why = getattr(error, "strerror", None) or error
         raise ModelError(f"`{load}` is not a valid path ({why}); correct the path, or write a hub id in the form ORG/NAME") from error
 
@@ -218,7 +218,7 @@ def adapter_base(load: str, revision: str = "main") -> tuple[str, str] | None:
     """Return the source and the revision of the base model of the adapter `load`. Return None if `load` is not an adapter on this disk.
 
     Raises:
-        ModelError: the adapter is not a LoRA adapter, or its base is unknown.
+        ModelError: the adapter is not a LoRA adapter, or does not name a base model that can be found.
     """
     adapter = _adapter(parse_source(load), revision)
     return _base(adapter, load) if adapter else None
@@ -282,7 +282,7 @@ def _converted(digest: str) -> Path:
 
 
 def description_file(load: str, revision: str = "main", *, download: bool = False) -> Path | None:
-    """Return the path of a source's config.json on this disk, even if all other files are missing. Return None if it is not on this disk.
+    """Return the path of a source's config.json (for an adapter, that of its base). Return None if this file is not on this disk.
 
     Args:
         download: if `load` is a hub id and the file is not on this disk, download this file (a few kilobytes).
@@ -310,7 +310,7 @@ def description_file(load: str, revision: str = "main", *, download: bool = Fals
             return Path(hf_hub_download(source.name, "config.json", revision=revision))
         except RemoteEntryNotFoundError:
             hf_hub_download(source.name, ADAPTER, revision=revision)
-    return description_file(load, revision, download=True)  # of the adapter's base
+    return description_file(load, revision, download=True)  # config.json of the adapter's base
 
 
 def _hub_folder(name: str, revision: str) -> Path | None:

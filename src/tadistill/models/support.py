@@ -34,15 +34,15 @@ REFUSED = {
     "prophetnet": "predicts several tokens at once",
     "reformer": "draws random numbers in every forward pass, so its logits cannot be repeated",
 }
-"""Maps a type of model to the reason why it cannot be distilled. The reason is the end of a sentence."""
+"""Maps a type of model to the reason why it cannot be distilled. The reason continues the sentence "It is of type T, which …"."""
 ENCODERS = frozenset(
     ("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer", *REFUSED)
 )
-"""Types of models that read in both directions, unless their config.json has `"is_decoder": true`."""
+"""Types of models whose tokens attend to earlier and later tokens, unless their config.json has `"is_decoder": true`."""
 
 
 _KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type": ["default", *ROPE_INIT_FUNCTIONS]}
-"""Maps the pattern of a field's name to the values that transformers knows."""
+"""Maps a regular expression for the names of configuration fields to the values that transformers knows for these fields."""
 _MOST_LAYERS = 10_000
 """Largest number of layers. A model with more layers would take minutes to build, even without weights."""
 
@@ -84,7 +84,7 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
                 AutoModelForCausalLM.from_config(read, trust_remote_code=False)
         except ModelError:
             raise
-        except Exception as error:  # whatever the code of any family raises
+        except Exception as error:  # the code of a model family can raise any error
             if why := wrong_field(error, config):
                 raise ModelError(f"config.json of model `{model}`: {why}") from error
             reason = " ".join(str(error).split())[:200]
@@ -128,8 +128,8 @@ def _refusal(model: str, kind: Any, reason: str) -> ModelError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide progress bars and warnings of transformers while a `with` block runs. They would break our own progress display. Errors are
-    still shown."""
+    """Hide progress bars and warnings of transformers while a `with` block runs, because they would break the progress display of
+    tadistill. Errors are still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Teachers: models that say how probable tokens are, and that are not trained.
+"""Teachers: frozen models whose outputs (hidden states or top-k log-probabilities) are the targets of a student's loss.
 
     teacher = teacher_of(model)                     # a model in this process: whole, sharded or offloaded
     teacher.target(batch)                           # its outputs at the N tokens of the loss, for `objectives.fused`
@@ -21,22 +21,22 @@ from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
 
 
 def nothing(work: Work) -> None:
-    """Ignore the work of a forward pass."""
+    """Ignore the amount of work of a forward pass. This is the default of `Teacher.passed`."""
 
 
 class Teacher:
     """Base class of all teachers, in this process or on a server."""
 
     device: torch.device
-    """The device of its outputs."""
+    """The device of the teacher's outputs."""
     width: int
-    """Number of logits of its output head."""
+    """Number of logits of the teacher's output head."""
     model: PreTrainedModel | None = None
-    """The model itself. None if it is not in this process: then it cannot help to sample."""
+    """The model itself. None if it runs outside of this process. Samplers that need its logits for each new token cannot use it then."""
     config: Mapping[str, Any] = {}
-    """The model's text configuration, if the model is not in this process."""
+    """The model's text configuration, if the model runs outside of this process."""
     passed: Callable[[Work], None] = staticmethod(nothing)
-    """Called with the work of every pass of a model that is not in this process. `train.meter` counts it."""
+    """Function that gets the amount of work of every forward pass outside of this process. `train.meter` sets it, to count FLOPs."""
     gives_hidden: bool = True
     """True if the outputs are hidden states, from which every loss can be computed exactly."""
 
@@ -53,7 +53,7 @@ class Teacher:
 
 
 class HiddenTeacher(Teacher):
-    """Base class of the teachers that give their last hidden states. This process applies the output head."""
+    """Base class of the teachers whose outputs are their last hidden states. This process applies the output head to these states."""
 
     @property
     def head(self) -> Head:
@@ -99,5 +99,5 @@ class InProcess(HiddenTeacher):
 
 
 def teacher_of(model: PreTrainedModel | Teacher) -> Teacher:
-    """Return the teacher itself, or a model in this process as a teacher."""
+    """Return a teacher unchanged. Wrap a transformers model in a teacher that runs in this process."""
     return model if isinstance(model, Teacher) else InProcess(model)

@@ -1,6 +1,6 @@
 """Special tokens of a model, read from its files: the tokens that end an answer, the token BOS, and the chat template.
 
-Only JSON files are read, so planning needs no torch. `ends` collects the tokens of several models.
+Only JSON files are read, so planning needs no torch. `ends` collects the tokens that end an answer of several models.
 """
 
 import json
@@ -27,7 +27,7 @@ class Tokens:
     eos: int | None
     """The EOS id of the tokenizer. None if the files do not contain it."""
     generation: tuple[int, ...] = ()
-    """The EOS ids in the generation configuration. If there is none, they come from the model configuration."""
+    """The EOS ids in the generation configuration or, without such a configuration, in the model configuration."""
     config: tuple[int, ...] = ()
     """The EOS ids in the model configuration that are added tokens of the tokenizer. All other ids are ignored, because in some models they
     belong to another tokenizer."""
@@ -38,9 +38,9 @@ class Tokens:
     template: str | None = None
     """The text of the chat template."""
     specials: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Maps names that a chat template can use, such as `bos_token`, to the texts of these tokens."""
+    """Maps variables of a chat template, such as `bos_token`, to the texts of these tokens."""
     texts: Mapping[int, str] = field(default_factory=dict, compare=False)
-    """Maps the id of each of these tokens, and of each added token, to its text."""
+    """Maps the ids of `eos`, of `generation` and of all added tokens to the texts of these tokens."""
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -79,8 +79,8 @@ def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens
 
 
 def read(model: Path | None, tokenizer: Path) -> Tokens:
-    """Return the special tokens in the directories of a model and of a tokenizer. `model` is None for random weights. Can raise a
-    ModelError."""
+    """Return the special tokens in the directories of a model and of a tokenizer. `model` is None for random weights. Raises a
+    ModelError if an EOS id is not a token of the model."""
     if model:
         check_ends(model, str(model))
     settings, added, vocabulary, first = _tokenizer(tokenizer)
@@ -93,7 +93,7 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
     eos = known.get(specials.get("eos_token", ""))
     template = _template(tokenizer, settings)
     if eos is None and generated and "eos_token" not in specials:
-        eos = generated[0]  # some classes of tokenizers name their EOS in code only; the model then has the same
+        eos = generated[0]  # some tokenizer classes define EOS only in their code; the model has the same EOS
     shown = {eos, *generated, *added.values()}
     return Tokens(
         eos,
@@ -109,7 +109,7 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a tokenizer, by name."""
+    """The tokens of a tokenizer, as mappings from the text of a token to its id."""
 
     words: Mapping[str, int]
     """The id of each token of the vocabulary, also of added tokens that are a part of it."""
@@ -126,9 +126,9 @@ class Vocabulary:
 
     def extra(self, other: "Vocabulary") -> tuple[dict[str, int], dict[str, int]] | None:
         """Return two mappings from token to id: the tokens that only this tokenizer has, and those that only the other has. Return None if
-        the two tokenizers read text differently.
+        the two tokenizers may split text differently.
 
-        They read text in the same way if their ordinary tokens have the same ids, and if the extra tokens are added tokens with higher ids.
+        They split text in the same way if at most one of them has extra tokens, and these are added tokens with higher ids than all others.
         """
         alone = self.ids.items() - other.ids.items(), other.ids.items() - self.ids.items()
         mine, theirs = (dict(sorted(items, key=lambda item: item[1])) for items in alone)
@@ -142,7 +142,7 @@ class Vocabulary:
 
 
 def of_tinyworld(source: str, *, seed: int, people: int) -> Vocabulary:
-    """Return the tokens of a tokenizer of the built-in data set tinyworld."""
+    """Return the tokens of a tokenizer of the built-in data set tinyworld, which has this seed and this number of people."""
     words = tinyworld_tokenizers.vocabulary(source, seed=seed, people=people)
     return Vocabulary(words, {word: words[word] for word in tinyworld.SPECIALS})
 

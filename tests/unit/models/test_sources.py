@@ -262,7 +262,7 @@ def test_a_gguf_file_of_gemma_3_is_the_model_and_reads_every_byte(tmp_path, cach
     write_gemma(tmp_path / "gemma.gguf", written)
     write_gemma(tmp_path / "27b.gguf", tiny_model("gemma3_text", head_dim=12, **sizes))
     with pytest.raises(
-        ModelError, match=r"`27b.gguf` has a gemma3_text model with heads of 12 numbers, and does not say how its attention"
+        ModelError, match=r"`27b.gguf` has a gemma3_text model with head_dim 12, but does not contain the scale of its attention"
     ):
         fetch(str(tmp_path / "27b.gguf"))
     model, tokenizer = load_model(str(tmp_path / "gemma.gguf")), load_tokenizer(str(tmp_path / "gemma.gguf"))

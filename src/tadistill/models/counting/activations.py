@@ -1,4 +1,4 @@
-"""The memory of a decoder's forward pass, computed from its config.json, for the families of `counting.sizes`.
+"""Compute the memory of a decoder's forward pass from its config.json, for the model families of `counting.sizes`.
 
     kept = kept_by_layer({"model_type": "gpt2", "n_embd": 768, ...}, bf16=True, dropout=False)
     kept.position * positions + kept.pair * pairs               # bytes of one layer, until its backward pass
@@ -13,6 +13,9 @@ from typing import Any
 
 from tadistill.models.counting.shapes import shape_of
 
+_DROPOUTS = {"gpt2": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "opt": {"dropout": 0.1, "attention_dropout": 0.0}}
+"""Maps a family to the fields of its residual and attention dropout, with the default values of transformers."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -23,7 +26,7 @@ class Kept:
     pair: float
     """Bytes per query-key pair that the layer keeps: its attention mask."""
     scores: float
-    """Bytes per query-key pair that a CPU keeps in place of `pair`, if attention has dropout: it has no fused kernel for dropout."""
+    """Bytes per query-key pair that a CPU keeps in place of `pair` if attention has dropout, because a CPU has no fused kernel for this."""
     running: float
     """Bytes per token position of temporary tensors, while one layer runs forward or backward."""
 
@@ -38,14 +41,15 @@ def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Ke
     shape, family, width = shape_of(config), config["model_type"], 2 if bf16 else 4
     hidden, inner = shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    casts = 1 if bf16 else 0  # autocast casts the same input again for each matrix that reads it
-    sums = 4 * shape.heads  # one number per query of the attention kernel
+    casts = 1 if bf16 else 0  # autocast casts an input again for each matrix that multiplies it
+    sums = 4 * shape.heads  # the attention kernel keeps one float32 number per query of each head
     if family in ("gpt2", "opt"):
-        # inputs of two norms; their outputs, queries, keys, values and the attention's output
+        # inputs and outputs of two norms; queries, keys, values and the attention's output
         position = 8 * hidden + 6 * width * hidden + sums + 16
         position += 5 * width * inner if family == "gpt2" else width * inner + 2 * casts * width * hidden
-        position += 2 * width * hidden if dropout and _rate(config, family == "gpt2", "resid_pdrop", "dropout") else 0
-        scores = 12.0 * shape.heads if dropout and _rate(config, family == "gpt2", "attn_pdrop", "attention_dropout") else 0.0
+        residual, attention = (dropout and config.get(name, rate) for name, rate in _DROPOUTS[family].items())
+        position += 2 * width * hidden if residual else 0
+        scores = 12.0 * shape.heads if attention else 0.0
         return Kept(position, width, scores, (4 if family == "gpt2" else 2) * width * inner + 12 * hidden)
     # inputs of the norms in two forms; outputs of two norms; queries, keys and values after rotation, attention's output; four tensors of
     # the MLP. Keys and values are repeated for the query heads. A single key-value head is repeated without a copy, but autocast copies
@@ -57,8 +61,3 @@ def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Ke
         position += (8 if family == "gemma3_text" else 4 + width) * (queries + keys) + 4 * (shape.heads + shape.groups)
     scores = 12.0 * shape.heads if dropout and config.get("attention_dropout") else 0.0
     return Kept(position, width, scores, 3 * width * inner + 12 * hidden)
-
-
-def _rate(config: Mapping[str, Any], gpt2: bool, of_gpt2: str, of_opt: str) -> float:
-    # the defaults of transformers, if a config.json has no value
-    return config.get(of_gpt2, 0.1) if gpt2 else config.get(of_opt, 0.1 if of_opt == "dropout" else 0.0)

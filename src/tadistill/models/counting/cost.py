@@ -1,13 +1,13 @@
-"""The parts of a compute cost. Both the predicted costs (`plan.costs`) and the measured costs (`train.meter`) have these parts.
+"""The compute cost of a stage, and its parts. Predicted costs (`plan.costs`) and measured costs (`train.meter`) have the same parts.
 
 A part is named PHASE/MODEL, where MODEL is student or teacher. There are seven phases:
 - training: forward and backward passes on training text
 - rollout: sampling
 - scoring: forward passes over sampled text before an update
-- corpus: MiniLLM's loss on plain text
-- recording: storing the teacher's outputs
+- corpus: MiniLLM's loss on the pre-training corpus
+- recording: forward passes that store the teacher's outputs
 - selection: evaluations on the dev set
-- watching: metrics of sampled text
+- watching: computing metrics of sampled text
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from tadistill.models.counting.memory import Memory
 
 NOT_LEARNING = ("selection", "watching")
-"""Phases that only measure the student. They are left out when two arms are compared at equal compute."""
+"""Phases that only measure the student. The comparison of two arms at equal compute ignores these phases."""
 
 
 @dataclass(frozen=True)
 class CostPart:
-    """The FLOPs and the token positions of one part of a cost. Forward passes add to both. Backward passes add only to the FLOPs."""
+    """The FLOPs and the token positions of one part of a cost. Only forward passes add positions. Backward passes add FLOPs."""
 
     flops: float = 0.0
     positions: float = 0.0
@@ -59,9 +59,9 @@ class Cost:
     kind: str = ""
     """A text that is equal for two trainings if they differ only in their number of updates. Such trainings run at the same speed."""
     disk: Disk | None = None
-    """Space on disk of recorded outputs. None for other stages."""
+    """Disk space of the outputs that the stage records. None if it records none."""
     asked: float = 0.0
-    """Number of answer tokens that the first teacher writes or scores, in its own tokens. Its dev evaluations are not included."""
+    """Number of answer tokens that the first teacher samples or scores, in its own tokenizer. Evaluations on the dev set do not count."""
     elsewhere: bool = False
     """True if a model behind an API does the work. Its FLOPs are not known, and are not counted."""
 

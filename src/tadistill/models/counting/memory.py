@@ -42,9 +42,9 @@ class Memory:
     logits: float = 0.0
     """Logits of student and teachers at all tokens of the loss of one micro-batch. Only a tile of them exists at a time."""
     logit_row: float = 0.0
-    """The part of `logits` of one token."""
+    """Bytes of `logits` per token."""
     returned: float = 0.0
-    """Gradients that are added to other ones at the end of the backward pass: those of the embeddings."""
+    """Gradients of the embeddings, before the end of the backward pass adds them to `gradients`."""
     several: bool = False
     """True if an update has several micro-batches. Then the gradients of one are in memory while the next one runs forward."""
     sampling: float = 0.0
@@ -57,7 +57,7 @@ class Memory:
     def peak(self, *, cuda: bool, tile: float = TILE_BYTES) -> float:
         """Return the largest number of bytes at one time, in the memory of a GPU (`cuda`) or of a CPU.
 
-        `tile` is the size of a tile of the fused head. On a GPU with more free memory, the head takes larger ones.
+        `tile` is the size of a tile of the fused head in bytes. On a GPU with more free memory, the head uses larger tiles.
         """
         tile = min(self.logits * (1 + OBJECTIVE) if cuda else min(self.logits, TILE_ROWS * self.logit_row), tile)
         before = self.gradients if self.several else 0.0
@@ -70,7 +70,7 @@ class Memory:
         """Return the memory of each process if the student is sharded over `processes`. In sampling and evaluation, each process still
         needs the whole student.
 
-        `gathered` is the value of the field with this name.
+        `gathered` is the new value of the field with this name.
         """
         own = {name: getattr(self, name) / processes for name in ("weights", "gradients", "moments")}
         return replace(self, **own, gathered=gathered, sampling=self.sampling + self.weights - own["weights"])
@@ -134,7 +134,7 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Give the freed memory of this process back to the system. This works with the C library glibc only.
 
-    Without this, a long training on a CPU grew to 7.4 GB. It needed 2.1.
+    Without this function, a long training on a CPU grew to 7.4 GB of memory, of which it needed 2.1 GB.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -25,7 +25,7 @@ Config = Mapping[str, Any] | Describes
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a decoder that pruning can change. It also has `head_dim`, which pruning never changes."""
+    """The sizes of a decoder that pruning can change, and `head_dim`, which pruning never changes."""
 
     layers: int
     hidden: int
@@ -49,7 +49,7 @@ PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 COUNTED = (*PRUNABLE, "gemma3_text")
 """The model families whose parameters, FLOPs and memory can be computed from a configuration."""
 
-_LARGEST = 10**9  # larger than any size of a model; products of much larger numbers have no float
+_LARGEST = 10**9  # larger than any size of a model; products of much larger numbers overflow a float
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
 _KV_HEADS = {"gemma3_text": 4, "mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
 _HEAD_DIM = {"gemma3_text": 256, "qwen3": 128}
@@ -113,7 +113,7 @@ def resized(shape: Shape, **sizes: int) -> Shape:
 
 
 def check_layers(config: Mapping[str, Any], layers: int | tuple[int, ...] | None, key: str, model: str) -> None:
-    """Check that a model with this configuration has all layers that pruning shall keep.
+    """Check that a model with this configuration has all layers that a recipe wants to keep.
 
     Args:
         layers: the number of layers to keep, or their indices. None if pruning removes no layers.
@@ -215,7 +215,7 @@ def _fields(config: Config) -> Mapping[str, Any]:
     fields = config if isinstance(config, Mapping) else config.to_dict()
     family = fields.get("model_type")
     if family not in COUNTED:
-        raise _not_prunable(family)  # in all other cases, callers look first whether the sizes can be counted
+        raise _not_prunable(family)  # callers that do not prune first test whether the family is in COUNTED
     return fields
 
 

@@ -1,5 +1,4 @@
-"""Exact parameter counts and FLOPs, computed from a config.json alone, for gpt2, opt, llama, mistral, qwen2, qwen3
-and gemma3_text.
+"""Compute exact parameter counts and FLOPs from a config.json alone, for gpt2, opt, llama, mistral, qwen2, qwen3 and gemma3_text.
 
     config = read_config("gpt2")            # from this disk; None if the model is not on it
     size = size_of(config)                  # None for other families
@@ -157,28 +156,13 @@ def _opt(config: Config) -> Size:
     return Size(total, layers * matrices + projections + vocab * outer, layers, width, vocab * outer, width, width)
 
 
-def _llama_like(
-    *,
-    kv: int | None = None,
-    head_dim: int | None = None,
-    qkv_bias: bool = False,
-    bias_fields: bool = False,
-    query_norm: bool = False,
-    norms: int = 2,
-) -> Callable[[Config], Size]:
-    # kv (key-value heads) and head_dim are defaults of transformers. qkv_bias: these biases always exist; bias_fields: the fields
-    # attention_bias and mlp_bias add biases; query_norm: queries and keys have a norm per head; norms: of the hidden states, in each layer
+def _llama_like(*, qkv_bias: bool = False, bias_fields: bool = False, query_norm: bool = False, norms: int = 2) -> Callable[[Config], Size]:
+    # qkv_bias: queries, keys and values always have biases; bias_fields: the fields attention_bias and mlp_bias add biases;
+    # query_norm: queries and keys have a norm; norms: number of norms of the hidden states in each layer
     def count(config: Config) -> Size:
-        vocab, width, layers = (
-            size_in(config, "vocab_size"),
-            size_in(config, "hidden_size"),
-            size_in(config, "num_hidden_layers"),
-        )
-        inner, heads = size_in(config, "intermediate_size"), size_in(config, "num_attention_heads")
-        # An explicit null means one key-value head per query head; a missing field means the family's default.
-        kv_heads = _or({"num_key_value_heads": kv, **config}, "num_key_value_heads", heads)
-        size = _or({"head_dim": head_dim, **config}, "head_dim", width // heads)
-        queries, keys = heads * size, kv_heads * size
+        vocab, shape = size_in(config, "vocab_size"), shape_of(config)
+        width, layers, inner, size = shape.hidden, shape.layers, shape.intermediate, shape.head_dim
+        queries, keys = shape.heads * size, shape.groups * size
         matrices = 2 * width * queries + 2 * width * keys + 3 * width * inner
         biases = queries + 2 * keys if qkv_bias else 0
         if bias_fields and config.get("attention_bias", False):
@@ -197,15 +181,15 @@ _COUNTERS: dict[str, Callable[[Config], Size]] = {
     "gpt2": _gpt2,
     "opt": _opt,
     "llama": _llama_like(bias_fields=True),
-    "mistral": _llama_like(kv=8),
-    "qwen2": _llama_like(kv=32, qkv_bias=True),
-    "qwen3": _llama_like(kv=32, head_dim=128, bias_fields=True, query_norm=True),
-    "gemma3_text": _llama_like(kv=4, head_dim=256, bias_fields=True, query_norm=True, norms=4),
+    "mistral": _llama_like(),
+    "qwen2": _llama_like(qkv_bias=True),
+    "qwen3": _llama_like(bias_fields=True, query_norm=True),
+    "gemma3_text": _llama_like(bias_fields=True, query_norm=True, norms=4),
 }
 _TIED = ("gpt2", "opt", "gemma3_text")  # families whose default in transformers is a head with the embeddings' weights
 
 
-_LAYER = 10  # layer i has the places 10 i to 10 i + 9, for its matrices in the order of use; attention is between places 0 and 1
+_LAYER = 10  # `_Matrix.places` of layer i: from 10 i to 10 i + 9, in the order of use; attention runs between places 0 and 1
 
 
 @dataclass(frozen=True)
@@ -226,7 +210,7 @@ class _Matrix:
     name: str
     inputs: int
     outputs: int
-    places: tuple[int, ...]  # the matrix's rank in the order of use of all matrices, once per layer
+    places: tuple[int, ...]  # for each layer, a number that grows in the order in which a forward pass uses the matrices
 
 
 def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapters | None:
@@ -252,7 +236,7 @@ def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapt
 
 
 def _named(name: str, target: str) -> bool:
-    # the rule of peft
+    # peft compares names in the same way
     return f".{name}".endswith(f".{target}")
 
 

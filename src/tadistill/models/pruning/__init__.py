@@ -1,4 +1,4 @@
-"""Pruning: make a smaller model from parts of a larger model's weights. Models with the key `init` start in this way.
+"""Pruning: make a smaller model from parts of a larger model's weights. A model with the key `init` in the recipe is made in this way.
 
     student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # keeps evenly spaced layers; works for any family
 

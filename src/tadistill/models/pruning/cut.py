@@ -128,7 +128,7 @@ def _renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[
 
 
 def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), quiet():  # the random weights made here are replaced at once
+    with torch.random.fork_rng(devices=[]), quiet():  # the random weights are replaced below
         pruned = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
         )
@@ -168,7 +168,7 @@ class _Cuts:
         return tensor
 
     def _kept(self, axis: Axis, layer: int | None) -> Tensor | None:
-        # ascending indices; None keeps all
+        # returns the kept indices in ascending order, or None to keep all
         shape, scores = self._shape, self._importance
         if axis is None or scores is None or (axis == "words" and self._whole_words):
             return None

@@ -1,4 +1,4 @@
-"""The names of the weights in each model family, and the axes of each weight.
+"""Names and axes of the weights in each model family that can be pruned in width.
 
 Each dimension of a weight has one of these axis names:
 
