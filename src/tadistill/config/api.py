@@ -1,4 +1,4 @@
-"""Teachers behind an API: the endpoint, its limits and prices, and which methods can use text only."""
+"""Settings of a teacher behind an API: address, limits and prices. A check refuses methods that need more than the teacher's text."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,7 +9,7 @@ from tadistill.config.method import Method
 from tadistill.errors import ConfigError
 
 NOT_SENT = {"temperature": 1.0, "top_p": 1.0, "seed": None}
-"""The settings that `api.omit` can name, with the value that an endpoint uses without them. It chooses a seed itself."""
+"""Maps each sampling setting that `api.omit` can name to the value that an API uses without it. None: the API chooses the seed itself."""
 _NO_FIELD = ("no_repeat_ngram", "top_k", "min_p")  # settings of sampling for which chat completions have no field
 
 
@@ -30,28 +30,28 @@ class Price(Strict):
     """The currency of the prices, for messages."""
 
     def of(self, tokens_in: float, tokens_out: float) -> float:
-        """Return the price of these numbers of tokens."""
+        """Return the price of `tokens_in` prompt tokens and `tokens_out` answer tokens, in `currency`."""
         return (tokens_in * self.input + tokens_out * self.output) / 1e6
 
 
 class Api(Strict):
-    """A model behind an OpenAI-compatible API (chat completions). It gives only text: it writes the answers on which students train.
+    """A model behind an OpenAI-compatible API (chat completions). The API returns only text, so students train on the model's answers.
 
-    Answers are kept in the store. A request that was answered once is never sent again, in any study of the same runs directory.
+    Answers are stored in the runs directory. No study in this directory sends an answered request again.
     """
 
     at: Annotated[str, AfterValidator(_base)]
-    """Address of the API, such as https://HOST/v1. Requests go to AT/chat/completions. It is not a part of the keys of stages."""
+    """Address of the API, such as https://HOST/v1. Requests go to AT/chat/completions. Stored answers stay valid if the address changes."""
     model: str = Field(pattern=r"\S")
     """The model's name at the API. It identifies the model: write a name that always means the same weights."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere. By default, no key is sent."""
     price: Price | None = None
-    """Prices, from which the plan and the run say what the requests cost. By default, only their numbers of tokens are shown."""
+    """Prices for estimates of what the requests cost. By default, the plan and the run show only numbers of tokens."""
     requests: int = Field(default=8, ge=1, le=1024)
     """Number of requests that wait for an answer at the same time."""
     requests_per_minute: float | None = Field(default=None, gt=0, le=1e6)
-    """Largest number of requests that are sent in a minute. By default, there is no limit but that of the API, which is obeyed."""
+    """Largest number of requests that are sent in a minute. By default, only the API's own rate limit applies."""
     seconds: float = Field(default=120.0, gt=0, le=86400)
     """Largest number of seconds to wait for one answer."""
     omit: tuple[Literal["temperature", "top_p", "seed"], ...] = ()
@@ -69,7 +69,7 @@ class Api(Strict):
     @model_validator(mode="after")
     def _check(self):
         if any(part in self.at for part in "@?#"):
-            raise ValueError(  # a sentence that begins with the key does not repeat the value, which may contain a password
+            raise ValueError(  # a message that begins with the key is shown without the value, which may contain a password
                 "api.at has a user name, a password or a query; write only https://HOST/v1, put the key into an environment variable, and "
                 "name this variable in `api.key`"
             )
@@ -94,8 +94,8 @@ def check_text_only(name: str, api: Api, method: Method) -> None:
     if select.metric == "reverse_kl":
         raise ConfigError(f"select.metric `reverse_kl` needs the teacher's probabilities, but {what}; use `loss` or `rouge_l`")
     if (context := method.context) and (context.chat is False or "prompt" in context.columns):
-        given, fix = ("`chat: false`", "remove it") if context.chat is False else ("`{prompt}`", "use `{instruction}`")
-        raise ConfigError(f"context has {given}, but models.{name} is behind an API, which reads messages and renders them itself; {fix}")
+        given, fix = ("`chat: false`", "remove `chat: false`") if context.chat is False else ("`{prompt}`", "use `{instruction}`")
+        raise ConfigError(f"context has {given}, but models.{name} is behind an API, which applies its own chat template; {fix}")
     if sampler.teacher_text and isinstance(sampler, Decoding):
         _check_decoding(name, api, sampler)
 
@@ -110,12 +110,12 @@ def _check_decoding(name: str, api: Api, sampler: Decoding) -> None:
         raise ConfigError(f"sampler has `engine: {sampler.engine}`, but the API of models.{name} samples itself; remove `engine`")
     if sampler.temperature > 2:
         raise ConfigError(
-            f"sampler.temperature is {sampler.temperature:g}, but an API takes at most 2 (models.{name}); lower the temperature"
+            f"sampler.temperature is {sampler.temperature:g}, but the API of models.{name} accepts at most 2; lower the temperature"
         )
     for key in api.omit:
         value = getattr(sampler, key, None)
         if key != "seed" and value != NOT_SENT[key]:
             raise ConfigError(
-                f"sampler.{key} is {value:g}, but models.{name}.api.omit says that the API does not take this setting; set "
+                f"sampler.{key} is {value:g}, but models.{name}.api.omit says that the API refuses this setting; set "
                 f"`{key}` to 1, or change `omit`"
             )

@@ -29,7 +29,11 @@ def path_text(path: Iterable[str]) -> str:
 
 
 def marked(text: str, across: Iterable[tuple[str, str]]) -> str:
-    """Return the text of paths with `~>` in place of `>` at some steps, such as `xl ~> l > s`. `across` has these steps."""
+    """Return the text of paths with `~>` in place of `>` between models with different tokenizers, such as `xl ~> l > s`.
+
+    Args:
+        across: the pairs (teacher, student) with different tokenizers.
+    """
     parts, lossy = re.split(r"( > | then |, )", text), {*across}
     for i in range(1, len(parts) - 1, 2):
         if parts[i] == " > " and (parts[i - 1], parts[i + 1]) in lossy:
@@ -57,12 +61,12 @@ A = TypeVar("A", bound=ComparableArm)
 
 
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
-    """Return the first arm in which the teacher itself teaches the student. Return None if there is no such arm.
+    """Return the first arm that distils the teacher directly into the student. Return None if there is no such arm.
 
-    Such an arm has one path, one teacher at a time, no `init` (`is_plain`) and no `compute`.
+    Arms with several paths, several teachers at a time, `init` or `compute` are not considered.
 
     Args:
-        teacher: the original teacher. None accepts any teacher.
+        teacher: the original teacher, the first model of the path. None accepts any teacher.
         method: the method that the arm must have. None accepts any method.
         any_method: if no arm has this method, return an arm with another method.
     """
@@ -96,8 +100,8 @@ class Arm(Strict):
     """One path, or several paths that run one after the other, such as `A > B > C then D > C`. A name means the same model in all paths. If
     several distillations train the same model, its updates are divided equally among them."""
     init: dict[str, str] = {}
-    """Maps a model that this arm trains to an earlier model of this arm. The earlier model provides the first weights. After that, the
-    trained model has its own fine-tuning (`sft`), and then the distillation."""
+    """Maps a model that this arm trains to an earlier model of this arm. The trained model starts from the earlier model's weights, and
+    passes its own fine-tuning (`sft`) and then the distillation."""
     method: MethodName | None = Field(default=None, exclude=True)
     """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler of this arm."""
     # None once it is applied
@@ -114,7 +118,7 @@ class Arm(Strict):
     context: TeacherContext | None = None
     """Changes to the recipe's `method.context` for this arm. A path such as `s > s`, in which a model teaches itself, needs a context."""
     ema: Ema | None = None
-    """Changes the recipe's `method.ema` for this arm."""
+    """Replaces the recipe's `method.ema` for this arm."""
     phases: Phases | None = None
     """Phases of each distillation of this arm, one after the other. They replace the phases of the recipe's `method`. `[]` means no
     phases."""
@@ -123,11 +127,11 @@ class Arm(Strict):
     `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
     training is not counted."""
     teacher_budget: str | None = None
-    """`as ARM`: this arm asks as much of the original teacher as ARM does. The teacher writes or scores the same number of answer tokens.
-    If it only writes text (`seqkd`), it answers only the first prompts of the training set, as many as the budget allows. Otherwise, the
-    number of updates of the models that it teaches is chosen to match the budget; `compute` then sets the updates of the other models."""
+    """Budget of the original teacher, relative to another arm. `as ARM`: the teacher writes or scores as many answer tokens for this arm as
+    for ARM. A teacher that only writes text (`seqkd`) answers the first prompts of the training set, as many as the budget allows. For any
+    other teacher, the updates of its students are chosen to match the budget, and `compute` sets the updates of the other models."""
     control: str | None = None
-    """Makes this arm a control of another arm: `KIND of ARM`. It has the same student, settings and training FLOPs as ARM.
+    """`KIND of ARM`: this arm is a control of ARM, with the same student, settings and training FLOPs, but another teacher or none.
     `no_teacher`: the objective is `no_teacher`, on the student's own text. `tempered`: the first model of ARM's path teaches, with its
     logits divided by a temperature, so that its mean entropy on dev responses equals that of ARM's last assistant. `random_teacher`: the
     first model of ARM's path teaches with random weights."""
@@ -208,7 +212,7 @@ class Arm(Strict):
 
     @property
     def controls(self) -> Control | None:
-        """The kind of this control, and the arm with which it is compared. None if this arm is no control."""
+        """The kind of this control, and the arm with which it is compared. None if this arm is not a control."""
         return read_control(self.control) if self.control else None
 
     @property
@@ -219,12 +223,12 @@ class Arm(Strict):
 
     @property
     def asks_like(self) -> str | None:
-        """The arm in `teacher_budget`. None if `teacher_budget` is not set."""
+        """The name ARM in `teacher_budget: as ARM`. None if `teacher_budget` is not set."""
         return self.teacher_budget.removeprefix("as ") if self.teacher_budget else None
 
     @property
     def budgets(self) -> dict[str, str]:
-        """The arms in `compute` and `teacher_budget`, by key."""
+        """Maps each of the keys `compute` and `teacher_budget` that this arm sets to the arm that the key names."""
         found = {"compute": self.like[1] if self.like else None, "teacher_budget": self.asks_like}
         return {key: arm for key, arm in found.items() if arm is not None}
 
@@ -254,7 +258,7 @@ class Arm(Strict):
 
 
 class Budgets(Strict):
-    """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget. Its updates and its warmup are scaled.
+    """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget, with scaled updates and warmup.
 
     For example, a recipe has the arms `direct` and `chain`. `times: [1, 2]` and `of: direct` turn these two into four arms: `direct`,
     `direct-2x`, `chain-1x` and `chain-2x`. The arm `direct` defines the budget 1x.

@@ -43,14 +43,14 @@ _VARIABLE = "^[A-Za-z_][A-Za-z0-9_]*$"
 
 def _variable(value: str) -> str:
     if not re.fullmatch(_VARIABLE, value):
-        raise ValueError(  # a sentence that begins with the key does not repeat the value, which may be an API key
+        raise ValueError(  # a message that begins with the key is shown without the value, which may be an API key
             "key must be the name of an environment variable, with only letters, digits and `_`; put the API key itself into this variable"
         )
     return value
 
 
 def is_http_address(text: str) -> bool:
-    """Return True for an address with http:// or https://, a host, and no port or a valid one."""
+    """Return True if the text is an address with http:// or https:// and a host. A port is not needed, but an invalid port gives False."""
     try:
         parts = urlsplit(text)
         return bool(parts.hostname) and parts.scheme in ("http", "https") and parts.port != 0
@@ -76,12 +76,12 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     text_sets: ClassVar[str] = ""
-    """Name of the key that gets the value if a recipe gives only a text for this part. Empty if a text is not allowed here."""
+    """Name of the key that a recipe can set by a text in place of all keys of this class. Empty if such a text is not allowed."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_booleans(cls, values: Any) -> Any:
-        # pydantic would read `true` as 1; as a word it is refused, with the key
+        # pydantic would convert `true` to 1; it refuses the text "true" with an error that names the key
         return {k: _words(v) if _numbers_only(cls, k) else v for k, v in values.items()} if isinstance(values, dict) else values
 
     @field_validator("*", mode="after")
@@ -143,7 +143,9 @@ class Decoding(Strict):
         if self.engine == "vllm" and self.no_repeat_ngram:
             raise ConfigError("engine `vllm` does not support `no_repeat_ngram`; remove `no_repeat_ngram`, or use `engine: native`")
         if self.engine == "vllm" and self.min_p > 0 and self.top_p < 1:
-            raise ConfigError("engine `vllm` applies `min_p` before `top_p`, and not after it; remove one of them, or use `engine: native`")
+            raise ConfigError(
+                "engine `vllm` applies `min_p` before `top_p`, and not after it; remove `min_p` or `top_p`, or use `engine: native`"
+            )
 
     @property
     def plain(self) -> bool:

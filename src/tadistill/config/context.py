@@ -23,14 +23,16 @@ class TeacherContext(Strict):
     template: str | None = None
     """The text of the prompt. `{column}` stands for a column of the row: `{instruction}`, `{input}`, `{output}` (the first reference
     answer), `{prompt}` (the whole prompt of the student), or a column in `data.train.extra`. Write `{{` and `}}` for braces. With a chat
-    template, this text is the user's turn; in a conversation, it replaces the last turn before the answer, which is `{instruction}`."""
+    template, this text is the user's message. In a conversation, it replaces the last message before the answer. `{instruction}` is this
+    message."""
     system: str | None = None
-    """Text of the system turn. It replaces the system turn of a conversation. The tokenizer's chat template then writes the prompt."""
+    """Text of the system message. In a conversation, it replaces the system message. The tokenizer's chat template then writes the
+    prompt."""
     chat: bool | None = None
     """True if the tokenizer's chat template writes the prompt. The default is true with `system`, and otherwise as for the student."""
     max_prompt: int = Field(default=1024, ge=1, le=MOST)
-    """Largest number of tokens in the teacher's prompt. `data.long_prompts` says what happens to a row with a longer one: the row is left
-    out of this training, or the prompt is cut."""
+    """Largest number of tokens in the teacher's prompt. If the prompt of a row is longer, `data.long_prompts` decides: the row is left out
+    of this training, or the prompt is cut."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,6 +70,6 @@ class TeacherContext(Strict):
         return tuple(dict.fromkeys(found))
 
     def filled(self, columns: Mapping[str, str]) -> str:
-        """Return the template with the text of each of its columns. The texts themselves are not searched for braces."""
+        """Return the template with texts in place of the names in braces. `columns` maps names to texts. Braces in these texts are kept."""
         assert self.template is not None
         return _PARTS.sub(lambda part: part[0][0] if part["column"] is None else columns[part["column"]], self.template)

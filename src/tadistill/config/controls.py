@@ -1,7 +1,8 @@
 """Controls: arms that show how much of an arm's result comes from the teacher's knowledge.
 
 `control: KIND of ARM` makes an arm a control of the arm ARM: it trains the same student with the same settings and the same compute, but
-without the teacher's knowledge. `fair: true` adds all controls of every chain. Both are written out before the recipe is checked.
+with another teacher or none. `fair: true` adds all controls of every chain (a path through assistants). This module writes the settings of
+all controls into the recipe before the recipe is checked.
 """
 
 import re
@@ -14,11 +15,8 @@ from tadistill.config.sampling import StudentSampler
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
 _WRITTEN = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
-_COPIED = (
-    "method",
-    *(part for part in PARTS if part not in ("dense", "ema")),
-    "phases",
-)  # its one teacher is fixed
+_COPIED = ("method", *(part for part in PARTS if part not in ("dense", "ema")), "phases")
+"""The keys that a control has from its arm. `dense` and `ema` are not copied, because a control has one teacher, which does not change."""
 
 
 class Control(NamedTuple):
@@ -29,10 +27,10 @@ class Control(NamedTuple):
 
     @property
     def words(self) -> str:
-        """How the student is taught, in a few words."""
+        """A phrase for reports: how the control trains its student, and the arm with which the control is compared."""
         teacher = {
             "no_teacher": "trained without a teacher",
-            "tempered": "taught by the teacher, only as sharp as the assistant",
+            "tempered": "taught by the teacher with the sharpness of the assistant",
             "random_teacher": "taught by a teacher with random weights",
         }
         return f"{teacher[self.kind]} (control of {self.arm})"
@@ -122,11 +120,11 @@ def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:
     if len(_models(base)) < 2 or base.get("init"):
         return f"{at}, but a control needs an arm with one path of at least two models and no `init`; name such an arm"
     if control.kind == "tempered" and len(_models(base)) < 3:
-        return f"{at}, but `{control.arm}` has no assistant whose entropy the teacher could have; name a path such as A > B > C"
+        return f"{at}, but `{control.arm}` has no assistant whose entropy the teacher could get; name an arm with a path such as A > B > C"
     if control.kind == "tempered" and base.get("compute"):
         return f"{at}, but `{control.arm}` has `compute`, so its assistant is not known yet; name an arm without `compute`"
     if "path" in arms[name] and _models(arms[name]) != _models({"path": _ends(base)}):
-        return f"{at}, whose path is then `{_ends(base)}`; remove `path`"
+        return f"{at}, which sets its path to `{_ends(base)}`; remove `path`"
     return None
 
 
@@ -149,7 +147,7 @@ def _copy(arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _models(arm: dict[str, Any]) -> list[str]:
-    # empty if the arm has several paths, or no path that can be read
+    # empty if the arm has several paths, or no valid path
     path = arm.get("path")
     if isinstance(path, str):
         return [] if " then " in path else [model.strip() for model in path.split(">")]

@@ -33,16 +33,16 @@ class DataRef(Strict):
     """The data set: a known name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, a folder with SPLIT.jsonl
     files, or a hub id."""
     split: str | None = None
-    """Name of the split to read. By default, it is the name of the key that uses the data set: train, dev or test."""
+    """Name of the split to load. By default, it is the name of the key that uses the data set: train, dev or test."""
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
     columns: dict[Column, str] = {}
-    """Maps our name of a column to the file's name. It is only needed if the names differ. The columns `tools`, `choices`, `facts`
-    and those of right answers (`numeric`, `choice`, `math`, `checks`) are read only if they are given here: {choices: choices, numeric:
+    """Maps tadistill's name of a column to the name in the file, if the two names differ. The columns `tools`, `choices`, `facts` and those
+    of right answers (`numeric`, `choice`, `math`, `checks`) are loaded only if this mapping names them: {choices: choices, numeric:
     answer}."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
-    index of this list."""
+    index into this list."""
     instruction: str | None = None
     """The instruction of every row, for a data set without instructions."""
     extra: tuple[str, ...] = ()
@@ -61,8 +61,8 @@ class DataRef(Strict):
         for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
             if given and name in self.columns:
                 raise ValueError(
-                    f"`{name}` is set for every row, but `columns` also names a column for it (`{self.columns[name]}`); remove one of the "
-                    "two"
+                    f"`{name}` is set for every row, but `columns` also names a column for it (`{self.columns[name]}`); remove `{name}`, "
+                    f"or remove it from `columns`"
                 )
         if known := [name for name in self.extra if name in _IN_TEMPLATES]:
             raise ValueError(
@@ -97,7 +97,7 @@ class DataRef(Strict):
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
 
     def plain(self, name: str) -> "DataRef":
-        """Return the data set without a weight. Its name is `name`."""
+        """Return this data set without the weight of a training set, and with the name `name`."""
         found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
         found._folder, found._called = self._folder, name
         return found
@@ -112,14 +112,14 @@ class TrainSet(DataRef):
 
 
 def _form(given: Any) -> str:
-    # the keys of a mapping are names of sets, unless one of them is a key of a data set; a single key with a text is a mistyped key
+    # a mapping has names of sets, unless one of its keys is a key of a data set; a mapping of one key to a text is a mistyped data set
     if not isinstance(given, Mapping) or any(key in DataRef.model_fields for key in given):
         return ONE
     return SETS if len(given) > 1 or any(isinstance(part, Mapping | DataRef) for part in given.values()) else ONE
 
 
 ONE, SETS = "<one set>", "<sets>"
-"""The two forms of `data.train` and `data.dev`, as pydantic names them in the place of an error."""
+"""Pydantic's tags for the two forms of `data.train` and `data.dev`: one data set, or several with names. Locations of errors have them."""
 TrainData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, TrainSet], Tag(SETS)], Discriminator(_form)]
 """One training set, or several with names and weights."""
 DevData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, DataRef], Tag(SETS)], Discriminator(_form)]
@@ -146,7 +146,7 @@ Thinking = Literal["keep", "drop", "mask"]
 _OWN_VARIABLES = frozenset(("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
     "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs"))  # fmt: skip
-"""Arguments of `apply_chat_template` that are no variables of a template, or that the rows give."""
+"""Arguments of `apply_chat_template` that `chat_template_kwargs` must not set: they are not variables of a template, or rows set them."""
 
 
 class Data(Strict):
@@ -165,8 +165,8 @@ class Data(Strict):
     root: str | None = None
     """Folder of local data sets. The default is the environment variable TADISTILL_DATA."""
     template: Template = "alpaca"
-    """Text around an instruction. `alpaca`: the Alpaca prompt, as in MiniLLM. `chat`: the tokenizer's chat template. `plain`: only a line
-    break."""
+    """Text around an instruction. `alpaca`: the Alpaca prompt, as in MiniLLM. `chat`: the tokenizer's chat template. `plain`: a line break
+    after the instruction, and nothing else."""
     max_prompt: int = Field(default=256, ge=1, le=MOST)
     """Largest number of tokens in a prompt. The default is MiniLLM's value."""
     long_prompts: LongText = "drop"
@@ -178,7 +178,7 @@ class Data(Strict):
     """What happens to a row whose prompt and reference response are longer than `max_length`. `cut`: the end of the response is cut off,
     together with its end token. `drop`: the row is left out and counted. `refuse`: the study does not start."""
     turns: Turns = "answer"
-    """The part of a conversation that training learns. `answer`: the text of the last message and the token that ends it. `last`: the last
+    """The part of a conversation on which the loss is computed. `answer`: the text of the last message and its end token. `last`: the last
     message as the chat template writes it, which can include thinking, tool calls and spaces. `all`: every message of the assistant, as the
     chat template writes it. Sampled text always answers the messages before the last one."""
     thinking: Thinking = "keep"
@@ -187,8 +187,8 @@ class Data(Strict):
     chat_template_kwargs: dict[str, Any] = {}
     """Values for variables of the chat template, such as `{enable_thinking: false}`."""
     bos: Literal["auto", "never"] = "auto"
-    """Whether prompts and plain text begin with the token BOS. `auto`: as the tokenizer does it. `never`: no BOS, as in MiniLLM. With the
-    template `chat`, the chat template decides this."""
+    """Whether prompts and plain text begin with the BOS token. `auto`: the tokenizer decides. `never`: no BOS, as in MiniLLM. With the
+    template `chat`, the chat template decides."""
     limit: Limit = Limit()
     world: World = World()
 
@@ -233,7 +233,7 @@ class Data(Strict):
         return " + ".join(ref.load for ref in self.sets.values())
 
     def splits(self, *, trains: bool = True) -> Iterator[tuple[Literal["train", "dev", "test"], DataRef]]:
-        """Yield each data set with its role: the training sets, the dev sets and the test sets; without `trains`, only the test sets."""
+        """Yield pairs of the name of a split and a data set. If `trains` is false, yield only the test sets."""
         if trains:
             for ref in self.sets.values():
                 yield "train", ref
@@ -245,7 +245,7 @@ class Data(Strict):
     @model_validator(mode="before")
     @classmethod
     def _one_dev_set_by_name(cls, value: Any) -> Any:
-        # {maths: maths.jsonl} is a set with a name, and no mistyped key, if maths is one of several training sets
+        # in {maths: maths.jsonl}, maths is the name of a set and not a mistyped key, if it is one of several training sets
         train, dev = (value.get("train"), value.get("dev")) if isinstance(value, Mapping) else (None, None)
         if not (isinstance(train, Mapping) and isinstance(dev, Mapping)) or _form(train) != SETS or _form(dev) == SETS:
             return value
@@ -320,18 +320,22 @@ def shares_text(shares: Mapping[str, float]) -> str:
 
 
 def drawn_text(shares: Mapping[str, float], *, dev: bool) -> str:
-    """Return the shares of training sets as a sentence. With `dev`, another sentence says how the dev values of the sets are weighted."""
+    """Return a sentence about the shares of training sets. With `dev`, add a sentence about the weights of the sets in dev values."""
     also = " Dev values are means over the dev sets of these names, with the same shares." if dev else ""
     return f"Training draws {shares_text(shares)}.{also}"
 
 
 def training_shares(data: Mapping[str, Any]) -> dict[str, float]:
-    """Return the share of each training set of a recipe, given its `data` as plain data. It is empty if there is one set."""
+    """Map the name of each training set to its share of the training rows. Return an empty dict for a single training set.
+
+    Args:
+        data: the key `data` of a recipe, as plain data.
+    """
     weights = {} if "load" in data["train"] else {name: each["weight"] for name, each in data["train"].items()}
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def training_refs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the training sets of a recipe, given its `data` as plain data."""
+    """Return the training sets of a recipe. `data` is its key `data`, as plain data."""
     train = data["train"]
     return [train] if "load" in train else [*train.values()]

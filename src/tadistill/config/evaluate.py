@@ -1,4 +1,4 @@
-"""The evaluation of a recipe: how responses to the test sets are sampled, and metrics in the user's own code."""
+"""The settings of evaluation: how responses to the test sets are sampled, and metrics in the user's own code."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -87,7 +87,8 @@ class Evaluate(Decoding):
     def check_sets(self, columns: Sequence[Mapping[Any, str]]) -> None:
         """Raise a ValueError if there is nothing to measure, or if `pass_at` is set but no test set has right answers.
 
-        `columns` has the key `columns` of each test set.
+        Args:
+            columns: the value of `DataRef.columns` for each test set.
         """
         if not columns and not self.tasks:
             raise ValueError("data.test names no set, so nothing can be measured; name a test set, or tasks of lm-eval in `evaluate.tasks`")
@@ -99,13 +100,13 @@ class Evaluate(Decoding):
             )
 
     def other(self, name: str) -> "Evaluate":
-        """Return the settings of another decoding. `name` is its key in `also`. Fields that it leaves out have the main values."""
+        """Return the settings of the decoding `name` in `also`. A field that this decoding leaves out has the main value."""
         changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
         return self.one_response.model_copy(update=changes)
 
     @property
     def during_training(self) -> "Evaluate":
-        """A copy of these settings for the dev set: one response to each prompt, which our own loop samples."""
+        """A copy of these settings for the dev set: one response to each prompt, sampled without vLLM."""
         return self.one_response.model_copy(update={"engine": "native"})
 
     @property
@@ -149,7 +150,7 @@ class OwnMetric(Strict):
 
     @property
     def row(self) -> Metric:
-        """The metric as a row of the table in `tadistill.metrics`."""
+        """This metric in the form of the built-in metrics, `tadistill.metrics.Metric`."""
         bounded = self.unit in (POINTS, PERCENT)
         title = self.title or self.name.replace("_", " ")
         return Metric(self.name, title, "quality", self.unit, self.decimals, self.better, signed=not bounded)

@@ -7,7 +7,7 @@ from pydantic import Field
 from tadistill.config.common import MOST, Strict
 
 REFERENCE = "reference"
-"""The value of `against` that stands for the reference answers of the data set."""
+"""The value of `against` for a comparison with the reference answers of the data set."""
 
 
 class Judge(Strict):

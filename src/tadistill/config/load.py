@@ -1,6 +1,7 @@
-"""Read a recipe file and apply overrides, such as `method.optim.lr=1e-4`. Error messages name the key and its line.
+"""Load a recipe file and apply overrides, such as `method.optim.lr=1e-4`. Error messages name the key and its line.
 
-A recipe cannot read anything outside its file. References `${…}` of OmegaConf are errors, because they could read environment variables.
+A recipe cannot refer to anything outside its file. References `${…}` of OmegaConf are errors, because they could read environment
+variables.
 """
 
 import difflib
@@ -27,6 +28,7 @@ T = typing.TypeVar("T")
 _SHOWN = 20
 """Largest number of problems that one error message shows."""
 _DEEPEST = 40
+"""Largest number of levels in which the keys of a recipe can be nested."""
 _NO_REFERENCES = "contains `${`, but a recipe cannot refer to environment variables or to other keys; write the value itself"
 
 
@@ -42,7 +44,7 @@ def study_in(recipe: Path) -> str | None:
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe.
+    """Load and validate a recipe.
 
     Args:
         path: a YAML file, or the name of a recipe of the package (`config.shipped`).
@@ -81,8 +83,16 @@ def read(recipe: str | Path) -> tuple[str, Path]:
 
 
 def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
-    """Read and validate a recipe from YAML text or plain data, as `load` does. Error messages name the recipe `source`. Relative paths in
-    the recipe start in `folder`."""
+    """Parse and validate a recipe, given as YAML text or as plain data.
+
+    Args:
+        overrides: as for `load`.
+        source: the name of the recipe in error messages.
+        folder: the folder in which relative paths of the recipe start. By default, they start in the working directory.
+
+    Raises:
+        ConfigError: the text is not YAML, or the recipe breaks a rule.
+    """
     lines = _lines(given, source) if isinstance(given, str) else {}
     raw = _merged(given, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
@@ -109,7 +119,14 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data (a dict). Raises ConfigError if the recipe breaks a rule."""
+    """Build a recipe from plain data (a dict).
+
+    Args:
+        source: the name of the recipe in error messages.
+
+    Raises:
+        ConfigError: the recipe breaks a rule.
+    """
     return _recipe(raw, source, {})
 
 
@@ -155,7 +172,7 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         tree: typing.Any = OmegaConf.create(base)
         for item in overrides:
             key, _, value = item.partition("=")
-            for place in _emptied(key, yaml.safe_load(value)):  # to merge an empty mapping would change nothing
+            for place in _emptied(key, yaml.safe_load(value)):  # merging an empty mapping would keep the old keys
                 OmegaConf.update(tree, place, {}, merge=False)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
         return OmegaConf.to_container(tree, resolve=False)
@@ -198,7 +215,7 @@ def _string_keys(value: Any) -> Any:
 def _lines(text: str, source: str) -> Lines:
     # also refuses too many levels, and references to anything outside the text
     lines: Lines = {}
-    seen: set[int] = set()  # an alias stands for a part that was there before
+    seen: set[int] = set()  # an alias is the same node as its anchor
 
     def walk(node: yaml.Node | None, at: tuple) -> None:
         if node is None or id(node) in seen:
@@ -271,7 +288,7 @@ def _quickly(read: Callable[[Any], T]) -> T:
 
 def _check_depth(text: str, source: str, loader: Any) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=loader):  # does not recurse, as all that follows does
+    for event in yaml.parse(text, Loader=loader):  # yaml.parse does not recurse, unlike the steps after this check
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             where = f"{source}, line {event.start_mark.line + 1}" if source else f"override `{text}`"

@@ -30,15 +30,15 @@ class _Found:
     place: str
     key: Key
     part: Part
-    missing: int  # number of words in the key's place that the user did not write
-    types: tuple[str, ...] = field(default=())  # of the groups that share the key
+    missing: int  # number of words in the key's full name that the user did not write
+    types: tuple[str, ...] = field(default=())  # the `type` of each group that has this key
 
 
 def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
     """Return all explanations of a word: a key (`lr`, `method.optim.lr` or `arms.X.path`), a `type`, a method, or an allowed value.
 
     Args:
-        others: words that are not from recipes. For a mistyped word, the error message can suggest one of these.
+        others: words that are not from recipes, such as terms of the glossary. The error message about a mistyped word can suggest them.
 
     Raises:
         ConfigError: nothing has this name.
@@ -116,7 +116,7 @@ def _entry(found: _Found) -> Entry:
 
 
 def _places(places: Iterable[str]) -> str:
-    """Return the places of a key as text. Every method may have phases, so the places in phases are named together."""
+    """Return the places of a key as text. All places in phases become one phrase, because every method can have phases."""
     every = [*places]
     whole = [place for place in every if ".phases." not in place]
     return ", ".join([*whole, "and in phases"] if whole and len(whole) < len(every) else every)

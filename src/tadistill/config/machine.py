@@ -1,4 +1,4 @@
-"""Settings of the machines on which a study runs: processes, devices, memory and vLLM. They change results only by rounding."""
+"""Settings of the machines on which a study runs: processes, devices, memory and vLLM. They change results only by rounding errors."""
 
 import os
 import shutil
@@ -19,13 +19,13 @@ class Vllm(Strict):
     """Share of a GPU's memory that vLLM may use for the weights and for the keys and values of earlier tokens. Without a GPU, it is the
     share of the machine's memory."""
     tensor_parallel: int = Field(default=1, ge=1, le=1024)
-    """Number of GPUs over which vLLM splits the weights. A training with several processes needs 1: each process then has a vLLM on its
-    own GPU."""
+    """Number of GPUs over which vLLM splits the weights. It must be 1 in a training with several processes, because each process then runs
+    vLLM on its own GPU."""
     eager: bool | None = None
     """True: vLLM compiles nothing and captures no CUDA graphs, so it starts faster and samples more slowly. The default is false on a GPU
     and true without one."""
     sleep: bool = True
-    """True: while the student trains, vLLM gives its memory on the GPU back. It has no effect without a GPU, and in stages that do not
+    """True: vLLM frees its GPU memory while the student trains. The setting has no effect without a GPU, and in stages that do not
     train."""
 
 
@@ -34,7 +34,8 @@ class Runtime(Strict):
     rounding."""
 
     jobs: int | None = Field(default=None, ge=1, le=1024)
-    """Number of stages (single steps of work) that run at the same time. The default is the number of GPUs, or else of cores."""
+    """Number of stages (single steps of work) that run at the same time. The default is the number of GPUs, or of CPU cores if there is no
+    GPU."""
     checkpoint_seconds: float | None = Field(default=None, gt=0, le=1e6)
     """Seconds between two saves of the state of a training. The default is 30, or 20 times the duration of the last save if this is
     longer."""
@@ -46,7 +47,7 @@ class Runtime(Strict):
 
 
 class Resources(Strict):
-    """Devices and limits of stages (single steps of work). Changing them affects only rounding, so stored results stay valid.
+    """Devices and limits of stages (single steps of work). A change affects only rounding errors, so stored results stay valid.
 
         resources:
           default: {hours: 3}
@@ -57,16 +58,17 @@ class Resources(Strict):
     """
 
     processes: int = Field(default=1, ge=1, le=MOST)
-    """Number of processes (ranks) of a training or a recording. Each has its own GPU if there are GPUs. Other stages use one process."""
+    """Number of processes (ranks) of a stage that trains or records teacher outputs. Each process has its own GPU if there are GPUs. Other
+    stages use one process."""
     nodes: int = Field(default=1, ge=1, le=MOST)
     """Number of machines on which the processes run."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Place of the student's weights. `ddp`: every process has all weights. `fsdp`: the weights are sharded over the processes (FSDP2)."""
+    """Placement of the student's weights. `ddp`: every process has all weights. `fsdp`: they are sharded over the processes (FSDP2)."""
     teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
-    """Place of the teacher's weights. `replicated`: every device has all weights. `sharded`: the weights are split over the processes
-    (FSDP2), except while the teacher helps to sample. `offloaded`: the weights are in host memory, and are loaded layer by layer."""
+    """Placement of the teacher's weights. `replicated`: every device has all weights. `sharded`: they are sharded over the processes
+    (FSDP2), except while the teacher takes part in sampling. `offloaded`: they are in host memory, and are loaded layer by layer."""
     gpu: str | None = None
-    """Name of a GPU, or of a slice of a GPU, in the cluster's profile. The default is the smallest one that is large enough."""
+    """Name of a GPU, or of a slice of a GPU, in the cluster's profile. The default is the one with the least memory that is enough."""
     cpus: int | None = Field(default=None, ge=1, le=MOST)
     """Number of CPU cores per process."""
     memory: float | None = Field(default=None, gt=0, le=1e6)
@@ -85,11 +87,14 @@ class Resources(Strict):
 
 
 def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: native`") -> Path:
-    """Return the folder with the program `vllm` and the Python that runs it. If the variable TADISTILL_VLLM names an environment, it is the
-    folder `bin` there. Otherwise it is the folder of this Python, or a folder on PATH.
+    """Return the folder with the program `vllm` and the Python that runs it.
+
+    The folder is `bin` of the environment that the variable TADISTILL_VLLM names. If this variable is not set, it is the folder of this
+    Python, or a folder on PATH.
 
     Args:
-        needs_it, instead: for messages: what needs vLLM, and what the user can do without it.
+        needs_it: what needs vLLM, for error messages.
+        instead: what the user can do without vLLM, for error messages.
 
     Raises:
         ConfigError: vLLM is not installed there, or this is not Linux.

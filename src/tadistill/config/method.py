@@ -50,7 +50,7 @@ class Select(Strict):
 
 
 Ema = Annotated[float, Field(ge=0, lt=1)]
-"""Weight of the teacher's own weights in each update of an exponential moving average."""
+"""Decay of an exponential moving average of weights: the factor of the teacher's old weights in each update of the teacher."""
 
 
 class Sft(Strict):
@@ -59,19 +59,19 @@ class Sft(Strict):
     optim: Optim = Optim()
     select: Select = Select()
     keep: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = ()
-    """Updates after which the weights are also stored, such as [100, 200]. Another model of the recipe can be such a stored state (key
-    `checkpoint`)."""
+    """Numbers of updates after which the weights are also stored, such as [100, 200]. The key `checkpoint` of another model can name a
+    stored state."""
     sets: tuple[str, ...] = ()
-    """Names of the sets of `data.train` that are used, such as [maths]. Their weights stay. By default, all sets are used."""
+    """Names of the sets of `data.train` that are used, such as [maths], with their weights there. By default, all sets are used."""
 
 
 class Dense(Strict):
-    """Dense guidance (Son et al. 2021, DGKD): all models before a student in its path teach it together. Their distributions are
-    averaged."""
+    """Dense guidance (Son et al. 2021, DGKD): all models before a student in its path teach the student together. The target is the mean of
+    their distributions."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """The mean of the teachers' distributions that is the target. `geometric` fits the objective `reverse_kl`, and `arithmetic` fits
-    `forward_kl`. In both cases, the gradient equals that of the mean of the KLs to the single teachers."""
+    """The kind of mean. `geometric` fits the objective `reverse_kl`, and `arithmetic` fits `forward_kl`. In both cases, the gradient equals
+    that of the mean of the KLs to the single teachers."""
     weights: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = ()
     """One weight per teacher, in the order of the path. By default, all weights are equal."""
     drop: float = Field(default=0.0, ge=0, lt=1)
@@ -87,9 +87,8 @@ class Dense(Strict):
 class Phase(Strict):
     """A part of a distillation with its own method and its own share of the updates. `NAME` is short for `{method: NAME}`.
 
-    A student passes the phases one after the other. Each phase starts from the weights of the phase before, with a new optimizer and a new
-    schedule of the learning rate. A phase has the settings of the whole distillation, except for those that
-    the phase changes.
+    A student passes the phases one after the other. Each phase starts from the final weights of the phase before, with a new optimizer and
+    a new schedule of the learning rate. Settings that a phase does not change are those of the whole distillation.
     """
 
     text_sets: ClassVar[str] = "method"
@@ -110,7 +109,7 @@ class Phase(Strict):
     context: TeacherContext | None = None
     """Changes to `context` in this phase."""
     ema: Ema | None = None
-    """Changes `ema` in this phase. The average begins with the student's weights at the start of the phase."""
+    """Replaces `ema` in this phase. The average begins with the student's weights at the start of the phase."""
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +170,7 @@ class MethodPatch(Strict):
     context: TeacherContext | None = None
     """Changes to the recipe's `method.context`."""
     ema: Ema | None = None
-    """Changes the recipe's `method.ema`."""
+    """Replaces the recipe's `method.ema`."""
     phases: Phases | None = None
     """Phases of the distillation, one after the other. They replace the phases of the recipe's `method`. `[]` means no phases."""
 
@@ -244,8 +243,8 @@ class Method(Strict):
 
     @property
     def by_token(self) -> str | None:
-        """The setting for which student and teacher must have the same tokens, such as ``objective `forward_kl` ``. None if only text
-        passes from the teacher to the student."""
+        """The setting that compares student and teacher token by token, such as ``objective `forward_kl` ``. None if the student gets only
+        text from the teacher."""
         if self.objective.needs_teacher:
             return f"objective `{self.objective.label}`"
         if self.sampler.guided:
@@ -272,7 +271,7 @@ def merge_methods(base: Any, patch: Strict | float | None) -> Any:
     if type(patch) is not type(base) or not isinstance(patch, Strict):
         return patch
     changed = {name: getattr(patch, name) for name in patch.model_fields_set}
-    if isinstance(base, Optim):  # two of these keys exclude each other, so giving one clears the other
+    if isinstance(base, Optim):  # the keys of a pair exclude each other, so setting one clears the other
         for one, other in (("steps", "epochs"), ("epochs", "steps"), ("micro_batch", "tokens"), ("tokens", "micro_batch")):
             if changed.get(one) is not None:
                 changed.setdefault(other, None)
@@ -292,7 +291,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
         parts = {part: merge_methods(getattr(method, part), getattr(patch, part)) for part in PARTS}
         method = Method(**parts, phases=phases)
     if method.phases:
-        phases_of(method)  # only these are trained with
+        phases_of(method)  # checks the settings of each phase; those of the whole method are not trained with
         return method
     asked = method.objective.needs_teacher
     for name, used in (("dense", asked), ("context", method.uses_teacher), ("ema", asked)):

@@ -70,8 +70,8 @@ class Temper(Strict):
     tau: Temperature | None = None
     """The temperature. A value below 1 makes predictions sharper, and a value above 1 makes them softer."""
     like: str | None = None
-    """Name of an arm. For each seed, the temperature is chosen so that the mean entropy on dev responses equals that of the model of this
-    arm."""
+    """Name of an arm. For each seed, the temperature is chosen so that the mean entropy on dev responses equals that of the model that this
+    arm trains."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -102,7 +102,7 @@ class Lora(Strict):
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but the head and the embeddings cannot have adapters, because the loss reads the "
+                f"lora.targets has {', '.join(refused)}, but the head and the embeddings cannot have adapters, because the loss uses the "
                 "head's weights without adapters; name other linear layers, or remove `targets` to adapt all other linear layers"
             )
         return self
@@ -116,8 +116,8 @@ _OF_WEIGHTS = ("revision", "config", "tokenizer", "template", "serve", "sft", "l
 
 
 class ModelConfig(Strict):
-    """A model: the source of its weights, and its fine-tuning. Exactly one of `load`, `init`, `checkpoint` and `temper` gives its
-    weights. A model with `api` has no weights here: it writes text for students."""
+    """A model: the source of its weights, and its fine-tuning. Exactly one of `load`, `init`, `checkpoint`, `temper` and `api` is set. A
+    model with `api` runs elsewhere, and only its text is used."""
 
     load: str | None = None
     """Source of the weights: a hub id, a local directory, a GGUF file (`x.gguf`), or a file in a Python package
@@ -131,14 +131,14 @@ class ModelConfig(Strict):
     """Source of the tokenizer, if the weights have none: a directory, a hub id, or a tokenizer of the built-in data set tinyworld. The
     tokens of `tinyworld` are words, and those of `tinyworld-bpe` are parts of words (byte-level BPE)."""
     template: Template | None = None
-    """Text around an instruction for this model and for all models that share its tokenizer. The default is `data.template`. So a chat
-    model can learn from a base model without a chat template: `alpaca` for one of them, and `chat` for the other. Only a model with `load`
-    can have this key. For a chat template of your own, save a tokenizer with this template, and name its directory in `tokenizer`."""
+    """Text around an instruction for this model and for all models that share its tokenizer. The default is `data.template`. For example, a
+    chat model (`chat`) can learn from a base model without a chat template (`alpaca`). Only a model with `load` can have this key. For a
+    chat template of your own, save a tokenizer with this template, and name its directory in `tokenizer`."""
     serve: Serve | None = None
     """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
     process."""
     api: Api | None = None
-    """An OpenAI-compatible API that runs this model. It gives only text, so students train on the answers that it writes (`seqkd`)."""
+    """An OpenAI-compatible API that runs this model. The API returns only text, so students train on the model's answers (`seqkd`)."""
     init: Init | None = None
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
@@ -154,13 +154,12 @@ class ModelConfig(Strict):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """The source of the tokenizer: the value of `tokenizer`, or of `load` if `tokenizer` is not set. None if this model is made from
-        another one."""
+        """The source of the tokenizer: the value of `tokenizer`, or of `load` if `tokenizer` is not set. None if the model has neither."""
         return self.tokenizer or self.load
 
     @property
     def parent(self) -> str | None:
-        """Name of the model from which this model is made. None if this model is loaded."""
+        """Name of the model from which this model is made. None if this model has `load` or `api`."""
         made = self.init.from_ if self.init else None
         return made or next((part.of for part in (self.checkpoint, self.temper) if part), None)
 

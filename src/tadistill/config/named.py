@@ -1,7 +1,7 @@
 """Methods with names of the user's own: the key `methods` of a recipe.
 
-A name may stand wherever a recipe accepts a published method: in `method`, in an arm, in `models.X.distill` and in a phase. It means the
-keys of this method, which the other keys in the same place change. Names are replaced by these keys before any check.
+Such a name can be used wherever a recipe accepts the name of a published method: in `method`, in an arm, in `models.X.distill` and in a
+phase. Before any check, the name is replaced by the keys of the method. Other keys in the same place override these keys.
 """
 
 from collections.abc import Iterator
@@ -48,8 +48,13 @@ class _Names:
         return model | {"distill": self.named(model["distill"], at, f"{at}.name", "name")}
 
     def named(self, given: Any, at: str, key: str, name: str) -> Any:
-        """Return a method or an arm in which the name of one of the recipe's own methods is replaced by the keys of this method. `name` is
-        the key in `given` that has the name."""
+        """Return a method or an arm in which the name of one of the recipe's own methods is replaced by the keys of this method.
+
+        Args:
+            at: the place of `given` in the recipe, such as `arms.a`.
+            key: the place of the name, such as `arms.a.method`, for error messages.
+            name: the key of `given` that contains the name.
+        """
         value = {"name": given} if isinstance(given, str) and name == "name" else given
         return self._filled(self.phased(value, at), key, name, phased=True)
 

@@ -75,12 +75,12 @@ class TotalVariation(Divergence):
 
 class AdaptiveKL(Divergence):
     """A weighted sum of the forward and the reverse KL (Wu et al. 2025, AKL). At each position, the weights depend on where teacher and
-    student differ more: on the teacher's most probable tokens, or on the others."""
+    student differ more: on the teacher's most probable tokens, or on all other tokens."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
-    """The teacher's most probable tokens with this total probability form a group. If the two models differ mainly on this group, the
-    forward KL gets more weight."""
+    """Total probability of the group of the teacher's most probable tokens. If the two models differ mainly on this group, the forward KL
+    gets more weight."""
 
 
 class AlphaBeta(Divergence):
@@ -99,7 +99,7 @@ class AlphaMixture(Divergence):
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
     alpha: Modest = -5.0
-    """Kind of mixture: -1 is the arithmetic mean, 1 is the geometric mean, and 3 is the harmonic mean."""
+    """Parameter of the mixture: -1 gives the arithmetic mean, 1 the geometric mean, and 3 the harmonic mean."""
     lam: Share = 0.5
     """The teacher's weight in the mixture."""
     pair: Literal["pr", "rp", "qr", "rq"] = "pr"
@@ -165,10 +165,10 @@ class Taid(Divergence):
 
 
 class Uld(Divergence):
-    """The ULD distance of two sorted probability distributions (Boizard et al. 2024, arXiv 2402.12030). It needs no tokens in common, and
-    does not see which tokens are likely. It is here for comparison.
+    """The ULD distance between the sorted probabilities of teacher and student (Boizard et al. 2024, arXiv 2402.12030). The models need no
+    tokens in common, but the distance does not depend on which tokens are likely. This objective is included for comparison.
 
-    If student and teacher have different tokenizers, it is computed over spans, as in GOLD of TRL 1.16.
+    If student and teacher have different tokenizers, the distance is computed over spans of text, as in GOLD of TRL 1.16.
     """
 
     type: Literal["uld"] = "uld"
@@ -178,10 +178,11 @@ class Uld(Divergence):
 
 
 class Gold(Divergence):
-    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers. It is here for comparison. It adds a
-    Jensen-Shannon divergence on the shared tokens, without renormalisation, and the ULD distance on all other tokens.
+    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers. The loss is a weighted sum of a Jensen-Shannon
+    divergence on the tokens of both vocabularies, without renormalisation, and the ULD distance on all other tokens.
 
-    The two parts have the weights w and 1 - w, where w is the share of the teacher's tokens that are shared.
+    The two parts have the weights w and 1 - w, where w is the share of the teacher's tokens that the student's vocabulary contains. This
+    objective is included for comparison.
     """
 
     type: Literal["gold"] = "gold"
@@ -217,12 +218,12 @@ class SampledKL(ObjectiveBase):
     only_by_token: ClassVar[str] = "estimates the KL from single tokens; use `reverse_kl`, or `minillm` with `sampler.alpha: 0`"
     type: Literal["sampled_kl"] = "sampled_kl"
     estimator: Literal["k2", "k3"] = "k2"
-    """Schulman's estimator of the KL. `k2` has the gradient of the reverse KL, and `k3` has the gradient of the forward KL."""
+    """Schulman's estimator of the KL. Its expected gradient is that of the reverse KL for `k2`, and that of the forward KL for `k3`."""
 
 
 class NoTeacher(ObjectiveBase):
-    """A control without a teacher (arXiv 2608.31046). It is a policy gradient in which sampled tokens that the student finds
-    improbable have the advantage -1.
+    """A control without a teacher (arXiv 2608.31046): a policy gradient in which sampled tokens that the student finds improbable have the
+    advantage -1, and all others 0.
 
     This objective needs the sampler `student`. If it improves a student as much as distillation does, then the teacher does not cause the
     improvement.
@@ -254,7 +255,8 @@ class MiniLLM(ObjectiveBase):
     discount: float = Field(default=1.0, gt=0, le=1)
     """Discount factor of later rewards in the return. Preset `paper`: 1. Preset `official`: 0.95."""
     include_current: bool = False
-    """Add a token's own reward to its return, although the single-step term contains it too. Preset `paper`: no. Preset `official`: yes."""
+    """Add a token's own reward to its return, although the single-step term contains this reward too. Preset `paper`: no. Preset
+    `official`: yes."""
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after"
     """Divisor of the return of token t in a response of T tokens. `after`: T - t - 1 (Eq. 6; preset `paper`). `remaining`: number of tokens
     from t to the end (preset `official`). `discounts`: sum of the discounts. `none`: no division, which leads to very short answers."""
@@ -294,7 +296,7 @@ class MiniLLM(ObjectiveBase):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        # a named preset sets all its fields, so that a patch with this preset replaces the fields of another preset
+        # a named preset sets all its fields, so that an arm's preset replaces every field of the recipe's preset
         named = values.get("preset") if isinstance(values, dict) else None
         return _PRESETS[named] | values if isinstance(named, str) and named in _PRESETS else values
 

@@ -9,17 +9,18 @@ class ObjectiveBase(Strict):
     """Base class of all objectives. Plans, checks and samplers read its class attributes."""
 
     needs_teacher: ClassVar[bool] = True
-    """The loss compares the student with a teacher."""
+    """True if the loss compares the student with a teacher."""
     needs_scores: ClassVar[bool] = False
-    """Before each update, the loss needs the teacher's log-probability of every sampled token."""
+    """True if the loss needs the teacher's log-probability of every sampled token before each update."""
     needs_rounds: ClassVar[bool] = False
-    """The loss needs a sampler that works in rounds: it samples many sequences, and then trains on them for several updates."""
+    """True if the loss needs a sampler that works in rounds. A round samples many sequences, and then uses them for several updates."""
     needs_pairs: ClassVar[bool] = False
-    """The loss needs two responses to each prompt: one from the teacher and one from the student."""
+    """True if the loss needs two responses to each prompt: one from the teacher and one from the student."""
     needs_own_samples: ClassVar[bool] = False
-    """The loss is an estimate. It is correct only if every token is sampled from the student's own distribution."""
+    """True if the loss is an estimate that is correct only if every token is sampled from the student's own distribution."""
     only_by_token: ClassVar[str] = ""
-    """Why the loss is not defined for two tokenizers, and what to use there. Empty if it is defined over spans."""
+    """End of the error message about a student and a teacher with different tokenizers: why the loss needs one tokenizer, and what to use
+    instead. Empty if the loss is also defined over spans of text."""
 
     @property
     def label(self) -> str:

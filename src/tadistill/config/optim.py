@@ -27,8 +27,8 @@ class Optim(Strict):
     """Largest number of tokens in one forward pass, instead of `micro_batch`. Padding counts too, unless rows are `packed`. A row with more
     tokens has a forward pass of its own."""
     packed: bool = False
-    """Train without padding: the rows of a forward pass stand one after the other, and no token reads another row. Student and teachers
-    must be of a type that supports this. The page "Fit a run into memory" of the documentation lists these types."""
+    """Train without padding: the rows of a forward pass are concatenated, and no token attends to another row. Student and teachers must be
+    of a type that supports this. The page "Fit a run into memory" of the documentation lists these types."""
     warmup: int = Field(default=0, ge=0)
     """Number of updates at the start in which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -52,7 +52,7 @@ class Optim(Strict):
 
     @property
     def smaller(self) -> str:
-        """A change of the recipe that makes forward passes smaller, such as `optim.micro_batch: 4`. Empty if they cannot be smaller."""
+        """A setting that makes forward passes smaller, such as `optim.micro_batch: 4`. Empty if no such setting exists."""
         if self.tokens:
             return f"optim.tokens: {self.tokens // 2}" if self.tokens > 1 else ""
         sizes = [n for n in range(1, (self.micro_batch or self.batch) // 2 + 1) if self.batch % n == 0]
@@ -67,9 +67,9 @@ class Optim(Strict):
         if self.micro_batch and self.tokens:
             raise ValueError(
                 f"micro_batch is {self.micro_batch} and tokens is {self.tokens}, but only one of them can set the size of a forward pass; "
-                "remove one of the two"
+                "remove `micro_batch` or `tokens`"
             )
-        given = self.model_fields_set  # a patch has only some of the numbers; `merge` checks them all
+        given = self.model_fields_set  # an arm's changes can have only one of two numbers; `merge_methods` checks both
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
             raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}; the learning rate falls from `lr` to `lr_min`; lower `lr_min`")
         if {"lr", "weight_decay"} <= given and self.lr * self.weight_decay >= 1:

@@ -1,6 +1,6 @@
-"""Methods for a student and a teacher with different tokenizers: what a method becomes there, and which methods are not defined.
+"""Methods for a student and a teacher with different tokenizers: the changes that a method needs, and the methods that are refused.
 
-The loss is computed over spans: the parts of a text between common boundaries of both models' tokens (`objectives.spans`).
+The loss is computed over spans: the pieces of a text between token boundaries that both models have (`objectives.spans`).
 """
 
 from typing import TYPE_CHECKING
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def over_spans(method: "Method") -> "Method":
-    """Return the form that a method has if teacher and student have different tokenizers.
+    """Return the method with the changes that it needs if teacher and student have different tokenizers.
 
-    Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student, which does not exist.
-    So the reward of the sampled span is a part of the return of each of its tokens, in place of this term.
+    Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student's vocabulary, which the
+    teacher does not have. This term is left out. Instead, the return of each token contains the reward of the sampled span of this token.
 
     Raises:
         ConfigError: the method is not defined for two tokenizers. The message says why, and what to use.
@@ -59,6 +59,6 @@ def check_one_tokenizer(method: "Method") -> None:
     """Check that a method is defined for a student and a teacher with one tokenizer. Raises a ConfigError if it is not."""
     if isinstance(method.objective, Gold):
         raise ConfigError(
-            "objective `gold` is for two tokenizers. With one tokenizer, it is the Jensen-Shannon divergence; use "
-            f"`objective: {{type: jensen_shannon, beta: {method.objective.beta:g}}}`"
+            "objective `gold` is for models with different tokenizers, but these models share one tokenizer, for which it is the "
+            f"Jensen-Shannon divergence; use `objective: {{type: jensen_shannon, beta: {method.objective.beta:g}}}`"
         )

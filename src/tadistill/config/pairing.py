@@ -1,4 +1,4 @@
-"""The settings of a method that do not fit together, and the sentences that refuse them."""
+"""Checks that the settings of a method fit together, with an error message for every combination that does not work."""
 
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,7 @@ def _check_signal(method: "Method") -> None:
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, SampledSignal) and (not isinstance(objective, ForwardKL) or tempered):
         raise ConfigError(
-            f"sampler.signal `sampled` gives an unbiased gradient only for objective `forward_kl` at temperature 1, but the objective "
+            "sampler.signal `sampled` has an unbiased gradient only for objective `forward_kl` at temperature 1, but the objective "
             f"is `{objective.type}`{' at another temperature' if tempered else ''}; use `objective: {{type: forward_kl}}`, "
             "or `signal: {type: hidden}`"
         )

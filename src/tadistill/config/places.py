@@ -1,5 +1,5 @@
-"""Find the place of a key or a file of a recipe. Error messages name the file and the line of a key. Relative paths start in the folder of
-the recipe."""
+"""Find the line of a recipe's key, for error messages, and the file that a relative path in a recipe means. Relative paths start in the
+folder of the recipe."""
 
 import functools
 import os
@@ -14,27 +14,28 @@ from tadistill.config.recipe import Recipe
 from tadistill.errors import ConfigError, DataError, ModelError
 
 Lines = dict[tuple, int | str]
-"""Maps each key of a recipe (a tuple of names) to its line number, from 1. A key that an override sets is mapped to the override."""
+"""Maps each key of a recipe (a tuple of names) to its line number, from 1, or to the text of the override that sets the key."""
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The file of a recipe, and the places of its keys."""
+    """The file of a recipe, and the line of each of its keys."""
 
     source: str
     """The file's path, as messages show it."""
     folder: Path
     lines: Lines
     written: dict[str, str] = field(default_factory=dict)
-    """Maps a resolved path of a model to the text in the recipe. The keys of stored results are made from this text."""
+    """Maps a resolved path of a model to the path as the recipe has it. The keys of stored results are made from the recipe's text, so they
+    do not depend on the recipe's folder."""
 
 
 def where(source: str, lines: Lines, key: tuple) -> str:
     """Return the text that names a key in messages: file, line and key, or the override and the key.
 
-    A default has no line of its own. Its text names the line of the group that contains it.
+    If the recipe does not contain the key, the text has the line of the closest group of keys around it.
     """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{'.'.join(map(str, key))}`" if key else ""
@@ -73,7 +74,7 @@ def _beside(folder: Path, load: str) -> str | None:
         if not model and not (named and (beside.exists() or not path.exists())):
             return None
         return None if os.path.normpath(beside) == os.path.abspath(path) else os.path.normpath(beside)
-    except (OSError, RuntimeError, ValueError):  # a path that cannot exist, which has its own message
+    except (OSError, RuntimeError, ValueError):  # a path that cannot exist; the check of the model reports it
         return None
 
 
@@ -107,7 +108,7 @@ def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
     named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
     key = max(named, key=len, default=())
     about = {at: problem.find(f"`{load}`") for at, load in _sources(recipe) if at[: len(key)] == key}
-    quoted = min((at for at, place in about.items() if place >= 0), key=lambda at: about[at], default=())  # named first
+    quoted = min((at for at, place in about.items() if place >= 0), key=lambda at: about[at], default=())  # the first one in the message
     if key:
         return f"{where(origin.source, origin.lines, quoted or key).split(': `')[0]}: {problem}"
     return f"{where(origin.source, origin.lines, quoted)}: {problem}" if quoted else problem

@@ -7,14 +7,13 @@ import difflib
 import functools
 import json
 import re
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.data import ONE, SETS
-from tadistill.config.reference import NAME, meaning, named_classes
+from tadistill.config.reference import NAME, classes, meaning, named_classes, tag
 from tadistill.config.shorthand import METHODS
 
 _WORDS = {
@@ -55,13 +54,18 @@ _WORDS = {
     "trackers": "report_to",
 }
 SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()}
-"""Maps a key of another program to our key."""
+"""Maps a key of another program, such as `learning_rate`, to our key, such as `lr`."""
 
 
 def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
-    """Return pairs of a key and a text that says what is wrong with it. A message shows the text right after the key.
+    """Return pairs of a key and a text that says what is wrong with this key. A message shows the text right after the key.
 
     Unknown keys come first, because they cause other problems. The key is empty if the text is about the whole recipe.
+
+    Args:
+        error: the error of the validation of `raw`.
+        raw: the recipe as plain data.
+        root: the class of the whole recipe.
     """
     found: dict[tuple, str] = {}
     meant: set[tuple] = set()
@@ -73,7 +77,7 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
             meant.add((*key[:-1], name))
             found.setdefault(key, f" is not a known key; {hint}")
             continue
-        if kind == "missing" and isinstance(key[-1], int):  # a place in a list
+        if kind == "missing" and isinstance(key[-1], int):  # an index of a list
             key, kind = key[:-1], "too_short"
         if kind == "missing":
             if key not in meant:  # a mistyped key has its own sentence
@@ -92,7 +96,7 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
 
 
 def _own(sentence: str, key: tuple, raw: Any, value: Any) -> tuple[tuple, str]:
-    # a sentence of our own rules may begin with a key; returns this key and the rest
+    # a message of our own validators can begin with a key; returns this key and the rest of the message
     first, _, rest = sentence.partition(" ")
     named = tuple(first.strip("`").split("."))
     sentence = sentence.rstrip(".")
@@ -184,11 +188,7 @@ def _length(kind: str, value: Any, context: Mapping[str, Any], location: tuple, 
         return f" has {_count(have)}; write {wanted}."
     if kind == "too_long":
         return f" has {_count(have)}; write at most {context.get('max_length')}."
-    return (
-        f" is empty; write at least {context.get('min_length')}."
-        if have == 0
-        else f" has {_count(have)}; write at least " + (f"{context.get('min_length')}.")
-    )
+    return f" {f'has {_count(have)}' if have else 'is empty'}; write at least {context.get('min_length')}."
 
 
 def _count(number: int) -> str:
@@ -223,7 +223,7 @@ def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> 
 
 
 def _first_type(location: tuple, root: type[BaseModel]) -> str:
-    return next((str(tag) for model in _resolve(location, root)[1] if (tag := _tag(model))), "…")
+    return next((name for model in _resolve(location, root)[1] if (name := tag(model))), "…")
 
 
 _TYPES = {
@@ -234,15 +234,15 @@ _TYPES = {
 }
 
 
-def _type(tag: str, known: list[str], key: tuple) -> str:
-    if key[-1] == "objective" and tag in METHODS:
-        return f" has type {_shown(tag)}, which is a method and not an objective; write `method: {tag}`."
-    if (kind := _TYPES.get(tag.lower().replace("-", "_"))) and key[-1] in kind:
+def _type(given: str, known: list[str], key: tuple) -> str:
+    if key[-1] == "objective" and given in METHODS:
+        return f" has type {_shown(given)}, which is a method and not an objective; write `method: {given}`."
+    if (kind := _TYPES.get(given.lower().replace("-", "_"))) and key[-1] in kind:
         hint = f"write {kind}. Known types: "
     else:
-        close = difflib.get_close_matches(tag, known, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
         hint = f"did you mean `{close[0]}`? Known types: " if close else "known types: "
-    return f" has type {_shown(tag)}; {hint}{', '.join(known)}."
+    return f" has type {_shown(given)}; {hint}{', '.join(known)}."
 
 
 def _shown(value: Any) -> str:
@@ -260,7 +260,7 @@ def _plain(value: Any) -> str:
 
 def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
     name, blocks = str(key[-1]), _resolve(location[:-1], root)[1]
-    here = sorted({n for m in blocks for n in _fields(m)} - {name})  # a class of several at this key may have it
+    here = sorted({n for m in blocks for n in _fields(m)} - {name})  # without `name`: another class for this key can have it
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
     for other in wanted:
@@ -277,7 +277,7 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
             place = next((p for p in found if other in p.split(".")), found[0])
             if place != ".".join(map(str, key)):
                 return "", f"did you mean `{place}`{'' if '.' in place else ', at the top level of the recipe'}?"
-            return "", f"it belongs to another `type`; the keys of this one are: {', '.join(here)}."
+            return "", f"it belongs to another `type`; the keys of this type are: {', '.join(here)}."
     return "", f"the known keys here are: {', '.join(here)}."
 
 
@@ -293,7 +293,7 @@ def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
     def walk(model: type[BaseModel], at: tuple[str, ...], inside: tuple[type[BaseModel], ...]) -> None:
         for name, annotation in _fields(model).items():
             found.setdefault(name, []).append(".".join((*at, name)))
-            for child in _children(annotation):
+            for child in classes(annotation):
                 if child not in inside:
                     walk(child, (*at, name, *([NAME] if child in named_classes(annotation) else [])), (*inside, child))
 
@@ -310,34 +310,23 @@ def _given(key: tuple, raw: Any) -> tuple:
     return key
 
 
-def _children(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for part in typing.get_args(annotation) for m in _children(part)]
-
-
 def _fields(model: type[BaseModel]) -> dict[str, Any]:
     return {f.alias or name: f.annotation for name, f in model.model_fields.items()}
 
 
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("type")
-    return field.default if field else None
-
-
 def _resolve(location: tuple, root: type[BaseModel]) -> tuple[tuple, list[type[BaseModel]]]:
-    # returns the key without the union tags that pydantic inserts in a location, and the classes at that key
+    # returns the key without the union tags that pydantic inserts into a location, and the classes that are allowed for this key
     models: list[type[BaseModel]] = [root]
     key: list = []
     for part in location:
         if part in (ONE, SETS):
             continue
-        tagged = [m for m in models if _tag(m) == part]
+        tagged = [m for m in models if part and tag(m) == part]
         if tagged and part not in {n for m in models for n in _fields(m)}:
             models = tagged
             continue
         annotations = [_fields(m)[part] for m in models if part in _fields(m)]
-        # inside a mapping or a list the classes stay those of its values
-        models = [c for a in annotations for c in _children(a)] if annotations else models
+        # a name in a mapping or an index of a list does not change the classes
+        models = [c for a in annotations for c in classes(a)] if annotations else models
         key.append(part)
     return tuple(key), models

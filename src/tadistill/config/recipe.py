@@ -51,8 +51,8 @@ class Recipe(Strict):
     arms: dict[Name, Arm] = {}
     """The paths to compare, each with a name. This key can be left out if `search` is given."""
     fair: bool = False
-    """True: for every arm with a path through assistants (and no `init`), the study also has direct distillation with the same compute,
-    and one control of each kind (`arms.X.control`). The plan says what they cost."""
+    """True: for every arm with a path through assistants (and no `init`), the study also has direct distillation with the same compute, and
+    one control of each kind (`arms.X.control`). `tadistill plan` shows their cost."""
     budgets: Budgets | None = None
     """Training budgets at which every arm is trained and compared."""
     teacher: str | None = None
@@ -97,7 +97,7 @@ class Recipe(Strict):
     _origin: "Origin | None" = PrivateAttr(default=None)
 
     def written(self, source: str | None) -> str | None:
-        """Return a model's source as the recipe's file has it. `source` is the value after loading, which can be an absolute path."""
+        """Return the source of a model or tokenizer as the recipe's file has it. `source` can be the resolved path of this source."""
         return self._origin.written.get(source, source) if self._origin and source else source
 
     def data_of(self, names: Iterable[str]) -> Data:
@@ -170,14 +170,14 @@ def check_acyclic(edges: dict[str, str], what: str) -> None:
 
 def _wrong_names(recipe: Recipe) -> Iterator[str]:
     for name, model in recipe.models.items():
-        yield from _unknown(recipe, model.parent, f"models.{name} is made of")
+        yield from _unknown(recipe, model.parent, f"models.{name} is made from")
         if model.checkpoint and model.checkpoint.of in recipe.models and model.checkpoint.step not in _kept(recipe, model.checkpoint.of):
             of, step = model.checkpoint.of, model.checkpoint.step
             yield f"models.{name} is `{of}` after update {step}, but this checkpoint is not stored; add {step} to models.{of}.sft.keep"
         if model.temper and model.temper.like is not None and model.temper.like not in recipe.arms:
             yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_choice(model.temper.like, recipe.arms)}"
         if model.parent in recipe.models and recipe.models[str(model.parent)].api:
-            yield f"models.{name} is made of `{model.parent}`, which {Api.has_no}; name a model whose weights are here"
+            yield f"models.{name} is made from `{model.parent}`, which {Api.has_no}; name a model without `api`"
         for each in model.sft.sets if model.sft else ():
             if not recipe.data.several or each not in recipe.data.sets:
                 what = _choice(each, recipe.data.sets) if recipe.data.several else "`data.train` is one set without a name; remove `sets`"
@@ -186,7 +186,7 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
     for name in (recipe.search.teacher, *recipe.search.assistants, recipe.search.student) if recipe.search else ():
         yield from _unknown(recipe, name, "search names")
         if name in recipe.models and recipe.models[name].api:
-            yield f"search names `{name}`, which {Api.has_no}; name models whose weights are here, because a search compares probabilities"
+            yield f"search names `{name}`, which {Api.has_no}, but a search compares probabilities; name models without `api`"
     for name, arm in recipe.arms.items():
         for model in arm.models:
             yield from _unknown(recipe, model, f"arms.{name}.path names")

@@ -1,4 +1,4 @@
-"""A description of all keys of recipes, read from the configuration classes. Each key has a meaning, a type, allowed values and a default.
+"""A description of all keys of recipes, made from the configuration classes. Each key has a meaning, a type, allowed values and a default.
 
 `tadistill explain`, the JSON schema and the documentation use this description. The meaning of a key is the docstring of its field.
 """
@@ -45,7 +45,7 @@ _PAGES = {
     "sampler": "concepts/minillm.md",
     "search": "concepts/paths.md",
 }
-"""Maps the place of a group of keys, or the last word of the place, to the page of `docs/` that explains the group."""
+"""Maps the place of a group of keys (`models.NAME.lora`), or its first or last word, to the page of `docs/` that explains the group."""
 
 _TITLES = {
     "concepts/compute.md": "Compute: predicted, metered, counted",
@@ -132,7 +132,7 @@ def classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def named_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return only the classes whose objects have names in a recipe, such as models."""
+    """Return the configuration classes in a type annotation whose objects have names in a recipe, such as models."""
     if typing.get_origin(annotation) is dict:
         return classes(annotation)
     return [cls for part in typing.get_args(annotation) for cls in named_classes(part)]

@@ -1,4 +1,4 @@
-"""Routes: several teachers in one place of a path, each for some of the training sets.
+"""Routes: the start of a path with several teachers, each of which teaches on its own training sets.
 
 `m on maths + xl on chat > s` means that m teaches s on the rows of the set maths, and xl on those of the set chat. This is multi-teacher
 on-policy distillation (MOPD) if the student writes the text. The sets are those of `data.train`.
@@ -10,22 +10,22 @@ _AND, _ON = " + ", " on "
 
 
 def is_route(name: str) -> bool:
-    """Return True if a part of a path has several teachers, each for some sets."""
+    """Return True if the text between two `>` of a path is a route, such as `m on maths + xl on chat`."""
     return _ON in name
 
 
 def members(name: str) -> tuple[str, ...]:
-    """Return the models in a part of a path, each once: the teachers of a route, or the single model."""
+    """Return the models in the text between two `>` of a path, each once: the teachers of a route, or the single model."""
     return tuple(dict.fromkeys(model for model, _ in _pairs(name))) if is_route(name) else (name,)
 
 
 def teachers_of(name: str) -> dict[str, str]:
-    """Return the teacher of each set of a route. It is empty for a single model."""
+    """Map each training set of a route to its teacher. Return an empty dict for a single model."""
     return {set_: teacher for teacher, set_ in _pairs(name)} if is_route(name) else {}
 
 
 def flat(path: Iterable[str]) -> tuple[str, ...]:
-    """Return all models of a path. The teachers of a route stand one after the other."""
+    """Return all models of a path, in order. A route is replaced by its teachers."""
     return tuple(model for name in path for model in members(name))
 
 
@@ -40,7 +40,7 @@ def problems(path: tuple[str, ...]) -> Iterator[str]:
         if not is_route(name):
             continue
         if place > 0:
-            yield f"path has `{name}` behind another model, but several models cannot learn together; write them at the start of a path"
+            yield f"path has `{name}` behind another model, but a student is a single model; write several teachers at the start of a path"
         elif len(path) < 2:
             yield f"path `{name}` has no student; write for instance `{name} > s`"
         pairs = _pairs(name)

@@ -17,19 +17,19 @@ class SamplerBase(Strict):
     """Base class of all samplers. Plans, checks and stages (single steps of work) read its class attributes."""
 
     on_policy: ClassVar[bool] = False
-    """The current student samples some or all of the training text."""
+    """True if the current student samples some or all of the training text."""
     in_rounds: ClassVar[bool] = False
-    """The sampler works in rounds: it samples many sequences, which are then used for several updates."""
+    """True if the sampler works in rounds. A round samples many sequences, which are then used for several updates."""
     teacher_text: ClassVar[bool] = False
-    """The teacher's responses to the training prompts are generated once, before training."""
+    """True if the teacher's responses to the training prompts are generated once, before training."""
     pairs: ClassVar[bool] = False
-    """Each prompt has two responses: one from the teacher and one from the student."""
+    """True if each prompt has two responses: one from the teacher and one from the student."""
     follows_dev: ClassVar[bool] = False
-    """The loss on the dev set decides what is sampled. This loss is therefore also measured before training."""
+    """True if the loss on the dev set decides what is sampled. This loss is therefore also measured before training."""
 
     @property
     def reads_responses(self) -> bool:
-        """True if the responses of the training set are some or all of the training text."""
+        """True if the training text contains responses of the training set."""
         return not (self.in_rounds or self.teacher_text)
 
     @property
@@ -57,7 +57,7 @@ class SamplerBase(Strict):
 
     @property
     def recording(self) -> "Signal | None":
-        """Settings of what is recorded of the teacher before training. None if nothing is recorded."""
+        """Settings of the teacher outputs that are recorded before training. None if no outputs are recorded."""
         return None
 
 
@@ -73,7 +73,11 @@ class HiddenSignal(Strict):
     """Number format of the recorded states on disk."""
 
     def inexact(self, given: str) -> str | None:
-        """Return words that say how a loss differs from the exact one. None if it is exact. `given` is `the recording has`, or similar."""
+        """Return a phrase that says how a loss from these outputs differs from the exact loss. Return None if the loss is exact.
+
+        Args:
+            given: subject and verb for the phrase, such as `the recording has`.
+        """
         return None if self.dtype == "float32" else f"approximate: {given} hidden states in bfloat16"
 
 
@@ -82,11 +86,12 @@ class TopKSignal(Strict):
 
     type: Literal["top_k"] = "top_k"
     k: int = Field(default=64, ge=1, le=MOST)
-    """Number of recorded tokens per position."""
+    """Number of tokens that are recorded per position."""
     tail: Literal["lump", "drop"] = "lump"
     """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
     dtype: Literal["packed", "float32"] = "packed"
-    """Number format on disk. `packed`: at most 150 bytes a token with k = 64, and rounded log-probabilities. `float32`: 8 k + 4 bytes."""
+    """Number format on disk. `packed`: rounded log-probabilities, at most 150 bytes per position with k = 64. `float32`: 8 k + 4 bytes per
+    position."""
 
     def inexact(self, given: str) -> str | None:
         rest = "count as one" if self.tail == "lump" else "are left out"
@@ -110,7 +115,7 @@ class SampledSignal(Strict):
 
 
 Signal = Annotated[HiddenSignal | TopKSignal | SampledSignal, Field(discriminator="type")]
-"""What is recorded of a teacher before training."""
+"""Settings of the teacher outputs that are recorded before training."""
 
 
 class DatasetSampler(SamplerBase):
@@ -118,8 +123,8 @@ class DatasetSampler(SamplerBase):
 
     type: Literal["dataset"] = "dataset"
     signal: Signal | None = None
-    """What to record of the teacher before training, once for all arms with this teacher. By default nothing is recorded, and the teacher
-    runs during training."""
+    """The teacher outputs that are recorded before training, once for all arms with this teacher. By default, nothing is recorded, and the
+    teacher runs during training."""
 
     @property
     def recording(self) -> Signal | None:
@@ -164,7 +169,7 @@ class Rounds(OnPolicy):
 
 
 class StudentSampler(Rounds):
-    """The sampler that uses the student's own responses (on-policy distillation). It equals GKD with lambda = 1 (Agarwal et al. 2024).
+    """The sampler that uses the student's own responses (on-policy distillation), as GKD with lambda = 1 (Agarwal et al. 2024).
 
     With `recorded`, the responses are sampled once, before training, and the teacher's outputs on them are recorded (offline on-policy
     distillation, as in Lightning OPD, arXiv 2604.13010). All arms, seeds and assistants then train on these responses.
@@ -176,7 +181,7 @@ class StudentSampler(Rounds):
     `sft` with the study's first seed. The outputs of each teacher on these responses are recorded (`signal`). All models of the path train
     on them, in a new order every epoch."""
     signal: Signal | None = None
-    """What to record of the teacher if `recorded` is true. The default is then `hidden`."""
+    """The teacher outputs that are recorded if `recorded` is true. The default is then `hidden`."""
 
     @property
     def label(self) -> str:
@@ -249,9 +254,9 @@ class ReplaySampler(OnPolicy):
     """The sampler of DistiLLM, with a buffer of older student text (Ko et al. 2024, section 3.2).
 
     An update uses student text with probability phi, and otherwise the data set. phi starts at 0. The dev loss is measured before training
-    and every `select.every` updates. If it has grown by at least `tolerance` since the start, phi rises by `increment`. After that, the
-    growth is measured from the last rise of phi. At first, each update with student text samples new text into the buffer. When the buffer
-    is full, only some of these updates sample new text (`schedule`). The others read from the buffer.
+    and every `select.every` updates. If this loss has grown by at least `tolerance` since the start, phi rises by `increment`. After that,
+    the growth is measured from the last rise of phi. At first, each update with student text samples new text into the buffer. When the
+    buffer is full, only some of these updates sample new text (`schedule`). The other updates draw text from the buffer.
     """
 
     follows_dev: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from tadistill.config.shorthand import SHORT_KEYS, WHOLE_KEYS
 
 
 def schema_file() -> Path:
-    """Return the path of the schema file in the package. A recipe can name it in its first line (`# yaml-language-server: $schema=…`)."""
+    """Return the path of the schema file. A recipe can name this file in its first line (`# yaml-language-server: $schema=…`)."""
     return recipes_folder() / "schema.json"
 
 

@@ -1,4 +1,4 @@
-"""The search for a path of models (`tadistill search` and `tadistill advise`)."""
+"""The settings of the search for the best path of models (`tadistill search` and `tadistill advise`)."""
 
 from typing import Literal
 
@@ -19,9 +19,9 @@ class Search(Strict):
     """The last model of every path."""
     strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
     """`exhaustive`: try every path. `single`: try the direct path, and all paths with one assistant. `best_prefix`: for each model, keep
-    only the best path to it, and extend this path. (The result is only right if a better teacher makes a better student.) `beam`: for each
-    model, keep and extend the `width` best paths to it. `halving`: train all paths for a few updates, drop the worse half, and repeat with
-    more updates."""
+    only the best path to this model, and extend this path. (The result is only right if a better teacher makes a better student.) `beam`:
+    for each model, keep and extend the `width` best paths to this model. `halving`: train all paths for a few updates, drop the worse half,
+    and repeat with more updates."""
     max_assistants: int | None = Field(default=None, ge=1, le=MOST)
     """Largest number of assistants in a path. By default, there is no limit."""
     budget: float | None = Field(default=None, gt=0)

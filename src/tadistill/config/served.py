@@ -1,4 +1,4 @@
-"""Teachers on servers: the addresses, what the servers send, and which methods can use it."""
+"""Settings of teachers on servers: the addresses, and the outputs that the servers send. A check refuses methods that need more."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ Address = Annotated[str, AfterValidator(_address)]
 
 
 class Serve(Strict):
-    """A model that teaches from a server of vLLM, instead of from this process. `tadistill serve RECIPE MODEL` starts such a server.
+    """Servers of vLLM that run a teacher, in place of the training process. `tadistill serve RECIPE MODEL` starts such a server.
 
     `serve: http://HOST:PORT` is short for `serve: {at: [http://HOST:PORT]}`, and a list of addresses is short for `serve: {at: LIST}`. The
     settings change results only by rounding, except `gives: top_k` with its `k` and `tail`.
@@ -31,18 +31,18 @@ class Serve(Strict):
     at: tuple[Address, ...] = Field(min_length=1)
     """Addresses of the servers. Several servers of the same model share the work."""
     gives: Literal["hidden", "top_k"] = "hidden"
-    """What a server sends. `hidden`: the last hidden states, from which every loss is exact; the training process loads only the model's
-    output head. `top_k`: the log-probabilities of the k most probable tokens and of the text's own tokens, as every server of vLLM can send
-    them."""
+    """The outputs that a server sends. `hidden`: the last hidden states, from which every loss is exact; the training process loads only
+    the model's output head. `top_k`: the log-probabilities of the k most probable tokens and of the text's own tokens, which every server
+    of vLLM can send."""
     k: int = Field(default=20, ge=1, le=MOST)
-    """Number of most probable tokens with `gives: top_k`. A server sends at most 20, unless it was started with a larger
+    """Number of tokens per position with `gives: top_k`. A server sends at most 20, unless it was started with a larger
     `--max-logprobs`."""
     tail: Literal["lump", "drop"] = "lump"
     """What happens to all other tokens with `gives: top_k`. `lump` treats them as one token. `drop` removes them and renormalises the
     probabilities."""
     name: str | None = None
-    """The model's name on the server. By default, it is the value of `load`, or the name of the only model of the server if that was
-    started from `load`."""
+    """The model's name on the server. By default, it is the value of `load`. If the only model of the server was started from `load`, it is
+    this model's name."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere."""
     seconds: float = Field(default=120.0, gt=0, le=86400)
@@ -63,7 +63,7 @@ class Serve(Strict):
     @model_validator(mode="after")
     def _check(self):
         if any(part in at for at in self.at for part in "@?#"):
-            raise ValueError(  # a sentence that begins with the key does not repeat the value, which may contain a password
+            raise ValueError(  # a message that begins with the key is shown without the value, which may contain a password
                 "serve has an address with a user name, a password or a query; write only http://HOST:PORT, put the key into an "
                 "environment variable, and name this variable in `serve.key`"
             )
@@ -73,7 +73,7 @@ class Serve(Strict):
 
     @property
     def signal(self) -> TopKSignal | None:
-        """The outputs that a server sends, if they are not hidden states."""
+        """Settings of the top-k outputs that a server sends. None if the server sends hidden states."""
         return TopKSignal(k=self.k, tail=self.tail) if self.gives == "top_k" else None
 
 

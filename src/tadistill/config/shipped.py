@@ -50,8 +50,8 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence that says if a recipe's name means a file of the package or a file of the user. Return an empty string if the user
-    gave a path."""
+    """Return a sentence that says whether a recipe's name means a file of the package or a file of the user. Return an empty string if
+    `recipe` is the path of a file."""
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""

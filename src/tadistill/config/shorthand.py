@@ -1,8 +1,8 @@
 """Two shorter ways to write a recipe. They are turned into the long form before any check.
 
-One way is a method by name, such as `method: gkd`. Its settings are those of its paper, and are read from `methods.yaml`. The other way is
+One way is a method by name, such as `method: gkd`. Its settings are those of its paper, and `methods.yaml` contains them. The other way is
 the short form of a whole recipe. It has one teacher, one student, one method and one evaluation of the trained student. It becomes a recipe
-with two models, one arm, one training seed and one decoding. The student is not compared with the teacher.
+with two models, one arm, one training seed and one way of sampling responses. The student is not compared with the teacher.
 """
 
 import difflib
@@ -36,13 +36,13 @@ SHORT_KEYS = {
 
 
 def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
-    """Return the keys of a method, an arm or a phase. The name of a method is replaced by the objective and the sampler of this method.
+    """Return a method, an arm or a phase in which the name of a method is replaced by the objective and the sampler of this method.
 
     If `value` has an `objective` or `sampler` too, its keys override those of the named method. If its `type` differs, none of the named
     method's keys are used there. A published method has no phases, unless `value` has the key `phases`.
 
     Args:
-        value: the method or arm in the recipe. Anything except a string or a dict is returned unchanged.
+        value: the method, arm or phase in the recipe. Anything except a string or a dict is returned unchanged.
         string: the key to use if `value` is only a string. The string becomes the value of this key.
         name: the key that contains the method's name. The result does not have this key.
         phased: True if `value` may have the key `phases`.
@@ -114,7 +114,7 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     method = {"name": method} if isinstance(method, str) else method
     if isinstance(data, dict) and "dev" not in data and isinstance(data.get("test"), list) and data["test"]:
         method = _without_dev(method, rest.get("methods"))
-        data = data | {"dev": data["test"][0]}  # a recipe names one, and nothing reads it
+        data = data | {"dev": data["test"][0]}  # a recipe needs a dev set, but this recipe measures nothing on it
     return {
         "seeds": [10],
         "analyse": False,

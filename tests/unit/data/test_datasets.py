@@ -200,8 +200,8 @@ def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
         ({"choices": ["yes"]}, "at least two"),
         ({"choices": ["yes", "yes"]}, "all different"),
         ({"choices": ["yes", ""]}, "none of them empty"),
-        ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "remove one of the two"),
-        ({"instruction": "do", "columns": {"instruction": "question"}}, "remove one of the two"),
+        ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "remove `choices`, or remove it from `columns`"),
+        ({"instruction": "do", "columns": {"instruction": "question"}}, "remove `instruction`, or remove it from `columns`"),
         ({"instruction": ""}, "`instruction` is empty"),
     ],
 )

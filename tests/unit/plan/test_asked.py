@@ -146,7 +146,7 @@ def test_equal_compute_counts_what_is_known():
         ({"arms": {"direct": "s > api"}}, "trains `api`, which is behind an API"),
         ({"arms": {"direct": {"path": "api > s", "init": {"s": "api"}}}}, "starts from `api`"),
         ({"arms": {"direct": "api > s", "c": {"path": "api > s", "control": "random_teacher of direct"}}}, "cannot be changed"),
-        ({"models": {"m": {"init": {"from": "api", "layers": 1}}}}, "is made of `api`, which is behind an API"),
+        ({"models": {"m": {"init": {"from": "api", "layers": 1}}}}, "is made from `api`, which is behind an API"),
         ({"models": {"api": {"api": API, "sft": {}}}}, "`sft` has no effect"),
         ({"models": {"api": {"api": API, "load": "gpt2"}}}, "exactly one of"),
         ({"models": {"api": {"load": "api://host/v1"}}}, r"write `api: \{at: https://host/v1, model: NAME, key: VARIABLE\}`"),

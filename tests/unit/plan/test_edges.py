@@ -115,7 +115,7 @@ REFUSED = [
     (
         {"x": {"path": "t > a", "objective": {"type": "gold"}}},
         {},
-        r"objective `gold` is for two tokenizers.*jensen_shannon, beta: 0.5",
+        r"objective `gold` is for models with different tokenizers.*jensen_shannon, beta: 0.5",
     ),
     ({"x": {"path": "t > s", "select": {"metric": "reverse_kl"}}}, {}, r"arms.x: t teaches s with select.metric `reverse_kl`"),
     ({"x": {"path": "t > a > s", "init": {"s": "a"}}}, {}, r"s cannot start from a, because their tokenizers differ"),

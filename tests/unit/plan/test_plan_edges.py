@@ -108,7 +108,7 @@ def test_a_dropped_teacher_is_paid_for_as_often_as_it_is_kept():
             {"models": MODELS | {"xl": model(64, sft={"optim": {"steps": 3}, "keep": [4]})}},
             "keep has 4, but the last update is 3; write numbers from 1 to 3",
         ),
-        ({"models": MODELS | {"e": {"checkpoint": {"of": "q", "step": 4}}}}, "models.e` is made of `q`, which is not a model"),
+        ({"models": MODELS | {"e": {"checkpoint": {"of": "q", "step": 4}}}}, "models.e` is made from `q`, which is not a model"),
         ({"models": MODELS | {"t": {"temper": {"of": "xl", "like": "q"}}}}, "temper.like` is `q`, which is not an arm"),
         (
             {"models": MODELS | {"t": {"temper": {"of": "xl", "like": "a"}}}, "arms": {"a": "t > s"}},
