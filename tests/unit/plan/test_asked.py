@@ -138,7 +138,7 @@ def test_equal_compute_counts_what_is_known():
         ({"method": {"name": "seqkd", "sampler": {"top_k": 5}}}, "chat completions do not have this setting; remove `top_k`"),
         ({"method": {"name": "seqkd", "sampler": {"no_repeat_ngram": 6}}}, "remove `no_repeat_ngram`"),
         ({"method": {"name": "seqkd", "sampler": {"engine": "vllm"}}}, "remove `engine`"),
-        ({"method": {"name": "seqkd", "sampler": {"temperature": 3}}}, "takes at most 2"),
+        ({"method": {"name": "seqkd", "sampler": {"temperature": 3}}}, "accepts at most 2"),
         ({"api": API | {"omit": ["top_p"]}, "method": {"name": "seqkd", "sampler": {"top_p": 0.9}}}, "set `top_p` to 1, or change `omit`"),
         ({"method": {"name": "seqkd", "context": "{prompt} Think."}}, r"context has `\{prompt\}`.*use `\{instruction\}`"),
         ({"method": {"name": "seqkd", "context": {"template": "{input}", "chat": False}}}, "context has `chat: false`"),
