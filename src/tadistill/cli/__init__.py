@@ -1,4 +1,4 @@
-"""The command line. `tadistill -h` lists the commands. A command imports only what it needs, so that it starts fast."""
+"""The command line `tadistill`. Each command imports only the modules that it needs, so that it starts fast."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="White-box distillation of language models through teacher assistants.",
+    help="White-box distillation of language models, directly or through teacher assistants.",
 )
 for commands in (new, writing, recipes, models, studies, cluster):
     app.add_typer(commands.app)

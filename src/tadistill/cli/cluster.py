@@ -1,6 +1,4 @@
-"""The commands for login nodes of a cluster: fetch, doctor, submit, status, list, clean, cancel. Imports are inside the commands, for
-speed.
-"""
+"""Commands for a cluster and for the runs directory: fetch, doctor, submit, status, list, clean, cancel."""
 
 import os
 import shlex
@@ -22,12 +20,10 @@ Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML fil
 def fetch(
     recipe: RecipePath,
     overrides: Overrides = None,
-    answers: Annotated[
-        bool, typer.Option("--answers", help="Also ask the APIs for the answers of teachers, which may cost money.")
-    ] = False,
+    answers: Annotated[bool, typer.Option("--answers", help="Also get the answers of teachers behind APIs. This may cost money.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Download a recipe's models and data sets on a login node, so that jobs need no network. GGUF files are converted."""
+    """Download a recipe's models and data sets, for instance on a login node, so that jobs need no network. GGUF files are converted."""
     from tadistill.cluster.fetch import fetch_recipe
 
     loaded, root = read_recipe(recipe, overrides), runs_directory(runs)
@@ -43,7 +39,7 @@ def doctor(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            help="A recipe. Its models, data and servers are checked too.",
+            help="A recipe whose models, data and servers are checked too.",
             metavar="[RECIPE]",
             autocompletion=complete.recipe_names,
         ),
@@ -84,7 +80,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Submit all unfinished stages of a study to Slurm. After a failure, run it again: it submits the stages that failed or never ran."""
+    """Submit all unfinished stages of a study to Slurm. After a failure, the same command submits the stages that failed or never ran."""
     from tadistill.cluster.submit import submit as submit_recipe
     from tadistill.config.load import read
 

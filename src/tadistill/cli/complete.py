@@ -29,7 +29,7 @@ def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
     from tadistill.errors import ConfigError
     from tadistill.results.find import arms, find_study
 
-    study = ctx.params.get("study") or next(iter(ctx.args), "")  # an option without its value stands behind the study
+    study = ctx.params.get("study") or next(iter(ctx.args), "")  # while an option lacks its value, the study is in `ctx.args`
     try:
         return _beginning(incomplete, arms(find_study(study, runs_directory(ctx.params.get("runs")))))
     except ConfigError:
@@ -37,12 +37,12 @@ def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Shell completion of `KEY=VALUE`: return keys of a recipe, with the names of its models and arms, or the possible values of a key."""
+    """Shell completion of `KEY=VALUE`: return keys (with the names of the recipe's models and arms), or after `=` the values of a key."""
     return _settings(incomplete, _named(ctx.params.get("recipe")))
 
 
 def settings(incomplete: str) -> list[str]:
-    """Shell completion of `KEY=VALUE` for commands that only evaluate: only keys of `data` and `evaluate`."""
+    """Shell completion of `KEY=VALUE` for `eval` and `compare`: return only keys of `data` and `evaluate`, or their values."""
     return [text for text in _settings(incomplete, {}) if text.startswith(("data.", "evaluate."))]
 
 

@@ -1,4 +1,4 @@
-"""Commands about models: eval and compare evaluate models without a recipe, and serve starts a server for a teacher."""
+"""The commands eval and compare, which evaluate models without a recipe, and serve, which starts a server for a teacher."""
 
 import shlex
 from pathlib import Path
@@ -28,11 +28,13 @@ app = typer.Typer()
 On = Annotated[str, typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids.")]
 OnOrSuite = Annotated[
     str | None,
-    typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids. By default MiniLLM's five, without --tasks."),
+    typer.Option(
+        "--on", help="Test sets, separated by commas: names, JSONL files or hub ids (default: MiniLLM's five; none with --tasks)."
+    ),
 ]
-Harness = Annotated[Literal["lm-eval"] | None, typer.Option("--harness", help="Also measure tasks of EleutherAI's lm-eval, see --tasks.")]
+Harness = Annotated[Literal["lm-eval"] | None, typer.Option("--harness", help="Also run tasks of EleutherAI's lm-eval (see --tasks).")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated by commas.")]
-Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences to this model.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences from this model.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -45,19 +47,19 @@ Settings = Annotated[
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, directory, x.gguf, or wheel://…", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="A Hub id, a directory, a .gguf file, or wheel://…", metavar="MODEL")],
     on: OnOrSuite = None,
     seeds: Seeds = "10,20,30,40,50",
     teacher: Teacher = None,
     harness: Harness = None,
-    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of the harness, separated by commas: names or YAML files.")] = "",
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas: names or YAML files.")] = "",
     settings: Settings = None,
     runs: Runs = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Evaluate any model, by default on MiniLLM's five test sets, and write a report."""
+    """Evaluate a model, by default on MiniLLM's five test sets, and write a report."""
     if (harness is None) != (tasks == ""):
         raise ConfigError("--harness and --tasks belong together, for instance --harness lm-eval --tasks arc_easy,gsm8k; give both or none")
     _evaluate([model], (on, tasks), seeds, teacher, settings, runs, terminal_for(quiet, verbose, log))
@@ -65,7 +67,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Two models or more.", metavar="MODEL MODEL …")],
+    models: Annotated[
+        list[str], typer.Argument(help="Two or more models: Hub ids, directories, .gguf files, or wheel://…", metavar="MODEL MODEL …")
+    ],
     on: On = "dolly",
     seeds: Seeds = "10",
     teacher: Teacher = None,
@@ -96,7 +100,7 @@ def _evaluate(
     runs: Path | None,
     terminal: Terminal,
 ) -> Path:
-    """Run the study of these models. `measured` has the test sets and the tasks of lm-eval."""
+    """Evaluate models, and return the study's directory. `measured` has the values of --on and --tasks."""
     from tadistill.config import parse
     from tadistill.runner.study import SUITE, evaluation_recipe
 
@@ -127,12 +131,12 @@ def serve(
     recipe: RecipePath,
     model: Annotated[str, typer.Argument(help="The model's name in the recipe.", metavar="MODEL")],
     host: Annotated[str | None, typer.Option("--host", help="Address at which the server listens (default: 127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port (default: that of the recipe, or 8000).")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port (default: the port in the recipe, or 8000).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and start nothing.")] = False,
 ) -> None:
-    """Start a server of vLLM for a teacher of the recipe. Print its command first.
+    """Print the command that starts a server of vLLM for a teacher of the recipe, and run it.
 
-    Arguments after `--` are arguments of `vllm serve`, such as `-- --tensor-parallel-size 4`.
+    Arguments after `--` are passed to `vllm serve`, such as `-- --tensor-parallel-size 4`.
     """
     from tadistill.runner.servers import server_command, start_server
 

@@ -26,12 +26,12 @@ _NO_CORPUS = ("minillm", "minillm-official")
 
 @app.command()
 def new(
-    file: Annotated[Path, typer.Argument(help="The new recipe.", metavar="[FILE]")] = Path("recipe.yaml"),
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="[FILE]")] = Path("recipe.yaml"),
     teacher: Annotated[str | None, typer.Option("--teacher", help="Hub id or directory of the teacher.")] = None,
     student: Annotated[str | None, typer.Option("--student", help="Hub id or directory of the student.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="A .jsonl file, a folder, a hub id, or a name.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A .jsonl file, a folder, a Hub id, or the name of a data set.")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="A method by name, such as gkd.", autocompletion=complete.method_names)
+        str | None, typer.Option("--method", help="Name of the method, such as gkd.", autocompletion=complete.method_names)
     ] = None,
 ) -> None:
     """Write a commented recipe of one distillation. The command asks for each option that is not given."""

@@ -89,7 +89,7 @@ def search(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Choose a path by dev scores: train paths of the section `search` until its strategy has chosen one.
+    """Train paths of models from the recipe's section `search`, until its strategy has chosen one by dev scores.
 
     More: the page "Paths" of the documentation.
     """
@@ -104,7 +104,7 @@ def search(
 def advise(
     recipe: RecipePath,
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option(help="Number of dev prompts to measure on.")] = 256,
+    prompts: Annotated[int, typer.Option(help="Number of dev prompts on which models are measured.")] = 256,
     runs: Runs = None,
 ) -> None:
     """Measure a recipe's models on dev prompts and predict which path is worth its compute.

@@ -24,7 +24,7 @@ console = Terminal()
 RecipePath = Annotated[
     Path,
     typer.Argument(
-        help="A recipe (YAML), or the name of a shipped one (`tadistill recipes`).", metavar="RECIPE", autocompletion=complete.recipe_names
+        help="A recipe (YAML file), or a name from `tadistill recipes`.", metavar="RECIPE", autocompletion=complete.recipe_names
     ),
 ]
 Overrides = Annotated[
@@ -40,12 +40,12 @@ StudyName = Annotated[
     typer.Argument(help="The name, the directory or the recipe of a study.", metavar="STUDY", autocompletion=complete.study_names),
 ]
 Runs = Annotated[
-    Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
+    Path | None, typer.Option("--runs", help="Directory for studies and results (default: variable TADISTILL_RUNS, else ./runs).")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="While stages run, print only problems.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print a line when a stage starts (with its key and folder) or ends.")]
 Log = Annotated[
-    Literal["text", "json"], typer.Option("--log", help="json: write each event as a line of JSON to stdout, and other text to stderr.")
+    Literal["text", "json"], typer.Option("--log", help="json: write each event as a line of JSON to stdout, and all text to stderr.")
 ]
 
 
@@ -60,7 +60,7 @@ def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def terminal_for(quiet: bool, verbose: bool, log: str) -> Terminal:
-    """Return the console that fits the options `--quiet`, `--verbose` and `--log` of a command."""
+    """Return the terminal for the options `--quiet`, `--verbose` and `--log` of a command. Raises ConfigError if they contradict."""
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose cannot be used together; give one of them")
     if not (quiet or verbose or log == "json"):
@@ -79,7 +79,7 @@ def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, termin
 
 
 def report_study(study: Path, root: Path, terminal: Terminal) -> None:
-    """Write the report of a study. Print its answer, a table of its arms, and what to do next."""
+    """Write the report of a study. Print the answer to its question, a table of its arms, and commands to run next."""
     with terminal.working("writing the report"):
         from tadistill.report import read_results, summary_table, write_report
         from tadistill.report.text import answer
@@ -139,7 +139,7 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
 
 
 def runs_option(runs: Path | None) -> list[str]:
-    """Return the option `--runs` as words of a command that is shown to the user. Empty if the user did not give it."""
+    """Return the words of the option `--runs` for a command that is shown to the user. Empty if the user did not give the option."""
     return ["--runs", str(runs)] if runs else []
 
 

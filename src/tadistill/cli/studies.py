@@ -1,4 +1,4 @@
-"""Commands that read a study: report, watch, export, judge, human."""
+"""Commands that use the results of a study: report, watch, export, judge, human."""
 
 import contextlib
 import shlex
@@ -29,7 +29,7 @@ def report(study: StudyName, runs: Runs = None) -> None:
 @app.command()
 def watch(
     study: StudyName,
-    port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1; 0 takes any free port.", min=0, max=65535)] = 8765,
+    port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1. 0: any free port.", min=0, max=65535)] = 8765,
     runs: Runs = None,
 ) -> None:
     """Show a running or finished study in the browser, on a page that updates itself. No file is changed.
@@ -52,12 +52,12 @@ def export(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed (default: the first seed).")] = None,
     push: Annotated[
-        str | None, typer.Option("--push", help="Also send it to this repository of the Hugging Face Hub.", metavar="REPO")
+        str | None, typer.Option("--push", help="Also upload the model to this repository of the Hugging Face Hub.", metavar="REPO")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public (default: private).")] = False,
+    public: Annotated[bool, typer.Option("--public", help="If --push creates the repository, make it public (default: private).")] = False,
     runs: Runs = None,
 ) -> None:
-    """Copy a trained model into a directory in the Hugging Face format, with a model card. With --push, send it to the Hub."""
+    """Copy a trained model into a directory in the Hugging Face format, with a model card. With --push, upload it to the Hub."""
     from tadistill.data import hub
     from tadistill.report import read_results
     from tadistill.report.cards import export as export_model
@@ -75,7 +75,7 @@ def export(
             )
         if push:
             page = hub.push(copied, name, private=not public, message=f"{arm} of study {results.plan.study}")
-            console.print(f"sent to {page}", soft_wrap=True, highlight=False)
+            console.print(f"uploaded to {page}", soft_wrap=True, highlight=False)
 
 
 Arms = Annotated[
@@ -89,12 +89,15 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts pe
 @app.command()
 def judge(
     study: StudyName,
-    model: Annotated[str, typer.Option(help="The name of the judging model at its endpoint.")],
+    model: Annotated[str, typer.Option(help="Name of the judge: a language model of the API --base-url.")],
     base_url: Annotated[
-        str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
+        str, typer.Option(envvar="OPENAI_BASE_URL", help="URL of an OpenAI-compatible API. The variable OPENAI_API_KEY has the key.")
     ] = "https://api.openai.com/v1",
     mode: Annotated[
-        str, typer.Option(help="pair: which of two answers is better. score: MiniLLM's score, in % of the score of the reference.")
+        str,
+        typer.Option(
+            help="pair: choose the better of two answers. score: rate each answer as MiniLLM does, in % of the reference's score."
+        ),
     ] = "pair",
     arm: Arms = None,
     against: Annotated[
@@ -106,13 +109,13 @@ def judge(
         list[str] | None,
         typer.Option(
             "--set",
-            help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8.",
+            help="A setting of the judge as KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Let a language model rate the answers of a study. Replies are kept, so the same command can continue.
+    """Let a language model rate the answers of a study. Replies are saved, so after an interruption the same command continues.
 
     More: the page "Judges: a language model, or people" of the documentation.
     """
@@ -146,11 +149,11 @@ def human(
     on: JudgedOn = "",
     limit: Limit = None,
     reference: Annotated[bool, typer.Option("--reference", help="Also show the reference answer.")] = False,
-    name: Annotated[str, typer.Option(help="The sheet's name.")] = "blind",
+    name: Annotated[str, typer.Option(help="Name of the sheet.")] = "blind",
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
 ) -> None:
-    """Write a sheet on which people rate answers without knowing the models. If filled-in sheets are given, read the ratings instead.
+    """Write a sheet on which people rate answers without knowing the models. If filled-in sheets are given, evaluate them instead.
 
     More: the page "Judges: a language model, or people" of the documentation.
     """

@@ -38,7 +38,7 @@ from tadistill.store import store_of
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 _SECONDS = 20
-_LITTLE, _NOTHING = 10e9, 1e9  # free bytes: below _LITTLE a check warns, below _NOTHING it reports a problem
+_LITTLE, _NOTHING = 10e9, 1e9  # free bytes; less than _LITTLE is a warning, less than _NOTHING a problem
 _SKEW = 5.0  # seconds
 _SLURM = ("sbatch", "squeue", "sacct", "scancel")
 _UNITS = {"": 1, "b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
@@ -120,7 +120,7 @@ def gpus() -> Check:
 
 
 def slurm(site: str | None) -> Check:
-    """Check that Slurm's commands are on PATH, and that `squeue` gets an answer from Slurm."""
+    """Check that Slurm's commands are on PATH, and that `squeue` works. `site` is the name of the cluster, if there is one."""
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
         if output_of("squeue", "--me", "--noheader") is None:
@@ -266,7 +266,7 @@ def _locks(path: Path) -> Literal[True] | str:
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (Timeout, NotImplementedError, subprocess.TimeoutExpired) as error:
         return f"a file cannot be locked ({type(error).__name__})"
-    return True if done.stdout.strip() == "held" else "a second process can take a lock that another process has"
+    return True if done.stdout.strip() == "held" else "two processes can have the same file lock at the same time"
 
 
 # --- a recipe's data and models -----------------------------------------------------------------------------------------

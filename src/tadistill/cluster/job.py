@@ -4,7 +4,7 @@ All evaluations of one model share a job. Jobs that differ only in their seed ar
 jobs that depend on it. If the user submits the study again, the failed stage and the cancelled stages are submitted.
 
 Before the time limit of a job, Slurm sends a signal. All processes then save their state after the current update, and the first process
-asks Slurm to queue the job again with the same id. Some clusters forbid this. There, several jobs are queued in advance, and the next one
+asks Slurm to queue the job again with the same id. On clusters that forbid this, several jobs are queued in advance, and the next job
 continues the work.
 """
 
@@ -109,7 +109,7 @@ def families(jobs: Seq[Job]) -> list[list[Job]]:
 
 @dataclass(frozen=True)
 class Place:
-    """The job of a stage in Slurm: its id and, if the job is in an array, its index there."""
+    """The Slurm id of a stage's job. For a job in an array: the id of the array, and the index of the job in it."""
 
     job: str
     index: int | None = None
@@ -207,7 +207,7 @@ class StageJob:
 
     tasks: tuple[Task, ...]
     chain: bool = False
-    """True if several jobs continue this work, one after the other. False if a job at its time limit is queued again."""
+    """True if several jobs, queued in advance, do this work one after the other. False if a job is queued again at its time limit."""
 
     def __call__(self) -> None:
         stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
@@ -219,7 +219,7 @@ class StageJob:
             os._exit(0)  # as in `runner.processes`: torch's exit sometimes aborts when other ranks have exited
 
     def checkpoint(self) -> Any:
-        """Return what the job does when Slurm starts it again: the same work, from the saved state. submitit calls this."""
+        """Return the work for a job that is queued again. It is the same work, from the saved state. submitit calls this method."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

@@ -27,9 +27,9 @@ class Gpu(Strict):
     counts: tuple[int, ...] = ()
     """Numbers of GPUs per node that a job may request. If empty, all numbers up to `per_node` are allowed."""
     cpus: int = Field(ge=1)
-    """CPU cores that the cluster gives with one GPU. A job with more cores is charged for more GPUs."""
+    """CPU cores that a job gets with one GPU. A job with more cores is charged for more GPUs."""
     ram: float = Field(gt=0)
-    """Host memory in GB that the cluster gives with one GPU."""
+    """Host memory in GB that a job gets with one GPU."""
     tflops: float = Field(gt=0)
     """Peak TFLOP/s of dense bfloat16 matrix products. Times are estimated from it if no speed has been measured."""
     device: str = ""

@@ -24,7 +24,7 @@ def output_of(*command: str) -> str | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A job, or one element of a job array, in Slurm's queue."""
+    """The state of a job, or of one element of a job array, in Slurm."""
 
     id: str
     state: str
@@ -44,7 +44,7 @@ def queued() -> dict[str, Entry]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return entries, by job id, for the given jobs that have left the queue. Jobs that Slurm no longer knows are left out."""
+    """Return the last states of jobs that have left the queue, by job id. Jobs that Slurm no longer knows are left out."""
     wanted = sorted(ids)
     if not wanted:
         return {}

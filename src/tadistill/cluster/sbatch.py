@@ -1,8 +1,8 @@
 """The resources that a job requests from Slurm, and its batch script.
 
 A request is computed from the plan's estimates, the cluster's profile and the section `resources` of the recipe. If the cluster would
-refuse the request, an error names the rule. The GPU is the smallest one with enough memory for models, gradients and optimizer moments,
-plus 10 %. The time is 1.5 x the estimate. If it is longer than the profile allows, the work needs several jobs.
+refuse the request, an error names the rule. The GPU is the smallest on which models, gradients and optimizer moments need at most 90 % of
+the memory. The time is 1.5 x the estimate. If this is longer than the profile allows, the work needs several jobs.
 
 The library submitit writes the script, pickles the work, and queues a job again if it saved its state before the time limit.
 """
@@ -30,13 +30,13 @@ from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate
-_UNKNOWN_BYTES = 2e9  # if a model's size is not known
+_UNKNOWN_BYTES = 2e9  # assumed need of a stage whose models have an unknown size
 _USED = {"training": 0.15, "sampling": 0.01}
 """Assumed share of the peak FLOP/s if no speed was measured. Sampling is limited by memory bandwidth. Other work uses `training`."""
 _CPU_TFLOPS = 0.02
 _EVALUATION_HOURS = 0.5
 _UNKNOWN_HOURS = 3.0
-_CHAIN_HOURS = 3.0  # minimum for a segment, because a chain cannot be extended if the estimate was too short
+_CHAIN_HOURS = 3.0  # minimum for a job of a chain, because a chain cannot get more jobs if the estimate was too short
 _TIMEOUTS = 50  # maximum number of requeues after time limits
 _PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")
 
@@ -114,7 +114,7 @@ class Requests:
     # --- memory ---------------------------------------------------------------------------------------------------------
 
     def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
-        needs = max((self._need(stage) for stage in stages), default=0.0)
+        needs = max(map(self._need, stages))
         usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
         fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
         if fits:

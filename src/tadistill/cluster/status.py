@@ -1,6 +1,4 @@
-"""`tadistill status` and `tadistill cancel`: the state of a study's stages, and how to stop them. Stages may run in Slurm or on this
-machine.
-"""
+"""`tadistill status` shows the state of a study's stages, in Slurm or on this machine. `tadistill cancel` stops its Slurm jobs."""
 
 import json
 from collections import Counter
@@ -38,7 +36,7 @@ class StatusRow:
     state of Slurm in lower case."""
     elapsed: str
     last: str
-    """The newest line of the training log, the reason why the stage failed or waits, and the update from which it continues."""
+    """The newest numbers of a training, or the reason why the stage failed or waits; and the update from which the stage continues."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -165,7 +163,7 @@ def cancel(study: Path, store: Store) -> int:
     jobs, submit that study again too.
     """
     queued = queue.queued()
-    # finished stages are included, because segments of their chains may still be queued
+    # finished stages are included, because later jobs of their chains may still be queued
     found = [record for s in planned_stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
     jobs = {entry.id for record in found for entry in record.entries(queued)}
     queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})

@@ -137,7 +137,7 @@ class Submission:
     def _arrays(self, family: list[Job], places: dict[str, Place]) -> list[tuple[list[Job], str | None]]:
         if not self._chain:
             return arrays(family, places)
-        # the array contains one job's segments; a segment may end at its time limit before a later segment completes (so afterany)
+        # an array has the segments of one job; one may time out although a later one completes the work, hence afterany
         parts = [part for job in family for part in arrays([job], places)]
         return [(members, dependency and dependency.replace("afterok:", "afterany:")) for members, dependency in parts]
 
@@ -200,7 +200,7 @@ class Submission:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        seconds = 0  # another submission waits for the lock, and then sees the jobs of this one
+        seconds = 0  # a second submission waits for the lock, and then sees the jobs of the first
 
         def waiting() -> None:
             nonlocal seconds

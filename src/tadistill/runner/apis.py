@@ -1,4 +1,4 @@
-"""Teachers behind an API before a run: what is still to be asked, what it costs, and whether the API answers.
+"""Check the teachers behind an API before a run: whether the API answers, how many requests will be sent, and what they cost.
 
 for sentence in announced(plan, store, missing):
     console.note(sentence)
@@ -28,15 +28,15 @@ from tadistill.terminal import Terminal
 
 @dataclass
 class _Left:
-    # what is left to ask of one model
+    # the requests that a run will send to the API of one model, and the number of its answers that the store already has
     api: Api
     cached: int = 0
     estimate: Estimate = field(default_factory=Estimate)
 
 
 def announced(plan: Plan, store: Store, stages: Iterable[Stage]) -> Iterator[str]:
-    """Yield a sentence for each API that the stages ask: how many requests will be sent, and what they cost. Each of these APIs is tried
-    with one free request.
+    """Yield a sentence for each teacher behind an API: how many requests the stages will send, and what they cost. An API that will get
+    requests is first tested with a free one.
 
     Raises:
         ConfigError: the `openai` package or an API key is missing.
@@ -82,8 +82,8 @@ def _try(name: str, api: Api) -> tuple[str, ...]:
 
 
 def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "warning", "problem"], str, str]]:
-    """Yield four texts for each API of a recipe: a title, its state, what was found, and how to mend it. No request is sent that costs
-    money."""
+    """Test each API of a recipe with a free request. Yield four texts for each: a title, a state, a description of the API or the problem,
+    and a way to mend it."""
     for name, model in recipe.models.items():
         if (api := model.api) is None:
             continue
@@ -105,11 +105,11 @@ def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "warning", "pr
 
 @placed
 def ask_now(recipe: Recipe, store: Store, console: Terminal) -> None:
-    """Run the stages of a recipe that ask an API, so that all other stages need no network.
+    """Run the stages of a recipe that send requests to an API. All other stages then need no network.
 
     Raises:
-        ConfigError, ServerFailed: as in `announced`.
-        StageFailed: an API stopped answering, or some rows got no usable answer. All answers so far are kept.
+        ConfigError: the `openai` package or an API key is missing.
+        ServerFailed: an API does not answer, or some rows got no usable answer. All answers so far are kept.
     """
     plan = make_plan(recipe)
     stages = [stage for stage in plan.stages.values() if isinstance(stage.spec, AskSpec) and not store.finished(stage.key)]

@@ -1,10 +1,10 @@
-"""The GPUs of this machine: which stage runs on which one, and how much memory is free.
+"""Choose the GPUs of each running stage, and measure the free memory of each GPU.
 
     devices = Devices.visible(jobs)
     devices.take(key, 1)                    # ("3",): the value of CUDA_VISIBLE_DEVICES for the stage's processes
     devices.free(key)
 
-The command itself never uses CUDA, because a process that uses it occupies some hundred megabytes of a GPU until it ends.
+The main process never uses CUDA, because a process that uses CUDA occupies some hundred megabytes of a GPU until it ends.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,17 @@ class Devices:
     """The GPUs that the running stages use. A stage gets one GPU for each of its processes, or more for vLLM."""
 
     def __init__(self, names: Sequence[str], jobs: int):
-        """If there are more `jobs` (stages at a time) than GPUs, several stages share a GPU. `names` is empty without GPUs."""
+        """
+        Args:
+            names: the GPUs of this machine, as in CUDA_VISIBLE_DEVICES. Empty if it has none.
+            jobs: the largest number of stages that run at the same time. If it exceeds the number of GPUs, several stages share a GPU.
+        """
         self.names, self.share = names, -(-jobs // max(len(names), 1))
         self._taken: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     def visible(cls, jobs: int) -> "Devices":
-        """Return the GPUs that this process may use."""
+        """Return an object for all GPUs that this process may use. `jobs` is explained in `__init__`."""
         count = gpus()
         return cls(visible_gpus(count)[:count], jobs)
 

@@ -1,8 +1,8 @@
 """Predict the remaining time of a run: the work of its remaining stages, divided by the speed of the run so far.
 
-The work of a stage (one step of a study) is given in seconds on an assumed machine. It is the sum of the time for FLOPs and a fixed time
-for each call of a layer. The calls take most of the time of small models and single decoding steps. Only the ratios between
-stages matter, so the assumed values need not be exact.
+The work of a stage (one step of a study) is given in seconds on an assumed machine. It is the time for the FLOPs, plus a fixed time for
+each call of a layer. In small models, and when single tokens are decoded, most of the time is spent on the calls. Only the ratios
+between stages matter, so the assumed values need not be exact.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -45,23 +45,23 @@ _AROUND = 4
 _START = 0.3
 """Assumed seconds until a stage's process has loaded its models."""
 _ROWS, _LAYERS, _PROMPT = 1000, 12, 64
-"""Assumed rows of a data set on the Hub, layers of a model whose size is not known, and tokens of a prompt."""
+"""Assumed number of rows of a data set on the Hub, of layers of a model of unknown size, and of tokens of a prompt."""
 _EARLY = 0.05
-"""A running stage is used to estimate the speed only if this share of its work is done."""
+"""A running stage is used to estimate the speed only if more than this share of its work is done."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The predicted work of one stage, in seconds. They are for a machine with a fixed speed, and are scaled later."""
+    """The predicted work of one stage, in seconds on the assumed machine. `Estimate` scales it to the measured speed."""
 
     kind: str
-    """A name that is equal for stages that do the same work with other seeds."""
+    """A name for the work. Stages that differ only in their seed have the same name."""
     even: float = 0.0
-    """The work that grows evenly with the stage's progress."""
+    """The part that grows in proportion to the stage's progress, such as the updates of a training."""
     looks: float = 0.0
-    """The work of the dev evaluations, if the stage trains."""
+    """The part of all dev evaluations together. 0 if the stage does not train."""
     every: float = 1.0
-    """The share of the stage's progress between two dev evaluations."""
+    """The progress (0 to 1) between two dev evaluations."""
 
     @property
     def total(self) -> float:
@@ -107,7 +107,7 @@ class _Sizes:
     def _count(self, split: Split) -> int:
         try:
             if datasets.on_hub(split.ref, split.role, self.recipe.data):
-                return split.limit or _ROWS  # reading it again would take long
+                return split.limit or _ROWS  # counting the rows would take long
             return survey(split.ref, split.role, self.recipe.data).rows
         except TadistillError:  # the stage that reads this split says what is wrong
             return _ROWS
@@ -201,7 +201,7 @@ _WORK: Mapping[type[Spec], Callable[[Stage, Any, _Sizes], Workload]] = {
     ProbeSpec: _probe,
     PairSpec: _pair,
 }
-"""For each kind of stage, the function that predicts its work. The work of a kind without an entry is that of loading its models."""
+"""For each kind of stage, the function that predicts its work. All other stages are assumed only to load their models (`_other`)."""
 
 
 # --- measured --------------------------------------------------------------------------------------------------------------
@@ -219,14 +219,14 @@ class _Measured:
 class Estimate:
     """Predicts the remaining seconds of stages and of the whole run.
 
-    The speed is measured on stages that do the same work with other seeds. If there are none yet, it is measured on stages of the same
-    kind (sft, evaluate, …), or else on all stages.
+    The speed is measured on stages that do the same work with other seeds. If none of them has run yet, it is measured on stages of the
+    same kind (sft, evaluate, …), or else on all stages.
     """
 
     def __init__(self, stages: Mapping[str, Stage], work: Mapping[str, Workload], jobs: int):
         self.stages, self.work, self.jobs = stages, work, jobs
         self._finished: dict[str, float] = {}
-        self._running: dict[str, tuple[float, float]] = {}  # share of this run's work that is done, seconds
+        self._running: dict[str, tuple[float, float]] = {}  # share of this run's work that is done, and seconds since the start
         self._before: dict[str, float] = {}  # share of the work that earlier runs have done
 
     def begins(self, key: str, progress: float) -> None:

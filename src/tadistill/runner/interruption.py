@@ -1,7 +1,7 @@
-"""Handle signals that ask a run to stop. Code that must save a state gets a flag. Other code gets an exception.
+"""Handle signals that ask a run to stop. Code that must save a state polls a `StopFlag`. Other code gets an exception (`raising`).
 
     stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # installs handlers that only set the flag
-    run_stage(task, progress=…, alarm=…, stop=stop)     # calls `stop` between two updates; saves, and raises Interrupted
+    run_stage(task, progress=…, alarm=…, stop=stop)     # calls `stop` between two updates; if it is True, saves and raises Interrupted
     stop.received, stop.replaced                        # the signal, and the handlers that it replaced
 
 Before Slurm ends a job, it sends SIGTERM to all processes, and also SIGUSR2 if the job asks for it. A shutdown sends SIGTERM.

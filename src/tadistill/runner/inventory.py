@@ -1,7 +1,7 @@
 """The studies of a runs directory, and the stages in its store that no study needs.
 
 A stage is needed in two cases: a JSON file in a study's folder contains its key, or another needed stage has used its output. plan.json
-contains the keys of all stages of a study. `advise` and `search` write such files too.
+contains the keys of all stages of a study. `advise` and `search` also write files with keys.
 """
 
 import datetime
@@ -64,7 +64,7 @@ def _row(study: Path, store: Store) -> StudyRow:
 
 
 def unneeded(runs: Path, store: Store) -> list[Unneeded]:
-    """Return the stages that no study needs and no process uses. The biggest comes first.
+    """Return the stages that no study needs and no process uses. The largest comes first.
 
     Raises:
         StoreError: a file of a study cannot be read, so it is not known which stages the study needs.

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -27,7 +26,7 @@ from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LocalRun, StageProgress
 
 SHARED = "shared by arms"
-"""The group of the stages that several arms need."""
+"""Name of the group of stages that several arms need."""
 _WIDE = 120  # columns; on a narrower screen a running stage has two lines
 _NARROW = 72
 _PAUSE = 0.1  # seconds
@@ -35,7 +34,7 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Board:
-    """The states of a run's stages. They are grouped by arm (a path of models). Stages that several arms share are a group of their own."""
+    """The states of a run's stages, grouped by arm (a path of models). One more group has the stages that several arms share."""
 
     def __init__(self, plan: Plan, labels: Mapping[str, str], todo: Iterable[str]):
         self.stages, self.labels = plan.stages, labels
@@ -100,10 +99,10 @@ class LiveTable:
         self._drawn = width, [line.cell_len for line in lines]
         yield from lines
 
-    def print(self, *content: Any) -> None:
-        """Print lines above the table."""
+    def print(self, markup: str) -> None:
+        """Print a text above the table."""
         self._erase_folds()
-        self.console.print(*content, highlight=False)
+        self.console.print(markup, highlight=False)
 
     def refresh(self) -> None:
         """Draw the table again, at most ten times a second."""
@@ -126,7 +125,7 @@ class LiveTable:
 
 
 def table_lines(board: Board, run: LocalRun, *, width: int, height: int, plain: bool = False) -> list[Text]:
-    """Return the table for a window of this size. With `plain`, all characters are ASCII."""
+    """Return the table's lines for a window of `width` columns and `height` lines. With `plain`, all characters are ASCII."""
     most = max(1, height - 1)
     lines: list[Text] = []
     for fold_done, fold_idle, short in ((False, False, False), (True, False, False), (True, True, False), (True, True, True)):
@@ -138,7 +137,7 @@ def table_lines(board: Board, run: LocalRun, *, width: int, height: int, plain: 
         lines = [*lines[: most - 1], lines[-1]]
     for line in lines:
         line.no_wrap = True
-        line.truncate(width - 1, overflow="ellipsis")  # a full line would make some terminals begin a new one
+        line.truncate(width - 1, overflow="ellipsis")  # after a full line, some terminals begin a new line
     return lines
 
 

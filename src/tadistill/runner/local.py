@@ -1,4 +1,4 @@
-"""Runs on this machine: a log for people, and a record for other commands such as `tadistill status`.
+"""Write a log and a record of each run on this machine. Users read the log. Commands such as `tadistill status` read the record.
 
     RUNS/STUDY/run.log                 every line of every run of the study, with the time and the process id
     RUNS/STUDY/local/HOST-PID.json     the state of one run; it is written again every few seconds while the run goes on
@@ -24,7 +24,7 @@ from tadistill.plan.throughput import spoken
 LOG = "run.log"
 _RECORDS = "local"
 _EVERY = 5.0
-"""Seconds between two writings of the record, if no stage starts or ends."""
+"""The record is written again after this number of seconds, even if no stage has started or ended."""
 _SILENT = 120.0
 """A run on another machine counts as dead if its record is older than this number of seconds."""
 State = Literal["running", "dead", "finished", "failed", "interrupted"]
@@ -57,7 +57,7 @@ class LocalRun:
     started: str
     """Local date and time."""
     seen: float = 0.0
-    """Time of the last writing (time.time())."""
+    """Time of the last writing of the record, in seconds as `time.time()` counts them."""
     ended: State | None = None
     done: int = 0
     total: int = 0
@@ -77,7 +77,7 @@ class LocalRun:
 
     @property
     def state(self) -> State:
-        """How the run ended; `running` if it goes on. A run is `dead` if its process no longer exists and did not record its end."""
+        """How the run ended, or `running`. A run is `dead` if its process no longer exists and has not recorded an end."""
         if self.ended:
             return self.ended
         if self.host != platform.node():
@@ -94,7 +94,7 @@ def local_runs(study: Path) -> list[LocalRun]:
             stages = {key: StageProgress(**stage) for key, stage in content.pop("stages").items()}
             found.append(LocalRun(**content, stages=stages))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue  # a record only informs; a damaged one is written again by the next run
+            continue  # a damaged record is skipped, because it only shows the state of a run
     return sorted(found, key=lambda run: run.seen)
 
 
@@ -109,8 +109,8 @@ class Journal:
         self._start, self._written = time.monotonic(), float("-inf")
         self.run.needs = list(needs)
         for old in local_runs(study):
-            if old.name == self.run.name and old.born == self.run.born:  # an earlier round of a search
-                self.run.needs = [*dict.fromkeys((*old.needs, *needs))]
+            if old.name == self.run.name and old.born == self.run.born:  # written by this process in an earlier round of a search
+                self.run.needs = [*dict.fromkeys((*old.needs, *self.run.needs))]
             elif old.state != "running":
                 _record(study, old).unlink(missing_ok=True)
 
@@ -126,7 +126,7 @@ class Journal:
 
     @property
     def due(self) -> bool:
-        """True if a few seconds have passed since the record was written."""
+        """True if it is time to write the record again."""
         return time.monotonic() - self._written >= _EVERY
 
     @property

@@ -48,22 +48,24 @@ _STARTS = 10
 def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable[Stage] | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
-    The function prints notes on the data. They name rows that will be left out or cut, and references that ROUGE-L ignores.
+    Notes on the data are printed: how many rows will be left out or cut, and how much of the references ROUGE-L ignores.
 
     Args:
-        stages: the stages to run. By default, all stages of the recipe run. Only the servers of their teachers must answer.
+        stages: the stages to run (default: all stages of the recipe). Of the teachers' servers, only those that these stages use must
+            answer.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.
         ServerFailed: a server of a teacher does not answer, or is not the right one.
     """
     check_inputs(recipe, console)
-    stages = [*(make_plan(recipe).stages.values() if stages is None else stages)]
+    plan = make_plan(recipe)
+    stages = [*(plan.stages.values() if stages is None else stages)]
     if vllm_stages(stages):
         vllm_folder()
     check_teachers(recipe, stages)
     jobs = recipe.runtime.jobs or _default_jobs()
-    _check_memory(recipe, jobs)
+    _check_memory(plan, jobs)
     return jobs
 
 
@@ -123,7 +125,8 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
 
 
 def _reader(family: Sequence[str], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> str:
-    # the model whose tokenizer reads the texts for all: one with every extra token, so that such a token in a text is seen
+    # the model whose tokenizer encodes the texts for all models of the family: the one with the most tokens, so that a text with a token
+    # that only some of them have is found
     return max(family, key=lambda name: len(tokenizers[name]))
 
 
@@ -182,7 +185,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None:
     sft = recipe.models[name].sft
-    if recipe.models[name].serve:  # it runs on a server
+    if recipe.models[name].serve:  # the server runs the model
         return
     if any(method.optim.packed for method in methods(recipe)) or (sft and sft.optim.packed):
         check_packing(config["model_type"], name)
@@ -236,9 +239,8 @@ def _default_jobs() -> int:
     return devices.gpus() or cores()
 
 
-def _check_memory(recipe: Recipe, jobs: int) -> None:
-    plan, gpus = make_plan(recipe), devices.free_memory(processes.prepare()) if devices.gpus() else []
-    free = available_memory()
+def _check_memory(plan: Plan, jobs: int) -> None:
+    gpus, free = devices.free_memory(processes.prepare()) if devices.gpus() else [], available_memory()
     if not gpus:
         _check_needs(plan, {key: host_bytes(plan, stage, cuda=False) for key, stage in plan.stages.items()}, free, jobs)
         return
@@ -249,7 +251,7 @@ def _check_memory(recipe: Recipe, jobs: int) -> None:
 
 
 def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, *, where: str = "memory", times: int = 1) -> None:
-    # `jobs` stages share this memory, which is there `times` times
+    # `jobs` stages share each of the `times` memories, which have `free` bytes each
     if not needs:
         return
     most = max(needs, key=lambda key: needs[key])

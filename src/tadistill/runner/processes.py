@@ -49,7 +49,7 @@ def prepare() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with held():  # neither process has handlers for all signals
+    with held():  # neither the resource tracker nor the server has handlers for all these signals
         resource_tracker.ensure_running()  # in a block of its own, because it unblocks two of the signals
     with held(), _without_main():
         forkserver.ensure_running()
@@ -58,8 +58,8 @@ def prepare() -> Any:
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Start the server, and run the `with` block, which checks the input. If the block fails, kill the server, because no stage will
-    run."""
+    """Start the server that forks the stages, and run the `with` block, which checks the input. If the block fails, kill the server,
+    because no stage will run."""
     prepare()
     try:
         yield
@@ -86,7 +86,7 @@ class StageProcesses:
     """The processes of one stage, one for each rank. Together they use `threads` CPU threads. Raises StageFailed if they cannot start."""
 
     def __init__(self, task: Task, *, threads: int, gpus: Sequence[str] = ()):
-        """`gpus` are the names of the GPUs that the processes may use, at least one for each. By default, they see all GPUs."""
+        """`gpus` are the GPUs that the processes may use, at least one for each process. By default, the processes see all GPUs."""
         self.ended = False
         self.error: Exception | None = None
         """The cause of a failure; set when the stage has ended."""
@@ -208,7 +208,7 @@ def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception 
     for error in errors.values():
         if isinstance(error, Interrupted | TadistillError):
             return error
-    for rank, error in errors.items():  # without the first rank to fail, the others lose their connection
+    for rank, error in errors.items():  # only the first is reported, because the others may fail only as they lose the connection to it
         print(*getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
         return StageFailed(f"rank {rank} of {len(codes)} failed: {error}{rest}" if several else str(error))
     for rank, code in enumerate(codes):
@@ -232,7 +232,7 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
     flag, asked = StopFlag(signal.SIGTERM, signal.SIGUSR2), threading.Event()
     release()
     threading.Thread(target=_obey, args=(pipe, asked), daemon=True).start()
-    os.environ.clear()  # it is the server's environment, from the start of the first stage
+    os.environ.clear()  # a forked process has the environment that the server had at its start
     os.environ.update(environment)
     code = 0
     try:

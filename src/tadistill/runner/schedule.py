@@ -1,4 +1,4 @@
-"""Run a plan on this machine: several stages at a time, each in its own processes, with one screen that shows their progress.
+"""Run a plan on this machine: several stages at a time, each in its own processes, with a display of their progress.
 
 A small model cannot use many cores, so several stages run at the same time. A crash ends only one stage. If a signal asks to stop, all
 running stages save their state and end.
@@ -107,7 +107,7 @@ class _Schedule:
                 self.failed[key] = stage.error
                 self.screen.end(key, str(stage.error))
         if stopped:
-            raise Stopped(self.flag.received or signal.SIGTERM)  # perhaps only a stage's process got the signal
+            raise Stopped(self.flag.received or signal.SIGTERM)  # the signal may have reached only a process of the stage
 
     def _save(self, asked: Stopped) -> None:
         self.screen.say(f"received {asked.received.name}; the running stages save their state …")

@@ -26,7 +26,7 @@ _MINUTE = 60.0
 
 
 class Screen:
-    """The output of one run. Use it as a context manager. When the block ends, it writes how the run ended."""
+    """The output of one run. Use it as a context manager. At the end of the block, it prints and logs how the run ended."""
 
     def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int):
         self.plan, self.store, self.terminal, self.jobs = plan, store, terminal, jobs
@@ -34,7 +34,7 @@ class Screen:
         done = len(plan.stages) - len(todo)
         study = store.root.parent / plan.recipe.study
         self.journal = Journal(study, done=done, total=len(plan.stages), complain=self.say, needs=plan.stages)
-        self.run, self.waiting = self.journal.run, list(todo)
+        self.run = self.journal.run
         self.estimate = Estimate(plan.stages, workloads(plan), jobs)
         self.board = Board(plan, self.labels, todo)
         normal = self.terminal.detail != "problems" and not self.terminal.events
@@ -50,9 +50,9 @@ class Screen:
 
     def __enter__(self) -> "Screen":
         run = self.run
-        self.journal.log(f"start: {run.command} ({run.total} stages, {len(self.waiting)} to run)")
+        self.journal.log(f"start: {run.command} ({run.total} stages, {len(self.board.waiting)} to run)")
         self.journal.save()
-        facts = {"study": self.plan.recipe.study, "command": run.command, "stages": run.total, "todo": len(self.waiting)}
+        facts = {"study": self.plan.recipe.study, "command": run.command, "stages": run.total, "todo": len(self.board.waiting)}
         self.terminal.event("study_start", **facts, jobs=self.jobs)
         if self.live:
             self._stack.enter_context(self.live)
@@ -77,11 +77,10 @@ class Screen:
         self.journal.log(text)
 
     def remind(self) -> None:
-        """Tell the user at the next `tick` that the stages are already saving their state. A signal handler may call this."""
+        """Make the next `tick` print that the stages are already saving their state. A signal handler may call this."""
         self.reminded = True
 
     def start(self, key: str) -> None:
-        self.waiting.remove(key)
         self.started[key] = time.monotonic()
         label, steps = self.labels[key], self.plan.stages[key].steps
         where, saved = self.store.continues(key, steps), self.store.saved_update(key) or 0
@@ -159,7 +158,7 @@ class Screen:
             stage.seconds = round(now - self.started[key], 1)
 
     def _save(self) -> None:
-        self.run.left = self.estimate.total_left(self.waiting)
+        self.run.left = self.estimate.total_left(self.board.waiting)
         self._measure(time.monotonic())
         for key, stage in self.run.stages.items():
             stage.left = self.estimate.left(key)

@@ -1,4 +1,4 @@
-"""The servers of a recipe's teachers: check them before a run, and start one."""
+"""Check the servers that run the teachers of a recipe, and start such a server."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "problem"], st
 
 
 def longest_text(recipe: Recipe) -> int:
-    """Return the length in tokens of the longest text that any teacher of the recipe may have to read."""
+    """Return the largest number of tokens (prompt and answer) that any teacher of the recipe may have to read at once."""
     data = recipe.data
     lengths = [_longest_of(method, data.max_prompt, data.max_length) for method in methods(recipe)]
     answer = recipe.evaluate.max_new_tokens if recipe.analyse and data.test else 0  # teachers read the answers to the test prompts
@@ -82,11 +82,11 @@ def _longest_of(method: Method, max_prompt: int, max_length: int) -> int:
 
 
 def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: int | None = None, more: Sequence[str] = ()) -> list[str]:
-    """Return the command that starts a server of vLLM for a model of the recipe, as its trainings need it.
+    """Return the command that starts a server of vLLM for a model, with the settings that the recipe's trainings need.
 
     Args:
         host, port: the address at which the server listens. By default, that is 127.0.0.1 and the port in the recipe's first address.
-        more: further arguments of `vllm serve`. They override the others.
+        more: further arguments of `vllm serve`. They override the computed arguments.
 
     Raises:
         ConfigError: the recipe has no such model, or the model is not loaded from files.

@@ -1,4 +1,4 @@
-"""Tokenise the splits of a study. Find rows that are left out or cut, and texts that are too long for a model."""
+"""Tokenise the splits of a study. Count the rows that are left out or cut, and find texts that are too long for a model."""
 
 import itertools
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the largest number of positions in transformers' configurations
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Texts:
     where: str
     """The data set that contains the largest token id."""
     context: int = 0
-    """Number of tokens of the longest prompt of the teacher's own."""
+    """Number of tokens of the longest prompt that a teacher reads instead of the student's (`context`). 0 if there are no such prompts."""
     context_whole: int = 0
-    """Number of tokens of the longest prompt of the teacher's own with its reference response."""
+    """Number of tokens of the longest such prompt with its reference response."""
 
 
 @dataclass(frozen=True)
 class OfContext:
-    """The training set with a teacher's own prompts (`context`)."""
+    """Counts and lengths of the training set with the prompts that only some teachers read (`context` of a method)."""
 
     teachers: frozenset[str]
-    """Names of the models that read these prompts."""
+    """Names of the teachers that read these prompts."""
     counts: Counts
     texts: Texts
 
@@ -63,13 +63,13 @@ class Read:
     counts: dict[tuple[str, str], Counts]
     """Numbers of rows that are kept, cut and left out, by role and name of a split."""
     rows: dict[str, frozenset[int]]
-    """The rows of each test set that are not left out."""
+    """Numbers of the rows of each test set that are kept, by the name of the set."""
     unread: str = ""
-    """A sentence that says that the training set is tokenised later. If it is not empty, `texts` has upper limits."""
+    """A note that the training set is tokenised later. Then `texts` has upper limits. Empty if all splits have been tokenised."""
     contexts: tuple[OfContext, ...] = ()
 
     def texts_of(self, name: str) -> Texts:
-        """Return the lengths of all texts that a model reads. A teacher may have its own prompts."""
+        """Return the lengths of all texts that the model `name` reads. A teacher may read other prompts than the student."""
         own = [each.texts for each in self.contexts if name in each.teachers]
         context, whole = (max([0, *(getattr(texts, part) for texts in own)]) for part in ("context", "context_whole"))
         top = max([self.texts, *own], key=lambda texts: texts.top)
@@ -77,8 +77,8 @@ class Read:
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
-    """Tokenise all splits and the plain-text corpus. Only with `all_rows`, a large training set is always tokenised too; otherwise this may
-    happen later.
+    """Tokenise all splits and the plain-text corpus with the `tokenizer` of the model `name`. A large training set may be left to the first
+    training. With `all_rows`, it is always tokenised.
 
     Raises:
         DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.
@@ -168,8 +168,10 @@ def check_texts(
     """Check that each token has an embedding, and that no text is longer than the model can read.
 
     Args:
-        tokenizer: the tokenizer that has read the texts.
-        shared: number of tokens that all models of the family have.
+        rows: number of the model's embeddings.
+        config: the model's configuration.
+        tokenizer: the tokenizer that encoded the texts.
+        shared: number of tokens that all models with this tokenizer have.
 
     Raises:
         ModelError, ConfigError: a token has no embedding, a text is too long, or a text has a token that only some of the models have.
@@ -182,8 +184,8 @@ def check_texts(
         )
     if texts.top >= shared:
         raise ModelError(
-            f"{texts.where} contains the token {tokenizer.convert_ids_to_tokens(texts.top)!r} ({texts.top}), but some models of its path "
-            f"have only the first {shared} tokens; remove it from the texts, or set `tokenizer:` of the models to one tokenizer"
+            f"{texts.where} contains the token {tokenizer.convert_ids_to_tokens(texts.top)!r} ({texts.top}), but some models of the path "
+            f"have only the first {shared} tokens; remove it from the texts, or set `tokenizer:` of all these models to one tokenizer"
         )
     _check_positions(recipe, config, texts)
 
@@ -215,10 +217,10 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
 
 
 def check_readable(read: Mapping[str, Read]) -> None:
-    """Check that each tokenizer of a study with several ones knows the characters of the data.
+    """Check that the tokenizers of a study can encode the characters of the data. A study with only one tokenizer is not checked.
 
     Args:
-        read: the splits as each tokenizer reads them, by the name of a model.
+        read: the tokenised splits, by the name of a model with this tokenizer.
 
     Raises:
         DataError: most tokens of a split's prompts are the unknown token of a tokenizer.
@@ -268,7 +270,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a warning for each split whose references have too many characters outside ASCII (`UNSEEN`). ROUGE-L ignores these."""
+    """Return a note for each split whose references have many characters outside ASCII (`UNSEEN`). ROUGE-L ignores these characters."""
     data, found = recipe.data, list[str]()
     selects = _selects(recipe)
     for role, ref in data.splits():
@@ -276,7 +278,7 @@ def script_notes(recipe: Recipe) -> list[str]:
             continue
         share = survey.survey(ref, role, data).beyond_ascii
         if share >= UNSEEN:
-            fix = "set select.metric to rouge_l_unicode" if role == "dev" else "rouge_l_unicode, which reads all of them, is measured too"
+            fix = "set select.metric to rouge_l_unicode" if role == "dev" else "rouge_l_unicode, which counts them, is measured too"
             dropped = f"{100 * share:.0f} % of the letters and symbols of the references, because they are not ASCII"
             found.append(f"{ref.name} ({role}): ROUGE-L ignores {dropped}; {fix}")
     return found

@@ -42,7 +42,7 @@ _NAMED = 3  # stages that are named in one sentence
 
 @placed
 def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Terminal | None = None) -> Path:
-    """Run the stages that are not in the store. Return the study's directory, from which `tadistill.report` makes the report.
+    """Run the stages of a recipe that are not in the store. Return the study's directory, from which `tadistill.report` makes the report.
 
     Raises:
         TadistillError: the input is wrong (before any stage starts), or a stage failed.
@@ -72,7 +72,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
-    else:  # what jobs of a cluster did, for instance
+    else:  # send the values of stages that other processes ran, for instance jobs of a cluster
         Trackers(plan, store, lambda text: console.note(text, problem=True)).close()
     return study
 
@@ -92,7 +92,8 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
 
 @placed
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
-    """Download the models that are not on this disk. The plan needs their sizes. For a served model, only the output head is needed."""
+    """Download the models that are not on this disk, because the plan needs their sizes. Of a model that runs on a server, only
+    a part of the files is downloaded."""
     for name, model in recipe.models.items():
         if model.load and (gives := needed_part(recipe, name)):
             if locate_part(model.load, model.revision, gives) is None:
@@ -106,7 +107,7 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
 
 
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Terminal | None = None) -> Path:
-    """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
+    """Write runs/STUDY/plan.json, which reports and other tools read. Its date stays that of the first run.
 
     If an old report shows other evaluations than the plan (for instance other seeds), it is moved to runs/STUDY/earlier/KEY.
     """
@@ -283,7 +284,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{_identity(models)}",
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
-        # nothing is trained, but a recipe must name train and dev
+        # nothing is trained, but a recipe must name a training set and a dev set
         "data": {"train": unused, "dev": unused, "test": list(on)},
         "evaluate": {"seeds": list(seeds), "also": {}, **({"tasks": list(tasks)} if tasks else {})},
         "runtime": {"jobs": 1},  # few stages: each gets all cores

@@ -20,7 +20,7 @@ from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
 
 _UPDATES = 20
-_ROWS = 128  # training rows of a stage that writes or reads a teacher's signal or answers
+_ROWS = 128  # training rows of a stage that writes or reads a teacher's answers or recorded outputs
 
 
 def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
@@ -76,7 +76,7 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
         parents = {"signal": spec.signal, "responses": spec.responses}
         for role, parent in parents.items():
             if parent:
-                # requests to an API cost money, and the references of the data set are as long as its answers
+                # no requests, which cost money: the references of the data set are about as long as the answers of an API
                 changes |= {**_few(spec), role: None if _asks(plan, parent) else _reduced_output(plan, parent, graph)}
         for role, parents in {"assistant_signals": spec.assistant_signals, "assistant_responses": spec.assistant_responses}.items():
             changes[role] = tuple(_reduced_output(plan, parent, graph) for parent in parents)

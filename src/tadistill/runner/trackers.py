@@ -1,8 +1,8 @@
-"""Experiment trackers: one run for each arm (a path of models) and training seed, in the project of the study.
+"""Send the numbers of a study to experiment trackers, such as W&B: one run for each arm (a path of models) and training seed.
 
-The run of an arm shows the training of all its stages (`distill s/train/loss` …) while they train. At the end it gets the means on the test
-sets (`test/dolly/rouge_l` …). If several arms share a stage, the run of each arm shows it. runs/STUDY/trackers.json records what was sent.
-A continued study sends only what is new.
+While the stages of an arm train, their numbers are sent to its run (`distill s/train/loss` …). At the end, the means on the test sets
+follow (`test/dolly/rouge_l` …). If several arms share a stage, its numbers are sent to the run of each arm. runs/STUDY/trackers.json
+records what was sent. A continued study sends only what is new.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class _Run(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):  # the project is the folder
+    def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):  # the folder replaces a project
         self.writer = import_module("tensorboard.summary").Writer(str(folder / "tensorboard" / name))
 
     def log(self, stage: str, step: int, values: Values) -> None:
@@ -58,7 +58,7 @@ class _Wandb:
         quiet = wandb.Settings(silent=True, console="off")
         common: dict[str, Any] = {"project": study, "group": study, "name": name, "config": config, "dir": str(folder), "settings": quiet}
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-            common["mode"] = "offline"  # it would ask for a login in the middle of a run
+            common["mode"] = "offline"  # otherwise wandb would ask for a login in the middle of a run
         self.run = wandb.init(id=key_of([study, name]), resume="allow", reinit="create_new", **common)
         self.stages: set[str] = set()
 
@@ -212,6 +212,6 @@ class Trackers:
     def _guarded(self, tracker: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of a library that talks to a server; a study must not end because of it
+        except Exception as error:  # a tracker may lose its server, and this must not end the study
             self.off.add(tracker)
             self.say(f"{tracker} is switched off, because it failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")

@@ -1,4 +1,4 @@
-"""The parts of a training whose student and teacher have different tokenizers: second readings, and the tokens that both have."""
+"""Prepare the texts and vocabularies of a training whose student and teacher have different tokenizers."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -23,22 +23,23 @@ from tadistill.train.spans import Vocabularies
 
 @dataclass(frozen=True)
 class Across:
-    """The means of a training in which student and teacher have different tokenizers."""
+    """The texts and vocabularies of a training whose student and teacher have different tokenizers."""
 
     context: Context[Any]
     tokenizer: PreTrainedTokenizerBase
     """The teacher's tokenizer."""
     data: Encoding
-    """The teacher's rules of encoding."""
+    """The rules by which the teacher's texts are encoded."""
     again: Rereader
+    """Encodes the student's responses with the teacher's tokenizer."""
     vocabularies: Vocabularies
 
     @classmethod
     def of(cls, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding) -> "Across":
-        """Compare the tokens of both models.
+        """Prepare a training of `student` with `teacher`. `tokenizer` and `data` belong to the teacher.
 
         Raises:
-            ModelError: they have no token in common.
+            ModelError: the tokenizers have no token in common.
         """
         mine, theirs = token_bytes(student.tokenizer, student.eos), token_bytes(tokenizer, data.ends)
         sizes = student.vocab, shared_vocabulary(tokenizer, widths=(teacher.width,))
@@ -53,10 +54,11 @@ class Across:
         return cls(context, tokenizer, data, again, Vocabularies(again))
 
     def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
-        """Return the student's rows of a training set with the teacher's own prompts. An alarm says how many rows the teacher cannot read.
+        """Add the teacher's prompts to the student's rows of a training set. Rows with a prompt that is too long for the teacher are left
+        out, and an alarm gives their number.
 
         Raises:
-            DataError: no row is left.
+            DataError: all rows are left out.
         """
         found, where = Behind(rows, row_numbers(rows), self._of_teacher(split)), f"data set `{split.ref.name}`"
         if found.left_out:
@@ -69,11 +71,11 @@ class Across:
         return found
 
     def answers(self, file: Path, rows: Seq[Encoded], split: Split) -> Seq[Sequence]:
-        """Return the responses of a file to the student's prompts `rows` of a training set, with the teacher's own prompts."""
+        """Return the responses in `file` to the prompts of the student's `rows`, with the teacher's prompts added."""
         return Behind(responses(file), answered_rows(file, rows), self._of_teacher(split))
 
     def _of_teacher(self, split: Split) -> Seq[Encoded]:
-        counts = dict(self.context.counts)  # those of the student stay in the manifest
+        counts = dict(self.context.counts)  # the manifest gets the counts of the student's rows
         found = self.context.split(split, self.tokenizer, contexts=True, data=self.data).encoded
         self.context.counts = counts
         return found

@@ -1,4 +1,4 @@
-"""The context of a running stage: functions that load its models and data, and callbacks for progress, alarms and stopping."""
+"""The context of a running stage: methods that load its models and data, and callbacks for progress, alarms and stopping."""
 
 import os
 import time
@@ -56,8 +56,8 @@ from tadistill.rollout.vllm import Launch, Vllm
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
 
-SIGNAL = "signal"  # sub-folder of a signal stage with the teacher's outputs
-MODEL = "model"  # sub-folder of a training stage: an ordinary Hugging Face directory
+SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
+MODEL = "model"  # sub-folder of a training stage, in the Hugging Face format
 RESPONSES = "responses.jsonl"  # in the folder of a generate stage
 VLLM_LOG = "vllm.log"  # what vLLM prints, if it samples the stage's text
 ANSWERS = "answers.jsonl"  # in the folder of an evaluate stage: token ids
@@ -80,9 +80,9 @@ class Context(Generic[AnySpec]):
         self.device = own_device()
         self._vllm: Vllm | None = None
         self.versions: dict[str, str] = {}
-        """The versions of programs that ran in processes of their own."""
+        """Versions of programs that the stage ran in other processes, such as vLLM."""
         self.counts: dict[tuple[str, str], Counts] = {}
-        """Role and name of each split that was read, with its numbers of rows."""
+        """Numbers of rows of each split that was encoded, by role and name of the split."""
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class Context(Generic[AnySpec]):
                 seed, config = rng.torch_seed(handle.seed or 0, "initial weights"), handle.config
                 model = load_model(handle.source, revision=handle.revision, config=config, dtype=dtype, seed=seed, tokenizer=tokenizer)
             case PrunedDepth() | Pruned():
-                parent, tokenizer = self.model(handle.of)  # in float32, so that `dtype` does not change what is kept
+                parent, tokenizer = self.model(handle.of)  # in float32, so that the choice of layers and weights does not depend on `dtype`
                 model = self._pruned(parent, tokenizer, handle).to(dtype)  # type: ignore[arg-type]
             case Tempered():
                 model, tokenizer = self.model(handle.of, dtype, device)
@@ -187,16 +187,16 @@ class Context(Generic[AnySpec]):
             self.versions["vllm"] = self._vllm.version
         if self._vllm:
             self._vllm.close()
-            self._vllm = None  # it holds the model
+            self._vllm = None  # it keeps the model in memory
 
     # --- data -----------------------------------------------------------------------------------------------------------
 
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, contexts: bool = False, data: Encoding | None = None) -> EvalSet:
-        """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk.
+        """Load a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk.
 
         Args:
-            contexts: the rows also have the teacher's own prompts, if the stage has a `context`.
-            data: rules of encoding, if they are not those of the stage.
+            contexts: True adds the prompts that only the teacher reads, if the stage has a `context`.
+            data: rules of encoding (default: those of the stage).
         """
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = data or self.spec.data, split.ref.name
@@ -213,14 +213,14 @@ class Context(Generic[AnySpec]):
         return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
 
     def dev(self, dev: Dev, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[float, EvalSet]]:
-        """Read the dev data. Return each set by its name, with its weight in a mean over the sets. The weights add up to 1."""
+        """Load the dev sets. Return the weight and the rows of each set, by its name. A mean over the sets uses the weights (sum 1)."""
         if isinstance(dev, Split):
             return {dev.ref.name: (1.0, self.split(dev, tokenizer))}
         each = zip(dev.names, dev.shares, dev.splits, strict=True)
         return {name: (share, self.split(split, tokenizer)) for name, share, split in each}
 
     def examples(self, split: Split) -> Iterator[Example]:
-        """Yield the rows of a split of a data set, as they are."""
+        """Yield the rows of a split as text, without encoding them."""
         return datasets.stream(split.ref, split.role, **self._where(split))
 
     def _where(self, split: Split) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def own_device() -> torch.device:
 
 
 def trimming(progress: Progress) -> Progress:
-    """Return `progress` as a function that also gives freed memory back to the system, every 30 seconds."""
+    """Return a function that calls `progress`, and every 30 seconds also returns freed memory to the system."""
     last = time.monotonic()
 
     def report(done: int, total: int, text: str) -> None:
@@ -276,7 +276,7 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of `size` items. When its last item is counted, Interrupted is not raised, so that the part can be saved first."""
+        """Begin a part of `size` items. Counting its last item never raises Interrupted, so that the part can be saved first."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

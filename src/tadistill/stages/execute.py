@@ -28,7 +28,7 @@ from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while waiting for another process that runs the same stage"
 _Work = Callable[[Context], dict[str, Any]]
-_PATIENCE = timedelta(hours=1)  # how long a process waits for another one, which may be writing a large model
+_PATIENCE = timedelta(hours=1)  # how long a rank waits for another rank, which may be writing a large model
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide a stage's numbers. The first call reads and parses their files."""
+    """Return the versions of the packages on which a stage's numbers depend. The first call is slow, because it parses files."""
     return {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
 
 
@@ -144,7 +144,7 @@ def _check_parents(task: Task, store: Store) -> None:
 
 
 def _follow(task: Task, work: _Work, store: Store, ranks: Ranks, stop: Callable[[], bool]) -> None:
-    while (word := ranks.agree()) == _WAIT:  # once a second, since a collective operation does not wait for hours
+    while (word := ranks.agree()) == _WAIT:  # rank 0 sends a word every second, because a collective operation does not wait for hours
         pass
     if word == _STOPPED:
         raise Interrupted(_STOPPED)

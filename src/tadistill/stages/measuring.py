@@ -106,7 +106,7 @@ def _answers(context: Context, engine: Engine, sets: list[EvalSet], settings: Ev
 
 
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
-    """Compare a model with the original teacher. Write its divergence, the error that each step of the path adds, and the exposure bias."""
+    """Compare a model with the original teacher. Write the divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
     if spec.of_teacher is not None:
         return _read_each_other(context, spec.of_teacher)
@@ -136,7 +136,7 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
 
 
 class _Side(NamedTuple):
-    # one of two models with different tokenizers, its rules, and its test sets with its own answers
+    # one of two models with different tokenizers, its rules of encoding, its encoded test sets, and its answers
     subject: Subject
     rules: Rules
     sets: list[EvalSet]
@@ -155,8 +155,8 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
         rows, columns = {e.row for e in mine.encoded}, dict[str, list[np.ndarray]]()
         if missing := rows - {e.row for e in theirs.encoded}:
             context.alarm(
-                f"{mine.name}: {len(missing)} prompts are too long for the teacher, but not for the student, so the two do not read each "
-                "other's answers to this set; raise data.max_prompt"
+                f"{mine.name}: {len(missing)} prompts are too long for the teacher, but not for the student, so student and teacher are "
+                "not compared on this set; raise data.max_prompt"
             )
             scores[mine.name] = {}
             continue

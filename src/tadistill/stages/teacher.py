@@ -77,7 +77,7 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
     All answers of a model are in one file of the store, `api/MODEL.jsonl`. Every study of the runs directory reads it, and one process at a
     time adds to it. So a request that was answered once is never sent again.
 
-    The result has the numbers of tokens that the API reports. They are None if it reports none.
+    The result has the numbers of tokens that the API reports. They are None if the API does not report them for all answers.
 
     Raises:
         ServerFailed: the API stopped answering, or some rows got no usable answer.
@@ -109,9 +109,8 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
 
 
 def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
-    """Write a model's answers as token ids of a student with another tokenizer. Only text passes between the two (`data.handover`).
-
-    The folder then has the answers as text, and the same file as that of a `generate` stage.
+    """Convert a model's answers, by way of their text (`data.handover`), to token ids of a student with another tokenizer. The ids are
+    saved in the same format as those of a `generate` stage.
     """
     spec, file, early = context.spec, context.folder / TEXTS, Counter[str]()
     if spec.writer is None:
@@ -129,7 +128,7 @@ def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
             yield from ({"row": e.row, "prompt": list(e.prompt), "response": list(e.response)} for e in last.encoded)
 
     write_rows(context.folder / RESPONSES, rows())
-    context.counts.clear()  # the rows of the writer
+    context.counts.clear()  # the manifest gets no counts for the tokenizer that wrote the answers
     notes = [*_losses(early, last)]
     for sentence in notes:
         context.alarm(sentence)
@@ -194,7 +193,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Save the teacher with a new temperature. Its mean entropy on dev responses then equals that of the model `like`."""
+    """Save the teacher with the temperature at which its mean entropy on dev responses equals that of the model `like`."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

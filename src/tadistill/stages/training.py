@@ -103,7 +103,7 @@ def write_rollouts(path: Path, step: int, batch: Batch, tokenizer: PreTrainedTok
     """Write the first four sampled sequences as text, with at most 1,000 characters of each prompt and response."""
     rows = []
     for ids, mask in zip(batch.ids_BT[:_SHOWN].tolist(), batch.mask_BT[:_SHOWN].tolist(), strict=True):
-        places = [place + 1 for place, counted in enumerate(mask) if counted]  # a mask is one position before its token
+        places = [place + 1 for place, counted in enumerate(mask) if counted]  # the mask of a token is one position before the token
         start, end = (places[0], places[-1] + 1) if places else (len(ids), len(ids))
         prompt, response = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])
         rows.append({"prompt": prompt[-_LETTERS:], "response": response[:_LETTERS]})
@@ -163,7 +163,7 @@ def _sampler(
     sets = [context.split(split, subject.tokenizer, contexts=True).encoded for split in spec.sets]
     answered, config = distill.responses if distill else None, method.sampler
     file = context.store.folder(answered.stage) / RESPONSES if answered else None
-    texts = across.answers(file, joined(sets), spec.train) if across and file else None  # such a text is of one training set
+    texts = across.answers(file, joined(sets), spec.train) if across and file else None  # there is only one set
     sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
     route = distill.route if distill and method.uses_teacher else ()
     training = TrainingSets(tuple(map(len, sets)), spec.weights, route)

@@ -93,7 +93,7 @@ def export(*arguments: str):
 
 def test_a_model_is_sent_to_a_new_private_repository(server, runs):
     found = export("--push", "small", "--runs", runs)
-    assert found.output.splitlines()[-1] == f"sent to {server.address}/me/small"
+    assert found.output.splitlines()[-1] == f"uploaded to {server.address}/me/small"
     assert server.created == [{"name": "small", "organization": "me", "visibility": "private"}]
     assert {*server.files} == {"config.json", "README.md"}
     assert server.message == "one of study demo"

@@ -140,7 +140,7 @@ def test_store(tmp_path):
 
 def test_a_lock_that_holds_nobody_off_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "FileLock", lambda path, timeout: contextlib.nullcontext())
-    assert doctor.store(tmp_path)[1].found == "a second process can take a lock that another process has"
+    assert doctor.store(tmp_path)[1].found == "two processes can have the same file lock at the same time"
 
 
 def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch):

@@ -103,13 +103,13 @@ def test_a_stage_that_does_not_fit_on_a_gpu_is_refused(claimed, monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda context: [10**12, free["gpu"]])
     monkeypatch.setattr(preflight, "available_memory", lambda: free["host"])
     monkeypatch.setattr(processes, "prepare", lambda: None)
-    preflight._check_memory(found.recipe, 2)
+    preflight._check_memory(found, 2)
     free["gpu"] = 1000
     with pytest.raises(ModelError, match=r"need 0\.0 GB of memory of a GPU \("):
-        preflight._check_memory(found.recipe, 2)
+        preflight._check_memory(found, 2)
     free |= {"gpu": 10**12, "host": 1000}
     with pytest.raises(ModelError, match=r"need 0\.0 GB of memory of this machine \("):
-        preflight._check_memory(found.recipe, 2)
+        preflight._check_memory(found, 2)
 
 
 def test_a_machine_without_gpus_has_no_free_gpu_memory():

@@ -71,7 +71,7 @@ def test_list(store, tmp_path):
     assert "2026-01-02 03:04" in found
     assert "1/1" in found
     assert "done" in found
-    assert re.search(r"2 stages \(2\.\d kB\) in the store are needed by no study", found)
+    assert re.search(r"no study needs 2 stages \(2\.\d kB\) in the store", found)
     (tmp_path / "mine" / "plan.json").write_text("{")
     assert [row.state for row in studies(tmp_path, store)] == ["plan.json is damaged"]
     assert "there is no study in" in CliRunner().invoke(app, ["list", "--runs", str(tmp_path / "none")]).output

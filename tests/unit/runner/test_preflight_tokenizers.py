@@ -75,7 +75,7 @@ def test_a_token_that_only_the_teacher_has_must_not_be_in_a_text(checked):
     more.add_tokens(["<tool>"])
     checked(more, byte_tokenizer(None), method="kd")
     with pytest.raises(
-        ModelError, match=r"data set `rows` \(train\) contains the token '<tool>' \(262\), but some models of its path have only"
+        ModelError, match=r"data set `rows` \(train\) contains the token '<tool>' \(262\), but some models of the path have only"
     ):
         checked(more, byte_tokenizer(None), rows=[ROW | {"output": "a <tool> b"}] * 4, method="kd")
 
