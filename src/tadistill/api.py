@@ -62,7 +62,7 @@ class Study(_Shown):
     def __init__(self, directory: Path, store: Store, page: Path | None = None):
         self.directory = directory
         self.page = page or directory / "report.html"
-        """The report."""
+        """Path of the HTML report."""
         self._store = store
 
     @cached_property

@@ -102,8 +102,8 @@ class Store:
     def check(self, keys: Iterable[str], names: Iterable[str]) -> None:
         """Check that files of finished stages have not changed since the stages wrote them.
 
-        Size and modification time are compared with the manifest. If they differ, or if the manifest lacks them, the content is compared. A
-        file is skipped if the manifest has no digest of it.
+        Size and modification time are compared with the manifest. If they differ, or if the manifest lacks them, the SHA-256 is compared. A
+        file is skipped if the manifest has no SHA-256 of it.
 
         Raises:
             StoreError: files have changed. The message names all of them, their stages, and how to run the stages again.

@@ -50,7 +50,7 @@ class Experiment:
     path: tuple[str, ...]
     seeds: int
     cost: float
-    """Compute of both sides over all seeds, divided by the compute of one direct run."""
+    """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
     gain: float
     """Expected gain in the metric, because the experiment may lead to a better choice of path."""
 
@@ -65,13 +65,13 @@ class Advice:
     options: tuple[Option, ...]
     """All candidates in the given order. The first one is the direct path."""
     hypothesis: tuple[str, ...] | None
-    """The chain that a rule on model sizes suggests (`size_law`). None if it is not a candidate, or if there are earlier studies."""
+    """The chain that a rule on model sizes suggests (`size_law`). None if it is not a candidate, or if `pairs` is above 0."""
     next: tuple[Experiment, ...]
     """Proposed experiments. The one with the largest `gain / cost` comes first."""
     level: float
     margin: float
     scale: str | None
-    """The metric of the earlier studies. None if there are no earlier studies."""
+    """The metric of the earlier studies. None if they have no chain that can be compared with direct distillation (`pairs` is 0)."""
     families: int
     """Number of families in the earlier studies. Runs of one family share teacher, data and method."""
     pairs: int

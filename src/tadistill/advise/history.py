@@ -92,7 +92,7 @@ class Observation:
     seed: int
     edges: tuple[Edge, ...]
     cost: float
-    """Training compute divided by the training compute of direct distillation in the same family."""
+    """Training compute divided by the training compute of direct distillation in the same study."""
     quality: float
     """The dev metric of the selected checkpoint. Higher is better."""
     scale: str

@@ -39,14 +39,14 @@ CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
 SLOPES = (0.1, 0.3, 1.0, 2.0)
 """Possible standard deviations of the contrasts' part of a difference, as multiples of `unit` (the typical size of a difference)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
-"""Possible standard deviations of a family's effect, as multiples of `unit`."""
+"""Possible standard deviations of the effect of a family (runs with the same teacher, data and method), as multiples of `unit`."""
 EDGES = (0.1, 0.3, 0.8)
-"""Possible standard deviations of an edge's effect, as multiples of `unit`."""
+"""Possible standard deviations of the effect of an edge (a teacher and its learner), as multiples of `unit`."""
 TINY = 1e-9
 INTERCEPT = 2.0
-"""Standard deviation of the intercept, as a multiple of `unit`."""
+"""Standard deviation of the intercept, as a multiple of `unit` (the typical size of a difference)."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
-"""Prior of the seed noise: its standard deviation, as a multiple of the margin; and its weight, as a number of seeds."""
+"""Prior of the noise of training seeds: its standard deviation, as a multiple of the margin; and its weight, as a number of seeds."""
 
 
 @lru_cache(maxsize=4096)

@@ -81,7 +81,7 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
             "each teacher is 2.5 times as big as its learner (Zhang et al. 2025)",
         ),
         Rule("performance mean", performance_mean(*ends, between), "score is midway between teacher and student (Mirzadeh et al. 2020)"),
-        Rule("geometric mean", geometric_mean(*ends, ladder.sizes), "both hops shrink the model by the same factor"),
+        Rule("geometric mean", geometric_mean(*ends, ladder.sizes), "both distillations shrink the model by the same factor"),
     )
 
 

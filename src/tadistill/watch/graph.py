@@ -59,7 +59,7 @@ class Drawn:
     height: int
     edges: tuple[str, ...]
     arcs: tuple[str, ...]
-    """The edges for the list. Each node has a height of ROW pixels there."""
+    """The edges in the list, where each node has a height of ROW pixels."""
 
 
 def nodes_of(stages: Iterable[StageState]) -> list[Node]:
@@ -130,7 +130,7 @@ def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Itera
         if found := [s for s in every if s.state in states]:
             return found[:_SHOWN], _about(what, len(found))
     newest = sorted(every, key=lambda s: -logs[s.key].file.changed)
-    return newest[: min(_SHOWN, 6)], "The stages that wrote a log last." if newest else ""
+    return newest[: min(_SHOWN, 6)], "The stages with the newest logs." if newest else ""
 
 
 _SHOWN = 8

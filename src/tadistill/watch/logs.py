@@ -28,7 +28,7 @@ class Follower:
     """Reads each line of a growing file once. If the file is replaced or becomes shorter, reading starts again near its end."""
 
     def __init__(self, path: Path, take: Callable[[int, bytes], None], forget: Callable[[], None]):
-        """`take` is called for each line, with its offset in the file and its bytes. `forget` is called if the file was replaced."""
+        """Call `take` for each line, with its offset and its bytes. Call `forget` if the file was replaced or became shorter."""
         self.path, self._take, self._forget = path, take, forget
         self._file: int | None = None
         self._low = self._high = 0
@@ -64,7 +64,7 @@ class Follower:
             return False
 
     def backward(self) -> None:
-        """Read another piece of the lines before those that have been read, towards the beginning of the file."""
+        """Read another piece of the file: the lines before those that have been read so far."""
         start = max(self._low - _PIECE, 0)
         try:
             piece = self._read(start, self._low - start)
