@@ -43,7 +43,7 @@ class PlannedArm:
     """Key of the stage that makes the arm's model. None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
-    """Key of the `analyse` stage by seed. Empty if no original teacher has the model's tokenizer."""
+    """Key of the `analyse` stage by seed. Empty if the arm's model is not compared with the original teacher."""
     also: dict[str, dict[int, str]]
     """Keys of the evaluations with another decoding (`evaluate.also`), by the decoding's name and by seed."""
     flops: float | None
@@ -178,10 +178,10 @@ class _Planner:
         return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked)
 
     def _comparable(self, teacher: str, model: str) -> bool:
-        # a model with other tokens is compared through texts, which a teacher on a server or behind an API does not read
-        if self.tokens.alike(teacher, model) or self.recipe.models[teacher].api:
-            return self.tokens.alike(teacher, model)
-        return not is_served(self.stages.trained(teacher, self.recipe.first_seed))
+        # a teacher with another tokenizer must score texts, which it cannot do on a server or behind an API
+        if self.tokens.alike(teacher, model):
+            return True
+        return not (self.recipe.models[teacher].api or is_served(self.stages.trained(teacher, self.recipe.first_seed)))
 
     def _models(self, name: str, arm: Arm, seed: int, budget: Budget) -> _Made:
         check_not_run(self.recipe, name, self.teacher)

@@ -1,4 +1,4 @@
-"""Teachers behind an API in a plan: what they cannot do, and what their answers cost.
+"""Checks of teachers behind an API, and estimates of what their answers cost.
 
 An `ask` stage sends one request for each row of the training set. The requests of all stages, their tokens and their price are estimated
 before the first one is sent: from the number of characters of the prompts, and from the length of the reference answers.
@@ -40,7 +40,7 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
         )
     if apis.intersection(path.models) and any("tools" in ref.columns for ref in recipe.data.sets.values()):
         raise ConfigError(
-            f"data.train.columns names `tools`, but the API of `{min(apis)}` is asked for text, and not for calls of tools; remove `tools`"
+            f"data.train.columns names `tools`, but the API of `{min(apis)}` returns only text and no calls of tools; remove `tools`"
         )
 
 
@@ -115,7 +115,7 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
 
 
 def check_asked(plan: "Plan", store: Store) -> None:
-    """Check that no job of a cluster has to ask an API. Raises ConfigError if answers are missing."""
+    """Check that no job of a cluster has to send requests to an API. Raises ConfigError if answers are missing in the store."""
     for stage in plan.stages.values():
         if isinstance(stage.spec, AskSpec) and not store.finished(stage.key):
             raise ConfigError(

@@ -1,10 +1,10 @@
-"""The budgets of an arm: how many updates it makes, and how much it asks of the original teacher.
+"""The two budgets of an arm: its training FLOPs, and the number of answer tokens that the original teacher writes or scores for it.
 
-`compute` sets the training FLOPs of an arm, and `teacher_budget` sets the number of answer tokens that the original teacher writes or
-scores. Each takes its number from another arm. They change different things, so an arm can have both:
+The recipe's keys `compute` and `teacher_budget` set these budgets by the name of another arm. The planner meets a budget by changing the
+number of updates or of prompts. The two keys change different numbers, so an arm can have both:
 
-    the teacher only writes text (SeqKD)      `teacher_budget` sets the number of prompts, and `compute` the number of all updates
-    the teacher runs during training          `teacher_budget` sets the updates of the models that it teaches, and `compute` the other ones
+    the teacher only writes text (SeqKD)      `teacher_budget` changes the number of prompts, `compute` the number of all updates
+    the teacher runs during training          `teacher_budget` changes the updates of the models that it teaches, `compute` all others
 
 All costs are linear in the number of updates and in the number of prompts, so two trial plans give the factors.
 """
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 class Budget(NamedTuple):
-    """The numbers of an arm that its keys `compute` and `teacher_budget` set."""
+    """The numbers of updates and prompts with which an arm meets its keys `compute` and `teacher_budget`."""
 
     updates: float = 1.0
-    """Factor on the number of updates."""
+    """Factor by which the number of updates is multiplied."""
     taught: float | None = None
-    """Factor on the updates of models that the original teacher teaches. None if it is `updates`."""
+    """Another factor for models that the original teacher teaches. None if `updates` applies to them too."""
     rows: int | None = None
     """Number of training prompts that the original teacher answers. None if it answers all of them."""
 
 
 class Trial(NamedTuple):
-    """A plan of one arm for one seed."""
+    """A plan of one arm for one seed, from which the cost of a budget is computed."""
 
     graph: Graph
     final: str
@@ -50,7 +50,7 @@ class Trial(NamedTuple):
 
 
 class Budgets:
-    """Finds the budget of each arm."""
+    """Computes the budgets of arms."""
 
     def __init__(self, recipe: Recipe, stages: StageBuilder, graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
         """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
@@ -62,7 +62,7 @@ class Budgets:
 
         Raises:
             ConfigError: the arm cannot have this budget.
-            NotHere: a size that is needed is not known, because a model or a data set is not on this disk.
+            NotHere: a cost is not known, because a model or a data set is not on this disk.
         """
         budget = self._asked(name, arm, done[arm.asks_like]) if arm.asks_like else Budget()
         return budget._replace(updates=self._updates(name, arm, done[arm.like[1]], budget)) if arm.like else budget
@@ -87,8 +87,8 @@ class Budgets:
             return Budget(rows=self._rows(given, teacher, target / total))
         if target <= total - live:
             raise ConfigError(
-                f"{given} `{name}` asks {teacher} for {total - live:,.0f} answer tokens before the first update, and `{like.name}` for "
-                f"{target:,.0f} in all; name an arm that asks for more"
+                f"{given} for `{name}`, {teacher} writes or scores {total - live:,.0f} answer tokens before the first update, but for "
+                f"`{like.name}` only {target:,.0f} in all; name an arm with more"
             )
         return Budget(taught=(target - (total - live)) / live)
 
@@ -99,14 +99,14 @@ class Budgets:
                 f"{given} `teacher_budget` sets the number of prompts of one training set, and the recipe has several; remove this key"
             )
         if not 1 <= rows <= most:
-            needs, fix = (f"{rows:,} answers", "name an arm that asks for less") if rows else ("less than one answer", "name another arm")
+            needs, fix = (f"{rows:,} answers", "name an arm with fewer answers") if rows else ("less than one answer", "name another arm")
             raise ConfigError(f"{given} this budget requires {needs} from {teacher}, but the training set has {most:,} prompts; {fix}")
         return rows
 
     # --- training FLOPs -------------------------------------------------------------------------------------------------
 
     def _updates(self, name: str, arm: Arm, like: "PlannedArm", budget: Budget) -> float:
-        # the factor on the updates at which this arm costs as many FLOPs as its `compute` says
+        # the factor by which the updates are multiplied, so that the arm costs as many FLOPs as its `compute` says
         assert arm.like is not None
         times = arm.like[0]
         if times is None and (len(arm.path) > 1 or len(arm.last) != 2):
@@ -164,7 +164,7 @@ class Budgets:
         )
 
     def _check_patience(self, name: str, arm: Arm, like: "PlannedArm", trial: Trial) -> None:
-        # stages of both arms stop at the same update, so only the others matter
+        # a stage that both arms share stops at the same update in both, so only the other stages matter
         theirs, own = like.final[self.recipe.first_seed], trial.graph.stages
         above = with_ancestors(self.graph.stages, [theirs] if theirs else [], without="like")
         stages = {key: (own | self.graph.stages)[key] for key in above ^ with_ancestors(own, [trial.final], without="like")}

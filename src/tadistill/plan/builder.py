@@ -127,7 +127,8 @@ class StageBuilder:
         """Return the weights `handle` of the model `source`, pruned to the shape of the model `name`.
 
         Raises:
-            ConfigError: the size of a model is not known, or `source` cannot be pruned to this shape.
+            NotHere: the size of a model is not known.
+            ConfigError: `source` cannot be pruned to this shape.
         """
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
@@ -142,10 +143,8 @@ class StageBuilder:
         shape = shapes.shape_of(wanted)
         if shape == shapes.shape_of(have):
             return handle
-        try:
+        with about(f"{name} cannot start from {source}"):
             shapes.check_shape(have, shape)
-        except ConfigError as error:
-            raise ConfigError(f"{name} cannot start from {source}: {error}") from error
         sizes = {key: value for key, value in asdict(shape).items() if key != "head_dim" and value is not None}
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), **self.training())
 
@@ -164,10 +163,8 @@ class StageBuilder:
         """
         if sft.select.metric == "reverse_kl":
             raise ConfigError(f"models.{name}: sft has no teacher, so `select.metric` cannot be reverse_kl; use loss, rouge_l or last")
-        try:
+        with about(f"models.{name}.sft"):
             sft.select.check()
-        except ConfigError as error:
-            raise ConfigError(f"models.{name}.sft: {error}") from error
         optim = self.with_steps(sft.optim, sft.sets)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
@@ -211,7 +208,7 @@ class StageBuilder:
             ConfigError: `dense.weights` does not have one weight per teacher.
         """
         # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
-        (_, teacher), *others = teachers if method.ema is None else [(name, student)]  # an average begins here, in a later phase too
+        (_, teacher), *others = teachers if method.ema is None else [(name, student)]  # with `ema`, the student's weights start the average
         names, taught = [n for n, _ in teachers], teachers_of(route)
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
@@ -220,7 +217,7 @@ class StageBuilder:
                 "weight for each teacher, or remove `dense.weights` for equal weights"
             )
         of_teacher = teacher_rules(self, names[0], name, method)
-        # text that a teacher with other tokens has written is behind the student's prompts only
+        # answers of a teacher with another tokenizer follow the student's own prompts, so this stage needs no `context`
         context = None if of_teacher or not (method.by_token or self.tokens.hands_over_ids(names[0], name)) else method.context
         method = over_spans(method) if of_teacher else method
         spec = specs.DistillSpec(
@@ -267,7 +264,7 @@ class StageBuilder:
         return self.add(spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed))
 
     def _asking(self, name: str) -> Encoding:
-        # the rules with which a model reads prompts, with all its end tokens
+        # the settings with which a model tokenises texts, with all its end tokens
         return self.encoding(name, samples=False).model_copy(update={"ends": self.tokens.ends(name)})
 
     def probe(self, name: str, model: Handle, seed: int, prompts: int) -> str:
@@ -295,17 +292,17 @@ class StageBuilder:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
     def only_runs(self, name: str, *, samples: bool = True) -> dict[str, Any]:
-        """Return the fields of a stage that only runs a model: the rules of encoding, and the precision."""
+        """Return the fields of a stage that only runs a model: the settings of tokenisation, and the precision."""
         return {"data": self.encoding(name, samples=samples), "precision": self.recipe.evaluate.precision}
 
     def encoding(self, name: str, *, samples: bool = True, responses: bool = False, context: TeacherContext | None = None) -> Encoding:
-        """Return the rules that turn data rows into tokens for a model (`StudyTokens.encoding`).
+        """Return the settings with which the rows of data sets become tokens for a model (`StudyTokens.encoding`).
 
         Args:
             context: the prompt that its teachers read on the training set, if they have their own.
 
         Raises:
-            ConfigError: a teacher has its own prompt, but the text has several turns.
+            ConfigError: a teacher has its own prompt, but rows can have several answers.
         """
         found = self.tokens.encoding(name, samples=samples, responses=responses)
         if context and found.turns == "all":

@@ -47,7 +47,7 @@ def _is_students_prompt(recipe: Recipe, context: TeacherContext | None) -> bool:
 
 def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
     """Return every context of a recipe, with the names of the models that teach with it. Equal contexts are one entry.
-    Models behind an API are left out, because they read messages.
+    Models behind an API are left out, because they get messages and not tokens.
 
     Raises:
         ConfigError: parts of a method do not fit together.

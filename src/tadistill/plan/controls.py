@@ -12,7 +12,7 @@ from tadistill.plan.inputs import BehindApi, Handle, RandomWeights, is_served
 def teaching(
     stages: StageBuilder, name: str, arm: Arm, head: str, made: Mapping[str, Handle], seed: int, path_of: Callable[[str, int], list[Handle]]
 ) -> list[tuple[str, Handle]]:
-    """Return name and model of each teacher at the start of a path. In a control, it can have random weights or another temperature.
+    """Return name and model of each teacher at the start of a path. In a control, a teacher can have random weights or another temperature.
 
     Args:
         head: the first part of the path: a model, or the teachers of a route.
@@ -46,7 +46,7 @@ def _changed(stages: StageBuilder, name: str, arm: Arm, teacher: Handle, seed: i
     if isinstance(teacher, BehindApi):
         raise ConfigError(
             f"arms.{name}.control is `{arm.control}`, but {model} is behind an API, so its weights and logits cannot be changed; remove "
-            f"arms.{name}" + ("" if arm.control is None else ", or use the control `no_teacher`")
+            f"arms.{name}, or use the control `no_teacher`"
         )
     if is_served(teacher):
         raise ConfigError(

@@ -1,12 +1,13 @@
-"""The tokenizers of the two models at each edge of a path: which edges need the same tokens on both sides.
+"""Checks of the tokenizers of teacher and student at each edge of a path. An edge is one distillation, such as `A > B`.
 
-An edge is a step of a path, such as `A > B`. Its method decides what the two models must have in common:
+The method of an edge decides which tokenizers the two models may have:
 
-    only text passes (SeqKD: `cross_entropy` on the teacher's answers)     any two tokenizers
-    a loss that is defined over spans of text                              any two tokenizers (`config.over_spans`)
-    another loss, a sampler or a metric compares tokens                    tokenizers of one family (`StudyTokens.alike`)
+    the student trains only on the teacher's text (SeqKD)       any two tokenizers
+    the loss is defined over spans of text                      any two tokenizers (`config.over_spans`)
+    another loss, a sampler or a metric compares tokens         two tokenizers of one family: their common tokens have the same ids
 
-`Method.by_token` names the setting that compares tokens. Weights, temperatures and recorded teacher outputs also pass only within a family.
+`Method.by_token` names the setting that compares tokens. Starting from another model's weights, matching its temperature and training on
+recorded teacher outputs also need tokenizers of one family (`StudyTokens.alike`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from tadistill.plan.builder import StageBuilder
     from tadistill.plan.study_tokens import StudyTokens
 
-_TEXT_ONLY = "use a method that hands over text (`seqkd`), or models with one tokenizer"
+_TEXT_ONLY = "use a method that trains on the teacher's text (`seqkd`), or models with one tokenizer"
 
 
 def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner: str, method: Method) -> None:
     """Check that a student's tokenizer allows a method with its teachers.
 
     Raises:
-        ConfigError: the method compares tokens, but a teacher has other tokens than the student. Or the method needs two tokenizers, but
-            both models have one.
+        ConfigError: the method compares tokens, but teacher and student have different tokenizers. Or the method is made for two
+            tokenizers, but teacher and student share one.
     """
     if method.by_token is None:
         return
@@ -58,11 +59,12 @@ def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner
 
 
 def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Method) -> Encoding | None:
-    """Return the rules with which a teacher reads the prompts of the training set in its own tokens. Return None if both models have one
-    tokenizer, or if only text passes.
+    """Return the settings with which a teacher tokenises the training prompts for itself.
+
+    Return None if the teacher shares the student's tokenizer, or if the objective does not use its probabilities.
 
     Raises:
-        ConfigError: the text has several turns, or the teacher answers the prompts of several training sets.
+        ConfigError: rows have several answers, or the teacher answers the prompts of several training sets.
     """
     if not method.objective.needs_teacher or stages.tokens.alike(teacher, learner):
         return None
@@ -77,7 +79,7 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
             "set data.turns to last"
         )
     found = stages.encoding(teacher, context=method.context)
-    return found.model_copy(update={"ends": stages.tokens.ends(teacher), "long_responses": "cut"})  # it reads none of the references
+    return found.model_copy(update={"ends": stages.tokens.ends(teacher), "long_responses": "cut"})  # it reads no reference answers
 
 
 def lossy_steps(tokens: "StudyTokens", paths: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
@@ -116,7 +118,7 @@ def check_like(tokens: "StudyTokens", name: str, like: str, arm: str) -> None:
 
 
 def check_writer(tokens: "StudyTokens", writer: str, learner: str) -> None:
-    """Check that a student can train on text that another model of the path recorded. Raises ConfigError if their tokenizers differ."""
+    """Check that a student can train on recorded text of another model. Raises ConfigError if their tokenizers differ."""
     if not tokens.hands_over_ids(writer, learner):
         raise ConfigError(
             f"{learner} trains on the recorded text of {writer} (sampler `student` with `recorded: true`), but their tokenizers differ "
@@ -125,7 +127,7 @@ def check_writer(tokens: "StudyTokens", writer: str, learner: str) -> None:
 
 
 def undefined_notes(plan: "Plan") -> Iterator[str]:
-    """Yield sentences about what is not measured, because it is not defined between two tokenizers."""
+    """Yield sentences that name the metrics that are not measured, because they are not defined for models with different tokenizers."""
     teacher = plan.teacher
     if teacher is None or not plan.recipe.data.test:
         return

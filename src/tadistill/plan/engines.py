@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sampling(spec: Spec) -> Decoding | None:
-    """Return the settings with which a stage samples text. Return None if it samples none.
+    """Return the settings with which a stage samples text. Return None if the stage samples no text.
 
     Answers to dev prompts during a training do not count, because vLLM never samples them.
     """
@@ -31,7 +31,7 @@ def uses_vllm(spec: Spec) -> bool:
 
 
 def gpus_of(recipe: Recipe, spec: Spec, processes: int) -> int:
-    """Return the number of GPUs of a stage: one for each of its `processes`, or those over which vLLM splits the weights."""
+    """Return the number of GPUs of a stage: one for each of its `processes`, or more if vLLM splits the weights over more GPUs."""
     return max(processes, recipe.runtime.vllm.tensor_parallel if uses_vllm(spec) else 1)
 
 

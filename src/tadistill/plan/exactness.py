@@ -1,5 +1,8 @@
-"""Numbers of a study that are not exact: losses, if a server or a recording has less than a teacher's whole distribution, or if the teacher
-has another tokenizer than the student; and FLOPs, if a teacher is behind an API."""
+"""Sentences about the numbers of a study that are not exact.
+
+A loss is not exact if a server or a recording has only a part of a teacher's distribution, or if the teacher has another tokenizer than the
+student. FLOPs are not complete if a teacher is behind an API.
+"""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -23,7 +26,7 @@ def approximations(plan: "Plan", arm: str) -> list[str]:
 
 def _of_stage(plan: "Plan", student: str, spec: object) -> Iterator[str]:
     if isinstance(spec, AskSpec):
-        yield f"teacher FLOPs unknown: {student} is behind an API, so its FLOPs are not counted, nor by `compute`"
+        yield f"teacher FLOPs unknown: {student} is behind an API, so its FLOPs are not counted, also not by `compute`"
     if isinstance(spec, DistillSpec) and spec.teacher_data:
         yield f"the loss `{spec.objective.label}` of {student} is {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
         return
@@ -44,8 +47,8 @@ def _over_spans(spec: DistillSpec, teacher: str) -> str:
     if isinstance(spec.objective, Uld | Gold):
         return f"{why}, as in GOLD of TRL 1.16"
     return (
-        f"{why}: the models are compared by the next cell of tokens and by the next byte; this is exact if each model writes only what its "
-        "tokenizer writes"
+        f"{why}: the models are compared by groups of next tokens that begin alike (cells) and by the next byte; this is exact if each "
+        "model splits text into tokens only as its tokenizer does"
     )
 
 

@@ -52,11 +52,11 @@ _LATER: dict[type[BaseModel], tuple[str, ...]] = {
     Optim: ("tokens", "packed"),
     StudentSampler: ("recorded", "signal"),
 }
-"""Fields that stages of earlier versions do not have. A field with its default is left out, so that the keys of those stages stay."""
+"""Fields that earlier versions did not have. They are left out if they have their default, so that keys of finished stages stay."""
 
 _ELSEWHERE = {"also", "samples", "pass_at", "precision", "tasks", "fewshot", "bits_per_byte"}
-"""Settings of `Evaluate` that are left out. Each other decoding has its own stage, `samples` only adds seeds, reports compute pass@k from
-stored scores, and a stage has its own `precision`, tasks and `per_byte`."""
+"""Settings of `Evaluate` that are left out of a stage's content. Each decoding in `also` has its own stage, `samples` only adds seeds, and
+reports compute pass@k from stored scores. For the other settings, a stage has fields of its own."""
 
 
 def _plain(value: Any) -> Any:
@@ -119,7 +119,7 @@ class Split(HashedData):
 
     @property
     def splits(self) -> "tuple[Split, ...]":
-        """The split, as `DevSets` has several."""
+        """The split itself, in a tuple. `DevSets.splits` has several splits."""
         return (self,)
 
 
@@ -186,7 +186,7 @@ class Loaded(Part):
     serve: Serve | None = Field(default=None, exclude=True)
     """The servers that run the model when it teaches. They are not a part of the key, because they change results only by rounding."""
     sends: TopKSignal | None = None
-    """What these servers send, if not hidden states. It changes the results."""
+    """The outputs that these servers send in place of hidden states. They change the results. None if hidden states are sent."""
 
     @property
     def source(self) -> str:
@@ -209,7 +209,7 @@ class BehindApi(Part):
 
 
 def is_served(handle: "Handle") -> bool:
-    """Return True if a model teaches from a server."""
+    """Return True if a server runs the model when it teaches."""
     return isinstance(handle, Loaded) and handle.serve is not None
 
 
@@ -254,7 +254,7 @@ class Tempered(Part):
 
 
 class RandomWeights(Part):
-    """A model with random weights and the architecture of another model. It is a teacher that knows nothing."""
+    """A model with random weights and the architecture of another model. It teaches in a control arm."""
 
     random: int
     """Seed of the weights."""
@@ -319,7 +319,7 @@ def plan_tasks(recipe: Recipe) -> Tasks | None:
 
 
 def plan_objective(objective: ObjectiveBase, folder: str | None) -> OwnCode | None:
-    """Return the user's function of a custom objective. Return None for any other objective. Raises ConfigError if it cannot be used."""
+    """Return the function of a custom objective. Return None for any other objective. Raises ConfigError if the function is unusable."""
     if not isinstance(objective, Custom):
         return None
     with about("objective.function"):

@@ -1,4 +1,7 @@
-"""Checks of an arm's path: the sizes of its models, and the methods that work with a route (several teachers with their own sets)."""
+"""Checks of an arm's path, such as `A > B > C`: no model teaches a bigger one, and the method works with a route.
+
+A path begins with a route if several models teach its first student, each on some of the training sets.
+"""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -28,9 +31,10 @@ def check_sizes(ledger: Ledger, name: str, arm: Arm) -> None:
 
 
 def given_teachers(recipe: Recipe, arm: Arm, like: Arm) -> set[str]:
-    """Return the teachers whose own training does not count if `arm` has the compute of the arm `like`.
+    """Return the teachers whose own training is left out when the FLOPs of `arm` are matched to those of the arm `like`.
 
-    Both arms usually begin with the original teacher. With a route, they may begin with other teachers.
+    Without a route, this is the original teacher for `compute: 2x ARM`, and no model for `compute: as ARM`, where the training of the
+    original teacher usually is in both sums. With a route, the first teachers of both arms are left out, because they can differ.
     """
     original = original_teacher(recipe)
     if not routed((*arm.path, *like.path)):
@@ -40,20 +44,20 @@ def given_teachers(recipe: Recipe, arm: Arm, like: Arm) -> set[str]:
 
 
 def check_route(tokens: "StudyTokens", arm: str, path: tuple[str, ...], method: Method) -> None:
-    """Check that a method works with the teachers of a path.
+    """Check that a method works with a path that begins with a route. Any other path passes.
 
     Raises:
-        ConfigError: the path begins with a route, but the method needs one teacher for all rows, or a teacher has another tokenizer.
+        ConfigError: the method needs one teacher for all rows, or a teacher has another tokenizer than the student.
     """
     if not is_route(path[0]):
         return
     for teacher in members(path[0]):
         if not tokens.hands_over_ids(teacher, path[1]):
             raise ConfigError(
-                f"arms.{arm}: in `{path_text(path)}`, {teacher} and {path[1]} have different tokenizers, but all models of a route "
-                "need one tokenizer; use models with one tokenizer"
+                f"arms.{arm}: in `{path_text(path)}`, {teacher} and {path[1]} have different tokenizers, but all teachers of "
+                "a route and their student need the same tokenizer; use models with one tokenizer"
             )
-    objective, start = method.objective, f"arms.{arm}: in `{path_text(path)}`, each teacher has its own rows"
+    objective, start = method.objective, f"arms.{arm}: in `{path_text(path)}`, each teacher has its own training rows"
     if method.dense:
         raise ConfigError(f"{start}, so their distributions cannot be averaged; remove `dense`, or use a path such as A > B > C")
     if method.sampler.guided:
@@ -61,4 +65,4 @@ def check_route(tokens: "StudyTokens", arm: str, path: tuple[str, ...], method: 
     if method.select.metric == "reverse_kl":
         raise ConfigError(f"{start}, but select.metric reverse_kl needs one teacher on dev; set `select.metric` to loss or rouge_l")
     if isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0:
-        raise ConfigError(f"{start}, but plain text has no set, so no teacher reads it; set `pt_kd_ratio: 0` or `pt_weight: 0`")
+        raise ConfigError(f"{start}, but plain text belongs to no set, so it has no teacher; set `pt_kd_ratio: 0` or `pt_weight: 0`")

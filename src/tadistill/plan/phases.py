@@ -1,7 +1,7 @@
-"""The phases of a distillation: the method of each phase, its number of updates, its place in an arm, and words for it.
+"""The phases of a distillation: the method of each phase, its number of updates, its position in an arm, and its description in words.
 
-A distillation without phases is one phase. The updates are divided by the shares of the phases, in whole rounds of rollouts. If rounding
-gives a phase too many updates, the next phase gets fewer.
+A distillation without `phases` counts as one phase. The updates are divided by the shares of the phases. Each phase has a whole number of
+rounds (sampling, then updates). If rounding gives a phase too many updates, the next phase gets fewer.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ class PlannedPhase(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Says which distillation of a model this is, if an arm distils one model several times."""
+    """The position of a distillation among all distillations of the same model in an arm."""
 
     before: int
     """Number of earlier distillations of the model."""
     teaching: int
-    """Number of the teacher in the arm's paths, from 1."""
+    """Number of the model's teacher, counted from 1 in the order of the arm's paths."""
     phase: int
-    """Number of the phase with this teacher, from 1."""
+    """Number of the phase with this teacher, counted from 1."""
     phases: int
     """Number of phases with this teacher."""
     writer: str

@@ -1,4 +1,4 @@
-"""The tables of `tadistill plan`: stages with their FLOPs, time and memory, and arms (paths of models) with their total FLOPs."""
+"""The output of `tadistill plan`: tables of stages (FLOPs, time, memory) and of arms (paths of models, total FLOPs), and notes."""
 
 from collections.abc import Iterable
 from itertools import product
@@ -34,12 +34,12 @@ from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 
 _LARGEST = 3  # number of stages whose parts are shown
-_OFF = 0.1  # largest share by which an arm's FLOPs may differ from its `compute` without a note
+_OFF = 0.1  # an arm gets a note if its FLOPs differ from its `compute` by more than this share
 _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the notes below them. `width` is the screen's number of columns. A narrow screen has short keys and labels."""
+    """Return all tables and the notes below them. `width` is the screen's number of columns; a narrow screen gets shorter labels."""
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
@@ -47,7 +47,7 @@ def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 20
 
 
 def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
-    """Print the tables. Times and memory are for this machine. `accelerator` is the name of its GPUs, if it is known."""
+    """Print the tables and the notes. Times and memory are for this machine. `accelerator` is the name of its GPUs, if it is known."""
     jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
     console.print(preview(plan, store, speeds, jobs, console.width))
@@ -73,7 +73,7 @@ def threads(plan: Plan) -> int:
 
 def off_budget(plan: Plan) -> Iterable[str]:
     """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. The reason is that a training has a whole number of
-    rounds."""
+    rounds, each of which samples text and makes several updates."""
     arms = {arm.name: arm for arm in plan.arms}
     for arm in plan.arms:
         if arm.arm.like is None:
@@ -90,14 +90,15 @@ def off_budget(plan: Plan) -> Iterable[str]:
 
 
 def off_teacher_budget(plan: Plan) -> Iterable[str]:
-    """Yield a sentence for each arm that asks clearly more or less of the teacher than its `teacher_budget` says."""
+    """Yield a sentence for each arm for which the teacher writes or scores clearly more or fewer tokens than `teacher_budget` sets."""
     arms = {arm.name: arm for arm in plan.arms}
     for arm in (arm for arm in plan.arms if arm.arm.asks_like):
         asked, budget = arm.asked, arms[arm.arm.asks_like or ""].asked
         if asked and budget and abs(asked / budget - 1) > _OFF:
             yield (
-                f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but it asks {asked / budget:.2g} times as much of the "
-                "teacher, because its updates come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`)"
+                f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but the teacher writes or scores "
+                f"{asked / budget:.2g} times as many tokens, because the arm's updates come in whole rounds; choose smaller "
+                "rounds (`sampler.rollouts`, `inner_epochs`)"
             )
 
 
@@ -105,7 +106,7 @@ def _without(plan: Plan, arm: PlannedArm, teachers: set[str | None]) -> float | 
     final = next(iter(arm.final.values()))
     above = with_ancestors(plan.stages, [final] if final else [], without="like")
     stages = [plan.stages[key] for key in above]
-    flops = [stage.flops for stage in stages if not (stage.trains and stage.model in teachers)]  # a teacher's answers are a cost of the arm
+    flops = [stage.flops for stage in stages if not (stage.trains and stage.model in teachers)]  # the answers of these teachers still count
     return None if None in flops else sum(f for f in flops if f is not None)
 
 
@@ -119,7 +120,7 @@ def _table(title: str, *columns: str) -> Table:
 
 _NAME = 24
 _ASKED = "asked"
-_DIRECT = "x direct is relative to the direct arm with the same method. A report may take another direct arm, which its table Cost names."
+_DIRECT = "x direct: FLOPs relative to the direct arm with the same method. The report may use another one; its table Cost names it."
 _NUMBERS = (_ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
 
@@ -226,7 +227,7 @@ def _absent(plan: Plan) -> Iterable[str]:
     fix = "`tadistill fetch RECIPE` downloads what is missing, and converts GGUF files."
     if plan.unknown:
         its = "its configuration is not" if len(plan.unknown) == 1 else "their configurations are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} Keys of stages may change then."
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} This may change stage keys."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())
@@ -284,13 +285,13 @@ def _across(plan: Plan) -> Iterable[str]:
     steps = dict.fromkeys(step for arm in plan.arms for step in lossy_steps(plan.tokens, arm.arm.path))
     if steps:
         named = ", ".join(f"{above} and {below}" for above, below in steps)
-        yield escape(f"`~>` is a step between two tokenizers ({named}).")
+        yield escape(f"`~>` is a step between two models with different tokenizers ({named}).")
     if plan.teacher and _asks(plan):
         yield escape(f"`{_ASKED}`: number of answer tokens that {plan.teacher} writes or scores for an arm, for one seed.")
 
 
 def _recordings(plan: Plan) -> Iterable[str]:
-    # a recording is shared: the number of distillations that read it says how often the teacher does not run
+    # the number of distillations that read a recording is the number of trainings in which the teacher need not run
     for stage in plan.stages.values():
         if stage.cost is None or stage.cost.disk is None or not isinstance(stage.spec, SignalSpec):
             continue
@@ -333,7 +334,7 @@ def _rows(plan: Plan) -> Iterable[str]:
 
 
 def _readers(plan: Plan) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
-    # the models whose tokenizer counts a family's tokens, and the family; one without readers if the study has one tokenizer
+    # for each family of models that share a tokenizer: `StudyTokens.readers`, and the family
     families = plan.tokens.families or [()]
     return [(plan.tokens.readers(family[0]) if family else (), family) for family in families]
 

@@ -1,13 +1,15 @@
-"""The stages before a distillation that make its texts: a model's answers to the training prompts, and a teacher's outputs on a text.
+"""The stages before a distillation that write its texts: a model's answers to the training prompts, and a teacher's recorded outputs.
 
-Students with `sampler: {type: student, recorded: true}` share one text. The last model of the arm's path writes it, after its own
-fine-tuning with the study's first seed, whatever the arm's `init` is. So the text depends on the weights of this model, on the seed, the
-decoding, the training prompts and `evaluate.precision`, but on no arm, and on no other seed of the study. Every teacher of a path is
-recorded on the same text. A `context` belongs to the text too, because rows with a long teacher's prompt are left out.
+With `sampler: {type: student, recorded: true}`, arms with the same last model train on the same text. This model writes it after its own
+fine-tuning with the study's first seed, whatever the arm's `init` is. So the text depends on the model's weights, on this seed, the
+decoding, the training prompts and `evaluate.precision`. It does not depend on the arm or on other seeds. It also depends on a `context`,
+because rows in which the teacher's own prompt is too long are left out. The outputs of every teacher of a path are recorded on this text.
 
-A teacher's answers reach a student with another tokenizer as text (`retokenise`). A teacher behind an API always writes text (`ask`).
+In a later phase of a distillation, the student itself writes the text, with its weights after the phase before. Then each seed has its own
+text.
 
-In a later phase, the student writes the text itself, with the weights that the phase before left. Each seed then has its own text.
+A student with another tokenizer than the teacher gets the teacher's answers as text, which a stage `retokenise` tokenises again. A teacher
+behind an API always writes text (stage `ask`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +105,7 @@ def _answers(
     sets: Sequence[str],
     as_teacher: bool = False,
 ) -> Output:
-    # `seeds`: that of the text, and that which the stage's label shows
+    # `seeds`: the seed with which the answers are sampled, and the seed in the stage's label
     (name, handle), (seed, shown) = model, seeds
     decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}

@@ -1,6 +1,6 @@
-"""Served teachers in a plan: what the plan may ask of them, and what a token costs on its way from the server.
+"""Checks of teachers that run on a server (`serve`), and notes on them.
 
-A model with `serve` only teaches. Everything else would load it into a process of the study.
+A model with `serve` can only teach. Any other use would load the model into a process of the study.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +25,9 @@ _ENTRY = 70
 
 
 def running(spec: Spec) -> tuple[Handle, ...]:
-    """Return the models that must run during a stage to give probabilities of tokens.
+    """Return the teachers that must run during a stage to compute probabilities of tokens.
 
-    They are the teachers of a distillation, the teacher whose outputs are recorded, or those with which a model is compared.
+    They are the teachers of a distillation, the teacher whose outputs are recorded, or the models with which a model is compared.
     """
     if isinstance(spec, AnalyseSpec):
         return (spec.teacher, *spec.assistants)
@@ -92,8 +92,8 @@ def check_measured(recipe: Recipe, models: Iterable[str]) -> None:
     for name in models:
         if recipe.models[name].serve:
             raise ConfigError(
-                f"models.{name} is served, but `tadistill advise` samples answers of every model; remove `serve`, or give the model to "
-                "`search.assistants` of another recipe without `serve`"
+                f"models.{name} is served, but `tadistill advise` samples answers of every model; remove `serve`, or use "
+                "another recipe in which the model has no `serve`"
             )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Spec(Part):
-    """Base class of all kinds of stages."""
+    """Base class of all kinds of stages. A stage is one step of a study, such as one training."""
 
     kind: ClassVar[str]
     version: ClassVar[int]
@@ -92,9 +92,9 @@ class OnTrainingSets(Spec):
 
     @property
     def limit(self) -> int | None:
-        """Number of rows to use of the only training set. None if all rows are used, or those that `data.limit` allows for several sets."""
+        """Number of rows to use, if there is one training set. None for all rows, and for several sets, each of which has its own limit."""
         return None if self.more else self.train.limit
 
     def texts(self, ledger: "Ledger", weights: tuple[float, ...] = (), route: tuple[int, ...] = ()) -> "Ledger":
-        """Return a ledger of the texts that the stage reads."""
+        """Return a ledger that predicts costs for the texts of this stage. `weights` and `route` are attributes of `TextLengths`."""
         return ledger.of_texts(tuple(split.ref.name for split in self.sets), self.data.context, weights, route)

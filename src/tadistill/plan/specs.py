@@ -102,14 +102,14 @@ class DistillSpec(TrainingSpec):
     assistants: tuple[Handle, ...] = ()
     """The other teachers: with `dense` from big to small, or those of a `route`."""
     route: tuple[int, ...] = ()
-    """For each training set, the place of its teacher in (teacher, *assistants). Empty if every teacher teaches on all rows."""
+    """For each training set, the index of its teacher in (teacher, *assistants). Empty if every teacher teaches on all rows."""
     assistant_responses: tuple[Output, ...] = ()  # with a route: answers for the sets of each assistant; `responses` are for `teacher`
     corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
     own: OwnCode | None = None  # the function of objective `custom`
     ema: float | None = None
     teacher_data: Encoding | None = None
-    """The rules with which the teacher reads prompts, if it has another tokenizer than the student. The loss is then over spans."""
+    """The settings with which a teacher with another tokenizer tokenises prompts. The loss is then computed over spans of text."""
 
     @property
     def method(self) -> Method:
@@ -199,9 +199,9 @@ class AskSpec(OnTrainingSets):
 
 
 class RetokeniseSpec(OnTrainingSets):
-    """Writing of a model's answers with the tokenizer of a student that has other tokens. `data` are the rules of the student.
+    """Tokenisation of a model's answers for a student with another tokenizer. `data` has the settings of the student.
 
-    Only text passes between the two tokenizers (`data.handover`).
+    The answers pass from one tokenizer to the other as text (`data.handover`).
     """
 
     kind = "retokenise"
@@ -212,7 +212,7 @@ class RetokeniseSpec(OnTrainingSets):
     writer: TokenizerFiles | None
     """The tokenizer of the answers. None if they are text already, as those of an API."""
     asked: Encoding | None
-    """The rules with which the prompts were encoded. None if the answers are text."""
+    """The settings with which the writer's prompts were tokenised. None if the answers are text already."""
     tokenizer: TokenizerFiles
     """The student's tokenizer."""
 
@@ -293,8 +293,8 @@ class AnalyseSpec(_OnTestSets):
     assistants: tuple[Handle, ...]
     batch: int
     of_teacher: Encoding | None = None
-    """The rules of a teacher with another tokenizer. The two models then read each other's answers, and nothing is compared token by token.
-    """
+    """The settings with which a teacher with another tokenizer tokenises texts. Each model then scores the other's answers as text, and
+    nothing is compared token by token."""
 
     @property
     def saves_memory(self) -> list[str]:

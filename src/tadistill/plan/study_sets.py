@@ -1,4 +1,4 @@
-"""The data sets of a study as inputs of stages. Hundreds of stages use the same rows, so each set is looked at once."""
+"""The data sets of a study as inputs of stages. Hundreds of stages use the same rows, so each set is hashed only once."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, Literal

@@ -1,12 +1,13 @@
-"""The tokenizer of each model of a study, the tokens that end an answer, and BOS. All are read from the models' files on this disk.
+"""The tokenizer of each model of a study, the tokens that end an answer, and BOS. All come from the models' files on this disk.
 
-Models with the same tokens form a family. Models of one family that teach each other must read the same tokens and end their answers in
-the same way. So all of them use the tokenizer of the family's first model, which is the original teacher in its own family. If a token ends
-the answers of one of these models, it ends the answers of all of them. Between two families, only text can pass (`plan.edges`).
+Models whose tokenizers give the same ids to the same tokens form a family. Models of one family that teach each other must read the same
+tokens and end their answers in the same way. So all of them use the tokenizer of the family's first model, which is the original teacher in
+its own family. If a token ends the answers of one of these models, it ends the answers of all of them. Between models of two families, text
+can pass, but token ids cannot (`plan.edges`).
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 
 from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Data
@@ -26,13 +27,15 @@ class StudyTokens:
     """The tokenizers and special tokens of a recipe's models."""
 
     def __init__(self, recipe: Recipe, teacher: str | None):
-        """Read the files of the models. `teacher` is the original teacher. Without a teacher, every model keeps its own tokenizer."""
+        """`teacher` is the original teacher. If it is None and the recipe has no `search`, every model keeps its own tokenizer."""
         self.recipe, self.teacher = recipe, teacher or (recipe.search.teacher if recipe.search else None)
+        self._vocabulary: Callable[[str, str], Vocabulary | None] = cache(self._read_vocabulary)
+        self._of_root: Callable[[str], Tokens] = cache(self._read)
 
     # --- what the stages need -------------------------------------------------------------------------------------------
 
     def tokenizer(self, name: str) -> tuple[str, str] | None:
-        """Return the source and the revision of the tokenizer that a model uses in place of its own. None if it uses its own tokenizer."""
+        """Return the source and the revision of the tokenizer that a model uses in place of its own. None if it uses its own."""
         own, lead = self._of(name), self._of(self._lead(name))
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
@@ -71,20 +74,20 @@ class StudyTokens:
         return list(dict.fromkeys(map(self.family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:
-        """Return the models whose tokenizer counts the tokens of a model's texts. Empty if the whole study has one tokenizer."""
+        """Return the models with whose tokenizer the lengths of a model's texts are counted. Empty if all models share a tokenizer."""
         roots = {self._root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
 
     def sizes(self, *names: str) -> str:
-        """Return the numbers of tokens of some models in words, such as `49,152 and 50,257 tokens`."""
+        """Return the vocabulary sizes of some models in words, such as `49,152 and 50,257 tokens`."""
         return f"{_join([f'{len(self._tokens(name) or ()):,}' for name in names])} tokens"
 
     def encoding(self, name: str, *, samples: bool = True, responses: bool = False) -> Encoding:
-        """Return the rules that turn data rows into tokens for a model.
+        """Return the settings with which the rows of data sets become tokens for a model.
 
         Args:
             samples: answers are sampled from the model.
-            responses: the responses of the training set are a part of the stage's text. Only then can a row have several turns.
+            responses: the stage uses the responses of the training set. Only then can a row have several turns.
 
         Raises:
             ModelError: the prompts need a chat template, but no model that shares this tokenizer has one.
@@ -105,7 +108,7 @@ class StudyTokens:
         return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat(name))
 
     def data(self, name: str) -> Data:
-        """Return the recipe's `data` with the template that a model reads.
+        """Return the recipe's `data` with the template of a model.
 
         Raises:
             ConfigError: models that share the tokenizer name different templates.
@@ -149,7 +152,7 @@ class StudyTokens:
         found = [sentence for group in self._groups for sentence in self._cautions_of(group)]
         for ref, role in self._splits:
             if datasets.has_unread_tools(ref, role, self.recipe.data):
-                found.append(f"Rows of {ref.name} ({role}) have `tools`, which are not read; name them: `columns: {{tools: tools}}`.")
+                found.append(f"Rows of {ref.name} ({role}) have `tools`, which are ignored; to use them, set `columns: {{tools: tools}}`.")
         return found
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
@@ -172,8 +175,8 @@ class StudyTokens:
         written = chat.opening(first.template, {**first.specials, **data.chat_template_kwargs})
         if self._chat(lead) and data.turns == "answer" and written:
             found.append(
-                f"The chat template of {lead} writes {written!r} before an answer. `data.turns: answer` does not learn it, but "
-                "`data.turns: last` does."
+                f"The chat template of {lead} writes {written!r} before an answer. With `data.turns: answer`, a student does "
+                "not learn it; with `data.turns: last`, it does."
             )
         chats = [name for name in group if self._of(name).template]
         chosen = data is not self.recipe.data  # a model has its own `template`
@@ -204,7 +207,7 @@ class StudyTokens:
         known = {i: text for name in group for i, text in self._of(name).texts.items()}
         return lambda i: f"{known[i]} ({i})" if i in known else f"token {i}"
 
-    # --- what is read ---------------------------------------------------------------------------------------------------
+    # --- the models' files ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _used(self) -> tuple[str, ...]:
@@ -243,15 +246,6 @@ class StudyTokens:
     def _tokens(self, name: str) -> Vocabulary | None:
         return self._vocabulary(*self._source(name))
 
-    def _vocabulary(self, source: str, revision: str) -> Vocabulary | None:
-        if (source, revision) not in self._vocabularies:
-            self._vocabularies[source, revision] = self._read_vocabulary(source, revision)
-        return self._vocabularies[source, revision]
-
-    @cached_property
-    def _vocabularies(self) -> dict[tuple[str, str], Vocabulary | None]:
-        return {}
-
     def _read_vocabulary(self, source: str, revision: str) -> Vocabulary | None:
         if source in TOKENIZERS:
             return tokens.of_tinyworld(source, **self.recipe.data.world.model_dump())
@@ -265,15 +259,8 @@ class StudyTokens:
         wanted = (n for n in ordered if n and (not self._templated(name) or self._of(n).template))
         return next(wanted, ordered[0] or name)
 
-    @cached_property
-    def _known(self) -> dict[str, Tokens]:
-        return {}
-
     def _of(self, name: str) -> Tokens:
-        name = self._root(name)
-        if name not in self._known:
-            self._known[name] = self._read(name)
-        return self._known[name]
+        return self._of_root(self._root(name))
 
     def _read(self, name: str) -> Tokens:
         model = self.recipe.models[name]

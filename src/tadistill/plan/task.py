@@ -92,7 +92,7 @@ def check_sources(recipe: Recipe) -> None:
     """Check that the recipe's models and data sets exist on this disk. A name that may be a Hub id is accepted too. No file is read.
 
     Raises:
-        DataError, ModelError: some do not exist. The message names all of them.
+        DataError, ModelError: some models or data sets do not exist. The message names all of them.
     """
     found = Gathering()
     for name, model in recipe.models.items():
@@ -117,7 +117,7 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     if not stage.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
         unused = ("parallel",) if stage.spec.shared else (*_SEVERAL, "parallel")
         given = {f: v for f, v in given.items() if f not in unused and (f, v) != ("teacher", "sharded")}
-    if isinstance(stage.spec, TrainingSpec) and stage.spec.method.ema is not None:  # such a teacher lies where its student does
+    if isinstance(stage.spec, TrainingSpec) and stage.spec.method.ema is not None:  # a moving average is placed like its student
         given["teacher"] = "sharded" if given.get("parallel") == "fsdp" else "replicated"
     try:
         return Resources.model_validate(given)
@@ -200,8 +200,8 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     """Return the resources of a stage, after checking that the stage can run with them.
 
     Raises:
-        ConfigError: the batch is not a multiple of the number of processes, or the student is sharded although each process needs it whole,
-            or vLLM cannot run with the resources.
+        ConfigError: the batch is not a multiple of the number of processes, or the student or the teacher is sharded although each process
+            needs the whole model, or vLLM cannot run with the resources.
     """
     given, spec = resources_of(recipe, stage), stage.spec
     check_vllm(recipe, stage, given)
@@ -214,8 +214,8 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
         )
     if given.teacher == "sharded" and isinstance(spec, DistillSpec) and spec.route:
         raise ConfigError(
-            f"{stage.label}: `resources` has teacher: sharded, but each process reads other rows of each teacher in a route; set teacher: "
-            "replicated or offloaded"
+            f"{stage.label}: `resources` has teacher: sharded, but each process has its own rows for each teacher of a route; set "
+            "teacher: replicated or offloaded"
         )
     if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """The speed of this machine for each kind of stage, and the predicted time of stages and plans.
 
 Speeds are FLOP/s, by kind of stage and by span. A span is a timed part of the training loop: sampling, training, watching (metrics of
-rollouts) or selection (dev evaluations). `tadistill plan --measure` writes speeds to RUNS/store/throughput.json. Without them, the speeds
-of stages that finished on this machine are used.
+sampled text) or selection (dev evaluations). `tadistill plan --measure` writes speeds to RUNS/store/throughput.json. Without them, the
+speeds of stages that finished on this machine are used.
 """
 
 import json
@@ -45,9 +45,9 @@ def _processor() -> str:
 
 
 def measured_throughput(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Return the FLOP/s of each part of the training loop. `ledger` has the FLOPs and the seconds that a training recorded.
+    """Return the FLOP/s of each span of a training. `ledger` has the FLOPs and the seconds that the training recorded.
 
-    Parts without FLOPs or seconds are left out.
+    Spans without FLOPs or seconds are left out.
     """
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():

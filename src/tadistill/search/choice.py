@@ -141,8 +141,8 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
             f"errors{unit}. The dev value of the chosen path above is therefore too optimistic."
         )
     if confirm is None:
-        return [*notes, "The direct path is the best on dev, so there is no chain to confirm."]
-    return [*notes, f"Compare the chain with direct training of equal compute on new seeds: tadistill run {confirm} --runs {runs}"]
+        return [*notes, "The direct path is the best on dev, so there is no path with assistants to confirm."]
+    return [*notes, f"Compare the chosen path with direct training of equal compute on new seeds: tadistill run {confirm} --runs {runs}"]
 
 
 def _record(choice: Choice) -> dict[str, Any]:

@@ -277,13 +277,16 @@ def size_law(
 
 
 def performance_mean(teacher: str, assistants: Sequence[str], student: str, scores: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose score is nearest to the mean of the teacher's and the student's scores (TAKD, Mirzadeh et al. 2020)."""
+    """Return the path through the assistant whose score is nearest to the mean of the teacher's and the student's scores.
+
+    This is the rule of TAKD (Mirzadeh et al. 2020).
+    """
     wanted = (scores[teacher] + scores[student]) / 2
     return (teacher, min(assistants, key=lambda name: abs(scores[name] - wanted)), student)
 
 
 def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose size is nearest to the geometric mean of the teacher's and the student's sizes."""
+    """Return the path through the assistant whose size is nearest to the geometric mean of the teacher's and the student's sizes."""
     wanted = (math.log(sizes[teacher]) + math.log(sizes[student])) / 2
     return (teacher, min(assistants, key=lambda name: abs(math.log(sizes[name]) - wanted)), student)
 

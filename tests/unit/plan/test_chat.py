@@ -99,7 +99,9 @@ def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder
 @pytest.mark.parametrize(("model", "turns", "said"), [("qwen", "answer", True), ("qwen", "last", False), ("chatml", "answer", False)])
 def test_a_plan_says_what_the_template_writes_before_an_answer(folder, model, turns, said):
     found = [text for text in make_plan(recipe(folder, model, turns=turns)).tokens.cautions() if "before an answer" in text]
-    words = r"The chat template of t writes '<think>\n\n</think>\n\n' before an answer. `data.turns: answer` does not learn it"
+    words = (
+        r"The chat template of t writes '<think>\n\n</think>\n\n' before an answer. With `data.turns: answer`, a student does not learn it"
+    )
     assert [text.startswith(words) for text in found] == [True] * said
 
 
@@ -117,6 +119,6 @@ def test_a_plan_says_which_tools_are_not_read(folder):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     file = write_rows(folder / "tools.jsonl", [row | {"tools": tools} for row in ROWS])
     cautions = make_plan(recipe(folder, "qwen", train=file)).tokens.cautions()
-    assert "Rows of tools (train) have `tools`, which are not read; name them: `columns: {tools: tools}`." in cautions
+    assert "Rows of tools (train) have `tools`, which are ignored; to use them, set `columns: {tools: tools}`." in cautions
     named = make_plan(recipe(folder, "qwen", train={"load": file, "columns": {"tools": "tools"}}, max_prompt=511)).tokens.cautions()
     assert not [text for text in named if "tools" in text]

@@ -85,7 +85,7 @@ def test_the_key_of_an_arm_without_a_budget_stays():
         ({"path": "xl > s", "teacher_budget": "as a"}, "`teacher_budget` has a cycle"),
         ({"path": "s", "teacher_budget": "as direct"}, "xl writes or scores no answer for `a`; remove `teacher_budget`"),
         ({"path": "xl > s", **TEXT, "teacher_budget": "as start"}, "no answer for `start`; remove `teacher_budget`"),
-        ({"path": "xl > s", **TEXT, "teacher_budget": "as long"}, "the training set has 5,220 prompts; name an arm that asks for less"),
+        ({"path": "xl > s", **TEXT, "teacher_budget": "as long"}, "the training set has 5,220 prompts; name an arm with fewer answers"),
         ({"path": "xl > s", "compute": "as direct", "teacher_budget": "as long"}, "the original teacher runs in every update of the arm"),
         ({"path": "xl > s", "compute": "as b", "teacher_budget": "as direct"}, "arms need each other's budgets"),
     ],

@@ -1,4 +1,4 @@
-"""Predict the cost of a study's stages from the recipe alone. docs/concepts/compute.md has the formulas."""
+"""Predictions of the cost of a study's stages, from the recipe alone. docs/concepts/compute.md has the formulas."""
 
 from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.plan.costs.ledger import Ledger

@@ -1,4 +1,4 @@
-"""Predict the cost of a recipe's stages. Every forward and backward pass of a stage is counted.
+"""Predictions of the cost of a recipe's stages. Every forward and backward pass of a stage is counted.
 
 `plan.costs.passes` gives the lengths of texts and the work of a pass, and `models.counting.sizes.forward_flops` turns work into FLOPs.
 A sampled answer is assumed to be as long as the reference answer. If the model that samples has random weights, its answers are assumed
@@ -45,9 +45,11 @@ class Ledger(TextLengths):
         return cost.total()
 
     def generate(self, name: str, decoding: Decoding, *, limit: int | None = None, as_teacher: bool = False) -> Cost | None:
-        """Predict the cost of a `generate` stage. A model answers every training prompt, or every prompt of its own (`context`).
+        """Predict the cost of a `generate` stage, in which a model answers the training prompts.
 
-        `limit` is the number of rows, if not all of them are used.
+        Args:
+            limit: number of rows, if not all of them are used.
+            as_teacher: the model answers the teacher's own prompts (`context`), not the student's.
         """
         model = self.described(name)
         if model is None:
@@ -62,8 +64,7 @@ class Ledger(TextLengths):
         return Cost({"rollout/teacher": _part(model.size, work)}, memory=memory, kind=kind, asked=answers.mean_response * count)
 
     def ask(self, decoding: Decoding, *, limit: int | None = None) -> Cost:
-        """Predict the number of answer tokens that are asked of a model behind an API, in tokens of the students. `limit` is as in
-        `generate`."""
+        """Predict how many answer tokens a model behind an API writes, in tokens of the students. `limit` is as in `generate`."""
         return Cost(elsewhere=True, asked=self.train.answered(decoding.max_new_tokens).mean_response * self.rows * self._share(limit))
 
     def _share(self, limit: int | None) -> float:
@@ -96,7 +97,7 @@ class Ledger(TextLengths):
         return Cost({"recording/teacher": _part(model.size, work)}, memory=memory, kind=kind, disk=disk, asked=asked)
 
     def measuring(self, name: str) -> float | None:
-        """Predict the bytes that a stage needs to sample and score answers of a model. Weights are not included."""
+        """Predict the bytes that a stage needs to sample and score answers of a model, without weights. None if its size is not known."""
         model, settings = self.described(name), self.recipe.evaluate
         return None if model is None else sampling_bytes(model, settings.batch, self.recipe.data.max_prompt, settings.max_new_tokens)
 
@@ -190,7 +191,7 @@ class Ledger(TextLengths):
         cost.sample(answers, _padded(sampler, sampler.chunk), 1.0)
 
     def _rounds(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
-        # rollout.rounds: sampling, the teacher's pass unless sampling includes it, then epochs on the teacher's stored states
+        # rollout.rounds: sampling, a teacher's pass unless it took part in sampling, then epochs of training on its stored states
         sampler, objective = method.sampler, method.objective
         assert isinstance(sampler, samplers.Rounds)
         answers, rollouts = self._answers(name, sampler), method.round_rollouts
@@ -264,7 +265,7 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
     samplers.ReplaySampler: Ledger._replay,
     samplers.PairSampler: Ledger._pair,
 }
-"""For each sampler, the function that adds the cost of training, sampling and teacher passes. Each sampler needs an entry."""
+"""Maps each kind of sampler to the function that adds the cost of training, sampling and teacher passes."""
 
 
 def _part(size: Size, work: Work) -> CostPart:
@@ -272,4 +273,4 @@ def _part(size: Size, work: Work) -> CostPart:
 
 
 def _padded(decoding: Decoding, chunk: int) -> int:
-    return 1 if decoding.engine == "vllm" else chunk  # rows that are padded to the same width
+    return 1 if decoding.engine == "vllm" else chunk  # rows padded to one width; vLLM pads none

@@ -1,7 +1,7 @@
 """The sizes of a recipe's models, from their configurations."""
 
 from tadistill.config import Recipe
-from tadistill.errors import ConfigError, about
+from tadistill.errors import about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.sizes import Adapters, Size, adapters_of
 from tadistill.plan.costs.stand_in import vocabulary
@@ -10,7 +10,7 @@ from tadistill.tuning import PACKED_FAMILIES
 
 
 class ModelSizes:
-    """The configurations and sizes of the models of one recipe. No weights are read."""
+    """Computes the sizes of a recipe's models from their configurations, without their weights."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -46,10 +46,8 @@ class ModelSizes:
                 shapes.check_layers(parent, model.init.layers, f"models.{name}.init.layers", model.init.from_)
                 return sizes.with_layers(parent, model.init.sizes["layers"])
             shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
-            try:
+            with about(f"models.{name}.init"):
                 shapes.check_shape(parent, shape)
-            except ConfigError as error:
-                raise ConfigError(f"models.{name}.init: {error}") from error
             return shapes.with_shape(parent, shape)
         if model.api:
             return None
@@ -66,10 +64,8 @@ class ModelSizes:
         lora, config = self.recipe.models[name].lora, self.config(name)
         if lora is None or config is None:
             return None
-        try:
+        with about(f"models.{name}.lora.targets"):
             return adapters_of(config, lora.r, lora.targets)
-        except ConfigError as error:
-            raise ConfigError(f"models.{name}.lora.targets: {error}") from error
 
     def _packs(self, name: str) -> bool:
         return (self.config(name) or {}).get("model_type") in PACKED_FAMILIES

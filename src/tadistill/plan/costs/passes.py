@@ -33,18 +33,18 @@ class Texts:
     count: float
     """Estimated number of rows of the split, without rows that are too long."""
     contexts: tuple[int, ...] = ()
-    """Tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
+    """Number of tokens of the teacher's own prompt, for each row. Empty if the teacher reads the student's prompts."""
     places: tuple[int, ...] = ()
-    """The index of each row in its split. Empty for several sets together."""
+    """The index of each row in its split. Empty for several merged sets."""
     seconds: tuple[SecondLength, ...] = ()
-    """The teacher's own reading of each row, if it has another tokenizer."""
+    """The lengths of each row in the teacher's tokens. Empty if the teacher has the student's tokenizer."""
     teachers: tuple[int, ...] = ()
-    """The number of the teacher of each row. Empty if every teacher reads all rows."""
+    """The index of each row's teacher. Empty if every teacher teaches on all rows."""
     sets: tuple[int, ...] = ()
-    """The number of the training set of each row, if there are several."""
+    """The index of each row's training set. Empty if there is only one set."""
 
     def taught_by(self, teacher: int) -> tuple["Texts", float]:
-        """Return the lengths that a teacher reads, and the share (0 to 1) of the rows that it reads."""
+        """Return the lengths of a teacher's rows in its tokens, and their share (0 to 1) in all rows. `teacher` is the teacher's index."""
         if not self.teachers:
             return self.of_teacher, 1.0
         places = [i for i, number in enumerate(self.teachers) if number == teacher]
@@ -107,7 +107,7 @@ class Texts:
 
 
 _MIXED = 2048
-"""Number of rows that stand for several sets together."""
+"""Approximate number of rows in a sample from several merged sets."""
 
 
 def together(parts: Sequence[Texts], weights: Sequence[float], route: Sequence[int]) -> Texts:
@@ -179,7 +179,8 @@ def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
 
 
 def _longest(texts: Texts, rows: int, drawn: float, *, power: int = 1) -> float:
-    # the mean of the largest input of `rows` sequences, which are a random part of `drawn`. Each set has its share in those.
+    # the expected value of (length of the longest of `rows` inputs) ** power. The inputs are a random part of `drawn` sequences, in which
+    # each set has its share.
     values = [total - 1 for total in texts.totals]
     if not texts.sets:
         return largest(texts.totals, rows) - 1 if power == 1 else largest(values, rows, power=power)
@@ -228,7 +229,10 @@ def rows_in_pass(optim: Optim, texts: Texts) -> int:
 
 
 def largest_batch(optim: Optim, texts: Texts, times: float) -> Work:
-    """Return the work of a model on the largest batch of a forward pass, with the longest sequence. It has `times` as many rows."""
+    """Return the work of a forward pass of training on the largest possible batch, in which all sequences are as long as the longest one.
+
+    The batch has `times` as many rows as `rows_in_pass` returns.
+    """
     width, rows = max(texts.totals) - 1, rows_in_pass(optim, texts) * times
     if optim.packed:
         return training_batch(texts, round(rows), packed=True)[0]
@@ -275,7 +279,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
     width, ends = max(prompt for prompt, _ in rows), sorted(response for _, response in rows)
     alive = len(rows)
     positions, pairs, heads = float(alive * width), float(alive * width**2), float(alive)
-    for t in range(1, ends[-1]):  # no model reads the last token
+    for t in range(1, ends[-1]):  # the last token of an answer is not an input
         going = len(rows) - bisect_right(ends, t)
         if going < COMPACT_BELOW * alive:
             alive = going
@@ -285,7 +289,10 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. The model reads each token once, and computes logits once per response token."""
+    """Return the work of one of the two models in `rollout.lazy`, which samples from a mixture of student and teacher.
+
+    Each model reads each token once, and computes logits once per response token.
+    """
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):

@@ -1,7 +1,7 @@
-"""The lengths of a study's texts in the tokens of two models: how a teacher with another tokenizer reads the student's rows.
+"""The lengths of the student's rows in the tokens of a teacher with another tokenizer.
 
-Both tokenisations of the references are cut at their common boundaries, as `data.alignment` does it in training, but in characters and
-without torch.
+As in training (`data.alignment`), both tokenisations of a reference are cut into spans at their common token boundaries. Here, boundaries
+are positions of characters, not of bytes, and torch is not needed.
 """
 
 from dataclasses import dataclass, replace
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SecondLength:
-    """One row in the tokens of a teacher with another tokenizer."""
+    """The lengths of one row for a teacher with another tokenizer."""
 
     prompt: int
     response: int
     spans: float
     """The number of spans: parts of the text between boundaries that both tokenisations have."""
     before: float
-    """Tokens of the student that are not the last of their span."""
+    """Number of the student's tokens that are not the last token of their span."""
 
     def scaled(self, by: float) -> "SecondLength":
         """Return the lengths of a response that is `by` times as long."""
@@ -31,7 +31,10 @@ class SecondLength:
 
 
 def second_lengths(mine: "Texts", theirs: "Texts", rows: Survey, student: "StandIn", teacher: "StandIn") -> "Texts":
-    """Return the student's lengths of a split with those of its teacher (`Texts.seconds`). A row that only one model reads is left out."""
+    """Return the student's lengths `mine` of a split, with the teacher's lengths `theirs` as `Texts.seconds`.
+
+    A row that one of the two models leaves out is left out here too.
+    """
     prompts = theirs.contexts or tuple(prompt for prompt, _ in theirs.rows)
     read = dict(zip(theirs.places, prompts, strict=True))
     texts = dict(zip(rows.places, (example.references[0] for example in rows.sample), strict=True))
@@ -45,7 +48,7 @@ def second_lengths(mine: "Texts", theirs: "Texts", rows: Survey, student: "Stand
 
 
 def _second(prompt: int, response: int, mine: list[int], theirs: list[int]) -> SecondLength:
-    # the end of the answer is one token on both sides; a response that was cut keeps its share of everything
+    # each model ends the answer with one token; in a response that was cut, tokens and spans are reduced by the same factor
     ends = sorted({*mine} & {*theirs})
     whole = SecondLength(prompt, len(theirs) + 1, len(ends) + 1, len(mine) - len(ends))
     return whole.scaled(response / (len(mine) + 1)) if response < len(mine) + 1 else whole

@@ -1,7 +1,7 @@
-"""A stand-in for a tokenizer of transformers, which loads slowly and needs torch.
+"""A fast substitute for a tokenizer of transformers, which loads slowly and needs torch. It only serves to count tokens.
 
-Texts are split into tokens with tokenizer.json. If this file is not on the disk, a token is assumed to be four characters. Conversations
-are written with the chat template of the files, or else as ChatML.
+Texts are split into tokens with tokenizer.json. If this file is not on the disk, a token is assumed to have four characters. Conversations
+are written with the model's chat template if it is on the disk, or else as ChatML.
 """
 
 import json
@@ -27,7 +27,7 @@ UNKNOWN = -2
 _WORD = r"\S+|\n"  # a token of tinyworld's words
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
 """A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
-Text that the tokenizer cannot read is UNKNOWN."""
+Text without a token is UNKNOWN."""
 _CHATML = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['reasoning_content'] }}"
     "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
@@ -36,7 +36,7 @@ _CHATML = (
 
 
 class StandIn:
-    """Splits texts of a study into tokens, and writes conversations. `data.templates.encode` uses it as a tokenizer."""
+    """Splits texts into tokens, and applies a chat template. `data.templates.encode` uses it in place of a tokenizer."""
 
     eos_token_id, bos_token_id, unk_token_id = -1, None, UNKNOWN
 
@@ -65,7 +65,7 @@ class StandIn:
         return rules if self._chats else replace(rules, chat_template_kwargs={})
 
     def cuts(self, text: str) -> list[int]:
-        """Return the place in a text where each of its tokens ends, in characters."""
+        """Return the position at which each token of a text ends, in characters from the start of the text."""
         if self._backend:
             return [end for _, end in self._backend.encode(text, add_special_tokens=False).offsets]
         if self.known:

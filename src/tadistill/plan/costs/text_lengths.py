@@ -1,4 +1,4 @@
-"""The lengths of the texts that stages read, in tokens: of some training sets, of the dev set and of the corpus.
+"""The lengths in tokens of the texts that stages use: of training sets, dev sets and the plain-text corpus.
 
 Texts are tokenised without transformers (`stand_in`). As in training, `data.templates.encode` applies the template, shortens long texts
 and leaves rows out.
@@ -24,30 +24,27 @@ from tadistill.plan.costs.stand_in import StandIn
 
 _ENDLESS = 2**31
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")
-"""The fields that say what is read, and by whom."""
+"""The attributes of `TextLengths` that choose the rows and the tokenizers."""
 
 
 class TextLengths(ModelSizes):
-    """The lengths of a recipe's texts, and the sizes of its models. They are read once and cached."""
+    """Computes the lengths of a recipe's texts and the sizes of its models, and caches the lengths."""
 
     def __init__(self, recipe: Recipe, *, partial: bool = False):
         """With `partial`, a method raises NotHere if it needs a data set that is neither on this disk nor on a Hub that can be reached."""
         super().__init__(recipe)
         self.partial = partial
-        self.sets, self.context = tuple(recipe.data.sets), None
-        self.weights, self.route = (), ()
+        self.sets = tuple(recipe.data.sets)
+        """Names of the training sets whose rows are measured."""
+        self.context: TeacherContext | None = None
+        """The teachers' own prompt. None if they read the student's prompts."""
+        self.weights: tuple[float, ...] = ()
+        """The share of each set in the rows. Empty if every row counts once."""
+        self.route: tuple[int, ...] = ()
+        """The index of each set's teacher. Empty if every teacher teaches on all sets."""
         self.readers: tuple[str, ...] = ()
         self.teachers: tuple[str, ...] = ()
         self._others: dict[tuple, Self] = {}
-
-    sets: tuple[str, ...]
-    """Names of the training sets that are read."""
-    context: TeacherContext | None
-    """The prompt of the teachers' own."""
-    weights: tuple[float, ...]
-    """The share of each set in the rows. Empty if all rows are read."""
-    route: tuple[int, ...]
-    """The number of each set's teacher. Empty if every teacher reads all sets."""
 
     def _survey(self, ref: DataRef, role: Literal["train", "dev"]) -> Survey:
         data = self.recipe.data
@@ -59,7 +56,7 @@ class TextLengths(ModelSizes):
 
     @property
     def rows(self) -> int:
-        """Number of rows of all these sets, including rows that are too long."""
+        """Number of rows of all `sets`, including rows that are too long."""
         return sum(rows.rows for _, rows in self._train)
 
     @cached_property
@@ -74,7 +71,7 @@ class TextLengths(ModelSizes):
 
     @cached_property
     def fixed(self) -> Texts:
-        """The lengths of the training set's own text. With `data.turns: all`, a row has several turns."""
+        """The lengths of the training prompts and responses, as in training on them. With `data.turns: all`, a row has several turns."""
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
@@ -91,12 +88,14 @@ class TextLengths(ModelSizes):
     def of_texts(
         self, sets: tuple[str, ...], context: TeacherContext | None = None, weights: tuple[float, ...] = (), route: tuple[int, ...] = ()
     ) -> Self:
-        """Return a copy for some training sets, for teachers with prompts of their own, or for teachers with sets of their own."""
+        """Return a copy with other values of these attributes."""
         return self._other(sets=sets, context=context, weights=weights, route=route)
 
     def of(self, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> Self:
-        """Return a copy that counts tokens with the tokenizer of the models `readers`, which share it. By default, it is that of the
-        recipe's first model. `teachers` share the tokenizer of the teachers, if it is another one."""
+        """Return a copy that counts tokens with another tokenizer: the one that the models `readers` share.
+
+        If `readers` is empty, it is the tokenizer of the recipe's first model. The models `teachers` share the teachers' tokenizer.
+        """
         return self._other(readers=readers, teachers=() if teachers == readers else teachers)
 
     def _other(self, **changes: Any) -> Self:
@@ -118,7 +117,7 @@ class TextLengths(ModelSizes):
 
     @cached_property
     def dev(self) -> list[Texts]:
-        """The lengths of the prompts and references of each dev set of the training sets that are read."""
+        """The lengths of the prompts and references, for each dev set that belongs to the training sets `sets`."""
         refs = self.recipe.data.dev_sets(self.sets).values()
         return [read_lengths(self.reading, ref, "dev", self._survey(ref, "dev")) for ref in refs]
 
@@ -152,7 +151,7 @@ def read_lengths(
 class _Sample:
     name: str
     how: tuple[Any, ...]
-    number: int  # of the survey: equal numbers are one survey, because the cache keeps it
+    number: int  # id of the survey; the cache keeps the survey alive, so no other survey gets this id
     rows: Survey = field(compare=False)
     tokenizer: StandIn = field(compare=False)
     rules: Rules = field(compare=False)

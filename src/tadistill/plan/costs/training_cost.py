@@ -1,4 +1,4 @@
-"""Predict the cost of one training: FLOPs of each part, padding, and memory."""
+"""Predictions of the cost of one training: FLOPs of each part, padding, and memory."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -14,8 +14,8 @@ from tadistill.store import key_of
 from tadistill.tuning import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 
 _INSIDE = 0.75
-"""The share of tokens at which a loss over spans compares next symbols. It was 0.81 between GPT-2 and SmolLM2 and 0.67 between the two
-tokenizers of tinyworld."""
+"""Share of the tokens at which a loss over spans compares the two models' next bytes, which needs more logits. It was 0.81 for GPT-2 and
+SmolLM2, and 0.67 for the two tokenizers of tinyworld."""
 
 
 class TrainingCost:
@@ -33,14 +33,14 @@ class TrainingCost:
         self.parts: dict[str, CostPart] = {}
         self.padding = 0.0  # padding positions in all updates
         self.asked = 0.0
-        """Number of tokens that the first teacher has written or scored (`Cost.asked`)."""
+        """Number of answer tokens that the first teacher writes or scores (`Cost.asked`)."""
         self.memory = TrainingMemory(trained, teachers, optim, adapters)
         self.drawn = float(optim.batch)
-        """Number of sequences that are drawn together. With several training sets, each set has its share in them."""
+        """Number of sequences that are drawn at a time. With several training sets, each set has its share in them."""
         self.dropout = True
         """False if the student samples its own text, because it then trains without dropout."""
         self.distance, self.two_losses = False, False
-        """For a teacher with another tokenizer: the loss is `uld` or `gold`; and cross-entropy is a part of the loss."""
+        """For a teacher with another tokenizer. `distance`: the loss is `uld` or `gold`. `two_losses`: it has a cross-entropy term."""
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
         """Add forward passes to the part `name`, such as `rollout/student` or `training/teacher`.
@@ -60,7 +60,9 @@ class TrainingCost:
             self._count(name, work, flops)
 
     def teach(self, phase: str, texts: Texts, work: Callable[[Texts, float], Work]) -> Work:
-        """Add the forward passes of all teachers on `texts`. Return those of the first teacher. With a route, each reads only its own rows.
+        """Add the forward passes of all teachers on `texts`. Return the work of the first teacher.
+
+        With a route, each teacher reads only the rows that it teaches.
 
         Args:
             work: a function of the texts that a teacher reads, and of their share (0 to 1) in all rows. It returns the work.
@@ -104,9 +106,10 @@ class TrainingCost:
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def _spans(self, texts: Texts, rows: float) -> None:
-        """Add the logits that a loss over spans needs besides one for each token of both models.
+        """Add the logits that a loss over spans of text needs beyond those at each token of both models.
 
-        A loss over cells and next symbols needs one for each span, and two more for most of the student's tokens (`_INSIDE`).
+        `uld` and `gold` need them once more at each of the student's tokens that does not end a span. All other losses need, in
+        all, those at the start of each span and at a share `_INSIDE` of the tokens, where the student also computes them before the loss.
         """
 
         seconds = texts.seconds

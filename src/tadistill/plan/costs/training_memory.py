@@ -1,4 +1,4 @@
-"""Predict the peak memory of one training, from the sizes of its models and its largest batch.
+"""Predictions of the peak memory of one training, from the sizes of its models and its largest batch.
 
 Weights, gradients and AdamW's moments are exact. Activations are those that autograd stores (`models.counting.activations`), for the
 longest texts. benchmarks/memory.py compares the predictions with measurements.
@@ -18,7 +18,7 @@ from tadistill.tuning import TILE_ROWS
 _DRAWN = 12
 """Bytes per logit while a token is sampled: the logits, their softmax and a temporary tensor."""
 _PRODUCT = 6
-"""Bytes per entry of a head's product in bfloat16 on a CPU: the result, and oneDNN's sum in float32."""
+"""Bytes per entry of a matrix product with the head (output layer) in bfloat16 on a CPU: the result, and oneDNN's sum in float32."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Described:
     size: Size
     config: Mapping[str, Any]
     here: bool = True
-    """False if the model runs on a server. Then this process has its head only."""
+    """False if a server runs the model. Then this process has only the model's head (output layer)."""
 
     @property
     def present(self) -> int:
@@ -57,12 +57,12 @@ class TrainingMemory:
         self.across = False
         """True if the teacher has another tokenizer."""
         self.average = False
-        """True if the teacher is a moving average of the student. It then shares the weights that are not trained, and is in float32."""
+        """True if the teacher is a moving average of the student. It is a float32 copy of the trained weights, and shares all others."""
 
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
         """Add the memory of the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
 
-        A batch of the corpus is in memory together with another batch.
+        A micro-batch of the plain-text corpus (`corpus`) is in memory together with another one, so both count.
 
         Args:
             work: the work of the largest micro-batch.
@@ -98,11 +98,11 @@ class TrainingMemory:
         self.drawn = max(self.drawn, sum(needs))
 
     def rollouts(self, tokens: float) -> None:
-        """Add the memory of the teachers' last hidden states at the sampled tokens of a round."""
+        """Add the memory of the teachers' last hidden states at the `tokens` sampled tokens of a round."""
         self.stored = (2 if self.bf16 else 4) * tokens * sum(teacher.size.hidden for teacher in self.teachers)
 
     def total(self, *, runs_teachers: bool) -> Memory:
-        """Return the memory of the training. With `runs_teachers`, their weights are in memory. Otherwise, only recorded outputs are."""
+        """Return the memory of the training. With `runs_teachers`, it includes the teachers' weights, else at most their heads."""
         size, dtype = self.student.size, DTYPES[self.optim.precision]
         trained = self.adapters.trained if self.adapters else size.total
         if runs_teachers and self.average:
@@ -138,7 +138,7 @@ def sampling_bytes(model: Described, rows: int, prompt: float, answer: float) ->
 
 
 def reading_bytes(model: Described, rows: int, length: float) -> float:
-    """Return the bytes of temporary tensors while a model reads `rows` texts of `length` tokens, without gradients."""
+    """Return the bytes of temporary tensors in a forward pass on `rows` texts of `length` tokens, without gradients."""
     return _running(model) * rows * length + min(rows * length, TILE_ROWS) * 4 * model.vocab
 
 
