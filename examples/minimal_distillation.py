@@ -46,17 +46,17 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(options.student, padding_side="left")
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).to(device).eval()
-# eval() turns dropout off: the student that is trained must be the student that wrote the text
+# eval() turns dropout off, so that the student has the same probabilities in training as when it wrote the text
 student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).eval()
 optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
-shared = min(student.config.vocab_size, teacher.config.vocab_size)  # the wider one has rows that no token uses
+shared = min(student.config.vocab_size, teacher.config.vocab_size)  # the larger head has logits for ids that no token has
 prompts = cycle(options.prompts.read_text().splitlines() if options.prompts else PROMPTS)
 
 
 def response_mask(ids_BT: torch.Tensor, start: int) -> torch.Tensor:
     """Return a bool mask (B, T), True at the tokens of the response up to its first EOS, which is included."""
     is_eos = ids_BT == tokenizer.eos_token_id
-    is_eos[:, :start] = False  # padding on the left is EOS too, where a tokenizer has no token for padding
+    is_eos[:, :start] = False  # if the tokenizer has no padding token, the padding on the left is EOS, too
     ended_before = is_eos.cumsum(1) - is_eos.long() > 0
     mask = ~ended_before
     mask[:, :start] = False
@@ -64,8 +64,8 @@ def response_mask(ids_BT: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def predictions(model, ids_BT: torch.Tensor, attention_BT: torch.Tensor) -> torch.Tensor:
-    """Return logits (B, T - 1, V): those at place t predict the token at t + 1."""
-    # With padding on the left the first real token must have position 0, as it has in `generate`.
+    """Return logits (B, T - 1, V). The logits at position t predict the token at t + 1."""
+    # With padding on the left, the first token of the prompt must have position 0, as in `generate`.
     positions_BT = (attention_BT.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False).logits
     return logits[:, :-1, :shared]
@@ -88,7 +88,7 @@ for step in range(options.steps):
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    # 2. The loss counts the response only; models see the prompt and the response, but no padding.
+    # 2. The loss counts only the tokens of the response. The models attend to the prompt and the response, but not to padding.
     start = batch["input_ids"].shape[1]
     mask_BT = response_mask(ids_BT, start)
     attention_BT = torch.cat([batch["attention_mask"], mask_BT[:, start:].long()], dim=1)
@@ -98,8 +98,8 @@ for step in range(options.steps):
     with torch.no_grad():
         teacher_logits = predictions(teacher, ids_BT, attention_BT)
 
-    # 4. Reverse KL at each token, summed and divided by the number of tokens. No gradient goes through the sampling.
-    counts_BT = mask_BT[:, 1:]  # True where the prediction is of a response token
+    # 4. Reverse KL at each token, summed and divided by the number of tokens. No gradient flows through the sampling.
+    counts_BT = mask_BT[:, 1:]  # True where the next token is a response token
     loss = reverse_kl(student_logits[counts_BT], teacher_logits[counts_BT]).sum() / counts_BT.sum()
 
     # 5. One update.

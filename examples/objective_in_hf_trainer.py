@@ -1,4 +1,4 @@
-"""A fused objective in a stock transformers.Trainer: python examples/objective_in_hf_trainer.py [--teacher NAME --student NAME]"""
+"""Use a fused objective in transformers.Trainer: python examples/objective_in_hf_trainer.py [--teacher NAME --student NAME]"""
 
 from argparse import ArgumentParser
 
@@ -11,10 +11,10 @@ from tadistill.objectives import Head, Hidden, fused_divergence, jensen_shannon
 class Distiller(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counted = inputs.pop("labels")[:, 1:] != -100  # the state at t predicts the token at t + 1
-        passes = [m(**inputs, output_hidden_states=True, logits_to_keep=1) for m in (model, teacher)]  # the loss makes its own logits
+        passes = [m(**inputs, output_hidden_states=True, logits_to_keep=1) for m in (model, teacher)]  # the loss computes the logits itself
         states = [p.hidden_states[-1][:, :-1] for p in passes]
         heads = [Head(m.get_output_embeddings().weight) for m in (self.model, teacher)]  # add softcap or scale where a model has one
-        weights = counted / (counted.sum() if num_items_in_batch is None else num_items_in_batch)  # dividing the sum would copy a gradient
+        weights = counted / (counted.sum() if num_items_in_batch is None else num_items_in_batch)  # dividing the loss would copy a gradient
         loss, _ = fused_divergence(jensen_shannon, states[0], heads[0], Hidden(states[1], heads[1]), mask=weights, beta=0.5)
         return (loss, passes[0]) if return_outputs else loss
 
@@ -30,7 +30,7 @@ parser.add_argument("--teacher", help="by default both models are small and rand
 parser.add_argument("--student", help="a model with the teacher's tokenizer")
 parser.add_argument("--steps", type=int, default=150)
 options = parser.parse_args()
-set_seed(0)  # also of the random models
+set_seed(0)  # fixes the weights of the random models, too
 tokenizer = AutoTokenizer.from_pretrained(options.teacher) if options.teacher else tinyworld_tokenizers.tokenizer()
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"  # left would shift GPT-2's positions
 teacher, student = load(options.teacher, 0.1).eval().requires_grad_(False), load(options.student, 0.02)

@@ -1,10 +1,11 @@
-"""Answers of a teacher behind an API to the training prompts: the requests, and how they are sent.
+"""Request a teacher's answers to the training prompts from an OpenAI-compatible API.
 
     wanted = requests(examples, api, decoding, seed=1)
     with open_cache(replies_file(store.root, api.model), waiting) as cache:
         answers = Asking(api, cache).all(wanted, look)
 
-The API gets the messages of a row, and renders its own template. Two requests with equal messages, settings and seed are one request.
+A request contains the messages of a training row. The API applies its own chat template to them. Two requests with equal messages, settings
+and seed are sent once.
 """
 
 import hashlib
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Seconds before a request is sent again, once after each failure."""
 LONGEST_WAIT = 600.0
-"""Largest number of seconds (Retry-After) that an API may ask to wait. If it asks for more, the stage ends."""
-_REFUSALS = 3  # after so many refusals and no answer, every request is assumed to be refused
-_SEEDS = 2**31  # some servers take no larger seed
-_SHOWN = 5  # rows that a message names
+"""Longest wait (Retry-After) in seconds that an API may demand. If it demands a longer one, the stage ends."""
+_REFUSALS = 3  # after so many refusals without any answer, the API is assumed to refuse every request
+_SEEDS = 2**31  # seeds are below this number, because some servers accept no larger seed
+_SHOWN = 5  # largest number of rows that a message names
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Request:
     """A request for one answer."""
 
     body: dict[str, Any]
-    """The fields of the request."""
+    """The fields that are sent."""
     key: str
-    """A digest of the request. It does not depend on the API's address, nor on the settings that `api.omit` names."""
+    """A digest that identifies the request. It does not depend on the API's address, nor on `api.omit`, which names fields not to send."""
     characters: int
     """Number of characters of the messages."""
     row: int
-    """Number of the row in its data set, from 1. Of several rows with this request, the first one."""
+    """Number of the row in its data set, from 1."""
 
 
 def requests(prompts: Iterable[Sequence[dict[str, Any]]], api: Api, decoding: Decoding, *, seed: int) -> list[Request]:
@@ -81,7 +82,7 @@ def replies_file(store: Path, model: str) -> Path:
 
 
 def usable(reply: Reply) -> str:
-    """Return what is wrong with a reply as an answer to train on. Return an empty text if nothing is wrong."""
+    """Return the fault that makes a reply unusable as an answer to train on. Return an empty text if there is none."""
     if reply.finish not in ("stop", "length"):
         return f"the answer ends by `{reply.finish}`"
     if not reply.text.strip():
@@ -90,36 +91,39 @@ def usable(reply: Reply) -> str:
 
 
 def same_model(asked: str, answered: str) -> bool:
-    """Return True if an answer comes from the model that was asked. The API may add the version or the date of the model to the name."""
+    """Return True if `answered`, the name in an answer, means the model `asked`. The API may add a version or a date to the name.
+
+    An empty name in the answer also gives True.
+    """
     own, other = (name.rsplit("/", 1)[-1].lower() for name in (asked, answered))
     rest = other.removeprefix(own.removesuffix("-latest"))
     return not answered or own == other or (rest != other and re.fullmatch(r"[-@:](v?\d[\w.-]*)?(-latest)?", rest) is not None)
 
 
 class Pace:
-    """Says when the next request may be sent. Several threads may ask. Times are in seconds."""
+    """A rate limit for the requests of several threads. Times are in seconds."""
 
     def __init__(self, per_minute: float | None):
         self._between, self._next, self._held, self._lock = 60 / per_minute if per_minute else 0.0, 0.0, 0.0, threading.Lock()
 
     def delay(self, now: float) -> float:
-        """Take a turn at the time `now`. Return the time until this turn."""
+        """Reserve the next time at which a request may be sent. Return the seconds from `now` to it."""
         with self._lock:
             at = max(now, self._next)
             self._next = at + self._between
             return at - now
 
     def hold(self, until: float) -> None:
-        """Let no request be sent before the time `until`."""
+        """Forbid all requests before the time `until`."""
         with self._lock:
             self._held = max(self._held, until)
 
     def held(self, now: float) -> float:
-        """Return the time until requests may be sent again. It is 0 or less if they may be sent now."""
+        """Return the seconds from `now` to the end of the time in which `hold` forbids requests. It is 0 or less after this end."""
         return self._held - now
 
     def turn(self, stop: threading.Event) -> bool:
-        """Wait until the next request may be sent. Return False if `stop` is set before."""
+        """Wait until this thread may send its next request, and return True. If `stop` is set before, return False."""
         wait = self.delay(time.monotonic())
         while not stop.wait(max(0.0, wait)):
             if (wait := self.held(time.monotonic())) <= 0:
@@ -128,19 +132,19 @@ class Pace:
 
 
 class _Stopped(Exception):
-    """Another request failed, or the user stops the run."""
+    """The thread ends without an answer, because another request failed or the user stops the run."""
 
 
 @dataclass
 class Asking:
-    """Sends requests until all of them are answered, and keeps every answer."""
+    """A sender of requests to an API. It repeats failed requests, and stores every answer in the cache."""
 
     api: Api
     cache: Cache
     name: str = "the teacher"
     """Name of the model in messages."""
     failed: dict[int, str] = field(default_factory=dict)
-    """What is wrong with the rows that got no usable answer."""
+    """The number of each row without a usable answer, and the reason."""
     _digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,7 +152,7 @@ class Asking:
         self.known, self.answered, self.reason = 0, 0, ""
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
-        """Return an answer to every request. Those that the cache has are not sent.
+        """Return an answer to every request. Requests whose answers are in the cache are not sent.
 
         Args:
             look: called a few times a second with the number of finished requests. It may raise an error to stop.
@@ -229,14 +233,14 @@ class Asking:
                 wait = max(pause or 0.0, error.wait or 0.0)
                 if not error.again or pause is None or wait > LONGEST_WAIT:
                     raise
-                if error.wait is not None:  # the limit is that of all requests
+                if error.wait is not None:  # the API's limit applies to all requests together
                     self.pace.hold(time.monotonic() + wait)
                 elif self.stop.wait(wait):
                     raise _Stopped from error
                 continue
             if not (wrong := usable(reply)):
                 return reply
-            if empty or reply.finish != "stop":  # an empty answer is asked for once more, because each one may cost money
+            if empty or reply.finish != "stop":  # an empty answer is requested only once more, because each request may cost money
                 raise Refused(wrong)
             empty = wrong
         raise Refused(empty)

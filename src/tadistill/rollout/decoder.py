@@ -1,10 +1,10 @@
-"""Choose how a model reads a text token by token: with which memory of earlier tokens, and with or without padding.
+"""Choose how a model processes a text token by token: which memory of earlier tokens it uses, and whether prompts are padded.
 
-Most models keep keys and values of every token. Others keep a state (Mamba, RWKV), join tokens into blocks (DeepSeek-V4), or keep nothing
-(the first GPT). In some models, padding on the left changes the logits. `way_of` needs no list of model families. It tries several ways on
-the loaded model, from fast to slow. It takes the first way whose logits equal those of one forward pass over the whole text.
+Most models keep keys and values of every token. Others keep a recurrent state (Mamba, RWKV), join tokens into blocks (DeepSeek-V4), or keep
+nothing (the first GPT). In some models, padding on the left changes the logits. `way_of` needs no list of model families. It tries several
+ways on the loaded model, from fast to slow. It returns the first way whose logits equal those of one forward pass over the whole text.
 
-Axes: B sequences, T positions, V vocabulary.
+Axes: B sequences, T positions, V vocabulary size.
 """
 
 import inspect
@@ -24,26 +24,27 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from tadistill.models.forward import apart, evaluating, rounded, taken
 from tadistill.rollout.draw import in_place_cache
 
-# prompts that ways are tried on: padding, equal lengths, and more tokens than a small block or window has
+# lengths of the prompts on which ways are tried: with padding, with equal lengths, and with more tokens than a small block or window
 _LENGTHS = (14, 10, 10, 7)
-_STEPS = 4  # tokens after each of these prompts
+_STEPS = 4  # number of predictions that are compared after each of these prompts
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to get the logits of the next token. If it takes more time than the usual way, `slower` says why."""
+    """One way to compute the logits of the next token."""
 
     memory: Literal["ours", "own", "none"]
     """The memory of earlier tokens. `ours` is transformers' cache with in-place layers. `own` is the memory that the model itself returns.
-    With `none`, the whole text is read again for every token."""
+    With `none`, every new token needs a forward pass over the whole text."""
     padded: bool = True
     """True if rows of different lengths can share a call, with padding on the left."""
     masked: Literal["always", "first"] = "always"
-    """The calls that get the padding mask: `always` means every call, and `first` the first call only. Some models with a state must not
-    get it later."""
+    """The calls that get the padding mask: `always` means every call, and `first` the first call only. Some models with a recurrent state
+    must not get the mask in later calls."""
     drops: bool = True
     """True if a finished row can be removed from the memory while other rows continue."""
     slower: str = ""
+    """The reason why this way takes more time than the usual one, or an empty text."""
 
 
 _GROUPS = "padding changes their logits, so only prompts of equal length are answered together"
@@ -64,7 +65,7 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 
 
 def way_of(model: PreTrainedModel) -> Way:
-    """Return the fastest way to read text that gives correct logits for this model. The ways are tried once per loaded model."""
+    """Return the fastest way to process text that gives correct logits for this model. The ways are tried once per loaded model."""
     if model not in _FOUND:
         with evaluating(model):
             _FOUND[model] = _first_right(model)
@@ -84,8 +85,10 @@ def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
 
 
 def left_padded(prompts: Sequence[tuple[int, ...]], columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids, attention mask and positions (B, `columns`) of prompts with padding on the left. All prompts end at the same column,
-    and the columns after it are for new tokens: their ids are 0, and the mask counts them."""
+    """Return ids, attention mask and positions (B, `columns`) of prompts with padding on the left.
+
+    All prompts end at the same column. The columns after it are for new tokens: their ids are 0, and the mask is 1 there.
+    """
     width = max(map(len, prompts))
     ids, attention = np.zeros((len(prompts), columns), np.int64), np.zeros((len(prompts), columns), np.int64)
     for b, prompt in enumerate(prompts):
@@ -95,7 +98,7 @@ def left_padded(prompts: Sequence[tuple[int, ...]], columns: int) -> tuple[np.nd
 
 
 class Decoder:
-    """A model with its memory (usually a KV cache) of the tokens that it has read, for one batch."""
+    """A model with its memory (usually a KV cache) of the tokens that it has processed, for one batch."""
 
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way
@@ -104,7 +107,7 @@ class Decoder:
         self.memory: Any = in_place_cache(model.config, capacity) if way.memory == "ours" else None
 
     def logits(self, ids_BT: Tensor, attention_BT: Tensor | None, positions_BT: Tensor, start: int) -> Tensor:
-        """Return the logits (B, V) of the next token after `ids_BT`. Earlier calls have read the columns before `start`."""
+        """Return the logits (B, V) of the next token after `ids_BT`. Earlier calls have processed the columns before `start`."""
         remembers = self.way.memory != "none"
         if remembers and start > 0 and self.way.masked == "first":
             attention_BT = None
@@ -125,7 +128,8 @@ class Decoder:
 
 def _rows(memory: Any, index: Tensor) -> Any:
     if isinstance(memory, Cache):
-        # `reorder_cache` serves every layer of transformers, `batch_select_indices` lacks some; a family's own cache overrides the second
+        # `reorder_cache` works for every layer class of transformers, `batch_select_indices` only for some. A model family with its own
+        # cache class overrides `batch_select_indices`, which is then the right one.
         own = type(memory).batch_select_indices is not Cache.batch_select_indices
         (memory.batch_select_indices if own else memory.reorder_cache)(index)  # type: ignore[arg-type]
     elif isinstance(memory, Tensor):
@@ -143,7 +147,7 @@ def _rows(memory: Any, index: Tensor) -> Any:
 
 
 class Trial:
-    """Texts for a model, and the correct logits after each of their last tokens, from forward passes over the whole text."""
+    """Test texts for a model, and the correct logits after each of their last tokens, from forward passes over the whole text."""
 
     def __init__(self, model: PreTrainedModel):
         self.texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
@@ -151,17 +155,17 @@ class Trial:
             self.expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in self.texts]
 
     def agrees(self, read: Callable[[list[Tensor], int], Iterator[tuple[int, int, Tensor]]]) -> bool:
-        """Return True if another way to read the texts gives the same logits.
+        """Return True if `read`, another way to process the texts, gives the same logits. Return False if it raises an exception.
 
         Args:
-            read: takes the texts and the number of steps. Returns the text's index, the step and the logits (V,), for each text and step.
-                Step 0 reads all tokens that no later step reads. If the model raises an exception, the result is False.
+            read: a function of the texts and the number of steps. It yields the text's index, the step and the logits (V,), for each text
+                and step. Each step after step 0 processes one token, and step 0 processes all tokens before these.
         """
         try:
             errors = [apart(z, self.expected[row][step]) for row, step, z in read(self.texts, _STEPS)]
         except Exception:
-            return False  # the model does not take this memory
-        # An expert that a half-precision router chooses otherwise by rounding changes one position, a wrong memory changes most of them.
+            return False  # the model does not accept this memory
+        # In half precision, rounding can make a router choose another expert, which changes one position. A wrong memory changes most.
         return (max(errors) if self.rounding.precise else statistics.median(errors)) <= self.rounding.largest
 
 

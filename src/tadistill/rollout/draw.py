@@ -3,7 +3,7 @@
 The file also contains the KV caches, and the record of sampled tokens and log-probabilities. In formulas, q is the student's distribution
 of the next token, p is the teacher's, and b is the distribution from which tokens are sampled.
 
-Axes: B sequences, T tokens so far, V vocabulary, H hidden size, N tokens of one call.
+Axes: B sequences, T tokens so far, V vocabulary size, H hidden size, N tokens of one call.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
 
-ASK_EVERY = 8  # tokens; after as many, the host reads what waits on the models' device
+ASK_EVERY = 8  # number of tokens between two copies of values from the models' device to the host, which wait for the device
 _BLOCK = 64  # columns in one block of the two-level draw
 _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
@@ -158,8 +158,8 @@ def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tenso
 
 
 def teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
-    """Return a context manager. It gives a list to which each forward pass adds the inputs of the teacher's output head (see `tapped`).
-    Without a guide, the list stays empty."""
+    """Return a context manager with a list, to which each forward pass of the teacher adds the inputs of its output head (see `tapped`).
+    If no teacher helps to sample (`guide` is None), the list stays empty."""
     if guide is None:
         return nullcontext([])
     head = guide.teacher.get_output_embeddings()
@@ -173,8 +173,8 @@ def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
 
 def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
     """Return the log-probabilities (B,) of the tokens, from the logits (B, V) and their softmax."""
-    # log p(y) = z(y) - max z + log max p. The logarithm of p(y) itself would be minus infinity if the other model chose a token that
-    # underflows here.
+    # log p(y) = z(y) - max z + log max p. If the other model chose a token whose probability underflows in this model, log(p(y)) would be
+    # minus infinity.
     return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()
 
 

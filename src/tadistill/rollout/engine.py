@@ -1,4 +1,4 @@
-"""Engines sample responses from a model. `Native` is the built-in loop; `rollout.vllm` has the engine that uses vLLM."""
+"""Engines, which sample responses from a model. `Native` is the built-in loop. `rollout.vllm` has the engine that uses vLLM."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -15,15 +15,15 @@ from tadistill.objectives.tiles import free_bytes
 from tadistill.rollout.decoder import WAYS, Decoder, way_of
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 
-_SHARE = 0.6  # of the free memory, for a batch of rows
-_ROWS = 512  # in a batch; with more rows, a GPU computes longer than the host needs to start a step
-_TRIED = 4  # tokens whose keys and values are measured
-_STATES = 12  # states of a layer at the same time, in units of the hidden size; most of them are the MLP's
-_LOGITS = 8  # float32 numbers per word and model: logits, probabilities, and sorted copies for top-p
+_SHARE = 0.6  # share of the GPU's free memory that a batch of rows may use
+_ROWS = 512  # most rows in a batch; with more rows, a GPU computes longer than the host needs to start a step
+_TRIED = 4  # number of tokens whose keys and values are measured
+_STATES = 12  # states of a token in memory at once in a layer, in units of the hidden size; most of them are the MLP's
+_LOGITS = 8  # float32 numbers per vocabulary entry and model: logits, probabilities, and sorted copies for top-p
 
 
 class Engine(Protocol):
-    """The interface of an engine. An engine samples with the student's current weights."""
+    """The interface of an engine, which samples responses with the student's current weights."""
 
     student: PreTrainedModel
     decoding: Decoding
@@ -36,7 +36,7 @@ class Engine(Protocol):
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
         """Return one response per prompt, in order. Response b depends on the random numbers `uniforms_BT[b]`, and has at most as many
-        tokens. `tick` is called with numbers of finished responses."""
+        tokens. `tick` is called with the number of responses that have finished since its last call."""
         ...
 
 
@@ -45,8 +45,8 @@ class Native:
     is drawn with the random number `uniforms_BT[b, t]`.
 
     Args:
-        adapts: on a GPU, a batch has as many prompts as the free memory allows, instead of `chunk`. A batch of any size needs about the
-            same number of kernels, and they take most of the time. Up to rounding, a response does not depend on its batch.
+        adapts: on a GPU, a batch has as many prompts as the free memory allows, instead of `chunk`. A batch of any size starts about the
+            same number of kernels, and these starts take most of the time. Up to rounding, a response does not depend on its batch.
         half: sample with a bfloat16 copy of the student's weights, which is made once per call of `respond`.
     """
 
@@ -106,7 +106,7 @@ class Native:
 
 @torch.inference_mode()
 def cache_bytes(model: PreTrainedModel) -> float:
-    """Return the bytes of a model's keys and values of one token, measured in a forward pass."""
+    """Return the number of bytes of a model's keys and values for one token, measured in a forward pass."""
     ids = torch.zeros(1, _TRIED, dtype=torch.long, device=model.device)
     decoder = Decoder(model, 1, _TRIED, WAYS[0])
     decoder.logits(ids, None, torch.arange(_TRIED, device=ids.device).unsqueeze(0), 0)

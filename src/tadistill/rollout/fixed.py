@@ -1,14 +1,14 @@
-"""Sampling at fixed shapes, for GPUs. Every token of a batch is the same sequence of operations on the same memory.
+"""Sampling at fixed shapes, for GPUs. Each step (one new token per row) is the same sequence of operations on the same memory.
 
-The loop in `generate` copies the tokens to the host after each step, removes finished rows, and attends to as many columns as there are.
-That is best on a CPU. A GPU computes a step faster than the host can start it, so here the host has less to do: caches, masks and results
-have their full size from the start, finished rows stay and what they say is ignored, and student and teacher read a token in the same step.
-A step needs no value on the host. The host asks only at every eighth token whether a row is left. So a step can also be recorded once and
-repeated (tests/unit/rollout/test_fixed.py does that on a CPU), as CUDA graphs need it.
+The loop in `generate` copies the tokens to the host after each step, removes finished rows, and attends only to the columns in use. That is
+best on a CPU. A GPU computes a step faster than the host can start it, so here the host has less to do. Caches, masks and results have
+their full size from the start. Finished rows stay in the batch, and their further tokens are ignored. Student and teacher process a token
+in the same step. A step needs no value on the host, which only checks at every eighth token if a row is unfinished. So a step can also be
+recorded once and repeated, as CUDA graphs need it (tests/unit/rollout/test_fixed.py does that on a CPU).
 
 Tokens and probabilities equal those of the loop in `generate`, up to rounding.
 
-Axes: B sequences, W columns of the longest prompt, L columns of the caches, T positions of the response, V vocabulary, H hidden size.
+Axes: B sequences, W columns of the longest prompt, L columns of the caches, T positions of the response, V vocabulary size, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ _RIGHT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def possible(model: PreTrainedModel, capacity: int, decoding: Decoding) -> bool:
     """Return True if `fill` supports the model and the settings.
 
-    The model must keep keys and values of `capacity` tokens, and take a mask with one entry per column of the cache. This is tried once on
-    the loaded model. `decoding` must not forbid repeated n-grams, because the search for them runs on the host.
+    The model must keep keys and values of `capacity` tokens, and accept a mask with one entry per column of the cache. The mask is tried
+    once on the loaded model. `decoding` must not forbid repeated n-grams, because the search for them runs on the host.
     """
     layers = DynamicCache(config=model.config).layers
     if decoding.no_repeat_ngram is not None or not layers or not all(keeps_all(layer, capacity) for layer in layers):
@@ -80,7 +80,7 @@ def fill(
 
 
 class Step:
-    """A step of sampling: the models read the last token of every row, and the next token is drawn. A call copies nothing from the host."""
+    """A step of sampling: the models process the last token of every row, and the next token is drawn. Nothing is copied from the host."""
 
     def __init__(self, columns: "Columns", said: "Said", decoding: Decoding, guide: Mixture | Speculation | None, seen: list[Tensor]):
         self.columns, self.said, self.guide, self.seen = columns, said, guide, seen
@@ -91,7 +91,7 @@ class Step:
 
     def say(self, logits: dict[str, Tensor]) -> None:
         """Draw the next token of every row from the models' logits (B, V), and store it."""
-        # none of the settings that `possible` accepts looks at the tokens so far
+        # no setting that `possible` accepts depends on the tokens so far, so any tokens can be the argument
         scores = {name: self.warping(self.said.last_B1, z) for name, z in logits.items()} if self.warping else logits  # type: ignore[arg-type]
         tokens_B, log_p = next_tokens(logits, scores, self.said.next_uniforms(), self.guide, greedy=self.greedy)
         # the teacher is called last, so its states are the last in the list, also if student and teacher are the same model
@@ -100,19 +100,19 @@ class Step:
 
 
 class Columns:
-    """The prompts and new tokens of a batch as the models read them, in caches with all columns that will be needed."""
+    """The prompts and new tokens of a batch as inputs of the models, with caches that have all columns from the start."""
 
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], steps: int, vocab: int):
         self.width, self.device = max(map(len, prompts)), models["student"].device
-        capacity = self.width + steps - 1  # no model reads the last token
+        capacity = self.width + steps - 1  # no model processes the last token
         capacity += -capacity % _ALIGNED
         ids, attention, positions = (torch.from_numpy(a).to(self.device) for a in left_padded(prompts, self.width))
         self.ids_BW, self.attention_BW, self.positions_BW = ids, attention, positions
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.at_1 = torch.full((1,), self.width, device=self.device)
-        """The column of the next token that the models read."""
+        """The cache column (1,) of the next token that the models process."""
         self.next_B1 = positions[:, -1:] + 1
-        """The position of this token in its row."""
+        """The position (B, 1) of this token in each row, without padding."""
         self.decoders, self.masks = {}, {}
         for name, model in models.items():
             decoder = self.decoders[name] = Decoder(model, vocab, capacity, WAYS[0])
@@ -148,7 +148,7 @@ class Said:
         self.values = {name: torch.zeros(uniforms_BT.shape, device=device) for name in ("behaviour", *models)}
         self.hidden_BTH: Tensor | None = None  # allocated when its size is known
         self.going_B = torch.ones(rows, dtype=torch.bool, device=device)
-        """True for the rows without an EOS."""
+        """True (B,) for the rows that have no EOS yet."""
         self.last_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.t_1 = torch.zeros(1, dtype=torch.long, device=device)
 

@@ -5,7 +5,7 @@ give the same result, but do not support all models and settings. `decoder` choo
 cache. The caller gives the random numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished
 sequences are removed from the batch.
 
-Axes: B sequences, T positions, V vocabulary, H hidden size.
+Axes: B sequences, T positions, V vocabulary size, H hidden size.
 """
 
 from typing import cast
@@ -29,7 +29,7 @@ class _Batch:
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
         self.width = max(map(len, prompts))
         device, total = models["student"].device, self.width + uniforms_BT.shape[1]
-        self.vocab, self.start, self.end = vocab, 0, self.width  # the models have not seen [start, end)
+        self.vocab, self.start, self.end = vocab, 0, self.width  # the models have not processed the columns from start to end - 1
         ids, attention, positions = left_padded(prompts, total)
         self.ids, self.positions = (torch.from_numpy(a).to(device) for a in (ids, positions))
         # without padding no mask is needed, and attention is faster without one
@@ -44,7 +44,7 @@ class _Batch:
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """Return all tokens so far, in which repeated n-grams are searched. Padding has an id that no token has."""
+        """Return all tokens so far (B, T), for the search for repeated n-grams. Padding has the id `vocab`, which no token has."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
@@ -94,7 +94,7 @@ def sample(
     with evaluating(student):
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
         packed = isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values())
-        # without CUDA graphs, `lazy` starts fewer kernels than two models in step
+        # without CUDA graphs, `lazy` starts fewer kernels than `fixed`, where both models process every token
         in_step = student.device.type in fixed.DEVICES and not packed
         if in_step and all(fixed.possible(model, capacity, decoding) for model in models.values()):
             fixed.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)

@@ -1,15 +1,16 @@
-"""Faster sampling from a mixture of student and teacher. Each model is called less often, and reads several tokens per call.
+"""Faster sampling from a mixture of student and teacher. Each model is called less often, and processes several tokens per call.
 
 A token's random number selects the model that draws it (`Mixture.switch`). So it is known in advance which model draws which token. The
-selected model continues a row alone. The other model reads these tokens later, when it must draw or must give their log-probabilities. A
-call runs one model for many rows. The student is called until half of the rows wait for the teacher. Then the teacher reads several tokens
-of every row in one call. Such a call takes little longer than a call with one token per row, because it reads the weights only once.
+selected model continues a row alone. The other model processes these tokens later: when it must draw the next token, or when their
+log-probabilities are needed. A call runs one model for many rows. The student is called until half of the rows wait for the teacher. Then
+the teacher processes several tokens of every row in one call. Such a call takes little longer than a call with one token per row, because
+it loads the weights only once.
 
-Tokens and probabilities equal those of the loop in `generate`, where both models read every token (tests/unit/rollout/test_lazy.py). On
-a CPU, this file takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
+Tokens and probabilities equal those of the loop in `generate`, where both models process every token in turn
+(tests/unit/rollout/test_lazy.py). On a CPU, `fill` takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
 
 Axes: N tokens of a call, M tokens of a call whose logits are needed, R all rows, B rows in the batch, w the largest number of tokens
-that a row has in a call, L columns of the cache, V vocabulary, H hidden size.
+that a row has in a call, L columns of the cache, V vocabulary size, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from tadistill.models.packing import ROWS
 from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
 from tadistill.tuning import COMPACT_BELOW, PACKED_FAMILIES
 
-_BEHIND = 8  # a model with more unread tokens in a row than this is called next; this limits the memory of a call
+_BEHIND = 8  # if a row has more tokens than this that a model has not processed, it is called next; this limits the memory of a call
 _WAITING = 0.5  # the teacher is called when this share of the unfinished rows waits for it
 _ATTENTION = "tadistill_packed"
 
@@ -169,9 +170,9 @@ class _Call:
     predict_M: np.ndarray
     """Indices of the tokens whose logits are needed."""
     next_M: np.ndarray
-    """The tokens after these tokens. If a token is not drawn yet, its number means nothing."""
+    """The token that follows each token of `predict_M`, or any number if it has not been drawn yet."""
     uniforms: np.ndarray
-    """The random numbers, float64, of the tokens that are drawn next."""
+    """The random numbers, float64, with which the call draws tokens. These tokens come first in `next_M`."""
 
 
 class _Places:

@@ -1,9 +1,9 @@
 """Rounds of sampling and training: sample many sequences from the current student, train on them, then sample again.
 
-A single teacher reads each sequence once, at one of three times:
+If there is a single teacher, it makes one forward pass over each sequence, at one of three times:
 
     during sampling         if it helps to sample; its hidden states and log-probabilities are then stored
-    in the training step    if each sequence is used only once, and the loss needs no log-probabilities before this step
+    in the training step    if each sequence is used only once, and the loss needs no log-probabilities from the teacher before this step
     after sampling          in all other cases
 
 Logits are never stored.
@@ -53,12 +53,13 @@ class Teachers:
 
     @property
     def stored(self) -> bool:
-        """True if the loss needs the teachers' distributions, and all teachers give hidden states, which can be stored with a sequence."""
+        """True if hidden states are stored with each sequence: the loss needs the teachers' distributions, and all teachers return hidden
+        states."""
         return self.states and all(isinstance(teacher, HiddenTeacher) for teacher in self.each)
 
     @property
     def guide(self) -> PreTrainedModel:
-        """The model that helps to sample."""
+        """The teacher's model, which helps the student to sample."""
         model = self.each[0].model
         assert model is not None, "a recipe in which a served teacher helps to sample is refused"
         return model
@@ -86,8 +87,8 @@ class Rollouts(Sampler):
         again: Rereader | None = None,
         sets: TrainingSets | None = None,
     ):
-        """`again` reads the sampled responses with the tokenizer of a teacher that has another one. Then `teacher` in `Batch.values` is the
-        log-probability of a whole span, at the span's last token, and 0 at all other tokens."""
+        """If the teacher has another tokenizer, `again` tokenises the sampled responses with it. Then `teacher` in `Batch.values` is the
+        log-probability of a whole span (a text between token boundaries that both have), at the span's last token, and 0 elsewhere."""
         assert isinstance(method.sampler, Rounds)
         self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
         self.pad, self.seed, self.corpus, self.shard, self.again = pad, seed, corpus, shard, again
@@ -146,7 +147,7 @@ class Rollouts(Sampler):
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        teacher = self.teacher  # it runs here if its outputs are needed before the training step, or in several epochs
+        teacher = self.teacher  # it runs here if its outputs are needed before the training step, or in several inner epochs
         if not sequences or not (teacher.scores or (teacher.stored and self.config.inner_epochs > 1)):
             return sequences if teacher.stored and len(teacher.each) == 1 else [replace(s, states=()) for s in sequences]
         if len(teacher.each) > 1 or not sequences[0].states:

@@ -63,7 +63,7 @@ class Sampler:
         return ()
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of update `step` for this process."""
+        """Return this process's micro-batches of update `step`, which is counted from 0."""
         raise NotImplementedError
 
     def samples(self, step: int) -> bool:
@@ -114,8 +114,8 @@ def _within(most: int, mine: np.ndarray, sizes: list[int], *, packed: bool) -> l
 
 
 def length(sequence: Sequence) -> int:
-    """Return the number of tokens of a sequence. If the teacher has its own prompt, the longer of the two prompts counts. If it has its own
-    tokens, the longer of the two sequences counts."""
+    """Return the number of tokens of a sequence. If the teacher has another prompt, the longer of the two prompts counts. If the teacher
+    has another tokenizer, the longer of the two token sequences counts."""
     if sequence.second is not None:
         return max(len(sequence.prompt) + len(sequence.response), len(sequence.teacher_prompt or ()) + len(sequence.second.ids))
     return max(len(sequence.prompt), len(sequence.teacher_prompt or ())) + len(sequence.response)
@@ -175,8 +175,8 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 
 class FixedSequences(Sampler):
-    """Sampler of fixed responses, in a new order every epoch. `signals` has the recorded outputs of each teacher for these responses, if
-    there are any. With `sets`, the sequences are those of all these sets, one set after the other.
+    """A sampler of fixed responses, in a new order every epoch. `signals` has each teacher's recorded outputs for these responses; it is
+    empty if there are none. With `sets`, `sequences` are the sequences of all sets, one set after the other.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class _WithStudent(Sampler):
         return True
 
     def fresh(self, step: int) -> dict[int, Sequence]:
-        """Return the student's answers to this process's share of the prompts. The keys are positions in the update's batch."""
+        """Return the student's answers to this process's prompts of update `step`. The keys are positions in the update's batch."""
         rows, mine = self.fixed.rows(step), own(self.optim, self.shard).tolist()
         asked = [self.sequences[rows[place]] for place in mine]
         found = respond(self.engine, asked, mine, self.seed, "rollout", step)
@@ -271,7 +271,7 @@ class Replay(_WithStudent):
         self.config = config
         self.phi = 0.0
         self.mark: float | None = None
-        """The earlier dev loss with which a new one is compared. None before the first dev evaluation."""
+        """The earlier dev loss with which a new dev loss is compared. None before the first dev evaluation."""
         self.buffer: deque[Sequence] = deque(maxlen=config.capacity)
 
     @property

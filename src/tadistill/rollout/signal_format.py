@@ -1,10 +1,10 @@
-"""The packed form of sparse teacher outputs on disk: some bytes per token, without torch.
+"""The packed form of sparse teacher outputs on disk, with a few bytes per position of the text. This file needs no torch.
 
     rows = pack_top_k(ids, log_probs, tail, vocab)         # (T, top_k_bytes(k, vocab)) bytes
     ids, log_probs, tail = unpack_top_k(rows, k, vocab)
 
-**Top-k tokens.** A row has a fixed number of bytes, so that any token can be read from a memory map. Its fields are, bit by bit, with the
-lowest bit of a number first:
+**Top-k tokens.** A row has the k most probable tokens of one position. It has a fixed number of bytes, so that any row can be read from a
+memory map. Its fields are, bit by bit, with the lowest bit of a number first:
 
     first ids, other ids        the 10 most probable tokens and the others, each as a sorted set of ids
     first codes, other codes    7 bits for each of the first tokens and 4 bits for each other token, in the order of the ids
@@ -21,10 +21,11 @@ probability of 0. L1 is not stored: the probabilities of all tokens and of the t
 largest one, is wrong by at most half a step: (range + 1/8) / 254 for the first tokens, and (range + 0.3) / 30 for the others. A range ends
 at 31.9 nats.
 
-**Drawn tokens.** An entry has ceil((i + c) / 8) bytes: the id in its i lowest bits, and above it the number of draws of this token, minus
-1, in c bits. i is the number of bits of V - 1, and c that of the number of draws minus 1.
+**Drawn tokens.** An entry is one of the different tokens that were drawn at a position. It has ceil((i + c) / 8) bytes: the token's id in
+the i lowest bits, and above them, in c bits, the number of times that it was drawn, minus 1. i is the number of bits of V - 1, and c is the
+number of bits of the number of all draws minus 1.
 
-Axes: T tokens, K kept tokens, E entries.
+Axes: T positions of the text, K kept tokens of a position, E entries.
 """
 
 import numpy as np
@@ -47,27 +48,28 @@ def _set_bits(count: int, vocab: int) -> int:
 
 
 def _groups(k: int) -> list[tuple[slice, int]]:
-    # the places of a group among tokens sorted by probability, and the bits of its codes
+    # the slice of each group among the tokens sorted by probability, and the bits of its codes
     first = min(k, _FIRST)
     return [(slice(0, first), _FIRST_BITS), *([(slice(first, k), _OTHER_BITS)] if k > first else [])]
 
 
 def top_k_bytes(k: int, vocab: int) -> int:
-    """Return the number of bytes of a token with its k most probable tokens, of a vocabulary of `vocab` tokens."""
+    """Return the number of bytes of a row with the k most probable tokens of one position, for a vocabulary of `vocab` tokens."""
     groups = [(places.stop - places.start, bits) for places, bits in _groups(k)]
     total = sum(_set_bits(count, vocab) + count * bits + _RANGE_BITS for count, bits in groups) + _TAIL_BITS
     return -(-total // 8)
 
 
 def pack_top_k(ids_TK: np.ndarray, log_probs_TK: np.ndarray, tail_T: np.ndarray, vocab: int) -> np.ndarray:
-    """Return the rows (T, top_k_bytes) of uint8 for tokens whose K columns are sorted from the most to the least probable token."""
+    """Return the rows (T, top_k_bytes) of uint8. The K columns of the arguments are sorted from the most to the least probable token.
+    `tail_T` is the log-probability of all other tokens together."""
     count, k = ids_TK.shape
     log_p = log_probs_TK.astype(np.float64) - log_probs_TK[:, :1]
     top_T, sets, codes, ranges = np.zeros(count), [], [], []
     for places, bits in _groups(k):
         steps = 2**bits - 1
         below = top_T[:, None] - log_p[:, places]
-        # the first code of a range of 0 would divide by 0; a token far below the others gets the last code
+        # a range is at least one unit, because codes are divided by it; a token far below the others gets the last code
         range_T = np.clip(np.ceil(below[:, -1] * _PER_NAT), 1, 2**_RANGE_BITS - 1)
         width_T = range_T / _PER_NAT
         code = np.clip(np.rint(below * (steps / width_T[:, None])), 0, steps).astype(np.int64)
@@ -85,7 +87,7 @@ def pack_top_k(ids_TK: np.ndarray, log_probs_TK: np.ndarray, tail_T: np.ndarray,
 def unpack_top_k(rows: np.ndarray, k: int, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ids (T, K) as int64, their log-probabilities (T, K) and those of the tails (T,) as float32.
 
-    The first tokens come first, and then the others. Both groups are sorted by id.
+    In each row, the 10 most probable tokens come first, sorted by id, and then the other tokens, sorted by id.
     """
     bits_TB = np.unpackbits(rows, axis=1, bitorder="little")
     groups, at = _groups(k), 0
@@ -141,18 +143,18 @@ def _numbers(bits_TB: np.ndarray, count: int, bits: int) -> np.ndarray:
 
 
 def entry_bytes(draws: int, vocab: int) -> int:
-    """Return the number of bytes of one drawn token, with the number of times that it was drawn."""
+    """Return the number of bytes of an entry: one drawn token, and the number of times that it was drawn in `draws` draws."""
     return max(1, -(-((vocab - 1).bit_length() + (draws - 1).bit_length()) // 8))
 
 
 def pack_entries(ids_E: np.ndarray, counts_E: np.ndarray, draws: int, vocab: int) -> np.ndarray:
-    """Return the entries (E, entry_bytes) of uint8."""
+    """Return the entries (E, entry_bytes) of uint8, for token ids (E,) and the number of times (E,) that each was drawn."""
     numbers = (ids_E.astype(np.uint64) | (counts_E.astype(np.uint64) - np.uint64(1)) << np.uint64((vocab - 1).bit_length())).astype("<u8")
     return np.ascontiguousarray(numbers[:, None].view(np.uint8)[:, : entry_bytes(draws, vocab)])
 
 
 def unpack_entries(entries: np.ndarray, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids (E,) and the counts (E,) as int64."""
+    """Return the token ids (E,) and the number of times (E,) that each was drawn, as int64."""
     whole = np.zeros((len(entries), 8), np.uint8)
     whole[:, : entries.shape[1]] = entries
     numbers, bits = whole.view("<u8")[:, 0].astype(np.int64), (vocab - 1).bit_length()
@@ -160,7 +162,9 @@ def unpack_entries(entries: np.ndarray, vocab: int) -> tuple[np.ndarray, np.ndar
 
 
 def token_bytes(signal: Signal, hidden: int, vocab: int) -> int:
-    """Return the bytes on disk of one token's recorded outputs. With `sampled`, it is an upper limit, because tokens differ.
+    """Return the number of bytes on disk of a teacher's recorded output at one token of the text.
+
+    For drawn tokens, it is an upper limit, because the number of different drawn tokens varies.
 
     Args:
         hidden: width of the teacher's hidden states.

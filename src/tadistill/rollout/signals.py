@@ -1,11 +1,11 @@
-"""Record a teacher's outputs for fixed texts once, and read them during training.
+"""Record a teacher's outputs for fixed texts once, and load them during training.
 
     record(of_teacher(teacher, pad), sequences, config, folder, vocab=...)     # continues where a killed process stopped
     Signals(folder, device).target([3, 17])                                  # outputs at the response tokens of sequences 3 and 17
 
 `config` chooses hidden states, top-k tokens or drawn tokens. Hidden states are stored with the teacher's output head, so that training does
 not load the teacher. `docs/concepts/recorded.md` describes the files: safetensors with 256 sequences each, which are read by memory map.
-Every sequence has a checksum, which is tested when it is read.
+Every sequence has a checksum, which is tested when the sequence is read.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ _ROWS = 128  # number of tokens whose logits are in memory at the same time
 _CHECK = 8  # bytes of a sequence's checksum
 
 Outputs = Callable[[Seq[Sequence]], Hidden | TopK]
-"""A function from sequences to a teacher's outputs at their response tokens, one sequence after the other. `Hidden` allows every kind of
-recording. `TopK` allows only `top_k`, with its tokens sorted from the most to the least probable."""
+"""A function that returns a teacher's outputs at the response tokens of sequences, one sequence after the other. Every form of recording
+can be made from `Hidden`. From `TopK`, whose tokens are sorted from the most to the least probable, only `top_k` can be made."""
 
 
 def of_teacher(teacher: Teacher, pad: int) -> Outputs:
@@ -55,7 +55,7 @@ def record(
     tick: Callable[[int], None] = lambda done: None,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Write the teacher's outputs at every token of `sequences` that counts in the loss. Files that already exist are kept.
+    """Write the teacher's outputs at every token of `sequences` that counts in the loss. Files that already exist are not written again.
 
     Several processes write different files: `share` is the rank of this process and the number of processes. After each batch, and after
     each file, `tick` is called with the number of sequences that are done.

@@ -1,9 +1,9 @@
-"""Sampling with vLLM, in a process of its own. The process runs `vllm_process.py` with the Python of the environment that has vLLM.
+"""Sampling with vLLM in a second process, which runs `vllm_process.py` with the Python of the environment that has vLLM.
 
-vLLM has its own copy of the model. It starts without weights: both processes map the same memory, the training process writes the weights
-there, and vLLM loads them from there. They never pass through a file on the disk, and neither side needs the other's version of torch.
-Adapters are added to the weights that are written. The vocabulary of the copy is cut to the tokens that all models share, so that no other
-token can be sampled.
+vLLM has its own copy of the model, which starts without weights. Both processes map the same memory: the training process writes weights
+there, and vLLM loads them. The weights never pass through a file on the disk, and the processes may have different versions of torch.
+Adapters are merged into the weights that are written. The vocabulary of the copy is cut to the tokens that all models share, so that no
+other token can be sampled.
 
 Axes: B sequences, T tokens.
 """
@@ -39,12 +39,13 @@ from tadistill.rollout import vllm_process
 from tadistill.rollout.generate import Mixture, Rollout, Speculation
 
 _ALIGNED = 64  # bytes
-_CHECKED = 16  # tokens that are sampled to compare vLLM's log-probabilities with those of transformers
+_CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers
 _APART = {torch.float32: 0.01, torch.bfloat16: 0.1}
-"""Largest difference of log-probabilities, as a share of their size. Rounding causes less; a model that vLLM computes otherwise, more."""
-_GOODBYE = 10.0  # seconds
+"""Largest accepted difference between the log-probabilities of vLLM and transformers, as a share of their size. Rounding causes smaller
+differences."""
+_GOODBYE = 10.0  # seconds in which vLLM's process may end by itself
 _OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Environment variables of this process that mean nothing to vLLM's, or that its sleep mode does not work with."""
+"""Environment variables that vLLM's process does not get: they concern only this process, or vLLM's sleep mode does not work with them."""
 _ERROR = re.compile(r"\w+(?:Error|Exception): .*")
 
 
@@ -187,7 +188,7 @@ class Vllm:
         config.architectures = [type(self.student).__name__]
         text = config.get_text_config()
         text.vocab_size = self.vocab
-        # vLLM samples without them, and refuses an id beyond the vocabulary
+        # vLLM does not need these ids for sampling, and refuses an id beyond the vocabulary
         text.bos_token_id = text.eos_token_id = text.pad_token_id = None
         return config
 
@@ -231,7 +232,7 @@ class Vllm:
     def _ended(self) -> StageFailed:
         self.close()
         said = _ERROR.findall(self.launch.log.read_text(errors="replace"))
-        reason = said[-1] if said else "it said no reason"
+        reason = said[-1] if said else "it printed no reason"
         return StageFailed(
             f"the process of vLLM has ended ({reason}); {self.launch.log} has all that it printed; mend the cause, or set `engine: "
             "native`, and run the same command again"
@@ -281,10 +282,11 @@ def _environment(launch: Launch) -> dict[str, str]:
 
 
 def _end(process: "subprocess.Popen[str]", patience: float) -> None:
-    # at once, because nothing in it is needed; workers of several GPUs free their shared memory first
+    # The process is killed after `patience` seconds, because nothing in it is needed. Workers of several GPUs need this time to free their
+    # shared memory.
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(OSError):  # what could not be sent to a process that has ended
+    with contextlib.suppress(OSError):  # closing also sends what is still buffered, which fails if the process has ended
         process.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(patience)

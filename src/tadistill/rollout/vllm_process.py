@@ -1,16 +1,15 @@
 """The program of the process in which vLLM samples text. `rollout.vllm` starts it with the Python of an environment that has vLLM.
 
-That environment need not have tadistill, so this file imports only the standard library, vLLM and its torch. Orders arrive as lines of
-JSON on the standard input:
+That environment need not have tadistill, so this file imports only the standard library, vLLM and vLLM's torch. Each line of the standard
+input is an order as JSON:
 
     {"engine": {...}, "weights": {...}}              the first line: arguments of `vllm.LLM`, and where the weights are (`_load`)
-    {"order": "load"}                                take over the weights that the training process has written into shared memory
+    {"order": "load"}                                load the weights that the training process has written into shared memory
     {"order": "respond", "prompts": [...], "settings": {...}, "seeds": [...]}
     {"order": "sleep"}                               give the GPU's memory back until the next `load`
 
-An answer is one line of JSON on the standard output: the version of vLLM after the first line, {} when an order is done, and one line for
-each response as soon as it has ended.
-What vLLM itself prints goes to the standard error.
+An answer is one line of JSON on the standard output: the version of vLLM after the first order; {} after `load` and `sleep`; and one line
+for each response to `respond`, as soon as the response has ended. What vLLM itself prints goes to the standard error.
 """
 
 import importlib
@@ -22,16 +21,16 @@ from typing import Any
 
 
 def main() -> None:
-    """Start vLLM, and carry out the orders that come over the standard input, until it ends."""
+    """Start vLLM, and execute the orders from the standard input until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints
+    os.dup2(2, 1)  # vLLM's own output goes to the standard error
 
     def say(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
     first = json.loads(sys.stdin.readline())
-    vllm = importlib.import_module("vllm")  # not the file `vllm.py` beside this one
+    vllm = importlib.import_module("vllm")  # the package vLLM, and not the file `vllm.py` in this directory
     engine, asleep = vllm.LLM(**first["engine"]), False
     say({"version": vllm.__version__})
     for line in sys.stdin:

@@ -3,9 +3,9 @@
     average = MovingAverage(student, frozen_copy(student), 0.99)
     average.update()                            # after each update of the student
 
-The teacher begins with the weights of the student. With adapters (LoRA), it has the same frozen weights and its own adapters, so the
-matrices A and B of an adapter are averaged, and not their product (as TRL does). Self-distillation uses such a teacher: SDFT (Shenfeld et
-al. 2026, arXiv 2601.19897), and before it the mean teacher (Tarvainen and Valpola 2017, arXiv 1703.01780).
+The teacher begins with the weights of the student. With adapters (LoRA), the teacher shares the frozen weights and has its own adapters.
+Then the matrices A and B of an adapter are averaged, as in TRL, and not their product. Self-distillation uses such a teacher: SDFT
+(Shenfeld et al. 2026, arXiv 2601.19897), and before it the mean teacher (Tarvainen and Valpola 2017, arXiv 1703.01780).
 """
 
 import copy
@@ -21,7 +21,7 @@ from tadistill.train.sharding import load_weights, reshard, weights
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a frozen copy of a model in eval mode. It shares the memory of those weights that are frozen in the model too.
+    """Return a frozen copy of a model, in eval mode. Weights that are frozen in the model are not copied: both models share their memory.
 
     The model must not be sharded.
     """
@@ -32,7 +32,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 class MovingAverage:
     """Moves a teacher's weights towards those of its student: teacher = decay x teacher + (1 - decay) x student.
 
-    Both models have the same parameters, and both or none are sharded.
+    The models have the same parameters. Either both are sharded, or none is.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, decay: float):
@@ -41,7 +41,7 @@ class MovingAverage:
 
     def update(self) -> None:
         """Move the teacher's weights by one step. Call it after an update of the student."""
-        reshard(self.model)  # gathered weights would stay as they were
+        reshard(self.model)  # frees gathered weights, which the update of the shards would not change
         pairs = zip(self.model.parameters(), self.student.parameters(), strict=True)
         old, new = zip(*((own, other) for own, other in pairs if other.requires_grad), strict=True)
         self._average(list(old), list(new), None)

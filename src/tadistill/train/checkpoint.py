@@ -1,7 +1,7 @@
-"""The files of one training: its log, its two newest states, and the best weights up to each state.
+"""The files of one training: its log, its two newest states, and the best weights up to each of these states.
 
 A file is written under a temporary name, flushed to disk and renamed. So after a crash it is either the complete old file or the complete
-new file. A file with best weights has the number of its update in its name. So newer best weights do not overwrite older ones, which a
+new file. The name of a file with best weights contains the number of the update. So newer best weights do not overwrite older ones, which a
 resumed training may need.
 """
 
@@ -34,7 +34,7 @@ class TrainState:
     best_value: float | None = None
     best_step: int = 0
     misses: int = 0
-    """Number of dev evaluations since the best one."""
+    """Number of evaluations on the dev set since the best one."""
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class TrainState:
     """The weights of a teacher that is a moving average of the student."""
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
-    """The tokens and FLOPs that `train.meter` has counted."""
+    """The counts of tokens and FLOPs, from `train.meter`."""
     pending: list[dict[str, float]] = field(default_factory=list)
-    """The measurements of the updates after the last line of the log."""
+    """The metrics of the updates since the last line of the log. The next line contains their means."""
 
     def release(self) -> None:
         """Drop the weights and the optimizer's state, which take the most memory. The models and the optimizer have their own copies."""
@@ -53,17 +53,18 @@ class TrainState:
 
 
 class Checkpoints:
-    """The saved files of one training: state.pt has the newest state, state-before.pt the one before it, best-STEP.pt the best weights."""
+    """The saved files of one training. state.pt has the newest state, state-before.pt has the state before it, and best-STEP.pt has the
+    weights with the best dev value."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """`seconds` is the pause between two saves. None means 30 seconds or 20 times the duration of a save, whichever is longer."""
+        """`seconds` is the time between two saves. None means 30 seconds or 20 times the duration of a save, whichever is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = (directory / name for name in STATES)
         self.took, self.at = 0.0, time.monotonic()
         self.sound = True
         """False if state.pt cannot be read. The next save then does not keep it as state-before.pt."""
         self.best_steps: list[int] = []
-        """The best update of the newest state, then the best update of the state before it."""
+        """The updates whose best weights are kept: that of the newest saved state, and that of the state before it."""
 
     def due(self) -> bool:
         pause = max(_SECONDS, _SHARE * self.took) if self.seconds is None else self.seconds
@@ -132,7 +133,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Open a file that `save` wrote. The whole file is checked, but a tensor takes memory only when it is used.
+    """Open a file that `save` wrote, as a memory map. The whole file is checked, but a tensor takes memory only when it is used.
 
     Several processes that open the same file share this memory.
 
@@ -150,13 +151,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 class RunLog:
-    """The log of one training. When the training resumes, lines of updates after `resume_step` are removed."""
+    """The log of one training. When a training resumes after update `resume_step`, the lines of later updates are removed."""
 
     def __init__(self, path: Path, *, resume_step: int = 0):
         self.path = path
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            write_text(path, "".join(line + "\n" for line in lines))  # a kill must not destroy the lines before the checkpoint
+            write_text(path, "".join(line + "\n" for line in lines))  # atomic, so that a kill destroys no line before the checkpoint
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics. `step` is the number of updates done so far."""

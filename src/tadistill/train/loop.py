@@ -1,6 +1,6 @@
 """The training loop, built on accelerate. It is the same for every objective and every source of sequences.
 
-For each update, the sampler gives the micro-batches of this process. Then the loop counts the loss tokens of all micro-batches and
+For each update, the sampler returns the micro-batches of this process. The loop counts the loss tokens of all micro-batches on all
 processes, and divides the sum of the losses by this count. It updates the weights only if loss and gradient are finite. accelerate changes
 neither the loss nor the learning rate: gradient_accumulation_steps is 1, and the loop sets the learning rate.
 """
@@ -88,7 +88,7 @@ def train_stage(
     Args:
         student: a model on the accelerator's device. It may be sharded over the processes (`sharding.shard`), and stays sharded.
         directory: the folder for metrics.jsonl and the saved states. A later run may resume with another number of processes.
-        checkpoint_seconds: the pause between two saves in seconds. None means the default of `Checkpoints`.
+        checkpoint_seconds: the time between two saves, in seconds. None means the default of `Checkpoints`.
 
     Raises:
         ConfigError: the batch is not a multiple of the number of processes.
@@ -112,7 +112,7 @@ def train_stage(
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
     since = _Averages(state.pending)
     hooks.progress(state.step, f"continues at update {state.step} of {steps}" if state.step else "training")
-    # runs with equal numbers of processes have equal dropout; rank 0 has the dropout of a run with a single process
+    # dropout depends on the rank, so two runs with equal numbers of processes have equal dropout; rank 0 has that of a run with one process
     others = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
         if sampler.wants_dev:
@@ -168,7 +168,7 @@ def train_stage(
 
 def _prepare_sharded(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     sharding.reshard(student)  # the optimizer needs the sharded parameters
-    # accelerate.prepare does the same for a student that is not sharded, so all its forward passes, also those of sampling, run in bf16
+    # For a student that is not sharded, accelerate.prepare does this. All forward passes then run in bf16, also those of sampling.
     if accelerator.mixed_precision == "bf16":
         student.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(student.forward))
     return student
@@ -250,7 +250,7 @@ def _update(
 ) -> dict[str, float]:
     total = counts(batches)
     count = dict(zip(total, _sum(accelerator, torch.tensor([*total.values()])).tolist(), strict=True))
-    # DDP and FSDP average gradients over ranks, but the count already covers all ranks
+    # DDP and FSDP average gradients over the ranks, but the count already includes all ranks, so it is divided by their number
     per = {name: max(n, 1) / accelerator.num_processes for name, n in count.items()}
     logged = torch.zeros(0)
     names: list[str] = []
@@ -307,7 +307,7 @@ def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) 
 
 class _Averages:
     def __init__(self, rows: list[dict[str, float]]):
-        self.rows = rows  # the state of a checkpoint contains this same list
+        self.rows = rows  # the same list as `TrainState.pending`, so a checkpoint contains it
         self.start = time.monotonic()
 
     def restart(self) -> None:

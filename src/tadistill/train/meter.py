@@ -1,4 +1,4 @@
-"""Count the tokens and FLOPs of one training. Each part of the work has its own count (`models.counting.cost`).
+"""Count the tokens and FLOPs of one training, separately for each part of the work, such as sampling (`models.counting.cost`).
 
     meter = Meter(student, (teacher,))
     with meter.counting():
@@ -6,9 +6,9 @@
             ...                                 # counts every call of a model and every fused head
     meter.state()                               # plain numbers, for a checkpoint and for the manifest
 
-Only the shapes of tensors are read, so counting never waits for the GPU. Two things are counted: matrix products with weights, and
+Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
 attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes; with LoRA
-adapters, `models.counting.adapters` gives the number. The passes of a teacher on a server are counted from the tokens that it reads.
+adapters, `models.counting.adapters` computes it. The FLOPs of a teacher on a server are computed from the tokens that it processes.
 """
 
 import time
@@ -44,7 +44,8 @@ class Meter:
     """A counter for the tokens and FLOPs of a student and its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], *, checkpointing: bool = False):
-        """With gradient checkpointing (`checkpointing`), the backward pass computes the student's layers again. This is counted too."""
+        """`checkpointing` is True if the student uses gradient checkpointing: the backward pass then computes its layers again, which is
+        counted."""
         self._again = checkpointing
         self._phase = "training"
         here = [teacher.model if isinstance(teacher, Teacher) else teacher for teacher in teachers]
@@ -85,7 +86,7 @@ class Meter:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Do the same as `phase`, and also add up the seconds that the `with` block takes."""
-        # Each phase reads numbers from its device near its end: after that, only the optimizer's update is queued.
+        # Each phase copies numbers from the device near its end, and so waits for the work before. Only the optimizer's update comes later.
         start = time.perf_counter()
         try:
             with self.phase(name):

@@ -51,10 +51,10 @@ def sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole(*models: nn.Module, when: bool = True) -> Iterator[None]:
-    """Inside the `with` block, every process has the whole models. All processes must enter the block together.
+    """Inside the `with` block, every process has all weights of the models. All processes must enter the block together.
 
-    If the model is not sharded, or if `when` is False, the block changes nothing. Inside the block, a forward pass does not wait for other
-    processes. Sampling needs this, because each process makes a different number of forward passes.
+    Models that are not sharded stay as they are. If `when` is False, the block changes nothing. Inside the block, a forward pass does not
+    wait for other processes. Sampling needs this, because each process makes a different number of forward passes.
     """
     chosen = [model for model in models if when and sharded(model)]
     for model in chosen:
@@ -67,7 +67,7 @@ def whole(*models: nn.Module, when: bool = True) -> Iterator[None]:
         for model in chosen:
             trained = any(parameter.requires_grad for parameter in model.parameters())
             for part in _parts(model):
-                if part is not model or trained:  # losses read the head of a frozen model without another pass
+                if part is not model or trained:  # the head of a frozen model stays, because losses use it without another forward pass
                     part.reshard()
                 part.set_reshard_after_forward(part is not model, recurse=False)
 
@@ -108,7 +108,7 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     if not sharded(model):
         return model.state_dict()
-    tied = model.all_tied_weights_keys  # gathered tensors share no storage, but a model's files hold tied weights once
+    tied = model.all_tied_weights_keys  # gathered tensors share no storage, but the files of a model contain tied weights only once
     found = gathered({name: value for name, value in model.state_dict().items() if name not in tied})
     return found | {name: found[source] for name, source in tied.items() if source in found}
 
@@ -151,7 +151,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 def _like(value: Any, own: Tensor | None) -> Any:
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
-        return value.clone() if isinstance(value, Tensor) else value  # a memory map of a file ends with its last tensor
+        return value.clone() if isinstance(value, Tensor) else value  # a copy, because a tensor of a memory map keeps the whole map open
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 

@@ -1,8 +1,8 @@
 """The loss of each method. It is a sum of terms, which `objectives.fused` computes without storing all logits.
 
-`make_step` turns a method into a `Step`, which the training loop calls. The objective becomes a function that returns the terms of a batch.
-A `TeacherTerm` is a divergence from the teacher. A `TokenTerm` is a loss of the tokens' log-probabilities. `tadistill.objectives` has their
-formulas.
+`make_step` turns the configuration of a method into a `Step`, which the training loop calls. The objective becomes a function that returns
+the terms of a batch. A `TeacherTerm` is a divergence from the teacher. A `TokenTerm` is a function of the tokens' log-probabilities.
+`tadistill.objectives` has the formulas.
 
 Axes: B sequences, T positions, N tokens of the loss, H hidden.
 """
@@ -41,7 +41,7 @@ class Loss:
 
 
 class Models:
-    """A student and its teachers. `loss` runs them on a batch."""
+    """A student and its teachers. `loss` runs them on a batch and returns its loss."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int | spans.Vocabularies):
         """`vocab` is as in `make_step`."""
@@ -55,10 +55,9 @@ class Models:
         return (self.student_model, *(teacher.model for teacher in self.teachers if teacher.model is not None))
 
     def targets(self, batch: Batch) -> tuple[Target, ...]:
-        """Return the teachers' outputs for the batch's response tokens.
+        """Return the teachers' outputs for the batch's response tokens. Teachers that the batch leaves out (`Batch.mixture`) are skipped.
 
-        Recorded outputs are taken from the batch. Without recorded outputs, the teachers compute them. Teachers that the batch leaves out
-        are skipped.
+        If the batch contains outputs, for example recorded ones, they are returned. If not, the teachers compute them.
         """
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
         if batch.route:  # all rows of such a batch have the same teacher (`Batch.of_share`)
@@ -70,11 +69,12 @@ class Models:
     def loss(self, model: nn.Module, batch: Batch, terms: Callable[[Batch], Sequence[Term]], per: float, per_span: float = 1.0) -> Loss:
         """Return the loss of a batch: the sum of each term over the response tokens, divided by the number `per`.
 
-        If the teacher has another tokenizer, its terms are summed over spans and divided by `per_span`.
+        If the teacher has another tokenizer, terms with the teacher are summed over spans (texts between common token boundaries) and
+        divided by `per_span`. If each training set has its own teacher, each teacher processes only the rows of its sets.
 
         Args:
-            model: the student or a wrapper around it. It reads the batch once. Each teacher of a route reads its own rows.
-            terms: returns the terms of a batch.
+            model: the student or a wrapper around it. It makes one forward pass over the batch.
+            terms: a function that returns the terms of a batch.
         """
         read = [batch.of_share(i) for i in range(len(batch.shares))] or [batch]
         each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
@@ -108,11 +108,11 @@ class Step:
 
     models: Models
     terms: Callable[[Batch], Sequence[Term]]
-    """Returns the terms of a batch's response tokens."""
+    """Returns the loss terms of a batch's response tokens."""
     corpus_terms: Callable[[Batch], Sequence[Term]] = lambda corpus: ()
-    """Returns the terms of the plain text in a batch (`Batch.corpus`)."""
+    """Returns the loss terms of the pre-training text in a batch (`Batch.corpus`)."""
     advantages: Callable[[list[Batch], Sum], list[Batch]] = lambda batches, total: batches
-    """Adds MiniLLM's advantages to the batches of an update. They depend on all batches together."""
+    """Adds MiniLLM's advantages to the batches of an update. The advantages depend on all batches together."""
     mixture: TargetMixture | None = None
     """The mixture that combines several teachers into one target; None for a single teacher."""
     seed: int = 0
@@ -141,14 +141,13 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: divisors: `response` for the sum over response tokens, `corpus` for the sum over plain text, and `spans` for the sum over
-                spans.
+            per: the divisors of sums: `response` for response tokens, `corpus` for tokens of pre-training text, and `spans` for spans.
         """
         found = self.models.loss(student, batch, self.terms, per["response"], per.get("spans", 1.0))
         if batch.corpus is None:
             return found
-        # The plain text has its own forward pass. Joined with the rollouts, the shorter text would be padded, and both graphs would be in
-        # memory at once.
+        # The pre-training text has its own forward pass. In one pass with the rollouts, the shorter text would be padded, and both graphs
+        # would be in memory at once.
         with self.phase("corpus"):
             plain = self.models.loss(student, batch.corpus, self.corpus_terms, per["corpus"])
         return Loss(found.total + plain.total, found.parts | plain.parts)
@@ -160,9 +159,9 @@ def mixture_of(batch: Batch) -> TargetMixture | None:
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
-    """Count this process's loss tokens. The key `response` counts response tokens, and `corpus` counts tokens of plain text.
+    """Count this process's loss tokens. The key `response` counts response tokens, and `corpus` counts tokens of pre-training text.
 
-    If the teacher has another tokenizer, there are also the counts of `Aligned.found`, such as `spans`.
+    If the teacher has another tokenizer, the result also has the counts of `Aligned.found`, such as `spans`.
     """
     corpora = [b.corpus for b in batches if b.corpus]
     found = {"response": sum(len(b.places.loss) for b in batches), "corpus": sum(len(c.places.loss) for c in corpora)}
@@ -193,9 +192,9 @@ def make_step(
     Args:
         teachers: the teachers that run in training, the original one first. Empty if the objective uses no teacher, or if the batches
             already contain the teacher's outputs.
-        vocab: the number of tokens of the vocabulary, or the tokens that student and teacher share if they have different tokenizers.
+        vocab: the number of tokens of the vocabulary. If student and teacher have different tokenizers, their two vocabularies.
         seed: the random seed that decides which teachers an update leaves out.
-        own: the function of objective `custom`.
+        own: the user's function, for the objective `custom`.
         recorded: the number of teachers whose recorded outputs the batches contain.
     """
     models, count = Models(student, teachers, vocab), recorded or len(teachers)
@@ -231,7 +230,7 @@ def _step(method: Method, models: Models, own: Callable[..., Tensor] | None) -> 
 
 
 _FUNCTIONS: dict[str, str] = {"uld": "sorted_distance", "gold": "hybrid_distance"}
-"""The functions of objectives that the field knows by another name. Every other function has the name of its objective."""
+"""The functions of `tadistill.objectives` whose names differ from the names of their objectives in recipes."""
 
 
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
@@ -319,7 +318,7 @@ def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:
     behaviour, advantage = batch.counted(batch.values["behaviour"]), batch.counted(batch.values["advantage"])
     if objective.clip_weight:
         ratio = {"log_behaviour": behaviour}
-    else:  # the weight q_old / p~ is separated from the ratio, and multiplies the same terms as the ratio
+    else:  # only q / q_old is clipped; the factor q_old / p~ is a weight of the same terms
         old = batch.counted(batch.values["student"])
         ratio = {"log_behaviour": old, "weight": (old - behaviour).exp()}
     policy = TokenTerm(

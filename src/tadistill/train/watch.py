@@ -1,4 +1,4 @@
-"""Measure the text that the student samples during training. If the text gets worse, give alarms that say what to change.
+"""Measure the text that the student samples during training. If the text gets worse, return alarms that say what to change.
 
 The loss does not show that sampled text becomes short or repeats itself. The reverse KL may even fall at the same time, as in MiniLLM's
 ablation without length normalisation.
@@ -23,8 +23,8 @@ _GRAM = 4
 def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
 
-    p is the probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under the
-    distribution from which the text was sampled.
+    p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
+    the distribution from which the text was sampled.
 
     Over all sequences:
 
@@ -40,7 +40,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     weight_min, _max    smallest and largest q_old / behaviour
     clip_fraction       share of tokens whose q / behaviour the objective clips
 
-    If the teacher has another tokenizer, reverse_kl and reward are means over spans, and there is no teacher_top_mass. Over all sequences:
+    If the teacher has another tokenizer, reverse_kl and reward are means over spans (texts between token boundaries that both models have),
+    and there is no teacher_top_mass. Over all sequences:
 
     left_out            share of the student's tokens that are in no span, so no loss compares them with the teacher
     """
@@ -130,7 +131,8 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Gives alarms if the metrics of sampled text become much worse than at the start. An alarm is not repeated while its cause remains."""
+    """Alarms about sampled text. An alarm is given when a metric becomes much worse than at the start. While this lasts, the alarm is not
+    repeated."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
