@@ -127,7 +127,7 @@ def build(kind: str, *, device: torch.device, dtype: torch.dtype = torch.float32
     return model.eval()
 
 
-def small(kind: str, *, seed: int = 0, layers: int = 2) -> PreTrainedModel:
+def small(kind: str, *, seed: int = 0, layers: int = 2, vocab: int = VOCAB) -> PreTrainedModel:
     """Return a model of a few thousand weights on the CPU. Its predictions are far from uniform."""
     if kind == "gpt2":
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 128}
@@ -138,7 +138,7 @@ def small(kind: str, *, seed: int = 0, layers: int = 2) -> PreTrainedModel:
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "max_position_embeddings": 128}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = build(kind, device=torch.device("cpu"), seed=seed, vocab_size=VOCAB, **sizes)
+    model = build(kind, device=torch.device("cpu"), seed=seed, vocab_size=vocab, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu/detect.py [--short] [--precision fp32|bf16] [--planted] [--json PATH]
 
-The study has every kind of stage, every objective and every sampler, with models of two families and a few thousand weights. A GPU would
-refuse each mixing that is found, so the exit status is 1 if there is one. `pretend.py` says how they are found. g++ is needed. The script
-also counts, for each stage, the operations after which the CPU waits for the GPU.
+The studies have every kind of stage, every objective and every sampler, models with two tokenizers, routes, phases and an EMA teacher, with
+models of two families and a few thousand weights. A GPU would refuse each mixing that is found, so the exit status is 1 if there is one.
+`pretend.py` says how they are found. g++ is needed. The script also counts, for each stage, the operations after which the CPU waits for
+the GPU.
 
 `--short` runs one arm for each kind of work, for the tests. `--planted` adds a loss in the user's own code that mixes, which must be found.
 """
@@ -27,6 +28,7 @@ seeds: [1]
 models:
   xl: {load: "scratch:llama", tokenizer: tinyworld, seed: 1, config: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 32, max_position_embeddings: 64}, sft: {optim: {steps: 2, batch: 4, precision: PRECISION}, select: {every: 2}, keep: [1]}}
   l: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 28, n_layer: 2, n_head: 2, n_positions: 64}, sft: {optim: {steps: 1, batch: 4, precision: PRECISION}, select: {metric: last}}}
+  b: {load: "scratch:gpt2", tokenizer: tinyworld-bpe, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 96}}
   s: {init: {from: xl, layers: [1]}}
   p: {init: {from: xl, layers: 1, layers_by: influence, hidden: 8, intermediate: 16, heads: 2}}
   early: {checkpoint: {of: xl, step: 1}}
@@ -47,6 +49,7 @@ SHORT = """
   hidden: {path: xl > s, objective: {type: jensen_shannon}, sampler: {type: dataset, signal: {type: hidden}}}
   pair: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 4}, select: {metric: last}}
   like: like > s
+  over-spans: {path: xl > b, objective: {type: reverse_kl}, sampler: {type: student, max_new_tokens: 4}}
 """
 REST = """
   minillm: xl > s
@@ -70,11 +73,30 @@ REST = """
   packed: {path: xl > l, objective: {type: jensen_shannon}, sampler: {type: dataset}, optim: {packed: true, tokens: 64}}
   packed-minillm: {path: l > s, optim: {packed: true, tokens: 64}}
   context: {path: xl > s, context: "{instruction} {output}", objective: {type: forward_kl}, sampler: {type: student, max_new_tokens: 4}}
+  phases: {path: xl > s, sampler: {type: dataset}, phases: [{objective: {type: forward_kl}}, {objective: {type: reverse_kl}, sampler: {type: student, max_new_tokens: 4}}]}
+  ema: {path: s > s, ema: 0.5, context: "{instruction} {output}", objective: {type: reverse_kl}, sampler: {type: student, max_new_tokens: 4}}
+  spans-kl: {path: xl > b, objective: {type: forward_kl, kd_ratio: 0.5}, sampler: {type: dataset}, optim: {packed: true, tokens: 200}}
+  spans-js: {path: l > b, objective: {type: jensen_shannon}, sampler: {type: dataset}}
+  spans-gold: {path: xl > b, objective: {type: gold}, sampler: {type: dataset}}
+  spans-context: {path: xl > b, context: "{instruction} {output}", objective: {type: skew_reverse_kl}, sampler: {type: student, max_new_tokens: 4}}
+  spans-minillm: {path: xl > b, objective: {type: minillm, pt_weight: 0}, sampler: {type: teacher_mixed, alpha: 0, rollouts: 8, inner_epochs: 2, max_new_tokens: 4}}
+  spans-seqkd: {path: xl > b, objective: {type: cross_entropy}, sampler: {type: teacher, max_new_tokens: 4}}
   checkpointed: {path: xl > l, objective: {type: reverse_kl}, sampler: {type: dataset}, optim: {gradient_checkpointing: true, micro_batch: 2}}
 """  # noqa: E501
 OTHERS, SETS = (
     "also: {greedy: {temperature: 0}, narrow: {top_k: 3, top_p: 0.9, no_repeat_ngram: 2}}",
     "test: [tinyworld, tinyworld_choices]",
+)
+ROUTES = """
+  kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}}
+  route: {path: xl on facts + l on skills > s, objective: {type: reverse_kl}, sampler: {type: student, max_new_tokens: 4}}
+  route-minillm: {path: xl on facts + l on skills > s, objective: {type: minillm, pt_weight: 0}, sampler: {type: student, rollouts: 8, inner_epochs: 2, max_new_tokens: 4}}
+  route-seqkd: {path: xl on facts + l on skills > s, objective: {type: cross_entropy}, sampler: {type: teacher, max_new_tokens: 4}}
+"""  # noqa: E501
+ONE_SET, SETS_OF_ROUTES = (
+    "train: tinyworld, dev: tinyworld, test: [tinyworld, tinyworld_choices]",
+    "train: {facts: {load: tinyworld_facts, weight: 1}, skills: {load: tinyworld_skills, weight: 1}}, "
+    "dev: {facts: {load: tinyworld_facts}, skills: {load: tinyworld_skills}}, test: [tinyworld]",
 )
 DIVERGENCES = ["jeffreys", "total_variation", "adaptive_kl", "alpha_beta", "alpha_mixture", "top_k_forward_kl", "top_k_reverse_kl", "taid"]
 OWN = """
@@ -102,6 +124,11 @@ def recipe(precision: str, *, short: bool, planted: bool) -> str:
         arms += f'  own: {{path: xl > s, objective: {{type: custom, function: "own:{function}"}}, sampler: {{type: dataset}}}}\n'
     whole = (MODELS + arms).replace("PRECISION", precision)
     return whole.replace(OTHERS, "also: {greedy: {temperature: 0}}").replace(SETS, "test: [tinyworld]") if short else whole
+
+
+def recipe_of_routes(precision: str) -> str:
+    """Return the recipe of students with a teacher for each training set."""
+    return (MODELS.replace(ONE_SET, SETS_OF_ROUTES) + ROUTES).replace("PRECISION", precision)
 
 
 def run(text: str, seen: Seen, folder: Path, *, probes: bool) -> list[dict[str, Any]]:
@@ -141,6 +168,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, pretended() as seen, contextlib.chdir(folder):
         text = recipe(options.precision, short=options.short, planted=options.planted)
         rows = run(text, seen, Path(folder), probes=not options.short)
+        if not options.short:
+            rows += run(recipe_of_routes(options.precision), seen, Path(folder), probes=False)
     kinds = sorted({row["kind"] for row in rows})
     print(
         f"{len(rows)} stages of {len(kinds)} kinds ({', '.join(kinds)}), {options.precision}: {seen.operations:,} operations on the device"

@@ -117,6 +117,12 @@ class OnDevice(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.held.__reduce_ex__(protocol)  # a file has the contents of a tensor, and no class
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            made = OnDevice(self.held.detach().clone())
+            memo[id(self)] = torch.nn.Parameter(made, self.requires_grad) if isinstance(self, torch.nn.Parameter) else made
+        return memo[id(self)]
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnDevice({self.held!r})"
 

@@ -21,19 +21,27 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
+from tadistill import rng
 from tadistill.config.method import Method, Optim, Select, check_pairing
-from tadistill.config.objective import Custom, Gold, Objective, ObjectiveBase
+from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, MiniLLM, Objective, ObjectiveBase, ReverseKL
+from tadistill.config.over_spans import over_spans
 from tadistill.data.batch import Sequence
+from tadistill.data.second_readings import Rereader
 from tadistill.data.templates import Encoded
+from tadistill.data.tinyworld import world_rows
+from tadistill.data.tinyworld_tokenizers import PIECES, WORDS, tokenizer
+from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import Interrupted
 from tadistill.rollout.engine import Native
 from tadistill.rollout.generate import Mixture, Rollout, sample
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler
 from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
 
 CPU, ROWS, NEW = torch.device("cpu"), 8, 12
+PEOPLE = 20  # of tinyworld
 BF16_COSINE = 0.98
 BF16_LOSS = 5e-3
 """Largest difference of a bf16 loss from the float32 one, as a part of it. A number in bfloat16 is wrong by up to 0.004 of it."""
@@ -60,6 +68,8 @@ class Case:
     name: str
     objective: ObjectiveBase
     own: Callable[..., Tensor] | None = None
+    between: bool = False
+    """True for models with different tokenizers."""
 
     @property
     def method(self) -> Method:
@@ -69,12 +79,12 @@ class Case:
         if needs.needs_pairs:
             sampler = {"type": "pair", **of}
         elif needs.needs_rounds:
-            sampler = {"type": "teacher_mixed", "rollouts": ROWS, "inner_epochs": 1, **of}
+            sampler = {"type": "teacher_mixed", "alpha": 0.0 if self.between else 0.2, "rollouts": ROWS, "inner_epochs": 1, **of}
         elif needs.needs_own_samples:
             sampler = {"type": "student", **of}
         found = Method.model_validate({"objective": self.objective, "sampler": sampler, "optim": {"batch": ROWS}})
         check_pairing(found)
-        return found
+        return over_spans(found) if self.between else found
 
 
 def cases() -> list[Case]:
@@ -89,6 +99,15 @@ def cases() -> list[Case]:
             found.append(Case(kind().label, kind()))
     official = next(case.objective for case in found if case.name == "minillm").model_validate({"preset": "official"})
     return [*found, Case("minillm official", official)]
+
+
+def cases_over_spans() -> list[Case]:
+    """Return the methods whose losses differ for models with different tokenizers, and one in rounds."""
+    found = [
+        Case(f"{kind.model_fields['type'].default} over spans", kind(), between=True)
+        for kind in (ForwardKL, ReverseKL, JensenShannon, Gold)
+    ]
+    return [*found, Case("minillm over spans", MiniLLM(pt_weight=0), between=True)]
 
 
 class Replayed:
@@ -110,12 +129,13 @@ class Problem:
     sequences: list[Sequence]
     alone: dict[tuple[int, ...], Rollout]
     mixed: dict[tuple[int, ...], Rollout]
+    vocab: Any = VOCAB
+    again: Rereader | None = None
+    """Set if the teacher has a tokenizer of its own. `vocab` then holds both vocabularies."""
 
     @classmethod
     def of(cls, kind: str) -> "Problem":
         """Make the problem on the CPU in float32."""
-        from tadistill import rng
-
         student, teacher = small(kind), small(kind, seed=3, layers=3)
         sequences = texts(ROWS, 10, NEW, VOCAB)
         prompts, uniforms = [s.prompt for s in sequences], rng.uniforms([*range(ROWS)], NEW, 0, "kit")
@@ -126,6 +146,27 @@ class Problem:
             return dict(zip(prompts, kept, strict=True))
 
         return cls(student, teacher, sequences, answers(None), answers(Mixture(teacher, 0.2)))
+
+    @classmethod
+    def between(cls, kind: str) -> "Problem":
+        """Make the problem for two models with different tokenizers: bytes and pieces of words for the student, words for the teacher."""
+        mine, theirs = (tokenizer(name, people=PEOPLE) for name in (PIECES, WORDS))
+        student, teacher = small(kind, vocab=len(mine)), small(kind, seed=3, layers=3, vocab=len(theirs))
+        again = Rereader(token_bytes(mine), token_bytes(theirs), (len(mine), len(theirs)))
+
+        def ids(reader: Any, text: str) -> tuple[int, ...]:
+            return tuple(reader(text)["input_ids"])
+
+        sequences = []
+        for row in world_rows("tinyworld", "train", people=PEOPLE)[:ROWS]:
+            asked, end = row["instruction"], mine.eos_token_id
+            sequences.append(Sequence(ids(mine, asked), (*ids(mine, row["outputs"][0]), end), teacher_prompt=ids(theirs, asked)))
+        prompts, uniforms = [s.prompt for s in sequences], rng.uniforms([*range(ROWS)], NEW, 0, "kit")
+        out = sample(student, prompts, uniforms, eos=(mine.eos_token_id,), vocab=len(mine))
+        alone = {
+            p: Rollout(r.tokens, {name: r.values[name] for name in ("student", "behaviour")}) for p, r in zip(prompts, out, strict=True)
+        }
+        return cls(student, teacher, sequences, alone, alone, Vocabularies(again), again)
 
     def update(self, case: Case, device: torch.device, precision: str, steps: int = 1) -> tuple[float, Tensor]:
         """Do updates by the training loop. Returns the loss of the first, and the gradient that AdamW got from it."""
@@ -143,7 +184,7 @@ class Problem:
         handle = register_optimizer_step_pre_hook(look)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                step = make_step(method, student, teachers, VOCAB, own=case.own)
+                step = make_step(method, student, teachers, self.vocab, own=case.own)
                 train(Path(folder), accelerator, student, step, self.sampler(method, student, teachers), optim)
                 row = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[0])
         finally:
@@ -153,13 +194,15 @@ class Problem:
     def sampler(self, method: Method, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...]) -> Sampler:
         """Return the method's own sampler. Its engine repeats the known responses."""
         if not method.sampler.on_policy:
-            return FixedSequences(self.sequences, method.optim, pad=0, seed=0)
+            sequences = self.again.each(self.sequences) if self.again else self.sequences
+            return FixedSequences(sequences, method.optim, pad=0, seed=0)
         known = self.mixed if method.objective.needs_rounds else self.alone
         engine = Replayed(student, method.sampler, known)
-        prompts = [Encoded(i, s.prompt, s.response) for i, s in enumerate(self.sequences)]
+        prompts = [Encoded(i, s.prompt, s.response, teacher_prompt=s.teacher_prompt) for i, s in enumerate(self.sequences)]
         corpus = [Sequence((), s.response) for s in self.sequences] if method.objective.needs_corpus else []
-        common: dict[str, Any] = {"engine": engine, "pad": 0, "seed": 0}
-        return on_policy(method, self.sequences, prompts, teachers=teachers, vocab=VOCAB, corpus=corpus, **common)
+        common: dict[str, Any] = {"engine": engine, "pad": 0, "seed": 0, "again": self.again}
+        vocab = self.again.sizes[0] if self.again else VOCAB
+        return on_policy(method, self.sequences, prompts, teachers=teachers, vocab=vocab, corpus=corpus, **common)
 
 
 def train(folder: Path, accelerator: Accelerator, student: PreTrainedModel, step: Any, sampler: Sampler, optim: Optim, **more: Any) -> Any:
@@ -170,11 +213,11 @@ def train(folder: Path, accelerator: Accelerator, student: PreTrainedModel, step
 
 
 def losses(kit: Kit) -> None:
-    """Every objective's update: the device's float32 against the CPU's, and bf16 against float32."""
+    """Every objective's update, with one tokenizer and with two: the device's float32 against the CPU's, and bf16 against float32."""
     kinds = ("qwen2",) if kit.tiny else ("gpt2", "llama", "opt", "qwen2")
     for kind in kinds:
-        problem = Problem.of(kind)
-        for case in cases():
+        problem, between = Problem.of(kind), Problem.between(kind)
+        for problem, case in [*((problem, case) for case in cases()), *((between, case) for case in cases_over_spans())]:
             expected, gradient = problem.update(case, CPU, "fp32")
             here, own = problem.update(case, kit.device, "fp32") if kit.cuda else (expected, gradient)
             half, rounded = problem.update(case, kit.device, "bf16")

@@ -80,10 +80,10 @@ def test_all_parts_run_and_all_rules_of_correctness_hold(result):
 def test_bf16_has_the_gradients_of_float32_for_every_objective(result):
     """A training step by the training loop, with the same text: the cosine of the gradients is 0.98 or more."""
     lines = {line["name"]: line for line in result["parts"]["losses"]["lines"]}
-    for kind in typing.get_args(typing.get_args(Objective)[0]):
-        name = kind.model_fields["type"].default
-        if name == "gold":  # only between two tokenizers
-            continue
+    found = [kind.model_fields["type"].default for kind in typing.get_args(typing.get_args(Objective)[0])]
+    found.remove("gold")  # only between two tokenizers
+    between = ("forward_kl", "reverse_kl", "jensen_shannon", "gold", "minillm")
+    for name in (*found, *(f"{name} over spans" for name in between)):
         cosine, loss = lines[f"qwen2 {name}: cosine of gradients, bf16 and float32"], lines[f"qwen2 {name}: loss, bf16 against float32"]
         assert 0.98 <= cosine["value"] < 1 - 1e-9  # below 1, because bf16 rounds
         assert 0 < loss["value"] <= 5e-3
