@@ -1,11 +1,11 @@
-"""The table of metrics. Each row has all facts about one metric that evaluation, selection and reports use.
+"""The table of metrics: the title, unit, direction and use of each metric, for evaluation, checkpoint selection and reports.
 
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
-A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
-of a student's error, one part for each model on the way from the teacher to the student. `METRIC/8` is pass@8 of METRIC. `task_score` is
-the first metric of a task of lm-eval, and `task_score/NAME` is another one. Training logs have `dev/METRIC`, and `dev/METRIC/SET` for each
-set if there are several dev sets.
+A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/0`, `budget/1`, … are the terms
+of a student's error budget (`evaluation.scoring`). `METRIC/8` is pass@8 of METRIC. `task_score` is the first metric of a task of lm-eval,
+and `task_score/NAME` is another metric of this task. Training logs have `dev/METRIC`, and `dev/METRIC/SET` for each set if there are
+several dev sets.
 """
 
 import re
@@ -20,30 +20,31 @@ Group = Literal["quality", "text", "language", "divergence"]
 Log = Literal["dev", "train", "rollout"]
 
 POINTS, PERCENT, NATS, BITS = "points", "percentage points", "nats/token", "bits/byte"
-LAST = "last"  # Select's name for the final weights, which no metric chooses
+LAST = "last"  # the value of `Select.metric` for the final weights: no metric selects a checkpoint
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its names, its direction, where it comes from and where it is shown."""
+    """One metric: its names, its direction, the stage that measures it, and where reports show it."""
 
     name: str
     title: str
     group: Group
-    """Metrics of the group `quality` score an answer's text against the references. They have a table for each test set."""
+    """Metrics of the group `quality` score an answer's text against the references. Reports have a table of them for each test set."""
     unit: str = ""
     decimals: int = 3
     better: Literal["higher", "lower"] | None = None
     stage: Literal["evaluate", "analyse"] = "evaluate"
-    """The kind of stage that measures the metric."""
+    """The kind of stage that measures the metric. The kind `analyse` compares a student with its teacher."""
     whole_set: bool = False
     """True if the metric has one value per test set and no value per prompt. It then has no confidence interval."""
     selects: bool = False
     """True if the metric can select checkpoints: training can measure it on the dev set."""
     not_comparable: str = ""
-    """The reason why the metric's dev values cannot compare two paths; empty if they can compare them."""
+    """The reason why the metric's dev values cannot be compared between two paths (chains of models from the teacher to the student).
+    Empty if they can be compared."""
     logs: tuple[Log, ...] = ()
-    """The kinds of training logs that contain the metric, as KIND/NAME. The report draws a learning curve for each of them."""
+    """The training logs that contain the metric, under the name LOG/METRIC. The report draws a learning curve for each of them."""
     hub: str = ""
     """The metric's name on the Hugging Face Hub."""
     on_card: bool = False
@@ -51,7 +52,8 @@ class Metric:
     signed: bool = False
     """True if the metric can be negative."""
     by_token: bool = False
-    """True if the metric counts a model's own tokens. It can compare only models with the same tokenizer."""
+    """True if the value depends on the tokenizer, as a number of tokens or a mean over tokens does. Only models with the same tokenizer
+    can then be compared."""
     right_or_wrong: bool = False
     """True if each response is right (100) or wrong (0). Reports then have pass@k as METRIC/k."""
 
@@ -106,7 +108,7 @@ BUILT_IN = frozenset(METRICS)
 SELECTABLE = (LAST, *(row.name for row in _ROWS if row.selects))
 """The allowed values of `Select.metric`, the metric that selects a checkpoint."""
 NOT_COMPARABLE = {LAST: "measures nothing on dev"} | {row.name: row.not_comparable for row in _ROWS if row.not_comparable}
-"""The values of `Select.metric` that cannot compare two paths on the dev set. Each name is mapped to the reason."""
+"""Maps each value of `Select.metric` that cannot compare two paths on the dev set to the reason."""
 LOGS = tuple(f"{log}/{row.name}" for log in ("dev", "train", "rollout") for row in _ROWS if log in row.logs)
 """Names in training logs that have a learning curve in the report, in the order of the figures."""
 
@@ -132,7 +134,7 @@ def names_in(group: Group) -> tuple[str, ...]:
 
 
 def sorted_names(measured: Iterable[str], keep: Callable[[Metric], bool]) -> tuple[str, ...]:
-    """Return the measured metrics that `keep` accepts, in the order of the tables. Only the main decoding is included."""
+    """Return the measured metrics that `keep` accepts, in the order of the tables. Names of other decodings (`@`) are left out."""
     order = {name: i for i, name in enumerate(METRICS)}
     names = [name for name in dict.fromkeys(measured) if "@" not in name and keep(metric_of(name))]
     parts = {name: name.partition("/")[::2] for name in names}
@@ -167,7 +169,7 @@ def metric_title(name: str) -> str:
 def log_parts(name: str) -> tuple[str, str, str]:
     """Split the name of a value in a training log into the log, the metric and the dev set, such as ``dev``, ``loss`` and ``maths``.
 
-    The last part is empty if the value is not of one of several dev sets.
+    The third part is empty if the name contains no dev set.
     """
     log, _, rest = name.partition("/")
     metric, _, of = rest.partition("/")
@@ -189,7 +191,7 @@ def metric_unit(name: str) -> str:
 
 
 def training_text(loss: float, tokens_per_second: float) -> str:
-    """Return the progress of a training as text: its loss and its tokens per second."""
+    """Return the loss and the speed of a training as text, for its progress display."""
     return f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
 
 
@@ -197,6 +199,6 @@ _TRAINING = re.compile(r"loss (-?[\d.]+), ([\d,]+) tokens/s")
 
 
 def training_numbers(text: str) -> tuple[float, float] | None:
-    """Return loss and tokens per second from a text of `training_text`. Return None for any other text."""
+    """Parse a text that `training_text` returned: loss and tokens per second. Return None for any other text."""
     found = _TRAINING.match(text)
     return (float(found[1]), float(found[2].replace(",", ""))) if found else None

@@ -5,7 +5,19 @@ import pytest
 from tadistill.config.method import Select
 from tadistill.data.answers import RULES
 from tadistill.errors import StoreError
-from tadistill.metrics import LOGS, METRICS, NOT_COMPARABLE, SELECTABLE, higher_is_better, improves, metric_of, metric_title, metric_unit
+from tadistill.glossary import GLOSSARY
+from tadistill.metrics import (
+    BUILT_IN,
+    LOGS,
+    METRICS,
+    NOT_COMPARABLE,
+    SELECTABLE,
+    higher_is_better,
+    improves,
+    metric_of,
+    metric_title,
+    metric_unit,
+)
 
 
 def test_an_unknown_metric_is_an_error():
@@ -32,6 +44,10 @@ def test_selection_reads_the_table():
     assert set(NOT_COMPARABLE) == {"last", "reverse_kl"}
     with pytest.raises(ValueError, match="metric"):
         Select(metric="length")
+
+
+def test_the_glossary_explains_every_metric():
+    assert {name for name in BUILT_IN if METRICS[name].title not in GLOSSARY} == set()
 
 
 def test_directions():

@@ -1,5 +1,5 @@
-"""Calibration of a model: does its confidence agree with the share of correct predictions? The measure is the expected calibration error
-(ECE).
+"""Measure the calibration of a model: how well its confidence agrees with the share of its correct predictions. The result is the expected
+calibration error (ECE).
 
     probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
     ece(bins(*likeliest(probabilities, labels, references)))
@@ -62,21 +62,8 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
     if outside.any():
         raise DataError(f"the confidence {sure[outside][0]} is not a probability; every confidence must be in [0, 1]")
     bin_of = np.searchsorted(np.linspace(0, 1, count + 1)[1:-1], sure, side="right")
-    return _of_sums(*(np.bincount(bin_of, weights, count) for weights in (None, sure, right)))
-
-
-def merge(parts: Seq[Bins]) -> Bins:
-    """Add the bins of several sets of predictions. The result is the same as if all predictions had been sorted together.
-
-    Raises:
-        DataError: `parts` is empty, or its elements have different numbers of bins.
-    """
-    sizes = {len(p.count) for p in parts}
-    if len(sizes) != 1:
-        raise DataError(f"the parts to merge have {sorted(sizes)} bins; give at least one part, and the same number of bins in all parts")
-    counts = np.stack([p.count for p in parts])
-    confidence, correct = np.stack([p.confidence for p in parts]), np.stack([p.correct for p in parts])
-    return _of_sums(counts.sum(0), (counts * confidence).sum(0), (counts * correct).sum(0))
+    sizes, total_sure, total_right = (np.bincount(bin_of, weights, count) for weights in (None, sure, right))
+    return Bins(sizes, total_sure / np.maximum(sizes, 1), total_right / np.maximum(sizes, 1))
 
 
 def ece(of: Bins) -> float:
@@ -117,7 +104,7 @@ def label_probabilities(
     for i, labels in enumerate(choices):
         for k, label in enumerate(labels):
             stems.setdefault((i, label[:-1]), []).append(k)
-    groups = [(i, members) for (i, _), members in stems.items()]  # labels that differ only in their last token share a forward pass
+    groups = [(i, members) for (i, _), members in stems.items()]  # choices that differ only in their last token need one sequence
     sequences = [Sequence(tuple(prompts[i]), tuple(choices[i][members[0]])) for i, members in groups]
     found = [np.zeros(len(labels)) for labels in choices]
     for part in by_length(sequences, batch):
@@ -142,11 +129,6 @@ def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]
     return confidence, np.array(right, bool)
-
-
-def _of_sums(count: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
-    size = np.maximum(count, 1)
-    return Bins(count, confidence / size, correct / size)
 
 
 def _losses(reader: Reader, hidden: Tensor, tokens: Tensor, vocab: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.errors import DataError
-from tadistill.evaluation.calibration import Bins, bins, ece, label_probabilities, likeliest, merge
+from tadistill.evaluation.calibration import bins, ece, label_probabilities, likeliest
 
 RNG = np.random.default_rng(0)
 CONFIDENCE = np.concatenate([RNG.random(400), np.arange(16) / 15, [0.0, 1.0, 1.0]])
@@ -60,14 +60,6 @@ def test_bins_hold_means():
     assert empty == {"count": [0] * 14 + [1], "confidence": [0.0] * 14 + [1.0], "correct": [0.0] * 15}
 
 
-def test_merged_bins_are_those_of_all_predictions():
-    parts = [bins(CONFIDENCE[at], CORRECT[at]) for at in (slice(0, 7), slice(7, 7), slice(7, 300), slice(300, None))]
-    whole, merged = bins(CONFIDENCE, CORRECT), merge(parts)
-    for name in ("count", "confidence", "correct"):
-        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), atol=1e-12)
-    assert merged.count.dtype.kind == "i"
-
-
 def test_rounded_certainty_is_certainty():
     assert bins(np.array([1 + 1e-7], np.float32), [True]).count[-1] == 1
 
@@ -80,11 +72,6 @@ def test_what_is_not_a_prediction_is_refused():
         bins([0.5], [True, False])
     with pytest.raises(DataError, match="without predictions"):
         ece(bins([], []))
-    with pytest.raises(DataError, match=r"\[2, 3\]"):
-        merge([bins([1.0], [True], 2), bins([1.0], [True], 3)])
-    with pytest.raises(DataError, match="at least one part"):
-        merge([])
-    assert isinstance(merge([bins([1.0], [True])]), Bins)
 
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13)]
