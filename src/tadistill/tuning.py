@@ -1,20 +1,21 @@
-"""Constants that two parts share: the code that does the work, and the plan that predicts its cost without torch."""
+"""Constants that are used twice: by the code that trains and samples, and by the plan, which predicts the cost without importing torch."""
 
 LOG_ZERO = -1e15
 """A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
 TILE_BYTES = 144 * 2**20
 """Maximum size in bytes of the logits of student and teacher together, in one matrix product of the fused loss (`objectives.fused`)."""
 TILE_ROWS = 384
-"""Maximum number of tokens in such a product on a CPU. More tokens make the product no faster, only its logits larger."""
+"""Maximum number of tokens in one matrix product of the fused loss on a CPU. More tokens would need more memory and save no time."""
 OBJECTIVE = 3
-"""Size of an objective's temporary tensors on a GPU, as a multiple of the logits of student and teacher. An H200 measured 1.6 for
+"""Size of an objective's temporary tensors on a GPU, as a multiple of the logits of student and teacher. Measured on an H200: 1.6 for
 reverse KL and 3.1 for the Jensen-Shannon divergence (docs/benchmarks/gpu.md)."""
 GENERATION_BATCH = 64
 """Number of prompts in a batch when a teacher generates answers."""
 RECORDING_BATCH = 16
-"""Number of sequences in a forward pass that records a teacher's signal."""
+"""Number of sequences in a forward pass that records a teacher's outputs before training."""
 COMPACT_BELOW = 0.8
-"""Sampling removes finished rows from its caches when the share of unfinished rows is below this value. Copying at every step is slow."""
+"""Sampling removes finished rows from its key-value caches when the share of unfinished rows is below this value. Removing them at every
+step would be slow, because the caches are copied."""
 PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
 """Model families for which sampling from a mixture of two models works on packed sequences, without padding (`rollout.lazy`)."""
 LOG_POINTS = 100
@@ -22,4 +23,4 @@ LOG_POINTS = 100
 WATCH_EVERY = 10
 """Minimum number of updates between two measurements of the sampled text. A measurement takes about a tenth of an update's time."""
 WATCHED_ROWS = 8
-"""Number of sequences per micro-batch on which KL, reward and entropy are measured."""
+"""Number of sequences per micro-batch on which KL, reward and entropy of the sampled text are measured."""

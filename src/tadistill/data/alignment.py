@@ -3,17 +3,16 @@
     student, teacher = read_again(ids, token_bytes(student_tokenizer), token_bytes(teacher_tokenizer))
     spans = align(student, teacher)
 
-Both tokenisations are cut at their common byte boundaries. The text between two cuts is a span. It is a number of whole tokens on both
+Both tokenisations are cut at their common byte boundaries. The text between two cuts is a span. A span consists of whole tokens on both
 sides, so its log-probability under a model is the sum of the log-probabilities of its tokens. `tadistill.objectives.spans` has the losses.
 The page "Different tokenizers" of the documentation has the mathematics.
 
-The same idea, on characters or on decoded tokens, is in: Boizard et al. 2024 (ULD, arXiv 2402.12030), which truncates to the shorter
-sequence; Zhang et al. 2024 (DSKD, arXiv 2406.17328), which learns an attention between the two sequences; GOLD (TRL 1.16), which uses
-byte offsets of byte-level tokenizers; and SimCT (arXiv 2605.07711), whose released code cuts only after tokens with the same text.
+Related methods are: Boizard et al. 2024 (ULD, arXiv 2402.12030), which truncates to the shorter sequence; Zhang et al. 2024 (DSKD, arXiv
+2406.17328), which learns an attention between the two sequences; GOLD (TRL 1.16), which uses byte offsets of byte-level tokenizers; and
+SimCT (arXiv 2605.07711), whose released code cuts only after tokens with the same text.
 """
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
@@ -22,7 +21,7 @@ from tadistill.data.token_bytes import END, Piece, Reading, TokenBytes, valid_ru
 from tadistill.errors import DataError
 
 NO_SPAN = -1
-"""The span of a token after the last common boundary. Only a text that the teacher cannot read to its end has such tokens."""
+"""The span number of a token that is in no span. Such tokens exist, for instance, if the teacher cannot process the text to its end."""
 
 
 @dataclass(frozen=True)
@@ -30,41 +29,26 @@ class Alignment:
     """The spans of a text. A span is the text between two neighbouring boundaries that two tokenisations have in common."""
 
     student: tuple[int, ...]
-    """The span of each token of the student, from 0 upwards, or `NO_SPAN`."""
+    """The number of the span of each student token, counted from 0, or `NO_SPAN`."""
     teacher: tuple[int, ...]
-    """The span of each token of the teacher."""
+    """The number of the span of each teacher token, or `NO_SPAN`."""
     ends: tuple[int, ...]
-    """The place where each span ends: the number of bytes before it, plus the number of events before it."""
-    exact: tuple[bool, ...]
-    """True for a span whose tokens spell the same bytes on both sides. False if a normaliser changed the text there, or if a token is
-    unknown: the probability of such a span is that of another text."""
-
-    def single(self) -> tuple[bool, ...]:
-        """Return one value per span. It is True if the span is one token in both tokenisations."""
-        mine, theirs = Counter(self.student), Counter(self.teacher)
-        return tuple(mine[k] == theirs[k] == 1 for k in range(len(self.ends)))
+    """The end of each span, as a position in the text: the number of bytes and events (special tokens, the end of the text) up to there."""
 
 
 def align(student: Reading, teacher: Reading) -> Alignment:
     """Cut two tokenisations of one text into spans at the boundaries that they have in common.
 
-    A token without bytes, such as the space that Llama 2 adds, belongs to the span of the next token. If one tokenisation is longer than
-    the other, its tokens after the last common boundary are in no span.
+    A token without bytes, such as the space that Llama 2 adds, belongs to the span of the next token. If one tokenisation covers more text
+    than the other, its tokens after the last common boundary are in no span.
 
     Raises:
-        DataError: the tokenisations are not of one text.
+        DataError: the tokenisations are of different texts.
     """
     _check_same_text(student.pieces, teacher.pieces)
     mine, theirs = _ends(student.pieces), _ends(teacher.pieces)
     ends = sorted(set(mine) & set(theirs) - {0})
-    spans = [_spans(reading.pieces, places, ends) for reading, places in ((student, mine), (teacher, theirs))]
-    wrong = {
-        span
-        for reading, found in zip((student, teacher), spans, strict=True)
-        for span, ok in zip(found, reading.exact, strict=True)
-        if not ok
-    }
-    return Alignment(tuple(spans[0]), tuple(spans[1]), tuple(ends), tuple(k not in wrong for k in range(len(ends))))
+    return Alignment(tuple(_spans(student.pieces, mine, ends)), tuple(_spans(teacher.pieces, theirs, ends)), tuple(ends))
 
 
 def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, first: bool = False) -> tuple[Reading, Reading]:
@@ -72,16 +56,16 @@ def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, 
 
     If both models have the same tokenizer, the teacher gets the same ids. Otherwise the teacher's tokenizer tokenises the text:
 
-    - The first end token of the student becomes the teacher's end token. All later tokens are left out. - Another special token becomes the
-    teacher's special token of the same name. If there is none, both tokenisations stop before it. - Bytes that are not valid UTF-8, such as
-    half a character at the end of a cut text, become one token each (`Reading.lone`). The text before and after them is tokenised
-    separately. If the teacher has no tokens for bytes, both tokenisations stop there.
+    - The first end token of the student becomes the teacher's end token. All later tokens are left out.
+    - Another special token becomes the teacher's special token of the same name. If there is none, both tokenisations stop before it.
+    - Bytes that are not valid UTF-8, such as half a character at the end of a cut text, become one token each (`Reading.lone`). The text
+      before and after them is tokenised separately. If the teacher has no tokens for bytes, both tokenisations stop before them.
 
     So the student's tokenisation can be shorter than `ids`. The caller counts the missing tokens.
 
     Args:
-        ids: tokens of a response, sampled or from a data set.
-        first: True if they begin the sequence. False after a prompt.
+        ids: the student's tokens of a response, sampled or from a data set.
+        first: True if these tokens begin the sequence. False if they follow a prompt.
     """
     own = student.spell(ids, first=first)
     stop = own.pieces.index(END) + 1 if END in own.pieces else len(own.pieces)
@@ -117,14 +101,14 @@ def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], 
 
 
 def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Divide two vocabularies into cells (`objectives.spelling`). Return the cell of each token, and the length of the cell's root, for
-    student and teacher.
+    """Divide two vocabularies into cells (`objectives.spelling`): sets of tokens that begin with the same bytes, the root of the cell.
+    Return one list for the student and one for the teacher, with the pair (cell, length of the cell's root) of each token.
 
     Each token points to the first token that the other tokenizer makes of its text. All tokens that are connected by such pointers are one
     cell. Two more cells come last: the tokens that only the student writes, and those that only the teacher writes.
 
     Args:
-        sizes: the numbers of tokens of the models' heads. Tokens after the tokenizer's own are in the last two cells.
+        sizes: the number of logits of each model. Ids that are not in the tokenizer are in one of the last two cells.
     """
     sides = student, teacher
     links = [[_first_token(a, i, b) for i in range(min(size, len(a.pieces)))] for a, b, size in zip(sides, sides[::-1], sizes, strict=True)]
@@ -158,7 +142,7 @@ def piece_of(vocabulary: TokenBytes, token: int) -> Piece | None:
 
 
 def _first_token(vocabulary: TokenBytes, token: int, other: TokenBytes) -> int | None:
-    """Return the first token that the other tokenizer makes of a token's text. None if it does not spell the text."""
+    """Return the first token that the other tokenizer makes of a token's text. Return None if the text does not begin with this token."""
     piece = piece_of(vocabulary, token)
     if not piece:
         return None
@@ -192,7 +176,7 @@ def _read_piece(piece: Piece, teacher: TokenBytes, *, first: bool) -> tuple[Read
         else:
             return found, False
         found += more
-        if not more.ids:  # text of dropped characters only
+        if not more.ids:  # the tokenizer drops all of this text
             return found, False
     return found, True
 
@@ -235,6 +219,6 @@ def _check_same_text(student: Sequence[Piece], teacher: Sequence[Piece]) -> None
         return
     place, (a, b) = next((k, pair) for k, pair in enumerate(zip_longest(*symbols)) if pair[0] != pair[1])
     raise DataError(
-        f"the two tokenisations are of different texts: at place {place}, the student's has {a!r} and the teacher's has {b!r}; tokenise "
-        "one text"
+        f"the two tokenisations are of different texts: at position {place}, the student's has {a!r} and the teacher's has {b!r}; "
+        "tokenise the same text with both"
     )

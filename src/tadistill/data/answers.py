@@ -25,10 +25,10 @@ from tadistill.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: how the right answer of a row is read, and how a model's answer is compared with it."""
+    """A rule: one function parses the right answer of a row, and another compares a model's answer with the right answer."""
 
     read: Callable[[Any, tuple[str, ...], str], Any]
-    """Returns the right answer. Its arguments are the value of the column, the choices of the row, and the place of the row for messages.
+    """Parses the right answer. Its arguments are the value of the column, the choices of the row, and the name of the row for messages.
     Raises a DataError if the value is not valid."""
     right: Callable[[str, Any], bool]
     """Returns True if an answer is right. Its arguments are the model's answer and the result of `read`."""
@@ -40,7 +40,7 @@ def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
 
 
 def _as_text(value: Any) -> str:
-    # empty for anything but a text or a number
+    # empty if the value is neither a text nor a number
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if number or isinstance(value, str) else ""
 
@@ -111,7 +111,7 @@ class Choice:
 
 def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
     letters = _LETTERS[: len(choices)] if choices else _LETTERS
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value  # of a column of references
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value  # a column of references has lists
     if choices and isinstance(value, int) and 0 <= value < len(choices):
         return Choice(choices, int(value))
     if isinstance(value, str) and value in choices:
@@ -176,25 +176,25 @@ def _read_math(value: Any, choices: tuple[str, ...], where: str) -> str:
     marked = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
     text = text if marked else f"${text}$"
     if not any(not isinstance(found, str) for found in _parsed(text)):
-        raise _wrong("math", value, where, "write an expression that math-verify reads, for instance \\frac{1}{2}")
+        raise _wrong("math", value, where, "write an expression that math-verify can parse, for instance \\frac{1}{2}")
     return text
 
 
 def _same_math(answer: str, right: str) -> bool:
     from math_verify import verify  # here: it imports sympy, which is slow
 
-    return bool(verify(_parsed(right), _parsed(answer), timeout_seconds=_limit()))  # the right one comes first
+    return bool(verify(_parsed(right), _parsed(answer), timeout_seconds=_limit()))  # math-verify expects the right one first
 
 
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # an expression that takes too long is a wrong answer, and no warning
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # an expression that takes too long counts as wrong, without a warning
     return parse(text, parsing_timeout=_limit())  # type: ignore[arg-type]  # None means no limit
 
 
 def _limit() -> int | None:
-    return _SECONDS if threading.current_thread() is threading.main_thread() else None  # math-verify's limit is a signal
+    return _SECONDS if threading.current_thread() is threading.main_thread() else None  # math-verify sets its limit with a signal
 
 
 # --- checks of form -----------------------------------------------------------------------------------------------------
@@ -249,4 +249,4 @@ RULES: Mapping[str, Rule] = {
     "math": Rule(_read_math, _same_math),
     "checks": Rule(_read_checks, _passes),
 }
-"""Maps the name of a rule to the rule. A metric has the same name, and so has the rule's column in a recipe."""
+"""Maps the name of a rule to the rule. The metric, and the key in `columns` of a recipe, have the same name."""

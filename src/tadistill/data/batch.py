@@ -34,26 +34,26 @@ class Sequence:
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    """The response to the prompt. With several turns, it is the response of the last one."""
+    """The response to the prompt. In a sequence of several turns, this is the response of the last turn."""
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """Maps a name to an array with one number per response token, for example the log-probability during sampling."""
     states: tuple[Tensor, ...] = ()
     """The teachers' last hidden states at the positions that predict the response: one tensor (response tokens, H) per teacher."""
     teacher_prompt: tuple[int, ...] | None = None
-    """The prompt that the teachers read in place of `prompt`. None if they read the same one."""
+    """The prompt that the teachers get in place of `prompt`. None if they get `prompt`."""
     spans: tuple[tuple[int, int], ...] = ()
-    """The parts that count in the loss, as pairs (first token, token after the last one) in prompt and response together. Empty if it is
-    the whole response. With a prompt of the teacher's own, they are parts of the response."""
+    """The parts that count in the loss, as pairs (start, end) of token indices, counted from the start of the prompt; `end` is excluded.
+    Empty if the whole response counts. If the teacher has its own prompt, only parts of the response count."""
     second: SecondReading | None = None
-    """The response in the tokens of a teacher with another tokenizer. None if both have one tokenizer."""
+    """The response in the tokens of a teacher with another tokenizer. None if teacher and student have the same tokenizer."""
     teacher: int | None = None
-    """The number of the teacher that teaches on this sequence. None if all teachers do."""
+    """The index of the only teacher that teaches on this sequence. None if all teachers teach on it."""
 
     @property
     def of_teacher(self) -> "Sequence":
-        """The sequence that the teacher reads: its own prompt if it has one, and this response, without values and states.
+        """The sequence that the teacher gets: its own prompt if it has one, and this response, without values and states.
 
-        If the teacher has another tokenizer, only tokens in a span count.
+        If the teacher has another tokenizer, only tokens in a span (`data.alignment`) count in the loss.
         """
         if self.second is not None:
             assert self.teacher_prompt is not None
@@ -79,10 +79,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Places:
-    """Indices of a batch's tokens. They are made on the host, so no forward pass waits until a GPU has counted tokens."""
+    """Indices of the tokens that a batch's loss needs. They are computed on the CPU, so that no forward pass waits for the GPU.
+
+    A position of the loss is one where the batch's mask is True. A column is one position in all rows.
+    """
 
     end: int
-    """Number of columns that the loss needs, at least 1. No position of the loss reads later tokens."""
+    """Number of columns that the loss needs, at least 1. Later columns do not influence the loss."""
     columns: Tensor
     """(C,) the columns that contain a position of the loss."""
     loss: Tensor
@@ -90,11 +93,11 @@ class Places:
     tokens: Tensor
     """(M,) the tokens that the loss needs in the flattened batch (B T): those up to the last position of the loss in each row."""
     lengths: tuple[int, ...]
-    """The numbers of these tokens in each row. Rows without such tokens are left out."""
+    """The number of `tokens` in each row. Rows without such tokens are left out."""
 
     @classmethod
     def of(cls, attention_BT: Tensor, mask_BT: Tensor) -> "Places":
-        """Return the places for the two masks of a batch. At least one token is needed, even if the loss has no position."""
+        """Compute the indices from the two masks of a batch. If the loss has no position, `tokens` is the first token of the batch."""
         columns = mask_BT.any(0).nonzero().squeeze(1)
         needed = (mask_BT.flip(1).cumsum(1).flip(1) > 0) & attention_BT.bool()
         if not len(columns):
@@ -104,7 +107,7 @@ class Places:
         return cls(int(columns[-1]) + 1 if len(columns) else 1, columns, loss, tokens, lengths)
 
     def to(self, device: torch.device) -> "Places":
-        """Return the places with their indices on `device`."""
+        """Return the indices as tensors on `device`."""
         columns, loss, tokens = (index.to(device, non_blocking=True) for index in (self.columns, self.loss, self.tokens))
         return Places(self.end, columns, loss, tokens, self.lengths)
 
@@ -119,25 +122,27 @@ class Batch:
     mask_BT: Tensor
     """True at the positions whose prediction of the next token is a part of the loss."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Maps a name to float32 numbers of shape (B, T). They are 0 where the mask is False."""
+    """Maps a name, as in `Sequence.values`, to float32 numbers of shape (B, T). They are 0 where the mask is False."""
     corpus: "Batch | None" = None
     """A batch of plain text for an additional language-modelling loss. None if there is no such loss."""
     targets: tuple[Hidden | TopK | Sampled, ...] = ()
     """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. Empty if nothing was recorded
-    before training. With `aligned`, they are those at the teacher's tokens that are in a span."""
+    before training. With `aligned`, they are the outputs at the teacher's tokens that are in a span."""
     mixture: TargetMixture | None = None
     """The weights of the teachers in this update, if there are several teachers."""
     context: "Batch | None" = None
-    """The same responses behind the teacher's own prompts. None if the teacher reads the student's prompts."""
+    """The same responses after the teacher's own prompts. None if the teacher gets the student's prompts."""
     aligned: Aligned | None = None
-    """The spans of both batches, if the teacher has another tokenizer. Then `context` has the responses in the teacher's tokens."""
+    """The spans that this batch and `context` share, if the teacher has another tokenizer. The responses in `context` are then in the
+    teacher's tokens. None if the teacher has the student's tokenizer."""
     route: tuple[int, ...] = ()
-    """The number of each row's teacher. Empty if every teacher teaches on all rows. `targets` are then those of the `shares`, in order."""
+    """The index of each row's teacher. `targets` then has one element for each of the `shares`. Empty if every teacher teaches on all
+    rows."""
 
     @property
     def of_teacher(self) -> "Batch":
-        """The batch that the teachers read. In its loss, the same response tokens count as here, in the same order, unless the teacher has
-        another tokenizer (`aligned`)."""
+        """The batch that the teachers get. Unless the teacher has another tokenizer (`aligned`), the same response tokens count in its loss
+        as in the loss of this batch, in the same order."""
         return self.context or self
 
     @property
@@ -157,7 +162,7 @@ class Batch:
 
     @cached_property
     def shares(self) -> tuple["Share", ...]:
-        """The rows of each teacher, if the rows have a `route`. `to` makes them on the device that the batch leaves, as `places`."""
+        """The rows of each teacher, in the order of the teachers' indices. Empty without a `route`. `to` treats them like `places`."""
         return tuple(Share.of(self, teacher, rows).to(self.ids_BT.device) for teacher, rows in _grouped(self.route).items())
 
     def of_share(self, number: int) -> "Batch":
@@ -203,15 +208,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of a batch that one teacher reads. Like `Places`, it is made on the host."""
+    """The rows of a batch on which one teacher teaches. Like `Places`, a share is computed on the CPU."""
 
     teacher: int
     rows: Tensor
-    """(n,) the rows, in ascending order."""
+    """(n,) the indices of the rows, in ascending order."""
     loss: Tensor
-    """(m,) which of the batch's N positions of the loss are in these rows."""
+    """(m,) the positions of the loss in these rows, as indices into the N positions of the loss of the whole batch."""
     places: Places
-    """The indices of the tokens, counted in these rows alone."""
+    """The indices of the tokens in a batch of only these rows."""
 
     @classmethod
     def of(cls, batch: Batch, teacher: int, rows: list[int]) -> "Share":
@@ -252,7 +257,7 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
     """Return the prompts and responses in a JSON Lines file. The file is checked now, but each row stays on the disk until it is used.
 
     Args:
-        encoded: the examples of the responses, in the order of the file. They are needed if the teacher has its own prompts.
+        encoded: the examples that the responses answer, in the order of the file. They are needed if the teacher has its own prompts.
 
     Raises:
         StoreError: the file is missing or damaged.
@@ -277,7 +282,7 @@ def answered_rows(file: Path, encoded: Seq[Encoded]) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _answers_in(file: Path, mtime_ns: int) -> tuple[np.ndarray, np.ndarray | None]:
-    # where each row of a file begins, and its number in the split; `responses` and `answered_rows` share one reading
+    # the offset of each line in bytes, and the index of its row in the split; cached for `responses` and `answered_rows`
     rows = [(place, row.get("row")) for place, row in stream_jsonl(file)]
     places, numbers = [place for place, _ in rows], [number for _, number in rows]
     return np.array(places, np.int64), None if None in numbers else np.array(numbers, np.int64)

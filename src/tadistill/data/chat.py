@@ -1,7 +1,7 @@
-"""Chat templates: how they write a conversation as text, and which token ends an answer.
+"""Apply chat templates: write a conversation as text, and find the token that ends an answer.
 
 A template is a Jinja program that comes with a tokenizer. Some templates raise an error, leave out a role, or do not write the start of an
-answer.
+answer. This module reports the first two cases, and adds a missing start.
 """
 
 import difflib
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "an answer 7919"  # text that no template contains
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag of transformers, which only marks a part
-_START, _END = "\ufdd0", "\ufdd1"  # around a marked part; no text contains them, because they are no characters
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag that transformers adds to Jinja; it marks what the model wrote
+_START, _END = "\ufdd0", "\ufdd1"  # around a marked part; Unicode noncharacters, which no text contains
 THINKING = ("reasoning_content", "thinking", "reasoning")
-"""Names of the field with the thinking of a message, as in transformers."""
+"""Possible names of the field with a message's thinking, as in transformers."""
 
 
 def render(
@@ -97,7 +97,7 @@ def marked(
 def unmarked(
     template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]] = (), prompt: bool
 ) -> str:
-    """Return a conversation as text, without a tokenizer of transformers.
+    """Return a conversation as text. In place of a tokenizer of transformers, this needs only the template and its variables.
 
     Args:
         variables: the texts of special tokens, and further variables of the template.
@@ -129,7 +129,7 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
 
 
 def thinking(message: Mapping[str, Any]) -> str | None:
-    """Return the thinking of a message, if it is in a field of its own. As in transformers, the field has one of three names."""
+    """Return the thinking of a message, if it is in one of the fields `THINKING`. Otherwise return None."""
     return next((message[name] for name in THINKING if message.get(name) is not None), None)
 
 
@@ -139,7 +139,7 @@ def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def called(functions: Seq[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the functions in a list of tools or of tool calls."""
+    """Return the function names in a list of tools, or in a list of tool calls."""
     found = [each.get("function", each) for each in functions]
     return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]
 
@@ -215,7 +215,7 @@ def opening(template: str | None, variables: Mapping[str, Any]) -> str:
     try:
         prompt = unmarked(template or "", turns[:1], variables, prompt=True)
         whole = unmarked(template or "", turns, variables, prompt=False)
-    except Exception:  # what is wrong shows in the data's own rows
+    except Exception:  # `render` reports the error for a row of the data
         return ""
     found = whole[len(prompt) :] if whole.startswith(prompt) else ""
     return found.partition(_ANSWER)[0] if _ANSWER in found else ""
@@ -259,7 +259,7 @@ def _rendered(template: str | None, turns: tuple[tuple[str, str], ...], specials
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         return unmarked(template or "", messages, dict(specials), prompt=prompt)
-    except Exception:  # a stranger's program may raise anything; what is wrong with it shows in the data's own rows
+    except Exception:  # a template may raise any error; `render` reports it for a row of the data
         return None
 
 
@@ -276,14 +276,14 @@ def _variables(template: str) -> frozenset[str]:
     try:
         environment = _compiled("").environment
         return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-    except TemplateError:  # `render` says so
+    except TemplateError:  # `render` reports the error
         return frozenset()
 
 
 def _text(
     template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]], prompt: bool
 ) -> str:
-    # as `apply_chat_template` of transformers, which gives no marks without token ids
+    # the same text as from `apply_chat_template` of transformers, which returns marked parts only together with token ids
     plain = [_with_thinking({name: value for name, value in message.items() if value is not None}) for message in messages]
     given: dict[str, Any] = {"tools": [*tools] or None, "documents": None, **variables}
     return _compiled(template).render(messages=plain, add_generation_prompt=prompt, **given)

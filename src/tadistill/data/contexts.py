@@ -1,6 +1,6 @@
-"""The teacher's own prompts (`context` of a method): their texts, and their token ids beside those of the student's prompts.
+"""Write the teacher's own prompts (`context` of a method) as text, and add their token ids to encoded rows.
 
-`messages` returns the prompt that a teacher behind an API reads, with or without a `context`.
+`messages` returns the prompt for a teacher behind an API, with or without a `context`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """A row of the training set, with the prompt of the student."""
+    """A row of the training set: its token ids, its example, and the student's prompt as text."""
 
     encoded: "Encoded"
     example: Example
@@ -38,15 +38,15 @@ def behind(
     *,
     name: str,
 ) -> tuple[list["Encoded"], dict[str, int]]:
-    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the number of prompts that are too long, as a field
-    of `Counts`.
+    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the number of prompts that are too long, under the
+    name of a field of `Counts`.
 
     Args:
-        tokens: turns texts into token ids. Its second argument says which of the texts a chat template has written.
+        tokens: turns texts into token ids. Its second argument has True for each text that a chat template has written.
         name: the data set, for error messages.
 
     Raises:
-        DataError, ModelError: as in `render`, or a prompt is empty, or it is too long and the rules refuse this.
+        DataError, ModelError: as in `render`; or a prompt is empty, or too long although `rules.long_prompts` is `refuse`.
     """
     context, cut = rules.context, rules.long_prompts == "cut"
     assert context is not None
@@ -56,7 +56,7 @@ def behind(
     texts = [render(context, e, p, tokenizer, chats=c, where=w, settings=rules.chat_template_kwargs) for e, p, c, w in prompts]
     ids, most = tokens(texts, chats), context.max_prompt
     if empty := [where for where, prompt in zip(places, ids, strict=True) if not prompt]:
-        raise DataError(f"{empty[0]}: the teacher's prompt is empty; write more than this column in context.template")
+        raise DataError(f"{empty[0]}: the teacher's prompt is empty; write more than placeholders in context.template")
     over = [(where, len(prompt)) for where, prompt in zip(places, ids, strict=True) if len(prompt) > most]
     if over and rules.long_prompts == "refuse":
         raise DataError(
@@ -68,7 +68,7 @@ def behind(
 
 
 def _in_chat(context: TeacherContext, student: bool) -> bool:
-    # the chat template writes the teacher's prompt; `student`: it writes the student's
+    # True if the chat template writes the teacher's prompt; `student`: True if it writes the student's prompt
     return student or context.system is not None if context.chat is None else context.chat
 
 
@@ -116,7 +116,7 @@ def _turns(context: TeacherContext, example: Example, text: str | None) -> list[
 
 
 def messages(example: Example, context: TeacherContext | None, where: str = "data") -> list[dict[str, Any]]:
-    """Return the messages that a teacher behind an API reads. An instruction, or a whole prompt, is one message of a user.
+    """Return the messages for a teacher behind an API. An instruction, or a whole prompt, becomes one message of a user.
 
     Raises:
         DataError: the row has no column for a placeholder of the context.

@@ -18,7 +18,8 @@ class Counts:
     cut: int = 0
     """Number of rows whose prompt was cut to `limit` tokens."""
     unopened: int = 0
-    """Number of these rows whose prompt is a chat, which then has no generation prompt: the start of the assistant's turn is cut off."""
+    """Number of the rows in `cut` whose prompt a chat template wrote. The cut also removes the generation prompt (the start of the
+    assistant's turn)."""
     shortened: int = 0
     """Number of rows whose response was cut, because prompt and response had more than `max_length` tokens. A cut response has no end
     token."""
@@ -30,11 +31,11 @@ class Counts:
     max_length: int = 0
     context_limit: int = 0
     turns: int = 0
-    """Number of turns that are not learnt, because their prompt is too long, although their row has turns that are learnt."""
+    """Number of turns that are left out because they are too long, in rows with other turns that are learnt."""
     answers: int = 0
     """Number of rows that were left out because prompt and response have more than `max_length` tokens."""
     more: int = 0
-    """Number of sequences beyond one for each row. A row is several sequences if the chat template rewrites its earlier turns."""
+    """Number of additional sequences. A row becomes more than one sequence if the chat template rewrites its earlier turns."""
     unlearnt: int = 0
     """Number of rows whose last message has thinking or tool calls that are not learnt."""
     unknown: int = field(default=0, compare=False)
@@ -90,7 +91,8 @@ def _turns(count: int) -> str:
 
 
 def nothing_left(counts: Counts, shortest: int, name: str) -> str:
-    """Return the error message for a split in which all rows are left out. `shortest` is the number of tokens of its shortest prompt."""
+    """Return the error message for the split `name`, of which all rows are left out. `shortest` is the length of its shortest prompt in
+    tokens."""
     if counts.long_context:
         return (
             f"no row of {name} has a teacher's prompt of at most {counts.context_limit} tokens; raise context.max_prompt, or set "

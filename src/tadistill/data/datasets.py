@@ -125,8 +125,8 @@ def check_sources(data: Data) -> None:
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read. The
-    form follows from the keys in its `columns`."""
+    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read, and
+    the form follows from the keys in `ref.columns`."""
     first = _first(ref, role, data)
     if first is not None:
         return form_of(first, ref)
@@ -134,8 +134,8 @@ def form(ref: DataRef, role: str, data: Data) -> Form:
 
 
 def has_unread_tools(ref: DataRef, role: str, data: Data) -> bool:
-    """Return True if the first row is a conversation with a column `tools` that the recipe does not name. A data set on the Hub is not
-    read."""
+    """Return True if the first row is a conversation with a column `tools` that the recipe does not name. Return False for a data set on
+    the Hub, whose rows are not read here."""
     first = _first(ref, role, data)
     return bool(first and first.get("tools")) and "tools" not in ref.columns and form(ref, role, data) == "messages"
 
@@ -190,9 +190,10 @@ def content(ref: DataRef, role: str, *, world: World, root: str | None) -> str |
 def _ignored(path: Path, ref: DataRef) -> str:
     try:
         row = next(jsonl.read(path), {})
-    except DataError:  # reading the rows will say so
+    except DataError:  # the same error is raised when the rows are read
         return ""
-    read = {"choices": not ref.choices, "facts": "instruction" in row}  # as it once was
+    # earlier versions read these columns without `columns`; with the suffix, results of those versions are not used again
+    read = {"choices": not ref.choices, "facts": "instruction" in row}
     names = [n for n in OPTIONAL if row.get(n) and read[n] and n not in ref.columns]
     return f":without {' and '.join(names)}" if names else ""
 
@@ -243,7 +244,7 @@ def _may_be_on_hub(ref: DataRef) -> bool:
 
 
 def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
-    # refuses a folder without a file of the split, unless it has the name of a data set of the Hub
+    # refuses a folder without a file of the split, unless the name can be that of a data set on the Hub
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     readable = [name for name in names if name.endswith((".jsonl", ".json"))]
     if not readable and _may_be_on_hub(ref):
@@ -286,7 +287,7 @@ def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
                 return folder / f"{split}.jsonl"
         if ref.load not in NAMED and (there := next((folder for folder in folders if folder.is_dir()), None)):
             _check_folder(ref, there, split)
-    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+    except (OSError, RuntimeError) as error:  # a name of more than 255 characters, or `~USER` of an unknown user
         why = getattr(error, "strerror", None) or error
         raise DataError(f"data set `{ref.load}` is not a valid path ({why}); correct the path, or `data.root`") from error
     return None
@@ -315,7 +316,7 @@ def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, A
     path, revision = (str(hub.download(ref.load, ref.revision)), None) if constants.HF_HUB_OFFLINE else (ref.load, ref.revision)
     try:
         return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loading script
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script
         reason = str(error).strip().splitlines()
         raise DataError(
             f"data set `{ref.load}` (split {split}, revision {ref.revision}) cannot be loaded: {reason[0] if reason else error!r}; "

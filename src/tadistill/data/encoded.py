@@ -82,9 +82,9 @@ class Kept:
     whole: int
     """Number of tokens of the longest row: its prompt together with its reference response."""
     context: int
-    """Number of tokens of the longest prompt of the teacher's own. It is 0 without such prompts."""
+    """Number of tokens of the longest of the teacher's own prompts. It is 0 if the teacher has no prompts of its own."""
     context_whole: int
-    """Number of tokens of the longest one together with its reference response."""
+    """Largest number of tokens of one of the teacher's own prompts together with its reference response, or 0."""
     top: int
     """The largest token id in the data set."""
 
@@ -140,7 +140,7 @@ class RowsOnDisk:
 
         key = self._key(tokenizer, rules)
         if key is None:
-            with TemporaryDirectory() as folder:  # a file stays readable while it is mapped
+            with TemporaryDirectory() as folder:  # the mapped file stays readable after its folder is deleted
                 return write(Path(folder) / "rows.arrow")
         file = _folder() / f"{key}.arrow"
         if found := _open(file):
@@ -177,13 +177,13 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:
         return None
     parts: list[Any] = [tokenizers.__version__, transformers.__version__, type(tokenizer).__name__]
     parts += [_settings(backend.to_str()), tokenizer.special_tokens_map, tokenizer.chat_template]
-    if "strftime_now" in str(tokenizer.chat_template):  # such prompts hold the day
+    if "strftime_now" in str(tokenizer.chat_template):  # the prompts contain the date
         parts.append(date.today().isoformat())
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _settings(backend: str) -> dict[str, Any]:
-    # a call with padding or truncation leaves both behind in the tokenizer; no later call depends on them
+    # a call with padding or truncation stores these settings in the tokenizer, but no later call depends on them
     return {name: part for name, part in json.loads(backend).items() if name not in ("padding", "truncation")}
 
 

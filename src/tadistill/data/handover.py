@@ -1,18 +1,19 @@
-"""Answers as text, which pass from a model to a student with another tokenizer, and their token ids for this student.
+"""Pass a model's answers as text to a student with another tokenizer, and encode them for this student.
 
 The file `texts.jsonl` in the folder of a stage has one JSON object per answer, in the order of the rows:
 
     {"row": 12, "text": " Paris is in France.", "ended": true}
 
-`row` is the place of the prompt in its split, from 0. Rows without an answer are missing. `text` is what the model wrote, without special
-tokens and without white space added or removed. `ended` is true if the model ended the answer, and false if the answer was cut: by the
-limit of new tokens, or here. So an answer of an API is its message content, and `ended` is true for the finish_reason `stop`.
+`row` is the index of the prompt in its split, from 0. Rows without an answer are missing. `text` is what the model wrote, without special
+tokens and without white space added or removed. `ended` is true if the model ended the answer. It is false if the answer was cut, by the
+limit of new tokens or by this module. For an answer from an API, `text` is the message content, and `ended` is true for the finish_reason
+`stop`.
 
-The bytes of `text` are exactly the bytes that the model wrote. Where this is impossible, the text stops: before bytes that are not UTF-8,
-such as half a character at the limit of new tokens, and before a special token that does not end an answer. Such an answer has not ended.
+The bytes of `text` are exactly the bytes that the model wrote. Where this is impossible, the text is cut: before bytes that are not UTF-8,
+such as half a character at the limit of new tokens, and before a special token that does not end an answer.
 
-The student reads the text behind its own prompt, which its own template and tokenizer have made from the row. Its own end token follows
-if the answer has ended.
+The text is encoded after the student's own prompt, which the student's template and tokenizer make from the row. If the answer has ended,
+the student's end token follows.
 """
 
 from collections import Counter
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXTS = "texts.jsonl"
-"""Name of the file in a stage's folder."""
+"""Name of the file with the answers, in a stage's folder."""
 _PART = 1000  # number of rows that are tokenised in one call
 
 
@@ -49,7 +50,7 @@ class Answer:
 
 
 def said(row: int, ids: Seq[int], writer: TokenBytes) -> tuple[Answer, str | None]:
-    """Return the text of sampled token ids, and the reason if the text stops early: `bytes` (not UTF-8) or `token` (a special token)."""
+    """Return the text of sampled token ids, and the reason if the text was cut: `bytes` (not UTF-8), `token` (a special token) or None."""
     ended = bool(ids) and ids[-1] in writer.ends
     body = [*ids[:-1]] if ended else [*ids]
     ordinary = next((k for k, i in enumerate(body) if not _is_text(i, writer)), len(body))
@@ -89,16 +90,16 @@ def read_texts(file: Path) -> Iterator[Answer]:
 
 @dataclass(frozen=True)
 class Retokenised:
-    """Some answers of a model, as token ids of a student with another tokenizer."""
+    """A part of a model's answers as token ids of a student with another tokenizer, and counts of all parts so far."""
 
     encoded: tuple[Encoded, ...]
-    """Prompts and answers as token ids of the student."""
+    """The student's prompts and the answers of this part, as token ids of the student."""
     counts: Counts
-    """The rows so far: those of the split that have an answer."""
+    """Counts of the rows in all parts so far. Rows without an answer are not counted."""
     unknown: int
-    """Number of tokens of the answers so far that are the student's unknown token."""
+    """Number of tokens of the answers in all parts so far that are the student's unknown token."""
     tokens: int
-    """Number of all tokens of the answers so far."""
+    """Number of all tokens of the answers in all parts so far."""
 
 
 def retokenised(
@@ -106,18 +107,18 @@ def retokenised(
 ) -> Iterator[Retokenised]:
     """Encode the answers with the student's tokenizer, after the student's own prompts. Yield them in parts.
 
-    An answer that is too long for `max_length` is cut and does not end, or is left out with `long_responses: drop`. An empty answer that
-    has not ended is left out.
+    An answer that is too long for `max_length` is cut and gets no end token, or is left out with `long_responses: drop`. An empty answer
+    that has not ended is left out.
 
     Args:
         examples: all rows of the split, in order.
-        rules: the student's rules. The student learns an answer as it is: one turn, with its thinking.
+        rules: the student's rules. Each answer is always one turn, and keeps its thinking.
 
     Raises:
-        DataError, ModelError: as in `data.templates.encode`. But it is no error if no row is left.
+        DataError, ModelError: as in `data.templates.encode`. It is not an error if no row is left.
     """
     rules = replace(rules, turns="answer", long_responses="drop" if rules.long_responses == "drop" else "cut", context=None)
-    # an answer that was cut has no end token, so one more token fits, which is then removed
+    # for answers that were cut: the encoder adds an end token, which is removed afterwards, so one more token fits
     open_rules = replace(rules, max_prompt=rules.limit, max_length=rules.max_length + 1)
     drops, kept = rules.thinking == "drop", {"thinking": "keep"}
     encoders = {True: Encoder(tokenizer, replace(rules, **kept), name), False: Encoder(tokenizer, replace(open_rules, **kept), name)}

@@ -43,7 +43,7 @@ def cached(repository: str, revision: str, file: str | None = None) -> Path | No
 def download(repository: str, revision: str, file: str | None = None, *, workers: int = 8) -> Path:
     """Download a file, or the whole repository if `file` is None, and return its local path.
 
-    Only changed files are downloaded. With HF_HUB_OFFLINE=1, the result comes from the local cache.
+    Only changed files are downloaded. With HF_HUB_OFFLINE=1, nothing is downloaded, and the local cache must contain the files.
 
     Raises:
         DataError: the download fails, or the cache does not contain the file.
@@ -143,7 +143,7 @@ def full_name(repository: str) -> str:
 def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
     """Upload a directory to a model repository of the Hub in one commit. Return the address of the repository's page.
 
-    A missing repository is created. `private` has no effect on an existing repository. Other files in the repository stay there.
+    A missing repository is created. `private` has no effect on an existing repository. Other files in the repository are not deleted.
 
     Raises:
         ModelError: the token has no permission, or the Hub cannot be reached.

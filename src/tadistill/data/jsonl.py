@@ -29,7 +29,7 @@ def count(path: Path) -> Iterator[int]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # Excel and PowerShell write a byte order mark
         for number, line in enumerate(lines, 1):
-            line = line.removeprefix("\ufeff")  # files that were put one after the other, each with its mark
+            line = line.removeprefix("\ufeff")  # joined files have a mark at the start of each
             if line and not line.isspace():
                 yield number, line
 
@@ -41,7 +41,7 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
         raise DataError(f"{path} is not a JSON Lines file; convert it, for instance in Python: {read}")
     try:
         line.encode("utf-8")
-    except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands as a surrogate in the line
+    except UnicodeEncodeError as error:  # `surrogateescape` turns a byte that is not UTF-8 into a surrogate
         byte = ord(line[error.start]) & 0xFF
         raise DataError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     try:

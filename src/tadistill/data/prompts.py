@@ -1,6 +1,6 @@
-"""The prompt of an example as text, and the rules with which text becomes token ids.
+"""Write the prompt of an example as text, and define the rules with which text becomes token ids.
 
-The text around an instruction is the Alpaca prompt, a line break, or the tokenizer's chat template.
+The template around an instruction is the Alpaca prompt, a line break, or the tokenizer's chat template.
 """
 
 import json
@@ -25,7 +25,7 @@ _WITH_INPUT = (
 )
 _WORDS = r"\s+".join
 OPEN, CLOSE = "<think>", "</think>"
-"""Marks around the thinking of an assistant in a text."""
+"""The marks at the beginning and the end of an assistant's thinking in a text."""
 _ALPACA = re.compile(
     rf"(?:{_WORDS(map(re.escape, _NO_INPUT.split()))}|{_WORDS(map(re.escape, _WITH_INPUT.split()))})\s*"
     r"### Instruction:\s*(?P<instruction>.*?)(?:\n\s*### Input:\s*(?P<input>.*?))?\s*### Response:\s*",
@@ -66,7 +66,7 @@ class Rules:
 
     @property
     def lenient(self) -> "Rules":
-        """Rules that leave out or cut a text that is too long, and never refuse it."""
+        """These rules with `drop` in place of `refuse`, so that a text that is too long raises no error."""
         prompts, responses = (("drop" if given == "refuse" else given) for given in (self.long_prompts, self.long_responses))
         return replace(self, long_prompts=prompts, long_responses=responses)
 
@@ -77,12 +77,12 @@ class Rules:
 
 
 def of_one_turn(turns: Turns) -> Turns:
-    """Return `turns` for text with one turn per row, as in evaluation and in sampled answers."""
+    """Return the setting `turns` for data with one learnt turn per row, as in evaluation and sampling: `all` becomes `last`."""
     return "last" if turns == "all" else turns
 
 
 def limit_key(limit: int, max_length: int) -> str:
-    """Return the key that limits prompts to `limit` tokens, with its value, as in ``data.max_prompt (256)``."""
+    """Return the recipe's key that limits prompts to `limit` tokens, with its value, as in ``data.max_prompt (256)``."""
     return f"data.max_prompt ({limit})" if limit + 1 < max_length else f"data.max_length ({max_length})"
 
 
@@ -142,7 +142,7 @@ def task_of(example: Example) -> tuple[str, str]:
 
 
 def for_people(message: Mapping[str, Any]) -> dict[str, str]:
-    """Return what people are shown of a message: its `role`, its `text` with the tool calls, and its `thinking` if it has any."""
+    """Return the parts of a message that reports show: its `role`, its `text` with the tool calls, and its `thinking` if it has any."""
     thought, text = split_thought(message.get("content") or "")
     calls = [each.get("function", each) for each in message.get("tool_calls") or ()]
     arguments = (call.get("arguments", "") for call in calls)
@@ -155,8 +155,8 @@ def for_people(message: Mapping[str, Any]) -> dict[str, str]:
 def split_thought(text: str, prompt: str = "") -> tuple[str, str]:
     """Split a text of the assistant into its thinking (`<think>…</think>` at its start) and the rest.
 
-    Without thinking, the first part is empty. If the thinking does not end, the rest is empty. `prompt` is the text before it, which may
-    begin the thinking.
+    Without thinking, the first part is empty. If `</think>` is missing, the rest is empty. `prompt` is the text before `text`. If it ends
+    with `<think>`, the thinking begins with `text`.
     """
     begun = prompt.rstrip().endswith(OPEN)
     if not begun and not text.lstrip().startswith(OPEN):

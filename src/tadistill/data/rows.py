@@ -1,8 +1,8 @@
-"""Rows of a data set, and how they become examples (`Example`).
+"""Convert the rows of a data set into examples (`Example`).
 
 A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns
 `tools`, `choices`, `facts` and those of right answers (`data.answers`) are read only if the recipe names them (`columns: {choices:
-choices}`), because a user's own columns often have these names.
+choices}`), because a user's data often has columns of these names with other contents.
 """
 
 import json
@@ -22,7 +22,7 @@ Facts = tuple[tuple[str, tuple[str, ...]], ...]
 which are the wrong values."""
 
 Form = Literal["instruction", "messages", "prompt"]
-"""The content of a row: an instruction for a template, a conversation, or the whole prompt."""
+"""The form of a row: an instruction around which a template is put, a conversation, or a whole prompt."""
 
 OPTIONAL = ("choices", "facts")
 """Columns that are read only if the recipe names them in `columns`."""
@@ -41,7 +41,7 @@ class Example:
     messages: tuple[dict[str, Any], ...] = ()
     """The messages before the answer, if the row is a conversation. In this case, `instruction` and `input` are empty."""
     last: Mapping[str, Any] = field(default_factory=dict)
-    """The last message of a conversation. Its content is the only reference; without content, this is the empty text."""
+    """The last message of a conversation. Its content is the only reference; if it has none, the reference is the empty text."""
     tools: tuple[dict[str, Any], ...] = ()
     """Descriptions of the functions that the assistant may call, if the recipe names their column."""
     verbatim: bool = False
@@ -88,7 +88,7 @@ def form_of(row: dict[str, Any], ref: DataRef) -> Form:
     """Return the form of a row: an instruction, a conversation or a whole prompt."""
     messages = _get("messages", row, ref)
     instructed = ref.instruction is not None or _get("instruction", row, ref) is not None
-    # anything but turns in `messages` beside an instruction is a column of the user's own
+    # in a row with an instruction, a column `messages` without turns is a column of the user's own
     turns = isinstance(messages, list) and bool(messages) and all(isinstance(turn, dict) for turn in messages)
     if messages is not None and (turns or not instructed or "messages" in ref.columns):
         return "messages"
@@ -96,7 +96,7 @@ def form_of(row: dict[str, Any], ref: DataRef) -> Form:
 
 
 def where_of(ref: DataRef, index: int) -> str:
-    """Return the place of a row for messages: the data set and the row number. `index` counts rows from 0."""
+    """Return the name of a row for messages: the data set and the row number from 1. `index` counts rows from 0."""
     return f"data set `{ref.load}`, row {index + 1}"
 
 

@@ -1,10 +1,11 @@
-"""Second readings: the responses of a student in the tokens of a teacher with another tokenizer, and the spans of both.
+"""Tokenise a student's responses a second time, with the tokenizer of its teacher, and number the spans of both tokenisations.
 
     again = Rereader(token_bytes(student_tokenizer), token_bytes(teacher_tokenizer))
     sequences = again.each(references(encoded))     # each sequence gets its `second` reading when it is used
     batch = collate(sequences[:8], pad=pad)         # batch.context is in the teacher's tokens; batch.aligned has the spans
 
-`data.alignment` finds the spans of a text. Here they are numbered in sequences and batches, as the losses need them.
+A span is a part of the text between two token boundaries that both tokenisations have (`data.alignment`). Here the spans are numbered in
+sequences and batches, as the losses need them.
 
 Axes: N positions of the loss in the student's batch, M in the teacher's batch.
 """
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", "Sequence", "Encoded")
 SPELLED, STRIPPED, CHANGED = 0, 1, 2
-"""What a token writes at its place: its symbols, its symbols without the first space, or something else."""
+"""Marks of a token in a text. The text of the token is its own bytes, its own bytes without the first space, or something else."""
 _BYTES = 256
-_KEPT = 50_000  # second readings of a data set that are kept: about 2 KB for an answer of 200 tokens
+_KEPT = 50_000  # number of a data set's second readings in memory; one has about 2 KB for an answer of 200 tokens
 _NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "unspelled", "tokens", "left_out", "lone", "changed", "dropped"), 0)
 
 
@@ -46,35 +47,35 @@ class SecondReading:
     ids: np.ndarray
     """The teacher's tokens, int32."""
     student: np.ndarray
-    """The span of each token of the response, int32, or `NO_SPAN`."""
+    """The number of the span of each token of the response, int32, or `NO_SPAN`."""
     teacher: np.ndarray
-    """The span of each of the teacher's tokens, int32, or `NO_SPAN`."""
+    """The number of the span of each of the teacher's tokens, int32, or `NO_SPAN`."""
     matched: np.ndarray
-    """True for a token of the response that is a span by itself, if the teacher reads there one token, which both vocabularies share."""
+    """One bool per token of the response. True if its span is one token on both sides, and these tokens are a pair of `shared_tokens`."""
     student_marks: np.ndarray
     """For each token of the response, int8: `SPELLED`, `STRIPPED` or `CHANGED`."""
     teacher_marks: np.ndarray
-    """The same for each of the teacher's tokens."""
+    """The marks of each of the teacher's tokens, int8."""
     lone: int = 0
     changed: int = 0
     dropped: int = 0
-    """Numbers of bytes, as in `data.token_bytes.Reading`. `changed` and `dropped` count those of both readings."""
+    """Numbers of bytes, as in `data.token_bytes.Reading`. `changed` and `dropped` are sums over both tokenisations."""
 
 
 @dataclass(frozen=True)
 class Rereader:
-    """Reads a student's responses with the tokenizer of its teacher."""
+    """A function that adds second readings to sequences: the student's responses in the tokens of its teacher."""
 
     student: TokenBytes
     teacher: TokenBytes
     sizes: tuple[int, int]
-    """The number of tokens of both vocabularies that the models' output heads have."""
+    """The numbers of logits of the student and of the teacher."""
     most: int | None = None
-    """Number of tokens that the teacher can read, prompt and response together. Tokens after them are in no span."""
+    """The teacher's context length in tokens, for prompt and response together. Later tokens are in no span. None means no limit."""
 
     @cached_property
     def shared(self) -> dict[int, int]:
-        """The teacher's token for each token of the student that both vocabularies have."""
+        """Maps the student's id of each token that both vocabularies have to the teacher's id."""
         pairs = zip(*shared_tokens(self.student, self.teacher), strict=True)
         return {mine: theirs for mine, theirs in pairs if mine < self.sizes[0] and theirs < self.sizes[1]}
 
@@ -105,12 +106,12 @@ class Rereader:
         """Return the sequence, with the teacher's tokens of its response added. The response must follow a prompt.
 
         Raises:
-            DataError: the teacher's prompt leaves no room for a response in the text that the teacher can read.
+            DataError: the teacher's prompt leaves no room for a response in the teacher's context length.
         """
         return replace(sequence, second=self._read(sequence))
 
     def each(self, sequences: Seq["Sequence"]) -> Seq["Sequence"]:
-        """Return the sequences with the teacher's tokens of their responses, which are made when a sequence is first used."""
+        """Return the sequences with the teacher's tokens of their responses. A response is tokenised when its sequence is first used."""
         known = OrderedDict[int, SecondReading]()
 
         def read(i: int) -> "Sequence":
@@ -154,12 +155,12 @@ class Rereader:
 class Behind(Lazy[Row]):
     """Rows or responses of a student, together with the prompts of a teacher that has another tokenizer.
 
-    A row that only the student can read is left out. `left_out` is their number.
+    A row without a prompt of the teacher is left out. `left_out` is the number of these rows.
     """
 
     def __init__(self, rows: Seq[Row], numbers: np.ndarray, of_teacher: Seq["Encoded"]):
-        """`numbers` are the indices of the rows in their split, each once. `of_teacher` are rows of the same split, encoded for the
-        teacher."""
+        """`numbers` are the indices of the rows in their split, without repetition. `of_teacher` are rows of the same split, encoded for
+        the teacher."""
         _, mine, theirs = np.intersect1d(numbers, row_numbers(of_teacher), assume_unique=True, return_indices=True)
         order = np.argsort(mine)
         mine, theirs = mine[order], theirs[order]
@@ -176,7 +177,7 @@ def marks(reading: Reading, vocabulary: TokenBytes, size: int) -> np.ndarray:
     """Return `SPELLED`, `STRIPPED` or `CHANGED` for each token of a text. Only the first word of a text may be `STRIPPED`.
 
     Args:
-        size: the number of tokens of the model's head. Tokens after them are `CHANGED`.
+        size: the model's number of logits. Larger token ids are `CHANGED`.
     """
     found = np.full(len(reading.ids), CHANGED, np.int8)
     for k, (token, piece, exact) in enumerate(zip(reading.ids, reading.pieces, reading.exact, strict=True)):
@@ -196,16 +197,16 @@ def _alone(spans: np.ndarray) -> np.ndarray:
 
 
 def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of the span of each of the student's tokens of a response, and of each of the teacher's tokens.
+    """Return two arrays: the number of the span of each of the student's tokens of a response, and of each of the teacher's tokens.
 
-    A span is left out (`NO_SPAN`) if one of its tokens does not count in the loss.
+    A span is left out (`NO_SPAN`) if one of its tokens does not count in the loss. The other spans are numbered from 0.
     """
     assert sequence.second is not None, "the sequence has no second reading"
     mine, theirs = sequence.second.student, sequence.second.teacher
     counts = _counted(sequence)
     kept = np.ones(int(max(mine.max(initial=NO_SPAN), theirs.max(initial=NO_SPAN))) + 2, bool)
     kept[mine[~counts]] = False
-    kept[NO_SPAN] = False  # the last place stands for tokens without a span
+    kept[NO_SPAN] = False  # the last element (index -1) is for tokens without a span
     numbers = np.where(kept, kept.cumsum() - 1, NO_SPAN)
     return numbers[mine], numbers[theirs]
 
@@ -219,8 +220,8 @@ def _counted(sequence: "Sequence") -> np.ndarray:
 
 
 def runs(counts: np.ndarray, start: int) -> tuple[tuple[int, int], ...]:
-    """Return the start and the end of each run of True values. The first value has the index `start`. Without a True value, return one
-    empty run."""
+    """Return the (start, end) of each run of True values, in indices that begin with `start` at the first value. If no value is True,
+    return one empty run."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], counts, [0]]))) + start
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)) or ((start, start),)
 
@@ -248,21 +249,21 @@ class Aligned:
     """The spans of a batch whose teacher has another tokenizer. They are numbered from 0 through the whole batch."""
 
     student: Tensor
-    """(N,) the span of each position of the loss in the student's batch, in ascending order. `NO_SPAN` is a token that is in no span."""
+    """(N,) the span of each position of the loss in the student's batch, in ascending order, or `NO_SPAN` for a token in no span."""
     teacher: Tensor
-    """(M,) the span of each of the teacher's tokens that are in a span."""
+    """(M,) the span of each of the teacher's tokens that are in a span. These tokens count in the loss of `Batch.context`."""
     tokens: Tensor
-    """(M,) these tokens. They are those of the loss in the teacher's batch (`Batch.context`)."""
+    """(M,) the ids of the tokens of `teacher`."""
     of_rows: tuple[int, ...]
     """Number of spans in each row."""
     texts: "tuple[SpannedTokens, SpannedTokens]"
-    """The same for student and teacher, on the CPU. Tokens that are in no span are left out."""
+    """The tokens in spans of the student and of the teacher, on the CPU."""
     follows: np.ndarray
     """(S,) bool. True if a span comes directly after the span before it."""
     found: Mapping[str, int]
-    """Counts for the log: `spans`; `single`, the spans of one shared token; `unspelled`, those with a `CHANGED` token; `tokens` of the
-    student that count in the loss; `left_out`, those of them in no span; and the bytes `lone`, `changed` and `dropped` of
-    `SecondReading`."""
+    """Counts for the log: `spans`; `single`, the spans of one shared token; `unspelled`, the spans with a `CHANGED` token; `tokens`, the
+    student's tokens that count in the loss; `left_out`, the ones of these tokens that are in no span; and the bytes `lone`, `changed` and
+    `dropped` of `SecondReading`."""
 
     @property
     def count(self) -> int:
@@ -287,7 +288,7 @@ class Aligned:
         return replace(self, student=student, teacher=teacher, tokens=tokens)
 
     def first(self, rows: int, tokens: int) -> "Aligned":
-        """Return the spans of the first `rows` rows, which have the first `tokens` positions of the loss. `found` stays as it is."""
+        """Return the spans of the first `rows` rows, which have the first `tokens` positions of the loss. `found` is not changed."""
         spans = sum(self.of_rows[:rows])
         mine, theirs = (text.first(spans) for text in self.texts)
         more = len(theirs.ids)
@@ -303,11 +304,11 @@ class SpannedTokens:
     spans: np.ndarray
     """The span of each token, in ascending order."""
     marks: np.ndarray
-    """What each token writes, as in `SecondReading`."""
+    """The mark of each token, as in `SecondReading`."""
 
     @classmethod
     def joined(cls, texts: Seq["SpannedTokens"], starts: np.ndarray) -> "SpannedTokens":
-        """Join texts. `starts` are the first spans of each text."""
+        """Join the tokens of several texts. `starts` has the number of the first span of each text."""
         spans = np.concatenate([text.spans + start for text, start in zip(texts, starts, strict=False)])
         return cls(np.concatenate([text.ids for text in texts]), spans, np.concatenate([text.marks for text in texts]))
 
@@ -319,7 +320,7 @@ class SpannedTokens:
 
 @dataclass(frozen=True)
 class _Row:
-    """The part of one row of an `Aligned`."""
+    """The spans of one row, for `Aligned`. They are numbered from 0."""
 
     at: np.ndarray
     texts: tuple[SpannedTokens, SpannedTokens]

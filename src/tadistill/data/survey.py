@@ -52,12 +52,12 @@ class Survey:
 
     @property
     def large(self) -> bool:
-        """True if the data set is so large that its rows stay on the disk."""
+        """True if the data set is large (`LARGE`), so that its rows stay on the disk."""
         return self.rows > LARGE
 
     def plain(self, data: Data) -> bool:
-        """Return True if no row can cause an error in tokenisation: no row has choices, no prompt is written by a chat template, and long
-        rows are not refused."""
+        """Return True if tokenisation cannot fail because of a row: no row has choices, no chat template writes a prompt, and no long row
+        is refused."""
         refuses = "refuse" in (data.long_prompts, data.long_responses)
         return not (refuses or self.choices or self.conversations or (self.instructions and data.template == "chat"))
 
@@ -103,7 +103,7 @@ def _digests(*files: str) -> tuple[str, ...]:
 @lru_cache(maxsize=32)
 def _known(ref_json: str, beside: Path | None, role: str, world_json: str, root: str | None, limit: int | None, content: str) -> Survey:
     ref, world = DataRef.model_validate_json(ref_json), World.model_validate_json(world_json)
-    ref._folder = beside  # of the recipe, where a relative path is looked for
+    ref._folder = beside  # the recipe's folder, from which relative paths start
     file = cache_root() / "rows" / f"{key_of_rows(ref, limit, content)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is no such file, or it is damaged: the rows are read
         return _restored(json.loads(file.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Convert an `Example` into token ids of the prompt and the response. `data.turns` gives the text of both.
+"""Convert an `Example` into token ids of the prompt and the response. `data.turns` writes both as text first.
 
 Two rules differ from MiniLLM's preprocessing:
 - Prompt and response are encoded together. If this changes the tokens of the prompt, the response is encoded alone. MiniLLM always encodes
@@ -6,8 +6,8 @@ Two rules differ from MiniLLM's preprocessing:
 - Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets. In
   test sets, MiniLLM cuts them on the right, which removes "### Response:".
 
-An example with several turns is one sequence, if the token ids up to the end of each turn are the beginning of the next turn's prompt. If
-this is not so, the next turn begins a new sequence.
+An example with several turns is one sequence if the prompt of each turn begins with all token ids up to the end of the turn before.
+Otherwise, the turn begins a new sequence.
 """
 
 import itertools
@@ -41,12 +41,12 @@ class Encoded:
     """The token ids of the first reference. They end with the token that ends an answer, unless the reference was cut to the maximum
     length."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """The token ids of each answer choice, as it follows the prompt. A choice has no EOS and is never cut."""
+    """The token ids of each answer choice, encoded after the prompt. A choice has no EOS and is never cut."""
     teacher_prompt: tuple[int, ...] | None = None
-    """The token ids of the teacher's own prompt (`context`). None if the teacher reads `prompt`."""
+    """The token ids of the teacher's own prompt (`context`). None if the teacher gets `prompt`."""
     spans: tuple[tuple[int, int], ...] = ()
-    """The parts that count in the loss, as pairs (first token, token after the last one) in prompt and response together. Empty if it is
-    the whole response."""
+    """The parts that count in the loss, as pairs (start, end) of token indices, counted from the start of the prompt; `end` is excluded.
+    Empty if the whole response counts."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class EvalSet:
 
 
 def as_one(sets: Seq[EvalSet]) -> EvalSet:
-    """Return several data sets as one. Its rows are numbered one set after the other. A single set is returned itself."""
+    """Return several data sets as one. The row numbers of a set follow those of the set before. A single set is returned unchanged."""
     if len(sets) == 1:
         return sets[0]
     starts = itertools.accumulate((len(each.examples) for each in sets), initial=0)
@@ -82,7 +82,7 @@ def encode(examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: 
 
     Raises:
         DataError: no row is left, a choice is too long, two choices of a row have the same tokens, a chat template refuses a row, or a text
-            is too long and the rules refuse this.
+            is too long and `long_prompts` or `long_responses` is `refuse`.
         ModelError: the tokenizer has no EOS token, or it has no chat template but a prompt needs one.
     """
     return encode_counted(examples, tokenizer, rules, name=name)[0]
@@ -91,8 +91,8 @@ def encode(examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: 
 def encode_counted(
     examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", rows: Seq[int] | None = None
 ) -> tuple[list[Encoded], Counts]:
-    """Return what `encode` returns, and the counts of the rows that were left out or cut. `rows` are the indices of the examples, if these
-    are not 0, 1, 2, …
+    """Return what `encode` returns, and the counts of the rows that were left out or cut. `rows` are the indices of the examples in their
+    split. The default is 0, 1, 2, …
 
     Raises:
         DataError, ModelError: as in `encode`.
@@ -107,7 +107,7 @@ def encode_counted(
 def encode_parts(
     examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", places: Seq[int] | None = None
 ) -> Iterator[tuple[list[Encoded], Counts]]:
-    """Yield the examples in parts, encoded as by `encode`. Each part comes with the counts of all rows so far.
+    """Encode the examples as `encode` does, in parts. Yield each part with the counts of all rows so far.
 
     Raises:
         DataError, ModelError: as in `encode`. The check that at least one row is left comes after the last part.
@@ -127,11 +127,11 @@ def encode_parts(
 @dataclass(frozen=True)
 class _Ids:
     # the token ids of a turn
-    plain: list[int]  # the prompt without a BOS of ours
+    plain: list[int]  # the prompt without the BOS of `Rules.bos`
     prompt: list[int]
-    response: list[int]  # without the token that ends it
-    hidden: int  # number of tokens of the response that do not count
-    end: int
+    response: list[int]  # without `end`
+    hidden: int  # number of tokens at the start of the response that do not count in the loss
+    end: int  # the token that ends the response
 
 
 class Encoder:
@@ -139,11 +139,11 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, name: str):
         self.tokenizer, self.rules, self.name = tokenizer, rules, name
-        self.reader, self.unknown = TurnReader(rules, tokenizer), _unknown(tokenizer)
+        self.reader, self.unknown = TurnReader(rules, tokenizer), unknown_token(tokenizer)
 
     def part(self, examples: dict[int, Example]) -> tuple[list[Encoded], Counter[str], list[int]]:
-        """Encode examples, given by their row numbers. Return the encoded examples, numbers to add to `Counts`, and the lengths of all
-        prompts."""
+        """Encode examples, given by their row numbers. Return the encoded examples, the numbers to add to the fields of `Counts`, and the
+        length of each prompt in tokens."""
         if self.rules.thinking == "drop":
             examples = {row: without_thinking(example) for row, example in examples.items()}
         turns = [self.reader.turns(example, self._where(row)) for row, example in examples.items()]
@@ -190,11 +190,11 @@ class Encoder:
         return self._begun(_ids(self.tokenizer, texts), chats)
 
     def _begun(self, prompts: list[list[int]], chats: list[bool]) -> list[list[int]]:
-        # a chat template decides itself about BOS
+        # a chat template writes BOS itself, if the model needs it
         return [with_bos(p, self.tokenizer) if self.rules.bos and not chat else p for p, chat in zip(prompts, chats, strict=True)]
 
     def _hidden(self, turn: Turn, prompt: list[int], response: list[int]) -> int:
-        # the number of a response's tokens before its answer; a token with the end of one and the start of the other counts
+        # the number of a response's tokens before its answer; a token with the end of `hidden` and the start of the answer is an answer's
         if not turn.hidden:
             return 0
         (answer,) = _ids(self.tokenizer, [turn.answer])
@@ -252,9 +252,10 @@ class Encoder:
         )
 
 
-def _unknown(tokenizer: "PreTrainedTokenizerBase") -> Any:
+def unknown_token(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Return the id of the token for text that the tokenizer cannot encode. Return None if there is no such token."""
     unknown: Any = tokenizer.unk_token_id
-    # GPT-2 names its EOS here, although it can read every byte
+    # GPT-2 names its EOS as the unknown token, although it can encode every byte
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
@@ -271,7 +272,7 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:
-    # a text's tokens are those after the prompt in the joint encoding; if that changes the prompt's tokens, the text is encoded alone
+    # prompt and text are encoded together; if this changes the prompt's tokens, the text is encoded alone
     whole = _ids(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
     joint = [w[: len(p)] == p for w, p in zip(whole, ids, strict=True)]
     return [w[len(p) :] if j else _ids(tokenizer, [t])[0] for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]

@@ -2,7 +2,7 @@
 
 People and places have attributes, and relations to each other. Questions about a fact have several wordings. Answers have several
 phrasings with unequal frequencies, so mode-seeking and mode-covering training give different models. A small student cannot learn all
-facts. Skills (sort, reverse, count, extract, …) use a given input. Each test set corresponds to one that MiniLLM uses:
+facts. Skills (sort, reverse, count, extract, …) are tasks with an input. Each test set corresponds to one that MiniLLM uses:
 
     tinyworld            unseen wordings for known facts, skills on new inputs     (like Dolly)
     tinyworld_reworded   wordings that training never uses                         (like SelfInst)
@@ -30,12 +30,12 @@ VERSION = 1
 SPLITS: dict[str, tuple[str, ...]] = {"tinyworld": ("train", "dev", "test")}
 SPLITS |= {f"tinyworld_{part}": ("test",) for part in ("reworded", "open", "lengths", "multi", "choices")}
 HALVES = {"tinyworld_facts": False, "tinyworld_skills": True}
-"""Data sets with a part of the rows of tinyworld: those with an input (True), or those without one."""
+"""Maps each half of tinyworld to True if it has the rows with an input, and to False if it has the rows without an input."""
 SPLITS |= dict.fromkeys(HALVES, SPLITS["tinyworld"])
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 
-# fact rows (at most, and as a share of all facts, because a small world has few held-out wordings), rows of each skill, open rows
+# rows about facts (the limit, and the limit as a share of all facts, for small worlds); rows of each skill; rows of open questions
 _FACTS = {"dev": (140, 0.16), "test": (130, 0.15), "multi": (120, 0.14)}
 _FACTS |= {"reworded": (130, 0.5), "lengths": (70, 0.5), "choices": (150, 0.5)}
 _INPUTS = {"train": 180, "dev": 7, "test": 6, "multi": 4, "reworded": 4, "lengths": 3}
@@ -71,8 +71,8 @@ class FictionalWorld:
 
 @lru_cache
 def world(seed: int = 0, people: int = 120) -> FictionalWorld:
-    """Return the people, places and facts of a seed. Raises a DataError if `people` is below 10, or above the number of names that are
-    available."""
+    """Return the people, places and facts that a seed draws. Raises a DataError if `people` is below 10, or above the number of available
+    names."""
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
         raise DataError(f"tinyworld cannot have {people} people; set `data.world.people` to a number from 10 to {len(pool)}")
@@ -85,7 +85,8 @@ def world(seed: int = 0, people: int = 120) -> FictionalWorld:
 
 
 def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
-    """Return the rows of a split. A row has an instruction, an input (which can be empty), outputs, and facts as pairs [value, rivals].
+    """Return the rows of a split of the data set `name`. A row has an instruction, an input (which can be empty), outputs, and facts as
+    pairs [value, rivals].
 
     An answer states a fact if it contains the value and none of the rivals (the wrong values), as whole words. Only rows of tinyworld_multi
     have several outputs. Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
@@ -130,7 +131,7 @@ def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
 
 
 def words(*, seed: int = 0, people: int = 120) -> list[str]:
-    """Return the sorted vocabulary. It contains the line break, but no special tokens."""
+    """Return all words of a world, sorted. The line break counts as a word. Special tokens are not included."""
     return list(_vocabulary(seed, people))
 
 

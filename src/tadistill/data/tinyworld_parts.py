@@ -1,11 +1,11 @@
-"""The texts of tinyworld, which are read from tinyworld.json, and its random draws.
+"""The wordings of tinyworld, which are loaded from tinyworld.json, and its random draws.
 
-All text is lower case, with one space between tokens. Punctuation marks are tokens. In the text, `{x}` stands for the subject of a fact,
-and `{v}` for its value. The tests check three rules:
+All text is lower case, with one space between words. A punctuation mark is a word. In a wording, `{x}` is replaced by the subject of a
+fact, and `{v}` by its value. The tests check three rules:
 - A word is a value of only one attribute, and does not occur in the wordings.
 - A rewording uses only words that rows of the training set use too.
-- The answers to one question differ in their first two words. Therefore, a model that uses only one answer behaves differently from a
-  model that uses all answers.
+- The phrasings of an answer differ in their first two words. Therefore, a model that uses only one phrasing behaves differently from a
+  model that uses all of them.
 """
 
 import json
@@ -63,10 +63,10 @@ PERSON_KINDS, PLACE_KINDS = ({name: Kind(**_tuples(e)) for name, e in _TEXT[grou
 KINDS = PERSON_KINDS | PLACE_KINDS
 PERSON_STORY = ("home", "job", "pet", "colour")
 PLACE_STORY = ("product", "river", "mayor")
-"""The attributes of a place that the answer to an open question states, in this order."""
+"""The attributes of a place that the answer to an open question states, in this order. `PERSON_STORY` has those of a person."""
 OPEN_ASKS = tuple(_TEXT["open_asks"])
-"""Five open questions. For each subject, three of them are used in training, the fourth in tinyworld_open, and the fifth in
-tinyworld_lengths."""
+"""Five open questions, such as "tell me about {x}". For each subject, three of them are used in training, the fourth in tinyworld_open, and
+the fifth in tinyworld_lengths."""
 SKILLS = {name: Skill(**_tuples(entry)) for name, entry in _TEXT["skills"].items()}
 SALES = tuple(_TEXT["sales"])
 """Sentences about a sale, in different word orders. They are the inputs of the tasks `who`, `what` and `where`."""
@@ -81,7 +81,7 @@ T = TypeVar("T")
 
 
 def rng(*address: int | str) -> Random:
-    """Return the random generator for one purpose. `address` is the name of the purpose.
+    """Return a new random generator whose seed is `address`, the name of one purpose.
 
     Call only its method `random`. Python guarantees only for this method that the numbers are the same on every machine.
     """
@@ -89,7 +89,8 @@ def rng(*address: int | str) -> Random:
 
 
 def pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
-    """Draw one item, with equal probability or in proportion to `weights`. Additional weights at the end are ignored."""
+    """Draw one item, with equal probabilities or in proportion to `weights`. If there are more weights than items, the last weights are
+    ignored."""
     if weights is None:
         return items[int(rng.random() * len(items))]
     weights = weights[: len(items)]

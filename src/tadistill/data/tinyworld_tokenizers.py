@@ -1,4 +1,4 @@
-"""The two tokenizers of tinyworld. Both read the same rows, so models with different tokenizers can be compared on the same text.
+"""The two tokenizers of tinyworld. Both encode the same rows, so models with different tokenizers can be compared on the same text.
 
     tinyworld        each word is one token, and so is each line break; spaces are not tokens
     tinyworld-bpe    byte-level BPE with 512 tokens, learnt from the training rows of the world; rare words have several tokens
@@ -28,7 +28,7 @@ def tokenizer(source: str = WORDS, *, seed: int = 0, people: int = 120) -> "PreT
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_saved(source, seed, people)),  # a copy, because its owner may change it
+        tokenizer_object=Tokenizer.from_str(_saved(source, seed, people)),  # a copy, because the caller may change it
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
@@ -43,7 +43,7 @@ def backend(source: str, *, seed: int = 0, people: int = 120) -> "Tokenizer":
 
 
 def vocabulary(source: str, *, seed: int = 0, people: int = 120) -> Mapping[str, int]:
-    """Return the id of each token of a tokenizer, also of the special tokens."""
+    """Return a mapping from each token of a tokenizer to its id. It includes the special tokens."""
     if source == WORDS:
         return {word: i for i, word in enumerate((*SPECIALS, *words(seed=seed, people=people)))}
     return _built(source, seed, people).get_vocab()

@@ -8,8 +8,8 @@ decoders:
     SentencePiece (Llama 2, Gemma, Mistral)         `▁` is a space, and `<0xE2>` is a byte
     all others (WordLevel, WordPiece, T5)           a token has no bytes of its own; the tokenizer's offsets say which text it covers
 
-The third kind drops text, mostly spaces. Normalisers (NFC in Qwen) change text. Then a token still gets a piece of the original text, and
-`Reading` says that the token does not spell it.
+The third kind drops text, mostly spaces. Normalisers (NFC in Qwen) change text. A token then still gets a piece of the original text, and
+`Reading.exact` is False for this token.
 """
 
 import json
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Piece = bytes | str
-"""What one token stands for: bytes of the text, or the name of an event, which has no bytes."""
+"""The bytes of the text for which one token stands, or the name of its event, which has no bytes."""
 END = "the end of the text"
 """The event of every token that ends a text. Each model has its own end tokens."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One tokenisation of a text. The text is the pieces of the tokens, one after the other."""
+    """One tokenisation of a text. The text consists of the pieces of the tokens, one after the other."""
 
     ids: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -42,7 +42,7 @@ class Reading:
     dropped: int = 0
     """Number of bytes that no token covers, such as the spaces between words. They belong to the piece of a neighbouring token."""
     lone: int = 0
-    """Number of bytes that are not valid UTF-8. Each has a token of its own, because a tokenizer reads only text."""
+    """Number of bytes that are not valid UTF-8. Each has a token of its own, because a tokenizer can only encode valid text."""
 
     def __add__(self, other: "Reading") -> "Reading":
         """Return the tokenisation of the first text followed by the second text."""
@@ -57,15 +57,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """A tokenizer, and the bytes or the event of each of its tokens. `token_bytes` makes it."""
+    """A tokenizer, and the bytes or the event of each of its tokens. `token_bytes` creates it."""
 
     tokenizer: "PreTrainedTokenizerBase"
     tokens: tuple[str | None, ...]
-    """The tokenizer's own name of each id. None for an id without a token."""
+    """The tokenizer's own string for each id. None for an id without a token."""
     pieces: tuple[Piece | None, ...]
-    """What each id stands for. None for ids without a token, and for tokens without bytes of their own (WordLevel and others)."""
+    """The bytes or the event of each id. None for ids without a token, and for tokens without bytes of their own (WordLevel and others)."""
     ends: tuple[int, ...]
-    """Ids of the tokens that end a text. The first one is written at the end of a text."""
+    """Ids of the tokens that end a text. The first of them is put at the end when a text is encoded."""
     fallback: frozenset[int]
     """Ids of tokens such as `<0xE2>`, which a tokenizer writes only for bytes without any other token."""
     spelled: bool
@@ -79,19 +79,19 @@ class TokenBytes:
 
     @cached_property
     def of_byte(self) -> dict[int, int]:
-        """The id of the token of each single byte."""
+        """Maps a byte to the id of the token that is this byte alone."""
         return {piece[0]: i for i, piece in enumerate(self.pieces) if isinstance(piece, bytes) and len(piece) == 1}
 
     @cached_property
     def of_event(self) -> dict[str, int]:
-        """The id of the token of each event. For the end of the text, it is the first id in `ends`."""
+        """Maps the name of an event to the id of its token. The end of the text is mapped to the first id in `ends`."""
         found = {piece: i for i, piece in enumerate(self.pieces) if isinstance(piece, str)}
         return found | ({END: self.ends[0]} if self.ends else {})
 
     def word(self, token: int) -> bytes | None:
-        """Return the text of a token without bytes of its own, such as a word of WordLevel, inside a text: with one space before it.
+        """Return the bytes that a token without bytes of its own, such as a word of WordLevel, has inside a text: a space and the word.
 
-        Return None for all other tokens, and if a normaliser changes texts, because such a word stands for several texts.
+        Return None for all other tokens. Return None too if the tokenizer has a normaliser, because a word then stands for several texts.
         """
         name = self.tokens[token]
         backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class TokenBytes:
         return name.removeprefix("##").encode() if name.startswith("##") or name.isspace() else f" {name}".encode()
 
     def spell(self, ids: Sequence[int], *, first: bool = False) -> Reading:
-        """Return the text of token ids, for instance of sampled tokens, as a `Reading`. It stops before a token with unknown bytes.
+        """Return the text of token ids, for instance of sampled tokens, as a `Reading`. Stop before the first token with unknown bytes.
 
         Args:
             first: True if the ids begin a text. A space that the tokenizer adds there does not belong to the text. False after a prompt.
@@ -118,10 +118,10 @@ class TokenBytes:
         return Reading(tuple(ids[: len(found)]), tuple(found), (True,) * len(found))
 
     def read(self, text: str, *, first: bool = False) -> Reading:
-        """Tokenise a text. If it contains the text of a special token, such as `</s>`, this is tokenised as ordinary text.
+        """Tokenise a text. The name of a special token in it, such as `</s>`, is tokenised as ordinary text.
 
         Args:
-            first: as in `spell`. If it is False, the tokenizer adds no space before the text.
+            first: as in `spell`. If it is False, no space is added before the text.
         """
         before = "\n" if self.adds_space and not first else ""
         found = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
@@ -157,7 +157,7 @@ class TokenBytes:
         return str(self.tokenizer.convert_ids_to_tokens(token)).removeprefix("##") == covered and token != self.tokenizer.unk_token_id
 
     def _spell_by_text(self, ids: Sequence[int]) -> Reading:
-        # the text between events, and what the tokenizer makes of this text; it can differ from the ids
+        # decode the ids between two events, and tokenise this text again; stop if this gives other ids
         empty = whole = Reading((), (), ())
         at = 0
         for stop, event in [
@@ -215,8 +215,8 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int] | None
 
 
 def valid_runs(data: bytes) -> list[tuple[bytes, bool]]:
-    """Cut bytes into parts that are valid UTF-8 and parts that are not. Return the parts, each with True if it is valid. Two valid parts
-    never follow each other."""
+    """Cut bytes into parts that are valid UTF-8 and parts that are not. Return pairs (part, True if it is valid). Between two valid parts
+    there is always an invalid part."""
     runs: list[tuple[bytes, bool]] = []
     while data:
         try:
@@ -265,8 +265,8 @@ def _strip_space(pieces: list[Any]) -> None:
 
 
 def _without(reading: Reading, before: bytes) -> Reading | None:
-    """Return `reading` without the tokens of its first part, the text `before`. None if a token covers the end of `before` and later
-    text."""
+    """Return `reading` without the tokens of the text `before`, with which it begins. Return None if one token covers the end of `before`
+    and later text."""
     found = b""
     for k, piece in enumerate(reading.pieces):
         if found == before:

@@ -1,6 +1,6 @@
-"""Several training sets as one: which rows an update draws from which set, and which teacher each row has.
+"""Combine several training sets: decide which rows an update draws from which set, and which teacher each row has.
 
-The rows of all sets are numbered one after the other. What an update draws is a function of the seed and of the number of the update.
+The row numbers of a set follow those of the set before. The rows of an update depend only on the seed and the number of the update.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Lazy(Seq[T], Generic[T]):
-    """A sequence of `count` values that are made by `read` when they are used. A slice is a list."""
+    """A sequence of `count` values. Every access computes the value with `read`. A slice is a list."""
 
     def __init__(self, count: int, read: Callable[[int], T]):
         self._count, self._read = count, read
@@ -37,7 +37,7 @@ class Lazy(Seq[T], Generic[T]):
 
 
 def joined(parts: Seq[Seq[T]]) -> Seq[T]:
-    """Return several sequences as one, without a copy. A single sequence is returned itself."""
+    """Return several sequences as one, without a copy. A single sequence is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     starts = [0, *accumulate(map(len, parts))]
@@ -58,7 +58,7 @@ class TrainingSets:
     weights: tuple[float, ...] = ()
     """The share of each set in the drawn rows; they add up to 1. Empty if there is one set."""
     route: tuple[int, ...] = ()
-    """The number of each set's teacher. Empty if every teacher teaches on all rows."""
+    """The index of each set's teacher. Empty if every teacher teaches on all rows."""
 
     def rows(self, batch: int, number: int, address: tuple[int | str, ...]) -> np.ndarray:
         """Return the rows (batch,) of batch `number`. Each epoch of a set has all its rows in a new order, with `address` as its seed."""
@@ -70,7 +70,7 @@ class TrainingSets:
             epoch, at = divmod(found[chosen], self.sizes[chosen])
             order[place] = self.starts[chosen] + self._order(chosen, epoch, address)[at]
             found[chosen] += 1
-        # processes and micro-batches take places at fixed distances, so the sets must not repeat at such a distance
+        # processes and micro-batches get rows at fixed distances in the batch, so the sets must not repeat at such a distance
         return order[rng.generator(*address, "sets of a batch", number).permutation(batch)]
 
     @cached_property
@@ -91,7 +91,7 @@ class TrainingSets:
         return [number for number, other in enumerate(self.route) if other == teacher]
 
     def place(self, row: int) -> int:
-        """Return the place of a row among all rows of its teacher."""
+        """Return the index of a row among all rows of its teacher. Without a `route`, this is the row itself."""
         if not self.route:
             return row
         own = self.set_of(row)
@@ -109,7 +109,7 @@ class TrainingSets:
     def _order(self, chosen: int, epoch: int, address: tuple[int | str, ...]) -> np.ndarray:
         key = chosen, epoch, address
         if key not in self._orders:
-            if len(self._orders) >= 4 * len(self.sizes):  # the end of one epoch and the start of the next, of all sets
+            if len(self._orders) >= 4 * len(self.sizes):  # a batch can need two epochs of each set
                 self._orders.clear()
             self._orders[key] = rng.generator(*address, "set", chosen, epoch).permutation(self.sizes[chosen])
         return self._orders[key]
@@ -121,25 +121,25 @@ def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 
 
-@lru_cache(maxsize=4)  # prompts and corpus, each at the end of an epoch
+@lru_cache(maxsize=4)  # prompts and corpus, each in two epochs
 def _order(rows: int, *address: int | str) -> np.ndarray:
     return rng.generator(*address).permutation(rows)
 
 
 @dataclass
 class _Draws:
-    """Draws the training set from which each row of a training is taken.
+    """The choice of the training set from which each row of a training is drawn.
 
-    After every row, the number of rows of a set differs from its share by less than 1. This is the algorithm of
-    R. Tijdeman (1980), The chairman assignment problem. Each row goes to the set that must be drawn soonest.
+    After n rows, the number of rows of a set differs from n times its weight by less than 1. This is the algorithm of
+    R. Tijdeman (1980), The chairman assignment problem. Each row is drawn from the set that must be drawn soonest.
     """
 
     weights: tuple[float, ...]
     starts: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
-    """For each size of a batch, the number of rows of each set that were drawn before each batch."""
+    """Maps a batch size to a list: for each batch, the numbers of rows that were drawn from each set before it."""
 
     def of(self, batch: int, number: int) -> tuple[tuple[int, ...], list[int]]:
-        """Return how many rows of each set were drawn before batch `number`, and the sets of its rows."""
+        """Return how many rows of each set were drawn before batch `number`, and the index of the set of each of its rows."""
         starts = self.starts.setdefault(batch, [(0,) * len(self.weights)])
         while True:
             last = min(number, len(starts) - 1)

@@ -1,11 +1,11 @@
-"""The turns of an example that a model learns, as text.
+"""Split an example into the turns that a model learns, as text.
 
-An example of one answer has one turn. With `data.turns: all`, each message of the assistant is a turn. A turn has three parts: the prompt
-after which the model writes; text that it only reads, such as thinking that does not count in the loss; and the answer.
+An example with one answer has one turn. With `data.turns: all`, each message of the assistant is a turn. A turn has three parts: the
+prompt; text that does not count in the loss, such as thinking with `data.thinking: mask`; and the answer.
 
 A chat template has to begin each turn with its own generation prompt. So the answer is what follows this prompt in the whole conversation.
-If a template rewrites earlier turns (Qwen3 removes their thinking), each turn has the conversation as the model saw it then. If a template
-marks the answers with {% generation %}, the marks say where they are.
+If a template rewrites earlier turns (Qwen3 removes their thinking), the prompt of each turn is the conversation as the template writes it
+at this turn. If a template marks the answers with {% generation %}, the marks say where the answers are.
 """
 
 import re
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-_REST = re.compile(r".*?</think>\s*", re.DOTALL)  # of a thought that the prompt begins
+_REST = re.compile(r".*?</think>\s*", re.DOTALL)  # the rest of a thought that begins in the prompt
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Turn:
     answer: str
     """The answer without the token that ends it."""
     end: int
-    """The token that ends the answer."""
+    """The id of the token that ends the answer."""
     hidden: str = ""
     """Text between the prompt and the answer that does not count in the loss."""
 
@@ -56,15 +56,15 @@ def _without(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unlearnt(example: Example, rules: Rules) -> bool:
-    """Return True if the last message has thinking or tool calls in fields of their own. Training with `data.turns: answer` leaves these
-    out."""
+    """Return True if training does not learn all parts of the last message: with `data.turns: answer`, its tool calls, and thinking in a
+    field of its own, are left out."""
     if rules.turns != "answer" or not in_chat(example, rules.template):
         return False
     return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(chat.thinking(example.last)))
 
 
 class TurnReader:
-    """Reads the turns of examples, with the tokenizer's chat template."""
+    """The conversion of examples into turns, for one tokenizer and its chat template."""
 
     def __init__(self, rules: Rules, tokenizer: "PreTrainedTokenizerBase"):
         """Raises ModelError if the tokenizer has no EOS token, or if its chat template does not use a variable that the recipe sets."""
@@ -105,8 +105,8 @@ class TurnReader:
             if not whole.startswith(prompt):
                 if not spans or place == places[-1]:
                     raise _unverified(place, messages[place], where)
-                prompt = whole[:start]  # the template rewrites this turn when it is an earlier one, but it marks it
-            start = max(start, len(prompt))  # the model does not write the generation prompt, even if it is marked
+                prompt = whole[:start]  # the template rewrites earlier turns such as this one, but marks it
+            start = max(start, len(prompt))  # a generation prompt that is marked is not learnt
             answer, token = self._ended(whole[start:end], whole[end:])
             found.append(self._turn(prompt, answer, token, whole[len(prompt) : start]))
             _check_written(messages[place], place, found[-1], where)
@@ -123,7 +123,7 @@ class TurnReader:
         return dict(zip(places, spans or (), strict=False))
 
     def _ended(self, answer: str, rest: str = "") -> tuple[str, int]:
-        # the answer without its end token, and this token: the last one of the answer, or the next one of the text after it
+        # the answer without its end token, and the end token, which ends the answer or begins the text after it
         text = answer.rstrip()
         if found := [end for end in self._ends if end and text.endswith(end)]:
             end = max(found, key=len)
@@ -141,7 +141,7 @@ class TurnReader:
 
 
 def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -> None:
-    # with `first`, the first turn is learnt too if it is the assistant's
+    # `first`: True if the first turn is learnt too, so that it cannot be the assistant's
     before = ""
     for i, role in enumerate((message["role"] for message in messages), 1):
         if first and role == "assistant" and not before:
@@ -155,7 +155,7 @@ def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -
 
 
 def _check_written(message: Mapping[str, Any], place: int, turn: Turn, where: str) -> None:
-    # a template that does not know a part of a message leaves it out without a word
+    # a template that does not know a part of a message leaves it out without an error
     said, content = turn.hidden + turn.answer, _without(message).get("content")
     missing = [f"the call of `{name}`" for name in chat.called(message.get("tool_calls") or ()) if name not in said]
     missing += ["the thinking"] if str(chat.thinking(message) or "").strip() not in said else []

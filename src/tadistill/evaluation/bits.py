@@ -1,11 +1,11 @@
 """Bits per byte: how well a model predicts a text. It can be compared between models with different tokenizers.
 
-A loss per token cannot, because each tokenizer cuts a text into another number of tokens. Every model predicts the same bytes:
+A loss per token cannot be compared, because each tokenizer cuts a text into another number of tokens. The number of bytes is the same:
 
     bits per byte = -log2 p(tokens of the text, end) / bytes of the text in UTF-8
 
-`p` is the probability of the model's own tokens, after its own prompt. The end is the model's own end token. It belongs to the text, as in
-`loss`, but it has no byte: a model that cannot end an answer does not predict the answer. An empty text counts as one byte. A text
+`p` is the probability of the model's own tokens, after its own prompt. The end is the model's own end token. As in `loss`, its probability
+counts, because a model that cannot end an answer does not predict the answer. It has no byte. An empty text counts as one byte. A text
 that was cut has no end. Other tokens can spell the same text, so p is at most the probability of the text.
 """
 
@@ -20,13 +20,13 @@ from tadistill.data.batch import Sequence, references
 from tadistill.data.counts import Counts
 from tadistill.data.handover import Answer, Retokenised, retokenised, said
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import Encoded, EvalSet
+from tadistill.data.templates import Encoded, EvalSet, unknown_token
 from tadistill.data.token_bytes import token_bytes
 from tadistill.evaluation.scoring import Subject, likelihood
 
 
 def bits_per_byte(nats: Seq[np.ndarray], sizes: Seq[int]) -> np.ndarray:
-    """Return the bits per byte of each text. `nats` has -log p of each of its tokens, and `sizes` has its number of bytes."""
+    """Return the bits per byte of each text. `nats` has, for each text, -log p of each token, and `sizes` has its number of bytes."""
     return np.array([values.sum() / np.log(2) / max(size, 1) for values, size in zip(nats, sizes, strict=True)])
 
 
@@ -50,10 +50,9 @@ def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq
 
 
 def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of unknown tokens in the references. An unknown token does not say which bytes its text has."""
-    unknown = tokenizer.unk_token_id
-    # GPT-2 names its EOS here, although it can read every byte
-    return 0 if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else sum(e.response.count(unknown) for e in data.encoded)  # type: ignore[arg-type]
+    """Return the number of unknown tokens in the references. An unknown token can stand for any text, so its bits are too few."""
+    unknown = unknown_token(tokenizer)
+    return sum(e.response.count(unknown) for e in data.encoded)
 
 
 # --- answers of a model with another tokenizer ------------------------------------------------------------------------------
@@ -61,28 +60,28 @@ def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class CrossReading:
-    """The bits that two models need for the answers of one of them: the writer, which sampled the answers, and the reader."""
+    """The bits per byte of N answers for two models: the writer, which sampled the answers, and the reader, which has another tokenizer."""
 
     writer: np.ndarray
-    """(N,) with the tokens that the writer sampled."""
+    """(N,) the bits per byte for the writer, of the tokens that it sampled."""
     reader: np.ndarray
-    """(N,) with the other model's own tokens of the same text, behind its own prompt."""
+    """(N,) the bits per byte for the reader. The text of each answer is encoded with its own tokenizer, after its own prompt."""
     early: int
-    """Number of answers with a token that is no text, such as half a character. The other model reads the text before this token."""
+    """Number of answers with a token that is no text, such as half a character. The reader gets only the text before this token."""
     unknown: int
-    """Number of the other model's tokens that are its unknown token."""
+    """Number of the reader's tokens of the answers that are its unknown token."""
 
 
 def cross_read(
     writer: Subject, reader: Subject, data: EvalSet, rules: Rules, answers: Mapping[int, Sequence], *, batch: int
 ) -> CrossReading:
-    """Let one model read the answers of another one.
+    """Compute the bits per byte of a model's answers for this model, the writer, and for another model, the reader.
 
     Args:
         data: the test set, encoded for the reader.
-        rules: the reader's rules of encoding.
-        answers: the prompt and the sampled answer of each row, in the writer's tokens. The rows are in ascending order. The reader can read
-            all of these prompts.
+        rules: the rules for encoding text for the reader.
+        answers: maps a row number to the prompt and the sampled answer, in the writer's tokens. The rows are in ascending order, and all of
+            them are in `data.encoded`.
     """
     own = token_bytes(writer.tokenizer, writer.eos)
     texts = [said(row, answer.response, own) for row, answer in answers.items()]
@@ -100,7 +99,7 @@ def cross_read(
 
 
 def _kept(answer: Answer, encoded: Encoded | None, reader: Subject, rules: Rules) -> int:
-    # the bytes of an answer that the reader reads: a long answer is cut
+    # the number of bytes of an answer in the reader's tokens, because a long answer is cut
     if encoded is None or len(encoded.prompt) + len(encoded.response) < rules.max_length or encoded.response[-1] in reader.eos:
         return len(answer.text.encode())
     pieces = token_bytes(reader.tokenizer, reader.eos).spell(encoded.response).pieces

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval: load them with their data, run them on a model in this process, and read the results per item.
+"""Run tasks of EleutherAI's lm-eval: load them with their data, run them on a model in this process, and convert the results per item.
 
 The data of a task is read from JSON Lines files in `ROOT/DATASET/CONFIG` or `ROOT/DATASET`, where ROOT is `data.root`. The files are named
 after the splits. Without such files, lm-eval loads the data from the cache of the Hub or from the Hub.
@@ -24,9 +24,9 @@ from tadistill.errors import ConfigError, DataError, StageFailed
 from tadistill.evaluation.scoring import Subject
 
 Task = Any
-"""`lm_eval.api.task.Task`; lm-eval is optional."""
+"""A task of the class `lm_eval.api.task.Task`, which is not imported here, because lm-eval is optional."""
 SCORE = "task_score"
-_SEED = 1234  # of lm-eval's command line, for examples in prompts, numpy and torch
+_SEED = 1234  # the default of lm-eval's command line, for few-shot examples, numpy and torch
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class TaskResult:
     """The results of one task, in the form of a test set of an evaluation."""
 
     scores: dict[str, list[list[float]]]
-    """Maps `task_score` to the task's first metric, and `task_score/NAME` to another, with the values [item][0] from 0 to 100."""
+    """Maps a metric to its values [item][0], from 0 to 100. `task_score` is the task's first metric, and `task_score/NAME` another one."""
     rows: list[int]
-    """The numbers of the items in the task's data."""
+    """The indices of the items in the task's data."""
     records: list[dict[str, Any]]
-    """One record per item, as of a prompt of a test set."""
+    """One record per item, with the same keys as in `Evaluation.records`."""
     left_out: tuple[str, ...]
     """Metrics of the task that have no value from 0 to 1 for each item."""
 
 
 def load_tasks(names: Sequence[str], root: str | None) -> dict[str, Task]:
-    """Load tasks with their data. A name is that of a task, group or tag of lm-eval, or the path of a task's YAML file.
+    """Load tasks with their data. A name is the name of a task, group or tag of lm-eval, or the path of a task's YAML file.
 
     Raises:
         ConfigError: lm-eval has no such task, or the task runs code that the model writes.
@@ -52,7 +52,8 @@ def load_tasks(names: Sequence[str], root: str | None) -> dict[str, Task]:
     """
     from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
-    _quiet()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     manager = TaskManager(include_defaults=not all(name.endswith(TASK_FILE) for name in names))  # the index of all tasks takes seconds
     found: dict[str, Task] = {}
     for name in names:
@@ -60,7 +61,7 @@ def load_tasks(names: Sequence[str], root: str | None) -> dict[str, Task]:
         try:
             with _local_files_first(root or os.environ.get("TADISTILL_DATA"), asked):
                 found |= manager.load([str(Path(name).expanduser()) if name.endswith(TASK_FILE) else name])["tasks"]
-        except Exception as error:  # of the hub's libraries, or of a task's own code
+        except Exception as error:  # any error of the Hub's libraries, or of a task's own code
             if isinstance(error, KeyError) and not asked:
                 raise ConfigError(f"lm-eval has no task `{name}`; `lm-eval ls tasks` lists all tasks") from error
             reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -88,7 +89,7 @@ def _local_files_first(root: str | None, asked: list[str]) -> Iterator[None]:
                 return original("json", data_files=files)
         return original(path, name, **settings)
 
-    with mock.patch.object(datasets, "load_dataset", load):  # lm-eval has no other place for local files of a task that it knows
+    with mock.patch.object(datasets, "load_dataset", load):  # lm-eval has no setting for local files of its own tasks
         yield
 
 
@@ -109,7 +110,7 @@ def run_task(
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
     own = task.get_config("num_fewshot")
-    task.set_config("num_fewshot", own or 0 if fewshot is None or own == 0 else fewshot)  # a task with 0 keeps it, as lm-eval itself does
+    task.set_config("num_fewshot", own or 0 if fewshot is None or own == 0 else fewshot)  # a task that sets 0 keeps 0, as in lm-eval
     task.set_fewshot_seed(_SEED)
     random.seed(0)
     np.random.seed(_SEED)
@@ -118,15 +119,15 @@ def run_task(
         with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's progress bars
             model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch)  # type: ignore[arg-type]
             found = evaluate(model, {"tasks": {name: task}}, limit=limit, apply_chat_template=chat, bootstrap_iters=0)  # type: ignore[arg-type]
-    except Exception as error:  # of lm-eval, or of a task's own code
+    except Exception as error:  # any error of lm-eval, or of a task's own code
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise StageFailed(f"task `{name}` of lm-eval failed with {type(error).__name__}: {reason}; correct or remove the task") from error
-    assert found is not None  # there is one process
+    assert found is not None  # lm-eval returns None only in other processes than the first
     return found["samples"][name]  # type: ignore[return-value]
 
 
 def read_samples(name: str, samples: Sequence[dict[str, Any]], seed: int) -> TaskResult:
-    """Return the results of a task from lm-eval's log. An item has one entry for each filter of the task.
+    """Return the results of a task from lm-eval's log. The log has one entry for each item and each filter (a way to extract the answer).
 
     Raises:
         StageFailed: no metric of the task has a value from 0 to 1 for each item.
@@ -168,8 +169,3 @@ def _record(name: str, sample: dict[str, Any], seed: int) -> dict[str, Any]:
     references = [str(part) for part in right] if isinstance(right, list) and right else [str(right)]
     about = {"set": name, "index": sample["doc_id"], "seed": seed, "prompt": str(requests[0][0])}
     return about | {"instruction": str(requests[0][0]), "input": "", "prediction": answer, "references": references}
-
-
-def _quiet() -> None:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()

@@ -56,7 +56,7 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Calla
 def native(subject: Subject, settings: Evaluate, *, adapts: bool | None = None) -> Native:
     """Return the built-in engine with the settings of an evaluation.
 
-    With `adapts`, a GPU samples as many answers at a time as its memory allows. The default is to do so if the recipe does not set
+    With `adapts`, a GPU samples as many answers at a time as its memory allows. By default, `adapts` is True if the recipe does not set
     `batch`.
     """
     if adapts is None:
@@ -84,7 +84,7 @@ def score(
     read_references: bool = True,
     per_byte: bool = False,
 ) -> Evaluation:
-    """Return all scores of sampled answers. `own` are metrics of the user.
+    """Return all scores of sampled answers. `own` maps names to metrics of the user's own code.
 
     If `read_references` is True, loss and calibration on the references are measured too, and with `per_byte` their bits per byte.
     """

@@ -1,4 +1,4 @@
-"""Metrics that have a value at every token of an answer, such as loss or KL. They compare a model with a text or with other models.
+"""Compute metrics that have a value at every token of an answer, such as loss or KL. They compare a model with a text or with other models.
 
 To save memory, logits exist only for a few tokens at a time. Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
 
@@ -7,8 +7,8 @@ with k assistants:
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-Training minimised the first term. Each other term compares two neighbours of the path: a (nearer to T) and b (nearer to q).
-It is KL(q ‖ p_a) - KL(q ‖ p_b), and may be negative. All terms are means over the tokens of the student's own answers.
+The student's training minimised the first term. Each other term compares two neighbours of the path: a (nearer to T) and b (nearer to q).
+Such a term is KL(q ‖ p_a) - KL(q ‖ p_b), and may be negative. All terms are means over the tokens of the student's own answers.
 
 Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares KL(p ‖ q) after text that the student sampled with KL(p ‖ q)
 after text that the teacher sampled. The value at a position is the mean over the answers that are long enough. MiniLLM's released code
@@ -45,7 +45,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     vocab: int
     eos: tuple[int, ...]
-    """Tokens that end an answer."""
+    """Ids of the tokens that end an answer."""
 
     @property
     def pad(self) -> int:
@@ -127,8 +127,8 @@ def per_token(
     """Compute several metrics at every token of the answers.
 
     `names` are the metrics. `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of
-    the other models' logits, and the token ids (N,). It returns an array (metrics, N). After each batch, `tick` is called with its number
-    of sequences.
+    the other models' logits, and the token ids (N,). It returns a tensor (metrics, N). After each batch, `tick` is called with the number
+    of sequences in the batch.
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, teachers = Reader(subject.model), [*map(teacher_of, others)]
@@ -225,9 +225,9 @@ def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor
 
 
 def mass(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
-    """Return the total probability (N,) that the learner gives to the teacher's `k` most probable tokens.
+    """Return the total probability (N,) that the student gives to the teacher's `k` most probable tokens.
 
-    A value far below 1 means that the learner rarely uses these tokens.
+    A value far below 1 means that the student rarely uses these tokens.
     """
     theirs = teacher_logits.topk(min(k, teacher_logits.shape[-1])).indices
     return log_probs(student_logits).gather(-1, theirs).exp().sum(-1)
@@ -241,9 +241,9 @@ def entropy_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def pair_measures(
     learner: Subject, teacher: PreTrainedModel | Teacher, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
 ) -> PerToken:
-    """Return metrics that tell how well a teacher suits a learner.
+    """Return metrics that show how well a teacher suits a learner (a student or an assistant), at each token.
 
-    forward_kl is computed on the references, and all other metrics (`ON_OWN_TEXT`) on the learner's own answers.
+    forward_kl is computed on the references, and all other metrics (`ON_OWN_TEXT`) on the learner's own answers `own`.
     """
 
     def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Scores of generated text, from 0 to 100: agreement with references, correct facts, repetition and variety. Words end at white space.
+"""Compute scores of generated text, from 0 to 100: agreement with references, correct facts, repetition and variety.
 
 `score_answers` computes the scores of one decoding seed. `score_seeds` and `score_set` need the answers of all decoding seeds. To add a
-text metric, add a line to one of these functions, and a row to `tadistill.metrics`.
+text metric, add a line to one of these functions, and a row to `tadistill.metrics`. Except in ROUGE-L, words are separated by white space.
 """
 
 import math
@@ -54,7 +54,7 @@ def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], e
 
 
 def score_seeds(predictions: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
-    """Compare the answers of several decoding seeds. Return scores with one value per prompt. With one seed, there are no scores."""
+    """Compare the answers of several decoding seeds. Return scores with one value per prompt, or an empty dict if there is one seed."""
     return {"self_bleu": self_bleu(list(zip(*predictions.values(), strict=True)))} if len(predictions) > 1 else {}
 
 

@@ -158,7 +158,7 @@ def test_checks(kind, passes, fails):
         ("choice", "b2", "write a letter such as B, or name `choices`"),
         ("choice", 1, "write a letter such as B, or name `choices`"),
         ("math", "", "write an expression, for instance"),
-        ("math", "???", "write an expression that math-verify reads"),
+        ("math", "???", "write an expression that math-verify can parse"),
         ("checks", [], "write a list of objects such as"),
         ("checks", [{"kind": "max_words"}], "max_words with a number `n`"),
         ("checks", [{"kind": "max_words", "n": 3, "text": "x"}], "max_words with a number `n`"),
