@@ -69,7 +69,7 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
     page = write_sheet(directory / "judge", made, name=name)
     _name_unfinished(console, answers)
     console.print(f"{len(answers.items)} prompts, {len(answers.arms) + sheet.reference} answers each", highlight=False)
-    for text in (f"for the raters: {page} (or {page.with_suffix('.csv')})", f"not for the raters: {page.with_suffix('.key.json')}"):
+    for text in (f"send to the raters: {page} (or {page.with_suffix('.csv')})", f"keep from the raters: {page.with_suffix('.key.json')}"):
         console.print(text, soft_wrap=True, highlight=False)
     return page
 
@@ -124,9 +124,8 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
-        console.print(
-            f"no scores can be read from the replies to {len(verdicts.unparsed)} of {plan.questions} questions; these are left out"
-        )
+        count = f"{len(verdicts.unparsed)} of {plan.questions}"
+        console.print(f"no scores can be read from the replies to {count} questions; these questions are left out")
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))
         console.print(

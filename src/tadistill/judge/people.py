@@ -69,7 +69,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     """Write sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json, and return the path of the page.
 
     Raises:
-        ConfigError: there is another sheet of this name. It is not overwritten, because raters may be filling it in.
+        ConfigError: there is another sheet of this name, or the CSV file has been changed. Raters may be using it, so no file is written.
     """
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
@@ -86,7 +86,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
 
 
 def render_sheet(sheet: Sheet) -> str:
-    """Return the page of a sheet as HTML. It needs no network and no other file."""
+    """Return the page of a sheet as HTML. The page needs no network and no other file."""
     environment = Environment(
         loader=PackageLoader("tadistill.judge"), autoescape=True, finalize=visible_parts, undefined=StrictUndefined, trim_blocks=True
     )
@@ -203,7 +203,7 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
 
 
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:
-    """Return how well the raters agree: Krippendorff's alpha (ordinal), over the answers that at least two raters rated.
+    """Return the agreement of the raters: Krippendorff's alpha (ordinal), over the answers that at least two raters rated.
 
     In the result, `value` is None if no answer has two ratings, or if all these ratings are equal.
 

@@ -178,10 +178,10 @@ class Question:
 
 
 def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> list[Question]:
-    """Write the questions that compare each arm with `against`, for every prompt and training seed. Each pair is asked in both orders.
+    """Return the questions that compare each arm with `against`, for every prompt and training seed. Each pair is asked in both orders.
 
     Raises:
-        ConfigError: `against` is not known or is the only arm, or mode `score` is used against an arm.
+        ConfigError: `against` is not known or is the only arm, or `against` is an arm in mode `score`.
     """
     if mode == "score" and against != REFERENCE:
         raise ConfigError(f"mode `score` compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")
@@ -201,16 +201,16 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
 
 
 def write_question(instruction: str, given: str, left: str, right: str) -> str:
-    """Write the question that the judge reads. It names no arm and does not say which answer is the reference."""
+    """Return the text of a question to the judge. The text names no arm and does not say which answer is the reference."""
     parts = [("Instruction", instruction), ("Input", given), ("Assistant 1's answer", left), ("Assistant 2's answer", right)]
     blocks = [f"[{name}]\n{text}\n[End of {name}]" for name, text in parts if text or name != "Input"]
     return "\n\n".join([_TASK, *blocks, _FORM])
 
 
 def with_reminder(text: str, attempt: int) -> str:
-    """Return the text of a question for an attempt. Attempt 0 is the question itself. Later ones add a reminder of the required form.
+    """Return the text of a question for an attempt. Attempt 0 is the question itself. Later attempts add a reminder of the required form.
 
-    Each attempt has another reminder, because a judge at temperature 0 gives the same reply to the same text.
+    The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
     """
     return text if attempt == 0 else f"{text}\n\n{_AGAIN[attempt - 1]}"
 

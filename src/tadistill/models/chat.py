@@ -1,6 +1,6 @@
 """Chat completions of an OpenAI-compatible endpoint, through the `openai` package.
 
-    client = connect("https://HOST/v1", key="MY_KEY", timeout=120)
+    client = connect("https://HOST/v1", variable="MY_KEY", timeout=120)
     complete(client, {"model": NAME, "messages": [{"role": "user", "content": "…"}], "max_tokens": 256})        # a Reply
 
 Judges and teachers behind an API use this module. It contacts only the host that the user names.

@@ -81,11 +81,9 @@ def check_files(directory: Path, load: str) -> None:
     for path in sorted(directory.iterdir()):
         if path.suffix not in (*WEIGHTS, ".json", ".model", *_TEXTS) or not path.is_file():
             continue
-        with path.open("rb") as file:
-            start = file.read(len(_POINTER))
-        if not start and path.suffix not in _TEXTS:
+        if not path.stat().st_size and path.suffix not in _TEXTS:
             raise ModelError(f"{path.name} of model `{load}` is empty; download or save the model again")
-        if start == _POINTER:
+        if is_pointer(path):
             raise ModelError(f"{path.name} of model `{load}` is {POINTER}")
     if (directory / ADAPTER).is_file() and not is_adapter(directory):
         raise ModelError(
@@ -126,7 +124,9 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
         why = getattr(error, "strerror", None) or error
         raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a valid path ({why}); correct {ADAPTER}") from error
     if not HUB_ID.fullmatch(base):
-        raise ModelError(f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id {fix}")
+        raise ModelError(
+            f"adapter `{load}` belongs to the model `{base}`, which is no directory here and no hub id; write its directory or hub id {fix}"
+        )
     return base, revision if isinstance(revision, str) and revision else "main"
 
 

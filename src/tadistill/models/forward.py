@@ -53,7 +53,7 @@ class Reader:
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the last hidden states, of shape (N, H), at the N positions where the mask is True, in row-major order.
 
-        `model` is the model of this `Reader`. A wrapper for training in several processes may be around it.
+        `model` is the model of this `Reader`, or a wrapper around it for training in several processes.
         """
         if is_packed(self._model):
             return self._of_rows(model, batch)

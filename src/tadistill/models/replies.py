@@ -41,7 +41,7 @@ class Cache:
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
-        """Add a reply. It is on the disk when this function returns."""
+        """Add a reply. When this function returns, the reply is on the disk."""
         row: dict[str, Any] = {"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}
         row |= {} if reply.finish == "stop" else {"finish": reply.finish}
         row |= {"model": reply.model} if reply.model else {}

@@ -23,8 +23,8 @@ _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
 """Largest number of parameters of a model that is built and run as a check. This takes a fraction of a second."""
 _LARGEST = {"layer": 1000, "block": 1000, "expert": 10_000, "": 10**9}
-"""Maps a part of a field's name to the largest number that is allowed in the field. Such a model is built in seconds, and no real model
-needs more."""
+"""Maps a part of a field's name to the largest number that such a field may have. Within these limits, a model is built in seconds, and no
+real model has larger numbers."""
 
 
 def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

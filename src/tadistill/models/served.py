@@ -143,8 +143,8 @@ def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -
         )
     if f"torch.{form}" != str(dtype) or end - start != length * width * dtype.itemsize or len(answer.content) < end:
         raise Broken(
-            f"the server's answer has {len(answer.content)} bytes as {form}, but {length} tokens need "
-            f"{length * width * dtype.itemsize} as {dtype}"
+            f"the server's answer has {len(answer.content)} bytes of {form}, but {length} tokens need "
+            f"{length * width * dtype.itemsize} bytes of {dtype}"
         )
     states = torch.frombuffer(bytearray(answer.content[start:end]), dtype=dtype).reshape(length, width)
     if not bool(states.isfinite().all()):
@@ -173,7 +173,7 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise Broken("the server's answer has no `prompt_logprobs`") from error
     if len(rows) != len(tokens) - 1 or any(token not in dict(row) for token, row in zip(tokens[1:], rows, strict=True)):
-        raise Broken(f"the server's answer is about another text ({len(rows) + 1} tokens, and {len(tokens)} in the request)")
+        raise Broken(f"the server's answer is about another text (it has {len(rows) + 1} tokens, and the request has {len(tokens)})")
     if choice.get("prompt_token_ids") not in (None, tokens):
         raise Broken("the server's answer is about another text: its tokens are not those of the request")
     own = np.array([dict(row)[token] for token, row in zip(tokens[1:], rows, strict=True)])

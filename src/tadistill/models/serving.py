@@ -67,10 +67,10 @@ def served_teacher(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Teacher:
-    """Check the servers of a model, and return the teacher that they run.
+    """Check the servers of a model, and return a teacher that sends its requests to them.
 
     Args:
-        written: the source of the model as the recipe has it, for messages.
+        written: the source of the model as written in the recipe, for messages.
         load: the source of the model's files. Only the configuration and the output head are loaded.
         dtype: number format of the head, and of hidden states on their way from the server.
         device: device of the head and of the teacher's outputs.
@@ -134,7 +134,7 @@ def _named(servers: Servers, at: str, models: list[dict[str, Any]], names: Colle
         if model["id"] in names or model.get("root") in names:
             return str(model["id"]), model.get("max_model_len")
     runs = ", ".join(f"`{model['id']}`" for model in models) or "no model"
-    fix = "correct `serve.name`" if servers.serve.name else "if it is the same model, set `serve.name` to its name there"
+    fix = "correct `serve.name`" if servers.serve.name else "if it is the same model, set `serve.name` to its name on the server"
     raise ServerFailed(
         f"the server {at} of `{servers.model}` runs {runs}, but the recipe has `{next(iter(names))}`; {fix}, or start the server with "
         "`tadistill serve RECIPE MODEL`"
@@ -190,8 +190,8 @@ def _same_tokens(servers: Servers, at: str, name: str, tokenizer: PreTrainedToke
     if found != wanted:
         place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
         raise ServerFailed(
-            f"the server {at} of `{servers.model}` has another tokenizer than the recipe: token {place} of a sentence is "
-            f"{[*found, None][place]} there and {[*wanted, None][place]} here; start it with the model of the recipe"
+            f"the server {at} of `{servers.model}` has another tokenizer than the recipe: token {place} of a test sentence has the id "
+            f"{[*found, None][place]} on the server and {[*wanted, None][place]} in the recipe; start it with the model of the recipe"
         )
     return True
 

@@ -109,7 +109,7 @@ def check_source(load: str) -> None:
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
     """Return the Hugging Face directory of a source, without network. Return None if there is none on this disk, as for `scratch:`.
 
-    If `weights` is False, a directory with configuration and tokenizer is enough.
+    If `weights` is False, a directory that has only configuration and tokenizer is returned, too.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.

@@ -28,9 +28,9 @@ REFUSED = {
     **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), _POSITIONS),
     **dict.fromkeys(("cpmant", "xlnet"), _BOTH),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "writes sound and no text"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "generates audio and no text"),
     **dict.fromkeys(("emu3", "mllama"), _PART),
-    "blt": "reads patches of bytes, which a second model makes",
+    "blt": "reads patches of bytes, which a second model computes",
     "prophetnet": "predicts several tokens at once",
     "reformer": "draws random numbers in every forward pass, so its logits cannot be repeated",
 }
@@ -58,7 +58,7 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
     if isinstance(positions, int) and positions < 1:
         raise ModelError(f"the configuration of model `{model}` has {positions} positions (max_position_embeddings); write at least 1")
     if config.is_encoder_decoder:
-        raise _refusal(model, kind, "is an encoder with a decoder")
+        raise _refusal(model, kind, "is an encoder-decoder model")
     if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):
         flag = "causal" if hasattr(config, "causal") else "is_decoder"
         raise _refusal(model, kind, f'{_BOTH} unless its config.json has "{flag}": true')

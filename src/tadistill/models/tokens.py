@@ -1,6 +1,6 @@
 """Special tokens of a model, read from its files: the tokens that end an answer, the token BOS, and the chat template.
 
-Only JSON files are read, so planning needs no torch. `ends` collects the tokens that end an answer of several models.
+Only JSON files are read, so planning needs no torch. `ends` merges the tokens that end an answer for several models.
 """
 
 import json
@@ -112,9 +112,9 @@ class Vocabulary:
     """The tokens of a tokenizer, as mappings from the text of a token to its id."""
 
     words: Mapping[str, int]
-    """The id of each token of the vocabulary, also of added tokens that are a part of it."""
+    """The id of each token that the tokenizer's files list as vocabulary. They may list added tokens, too."""
     added: Mapping[str, int]
-    """The id of each added token, such as special tokens. They can be outside of the vocabulary."""
+    """The id of each added token, such as a special token. Added tokens can be missing in `words`."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -175,7 +175,7 @@ def check_ends(directory: Path, load: str) -> None:
 
 def name_ends(directory: Path) -> None:
     """Write the ids of all tokens that end an answer into the generation_config.json of a saved model. Older versions of tadistill did not
-    save all of them."""
+    save all these ids."""
     file = directory / "generation_config.json"
     content, found = _read(file), read(directory, directory)
     if content and set(found.generation) != set(found.all):

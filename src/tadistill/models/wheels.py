@@ -33,7 +33,7 @@ class WheelFile:
     file: str
     """The path of the file inside the wheel, or only its name."""
     sha256: str | None = None
-    """The sha256 that the user wrote in the reference, in lower case."""
+    """The sha256 in the reference, in lower case. None if the reference has none."""
 
     @property
     def name(self) -> str:

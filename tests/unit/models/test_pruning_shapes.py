@@ -115,7 +115,7 @@ def test_importance_of_another_model():
 
 def test_layers_and_shape_disagree():
     model = tiny("llama")
-    with pytest.raises(ConfigError, match=r"layers is \[0, 1\]\. These are 2 layers, but the shape has 3"):
+    with pytest.raises(ConfigError, match=r"layers is \[0, 1\] \(2 layers\), but the shape has 3 layers"):
         prune(model, shape_of(model.config), scores(model), (0, 1))
 
 

@@ -198,7 +198,7 @@ STAYING = {
         "the server's answer belongs to another request",
     ),
     "no description": (lambda body, reply: (200, {}, reply[2]), "the server's answer is not complete JSON"),
-    "too few bytes": (lambda body, reply: (200, reply[1], reply[2][:-4]), r"answer has \d+ bytes as float32, but \d tokens need \d+"),
+    "too few bytes": (lambda body, reply: (200, reply[1], reply[2][:-4]), r"answer has \d+ bytes of float32, but \d tokens need \d+ bytes"),
     "a refusal": (
         lambda body, reply: refusal(400, "Token id 999 is out of vocabulary"),
         r"refuses a request to /pooling \(400, Token id 999",
@@ -280,7 +280,9 @@ def test_another_model_is_refused(here):
     with pytest.raises(ServerFailed, match=re.escape("runs `org/other`, but the recipe has `")) as caught:
         checked(here)
     assert str(caught.value).count("start the server") == 1
-    assert "if it is the same model, set `serve.name` to its name there, or start the server with `tadistill serve" in str(caught.value)
+    assert "if it is the same model, set `serve.name` to its name on the server, or start the server with `tadistill serve" in str(
+        caught.value
+    )
     assert checked(here, name="org/other")[0].name == "org/other"
 
 
@@ -294,7 +296,7 @@ def test_another_tokenizer_is_refused(here):
     here.tokenizer = byte_tokenizer(adds_bos=True)
     checked(here)  # no token is added to a text
     here.tokenizer = lambda text, **_: {"input_ids": [5, *byte_tokenizer()(text)["input_ids"]]}
-    with pytest.raises(ServerFailed, match="has another tokenizer than the recipe: token 0 of a sentence is 5 there"):
+    with pytest.raises(ServerFailed, match="has another tokenizer than the recipe: token 0 of a test sentence has the id 5 on the server"):
         checked(here)
     here.tokenizer = byte_tokenizer()
 

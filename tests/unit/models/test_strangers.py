@@ -292,7 +292,9 @@ def test_an_adapter_of_the_hub(adapter, whole, tmp_path, monkeypatch):
         load_model("org/lora", revision="v2")
     changed("adapter_config.json", base_model_name_or_path="/home/them/base")(folder)
     cached_repository(tmp_path / "hub", folder, name="org/lora", branch="v3", commit="e" * 40)
-    with pytest.raises(ModelError, match=r"`/home/them/base`, which does not exist here; .*hf download org/lora --local-dir DIR"):
+    with pytest.raises(
+        ModelError, match=r"`/home/them/base`, which is no directory here and no hub id; .*hf download org/lora --local-dir DIR"
+    ):
         load_model("org/lora", revision="v3")
 
 
@@ -302,7 +304,7 @@ def test_an_adapter_of_the_hub(adapter, whole, tmp_path, monkeypatch):
         ({"base_model_name_or_path": None}, "does not name its base model; write the base's hub id"),
         ({"base_model_name_or_path": "/" + "x" * 300}, "not a valid path"),
         ({"base_model_name_or_path": "."}, "which is an adapter too"),
-        ({"base_model_name_or_path": "/no/where/base"}, "belongs to the model `/no/where/base`, which does not exist here"),
+        ({"base_model_name_or_path": "/no/where/base"}, "belongs to the model `/no/where/base`, which is no directory here and no hub id"),
         ({"peft_type": "PREFIX_TUNING"}, "only LORA adapters"),
         ({"target_modules": ["nope"]}, "cannot be merged with its base"),
         ({"target_modules": ["v_proj"]}, "does not fit its base"),

@@ -17,7 +17,7 @@ def test_refused_types_are_named_with_the_reason(kind):
     ("config", "what"),
     [
         ({"model_type": "t5"}, "is of type t5, which is not a causal language model of this version of transformers"),
-        ({"model_type": "bart"}, "is of type bart, which is an encoder with a decoder"),
+        ({"model_type": "bart"}, "is of type bart, which is an encoder-decoder model"),
         ({"model_type": "bert"}, 'reads text in both directions unless its config.json has "is_decoder": true'),
         ({"model_type": "xlm"}, 'unless its config.json has "causal": true'),
         ({"model_type": "llama", "hidden_size": "wide"}, "transformers cannot build model `mine` from its config.json .*hidden_size"),

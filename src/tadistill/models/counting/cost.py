@@ -21,7 +21,7 @@ NOT_LEARNING = ("selection", "watching")
 
 @dataclass(frozen=True)
 class CostPart:
-    """The FLOPs and the token positions of one part of a cost. Only forward passes add positions. Backward passes add FLOPs."""
+    """The FLOPs and the token positions of one part of a cost. Forward passes add to all fields, backward passes only to the FLOPs."""
 
     flops: float = 0.0
     positions: float = 0.0

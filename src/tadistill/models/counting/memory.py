@@ -32,9 +32,9 @@ class Memory:
     frozen: float = 0.0
     """Weights of all other models, such as teachers."""
     layers: float = 0.0
-    """What a forward pass keeps for the backward pass: activations, and copies of weights in half precision."""
+    """Tensors that a forward pass keeps for the backward pass: activations, and copies of weights in half precision."""
     cpu: float = 0.0
-    """What only a CPU needs in addition: the scores of attention with dropout, and the products of heads in half precision."""
+    """Tensors that only a CPU needs in addition: the scores of attention with dropout, and the products of heads in half precision."""
     running: float = 0.0
     """Temporary tensors of one layer in the backward pass."""
     head: float = 0.0
@@ -46,7 +46,7 @@ class Memory:
     returned: float = 0.0
     """Gradients of the embeddings, before the end of the backward pass adds them to `gradients`."""
     several: bool = False
-    """True if an update has several micro-batches. Then the gradients of one are in memory while the next one runs forward."""
+    """True if an update has several micro-batches. Then the gradients are in memory also during a forward pass."""
     sampling: float = 0.0
     """Caches and temporary tensors of sampling, or of an evaluation."""
     rollouts: float = 0.0
@@ -165,24 +165,21 @@ def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
             break
         limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
         if limit is not None and used is not None:
-            cached = _inactive_file(folder / "memory.stat")
+            stat = _text(folder / "memory.stat").splitlines()
+            # page cache that the kernel frees when memory is short, though memory.current includes it
+            cached = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
             free = min(free, max(limit - used + cached, 0))
     return free
 
 
 def _number(path: Path) -> int | None:
     # a control file contains a number of bytes, or `max`
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
+    text = _text(path).strip()
     return int(text) if text.isdigit() else None
 
 
-def _inactive_file(path: Path) -> int:
-    # page cache that the kernel frees when memory is short, though memory.current includes it
+def _text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        return ""

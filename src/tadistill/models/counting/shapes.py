@@ -66,10 +66,8 @@ def shape_of(config: Config) -> Shape:
     family = fields["model_type"]
     if family == "gpt2":
         hidden, heads = size_in(fields, "n_embd", "hidden_size"), size_in(fields, "n_head", "num_attention_heads")
-        layers, inner = (
-            size_in(fields, "n_layer", "num_hidden_layers"),
-            size_in(fields, "n_inner") if fields.get("n_inner") is not None else 4 * hidden,
-        )
+        layers = size_in(fields, "n_layer", "num_hidden_layers")
+        inner = 4 * hidden if fields.get("n_inner") is None else size_in(fields, "n_inner")
         return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
     hidden, heads = size_in(fields, "hidden_size"), size_in(fields, "num_attention_heads")
     layers, inner = size_in(fields, "num_hidden_layers"), size_in(fields, "ffn_dim" if family == "opt" else "intermediate_size")

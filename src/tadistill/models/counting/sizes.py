@@ -122,12 +122,9 @@ def _or(config: Config, name: str, default: int) -> int:
 
 
 def _gpt2(config: Config) -> Size:
-    vocab, width, layers = (
-        size_in(config, "vocab_size"),
-        size_in(config, "n_embd", "hidden_size"),
-        size_in(config, "n_layer", "num_hidden_layers"),
-    )
-    positions, inner = size_in(config, "n_positions", "max_position_embeddings"), _or(config, "n_inner", 4 * width)
+    vocab, width = size_in(config, "vocab_size"), size_in(config, "n_embd", "hidden_size")
+    layers, positions = size_in(config, "n_layer", "num_hidden_layers"), size_in(config, "n_positions", "max_position_embeddings")
+    inner = _or(config, "n_inner", 4 * width)
     matrices = 4 * width * width + 2 * width * inner
     biases = 3 * width + width + inner + width
     block = matrices + biases + 4 * width  # two layer norms
@@ -137,11 +134,7 @@ def _gpt2(config: Config) -> Size:
 
 
 def _opt(config: Config) -> Size:
-    vocab, width, layers = (
-        size_in(config, "vocab_size"),
-        size_in(config, "hidden_size"),
-        size_in(config, "num_hidden_layers"),
-    )
+    vocab, width, layers = size_in(config, "vocab_size"), size_in(config, "hidden_size"), size_in(config, "num_hidden_layers")
     positions, inner = size_in(config, "max_position_embeddings"), size_in(config, "ffn_dim")
     outer = _or(config, "word_embed_proj_dim", width)
     bias = 1 if config.get("enable_bias", True) else 0

@@ -27,7 +27,7 @@ from tadistill.models.pruning.families import FAMILIES
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """The importance scores of the parts of a model, in float64 on the CPU. Only scores of the same layer can be compared."""
+    """The importance scores of the parts of a model, in float64 on the CPU. Neurons and heads can be compared only within a layer."""
 
     hidden: Tensor
     """Scores of the channels, of shape (H,): absolute outputs of the norms, summed over both norms of all layers."""

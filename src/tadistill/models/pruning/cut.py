@@ -203,7 +203,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
         keep = keep_list(tuple(layers), total)
         if len(keep) != count:
             raise ConfigError(
-                f"layers is {list(keep)}. These are {len(keep)} layers, but the shape has {count}; list {count} layers, or change the shape"
+                f"layers is {list(keep)} ({len(keep)} layers), but the shape has {count} layers; list {count} layers, or change the shape"
             )
         return keep
     return keep_list(count, total) if importance is None else keep_important(count, importance.layers)
