@@ -80,7 +80,8 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_booleans(cls, values: Any) -> Any:
+    def _converted(cls, given: Any) -> Any:
+        values = {cls.text_sets: given} if isinstance(given, str) and cls.text_sets else given
         # pydantic would convert `true` to 1; it refuses the text "true" with an error that names the key
         return {k: _words(v) if _numbers_only(cls, k) else v for k, v in values.items()} if isinstance(values, dict) else values
 

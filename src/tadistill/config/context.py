@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,11 +33,6 @@ class TeacherContext(Strict):
     max_prompt: int = Field(default=1024, ge=1, le=MOST)
     """Largest number of tokens in the teacher's prompt. If the prompt of a row is longer, `data.long_prompts` decides: the row is left out
     of this training, or the prompt is cut."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {cls.text_sets: value} if isinstance(value, str) else value
 
     @field_validator("template")
     @classmethod

@@ -49,11 +49,6 @@ class DataRef(Strict):
     """Further columns of the file that the template of a `context` uses, such as [document]. A column contains a text, a number, or a list
     of texts, which are joined with empty lines. Only the training set can have this key."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {cls.text_sets: value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _check(self):
         if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or "" in self.choices):

@@ -132,11 +132,6 @@ class OwnMetric(Strict):
     decimals: int = Field(default=1, ge=0, le=6)
     """Number of digits after the decimal point in reports."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {cls.text_sets: value} if isinstance(value, str) else value
-
     @field_validator("function")
     @classmethod
     def _new_name(cls, function: str) -> str:

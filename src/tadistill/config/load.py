@@ -152,7 +152,7 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
     except ValidationError as error:
         found = problems(error, raw, model)
         sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
-        rest = [f"{source}: {len(found) - _SHOWN} more problems are not shown; correct these first"] if len(found) > _SHOWN else []
+        rest = [f"{source}: {len(found) - _SHOWN} more problems are not shown; correct those above first"] if len(found) > _SHOWN else []
         raise ConfigError(*sentences, *rest) from error
 
 

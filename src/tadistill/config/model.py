@@ -77,7 +77,7 @@ class Temper(Strict):
     def _check(self):
         if (self.tau is None) == (self.like is None):
             raise ValueError(
-                "temper needs exactly one of two keys: `tau` (a number), or `like` (an arm whose mean entropy the model shall have)"
+                "temper needs exactly one of two keys: `tau` (a number), or `like` (an arm whose mean entropy the model should have)"
             )
         return self
 
@@ -167,9 +167,8 @@ class ModelConfig(Strict):
     def _check(self):
         given = [name for name in ("load", "init", "checkpoint", "temper", "api") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a model needs exactly one of `load`, `init`, `checkpoint`, `temper` and `api`; this one has {given or 'none'}"
-            )
+            has = f"has {' and '.join(f'`{name}`' for name in given)}; keep" if given else "has none of them; set"
+            raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint`, `temper` and `api`, but this model {has} one of them")
         if self.api and (unused := [name for name in _OF_WEIGHTS if name in self.model_fields_set]):
             raise ValueError(f"a model with `api` has no weights here, so `{unused[0]}` has no effect; remove this key")
         scratch = (self.load or "").startswith("scratch:")
@@ -182,7 +181,9 @@ class ModelConfig(Strict):
                 "study, export it, and serve the export"
             )
         if self.template and not self.load:
-            raise ValueError("a model that is made from another one has its template; remove `template`, or set it for the other model")
+            raise ValueError(
+                "a model that is made from another model has the template of that model; remove `template`, or set it for that model"
+            )
         if self.config and not self.load:
             raise ValueError("`config` is only for a model with `load`, but this model is made from another model; remove `config`")
         if self.config and not scratch and not isinstance(self.config.get("model_type"), str):

@@ -71,7 +71,9 @@ class Optim(Strict):
             )
         given = self.model_fields_set  # an arm's changes can have only one of two numbers; `merge_methods` checks both
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
-            raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}; the learning rate falls from `lr` to `lr_min`; lower `lr_min`")
+            raise ValueError(
+                f"lr_min {self.lr_min} is above lr {self.lr}, but the learning rate falls from `lr` to `lr_min`; lower `lr_min`"
+            )
         if {"lr", "weight_decay"} <= given and self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so one update could change the sign of a weight; "

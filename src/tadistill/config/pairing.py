@@ -68,7 +68,7 @@ def _check_text(method: "Method") -> None:
         )
     if sampler.on_policy and objective.imitates_text:
         fix = (
-            f"kd_ratio is {objective.kd_ratio}; set it to 1"
+            f"set `objective.kd_ratio` to 1 (now {objective.kd_ratio:g})"
             if isinstance(objective, Divergence)
             else "use a divergence, such as `reverse_kl`"
         )

@@ -113,7 +113,7 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind == "union_tag_invalid":
         return _type(str(context.get("tag")), re.findall(r"'([^']+)'", str(context.get("expected_tags"))), key)
     if kind == "union_tag_not_found":
-        return " needs a `type`, because its other keys depend on it; for instance {type: " + _first_type(location, root) + "}."
+        return f" needs a `type`, which decides its other keys; write for instance {{type: {_first_type(location, root)}}}."
     if value is None:
         return f" has no value; {_empty(kind, context)}, or remove the key."
     if kind in ("too_short", "too_long"):

@@ -53,7 +53,7 @@ class Serve(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_addresses(cls, value: Any) -> Any:
-        return {cls.text_sets: value} if isinstance(value, str | list | tuple) else value
+        return {cls.text_sets: value} if isinstance(value, list | tuple) else value
 
     @field_validator("at", mode="before", json_schema_input_type=str | list[str])
     @classmethod

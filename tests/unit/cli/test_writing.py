@@ -13,7 +13,7 @@ def run(*arguments: str):
 
 def test_recipes_lists_a_line_for_each():
     lines = dict(line.split(maxsplit=1) for line in run("recipes").output.splitlines())
-    assert lines["quickstart"].startswith("Teacher, teacher assistant (TA) and student on an embedded world")
+    assert lines["quickstart"].startswith("Teacher, teacher assistant (TA) and student on the built-in data set tinyworld")
     assert lines["methods/gkd"].startswith("GKD (Agarwal et al. 2024)")
 
 

@@ -162,7 +162,10 @@ def test_one_key_sets_the_size_of_a_forward_pass():
             "`minillm` needs a sampler that works in rounds, but sampler `dataset` does not",
         ),
         ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "use `sampler: {type: student}`"),
-        ({"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}}, "kd_ratio is 0.5; set it to 1"),
+        (
+            {"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}},
+            "set `objective.kd_ratio` to 1",
+        ),
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "mix"}},
             "needs a sampler that works in rounds, but sampler `mix` does not",
@@ -348,7 +351,7 @@ def test_all_problems_are_shown_unknown_keys_first():
         "r.yaml, line 4: `models.xl.sft.optim.batch",
     ]
     many = RECIPE + "".join(f"k{i}: 1\n" for i in range(50))
-    with pytest.raises(ConfigError, match=r"30 more problems are not shown; correct these first") as error:
+    with pytest.raises(ConfigError, match=r"30 more problems are not shown; correct those above first") as error:
         parse(many, source="r.yaml")
     assert len(error.value.problems) == 21
 

@@ -63,7 +63,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("arms:", "template: chat\narms:", 15, "did you mean `data.template`?"),
         ("train: chat.jsonl", "train: {load: chat.jsonl, weight: 2}", 10, "did you mean `data.train.NAME.weight`?"),
         ("xl > s", "{path: xl > s, phases: [{teacher: s}]}", 16, "did you mean `teacher`, at the top level of the recipe?"),
-        ("xl > s", "{path: xl > s, sampler: {max_new_tokens: 9}}", 16, "`arms.direct.sampler` needs a `type`, because its"),
+        ("xl > s", "{path: xl > s, sampler: {max_new_tokens: 9}}", 16, "`arms.direct.sampler` needs a `type`, which decides its"),
         ("[chat.jsonl]", "chat.jsonl", 12, "`data.test` is 'chat.jsonl': write a list: [chat.jsonl]"),
         ("[10]", "10", 2, "`seeds` is 10: write a list: [10]"),
         ("[chat.jsonl]", "[chat.jsonl, chat.jsonl]", 12, "`data.test`: two data sets have the name `chat`; rename one of the files"),

@@ -235,5 +235,5 @@ def test_models_with_one_tokenizer_read_one_template(across, folder):
         make_plan(Recipe.model_validate(only))
     found = across("plain", of_t="chat", l={"load": str(folder / "listed")})
     assert {found.tokens.data(name).template for name in ("t", "l")} == {"chat"}
-    with pytest.raises(ValidationError, match="a model that is made from another one has its template; remove `template`, or set it for"):
+    with pytest.raises(ValidationError, match="a model that is made from another model has the template of that model; remove `template`"):
         across("plain", l={"init": {"from": "t", "layers": 1}, "template": "chat"})
