@@ -168,7 +168,9 @@ class ModelConfig(Strict):
         given = [name for name in ("load", "init", "checkpoint", "temper", "api") if getattr(self, name) is not None]
         if len(given) != 1:
             has = f"has {' and '.join(f'`{name}`' for name in given)}; keep" if given else "has none of them; set"
-            raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint`, `temper` and `api`, but this model {has} one of them")
+            raise ValueError(
+                f"a model needs exactly one of `load`, `init`, `checkpoint`, `temper` and `api`, but this model {has} one of them"
+            )
         if self.api and (unused := [name for name in _OF_WEIGHTS if name in self.model_fields_set]):
             raise ValueError(f"a model with `api` has no weights here, so `{unused[0]}` has no effect; remove this key")
         scratch = (self.load or "").startswith("scratch:")
