@@ -1,4 +1,4 @@
-"""The work of the commands `tadistill judge` and `tadistill human`."""
+"""Carry out the commands `tadistill judge` and `tadistill human`."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -100,7 +100,7 @@ class Servers:
         return self._client.post(f"{at}{path}", json=body | {"request_id": id}, headers={"X-Request-Id": id})
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]], read: Callable[[int, Answer], T]) -> list[T]:
-        """Send one request for each body, and return the values of `read(number, answer)`, in the order of the bodies.
+        """Send one request for each body. Return the list of `read(i, answer)` for all bodies, where i is the index of a body.
 
         Raises:
             ServerFailed: a server refuses a request; or, also after the last repetition, it cannot be reached, reports an error or sends
@@ -148,7 +148,7 @@ class Servers:
                 continue
             except httpx.TransportError as error:
                 reason = f"it cannot be reached, or broke the connection ({error or type(error).__name__})"
-                if "WRONG_VERSION_NUMBER" in str(error):  # of TLS: the answer was plain HTTP
+                if "WRONG_VERSION_NUMBER" in str(error):  # TLS reports this if the answer is plain HTTP
                     reason, fix = f"its address begins with https, but it answers without TLS ({error})", "write http:// in `serve.at`"
                 continue
             if response.status_code >= 500 or response.status_code in _LATER:

@@ -180,7 +180,7 @@ def _check_attention(config: PreTrainedConfig, file: Path) -> None:
 def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     delattr(config, "quantization_config")  # only quantised models have this field
-    with torch.random.fork_rng(devices=[]):  # the random weights made here are replaced at once
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced below
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()

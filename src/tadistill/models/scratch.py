@@ -31,7 +31,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
     """Return the configuration of a new model of the transformers type `kind`. Vocabulary and special tokens come from the tokenizer.
 
     Raises:
-        ConfigError: transformers has no such model type, or a field is unknown, belongs to the tokenizer or has a wrong value.
+        ConfigError: transformers has no such model type, or a field is unknown, is set by the tokenizer or has a wrong value.
     """
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = _nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

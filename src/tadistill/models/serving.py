@@ -42,7 +42,7 @@ class Checked:
     name: str
     """The model's name on the server."""
     longest: int | None
-    """Largest number of tokens of a text. None if the server does not tell it."""
+    """Largest number of tokens of a text that the server accepts. None if the server does not report it."""
     seconds: float
     """Seconds from a request with a short text to its answer."""
     same_tokens: bool

