@@ -108,9 +108,9 @@ class _Made(NamedTuple):
     path: list[Handle]
     """Every model of the arm's last path."""
     phases: list[PlannedPhase]
-    """The phases of its last training."""
+    """The phases of the last training in the arm."""
     stages: list[str]
-    """The stage of each of these phases."""
+    """Key of the stage of each phase."""
 
 
 class _Planner:
@@ -122,7 +122,7 @@ class _Planner:
         self.teacher = original_teacher(recipe) if recipe.analyse else None
         self.tokens = StudyTokens(recipe, self.teacher)
         self.stages = StageBuilder(recipe, self.graph, self.ledger, lambda arm, seed: self._path_of(arm, seed)[-1], self.tokens)
-        self.making: list[str] = []  # arms in progress: each one's model sets a temperature that the arm before needs
+        self.making: list[str] = []  # arms that are being planned; each sets a temperature for the arm before it
 
     def plan(self) -> Plan:
         # in the recipe's order, except that an arm with `compute: as X` or `teacher_budget: as X` is planned after arm X
@@ -165,7 +165,7 @@ class _Planner:
         }
         analyse = {}
         if self.teacher and self.recipe.data.test and self._comparable(self.teacher, last):
-            # no model of a route is on the way from the original teacher
+            # without a chain of assistants from the original teacher, only the last model is compared
             alone = arm.controls or routed(arm.path) or not all(self.tokens.alike(self.teacher, name) for name in flat(arm.last))
             compared = {seed: of_path[-1:] if alone else of_path for seed, of_path in models.items()}
             analyse = {seed: self.stages.analyse(last, compared[seed], seed, evaluate[seed], self.teacher) for seed in models}

@@ -29,7 +29,7 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
     """Check that a model behind an API only writes text for the models of an arm.
 
     Raises:
-        ConfigError: the arm trains it, measures it or starts from it, or the training set has descriptions of tools.
+        ConfigError: the arm trains or measures such a model or starts from its weights, or the training set has descriptions of tools.
     """
     apis, path = {name for name, model in recipe.models.items() if model.api}, recipe.arms[arm]
     if wrong := apis.intersection((*path.learners, *path.init.values(), *(path.last if len(path.last) == 1 else ()))):
@@ -45,7 +45,7 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
 
 
 def wanted_of(spec: AskSpec, examples: Iterable[Example]) -> list[Request]:
-    """Return the request of each row of the training set. Raises DataError if a row has no column for a placeholder of the `context`."""
+    """Return the request for each row of the training set. Raises DataError if a row has no column for a placeholder of the `context`."""
     rows = map(without_thinking, examples) if spec.data.thinking == "drop" else examples
     api, name = spec.teacher.api, f"data set `{spec.train.ref.name}`"
     assert api is not None
@@ -55,7 +55,7 @@ def wanted_of(spec: AskSpec, examples: Iterable[Example]) -> list[Request]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The numbers of requests and tokens, estimated from the length of texts."""
+    """The numbers of API requests and of their tokens, estimated from the lengths of texts."""
 
     requests: int = 0
     tokens_in: int = 0

@@ -1,7 +1,7 @@
 """The two budgets of an arm: its training FLOPs, and the number of answer tokens that the original teacher writes or scores for it.
 
-The recipe's keys `compute` and `teacher_budget` set these budgets by the name of another arm. The planner meets a budget by changing the
-number of updates or of prompts. The two keys change different numbers, so an arm can have both:
+The keys `compute` and `teacher_budget` of an arm name another arm whose budget the arm gets. To match it, the number of updates or of
+prompts is changed. The two keys change different numbers, so an arm can have both:
 
     the teacher only writes text (SeqKD)      `teacher_budget` changes the number of prompts, `compute` the number of all updates
     the teacher runs during training          `teacher_budget` changes the updates of the models that it teaches, `compute` all others
@@ -74,7 +74,7 @@ class Budgets:
         assert teacher is not None
         given, final = f"arms.{name} has `teacher_budget: {arm.teacher_budget}`, but", like.final[self.recipe.first_seed]
         if routed((*arm.path, *like.arm.path)):
-            raise ConfigError(f"{given} a route asks several teachers; remove `teacher_budget`, or use `compute`")
+            raise ConfigError(f"{given} a route has several teachers; remove `teacher_budget`, or use `compute`")
         trial = self.trial(name, arm, Budget())
         target, total = self.graph.asked(final, teacher), trial.graph.asked(trial.final, teacher)
         if target is None or total is None:

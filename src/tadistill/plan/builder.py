@@ -201,7 +201,7 @@ class StageBuilder:
 
         Args:
             teachers: names and models, from big to small. With `dense` or a route, there are several. Otherwise, there is one.
-            route: the teachers with their sets, as the path has them. Empty if every teacher teaches on all rows.
+            route: the teachers with their training sets, such as `m on maths + xl on chat`. Empty if every teacher teaches on all rows.
             turn: the index of this distillation among the arm's distillations of this model. Each has its own order of prompts.
 
         Raises:
@@ -299,7 +299,7 @@ class StageBuilder:
         """Return the settings with which the rows of data sets become tokens for a model (`StudyTokens.encoding`).
 
         Args:
-            context: the prompt that its teachers read on the training set, if they have their own.
+            context: the prompt of its own that a teacher of the model reads on the training set, if the recipe sets one.
 
         Raises:
             ConfigError: a teacher has its own prompt, but rows can have several answers.
@@ -326,7 +326,7 @@ class StageBuilder:
         return found | self.training(sets, weights=True)
 
     def with_steps(self, optim: Optim, sets: Sequence[str] = ()) -> Optim:
-        """Return the settings with `epochs` converted to `steps` (updates). An epoch has as many rows as the sets together.
+        """Return the settings with `epochs` converted to `steps` (updates). An epoch uses each row of the sets once.
 
         Args:
             sets: names of the training sets. By default, they are all sets of the recipe.

@@ -46,8 +46,9 @@ def _is_students_prompt(recipe: Recipe, context: TeacherContext | None) -> bool:
 
 
 def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
-    """Return every context of a recipe, with the names of the models that teach with it. Equal contexts are one entry.
-    Models behind an API are left out, because they get messages and not tokens.
+    """Return every `context` (own prompt of a teacher) of a recipe, with the names of the models that teach with it.
+
+    Equal contexts are one entry. Models behind an API are left out, because they get messages and not tokens.
 
     Raises:
         ConfigError: parts of a method do not fit together.
@@ -63,7 +64,7 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
 
 
 def _distillations(recipe: Recipe, arm: Arm) -> Iterator[tuple[Method, ModelPath, int]]:
-    # the method of each phase, the path, and the learner's place in it
+    # the method of each phase, the path, and the student's index in the path
     for path in arm.path:
         for i, model in enumerate(path[1:], 1):
             for method, _ in phases_of(apply(recipe.method, recipe.models[model].distill, arm.patch)):

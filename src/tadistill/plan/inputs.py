@@ -52,7 +52,7 @@ _LATER: dict[type[BaseModel], tuple[str, ...]] = {
     Optim: ("tokens", "packed"),
     StudentSampler: ("recorded", "signal"),
 }
-"""Fields that earlier versions did not have. They are left out if they have their default, so that keys of finished stages stay."""
+"""Fields that earlier versions did not have. They are left out if they have their default, so that finished stages keep their keys."""
 
 _ELSEWHERE = {"also", "samples", "pass_at", "precision", "tasks", "fewshot", "bits_per_byte"}
 """Settings of `Evaluate` that are left out of a stage's content. Each decoding in `also` has its own stage, `samples` only adds seeds, and
@@ -85,7 +85,7 @@ class Encoding(Part):
     thinking: Thinking = "keep"
     chat_template_kwargs: dict[str, Any] = {}
     ends: tuple[int, ...] = ()
-    """Tokens that end an answer. The token that ends a reference comes first. Empty if the model's own files give the tokens."""
+    """Tokens that end an answer. The token that ends the reference answers comes first. Empty if the model's own files give the tokens."""
     bos: bool = False
     """True if BOS comes before texts that no chat template writes."""
     context: TeacherContext | None = None

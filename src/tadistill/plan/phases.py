@@ -21,7 +21,7 @@ class PlannedPhase(NamedTuple):
     method: Method
     """The settings of the phase. `optim.steps` is its number of updates."""
     share: float
-    """The phase's share of the updates, as the recipe has it. It is 1 for a distillation without phases."""
+    """The phase's share of the updates, as set in the recipe. It is 1 for a distillation without phases."""
 
 
 class Turn(NamedTuple):
@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The number of the distillation in words, such as ` (turn 2)` or ` (phase 2 of 3)`. Empty for the first one."""
+        """The number of the distillation in words, such as ` (turn 2)` or ` (phase 2 of 3)`. Empty for the first distillation."""
         turn = f"turn {self.teaching}" if self.teaching > 1 else ""
         phase = f"phase {self.phase} of {self.phases}" if self.phase > 1 else ""
         return f" ({'; '.join(filter(None, (turn, phase)))})" if turn or phase else ""
@@ -71,7 +71,7 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
             return [PlannedPhase(_scaled(stages, method, scale, arm), 1.0)]
         _check_effects(recipe, model, arm, method)
         return _divided(stages, method, scale, arm)
-    except (NotHere, DataError, ModelError):  # a fault of the data or of a model, which every arm meets
+    except (NotHere, DataError, ModelError):  # not an error of this arm alone
         raise
     except ValueError as error:
         raise ConfigError(f"arms.{name}: {error}") from error

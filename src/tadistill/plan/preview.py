@@ -153,7 +153,7 @@ def _arms(plan: Plan) -> Table:
     table.caption, table.caption_justify = _DIRECT, "left"
     for column in table.columns[:2]:
         column.no_wrap, column.overflow = False, "fold"
-    table.columns[0].min_width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # the path is folded before the name
+    table.columns[0].min_width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # fold the path, not the name
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"

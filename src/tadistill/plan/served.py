@@ -58,8 +58,8 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
         teacher: the original teacher with which the arm's model is compared; None if nothing is compared.
 
     Raises:
-        ConfigError: the arm trains or measures a served model; or compares its model with one that gives only top-k tokens; or a model is
-            made from a served one.
+        ConfigError: the arm trains or measures a served model; or it compares its model with a served one that sends only top-k tokens; or
+            a model is a served one with another temperature.
     """
     check_only_writes(recipe, arm)
     served, path = {name for name, model in recipe.models.items() if model.serve}, recipe.arms[arm]

@@ -23,7 +23,7 @@ class Spec(Part):
     """True if the stage updates weights."""
     shared: ClassVar[bool] = False  # True if several processes may share the work
     measures: ClassVar[bool] = False
-    """True if the stage changes no model. The plan predicts no cost for such a stage."""
+    """True if the stage only measures models. The plan predicts no cost for such a stage."""
     in_recipes: ClassVar[bool] = True
     """False for stages that only `tadistill advise` runs. The recipe's `resources` cannot name them."""
 

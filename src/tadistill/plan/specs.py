@@ -118,7 +118,7 @@ class DistillSpec(TrainingSpec):
 
     @property
     def summary(self) -> str:
-        """Words for the stage's label: the loss, the text, and the number of updates."""
+        """The part of the stage's label that describes the loss, the sampler and the number of updates."""
         method, sampler = self.method, self.sampler
         recorded = "recorded, " if method.recorded_text else ""
         detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
@@ -145,7 +145,7 @@ class DistillSpec(TrainingSpec):
 
 
 class TemperSpec(Spec):
-    """Search for a temperature of a teacher. At this temperature, its mean entropy on dev responses equals that of another model."""
+    """Search for the temperature at which a teacher's mean entropy on dev responses equals that of another model."""
 
     kind = "temper"
     version = 1
@@ -153,7 +153,7 @@ class TemperSpec(Spec):
 
     teacher: Handle
     like: Handle
-    """The other model. An arm's FLOPs do not include its training."""
+    """The other model. Its training is not included in the FLOPs of an arm."""
     dev: Dev
     batch: int
 
@@ -194,7 +194,7 @@ class AskSpec(OnTrainingSets):
     """None for greedy decoding."""
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the number of tokens that are asked of the model. Nobody knows the FLOPs of a model behind an API."""
+        """Return a cost with only the number of answer tokens, because the FLOPs of a model behind an API are not known."""
         return ledger.ask(self.sampler, limit=self.limit)
 
 
@@ -234,7 +234,7 @@ class SignalSpec(OnTrainingSets):
     precision: Precision
     """Precision of the students' training, on which the teacher's dtype depends."""
     responses: Output | None = None
-    """The answers that are the text. None if the training set's own responses are the text."""
+    """The answers on which the outputs are recorded. None for the training set's own responses."""
     text_of: TextOf = None
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:

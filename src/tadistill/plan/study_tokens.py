@@ -215,7 +215,7 @@ class StudyTokens:
         named = {self.teacher, *(m for arm in self.recipe.arms.values() for m in (*arm.models, *arm.init.values()))}
         named |= {search.teacher, *search.assistants, search.student} if search else set()
         models = self.recipe.models
-        for _ in models:  # and those that they are made of
+        for _ in models:  # and the models whose weights they start from
             named |= {models[name].parent for name in named if name in models}
         return tuple(name for name in models if name in named and not models[name].api)
 
@@ -235,7 +235,7 @@ class StudyTokens:
         return [tuple(name for name in self._used if name in family) for family in found]
 
     def _fits(self, one: str, other: str) -> bool:
-        # models that are not on this disk are taken to fit; `runner.preflight` looks again
+        # models that are not on this disk are assumed to fit; `runner.preflight` checks again
         mine, theirs = self._tokens(one), self._tokens(other)
         return mine is None or theirs is None or mine.extra(theirs) is not None
 

@@ -53,8 +53,8 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
     training = _Training(recipe, lattice, store_of(runs), console)
     sign = 1 if higher_is_better(metric) else -1
     outcome = drive(_strategy(search, lattice), lambda asked: training.measure(asked, sign))
-    tried = [Tried(path, flops[path], training.values(path)) for path in outcome.quality if path[-1] == search.student]
-    used = training.used(outcome.path)
+    tried = [Tried(path, flops[path], training.values(training.finals[path])) for path in outcome.quality if path[-1] == search.student]
+    used = with_ancestors(training.stages, training.finals[outcome.path])
     choice = Choice(
         study=recipe.study,
         strategy=f"beam {search.width}" if search.strategy == "beam" else search.strategy,
@@ -239,20 +239,14 @@ class _Training:
             run_stages(replace(plan, stages=stages), self.store, jobs=self.jobs, console=self.console)
         self.stages |= stages
         finals = {path: [k for k in arm.final.values() if k] for path, arm in zip(asked.paths, plan.arms, strict=True)}
-        means = {path: sum(self._values(keys)) / len(keys) for path, keys in finals.items()}
+        means = {path: sum(self.values(keys)) / len(keys) for path, keys in finals.items()}
         if asked.share == 1:
             self.finals |= finals
         self.rounds.append((asked, means))
         return {path: sign * mean for path, mean in means.items()}
 
-    def values(self, path: ModelPath) -> tuple[float, ...]:
-        return tuple(self._values(self.finals[path]))
-
-    def used(self, path: ModelPath) -> set[str]:
-        return with_ancestors(self.stages, self.finals[path])
-
-    def _values(self, keys: Sequence[str]) -> list[float]:
-        return [float(self.store.manifest(key)["best_value"]) for key in keys]
+    def values(self, keys: Sequence[str]) -> tuple[float, ...]:
+        return tuple(float(self.store.manifest(key)["best_value"]) for key in keys)
 
 
 def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0) -> Recipe:

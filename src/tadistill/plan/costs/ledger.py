@@ -105,10 +105,6 @@ class Ledger(TextLengths):
         dtype = DTYPES[self.recipe.evaluate.precision]
         return Memory(frozen=resident_bytes(model.present, training=False, dtype=dtype), sampling=sampling)
 
-    @property
-    def _longest_prompt(self) -> int:
-        return max(prompt for prompt, _ in self.train.rows)
-
     def _text_of(self, name: str, most: int) -> Texts:
         return self.train.answered(most, endless=self.untrained(name))
 
@@ -140,8 +136,8 @@ class Ledger(TextLengths):
             count(self, cost, method, teachers[0], name)
         if method.samples and isinstance(sampler, samplers.OnPolicy) and not sampler.vllm:
             drawing = (student, above[0]) if sampler.guided else (student,)
-            rows = min(sampler.chunk, method.round_rollouts)
-            cost.memory.sampling(*(sampling_bytes(model, rows, self._longest_prompt, sampler.max_new_tokens) for model in drawing))
+            rows, longest = min(sampler.chunk, method.round_rollouts), max(prompt for prompt, _ in self.train.rows)
+            cost.memory.sampling(*(sampling_bytes(model, rows, longest, sampler.max_new_tokens) for model in drawing))
         self._selection(cost, method.select, extra=sampler.follows_dev)
         return cost.total(method, self._published(cost, objective, sampler, name) if isinstance(objective, MiniLLM) else None)
 

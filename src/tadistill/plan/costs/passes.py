@@ -269,10 +269,7 @@ def sampling(texts: Texts, chunk: int, count: int) -> Work:
     Prompts are padded on the left. Finished answers are removed from the batch, several at a time.
     """
     rows = texts.drawn(count)
-    total = Work()
-    for start in range(0, len(rows), chunk):
-        total += _decoded(rows[start : start + chunk])
-    return total * (count / len(rows))
+    return sum((_decoded(rows[start : start + chunk]) for start in range(0, len(rows), chunk)), Work()) * (count / len(rows))
 
 
 def _decoded(rows: Sequence[tuple[int, int]]) -> Work:

@@ -27,7 +27,7 @@ UNKNOWN = -2
 _WORD = r"\S+|\n"  # a token of tinyworld's words
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
 """A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
-Text without a token is UNKNOWN."""
+A piece of text that has no token becomes UNKNOWN."""
 _CHATML = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['reasoning_content'] }}"
     "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
@@ -46,7 +46,7 @@ class StandIn:
         ids, backend = _ids_of(first, world), _backend(first, world)
         self._source = first.load, first.tokenizer_source, first.revision, world.seed, world.people
         self.known, self.ids, self._backend = ids is not None, ids or _pieces, backend
-        """True if the study's tokenizer is on this disk."""
+        """`known`: the study's tokenizer is on this disk. `ids`: splits texts into tokens."""
         self.added_tokens_decoder: dict[int, Any] = backend.get_added_tokens_decoder() if backend else {}
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         found = ((model, _chat(str(model.tokenizer_source), model.revision)) for model in loaded)
@@ -57,11 +57,11 @@ class StandIn:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Return a value that is equal for two stand-ins that split all texts alike and write all conversations alike."""
+        """A value that is equal for two objects that split all texts alike and write all conversations alike."""
         return self._source, self.known, self.chat_template, str(self.special_tokens_map)
 
     def readable(self, rules: Rules) -> Rules:
-        """Return the rules, without variables for a chat template that is not on this disk."""
+        """Return the rules. Variables of the chat template are left out if no chat template is on this disk."""
         return rules if self._chats else replace(rules, chat_template_kwargs={})
 
     def cuts(self, text: str) -> list[int]:
@@ -104,7 +104,7 @@ def _backend(model: ModelConfig, world: World) -> "Tokenizer | None":
 
 
 def _ids_of(model: ModelConfig, world: World) -> Ids | None:
-    if model.tokenizer_source == WORDS:  # `tokenizers` loads slowly
+    if model.tokenizer_source == WORDS:  # without `tokenizers`, which loads slowly
         words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
         return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(_WORD, text)] for text in texts]
     found = _backend(model, world)

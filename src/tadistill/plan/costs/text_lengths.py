@@ -71,7 +71,7 @@ class TextLengths(ModelSizes):
 
     @cached_property
     def fixed(self) -> Texts:
-        """The lengths of the training prompts and responses, as in training on them. With `data.turns: all`, a row has several turns."""
+        """The lengths of the training set's own texts. With `data.turns: all`, a row has several turns, unlike in `train`."""
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
@@ -88,7 +88,7 @@ class TextLengths(ModelSizes):
     def of_texts(
         self, sets: tuple[str, ...], context: TeacherContext | None = None, weights: tuple[float, ...] = (), route: tuple[int, ...] = ()
     ) -> Self:
-        """Return a copy with other values of these attributes."""
+        """Return a copy in which the attributes with these names have other values."""
         return self._other(sets=sets, context=context, weights=weights, route=route)
 
     def of(self, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> Self:

@@ -100,9 +100,8 @@ class TrainingCost:
 
             first = self.teach("training", texts, read)
             self.asked += first.heads if teacher else 0.0
-            for each in (
-                self.memory.teachers if teacher and (texts.contexts or texts.seconds) else ()
-            ):  # one after another, before the student
+        if teacher and (texts.contexts or texts.seconds):
+            for each in self.memory.teachers:  # they run one after another, before the student
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def _spans(self, texts: Texts, rows: float) -> None:
@@ -161,7 +160,7 @@ class TrainingCost:
         self.teach("watching", answers, read)
 
     def _batch(self, texts: Texts, micro: int, share: float = 1.0) -> Work:
-        # of a forward pass on a share of `micro` rows; on average it can be a fraction
+        # the work of a forward pass on a share of `micro` rows. Their mean number need not be whole.
         rows, drawn = micro * share, self.drawn * share
         whole = max(1, round(rows))
         return passes.training_batch(texts, whole, packed=self.optim.packed, drawn=drawn)[0] * (rows / whole)

@@ -77,7 +77,7 @@ class TrainingMemory:
         else:
             layers, scores = layer * size.layers, scores * size.layers
         gradient = 0 if self.adapters else 4 * size.head
-        # a teacher with another tokenizer has other numbers of logits
+        # a teacher with another tokenizer has another number of logits
         row = (
             4 * (self.student.vocab + sum(t.vocab for t in self.teachers[:heads])) if self.across else 4 * self.student.vocab * (1 + heads)
         )
@@ -93,8 +93,10 @@ class TrainingMemory:
         setattr(self, name, max(getattr(self, name), found, key=lambda memory: memory.layers))
 
     def sampling(self, *needs: float) -> None:
-        """Add the memory of a sampling or an evaluation, in which several models need these bytes at once. If several are added, only the
-        largest counts."""
+        """Add the memory of one sampling or evaluation. `needs` has the bytes of each model, which are needed at the same time.
+
+        If several are added, only the largest counts.
+        """
         self.drawn = max(self.drawn, sum(needs))
 
     def rollouts(self, tokens: float) -> None:
