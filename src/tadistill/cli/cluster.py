@@ -47,9 +47,7 @@ def doctor(
     cluster: Cluster = None,
     runs: Runs = None,
 ) -> None:
-    """Check this machine: versions, Slurm, account, disks, caches, locks. Each problem is printed with its remedy, and the exit code is
-    then 1.
-    """
+    """Check this machine: versions, Slurm, account, disks, caches, locks. Problems are printed with remedies, and lead to exit code 1."""
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import Check, examine, table
 

@@ -88,7 +88,7 @@ def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) 
 
     study = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "distillation"
     models = {"teacher": _moved(teacher, file), "student": _moved(student, file)}
-    objective = "\n  objective: {pt_weight: 0}   # no language modelling on plain text; for it, give data.corpus and remove this line"
+    objective = "\n  objective: {pt_weight: 0}   # no language modelling on plain text; to use it, give data.corpus and remove this line"
     rows = [_row(role, *_set(data, role, file)) for role in _ROLES]
     return f"""# yaml-language-server: $schema={schema_file().as_uri()}
 # One distillation: the teacher teaches the student. The student is then measured on the test set.
@@ -106,10 +106,10 @@ data:
 method:
   name: {method:<22}# {", ".join(METHODS)}{objective if method in _NO_CORPUS else ""}
   optim:
-    lr: 2e-5                  # peak learning rate; small models often take more
-    epochs: 1                 # passes over the training rows, or steps: number of updates
+    lr: 2e-5                  # peak learning rate; small models often need a higher one
+    epochs: 1                 # passes over the training rows; or use `steps`, the number of updates
     batch: 16                 # sequences in an update
-    micro_batch: 4            # sequences in one forward pass; smaller if memory runs out
+    micro_batch: 4            # sequences in one forward pass; lower it if memory runs out
     precision: fp32           # bf16: less time and memory on a GPU
 evaluate:
   max_new_tokens: 256         # longest answer, in tokens

@@ -79,7 +79,7 @@ def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, termin
 
 
 def report_study(study: Path, root: Path, terminal: Terminal) -> None:
-    """Write the report of a study. Print the answer to its question, a table of its arms, and commands to run next."""
+    """Write the report of a study. Print the answer to the study's question, a table of arms, and commands to run next."""
     with terminal.working("writing the report"):
         from tadistill.report import read_results, summary_table, write_report
         from tadistill.report.text import answer
@@ -126,7 +126,7 @@ def _with_more_seeds(command: str, seeds: Sequence[int]) -> str:
 
 @contextmanager
 def interruptible(terminal: Terminal = console) -> Iterator[None]:
-    """Run a block. On Ctrl-C, SIGTERM or SIGUSR2, print a message and exit with code 128 + signal."""
+    """Run the `with` block. On Ctrl-C, SIGTERM or SIGUSR2, print a message and exit with code 128 + signal number."""
     from tadistill.runner.interruption import Stopped, raising
 
     try:

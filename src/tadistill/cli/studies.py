@@ -46,7 +46,12 @@ def watch(
 @app.command()
 def export(
     study: StudyName,
-    arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM", autocompletion=complete.arm_names)],
+    arm: Annotated[
+        str,
+        typer.Argument(
+            help="The arm (a name under `arms` of the recipe) whose model is copied.", metavar="ARM", autocompletion=complete.arm_names
+        ),
+    ],
     target: Annotated[
         Path | None, typer.Argument(help="The new directory for the copy; not needed with --push.", metavar="[TARGET]")
     ] = None,

@@ -45,7 +45,7 @@ class Need:
     tokenizer: bool = False
     """True if the tokenizer is in the repository of the model."""
     gives: Gives | None = None
-    """For a model that runs on a server: what the server sends. Then only a part of the model's files is needed. None for other models."""
+    """What the model's server sends (`serve.gives`), if only a part of the model's files is needed. None if all files are needed."""
 
     @property
     def shown(self) -> str:

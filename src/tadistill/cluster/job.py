@@ -121,8 +121,8 @@ class Place:
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
     """Put jobs that differ only in their seed into Slurm arrays. Return (jobs, dependency or None) for each array.
 
-    If the jobs wait for earlier arrays with the same seeds, they form one array. Each job then waits only for its own seed, so a failed
-    seed does not cancel other seeds. Otherwise, jobs share an array if they wait for the same earlier jobs.
+    If the jobs wait for earlier arrays with the same seeds, they form one array. Each job then waits only for the earlier jobs of its own
+    seed, so a failed seed does not cancel other seeds. Otherwise, jobs share an array if they wait for the same earlier jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:

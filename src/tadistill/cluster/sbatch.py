@@ -32,7 +32,7 @@ from tadistill.plan.throughput import Speeds
 _SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate
 _UNKNOWN_BYTES = 2e9  # assumed need of a stage whose models have an unknown size
 _USED = {"training": 0.15, "sampling": 0.01}
-"""Assumed share of the peak FLOP/s if no speed was measured. Sampling is limited by memory bandwidth. Other work uses `training`."""
+"""Assumed share of the peak FLOP/s if no speed was measured. Sampling is limited by memory bandwidth. Other work counts as training."""
 _CPU_TFLOPS = 0.02
 _EVALUATION_HOURS = 0.5
 _UNKNOWN_HOURS = 3.0

@@ -68,7 +68,7 @@ class Sent:
 
 
 class Submission:
-    """The submission of the stages of one plan to one cluster."""
+    """Submits the unfinished stages of one plan to one cluster as Slurm jobs."""
 
     def __init__(self, plan: Plan, profile: Profile, runs: Path, *, account: str | None):
         """Prepare the submission. Raises ConfigError if the account is wrong, or if jobs cannot write to the runs directory."""
@@ -206,7 +206,7 @@ class Submission:
             nonlocal seconds
             seconds += 1  # called once a second
             if seconds > _WAIT:
-                raise ConfigError(f"another `tadistill submit` to {self.store.root} is running; wait until it ends, then submit again")
+                raise ConfigError(f"another `tadistill submit` uses the store {self.store.root}; wait until it ends, then submit again")
 
         lock = self.store.acquire("submit", waiting)
         try:

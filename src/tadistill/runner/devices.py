@@ -58,7 +58,7 @@ def gpus() -> int:
 
 
 def free_memory(context: Any) -> list[int]:
-    """Return the number of free bytes of each GPU. A short new process asks CUDA, so that this process does not use a GPU."""
+    """Return the free bytes of each GPU. Only a new process of the multiprocessing `context` uses CUDA, not this process."""
     if not gpus():
         return []
     ours, theirs = context.Pipe(duplex=False)

@@ -39,7 +39,7 @@ from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 _SPEED = 1e11
 """FLOP/s of the assumed machine."""
 _CALL = 2e-4
-"""Seconds of one layer's call on the assumed machine."""
+"""Seconds that each call of a layer takes on the assumed machine, beside the time for its FLOPs."""
 _AROUND = 4
 """Embeddings, head, loss and sampling of a forward pass are assumed to take as long as this number of layer calls."""
 _START = 0.3
@@ -57,9 +57,9 @@ class Workload:
     kind: str
     """A name for the work. Stages that differ only in their seed have the same name."""
     even: float = 0.0
-    """The part that grows in proportion to the stage's progress, such as the updates of a training."""
+    """Seconds of the work that grows in proportion to the stage's progress, such as the updates of a training."""
     looks: float = 0.0
-    """The part of all dev evaluations together. 0 if the stage does not train."""
+    """Seconds of all dev evaluations of a training. 0 for other stages."""
     every: float = 1.0
     """The progress (0 to 1) between two dev evaluations."""
 

@@ -37,7 +37,7 @@ class StopFlag:
     def __init__(self, *signals: signal.Signals, told: Callable[[], None] = lambda: None):
         self.received: signal.Signals | None = None
         self.at: float | None = None
-        """Time of the first signal (time.time())."""
+        """Time of the first signal, in seconds since the epoch. None before it."""
         self.replaced: dict[signal.Signals, Any] = {}
         """For each signal, the handler that was installed before."""
         self._told = told

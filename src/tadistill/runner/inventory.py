@@ -27,13 +27,13 @@ class StudyRow:
 
     name: str
     created: str
-    """Date and time of the first run, or of the folder if plan.json is damaged."""
+    """Date and time of the first run. If plan.json is damaged: of the last change of the study's folder."""
     stages: int
     done: int
     bytes: int
     """Size of the study's folder and of all its stages. Studies may share stages."""
     state: str
-    """`running`, `done`, or how the newest run ended."""
+    """`running`, `done`, how the newest run ended, `not finished` (no run is known), or `plan.json is damaged`."""
 
 
 @dataclass(frozen=True)

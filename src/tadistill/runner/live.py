@@ -40,7 +40,7 @@ class Board:
         self.stages, self.labels = plan.stages, labels
         self.waiting = dict.fromkeys(todo)
         self.seconds: dict[str, float] = {}
-        """Seconds of each stage that this run has finished, by key."""
+        """Seconds that each finished stage took in this run, by key."""
         self.failed: set[str] = set()
         self.losses: dict[str, list[float]] = {}
         """Losses of each running stage so far, by key."""

@@ -40,7 +40,7 @@ class StageProgress:
     note: str = ""
     """The newest text of the stage, for instance the loss and the tokens per second."""
     seconds: float = 0.0
-    """The time since the stage started."""
+    """Seconds since the stage started."""
     left: float | None = None
     """The predicted seconds until the stage is finished. None if they are not known yet."""
 
@@ -55,9 +55,9 @@ class LocalRun:
     """Start time of the process, which distinguishes it from a later process with the same id."""
     command: str
     started: str
-    """Local date and time."""
+    """Local date and time at which the run started."""
     seen: float = 0.0
-    """Time of the last writing of the record, in seconds as `time.time()` counts them."""
+    """Time of the last writing of the record, in seconds since the epoch."""
     ended: State | None = None
     done: int = 0
     total: int = 0
@@ -86,7 +86,7 @@ class LocalRun:
 
 
 def local_runs(study: Path) -> list[LocalRun]:
-    """Return the runs of a study on this and other machines, the newest one last. A run without a readable record is left out."""
+    """Return the runs of a study on this and other machines, sorted by `seen`. A run without a readable record is left out."""
     found = []
     for path in (study / _RECORDS).glob("*.json"):
         try:

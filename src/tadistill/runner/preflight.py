@@ -51,12 +51,11 @@ def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable
     Notes on the data are printed: how many rows will be left out or cut, and how much of the references ROUGE-L ignores.
 
     Args:
-        stages: the stages to run (default: all stages of the recipe). Of the teachers' servers, only those that these stages use must
-            answer.
+        stages: the stages to run (default: all stages of the recipe). A teacher's server must answer only if one of them uses it.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.
-        ServerFailed: a server of a teacher does not answer, or is not the right one.
+        ServerFailed: a server of a teacher does not answer, or runs another model.
     """
     check_inputs(recipe, console)
     plan = make_plan(recipe)
@@ -184,10 +183,9 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None:
-    sft = recipe.models[name].sft
-    if recipe.models[name].serve:  # the server runs the model
-        return
-    if any(method.optim.packed for method in methods(recipe)) or (sft and sft.optim.packed):
+    model = recipe.models[name]
+    packed = any(method.optim.packed for method in methods(recipe)) or (model.sft and model.sft.optim.packed)
+    if packed and not model.serve:  # a server does not pack
         check_packing(config["model_type"], name)
 
 

@@ -89,7 +89,7 @@ class StageProcesses:
         """`gpus` are the GPUs that the processes may use, at least one for each process. By default, the processes see all GPUs."""
         self.ended = False
         self.error: Exception | None = None
-        """The cause of a failure; set when the stage has ended."""
+        """The cause of a failure. None if the stage succeeded or has not ended."""
         self._errors: dict[int, Exception] = {}
         self._deadline = float("inf")
         self._processes: list[Any] = []
@@ -175,7 +175,7 @@ def run_in_processes(
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
-        StageFailed: a process was killed, or raised an unexpected error. The message says which process and why.
+        StageFailed: a process was killed, or raised an unexpected error. The message names the process and the reason.
         TadistillError: a process raised an error of `tadistill.errors`, such as ConfigError. This error is raised again here.
         Interrupted: `stop` returned True. The state is saved.
     """

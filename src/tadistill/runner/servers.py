@@ -85,7 +85,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     """Return the command that starts a server of vLLM for a model, with the settings that the recipe's trainings need.
 
     Args:
-        host, port: the address at which the server listens. By default, that is 127.0.0.1 and the port in the recipe's first address.
+        host, port: the address at which the server listens. Default: 127.0.0.1, and the port of the first address in `serve.at`, or 8000.
         more: further arguments of `vllm serve`. They override the computed arguments.
 
     Raises:
@@ -112,7 +112,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
 
 
 def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:
-    """Replace this process with the server. The function returns only if this fails.
+    """Replace this process with the server that `command` starts. The function never returns.
 
     Raises:
         ConfigError: vLLM is not installed, or the variable with the API key is not set.

@@ -144,7 +144,7 @@ def _check_selection(recipe: Recipe) -> None:
         if unnamed := [s.metric for s in selects if s.metric in RULES and s.metric not in ref.columns]:
             place = "data.dev" if isinstance(data.dev, DataRef) else f"data.dev.{name}"
             raise ConfigError(
-                f"select.metric is {unnamed[0]}, but the dev set `{name}` names no right answers; name their column in "
+                f"select.metric is {unnamed[0]}, but the dev set `{name}` names no column of right answers; name it in "
                 f"{place}.columns, for instance {{{unnamed[0]}: answer}}, or set `select.metric` to loss"
             )
 
@@ -243,7 +243,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
     """Return sentences about rows that are left out or cut, and about test sets whose rows are not the same for all models.
 
     Raises:
-        DataError: the models have no row of a test set in common.
+        DataError: no row of a test set is short enough for all models.
     """
     found: list[str] = []
     for each in next(iter(read.values())).contexts:
@@ -262,7 +262,8 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
         shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
         if not shared:
             raise DataError(
-                f"the models {', '.join(read)} have no row of {name} in common, so they cannot be compared; raise data.max_prompt"
+                f"no row of {name} is short enough for all of the models {', '.join(read)}, so they cannot be compared; raise "
+                "data.max_prompt"
             )
         if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
             found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that are short enough for all of them")

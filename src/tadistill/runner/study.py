@@ -97,7 +97,7 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
     for name, model in recipe.models.items():
         if model.load and (gives := needed_part(recipe, name)):
             if locate_part(model.load, model.revision, gives) is None:
-                console.note(f"fetching {model.load} without most weights …")
+                console.note(f"fetching {model.load} without most of its weights …")
                 fetch_part(model.load, model.revision, gives)
         elif model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")

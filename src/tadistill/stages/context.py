@@ -87,7 +87,10 @@ class Context(Generic[AnySpec]):
     # --- models ---------------------------------------------------------------------------------------------------------
 
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
-        """Load the model and the tokenizer that `handle` describes. The default device is the device of this process."""
+        """Load a model and its tokenizer. `handle` describes their source: files, an earlier stage, or another model that is changed first.
+
+        The default device is the device of this process.
+        """
         self.progress(0, self.task.spec.steps or 1, "loading model")
         device, world = device or self.device, self.spec.data.world.model_dump()
         match handle:

@@ -157,7 +157,7 @@ def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
     causes = {"bytes": "bytes that are not UTF-8", "token": "a special token that does not end an answer"}
     for why, count in early.items():
         one = count == 1
-        yield f"of {rows} answers, {count} {'stops' if one else 'stop'} before {causes[why]}, and {'has' if one else 'have'} no end"
+        yield f"of {rows} answers, {count} {'stops' if one else 'stop'} before {causes[why]}, and {'has' if one else 'have'} no end token"
     if text := last.counts.text.replace("a reference", "an answer"):
         yield f"{text} with the student's tokenizer"
     if 2 * last.unknown > last.tokens or not last.counts.used:

@@ -57,7 +57,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
         pack_rows(model)
     recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
     signals = tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded)
-    other = distill.teacher_data if distill else None  # the teacher has another tokenizer
+    other = distill.teacher_data if distill else None  # not None if the teacher has another tokenizer
     subject = context.subject(student, tokenizer, *(() if other else teachers))
     subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)]))
     across = Across.of(context, subject, *loaded[0], other) if other else None
@@ -203,7 +203,7 @@ def _texts(context: Context[TrainingSpec], training: TrainingSets, sets: list[Se
 
 
 def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) -> Engine:
-    # a sharded student's weights belong to FSDP; on a CPU, the copy would change the numbers of finished stages
+    # sample with a bfloat16 copy; not if FSDP owns the weights, and not on a CPU, where it would change the numbers of finished stages
     half = context.spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
     adapts = "chunk" not in config.model_fields_set
     native = Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)

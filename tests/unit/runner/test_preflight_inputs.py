@@ -185,7 +185,7 @@ def test_a_data_path_that_cannot_exist(path):
 def test_right_answers_that_select_a_checkpoint_must_be_named_on_dev():
     load, own = model("llama"), rows("own.jsonl", 3)
     sft = {"models": {"s": {"load": load, "sft": {"optim": {"steps": 2, "batch": 2}, "select": {"metric": "choice"}}}}}
-    with pytest.raises(ConfigError, match=r"select\.metric is choice, but the dev set `own` names no right answers; name their column in"):
+    with pytest.raises(ConfigError, match=r"select\.metric is choice, but the dev set `own` names no column of right answers; name it in"):
         check_inputs(recipe(load, own, own, **sft))
     named = {"load": own, "columns": {"choice": "output"}, "choices": ["w2 w2 w2", "w1"]}
     check_inputs(recipe(load, own, own, **sft, data=recipe(load, own, own).data.model_dump() | {"dev": named}))
