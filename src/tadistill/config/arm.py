@@ -29,11 +29,8 @@ def path_text(path: Iterable[str]) -> str:
 
 
 def marked(text: str, across: Iterable[tuple[str, str]]) -> str:
-    """Return the text of paths with `~>` in place of `>` between models with different tokenizers, such as `xl ~> l > s`.
-
-    Args:
-        across: the pairs (teacher, student) with different tokenizers.
-    """
+    """Return the text of paths with `~>` in place of `>` between models with different tokenizers, such as `xl ~> l > s`. `across` has the
+    pairs (teacher, student) of such models."""
     parts, lossy = re.split(r"( > | then |, )", text), {*across}
     for i in range(1, len(parts) - 1, 2):
         if parts[i] == " > " and (parts[i - 1], parts[i + 1]) in lossy:

@@ -26,8 +26,7 @@ class TeacherContext(Strict):
     template, this text is the user's message. In a conversation, it replaces the last message before the answer. `{instruction}` is this
     message."""
     system: str | None = None
-    """Text of the system message. In a conversation, it replaces the system message. The tokenizer's chat template then writes the
-    prompt."""
+    """Text of the system message, in place of that of a conversation. The tokenizer's chat template then writes the prompt."""
     chat: bool | None = None
     """True if the tokenizer's chat template writes the prompt. The default is true with `system`, and otherwise as for the student."""
     max_prompt: int = Field(default=1024, ge=1, le=MOST)

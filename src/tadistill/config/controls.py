@@ -122,7 +122,7 @@ def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:
     if control.kind == "tempered" and len(_models(base)) < 3:
         return f"{at}, but `{control.arm}` has no assistant whose entropy the teacher could get; name an arm with a path such as A > B > C"
     if control.kind == "tempered" and base.get("compute"):
-        return f"{at}, but `{control.arm}` has `compute`, so its assistant is not known yet; name an arm without `compute`"
+        return f"{at}, but `{control.arm}` has `compute`, so the updates of its assistant are not known yet; name an arm without `compute`"
     if "path" in arms[name] and _models(arms[name]) != _models({"path": _ends(base)}):
         return f"{at}, which sets its path to `{_ends(base)}`; remove `path`"
     return None

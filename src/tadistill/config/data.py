@@ -321,16 +321,12 @@ def drawn_text(shares: Mapping[str, float], *, dev: bool) -> str:
 
 
 def training_shares(data: Mapping[str, Any]) -> dict[str, float]:
-    """Map the name of each training set to its share of the training rows. Return an empty dict for a single training set.
-
-    Args:
-        data: the key `data` of a recipe, as plain data.
-    """
+    """Map each training set to its share of the training rows, given a recipe's `data` as plain data. Return {} for a single set."""
     weights = {} if "load" in data["train"] else {name: each["weight"] for name, each in data["train"].items()}
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def training_refs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the training sets of a recipe. `data` is its key `data`, as plain data."""
+    """Return the training sets of a recipe, given its `data` as plain data."""
     train = data["train"]
     return [train] if "load" in train else [*train.values()]

@@ -119,14 +119,8 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data (a dict).
-
-    Args:
-        source: the name of the recipe in error messages.
-
-    Raises:
-        ConfigError: the recipe breaks a rule.
-    """
+    """Build a recipe from plain data (a dict). Raises ConfigError if the recipe breaks a rule. `source` is the recipe's name in
+    messages."""
     return _recipe(raw, source, {})
 
 
@@ -253,7 +247,7 @@ _IN_WORDS = (
     # a part of PyYAML's message -> what is wrong, and how to mend it
     ("found character '\\t'", "a tab is used for indentation; indent with spaces only"),
     ("mapping values are not allowed here", "a colon is not allowed here; put the text in quotes, or correct the indentation"),
-    ("while scanning a quoted scalar", "the quote that opens here is never closed; add the second quote, or remove this one"),
+    ("while scanning a quoted scalar", "the quote that opens here is never closed; add the closing quote, or remove the opening quote"),
     ("while parsing a flow sequence", "the list that opens here is never closed; close it with ], and put a comma between its items"),
     ("while parsing a flow mapping", "the braces that open here are never closed; close them with }, and put a comma between the items"),
     ("found undefined alias", "YAML reads a value that begins with * as a reference; put the text in quotes"),

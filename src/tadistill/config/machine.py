@@ -81,7 +81,7 @@ class Resources(Strict):
         if self.processes % self.nodes:
             raise ValueError(f"processes {self.processes} is not a multiple of nodes {self.nodes}; change one of them")
         if self.processes == 1 and (self.parallel == "fsdp" or self.teacher == "sharded"):
-            given = "parallel fsdp" if self.parallel == "fsdp" else "teacher sharded"
+            given = "`parallel: fsdp`" if self.parallel == "fsdp" else "`teacher: sharded`"
             raise ValueError(f"{given} splits a model over several processes, but `processes` is 1; set `processes` to 2 or more")
         return self
 
@@ -93,8 +93,7 @@ def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: n
     Python, or a folder on PATH.
 
     Args:
-        needs_it: what needs vLLM, for error messages.
-        instead: what the user can do without vLLM, for error messages.
+        needs_it, instead: parts of error messages: the setting that needs vLLM, and what the user can do without vLLM.
 
     Raises:
         ConfigError: vLLM is not installed there, or this is not Linux.
@@ -105,9 +104,9 @@ def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: n
     places = [f"{named}/bin"] if named else [str(Path(sys.executable).parent), os.environ.get("PATH")]
     found = next(filter(None, (shutil.which("vllm", path=place) for place in places)), None)
     if found is None or not Path(found).with_name("python").is_file():
-        where = f"TADISTILL_VLLM is {named}, but vLLM is not installed there" if named else "vLLM is not installed"
+        where = f"vLLM is not installed in {named} (TADISTILL_VLLM)" if named else "vLLM is not installed"
         raise ConfigError(
-            f"{where}, and {needs_it} needs it; install it into an environment of its own (`python -m venv .vllm && .vllm/bin/pip "
+            f"{where}, but {needs_it} needs it; install vLLM into an environment of its own (`python -m venv .vllm && .vllm/bin/pip "
             f"install vllm`) and set TADISTILL_VLLM to the folder of this environment, or {instead}"
         )
     return Path(found).parent.absolute()

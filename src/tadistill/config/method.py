@@ -264,8 +264,8 @@ class Method(Strict):
 
 
 def merge_methods(base: Any, patch: Strict | float | None) -> Any:
-    """Return a copy of `base` with the fields that `patch` sets. Return `patch` itself if its class (its `type`) differs from that of
-    `base`, or if it has no fields."""
+    """Return a part of a method, such as its objective, with the changes in `patch`. None changes nothing. A number, or a patch of another
+    class than `base` (another `type`), replaces `base`. Raises a ConfigError if the result is not valid."""
     if patch is None:
         return base
     if type(patch) is not type(base) or not isinstance(patch, Strict):

@@ -134,7 +134,7 @@ class Contrastive(Divergence):
     sampler `pair`."""
 
     needs_pairs: ClassVar[bool] = True
-    only_by_token: ClassVar[str] = "has another loss for each response; use `skew_forward_kl` or `skew_reverse_kl` with another sampler"
+    only_by_token: ClassVar[str] = "has one loss for each of two responses; use `skew_forward_kl` or `skew_reverse_kl` with another sampler"
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
     """Weight in the mixture: of the teacher in the forward KL, and of the student in the reverse KL. The weight is constant here, but the

@@ -79,7 +79,7 @@ def _check_signal(method: "Method") -> None:
     objective, signal = method.objective, method.signal
     if method.dense and not isinstance(signal, HiddenSignal | None):
         raise ConfigError(
-            f"`dense` averages the distributions of several teachers, which sampler.signal `{signal.type}` does not have; use "
+            f"`dense` averages the teachers' whole distributions, but sampler.signal `{signal.type}` does not record them; use "
             "`signal: {type: hidden}`"
         )
     if method.dense and not objective.needs_teacher:

@@ -63,9 +63,8 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
     Unknown keys come first, because they cause other problems. The key is empty if the text is about the whole recipe.
 
     Args:
-        error: the error of the validation of `raw`.
-        raw: the recipe as plain data.
-        root: the class of the whole recipe.
+        raw: the plain data that pydantic refused.
+        root: the class for the whole data, such as `Recipe`.
     """
     found: dict[tuple, str] = {}
     meant: set[tuple] = set()
@@ -217,7 +216,7 @@ def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> 
     if key[:1] == ("models",) and len(key) == 2 and isinstance(value, str):
         return f"write {key[1]}: {{load: {value}}}"
     if not names or (len(key) == 1 and key[0] in ("models", "arms", "resources")):
-        return f"write NAME: … lines below {key[-1]}, for instance {_LINES.get(str(key[-1]), 'NAME: …')}"
+        return f"write lines of the form NAME: … below {key[-1]}, for instance {_LINES.get(str(key[-1]), 'NAME: …')}"
     few = f"{', '.join(names[:6])} …" if len(names) > 7 else ", ".join(names)
     return f"write keys below {key[-1]}, or in braces (possible keys: {few})"
 

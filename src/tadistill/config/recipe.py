@@ -208,7 +208,7 @@ def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:
 def _wrong_sets(recipe: Recipe, arm: str, teachers: str) -> Iterator[str]:
     taught, sets = teachers_of(teachers), recipe.data.sets
     if taught and not recipe.data.several:
-        yield f"arms.{arm}.path `{teachers}` names training sets, but `data.train` is one set without a name; give names to several sets"
+        yield f"arms.{arm}.path `{teachers}` names training sets, but `data.train` is one set without a name; write sets with names there"
         return
     for name in taught:
         if name not in sets:

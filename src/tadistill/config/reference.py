@@ -63,7 +63,7 @@ _SHORT_FORM = "One distillation: a teacher and a student replace `models` and `a
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a recipe."""
+    """The description of a key of a recipe."""
 
     name: str
     meaning: str
@@ -80,7 +80,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Part:
-    """A group of keys of a recipe, such as the keys of `optim`."""
+    """The description of a group of keys of a recipe, such as the keys of `optim`."""
 
     name: str
     """The name of the class that defines the keys."""

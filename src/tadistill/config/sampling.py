@@ -73,11 +73,8 @@ class HiddenSignal(Strict):
     """Number format of the recorded states on disk."""
 
     def inexact(self, given: str) -> str | None:
-        """Return a phrase that says how a loss from these outputs differs from the exact loss. Return None if the loss is exact.
-
-        Args:
-            given: subject and verb for the phrase, such as `the recording has`.
-        """
+        """Return a phrase that says how a loss from these outputs differs from the exact loss. Return None if the loss is exact. `given` is
+        a subject and a verb for the phrase, such as `the recording has`."""
         return None if self.dtype == "float32" else f"approximate: {given} hidden states in bfloat16"
 
 

@@ -57,13 +57,13 @@ def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> A
     return ({"phases": []} if phased else {}) | _with_method(given[name], rest)
 
 
-def no_method(name: Any, own: Iterable[str] = ()) -> str:
-    """Return the error sentence for an unknown method. `own` has the names of the recipe's own methods."""
-    return f"`{name}` {not_a_method(name, own)}"
+def no_method(name: Any) -> str:
+    """Return the error sentence for an unknown method."""
+    return f"`{name}` {not_a_method(name)}"
 
 
 def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
-    """Return the error sentence for an unknown method, without the name at its beginning."""
+    """Return the error sentence for an unknown method, without the name at its beginning. `own` has the names of the recipe's methods."""
     names = [*own, *METHODS]
     close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean `{close[0]}`? The" if close else "the"

@@ -118,7 +118,7 @@ def test_a_cluster_must_be_named():
         ("sft xxl: {}", "resources.sft xxl names the model `xxl`, which is not in the recipe"),
         ("evaluate: {processes: 2}", "stages of kind evaluate run in one process"),
         ("sft: {processes: 3, nodes: 2}", "processes 3 is not a multiple of nodes 2"),
-        ("sft: {parallel: fsdp}", "parallel fsdp splits a model over several processes, but `processes` is 1"),
+        ("sft: {parallel: fsdp}", "`parallel: fsdp` splits a model over several processes, but `processes` is 1"),
         ("sft: {gpus: 2}", "gpus"),
     ],
 )

@@ -221,7 +221,7 @@ def test_one_key_sets_the_size_of_a_forward_pass():
         ),
         (
             {"sampler": {"type": "student", "recorded": True, "signal": {"type": "top_k"}}, "dense": {}},
-            "`dense` averages the distributions of several teachers, which sampler.signal `top_k` does not have",
+            "`dense` averages the teachers' whole distributions, but sampler.signal `top_k` does not record them",
         ),
     ],
 )
