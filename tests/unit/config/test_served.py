@@ -271,7 +271,7 @@ def test_serve_starts_the_vllm_that_the_environment_names(recipe, monkeypatch, t
     monkeypatch.setattr(os, "execve", lambda program, command, _: started.append((program, command)))
     monkeypatch.setenv("TADISTILL_VLLM", str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"TADISTILL_VLLM is .*`tadistill serve` needs it.*or run the printed command where vLLM is installed"
+        ConfigError, match=r"\(TADISTILL_VLLM\), but `tadistill serve` needs it.*or run the printed command where vLLM is installed"
     ):
         start_server(recipe(), "xl", ["vllm", "serve"])
     (tmp_path / "bin").mkdir()
