@@ -360,7 +360,7 @@ def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
 def test_entries_of_resources_that_do_not_fit_together():
     wanted = validate(recipe(resources={"default": {"processes": 4, "parallel": "fsdp"}, "sft": {"processes": 1}, "distill": {"hours": 1}}))
     stages = {stage.kind: stage for stage in make_plan(wanted).stages.values()}
-    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from the entries default, sft\): `parallel: fsdp` splits a model"):
+    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from the entries default, sft\): `parallel: fsdp` splits a"):
         layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
     assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others
