@@ -38,9 +38,9 @@ class PlannedArm:
     name: str
     arm: Arm
     phases: tuple[PlannedPhase, ...]
-    """The phases of the arm's last distillation. There is only one, unless the recipe has `phases`."""
+    """The phases (parts with own settings) of the arm's last distillation. There is only one, unless the recipe has `phases`."""
     final: dict[int, str | None]
-    """Key of the stage that makes the arm's model. None if no stage trains it."""
+    """Key of the stage that makes the arm's model, by seed. None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
     """Key of the `analyse` stage by seed. Empty if the arm's model is not compared with the original teacher."""
@@ -75,9 +75,9 @@ class Plan:
     tokens: StudyTokens
     """The tokenizer of each model, and the tokens that end an answer."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Arms that a partial plan leaves out, each with the reason."""
+    """Arms that a plan with `partial` leaves out, each with the reason."""
     unknown: list[str] = field(default_factory=list)
-    """Models of a partial plan that are not on this disk, as `NAME (SOURCE)`."""
+    """Models that are not on this disk, as `NAME (SOURCE)`. Empty without `partial`."""
 
 
 @dataclass(frozen=True)

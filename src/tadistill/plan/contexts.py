@@ -1,4 +1,4 @@
-"""Teachers with a prompt of their own (`context`): which models they are, and when a model may teach itself."""
+"""Teachers with a prompt of their own (`context`), and checks of models that teach themselves."""
 
 from collections.abc import Iterator
 

@@ -65,6 +65,6 @@ def engine_notes(plan: "Plan") -> Iterator[str]:
     if found:
         kinds = ", ".join(f"{found.count(kind)} {kind}" for kind in dict.fromkeys(found))
         yield (
-            f"vLLM samples the text of {len(found)} stage{'s' * (len(found) > 1)} ({kinds}), in a process of its own. Its memory "
-            "(`runtime.vllm.memory`) is not included in that of the stages."
+            f"vLLM samples the text of {len(found)} stage{'s' * (len(found) > 1)} ({kinds}), in a process of its own. The memory in "
+            "the table does not include the memory of this process (`runtime.vllm.memory`)."
         )

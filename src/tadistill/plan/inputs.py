@@ -217,7 +217,7 @@ class TokenizerFiles(Part):
     """The tokenizer of a model, without the model."""
 
     source: str
-    """Path or Hub name as the recipe has it, or a tokenizer of tinyworld, whose seed is in the stage's `Encoding`."""
+    """Path or Hub name as written in the recipe, or a tokenizer of tinyworld, whose seed is in the stage's `Encoding`."""
     revision: str
     fingerprint: str | None
     at: str | None = Field(default=None, exclude=True)
@@ -281,7 +281,7 @@ def stage_of(part: Handle | Output) -> str | None:
 
 
 class Tasks(Part):
-    """Tasks of lm-eval."""
+    """The tasks of lm-eval that a stage measures."""
 
     names: tuple[str, ...]
     lm_eval: str

@@ -299,7 +299,7 @@ def _recordings(plan: Plan) -> Iterable[str]:
         space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
         shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
         losses = stage.spec.signal.inexact("the recording has") or "exact"
-        yield escape(f"{stage.label}: losses are {losses}; {'' if disk.exact else 'at most '}{space}; {shared}.")
+        yield escape(f"{stage.label}: losses from this recording are {losses}; {'' if disk.exact else 'at most '}{space}; {shared}.")
 
 
 def _controls(plan: Plan) -> Iterable[str]:
@@ -329,7 +329,7 @@ def _rows(plan: Plan) -> Iterable[str]:
             reads = sorted(teachers.intersection(family) if readers else teachers)
             counts = passes.count_first_rows(reading, ref, "train", context) if reads else None
             if counts and counts.of_contexts:
-                where = f"Rows of {ref.name} (train) with the context of {' and '.join(reads)}, among the first {counts.rows}"
+                where = f"Rows of {ref.name} (train) with the `context` of {' and '.join(reads)}, among the first {counts.rows}"
                 yield f"{where}: {counts.of_contexts}."
 
 

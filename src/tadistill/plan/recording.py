@@ -38,7 +38,7 @@ def texts(
     turn: Turn,
     route: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Add the stages that write the texts of a distillation. Return the fields of its `DistillSpec` that name them.
+    """Add the stages that write the texts of a distillation. Return the fields of its `DistillSpec` that refer to these stages.
 
     Args:
         teachers: names and models of the student's teachers, from big to small.

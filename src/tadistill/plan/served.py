@@ -110,7 +110,7 @@ def served_notes(plan: "Plan") -> Iterator[str]:
         where, config = ", ".join(model.serve.at), ledger.config(name) or {}
         width = config.get("hidden_size", config.get("n_embd"))
         precisions: list[Precision] = [*dict.fromkeys(_precision(spec) for spec in taught)]
-        yield f"Teacher {name} runs on {where}. For every token that it reads, a server sends {_bytes(model.serve, width, precisions)}."
+        yield f"Teacher {name} runs on {where}. For each token that it reads, a server sends {_bytes(model.serve, width, precisions)}."
         if name == plan.teacher and any(isinstance(spec, AnalyseSpec) for spec in specs):
             yield f"The exposure bias is not measured, because the server of {name} writes no answers."
 
@@ -128,6 +128,6 @@ def _bytes(serve: Serve, width: int | None, precisions: Sequence[Precision]) -> 
     if serve.gives == "top_k":
         return f"the {serve.k} most probable tokens as JSON, about {_ENTRY * (serve.k + 1):,} bytes"
     if width is None:
-        return "its hidden states"
+        return "the hidden state"
     each = {"float32": 4 * width, "bfloat16": 2 * width}
-    return f"its hidden states, {' or '.join(f'{each[DTYPES[name]]:,} bytes ({DTYPES[name]})' for name in precisions)}"
+    return f"the hidden state, {' or '.join(f'{each[DTYPES[name]]:,} bytes ({DTYPES[name]})' for name in precisions)}"

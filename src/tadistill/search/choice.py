@@ -131,7 +131,8 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
     if len(equal := [t for t in choice.tried if t.mean == choice.tried[0].mean]) > 1:
         paths = ", ".join(path_text(t.path) for t in equal)
         notes.append(
-            f"{len(equal)} paths have the same dev value: {paths}. The shortest is chosen, or the first of those that are equally short."
+            f"{len(equal)} paths have the same dev value: {paths}. The path with fewer models is chosen, or else the one with bigger "
+            "assistants."
         )
     k, chance = choice.compared, choice.inflation()
     if k > 1:

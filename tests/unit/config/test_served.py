@@ -217,7 +217,7 @@ def test_the_plan_says_where_a_teacher_runs_and_what_a_token_costs(recipe, tmp_p
     def of(*overrides):
         return notes(make_plan(recipe(*overrides)), tmp_path)
 
-    assert "Teacher xl runs on http://127.0.0.1:8001. For every token that it reads, a server sends its hidden states, 256 bytes" in of()
+    assert "Teacher xl runs on http://127.0.0.1:8001. For each token that it reads, a server sends the hidden state, 256 bytes" in of()
     assert "128 bytes (bfloat16)" in of("method.optim.precision=bf16")
     text = of(TOP_K)
     assert "the 20 most probable tokens as JSON, about 1,470 bytes" in text

@@ -238,9 +238,9 @@ def test_a_plan_says_the_bytes_of_a_recording_and_how_often_it_is_read():
     found = recorded(arms)
     text = io.StringIO()
     preview.print_plan(found, Store("nowhere"), Console(file=text, width=250))
-    assert "hidden signal of xl on the text of s, seed 1: losses are exact; 256 bytes a token and " in text.getvalue()
-    sampled = "losses are an unbiased estimate: the recording has 4 drawn tokens for each position; at most 14 bytes a token and "
-    assert f"sampled signal of xl on the text of s, seed 1: {sampled}" in text.getvalue()
+    assert "hidden signal of xl on the text of s, seed 1: losses from this recording are exact; 256 bytes a token and " in text.getvalue()
+    sampled = "an unbiased estimate: the recording has 4 drawn tokens for each position; at most 14 bytes a token and "
+    assert f"sampled signal of xl on the text of s, seed 1: losses from this recording are {sampled}" in text.getvalue()
     assert text.getvalue().count("MB on disk; 2 distillations read it.") == 3
 
 

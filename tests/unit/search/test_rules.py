@@ -71,7 +71,9 @@ def test_a_tie_is_called_a_tie(tmp_path):
         "distillations": 3,
     }
     choice = Choice(tried=tuple(tried), direct=1.0, trained=3.0, discarded=1.0, **common)
-    said = "2 paths have the same dev value: t > s, t > a > s. The shortest is chosen, or the first of those that are equally short."
+    said = (
+        "2 paths have the same dev value: t > s, t > a > s. The path with fewer models is chosen, or else the one with bigger assistants."
+    )
     assert said in choice_notes(choice, None, tmp_path)
     alone = Choice(tried=tuple(tried[1:]), direct=1.0, trained=3.0, discarded=1.0, **common)
     assert not any("same dev value" in note for note in choice_notes(alone, None, tmp_path))

@@ -169,7 +169,7 @@ class TrainingCost:
         return max(len(self.teachers), 1) if teacher else 0
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """Return the cost of the training. `published` is what MiniLLM's released code needs for the same number of rollouts."""
+        """Return the cost of the training. `published` is the FLOPs of MiniLLM's released code for the same number of rollouts."""
         runs = any(name.endswith("/teacher") and part.positions for name, part in self.parts.items())
         return Cost(self.parts, self.padding, published, self.memory.total(runs_teachers=runs), self._kind(method), asked=self.asked)
 
