@@ -19,13 +19,12 @@ from tadistill.objectives.targets import WITH_SLOPE
 from tadistill.tuning import LOG_ZERO
 
 LEAST = 1e-15
-"""Smallest probability of a cell or a symbol in a loss. Smaller ones are raised to it. So text that a model cannot write has a finite
-loss."""
+"""Smallest probability of a cell or a symbol. Smaller ones are raised to it, so that text that a model cannot write has a finite loss."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of two vocabularies, and the cells that cannot follow at each place."""
+    """The cells (sets of tokens with the same beginning) of two vocabularies, and the cells that are impossible at each place of a text."""
 
     student: Tensor
     """The cell (V,) of each of the student's tokens."""
@@ -34,16 +33,15 @@ class Cells:
     count: int
     """The number C of cells."""
     which: Tensor
-    """The row (X,) of `excluded` for each place, or -1 for a place at which every cell can follow."""
+    """The row (X,) of `excluded` for each place, or -1 for a place at which every cell is possible."""
     excluded: Tensor
-    """(..., width) bool, width different symbols. True for a symbol with which no cell can begin at the place: with this symbol, a
-    tokenizer would have written a longer token before the place."""
+    """(..., width) bool: a row for each place with impossible cells, a column for each symbol (byte or event). True if no cell can begin
+    with the symbol: a tokenizer would have written a longer token before the place."""
     first: Tensor
-    """The first symbol (C,) of each cell's root."""
+    """The first symbol (C,) of each cell's root, with which all tokens of the cell begin."""
 
     def divergence(self, divergence: Callable[..., Tensor], student: Tensor, teacher: Tensor, rows: slice, **settings: Any) -> Tensor:
-        """Return the divergence (n,) between the distributions over cells at the places `rows`. `student` (n, V) and `teacher` (n, W)
-        are logits."""
+        """Return the divergence (n,) between distributions over cells at the places `rows`, from logits (n, V) and (n, W) over tokens."""
         temperature = settings.pop("temperature", 1.0)
         sides = (_sums(z / temperature, own, self.count)[1] for z, own in ((student, self.student), (teacher, self.teacher)))
         return divergence(*(self._logits(mass, rows) for mass in sides), **settings)

@@ -234,10 +234,8 @@ def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 
 def through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
-    """Return the gradient (..., V) with respect to logits z, where q = softmax(z / temperature). It is q (g - mean) / temperature.
-
-    `g` is the gradient with respect to q. It is overwritten. `mean` (...) is `dot(g, q)`.
-    """
+    """Return the gradient (..., V) with respect to logits z: q (g - mean) / temperature, where q = softmax(z / temperature). `g` is the
+    gradient with respect to q, and is overwritten. `mean` (...) is `dot(g, q)`."""
     return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
 
 

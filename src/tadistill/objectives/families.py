@@ -51,19 +51,12 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
         teacher, student = (total * log_p).exp() * alpha / total, (total * log_q).exp() * beta / total
         terms = (teacher + student - (alpha * log_p + beta * log_q).exp()) / (alpha * beta)
     value = terms.sum(-1)
-    if min(alpha, beta, total) < 0 and _overflowed(value, log_p, log_q):
+    if min(alpha, beta, total) < 0 and bool((~value.isfinite() & ~gap.isnan().any(-1)).any()):
         raise ConfigError(
             f"`alpha` is {alpha} and `beta` is {beta}; with a negative value, the divergence is not defined for probabilities near 0; use "
             "values >= 0"
         )
     return value
-
-
-def _overflowed(value: Tensor, *inputs: Tensor) -> bool:
-    broken = ~value.isfinite()
-    for tensor in inputs:
-        broken = broken & ~tensor.isnan().any(-1)
-    return bool(broken.any())
 
 
 def alpha_mixture(

@@ -42,7 +42,7 @@ class SpelledPair:
 
     @classmethod
     def of(cls, student: SpelledText, teacher: SpelledText, follows: np.ndarray, compared: np.ndarray) -> "SpelledPair":
-        """Return the pair, with `by_cell` set. A span begins with a comparison by cells if its first tokens are in the same cell.
+        """Return the pair, with `by_cell` of the texts set: the models are compared by cells where a span's first tokens are in one cell.
 
         Raises:
             ConfigError: the tokens of a span that is compared spell different texts.
@@ -58,7 +58,7 @@ class SpelledPair:
             sides.append(replace(side, by_cell=firsts))
         pair = cls(sides[0], sides[1], follows, compared)
         if not np.array_equal(pair.places[0].symbol, pair.places[1].symbol):
-            raise ConfigError("the tokens of student and teacher spell different texts in a span that is compared")
+            raise ConfigError("the tokens of student and teacher spell different texts in a span; set `compared` to False for this span")
         return pair
 
     @cached_property
@@ -68,8 +68,8 @@ class SpelledPair:
 
     @cached_property
     def longer(self) -> np.ndarray:
-        """(X, width) int8, for each symbol after the token that ends before a place. 1: for a model, this token and the symbol are a longer
-        token. 2: for a model, they only begin a longer token (2 replaces 1). 0: neither, or the place is inside a token."""
+        """(X, width) int8: how each symbol could continue the token that ends before a place. 1: the token and the symbol are a longer
+        token of a model. 2: they only begin a longer token of a model (2 replaces 1). 0: neither, or no token ends before the place."""
         mine, theirs = self.places
         found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), np.int8)
         for each in (mine, theirs):
@@ -80,7 +80,7 @@ class SpelledPair:
 
     @cached_property
     def sure(self) -> np.ndarray:
-        """(X,) bool. False for a place where a model may be inside a token that the text does not have. No loss has such places."""
+        """(X,) bool. False for a place where a model may be inside a token that the text does not have. Losses leave such places out."""
         return self.places[0].sure & self.places[1].sure
 
 
@@ -173,7 +173,7 @@ def _chunks(spans: np.ndarray, most: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Places:
-    """Places of the texts, in the tokens of one model."""
+    """Places in texts (positions before a byte or another symbol), each with the token of one model in which it is."""
 
     text: SpelledText
     token: np.ndarray
@@ -183,7 +183,7 @@ class Places:
     symbol: np.ndarray
     """(X,) the symbol of the text after the place."""
     by_cell: np.ndarray
-    """(X,) bool. True at the beginning of a span that is compared by cells."""
+    """(X,) bool. True at the beginning of a span, if the models are compared there by cells (`objectives.cells`)."""
     before: np.ndarray
     """(X,) bool. True for the first place of a token, if the token directly before it could have been longer."""
     sure: np.ndarray
@@ -271,7 +271,7 @@ class _Walk:
 
     @torch.no_grad()
     def sums(self, states: Tensor, head: Head) -> Tensor:
-        """Return the probability (N, K) of each group, without a graph."""
+        """Return the probability (N, K) of each group around each token, without a graph."""
         found = torch.zeros(len(states), self.width, dtype=wide(states.dtype), device=self.device)
         for kind in self.kinds:
 
@@ -307,12 +307,9 @@ class _Walk:
         return mean.unsqueeze(0), through_softmax(probs, each, mean, self.temperature)
 
     def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return the distributions (R, width) of the next symbol at the nodes of `tokens`. Also return (R, width) bool: True for a symbol
-        that makes a token there.
-
-        Args:
-            sums: the probabilities (n, K) of the groups around these tokens.
-        """
+        """Return the distribution (R, width) of the next symbol at each node of `tokens`, and (R, width) bool: True for a symbol that
+        completes a token there. A node is a token with the number of its symbols before a place. `sums` (n, K) are the probabilities of
+        the groups around these tokens."""
         text, width, device = self.text, self.text.vocabulary.inside.width, self.device
         first, count = text.first[tokens.start : tokens.stop + 1] - text.first[tokens.start], text.count[tokens]
         token = np.repeat(np.arange(len(count)), count + 1)

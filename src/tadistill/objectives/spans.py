@@ -61,20 +61,21 @@ class SpanTokens:
             return 0
         steps = self.spans.diff()
         if int(self.spans[0]) != 0 or not bool(((steps == 0) | (steps == 1)).all()):
-            raise ConfigError(f"the spans of `{name}` must count up from 0 without gaps, such as 0, 0, 1, 2")
+            raise ConfigError(f"the numbers of the spans of `{name}` must count up from 0 without gaps, such as 0, 0, 1, 2")
         return int(self.spans[-1]) + 1
 
 
 def span_sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
-    """Return the sum (count,) of the values (N,) in each span. `spans` (N,) has the number of each value's span."""
+    """Return the sum (count,) of the values (N,) in each span of a text. `spans` (N,) has the number of each value's span."""
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, spans, values)
 
 
 def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU: Tensor, *, delay: int | None = None) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans, at the student's positions (B, T), for `minillm.returns`.
 
-    The reward of a span is placed at one position, and all other positions have 0. With `include_current=True` in `returns`, the return of
-    a token then contains all rewards at its position or later.
+    A span is the text between two neighbouring token boundaries that student q and teacher p have in common. Its reward is placed at one
+    position, and all other positions have 0. With `include_current=True` in `returns`, the return of a token then contains all rewards at
+    its position or later.
 
     A tokenizer can merge later text with earlier text. So the teacher's tokens in a span, and the reward of the span, can depend on a token
     of the student after this span. The return of this token must then contain the reward. `delay` selects the position of the reward:
@@ -116,7 +117,9 @@ def fused_span_divergence(
     temperature: float = 1.0,
     **parameters: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of a divergence over spans, without a tensor of shape [tokens, vocabulary] for either model.
+    """Return the weighted sum of a divergence over spans (texts between common token boundaries of student and teacher).
+
+    No tensor of shape [tokens, vocabulary] is built for either model.
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models and no other tensor.
@@ -137,8 +140,8 @@ def fused_span_divergence(
         size = len(text.vocabulary.cells)
         if side.states.shape[:-1] != text.tokens.shape or size > len(side.head.weight):
             raise ConfigError(
-                f"`{name}` has states of shape {tuple(side.states.shape)} and a head of {len(side.head.weight)} logits, but its text has "
-                f"{len(text.tokens)} tokens of a vocabulary of {size}"
+                f"`{name}` has states of shape {tuple(side.states.shape)} and a head with {len(side.head.weight)} logits, but its text has "
+                f"{len(text.tokens)} tokens of a vocabulary of {size}; give one state per token, and a head for the whole vocabulary"
             )
     device = student.states.device
     weights = torch.ones(len(pair.follows), device=device) if weights is None else weights
@@ -207,7 +210,7 @@ def _first_cells(
     weights: Tensor,
     temperature: float,
 ) -> tuple[Part, Tensor]:
-    """Return the part of the loss that compares the cells at the beginnings of spans, and the span of each of its rows."""
+    """Return the part of the loss that compares cells at the beginnings of spans, and the number of the span of each of its rows."""
     mine, theirs = pair.places
     device, vocabularies = weights.device, [side.vocabulary for side in (pair.student, pair.teacher)]
     longer = pair.longer > 0

@@ -116,11 +116,11 @@ class Sampled:
 
 
 def sampled_target(teacher_logits: Tensor, uniforms: Tensor) -> Sampled:
-    """Draw tokens from softmax(teacher_logits), independently and with replacement.
+    """Draw n tokens from each row of softmax(teacher_logits), independently and with replacement.
 
     Args:
         teacher_logits: (N, V).
-        uniforms: (N, n) random numbers in [0, 1), one for each draw. They are float64.
+        uniforms: (N, n) float64 random numbers in [0, 1), one for each draw.
     """
     log_p = log_probs(teacher_logits)
     sums = log_p.double().exp().cumsum_(-1)

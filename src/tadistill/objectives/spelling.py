@@ -5,8 +5,8 @@ Two models with different tokenizers have only the text in common. Losses betwee
     symbol    a byte (0 to 255), or an event such as the end of the text
     cell      a set of tokens of both vocabularies that all begin with the same symbols, the root of the cell. If two models write the same
               text, their next tokens are nearly always in the same cell. `tadistill.data.alignment.cells` computes the cells
-    group     tokens of one vocabulary that have the first `depth` symbols and no more in common with a given token, and agree in the symbol
-              after these (or all end there)
+    group     all tokens of one vocabulary that have exactly the first `depth` symbols in common with a given token, and the same symbol (or
+              none) after these
 
 For example, these two vocabularies have two cells. The groups of the student's tokens around `then` are {at}, which differs at depth 0,
 {the}, which ends at depth 3, and {then}, which ends at depth 4:
@@ -52,7 +52,7 @@ class Spelling:
     """
 
     def __init__(self, tokens: Sequence[Sequence[int] | None], symbols: int, roots: Sequence[tuple[int, int]] | None = None):
-        """Sort the tokens.
+        """Spell the tokens, and sort them.
 
         Args:
             tokens: the symbols of each token. None for a token without symbols, such as padding.
@@ -139,10 +139,8 @@ class Spelling:
         return np.array([*found], np.int64), np.array([*found.values()], bool)
 
     def extent(self, token: int, stripped: bool, following: Sequence[int]) -> int:
-        """Return the largest n for which a longer token begins with a token's symbols and the first n symbols of `following`.
-
-        `following` are the symbols after the token in a text.
-        """
+        """Return the largest n for which a longer token begins with a token's symbols and the first n symbols of `following`, the symbols
+        after the token in a text."""
         most = 0
         for part in self._ranges(token, stripped):
             *_, (_, low, high, column) = self._nodes(token, stripped, part)
@@ -202,12 +200,13 @@ class Spelling:
 
 @dataclass(frozen=True, eq=False)
 class SpelledVocabulary:
-    """The symbols of a vocabulary's tokens. A span is the text between two neighbouring token boundaries that both models have."""
+    """The symbols (bytes and events) of a vocabulary's tokens. The first token of a span (a text between token boundaries that student and
+    teacher have in common) can be spelled in another way than the tokens after it."""
 
     cells: np.ndarray
-    """The cell (V,) of each token."""
+    """The number (V,) of each token's cell."""
     starts: Spelling
-    """The spelling of the first token of a span that is compared by cells. The root of the token's cell counts as one symbol."""
+    """The spelling of a span's first token, if the models are compared by cells there: the root of the cell counts as one symbol."""
     inside: Spelling
     """The spelling of all other tokens, symbol by symbol."""
 
@@ -236,9 +235,9 @@ class SpelledText:
     spans: np.ndarray
     """Number (N,) of the span of each token, in ascending order from 0."""
     stripped: np.ndarray
-    """(N,) bool. True for a token whose first space is not written, because it begins a text."""
+    """(N,) bool. True for a token whose first space is not written, because the token begins a text."""
     by_cell: np.ndarray
-    """(N,) bool. True for the first token of a span that is compared by cells."""
+    """(N,) bool. True for the first token of a span, if the models are compared there by cells (`objectives.cells`)."""
 
     def only(self, kept: np.ndarray) -> "SpelledText":
         """Return the text without the tokens for which `kept`, (N,) bool, is False."""
@@ -246,7 +245,7 @@ class SpelledText:
 
     @cached_property
     def count(self) -> np.ndarray:
-        """The number of symbols (N,) that each token writes in its spelling."""
+        """The number (N,) of symbols of each token, in the spelling that is used for it (`starts` or `inside`)."""
         starts, inside = self.vocabulary.starts.lengths[self.tokens], self.vocabulary.inside.lengths[self.tokens]
         return np.where(self.by_cell, starts, inside - self.stripped)
 

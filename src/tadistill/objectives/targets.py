@@ -11,6 +11,7 @@ Axes: N tokens of a batch, n tokens of a tile, H hidden size, V vocabulary size.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -43,8 +44,7 @@ WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = 
     skew_reverse_kl: skew_reverse_kl_with_slope,
     single_step: single_step_with_slope,
 }
-"""For a divergence, the function that returns it together with its slope (the gradient in the student's logits). Autograd computes the
-slope of every other divergence."""
+"""The functions that return a divergence with its slope (gradient in the student's logits). Autograd computes all other slopes."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,9 @@ class TargetMixture:
         checks.positive("temperature", temperature)
         total = sum(self.weights)
         parts = [(w / total, log_probs(z, temperature)) for w, z in zip(self.weights, teacher_logits, strict=True) if w > 0]
-        mixed, log_p = parts[0]
         if self.kind == "geometric":
-            out = mixed * log_p
-            for weight, log_p in parts[1:]:
-                out = out + weight * log_p
-            return torch.log_softmax(out, dim=-1) * temperature
-        out = log_p + float(np.log(mixed))
-        for weight, log_p in parts[1:]:
-            out = torch.logaddexp(out, log_p + float(np.log(weight)))
-        return out * temperature
+            return torch.log_softmax(reduce(torch.add, (w * log_p for w, log_p in parts)), dim=-1) * temperature
+        return reduce(torch.logaddexp, (log_p + float(np.log(w)) for w, log_p in parts)) * temperature
 
 
 Target = Tensor | Hidden | TopK | Sampled
@@ -178,7 +171,7 @@ Target = Tensor | Hidden | TopK | Sampled
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the target's logits, hidden states, log-probabilities or shares. This tensor has one row per token."""
+    """Return the tensor of a target that has one row per token: its logits, hidden states, log-probabilities or shares."""
     match target:
         case Hidden():
             return target.states
@@ -190,7 +183,7 @@ def per_token(target: Target) -> Tensor:
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
-    """Return the target at the positions `rows`. Logits are also cut: the first `width` tokens of the vocabulary stay."""
+    """Return the target at the positions `rows`. Of logits, only those of the first `width` vocabulary entries are returned."""
     if isinstance(target, Hidden):
         return Hidden(target.states[rows], target.head, target.vocab)
     if isinstance(target, TopK):
@@ -281,9 +274,8 @@ def check_same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 
 def width_of(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    """Return how many of the student's logits a loss uses: `vocab`, or the size of the heads if `vocab` is None.
-
-    The heads of teachers with a vocabulary of their own may have any size.
+    """Return how many of the student's logits a loss uses: `vocab`, or the size of the heads if `vocab` is None. The heads of teachers with
+    a vocabulary of their own may have any size.
 
     Raises:
         ConfigError: the heads have different sizes and `vocab` is None, or `vocab` is larger than a head.

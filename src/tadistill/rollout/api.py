@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""Seconds before a request is sent again, once after each failure."""
+"""Seconds to wait before a failed request is sent again: the first number after its first failure, and so on."""
 LONGEST_WAIT = 600.0
 """Longest wait (Retry-After) in seconds that an API may demand. If it demands a longer one, the stage ends."""
 _REFUSALS = 3  # after so many refusals without any answer, the API is assumed to refuse every request
@@ -91,10 +91,8 @@ def usable(reply: Reply) -> str:
 
 
 def same_model(asked: str, answered: str) -> bool:
-    """Return True if `answered`, the name in an answer, means the model `asked`. The API may add a version or a date to the name.
-
-    An empty name in the answer also gives True.
-    """
+    """Return True if `answered`, the name in an answer, means the model `asked`. The API may add a version or a date to the name. Also
+    return True if `answered` is empty."""
     own, other = (name.rsplit("/", 1)[-1].lower() for name in (asked, answered))
     rest = other.removeprefix(own.removesuffix("-latest"))
     return not answered or own == other or (rest != other and re.fullmatch(r"[-@:](v?\d[\w.-]*)?(-latest)?", rest) is not None)
@@ -142,7 +140,7 @@ class Asking:
     api: Api
     cache: Cache
     name: str = "the teacher"
-    """Name of the model in messages."""
+    """The model's name in error messages."""
     failed: dict[int, str] = field(default_factory=dict)
     """The number of each row without a usable answer, and the reason."""
     _digests: dict[str, str] = field(default_factory=dict)
@@ -213,7 +211,7 @@ class Asking:
             self.failed[request.row] = why
             all_refused = not (self.known or self.answered) and len(self.failed) >= _REFUSALS
         if all_refused:
-            fix = " (if it does not take a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""
+            fix = " (if it does not accept a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""
             self._end(f"it has given no usable answer so far, because {why}{fix}")
             raise Unavailable(why)
 

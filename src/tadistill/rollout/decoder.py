@@ -31,7 +31,7 @@ _STEPS = 4  # number of predictions that are compared after each of these prompt
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute the logits of the next token."""
+    """One way in which a model computes the logits of the next token."""
 
     memory: Literal["ours", "own", "none"]
     """The memory of earlier tokens. `ours` is transformers' cache with in-place layers. `own` is the memory that the model itself returns.
@@ -85,10 +85,8 @@ def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
 
 
 def left_padded(prompts: Sequence[tuple[int, ...]], columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids, attention mask and positions (B, `columns`) of prompts with padding on the left.
-
-    All prompts end at the same column. The columns after it are for new tokens: their ids are 0, and the mask is 1 there.
-    """
+    """Return ids, attention mask and positions (B, `columns`) of prompts with padding on the left. All prompts end at the same column. The
+    columns after it are for new tokens: their ids are 0, and the mask is 1 there."""
     width = max(map(len, prompts))
     ids, attention = np.zeros((len(prompts), columns), np.int64), np.zeros((len(prompts), columns), np.int64)
     for b, prompt in enumerate(prompts):

@@ -105,7 +105,7 @@ def next_tokens(
     distribution from which the token was sampled.
 
     Args:
-        logits: (B, V) float32 for "student" and, if there is a guide, for "teacher".
+        logits: (B, V) float32 for "student" and, if a teacher helps to sample (`guide`), for "teacher".
         scores: the logits after temperature, top-k and so on. If no such setting is used, this is the same dict as `logits`.
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
@@ -179,7 +179,7 @@ def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> T
 
 
 class InPlaceLayer(DynamicLayer):
-    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` places are in use.
+    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` positions are in use.
 
     Keys and values have the shape (rows, heads, capacity, head size).
     """
@@ -242,7 +242,7 @@ class Rollout:
 
 
 class Record:
-    """Stores the tokens, log-probabilities and hidden states of all rows of one sampling call, in the CPU's memory.
+    """A store for the tokens, log-probabilities and hidden states of all rows of one sampling call, in the CPU's memory.
 
     Log-probabilities and hidden states of several calls are copied together, because the host waits for the device at each copy.
     """

@@ -42,7 +42,7 @@ class Teachers:
     """The original teacher, and then the assistants that also teach the student. Only the original teacher can help to sample."""
     vocab: int
     scores: bool
-    """True if the loss needs the log-probability of every sampled token before the training step."""
+    """True if the loss needs the teachers' log-probability of every sampled token before the training step."""
     states: bool
     """True if the loss needs the teachers' distribution at every token."""
 
@@ -53,8 +53,7 @@ class Teachers:
 
     @property
     def stored(self) -> bool:
-        """True if hidden states are stored with each sequence: the loss needs the teachers' distributions, and all teachers return hidden
-        states."""
+        """True if hidden states are stored with sequences: the loss needs the teachers' distributions, and all teachers return states."""
         return self.states and all(isinstance(teacher, HiddenTeacher) for teacher in self.each)
 
     @property
@@ -69,8 +68,8 @@ class Rollouts(Sampler):
     """The sampler that works in rounds. In a round, it samples `rollouts` sequences, and trains on them for `inner_epochs` epochs.
 
     `Batch.values` contains log-probabilities of the sampled tokens. `student` is computed by the student at the time of sampling, and
-    `behaviour` is that of the distribution from which the tokens were sampled. `teacher` is there if the objective needs the teacher's
-    values. With several teachers, the keys are `teacher 0`, `teacher 1` and so on.
+    `behaviour` is that of the distribution from which the tokens were sampled. If the objective needs the teacher's log-probabilities, they
+    are in `teacher`. With several teachers, the keys are `teacher 0`, `teacher 1` and so on.
     """
 
     def __init__(

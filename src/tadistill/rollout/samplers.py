@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill import rng
@@ -134,44 +135,31 @@ def respond(engine: Engine, asked: Seq[Sequence], places: Seq[int], *address: in
 
 def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
     """Convert the sequences to plain dicts of tensors, for a checkpoint."""
+
+    def tensors(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in values.items()}
+
+    names = ("prompt", "response", "states", "teacher_prompt", "teacher")
     return [
-        {
-            "prompt": s.prompt,
-            "response": s.response,
-            "states": s.states,
-            "values": {k: torch.from_numpy(v) for k, v in s.values.items()},
-            "teacher_prompt": s.teacher_prompt,
-            "teacher": s.teacher,
-            **(
-                {"second": {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(s.second).items()}}
-                if s.second
-                else {}
-            ),
-        }
+        {name: getattr(s, name) for name in names}
+        | {"values": tensors(s.values)}
+        | ({"second": tensors(vars(s.second))} if s.second else {})
         for s in sequences
     ]
 
 
 def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
     """Convert the result of `pack` back to sequences."""
-
-    def values(s: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {name: tensor.numpy() for name, tensor in s["values"].items()}
-
-    def own(s: dict[str, Any]) -> tuple[int, ...] | None:
-        prompt = s.get("teacher_prompt")  # earlier versions do not store it
-        return None if prompt is None else tuple(prompt)
-
-    def second(s: dict[str, Any]) -> SecondReading | None:
-        kept: dict[str, Any] = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in s.get("second", {}).items()}
-        return SecondReading(**kept) if kept else None
-
-    return [
-        Sequence(
-            tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"]), own(s), second=second(s), teacher=s.get("teacher")
-        )
-        for s in stored
-    ]
+    found = []
+    for s in stored:
+        values = {name: tensor.numpy() for name, tensor in s["values"].items()}
+        own = s.get("teacher_prompt")  # earlier versions do not store it
+        own = None if own is None else tuple(own)
+        kept: dict[str, Any] = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in s.get("second", {}).items()}
+        second = SecondReading(**kept) if kept else None
+        prompt, response, states = (tuple(s[name]) for name in ("prompt", "response", "states"))
+        found.append(Sequence(prompt, response, values, states, own, second=second, teacher=s.get("teacher")))
+    return found
 
 
 class FixedSequences(Sampler):

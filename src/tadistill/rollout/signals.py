@@ -214,15 +214,12 @@ class Signals:
         if self.head is not None:
             return Hidden(joined["hidden"].to(self._device, self.head.weight.dtype, non_blocking=True), self.head)
         if "rows" in joined:
-            ids, log_p, tail = map(torch.from_numpy, signal_format.unpack_top_k(joined["rows"].numpy(), *_kept(settings)))
+            k, vocab = min(settings["k"], settings["vocab"]), settings["vocab"]
+            ids, log_p, tail = map(torch.from_numpy, signal_format.unpack_top_k(joined["rows"].numpy(), k, vocab))
             return TopK(ids, log_p, tail if settings["tail"] == "lump" else None).to(self._device)
         if "entries" in joined:
             return _sampled(joined, settings).to(self._device)
         return TopK(joined["ids"].long(), joined["log_probs"], joined.get("tail")).to(self._device)
-
-
-def _kept(settings: dict) -> tuple[int, int]:
-    return min(settings["k"], settings["vocab"]), settings["vocab"]
 
 
 def _sampled(joined: dict[str, Tensor], settings: dict) -> Sampled:

@@ -41,8 +41,7 @@ from tadistill.rollout.generate import Mixture, Rollout, Speculation
 _ALIGNED = 64  # bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers
 _APART = {torch.float32: 0.01, torch.bfloat16: 0.1}
-"""Largest accepted difference between the log-probabilities of vLLM and transformers, as a share of their size. Rounding causes smaller
-differences."""
+"""Largest accepted difference of log-probabilities between vLLM and transformers, as a share of their size. Rounding causes less."""
 _GOODBYE = 10.0  # seconds in which vLLM's process may end by itself
 _OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that vLLM's process does not get: they concern only this process, or vLLM's sleep mode does not work with them."""
@@ -51,7 +50,7 @@ _ERROR = re.compile(r"\w+(?:Error|Exception): .*")
 
 @dataclass(frozen=True)
 class Launch:
-    """How the process of vLLM is started."""
+    """The settings with which vLLM's process is started."""
 
     settings: Settings
     device: torch.device

@@ -46,7 +46,7 @@ class Hooks:
     stop: Callable[[], bool] = lambda: False
     """Returns True if training must save its state and end, for example after a signal."""
     kept: frozenset[int] = frozenset()
-    """The numbers of updates after which `keep` is called."""
+    """The updates, counted from 1, after which `keep` is called."""
     keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
     """Stores the student's full weights. The first argument is the number of updates done. Only the main process calls it."""
 
@@ -323,10 +323,6 @@ class _Averages:
         rows = list(self.rows)
         self.rows.clear()
         names = dict.fromkeys(name for row in rows for name in row if name not in ("tokens", "seconds"))  # not every update is watched
-        means = {name: _mean([r[name] for r in rows if name in r]) for name in names}
+        means = {name: sum(found := [r[name] for r in rows if name in r]) / len(found) for name in names}
         speed = sum(r["tokens"] for r in rows) / max(sum(r["seconds"] for r in rows), 1e-9)
         return means | {"train/tokens_per_second": speed}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -7,8 +7,8 @@
     meter.state()                               # plain numbers, for a checkpoint and for the manifest
 
 Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
-attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes; with LoRA
-adapters, `models.counting.adapters` computes it. The FLOPs of a teacher on a server are computed from the tokens that it processes.
+attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes or, with LoRA
+adapters, as `models.counting.adapters` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
 """
 
 import time
@@ -44,8 +44,7 @@ class Meter:
     """A counter for the tokens and FLOPs of a student and its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], *, checkpointing: bool = False):
-        """`checkpointing` is True if the student uses gradient checkpointing: the backward pass then computes its layers again, which is
-        counted."""
+        """If `checkpointing` is True (gradient checkpointing), the backward pass computes the student's layers again, which is counted."""
         self._again = checkpointing
         self._phase = "training"
         here = [teacher.model if isinstance(teacher, Teacher) else teacher for teacher in teachers]

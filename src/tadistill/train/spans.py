@@ -26,8 +26,8 @@ from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
 
-# Number of tokens between the end of a span and the position of its reward. On real text, the earlier spans then depend on later text at
-# less than 1 % of the positions (docs/concepts/tokenizers.md).
+# tokens from the end of a span to its reward; on real text, spans then depend on later text at less than 1 % of the positions
+# (docs/concepts/tokenizers.md)
 _DELAY = 1
 
 
@@ -111,7 +111,7 @@ def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVoc
 
 
 def rewards(batch: Batch) -> Tensor:
-    """Return MiniLLM's rewards log p - log q of spans at the student's positions (B, T), before scaling.
+    """Return MiniLLM's rewards log p - log q of spans (texts between common token boundaries) at the student's positions (B, T), unscaled.
 
     `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is one token
     after the span, because the student's next token can still change where the span ends.
@@ -130,8 +130,8 @@ def summed(aligned: Aligned, values: Tensor) -> Tensor:
 
 
 def teacher_log_probs(vocabularies: Vocabularies | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
-    """Return the teacher's log-probability (S,) of each span of a batch. It is taken from `batch.values["teacher"]` if the batch has this
-    value, and computed from the teacher's outputs if not."""
+    """Return the teacher's log-probability (S,) of each span (text between common token boundaries): from `batch.values["teacher"]` if the
+    batch has this value, or else from the teacher's outputs."""
     assert batch.aligned is not None
     if "teacher" in batch.values:
         return summed(batch.aligned, batch.counted(batch.values["teacher"]))

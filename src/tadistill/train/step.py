@@ -51,7 +51,7 @@ class Models:
 
     @property
     def here(self) -> tuple[PreTrainedModel, ...]:
-        """The student, and the teachers that are in this process."""
+        """The student, and the teachers whose weights are in this process."""
         return (self.student_model, *(teacher.model for teacher in self.teachers if teacher.model is not None))
 
     def targets(self, batch: Batch) -> tuple[Target, ...]:
@@ -97,9 +97,9 @@ class Models:
 
 
 Sum = Callable[[Tensor], Tensor]
-"""Adds up a tensor over all processes."""
+"""A function that adds up a tensor over all processes."""
 Phase = Callable[[str], AbstractContextManager]
-"""Makes a context manager that counts forward passes under the given phase (`train.meter.Meter.phase`)."""
+"""A function that returns a context manager, inside which forward passes count for the given phase (`train.meter.Meter.phase`)."""
 
 
 @dataclass(frozen=True)

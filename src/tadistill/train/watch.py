@@ -77,15 +77,11 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
     parts = [_of_teachers(step, batch.of_share(i)) for i in range(len(batch.shares))]
     order = torch.cat([share.loss for share in batch.shares]).argsort()  # back to the order of the whole batch
     entropy, mass, log_q, log_p = (
-        None if any(v is None for v in each) else torch.cat([*filter(_there, each)])[order] for each in zip(*parts, strict=True)
+        None if any(v is None for v in each) else torch.cat([v for v in each if v is not None])[order] for each in zip(*parts, strict=True)
     )
     assert entropy is not None
     assert log_q is not None
     return entropy, mass, log_q, log_p
-
-
-def _there(value: Tensor | None) -> bool:
-    return value is not None
 
 
 @torch.no_grad()
@@ -131,8 +127,7 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Alarms about sampled text. An alarm is given when a metric becomes much worse than at the start. While this lasts, the alarm is not
-    repeated."""
+    """Alarms about sampled text. If a metric becomes much worse than at the start, there is one alarm, until the metric recovers."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
