@@ -198,9 +198,9 @@ def publishing(target: Path) -> Iterator[Path]:
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
     """Parse a JSON file. Raises StoreError if it is missing or damaged. The message ends with `fix`, which says what the user should do."""
     try:
-        return json.loads(_text(path, fix))
-    except ValueError as error:
-        raise damaged(path, str(error), fix) from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(path, getattr(error, "strerror", None) or str(error), fix) from error
 
 
 def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recipe again") -> list[dict[str, Any]]:
@@ -239,10 +239,3 @@ def _object(line: bytes, path: Path, number: int, fix: str) -> dict[str, Any]:
 def damaged(path: Path, reason: str, fix: str = "delete its directory and run the recipe again") -> StoreError:
     """Return the StoreError for a file that is missing or damaged. Its message gives the file, the reason and the fix."""
     return StoreError(f"{path} cannot be read ({reason}): {fix}")
-
-
-def _text(path: Path, fix: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise damaged(path, getattr(error, "strerror", None) or str(error), fix) from error
