@@ -129,12 +129,12 @@ def test_ends_are_spread():
 
 
 def test_strips_share_an_axis():
-    strip = Strip(Axis(-10, 10), zero=True, margin=1)
-    drawn = strip.interval(5, 0, 40, look(0), dots=[1], tip="five")
+    strip = Strip(Axis(-10, 10), zero=True)
+    drawn = strip.interval(5, 0, 40, look(0), tip="five")
     assert 'x="75.00%"' in drawn
     assert 'x2="100.00%"' in drawn  # cut at the end of the axis
     assert 'data-tip="five"' in drawn
-    assert 'x="50.00%" width="25.00%"' in strip.bar(5, None, None, look(0))
+    assert 'x="50.00%" width="25.00%"' in strip.bar(5, 4, 6, look(0))
 
 
 def test_looks_repeat_late():

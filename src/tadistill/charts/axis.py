@@ -11,7 +11,7 @@ _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 def number_text(value: float, step: float | None = None) -> str:
     """Return a number as text for an axis, such as ``0.25``, ``12k`` or ``3e17``.
 
-    `step` is the distance of two ticks. It sets the number of decimals: the text is exact if `value` is a multiple of `step`.
+    `step` is the distance of two ticks. With it, the text has enough decimals to be exact for multiples of `step`.
     """
     if value == 0:
         return "0"
@@ -37,9 +37,9 @@ def _fixed(value: float, step: float | None, most: int) -> str:
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """Return both ends of an axis for these values. Each end has a margin. `pad` is the size of a margin as a share of the values' range.
+    """Return the ends (low, high) of an axis for these values. `pad` is the margin at each end, as a share of the values' range.
 
-    With `zero`, the axis includes 0. An end at 0 has no margin then.
+    With `zero`, the axis includes 0, and an end at 0 has no margin.
     """
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)

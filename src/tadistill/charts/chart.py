@@ -13,16 +13,16 @@ from tadistill.charts.labels import WIDTHS, Label, Mark, place_labels, text_widt
 from tadistill.charts.looks import Look, glyph, marker, safe
 from tadistill.visible import visible_parts
 
-_ACROSS = 1000  # units of a path along x, whatever the width in pixels
-_VISIBLE = 0.004  # share of the width: a point that is moved less seems to be in its place
-_TITLE, _TICKS, _LINE = 20, 18, 14  # pixels below the plot: title of the axis, ticks, further lines of a tick
+_ACROSS = 1000  # width of the coordinate system of paths; it is stretched to the width in pixels
+_VISIBLE = 0.004  # share of the width: a point that is moved by less is not counted as moved
+_TITLE, _TICKS, _LINE = 20, 18, 14  # heights in pixels, below the plot: title of the axis, texts of ticks, each further line of these texts
 
 
 @dataclass(frozen=True)
 class Point:
     """A value with its interval, and the text that appears when the mouse is over it. Without an interval, `low` and `high` are None.
 
-    `at` is the x at which the point is drawn, if it is moved aside. The figure then says so, and its saved data have `x`.
+    `at` is the x at which the point is drawn, if it is not drawn at its own `x`. The figure then has a note, and the saved data have `x`.
     """
 
     x: float
@@ -66,7 +66,6 @@ class Chart:
         *,
         seed: int | None = None,
         label: bool = False,
-        step: bool = False,
     ) -> None:
         """Draw a line, with gaps where y is None or NaN. With `seed`, it shows one training seed and is faint.
 
@@ -75,14 +74,14 @@ class Chart:
         known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and math.isfinite(y)]
         if not known:
             return
-        path, open_, before = [], True, 0.0
+        path, open_ = [], True
         for x, y in zip(xs, ys, strict=True):
             if y is None or not math.isfinite(y):
                 open_ = True
                 continue
             at = f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}"
-            path.append(f"M{at}" if open_ else f"L{_ACROSS * self.x.place(x):.1f} {before:.1f}L{at}" if step else f"L{at}")
-            open_, before = False, self._down(y)
+            path.append(f"{'M' if open_ else 'L'}{at}")
+            open_ = False
         kind = "line faint" if seed is not None else "line"
         dash = f";stroke-dasharray:{look.dash}" if look.dash else ""
         self._add("paths", f'<path class="{kind}" d="{"".join(path)}" style="stroke:{look.colour}{dash}"/>', name)
@@ -103,7 +102,7 @@ class Chart:
             self._add("paths", f'<path class="band" d="M{"L".join([*upper, *lower[::-1]])}Z" style="fill:{look.colour}"/>', name)
 
     def points(self, name: str, points: Iterable[Point], look: Look, *, size: float = 5.0, label: str = "") -> None:
-        """Draw points with vertical intervals. `label` is a text beside the first point, where no other series' point is nearer to it."""
+        """Draw points with vertical intervals. `label` is a text beside the first point (see `place_labels`)."""
         for index, point in enumerate(points):
             x = point.x if point.at is None else point.at
             self._moved |= abs(self.x.place(x) - self.x.place(point.x)) > _VISIBLE
@@ -130,7 +129,7 @@ class Chart:
         self._data["points"].append([name, *map(_short, (mean, y, low, high)), tip])
 
     def mark(self, name: str, at: tuple[float, float], look: Look, *, size: float = 5.0, tip: str = "") -> None:
-        """Draw one marker at (x, y). Saved data and hover texts do not include it."""
+        """Draw one marker at (x, y), with `tip` as its hover text. The saved data do not include it."""
         self._marker(*at, look, size, name, tip)
 
     def bar(self, name: str, xs: tuple[float, float], ys: tuple[float, float], look: Look, *, tip: str = "", opacity: float = 0.85) -> None:
@@ -167,7 +166,7 @@ class Chart:
         self._add("back" if not name else "marks", f'<line class="{kind or "guide"}" {ends} style="{style}"{_tip(tip)}/>', name)
 
     def rule(self, *, x: float | None = None, y: float | None = None, kind: str = "zero") -> None:
-        """Draw a straight line across the whole plot. `kind` is `zero`, `grid` or `dashed`."""
+        """Draw a straight line across the whole plot: vertical at `x`, or horizontal at `y`. `kind` is `zero` or `grid`."""
         if y is not None:
             self._add("back", f'<line class="{kind}" x1="0" x2="100%" y1="{self._top(y):.1f}" y2="{self._top(y):.1f}"/>')
         if x is not None:

@@ -17,7 +17,7 @@
   const hidden = (chart, name) => !!chart.querySelector(`[data-arm="${CSS.escape(name)}"].off`);
   const text = (value) => (Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(4)));
 
-  // all lines at the x under the pointer, the highest first
+  // the values of all lines at the x under the pointer, the highest first
   const lines = (chart, event) => {
     const plot = chart.querySelector(".plot"), box = plot.getBoundingClientRect(), { low, high, log, lines, x } = values(chart);
     const share = (event.clientX - box.left) / box.width;
@@ -52,7 +52,7 @@
 
   // --- saving ---------------------------------------------------------------------------------------------------------
   const keep = (download, blob) => Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download }).click();
-  // the figure as a file of its own: margins inside, colours and rules of the page with it
+  // returns the figure as one SVG document with its margins, and with the colours and style rules of the page
   const standalone = (chart) => {
     const plot = chart.querySelector(".plot"), around = chart.getBoundingClientRect(), box = plot.getBoundingClientRect();
     const css = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]).filter((rule) => /^\.(chart|off|strip)/.test(rule.selectorText ?? ""));
@@ -86,7 +86,7 @@
     };
     picture.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(markup)}`;
   };
-  // a cell that a spreadsheet would run as a formula becomes text
+  // adds an apostrophe to a cell that a spreadsheet would run as a formula
   const cell = (value) => {
     const plain = value === null || value === undefined ? "" : String(value).replaceAll("\n", "; "), safe = /^[=+\-@\t\r]/.test(plain) && Number.isNaN(Number(plain)) ? `'${plain}` : plain;
     return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;

@@ -1,4 +1,4 @@
-"""Find places for the names of points and lines, so that no name covers another name or a point."""
+"""Place the names of points and lines in a figure, so that no name covers another name or a point."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from tadistill.charts.looks import safe
 
 WIDTHS = (960, 560, 300)
 """Widths of the plot, in pixels, for which labels are placed. The style sheet shows the placement that fits the page."""
-_HIGH, _GAP = 15, 9  # pixels of a line of text, and between a point and its label
-_NEAR = 48  # pixels: a label moves at most so far from its point to avoid marks without a label
+_HIGH, _GAP = 15, 9  # pixels: the height of a line of text, and the gap between a point and its label
+_NEAR = 48  # pixels: a label moves up or down by at most this distance to avoid points and intervals
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mark:
 def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int], marks: Sequence[Mark] = ()) -> list[str]:
     """Return the labels as SVG. Each label is beside its point. If there is no room, it is farther away, with a thin line to the point.
 
-    A label is left out if each free place is nearer to a point of another series. A reader would read it as the name of that point.
+    A label is left out if each free place is nearer to a point of another series, because it would seem to be the name of that point.
 
     Args:
         width: width of the plot in pixels. None places all labels in a column at the right of the plot.
@@ -131,10 +131,7 @@ def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
 
 
 def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:
-    """Return the values, moved until any two are at least `apart`. They move as little as possible.
-
-    They stay inside `box` if it is large enough.
-    """
+    """Return the values, moved apart until the distance of any two is at least `apart`. They stay inside `box` if it is large enough."""
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = [values[i] for i in order]
     for _ in range(60):

@@ -1,6 +1,5 @@
 """Small plots in the cells of a table, such as a mean with its interval. All rows of a column share one axis."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -13,33 +12,29 @@ _HEIGHT = 22  # pixels of a row's plot
 
 @dataclass(frozen=True)
 class Strip:
-    """The small plots in one column of a table, all with one axis. `zero` draws a line at 0. `margin` shades the values from -margin to
-    +margin."""
+    """The small plots in one column of a table, all with one axis. With `zero`, each plot has a line at 0."""
 
     axis: Axis
     zero: bool = False
-    margin: float = 0.0
 
-    def interval(self, mean: float, low: float, high: float, look: Look, *, dots: Iterable[float] = (), tip: str = "") -> Markup:
-        """Draw a mean with its interval. `dots` are single values, one per training seed. `tip` is the text on hover."""
-        marks = "".join(f'<circle class="dot" cx="{self._at(dot)}" cy="{_HEIGHT - 4}" r="1.8" style="fill:{look.colour}"/>' for dot in dots)
+    def interval(self, mean: float, low: float, high: float, look: Look, *, tip: str = "") -> Markup:
+        """Draw a mean with its interval. `tip` is the hover text."""
         middle = _HEIGHT // 2
         line = f'<line class="span" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}" style="stroke:{look.colour}"/>'
         mark = f'<svg class="at" x="{self._at(mean)}" y="{middle}">{marker(look, 4.4)}</svg>'
-        return self._drawn(line + marks + mark, tip)
+        return self._drawn(line + mark, tip)
 
-    def bar(self, value: float, low: float | None, high: float | None, look: Look, *, tip: str = "") -> Markup:
-        """Draw a bar from 0 to the value. The interval is a line over the bar."""
+    def bar(self, value: float, low: float, high: float, look: Look, *, tip: str = "") -> Markup:
+        """Draw a bar from 0 to the value. The interval is a line over the bar. `tip` is the hover text."""
         start, end = sorted((self.axis.place(min(max(0.0, self.axis.low), self.axis.high)), self.axis.place(value)))
         size = f'x="{_percent(start)}" width="{_percent(end - start)}" y="4" height="{_HEIGHT - 8}"'
         bar = f'<rect class="bar" {size} rx="1.5" style="fill:{look.colour}"/>'
         middle = _HEIGHT // 2
-        if low is not None and high is not None:
-            bar += f'<line class="whisker" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}"/>'
+        bar += f'<line class="whisker" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}"/>'
         return self._drawn(bar, tip)
 
     def empty(self) -> Markup:
-        """Draw the plot of a value that was not measured."""
+        """Draw a plot without marks, for a value that was not measured."""
         return self._drawn("", "")
 
     def ruler(self, count: int = 4) -> Markup:
@@ -52,9 +47,6 @@ class Strip:
 
     def _drawn(self, marks: str, tip: str) -> Markup:
         behind = "".join(f'<line class="grid" x1="{self._at(v)}" x2="{self._at(v)}" y1="0" y2="{_HEIGHT}"/>' for v in self.axis.ticks(4))
-        if self.margin > 0:
-            left, right = self.axis.place(-self.margin), self.axis.place(self.margin)
-            behind += f'<rect class="margin" x="{_percent(left)}" width="{_percent(right - left)}" y="0" height="{_HEIGHT}"/>'
         if self.zero:
             behind += f'<line class="zero" x1="{self._at(0)}" x2="{self._at(0)}" y1="0" y2="{_HEIGHT}"/>'
         hover = f' data-tip="{safe(tip)}"' if tip else ""

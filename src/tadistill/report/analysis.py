@@ -1,4 +1,4 @@
-"""The analysis of a study: where compared arms (paths of models) differ, and what may explain the differences.
+"""The analysis of a study: in which metrics and on which prompts compared arms (paths of models) differ, and why they may differ.
 
 Each difference is marked as better, worse, or not clear. For a path with assistants, three explanations are examined: sharpening (lower
 entropy), the errors of its steps, and its compute. If a value was not measured, a sentence says so.
@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 from tadistill.config.arm import marked, path_text
-from tadistill.metrics import METRICS, improves, metric_title, metric_unit, sorted_names
+from tadistill.metrics import METRICS, improves, metric_title, sorted_names
+from tadistill.report.explain import gap_words
 from tadistill.report.routes import listed
 from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
@@ -20,14 +21,14 @@ from tadistill.results.units import number, span, summary_text
 from tadistill.results.verdict import Comparison, by_importance
 from tadistill.statistics import Difference
 
-_MOST_PAIRS = 6  # in a study without chains; a longer analysis would not be read
+_MOST_PAIRS = 6  # a study without assistants and with more pairs of arms has no analysis, because it would be too long
 Mark = Literal["better", "worse", "no clear difference", "not measured"]
 MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference": "○", "not measured": "–"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """The difference of two arms in one metric. `where` is a test set, a range of reference lengths, or ``mean`` (over all sets)."""
+    """The difference of two arms in one metric. `where` is a test set, a range of reference lengths, or ``mean`` (the mean over sets)."""
 
     metric: str
     where: str
@@ -35,12 +36,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """`where` as text for readers, such as "mean over sets"."""
+        """The test set or range of reference lengths as text: `where`, but "mean over sets" for ``mean``."""
         return "mean over sets" if self.where == MEAN else self.where
 
     @property
     def mark(self) -> Mark:
-        """The mark (better, worse, or not clear) from the 95 % interval of this row alone. It is not adjusted for the number of rows."""
+        """The mark (better, worse, or not clear). It uses the 95 % interval of this row, without a correction for the number of rows."""
         if self.difference is None:
             return "not measured"
         if self.difference.covers_zero:
@@ -64,16 +65,16 @@ class Analysis:
     other: str
     rows: tuple[Row, ...]
     whole: tuple[tuple[str, str, str], ...]
-    """Metrics with one value per test set: title, value of the arm, value of the other arm. They have no intervals."""
+    """The metrics that have one value per test set, and so no interval: (title, value of `arm`, value of `other`)."""
     explanations: tuple[Explanation, ...]
     unequal: bool
-    """True if the arm is a path with assistants, and the other arm had other compute."""
+    """True if the arm is a path with assistants, and the two arms had different compute."""
 
 
 def analyses(results: Results) -> list[Analysis]:
     """Return the analysis of each comparison. The first one is about the comparison in the report's answer.
 
-    The list is empty if there are too many pairs of arms for a reader.
+    The list is empty in a study without assistants that compares more than six pairs of arms.
     """
     return results.once("analyses", lambda: _analyses(results))
 
@@ -116,13 +117,13 @@ def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
         return ()
     return (
         Explanation("sharpening", (_sharpening(c),)),
-        Explanation("error of the hops", tuple(_hops(results, c))),
+        Explanation("error of each step", tuple(_steps(results, c))),
         Explanation("compute", (_compute(results, c),)),
     )
 
 
 def published(results: Results) -> list[str]:
-    """Return one sentence for each arm with published scores. It says which of these scores the study matches."""
+    """Return one sentence for each arm with published scores. It says if the study's interval contains the published score."""
     return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 
@@ -133,9 +134,9 @@ def _arm_published(results: Results, arm: ArmRecord) -> str:
         summary = results.summaries.get((arm.name, name, "rouge_l"))
         said = number(value, "rouge_l")
         if summary is None:
-            parts.append(f"on {name} {said} is published and not measured here")
+            parts.append(f"on {name} {said} is published, and nothing was measured here")
         elif summary.low <= value <= summary.high:
-            parts.append(f"on {name} {summary_text(summary, 'rouge_l')} matches the published {said}")
+            parts.append(f"on {name} the interval of {summary_text(summary, 'rouge_l')} contains the published {said}")
         else:
             apart = number(abs(summary.mean - value), "rouge_l")
             where = "above" if summary.mean > value else "below"
@@ -149,63 +150,61 @@ def _arm_published(results: Results, arm: ArmRecord) -> str:
 def _sharpening(c: Comparison) -> str:
     assert c.mechanism is not None
     m = c.mechanism
-    entropy = f"entropy {span(m.entropy, 'entropy')} nats/token" if m.entropy else "entropy not measured"
-    greedy = f"greedy {metric_title(c.metric)} {span(m.greedy, c.metric)}" if m.greedy else "greedy decoding not measured"
+    title = metric_title(c.metric)
+    entropy = f"entropy {span(m.entropy, 'entropy', unit=True)}" if m.entropy else "entropy not measured"
+    greedy = f"{title} with greedy decoding {span(m.greedy, c.metric)}" if m.greedy else "greedy decoding not measured"
     if m.matched and m.at_entropy is not None:
-        matched = f"at a matched entropy of {number(m.at_entropy, 'entropy')} nats/token {span(m.matched, c.metric)}"
+        matched = f"{title} at a matched entropy of {number(m.at_entropy, 'entropy')} nats/token {span(m.matched, c.metric)}"
+    elif m.curves == "not measured":
+        matched = "matched entropy not measured"
     else:
-        matched = (
-            "matched entropy not measured" if m.curves == "not measured" else "the entropies of the two arms' decodings do not overlap"
-        )
-    return f"{_sharpening_verdict(c)} Against {c.other}: {entropy}; {greedy}; {matched}."
+        matched = "no matched entropy, because the entropies of the two arms' decodings do not overlap"
+    return f"{_sharpening_verdict(c)} Differences from {c.other}: {entropy}; {greedy}; {matched}."
 
 
 def _sharpening_verdict(c: Comparison) -> str:
     assert c.mechanism is not None
     m = c.mechanism
     if c.difference.low <= 0:
-        return f"There is no gain that sharpening could explain ({metric_title(c.metric)} {span(c.difference, c.metric)})."
+        return f"There is no clear gain that sharpening could explain: {gap_words(c)}."
     controls = [d for d in (m.greedy, m.matched) if d is not None]
     if not controls:
         return "Sharpening is not measured."
     if all(d.low > 0 for d in controls):
-        return "Sharpening does not explain the gain: it remains under the controls (greedy and matched entropy)."
+        return "Sharpening does not explain the gain: the gain remains under each measured control (greedy decoding, matched entropy)."
+    gone = "the gain vanishes with greedy decoding or at matched entropy"
     if m.entropy is not None and m.entropy.high < 0:
-        return "Sharpening explains the gain: the entropy fell, and the gain vanishes under a control (greedy or matched entropy)."
-    return "Sharpening may explain the gain: it vanishes under a control, but the entropy did not clearly fall."
+        return f"Sharpening explains the gain: the entropy is lower, and {gone}."
+    return f"Sharpening may explain the gain: {gone}, but the entropy is not clearly lower."
 
 
-def _hops(results: Results, c: Comparison) -> list[str]:
+def _steps(results: Results, c: Comparison) -> list[str]:
     arm = results.arm(c.arm)
     models = budget_models(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
     if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
         if arm.across:
             steps = listed([marked(path_text(step), [step]) for step in arm.across])
-            return [f"The error of each hop is not defined across vocabularies ({steps}). See the bits per byte instead."]
-        return ["The error of each hop is not measured: this arm has no error budget."]
+            return [f"The error of each step is not defined across vocabularies ({steps}). See the bits per byte instead."]
+        return ["The error of each step is not measured: this arm has no error budget."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
     sets = sets_with(results, terms[0])
-    added = summarise([sum_of([stack(results, arm.name, seeds, name, t) for t in terms[1:]]) for name in sets], seeds, terms[1])
+    added = summarise([np.sum([stack(results, arm.name, seeds, n, t) for t in terms[1:]], axis=0) for n in sets], seeds, terms[1])
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
     share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if total.mean > 0 else ""
     effect = "add" if added.low > 0 else "remove" if added.high < 0 else "make no clear difference:"
     last = arm.path[-2]
-    hops = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
+    above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
         f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {summary_text(first, terms[0])} of it is the "
-        f"distance to the last assistant {last}, which training minimised. The hops above {last} {effect} "
-        f"{summary_text(added, terms[1])}{share}: {', '.join(hops)}.",
-        "A positive hop means that the student is closer to the hop's assistant than to the model above it.",
+        f"distance to the last assistant {last}, which training minimised. The steps above {last} {effect} "
+        f"{summary_text(added, terms[1])}{share}: {', '.join(above)}.",
+        "A positive number means that the student is closer to the learner of the step than to its teacher.",
     ]
 
 
-def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
-    return np.sum(terms_SNK, axis=0)
-
-
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return step `j` of a path as text, such as ``xl > l``. Steps are counted from the end: step 0 trains the student."""
+    """Return step `j` of a path as text, such as ``xl > l``. `j` counts from the end of the path: step 0 trains the student."""
     return path_text((models[-2 - j], models[-1 - j]))
 
 
@@ -222,13 +221,12 @@ def _compute(results: Results, c: Comparison) -> str:
     if gap is None or closed is None:
         return f"The effect of compute is not measured yet: {direct.name} has no finished seed in common with both arms."
     numbers = (
-        f"over direct distillation ({direct.name}), {c.arm} gains {span(gap, c.metric)} "
-        f"and its equal-compute baseline {c.other} {span(closed, c.metric)} "
-        f"{metric_unit(c.metric)} of {metric_title(c.metric)}"
+        f"The difference in {metric_title(c.metric)} from direct distillation ({direct.name}) is {span(gap, c.metric, unit=True)} "
+        f"for {c.arm}, and {span(closed, c.metric)} for its equal-compute baseline {c.other}."
     )
     if gap.low <= 0:
-        return f"There is no clear gap that compute could explain: {numbers}."
-    share = f"closes {100 * closed.mean / gap.mean:.0f} % of the gap"
+        return f"There is no clear gain that compute could explain. {numbers}"
+    share = f"More training without an assistant closes {100 * closed.mean / gap.mean:.0f} % of the gap between {direct.name} and {c.arm}"
     if closed.low <= 0:
-        return f"Compute is not shown to explain the gap: {numbers} (more training without an assistant {share})."
-    return f"Compute explains a part: {numbers}, so more training without an assistant {share}."
+        return f"Compute is not shown to explain the gain. {numbers} {share}, which may be chance."
+    return f"Compute explains a part of the gain. {numbers} {share}."

@@ -190,7 +190,7 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
     sentences = [
         f"Measured on {sets}; nothing is known about other tasks or languages, and no safety evaluation was made.",
         "The licences of the base model, the teacher and the data apply; this card does not state them.",
-        "The exported seed is the recipe's first finished seed, or the seed that the user named. It is not chosen by its score.",
+        "The exported seed is the recipe's first finished seed, or the seed that the user named. It was not chosen by its score.",
     ]
     sentences += [f"T{sentence[1:]}." for sentence in arm.inexact]
     sentences += [text for text in [results.plan.drawn, rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]

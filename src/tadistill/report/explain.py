@@ -8,19 +8,19 @@ from collections import Counter
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
-from tadistill.report.routes import listed, taught
+from tadistill.report.routes import counted, listed, taught
 from tadistill.report.vocabularies import vocabulary_texts
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
 from tadistill.results.study import ArmRecord, PhaseRecord
-from tadistill.results.units import detectable_text, number, p_text, ratio_text, signed, span, with_unit
+from tadistill.results.units import detectable_text, number, p_text, ratio_text, span, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
 from tadistill.store import FAILURE
 from tadistill.visible import one_line, shortened
 
-_NAMED = 5  # arms that are named in one sentence
+_NAMED = 5  # most arms that one sentence names
 _TEXTS = {
     "dataset": "the training data",
     "teacher": "the teacher's answers",
@@ -35,9 +35,9 @@ _TEXTS = {
 
 
 def arm_words(results: Results) -> dict[str, str]:
-    """Describe each trained arm in a few plain words, such as "taught by xl through l".
+    """Describe each trained arm in a few words, such as "taught by xl through l". The keys of the result are the names of the arms.
 
-    The training text and the objective are named only where they tell arms apart.
+    The text for training is named if it is not that of most arms. The objective is named if arms have the same words without it.
     """
     arms = [arm for arm in results.plan.arms if arm.is_trained]
     taught = [arm for arm in arms if arm.is_taught]
@@ -85,12 +85,12 @@ def _path_text(arm: ArmRecord) -> str:
 
 
 def undecided_text(pair: ComparedPair) -> str:
-    """Return the sentence for a path that cannot be compared. Either there is no arm for the comparison, or the two arms have no finished
-    seed in common."""
+    """Return the sentence for a path that cannot be compared: the study has no arm to compare it with, or the two arms have no finished
+    training seed in common."""
     name = _path_text(pair.arm)
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
-    return f"{name}: no evidence yet, because it shares no finished seed with {_other(pair.against, pair.other.name)}."
+    return f"{name}: no evidence yet, because it has no finished training seed in common with {_other(pair.against, pair.other.name)}."
 
 
 def _other(against: str, name: str) -> str:
@@ -99,87 +99,88 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """Return the verdict of a comparison in words. If it is a gain, a second sentence says whether the path is its cause."""
-    unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
-    value = f"{signed(c.difference.mean, c.metric)} {unit}, " + span(c.difference, c.metric).partition(", ")[2]
-    if c.against == "pair":
-        subject = f"{c.arm} against {c.other}: {value}"
-    else:
-        subject = f"{_path_text(results.arm(c.arm))}: {value} against {_other(c.against, c.other)}"
-    parts = [f"{subject}: {_word_text(c)}", _power_text(c)]
-    sentence = "; ".join(part for part in parts if part) + "."
-    return " ".join([sentence, *_credit_text(c)])
+    """Return the verdict of a comparison in sentences. If it is a gain, they also say whether the path is its cause."""
+    arm, other = (c.arm, c.other) if c.against == "pair" else (_path_text(results.arm(c.arm)), _other(c.against, c.other))
+    return " ".join([f"{arm} against {other}: {gap_words(c)}.", f"Verdict: {_word_text(c)}", *_credit_text(c)])
+
+
+def gap_words(c: Comparison) -> str:
+    """Return the difference of a comparison, such as "the difference in ROUGE-L is +0.3 points (95 % interval −0.4 to 1.0)"."""
+    return f"the difference in {metric_title(c.metric)} is {span(c.difference, c.metric, unit=True)}"
 
 
 def _word_text(c: Comparison) -> str:
-    adjusted = f"Holm-adjusted {p_text(c.p_holm)} over {c.family} comparisons" if c.family > 1 else p_text(c.p_holm)
     if c.word in ("gain", "loss"):
-        small = f", and smaller than the margin of {number(c.margin, c.metric)}" if c.equivalent else ""
-        return f"{c.word} ({adjusted}{small})"
+        small = f"; the difference is smaller than the margin of {number(c.margin, c.metric)}" if c.equivalent else ""
+        return f"{c.word} ({_tested(c)}{small})."
     if c.word == "equivalent":
-        return f"equivalent, within the margin of ±{number(c.margin, c.metric)}"
-    nothing = "no evidence of a difference" if c.against == "pair" else "no evidence of a gain"
+        return f"equivalent, within the margin of ±{number(c.margin, c.metric)}."
+    return f"no evidence of a {'difference' if c.against == 'pair' else 'gain'}. {doubt_text(c)}"
+
+
+def _tested(c: Comparison) -> str:
+    return p_text(c.p_holm) + (f" after Holm's correction for {c.family} comparisons" if c.family > 1 else "")
+
+
+def few_text(seeds: int) -> str:
+    """Return a sentence that says that the number of training seeds is too small for a claim."""
+    return f"{counted(seeds, 'seed')} {'is' if seeds == 1 else 'are'} too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed)."
+
+
+def doubt_text(c: Comparison) -> str:
+    """Return sentences on an undecided comparison: why its difference may be chance, and which difference the study can detect."""
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
-        return f"{nothing}, because {seeds_text(len(c.seeds))} are too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed)".replace(
-            "1 seed are", "1 seed is"
-        )
+        return few_text(len(c.seeds))
     if c.difference.se == 0:
-        return f"{nothing}, because nothing varies over these prompts"
-    if not c.difference.covers_zero:
-        return f"{nothing} after adjustment ({adjusted})"
-    return nothing
-
-
-def _power_text(c: Comparison) -> str:
-    if c.word != "no evidence" or c.detectable is None:
-        return ""
-    return f"the study detects a difference of {detectable_text(c.detectable, c.metric, unit=True)} with 80 % power"
+        return "The difference does not vary over these prompts, so it cannot be tested."
+    why = "The interval contains 0" if c.difference.covers_zero else f"The interval excludes 0, but {_tested(c)}"
+    chance = f"{why}, so the difference may be chance."
+    if c.detectable is None:
+        return chance
+    return f"{chance} The study has an 80 % chance of detecting a true difference of {detectable_text(c.detectable, c.metric, unit=True)}."
 
 
 def _credit_text(c: Comparison) -> list[str]:
     if c.against == "plain direct":
-        return [f"Compute differs: the study has no arm with `compute: as {c.arm}`, so nothing can be credited to the path."]
+        return [f"The arms had different compute: the study has no arm with `compute: as {c.arm}`, so nothing is credited to the path."]
     if c.credit is None or c.mechanism is None:
         return []
     if c.credit == "credited":
         return ["The gain is credited to the path: it is not sharpening, and the divergence from the teacher is not shown to be worse."]
     if c.credit == "not measured":
-        return ["Not credited to the path: divergence from the teacher or a control for sharpening was not measured."]
+        return ["The gain is not credited to the path: the divergence from the teacher or a control for sharpening was not measured."]
     worse = [
         f"{metric_title(metric)} {span(d, metric)}"
         for metric, d in (("forward_kl", c.mechanism.forward_kl), ("reverse_kl", c.mechanism.reverse_kl))
         if d is not None and d.low > 0
     ]
-    farther = f"farther from the teacher ({'; '.join(worse)})"
+    farther = f"farther from the teacher: {'; '.join(worse)}"
     if c.credit == "farther from the teacher":
-        return [f"Not credited to the path: it is {farther}."]
-    controls = (("under greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
+        return [f"The gain is not credited to the path, because the student is {farther}."]
+    controls = (("with greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
     gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
     fell = c.mechanism.entropy is not None and c.mechanism.entropy.high < 0
-    why = (
-        "Not credited to the path but to sharpening"
-        if fell
-        else "Not credited to the path, because it cannot be distinguished from sharpening"
-    )
-    sharpening = f"{why}: {' and '.join(gone)}."
-    return [sharpening, f"It is also {farther}."] if worse else [sharpening]
+    why = "but to sharpening" if fell else "because it cannot be distinguished from sharpening"
+    sharpening = f"The gain is not credited to the path, {why}: {' and '.join(gone)}."
+    return [sharpening, f"The student is also {farther}."] if worse else [sharpening]
 
 
 def needed_text(c: Comparison) -> str:
-    """Return a sentence that says how many training seeds find a difference of the observed size, and under which assumption.
+    """Return a sentence, after a space, that says how many training seeds would detect a difference of the observed size.
 
-    It is empty if the comparison is decided, or if nothing is known about the spread.
+    It is empty if the comparison is decided, or if the variance between seeds is not known.
     """
     size = number(abs(c.difference.mean), c.metric)
     if c.word != "no evidence" or c.detectable is None or len(c.seeds) < SEEDS_FOR_A_CLAIM or not float(size):
         return ""
     between = f" between {c.arm} and {c.other}" if c.against == "pair" else ""
-    found = f"a difference of the observed size{between} ({with_unit(size, c.metric)}) with 80 % power"
+    found = f"a true difference of the observed size{between} ({with_unit(size, c.metric)})"
     spread = "if scores vary between seeds and between prompts as they do here"
     if c.seeds_needed is None:
-        return f" More training seeds alone do not find {found}, {spread}; more test prompts are needed."
+        return f" More training seeds alone would not give an 80 % chance of detecting {found}, {spread}; more test prompts are needed."
     digits = 10 ** max(0, len(str(c.seeds_needed)) - 2)  # two digits are enough for an estimate from few seeds
-    return f" About {-(-c.seeds_needed // digits) * digits:,} training seeds find {found}, {spread}."
+    seeds = f"{-(-c.seeds_needed // digits) * digits:,}"
+    return f" With about {seeds} training seeds, the study would have an 80 % chance of detecting {found}, {spread}."
 
 
 def missing_text(results: Results) -> str:
@@ -206,11 +207,11 @@ def failed_text(results: Results) -> str:
         if reason and not results.store.finished(stage.key):
             texts.append(f"{labels[stage.key]} ({shortened(one_line(reason.strip()))})")
     more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
-    return f"{len(texts)} stage{'' if len(texts) == 1 else 's'} failed: {'; '.join(texts[:3])}{more}." if texts else ""
+    return f"{counted(len(texts), 'stage')} failed: {'; '.join(texts[:3])}{more}." if texts else ""
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return an arm's sample sizes as text, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
+    """Return the size of an arm's test as text, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
     metric = primary_metric(results)
     seeds = results.scores[arm.name]
     having = {name: of_set[metric] for name, of_set in next(iter(seeds.values())).items() if metric in of_set}
@@ -218,8 +219,8 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
     decodings = max(values_NK.shape[1] for values_NK in table)
     prompts, rows = sum(map(len, table)), sum({s.set: s.counts.rows for s in results.used if s.role == "test" and s.set in having}.values())
     of = f" of {rows}" if rows > prompts else ""
-    counts = f"{prompts}{of} prompt{'' if max(prompts, rows) == 1 else 's'}, {seeds_text(decodings, 'decoding seed')}"
-    return f"{counts}, {seeds_text(len(seeds), 'training seed')}" if arm.is_trained else counts
+    counts = f"{prompts}{of} prompt{'' if max(prompts, rows) == 1 else 's'}, {counted(decodings, 'decoding seed')}"
+    return f"{counts}, {counted(len(seeds), 'training seed')}" if arm.is_trained else counts
 
 
 def cautions(results: Results) -> list[str]:
@@ -232,11 +233,11 @@ def cautions(results: Results) -> list[str]:
     for c in by_importance(results):
         texts += caution_texts(c)
     trained = {arm.name: len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]}
-    few = [f"{name}: {seeds_text(count)}" for name, count in trained.items() if count < SEEDS_FOR_A_CLAIM]
+    few = [f"{name}: {counted(count, 'seed')}" for name, count in trained.items() if count < SEEDS_FOR_A_CLAIM]
     if few:
         same = len(few) == len(trained) and len(set(trained.values())) == 1
         more = f", and {len(few) - _NAMED} more arms" if len(few) > _NAMED else ""
-        said = seeds_text(min(trained.values())) if same else f"{', '.join(few[:_NAMED])}{more}"
+        said = counted(min(trained.values()), "seed") if same else f"{', '.join(few[:_NAMED])}{more}"
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
 
@@ -251,13 +252,16 @@ def _unmeasured_text(results: Results) -> str:
 
 def _unequal_text(results: Results) -> str:
     unequal = [c for c in by_importance(results)[1:] if c.against == "plain direct"]  # the answer says it of the first comparison
+    if not unequal:
+        return ""
     named = "; ".join(unequal_text(results, c) for c in unequal[:_NAMED])
     more = f"; and {len(unequal) - _NAMED} more arms" if len(unequal) > _NAMED else ""
-    return f"Not at equal compute, because the study has no arm with `compute: as ARM` for it: {named}{more}." if unequal else ""
+    arm = unequal[0].arm if len(unequal) == 1 else "ARM"
+    return f"Not compared at equal compute: {named}{more}. For equal compute, add a direct arm with `compute: as {arm}`."
 
 
 def unequal_text(results: Results, c: Comparison) -> str:
-    """Return the compute of a compared arm relative to the other arm, such as "chain has 1.17× the compute of direct"."""
+    """Return the compute of an arm relative to the arm with which it is compared, such as "chain has 1.17× the compute of direct"."""
     mine, theirs = (results.arm(name).flops for name in (c.arm, c.other))
     times = ratio_text(mine / theirs) if mine and theirs else "another amount than"
     return f"{c.arm} has {times} the compute of {c.other}"
@@ -268,35 +272,31 @@ def _unseen_text(results: Results) -> str:
     if not shares or "rouge_l" not in results.metrics:
         return ""
     listed = ", ".join(f"{100 * share:.0f} % in {name}" for name, share in shares.items())
-    text = f"{metric_title('rouge_l')} reads only the letters a-z and digits, and drops the other letters of the references: {listed}"
+    text = f"{metric_title('rouge_l')} uses only the letters a-z and digits, and ignores the other letters of the references: {listed}"
     if "rouge_l_unicode" not in results.metrics:
         return f"{text}."
-    rests = "; the comparisons use it" if primary_metric(results) == "rouge_l_unicode" else ""
-    return f"{text}. {metric_title('rouge_l_unicode')} reads them{rests}."
+    rests = "; the comparisons rest on it" if primary_metric(results) == "rouge_l_unicode" else ""
+    return f"{text}. {metric_title('rouge_l_unicode')} uses them{rests}."
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """Return warnings if the compared arms have different numbers of checkpoints or decoding seeds, or if
+    """Return warnings if one of the compared arms chose among more checkpoints, if the arms have different numbers of decoding seeds, or if
     different training seeds have finished."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection
-        text = f"{c.arm} chose among {s.mine} checkpoints on dev, {c.other} among {s.theirs}: "
+        text = f"{c.arm} chose its best checkpoint on dev among {s.mine}, {c.other} among {s.theirs}. By chance, the larger choice "
         if s.inflation is None:
-            text += f"the gain from selecting the best by chance is unknown, because dev did not log {metric_title(c.metric)}."
+            text += f"may raise the score of {c.arm}; the amount is unknown, because {metric_title(c.metric)} was not measured on dev."
         else:
             text += (
-                f"selecting the best by chance adds at most {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} "
+                f"raises the score of {c.arm} by at most {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} "
                 f"(standard deviation between checkpoints on dev: {number(s.sigma or 0.0, c.metric, more=1)})."
             )
         texts.append(text)
     if c.decoding_seeds[0] != c.decoding_seeds[1]:
-        texts.append(f"{c.arm} was decoded with {c.decoding_seeds[0]} seeds on the test sets, {c.other} with {c.decoding_seeds[1]} seeds.")
+        mine, theirs = (counted(seeds, "decoding seed") for seeds in c.decoding_seeds)
+        texts.append(f"{c.arm} answered the test sets with {mine}, {c.other} with {theirs}.")
     if c.trained and any(set(seeds) != set(c.seeds) for seeds in c.planned_seeds):
-        texts.append(f"{c.arm} and {c.other} are compared on the seeds that both have finished: {', '.join(map(str, c.seeds))}.")
+        texts.append(f"{c.arm} and {c.other} are compared on the training seeds that both have finished: {', '.join(map(str, c.seeds))}.")
     return texts
-
-
-def seeds_text(count: int, what: str = "seed") -> str:
-    """Return a number of seeds as text, such as ``1 seed`` or ``3 training seeds``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

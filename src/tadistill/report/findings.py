@@ -9,14 +9,14 @@ from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.error_budget import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
-from tadistill.report.routes import listed, some, steps, ways_text
+from tadistill.report.routes import counted, listed, some, steps, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.samples import Samples, samples
-from tadistill.results.units import signed, spoken_interval
+from tadistill.results.units import span
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
 
 _VERBS = {
@@ -119,22 +119,22 @@ def over_compute(results: Results) -> str:
     gaps = [(curve.name, p.times, p.gap) for curve in curves for p in curve.points if p.gap]
     seeds = min(len(p.summary.per_seed) for curve in curves for p in curve.points)
     if seeds < SEEDS_FOR_A_CLAIM:
-        what = f"{metric_title(primary_metric(results))} of {_count(len(curves), 'arm')} over training compute"
+        what = f"{metric_title(primary_metric(results))} of {counted(len(curves), 'arm')} over training compute"
         return _sentence(f"{what}; {SEEDS_FOR_A_CLAIM} training seeds are needed for a claim")
     better = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.low > 0]
     worse = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.high < 0]
     if metric_of(primary_metric(results)).better == "lower":
         better, worse = worse, better
     if not better and not worse:
-        return f"None of {_count(len(gaps), 'comparison')} with {curves[0].name} at the same compute is clear"
+        return f"None of {counted(len(gaps), 'comparison')} with {curves[0].name} at the same compute is clear"
     against = f"Against {curves[0].name} at the same compute"
     sides = [f"{_named(names)} clearly {side}" for side, names in (("better", better), ("worse", worse)) if names]
     return f"{against}, {'; '.join(sides)}"
 
 
 def paths(results: Results) -> str:
-    """Return a sentence on how much each step of a path adds to its divergence, for the path in the report's answer. If this is unknown,
-    the sentence names the steps.
+    """Return a sentence on the path with assistants that the report's answer is about: how much of the divergence from the teacher comes
+    from the steps above the last assistant. If this is unknown, the sentence lists the steps.
 
     If no path has assistants, the sentence gives the number of arms with a teacher.
     """
@@ -165,8 +165,7 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
 
 
 def answers(results: Results, found: Samples) -> str:
-    """Return a sentence that says how often two arms gave the same answer to a prompt. They are the arms that the report's answer
-    compares."""
+    """Return a sentence that says how often the two arms that the report's answer compares gave the same answer to a prompt."""
     prompts = [prompt for of_set in found.values() for prompt in of_set]
     compared = by_importance(results)
     if compared:
@@ -186,8 +185,7 @@ def behaviour(results: Results) -> str:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
         assert d is not None
         word = "not clearly different from" if d.covers_zero else "clearly lower than" if d.mean < 0 else "clearly higher than"
-        ends = spoken_interval(d, "entropy")
-        return f"The entropy of {c.arm} is {word} that of {c.other}: {signed(d.mean, 'entropy')} nats/token, {ends}"
+        return f"The entropy of {c.arm} is {word} that of {c.other}: {span(d, 'entropy', unit=True)}"
     curves = entropy_curves(results)
     mains = {name: p.entropy for name, points in curves.items() for p in points if p.decoding == MAIN}
     if len(mains) > 1:
@@ -202,16 +200,12 @@ def how(results: Results) -> str:
     seconds = sum(row.manifest.seconds for row in stage_rows(results) if row.manifest)
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = len(seeds_of(results))
-    parts = [_count(len(plan.arms), "arm" if trained else "model")]
-    parts += [_count(seeds, "training seed")] if trained else []
-    parts += [_count(len(results.sets), "test set")] if results.sets else []
+    parts = [counted(len(plan.arms), "arm" if trained else "model")]
+    parts += [counted(seeds, "training seed")] if trained else []
+    parts += [counted(len(results.sets), "test set")] if results.sets else []
     time = f", {spoken(seconds)} of computing" if seconds else ""
-    return f"{', '.join(parts)}: {_count(len(plan.stages), 'stage')}{time}"
+    return f"{', '.join(parts)}: {counted(len(plan.stages), 'stage')}{time}"
 
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

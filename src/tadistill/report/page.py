@@ -52,7 +52,7 @@ from tadistill.visible import visible, visible_parts
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm in the table of the first screen, with its mean of the primary metric. `best` marks the highest mean of its group."""
+    """One arm in the table of the first screen, with its mean of the primary metric. `best` is True for the highest mean of its group."""
 
     cost: CostRow
     summary: Summary | None
@@ -132,7 +132,7 @@ def arm_groups(results: Results) -> list[ArmGroup]:
     metric, strip = primary_metric(results), _strip(results)
     costs, words = {row.arm.name: row for row in cost_rows(results)}, arm_words(results)
     parameters, student = results.plan.parameters, student_of(results)
-    if not any(arm.is_trained for arm in results.plan.arms):  # models as they are: one list, from good to bad
+    if not any(arm.is_trained for arm in results.plan.arms):  # nothing is trained: one list of models, the best first
         words = {arm.name: f"{units.parameters_text(parameters[arm.model])} parameters" for arm in results.plan.arms}
         rows = [_arm_row(results, costs[arm.name], words[arm.name], strip, best=False) for arm in _ranked(results, results.plan.arms)]
         return [ArmGroup("", "", "", tuple(rows))]
@@ -169,7 +169,7 @@ def _strip(results: Results) -> Strip:
 
 
 def roles(results: Results) -> dict[str, str]:
-    """Return the role of each model: teacher, assistant or student. It is empty in a study that distils nothing."""
+    """Map each model to its role: teacher, assistant or student. The result is empty in a study that distils nothing."""
     found: dict[str, str] = {}
     taught = [arm for arm in results.plan.arms if arm.is_taught]
     for arm in taught:
@@ -178,7 +178,7 @@ def roles(results: Results) -> dict[str, str]:
     for arm in taught:
         found.setdefault(arm.model, "student")
     for arm in taught:
-        if arm.is_routed or results.plan.teacher is None:  # without it, the study compares no student with its teacher
+        if arm.is_routed or results.plan.teacher is None:  # the plan does not name one teacher, so the paths do
             found = dict.fromkeys(members(arm.path[0]), "teacher") | found
     if results.plan.teacher and found:
         found[results.plan.teacher] = "teacher"

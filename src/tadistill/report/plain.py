@@ -55,7 +55,12 @@ def render_markdown(results: Results) -> str:
         blocks += ["### More tables", *map(_collapsed, detail_tables(results))]
         found = analyses(results)
         blocks += (
-            ["## Analysis", "Better and worse follow from the 95 % interval alone, not adjusted for the number of rows."] if found else []
+            [
+                "## Analysis",
+                "`better` and `worse` rest on the 95 % interval of the row alone, which is not corrected for the number of rows.",
+            ]
+            if found
+            else []
         )
         for entry in found:
             blocks += [f"### {escape_markdown(entry.arm)} against {escape_markdown(entry.other)}", _analysis(entry)]
@@ -93,7 +98,7 @@ def _plain(found: Table) -> str:
 
 
 def _collapsed(found: Table) -> str:
-    # GitHub reads Markdown inside <details> only between empty lines
+    # GitHub renders Markdown inside <details> only between empty lines
     return f"<details>\n<summary>{escape_markdown(found.title)}</summary>\n\n{escape_markdown(found.note)}\n\n{_plain(found)}\n\n</details>"
 
 
@@ -137,7 +142,7 @@ def escape_markdown(value: str) -> str:
 
 
 def code(text: str, language: str = "") -> str:
-    """Format text as Markdown code: as part of a line or, with `language`, as a block. Backticks in the text are allowed."""
+    """Format text as Markdown code: within a line or, with `language`, as a block. The text may contain backticks."""
     most = max((len(run) for run in re.findall("`+", text)), default=0)
     if language:
         fence = "`" * max(4, most + 1)
@@ -153,10 +158,10 @@ _STYLES = {"gain": "green", "best": "green", "loss": "red", "open": "yellow", "u
 
 
 def summary_table(results: Results) -> Group:
-    """Return the answer for the terminal, and a table with one row per arm. The table is at most 80 characters wide.
+    """Return the answer of a study for the terminal, and a table with one row per arm. In a narrow terminal, columns are left out.
 
-    It shows the main metrics with intervals, and the training FLOPs relative to direct distillation. If an arm has unfinished seeds, its
-    row shows the number of finished seeds.
+    The table shows the main metrics with intervals, and the training FLOPs relative to direct distillation. If an arm has unfinished seeds,
+    its row shows the number of finished seeds.
     """
     found = answer(results)
     said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES.get(found.kind, '')}".strip()), found.answer)

@@ -104,7 +104,7 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
 
 
 def means(results: Results) -> list[dict[str, Any]]:
-    """Return all means over training seeds that the page shows: for each test set, and over all sets (the set `mean`)."""
+    """Return the means over training seeds that the page shows: one for each test set, and the mean over all sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
         ends = {name: None if (end := getattr(s, name, None)) is None else _rounded(end) for name in ("low", "high")}
@@ -113,7 +113,7 @@ def means(results: Results) -> list[dict[str, Any]]:
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
-    """Return the paired differences that the page shows: each arm against its reference arm, and the rows of the analysis."""
+    """Return the paired differences that the page shows: each arm against its baseline, and the rows of the analysis."""
     metric = primary_metric(results)
     rows = scores.differences(results) if results.summaries else []
     shown = {(row.arm.name, row.other.name, metric, MEAN): row.difference for row in rows}

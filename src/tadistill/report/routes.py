@@ -1,4 +1,4 @@
-"""How an arm's student is made, read from the text of its path: who teaches it, and from which model its first weights come.
+"""Describe how an arm makes its student, from the text of its path: who teaches it, and from which model its first weights come.
 
 path                              words
 xl > l > s                        taught by xl through l
@@ -22,7 +22,7 @@ from tadistill.results.study import ArmRecord
 
 @dataclass(frozen=True)
 class Route:
-    """The parts of an arm's path. Each part is a path of models in which each model teaches the next one."""
+    """An arm's path, parsed from its text. `parts` are the paths between the words `then`. In a part, each model teaches the next one."""
 
     parts: tuple[tuple[str, ...], ...]
     starts: Mapping[str, str]
@@ -30,7 +30,7 @@ class Route:
     dense: bool
     """True if each model learns from all models before it in its part."""
     context: bool = False
-    """True if the teachers read a prompt of their own."""
+    """True if the teachers have prompts of their own."""
     ema: bool = False
     """True if the teacher is a moving average of the student."""
     control: Control | None = None
@@ -48,7 +48,7 @@ class Route:
 
 
 def route(arm: ArmRecord) -> Route:
-    """Return the parts of an arm's path."""
+    """Parse the text of an arm's path."""
     if arm.path_text == path_text(arm.path):  # names of models may contain commas
         return Route((arm.path,), {}, dense=False)
     text, *marks = arm.path_text.split(", ")
@@ -106,12 +106,12 @@ def _by(teachers: Sequence[str]) -> str:
 
 
 def ways_text(arms: Sequence[ArmRecord]) -> str:
-    """Name what several compared arms are: "ways to use an assistant", or "ways to distil" if one of them has no assistant."""
+    """Return the words for several arms: "ways to use an assistant", or "ways to distil" if one of the arms has no assistant."""
     return "ways to use an assistant" if all(arm.assistants for arm in arms) else "ways to distil"
 
 
 def in_words(name: str) -> str:
-    """Return a part of a path as text: a model, or the teachers of a route such as "m on maths and xl on chat"."""
+    """Return an element of a path as text: the name of a model, or several first teachers such as "m on maths and xl on chat"."""
     return listed([f"{teacher} on {name}" for name, teacher in teachers_of(name).items()]) if is_route(name) else name
 
 
@@ -121,5 +121,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return up to three names as text, and the number of the other names."""
+    """Return names as text, such as "a, b and c". If there are more than three, the rest is a number: "a, b, c and 2 more"."""
     return listed([*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names)
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun in the right form, such as "1 seed" or "3 training seeds"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -24,22 +24,25 @@ from tadistill.results.verdict import Comparison, comparisons, control_pairs
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table of one metric. Its rows are arms and its columns are test sets. With several sets, the first column is their mean."""
+    """A table of one metric. Its rows are arms and its columns are test sets. With several sets, the first column is their mean.
+
+    `best` has a set for each column: the arms with the best mean among arms of the same model. Arms that share the best mean are not in it.
+    """
 
     metric: str
     columns: tuple[str, ...]
     rows: tuple[tuple[ArmRecord, tuple[Summary | None, ...]], ...]
-    best: tuple[frozenset[str], ...]  # in each column, the arm with the best mean of each model, unless arms share it; no verdict
+    best: tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One arm's size and the cost of its training."""
+    """One arm's size and the cost of its training. `relative` is its FLOPs divided by those of the arm `direct`, which distils directly."""
 
     arm: ArmRecord
     parameters: int
     flops: float | None
-    relative: float | None  # FLOPs relative to the direct arm
+    relative: float | None
     direct: str | None
 
 
@@ -79,7 +82,7 @@ def _best(results: Results, column: str, metric: str) -> frozenset[str]:
 
 
 def cost_rows(results: Results) -> list[CostRow]:
-    """Return every arm's parameters and training FLOPs. FLOPs are also given relative to direct distillation."""
+    """Return the parameters and the training FLOPs of every arm, also relative to direct distillation."""
     rows: list[CostRow] = []
     for arm in results.plan.arms:
         direct = direct_of(results, arm)
@@ -110,7 +113,7 @@ def versions(rows: list[StageRow]) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Column:
-    """The heading of a table column: a title, and below it a unit or a remark in small letters."""
+    """The heading of a table column: a title, and a unit or a remark in small letters below it."""
 
     title: str
     unit: str = ""
@@ -157,7 +160,9 @@ def comparison_table(results: Results) -> Table | None:
         f"Paired differences of {metric_title(metric)} on the mean over sets. {interval_method(results)} "
         f"The equivalence margin is ±{number(results.plan.margin, metric)}."
     )
-    note += " A row with a control gives an arm minus its control, and has no verdict: its p-value is not corrected." if controlled else ""
+    note += " Rows marked `control` compare an arm with its control. They have no verdict: their p-values are not corrected." * bool(
+        controlled
+    )
     return Table("comparisons", "Comparisons", note, columns, (*((_pair_title(c), _comparison_cells(c)) for c in compared), *controlled))
 
 
@@ -191,7 +196,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 
 
 def detail_tables(results: Results) -> list[Table]:
-    """Return the secondary tables: everything that the score tables do not show. Tables and rows without values are omitted."""
+    """Return the tables of everything that the score tables do not show. Tables and rows without values are omitted."""
     main = main_metrics(results)
     tables = [
         _group(results, "divergence", "Divergence from the teacher"),
@@ -209,7 +214,7 @@ def detail_tables(results: Results) -> list[Table]:
 def _group(results: Results, name: str, title: str) -> Table | None:
     having = sorted_names((metric for _, _, metric in (*results.summaries, *results.averages)), lambda metric: metric.group == name)
     columns = tuple(Column(metric_title(metric), metric_unit(metric)) for metric in having)
-    note = "Means over the test sets that have the metric, with 95 % intervals. Metrics of whole sets have no interval."
+    note = "Means over the test sets that have the metric, with 95 % intervals. Metrics with one value per set have no interval."
     return _by_arm(results, name, title, note, columns, lambda arm: [mean_cell(results, arm, metric) for metric in having])
 
 
@@ -277,19 +282,19 @@ def _cost(results: Results) -> Table:
         tokens = row.arm.teacher_tokens
         of_teacher = (Cell() if tokens is None else Cell(f"{tokens:,.0f}"),) if asks else ()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative, *of_teacher)))
-    note = f"The cost of all training for an arm's final model, {counted_text(results)} It is relative to the direct arm below each value."
+    note = f"The cost of all training for an arm's final model, {counted_text(results)} Beside each relative value is the arm that has 1×."
     if asks:
         note += f" The last column is the number of answer tokens that {teacher} writes or scores, as the plan predicts it."
     return Table("cost", "Cost", note, columns, tuple(rows))
 
 
 def counted_text(results: Results) -> str:
-    """Return the rest of a sentence that says which trainings count as the compute of an arm. A second sentence follows in a study in which
-    "the same compute" leaves out some of them."""
+    """Return the end of a sentence that begins with "… all training for an arm's final model, ". If `compute: as ARM` does not count the
+    training of all teachers, a second sentence says so."""
     arms = results.plan.arms
-    text = "with that of its teachers and teacher assistants in this study."
+    text = "including that of its teachers and teacher assistants in this study."
     if any(arm.is_routed for arm in arms) and any(arm.compute for arm in arms):
-        text += " `compute: as ARM` gives two arms the same compute without the training of their first teachers, which is counted here."
+        text += " The rule `compute: as ARM` does not count the training of the first teachers, but these numbers do."
     return text
 
 

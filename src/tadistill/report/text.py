@@ -1,4 +1,4 @@
-"""The short sentences of a report: the question of a study, its answer, and its cost. Page, Markdown and terminal show the same sentences.
+"""The short sentences of a report: the question of a study, its answer, and its cost. Page, Markdown file and terminal show the same ones.
 
     found = answer(read_results(study_dir, store))
     found.question, found.answer, found.against_sft, found.cost, found.next
@@ -12,13 +12,13 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.explain import failed_text, missing_text, needed_text, seeds_text
-from tadistill.report.routes import in_words, listed, some, taught, ways_text
+from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text
+from tadistill.report.routes import counted, in_words, listed, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import detectable_text, flops_text, number, p_text, parameters_text, signed, spoken_interval, with_unit
+from tadistill.results.units import flops_text, number, parameters_text, signed, span, spoken_interval, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.statistics import Difference, holm
 
@@ -34,6 +34,11 @@ BADGES: dict[Kind, str] = {
     "unfinished": "Unfinished",
 }
 _KINDS: dict[Word, Kind] = {"gain": "gain", "loss": "loss", "equivalent": "equivalent", "no evidence": "open"}
+_NO_CREDIT = {
+    "sharpening": "sharpening (lower entropy) may explain it",
+    "farther from the teacher": "the student is farther from the teacher",
+    "not measured": "sharpening (lower entropy) or the divergence from the teacher was not measured",
+}
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,16 @@ class Answer:
     """The result of a study in sentences. A sentence that does not apply is empty."""
 
     kind: Kind
-    """The kind of verdict. Without assistants, it is `best` if one arm is clearly the best. A single arm is `measured`."""
+    """The kind of verdict. Without assistants, it is `best` if one arm is clearly the best, and `measured` if there is only one arm."""
     question: str
     answer: str
     against_sft: str
-    """Says whether distillation beat plain fine-tuning (SFT), with sampled and with greedy answers."""
+    """The comparison of distillation with plain fine-tuning (SFT), with sampled and with greedy answers."""
     cost: str
     failed: str
-    """The stages that failed, with their reasons."""
+    """The names of failed stages, and why they failed."""
     next: str
-    """What the user should do or look at next."""
+    """What the user should do next."""
 
     @property
     def badge(self) -> str:
@@ -59,7 +64,7 @@ class Answer:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """All sentences except the question, in the order in which they are shown."""
+        """All sentences that are not empty, in the order in which they are shown, without the question."""
         return tuple(text for text in (self.answer, self.against_sft, self.cost, self.failed, self.next) if text)
 
 
@@ -69,8 +74,8 @@ def answer(results: Results) -> Answer:
 
 
 def _make(results: Results) -> Answer:
-    kind, said = _answer(results)
-    return Answer(kind, _question(results), said, _against_sft(results), _cost(results), failed_text(results), _next(results, kind))
+    kind, text = _answer(results)
+    return Answer(kind, _question(results), text, _against_sft(results), _cost(results), failed_text(results), _next(results, kind))
 
 
 def student_of(results: Results) -> str:
@@ -148,64 +153,59 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
         has_other = any(pair.other for pair in found)
         return "unfinished" if has_other else "measured", _undecided(results, found[0].arm, has_other=has_other)
     if len(known) == 1:
-        return _KINDS[known[0][0].word], _chain_text(results, *known[0])
+        return _KINDS[known[0][0].word], _chain_text(*known[0])
     gains, losses = ([c for c, _ in known if c.word == word] for word in ("gain", "loss"))
     best = by_importance(results)[0]
     kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
     ways = "paths through assistants" if all(arm.is_plain for _, arm in known) else ways_text([arm for _, arm in known])
     same = " with the same compute" if all(c.against == "equal compute" for c, _ in known) else ""
     baselines = f"direct distillation{same} ({some(list(dict.fromkeys(c.other for c, _ in known)))})"
-    counts = f"{len(gains) or 'None'} of {len(known)} {ways} ({some([c.arm for c, _ in known])}) clearly beat {baselines}"
-    worse = f", and {len(losses)} did clearly worse" if losses else ""
-    return kind, f"{counts}{worse}. {_chain_text(results, best, results.arm(best.arm), best=True)}"
+    none = "Neither" if len(known) == 2 else "None"
+    group = f"{len(gains) or none} of the {len(known)} {ways} ({some([c.arm for c, _ in known])})"
+    worse = f", and {len(losses)} {_are(losses)} clearly worse" if losses else ""
+    first = f"{group} {_are(gains)} clearly better than {baselines}{worse}."
+    return kind, f"{first} {_chain_text(best, results.arm(best.arm), best=True)}"
+
+
+def _are(counted: Sequence[object]) -> str:
+    return "are" if len(counted) > 1 else "is"
 
 
 def _undecided(results: Results, chain: ArmRecord, *, has_other: bool) -> str:
     if not has_other:
-        add = f"add a direct arm with `compute: as {chain.name}`"
         summary = results.summaries.get((chain.name, MEAN, primary_metric(results)))
         score = f"{chain.name} scores {_score(results, summary)}. " if summary else ""
-        return f"{score}The study has no arm to compare it with; {add}."
-    return f"There is no answer yet: {chain.name} and the arm to compare it with share no finished seed."
+        return f"{score}The study has no arm to compare it with; add a direct arm with `compute: as {chain.name}`."
+    return f"There is no answer yet: {chain.name} and the arm with which it is compared have no finished training seed in common."
 
 
-def _chain_text(results: Results, c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
-    how = f"Distilling through {listed(arm.path[1:-1])} ({c.arm})" if arm.is_plain else f"{c.arm} ({taught(arm)})"
-    how = f"The best, {c.arm} ({taught(arm)})," if best else how
+def _chain_text(c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
     other = f"direct distillation{' with the same compute' if c.against == 'equal compute' else ''} ({c.other})"
-    text = f"{_claim(how, other, c)}: {_gap(c.difference, c.metric)}.{_limits(c)}"
+    within = "within" if c.word == "equivalent" else "but within"
+    margin = (
+        f", {within} the margin of ±{with_unit(number(c.margin, c.metric), c.metric)}" if c.equivalent and c.word != "no evidence" else ""
+    )
+    if best:
+        text = f"The best of them, {c.arm} ({taught(arm)}), differs from {other} by {_size(c.difference, c.metric)}{margin}."
+    else:
+        how = f"Distillation through {listed(arm.path[1:-1])} ({c.arm})" if arm.is_plain else f"{c.arm} ({taught(arm)})"
+        text = f"{how} {_claim(c)} {other}{margin}: {gap_words(c)}."
+    if c.word == "no evidence":
+        text += f" {doubt_text(c)}"
     if c.against == "plain direct":
-        return f"{text} The two had different compute, so nothing can be credited to the path."
-    if c.credit not in (None, "credited"):
-        return f"{text} The gain is not credited to the path ({c.credit})."
+        text += " The two arms had different training compute, so nothing is credited to the path."
+    if c.credit in _NO_CREDIT:
+        text += f" The path is not credited with the gain, because {_NO_CREDIT[c.credit]}."
     return text
 
 
-def _claim(one: str, other: str, c: Comparison) -> str:
-    small = " (a difference within the margin)" if c.word in ("gain", "loss") and c.equivalent else ""
-    return {
-        "gain": f"{one} beat {other}{small}",
-        "loss": f"{one} did worse than {other}{small}",
-        "equivalent": f"{one} is as good as {other}, within the margin of ±{number(c.margin, c.metric)}",
-        "no evidence": f"{one} did not{'' if c.difference.mean < 0 else ' clearly'} beat {other}",
-    }[c.word]
+def _claim(c: Comparison) -> str:
+    nothing = "is not better than" if c.difference.mean < 0 else "is not clearly better than"
+    return {"gain": "is clearly better than", "loss": "is clearly worse than", "equivalent": "is as good as"}.get(c.word, nothing)
 
 
-def _gap(d: Difference, metric: str) -> str:
-    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)}, {spoken_interval(d, metric)}"
-
-
-def _limits(c: Comparison) -> str:
-    if c.word != "no evidence":
-        return ""
-    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
-        return f" {seeds_text(len(c.seeds))} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}."
-    if c.difference.se == 0:
-        return " Nothing varies over these prompts."
-    after = "" if c.difference.covers_zero else f" After adjustment for {c.family} comparisons this may be chance."
-    if c.detectable is None:
-        return after
-    return f"{after} This design finds a difference of {detectable_text(c.detectable, c.metric, unit=True)} with 80 % power."
+def _size(d: Difference, metric: str) -> str:
+    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)} ({spoken_interval(d, metric)})"
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -230,21 +230,20 @@ def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided:
     mine = [c for c in decided if first.name in (c.arm, c.other) and {c.arm, c.other} <= {arm.name for _, arm in group}]
     beaten = [c for c in mine if c.word == ("gain" if c.arm == first.name else "loss")]
     score = f"{first.name} has the highest mean, {_score(results, summary)}"
-    if mine and len(beaten) == len(mine):
-        return (
-            "best",
-            f"{score}, and clearly beats {'all others' if len(mine) > 1 else mine[0].other if mine[0].arm == first.name else mine[0].arm}.",
-        )
+    if not mine:
+        return "open", f"{score}, but has no finished training seed in common with another arm."
+    rival = mine[0].other if mine[0].arm == first.name else mine[0].arm
+    if len(beaten) == len(mine):
+        return "best", f"{score}, and clearly beats {'all others' if len(mine) > 1 else rival}."
     few = _few_seeds(mine)
     if len(mine) == 1:
-        return "open", f"{score}, but does not clearly beat {group[1][1].name}.{few}"
+        return "open", f"{score}, but does not clearly beat {rival}.{few}"
     return "open", f"{score}, but clearly beats {f'only {len(beaten)}' if beaten else 'none'} of the {len(mine)} others.{few}"
 
 
 def _few_seeds(found: Sequence[Comparison]) -> str:
-    seeds = [len(c.seeds) for c in found if c.trained]
-    short = seeds and min(seeds) < SEEDS_FOR_A_CLAIM
-    return f" {seeds_text(min(seeds))} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}." if short else ""
+    fewest = min((len(c.seeds) for c in found if c.trained), default=SEEDS_FOR_A_CLAIM)
+    return f" {few_text(fewest)}" if fewest < SEEDS_FOR_A_CLAIM else ""
 
 
 def _score(results: Results, summary: Summary) -> str:
@@ -272,39 +271,45 @@ def _against_sft(results: Results) -> str:
     if not (distilled and results.summaries):
         return ""
     if tuned is None:
-        return f"The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes {model}."
+        return f"The study does not compare distillation with plain fine-tuning (SFT), because no arm only fine-tunes {model}."
     metric, greedy, main = primary_metric(results), greedy_decoding(results), results.plan.recipe["evaluate"].get("temperature", 1.0)
     ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
     known = {w: ds for w, m in ways.items() if (ds := [(d, a) for a in distilled if (d := difference(results, a.name, tuned.name, m))])}
     if not known:
-        return f"Distillation is not compared with plain fine-tuning ({tuned.name}) yet: they share no finished seed."
+        return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: they share no finished seed."
     every = [(way, d, arm) for way, ds in known.items() for d, arm in ds]
     adjusted = [(*each, p) for each, p in zip(every, holm([d.p for _, d, _ in every]), strict=True) if not each[1].covers_zero]
     clear = {way: [(d, arm) for w, d, arm, p in adjusted if w == way and p < _ALPHA] for way in known}
     if few := min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM:
         clear = {way: [] for way in known}
     wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
-    claim = "did not clearly beat" if not wins else "beat" if len(wins) == len(known) else f"beat, with {wins[0]} answers only,"
     worse = {way: [arm.name for d, arm in found if d.mean < 0] for way, found in clear.items()}
-    if all(len(worse[way]) == len(ds) for way, ds in known.items()):
-        claim = "did worse than"
-    best = distilled[0].name if len(distilled) == 1 else f"the best of {len(distilled)} arms"
+    all_worse = all(len(worse[way]) == len(ds) for way, ds in known.items())
+    claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
+    only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(known) else ""
     near = [] if few or wins else [p for _, d, _, p in adjusted if d.mean > 0]
-    after = f" An interval excludes 0, but after the correction for {len(every)} comparisons {p_text(min(near))}." if near else ""
+    after = f" {_near_text(near, len(every))}" if near else ""
     bad = "".join(
-        f" With {way} answers, {some(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
+        f" With {way} answers, {some(names)} {_are(names)} clearly worse than {tuned.name}."
         for way, names in worse.items()
         if names and len(distilled) > 1
     )
-    differs = " and ".join(_way_text(way, ds, ways[way], unit=not i) for i, (way, ds) in enumerate(known.items()))
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {best} differs by {differs}.{after}{bad}"
+    differs = " ".join(_way_text(way, ds, metric, first=not i) for i, (way, ds) in enumerate(known.items()))
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}. {differs}{after}{bad}"
 
 
-def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str, *, unit: bool) -> str:
+def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str, *, first: bool) -> str:
     best, arm = max(found, key=lambda entry: entry[0].mean)
-    name = f"{arm.name}, " if len(found) > 1 else ""
-    size = signed(best.mean, metric)
-    return f"{with_unit(size, metric) if unit else size} with {way} answers ({name}{spoken_interval(best, metric)})"
+    who = f"the best of {len(found)} distilled arms ({arm.name})" if first else f"the best of them ({arm.name})"
+    who = who if len(found) > 1 else arm.name
+    return f"With {way} answers, {who} differs by {_size(best, metric) if first else span(best, metric, unit=True)}."
+
+
+def _near_text(p_values: Sequence[float], family: int) -> str:
+    return (
+        f"Of {family} such intervals (one for each arm and kind of answer), {len(p_values)} lie{'s' * (len(p_values) == 1)} above 0, but "
+        f"after correction for {family} comparisons the smallest p-value is {min(p_values):.3f}, so this may be chance."
+    )
 
 
 # --- the cost and what comes next -------------------------------------------------------------------------------------------
@@ -313,11 +318,7 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
 def _cost(results: Results) -> str:
     seconds = [row.manifest.seconds for row in stage_rows(results) if row.manifest]
     total = len(results.plan.stages)
-    done = (
-        f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'}"
-        if len(seconds) == total
-        else f"{len(seconds)} finished stages (of {total})"
-    )
+    done = counted(total, "stage") if len(seconds) == total else f"{len(seconds)} finished stages (of {total})"
     spent = f"{done} took {spoken(sum(seconds))} of computing" if seconds else ""
     found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
     known = [arm for arm in found if arm.flops is not None]
@@ -344,5 +345,5 @@ def _next(results: Results, kind: Kind) -> str:
     if kind in ("open", "unfinished") and any(c.trained for c in compared):
         first = by_importance(results)[0]
         fair = f", and a direct arm with `compute: as {first.arm}` for equal compute" if first.against == "plain direct" else ""
-        return f"Next: add training seeds or test prompts to decide it{fair}; finished stages are kept.{needed_text(first)}"
+        return f"Next: add training seeds or test prompts to decide the question{fair}; finished stages are kept.{needed_text(first)}"
     return ""

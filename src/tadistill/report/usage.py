@@ -31,7 +31,7 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
     """Return the section `How to use it` of a model card.
 
     Args:
-        folder: the trained model. Its files say with which tokens a prompt begins.
+        folder: the trained model. The files of its tokenizer determine if a prompt begins with the BOS token.
         name: the directory or the Hub id from which a user loads the model.
     """
     written = prompt_format(results, arm, folder)
@@ -46,7 +46,7 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     """Return the format of the prompts on which a model was trained.
 
-    If the training rows have their own format, it is that format. Otherwise it is the template of the model in the recipe.
+    It is the template of the recipe, unless the prompts of the evaluation show that the rows have their own format.
     """
     key = _evaluated(results, arm)
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}

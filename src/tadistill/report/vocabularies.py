@@ -1,4 +1,4 @@
-"""Sentences about a study whose models have several tokenizers: what is not defined between them, and what passed as text."""
+"""Cautions for a study whose models have different tokenizers: the measures that are not defined, and the notes of re-tokenised texts."""
 
 from tadistill.config.route import flat
 from tadistill.metrics import METRICS, metric_title
@@ -8,7 +8,7 @@ from tadistill.results.study import ArmRecord, load_manifest
 
 
 def vocabulary_texts(results: Results) -> list[str]:
-    """Return sentences for a report. The list is empty if all models share one tokenizer."""
+    """Return the cautions about tokenizers. The list is empty if all models share one tokenizer."""
     if len(results.plan.tokenizers) < 2:
         return []
     found = [_undefined_text(results), _budget_text(results), _by_token_text(results), _handed_text(results)]

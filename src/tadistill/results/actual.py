@@ -23,14 +23,14 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """The rows of one split that a study used, as counts for all arms (paths of models) or for some of them."""
+    """The number of rows of one split that a study used, and why others were left out. Arms (paths of models) may differ in it."""
 
     role: str
     """The part of the data: train, dev or test."""
     set: str
     counts: Counts
     arms: tuple[str, ...]
-    """The arms to which these counts apply. Empty if they apply to all arms."""
+    """The arms that used these rows. Empty if all arms used the same rows."""
     compared: int
     """Number of rows that all arms answered. Arms are compared on these rows."""
 
@@ -42,7 +42,7 @@ class UsedRows:
         """
         whole = self.counts.text
         if self.compared < self.counts.used:
-            whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models have"
+            whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models answered"
         arms = f", {', '.join(self.arms)}" if self.arms else ""
         return f"{self.set} ({self.role}{arms}): {whole}" if whole else ""
 
@@ -92,7 +92,7 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
 
 
 def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
-    """Return the positions of the rows `chosen` in the array `answered`, in ascending order of the row numbers."""
+    """Return the indices in the array `answered` at which the row numbers `chosen` are. The indices are sorted by row number."""
     order = np.argsort(answered, kind="stable")
     return order[np.isin(answered[order], chosen)]
 
@@ -127,7 +127,7 @@ def rows_text(used: Sequence[UsedRows]) -> str:
     """Describe in one sentence all splits with rows that were left out or cut. The result is empty if there is no such split."""
     found = [text for split in used if (text := split.text)]
     apart = any(split.compared < split.counts.used for split in used)
-    whole = " Metrics of whole sets are over each model's own rows." if apart else ""
+    whole = " Metrics with one value per set use each model's own rows." if apart else ""
     return f"Rows left out, cut or divided: {'. '.join(found)}.{whole}" if found else ""
 
 

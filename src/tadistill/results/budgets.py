@@ -23,8 +23,8 @@ BUDGETS_FOR_A_FIT = 4
 _DRAWS, _FIT_DRAWS, _GRID = 4000, 300, 2000
 _SEED = 0
 _RATES = (0.05, 3.0)  # exponents of the fitted power law
-_FITTED = 3  # numbers that a fit chooses
-_MISFIT = 0.01  # a curve whose points are so improbable under the best power law is no power law
+_FITTED = 3  # number of fitted parameters
+_MISFIT = 0.01  # if the chi-squared test of the best fit has a smaller p-value, the curve is no power law and has no limit
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ def _draws(gap: Difference, stream: int) -> Array:
 
 
 def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
-    """Return the first place at which each curve crosses 0, of shape (R,). The points of a curve are connected by straight lines.
+    """Return the first x at which each curve crosses 0, of shape (R,). The points of a curve are connected by straight lines.
 
     If a curve does not cross 0 in this range, the result is -inf (it would cross before the first point) or inf (after the last point).
 
     Args:
-        x_N: places of the points, in ascending order.
-        y_RN: values of each curve at these places.
+        x_N: the x of the points, in ascending order.
+        y_RN: the values of each curve at these x.
         rises: True if a curve is expected to rise from below 0 to above 0, False for the other direction.
     """
     found_R = np.where((y_RN[:, -1] > 0) == rises, -np.inf, np.inf)
@@ -175,7 +175,7 @@ def _limit(points: list[BudgetPoint], bounds: tuple[float, float]) -> Limit | No
 
 
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> tuple[Array, Array]:
-    """Return the score to which each curve converges, and the misfit of its fit as chi squared. Both have the shape (R,).
+    """Return the score to which each curve converges, and the chi-squared misfit of the fit. Both have the shape (R,).
 
     The score is `a` in the weighted least-squares fit scores = a - b * times ** -c. The exponent `c` is between 0.05 and 3. For a given `c`
     the fit is linear, so the best `c` is found on a fine grid.

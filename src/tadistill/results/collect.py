@@ -21,7 +21,7 @@ from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.statistics import macro_interval, pass_at_k
 from tadistill.store import Store
 
-_BLIND = 0.5  # share of the references' letters: if ROUGE-L sees less than half, the verdict rests on ROUGE-L for all scripts
+_BLIND = 0.5  # if ROUGE-L ignores more than this share of the references' letters, the primary metric is ROUGE-L for all scripts
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Missing:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The scores of a study. Its rows, summaries and averages are computed when they are first used."""
+    """The scores of a study. The properties `rows`, `summaries` and `averages` are computed when they are first used."""
 
     study_dir: Path
     plan: StudyPlan
@@ -170,8 +170,8 @@ def read_results(study_dir: Path, store: Store) -> Results:
 
 
 def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """Return the scores of a set. For each metric that says right or wrong, pass@k is added under the name METRIC/k. pass@1 is the metric
-    itself."""
+    """Return the scores of a test set with pass@k added. Each metric that judges an answer as right or wrong gets the scores METRIC/k.
+    pass@1 is the metric itself and is not added."""
     verified = [name for name in table if "@" not in name and metric_of(name).right_or_wrong]
     return table | {f"{name}/{k}": 100 * pass_at_k(table[name] > 50, k) for name in verified for k in sorted(pass_at) if k > 1}
 
@@ -221,7 +221,7 @@ class _Reader:
 def primary_metric(results: Results) -> str:
     """Return the metric for verdicts and main figures: the first quality metric that was measured, or else Rouge-L.
 
-    Rouge-L reads only a-z, A-Z and 0-9. If it cannot read most letters of the references, Rouge-L for all scripts is used.
+    Rouge-L uses only a-z, A-Z and 0-9. If it ignores most letters of the references, the metric is Rouge-L for all scripts.
     """
     first = next(iter(sorted_names(results.metrics, lambda metric: metric.group == "quality")), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]
@@ -289,7 +289,7 @@ def _stage(arm: ArmRecord, seed: int, metric: str) -> str:
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
     wanted: dict[tuple[str, str, str], tuple[Any, ...]] = {}
-    known: dict[tuple[Any, ...], Summary] = {}  # equal stages share a summary; `MEAN` of one set equals it
+    known: dict[tuple[Any, ...], Summary] = {}  # arms with the same stages share a summary; so do `MEAN` and a single set
     for metric in results.metrics:
         with_metric = sets_with(results, metric)
         groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]

@@ -93,11 +93,11 @@ def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     """Return the direct arm, in which the original teacher teaches the same student without assistants.
 
-    If there are several, one with the same method is preferred. An arm that is neither a chain nor a baseline with `compute` has the direct
-    arm of the first chain, so that a study calls one arm direct distillation.
+    If there are several, one with the same method is preferred. For an arm that is neither a chain nor has the key `compute`, it is the
+    direct arm of the first chain, so that a report calls only one arm direct distillation.
     """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
-    teacher = None if teacher == arm.model else teacher  # a model that teaches itself is no original teacher of its student
+    teacher = None if teacher == arm.model else teacher  # a student that teaches itself has no original teacher
     chain = next((other for other in results.plan.arms if other.has_assistant and other.model == arm.model), None)
     like = arm if arm.has_assistant or arm.compute else chain
     method = like.method if like else None
@@ -211,15 +211,12 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the greedy decoding: temperature 0, and otherwise like the main decoding (`evaluate`). None if there is none."""
+    """Return the name of the decoding that differs from the main one (`evaluate`) in its temperature of 0. None if there is none."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 
 def temperatures(results: Results) -> list[str]:
-    """Return the names of the decodings with another temperature than the main one (`evaluate`).
-
-    Their seeds may differ too, but nothing else.
-    """
+    """Return the names of the decodings that differ from the main one (`evaluate`) only in the temperature, and perhaps in the seeds."""
     allowed = {"temperature", "seeds"}
     return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
 

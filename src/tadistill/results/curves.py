@@ -15,7 +15,7 @@ from tadistill.results.measured import load_corpus
 from tadistill.results.study import ArmRecord
 from tadistill.store import Store
 
-_POINTS = 60  # number of bins for averaging: this smooths the training loss and keeps the page small
+_POINTS = 60  # a longer curve is averaged in this number of bins, which smooths the training loss and keeps the page small
 
 FEW = 10  # a mean over fewer answers than this is drawn as a dotted line
 _LONGEST = 256  # number of positions that are drawn
@@ -26,8 +26,10 @@ Series = tuple[list[int], list[float]]  # steps, values
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning curve of one metric in one training. `arm` is the arm whose final model comes from this training. None if the model is
-    not an arm's final model."""
+    """The learning curve of one metric in one training: the mean over training seeds, and the curve of each seed.
+
+    `arm` is the arm whose final model comes from this training. It is None if the model is not an arm's final model.
+    """
 
     name: str
     arm: str | None
@@ -128,7 +130,7 @@ class ExposureBias:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read two KL curves by position in the answer for each test set: after text of the student, and after text of the teacher.
+    """Read two curves of the KL by position in the answer for each test set: in answers of the `student`, and in answers of the `teacher`.
 
     In a curve, `kl` has the values, and `count` the number of answers that reach each position. A set is left out if
     the bias is not measured on it.

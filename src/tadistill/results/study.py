@@ -36,8 +36,8 @@ class StageRecord:
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
     like: str | None
-    """Some stages choose the temperature that gives a model the entropy of another model. This is the key of the stage that made the other
-    model. Its FLOPs do not count for this stage's arms.
+    """For a stage that chooses the temperature at which a model has the entropy of another model: the key of the stage that made the other
+    model. Its FLOPs do not count for this stage's arms. None for all other stages.
     """
     checkpoints: int
     """Number of checkpoints among which the best on dev was chosen. It is 0 if the stage chose none."""
@@ -55,13 +55,15 @@ class PublishedScores:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """One phase of an arm's last distillation. `settings` is a text with the settings that other phases of the same kind do not have."""
+    """One phase of an arm's last distillation. `settings` is a text with the settings that differ between phases of the same objective and
+    sampler.
+    """
 
     objective: str
     sampler: str
     settings: str
     share: float
-    """Share of the updates, as the recipe has it."""
+    """Share of the updates, as written in the recipe."""
     updates: int
 
 
@@ -95,7 +97,7 @@ class ArmRecord:
     across: tuple[tuple[str, str], ...] = ()
     """The steps of the path, as pairs (teacher, student), whose two models have different tokenizers."""
     teacher_budget: str | None = None
-    """The recipe's rule for what the arm asks of the original teacher, such as ``as direct``."""
+    """The recipe's rule for the number of teacher tokens, such as ``as direct``. See `teacher_tokens`."""
     teacher_tokens: float | None = None
     """Number of answer tokens that the original teacher writes or scores for the arm, for one seed. None if it is not known."""
 
@@ -121,17 +123,17 @@ class ArmRecord:
 
     @property
     def is_taught(self) -> bool:
-        """True if a model teaches the arm's model, which may be the same model."""
+        """True if a model teaches the arm's model. A model may teach itself."""
         return len(self.path) > 1
 
     @property
     def is_phased(self) -> bool:
-        """True if the model passes several phases with one teacher, each with its own method."""
+        """True if the last distillation has several phases, each with its own method."""
         return len(self.phases) > 1
 
     @property
     def control(self) -> Control | None:
-        """The kind of control that the arm is, and the arm that it is a control of. None for all other arms."""
+        """If the arm is a control of another arm: the kind of control, and the name of the other arm. Else None."""
         if self.path_text == path_text(self.path):  # names of models may contain commas
             return None
         marks = [mark.removeprefix("control ") for mark in self.path_text.split(", ")[1:] if mark.startswith("control ")]
@@ -144,7 +146,7 @@ class ArmRecord:
 
     @property
     def is_plain(self) -> bool:
-        """True if the arm is one simple path: each model has one teacher, and no model is used in any other way."""
+        """True if the arm is one simple path: each model teaches the next one, and no model is used in any other way."""
         text = path_text(self.path)
         if self.is_routed:
             return False
@@ -152,17 +154,17 @@ class ArmRecord:
 
     @property
     def is_routed(self) -> bool:
-        """True if several models teach in one place of the last path, each on some of the training sets."""
+        """True if the last path begins with several teachers, each for some of the training sets."""
         return routed((self.path,))
 
     @property
     def assistants(self) -> tuple[str, ...]:
-        """The models between the first teachers of the last path and the student. A teacher of a route is no assistant."""
+        """All models of the arm except its student and the first teachers of its last path."""
         return tuple(model for model in self.models if model not in (*members(self.path[0]), self.model))
 
     @property
     def has_assistant(self) -> bool:
-        """True if the arm uses three or more models. One of them is then a teacher assistant, or a further teacher of a route."""
+        """True if the arm uses three or more models. It then has a teacher assistant, or several first teachers."""
         return len(self.models) > 2
 
 
@@ -188,7 +190,7 @@ class StudyPlan:
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
     tokenizers: tuple[tuple[str, ...], ...] = ()
-    """The models in families that share a tokenizer. Empty in a plan of an earlier version, whose models share one."""
+    """Groups of models that share a tokenizer. Empty in a plan of an earlier version, in which all models share one."""
 
     def from_big(self, models: Iterable[str]) -> list[str]:
         """Return the models from big to small. A model whose size is not known comes first."""
@@ -203,7 +205,7 @@ class StudyPlan:
 
     @property
     def train_source(self) -> str:
-        """The sources of the training rows, as one text."""
+        """The sources of the training rows, joined by ``+``."""
         return " + ".join(ref["load"] for ref in training_refs(self.recipe["data"]))
 
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:

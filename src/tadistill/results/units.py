@@ -9,7 +9,7 @@ ALL_ZERO = "all paired differences are 0"
 
 
 def number(value: float, metric: str, *, more: int = 0) -> str:
-    """Return a value with the number of decimals of its metric, and with a real minus sign."""
+    """Return a value as text, rounded to the decimals of its metric (and `more` decimals), and with the character U+2212 as minus sign."""
     text = f"{value:.{metric_of(metric).decimals + more}f}"
     return text.replace("-", MINUS) if float(text) else text.lstrip("-")
 
@@ -26,31 +26,29 @@ def signed(value: float, metric: str, *, more: int = 0) -> str:
 
 
 def interval_of(difference: Difference, metric: str, *, more: int = 0) -> str:
-    """Return the 95 % interval of a difference as text: ``[low, high]``, or in words that all differences are 0."""
+    """Return the 95 % interval of a difference for a table: ``[low, high]``, or ``(all paired differences are 0)``."""
     return f"({ALL_ZERO})" if difference.all_zero else interval(difference.low, difference.high, metric, more=more)
 
 
 def spoken_interval(difference: Difference, metric: str) -> str:
-    """Return the 95 % interval of a difference as words: ``95 % interval low to high``, or that all differences are 0."""
+    """Return the 95 % interval of a difference for a sentence: ``95 % interval −0.4 to 1.0``, or that all differences are 0."""
     low, high = (number(bound, metric) for bound in (difference.low, difference.high))
     return ALL_ZERO if difference.all_zero else f"95 % interval {low} to {high}"
 
 
-def span(difference: Difference, metric: str) -> str:
-    """Return a difference with its 95 % interval as text for a sentence: ``+0.3, 95 % −0.4 … +1.0``."""
-    if difference.all_zero:
-        return f"{signed(difference.mean, metric)}, {ALL_ZERO}"
-    low, high = (signed(bound, metric) for bound in (difference.low, difference.high))
-    return f"{signed(difference.mean, metric)}, 95 % {low} … {high}"
+def span(difference: Difference, metric: str, *, unit: bool = False) -> str:
+    """Return a difference with its 95 % interval for a sentence: ``+0.3 (95 % interval −0.4 to 1.0)``. With `unit`, its unit is added."""
+    size = signed(difference.mean, metric)
+    return f"{with_unit(size, metric) if unit else size} ({spoken_interval(difference, metric)})"
 
 
 def gap_text(difference: Difference, metric: str) -> str:
-    """Return a difference with its 95 % interval as text for a table: ``+0.3 [−0.4, 1.0]``."""
+    """Return a difference with its 95 % interval for a table: ``+0.3 [−0.4, 1.0]``."""
     return f"{signed(difference.mean, metric)} {interval_of(difference, metric)}"
 
 
 def detectable_text(effect: float | None, metric: str, *, more: int = 0, unit: bool = False) -> str:
-    """Return the smallest detectable difference as text, such as ``< 0.1``, with its unit if `unit`. It is a dash if it is unknown."""
+    """Return the smallest detectable difference as text, such as ``0.3`` or ``< 0.1``, with its unit if `unit`. None becomes a dash."""
     if effect is None:
         return DASH
     text = number(effect, metric, more=more)
@@ -74,7 +72,7 @@ def summary_text(summary: Summary, metric: str) -> str:
 
 
 def parameters_text(count: int) -> str:
-    """Return a number of parameters as text, such as ``124 M`` or ``1.56 B``, or ``?`` for 0, which stands for an unknown number."""
+    """Return a number of parameters as text, such as ``124 M`` or ``1.56 B``. A count of 0 means that it is unknown, and becomes ``?``."""
     if not count:
         return "?"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -85,7 +83,7 @@ def parameters_text(count: int) -> str:
 
 
 def flops_text(flops: float | None) -> str:
-    """Return FLOPs as text, such as ``3.1e17``. It is a dash if they are not known."""
+    """Return FLOPs as text, such as ``3.1e17``. None becomes a dash."""
     if flops is None:
         return DASH
     if flops == 0:
@@ -95,5 +93,5 @@ def flops_text(flops: float | None) -> str:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """Return a ratio as text, such as ``2.47×``. It is a dash if the ratio is None."""
+    """Return a ratio as text, such as ``2.47×``. None becomes a dash."""
     return DASH if ratio is None else f"{ratio:.2f}{TIMES}"

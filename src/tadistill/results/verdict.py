@@ -25,7 +25,7 @@ from tadistill.statistics import inflation as inflation_of
 
 SEEDS_FOR_A_CLAIM = 3
 _ALPHA = 0.05
-_SEEDS_FOR_SIGNS = 6  # with this many seeds the exact test adds nothing to the t-test
+_SEEDS_FOR_SIGNS = 6  # from this number of seeds, reports leave out the sign-flip test, because it adds nothing to the t-test
 
 Word = Literal["gain", "loss", "equivalent", "no evidence"]
 Against = Literal["equal compute", "plain direct", "pair"]
@@ -82,7 +82,7 @@ class Comparison:
     mechanism: Mechanism | None
     """Differences that show whether a gain is only sharpening. None for pairs of a study without chains."""
     credit: Credit | None
-    """Why a gain over direct distillation with the same compute is credited to the path, or why not. None if there is no such gain."""
+    """If a gain over direct distillation with the same compute is credited to the path, or why not. None if there is no such gain."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _comparisons(results: Results) -> tuple[Comparison, ...]:
         compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
         if pair.other and compared:
             found.append((pair, pair.other, *compared))
-    # the family includes unfinished pairs, so that a verdict cannot be reversed when they finish
+    # the correction counts unfinished pairs too, so that a verdict cannot be reversed when they finish
     family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
     adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
     return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))

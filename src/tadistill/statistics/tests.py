@@ -11,7 +11,7 @@ from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 from tadistill.statistics.intervals import Difference
 
 MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
-_MANY_SEEDS = 1_000_000
+_MANY_SEEDS = 1_000_000  # largest number of seeds that `seeds_to_detect` returns
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation of a mean in a report. It is computed from the interval and from the p-value; the larger result counts.
+    """Return the standard error of a reported mean. It is computed from the interval and from the p-value; the larger result counts.
 
     Args:
         half: half the width of the 95 % interval.
@@ -157,7 +157,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return the standard deviation of the mean difference, from a t-test (see `spread_claimed`). It is 0 for one seed.
+    """Return the standard error of the mean difference, from the t-test over seeds (see `spread_claimed`). It is 0 for one seed.
 
     ``differences_S`` has one paired difference per training seed.
     """
@@ -172,7 +172,7 @@ def seeds_spread(differences_S: ArrayLike) -> float:
 def expected_best_of(k: int) -> float:
     """Return the expected maximum of ``k`` standard normal draws.
 
-    If k scores are equally good, chance alone raises the best of them by this number of standard deviations.
+    If k scores differ only by chance, the best of them lies above their mean by this number of standard deviations on average.
     """
     if k < 1:
         raise ValueError(f"`k`, the number of draws, is {k}; it must be at least 1")

@@ -79,13 +79,15 @@ def test_the_base_model_is_found_through_what_a_model_is_made_from(study, tmp_pa
 def test_a_card_tells_a_negative_result(tmp_path):
     arms = [ArmSpec("chain", ("xl", "l", "s"), gain=-6), ArmSpec("twin", ("xl", "s"), compute="as chain")]
     study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
-    assert " against direct distillation with the same compute (twin): loss (p " in model_card(study.read(), "chain", 1, tmp_path, "out")
+    card = model_card(study.read(), "chain", 1, tmp_path, "out")
+    assert " against direct distillation with the same compute (twin): the difference in ROUGE-L is −" in card
+    assert " Verdict: loss (p " in card
 
 
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):
     card = model_card(unfinished.results, "chain", 10, unfinished.study_dir, "out")
     assert "Seed 10 is not evaluated yet: run `tadistill run recipes/demo.yaml` to evaluate it." in card
-    assert "no evidence yet, because it shares no finished seed" in card
+    assert "no evidence yet, because it has no finished training seed in common with" in card
 
 
 def test_what_cannot_be_exported(study, tmp_path):

@@ -34,7 +34,7 @@ def fair(tmp_path_factory):
 
 def test_a_control_is_not_the_best_arm(fair):
     against = answer(fair).against_sft
-    assert "the best of 2 arms" in against
+    assert "the best of 2 distilled arms" in against
     assert "noise" not in against
     commands = [command for command, _ in _next_commands(fair, fair.study_dir) if " export " in command]
     assert len(commands) == 1
@@ -89,13 +89,13 @@ def change(study, edit):
 
 def test_a_route_is_no_assistant(routed):
     results = routed.results
-    assert answer(results).answer.startswith("None of 2 ways to distil (first and second) clearly beat direct distillation (direct).")
+    assert answer(results).answer.startswith("Neither of the 2 ways to distil (first and second) is clearly better than direct")
     assert against(results).startswith("Neither of 2 ways to distil is")
     assert [verdict_text(results, c).partition(" (")[0] for c in comparisons(results)] == ["Path m on maths + xl on chat > s"] * 2
 
 
 def test_the_report_says_what_the_same_compute_leaves_out(routed, tmp_path):
-    said = "without the training of their first teachers"
+    said = "does not count the training of the first teachers"
     assert said not in counted_text(routed.results)
     arms = [ArmSpec("mopd", ("m on maths + xl on chat", "s")), ArmSpec("one", ("xl", "s"), compute="as mopd")]
     results = build_study(tmp_path, StudySpec(arms, seeds=(1,), sets={"dolly": 12}, fact_sets=())).read()

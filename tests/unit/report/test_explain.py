@@ -36,9 +36,9 @@ def test_published_values_match_inside_the_interval(tmp_path):
     (sentence,) = published(results)
     dolly, vicuna = (results.summaries["direct", name, "rouge_l"] for name in ("dolly", "vicuna"))
     assert dolly.low < 24.5 < dolly.high
-    assert f"on dolly {summary_text(dolly, 'rouge_l')} matches the published 24.5" in sentence
+    assert f"on dolly the interval of {summary_text(dolly, 'rouge_l')} contains the published 24.5" in sentence
     assert f"is {number(40 - vicuna.mean, 'rouge_l')} below the published 40.0" in sentence
-    assert "on sinst 25.3 is published and not measured here" in sentence
+    assert "on sinst 25.3 is published, and nothing was measured here" in sentence
 
 
 def test_the_first_model_of_a_chain_is_no_assistant(tmp_path):
@@ -145,7 +145,7 @@ def test_the_error_budget_in_words(tmp_path):
     added = means["budget/1"] + means["budget/2"]
     assert hops.startswith(f"KL(student ‖ teacher) is {means['reverse_kl']:.3f} [")
     assert re.search(rf"nats/token\. {means['budget/0']:.3f} \[\S+ \S+\] of it is the distance to the last assistant m", hops)
-    assert f"The hops above m add {added:.3f} [" in hops
+    assert f"The steps above m add {added:.3f} [" in hops
     assert f"({100 * added / means['reverse_kl']:.0f} % of the total)" in hops
     assert [hop_text(results.arm("long").path, j) for j in (1, 2)] == ["l > m", "xl > l"]
     assert f"l > m {means['budget/1']:.3f} [" in hops
@@ -165,7 +165,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert comparison.against == "plain direct"
     (sharpening,), (hops,), (compute,) = (e.sentences for e in found["chain"].explanations)
     assert "greedy decoding not measured; matched entropy not measured" in sharpening
-    assert hops.startswith("The error of each hop is not measured")
+    assert hops.startswith("The error of each step is not measured")
     assert compute.startswith("The effect of compute is not measured: the study has no arm with `compute: as chain`")
 
 

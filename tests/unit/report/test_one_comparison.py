@@ -42,10 +42,14 @@ def results(tmp_path_factory):
 def test_question_answer_and_headings_are_about_the_same_arm(results):
     found = answer(results)
     assert found.question.startswith("Is s (124 M parameters) better when xl (1.56 B) teaches it with the help of l (774 M) than when xl ")
-    ways = "None of 2 ways to use an assistant (teaches and starts) clearly beat direct distillation (direct and equal), and 1 did"
-    assert found.answer.startswith(f"{ways} clearly worse. ")
-    assert "The best, starts (pruned from l, then taught by xl), did not" in found.answer
-    assert re.search(r"This design finds a difference of [\d.]+ points with 80 % power\.$", found.answer)
+    ways = "Neither of the 2 ways to use an assistant (teaches and starts) is clearly better than direct distillation (direct and equal)"
+    assert found.answer.startswith(f"{ways}, and 1 is clearly worse. ")
+    assert re.search(
+        r" The best of them, starts \(pruned from l, then taught by xl\), differs from direct distillation with the same "
+        r"compute \(equal\) by \S+ points of ROUGE-L \(95 % interval \S+ to \S+\)\. The interval contains 0, so the "
+        r"difference may be chance\. The study has an 80 % chance of detecting a true difference of [\d.]+ points\.$",
+        found.answer,
+    )
     assert by_importance(results)[0].arm == "starts" != comparisons(results)[0].arm
     assert paths(results) == "starts: xl teaches l; s is pruned from l; xl teaches s"
     assert answers(results, samples(results)).startswith("starts and equal give the same answer")
@@ -65,7 +69,8 @@ def test_direct_distillation_is_one_arm(results):
 
 def test_other_compute_is_said(results):
     assert cautions(results)[0] == (
-        "Not at equal compute, because the study has no arm with `compute: as ARM` for it: teaches has 1.50× the compute of direct."
+        "Not compared at equal compute: teaches has 1.50× the compute of direct. "
+        "For equal compute, add a direct arm with `compute: as teaches`."
     )
     texts = re.findall(r"<text [^>]*>([^<]*)</text>", difference_figure(results).html())
     assert any(re.search(r"\] · loss · not equal compute$", text) for text in texts)
@@ -160,11 +165,9 @@ def test_every_kind_of_path_has_words_and_lines(tmp_path, text, path, words, sai
 def test_the_number_of_seeds_is_of_the_observed_size(results):
     found, (c, *_) = answer(results), by_importance(results)
     assert c.seeds_needed > 3
-    assert found.next.endswith(
-        f" training seeds find a difference of the observed size ({number(abs(c.difference.mean), 'rouge_l')} points) with 80 % power, "
-        "if scores vary between seeds and between prompts as they do here."
-    )
-    shown = int(re.search(r"About ([\d,]+) training", found.next)[1].replace(",", ""))
+    size = f"a true difference of the observed size ({number(abs(c.difference.mean), 'rouge_l')} points)"
+    assert f" training seeds, the study would have an 80 % chance of detecting {size}, if scores vary between seeds" in found.next
+    shown = int(re.search(r"With about ([\d,]+) training", found.next)[1].replace(",", ""))
     assert c.seeds_needed <= shown < 1.1 * c.seeds_needed + 1
     assert {needed_text(other) for other in comparisons(results) if other.word != "no evidence"} <= {""}
 
@@ -172,5 +175,13 @@ def test_the_number_of_seeds_is_of_the_observed_size(results):
 def test_a_gain_over_fine_tuning_that_only_the_correction_removes_is_said(tmp_path):
     spread = [ArmSpec("sft", ("s",), flops=1e15), *(ArmSpec(f"a{i}", ("xl", "s"), gain=gain) for i, gain in enumerate((1.6, 0, 0, 0)))]
     found = answer(build_study(tmp_path, StudySpec(spread, seeds=(1, 2, 3), sets={"dolly": 40}, fact_sets=())).results).against_sft
-    assert found.startswith("Distillation did not clearly beat plain fine-tuning (SFT, sft): the best of 4 arms differs by +")
-    assert re.search(r"An interval excludes 0, but after the correction for \d+ comparisons p = 0\.\d+\.", found)
+    assert re.match(
+        r"Distillation is not clearly better than plain fine-tuning \(SFT, sft\)\. With sampled answers, the best of 4 distilled arms "
+        r"\(a0\) differs by \+\S+ points of ROUGE-L \(95 % interval \S+ to \S+\)\. With greedy answers, the best of them \(\S+\) differs ",
+        found,
+    )
+    assert re.search(
+        r" Of 8 such intervals \(one for each arm and kind of answer\), 2 lie above 0, but after correction for 8 comparisons the "
+        r"smallest p-value is 0\.\d+, so this may be chance\.$",
+        found,
+    )

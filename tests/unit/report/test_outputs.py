@@ -164,8 +164,9 @@ def test_the_answer_comes_first_everywhere(shared):
     )
     assert found.kind == "open"
     assert re.fullmatch(
-        r"Distilling through l \(chain\) did not( clearly)? beat direct distillation with the same compute \(direct-long\): "
-        r"\S+ percentage points of fact accuracy, 95 % interval \S+ to \S+. 2 seeds cannot decide it: a claim needs at least 3\.",
+        r"Distillation through l \(chain\) is not( clearly)? better than direct distillation with the same compute \(direct-long\): "
+        r"the difference in fact accuracy is \S+ percentage points \(95 % interval \S+ to \S+\)\. "
+        r"2 seeds are too few for a claim \(at least 3 are needed\)\.",
         found.answer,
     )
     markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8").split("\n\n")
@@ -312,18 +313,19 @@ def test_the_answer_of_many_arms_without_chains(tmp_path):
     assert found.question == "Which of 5 ways to train s (124 M parameters) gives the best model?"
     assert (found.kind, found.answer.split(",")[0]) == ("best", "arm4 has the highest mean")
     assert found.answer.endswith("and clearly beats all others.")
-    assert found.against_sft == "The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes s."
+    assert found.against_sft == "The study does not compare distillation with plain fine-tuning (SFT), because no arm only fine-tunes s."
 
 
-@pytest.mark.parametrize(("gain", "claim"), [(9.0, "beat"), (0.0, "did not clearly beat"), (-9.0, "did worse than")])
+@pytest.mark.parametrize(("gain", "claim"), [(9.0, "clearly better"), (0.0, "not clearly better"), (-9.0, "clearly worse")])
 def test_the_answer_says_if_distillation_beat_fine_tuning(tmp_path, gain, claim):
     arms = [ArmSpec("sft", ("s",), flops=1e15), ArmSpec("kd", ("xl", "s"), gain=gain)]
     spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
     results = build_study(tmp_path, spec).read()
     sampled, greedy = (signed(difference(results, "kd", "sft", m).mean, m) for m in ("rouge_l", "rouge_l@greedy"))
     assert re.fullmatch(
-        rf"Distillation {claim} plain fine-tuning \(SFT, sft\): kd differs by {re.escape(sampled)} points with sampled answers "
-        rf"\(95 % interval \S+ to \S+\) and {re.escape(greedy)} with greedy answers \(95 % interval \S+ to \S+\)\.",
+        rf"Distillation is {claim} than plain fine-tuning \(SFT, sft\)\. With sampled answers, kd differs by {re.escape(sampled)} points "
+        rf"of ROUGE-L \(95 % interval \S+ to \S+\)\. With greedy answers, kd differs by {re.escape(greedy)} points "
+        r"\(95 % interval \S+ to \S+\)\.",
         answer(results).against_sft,
     )
 

@@ -71,7 +71,7 @@ def test_arms_are_paired_by_row(tmp_path):
     assert {len(results.scores[arm][10]["dolly"][m]) for arm in ("direct", "chain") for m in ("rouge_l", "loss", "rouge_l@greedy")} == {10}
     shown = render(summary_table(results), 400)
     assert "dolly (test, chain, direct-long): 11 of 12 rows; 1 longer than data.max_prompt (256); compared on the 10 rows" in shown
-    assert "Metrics of whole sets are over each model's own rows." in shown
+    assert "Metrics with one value per set use each model's own rows." in shown
     assert "dolly, prompt 3\n" not in render(side_by_side(results, 50))
 
 
@@ -128,9 +128,9 @@ def test_references_that_rouge_cannot_see_are_a_caution(tmp_path, measured):
             (folder / "scores.json").write_text(json.dumps(scores))
     results = study.read()
     text = render(summary_table(results), 400)
-    assert "drops the other letters of the references: 98 % in zh" in text
+    assert "ignores the other letters of the references: 98 % in zh" in text
     assert primary_metric(results) == ("rouge_l_unicode" if measured else "rouge_l")
-    assert ("ROUGE-L (all scripts) reads them; the comparisons use it." in text) == measured
+    assert ("ROUGE-L (all scripts) uses them; the comparisons rest on it." in text) == measured
 
 
 # --- bounds and ties ------------------------------------------------------------------------------------------------------

@@ -53,12 +53,24 @@ def test_the_numbers_of_a_comparison(tmp_path):
 @pytest.mark.parametrize(
     ("gain", "margin", "seeds", "word", "phrase"),
     [
-        (4.0, 0.3, SEEDS, "gain", ": gain (p"),
-        (-4.0, 0.3, SEEDS, "loss", ": loss (p"),
-        (0.0, 4.0, SEEDS, "equivalent", "equivalent, within the margin of ±4.0"),
-        (0.0, 0.01, SEEDS, "no evidence", "no evidence of a gain; the study detects a difference of "),
-        (4.0, 0.3, (1, 2), "no evidence", "no evidence of a gain, because 2 seeds are too few for a claim (at least 3 are needed)"),
-        (0.0, 9.0, (1,), "no evidence", "no evidence of a gain, because 1 seed is too few for a claim (at least 3 are needed)."),
+        (4.0, 0.3, SEEDS, "gain", "Verdict: gain (p"),
+        (-4.0, 0.3, SEEDS, "loss", "Verdict: loss (p"),
+        (0.0, 4.0, SEEDS, "equivalent", "Verdict: equivalent, within the margin of ±4.0."),
+        (
+            0.0,
+            0.01,
+            SEEDS,
+            "no evidence",
+            "no evidence of a gain. The interval contains 0, so the difference may be chance. The study",
+        ),
+        (
+            4.0,
+            0.3,
+            (1, 2),
+            "no evidence",
+            "no evidence of a gain. 2 seeds are too few for a claim (at least 3 are needed).",
+        ),
+        (0.0, 9.0, (1,), "no evidence", "no evidence of a gain. 1 seed is too few for a claim (at least 3 are needed)."),
     ],
 )
 def test_words(tmp_path, gain, margin, seeds, word, phrase):
@@ -66,11 +78,11 @@ def test_words(tmp_path, gain, margin, seeds, word, phrase):
     (comparison,) = comparisons(results)
     assert comparison.word == word
     sentence = verdict_text(results, comparison)
-    assert sentence.startswith("TA path xl > l > s (chain): ")
-    assert " points of ROUGE-L, 95 % " in sentence
-    assert " against direct distillation with the same compute (twin)" in sentence
+    start = "TA path xl > l > s (chain) against direct distillation with the same compute (twin): the difference in ROUGE-L is "
+    assert sentence.startswith(start)
+    assert " points (95 % interval " in sentence
     assert phrase in sentence
-    assert "the study detects" not in sentence or word == "no evidence"
+    assert "The study has an 80 % chance" not in sentence or word == "no evidence"
 
 
 def difference(mean, half=0.5, p=0.001):
@@ -107,7 +119,7 @@ def test_a_sharper_arm_is_called_sharpening(tmp_path):
     assert (comparison.word, comparison.mechanism.curves) == ("gain", "matched")
     assert comparison.difference.low > 1 > abs(comparison.mechanism.matched.mean)
     assert comparison.mechanism.at_entropy == pytest.approx(results.summaries["chain", MEAN, "entropy"].mean)
-    assert "Not credited to the path but to sharpening: " in verdict_text(results, comparison)
+    assert "The gain is not credited to the path, but to sharpening: " in verdict_text(results, comparison)
     assert comparison.credit == "sharpening"
 
 
@@ -131,13 +143,15 @@ def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
     assert comparison.selection.sigma == pytest.approx(np.sqrt(np.mean(variances)))
     assert comparison.selection.inflation == pytest.approx(inflation(30, 20, comparison.selection.sigma))
     assert caution_texts(comparison)[0].startswith(
-        "chain chose among 30 checkpoints on dev, twin among 20: selecting the best by chance adds at most 0."
+        "chain chose its best checkpoint on dev among 30, twin among 20. By chance, the larger choice raises the score of chain by at most "
     )
 
 
 def test_seeds_that_only_one_side_has_are_named(tmp_path):
     _, results = chain_study(tmp_path, *pair_of(0.0), unfinished=(("twin", 5),))
-    assert "chain and twin are compared on the seeds that both have finished: 1, 2, 3, 4." in caution_texts(comparisons(results)[0])
+    assert "chain and twin are compared on the training seeds that both have finished: 1, 2, 3, 4." in caution_texts(
+        comparisons(results)[0]
+    )
 
 
 def test_models_alone_are_compared_in_pairs(tmp_path):

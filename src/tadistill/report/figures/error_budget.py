@@ -30,10 +30,7 @@ class Budget:
 
 
 def budgets(results: Results) -> list[Budget]:
-    """Return the error budget of each path with assistants. It says how much each step of the path adds to the divergence.
-
-    Paths for which a term was not measured are left out.
-    """
+    """Return the error budget of each path with assistants. A path is left out if a part of its budget was not measured."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
@@ -52,7 +49,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_text(results: Results, b: Budget) -> str:
-    """Return a sentence on how much the steps above the last assistant add to the divergence."""
+    """Return a sentence, without a full stop, on how much the steps above the last assistant add to the divergence."""
     added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
     first, total = b.terms[0][1].mean, b.total[1].mean
     if added <= 0 or total <= 0:
@@ -85,7 +82,7 @@ def _has(names: list[str]) -> str:
 
 
 def budget_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw how much each step of a path adds to the divergence, as a waterfall chart for each path. All charts have the same scale."""
+    """Draw one waterfall chart for each path: how much each step of the path adds to the divergence. All charts have the same scale."""
     found = budgets(results)
     if not found:
         return {}
@@ -106,7 +103,7 @@ def _ends(budget: Budget) -> list[float]:
 
 def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
     bars, at = [*budget.terms, budget.total], 0.0
-    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'hop'}" for i, (name, _) in enumerate(bars)]
+    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, _) in enumerate(bars)]
     x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
     summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term in bars)
     chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name

@@ -21,7 +21,7 @@ _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the 
 PRUNED = Look("var(--ink)", "circle", "2 5")
 """The look of a line from a model to the model that is pruned from it."""
 _STUB = 0.07  # length of the line of a model that teaches itself, as a share of the width
-_THIN, _WIDER = 1.5, 6.0  # width of an edge without cost, and the additional width of the most expensive edge, in pixels
+_THIN, _WIDER = 1.5, 6.0  # pixels: the width of a line (distillation) without cost, and the additional width of the most expensive one
 
 NodeId = tuple[str, str]
 
@@ -50,7 +50,7 @@ class Node:
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
     """Return the models of the figure of paths. Each model is in the row of the first arm that uses it. Arms with common models are
-    neighbours. A model that is only in an earlier path of its first arm, or from which another is pruned, is a little above that row.
+    neighbours. A model is drawn a little above that row if it is only in an earlier path of the arm, or if another model is pruned from it.
     """
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
@@ -65,7 +65,7 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
 
 
 def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row: float) -> None:
-    """Add the other parts of an arm to its last path: earlier paths, the model from which the student starts, and further teachers."""
+    """Add the models of an arm that are not in its last path: those of earlier paths, further teachers, and models that are pruned."""
     found = route(arm)
     beside = [*(model for part in found.parts[:-1] for model in flat(part)), *found.starts.values(), *members(arm.path[0])[1:]]
     for model in beside:
@@ -123,7 +123,7 @@ def _ids(results: Results, arm: ArmRecord) -> tuple[NodeId, ...]:
 
 
 def _line(arm: ArmRecord) -> tuple[str, ...]:
-    # of the teachers of a route, the first one; the others are further teachers
+    # if the path begins with several teachers, this line has the first one, and `Node.others` the others
     return (members(arm.path[0])[0], *arm.path[1:])
 
 
@@ -146,7 +146,7 @@ def line_looks(results: Results) -> Mapping[str, Look]:
 
 
 def _kinds(stages: list[StageRecord]) -> str:
-    """Return the methods of a model's distillations in words. Several phases with one method are written as `in N phases`."""
+    """Return the methods of a model's distillations as text. Several phases with one method become `METHOD in N phases`."""
     phases = [stage for stage in stages if re.search(r"\((?:turn \d+; )?phase \d+ of \d+\)", stage.label)]
     if not stages or not phases:
         return _kind(stages[-1]) if stages else ""
@@ -236,7 +236,7 @@ def method_looks(results: Results) -> Mapping[str, Look]:
 
 
 def lattice_notes(results: Results) -> list[str]:
-    """Return sentences that explain lines and values which only some figures of paths have."""
+    """Return sentences that explain the kinds of lines and numbers in this study's figure of paths."""
     nodes, metric = lattice(results), primary_metric(results)
     assistants = [node for at, node in nodes.items() if at[0] != "arm" and node.parent is not None]
     dev = any(last_dev_value(results, node.arms[0], node.model, metric) is not None for node in assistants)
@@ -247,6 +247,6 @@ def lattice_notes(results: Results) -> list[str]:
         ("A model without a line is trained without a teacher.", alone),
         ("The number below an assistant is its last dev value.", dev),
         ("A dotted line is no distillation: the model at its end is pruned from the model at its start.", pruned),
-        ("A sloping line that is not dotted is a further teacher.", any(node.others for node in nodes.values())),
+        ("A sloping line that is not dotted comes from a further teacher.", any(node.others for node in nodes.values())),
     )
     return [sentence for sentence, needed in said if needed]

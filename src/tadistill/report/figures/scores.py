@@ -8,6 +8,7 @@ from tadistill.charts import Axis, Chart, Point, nice_span
 from tadistill.charts.labels import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import MANY, looks, rows_axis, span_axis, titled
+from tadistill.report.routes import counted
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
@@ -78,7 +79,7 @@ def _word(c: Comparison) -> str:
     if c.word != "no evidence":
         return c.word
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
-        return f"not clear, {len(c.seeds)} seed{'' if len(c.seeds) == 1 else 's'}"
+        return f"not clear, {counted(len(c.seeds), 'seed')}"
     return f"not clear, {p_text(c.p_holm)}"
 
 

@@ -1,13 +1,13 @@
-"""The look of arms and methods, and the legend of a figure. An arm has the same colour and marker in every figure and table."""
+"""The look of arms and methods in figures, and axes. An arm has the same colour and marker in every figure and table."""
 
 from collections.abc import Iterable, Mapping
 
 from tadistill.charts import COLOURS, Axis, Look, look, nice_span
+from tadistill.charts.looks import DASHES
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.results.collect import Results
 
-SIGNS = {"percentage points": "%", "points": ""}
-_DASHES = ("", "7 4", "2 3", "8 3 2 3", "12 4")
+_SIGNS = {"percentage points": "%", "points": ""}  # how the title of an axis writes a unit
 MANY = 12
 """If there are more arms than this, figures leave out the names and the single seeds."""
 
@@ -18,14 +18,14 @@ def looks(results: Results) -> Mapping[str, Look]:
 
 
 def kinds(names: Iterable[str]) -> Mapping[str, Look]:
-    """Return a colour and a dash for each kind of line. A figure may have one kind for each method."""
-    return {name: Look(f"var(--c{i % COLOURS})", "circle", _DASHES[i % len(_DASHES)]) for i, name in enumerate(names)}
+    """Return a look with its own colour and dash for each of the names, such as the names of methods."""
+    return {name: Look(f"var(--c{i % COLOURS})", "circle", DASHES[i % len(DASHES)]) for i, name in enumerate(names)}
 
 
 def titled(metric: str) -> str:
     """Return the title of a metric's axis, such as ``fact accuracy (%)``."""
     unit = metric_unit(metric)
-    sign = SIGNS.get(unit, unit)
+    sign = _SIGNS.get(unit, unit)
     return f"{metric_title(metric)} ({sign})" if sign else metric_title(metric)
 
 
@@ -35,5 +35,5 @@ def rows_axis(count: int) -> Axis:
 
 
 def span_axis(values: Iterable[float], title: str, *, zero: bool = False) -> Axis:
-    """Return a linear axis that includes the values."""
+    """Return a linear axis that includes the values. With `zero`, it also includes 0."""
     return Axis(*nice_span(values, zero=zero), title)

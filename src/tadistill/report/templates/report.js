@@ -94,7 +94,7 @@ document.querySelectorAll("table.sortable").forEach((table) => {
   });
 });
 
-// paper shows what is folded, but for recipe and stages
+// printing opens all folded parts, except those of the section `how` (recipe and stages)
 addEventListener("beforeprint", () => document.querySelectorAll("section:not(#how) details").forEach((details) => { details.open = true; }));
 
 // --- sample browser: text goes in as text, never as markup --------------------------------------------------------------
@@ -107,7 +107,7 @@ if (setSelect) {
   const texts = (sample) => [sample.prompt, ...sample.references, ...sample.turns.flatMap(said), ...Object.values(sample.answers).flatMap(said)];
   const matching = (name) => data.samples[name].filter((sample) => texts(sample).some((text) => text.toLowerCase().includes(wanted())));
 
-  // marks what was searched for; lower-casing may change a text's length, and then it is shown unmarked
+  // marks the searched words; if lower-casing changes the length of a text, the text is shown without marks
   const fill = (node, text) => {
     const low = text.toLowerCase(), word = wanted(), parts = [];
     let at = 0;
@@ -118,7 +118,7 @@ if (setSelect) {
     node.replaceChildren(...parts, text.slice(at));
     return node;
   };
-  // thinking is shown beside what is said, not in it
+  // shows the thinking of a model in a paragraph of its own, before its answer
   const parts = (turn, tag) => {
     const thought = turn.thinking ? [element("p", "thinking")] : [], text = turn.text || thought.length === 0;
     for (const node of thought) node.append(element("b", "", "thinking"), " ", fill(element("span"), turn.thinking));
@@ -161,7 +161,7 @@ if (setSelect) {
     indexSelect.replaceChildren(...matching(setSelect.value).map((sample) => new Option(sample.index)));
     show();
   };
-  // counts the matches of every set, and leaves a set that has none for one that has some
+  // shows the number of matches in every set; if the chosen set has none, chooses the first set that has some
   const find = () => {
     const counts = new Map(Object.keys(data.samples).map((name) => [name, matching(name).length])), [first] = counts.keys();
     const before = setSelect.value || first, better = [...counts.keys()].find((name) => counts.get(name));
