@@ -65,12 +65,7 @@ class Machine:
         psutil.cpu_percent()  # the first call has no load to return
 
     def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
-        """Return the load now, or the last measurement if it is less than a second old.
-
-        Args:
-            runs: the runs of the study. The load of their processes on this machine is measured separately.
-            elsewhere: True if Slurm runs stages of the study.
-        """
+        """Return the load now, or the last measurement if it is less than a second old. `elsewhere` is True if Slurm runs stages."""
         with self._lock:
             if self._last is None or time.monotonic() - self._at >= _PAUSE:
                 self._last, self._at = self._look(runs, elsewhere=elsewhere), time.monotonic()

@@ -202,12 +202,8 @@ def same_user(address: str, client: int, *, port: int) -> bool:
     """Return False if another user of this machine opened the connection. On systems other than Linux, the owner of a connection is not
     known, and the result is always True.
 
-    The check is needed because all users of a login node can connect to a port of 127.0.0.1.
-
-    Args:
-        address: the address of the browser.
-        client: the port of the browser.
-        port: the port of this server.
+    The check is needed because all users of a login node can connect to a port of 127.0.0.1. `address` and `client` are the address and the
+    port of the browser. `port` is the port of this server.
     """
     try:
         lines = _TABLE.read_text(encoding="ascii").splitlines()[1:]

@@ -148,11 +148,7 @@ class Watched:
         self._job_logs: dict[Path, RunLog] = {}
 
     def look(self) -> Moment:
-        """Return the state of the study now, or the last result if it is less than a second old.
-
-        Raises:
-            StoreError: plan.json cannot be read.
-        """
+        """Return the state now, or the last result if it is less than a second old. Raises StoreError if plan.json cannot be read."""
         with self._lock:
             if self._moment is None or not 0 <= time.time() - self._moment.at < _PAUSE:
                 self._moment = self._look()
