@@ -68,18 +68,17 @@ def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, 
         first: True if these tokens begin the sequence. False if they follow a prompt.
     """
     own = student.spell(ids, first=first)
-    stop = own.pieces.index(END) + 1 if END in own.pieces else len(own.pieces)
-    own = _head(own, stop)
+    if END in own.pieces:
+        own = own.first(own.pieces.index(END) + 1)
     if student.same(teacher):
         return own, own
-    found = Reading((), (), ())
-    place = 0
+    found, place = Reading(), 0
     for piece in _joined(own.pieces):
         more, complete = _read_piece(piece, teacher, first=first and not found.ids)
         found += more
         if not complete:
             limit = place + sum(map(_width, more.pieces))
-            return _head(own, bisect_right(_ends(own.pieces), limit)), found
+            return own.first(bisect_right(_ends(own.pieces), limit)), found
         place += _width(piece)
     return own, found
 
@@ -130,24 +129,20 @@ def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> t
     of_tokens = [[root(side, token) for token in range(size)] for side, size in enumerate(sizes)]
     both = sorted(set(of_tokens[0]) & set(of_tokens[1]))
     number = {found: cell for cell, found in enumerate(both)}
-    lengths = [_width(piece_of(sides[side], token) or b"") for side, token in both]
+    lengths = [_width(sides[side].piece(token) or b"") for side, token in both]
     mine, theirs = (
         [(number[f], lengths[number[f]]) if f in number else (len(both) + side, 1) for f in found] for side, found in enumerate(of_tokens)
     )
     return mine, theirs
 
 
-def piece_of(vocabulary: TokenBytes, token: int) -> Piece | None:
-    return vocabulary.word(token) if vocabulary.pieces[token] is None else vocabulary.pieces[token]
-
-
 def _first_token(vocabulary: TokenBytes, token: int, other: TokenBytes) -> int | None:
     """Return the first token that the other tokenizer makes of a token's text. Return None if the text does not begin with this token."""
-    piece = piece_of(vocabulary, token)
+    piece = vocabulary.piece(token)
     if not piece:
         return None
     found, _ = _read_piece(piece, other, first=False)
-    first = piece_of(other, found.ids[0]) if found.ids and found.exact[0] else None
+    first = other.piece(found.ids[0]) if found.ids and found.exact[0] else None
     begins = piece.startswith(first) if isinstance(piece, bytes) and isinstance(first, bytes) else piece == first
     return found.ids[0] if begins else None
 
@@ -156,7 +151,7 @@ def _by_piece(vocabulary: TokenBytes) -> dict[Piece, list[int]]:
     found: dict[Piece, list[int]] = {}
     rest = [i for i in range(len(vocabulary.pieces)) if i not in vocabulary.ends]
     for i in [*vocabulary.ends, *sorted(rest, key=lambda i: i in vocabulary.fallback)]:
-        piece = piece_of(vocabulary, i)
+        piece = vocabulary.piece(i)
         if piece:
             found.setdefault(piece, []).append(i)
     return found
@@ -165,8 +160,8 @@ def _by_piece(vocabulary: TokenBytes) -> dict[Piece, list[int]]:
 def _read_piece(piece: Piece, teacher: TokenBytes, *, first: bool) -> tuple[Reading, bool]:
     if isinstance(piece, str):
         token = teacher.of_event.get(piece)
-        return (Reading((), (), ()), False) if token is None else (Reading((token,), (piece,), (True,)), True)
-    found = Reading((), (), ())
+        return (Reading(), False) if token is None else (Reading((token,), (piece,), (True,)), True)
+    found = Reading()
     for run, valid in valid_runs(piece):
         if valid:
             more = teacher.read(run.decode(), first=first and not found.ids)
@@ -179,10 +174,6 @@ def _read_piece(piece: Piece, teacher: TokenBytes, *, first: bool) -> tuple[Read
         if not more.ids:  # the tokenizer drops all of this text
             return found, False
     return found, True
-
-
-def _head(reading: Reading, count: int) -> Reading:
-    return Reading(reading.ids[:count], reading.pieces[:count], reading.exact[:count], reading.dropped, reading.lone)
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -220,7 +220,7 @@ class Share:
 
     @classmethod
     def of(cls, batch: Batch, teacher: int, rows: list[int]) -> "Share":
-        """Return the share of a teacher, given its rows."""
+        """Return the share of one teacher. `rows` are the indices of its rows in the batch."""
         chosen = torch.zeros(len(batch.ids_BT), dtype=torch.bool)
         chosen[rows] = True
         mask = batch.mask_BT.cpu()

@@ -91,7 +91,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class RowsOnDisk:
-    """The first `limit` rows of one split of a data set."""
+    """The first `limit` rows of one split of a data set, whose token ids are stored in the cache folder."""
 
     ref: DataRef
     role: str

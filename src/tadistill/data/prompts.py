@@ -53,8 +53,8 @@ class Rules:
 
     @classmethod
     def of(cls, data: Any, role: str, *, bos: bool, context: TeacherContext | None = None) -> "Rules":
-        """Return the rules for one role of data sets: train, dev or test. Only the training set has more than one turn per row, and only
-        without a `context`.
+        """Return the rules for one role of data sets: train, dev or test. Only training sets can have more than one learnt turn per row,
+        and only without a `context`.
 
         Args:
             data: the key `data` of a recipe, or the `Encoding` of a stage.
@@ -125,7 +125,7 @@ def check_template(example: Example, tokenizer: "PreTrainedTokenizerBase", where
 
 
 def before_answer(example: Example) -> list[dict[str, Any]]:
-    """Return the messages before the answer. An instruction is one message of a user."""
+    """Return the messages before the answer. An instruction and its input become one message of a user."""
     if example.messages:
         return [*example.messages]
     return [{"role": "user", "content": "\n\n".join(filter(None, (example.instruction, example.input)))}]

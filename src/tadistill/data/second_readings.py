@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.data.alignment import NO_SPAN, align, cells, piece_of, read_again, shared_tokens
+from tadistill.data.alignment import NO_SPAN, align, cells, read_again, shared_tokens
 from tadistill.data.encoded import row_numbers
 from tadistill.data.token_bytes import END, Reading, TokenBytes
 from tadistill.data.training_sets import Lazy
@@ -86,7 +86,7 @@ class Rereader:
         names = {END: _BYTES, **{name: _BYTES + 1 + k for k, name in enumerate(sorted(events[0] & events[1]))}}
 
         def symbols(side: TokenBytes, token: int) -> Seq[int] | None:
-            piece = piece_of(side, token) if token < len(side.pieces) else None
+            piece = side.piece(token) if token < len(side.pieces) else None
             return (names[piece],) if isinstance(piece, str) and piece in names else piece if isinstance(piece, bytes) else None
 
         found = cells(self.student, self.teacher, self.sizes)
@@ -133,10 +133,10 @@ class Rereader:
             room = self.most - len(sequence.teacher_prompt)
             if room < 1:
                 raise DataError(
-                    f"a prompt has {len(sequence.teacher_prompt)} tokens of the teacher, but the teacher can read only {self.most}; lower "
-                    "data.max_prompt"
+                    f"a prompt has {len(sequence.teacher_prompt)} tokens of the teacher, but prompt and response together may have only "
+                    f"{self.most}; lower data.max_prompt"
                 )
-            found = replace(found, ids=found.ids[:room], pieces=found.pieces[:room], exact=found.exact[:room])
+            found = found.first(room)
         spans = align(own, found)
         of_student, ids = np.full(len(sequence.response), NO_SPAN, np.int32), np.array(found.ids, np.int32)
         of_student[: len(spans.student)] = spans.student
@@ -183,7 +183,7 @@ def marks(reading: Reading, vocabulary: TokenBytes, size: int) -> np.ndarray:
     for k, (token, piece, exact) in enumerate(zip(reading.ids, reading.pieces, reading.exact, strict=True)):
         if not exact or token >= size:
             continue
-        written = piece_of(vocabulary, token)
+        written = vocabulary.piece(token)
         if written == piece:
             found[k] = SPELLED
         elif isinstance(piece, bytes) and written == b" " + piece and (k == 0 or isinstance(reading.pieces[k - 1], str)):

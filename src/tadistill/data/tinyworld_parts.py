@@ -2,7 +2,7 @@
 
 All text is lower case, with one space between words. A punctuation mark is a word. In a wording, `{x}` is replaced by the subject of a
 fact, and `{v}` by its value. The tests check three rules:
-- A word is a value of only one attribute, and does not occur in the wordings.
+- A word is in only one set of values (`DOMAINS`, people, places, numbers), and does not occur in the wordings.
 - A rewording uses only words that rows of the training set use too.
 - The phrasings of an answer differ in their first two words. Therefore, a model that uses only one phrasing behaves differently from a
   model that uses all of them.

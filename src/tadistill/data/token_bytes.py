@@ -15,7 +15,7 @@ The third kind drops text, mostly spaces. Normalisers (NFC in Qwen) change text.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -35,9 +35,9 @@ END = "the end of the text"
 class Reading:
     """One tokenisation of a text. The text consists of the pieces of the tokens, one after the other."""
 
-    ids: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    exact: tuple[bool, ...]
+    ids: tuple[int, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    exact: tuple[bool, ...] = ()
     """True for a token that spells its piece. False if a normaliser changed the text, or if the token is the unknown token."""
     dropped: int = 0
     """Number of bytes that no token covers, such as the spaces between words. They belong to the piece of a neighbouring token."""
@@ -48,6 +48,10 @@ class Reading:
         """Return the tokenisation of the first text followed by the second text."""
         joined = (self.ids + other.ids, self.pieces + other.pieces, self.exact + other.exact)
         return Reading(*joined, self.dropped + other.dropped, self.lone + other.lone)
+
+    def first(self, count: int) -> "Reading":
+        """Return the first `count` tokens. `dropped` and `lone` are not changed."""
+        return replace(self, ids=self.ids[:count], pieces=self.pieces[:count], exact=self.exact[:count])
 
     @property
     def changed(self) -> int:
@@ -88,15 +92,16 @@ class TokenBytes:
         found = {piece: i for i, piece in enumerate(self.pieces) if isinstance(piece, str)}
         return found | ({END: self.ends[0]} if self.ends else {})
 
-    def word(self, token: int) -> bytes | None:
-        """Return the bytes that a token without bytes of its own, such as a word of WordLevel, has inside a text: a space and the word.
+    def piece(self, token: int) -> Piece | None:
+        """Return the bytes or the event of a token inside a text. A word of WordLevel or WordPiece gets a space before it.
 
-        Return None for all other tokens. Return None too if the tokenizer has a normaliser, because a word then stands for several texts.
+        Return None for an id without a token, and for an unknown token. Return None for words too if the tokenizer has a normaliser,
+        because a word then stands for several texts.
         """
-        name = self.tokens[token]
+        name, known = self.tokens[token], self.pieces[token]
         backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        if self.spelled or name is None or self.pieces[token] is not None or token == self.tokenizer.unk_token_id or backend.normalizer:
-            return None
+        if known is not None or self.spelled or name is None or token == self.tokenizer.unk_token_id or backend.normalizer:
+            return known
         return name.removeprefix("##").encode() if name.startswith("##") or name.isspace() else f" {name}".encode()
 
     def spell(self, ids: Sequence[int], *, first: bool = False) -> Reading:
@@ -158,7 +163,7 @@ class TokenBytes:
 
     def _spell_by_text(self, ids: Sequence[int]) -> Reading:
         # decode the ids between two events, and tokenise this text again; stop if this gives other ids
-        empty = whole = Reading((), (), ())
+        empty = whole = Reading()
         at = 0
         for stop, event in [
             *((k, i) for k, i in enumerate(ids) if i < len(self.pieces) and isinstance(self.pieces[i], str)),
@@ -270,9 +275,9 @@ def _without(reading: Reading, before: bytes) -> Reading | None:
     found = b""
     for k, piece in enumerate(reading.pieces):
         if found == before:
-            return Reading(reading.ids[k:], reading.pieces[k:], reading.exact[k:], reading.dropped, reading.lone)
+            return replace(reading, ids=reading.ids[k:], pieces=reading.pieces[k:], exact=reading.exact[k:])
         found += piece if isinstance(piece, bytes) else b""
-    return Reading((), (), ()) if found == before else None
+    return Reading() if found == before else None
 
 
 def _clean_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:

@@ -51,7 +51,7 @@ def joined(parts: Seq[Seq[T]]) -> Seq[T]:
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """The training sets of a stage."""
+    """The training sets of one training: their sizes, their weights and their teachers."""
 
     sizes: tuple[int, ...]
     """Number of rows of each set."""
@@ -61,7 +61,8 @@ class TrainingSets:
     """The index of each set's teacher. Empty if every teacher teaches on all rows."""
 
     def rows(self, batch: int, number: int, address: tuple[int | str, ...]) -> np.ndarray:
-        """Return the rows (batch,) of batch `number`. Each epoch of a set has all its rows in a new order, with `address` as its seed."""
+        """Return the row indices (batch,) of batch `number`. Each epoch of a set has all its rows in a new order, drawn with the seed
+        `address`."""
         if len(self.sizes) == 1:
             return shuffled(self.sizes[0], batch, number, address)
         before, sets = self._draws.of(batch, number)
@@ -116,7 +117,7 @@ class TrainingSets:
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch number `step`. Each epoch has all rows in a new order, with `address` as its seed."""
+    """Return the row indices (batch,) of batch number `step`. Each epoch has all rows in a new order, drawn with the seed `address`."""
     places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 

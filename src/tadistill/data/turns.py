@@ -78,7 +78,7 @@ class TurnReader:
         """Return the turns that training learns. `where` is the name of the row in messages.
 
         Raises:
-            DataError: the chat template refuses the row, or its turns cannot be verified.
+            DataError: the chat template refuses the row, or does not begin a turn with its own generation prompt.
             ModelError: the prompt needs a chat template, but the tokenizer has none.
         """
         rules = self.rules

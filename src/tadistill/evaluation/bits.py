@@ -50,7 +50,7 @@ def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq
 
 
 def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of unknown tokens in the references. An unknown token can stand for any text, so its bits are too few."""
+    """Return the number of unknown tokens in the references. An unknown token can stand for any text, so bits per byte are then too low."""
     unknown = unknown_token(tokenizer)
     return sum(e.response.count(unknown) for e in data.encoded)
 

@@ -31,7 +31,7 @@ _SEED = 1234  # the default of lm-eval's command line, for few-shot examples, nu
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The results of one task, in the form of a test set of an evaluation."""
+    """The results of one task, in the same form as the results of a test set (`Evaluation`)."""
 
     scores: dict[str, list[list[float]]]
     """Maps a metric to its values [item][0], from 0 to 100. `task_score` is the task's first metric, and `task_score/NAME` another one."""

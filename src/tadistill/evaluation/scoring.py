@@ -151,10 +151,10 @@ def per_token(
 
 
 ON_OWN_TEXT = ("reverse_kl", "overlap", "mass", "entropy_gap")
-"""The metrics of `pair_measures` that are computed on the learner's own answers."""
+"""The metrics of `pair_measures` that are computed on the answers of the model that learns."""
 Exposure = dict[str, dict[str, list[float]]]
-"""Maps `student` and `teacher` to two lists: `kl`, the mean at each position; and `count`, the number of answers that reach the position.
-"""
+"""Maps `student` and `teacher`, the writers of the answers, to two lists: `kl`, the mean KL(teacher ‖ student) at each position of these
+answers; and `count`, the number of answers that reach the position."""
 
 
 def analyse(

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tadistill.data.alignment import NO_SPAN, Alignment, align, cells, piece_of, read_again, shared_tokens
+from tadistill.data.alignment import NO_SPAN, Alignment, align, cells, read_again, shared_tokens
 from tadistill.data.batch import Sequence
 from tadistill.data.second_readings import CHANGED, SPELLED, STRIPPED, Rereader, marks
 from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
@@ -204,7 +204,7 @@ def test_by_hand():
     assert single(spans) == (False, False, True, True)
     shorter = Reading(student.ids[:3], student.pieces[:3], (True, True, False))
     assert align(shorter, teacher) == Alignment((0, 0, 1), (0, 1, 1, NO_SPAN, NO_SPAN), (4, 8))
-    assert align(Reading((), (), ()), teacher) == Alignment((), (NO_SPAN,) * 5, ())
+    assert align(Reading(), teacher) == Alignment((), (NO_SPAN,) * 5, ())
     with pytest.raises(DataError, match=r"at position 4, the student's has 32 and the teacher's has 115"):
         align(student, Reading((1, 2), (b" the", b"s"), (True, True)))
 
@@ -316,7 +316,7 @@ def test_all_tokens_of_a_cell_begin_with_its_root(names):
     for side, own, size in zip((student, teacher), found, sizes, strict=True):
         assert len(own) == size
         for token, (cell, length) in enumerate(own):
-            piece = piece_of(side, token) if token < len(side.tokens) else None
+            piece = side.piece(token) if token < len(side.tokens) else None
             if isinstance(piece, bytes) and cell < last - 1:
                 roots.setdefault(cell, set()).add(piece[:length])
                 assert len(piece) >= length

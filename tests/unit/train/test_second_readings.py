@@ -436,7 +436,7 @@ def test_what_the_teacher_cannot_read_is_in_no_span_and_is_counted():
     batch = collate([short], pad=0)
     assert batch.context.ids_BT.shape[1] == room
     assert batch.aligned.found["left_out"] == int((counted_spans(short)[0] < 0).sum()) > 0
-    with pytest.raises(DataError, match="the teacher can read only"):
+    with pytest.raises(DataError, match="prompt and response together may have only"):
         replace(AGAIN, most=len(s.teacher_prompt))(s)
 
 
