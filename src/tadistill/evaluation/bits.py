@@ -34,7 +34,7 @@ def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq
     """Return the number of bytes of each first reference. Parts of a reference that were cut, or do not count in the loss, are left out.
 
     Raises:
-        DataError: the tokenizer does not say which text its tokens cover, and a reference was cut.
+        DataError: a reference was cut, but the tokenizer is not a fast one, so the bytes of its tokens are not known.
     """
     known = None
     sizes = []
