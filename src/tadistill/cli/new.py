@@ -92,9 +92,9 @@ def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) 
     rows = [_row(role, *_set(data, role, file)) for role in _ROLES]
     return f"""# yaml-language-server: $schema={schema_file().as_uri()}
 # One distillation: the teacher teaches the student. The student is then measured on the test set.
-#   tadistill plan {file.name}     # what will be done, and what it costs
-#   tadistill run {file.name}      # does it, and writes runs/{study}/report.html
-# `tadistill explain KEY` says what a key means, for instance optim.lr. The page "The recipe" of the documentation explains them.
+#   tadistill plan {file.name}     # shows what will be done, and what it costs
+#   tadistill run {file.name}      # does this work, and writes runs/{study}/report.html
+# `tadistill explain KEY` explains a key, for instance optim.lr. The page "The recipe" of the documentation explains all keys.
 study: {_scalar(study)}
 seeds: [10]                   # one student for each training seed; several seeds show how much the result varies
 teacher: {_scalar(models["teacher"])}

@@ -138,8 +138,8 @@ def look(need: Need, record: Mapping[str, Any]) -> Found | None:
 
 
 def _unless_lost(found: Found, listed: Mapping[str, Any]) -> Found | None:
-    same = listed.get("commit") == found.commit
-    return None if same and not set(listed["files"]) <= set(found.files) else found
+    lost = listed.get("commit") == found.commit and not set(listed.get("files", ())) <= set(found.files)
+    return None if lost else found
 
 
 def _found(path: Path) -> Found:

@@ -249,7 +249,7 @@ def _check_memory(plan: Plan, jobs: int) -> None:
 
 
 def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, *, where: str = "memory", times: int = 1) -> None:
-    # `jobs` stages share each of the `times` memories, which have `free` bytes each
+    # there are `times` memories (GPUs, or the one of the host) with `free` bytes each, and `jobs` stages share each of them
     if not needs:
         return
     most = max(needs, key=lambda key: needs[key])

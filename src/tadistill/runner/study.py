@@ -115,7 +115,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
     path = study / "plan.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):  # a damaged plan is written again
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged plan is written again
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
     if kept := _keep_report(study, content):

@@ -73,13 +73,12 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
     if isinstance(spec, DistillSpec):
         changes["teacher"] = _origin(plan, spec.teacher)
         changes["assistants"] = tuple(_origin(plan, handle) for handle in spec.assistants)
-        parents = {"signal": spec.signal, "responses": spec.responses}
-        for role, parent in parents.items():
-            if parent:
+        for role in ("signal", "responses"):
+            if parent := getattr(spec, role):
                 # no requests, which cost money: the references of the data set are about as long as the answers of an API
                 changes |= {**_few(spec), role: None if _asks(plan, parent) else _reduced_output(plan, parent, graph)}
-        for role, parents in {"assistant_signals": spec.assistant_signals, "assistant_responses": spec.assistant_responses}.items():
-            changes[role] = tuple(_reduced_output(plan, parent, graph) for parent in parents)
+        for role in ("assistant_signals", "assistant_responses"):
+            changes[role] = tuple(_reduced_output(plan, parent, graph) for parent in getattr(spec, role))
     return spec.model_copy(update=changes)
 
 

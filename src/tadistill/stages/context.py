@@ -58,9 +58,9 @@ from tadistill.train.sharding import offload, shard
 
 SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
 MODEL = "model"  # sub-folder of a training stage, in the Hugging Face format
-RESPONSES = "responses.jsonl"  # in the folder of a generate stage
+RESPONSES = "responses.jsonl"  # in the folder of a `generate` or `retokenise` stage
 VLLM_LOG = "vllm.log"  # what vLLM prints, if it samples the stage's text
-ANSWERS = "answers.jsonl"  # in the folder of an evaluate stage: token ids
+ANSWERS = "answers.jsonl"  # in the folder of an `evaluate` or `probe` stage: the token ids of the answers
 _CORPUS_CHUNKS = 20_000
 _TRIM_EVERY = 30.0  # seconds
 _CALIBRATION = 256  # number of training texts that decide what pruning keeps (Minitron used 1,024 texts of a web corpus)

@@ -190,6 +190,13 @@ def test_of_a_served_teacher_only_the_output_head_and_the_tokenizer_are_fetched(
         assert len(fetch.missing(recipe(text), tmp_path)) == 1
 
 
+def test_a_served_teacher_from_a_python_package_is_found_before_it_was_recorded(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(fetch, "locate_part", lambda name, revision, gives: tmp_path)
+    found = fetch.look(fetch.Need("model", "wheel://p==1.0/x.gguf", "main", gives="hidden"), {})
+    assert found == fetch.Found(None, 1, ("model.safetensors",))
+
+
 def test_a_served_teacher_that_is_pruned_to_the_student_is_fetched_whole():
     assert fetch.needs(recipe(SERVED))[0].gives == "hidden"
     pruned = SERVED.replace("s: {load: 'scratch:llama', tokenizer: tinyworld}", "s: {init: {from: t, layers: 1}}")
