@@ -43,7 +43,7 @@ class Api(Strict):
     at: Annotated[str, AfterValidator(_base)]
     """Address of the API, such as https://HOST/v1. Requests go to AT/chat/completions. Stored answers stay valid if the address changes."""
     model: str = Field(pattern=r"\S")
-    """The model's name at the API. It identifies the model: write a name that always means the same weights."""
+    """The model's name at the API. Stored answers belong to this name, so write a name that always means the same weights."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere. By default, no key is sent."""
     price: Price | None = None

@@ -319,8 +319,8 @@ class Budgets(Strict):
 
 
 class BudgetOf(NamedTuple):
-    """The budget of an arm that `Budgets.expand` made from the original arm `arm`. To get the budget, multiply the training FLOPs of the
-    arm `reference` by `times`."""
+    """The training budget of an arm that `Budgets.expand` made from the recipe's arm `arm`: `times` times the training FLOPs of the arm
+    `reference`."""
 
     arm: str
     times: float

@@ -32,7 +32,7 @@ Name = Annotated[str, AfterValidator(_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Modest = Annotated[float, Field(ge=-100, le=100)]
-"""A parameter of a divergence. A value outside these bounds would overflow in float32."""
+"""A parameter of a divergence, from -100 to 100. A value outside these bounds would overflow in float32."""
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 """A number by which logits are divided. A value below 0.01 would overflow in float32. A value above 100 would make every distribution
 uniform."""
@@ -63,7 +63,7 @@ Variable = Annotated[str, AfterValidator(_variable), WithJsonSchema({"type": "st
 Precision = Literal["fp32", "bf16"]
 """A number format: float32 or bfloat16."""
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}
-"""torch's names of the formats."""
+"""Maps each number format to torch's name."""
 MOST = 10**9
 """Upper bound for numbers of rows, tokens, updates and processes."""
 _LARGEST = 2**63 - 1
@@ -76,7 +76,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     text_sets: ClassVar[str] = ""
-    """Name of the key that a recipe can set by a text in place of all keys of this class. Empty if such a text is not allowed."""
+    """The key that a recipe can shorten. With `load`, a text TEXT in place of the keys is short for {load: TEXT}. Empty if no key can."""
 
     @model_validator(mode="before")
     @classmethod

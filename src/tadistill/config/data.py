@@ -103,7 +103,7 @@ class TrainSet(DataRef):
 
     weight: float = Field(gt=0, le=1e6)
     """The share of this set in the training rows is its weight, divided by the sum of all weights. The number of its rows does not matter.
-    After every update, the rows that were drawn from a set differ from its share by less than one row."""
+    After every update, the number of rows that were drawn from a set differs from its share by less than one."""
 
 
 def _form(given: Any) -> str:
@@ -114,7 +114,7 @@ def _form(given: Any) -> str:
 
 
 ONE, SETS = "<one set>", "<sets>"
-"""Pydantic's tags for the two forms of `data.train` and `data.dev`: one data set, or several with names. Locations of errors have them."""
+"""Tags for the two forms of `data.train` and `data.dev`: one set, or several with names. Pydantic adds them to the locations of errors."""
 TrainData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, TrainSet], Tag(SETS)], Discriminator(_form)]
 """One training set, or several with names and weights."""
 DevData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, DataRef], Tag(SETS)], Discriminator(_form)]

@@ -100,7 +100,7 @@ class Evaluate(Decoding):
             )
 
     def other(self, name: str) -> "Evaluate":
-        """Return the settings of the decoding `name` in `also`. A field that this decoding leaves out has the main value."""
+        """Return the settings of the decoding `name` in `also`. A field that it leaves out has the value of the main settings."""
         changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
         return self.one_response.model_copy(update=changes)
 

@@ -74,7 +74,7 @@ class Resources(Strict):
     memory: float | None = Field(default=None, gt=0, le=1e6)
     """Host memory of each process, in GB."""
     hours: float | None = Field(default=None, gt=0, le=1e5)
-    """Time limit of a job. A step that needs more time saves its state, is queued again, and continues."""
+    """Time limit of a job. A stage that needs more time saves its state, is queued again, and continues."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -97,9 +97,9 @@ class Phase(Strict):
     share: float | None = Field(default=None, gt=0, le=1)
     """Share of the updates of the whole distillation. The shares of all phases add up to 1. By default, all phases have equal shares."""
     objective: Objective | None = None
-    """The loss of this phase, or changes to the loss of the whole method if the `type` is the same."""
+    """Changes to `objective` in this phase. If the `type` differs, this objective replaces that of the whole distillation."""
     sampler: Sampler | None = None
-    """The training text of this phase, or changes to the sampler of the whole method if the `type` is the same."""
+    """Changes to `sampler` in this phase. If the `type` differs, this sampler replaces that of the whole distillation."""
     optim: Optim | None = None
     """Changes to `optim` in this phase, without `steps` and `epochs`."""
     select: Select | None = None
@@ -223,7 +223,7 @@ class Method(Strict):
 
     @property
     def uses_teacher(self) -> bool:
-        """True if a teacher gives the loss or the text."""
+        """True if the loss or the training text needs a teacher."""
         return self.objective.needs_teacher or self.sampler.teacher_text
 
     @property

@@ -151,7 +151,7 @@ class Taid(Divergence):
     end: Share = 1.0
     """Weight t of the teacher in the target at the last update."""
     rate: float = Field(default=5e-4, ge=0)
-    """Limit of the adaptive rise of t in one update, as a fraction of 1 - t. If the linear schedule rises faster, t follows it."""
+    """Upper bound of the adaptive rise of t in one update, as a fraction of 1 - t. t is never below the line from `start` to `end`."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay rate of the moving average that measures how fast the loss falls."""
 

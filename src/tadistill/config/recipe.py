@@ -62,7 +62,7 @@ class Recipe(Strict):
     """Compare every trained model with the original teacher and with its assistants. The report then shows KL divergences, the error that
     each distillation adds, and the exposure bias."""
     margin: float = Field(default=0.3, gt=0, le=1000)
-    """Smallest difference in the primary metric that matters, in points."""
+    """Smallest difference in the primary metric that matters, in points of this metric. Smaller differences count as equal."""
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}

@@ -41,8 +41,7 @@ class Serve(Strict):
     """What happens to all other tokens with `gives: top_k`. `lump` treats them as one token. `drop` removes them and renormalises the
     probabilities."""
     name: str | None = None
-    """The model's name on the server. By default, it is the value of `load`. If the only model of the server was started from `load`, it is
-    this model's name."""
+    """The model's name on the server. By default, it is the model whose name or source on the server is the value of `load`."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere."""
     seconds: float = Field(default=120.0, gt=0, le=86400)
