@@ -29,9 +29,9 @@ class Alignment:
     """The spans of a text. A span is the text between two neighbouring boundaries that two tokenisations have in common."""
 
     student: tuple[int, ...]
-    """The number of the span of each student token, counted from 0, or `NO_SPAN`."""
+    """For each student token, the number of the span that contains it, counted from 0, or `NO_SPAN`."""
     teacher: tuple[int, ...]
-    """The number of the span of each teacher token, or `NO_SPAN`."""
+    """For each teacher token, the number of the span that contains it, counted from 0, or `NO_SPAN`."""
     ends: tuple[int, ...]
     """The end of each span, as a position in the text: the number of bytes and events (special tokens, the end of the text) up to there."""
 

@@ -134,7 +134,7 @@ def thinking(message: Mapping[str, Any]) -> str | None:
 
 
 def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without the fields of its thinking."""
+    """Return a message without the fields `THINKING`."""
     return {name: value for name, value in message.items() if name not in THINKING}
 
 

@@ -41,7 +41,7 @@ class Example:
     messages: tuple[dict[str, Any], ...] = ()
     """The messages before the answer, if the row is a conversation. In this case, `instruction` and `input` are empty."""
     last: Mapping[str, Any] = field(default_factory=dict)
-    """The last message of a conversation. Its content is the only reference; if it has none, the reference is the empty text."""
+    """The last message of a conversation, or empty. Its content is the only reference. Without content, the reference is an empty text."""
     tools: tuple[dict[str, Any], ...] = ()
     """Descriptions of the functions that the assistant may call, if the recipe names their column."""
     verbatim: bool = False

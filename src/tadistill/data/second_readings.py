@@ -42,16 +42,16 @@ _NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "unspelled", "token
 
 @dataclass(frozen=True, eq=False)
 class SecondReading:
-    """A response in the teacher's tokens, and the spans of both tokenisations."""
+    """A response in the teacher's tokens, and the spans: the parts of the text between boundaries of both tokenisations."""
 
     ids: np.ndarray
     """The teacher's tokens, int32."""
     student: np.ndarray
-    """The number of the span of each token of the response, int32, or `NO_SPAN`."""
+    """For each token of the response, the number of the span that contains it, int32, or `NO_SPAN`."""
     teacher: np.ndarray
-    """The number of the span of each of the teacher's tokens, int32, or `NO_SPAN`."""
+    """For each of the teacher's tokens, the number of the span that contains it, int32, or `NO_SPAN`."""
     matched: np.ndarray
-    """One bool per token of the response. True if its span is one token on both sides, and these tokens are a pair of `shared_tokens`."""
+    """One bool per token of the response. True if it alone is a span, in which the teacher has the same token (`shared_tokens`)."""
     student_marks: np.ndarray
     """For each token of the response, int8: `SPELLED`, `STRIPPED` or `CHANGED`."""
     teacher_marks: np.ndarray
@@ -59,7 +59,8 @@ class SecondReading:
     lone: int = 0
     changed: int = 0
     dropped: int = 0
-    """Numbers of bytes, as in `data.token_bytes.Reading`. `changed` and `dropped` are sums over both tokenisations."""
+    """Numbers of bytes: not valid UTF-8 (`lone`), not spelled by their tokens (`changed`), or in no token (`dropped`). `lone` counts the
+    teacher's tokenisation; the others are sums over both tokenisations."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class Aligned:
 
     @classmethod
     def of(cls, sequences: Seq["Sequence"]) -> "Aligned":
-        """Return the spans of the sequences of a batch. Each sequence must contain the teacher's tokens of its response."""
+        """Number the spans of the sequences of a batch. Each sequence must contain the teacher's tokens of its response (`second`)."""
         each = [_of_row(s) for s in sequences]
         of_rows = tuple(len(row.follows) for row in each)
         starts = np.cumsum([0, *of_rows])

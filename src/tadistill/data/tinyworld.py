@@ -102,8 +102,8 @@ def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> li
 
 
 def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
-    """Return plain text about the world, for a language-modelling loss. The wording of its sentences differs from the wording of the
-    answers."""
+    """Return plain text about the world, for a language-modelling loss, as rows with the column `text`. Its sentences have other wordings
+    than the answers."""
     here = world(seed, people)
     told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
     documents = []

@@ -108,7 +108,7 @@ class TokenBytes:
         """Return the text of token ids, for instance of sampled tokens, as a `Reading`. Stop before the first token with unknown bytes.
 
         Args:
-            first: True if the ids begin a text. A space that the tokenizer adds there does not belong to the text. False after a prompt.
+            first: True if the ids begin a text. The space that the tokenizer adds there is then left out. False if they follow a prompt.
         """
         if not self.spelled:
             return self._spell_by_text(ids)

@@ -46,7 +46,7 @@ class Evaluation:
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
     """Sample answers to one data set, and return all metrics that need no second model.
 
-    After each batch, `tick` is called with its number of answers.
+    After each batch, `tick` is called with the number of answers in the batch.
     """
     engine = native(subject, settings)
     answers = {seed: generate_answers(engine, data, seed, tick) for seed in settings.seeds}

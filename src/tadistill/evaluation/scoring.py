@@ -97,7 +97,7 @@ def divergences(
     """Return `forward_kl` and `reverse_kl` at each response token, for each model in `others`.
 
     forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p), in nats. q is the subject and p is the other model. Both are exact sums over the
-    vocabulary. After each batch, `tick` is called with its number of sequences.
+    vocabulary. After each batch, `tick` is called with the number of sequences in the batch.
     """
     names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
 
@@ -173,7 +173,7 @@ def analyse(
         answers: the subject's own answers.
         teacher_answers: the teacher's answers to the same prompts. Without them, the exposure bias is not measured.
         others: the original teacher, then the assistants between it and the subject. The first assistant is next to the teacher.
-        tick: called after each batch with its number of sequences.
+        tick: called after each batch with the number of sequences in the batch.
 
     Returns:
         Two things: values and curves. The values are {metric: [prompt][decoding seed]}. forward_kl is measured on the references, and
