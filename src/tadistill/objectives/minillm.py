@@ -34,7 +34,7 @@ def returns(
 
         after        n - 2 (Eq. 6), but at least 1
         remaining    n (the released code)
-        discounts    the same discounted sum with all rewards equal to 1. If all rewards are r, the return is r
+        discounts    the discounted sum of rewards that are all 1, so that the return is r if all rewards are r
         none         1
 
     Args:

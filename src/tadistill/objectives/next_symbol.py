@@ -94,7 +94,7 @@ def symbol_divergence(
 ) -> tuple[Tensor, list[Part]]:
     """Compute divergences between the models' next symbols at all places of the spans.
 
-    At the beginning of a span that is compared by cells, only symbols that continue the token before are compared (`_of_places`).
+    At the beginning of a span that is compared by cells, only symbols that could continue the token before are compared (`_of_places`).
 
     Args:
         divergence: a function of the logits of two models.
@@ -121,7 +121,7 @@ def symbol_divergence(
                 p = other.distributions(walks[1], sums[1][other.tokens])
             found = _of_places(divergence, q, p, longer, own)
             where = tensor_of(spans[chunk], device)
-            if found.requires_grad:  # it does not, if the divergence does not depend on the student, as with a skew of 1
+            if found.requires_grad:  # False if the divergence does not depend on the student, as with a skew of 1
                 slopes[own.tokens] += torch.autograd.grad((found * weights[where]).sum(), leaf)[0]
         values.index_add_(0, where, found.detach())
     return values, [Part(states[0][rows], *arguments, counts=False) for rows, arguments in walks[0].gradients(slopes)]
@@ -287,7 +287,8 @@ class _Walk:
         return (at_least_float32(logits) / self.temperature).softmax(-1)
 
     def gradients(self, slopes: Tensor) -> list[tuple[Tensor, tuple[Any, Tensor, Any]]]:
-        """Return pairs of token indices and arguments of a `Part` at them. The parts have the gradient of sum_nk slopes_nk sums_nk."""
+        """Return the indices of some tokens and the arguments of a `Part` there, for each kind of group. The gradient of all these parts is
+        that of sum_nk slopes_nk sums_nk."""
         return [
             (kind.rows, (partial(self._value, kind, slopes), torch.ones(1, 1, device=self.device), partial(self._slope, kind, slopes)))
             for kind in self.kinds

@@ -1,13 +1,13 @@
 """Losses over spans, for a student and a teacher with different tokenizers.
 
+    pair = SpelledPair.of(SpelledText(...), SpelledText(...), follows, compared)
+    total, values = fused_span_divergence(reverse_kl, student, teacher, pair, weights=weights)
+
 A span is the text between two neighbouring token boundaries that both models have. It is one or more whole tokens of each:
 
     student's tokens    | th | e |  his  | tory |
     teacher's tokens    |  the   |   |his| tory |
     span                    0        1      2
-
-    pair = SpelledPair.of(SpelledText(...), SpelledText(...), follows, compared)
-    total, values = fused_span_divergence(reverse_kl, student, teacher, pair, weights=weights)
 
 At the beginning of a span, the models are compared by the cell of their next token (a set of tokens with the same beginning,
 `objectives.cells`). Inside the span, they are compared by the next symbol (a byte, `objectives.next_symbol`).

@@ -109,7 +109,7 @@ class Spelling:
         path, ranges = self._path(token, stripped), self._ranges(token, stripped)
         walks = [self._walk(path, *part) for part in ranges]
         if self._of_cell is not None:
-            # other cells can have the same first symbol
+            # the groups at depth 0 have all tokens of other cells, also of cells with the same first symbol
             low, high, _, _ = ranges[0]
             starts, symbols = self._branches(0, len(self), 0)
             after = int(np.searchsorted(starts, high, side="right"))
@@ -264,7 +264,7 @@ class SpelledText:
 
     @cached_property
     def longer(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The result of `Spelling.longer` for each token."""
+        """For each token, the symbols (n,) that follow it in longer tokens, and (n,) bool: True if both together are a token."""
         return [self._spelling(by_cell).longer(int(t), bool(s)) for t, s, by_cell in self._each]
 
     @property

@@ -52,7 +52,7 @@ class Request:
 
 
 def requests(prompts: Iterable[Sequence[dict[str, Any]]], api: Api, decoding: Decoding, *, seed: int) -> list[Request]:
-    """Return the request for the answer to each prompt, in their order.
+    """Return one request per prompt, in order.
 
     The seed of a request depends on its messages, and on the number of earlier prompts with the same messages. So it does not change if
     other rows are removed. Greedy decoding has no seed, so that equal prompts are one request.
@@ -117,7 +117,7 @@ class Pace:
             self._held = max(self._held, until)
 
     def held(self, now: float) -> float:
-        """Return the seconds from `now` to the end of the time in which `hold` forbids requests. It is 0 or less after this end."""
+        """Return the seconds from `now` until `hold` forbids requests no more. The result is 0 or less if requests are allowed."""
         return self._held - now
 
     def turn(self, stop: threading.Event) -> bool:

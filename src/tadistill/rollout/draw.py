@@ -112,7 +112,7 @@ def next_tokens(
     warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
     b_BV = guide.probabilities(warped["student"], warped["teacher"]) if guide else warped["student"]
     if greedy:
-        # without a guide from the scores, because softmax can make two large scores equal
+        # without a guide, the scores decide, because softmax can make two large scores equal
         tokens = (b_BV if guide else scores["student"]).argmax(-1)
         behaviour = torch.zeros_like(b_BV[:, 0])
     else:

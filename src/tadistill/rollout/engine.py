@@ -127,6 +127,6 @@ def row_bytes(models: Seq[PreTrainedModel], caches: Seq[float], longest: int, st
     states = [model.config.get_text_config().hidden_size * torch.finfo(model.dtype).bits // 8 for model in models]
     total = steps * states[-1] if len(models) > 1 else 0  # the teacher's states are kept
     for cache, state in zip(caches, states, strict=True):
-        # of one layer at a time: the prompt's states, and keys and values repeated for every query head
+        # for one layer at a time: the prompt's states, and keys and values repeated for every query head
         total += cache * tokens + (_STATES * longest + 2 * tokens) * state + _LOGITS * vocab * 4
     return total

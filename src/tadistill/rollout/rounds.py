@@ -60,7 +60,7 @@ class Teachers:
     def guide(self) -> PreTrainedModel:
         """The teacher's model, which helps the student to sample."""
         model = self.each[0].model
-        assert model is not None, "a recipe in which a served teacher helps to sample is refused"
+        assert model is not None, "a teacher on a server cannot help to sample; such a recipe is refused before"
         return model
 
 

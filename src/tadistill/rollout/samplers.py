@@ -125,7 +125,7 @@ def length(sequence: Sequence) -> int:
 def respond(engine: Engine, asked: Seq[Sequence], places: Seq[int], *address: int | str) -> list[Sequence]:
     """Sample an answer of the current student to the prompt of each sequence.
 
-    The random numbers depend only on `places` (the prompts' positions in the update) and on `address`.
+    The random numbers depend only on `places` (the prompts' positions in the update) and on `address`, such as seed and step.
     """
     uniforms = rng.uniforms([int(p) for p in places], engine.decoding.max_new_tokens, *address)
     answers = engine.respond([s.prompt for s in asked], uniforms)

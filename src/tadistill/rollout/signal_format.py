@@ -69,7 +69,7 @@ def pack_top_k(ids_TK: np.ndarray, log_probs_TK: np.ndarray, tail_T: np.ndarray,
     for places, bits in _groups(k):
         steps = 2**bits - 1
         below = top_T[:, None] - log_p[:, places]
-        # a range is at least one unit, because codes are divided by it; a token far below the others gets the last code
+        # a range is at least one unit, because it is a divisor; a token far below the others gets the last code
         range_T = np.clip(np.ceil(below[:, -1] * _PER_NAT), 1, 2**_RANGE_BITS - 1)
         width_T = range_T / _PER_NAT
         code = np.clip(np.rint(below * (steps / width_T[:, None])), 0, steps).astype(np.int64)

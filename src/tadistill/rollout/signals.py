@@ -200,7 +200,7 @@ class Signals:
         )
 
     def target(self, rows: Seq[int]) -> Hidden | TopK | Sampled:
-        """Return the teacher's outputs at the response tokens of these sequences, one sequence after the other.
+        """Return the teacher's outputs at the response tokens of the sequences with the indices `rows`, one sequence after the other.
 
         Raises:
             StoreError: the bytes of a sequence have changed since they were written.

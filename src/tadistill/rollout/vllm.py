@@ -38,7 +38,7 @@ from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process
 from tadistill.rollout.generate import Mixture, Rollout, Speculation
 
-_ALIGNED = 64  # bytes
+_ALIGNED = 64  # each weight begins at a multiple of this number of bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers
 _APART = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Largest accepted difference of log-probabilities between vLLM and transformers, as a share of their size. Rounding causes less."""
@@ -175,7 +175,7 @@ class Vllm:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C reaches the command, which decides what ends
+                start_new_session=True,  # Ctrl-C then reaches only the command, which decides which processes end
             )
             self.close = weakref.finalize(self, _end, self._process, _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0)
             self.version = self._order({"engine": self._arguments(directory), "weights": self._memory.layout})["version"]

@@ -145,7 +145,7 @@ def load(path: Path) -> dict[str, Any]:
             if damaged := file.testzip():
                 raise ValueError(f"the part {damaged} has a wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # the type depends on where the file is cut off
+    # the type of the error depends on where the file is cut off
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 

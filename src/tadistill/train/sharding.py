@@ -35,7 +35,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    # By default a layer prefetches the layer that ran before it. That differs between processes: only the main one watches rollouts.
+    # By default, a layer prefetches the layer whose forward pass came before its own. That can differ between processes, because they make
+    # different numbers of forward passes when they sample.
     for before, layer in zip([model, *layers], layers, strict=False):
         layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]

@@ -78,8 +78,8 @@ def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span
 def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -> Tensor:
     aligned = batch.aligned
     assert aligned is not None
-    assert isinstance(sides.teacher, Hidden), "a plan refuses other targets across tokenizers"
-    assert not term.per_token, "a plan refuses such objectives across tokenizers"
+    assert isinstance(sides.teacher, Hidden), "between two tokenizers, a plan refuses teachers without hidden states"
+    assert not term.per_token, "between two tokenizers, a plan refuses objectives with arguments per token"
     kept = aligned.student >= 0
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
@@ -124,7 +124,7 @@ def rewards(batch: Batch) -> Tensor:
 
 
 def summed(aligned: Aligned, values: Tensor) -> Tensor:
-    """Return the sum (S,) over each span of values (N,) at the student's tokens."""
+    """Return the sum (S,) of values (N,) at the student's tokens over each span (text between common token boundaries)."""
     kept = aligned.student >= 0
     return span_sums(values[kept], aligned.student[kept], aligned.count)
 

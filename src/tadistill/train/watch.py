@@ -90,7 +90,7 @@ def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tenso
     exact = all(teacher.gives_hidden for teacher in models.teachers)
     known = batch.aligned is not None and "teacher" in batch.values
     teachers = models.targets(batch) if not known and (batch.targets or (models.teachers and exact)) else ()
-    beside = teachers if batch.aligned is None else ()  # at the student's own tokens
+    beside = teachers if batch.aligned is None else ()  # the teachers' outputs at the student's own tokens
     mixture = mixture_of(batch)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
