@@ -32,14 +32,14 @@ OnOrSuite = Annotated[
         "--on", help="Test sets, separated by commas: names, JSONL files or hub ids (default: MiniLLM's five; none with --tasks)."
     ),
 ]
-Harness = Annotated[Literal["lm-eval"] | None, typer.Option("--harness", help="Also run tasks of EleutherAI's lm-eval (see --tasks).")]
+Harness = Annotated[Literal["lm-eval"] | None, typer.Option("--harness", help="Also run the --tasks of EleutherAI's lm-eval.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated by commas.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences from this model.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="KEY=VALUE as in a recipe, such as data.template=chat, evaluate.temperature=0, data.limit.test=50.",
+        help="A recipe setting as KEY=VALUE, such as data.template=chat, evaluate.temperature=0, data.limit.test=50.",
         autocompletion=complete.settings,
     ),
 ]

@@ -29,7 +29,7 @@ def report(study: StudyName, runs: Runs = None) -> None:
 @app.command()
 def watch(
     study: StudyName,
-    port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1. 0: any free port.", min=0, max=65535)] = 8765,
+    port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1 (0: any free port).", min=0, max=65535)] = 8765,
     runs: Runs = None,
 ) -> None:
     """Show a running or finished study in the browser, on a page that updates itself. No file is changed.
@@ -85,7 +85,9 @@ def export(
 
 Arms = Annotated[
     list[str] | None,
-    typer.Option("--arm", help="An arm to use. Repeat the option for more arms (default: all).", autocompletion=complete.arm_names),
+    typer.Option(
+        "--arm", help="An arm whose answers are rated. Repeat the option for more arms (default: all).", autocompletion=complete.arm_names
+    ),
 ]
 JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, separated by commas (default: all).")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts per test set, evenly spaced (default: all).")]
@@ -94,7 +96,7 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts pe
 @app.command()
 def judge(
     study: StudyName,
-    model: Annotated[str, typer.Option(help="Name of the judge: a language model of the API --base-url.")],
+    model: Annotated[str, typer.Option(help="Name of the language model that rates, as the API at --base-url knows it.")],
     base_url: Annotated[
         str, typer.Option(envvar="OPENAI_BASE_URL", help="URL of an OpenAI-compatible API. The variable OPENAI_API_KEY has the key.")
     ] = "https://api.openai.com/v1",
@@ -117,7 +119,7 @@ def judge(
             help="A setting of the judge as KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8.",
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send the requests without asking first.")] = False,
     runs: Runs = None,
 ) -> None:
     """Let a language model rate the answers of a study. Replies are saved, so after an interruption the same command continues.

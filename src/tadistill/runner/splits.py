@@ -61,9 +61,9 @@ class Read:
 
     texts: Texts
     counts: dict[tuple[str, str], Counts]
-    """Numbers of rows that are kept, cut and left out, by role and name of a split."""
+    """Counts of kept, cut and left-out rows of each split, by its role (train, dev, test) and name."""
     rows: dict[str, frozenset[int]]
-    """Numbers of the rows of each test set that are kept, by the name of the set."""
+    """Indices of the kept rows of each test set, by the name of the set."""
     unread: str = ""
     """A note that the training set is tokenised later. Then `texts` has upper limits. Empty if all splits have been tokenised."""
     contexts: tuple[OfContext, ...] = ()

@@ -82,7 +82,7 @@ class Context(Generic[AnySpec]):
         self.versions: dict[str, str] = {}
         """Versions of programs that the stage ran in other processes, such as vLLM."""
         self.counts: dict[tuple[str, str], Counts] = {}
-        """Numbers of rows of each split that was encoded, by role and name of the split."""
+        """Counts of kept, cut and left-out rows of each encoded split, by its role (train, dev, test) and name."""
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
