@@ -76,7 +76,7 @@ class StageBuilder:
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return a model. If it has the key `sft`, it is fine-tuned first. `start` replaces the model's own initial weights."""
+        """Return a model as an input of stages, fine-tuned first if it has the key `sft`. `start` replaces its own initial weights."""
         seed = self.seed(name, seed)
         return self._tuned(name, start, seed) if start else self._own(name, seed)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PlannedPhase(NamedTuple):
-    """A phase of a distillation."""
+    """One phase of a distillation: a number of updates with their own settings."""
 
     method: Method
     """The settings of the phase. `optim.steps` is its number of updates."""
@@ -32,7 +32,7 @@ class Turn(NamedTuple):
     teaching: int
     """Number of the model's teacher, counted from 1 in the order of the arm's paths."""
     phase: int
-    """Number of the phase with this teacher, counted from 1."""
+    """Number of the phase among the phases with this teacher, counted from 1."""
     phases: int
     """Number of phases with this teacher."""
     writer: str

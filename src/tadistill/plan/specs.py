@@ -109,7 +109,7 @@ class DistillSpec(TrainingSpec):
     own: OwnCode | None = None  # the function of objective `custom`
     ema: float | None = None
     teacher_data: Encoding | None = None
-    """The settings with which a teacher with another tokenizer tokenises prompts. The loss is then computed over spans of text."""
+    """The settings with which a teacher with another tokenizer tokenises prompts. The loss is then over spans of text. None otherwise."""
 
     @property
     def method(self) -> Method:

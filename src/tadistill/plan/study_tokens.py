@@ -70,11 +70,11 @@ class StudyTokens:
 
     @property
     def families(self) -> list[tuple[str, ...]]:
-        """The models of the arms, in groups that share a tokenizer (families)."""
+        """The models of the arms in families: groups that share a tokenizer."""
         return list(dict.fromkeys(map(self.family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:
-        """Return the models with whose tokenizer the lengths of a model's texts are counted. Empty if all models share a tokenizer."""
+        """Return models that share the tokenizer with which a model's texts are measured. Empty if all models share one tokenizer."""
         roots = {self._root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
 

@@ -192,8 +192,8 @@ def name_of(plan: "Plan", handle: Handle) -> str | None:
         return next((name for name, model in plan.recipe.models.items() if model.api == handle.api), None)
     if not isinstance(handle, Loaded):
         return name_of(plan, handle.of)
-    wanted = handle.source, handle.revision, handle.config
-    return next((name for name, model in plan.recipe.models.items() if (model.load, model.revision, model.config) == wanted), None)
+    alike = [(name, m) for name, m in plan.recipe.models.items() if (m.load, m.revision) == (handle.source, handle.revision)]
+    return next((name for name, m in alike if handle.seed is None or m.config == handle.config), None)  # a seed: new, random weights
 
 
 def layout(recipe: Recipe, stage: Stage) -> Resources:

@@ -211,7 +211,7 @@ def _strategy(search: Search, lattice: Lattice) -> Strategy:
 
 
 class _Training:
-    """Trains the paths of each round, and remembers all stages that the search needed."""
+    """Trains the paths of each round, and collects all stages that the search needed."""
 
     def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Terminal):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console

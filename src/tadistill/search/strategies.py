@@ -123,7 +123,7 @@ class Round:
 
     paths: tuple[ModelPath, ...]
     share: float = 1.0
-    """Share of the updates of each stage that is run. It is below 1 in the short runs of the strategy `halving`."""
+    """Share (0 to 1) of each training's updates that are run. It is below 1 in the short trainings of the strategy `halving`."""
 
 
 Quality = Mapping[ModelPath, float]

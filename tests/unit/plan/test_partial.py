@@ -13,6 +13,7 @@ from tadistill.errors import ConfigError, ModelError, NotHere
 from tadistill.models import sources
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
+from tadistill.plan.task import name_of
 from tadistill.store import Store
 
 RECIPE = "recipes/takd/gpt2-takd.yaml"
@@ -92,6 +93,8 @@ def test_sizes_in_the_recipe_are_enough(tmp_path, monkeypatch):
     assert (sized.arms[0].flops or 0) > 0
     assert not sized.unknown
     assert [*sized.stages] == [*without.stages]  # the sizes are in no key
+    for plan in plans.values():
+        assert [name_of(plan, stage.spec.models["teacher"]) for stage in plan.stages.values() if stage.trains] == ["xl"]
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     found[0] = tmp_path / "config.json"
     with pytest.raises(ModelError, match=r"models.xl: `config` has n_layer: 48, but config.json of `org/xl` has 12; correct or remove"):

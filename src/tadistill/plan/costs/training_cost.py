@@ -62,7 +62,7 @@ class TrainingCost:
     def teach(self, phase: str, texts: Texts, work: Callable[[Texts, float], Work]) -> Work:
         """Add the forward passes of all teachers on `texts`. Return the work of the first teacher.
 
-        With a route, each teacher reads only the rows that it teaches.
+        If each teacher has its own training sets (a route), it reads only their rows.
 
         Args:
             work: a function of the texts that a teacher reads, and of their share (0 to 1) in all rows. It returns the work.

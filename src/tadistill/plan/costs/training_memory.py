@@ -62,7 +62,7 @@ class TrainingMemory:
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
         """Add the memory of the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
 
-        A micro-batch of the plain-text corpus (`corpus`) is in memory together with another one, so both count.
+        A micro-batch of the plain-text corpus (`corpus`) is in memory together with one of training text, so both count.
 
         Args:
             work: the work of the largest micro-batch.
