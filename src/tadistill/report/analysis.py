@@ -158,7 +158,7 @@ def _sharpening(c: Comparison) -> str:
     elif m.curves == "not measured":
         matched = "matched entropy not measured"
     else:
-        matched = "no matched entropy, because the entropies of the two arms' decodings do not overlap"
+        matched = "no matched entropy, because the decodings of one arm do not reach the entropy of the other arm"
     return f"{_sharpening_verdict(c)} Differences from {c.other}: {entropy}; {greedy}; {matched}."
 
 

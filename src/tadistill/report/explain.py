@@ -37,7 +37,8 @@ _TEXTS = {
 def arm_words(results: Results) -> dict[str, str]:
     """Describe each trained arm in a few words, such as "taught by xl through l". The keys of the result are the names of the arms.
 
-    The text for training is named if it is not that of most arms. The objective is named if arms have the same words without it.
+    The text on which an arm trains is named if most arms train on another text. The objective is named if two arms would have the same
+    description without it.
     """
     arms = [arm for arm in results.plan.arms if arm.is_trained]
     taught = [arm for arm in arms if arm.is_taught]

@@ -114,7 +114,7 @@ def _is_clear(row: ForestRow) -> bool:
 
 
 def over_compute(results: Results) -> str:
-    """Return a sentence that names the arms and budgets with a clear difference from the reference arm."""
+    """Return a sentence that names the arms and budgets with a clear difference from the reference arm at the same compute."""
     curves = budget_curves(results)
     gaps = [(curve.name, p.times, p.gap) for curve in curves for p in curve.points if p.gap]
     seeds = min(len(p.summary.per_seed) for curve in curves for p in curve.points)

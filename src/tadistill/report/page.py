@@ -59,7 +59,7 @@ class ArmRow:
     plot: Markup
     best: bool
     words: str
-    """What the arm is, in plain words."""
+    """A short description of the arm, such as "taught by xl through l"."""
     done: str
     """How many seeds are finished, such as ``1/3 seeds``. Empty if all are finished."""
 
@@ -261,7 +261,7 @@ def _prose(sentence: str) -> Markup:
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(visible(sentence))))
     return Markup(
         re.sub(
-            r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|[\d.]+ [kMB](?: parameters)?|95 % interval|\S+ … \S+)",
+            r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|[\d.]+ [kMB](?: parameters)?|95 % interval|[−\d.]+ to [−\d.]+)",
             r'<span class="unbroken">\1</span>',
             marked,
         )

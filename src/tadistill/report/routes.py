@@ -42,7 +42,7 @@ class Route:
         return {model for part in self.parts for model in part[1:]}
 
     def teachers(self, model: str) -> list[tuple[str, ...]]:
-        """Return the teachers of a model, with one entry for each of its distillations, in order."""
+        """Return the teachers of a model: one tuple of teachers for each of its distillations, in order."""
         places = ((part, at) for part in self.parts for at, name in enumerate(part) if at and name == model)
         return [flat(part[:at] if self.dense else part[at - 1 : at]) for part, at in places]
 

@@ -89,7 +89,7 @@ def student_of(results: Results) -> str:
 
 def sized(results: Results, model: str, *, words: bool = False) -> str:
     """Return the name of a model with its number of parameters, such as ``s (23.8 k)``."""
-    if model not in results.plan.parameters:  # the teachers of a route
+    if model not in results.plan.parameters:  # several first teachers, such as `m on maths + xl on chat`
         return in_words(model)
     count = parameters_text(results.plan.parameters[model])
     return f"{model} ({count} parameters)" if words else f"{model} ({count})"

@@ -1,4 +1,5 @@
-"""Cautions for a study whose models have different tokenizers: the measures that are not defined, and the notes of re-tokenised texts."""
+"""Cautions for a study whose models have different tokenizers: measures that are not defined or not comparable, and notes of the stages
+that re-tokenised texts."""
 
 from tadistill.config.route import flat
 from tadistill.metrics import METRICS, metric_title

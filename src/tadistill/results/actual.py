@@ -54,9 +54,10 @@ class UsedRows:
 
 
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
-    """Return the indices of the rows that an evaluation answered, for each test set, in the order of its scores.
+    """Return the numbers of the rows that an evaluation answered, for each test set, in the order of its scores.
 
-    If an earlier version of tadistill did not save these numbers, they are read from the predictions.
+    `corpus` is the content of the evaluation's corpus.json. If an earlier version of tadistill wrote it without row numbers, they are read
+    from the predictions.
     """
     if all("rows" in found for found in corpus.values()):
         return {name: np.asarray(found["rows"], dtype=np.int64) for name, found in corpus.items()}

@@ -30,9 +30,9 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One value of ``results.json``. `low` and `high` are the ends of its 95 % interval over prompts.
+    """One value in the list `rows` of ``results.json``: an arm's mean of a metric on one test set, for one training seed.
 
-    They are None for a metric that has only one value per test set.
+    `low` and `high` are the ends of its 95 % interval over prompts. They are None for a metric that has only one value per test set.
     """
 
     arm: str
@@ -90,9 +90,9 @@ class Results:
     metrics: tuple[str, ...]
     missing: tuple[Missing, ...]
     scores: Mapping[str, Mapping[int, Scores]]
-    """Maps an arm and a training seed to the scores of their finished evaluations."""
+    """Maps an arm and a training seed to the scores of the finished evaluation."""
     numbers: Mapping[str, Mapping[int, Numbers]]
-    """Maps an arm and a training seed to metrics that have one value per test set."""
+    """Maps an arm and a training seed to the values of metrics that have one value per test set."""
     reference_length: Mapping[str, NDArray[np.int64]]
     """Maps a test set to the number of tokens in each prompt's first reference, (N,)."""
     unseen: Mapping[str, float]

@@ -165,6 +165,7 @@ def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucke
 
 MAIN = "main decoding"
 Curves = Literal["matched", "apart", "not measured"]
+"""`matched` if the decodings of both arms enclose the lower of the two main entropies, `apart` if they do not."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def temperatures(results: Results) -> list[str]:
 
 
 def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
-    """Return one point per decoding of an arm, in ascending order of entropy. The main decoding (`evaluate`) is always included.
+    """Return one point for the main decoding (`evaluate`) of an arm and one for each of `decodings`, in ascending order of entropy.
 
     The values of a point are means over training seeds and test sets. A decoding that was not measured is omitted.
     """

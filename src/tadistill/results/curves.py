@@ -132,8 +132,8 @@ class ExposureBias:
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Read two curves of the KL by position in the answer for each test set: in answers of the `student`, and in answers of the `teacher`.
 
-    In a curve, `kl` has the values, and `count` the number of answers that reach each position. A set is left out if
-    the bias is not measured on it.
+    In a curve, `kl` has the values, and `count` the number of answers that reach each position. A set is left out if exposure bias is not
+    measured on it.
     """
     path = store.artifact(key, "exposure.json")
     content = read_json(path, fix=store.redo(key))
@@ -178,8 +178,8 @@ def _exposures(results: Results) -> Mapping[str, ExposureBias]:
 def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
     """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l) for each position l (MiniLLM, section 3.6).
 
-    R(l) is the sum of the KL up to position l after text of the student, and E(l) after text of the teacher. The result is NaN if E(l) is
-    not positive.
+    R(l) is the sum of `student_L`, the KL in answers of the student, up to position l. E(l) is the same sum of `teacher_L`, the KL in
+    answers of the teacher. The result is NaN if E(l) is not positive.
     """
     risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
     positive = expected > 0

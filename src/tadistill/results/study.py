@@ -71,12 +71,13 @@ class PhaseRecord:
 class ArmRecord:
     """One arm (a named path of models) of the plan.
 
-    `evaluate`, `analyse` and `final` map each training seed to the key of a stage. `also` has such a map for each additional decoding.
+    `evaluate`, `analyse` and `final` map each training seed to the key of a stage: the evaluation, the analysis, and the training of the
+    final model. `final` has None for a model that is not trained. `also` maps each additional decoding to its evaluations.
     """
 
     name: str
     path: tuple[str, ...]
-    """The path that ends with the arm's model."""
+    """The last path of the arm, which ends with the arm's model."""
     path_text: str
     """The whole path in the notation of a recipe: ``xl > l > s``."""
     models: tuple[str, ...]
@@ -180,7 +181,7 @@ class StudyPlan:
     """The recipe with all defaults, as plain data."""
     teacher: str | None
     margin: float
-    """Two arms count as equivalent if their difference in the primary metric is at most this margin, in points."""
+    """The largest difference in the primary metric, in points, that counts as no difference."""
     decodings: Mapping[str, Mapping[str, Any]]
     """Maps the name of each additional decoding to the settings that it changes."""
     parameters: Mapping[str, int]
@@ -198,7 +199,7 @@ class StudyPlan:
 
     @property
     def drawn(self) -> str:
-        """A sentence that gives the share of each training set in the rows. It is empty if there is one set."""
+        """A sentence that gives the share of each training set in the training rows. It is empty if there is one set."""
         data = self.recipe["data"]
         shares = training_shares(data)
         return drawn_text(shares, dev="load" not in data["dev"]) if shares else ""
@@ -271,7 +272,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard deviation of each mean difference in the study's report. The keys are (arm, metric).
+    """Return the standard error of each mean difference in the study's report. The keys are (arm, metric).
 
     The result is empty if there is no report.
     """

@@ -133,7 +133,7 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
 
 
 def by_importance(results: Results) -> list[Comparison]:
-    """Return the comparisons of `comparisons`. The first is the one in the answer of a report. The others follow in the plan's order.
+    """Return the result of `comparisons`, with the comparison that a report's answer is about in the first place.
 
     With chains, the first is the chain with the largest difference, and a clear gain comes before all others. Without chains, it compares
     the arm with the highest mean and the next best arm that trains the same student.

@@ -96,9 +96,9 @@ def seeds_to_detect(
 ) -> int | None:
     """Return the number of training seeds with which a comparison on the same prompts detects ``effect`` with probability ``power``.
 
-    ``se`` and ``df`` are fields of the `Difference` of this study, and ``differences_S`` has its mean for each training seed. Both parts of
-    the variance, between seeds and between prompts, are treated as exact. Only the first part becomes smaller with more seeds. The result
-    is None if the second part alone hides the effect.
+    ``se`` and ``df`` are fields of the `Difference` of this study, and ``differences_S`` has the mean difference of each training seed.
+    Both parts of the variance, between seeds and between prompts, are treated as exact. Only the part between seeds becomes smaller with
+    more seeds. The result is None if the part between prompts alone hides the effect.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
     n = len(differences)

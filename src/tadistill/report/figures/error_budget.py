@@ -49,7 +49,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_text(results: Results, b: Budget) -> str:
-    """Return a sentence, without a full stop, on how much the steps above the last assistant add to the divergence."""
+    """Return a sentence, without a full stop, on how much the steps above the last assistant add to the total divergence."""
     added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
     first, total = b.terms[0][1].mean, b.total[1].mean
     if added <= 0 or total <= 0:

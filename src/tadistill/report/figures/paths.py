@@ -16,7 +16,7 @@ from tadistill.results.curves import last_dev_value
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.units import flops_text, interval, number, parameters_text
 
-_ROW = 46  # pixels
+_ROW = 46  # height of a row in pixels
 _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row
 PRUNED = Look("var(--ink)", "circle", "2 5")
 """The look of a line from a model to the model that is pruned from it."""
@@ -39,7 +39,7 @@ class Node:
     start: NodeId | None = None
     """The model from which this model is pruned."""
     others: list[NodeId] = field(default_factory=list)
-    """Further teachers: those of earlier paths, and with `dense` the bigger models of the path."""
+    """Further teachers: those of earlier paths and, with `dense`, all bigger models of the path."""
     itself: bool = False
     """True if the model teaches itself."""
 

@@ -20,9 +20,9 @@ from tadistill.statistics import Difference
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two
 _LINE = 14  # pixels from a line of text to the next
-_PHONE, _BOLD = 325, 1.1  # pixels for which a row has room on a phone, and the width of a bold text relative to a plain one
+_PHONE, _BOLD = 325, 1.1  # pixels: the width of a row on a phone; and the width of a bold text relative to a plain one
 _NEAR = 0.018  # share of the width: points that are closer are moved apart
-_MOST, _LAST = 0.08, 0.985  # shares of the width: how far a point is moved at most, and the place of the last one
+_MOST, _LAST = 0.08, 0.985  # shares of the width: the largest move of a point, and the largest position of the last point
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class ForestRow:
     per_seed: dict[int, float]
     word: str | None
     unequal: bool = False
-    """True if a path with assistants is compared at other compute."""
+    """True if `arm` is a path with assistants, and `other` has different compute."""
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     """Return the baseline of an arm: direct distillation, if possible with the same compute.
 
-    If there is no direct distillation, the baseline is the first competing arm.
+    If there is no direct distillation, the baseline is the first competing arm. Return None for the baseline itself and for the teacher.
     """
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
@@ -56,8 +56,8 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def differences(results: Results) -> list[ForestRow]:
-    """Return the rows of the figure of differences. Paths with assistants come first. Large differences come before small ones. A control
-    has the row ``arm - control``.
+    """Return the rows of the figure of differences. Paths with assistants come first. Large differences come before small ones. The row of
+    a control is the difference ``arm - control``, where `arm` is the arm to which the control belongs.
 
     If a study distils nothing and has at most 15 pairs of models, there is a row for each pair.
     """
@@ -220,9 +220,9 @@ def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) 
 
 
 def _apart(places: Sequence[float]) -> list[float]:
-    """Return the places, moved apart so that no point hides another. `places` are in ascending order.
+    """Return positions along the x axis (0-1), moved apart so that no point hides another. `places` are in ascending order.
 
-    If a point would have to move far, all places are returned unchanged.
+    If a point would have to move far, all positions are returned unchanged.
     """
     moved: list[float] = []
     for place in places:
