@@ -14,7 +14,7 @@ from tadistill.config.data import Data
 from tadistill.data import chat, datasets
 from tadistill.data.prompts import of_one_turn
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
-from tadistill.errors import ModelError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.contexts import contexts_of
@@ -279,8 +279,11 @@ class StudyTokens:
 
     def _source(self, name: str) -> tuple[str, str]:
         model = self.recipe.models[self._root(name)]
-        assert model.tokenizer_source is not None
-        return model.tokenizer_source, model.revision
+        source = model.tokenizer_source
+        assert source is not None
+        if source.startswith("tinyworld") and "/" not in source and source not in TOKENIZERS:
+            raise ConfigError(f"models.{name}.tokenizer: tinyworld has no tokenizer `{source}`; write {' or '.join(TOKENIZERS)}")
+        return source, model.revision
 
     # --- the data -------------------------------------------------------------------------------------------------------
 

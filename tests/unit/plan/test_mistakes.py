@@ -95,6 +95,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         (OWN, "https://huggingface.co/org/name/tree/main", 5, "is a web address; write the hub id `org/name`"),
         ("[chat.jsonl]", "['https://example.org/x.jsonl']", 12, "is a web address; download the file and write its path"),
         ("  direct: xl > s", "  - xl > s", 15, "write lines of the form NAME: … below arms, for instance direct: xl > s"),
+        ("tokenizer: tinyworld", "tokenizer: tinyworld-bp", 6, "no tokenizer `tinyworld-bp`; write tinyworld or tinyworld-bpe"),
         (OWN, "x.gguf", 5, "GGUF file `x.gguf` does not exist: there is no `x.gguf` in"),
     ],
 )  # fmt: skip
