@@ -28,9 +28,7 @@ app = typer.Typer()
 On = Annotated[str, typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids.")]
 OnOrSuite = Annotated[
     str | None,
-    typer.Option(
-        "--on", help="Test sets, separated by commas: names, JSONL files or hub ids (default: MiniLLM's five; none with --tasks)."
-    ),
+    typer.Option("--on", help="Comma-separated test sets: names, JSONL files or hub ids (default: MiniLLM's five; none with --tasks)."),
 ]
 Harness = Annotated[Literal["lm-eval"] | None, typer.Option("--harness", help="Also run the --tasks of EleutherAI's lm-eval.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated by commas.")]
@@ -67,9 +65,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    models: Annotated[
-        list[str], typer.Argument(help="Two or more models: Hub ids, directories, .gguf files, or wheel://…", metavar="MODEL MODEL …")
-    ],
+    models: Annotated[list[str], typer.Argument(help="Two or more models, as in `tadistill eval`.", metavar="MODEL MODEL …")],
     on: On = "dolly",
     seeds: Seeds = "10",
     teacher: Teacher = None,

@@ -46,12 +46,7 @@ def watch(
 @app.command()
 def export(
     study: StudyName,
-    arm: Annotated[
-        str,
-        typer.Argument(
-            help="The arm (a name under `arms` of the recipe) whose model is copied.", metavar="ARM", autocompletion=complete.arm_names
-        ),
-    ],
+    arm: Annotated[str, typer.Argument(help="Name of the arm whose model is copied.", metavar="ARM", autocompletion=complete.arm_names)],
     target: Annotated[
         Path | None, typer.Argument(help="The new directory for the copy; not needed with --push.", metavar="[TARGET]")
     ] = None,
@@ -85,9 +80,7 @@ def export(
 
 Arms = Annotated[
     list[str] | None,
-    typer.Option(
-        "--arm", help="An arm whose answers are rated. Repeat the option for more arms (default: all).", autocompletion=complete.arm_names
-    ),
+    typer.Option("--arm", help="An arm to rate. Repeat the option for more arms (default: all).", autocompletion=complete.arm_names),
 ]
 JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, separated by commas (default: all).")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts per test set, evenly spaced (default: all).")]
@@ -101,10 +94,7 @@ def judge(
         str, typer.Option(envvar="OPENAI_BASE_URL", help="URL of an OpenAI-compatible API. The variable OPENAI_API_KEY has the key.")
     ] = "https://api.openai.com/v1",
     mode: Annotated[
-        str,
-        typer.Option(
-            help="pair: choose the better of two answers. score: rate each answer as MiniLLM does, in % of the reference's score."
-        ),
+        str, typer.Option(help="pair: choose the better of two answers. score: rate as MiniLLM does, in % of the reference's score.")
     ] = "pair",
     arm: Arms = None,
     against: Annotated[

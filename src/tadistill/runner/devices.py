@@ -18,17 +18,13 @@ class Devices:
     """The GPUs that the running stages use. A stage gets one GPU for each of its processes, or more for vLLM."""
 
     def __init__(self, names: Sequence[str], jobs: int):
-        """
-        Args:
-            names: the GPUs of this machine, as in CUDA_VISIBLE_DEVICES. Empty if it has none.
-            jobs: the largest number of stages that run at the same time. If it exceeds the number of GPUs, several stages share a GPU.
-        """
+        """`names` are the GPUs, if there are any. With more `jobs` (stages at the same time) than GPUs, several stages share a GPU."""
         self.names, self.share = names, -(-jobs // max(len(names), 1))
         self._taken: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     def visible(cls, jobs: int) -> "Devices":
-        """Return an object for all GPUs that this process may use. `jobs` is explained in `__init__`."""
+        """Return an object for all GPUs that this process may use, and for at most `jobs` stages at the same time."""
         count = gpus()
         return cls(visible_gpus(count)[:count], jobs)
 
