@@ -50,8 +50,7 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
     value = dot(p, log_p.sub_(log_q))
-    # the slope is q - p
-    slope = log_q.exp_().sub_(p).masked_fill_(student_logits < LOG_ZERO, 0)
+    slope = log_q.exp_().sub_(p).masked_fill_(student_logits < LOG_ZERO, 0)  # q - p
     return value, _over(slope, temperature)
 
 

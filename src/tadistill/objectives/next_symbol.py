@@ -132,7 +132,7 @@ class _Next:
     """One model's distribution of the next symbol at each place, as far as it is known."""
 
     probs: Tensor
-    """(X, width) probabilities. The last one is the probability that the token has ended, so that its next symbol is not known."""
+    """(X, width) probabilities. The last one is the probability that the token has ended, so that the next symbol is not known."""
     known: Tensor
     """(X, width) bool. False for a symbol whose probability is only partly in `probs`: a shorter token may have ended."""
 
@@ -287,8 +287,7 @@ class _Walk:
         return (at_least_float32(logits) / self.temperature).softmax(-1)
 
     def gradients(self, slopes: Tensor) -> list[tuple[Tensor, tuple[Any, Tensor, Any]]]:
-        """Return the indices of some tokens and the arguments of a `Part` there, for each kind of group. The gradient of all these parts is
-        that of sum_nk slopes_nk sums_nk."""
+        """Return token indices and the arguments of a `Part` for each `_Kind`. The parts have the gradient of sum_nk slopes_nk sums_nk."""
         return [
             (kind.rows, (partial(self._value, kind, slopes), torch.ones(1, 1, device=self.device), partial(self._slope, kind, slopes)))
             for kind in self.kinds

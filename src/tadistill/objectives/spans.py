@@ -117,9 +117,8 @@ def fused_span_divergence(
     temperature: float = 1.0,
     **parameters: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of a divergence over spans (texts between common token boundaries of student and teacher).
-
-    No tensor of shape [tokens, vocabulary] is built for either model.
+    """Return the weighted sum of a divergence over spans (texts between common token boundaries of student and teacher). No tensor of shape
+    [tokens, vocabulary] is built for either model.
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models and no other tensor.

@@ -65,8 +65,10 @@ class Spelling:
         keys = [(s,) for s in spelled] if roots is None else [(s[:n], cell, s[n:]) for s, (cell, n) in zip(spelled, roots, strict=True)]
         own = spelled if roots is None else [(*s[:1], *s[n:]) for s, (_, n) in zip(spelled, roots, strict=True)]
         self.order = np.array(sorted(range(len(spelled)), key=keys.__getitem__), np.int64)
+        """The ids (V,) of all tokens, sorted by their symbols."""
         self.lengths = np.array([len(token) for token in own], np.int64)
         self.table = np.full((len(own), int(self.lengths.max(initial=0)) + 1), _NOTHING, np.int16)
+        """The symbols of each token, a row per token. Rows are filled up with -1."""
         for token, written in enumerate(own):
             self.table[token, : len(written)] = written
         self._sorted = self.table[self.order]

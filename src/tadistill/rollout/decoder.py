@@ -49,7 +49,7 @@ class Way:
 
 _GROUPS = "padding changes their logits, so only prompts of equal length are answered together"
 _GROUPS_TO_THE_END = f"{_GROUPS}, and finished answers stay in the batch, because single rows cannot be removed from their cache"
-_WHOLE = "no cache gives the same logits as a forward pass over the whole text, so the whole text is read again for each new token"
+_WHOLE = "no cache gives the same logits as a forward pass over the whole text, so each new token needs a pass over the whole text"
 WAYS = (
     Way("ours"),
     Way("ours", masked="first"),

@@ -153,8 +153,7 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
     found = []
     for s in stored:
         values = {name: tensor.numpy() for name, tensor in s["values"].items()}
-        own = s.get("teacher_prompt")  # earlier versions do not store it
-        own = None if own is None else tuple(own)
+        own = None if s.get("teacher_prompt") is None else tuple(s["teacher_prompt"])  # earlier versions do not store it
         kept: dict[str, Any] = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in s.get("second", {}).items()}
         second = SecondReading(**kept) if kept else None
         prompt, response, states = (tuple(s[name]) for name in ("prompt", "response", "states"))

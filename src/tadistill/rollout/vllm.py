@@ -152,8 +152,8 @@ class Vllm:
         apart, size = np.abs(log_q - found.values["student"]).mean(), max(1.0, np.abs(log_q).mean())
         if not apart <= _APART[self.launch.dtype] * size:
             raise StageFailed(
-                f"vLLM gives tokens of this {self.student.config.model_type} model other probabilities than transformers (the "
-                f"log-probabilities differ by {apart:.3g} nats on average), so vLLM cannot write this model's text; use `engine: native`"
+                f"vLLM computes other probabilities than transformers for this {self.student.config.model_type} model (log-probabilities "
+                f"differ by {apart:.3g} nats on average), so vLLM cannot sample from it; use `engine: native`"
             )
 
     # --- the process ----------------------------------------------------------------------------------------------------
@@ -281,8 +281,7 @@ def _environment(launch: Launch) -> dict[str, str]:
 
 
 def _end(process: "subprocess.Popen[str]", patience: float) -> None:
-    # The process is killed after `patience` seconds, because nothing in it is needed. Workers of several GPUs need this time to free their
-    # shared memory.
+    # nothing in the process is needed, so it is killed after `patience` seconds, in which workers of several GPUs free their shared memory
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(OSError):  # closing also sends what is still buffered, which fails if the process has ended

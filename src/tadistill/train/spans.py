@@ -26,9 +26,7 @@ from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
 
-# tokens from the end of a span to its reward; on real text, spans then depend on later text at less than 1 % of the positions
-# (docs/concepts/tokenizers.md)
-_DELAY = 1
+_DELAY = 1  # tokens from a span's end to its reward; then later text can change it at less than 1 % of places (docs/concepts/tokenizers.md)
 
 
 @dataclass(frozen=True)

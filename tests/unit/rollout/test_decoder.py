@@ -60,7 +60,7 @@ def test_a_memory_that_forgets_is_not_used():
     assert way_of(model) == next(way for way in WAYS if way.memory == "none")
     assert slower(model) == (
         "models of type llama are sampled more slowly: no cache gives the same logits as a forward pass over the "
-        "whole text, so the whole text is read again for each new token"
+        "whole text, so each new token needs a pass over the whole text"
     )
 
 
