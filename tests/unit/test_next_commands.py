@@ -47,7 +47,7 @@ def test_the_report_as_an_event(tmp_path, capsys):
     event = json.loads(capsys.readouterr().out)
     assert event["event"] == "report"
     assert event["page"] == str(study.study_dir / "report.html")
-    assert event["answer"].startswith("Distilling through")
+    assert event["answer"].startswith("Distillation through")
 
 
 def test_options_that_contradict_each_other():
