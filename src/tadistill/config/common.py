@@ -29,6 +29,16 @@ def _name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 """The name of a study, a model or an arm. It must also be usable as a file name and as an argument of a command."""
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} contain a seed twice; give each seed only once")
+    return seeds
+
+
+Seeds = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_distinct)]
+"""One or more random seeds, all different."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Modest = Annotated[float, Field(ge=-100, le=100)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Strict
+from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Seeds, Strict
 from tadistill.errors import ConfigError
 from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
@@ -16,14 +16,14 @@ TASK_FILE = (".yaml", ".yml")
 class OtherDecoding(Decoding):
     """Another way to sample responses to the test sets. A field that is left out has the value of the main settings, `evaluate`."""
 
-    seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
+    seeds: Seeds = (10,)
     """Seeds of this sampling. The default is the first of the main seeds, `evaluate.seeds`."""
 
 
 class Evaluate(Decoding):
     """Settings of evaluation on the test sets. The dev set uses them too, for metrics that need sampled text."""
 
-    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
+    seeds: Seeds = (10, 20, 30, 40, 50)
     """Seeds for sampling responses (the default is MiniLLM's five). Each seed gives one response to every test prompt. On the dev set, only
     the first seed is used."""
     samples: int | None = Field(default=None, ge=1, le=10_000)
@@ -49,13 +49,6 @@ class Evaluate(Decoding):
         "t0.5": OtherDecoding(temperature=0.5),
     }
     """Other ways to sample responses to the test sets, each with a name. The report shows their metrics as METRIC@NAME."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ValueError(f"decoding seeds {list(seeds)} contain a seed twice; give each seed only once")
-        return seeds
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ def check_pairing(method: "Method") -> None:
     """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer settings do not fit together."""
     method.sampler.check()
     _check_text(method)
+    _check_uses_of_teacher(method)
     _check_signal(method)
     method.select.check()
     _check_engine(method)
@@ -75,20 +76,26 @@ def _check_text(method: "Method") -> None:
         raise ConfigError(f"sampler `{sampler.type}` trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
 
 
+def _check_uses_of_teacher(method: "Method") -> None:
+    objective, signal = method.objective, method.signal
+    for key, used in (("dense", objective.needs_teacher), ("context", method.uses_teacher), ("ema", objective.needs_teacher)):
+        if getattr(method, key) is not None and not used:
+            raise ConfigError(
+                f"objective `{objective.type}` uses no teacher, so `{key}` has no effect; use an objective with a teacher, such as "
+                f"`reverse_kl`, or remove `{key}`"
+            )
+    if signal and not objective.needs_teacher:
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
+        )
+
+
 def _check_signal(method: "Method") -> None:
     objective, signal = method.objective, method.signal
     if method.dense and not isinstance(signal, HiddenSignal | None):
         raise ConfigError(
             f"`dense` averages the teachers' whole distributions, but sampler.signal `{signal.type}` does not record them; use "
             "`signal: {type: hidden}`"
-        )
-    if method.dense and not objective.needs_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so `dense` has no effect; use an objective with a teacher, such as `reverse_kl`"
-        )
-    if signal and not objective.needs_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
@@ -107,12 +114,7 @@ def _check_signal(method: "Method") -> None:
 
 
 def _check_context(method: "Method") -> None:
-    objective, sampler = method.objective, method.sampler
-    if not method.uses_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so `context` has no effect; use an objective with a teacher, such as "
-            "`reverse_kl`, or remove `context`"
-        )
+    sampler = method.sampler
     if sampler.guided:
         fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
         raise ConfigError(
@@ -128,11 +130,6 @@ def _check_context(method: "Method") -> None:
 
 def _check_ema(method: "Method") -> None:
     objective, sampler = method.objective, method.sampler
-    if not objective.needs_teacher:
-        raise ConfigError(
-            f"objective `{objective.type}` uses no teacher, so `ema` has no effect; use an objective with a teacher, such as "
-            "`reverse_kl`, or remove `ema`"
-        )
     if method.signal:
         raise ConfigError(
             f"sampler.signal `{method.signal.type}` records the teacher's outputs before training, but with `ema` the teacher changes "

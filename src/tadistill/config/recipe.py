@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.api import Api
 from tadistill.config.arm import Arm, Budgets
-from tadistill.config.common import Name, Strict
+from tadistill.config.common import Name, Seeds, Strict
 from tadistill.config.controls import with_controls
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
@@ -35,7 +35,7 @@ class Recipe(Strict):
 
     study: Annotated[Name, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the study. Its folder has the same name."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     """Training seeds. Every arm is trained once with each seed."""
     models: dict[Name, ModelConfig] = Field(min_length=1)
     """The models of the study. Each has a name of your choice, which paths and reports use."""
@@ -75,8 +75,6 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self):
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} contain a seed twice; give each seed only once")
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
         if self.budgets:

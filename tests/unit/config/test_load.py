@@ -66,6 +66,7 @@ def test_an_empty_mapping_empties(recipe):
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("seeds=[1,1]", ["contain a seed twice"]),
+        ("evaluate.also.greedy.seeds=[3,3]", ["`evaluate.also.greedy.seeds` [3, 3] contain a seed twice"]),
         ("nonsense", ["has no `=`"]),
         ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
     ],
