@@ -161,6 +161,7 @@ def _arms(plan: Plan) -> Table:
         if arm.arm.learners:  # without a teacher, these settings have no effect
             path += ", context" if arm.method.context else ""
             path += f", EMA {arm.method.ema:g}" if arm.method.ema is not None else ""
+        path += f", {arm.arm.controls.words}" if arm.arm.controls else ""
         asked = ["–" if arm.asked is None else f"{arm.asked:.2e}"] if asks else []
         rule = "\n".join(filter(None, (arm.arm.compute, arm.arm.teacher_budget and f"teacher {arm.arm.teacher_budget}")))
         table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), *asked, rule)

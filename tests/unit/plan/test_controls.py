@@ -1,12 +1,14 @@
 """Controls in a plan: which model teaches, what counts as compute, and what the plan says."""
 
 import io
+from typing import get_args
 
 import pytest
 from rich.console import Console
 from tests.unit.plan.test_plan import recipe
 
 from tadistill.config import validate
+from tadistill.config.controls import Control, Kind
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.inputs import RandomWeights
@@ -56,6 +58,14 @@ def test_the_plan_says_what_controls_cost(plan, tmp_path):
     assert "Controls and equal-compute baselines (takd-equal-compute, takd-no-teacher, takd-tempered, takd-random-teacher) need" in (
         console.file.getvalue()
     )
+
+
+def test_the_plan_says_who_teaches_in_a_control(plan, tmp_path):
+    console = Console(file=io.StringIO(), width=400)
+    preview.print_plan(plan, Store(tmp_path), console)
+    text = console.file.getvalue()
+    for kind in get_args(Kind):
+        assert f"xl > s, {Control(kind, 'takd').words}" in text
 
 
 def test_the_plan_says_that_fair_adds_nothing(tmp_path):
