@@ -5,7 +5,6 @@ They are in `recipes/` of the repository, and in the folder `recipes` of an inst
 
 import functools
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import tadistill
@@ -25,7 +24,8 @@ def shipped() -> dict[str, Path]:
     """Return the recipes of the package, as a mapping from name to file. A name is the file's path in the recipes' folder, without
     `.yaml`."""
     folder = recipes_folder()
-    return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"), key=_place)}
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def summary(recipe: Path) -> str:
@@ -65,7 +65,3 @@ def _named(path: Path) -> Path | None:
     name = name.removeprefix("recipes/")
     ends = [full for full in shipped() if full.rsplit("/", 1)[-1] == name]
     return shipped().get(name) or (shipped()[ends[0]] if len(ends) == 1 else None)
-
-
-def _place(path: Path) -> tuple[int, Iterable[str]]:
-    return len(path.parts), path.parts
