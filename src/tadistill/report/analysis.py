@@ -226,7 +226,8 @@ def _compute(results: Results, c: Comparison) -> str:
     )
     if gap.low <= 0:
         return f"There is no clear gain that compute could explain. {numbers}"
-    share = f"More training without an assistant closes {100 * closed.mean / gap.mean:.0f} % of the gap between {direct.name} and {c.arm}"
+    share = f"{100 * closed.mean / gap.mean:.0f} %" if closed.mean > 0 else "no part"
+    share = f"More training without an assistant closes {share} of the gap between {direct.name} and {c.arm}"
     if closed.low <= 0:
         return f"Compute is not shown to explain the gain. {numbers} {share}, which may be chance."
     return f"Compute explains a part of the gain. {numbers} {share}."

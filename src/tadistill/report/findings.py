@@ -158,10 +158,13 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
         return "How training went"
     rising = [curve.name for curve in found if int(np.argmax(curve.mean[1])) == len(curve.mean[1]) - 1]
     title = metric_title(primary_metric(results))
-    if not rising:
-        return f"All {len(found)} arms had their best {title} on dev before the end of training"
-    of = f"all {len(found)}" if len(rising) == len(found) else f"{len(rising)} of {len(found)}"
-    return _sentence(f"{of} arms had their best {title} on dev at the end: more training may still help them")
+    them = "it" if len(found) == 1 else "them"
+    when = f"at the end: more training may still help {them}" if rising else "before the end of training"
+    if len(found) == 1:
+        return f"{found[0].name} had its best {title} on dev {when}"
+    everyone = "Both" if len(found) == 2 else f"All {len(found)}"
+    arms = everyone if len(rising) in (0, len(found)) else f"{len(rising)} of {len(found)}"
+    return f"{arms} arms had their best {title} on dev {when}"
 
 
 def answers(results: Results, found: Samples) -> str:

@@ -329,7 +329,7 @@ def _cost(results: Results) -> str:
     times = ""
     if direct and direct.flops and direct.name != arm.name:
         times = f", {(arm.flops or 0.0) / direct.flops:.2f} times direct distillation ({direct.name})"
-    first = f"Training one {arm.name} costs {flops_text(arm.flops)} FLOPs{times}"
+    first = f"Training {arm.name} with one seed costs {flops_text(arm.flops)} FLOPs{times}"
     return f"{first}; the study's {spent}." if spent else f"{first}."
 
 

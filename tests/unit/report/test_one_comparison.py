@@ -11,11 +11,12 @@ from tadistill.report.explain import arm_words, cautions, needed_text
 from tadistill.report.figures.error_budget import budget_notes
 from tadistill.report.figures.paths import lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
-from tadistill.report.findings import against, answers, behaviour, paths
+from tadistill.report.findings import against, answers, behaviour, learning, paths
 from tadistill.report.record import distillations
 from tadistill.report.routes import steps, taught
 from tadistill.report.text import answer
 from tadistill.results.compare import direct_of
+from tadistill.results.curves import Curve
 from tadistill.results.samples import samples, shown_first
 from tadistill.results.units import number
 from tadistill.results.verdict import by_importance, comparisons
@@ -103,6 +104,20 @@ def test_the_heading_of_the_comparison_says_better_and_worse(results):
         side = "better" if row.difference.mean > 0 else "worse"
         clear = row.word is None and not row.difference.covers_zero
         assert bool(re.search(rf"{row.arm.name}\b[^;]* clearly {side}[^;]* than {row.other.name}", rest)) == clear
+
+
+@pytest.mark.parametrize(
+    ("rising", "said"),
+    [
+        ([True], "a0 had its best ROUGE-L on dev at the end: more training may still help it"),
+        ([True, True], "Both arms had their best ROUGE-L on dev at the end: more training may still help them"),
+        ([True, False, False], "1 of 3 arms had their best ROUGE-L on dev at the end: more training may still help them"),
+        ([False, False, False], "All 3 arms had their best ROUGE-L on dev before the end of training"),
+    ],
+)
+def test_the_heading_of_the_learning_curves_counts_arms(results, rising, said):
+    found = [Curve(f"a{i}", f"a{i}", "dev/rouge_l", ([1, 2, 3], [1.0, 3.0, 4.0 if up else 2.0]), {}) for i, up in enumerate(rising)]
+    assert learning(results, found) == said
 
 
 def test_an_arm_without_an_error_budget_is_explained(results):

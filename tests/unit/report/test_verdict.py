@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tadistill.report.explain import caution_texts, cautions, sample_text, verdict_text
+from tadistill.report.findings import against
 from tadistill.report.text import answer
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import Mechanism
@@ -121,6 +122,7 @@ def test_a_sharper_arm_is_called_sharpening(tmp_path):
     assert comparison.mechanism.at_entropy == pytest.approx(results.summaries["chain", MEAN, "entropy"].mean)
     assert "The gain is not credited to the path, but to sharpening: " in verdict_text(results, comparison)
     assert comparison.credit == "sharpening"
+    assert against(results) == "chain is clearly better than twin"  # and no second row for twin - chain
 
 
 def test_entropies_that_do_not_overlap_are_said_to_be_apart(tmp_path):

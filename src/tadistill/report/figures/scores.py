@@ -69,7 +69,7 @@ def differences(results: Results) -> list[ForestRow]:
     compared_arms = [(arm, reference_of(results, arm)) for arm in results.plan.arms if arm.control is None]
     for arm, other in [*compared_arms, *control_pairs(results)]:
         compared = compare(results, arm.name, other.name, metric) if other else None
-        if other and compared:
+        if other and compared and (other.name, arm.name) not in words:
             per_seed = differences_per_seed(results, arm.name, other.name, metric)
             found.append(ForestRow(arm, other, compared[0], per_seed, *words.get((arm.name, other.name), (None, False))))
     return sorted(found, key=lambda entry: (not entry.arm.has_assistant, -entry.difference.mean))
