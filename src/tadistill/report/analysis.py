@@ -186,7 +186,8 @@ def _steps(results: Results, c: Comparison) -> list[str]:
         if arm.across:
             steps = listed([marked(path_text(step), [step]) for step in arm.across])
             return [f"The error of each step is not defined across vocabularies ({steps}). See the bits per byte instead."]
-        return ["The error of each step is not measured: this arm has no error budget."]
+        why = "the arm has no error budget" if arm.is_chain else "no assistant teaches the student"
+        return [f"The error of each step is not measured, because {why}."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
     sets = sets_with(results, terms[0])
     added = summarise([np.sum([stack(results, arm.name, seeds, n, t) for t in terms[1:]], axis=0) for n in sets], seeds, terms[1])
