@@ -305,7 +305,5 @@ def _short(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
 
 
-def _spread_out(points: Sequence[tuple[float, float]], count: int = 4) -> list[tuple[float, float]]:
-    if len(points) <= count:
-        return list(points)
-    return [points[round(index * (len(points) - 1) / (count - 1))] for index in range(count)]
+def _spread_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return list(points) if len(points) <= 4 else [points[round(index * (len(points) - 1) / 3)] for index in range(4)]

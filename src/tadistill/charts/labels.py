@@ -123,11 +123,10 @@ def _drawn(label: Label, spot: _Spot, width: int) -> str:
 
 def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
     heights = spread([label.y for label in labels], _HIGH, box)
-    found: list[str] = []
-    for label, y in zip(labels, heights, strict=True):
-        text = f'<text class="label" data-arm="{safe(label.name)}" x="100%" dx="8" y="{y + 4:.1f}">{safe(label.text)}</text>'
-        found.append(text)
-    return found
+    return [
+        f'<text class="label" data-arm="{safe(label.name)}" x="100%" dx="8" y="{y + 4:.1f}">{safe(label.text)}</text>'
+        for label, y in zip(labels, heights, strict=True)
+    ]
 
 
 def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:

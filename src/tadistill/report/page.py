@@ -261,7 +261,7 @@ def _prose(sentence: str) -> Markup:
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(visible(sentence))))
     return Markup(
         re.sub(
-            r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|[\d.]+ [kMB](?: parameters)?|\d+ %(?: interval)?|[−\d.]+ to [−\d.]+)",
+            r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|[\d.]+ [kMB](?: parameters)?|\d+ % (?:interval|chance)|[−\d.]+ to [−\d.]+)",
             r'<span class="unbroken">\1</span>',
             marked,
         )

@@ -19,7 +19,7 @@ from tadistill.report.findings import sections
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
 from tadistill.report.text import answer
 from tadistill.results.budgets import BudgetCurve, budget_curves
-from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric
+from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
 from tadistill.results.curves import exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.verdict import Comparison, comparisons, pairs
@@ -95,7 +95,7 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
         "teacher_budget": arm.teacher_budget,
         "teacher_tokens": arm.teacher_tokens,
         "flops": row.flops,
-        "relative": None if row.relative is None else _rounded(row.relative),
+        "relative": None if row.relative is None else rounded(row.relative),
         "relative_to": row.direct,
         "seeds": sorted(results.scores[arm.name]),
         "planned_seeds": sorted(arm.evaluate),
@@ -107,8 +107,8 @@ def means(results: Results) -> list[dict[str, Any]]:
     """Return the means over training seeds that the page shows: one for each test set, and the mean over all sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
-        ends = {name: None if (end := getattr(s, name, None)) is None else _rounded(end) for name in ("low", "high")}
-        found.append({"arm": arm, "set": of_set, "metric": metric, "value": _rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
+        ends = {name: None if (end := getattr(s, name, None)) is None else rounded(end) for name in ("low", "high")}
+        found.append({"arm": arm, "set": of_set, "metric": metric, "value": rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
     return found
 
 
@@ -152,19 +152,19 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "prompts": c.n_prompts,
         "seeds": list(c.seeds),
         **_difference(c.difference),
-        "p": _rounded(c.difference.p),
-        "p_holm": _rounded(c.p_holm),
+        "p": rounded(c.difference.p),
+        "p_holm": rounded(c.p_holm),
         "comparisons": c.family,
         "sign_flip": None if c.sign_flip is None else asdict(c.sign_flip),
         "margin": c.margin,
         "equivalent": c.equivalent,
-        "detectable": None if c.detectable is None else _rounded(c.detectable),
+        "detectable": None if c.detectable is None else rounded(c.detectable),
         "seeds_needed": c.seeds_needed,
         "per_seed": _per_seed(c.per_seed),
         "verdict": c.word,
         "credit": c.credit,
         "controls": {name: None if d is None else _difference(d) for name, d in controls.items()},
-        "matched_entropy": None if why is None or why.at_entropy is None else _rounded(why.at_entropy),
+        "matched_entropy": None if why is None or why.at_entropy is None else rounded(why.at_entropy),
         "selection": None if c.selection is None else asdict(c.selection),
         "decoding_seeds": list(c.decoding_seeds),
     }
@@ -205,7 +205,7 @@ def distillations(results: Results) -> list[dict[str, Any]]:
             facts = {"teacher": nodes[node.parent].model, "student": node.model, "method": node.kind, "flops": node.flops}
             facts["pruned_from"] = nodes[node.start].model if node.start else None
             facts["more_teachers"] = [nodes[at].model for at in node.others]
-            found.append({"arms": [arm.name for arm in node.arms]} | facts | {"dev": None if dev is None else _rounded(dev)})
+            found.append({"arms": [arm.name for arm in node.arms]} | facts | {"dev": None if dev is None else rounded(dev)})
     return found
 
 
@@ -255,19 +255,15 @@ def calibration(results: Results) -> list[dict[str, Any]]:
 
 
 def _summary(s: Summary) -> dict[str, Any]:
-    return {"value": _rounded(s.mean), "low": _rounded(s.low), "high": _rounded(s.high)}
+    return {"value": rounded(s.mean), "low": rounded(s.low), "high": rounded(s.high)}
 
 
 def _per_seed(values: Mapping[int, float]) -> dict[str, float]:
-    return {str(seed): _rounded(value) for seed, value in values.items()}
+    return {str(seed): rounded(value) for seed, value in values.items()}
 
 
 def _difference(d: Difference) -> dict[str, float]:
-    return {name: _rounded(value) for name, value in (("mean", d.mean), ("low", d.low), ("high", d.high))}
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 6) + 0.0
+    return {name: rounded(value) for name, value in (("mean", d.mean), ("low", d.low), ("high", d.high))}
 
 
 def _csv(results: Results) -> str:

@@ -259,9 +259,9 @@ def _rows(results: Results) -> tuple[Row, ...]:
                             seed=seed,
                             set=set_name,
                             metric=metric,
-                            value=_rounded(value),
-                            low=None if low is None else _rounded(low),
-                            high=None if high is None else _rounded(high),
+                            value=rounded(value),
+                            low=None if low is None else rounded(low),
+                            high=None if high is None else rounded(high),
                             stage=_stage(arm, seed, metric),
                         )
                     )
@@ -277,7 +277,8 @@ def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> d
     return {address: macro_interval([of[None]], bounds=metric_of(address[2]).bounds) for address, of in values.items()}
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Return a value as ``results.json`` has it: with 6 decimals, and without a minus sign before 0."""
     return round(float(value), 6) + 0.0
 
 

@@ -176,11 +176,9 @@ class CostPoint:
 def cost_points(results: Results, model: str) -> list[CostPoint]:
     """Return the arms that train `model` and have known FLOPs. Cheap arms come first."""
     metric = primary_metric(results)
-    known = [
-        (arm, arm.flops, s) for arm in results.plan.arms if arm.model == model and (s := results.summaries.get((arm.name, MEAN, metric)))
-    ]
-    paid = sorted(((arm, flops, s) for arm, flops, s in known if flops), key=lambda entry: entry[1])
-    return [CostPoint(arm, flops, s) for arm, flops, s in paid]
+    arms = [arm for arm in results.plan.arms if arm.model == model]
+    found = [CostPoint(arm, arm.flops, s) for arm in arms if arm.flops and (s := results.summaries.get((arm.name, MEAN, metric)))]
+    return sorted(found, key=lambda point: point.flops)
 
 
 def cost_figure(results: Results, model: str) -> Chart | None:
