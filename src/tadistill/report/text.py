@@ -276,7 +276,7 @@ def _against_sft(results: Results) -> str:
     ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
     known = {w: ds for w, m in ways.items() if (ds := [(d, a) for a in distilled if (d := difference(results, a.name, tuned.name, m))])}
     if not known:
-        return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: they share no finished seed."
+        return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: no finished training seed is common to both."
     every = [(way, d, arm) for way, ds in known.items() for d, arm in ds]
     adjusted = [(*each, p) for each, p in zip(every, holm([d.p for _, d, _ in every]), strict=True) if not each[1].covers_zero]
     clear = {way: [(d, arm) for w, d, arm, p in adjusted if w == way and p < _ALPHA] for way in known}

@@ -1,4 +1,4 @@
-"""Read the files of finished evaluations and analyses: scores, numbers of whole sets, and predictions.
+"""Read the files of finished evaluations and analyses: scores, values of metrics with one value per test set, and predictions.
 
 If a file cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
 """
@@ -65,9 +65,9 @@ def _table(values: Any) -> NDArray[np.float64] | str:
 
 
 def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
-    """Read the results of an evaluation for whole test sets, by the name of the set.
+    """Read what an evaluation measured on each test set as a whole. The result maps the name of a set to its values.
 
-    Each set has the keys `numbers`, `calibration`, `reference_length`, `rows` and `unseen`.
+    The keys of the values are `numbers`, `calibration`, `reference_length`, `rows` and `unseen`.
     """
     path = store.artifact(key, "corpus.json")
     content = read_json(path, fix=store.redo(key))
