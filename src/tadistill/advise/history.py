@@ -29,7 +29,7 @@ class EdgeMeasures:
     """Measures of a teacher and a learner. None means not measured. KLs are in nats per token. k is `advise.measures.TOP_K`."""
 
     size_ratio: float | None = None
-    """The teacher's number of parameters divided by the learner's number of parameters."""
+    """The teacher's number of parameters divided by that of the model which learns from it."""
     reverse_kl: float | None = None
     """KL(learner || teacher) on the learner's samples, before distillation."""
     forward_kl: float | None = None

@@ -54,7 +54,7 @@ class TeacherContext(Strict):
         if self.chat is False and self.system is not None:
             raise ValueError("`system` needs a chat template, but `chat` is false; remove one of the two keys")
         if self.chat is False and self.template is None:
-            raise ValueError("without a chat template (`chat: false`), the context needs the text of the prompt; set `template`")
+            raise ValueError("with `chat: false`, `template` must contain the whole prompt of the teacher; set `template`")
         return self
 
     @property

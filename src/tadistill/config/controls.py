@@ -16,7 +16,7 @@ from tadistill.config.sampling import StudentSampler
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
 _WRITTEN = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
 _COPIED = ("method", *(part for part in PARTS if part not in ("dense", "ema")), "phases")
-"""The keys that a control has from its arm. `dense` and `ema` are not copied, because a control has one teacher, which does not change."""
+"""The keys that a control copies from its arm. `dense` and `ema` are not copied: a control has one teacher, whose weights do not change."""
 
 
 class Control(NamedTuple):

@@ -15,7 +15,7 @@ def is_route(name: str) -> bool:
 
 
 def members(name: str) -> tuple[str, ...]:
-    """Return the models in the text between two `>` of a path, each once: the teachers of a route, or the single model."""
+    """Return the models of one position of a path (the text between two `>`), without duplicates: one model, or the teachers of a route."""
     return tuple(dict.fromkeys(model for model, _ in _pairs(name))) if is_route(name) else (name,)
 
 

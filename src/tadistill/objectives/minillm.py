@@ -103,8 +103,9 @@ def policy_gradient(
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`. No gradient flows through it.
-        weight: a factor of the result that is not clipped. The ratio equals (q / q_old) (q_old / p~), where q_old is the student at
-            the time of sampling. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~ as `weight`.
+        weight: a factor of the loss that is not clipped. With it, a part of the ratio can be clipped: q / p~ = (q / q_old) (q_old / p~),
+            where q_old is the student at the time of sampling. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~
+            as `weight`.
 
     Returns:
         One value per token, of the shape of the inputs.

@@ -100,7 +100,7 @@ class Step:
 
 
 class Columns:
-    """The prompts and new tokens of a batch as inputs of the models, with caches that have all columns from the start."""
+    """The prompts and new tokens of a batch as inputs of the models. The caches have one column per position from the start."""
 
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], steps: int, vocab: int):
         self.width, self.device = max(map(len, prompts)), models["student"].device

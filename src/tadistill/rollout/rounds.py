@@ -86,8 +86,9 @@ class Rollouts(Sampler):
         again: Rereader | None = None,
         sets: TrainingSets | None = None,
     ):
-        """If the teacher has another tokenizer, `again` tokenises the sampled responses with it. Then `teacher` in `Batch.values` is the
-        log-probability of a whole span (a text between token boundaries that both have), at the span's last token, and 0 elsewhere."""
+        """If the teacher has another tokenizer, `again` tokenises the sampled responses with it. A span is a
+        piece of text between two token boundaries that both tokenizers have. `teacher` in `Batch.values` is then the log-probability of a
+        whole span at the span's last token, and 0 elsewhere."""
         assert isinstance(method.sampler, Rounds)
         self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
         self.pad, self.seed, self.corpus, self.shard, self.again = pad, seed, corpus, shard, again

@@ -35,8 +35,11 @@ _ROWS = 128  # number of tokens whose logits are in memory at the same time
 _CHECK = 8  # bytes of a sequence's checksum
 
 Outputs = Callable[[Seq[Sequence]], Hidden | TopK]
-"""A function that returns a teacher's outputs at the response tokens of sequences, one sequence after the other. Every form of recording
-can be made from `Hidden`. From `TopK`, whose tokens are sorted from the most to the least probable, only `top_k` can be made."""
+"""A function that takes sequences and returns a teacher's outputs at their response tokens, concatenated in the order of the sequences.
+
+The outputs are `Hidden`, from which every form of recording can be made, or `TopK`, from which only `top_k` can be made. Its tokens are
+sorted from the most to the least probable.
+"""
 
 
 def of_teacher(teacher: Teacher, pad: int) -> Outputs:

@@ -24,7 +24,7 @@ class Devices:
 
     @classmethod
     def visible(cls, jobs: int) -> "Devices":
-        """Return an object for all GPUs that this process may use, and for at most `jobs` stages at the same time."""
+        """Return a `Devices` that shares all GPUs that this process may use among at most `jobs` stages at the same time."""
         count = gpus()
         return cls(visible_gpus(count)[:count], jobs)
 

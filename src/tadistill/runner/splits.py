@@ -220,7 +220,7 @@ def check_readable(read: Mapping[str, Read]) -> None:
     """Check that the tokenizers of a study can encode the characters of the data. A study with only one tokenizer is not checked.
 
     Args:
-        read: the tokenised splits, by the name of a model with this tokenizer.
+        read: the splits as each tokenizer tokenises them. The key is the name of a model with this tokenizer.
 
     Raises:
         DataError: most tokens of a split's prompts are the unknown token of a tokenizer.

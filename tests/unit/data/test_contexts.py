@@ -103,7 +103,7 @@ def test_contexts_are_stored_with_the_tokens_of_a_large_set(tmp_path, monkeypatc
         ("a } b", "the brace at character 3 has no partner; write `}}`"),
         ("{}", "`{}` names no column"),
         ({"system": "x", "chat": False}, "`system` needs a chat template, but `chat` is false"),
-        ({"chat": False}, "needs the text of the prompt; set `template`"),
+        ({"chat": False}, "must contain the whole prompt of the teacher; set `template`"),
     ],
 )
 def test_a_context_that_cannot_work(context, sentence):
