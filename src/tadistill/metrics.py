@@ -159,7 +159,7 @@ def metric_title(name: str) -> str:
     base, _, decoding = name.partition("@")
     if base.startswith("budget/"):
         hop = base.removeprefix("budget/")
-        title = "KL to the last assistant" if hop == "0" else f"error of hop {hop} above it"
+        title = "KL to the last assistant" if hop == "0" else f"error of step {hop} above it"
     elif "/" in base:
         part = base.partition("/")[2]
         title = f"{title}, {'pass@' if metric_of(name).right_or_wrong else ''}{part}"

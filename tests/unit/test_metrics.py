@@ -32,7 +32,7 @@ def test_suffixes_name_the_decoding_and_the_hop():
     assert metric_of("rouge_l@greedy") is METRICS["rouge_l"]
     assert metric_title("rouge_l@greedy") == "ROUGE-L, greedy"
     assert metric_title("budget/0") == "KL to the last assistant"
-    assert metric_title("budget/2") == "error of hop 2 above it"
+    assert metric_title("budget/2") == "error of step 2 above it"
     assert (metric_unit("budget/2"), metric_of("budget/2").stage) == ("nats/token", "analyse")
 
 

@@ -94,10 +94,10 @@ def notes(
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
     near = [f"{p.teacher} > {p.learner} ({p.size_ratio:.2f})" for p in pairs if p.size_ratio < HOPS[0]]
     if wide:
-        found.append(f"In wide hops, the teacher is more than {HOPS[1]:g} times as big as the learner: {', '.join(wide)}.")
+        found.append(f"In wide steps, the teacher is more than {HOPS[1]:g} times as big as the learner: {', '.join(wide)}.")
     if near:
         found.append(
-            f"In short hops, the teacher is less than {HOPS[0]:g} times as big as the learner: {', '.join(near)}. Such a hop costs a "
+            f"In short steps, the teacher is less than {HOPS[0]:g} times as big as the learner: {', '.join(near)}. Such a step costs a "
             "training and changes little."
         )
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
@@ -125,7 +125,7 @@ def notes(
         found.append(f"--prompts is {prompts}, but the dev set has only {n} prompts that are short enough, so {n} prompts are used.")
     found.append(
         "Models were measured before any distillation. In a chain an assistant is distilled first, which lowers its entropy and "
-        "changes every measure of the next hop."
+        "changes every measure of the next step."
     )
     return tuple(found)
 

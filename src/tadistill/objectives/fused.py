@@ -47,8 +47,7 @@ Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """A function that computes K terms at n tokens, (K, n). Its arguments are the student's logits (n, V), a tuple with each teacher's logits
 (n, V), `TopK` or `Sampled`, and the slice of the n tokens among the N tokens."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
-"""A function with the arguments of `Values`, and weights (K, n) of the K terms. It returns the terms, and the gradient (n, V) of their
-weighted sum with respect to the student's logits."""
+"""A `Values` that also takes weights (K, n) of the terms. It returns the terms, and the gradient (n, V) of their weighted sum."""
 Term = TokenTerm | TeacherTerm
 
 

@@ -44,8 +44,8 @@ def test_cautions(study):
         return "\n".join(notes(found, list(priced), given, advice, past, metric, prompts))
 
     text = said(measures())
-    assert "In wide hops, the teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
-    assert "In short hops, the teacher is less than 1.3 times as big as the learner: l > m (1.14)" in text
+    assert "In wide steps, the teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
+    assert "In short steps, the teacher is less than 1.3 times as big as the learner: l > m (1.14)" in text
     assert "most likely tokens" not in text
     assert "There is no earlier study to learn from" in text
     assert "--prompts is" not in text
