@@ -42,7 +42,7 @@ class Request:
     """A request for one answer."""
 
     body: dict[str, Any]
-    """The fields that are sent."""
+    """The JSON fields that are sent, such as `model` and `messages`. Fields in `api.omit` are left out."""
     key: str
     """A digest that identifies the request. It does not depend on the API's address, nor on `api.omit`, which names fields not to send."""
     characters: int
@@ -54,8 +54,8 @@ class Request:
 def requests(prompts: Iterable[Sequence[dict[str, Any]]], api: Api, decoding: Decoding, *, seed: int) -> list[Request]:
     """Return one request per prompt, in order.
 
-    The seed of a request depends on its messages, and on the number of earlier prompts with the same messages. So it does not change if
-    other rows are removed. Greedy decoding has no seed, so that equal prompts are one request.
+    The seed of a request depends on `seed`, on the request's messages, and on the number of earlier prompts with the same messages. So
+    rows with other messages do not change the seed. With greedy decoding, requests have no seed, so equal prompts give equal requests.
 
     Args:
         prompts: the messages of each row.
@@ -117,7 +117,7 @@ class Pace:
             self._held = max(self._held, until)
 
     def held(self, now: float) -> float:
-        """Return the seconds from `now` until `hold` forbids requests no more. The result is 0 or less if requests are allowed."""
+        """Return the seconds from `now` to the time that `hold` has set. The result is 0 or less if requests are allowed."""
         return self._held - now
 
     def turn(self, stop: threading.Event) -> bool:
@@ -130,7 +130,7 @@ class Pace:
 
 
 class _Stopped(Exception):
-    """The thread ends without an answer, because another request failed or the user stops the run."""
+    """Exception that ends a thread without an answer, because another request failed or the user stops the run."""
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Asking:
     name: str = "the teacher"
     """The model's name in error messages."""
     failed: dict[int, str] = field(default_factory=dict)
-    """The number of each row without a usable answer, and the reason."""
+    """The reason why a row got no usable answer, by the number of the row."""
     _digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -252,12 +252,16 @@ class Asking:
         with self.lock:
             other = self._digests.setdefault(reply.digest, request.key)
         if other != request.key:
-            raise Unavailable("it sends the same answer to two requests", again=True)
+            raise Unavailable("it sends exactly the same reply to two different requests, as a faulty proxy does", again=True)
         return reply
 
 
 def client_of(api: Api) -> "OpenAI":
-    """Return a client of the API. Raises ConfigError if the `openai` package is missing, or if the variable with the key is not set."""
+    """Return a client of the API.
+
+    Raises:
+        ConfigError: the `openai` package is missing, or the environment variable with the API key is not named or not set.
+    """
     if api.key is None and api.at.startswith(PUBLIC):
         raise ConfigError(f"{PUBLIC} needs an API key; name the environment variable with your key in `api.key`")
     return connect(api.at, timeout=api.seconds, retries=0, variable=api.key or "", needed=api.key is not None, extra="api")

@@ -34,8 +34,8 @@ class Way:
     """One way in which a model computes the logits of the next token."""
 
     memory: Literal["ours", "own", "none"]
-    """The memory of earlier tokens. `ours` is transformers' cache with in-place layers. `own` is the memory that the model itself returns.
-    With `none`, every new token needs a forward pass over the whole text."""
+    """The memory of earlier tokens. `ours` is transformers' cache with memory that is allocated once (`in_place_cache`). `own` is the
+    memory that the model itself returns. With `none`, every new token needs a forward pass over the whole text."""
     padded: bool = True
     """True if rows of different lengths can share a call, with padding on the left."""
     masked: Literal["always", "first"] = "always"
@@ -137,7 +137,7 @@ def _rows(memory: Any, index: Tensor) -> Any:
     elif isinstance(memory, (list, tuple)):
         return type(memory)(_rows(value, index) for value in memory)
     elif memory is not None:
-        raise TypeError(f"rows cannot be selected in a {type(memory).__name__}")
+        raise TypeError(f"the model keeps earlier tokens in a {type(memory).__name__}, from which single rows cannot be selected")
     return memory
 
 
@@ -145,7 +145,10 @@ def _rows(memory: Any, index: Tensor) -> Any:
 
 
 class Trial:
-    """Test texts for a model, and the correct logits after each of their last tokens, from forward passes over the whole text."""
+    """Test texts for a model, with the correct logits at the last few positions of each text.
+
+    The correct logits come from a forward pass over the whole text.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})

@@ -158,8 +158,8 @@ def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tenso
 
 
 def teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
-    """Return a context manager with a list, to which each forward pass of the teacher adds the inputs of its output head (see `tapped`).
-    If no teacher helps to sample (`guide` is None), the list stays empty."""
+    """Return a context manager that yields a list. In its `with` block, each forward pass of the teacher appends the inputs of its output
+    head to the list. If no teacher helps to sample (`guide` is None), the list stays empty."""
     if guide is None:
         return nullcontext([])
     head = guide.teacher.get_output_embeddings()

@@ -35,8 +35,8 @@ class Engine(Protocol):
         guide: Mixture | Speculation | None = None,
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
-        """Return one response per prompt, in order. Response b depends on the random numbers `uniforms_BT[b]`, and has at most as many
-        tokens. `tick` is called with the number of responses that have finished since its last call."""
+        """Return one response per prompt, in order. Response b depends on the random numbers `uniforms_BT[b]`, and has at most
+        `uniforms_BT.shape[1]` tokens. `tick` is called with the number of responses that have finished since its last call."""
         ...
 
 

@@ -1,12 +1,12 @@
 """Sampling at fixed shapes, for GPUs. Each step (one new token per row) is the same sequence of operations on the same memory.
 
-The loop in `generate` copies the tokens to the host after each step, removes finished rows, and attends only to the columns in use. That is
-best on a CPU. A GPU computes a step faster than the host can start it, so here the host has less to do. Caches, masks and results have
+The usual loop of `sample` copies the tokens to the host after each step, removes finished rows, and attends only to the columns in use. It
+is best on a CPU. A GPU computes a step faster than the host can start it, so here the host has less to do. Caches, masks and results have
 their full size from the start. Finished rows stay in the batch, and their further tokens are ignored. Student and teacher process a token
-in the same step. A step needs no value on the host, which only checks at every eighth token if a row is unfinished. So a step can also be
-recorded once and repeated, as CUDA graphs need it (tests/unit/rollout/test_fixed.py does that on a CPU).
+in the same step. A step copies no value to the host. Only before every eighth token, the host asks the device if a row is unfinished. So a
+step can also be recorded once and repeated, as CUDA graphs require (tests/unit/rollout/test_fixed.py does that on a CPU).
 
-Tokens and probabilities equal those of the loop in `generate`, up to rounding.
+Tokens and probabilities equal those of the usual loop of `sample`, up to rounding.
 
 Axes: B sequences, W columns of the longest prompt, L columns of the caches, T positions of the response, V vocabulary size, H hidden size.
 """
@@ -100,7 +100,8 @@ class Step:
 
 
 class Columns:
-    """The prompts and new tokens of a batch as inputs of the models. The caches have one column per position from the start."""
+    """The inputs of the models for one batch: first the prompts, then one new token of every row per step. `Columns` also keeps the
+    models' caches, which are allocated once at full size."""
 
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], steps: int, vocab: int):
         self.width, self.device = max(map(len, prompts)), models["student"].device
@@ -110,9 +111,9 @@ class Columns:
         self.ids_BW, self.attention_BW, self.positions_BW = ids, attention, positions
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.at_1 = torch.full((1,), self.width, device=self.device)
-        """The cache column (1,) of the next token that the models process."""
+        """The cache column (1,) of the tokens that the next call of `next` processes."""
         self.next_B1 = positions[:, -1:] + 1
-        """The position (B, 1) of this token in each row, without padding."""
+        """The position (B, 1), in each row, of the token that the next call of `next` processes. Padding is not counted."""
         self.decoders, self.masks = {}, {}
         for name, model in models.items():
             decoder = self.decoders[name] = Decoder(model, vocab, capacity, WAYS[0])

@@ -1,12 +1,12 @@
 """Faster sampling from a mixture of student and teacher. Each model is called less often, and processes several tokens per call.
 
 A token's random number selects the model that draws it (`Mixture.switch`). So it is known in advance which model draws which token. The
-selected model continues a row alone. The other model processes these tokens later: when it must draw the next token, or when their
-log-probabilities are needed. A call runs one model for many rows. The student is called until half of the rows wait for the teacher. Then
-the teacher processes several tokens of every row in one call. Such a call takes little longer than a call with one token per row, because
-it loads the weights only once.
+selected model continues a row alone. The other model processes the row's new tokens later: when it must draw the row's next token, or when
+it computes the log-probabilities of these tokens. A call runs one model for many rows. The student is called until half of the rows wait
+for the teacher. Then the teacher processes several tokens of every row in one call. Such a call takes little longer than a call with one
+token per row, because every call loads the weights once.
 
-Tokens and probabilities equal those of the loop in `generate`, where both models process every token in turn
+Tokens and probabilities equal those of the usual loop of `sample`, in which both models process every token in turn
 (tests/unit/rollout/test_lazy.py). On a CPU, `fill` takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
 
 Axes: N tokens of a call, M tokens of a call whose logits are needed, R all rows, B rows in the batch, w the largest number of tokens
@@ -160,7 +160,7 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """The tokens of a call. They are sorted by row (`rows_N`), and within a row by column (`columns_N`)."""
+    """The tokens that a model processes in one call. They are sorted by row (`rows_N`), and within a row by column (`columns_N`)."""
 
     ids_N: np.ndarray
     rows_N: np.ndarray
@@ -172,7 +172,7 @@ class _Call:
     next_M: np.ndarray
     """The token that follows each token of `predict_M`, or any number if it has not been drawn yet."""
     uniforms: np.ndarray
-    """The random numbers, float64, with which the call draws tokens. These tokens come first in `next_M`."""
+    """The random numbers (float64) for the tokens that are drawn after this call. Number i draws the token after `predict_M[i]`."""
 
 
 class _Places:
@@ -277,8 +277,8 @@ class _Packed:
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
 
     def __call__(self, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run the model on the tokens of `call`. Return, on the model's device, the logits and the inputs of the output head at the tokens
-        `predict_M`, then `next_M` and `uniforms`."""
+        """Run the model on the tokens of `call`. Return four tensors on the model's device: the logits at the tokens `predict_M`, the
+        inputs of the output head at these tokens, `next_M`, and `uniforms`."""
         self.places = places = _Places(call, self.rows, self.capacity, self.device)
         with _head_at(self.model, places.predict_M) as hidden:
             out = self.model(

@@ -60,7 +60,7 @@ class Teachers:
     def guide(self) -> PreTrainedModel:
         """The teacher's model, which helps the student to sample."""
         model = self.each[0].model
-        assert model is not None, "a teacher on a server cannot help to sample; such a recipe is refused before"
+        assert model is not None, "a teacher on a server cannot help to sample; the check of the recipe should have refused this"
         return model
 
 
@@ -86,9 +86,12 @@ class Rollouts(Sampler):
         again: Rereader | None = None,
         sets: TrainingSets | None = None,
     ):
-        """If the teacher has another tokenizer, `again` tokenises the sampled responses with it. A span is a
-        piece of text between two token boundaries that both tokenizers have. `teacher` in `Batch.values` is then the log-probability of a
-        whole span at the span's last token, and 0 elsewhere."""
+        """
+        Args:
+            again: tokenises the sampled responses for a teacher with another tokenizer. In `Batch.values`, `teacher` then has one value
+                per span: the log-probability of the whole span, at the student's last token of the span. All other tokens have 0. A span is
+                a piece of text between two token boundaries that both tokenizers have.
+        """
         assert isinstance(method.sampler, Rounds)
         self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
         self.pad, self.seed, self.corpus, self.shard, self.again = pad, seed, corpus, shard, again

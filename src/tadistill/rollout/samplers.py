@@ -94,7 +94,9 @@ def own(optim: Optim, shard: Shard) -> np.ndarray:
 def cut(optim: Optim, shard: Shard, tokens: Callable[[int], int]) -> list[np.ndarray]:
     """Divide an update's batch into micro-batches. Return, for each micro-batch of this process, the positions (n,) in the whole batch.
 
-    `tokens` returns the number of tokens at a position of this process. It is called only if `optim.tokens` limits them.
+    Args:
+        tokens: returns the number of tokens of the sequence at a position. It is called only for positions of this process, and only if
+            `optim.tokens` limits the number of tokens of a micro-batch.
     """
     mine = own(optim, shard)
     if optim.tokens:

@@ -12,18 +12,18 @@ memory map. Its fields are, bit by bit, with the lowest bit of a number first:
     tail                        16 bits: log of (probability of all other tokens / largest probability), see below
 
 A sorted set of n ids below V is stored as in Elias 1974 and Fano 1971. The lowest l = floor(log2(V / n)) bits of every id come first. Then
-there is a field in which bit (id >> l) + i is set for the i-th id. This takes about 2 + log2(V / n) bits per id: 13.5 with 64 ids below
-131,072, where plain ids have 17.
+there is a field in which bit (id >> l) + i is set for the i-th id. This takes about 2 + log2(V / n) bits per id. With k = 64 and
+V = 131,072, an id takes 13.5 bits on average, and a plain id would take 17.
 
-Code c of a first token is the log-probability L1 - c * range / 127, where L1 is the largest log-probability. Code c of another token is
-L2 - c * range / 15, where L2 is the smallest log-probability of the first tokens. The tail code c is 16 - c / 1024, and 65,535 is a
-probability of 0. L1 is not stored: the probabilities of all tokens and of the tail have the sum 1. So a log-probability, relative to the
-largest one, is wrong by at most half a step: (range + 1/8) / 254 for the first tokens, and (range + 0.3) / 30 for the others. A range ends
-at 31.9 nats.
+Code c of a first token stands for the log-probability L1 - c * range / 127, where L1 is the largest log-probability. Code c of another
+token stands for L2 - c * range / 15, where L2 is the smallest log-probability of the first tokens. Code c of the tail stands for the
+logarithm 16 - c / 1024, but code 65,535 stands for a probability of 0. L1 is not stored: the probabilities of all tokens and of the tail
+have the sum 1. So a log-probability, relative to the largest one, is wrong by at most half a step: (range + 1/8) / 254 for the first
+tokens, and (range + 0.3) / 30 for the others. A range ends at 31.9 nats.
 
-**Drawn tokens.** An entry is one of the different tokens that were drawn at a position. It has ceil((i + c) / 8) bytes: the token's id in
-the i lowest bits, and above them, in c bits, the number of times that it was drawn, minus 1. i is the number of bits of V - 1, and c is the
-number of bits of the number of all draws minus 1.
+**Drawn tokens.** An entry is one of the different tokens that were drawn at a position. It has ceil((i + d) / 8) bytes. The i lowest bits
+are the token's id. The next d bits are the number of times that the token was drawn, minus 1. i is the number of bits of V - 1. d is the
+number of bits of D - 1, where D is the number of all draws at a position.
 
 Axes: T positions of the text, K kept tokens of a position, E entries.
 """

@@ -37,8 +37,8 @@ _CHECK = 8  # bytes of a sequence's checksum
 Outputs = Callable[[Seq[Sequence]], Hidden | TopK]
 """A function that takes sequences and returns a teacher's outputs at their response tokens, concatenated in the order of the sequences.
 
-The outputs are `Hidden`, from which every form of recording can be made, or `TopK`, from which only `top_k` can be made. Its tokens are
-sorted from the most to the least probable.
+The outputs are `Hidden`, from which every form of recording can be made, or `TopK`, from which only `top_k` can be made. The
+tokens of `TopK` are sorted from the most to the least probable.
 """
 
 

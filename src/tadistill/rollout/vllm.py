@@ -93,7 +93,7 @@ class Vllm:
             ConfigError: vLLM is not installed.
             StageFailed: vLLM cannot run the model, or its process has ended.
         """
-        assert guide is None, "vLLM cannot sample with a teacher, and a recipe that asks for it is refused"
+        assert guide is None, "vLLM cannot sample with the help of a teacher; the check of the recipe should have refused this"
         if not prompts:
             return []
         if self._process is None:

@@ -100,7 +100,7 @@ def examined(recipe: Recipe) -> Iterator[tuple[str, Literal["ok", "warning", "pr
             yield f"teacher {name}", "warning", f"{api.at} {accepts}, but does not list {api.model} ({shown})", "correct `api.model`"
             continue
         lists = f" and lists {known[0]}" if known else ""
-        yield f"teacher {name}", "ok", f"{api.at} {accepts}{lists}; it gives text only", ""
+        yield f"teacher {name}", "ok", f"{api.at} {accepts}{lists}; an API gives text, but no probabilities", ""
 
 
 @placed

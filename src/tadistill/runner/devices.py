@@ -4,7 +4,7 @@
     devices.take(key, 1)                    # ("3",): the value of CUDA_VISIBLE_DEVICES for the stage's processes
     devices.free(key)
 
-The main process never uses CUDA, because a process that uses CUDA occupies some hundred megabytes of a GPU until it ends.
+The main process never uses CUDA, because a process that uses CUDA occupies a few hundred megabytes of a GPU until it ends.
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ _AROUND = 4
 _START = 0.3
 """Assumed seconds until a stage's process has loaded its models."""
 _ROWS, _LAYERS, _PROMPT = 1000, 12, 64
-"""Assumed number of rows of a data set on the Hub, of layers of a model of unknown size, and of tokens of a prompt."""
+"""Assumed values: the rows of a data set on the Hub, the layers of a model of unknown size, and the tokens of a prompt."""
 _EARLY = 0.05
 """A running stage is used to estimate the speed only if more than this share of its work is done."""
 
@@ -61,7 +61,7 @@ class Workload:
     looks: float = 0.0
     """Seconds of all dev evaluations of a training. 0 for other stages."""
     every: float = 1.0
-    """The progress (0 to 1) between two dev evaluations."""
+    """The share (0 to 1) of a training's updates between two dev evaluations."""
 
     @property
     def total(self) -> float:

@@ -28,7 +28,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that becomes True when the first signal arrives. Later signals only call `told`: they do not disturb the saving of the state.
+    """A flag that becomes True when the first signal arrives. Each later signal only calls the function `told`. It does not disturb the
+    saving of the state.
 
     A signal that the process already ignores stays ignored, such as SIGINT in a background job of a shell. Only the main thread can catch
     signals. In another thread the flag stays False.

@@ -51,7 +51,8 @@ def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable
     Notes on the data are printed: how many rows will be left out or cut, and how much of the references ROUGE-L ignores.
 
     Args:
-        stages: the stages to run (default: all stages of the recipe). A teacher's server must answer only if one of them uses it.
+        stages: the stages to run (default: all stages of the recipe). A teacher's server is checked only if one of these stages
+            uses it.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.

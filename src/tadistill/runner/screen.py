@@ -43,7 +43,8 @@ class Screen:
         self.detailed = self.terminal.detail == "everything" and normal
         self.started: dict[str, float] = {}
         self.saved: dict[str, int] = {}
-        """The update from which each started training continues, by key. It is 0 for other stages."""
+        """For each stage that was started, the update from which it continues, by key. The value is 0 if no state was saved, and for stages
+        that train nothing."""
         self.reminded = False
         self._minute = time.monotonic()
         self._stack = contextlib.ExitStack()

@@ -42,15 +42,15 @@ class Texts:
     context: int = 0
     """Number of tokens of the longest prompt that a teacher reads instead of the student's (`context`). 0 if there are no such prompts."""
     context_whole: int = 0
-    """Number of tokens of the longest such prompt with its reference response."""
+    """Largest number of tokens of a teacher's own prompt (`context`) plus its reference response. 0 if there are no such prompts."""
 
 
 @dataclass(frozen=True)
 class OfContext:
-    """Counts and lengths of the training set with the prompts that only some teachers read (`context` of a method)."""
+    """Counts and lengths of a training set whose prompts are written with a method's `context`. Only some teachers read these prompts."""
 
     teachers: frozenset[str]
-    """Names of the teachers that read these prompts."""
+    """Names of the teachers that read the prompts with this `context`."""
     counts: Counts
     texts: Texts
 
@@ -65,7 +65,7 @@ class Read:
     rows: dict[str, frozenset[int]]
     """Indices of the kept rows of each test set, by the name of the set."""
     unread: str = ""
-    """A note that the training set is tokenised later. Then `texts` has upper limits. Empty if all splits have been tokenised."""
+    """A note that a training set is tokenised later, or an empty text. With a note, `texts` has upper limits for this set."""
     contexts: tuple[OfContext, ...] = ()
 
     def texts_of(self, name: str) -> Texts:
@@ -271,7 +271,8 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a note for each split whose references have many characters outside ASCII (`UNSEEN`). ROUGE-L ignores these characters."""
+    """Return a note for each split that is scored with ROUGE-L, if its references have many characters outside ASCII. ROUGE-L ignores these
+    characters. `UNSEEN` is their smallest share for which there is a note."""
     data, found = recipe.data, list[str]()
     selects = _selects(recipe)
     for role, ref in data.splits():

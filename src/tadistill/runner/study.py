@@ -109,7 +109,8 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Terminal | None = None) -> Path:
     """Write runs/STUDY/plan.json, which reports and other tools read. Its date stays that of the first run.
 
-    If an old report shows other evaluations than the plan (for instance other seeds), it is moved to runs/STUDY/earlier/KEY.
+    If the report of an earlier run shows other evaluations than the plan (for instance other seeds), the report is moved to the folder
+    runs/STUDY/earlier/KEY. KEY is a digest of the evaluations that the report shows.
     """
     study = runs / plan.recipe.study
     path = study / "plan.json"
@@ -119,7 +120,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
     if kept := _keep_report(study, content):
-        (console or Terminal()).note(f"the earlier report shows other evaluations, so it was moved to {kept}")
+        (console or Terminal()).note(f"the earlier report shows other evaluations than this run, so the report was moved to {kept}")
     write_json(path, content)
     return study
 

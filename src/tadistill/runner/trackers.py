@@ -1,8 +1,9 @@
 """Send the numbers of a study to experiment trackers, such as W&B: one run for each arm (a path of models) and training seed.
 
-While the stages of an arm train, their numbers are sent to its run (`distill s/train/loss` …). At the end, the means on the test sets
-follow (`test/dolly/rouge_l` …). If several arms share a stage, its numbers are sent to the run of each arm. runs/STUDY/trackers.json
-records what was sent. A continued study sends only what is new.
+While a training of an arm runs, the training's numbers are sent to the tracker's run of the arm. Each number's name begins with the kind of
+stage and the trained model, as in `distill s/train/loss`. At the end, the means on the test sets follow (`test/dolly/rouge_l` …). If
+several arms share a training, its numbers are sent to the run of each arm. runs/STUDY/trackers.json records what was sent. A continued
+study sends only what is new.
 """
 
 import contextlib

@@ -87,7 +87,8 @@ class Context(Generic[AnySpec]):
     # --- models ---------------------------------------------------------------------------------------------------------
 
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
-        """Load a model and its tokenizer. `handle` describes their source: files, an earlier stage, or another model that is changed first.
+        """Load a model and its tokenizer. `handle` says where the model comes from: files, an earlier stage, or another model that is
+        pruned, gets another temperature, or gets random weights.
 
         The default device is the device of this process.
         """
@@ -114,7 +115,9 @@ class Context(Generic[AnySpec]):
                 known, tokenizer = self.model(handle.of, dtype, torch.device("cpu"))  # only its configuration is used
                 model = scratch_model(known.config, seed=rng.torch_seed(handle.random, "random teacher"), dtype=dtype).eval()
             case BehindApi():
-                raise AssertionError("a model behind an API has no weights here; the stage `ask` sends the requests to its server")
+                raise AssertionError(
+                    "a model behind an API cannot be loaded, because its weights are not on this machine; only the stage `ask` may use it"
+                )
         placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
         check_reading(placed)
         return placed, tokenizer
@@ -163,7 +166,8 @@ class Context(Generic[AnySpec]):
         return load_tokenizer(files.at or files.source, revision=files.revision, world=self.spec.data.world.model_dump())
 
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher) -> Subject:
-        """Prepare a model for sampling or measuring. Its vocabulary is cut to the tokens that all `teachers` have too."""
+        """Return the model as a `Subject`, which is ready for sampling and measuring. The subject's vocabulary is cut to the tokens that
+        all `teachers` have too."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, widths=(t.width for t in teachers)), ends)
 
@@ -279,7 +283,8 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of `size` items. Counting its last item never raises Interrupted, so that the part can be saved first."""
+        """Begin a part: `size` items that are saved together. The call that counts the part's last item never raises Interrupted, so that
+        the caller can save the part first."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

@@ -174,7 +174,7 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
     write_json(context.folder / "exposure.json", dict.fromkeys(scores))
     if notes["unknown"]:
         context.alarm(
-            f"{notes['unknown']} tokens of the answers are unknown to the model that reads them, so their bits per byte are too low"
+            f"{notes['unknown']} tokens of the answers are unknown to the model that reads them, so the answers' bits per byte are too low"
         )
     return dict(notes)
 

@@ -109,8 +109,9 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
 
 
 def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
-    """Convert a model's answers, by way of their text (`data.handover`), to token ids of a student with another tokenizer. The ids are
-    saved in the same format as those of a `generate` stage.
+    """Convert a model's answers to token ids of a student with another tokenizer.
+
+    The answers pass from one tokenizer to the other as text (`data.handover`). The new ids are saved in the format of a `generate` stage.
     """
     spec, file, early = context.spec, context.folder / TEXTS, Counter[str]()
     if spec.writer is None:
@@ -193,7 +194,8 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Save the teacher with the temperature at which its mean entropy on dev responses equals that of the model `like`."""
+    """Save the teacher with another temperature. At this temperature, the teacher's mean entropy on the dev responses equals the mean
+    entropy of the model `spec.like` at temperature 1."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

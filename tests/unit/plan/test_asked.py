@@ -200,7 +200,9 @@ def test_before_a_run_only_missing_answers_are_counted(tmp_path, monkeypatch):
         (sentence,) = announced(plan, store, stages)
         assert f"api (big): 15 of 40 answers are in the store; 25 requests will be sent to {fake.url}: about " in sentence
         fake.models = as_json({"data": [{"id": "big"}]})
-        assert [*examined(plan.recipe)] == [("teacher api", "ok", f"{fake.url} accepts the key and lists big; it gives text only", "")]
+        assert [*examined(plan.recipe)] == [
+            ("teacher api", "ok", f"{fake.url} accepts the key and lists big; an API gives text, but no probabilities", "")
+        ]
         fake.models = as_json({"data": [{"id": "small"}]})
         assert [row[1] for row in examined(plan.recipe)] == ["warning"]
         fake.models = error(401, "no")

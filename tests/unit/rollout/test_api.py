@@ -110,7 +110,7 @@ def test_a_fault_that_passes_is_no_fault(tmp_path, fault):
         (as_json({}, 307, location="http://127.0.0.1:9/v1"), "redirects to http://127.0.0.1:9/v1; write the address"),
         ((200, {"content-type": "text/html"}, b"<html>"), "not a chat completion"),
         (reply(9, "hello", model="other"), "it answers as the model `other`, but the recipe has `m`"),
-        (reply(9, "the same for all"), "sends the same answer to two requests"),
+        (reply(9, "the same for all"), "sends exactly the same reply to two different requests"),
     ],
 )
 def test_a_fault_that_stays_is_one_sentence_and_what_was_paid_is_kept(tmp_path, fault, message):
