@@ -29,18 +29,19 @@ class Alignment:
     """The spans of a text. A span is the text between two neighbouring boundaries that two tokenisations have in common."""
 
     student: tuple[int, ...]
-    """For each student token, the number of the span that contains it, counted from 0, or `NO_SPAN`."""
+    """The number of the span of each student token. The spans are numbered from 0. A token in no span has `NO_SPAN`."""
     teacher: tuple[int, ...]
-    """For each teacher token, the number of the span that contains it, counted from 0, or `NO_SPAN`."""
+    """The number of the span of each teacher token, as in `student`. A token in no span has `NO_SPAN`."""
     ends: tuple[int, ...]
-    """The end of each span, as a position in the text: the number of bytes and events (special tokens, the end of the text) up to there."""
+    """The position in the text at which each span ends. A position counts the bytes before it, and the events before it (special tokens,
+    the end of the text)."""
 
 
 def align(student: Reading, teacher: Reading) -> Alignment:
     """Cut two tokenisations of one text into spans at the boundaries that they have in common.
 
-    A token without bytes, such as the space that Llama 2 adds, belongs to the span of the next token. If one tokenisation covers more text
-    than the other, its tokens after the last common boundary are in no span.
+    A token that covers no byte of the text, such as the token `▁` that Llama 2 adds before a text, belongs to the span of the next token.
+    If one tokenisation covers more text than the other, its tokens after the last common boundary are in no span.
 
     Raises:
         DataError: the tokenisations are of different texts.
@@ -86,10 +87,11 @@ def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, 
 def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], list[int]]:
     """Return the ids of the tokens that both vocabularies have: a list for the student, and a list for the teacher in the same order.
 
-    Tokens are matched by their bytes, so `Ġthe` of GPT-2 and `▁the` of Gemma are a pair. End tokens are matched in the order of `ends`, and
-    other special tokens by their names. Where several tokens of a vocabulary have the same bytes (`A` and `<0x41>` of Gemma), ordinary
-    tokens are matched first. A word of a tokenizer that drops spaces (WordLevel, WordPiece) is matched with one space before it, because
-    a dropped space belongs to the next word. If both models have the same tokenizer, every id is matched with itself.
+    Tokens are matched by their bytes, so `Ġthe` of GPT-2 and `▁the` of Gemma are a pair. Special tokens are matched by their names, except
+    end tokens (`TokenBytes.ends`): the first end token of the student is matched with the first of the teacher, and so on. Where several
+    tokens of a vocabulary have the same bytes (`A` and `<0x41>` of Gemma), ordinary tokens are matched first. Some tokenizers (WordLevel,
+    WordPiece) drop the spaces between words. The bytes of their words then include one space before the word. If both models have the same
+    tokenizer, every id is matched with itself.
     """
     if student.same(teacher):
         every = sorted(student.tokenizer.get_vocab().values())
@@ -100,11 +102,12 @@ def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], 
 
 
 def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Divide two vocabularies into cells (`objectives.spelling`): sets of tokens that begin with the same bytes, the root of the cell.
+    """Divide two vocabularies into cells (`objectives.spelling`). The tokens of a cell begin with the same bytes, the root of the cell.
     Return one list for the student and one for the teacher, with the pair (cell, length of the cell's root) of each token.
 
-    Each token points to the first token that the other tokenizer makes of its text. All tokens that are connected by such pointers are one
-    cell. Two more cells come last: the tokens that only the student writes, and those that only the teacher writes.
+    The other tokenizer tokenises the text of each token again. The token is connected with the first token of the result (`_first_token`).
+    Tokens that are connected, directly or through other tokens, are in one cell. Two more cells come last: one has all tokens of the
+    student that are connected with no token of the teacher, and the other has all tokens of the teacher without a connection.
 
     Args:
         sizes: the number of logits of each model. Ids that are not in the tokenizer are in one of the last two cells.
@@ -137,7 +140,10 @@ def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> t
 
 
 def _first_token(vocabulary: TokenBytes, token: int, other: TokenBytes) -> int | None:
-    """Return the first token that the other tokenizer makes of a token's text. Return None if the text does not begin with this token."""
+    """Tokenise the text of a token with the other tokenizer. Return the first token of the result.
+
+    Return None if there is none, or if the text does not begin with its bytes, for example because a normaliser changed the text.
+    """
     piece = vocabulary.piece(token)
     if not piece:
         return None

@@ -36,7 +36,7 @@ class Rule:
 
 def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return DataError(f"{where}: the answer for `{rule}` is `{text[:200]}`; {fix}, or delete the row")
+    return DataError(f"{where}: the rule `{rule}` cannot use the right answer `{text[:200]}`; {fix}, or delete the row")
 
 
 def _as_text(value: Any) -> str:
@@ -249,4 +249,4 @@ RULES: Mapping[str, Rule] = {
     "math": Rule(_read_math, _same_math),
     "checks": Rule(_read_checks, _passes),
 }
-"""Maps the name of a rule to the rule. The metric, and the key in `columns` of a recipe, have the same name."""
+"""Maps the name of a rule to the rule. The rule's metric, and its key in `columns` of a recipe, have this name too."""

@@ -43,7 +43,7 @@ class Sequence:
     """The prompt that the teachers get in place of `prompt`. None if they get `prompt`."""
     spans: tuple[tuple[int, int], ...] = ()
     """The parts that count in the loss, as pairs (start, end) of token indices, counted from the start of the prompt; `end` is excluded.
-    Empty if the whole response counts. If the teacher has its own prompt, only parts of the response count."""
+    Empty if the whole response counts. If the teacher has its own prompt, all these parts lie in the response."""
     second: SecondReading | None = None
     """The response in the tokens of a teacher with another tokenizer. None if teacher and student have the same tokenizer."""
     teacher: int | None = None
@@ -81,7 +81,7 @@ class Sequence:
 class Places:
     """Indices of the tokens that a batch's loss needs. They are computed on the CPU, so that no forward pass waits for the GPU.
 
-    A position of the loss is one where the batch's mask is True. A column is one position in all rows.
+    A position of the loss is an element of the batch (B, T) at which the mask is True. A column has all rows' elements at one t.
     """
 
     end: int
@@ -127,7 +127,7 @@ class Batch:
     """A batch of plain text for an additional language-modelling loss. None if there is no such loss."""
     targets: tuple[Hidden | TopK | Sampled, ...] = ()
     """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. Empty if nothing was recorded
-    before training. With `aligned`, they are the outputs at the teacher's tokens that are in a span."""
+    before training. If the teacher has another tokenizer (`aligned`), only its outputs at its tokens in spans are given."""
     mixture: TargetMixture | None = None
     """The weights of the teachers in this update, if there are several teachers."""
     context: "Batch | None" = None
@@ -136,13 +136,13 @@ class Batch:
     """The spans that this batch and `context` share, if the teacher has another tokenizer. The responses in `context` are then in the
     teacher's tokens. None if the teacher has the student's tokenizer."""
     route: tuple[int, ...] = ()
-    """The index of each row's teacher. `targets` then has one element for each of the `shares`. Empty if every teacher teaches on all
-    rows."""
+    """The index of each row's teacher. Empty if every teacher teaches on all rows. If the route is not empty, recorded `targets` have one
+    element for each element of `shares`."""
 
     @property
     def of_teacher(self) -> "Batch":
-        """The batch that the teachers get. Unless the teacher has another tokenizer (`aligned`), the same response tokens count in its loss
-        as in the loss of this batch, in the same order."""
+        """The batch that the teachers get: `context`, or this batch if `context` is None. In both batches, the same response tokens count
+        in the loss, in the same order, unless the teacher has another tokenizer (`aligned`)."""
         return self.context or self
 
     @property
@@ -162,7 +162,8 @@ class Batch:
 
     @cached_property
     def shares(self) -> tuple["Share", ...]:
-        """The rows of each teacher, in the order of the teachers' indices. Empty without a `route`. `to` treats them like `places`."""
+        """The rows of each teacher, in the order of the teachers' indices. Empty without a `route`. `to` computes the shares before it
+        moves the batch, and then moves them too."""
         return tuple(Share.of(self, teacher, rows).to(self.ids_BT.device) for teacher, rows in _grouped(self.route).items())
 
     def of_share(self, number: int) -> "Batch":
@@ -274,7 +275,8 @@ def responses(file: Path, encoded: Seq[Encoded] = ()) -> Seq[Sequence]:
 def answered_rows(file: Path, encoded: Seq[Encoded]) -> np.ndarray:
     """Return, for each response in a JSON Lines file, the index of its row in the split.
 
-    A file that leaves out rows contains these indices. Any other file has one response for each row of `encoded`, in the same order.
+    If the file leaves out rows, each of its lines contains the index of the line's row. Otherwise, the file has one response for each row
+    of `encoded`, in the same order.
     """
     _, numbers = _answers_in(file, file.stat().st_mtime_ns if file.is_file() else 0)
     return row_numbers(encoded) if numbers is None else numbers
@@ -320,8 +322,8 @@ def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK | Sampled, ...] = ()) -> Batch:
     """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted.
 
-    The teacher may have its own prompts. Without recorded `targets`, the result then also has a second batch: the teacher's prompts with
-    the same responses (`Batch.context`). If the teacher has another tokenizer, this batch has the teacher's tokens.
+    If the teacher has its own prompts and `targets` is empty, the result contains a second batch (`Batch.context`): the teacher's prompts
+    with the same responses. If the teacher has another tokenizer, the second batch has the teacher's tokens.
     """
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)

@@ -38,8 +38,9 @@ def behind(
     *,
     name: str,
 ) -> tuple[list["Encoded"], dict[str, int]]:
-    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and the number of prompts that are too long, under the
-    name of a field of `Counts`.
+    """Add the teacher's own prompts to encoded rows. Return the rows that are kept, and a dict with the number of too long prompts.
+
+    The key of the dict is a field of `Counts`: `cut_context` if too long prompts are cut, else `long_context`.
 
     Args:
         tokens: turns texts into token ids. Its second argument has True for each text that a chat template has written.
@@ -96,7 +97,7 @@ def render(
     """
     text = None if context.template is None else context.filled(_columns(context, example, prompt, where))
     if not chats:
-        assert text is not None, "a context without a chat template has a template"
+        assert text is not None, "the teacher's prompt needs context.template, because no chat template writes it"
         return text
     if not tokenizer.chat_template:
         raise ModelError(

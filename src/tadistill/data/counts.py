@@ -11,8 +11,8 @@ class Counts:
 
     rows: int
     long: int = 0
-    """Number of rows that were left out because their prompt has more than `limit` tokens. With several turns, the prompts of all of them
-    are too long."""
+    """Number of rows that were left out because their prompt has more than `limit` tokens. A row with several turns is left out only if
+    all its turns are. It is counted under the most frequent reason of these turns."""
     empty: int = 0
     """Number of rows that were left out because their prompt has no tokens."""
     cut: int = 0
@@ -31,7 +31,7 @@ class Counts:
     max_length: int = 0
     context_limit: int = 0
     turns: int = 0
-    """Number of turns that are left out because they are too long, in rows with other turns that are learnt."""
+    """Number of turns that were left out because they are too long, although other turns of the same row are learnt."""
     answers: int = 0
     """Number of rows that were left out because prompt and response have more than `max_length` tokens."""
     more: int = 0
@@ -49,7 +49,7 @@ class Counts:
         return self.rows - self.long - self.empty - self.answers - self.long_context
 
     def plus(self, **numbers: int) -> "Counts":
-        """Return these counts with `numbers` added."""
+        """Return these counts, with each of the `numbers` added to the field of its name."""
         return replace(self, **{name: getattr(self, name) + number for name, number in numbers.items()})
 
     @property
@@ -62,11 +62,21 @@ class Counts:
             (self.answers, f"{self.answers} left out with a reference that is longer than data.max_length ({self.max_length})"),
             (self.empty, f"{self.empty} with an empty prompt"),
             (self.cut, f"{self.cut} with a prompt cut at {key}"),
-            (self.unopened, f"{self.unopened} of these without the chat's generation prompt, which is cut off (data.long_prompts)"),
+            (
+                self.unopened,
+                f"{self.unopened} of the cut prompts without the chat's generation prompt, which was at their end (data.long_prompts)",
+            ),
             (self.long_context + self.cut_context, self.of_contexts),
             (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
-            (self.turns, f"{_turns(self.turns)} left out of used rows, longer than {key} or data.max_length ({self.max_length})"),
-            (self.more, f"{_turns(self.more)} in sequences of their own, because the chat template rewrites them (`epochs` counts rows)"),
+            (
+                self.turns,
+                f"{_number(self.turns, 'turn')} longer than {key} or data.max_length ({self.max_length}), left out of rows "
+                "whose other turns are used",
+            ),
+            (
+                self.more,
+                f"{_number(self.more, 'additional sequence')}, because the chat template rewrites earlier turns (`epochs` counts rows)",
+            ),
             (self.unlearnt, f"{self.unlearnt} with thinking or tool calls that are not learnt (data.turns: last learns them)"),
         ]
         found = [text for count, text in parts if count]
@@ -86,8 +96,8 @@ class Counts:
         return f"{self.unknown} of {self.tokens} tokens of the prompts are unknown to the tokenizer" if self.unknown else ""
 
 
-def _turns(count: int) -> str:
-    return f"{count} turn{'' if count == 1 else 's'}"
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def nothing_left(counts: Counts, shortest: int, name: str) -> str:

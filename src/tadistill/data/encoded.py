@@ -84,7 +84,8 @@ class Kept:
     context: int
     """Number of tokens of the longest of the teacher's own prompts. It is 0 if the teacher has no prompts of its own."""
     context_whole: int
-    """Largest number of tokens of one of the teacher's own prompts together with its reference response, or 0."""
+    """Number of tokens of the longest row for the teacher: its own prompt together with the reference response. It is 0 if the teacher has
+    no prompts of its own."""
     top: int
     """The largest token id in the data set."""
 
@@ -100,8 +101,8 @@ class RowsOnDisk:
     limit: int | None
 
     def glance(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str) -> Kept | None:
-        """Return the tokenised data set if its file is in the cache folder. Otherwise return None, after a check that at least one row is
-        short enough.
+        """Return the tokenised data set if its file is in the cache folder. If it is not, check that at least one row is short enough, and
+        return None.
 
         Raises:
             DataError: no row is short enough.

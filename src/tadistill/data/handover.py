@@ -80,10 +80,12 @@ def read_texts(file: Path) -> Iterator[Answer]:
         StoreError: the file is missing or damaged, or its rows are not in order.
     """
     last = -1
-    for _, found in stream_jsonl(file):
+    for number, (_, found) in enumerate(stream_jsonl(file), 1):
         row, text, ended = (found.get(name) for name in ("row", "text", "ended"))
         if not (isinstance(row, int) and isinstance(text, str) and isinstance(ended, bool)) or row <= last:
-            raise damaged(file, f"the answer after that to row {last} has no valid `row`, `text` and `ended`, or its `row` is not larger")
+            raise damaged(
+                file, f"answer {number} in it has no valid `row`, `text` or `ended`, or its `row` is not larger than the one before"
+            )
         last = row
         yield Answer(row, text, ended)
 
@@ -145,7 +147,7 @@ def _joined(examples: Iterable[Example], answers: Iterable[Answer]) -> Iterator[
     rows = enumerate(examples)
     for answer in answers:
         example = next((example for row, example in rows if row == answer.row), None)
-        assert example is not None, f"row {answer.row} is not in the split"
+        assert example is not None, f"there is an answer to row {answer.row}, but the split has no such row"
         yield example, answer
 
 

@@ -49,7 +49,7 @@ class Rules:
     thinking: Thinking = "keep"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     context: TeacherContext | None = None
-    """The teacher's own prompt, which is encoded too. It has its own limit, `max_prompt`, to which `long_prompts` applies."""
+    """The teacher's own prompt, which is encoded too. Its limit is `context.max_prompt`. `long_prompts` decides about longer prompts."""
 
     @classmethod
     def of(cls, data: Any, role: str, *, bos: bool, context: TeacherContext | None = None) -> "Rules":
@@ -115,7 +115,7 @@ def render(
 
 
 def check_template(example: Example, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
-    """Raise a ModelError if the tokenizer has no chat template, which the example needs."""
+    """Raise a ModelError if the tokenizer has no chat template. The example must be one whose prompt a chat template writes (`in_chat`)."""
     if not tokenizer.chat_template:
         why = "its rows are conversations" if example.messages else "data.template is chat"
         raise ModelError(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", "Sequence", "Encoded")
 SPELLED, STRIPPED, CHANGED = 0, 1, 2
-"""Marks of a token in a text. The text of the token is its own bytes, its own bytes without the first space, or something else."""
+"""Marks of a token in a text: it covers exactly its own bytes, its own bytes without their first space, or other bytes."""
 _BYTES = 256
 _KEPT = 50_000  # number of a data set's second readings in memory; one has about 2 KB for an answer of 200 tokens
 _NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "unspelled", "tokens", "left_out", "lone", "changed", "dropped"), 0)
@@ -51,7 +51,7 @@ class SecondReading:
     teacher: np.ndarray
     """For each of the teacher's tokens, the number of the span that contains it, int32, or `NO_SPAN`."""
     matched: np.ndarray
-    """One bool per token of the response. True if it alone is a span, in which the teacher has the same token (`shared_tokens`)."""
+    """One bool per token of the response. True if its span is one token of each model, and both are the same token (`shared_tokens`)."""
     student_marks: np.ndarray
     """For each token of the response, int8: `SPELLED`, `STRIPPED` or `CHANGED`."""
     teacher_marks: np.ndarray
@@ -59,8 +59,8 @@ class SecondReading:
     lone: int = 0
     changed: int = 0
     dropped: int = 0
-    """Numbers of bytes: not valid UTF-8 (`lone`), not spelled by their tokens (`changed`), or in no token (`dropped`). `lone` counts the
-    teacher's tokenisation; the others are sums over both tokenisations."""
+    """Numbers of bytes: `lone` are not valid UTF-8, `changed` are not spelled by their tokens, and `dropped` are in no token. `lone` counts
+    only the teacher's tokenisation. `changed` and `dropped` are sums over both tokenisations."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Rereader:
 
     @cached_property
     def spelled(self) -> tuple[SpelledVocabulary, SpelledVocabulary]:
-        """The symbols of the tokens of student and teacher: bytes, the end of the text, and the special tokens that both have."""
+        """The vocabularies of student and teacher, spelled as symbols: bytes, the end of the text, and special tokens that both have."""
         events = [{piece for piece in side.pieces if isinstance(piece, str)} - {END} for side in (self.student, self.teacher)]
         names = {END: _BYTES, **{name: _BYTES + 1 + k for k, name in enumerate(sorted(events[0] & events[1]))}}
 
@@ -128,7 +128,7 @@ class Rereader:
         return Lazy(len(sequences), read)
 
     def _read(self, sequence: "Sequence") -> SecondReading:
-        assert sequence.teacher_prompt is not None, "a teacher with another tokenizer reads a prompt of its own"
+        assert sequence.teacher_prompt is not None, "a sequence needs `teacher_prompt` if the teacher has another tokenizer"
         own, found = read_again(sequence.response, self.student, self.teacher)
         if self.most is not None:
             room = self.most - len(sequence.teacher_prompt)
@@ -156,7 +156,7 @@ class Rereader:
 class Behind(Lazy[Row]):
     """Rows or responses of a student, together with the prompts of a teacher that has another tokenizer.
 
-    A row without a prompt of the teacher is left out. `left_out` is the number of these rows.
+    A row is left out if the teacher has no prompt for it, for example because the prompt is too long. `left_out` counts these rows.
     """
 
     def __init__(self, rows: Seq[Row], numbers: np.ndarray, of_teacher: Seq["Encoded"]):
@@ -193,7 +193,7 @@ def marks(reading: Reading, vocabulary: TokenBytes, size: int) -> np.ndarray:
 
 
 def _alone(spans: np.ndarray) -> np.ndarray:
-    """Return the indices of the tokens that are a whole span."""
+    """Return the indices of the tokens that are alone in their span. `spans` has the number of each token's span."""
     return np.flatnonzero((spans >= 0) & (np.bincount(spans + 1)[spans + 1] == 1)) if len(spans) else np.zeros(0, np.int64)
 
 
@@ -202,7 +202,7 @@ def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
 
     A span is left out (`NO_SPAN`) if one of its tokens does not count in the loss. The other spans are numbered from 0.
     """
-    assert sequence.second is not None, "the sequence has no second reading"
+    assert sequence.second is not None, "the sequence does not have its response in the teacher's tokens (`second`)"
     mine, theirs = sequence.second.student, sequence.second.teacher
     counts = _counted(sequence)
     kept = np.ones(int(max(mine.max(initial=NO_SPAN), theirs.max(initial=NO_SPAN))) + 2, bool)
@@ -221,8 +221,8 @@ def _counted(sequence: "Sequence") -> np.ndarray:
 
 
 def runs(counts: np.ndarray, start: int) -> tuple[tuple[int, int], ...]:
-    """Return the (start, end) of each run of True values, in indices that begin with `start` at the first value. If no value is True,
-    return one empty run."""
+    """Return the indices (start, end) of each run of True values; `end` is excluded. The first value has the index `start`. If no value is
+    True, return one empty run."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], counts, [0]]))) + start
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)) or ((start, start),)
 
@@ -260,11 +260,11 @@ class Aligned:
     texts: "tuple[SpannedTokens, SpannedTokens]"
     """The tokens in spans of the student and of the teacher, on the CPU."""
     follows: np.ndarray
-    """(S,) bool. True if a span comes directly after the span before it."""
+    """One bool per span. True if the span before it is in the same row, and no token of student or teacher lies between the two spans."""
     found: Mapping[str, int]
-    """Counts for the log: `spans`; `single`, the spans of one shared token; `unspelled`, the spans with a `CHANGED` token; `tokens`, the
-    student's tokens that count in the loss; `left_out`, the ones of these tokens that are in no span; and the bytes `lone`, `changed` and
-    `dropped` of `SecondReading`."""
+    """Counts for the log. Of spans: all (`spans`), those of one shared token (`single`), those with a `CHANGED` token (`unspelled`). Of the
+    student's tokens: all that count in the loss (`tokens`), and those of them that are in no span (`left_out`). Of bytes: `lone`, `changed`
+    and `dropped`, as in `SecondReading`."""
 
     @property
     def count(self) -> int:

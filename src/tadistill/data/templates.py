@@ -6,8 +6,8 @@ Two rules differ from MiniLLM's preprocessing:
 - Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets. In
   test sets, MiniLLM cuts them on the right, which removes "### Response:".
 
-An example with several turns is one sequence if the prompt of each turn begins with all token ids up to the end of the turn before.
-Otherwise, the turn begins a new sequence.
+An example with several turns becomes one sequence if the prompt of each turn begins with the same token ids as the sequence up to the turn
+before. A turn whose prompt begins with other token ids begins a new sequence.
 """
 
 import itertools
@@ -66,7 +66,8 @@ class EvalSet:
 
 
 def as_one(sets: Seq[EvalSet]) -> EvalSet:
-    """Return several data sets as one. The row numbers of a set follow those of the set before. A single set is returned unchanged."""
+    """Return several data sets as one. Its rows are numbered from 0 through all sets, one set after the other. A single set is returned
+    unchanged."""
     if len(sets) == 1:
         return sets[0]
     starts = itertools.accumulate((len(each.examples) for each in sets), initial=0)

@@ -81,7 +81,7 @@ T = TypeVar("T")
 
 
 def rng(*address: int | str) -> Random:
-    """Return a new random generator whose seed is `address`, the name of one purpose.
+    """Return a new random generator. Its seed is `address`: the seed of the world, and the purpose of the draws, as in (0, "names").
 
     Call only its method `random`. Python guarantees only for this method that the numbers are the same on every machine.
     """

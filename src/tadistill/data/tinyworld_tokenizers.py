@@ -3,7 +3,8 @@
     tinyworld        each word is one token, and so is each line break; spaces are not tokens
     tinyworld-bpe    byte-level BPE with 512 tokens, learnt from the training rows of the world; rare words have several tokens
 
-A world of another seed or size has other words, and so it has other tokens. Both have the special tokens `SPECIALS`, with the same ids.
+Both tokenizers have the special tokens `SPECIALS`, with the same ids. A world of another seed or size has other words, and so its
+tokenizers have other tokens.
 """
 
 from collections.abc import Mapping

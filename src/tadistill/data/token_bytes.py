@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Piece = bytes | str
-"""The bytes of the text for which one token stands, or the name of its event, which has no bytes."""
+"""The bytes of the text for which a token stands. For a token that stands for an event (a special token, the end of the text), the name of
+the event."""
 END = "the end of the text"
 """The event of every token that ends a text. Each model has its own end tokens."""
 
@@ -126,7 +127,8 @@ class TokenBytes:
         """Tokenise a text. The name of a special token in it, such as `</s>`, is tokenised as ordinary text.
 
         Args:
-            first: as in `spell`. If it is False, no space is added before the text.
+            first: True if nothing comes before the text; the tokenizer may then add a space. False if the text follows a prompt; no space
+                is then added.
         """
         before = "\n" if self.adds_space and not first else ""
         found = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
@@ -281,11 +283,11 @@ def _without(reading: Reading, before: bytes) -> Reading | None:
 
 
 def _clean_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:
-    """Return the places (character, token) at which the text can be cut without cutting a token, and the number of bytes that no token
-    covers.
+    """Find the places at which the text can be cut without cutting a token. Return them as pairs (index of a character, index of a token).
+    Also return the number of bytes that no token covers.
 
-    Two tokens can have a gap between them. White space in the gap, and all that follows it, belongs to the next token. Characters before
-    the white space belong to the previous token: they are marks that a normaliser joined with a letter.
+    There can be text between two tokens that neither covers. Its characters before the first white space belong to the previous token: they
+    are marks that a normaliser joined with a letter. The white space, and all characters after it, belong to the next token.
     """
     if not offsets:
         return [(0, 0)], len(text.encode())

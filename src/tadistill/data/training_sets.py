@@ -1,6 +1,7 @@
 """Combine several training sets: decide which rows an update draws from which set, and which teacher each row has.
 
-The row numbers of a set follow those of the set before. The rows of an update depend only on the seed and the number of the update.
+Rows are numbered from 0 through all sets, one set after the other. The rows of an update depend only on the seed and the number of the
+update.
 """
 
 from bisect import bisect_right
@@ -132,7 +133,8 @@ class _Draws:
     """The choice of the training set from which each row of a training is drawn.
 
     After n rows, the number of rows of a set differs from n times its weight by less than 1. This is the algorithm of
-    R. Tijdeman (1980), The chairman assignment problem. Each row is drawn from the set that must be drawn soonest.
+    R. Tijdeman (1980), The chairman assignment problem. A set is a candidate for the next row if it has clearly fewer rows than its weight
+    demands. The row is drawn from the candidate that would soonest be too far behind.
     """
 
     weights: tuple[float, ...]

@@ -3,9 +3,10 @@
 An example with one answer has one turn. With `data.turns: all`, each message of the assistant is a turn. A turn has three parts: the
 prompt; text that does not count in the loss, such as thinking with `data.thinking: mask`; and the answer.
 
-A chat template has to begin each turn with its own generation prompt. So the answer is what follows this prompt in the whole conversation.
-If a template rewrites earlier turns (Qwen3 removes their thinking), the prompt of each turn is the conversation as the template writes it
-at this turn. If a template marks the answers with {% generation %}, the marks say where the answers are.
+For each turn, the chat template writes the conversation up to the answer, with its generation prompt at the end: this text is the prompt.
+The template then writes the conversation up to the end of the turn. This second text must begin with the prompt, and the rest of it is the
+answer. So if a template rewrites earlier turns (Qwen3 removes their thinking), each prompt has them as the template writes them at that
+turn. If a template marks the answers with {% generation %}, the marks say where the answers are.
 """
 
 import re
@@ -56,8 +57,8 @@ def _without(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unlearnt(example: Example, rules: Rules) -> bool:
-    """Return True if training does not learn all parts of the last message: with `data.turns: answer`, its tool calls, and thinking in a
-    field of its own, are left out."""
+    """Return True if training does not learn all parts of the last message. With `data.turns: answer`, training leaves out tool calls, and
+    thinking that is in a field of its own."""
     if rules.turns != "answer" or not in_chat(example, rules.template):
         return False
     return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(chat.thinking(example.last)))
@@ -170,6 +171,7 @@ def _check_written(message: Mapping[str, Any], place: int, turn: Turn, where: st
 def _unverified(place: int, message: Mapping[str, Any], where: str) -> DataError:
     drop = "set data.thinking: drop, or " if chat.thinking(message) or _THOUGHT.match(str(message.get("content") or "")) else ""
     return DataError(
-        f"{where}: the tokenizer's chat template does not write turn {place + 1} of `messages` after its own generation prompt, so its "
-        f"tokens cannot be verified; {drop}use a tokenizer whose template marks answers with {{% generation %}}, or set data.turns: answer"
+        f"{where}: the tokenizer's chat template does not write turn {place + 1} of `messages` after the template's own generation prompt, "
+        f"so the tokens of this turn cannot be verified; {drop}use a tokenizer whose template marks answers with {{% generation %}}, or "
+        "set data.turns: answer"
     )

@@ -4,9 +4,10 @@ A loss per token cannot be compared, because each tokenizer cuts a text into ano
 
     bits per byte = -log2 p(tokens of the text, end) / bytes of the text in UTF-8
 
-`p` is the probability of the model's own tokens, after its own prompt. The end is the model's own end token. As in `loss`, its probability
-counts, because a model that cannot end an answer does not predict the answer. It has no byte. An empty text counts as one byte. A text
-that was cut has no end. Other tokens can spell the same text, so p is at most the probability of the text.
+`p` is the probability of the model's own tokens, after its own prompt. The end is the model's own end token. As in the metric `loss`, the
+probability of the end token counts, because a model that cannot end an answer does not predict the answer. The end token has no bytes. An
+empty text counts as one byte. A text that was cut has no end token. Other tokens can spell the same text, so p is at most the probability
+of the text.
 """
 
 from collections.abc import Mapping
@@ -67,7 +68,8 @@ class CrossReading:
     reader: np.ndarray
     """(N,) the bits per byte for the reader. The text of each answer is encoded with its own tokenizer, after its own prompt."""
     early: int
-    """Number of answers with a token that is no text, such as half a character. The reader gets only the text before this token."""
+    """Number of answers that contain something other than text: a special token before the end, or bytes that are not UTF-8, such as half a
+    character. The reader gets only the text before this place."""
     unknown: int
     """Number of the reader's tokens of the answers that are its unknown token."""
 

@@ -35,9 +35,9 @@ class Evaluation:
     scores: dict[str, list[list[float]]]
     """Maps a metric to its values [prompt][decoding seed]. A metric that needs no sampled answers has one column."""
     corpus: dict[str, Any]
-    """Results for the whole set. `numbers` contains the metrics that exist only for a set. Three more keys exist if the references were
-    scored: `calibration`; `reference_length`, the tokens of each reference without its end token; and `unseen`, the share of the
-    references' letters that ROUGE-L ignores.
+    """Results for the whole set. `numbers` contains the metrics that have one value per set. Three more keys exist if the model read the
+    references: `calibration`, the bins of its predictions; `reference_length`, the number of tokens of each reference without the end
+    token; and `unseen`, the share of the references' letters and digits that ROUGE-L ignores.
     """
     records: list[dict[str, Any]]
     """One record per answer, with the full prompt, its parts, the model's answer, the references and the scores."""
@@ -86,7 +86,8 @@ def score(
 ) -> Evaluation:
     """Return all scores of sampled answers. `own` maps names to metrics of the user's own code.
 
-    If `read_references` is True, loss and calibration on the references are measured too, and with `per_byte` their bits per byte.
+    If `read_references` is True, loss and calibration on the references are measured too. If `per_byte` is also True, the bits per byte of
+    the references are measured as well.
     """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
@@ -166,10 +167,11 @@ def dev_metrics(
     teacher: PreTrainedModel | Teacher | None = None,
     shard: Shard = Shard(),
 ) -> dict[str, float]:
-    """Return the dev loss. If `metric` needs sampled answers, sample them and return their metrics too.
+    """Return the dev loss. If `metric` needs sampled answers, sample answers, and return further metrics of these answers.
 
-    If `metric` is "reverse_kl", the second metric is the reverse KL to `teacher`. If `metric` is a text score, the other metrics are all
-    text scores and the mean length in tokens. The processes of `shard` divide the prompts, and all of them return the same metrics.
+    If `metric` is "reverse_kl", the only further metric is the reverse KL to `teacher`. If `metric` is a text score, the further metrics
+    are all scores of `score_quality`, and `length`, the mean number of tokens of an answer. The processes of `shard` divide the prompts,
+    and all of them return the same metrics.
     """
     order = np.argsort([len(e.prompt) + len(e.response) for e in data.encoded], kind="stable")
     mine = sorted(order[shard.rank :: shard.world].tolist())  # each process gets prompts of all lengths

@@ -80,7 +80,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 UNSEEN = 0.01
-"""Limit for `unseen`. From this value on, reports warn about rouge_l, and rouge_l_unicode is computed too."""
+"""Limit for the share (0-1) of letters and digits that rouge_l ignores (`unseen`). If the share reaches the limit, reports warn about
+rouge_l, and rouge_l_unicode is computed too."""
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:

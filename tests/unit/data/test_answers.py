@@ -151,7 +151,7 @@ def test_checks(kind, passes, fails):
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("numeric", None, "the answer for `numeric` is `null`; write one number"),
+        ("numeric", None, "the rule `numeric` cannot use the right answer `null`; write one number"),
         ("numeric", "12 or 13", "`12 or 13`; write one number"),
         ("numeric", "many", "write one number"),
         ("numeric", True, "`true`; write one number"),

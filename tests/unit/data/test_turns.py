@@ -110,7 +110,7 @@ def test_a_template_that_rewrites_earlier_turns_gets_a_sequence_for_each():
     assert learnt(talk, QWEN3, turns="last") == [qwen(start + again, second)]
     counts = encode_counted(examples(row(talk)), chat_tokenizer(QWEN3), rules())[1]
     assert (counts.used, counts.more) == (1, 1)
-    assert counts.text.endswith("1 turn in sequences of their own, because the chat template rewrites them (`epochs` counts rows)")
+    assert counts.text.endswith("1 additional sequence, because the chat template rewrites earlier turns (`epochs` counts rows)")
 
 
 def test_variables_of_the_template():
@@ -220,7 +220,7 @@ def test_an_instruction_in_the_chat_template_is_one_turn():
          "leaves out the thinking of turn 2 .*set data.thinking: drop"),
         (TALK, CHATML, {"tools": [TOOL]}, DataError, "row 1: the tokenizer's chat template leaves out the tool `weather`"),
         (THINKS, QWEN3, {"chat_template_kwargs": {"enable_thinking": False}}, DataError,
-         r"row 1: .* does not write turn 4 of `messages` after its own generation prompt.*set data.thinking: drop"),
+         r"row 1: .* does not write turn 4 of `messages` after the template's own generation prompt.*set data.thinking: drop"),
         (TALK, QWEN3, {"chat_template_kwargs": {"enable_thinkng": False}}, ModelError,
          r"sets `enable_thinkng`, but the chat template .* has no such variable; did you mean `enable_thinking`\?"),
         (TALK, "{% if mode != 1 %}{{ raise_exception('no mode') }}{% endif %}" + CHATML, {"chat_template_kwargs": {"mode": 2}}, DataError,
@@ -254,7 +254,7 @@ def test_long_turns_are_left_out_cut_or_refused():
 
     (left, other), counts = encoded(second - 1)
     assert (left.prompt, left.response, left.spans) == (other.prompt, other.response, other.spans) == (short.prompt, short.response, ())
-    few = f"1 turn left out of used rows, longer than data.max_prompt ({second - 1}) or data.max_length (900)"
+    few = f"1 turn longer than data.max_prompt ({second - 1}) or data.max_length (900), left out of rows whose other turns are used"
     assert counts.text == f"2 of 2 rows; {few}"
     (cut, _), counts = encoded(max_length=second + 3)
     assert (cut.prompt, cut.response) == (whole.prompt, whole.response[:3])
@@ -294,7 +294,7 @@ def test_chats_that_lose_their_generation_prompt_are_counted():
     assert tokenizer.decode(whole.prompt).endswith("<|im_start|>assistant\n")
     assert not tokenizer.decode(cut.prompt).endswith("<|im_start|>assistant\n")
     assert (counts.cut, counts.unopened) == (1, 1)
-    assert counts.text.endswith("1 of these without the chat's generation prompt, which is cut off (data.long_prompts)")
+    assert counts.text.endswith("1 of the cut prompts without the chat's generation prompt, which was at their end (data.long_prompts)")
     assert encode_counted(rows, tokenizer, Rules(900, 900, "cut", template="chat"))[1].text == ""
 
 
