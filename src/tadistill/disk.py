@@ -41,7 +41,8 @@ def user_cache() -> Path:
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
     """Return the error sentence for a path that is in none of the `folders`.
 
-    The sentence suggests a similar name in these folders, if there is one: that of a folder, or of a file with one of the `suffixes`.
+    The sentence suggests a similar name from these folders, if there is one. It may be the name of a folder, or of a file with one of the
+    `suffixes`.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:

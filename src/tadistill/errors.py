@@ -52,7 +52,7 @@ class Gathering:
             self._errors.append(error)
 
     def finish(self) -> None:
-        """Raise one error with the sentences of all collected errors. It has the class of the first one."""
+        """Raise one error with the sentences of all collected errors. Its class is the class of the first error."""
         if self._errors:
             problems = dict.fromkeys(problem for error in self._errors for problem in error.problems)
             raise type(self._errors[0])(*problems) from self._errors[0]

@@ -30,7 +30,7 @@ class Metric:
     name: str
     title: str
     group: Group
-    """Metrics of the group `quality` score an answer's text against the references. Reports have a table of them for each test set."""
+    """Metrics of a group share a table in reports. In `quality` (text scored against references), each metric has its own table."""
     unit: str = ""
     decimals: int = 3
     better: Literal["higher", "lower"] | None = None
@@ -52,8 +52,8 @@ class Metric:
     signed: bool = False
     """True if the metric can be negative."""
     by_token: bool = False
-    """True if the value depends on the tokenizer, as a number of tokens or a mean over tokens does. Only models with the same tokenizer
-    can then be compared."""
+    """True if the value depends on the tokenizer, for example because it counts tokens or is a mean over tokens. Only models with the same
+    tokenizer can then be compared."""
     right_or_wrong: bool = False
     """True if each response is right (100) or wrong (0). Reports then have pass@k as METRIC/k."""
 

@@ -37,7 +37,7 @@ _STAGE = "stage.json"
 
 
 def key_of(value: Any) -> str:
-    """Return the first 16 hex digits of the SHA-256 of a JSON value. The key of a stage is that of its settings and inputs."""
+    """Return the first 16 hex digits of the SHA-256 of a JSON value. A stage's key is computed in this way from its settings and inputs."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # equal values give equal texts
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

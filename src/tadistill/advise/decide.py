@@ -38,7 +38,8 @@ class Option:
     p_matters: float
     """Probability that the difference is above the margin (the smallest difference that matters)."""
     basis: Literal["reference", "prior", "history"]
-    """Source of the forecast: earlier studies (`history`), or the prior alone. The direct path has `reference`: it is the baseline."""
+    """Source of the forecast. `history`: earlier studies. `prior`: the prior alone. `reference`: there is no forecast, because this is the
+    direct path, with which the others are compared."""
     beyond: tuple[str, ...] = ()
     """Measures whose value for this path is outside the range of earlier studies. They make the interval wider."""
 
@@ -65,7 +66,8 @@ class Advice:
     options: tuple[Option, ...]
     """All candidates in the given order. The first one is the direct path."""
     hypothesis: tuple[str, ...] | None
-    """The chain that a rule on model sizes suggests (`size_law`). None if it is not a candidate, or if `pairs` is above 0."""
+    """The chain that a rule on model sizes suggests (`size_law`). None if this chain is no candidate, or if there is evidence
+    from earlier studies (`pairs` is above 0)."""
     next: tuple[Experiment, ...]
     """Proposed experiments. The one with the largest `gain / cost` comes first."""
     level: float
@@ -85,7 +87,7 @@ class Advice:
 
     @property
     def needed(self) -> float:
-        """The least `p_better` of a recommended chain: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
+        """The smallest `p_better` at which a chain is recommended: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
         return 1 - (1 - self.level) / max(1, len(self.options) - 1)
 
     @property

@@ -292,7 +292,8 @@ class TwinPair:
     differences: tuple[float, ...]
     """Quality of the chain minus quality of the twin. There is one value per seed."""
     twin: tuple[float, ...]
-    """Costs of the direct runs that give the twin's quality: one run, or two runs between which the quality is interpolated."""
+    """Costs of the direct runs that give the twin's quality. If there is one run, it is the twin. If there are two, the twin's quality is
+    interpolated between them."""
 
     reported: float = 0.0
     """Standard deviation of the difference on the test sets (`Observation.reported`)."""

@@ -37,7 +37,7 @@ SIZE_LAW = 2.5
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
 """Prior probability of each possible value of `carry`, the ratio (weight of a hop / weight of the next hop)."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
-"""Possible standard deviations of the contrasts' part of a difference, as multiples of `unit` (the typical size of a difference)."""
+"""Possible standard deviations of the part of a difference that contrasts explain, as multiples of `unit` (a difference's typical size)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
 """Possible standard deviations of the effect of a family (runs with the same teacher, data and method), as multiples of `unit`."""
 EDGES = (0.1, 0.3, 0.8)
@@ -46,7 +46,8 @@ TINY = 1e-9
 INTERCEPT = 2.0
 """Standard deviation of the intercept, as a multiple of `unit` (the typical size of a difference)."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
-"""Prior of the noise of training seeds: its standard deviation, as a multiple of the margin; and its weight, as a number of seeds."""
+"""Prior of the noise of a difference over training seeds. SEED_NOISE is the noise's standard deviation, as a multiple of the margin.
+SEED_WEIGHT is the weight of the prior, in degrees of freedom."""
 
 
 @lru_cache(maxsize=4096)
@@ -75,7 +76,7 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
     The `gaps` along the path are added up, weighted by `hop_weights`. The gap in direct distillation is then subtracted.
 
-    In the result, `cost` is the logarithm of the argument `cost`, which is the path's compute divided by that of the direct path.
+    The result also has an entry `cost`, which is log(cost). The argument `cost` is the path's compute divided by that of the direct path.
     """
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)

@@ -109,7 +109,8 @@ def notes(
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:
         found.append(
-            f"This study does not train {', '.join(bought)}, so the compute of that training is unknown, and no path's cost contains it."
+            f"Assistants that this study does not train: {', '.join(bought)}. The compute of their training is unknown, so no path's cost "
+            "contains it."
         )
     if metric in NOT_COMPARABLE:
         found.append(f"method.select.metric is `{metric}`, which cannot compare students of different teachers; use loss or rouge_l.")
@@ -267,8 +268,8 @@ def reason(advice: Advice) -> str:
     on = f"from {_count(advice.pairs, 'chain', 'chains')} of {_count(advice.families, 'family', 'families')}"
     if advice.verdict == "chain":
         return (
-            f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; the best of "
-            f"{_count(len(advice.options) - 1, 'chain', 'chains')} needs {advice.needed:.3f}. Evidence: {on}."
+            f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; to recommend the "
+            f"best of {_count(len(advice.options) - 1, 'chain', 'chains')}, at least {advice.needed:.3f} is needed. Evidence: {on}."
         )
     text = f"the most promising chain, {name}, has an expected difference of {range_}"
     if advice.verdict == "direct":

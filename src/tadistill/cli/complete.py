@@ -37,7 +37,7 @@ def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Shell completion of `KEY=VALUE`: return keys (with the names of the recipe's models and arms), or after `=` the values of a key."""
+    """Shell completion of `KEY=VALUE`: return keys, or after `=` the values of a key. Some keys contain a name from the recipe."""
     return _settings(incomplete, _named(ctx.params.get("recipe")))
 
 

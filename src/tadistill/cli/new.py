@@ -123,7 +123,8 @@ def _row(role: str, content: Any, same: bool) -> str:
         "test": "measured once, at the end",
     }[role]
     if same:
-        text = f"CHANGE THIS: these are the training rows; {'name rows of their own' if role == 'dev' else 'scores on them mean little'}"
+        why = "a checkpoint must be chosen on other rows" if role == "dev" else "scores on them mean little"
+        text = f"CHANGE THIS: these are the training rows; {why}"
     return f"  {f'{role}: {_scalar(content)}':<28}# {text}\n"
 
 

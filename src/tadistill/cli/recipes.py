@@ -89,7 +89,7 @@ def search(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Train paths of models from the recipe's section `search`, until its strategy has chosen one by dev scores.
+    """Train paths of the models in the recipe's section `search`, and choose the best path by dev scores.
 
     More: the page "Paths" of the documentation.
     """

@@ -139,7 +139,7 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
 
 
 def runs_option(runs: Path | None) -> list[str]:
-    """Return the words of the option `--runs` for a command that is shown to the user. Empty if the user did not give the option."""
+    """Return `--runs` and its value, for a command that is shown to the user. The list is empty if the user did not give the option."""
     return ["--runs", str(runs)] if runs else []
 
 

@@ -94,7 +94,10 @@ def judge(
         str, typer.Option(envvar="OPENAI_BASE_URL", help="URL of an OpenAI-compatible API. The variable OPENAI_API_KEY has the key.")
     ] = "https://api.openai.com/v1",
     mode: Annotated[
-        str, typer.Option(help="pair: choose the better of two answers. score: rate as MiniLLM does, in % of the reference's score.")
+        str,
+        typer.Option(
+            help="pair: choose the better of two answers. score: rate an arm in % of the scores of the references, as MiniLLM does."
+        ),
     ] = "pair",
     arm: Arms = None,
     against: Annotated[

@@ -58,7 +58,7 @@ def explain(
 
 
 def _entries(asked: str) -> "list[Entry]":
-    """Return explanations of a word: its sentence in the glossary, then the keys and values of recipes with this name."""
+    """Return the explanations of a word: its sentence in the glossary; then each recipe key and each allowed value that has this name."""
     from tadistill.config.lookup import Entry
     from tadistill.config.lookup import explain as in_recipes
     from tadistill.glossary import GLOSSARY, metric_text

@@ -137,7 +137,7 @@ def slurm(site: str | None) -> Check:
 
 
 def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the Slurm account to which jobs are charged. Variables of the environment override the account in a batch script."""
+    """Check the Slurm account to which jobs are charged. SBATCH_ACCOUNT and SLURM_ACCOUNT override the account in a batch script."""
     given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -151,7 +151,7 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
         shown = f"no account is set; your accounts: {', '.join(fitting)}" if fitting else "no account is set"
         return Check("account", "warning", shown, f"export SBATCH_ACCOUNT={(fitting or ['NAME'])[0]}, or submit with --account")
     if pattern and not re.fullmatch(pattern, name):
-        return Check("account", "problem", name, f"accounts of this cluster match the pattern {pattern}; correct {next(iter(given))}")
+        return Check("account", "problem", name, f"account names here must match the pattern {pattern}; correct {next(iter(given))}")
     return Check("account", "ok", name)
 
 
@@ -224,7 +224,7 @@ def cache(name: str, variable: str, path: Path, site: str | None, environment: M
     """Check the free space of a cache folder. On a cluster, also check that the environment variable for this folder is set."""
     found = space(name, path)
     if found.state == "ok" and site and not environment.get(variable):
-        fix = f"export {variable} with a folder on $SCRATCH or $PROJECT, because jobs may not see the default folder"
+        fix = f"export {variable}=FOLDER, with a folder on $SCRATCH or $PROJECT; jobs may not see the default folder"
         return Check(name, "warning", f"{found.found}; {variable} is not set", fix)
     return found
 

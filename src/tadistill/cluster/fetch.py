@@ -4,8 +4,11 @@
     missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
 A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say which files are needed, so
-fetched.json lists them. Without this list, a data set counts as complete if some of its files are there. The same holds for a teacher that
-runs on a server: only its tokenizer and the file with its output head are needed.
+fetched.json lists them. Without this list, a data set counts as complete if some of its files are there.
+
+A teacher that runs on a server is needed only in part: its tokenizer and, with `serve.gives: hidden`, the file with its output head.
+fetched.json lists its files too. Without this list, the teacher counts as complete if its tokenizer and, for
+`hidden`, some file with weights are there.
 """
 
 import os
@@ -45,7 +48,7 @@ class Need:
     tokenizer: bool = False
     """True if the tokenizer is in the repository of the model."""
     gives: Gives | None = None
-    """What the model's server sends (`serve.gives`), if only a part of the model's files is needed. None if all files are needed."""
+    """Outputs that the model's server sends (`serve.gives`). They decide which files of the model are needed. None if all are needed."""
 
     @property
     def shown(self) -> str:

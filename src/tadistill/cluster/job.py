@@ -72,9 +72,9 @@ class Job:
 
 
 def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int, tuple[Stage, ...]]]:
-    """Divide the stages `todo` into jobs. Return (depth, stages) for each job; a job comes after the jobs that it waits for.
+    """Divide the stages `todo` into jobs. Return (depth, stages) for each job, with the depth that `Job.depth` explains.
 
-    All stages that measure one model share a job. Every other stage has a job of its own. The depth is explained in `Job`.
+    All stages that measure one model share a job. Every other stage has a job of its own. A job comes after the jobs that it waits for.
     """
     found: dict[str, list[Stage]] = {}
     for key in todo:
@@ -109,7 +109,7 @@ def families(jobs: Seq[Job]) -> list[list[Job]]:
 
 @dataclass(frozen=True)
 class Place:
-    """The Slurm id of a stage's job. For a job in an array: the id of the array, and the index of the job in it."""
+    """The Slurm id of a stage's job. In a job array, `job` is the id of the array, and `index` is the index of the stage's job."""
 
     job: str
     index: int | None = None
@@ -121,8 +121,9 @@ class Place:
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
     """Put jobs that differ only in their seed into Slurm arrays. Return (jobs, dependency or None) for each array.
 
-    If the jobs wait for earlier arrays with the same seeds, they form one array. Each job then waits only for the earlier jobs of its own
-    seed, so a failed seed does not cancel other seeds. Otherwise, jobs share an array if they wait for the same earlier jobs.
+    Each job waits only for the earlier jobs that it needs, so a failed seed does not cancel other seeds. All jobs form one array if their
+    seeds have the same indices in the earlier arrays: job i then waits for job i of each of these arrays. Otherwise, jobs share an array
+    if they wait for the same earlier jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:
@@ -166,8 +167,9 @@ class JobRecord:
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
-        """Return this job's entries in Slurm's queue, running ones first. If the work is split into several jobs, each of them has an
-        entry.
+        """Return this job's entries in Slurm's queue. Running ones come first.
+
+        There are several entries if the work was split into several jobs when it was submitted.
         """
         here = str(self.place)
         segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if self.index is None else []
@@ -256,7 +258,7 @@ class StageJob:
                 stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # requeues the job and ends this process
             except subprocess.SubprocessError as error:
                 raise StageFailed(
-                    f"Slurm did not queue the job again ({error}). Its state is saved; submit the study again. If the cluster "
+                    f"Slurm did not queue the job again ({error}). The stage's state is saved; submit the study again. If the cluster "
                     "forbids requeues, set `resume: chain` in its profile"
                 ) from error
             sys.exit(1)

@@ -100,7 +100,8 @@ def load_profile(name: str) -> Profile:
     if not path.is_file():
         known = ", ".join(names())
         raise ConfigError(
-            f'there is no cluster profile `{name}`; use one of {known}, or write a YAML file (the page "On a cluster" of the documentation)'
+            f"there is no cluster profile `{name}`; use one of {known}, or write a YAML file, as the documentation explains on the page "
+            '"On a cluster"'
         )
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -4,7 +4,7 @@ A request is computed from the plan's estimates, the cluster's profile and the s
 refuse the request, an error names the rule. The GPU is the smallest on which models, gradients and optimizer moments need at most 90 % of
 the memory. The time is 1.5 x the estimate. If this is longer than the profile allows, the work needs several jobs.
 
-The library submitit writes the script, pickles the work, and queues a job again if it saved its state before the time limit.
+The library submitit writes the script and pickles the work. It also queues a job again if the job saved its state before the time limit.
 """
 
 import math
@@ -32,7 +32,8 @@ from tadistill.plan.throughput import Speeds
 _SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate
 _UNKNOWN_BYTES = 2e9  # assumed need of a stage whose models have an unknown size
 _USED = {"training": 0.15, "sampling": 0.01}
-"""Assumed share of the peak FLOP/s if no speed was measured. Sampling is limited by memory bandwidth. Other work counts as training."""
+"""Share of a GPU's peak FLOP/s that a stage is assumed to reach if no speed was measured. The share of sampling is low, because memory
+bandwidth limits sampling. All other work counts as training."""
 _CPU_TFLOPS = 0.02
 _EVALUATION_HOURS = 0.5
 _UNKNOWN_HOURS = 3.0

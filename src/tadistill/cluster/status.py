@@ -36,7 +36,8 @@ class StatusRow:
     state of Slurm in lower case."""
     elapsed: str
     last: str
-    """The newest numbers of a training, or the reason why the stage failed or waits; and the update from which the stage continues."""
+    """The newest numbers of a training, or the reason why the stage failed or waits. The text ends with the place where the next run
+    continues an unfinished stage."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -76,7 +77,7 @@ def continuation(store: Store, key: str, updates: int | None, state: str) -> str
 
 
 def local_rows(run: LocalRun) -> dict[str, StatusRow]:
-    """Return the status rows of the stages of a run without Slurm, by key. The caller fills in the labels."""
+    """Return the status rows of the stages of a run without Slurm, by stage key. The field `label` of the rows is empty."""
     failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
     state = run.state
     if state not in ("running", "dead"):
@@ -86,9 +87,9 @@ def local_rows(run: LocalRun) -> dict[str, StatusRow]:
 
 
 def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
-    """Return the status rows of the unfinished stages that were submitted to Slurm, by key. The caller fills in the labels.
+    """Return the status rows of the stages in `keys` that were submitted to Slurm, by stage key. The field `label` of the rows is empty.
 
-    Raises ConfigError if there are such stages and squeue does not answer.
+    Raises ConfigError if there are such stages, but squeue does not answer.
     """
     open_ = {key: record for key in keys if (record := read_record(store, key))}
     queued = queue.queued() if open_ else {}
@@ -148,7 +149,7 @@ def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
     if set(counts) == {"done"}:
         return f"all stages are done; write the report with {command_for('report', study)}"
     if any(run.state == "running" for run in runs):
-        return f"all lines of the run are in {study / LOG}; {command_for('watch', study)} shows it in a browser"
+        return f"the log of the run is {study / LOG}; {command_for('watch', study)} shows the run in a browser"
     if {"pending", "running", "configuring", "requeued"} & set(counts):
         return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
     if runs:

@@ -336,6 +336,6 @@ def _cluster(given: str | None) -> str:
     if not name:
         known = ", ".join(profiles.names())
         raise ConfigError(
-            f'--cluster is not given; use one of {known}, or write a YAML file (the page "On a cluster" of the documentation)'
+            f'--cluster is not given; use one of {known}, or write a YAML file, as the documentation explains on the page "On a cluster"'
         )
     return name

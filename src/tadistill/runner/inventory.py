@@ -27,7 +27,7 @@ class StudyRow:
 
     name: str
     created: str
-    """Date and time of the first run. If plan.json is damaged: of the last change of the study's folder."""
+    """Date and time of the first run. If plan.json is damaged, it is the time of the last change of the study's folder."""
     stages: int
     done: int
     bytes: int

@@ -54,7 +54,7 @@ class Drawn:
     """The graph of a study, drawn in two ways: nodes in columns, or nodes in a list. `edges` and `arcs` are the SVG paths of its edges."""
 
     nodes: tuple[tuple[Node, int, int], ...]
-    """Nodes in the order of the list. Each has its left and top pixel in the drawing with columns."""
+    """Nodes in the order of the list. Each comes with the place of its left top corner in the drawing with columns, in pixels."""
     width: int
     height: int
     edges: tuple[str, ...]
@@ -118,8 +118,8 @@ def draw(nodes: Sequence[Node]) -> Drawn:
 def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Iterable[str]) -> tuple[list[StageState], str]:
     """Return the trainings whose curves are shown, at most `_SHOWN`, and a sentence that says which they are.
 
-    They are the trainings in the nodes with the ids `wanted`. If these have none, they are the running trainings, else the interrupted
-    ones, else those with the newest logs.
+    The trainings in the nodes with the ids `wanted` are shown. If these nodes have no training, the running trainings are shown, else the
+    interrupted ones, else those with the newest logs.
     """
     chosen, nodes = set(wanted), list(nodes)
     some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]

@@ -89,7 +89,7 @@ class Follower:
 
 
 class Point(NamedTuple):
-    """A point of a curve: a range of steps by its mean step, with the lowest, mean and highest value in it."""
+    """A point of a curve. It stands for a range of steps: the mean step, and the lowest, mean and highest value in the range."""
 
     step: float
     low: float

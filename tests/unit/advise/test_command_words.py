@@ -58,7 +58,9 @@ def test_cautions(study):
     )
     models = found.models | {"l": found.models["l"].model_copy(update={"load": "gpt2", "config": {}, "sft": None})}
     bought = found.model_copy(update={"models": models})
-    assert "This study does not train l, so" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
+    assert "Assistants that this study does not train: l. The" in "\n".join(
+        notes(bought, list(priced), measures(), advice, nothing, "loss", 20)
+    )
 
 
 def test_rules_of_thumb(study):

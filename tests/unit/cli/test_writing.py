@@ -26,7 +26,7 @@ def test_explain_prints_a_key():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["error", "budget"], "KL(student ‖ teacher) of a path as a sum"),
+        (["error", "budget"], "The parts of a path's KL(student ‖ teacher)"),
         (["sft"], "Supervised fine-tuning: training on the answers"),
         (["rouge_l"], "From 0 to 100; higher is better."),
         (["teacher"], "method.sampler, type teacher"),
