@@ -180,8 +180,10 @@ class Question:
 def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> list[Question]:
     """Return the questions that compare each arm with `against`, for every prompt and training seed. Each pair is asked in both orders.
 
+    `mode` is `pair` or `score` (see `summary.summarise`). With `score`, `against` must be `REFERENCE`.
+
     Raises:
-        ConfigError: `against` is not known or is the only arm, or `against` is an arm in mode `score`.
+        ConfigError: `against` is neither `REFERENCE` nor an arm with answers, is the only arm, or does not fit `mode`.
     """
     if mode == "score" and against != REFERENCE:
         raise ConfigError(f"mode `score` compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")

@@ -1,6 +1,7 @@
 """Compute wins, win rates and scores from the judge's replies, with 95 % intervals.
 
-Axes: S training seeds, N prompts. An arm's row includes a prompt only if all its questions (both orders, every seed) have scores.
+Axes: S training seeds, N prompts. An arm's row includes a prompt only if the judge scored this arm's answers to this prompt in both orders
+and for every seed.
 """
 
 import datetime
@@ -51,12 +52,13 @@ def verdict(first: Scores, second: Scores) -> int:
 
 
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
-    """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over test sets.
+    """Return the 95 % interval of the mean, over test sets, of the ratio sum(scores of the arm) / sum(scores of the other answers).
 
-    Each array is of shape (training seeds, prompts, 2). The last axis has the arm's score and then the score of the other answer.
+    There is one array for each set, of shape (training seeds, prompts, 2). The last axis has the arm's score and then the score of the
+    other answer.
 
-    The delta method computes one value for each seed and prompt. The mean of these values is the ratio. To first order, the mean also has
-    the variance of the ratio. `macro_interval` therefore computes the interval from these values.
+    For each set, the delta method computes one value for each seed and prompt. The mean of these values is the ratio. To first order,
+    the mean also has the variance of the ratio. `macro_interval` therefore computes the interval from these values.
     """
     linear = []
     for values in strata_SN2:

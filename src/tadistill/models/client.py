@@ -36,7 +36,7 @@ class Broken(Exception):
 
 
 class _Stopped(Exception):
-    """Raised instead of repeating a failed request, because another request has failed for the last time."""
+    """Raised instead of sending a request. No more requests are sent after one has failed for good, or after Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Servers:
         return client
 
     def get(self, path: str, read: Callable[[Answer], T]) -> dict[str, T]:
-        """Send a request to each server, and return a mapping from its address to `read(answer)`. Raises ServerFailed as `post` does."""
+        """Send a request to each server. Return a mapping from addresses to values `read(answer)`. Raises ServerFailed as `post` does."""
         return {at: self._asked(at, partial(self._get, at, path), read, threading.Event()) for at in self.serve.at}
 
     def _get(self, at: str, path: str, id: str) -> httpx.Response:
@@ -103,8 +103,8 @@ class Servers:
         """Send one request for each body. Return the list of `read(i, answer)` for all bodies, where i is the index of a body.
 
         Raises:
-            ServerFailed: a server refuses a request; or, also after the last repetition, it cannot be reached, reports an error or sends
-                no complete answer in time.
+            ServerFailed: a server refuses a request, or the last repetition of a request fails. A request fails if the server cannot be
+                reached, reports an error, or sends no complete answer in time.
         """
         waiting: SimpleQueue[int] = SimpleQueue()
         for number in range(len(bodies)):

@@ -126,7 +126,9 @@ def pack_rows(model: PreTrainedModel) -> None:
     kind, attention = model.config.get_text_config().model_type, model.config._attn_implementation
     check_packing(kind, getattr(model, "name_or_path", "") or kind)
     if attention not in ("sdpa", ROWS):
-        raise ModelError(f"a {kind} model has the attention `{attention}`, but packed rows need `sdpa`; remove `optim.packed`")
+        raise ModelError(
+            f"a {kind} model uses the attention implementation `{attention}`, but packed rows need `sdpa`; remove `optim.packed`"
+        )
     model.config._attn_implementation = ROWS
     if not _reads_rows_alone(model, (3, 1, 3)):
         raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")

@@ -27,8 +27,8 @@ _SMALL = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2),
     **dict.fromkeys(("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner"), 64),
 }
-"""Sizes of a small model, with which `_check_logits` tests how a model family computes logits. Its other configuration fields are those of
-the real model."""
+"""Configuration fields of a small model, with which `_check_logits` tests how a model family computes logits. All other fields of the small
+model are those of the real model."""
 
 
 def read_head(load: str, revision: str, dtype: torch.dtype) -> Head:
@@ -37,7 +37,8 @@ def read_head(load: str, revision: str, dtype: torch.dtype) -> Head:
     For a model of the Hub, only the configuration, the tokenizer and the file with the head are downloaded.
 
     Raises:
-        ModelError: the files cannot be found or read, or the logits of such models are not those of the head on the last hidden states.
+        ModelError: the files cannot be found or read, or the head alone does not turn the last hidden states of such a model into its
+            logits.
     """
     directory, config = fetch_head(load, revision), read_config(load, revision)
     _check_logits(config, load)
@@ -142,8 +143,7 @@ def _check_logits(config: PreTrainedConfig, load: str) -> None:
             model = scratch_model(type(text).from_dict(fields | less | lists | ids), seed=0, dtype=torch.float32).eval()
     except Exception as error:  # the code of a model family can raise any error
         raise ModelError(
-            f"the logits of model `{load}` cannot be checked, because a small model of type {text.model_type} cannot be built "
-            f"({first_line(error)}); set "
-            "`gives: top_k` in `serve`"
+            f"tadistill cannot check how model `{load}` computes its logits, because transformers cannot build a small model of type "
+            f"{text.model_type} ({first_line(error)}); set `gives: top_k` in `serve`"
         ) from error
     Reader(model)

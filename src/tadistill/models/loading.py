@@ -72,7 +72,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model to the CPU, in eval mode.
 
-    `config`, `seed` and `tokenizer` are used for the source `scratch:TYPE` only. For this source, the tokenizer must be given.
+    `config`, `seed` and `tokenizer` are used only if `load` is `scratch:TYPE` (random weights). Such a model needs the tokenizer.
 
     Raises:
         ModelError: the model cannot be found or read, weights are missing in its files, or its architecture cannot be distilled.
@@ -143,7 +143,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
     """Convert a GGUF file to a Hugging Face directory with model and tokenizer. `sources.fetch` calls this function once per file.
 
     The weights are dequantised to float32 (4 bytes per parameter). The logits are identical to those of the GGUF file. transformers can
-    also load the GGUF file directly, but this is slow, and the loaded model cannot be saved (`quantization_config`).
+    also load the GGUF file directly. But this is slow, and transformers cannot save the loaded model, because its configuration has the
+    field `quantization_config`.
 
     Raises:
         ModelError: the `gguf` package is missing, the architecture is not supported, or the file is damaged.
@@ -250,7 +251,7 @@ def _fix(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: s
     if first.get_vocab() == other.get_vocab():
         return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
     return (
-        "this was not found before the models were loaded, because a tokenizer.json is missing; save the tokenizers with save_pretrained, "
+        "the plan could not find this difference, because a tokenizer.json is missing; save both tokenizers with save_pretrained, "
         "or choose models with the same tokenizer"
     )
 

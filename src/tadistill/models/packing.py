@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from tadistill.errors import ModelError
 
 ROWS = "tadistill_rows"
-"""The name of the attention of models that can run on packed rows. A forward pass without rows uses transformers' `sdpa`."""
+"""The name under which transformers knows the attention for packed rows. If a forward pass gets no `rows`, it uses transformers' `sdpa`."""
 FAMILIES = frozenset(
     ("gemma", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 )

@@ -25,10 +25,11 @@ def needed_part(recipe: Recipe, name: str) -> Gives | None:
 
 
 def locate_part(load: str, revision: str, gives: Gives) -> Path | None:
-    """Return the directory of a model, without network. Return None if the configuration, the tokenizer or all weight files are missing.
+    """Return the directory of a model, without network. Return None if a file that is needed is not on this disk.
 
-    This function does not check whether the files contain the output head, because it does not load the model's class. `fetch_part` checks
-    this.
+    For a model of the Hub, the configuration and the tokenizer are needed. If the server sends hidden states, at least one weight file
+    (safetensors) is needed too. This function does not check whether that file contains the output head. If the file with the head is
+    missing, `fetch_part` downloads it.
 
     Raises:
         ModelError: as in `sources.locate`.
@@ -46,5 +47,5 @@ def fetch_part(load: str, revision: str, gives: Gives, *, workers: int = 8) -> P
 
         return fetch_head(load, revision)
     found = sources.fetch(load, revision, weights=sources.parse_source(load).kind != "hub", workers=workers)
-    assert found is not None, "a model with `serve` has files"
+    assert found is not None, "a model with `serve` cannot be `scratch:TYPE`, so it has a directory"
     return found

@@ -124,7 +124,7 @@ def _check_weights(load: str, info: dict[str, Any]) -> None:
     if layers := _layers(info["unexpected_keys"]):
         raise ModelError(
             f"the files of `{load}` have more layers than num_hidden_layers in config.json (weights {', '.join(layers[:_SHOWN])}); "
-            "correct num_hidden_layers. For a model with fewer layers, keep this number, and prune with `init: {from: …, layers: …}`"
+            "set num_hidden_layers to the number of layers in the files, and use `init: {from: …, layers: …}` if you want fewer layers"
         )
 
 

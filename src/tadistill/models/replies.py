@@ -3,7 +3,7 @@
     with open_cache(path, waiting) as cache:
         in_threads(requests, lambda request: cache.put(request.key, ask(request)), threads=8, stop=Event())
 
-Every reply is appended to the file at once, as one JSON object on one line, and the line is on the disk before the next step.
+Every reply becomes one line of the file, a JSON object. `Cache.put` returns when this line is on the disk.
 """
 
 import json
@@ -60,11 +60,12 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
     """Open a file of replies. Only one process at a time can open it.
 
     Args:
-        waiting: called about once a second while another process has opened the file. It may raise an error to give up. Without this
-            function, a file that another process has opened is an error.
+        waiting: called about once a second while another process has opened the file. It may raise an error to give up. Without
+            `waiting`, this function does not wait.
 
     Raises:
-        StoreError: another process has opened the file, or a line of it is damaged.
+        StoreError: another process has opened the file and there is no `waiting`, a line of the file is damaged, or the file cannot be
+            opened or written.
     """
     from filelock import FileLock, Timeout  # imported here because it loads asyncio, and a plan needs no lock
 
@@ -77,7 +78,7 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
                 break
             except Timeout as error:
                 if waiting is None:
-                    raise StoreError(f"another process is writing judgements to {path.parent}; wait until it has finished") from error
+                    raise StoreError(f"another process is writing replies to {path}; wait until that process has finished") from error
                 waiting()
         try:
             with Cache(path, read_replies(path)) as cache:
@@ -139,7 +140,7 @@ def in_threads(
     After the first error, no further call begins. Running calls are awaited, also after Ctrl-C, because their requests are paid for.
 
     Args:
-        stop: is set before the running calls are awaited.
+        stop: an event that this function sets before it awaits the running calls. `work` can check it to end early.
         look: called a few times a second by this thread. It may raise an error to stop the work.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="asking")

@@ -23,8 +23,8 @@ _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
 """Largest number of parameters of a model that is built and run as a check. This takes a fraction of a second."""
 _LARGEST = {"layer": 1000, "block": 1000, "expert": 10_000, "": 10**9}
-"""Maps a part of a field's name to the largest number that such a field may have. Within these limits, a model is built in seconds, and no
-real model has larger numbers."""
+"""Maps a part of a field's name to the largest number that fields with such a name may have. The empty part stands for all other names. No
+real model has larger numbers, and transformers builds a model with smaller numbers in seconds."""
 
 
 def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -113,7 +113,7 @@ def _check_number(kind: str, name: str, value: Any, default: Any) -> None:
         if number < 0 or (number == 0 and not dropout and default != 0):
             raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a positive number")
         if dropout and number >= 1:
-            raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a dropout from 0 to 1")
+            raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a dropout of at least 0 and less than 1")
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:

@@ -3,8 +3,8 @@
     teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.serving` makes both
     teacher.target(batch)
 
-A server sends one of two things for every token: the last hidden states after the final norm (`POST /pooling`), as bytes; or the k most
-probable tokens with their log-probabilities, and that of the text's own token (`POST /v1/completions` with `prompt_logprobs`).
+A server sends one of two things for every token. `POST /pooling` returns the last hidden states after the final norm, as bytes.
+`POST /v1/completions` with `prompt_logprobs` returns the K most probable tokens and the text's own token, each with its log-probability.
 
 Axes: N tokens, T tokens of a sequence, H hidden, K tokens that a server sends at each position.
 """
@@ -139,7 +139,8 @@ def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -
         raise Broken(f"the server's answer belongs to another request ({id:.80})")
     if shape != (length, width):
         raise Broken(
-            f"the server's answer has states of shape {list(shape)}, but the shape must be {[length, width]}: tokens, width of the model"
+            f"the server's answer has states of shape {list(shape)}, but the shape must be {[length, width]}, because the text has "
+            f"{length} tokens and the model has the width {width}"
         )
     if f"torch.{form}" != str(dtype) or end - start != length * width * dtype.itemsize or len(answer.content) < end:
         raise Broken(
@@ -153,7 +154,8 @@ def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -
 
 
 class _Scores(NamedTuple):
-    """Token ids (T - 1, K) and their log-probabilities, and the log-probability (T - 1,) of the text's own next token."""
+    """Scores with one row per predicted token: the K most probable tokens (`ids`), their log-probabilities (`log_probs`), and the
+    log-probability of the text's own token (`own`)."""
 
     ids: np.ndarray
     log_probs: np.ndarray
@@ -192,8 +194,8 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
 def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
     """Return the scores as a target of a loss, from the most to the least probable token.
 
-    Some models have logits for ids that are no tokens of the tokenizer. Such an id is replaced by a token with the probability 0, so that
-    its probability becomes a part of the tail.
+    Some models have logits for ids that are not tokens of the tokenizer. If a server sends such an id, another token with the probability
+    0 takes its place. The probability of the id then belongs to the tail (all tokens that the target does not list).
     """
     ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
     for row, place in np.argwhere(ids >= vocab):

@@ -200,5 +200,5 @@ def _whole_states(answer: Answer, width: int) -> None:
     states = hidden_states(answer, 2, width, torch.float32)
     if bool(((states.norm(dim=1) - 1).abs() < _UNIT).all()):
         raise Broken(
-            'the server normalises the states; start it with `--pooler-config \'{"task": "token_embed", "use_activation": false}\'`'
+            'the server normalises the hidden states; start it with `--pooler-config \'{"task": "token_embed", "use_activation": false}\'`'
         )

@@ -107,9 +107,9 @@ def check_source(load: str) -> None:
 
 
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
-    """Return the Hugging Face directory of a source, without network. Return None if there is none on this disk, as for `scratch:`.
+    """Return the Hugging Face directory of a source, without network. Return None if it is not on this disk.
 
-    If `weights` is False, a directory that has only configuration and tokenizer is returned, too.
+    Random weights (`scratch:TYPE`) have no directory. If `weights` is False, a directory with only configuration and tokenizer is enough.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -130,9 +130,9 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
 
 
 def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
-    """Return the Hugging Face directory of a source. If necessary, the model is first downloaded and converted. Return None for `scratch:`.
+    """Return the Hugging Face directory of a source. If necessary, the model is first downloaded and converted.
 
-    With HF_HUB_OFFLINE=1, models of the Hub are only read from the local cache.
+    For random weights (`scratch:TYPE`), return None. With HF_HUB_OFFLINE=1, models of the Hub are only read from the local cache.
 
     Args:
         weights: if False, the weights of a model of the Hub are not downloaded.
@@ -167,7 +167,7 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
 
 
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
-    """Return a string that identifies a source, without network. If two sources have equal strings (and seeds), their weights are equal.
+    """Return a string that identifies a source, without network. Equal strings mean equal weights (random weights also need equal seeds).
 
     A model of the Hub is identified by its id and revision. Local files are identified by their content, and not by their path. From a
     large weight file, only some blocks are read. Set `weights` to False for a directory that has only a tokenizer.

@@ -2,7 +2,7 @@
 
     teacher = teacher_of(model)                     # a model in this process: whole, sharded or offloaded
     teacher.target(batch)                           # its outputs at the N tokens of the loss, for `objectives.fused`
-    teacher.scored(batch, vocab)                    # the same, with the log-probability of each of these tokens
+    teacher.scored(batch, vocab)                    # these outputs, and the log-probability of the token after each of the N tokens
 
 `models.served` has the teachers that run on a server. All other code treats all teachers in the same way.
 """
@@ -32,7 +32,8 @@ class Teacher:
     width: int
     """Number of logits of the teacher's output head."""
     model: PreTrainedModel | None = None
-    """The model itself. None if it runs outside of this process. Samplers that need its logits for each new token cannot use it then."""
+    """The model itself, or None if it runs outside of this process. Samplers that need the teacher's logits for each new token need a model
+    in this process."""
     config: Mapping[str, Any] = {}
     """The model's text configuration, if the model runs outside of this process."""
     passed: Callable[[Work], None] = staticmethod(nothing)

@@ -142,7 +142,10 @@ class Vocabulary:
 
 
 def of_tinyworld(source: str, *, seed: int, people: int) -> Vocabulary:
-    """Return the tokens of a tokenizer of the built-in data set tinyworld, which has this seed and this number of people."""
+    """Return the tokens of a tokenizer of the built-in data set tinyworld.
+
+    `source` is the tokenizer's name, such as `tinyworld-bpe`. `seed` and `people` (the number of people) are the settings of the data set.
+    """
     words = tinyworld_tokenizers.vocabulary(source, seed=seed, people=people)
     return Vocabulary(words, {word: words[word] for word in tinyworld.SPECIALS})
 

@@ -59,6 +59,7 @@ def test_scratch_in_half_precision_draws_the_same_weights(tokenizer):
         ("scratch:llama", {"vocab_size": 8}, "config.vocab_size of scratch:llama is set by the tokenizer; remove this field"),
         ("scratch:llama", {"hidden_size": "big"}, "`config` of scratch:llama is not valid: .*hidden_size.* expected int"),
         ("scratch:llama", {"hidden_size": 10, "num_attention_heads": 3}, "hidden size .10. is not a multiple"),
+        ("scratch:gpt2", {"attn_pdrop": 1.0}, "config.attn_pdrop of scratch:gpt2 is 1.0; write a dropout of at least 0 and less than 1"),
         ("scratch:gpt2", {"n_embd": 10, "n_head": 3}, "transformers cannot build scratch:gpt2 from `config`: .*divisible"),
     ],
 )

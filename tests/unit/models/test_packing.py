@@ -139,7 +139,7 @@ def test_models_that_cannot_be_packed_are_refused():
         pack_rows(tiny("mamba"))
     eager = tiny("llama")
     eager.config._attn_implementation = "eager"
-    with pytest.raises(ModelError, match="has the attention `eager`, but packed rows need `sdpa`"):
+    with pytest.raises(ModelError, match="uses the attention implementation `eager`, but packed rows need `sdpa`"):
         pack_rows(eager)
 
 

@@ -335,7 +335,7 @@ def test_normalised_states_are_refused(here):
         return 200, reply[1], torch.nn.functional.normalize(states, dim=-1).numpy().tobytes()
 
     here.fault = normalised
-    with pytest.raises(ServerFailed, match="normalises the states; start it with `--pooler-config"):
+    with pytest.raises(ServerFailed, match="normalises the hidden states; start it with `--pooler-config"):
         checked(here)
 
 

@@ -3,8 +3,8 @@
     kept = kept_by_layer({"model_type": "gpt2", "n_embd": 768, ...}, bf16=True, dropout=False)
     kept.position * positions + kept.pair * pairs               # bytes of one layer, until its backward pass
 
-The numbers are those of transformers' modules under autocast. `tests/unit/models/test_activations.py` compares them with the tensors that
-autograd stores.
+The result is the memory that transformers' modules need under autocast. `tests/unit/models/test_activations.py` compares this result with
+the tensors that autograd stores.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ class Kept:
     pair: float
     """Bytes per query-key pair that the layer keeps: its attention mask."""
     scores: float
-    """Bytes per query-key pair that a CPU keeps in place of `pair` if attention has dropout, because a CPU has no fused kernel for this."""
+    """Bytes per query-key pair that the layer keeps on a CPU, in place of `pair`, if attention has dropout. A CPU has no fused kernel for
+    attention with dropout."""
     running: float
     """Bytes per token position of temporary tensors, while one layer runs forward or backward."""
 

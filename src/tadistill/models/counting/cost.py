@@ -42,7 +42,7 @@ class Disk:
     total: float
     """Estimated bytes of the whole recording."""
     exact: bool
-    """False if `token` and `total` are upper limits, because the tokens of a text need different numbers of bytes."""
+    """False if the number of bytes differs from token to token. `token` and `total` are then upper limits."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,23 @@ class Cost:
     padding: float = 0.0
     """Number of padding positions in the parts training/student and corpus/student."""
     published: float | None = None
-    """FLOPs that MiniLLM's released code needs for the same number of sampled sequences. None for other methods."""
+    """FLOPs that MiniLLM's released code needs for the same number of sampled sequences. None if the method is not MiniLLM."""
     memory: Memory | None = None
     """Estimated memory of one process."""
     kind: str = ""
-    """A text that is equal for two trainings if they differ only in their number of updates. Such trainings run at the same speed."""
+    """A key of the settings that determine a stage's speed. The number of updates is not one of them. Stages with equal keys are equally
+    fast (FLOP/s)."""
     disk: Disk | None = None
     """Disk space of the outputs that the stage records. None if it records none."""
     asked: float = 0.0
-    """Number of answer tokens that the first teacher samples or scores, in its own tokenizer. Evaluations on the dev set do not count."""
+    """Number of tokens that the first teacher samples or scores: those of answers and, with MiniLLM, of the pre-training corpus. They are
+    tokens of the teacher's tokenizer (for a teacher behind an API, of the students'). Evaluations on the dev set do not count."""
     elsewhere: bool = False
     """True if a model behind an API does the work. Its FLOPs are not known, and are not counted."""
 
     @property
     def learning(self) -> float:
-        """The FLOPs of all phases except selection and watching. An arm with `compute: as ARM` gets as many of these FLOPs as ARM."""
+        """The FLOPs of all phases except selection and watching. With `compute: as X`, an arm gets as many of these FLOPs as arm X."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property

@@ -22,7 +22,8 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The bytes that one process of a stage needs, each field for one purpose. `peak` returns the largest sum at one time."""
+    """The bytes that one process of a stage needs, with one field per purpose. Not all of these bytes are needed at the same time.
+    `peak` returns the largest number that is needed at one time."""
 
     weights: float = 0.0
     """Weights of the model that the stage trains or runs."""
@@ -34,30 +35,33 @@ class Memory:
     layers: float = 0.0
     """Tensors that a forward pass keeps for the backward pass: activations, and copies of weights in half precision."""
     cpu: float = 0.0
-    """Tensors that only a CPU needs in addition: the scores of attention with dropout, and the products of heads in half precision."""
+    """Additional tensors that only a CPU needs: the scores of attention with dropout, and the results of matrix products with the
+    output head in half precision."""
     running: float = 0.0
     """Temporary tensors of one layer in the backward pass."""
     head: float = 0.0
     """The gradients that the fused head computes in the forward pass."""
     logits: float = 0.0
-    """Logits of student and teachers at all tokens of the loss of one micro-batch. Only a tile of them exists at a time."""
+    """Size of the logits of student and teachers at all tokens of the loss of one micro-batch. They are computed tile by tile, so only
+    one tile of them is in memory at a time."""
     logit_row: float = 0.0
     """Bytes of `logits` per token."""
     returned: float = 0.0
-    """Gradients of the embeddings, before the end of the backward pass adds them to `gradients`."""
+    """Gradients of the embeddings that the backward pass has computed, but not yet added to `gradients`."""
     several: bool = False
     """True if an update has several micro-batches. Then the gradients are in memory also during a forward pass."""
     sampling: float = 0.0
     """Caches and temporary tensors of sampling, or of an evaluation."""
     rollouts: float = 0.0
-    """Recorded outputs of the teacher for the sampled text of a round. They are in host memory."""
+    """The teachers' last hidden states for all text of one round of sampling. They wait in host memory for the training on this text."""
     gathered: float = 0.0
     """Weights that an update gathers from other processes, if the student is sharded: embeddings, head and two layers."""
 
     def peak(self, *, cuda: bool, tile: float = TILE_BYTES) -> float:
         """Return the largest number of bytes at one time, in the memory of a GPU (`cuda`) or of a CPU.
 
-        `tile` is the size of a tile of the fused head in bytes. On a GPU with more free memory, the head uses larger tiles.
+        `tile` is the size of a tile of the fused head in bytes. The default is the size on a CPU, or on a GPU with little free memory. On
+        other GPUs, the tiles are larger.
         """
         tile = min(self.logits * (1 + OBJECTIVE) if cuda else min(self.logits, TILE_ROWS * self.logit_row), tile)
         before = self.gradients if self.several else 0.0
@@ -105,7 +109,7 @@ def check_memory(
 ) -> None:
     """Check that the memory is large enough for all `needs` together. `needs` maps names to numbers of bytes.
 
-    `available` is the memory in bytes. The default is the free memory of this process. The message names the memory `where`.
+    `available` is the memory in bytes. The default is the free memory of this process. `where` is the name of this memory in the message.
 
     Raises:
         ModelError: the memory is too small. The message lists the `needs`, their sum, the free memory and the `advice`.

@@ -61,8 +61,8 @@ class Work:
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
     """Return the content of a model's config.json, without using the network.
 
-    For `scratch:TYPE`, return the recipe's `config` with model_type and vocab_size. Return None if vocab_size is not known. If the model is
-    not on this disk, return the recipe's `config`, or None if the recipe has none.
+    A model with random weights (`scratch:TYPE`) has no file. Return the recipe's `config` with model_type and vocab_size, or None if
+    vocab_size is not known. For any other model that is not on this disk, return the recipe's `config`, or None if there is none.
 
     Raises:
         ModelError: a local source does not exist or is damaged, or the recipe's `config` differs from the model's own.
