@@ -1,8 +1,9 @@
-"""Compare the next tokens of two models with different vocabularies by their cells.
+"""Compare two models with different vocabularies by the cell of the next token.
 
-A cell is a set of tokens of both vocabularies that begin with the same symbols (bytes), the root of the cell. For example, the student's
-tokens `the` and `then` and the teacher's token `the` are the cell with the root `the` (`tadistill.objectives.spelling`). A model's
-probability of a cell is the sum over its tokens, here P(the) + P(then) for the student and P(the) for the teacher.
+A cell is a set of tokens of both vocabularies. All tokens of a cell begin with the same symbols (bytes), which are the root of the cell.
+For example, the cell with the root `the` has the student's tokens `the` and `then`, and the teacher's token `the`. A model's probability
+of a cell is the sum of the model's probabilities of the cell's tokens. In the example, this is P(the) + P(then) for the student, and P(the)
+for the teacher. `tadistill.objectives.spelling` has another example.
 
 Axes: X places where both models predict a token, n places of a tile, V and W vocabulary sizes of student and teacher, C cells.
 """
@@ -24,7 +25,7 @@ LEAST = 1e-15
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells (sets of tokens with the same beginning) of two vocabularies, and the cells that are impossible at each place of a text."""
+    """The cells (sets of tokens with the same beginning) of two vocabularies, and the cells that are excluded at each place of a text."""
 
     student: Tensor
     """The cell (V,) of each of the student's tokens."""
@@ -33,10 +34,10 @@ class Cells:
     count: int
     """The number C of cells."""
     which: Tensor
-    """The row (X,) of `excluded` for each place, or -1 for a place at which every cell is possible."""
+    """The row (X,) of `excluded` for each place, or -1 for a place at which no cell is excluded."""
     excluded: Tensor
-    """(..., width) bool: a row for each place with impossible cells, a column for each symbol (byte or event). True if no cell can begin
-    with the symbol: a tokenizer would have written a longer token before the place."""
+    """(..., width) bool. A row is a place with excluded cells, and a column is a symbol (byte or event). True excludes all cells that begin
+    with the symbol. Such a symbol could continue the token before the place (`SpelledPair.longer`), so `symbol_divergence` compares it."""
     first: Tensor
     """The first symbol (C,) of each cell's root, with which all tokens of the cell begin."""
 

@@ -1,7 +1,7 @@
 """Checks of arguments that all objectives use. Each error message names the argument, its value and the allowed range.
 
-NaN is searched in the result and not in the logits: a NaN in the logits makes the result NaN, and the result has only one value per token.
-This takes almost no time on a CPU, and one synchronisation on a GPU. A caller can skip the checks of values with `deferred()`.
+The checks look for NaN in the result and not in the logits. If a logit is NaN, the result is also NaN, and the result has only one value
+per token. So this check takes almost no time on a CPU, and one synchronisation on a GPU. `deferred()` skips the checks of tensors' values.
 """
 
 import math

@@ -1,11 +1,11 @@
 """Compute a loss and its gradients from hidden states, without a tensor of shape [tokens, vocabulary], for any objective.
 
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
-    mean.backward()  # the mask already contains 1 / count; dividing the sum later would copy the head's gradient
+    mean.backward()  # the mask contains the factor 1 / count; dividing the result later would copy the head's gradient
 
-The tokens are processed in tiles (groups of tokens). `objectives.tiles` chooses their sizes: large ones for matrix products, and on a CPU
-small ones for the objective. The forward pass already computes the gradient, either by autograd or by a faster
-NAME_with_slope function, and stores it in the memory of the logits. The backward pass only returns this gradient.
+The tokens are processed in tiles (groups of tokens), whose sizes are in `objectives.tiles`. The forward pass also computes the gradients.
+Autograd or a faster NAME_with_slope function gives the gradient with respect to the logits, which replaces the logits in memory. Matrix
+products then give the gradients with respect to the hidden states and the head. The backward pass only returns these gradients.
 
 Axes: N tokens, n tokens of a small tile, H hidden size, V vocabulary size, K terms of a loss.
 """
@@ -44,10 +44,10 @@ from tadistill.objectives.tiles import add_product, product, project, tile_rows
 _QUEUED = {"cuda"}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
-"""A function that computes K terms at n tokens, (K, n). Its arguments are the student's logits (n, V), a tuple with each teacher's logits
-(n, V), `TopK` or `Sampled`, and the slice of the n tokens among the N tokens."""
+"""A function that returns the values (K, n) of K terms at n tokens. It has three arguments: the student's logits (n, V); a tuple with one
+entry per teacher, which is logits (n, V), `TopK` or `Sampled`; and the slice that selects the n tokens from all N tokens."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
-"""A `Values` that also takes weights (K, n) of the terms. It returns the terms, and the gradient (n, V) of their weighted sum."""
+"""A function with the arguments of `Values` and weights (K, n). It returns the K terms and the gradient (n, V) of their weighted sum."""
 Term = TokenTerm | TeacherTerm
 
 
@@ -284,7 +284,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def of(self, rows: slice) -> "_Gradients":
-        """Return the memory of one part's gradients: its own rows for the hidden states, and the head's, which all parts share."""
+        """Return the buffers for the gradients of one part of a loss: `rows` of the hidden states' buffer, and all of the head's."""
         part = copy(self)
         part.hidden = None if self.hidden is None else self.hidden[rows]
         return part

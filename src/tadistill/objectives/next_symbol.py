@@ -1,12 +1,12 @@
 """Compare two models with different tokenizers by the next symbol of a text: a byte, or an event such as the end of the text.
 
-A model's distribution of the next symbol follows from that of the next token. With the tokens `the`, `then` and `at`, the next symbol is t
-with the probability P(the) + P(then). After `the`, it is n with the probability P(then) / (P(the) + P(then)). A place is a position before
-a symbol. `SpelledPair` finds the places of a text at which the models can be compared, and `symbol_divergence` compares them.
-`objectives.spans` has the whole loss. The page "Different tokenizers" of the documentation derives it.
+A model's probabilities of the next symbol follow from those of the next token. If the tokens are `the`, `then` and `at`, the first symbol
+is t with the probability P(the) + P(then). After `the`, the next symbol is n with the probability P(then) / (P(the) + P(then)). A place is
+a position before a symbol of a text. `SpelledPair` finds the places at which two models can be compared, and `symbol_divergence` compares
+the models there. `objectives.spans` has the whole loss. The page "Different tokenizers" of the documentation derives this loss.
 
-Axes: N student's tokens, M teacher's tokens, S spans, X places, width symbols, U different tokens, K groups of a vocabulary around a token
-(`spelling.Around`), R nodes (a node is a token with the number of its symbols before a place).
+Axes: N student's tokens, M teacher's tokens, S spans, X places, width: number of symbols, U different tokens, K groups of tokens
+(`spelling.Around`), R nodes. A node is a position in a token: before, between or after its symbols.
 """
 
 from collections.abc import Callable
@@ -68,8 +68,8 @@ class SpelledPair:
 
     @cached_property
     def longer(self) -> np.ndarray:
-        """(X, width) int8: how each symbol could continue the token that ends before a place. 1: the token and the symbol are a longer
-        token of a model. 2: they only begin a longer token of a model (2 replaces 1). 0: neither, or no token ends before the place."""
+        """Codes (X, width): how each symbol could continue the token that ends at a place. 1: token and symbol together are a longer token
+        of a model. 2: they are not, but a longer token begins with them. If the models have 1 and 2, the code is 2. 0: all other cases."""
         mine, theirs = self.places
         found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), np.int8)
         for each in (mine, theirs):
@@ -80,7 +80,7 @@ class SpelledPair:
 
     @cached_property
     def sure(self) -> np.ndarray:
-        """(X,) bool. False for a place where a model may be inside a token that the text does not have. Losses leave such places out."""
+        """(X,) bool. False for a place that losses leave out: a model may be inside a token there that is not one of the text's tokens."""
         return self.places[0].sure & self.places[1].sure
 
 
@@ -94,7 +94,7 @@ def symbol_divergence(
 ) -> tuple[Tensor, list[Part]]:
     """Compute divergences between the models' next symbols at all places of the spans.
 
-    At the beginning of a span that is compared by cells, only symbols that could continue the token before are compared (`_of_places`).
+    If a span's beginning is compared by cells, only symbols that could continue the previous token are compared there (`_of_places`).
 
     Args:
         divergence: a function of the logits of two models.
@@ -102,7 +102,7 @@ def symbol_divergence(
         weights: one weight per span, (S,).
 
     Returns:
-        The sum (S,) over the places of each span, without a graph; and parts of a loss with the gradient of the weighted sum.
+        The sum (S,) of each span's divergences, without a graph; and parts of a loss that add only the gradient of the weighted sum.
     """
     chosen = np.flatnonzero(pair.sure & (~pair.places[0].by_cell | pair.longer.any(1)))
     places, device = [each.chosen(chosen) for each in pair.places], weights.device
@@ -129,20 +129,22 @@ def symbol_divergence(
 
 @dataclass(frozen=True)
 class _Next:
-    """One model's distribution of the next symbol at each place, as far as it is known."""
+    """One model's probabilities of the next symbol at each place. Some of these probabilities are known only in part."""
 
     probs: Tensor
-    """(X, width) probabilities. The last one is the probability that the token has ended, so that the next symbol is not known."""
+    """(X, width) probabilities. The last column has the probability that a token has ended and the symbol after it is not known."""
     known: Tensor
-    """(X, width) bool. False for a symbol whose probability is only partly in `probs`: a shorter token may have ended."""
+    """(X, width) bool. False for a symbol whose probability is only partly in `probs`. The other part is the probability that the model
+    wrote a shorter token, which ends at the place, and then a token that begins with the symbol."""
 
 
 def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
     """Return the sum (X,) of two divergences at each place.
 
-    The token before a place could have been longer: a tokenizer with `then` does not write `the` if `n` follows. So the outcomes of the
-    first divergence are each symbol that makes a longer token, and all others together. If the text has one of these others, the second
-    divergence compares them. At the beginning of a span that is compared by cells, it compares only those that begin a longer token.
+    A tokenizer with the token `then` does not write `the` before an `n`: if an `n` follows, the token is longer. The first divergence
+    compares each symbol that completes such a longer token, and all other symbols as one outcome. The second divergence compares each of
+    these other symbols. It counts only if the text has one of them. If cells are compared at a place (`by_cell`), the second divergence
+    compares only each symbol that begins a longer token, and all others as one outcome.
     """
     known, each = student.known & teacher.known, (student.probs, teacher.probs.to(student.probs.dtype))
     makes, begins = longer == 1, longer == 2
@@ -153,7 +155,7 @@ def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next
 
 
 def _logits(probs: Tensor, separate: Tensor) -> Tensor:
-    """Return log-probabilities (X, width) of the symbols that are `separate`. The last one is that of all other symbols together."""
+    """Return log-probabilities (X, width) of the symbols with `separate` = True. The last column has that of all other symbols together."""
     alone = torch.where(separate, probs, 0.0)
     rest = torch.where(separate, 0.0, probs).sum(-1, keepdim=True)
     found = torch.cat([alone[..., :-1], rest], -1)
@@ -187,9 +189,9 @@ class Places:
     before: np.ndarray
     """(X,) bool. True for the first place of a token, if the token directly before it could have been longer."""
     sure: np.ndarray
-    """(X,) bool. False if the model may be inside a token that the text does not have (`SpelledText.sure`)."""
+    """(X,) bool. False if the model may be inside a token that is not one of the text's tokens (`SpelledText.sure`)."""
     kept: np.ndarray
-    """The indices of the tokens of `text` among all tokens of the model."""
+    """The index of each token of `text` in the whole text, from which `chosen` removes tokens."""
     tokens: slice
     """The tokens of `text` whose predictions these places need."""
 
@@ -227,7 +229,7 @@ class Places:
         )
 
     def part(self, places: slice) -> "Places":
-        """Return the places in the slice `places`. Their `text` is the same, and `tokens` are those that they need."""
+        """Return the places in the slice `places`, with the same `text`. Their `tokens` are only those that these places need."""
         found = self._at(places)
         return replace(found, tokens=slice(int(found.token[0]) - int(found.before[0]), int(found.token[-1]) + 1))
 
@@ -235,9 +237,9 @@ class Places:
         return replace(self, **{n: getattr(self, n)[places] for n in ("token", "depth", "symbol", "by_cell", "before", "sure")})
 
     def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
-        """Return the distributions of the next symbol. `sums` (n, K) are the probabilities of the groups around `tokens`.
+        """Return the probabilities of the next symbol at the places. `sums` (n, K) are the probabilities of the groups around `tokens`.
 
-        If a shorter token can end at a place, only the symbols that make a token there are known.
+        If a token shorter than the text's can end at a place, only symbols that complete a token there are `known`.
         """
         nodes, closed = walk.nodes(sums, self.tokens)
         start = self.text.first[self.tokens.start]
@@ -256,7 +258,7 @@ class Places:
 
 
 class _Walk:
-    """The groups around the tokens of one model's text as tensors, and sums of probabilities over them."""
+    """The groups (`spelling.Around`) around each token of one model's text, as tensors. The methods sum probabilities over the groups."""
 
     def __init__(self, text: SpelledText, device: torch.device, temperature: float):
         self.text, self.temperature, self.device = text, temperature, device
@@ -271,7 +273,7 @@ class _Walk:
 
     @torch.no_grad()
     def sums(self, states: Tensor, head: Head) -> Tensor:
-        """Return the probability (N, K) of each group around each token, without a graph."""
+        """Return the probability (N, K) of each group (`spelling.Around`) around each token of the text, without a graph."""
         found = torch.zeros(len(states), self.width, dtype=wide(states.dtype), device=self.device)
         for kind in self.kinds:
 
@@ -287,7 +289,8 @@ class _Walk:
         return (at_least_float32(logits) / self.temperature).softmax(-1)
 
     def gradients(self, slopes: Tensor) -> list[tuple[Tensor, tuple[Any, Tensor, Any]]]:
-        """Return token indices and the arguments of a `Part` for each `_Kind`. The parts have the gradient of sum_nk slopes_nk sums_nk."""
+        """Return, for each `_Kind`, the indices of its tokens and the arguments of a `Part`, without `hidden`. The gradient of these parts
+        is the gradient of sum_nk slopes_nk p_nk, where p_nk is the probability of group k around token n."""
         return [
             (kind.rows, (partial(self._value, kind, slopes), torch.ones(1, 1, device=self.device), partial(self._slope, kind, slopes)))
             for kind in self.kinds
@@ -307,9 +310,9 @@ class _Walk:
         return mean.unsqueeze(0), through_softmax(probs, each, mean, self.temperature)
 
     def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Return the distribution (R, width) of the next symbol at each node of `tokens`, and (R, width) bool: True for a symbol that
-        completes a token there. A node is a token with the number of its symbols before a place. `sums` (n, K) are the probabilities of
-        the groups around these tokens."""
+        """Return two tensors (R, width): the probabilities of the next symbol at each node, and True for each symbol that completes a token
+        there. A node is a position in one of `tokens`: before, between or after its symbols. `sums` (n, K) are the probabilities of the
+        groups (`spelling.Around`) around `tokens`."""
         text, width, device = self.text, self.text.vocabulary.inside.width, self.device
         first, count = text.first[tokens.start : tokens.stop + 1] - text.first[tokens.start], text.count[tokens]
         token = np.repeat(np.arange(len(count)), count + 1)
@@ -332,7 +335,7 @@ class _Walk:
 
 
 class _Kind:
-    """The tokens of a text with the same value of `by_cell`, and the groups around them as tensors."""
+    """The tokens of a text with the same value of `by_cell`, and the groups (`spelling.Around`) around each of them, as tensors."""
 
     def __init__(self, text: SpelledText, by_cell: bool, device: torch.device):
         rows = np.flatnonzero(text.by_cell == by_cell)
@@ -341,7 +344,7 @@ class _Kind:
         self.rows, self.sizes, self.slots, self.closed, self.which, self.order, self.back = (tensor_of(part, device) for part in parts)
 
     def sums(self, probs: Tensor, rows: slice) -> Tensor:
-        """Return the probability (n, K) of each group around the tokens `rows`."""
+        """Return the sum (n, K) of `probs` (n, V) over each group (`spelling.Around`) around each token in the slice `rows`."""
         sizes = self.sizes[self.which[rows]]
         probs = probs.index_select(1, self.order)
         return torch.segment_reduce(probs.flatten(), "sum", lengths=sizes.flatten(), axis=0, unsafe=True).view(sizes.shape)

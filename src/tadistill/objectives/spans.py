@@ -77,11 +77,11 @@ def span_rewards(log_q_BT: Tensor, spans_BT: Tensor, log_p_BU: Tensor, spans_BU:
     position, and all other positions have 0. With `include_current=True` in `returns`, the return of a token then contains all rewards at
     its position or later.
 
-    A tokenizer can merge later text with earlier text. So the teacher's tokens in a span, and the reward of the span, can depend on a token
-    of the student after this span. The return of this token must then contain the reward. `delay` selects the position of the reward:
+    A tokenizer can merge the end of a span with later text. So a token of the student after the span can change the teacher's tokens in the
+    span, and thus the span's reward. The return of this later token must then contain the reward. `delay` selects the reward's position:
 
         None    the last token of the sequence. The policy gradient is unbiased for any pair of tokenizers
-        n       n tokens after the span's last token. The gradient is unbiased if n more tokens of the student always fix the span
+        n       n tokens after the span's last token. The gradient is unbiased if later tokens of the student cannot change the span
         0       the span's last token. The gradient has the least variance. With equal tokenizers, the reward is that of MiniLLM
 
     Args:
@@ -209,7 +209,8 @@ def _first_cells(
     weights: Tensor,
     temperature: float,
 ) -> tuple[Part, Tensor]:
-    """Return the part of the loss that compares cells at the beginnings of spans, and the number of the span of each of its rows."""
+    """Return two things: the part of the loss that compares the beginnings of spans by cells; and, for each row of this part, the number of
+    the row's span."""
     mine, theirs = pair.places
     device, vocabularies = weights.device, [side.vocabulary for side in (pair.student, pair.teacher)]
     longer = pair.longer > 0

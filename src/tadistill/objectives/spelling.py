@@ -5,11 +5,11 @@ Two models with different tokenizers have only the text in common. Losses betwee
     symbol    a byte (0 to 255), or an event such as the end of the text
     cell      a set of tokens of both vocabularies that all begin with the same symbols, the root of the cell. If two models write the same
               text, their next tokens are nearly always in the same cell. `tadistill.data.alignment.cells` computes the cells
-    group     all tokens of one vocabulary that have exactly the first `depth` symbols in common with a given token, and the same symbol (or
-              none) after these
+    group     a set of tokens of one vocabulary. All of them have the same number of first symbols (`depth`) in common with a given token,
+              and the same next symbol after these, or no next symbol
 
-For example, these two vocabularies have two cells. The groups of the student's tokens around `then` are {at}, which differs at depth 0,
-{the}, which ends at depth 3, and {then}, which ends at depth 4:
+For example, these two vocabularies have two cells. Around the token `then`, the student's vocabulary has three groups: {at} differs from
+`then` at depth 0, {the} ends at depth 3, and {then} ends at depth 4.
 
     root      student's tokens      teacher's tokens
     the       the  then             the
@@ -32,16 +32,16 @@ _KEPT = 20_000  # size of each cache, in tokens: about 3 KB for the groups aroun
 
 @dataclass(frozen=True)
 class Around:
-    """The groups of a vocabulary around one token. Each token of the vocabulary is in one group, and a group is a range of
-    `Spelling.order`."""
+    """The groups around one given token. Each token of the vocabulary is in one group. All tokens of a group have the same number of first
+    symbols in common with the given token, and the same symbol after these. They are neighbours in `Spelling.order`."""
 
     starts: np.ndarray
     """Index (K,) in `Spelling.order` of the first token of each group, ascending."""
     slots: np.ndarray
-    """(K,) depth * width + symbol. The tokens of the group begin with the first `depth` symbols of the given token. The symbol after these
-    is `symbol`. If it is `Spelling.stop`, they end there."""
+    """Numbers (K,), one per group: depth * width + symbol. The group's tokens begin with the first `depth` symbols of the given token.
+    Their next symbol is `symbol`, which is `Spelling.stop` if they end there."""
     closed: np.ndarray
-    """(K,) bool. True if a token consists of just these symbols: the first `depth` symbols of the given token, and `symbol`."""
+    """(K,) bool. True if a token of the group has no further symbol after `symbol` (see `slots`)."""
 
 
 class Spelling:
@@ -58,7 +58,7 @@ class Spelling:
             tokens: the symbols of each token. None for a token without symbols, such as padding.
             symbols: the number of different bytes and events.
             roots: the cell of each token, and the length of the cell's root. With `roots`, the whole root counts as one symbol: a token is
-                spelled as the first symbol of its root and the symbols after the root. Tokens of other cells differ at depth 0.
+                spelled as the first symbol of its root and the symbols after the root. Tokens of different cells always differ at depth 0.
         """
         self.other, self.stop, self.width = symbols, symbols + 1, symbols + 2
         spelled = [(self.other,) if token is None or not len(token) else tuple(token) for token in tokens]
@@ -79,8 +79,8 @@ class Spelling:
         """`around(token, stripped)` returns the groups around a token. If `stripped` is True, a space at the beginning of a token does not
         count, for any token of the vocabulary: the first word of a text may be written without it."""
         self.longer = lru_cache(_KEPT)(self._longer)
-        """`longer(token, stripped)` returns the symbols (n,) that follow the token's symbols in longer tokens, and (n,) bool: True if the
-        token's symbols and this symbol are a token."""
+        """`longer(token, stripped)` returns symbols (n,) and (n,) bool. In some longer token, the token's symbols are followed by such a
+        symbol. The bool is True if a token consists of the token's symbols and this one symbol."""
         self.ends = lru_cache(_KEPT)(self._find_ends)
         """`ends(token, stripped)` returns (L + 1,) bool for a token with L symbols. Entry n is True if the first n symbols are a token."""
         self._branches = lru_cache(_KEPT)(self._find_branches)
@@ -94,7 +94,7 @@ class Spelling:
         return int(low), int(high)
 
     def _ranges(self, token: int, stripped: bool) -> list[tuple[int, int, int, int]]:
-        """Return the ranges of `order` that are searched around a token: low, high, the first column that counts, and its depth."""
+        """Return the ranges of `order` to search around a token: (low, high, first column of the table to compare, its depth)."""
         if stripped:
             low, high = self._space
             return [(low, high, 1, 0), (0, low, 0, 0), (high, len(self), 0, 0)]
@@ -141,8 +141,8 @@ class Spelling:
         return np.array([*found], np.int64), np.array([*found.values()], bool)
 
     def extent(self, token: int, stripped: bool, following: Sequence[int]) -> int:
-        """Return the largest n for which a longer token begins with a token's symbols and the first n symbols of `following`, the symbols
-        after the token in a text."""
+        """Return the largest n for which a longer token begins with the symbols of `token` and then the first n symbols of `following`.
+        In the text, the symbols `following` come after the token."""
         most = 0
         for part in self._ranges(token, stripped):
             *_, (_, low, high, column) = self._nodes(token, stripped, part)
@@ -154,8 +154,8 @@ class Spelling:
         return most
 
     def _nodes(self, token: int, stripped: bool, part: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
-        """Yield depth, low, high and column for each depth of a token. The tokens from `low` to `high` are those of the range `part` that
-        begin with the token's first `depth` symbols, and `column` of the table has their next symbol."""
+        """Yield (depth, low, high, column) for each depth of a given token. `order[low:high]` are the tokens in the range `part` that begin
+        with the first `depth` symbols of the given token. Their next symbol is in `column` of the table."""
         path, (low, high, column, first) = self._path(token, stripped), part
         for depth in range(first, len(path) + 1):
             yield depth, low, high, column + depth - first
@@ -176,8 +176,8 @@ class Spelling:
         return low + edges, here[edges]
 
     def _walk(self, path: np.ndarray, low: int, high: int, column: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the groups among the tokens from `low` to `high` around a token with the symbols `path`. Their symbol at depth `first` is
-        in `column` of the table."""
+        """Return `starts`, `slots` and `closed` (`Around`) of the groups around a token with the symbols `path`, among the tokens
+        `order[low:high]`. The symbol of these tokens at depth `first` is in `column` of the table."""
         found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
         for depth in range(first, len(path) + 1):
             edges, symbols = self._branches(low, high, column + depth - first)
@@ -202,8 +202,9 @@ class Spelling:
 
 @dataclass(frozen=True, eq=False)
 class SpelledVocabulary:
-    """The symbols (bytes and events) of a vocabulary's tokens. The first token of a span (a text between token boundaries that student and
-    teacher have in common) can be spelled in another way than the tokens after it."""
+    """Two spellings of a vocabulary's tokens as symbols (bytes and events). The spelling `starts` is for the first token of a span (a text
+    between token boundaries that student and teacher have in common), if models are compared by cells there (`objectives.cells`). The
+    spelling `inside` is for all other tokens."""
 
     cells: np.ndarray
     """The number (V,) of each token's cell."""
@@ -266,7 +267,7 @@ class SpelledText:
 
     @cached_property
     def longer(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each token, the symbols (n,) that follow it in longer tokens, and (n,) bool: True if both together are a token."""
+        """For each token, the symbols (n,) that follow it in longer tokens, and (n,) bool: True if token plus symbol are a token."""
         return [self._spelling(by_cell).longer(int(t), bool(s)) for t, s, by_cell in self._each]
 
     @property
@@ -285,13 +286,13 @@ class SpelledText:
         return np.concatenate([[0], np.cumsum(self.vocabulary.inside.lengths[self.tokens] - self.stripped)])
 
     def sure(self, token: np.ndarray, depth: np.ndarray, joined: np.ndarray) -> np.ndarray:
-        """Return (X,) bool: False for a place where the model may be inside a token that the text does not have.
+        """Return (X,) bool: False for a place at which the model may be inside a token that is not one of the text's tokens.
 
-        Example: after `ab`, a model with the tokens a, b and aba may be inside `aba`, or it has written `a` and `b`. There are two cases:
+        Example: a model has the tokens a, b and aba. After `ab`, it is inside `aba`, or it has written `a` and `b`. There are two cases:
 
-        - The text has `aba`. The model may have written a shorter token instead and tokens after it. This is impossible if `ab` is a token,
-          because a tokenizer writes the longest one.
-        - The text has `a` and `b`. The model may be inside a longer token that begins in the same way (`unsure`).
+        - The token of the text is `aba`. The model may have written the shorter token `a` instead, and then other tokens. This is
+          impossible if `ab` is also a token, because a tokenizer writes the longest token.
+        - The tokens of the text are `a` and `b`. The model may be inside the longer token `aba` (`unsure`).
 
         Args:
             token: the index (X,) of the token at each place.
@@ -305,8 +306,8 @@ class SpelledText:
         return (self.ends[node] | ~shorter) & ~self.unsure(joined)[self.offsets[token] + within]
 
     def unsure(self, joined: np.ndarray) -> np.ndarray:
-        """Return one bool per symbol of the texts, and one for their end. It is True if a token and all symbols from its end to this place
-        (at least one) are the beginning of a longer token.
+        """Return one bool for the place before each symbol of the texts, and one for their end. True if some longer token begins with the
+        symbols of an earlier token of the text, followed by all symbols from the end of that token to the place (at least one).
 
         Args:
             joined: (N,) bool. True for a token that comes directly after the token before it.
@@ -329,12 +330,12 @@ class SpelledText:
         return self.vocabulary.starts if by_cell else self.vocabulary.inside
 
     def groups(self, rows: np.ndarray, *, by_cell: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the groups around the tokens with the indices `rows` (n,). All these tokens have the value `by_cell`.
+        """Return the groups (`Around`) around the tokens with the indices `rows` (n,). `by_cell` is the value that all these tokens have.
 
         Returns:
-            Four arrays. The first two are the sizes and the slots (U, K) of the groups around each different token. The third has the slots
-            again, but -1 for a group that is not `closed`. Tokens with fewer than K groups have more groups of size 0, with slot 0 and -1.
-            The fourth has the row (n,) of each token in these arrays.
+            Three arrays (U, K) with one row per different token: the number of tokens in each group; `Around.slots`; and the slots of the
+            groups that are `closed`, with -1 for all others. If a row has fewer than K groups, these arrays are filled up with 0, 0 and -1.
+            The fourth array (n,) has the row of each of the n tokens in these arrays.
         """
         keys, which = np.unique(2 * self.tokens[rows] + self.stripped[rows], return_inverse=True)
         spelling = self._spelling(by_cell)

@@ -230,7 +230,7 @@ class TeacherTerm:
         if self.divergence is not forward_kl or count > 1:
             what = "a mixture of teachers" if count > 1 else getattr(self.divergence, "__name__", "this divergence")
             raise ConfigError(
-                f"drawn tokens (`Sampled`) give an unbiased `forward_kl` of one teacher, but not {what}; use hidden states or logits"
+                f"drawn tokens (`Sampled`) can be used only for `forward_kl` with one teacher, not for {what}; use hidden states or logits"
             )
         return teacher
 

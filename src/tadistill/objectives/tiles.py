@@ -1,8 +1,9 @@
 """Tile sizes and matrix products of the fused head, which differ between a CPU and a GPU.
 
-A tile is a group of tokens that are computed together. On a CPU, the objective has small tiles, which stay in the cache. On a GPU, each
-kernel costs a launch, so tiles are as large as the free memory allows. Both sum products of half-precision matrices in float32. A GPU
-returns these sums (`out_dtype`). A CPU rounds them to half precision first.
+A tile is a group of tokens that are computed together. On a CPU, matrix products have larger tiles than the objective, whose small tiles
+stay in the cache. On a GPU, each kernel costs a launch, so all tiles are as large as the free memory allows. Matrix products of
+half-precision matrices are summed in float32 on both devices. A GPU returns these sums in float32 (`out_dtype`). A CPU first rounds the
+sums to half precision.
 
 Axes: N tokens, n tokens of a tile, H hidden size, V vocabulary size.
 """
@@ -75,7 +76,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total` in place. Only a CPU that adds half-precision matrices needs memory for the product."""
+    """Add left @ right to `total` in place. On a CPU, half-precision inputs need extra memory for the product."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.device.type in _RETURNS_SUMS:

@@ -1,8 +1,8 @@
-"""The files of one training: its log, its two newest states, and the best weights up to each of these states.
+"""The files of one training: its log, its two newest states, and for each of these two states the best weights so far.
 
-A file is written under a temporary name, flushed to disk and renamed. So after a crash it is either the complete old file or the complete
-new file. The name of a file with best weights contains the number of the update. So newer best weights do not overwrite older ones, which a
-resumed training may need.
+A file is written under a temporary name, flushed to disk and renamed. So after a crash, the file is complete: it is the old or the new one.
+The name of a file with best weights contains the number of the update. So newer best weights do not overwrite older ones. A training
+that resumes from one of the states needs the best weights up to this state.
 """
 
 import json
@@ -64,7 +64,7 @@ class Checkpoints:
         self.sound = True
         """False if state.pt cannot be read. The next save then does not keep it as state-before.pt."""
         self.best_steps: list[int] = []
-        """The updates whose best weights are kept: that of the newest saved state, and that of the state before it."""
+        """The `best_step` of the newest saved state, and of the state before it. The best weights of these updates are kept."""
 
     def due(self) -> bool:
         pause = max(_SECONDS, _SHARE * self.took) if self.seconds is None else self.seconds

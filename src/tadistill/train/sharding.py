@@ -28,7 +28,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Shard a model in place over all processes. Its decoder layers move to `device` one after the other.
 
     The weights of the embeddings, the last norm and the head are gathered together. They stay gathered from the forward pass to the end
-    of the backward pass, because the fused head uses the head's weight between the two passes. Without a backward pass, they stay gathered.
+    of the backward pass, because the fused head uses the head's weight between the two passes. Without a backward pass, they stay
+    gathered until `reshard` is called.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = _layers(model)

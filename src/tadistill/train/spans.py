@@ -76,8 +76,8 @@ def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span
 def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -> Tensor:
     aligned = batch.aligned
     assert aligned is not None
-    assert isinstance(sides.teacher, Hidden), "between two tokenizers, a plan refuses teachers without hidden states"
-    assert not term.per_token, "between two tokenizers, a plan refuses objectives with arguments per token"
+    assert isinstance(sides.teacher, Hidden), "a teacher with another tokenizer must give hidden states; `tadistill plan` refuses others"
+    assert not term.per_token, "an objective with arguments per token needs one tokenizer; `tadistill plan` refuses others"
     kept = aligned.student >= 0
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
@@ -148,10 +148,10 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     """Return the numbers for the log from the counts of an update. Return an empty dict if student and teacher have one tokenizer.
 
     spans           number of spans
-    single          share of the spans that are one token of each model, which both vocabularies have
-    unspelled       share of the spans that a divergence leaves out, because a token does not spell its text
+    single          share of the spans that consist of one token, which is in both vocabularies
+    unspelled       share of the spans with a token that does not spell its text. Divergences leave these spans out
     left_out        share of the student's tokens that are in no span
-    lone, changed, dropped      numbers of bytes, as in `data.token_bytes.Reading`
+    lone, changed, dropped      numbers of bytes. `data.token_bytes.Reading` defines them
     """
     if "spans" not in count:
         return {}

@@ -80,7 +80,7 @@ class Models:
         each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
         hidden = self.student.hidden(model, batch)
         if batch.aligned is not None:
-            assert self.vocabularies is not None, "a batch with spans needs the vocabularies of both models"
+            assert self.vocabularies is not None, "the batch has spans, so `vocab` of `make_step` must be a `Vocabularies`"
             (own, teachers) = each[0]
             sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.vocabularies)
             return Loss(*spans.loss(sides, batch, own, per, per_span))

@@ -37,11 +37,12 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     reward              mean of log p - log q_old over tokens (nats)
     entropy             entropy of the student's next token (nats)
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
-    weight_min, _max    smallest and largest q_old / behaviour
-    clip_fraction       share of tokens whose q / behaviour the objective clips
+    weight_min          smallest q_old / behaviour
+    weight_max          largest q_old / behaviour
+    clip_fraction       share of tokens with q / behaviour outside the objective's interval [1 - clip, 1 + clip]
 
     If the teacher has another tokenizer, reverse_kl and reward are means over spans (texts between token boundaries that both models have),
-    and there is no teacher_top_mass. Over all sequences:
+    and there is no teacher_top_mass. There is one more metric, over all sequences:
 
     left_out            share of the student's tokens that are in no span, so no loss compares them with the teacher
     """
@@ -127,7 +128,8 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Alarms about sampled text. If a metric becomes much worse than at the start, there is one alarm, until the metric recovers."""
+    """Alarms about sampled text. If a metric becomes much worse than at the start, an alarm is given once. It is given again only if the
+    metric has recovered in between."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}

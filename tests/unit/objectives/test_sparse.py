@@ -66,7 +66,7 @@ def test_the_fused_head_takes_drawn_tokens(sides):
 def test_what_drawn_tokens_cannot_give_is_refused(sides):
     student, teacher = (side[:4].float() for side in sides)
     target, head = draws(teacher), Head(torch.eye(9))
-    with pytest.raises(ConfigError, match="unbiased `forward_kl` of one teacher, but not reverse_kl"):
+    with pytest.raises(ConfigError, match="only for `forward_kl` with one teacher, not for reverse_kl"):
         fused_divergence(reverse_kl, student, head, target)
     with pytest.raises(ConfigError, match="drawn at temperature 1"):
         fused_divergence(forward_kl, student, head, target, temperature=2.0)
