@@ -9,7 +9,8 @@ from tadistill.config.method import Method
 from tadistill.errors import ConfigError
 
 NOT_SENT = {"temperature": 1.0, "top_p": 1.0, "seed": None}
-"""Maps each sampling setting that `api.omit` can name to the value that an API uses without it. None: the API chooses the seed itself."""
+"""Maps each sampling setting that `api.omit` can name to the value that an API uses if the setting is not sent. None means that the API
+chooses the seed."""
 _NO_FIELD = ("no_repeat_ngram", "top_k", "min_p")  # settings of sampling for which chat completions have no field
 
 
@@ -107,7 +108,7 @@ def _check_decoding(name: str, api: Api, sampler: Decoding) -> None:
             f"`{given[0]}`, or use `temperature` and `top_p`"
         )
     if sampler.engine != "native":
-        raise ConfigError(f"sampler has `engine: {sampler.engine}`, but the API of models.{name} samples itself; remove `engine`")
+        raise ConfigError(f"sampler has `engine: {sampler.engine}`, but the API of models.{name} writes the text itself; remove `engine`")
     if sampler.temperature > 2:
         raise ConfigError(
             f"sampler.temperature is {sampler.temperature:g}, but the API of models.{name} accepts at most 2; lower the temperature"

@@ -29,8 +29,8 @@ def path_text(path: Iterable[str]) -> str:
 
 
 def marked(text: str, across: Iterable[tuple[str, str]]) -> str:
-    """Return the text of paths with `~>` in place of `>` between models with different tokenizers, such as `xl ~> l > s`. `across` has the
-    pairs (teacher, student) of such models."""
+    """Return `text`, which describes paths, with `~>` in place of `>` between models with different tokenizers, such as `xl ~> l > s`.
+    `across` contains the pairs (teacher, student) that have different tokenizers."""
     parts, lossy = re.split(r"( > | then |, )", text), {*across}
     for i in range(1, len(parts) - 1, 2):
         if parts[i] == " > " and (parts[i - 1], parts[i + 1]) in lossy:
@@ -88,8 +88,8 @@ class Arm(Strict):
     `xl > l > s` means two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` means that s first learns from l, and then
     continues with the teacher xl. `m on maths + xl on chat > s` means that m teaches on the training set maths, and xl on chat.
     `init: {s: l}` initialises s with weights of this arm's model l, pruned to the size of s. With `dense`, a student learns from all models
-    before it in the path at once. A path with only one model evaluates this model. If such an arm sets `objective`, it first continues the
-    model's training.
+    before it in the path at once. An arm whose path is a single model evaluates this model. If such an arm sets `objective`, the arm first
+    continues the model's training.
     """
 
     text_sets: ClassVar[str] = "path"
@@ -97,8 +97,8 @@ class Arm(Strict):
     """One path, or several paths that run one after the other, such as `A > B > C then D > C`. A name means the same model in all paths. If
     several distillations train the same model, its updates are divided equally among them."""
     init: dict[str, str] = {}
-    """Maps a model that this arm trains to an earlier model of this arm. The trained model starts from the earlier model's weights, and
-    passes its own fine-tuning (`sft`) and then the distillation."""
+    """Maps a model that this arm trains to an earlier model of this arm. The trained model starts from the earlier model's weights. It then
+    has its own fine-tuning (`sft`), and after that the distillation."""
     method: MethodName | None = Field(default=None, exclude=True)
     """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler of this arm."""
     # None once it is applied
@@ -124,14 +124,15 @@ class Arm(Strict):
     `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
     training is not counted."""
     teacher_budget: str | None = None
-    """Budget of the original teacher, relative to another arm. `as ARM`: the teacher writes or scores as many answer tokens for this arm as
-    for ARM. A teacher that only writes text (`seqkd`) answers the first prompts of the training set, as many as the budget allows. For any
-    other teacher, the updates of its students are chosen to match the budget, and `compute` sets the updates of the other models."""
+    """Budget of the original teacher, relative to another arm. With `as ARM`, the teacher writes or scores as many answer tokens for this
+    arm as for ARM. A teacher that only writes text (`seqkd`) answers the first prompts of the training set, as many as the budget allows.
+    For any other teacher, the number of updates of the models that it teaches is chosen to match the budget. The key `compute` then sets
+    only the updates of all other models."""
     control: str | None = None
     """`KIND of ARM`: this arm is a control of ARM, with the same student, settings and training FLOPs, but another teacher or none.
     `no_teacher`: the objective is `no_teacher`, on the student's own text. `tempered`: the first model of ARM's path teaches, with its
-    logits divided by a temperature, so that its mean entropy on dev responses equals that of ARM's last assistant. `random_teacher`: the
-    first model of ARM's path teaches with random weights."""
+    logits divided by a temperature. The temperature is chosen so that the mean entropy of this teacher on dev responses equals that of
+    ARM's last assistant. `random_teacher`: the first model of ARM's path teaches with random weights."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -319,8 +320,8 @@ class Budgets(Strict):
 
 
 class BudgetOf(NamedTuple):
-    """The training budget of an arm that `Budgets.expand` made from the recipe's arm `arm`: `times` times the training FLOPs of the arm
-    `reference`."""
+    """The training budget of an arm that `Budgets.expand` made from the recipe's arm `arm`. The budget is the training FLOPs of the arm
+    `reference`, multiplied by the factor `times`."""
 
     arm: str
     times: float

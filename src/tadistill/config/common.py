@@ -69,7 +69,7 @@ def is_http_address(text: str) -> bool:
 
 
 Variable = Annotated[str, AfterValidator(_variable), WithJsonSchema({"type": "string", "pattern": _VARIABLE})]
-"""The name of an environment variable with an API key, as the value of `key`."""
+"""The name of an environment variable that contains an API key. The key `key` of a recipe has this type."""
 Precision = Literal["fp32", "bf16"]
 """A number format: float32 or bfloat16."""
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}
@@ -86,7 +86,8 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     text_sets: ClassVar[str] = ""
-    """The key that a recipe can shorten. With `load`, a text TEXT in place of the keys is short for {load: TEXT}. Empty if no key can."""
+    """Name of the key that a text alone sets. For example, with `load`, a recipe can have the text TEXT in place of {load: TEXT}. Empty if
+    this part of a recipe has no such short form."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,8 +140,8 @@ class Decoding(Strict):
     max_new_tokens: int = Field(default=256, ge=1, le=MOST)
     """Largest number of tokens in a response."""
     engine: Literal["native", "vllm"] = "native"
-    """The program that samples. `native`: our own sampling loop. `vllm`: vLLM in a process of its own. It draws with other random numbers,
-    and no teacher can take part in sampling."""
+    """The program that samples. `native`: our own sampling loop. `vllm`: vLLM in a process of its own. With `vllm`, other random numbers
+    are drawn, and samplers in which a teacher takes part are refused."""
 
     @field_validator("temperature")
     @classmethod

@@ -23,15 +23,17 @@ class TeacherContext(Strict):
     template: str | None = None
     """The text of the prompt. `{column}` stands for a column of the row: `{instruction}`, `{input}`, `{output}` (the first reference
     answer), `{prompt}` (the whole prompt of the student), or a column in `data.train.extra`. Write `{{` and `}}` for braces. With a chat
-    template, this text is the user's message. In a conversation, it replaces the last message before the answer. `{instruction}` is this
-    message."""
+    template, this text is the user's message. In a conversation, the text replaces the last message before the answer, and `{instruction}`
+    stands for that message."""
     system: str | None = None
-    """Text of the system message, in place of that of a conversation. The tokenizer's chat template then writes the prompt."""
+    """Text of the system message. It replaces the system message that a conversation has. With this key, the tokenizer's chat template
+    writes the prompt."""
     chat: bool | None = None
-    """True if the tokenizer's chat template writes the prompt. The default is true with `system`, and otherwise as for the student."""
+    """True if the tokenizer's chat template writes the prompt. By default, the chat template writes the prompt if `system` is set, or if it
+    also writes the student's prompt."""
     max_prompt: int = Field(default=1024, ge=1, le=MOST)
-    """Largest number of tokens in the teacher's prompt. If the prompt of a row is longer, `data.long_prompts` decides: the row is left out
-    of this training, or the prompt is cut."""
+    """Largest number of tokens in the teacher's prompt. If the prompt of a row is longer, `data.long_prompts` decides what happens to this
+    row in training with the context."""
 
     @field_validator("template")
     @classmethod

@@ -102,8 +102,8 @@ def _is_chain(arm: dict[str, Any]) -> bool:
 
 def _fair_problems(arms: dict[str, Any], names: list[str]) -> list[str]:
     found = [
-        f"fair adds the controls `tempered` and `random_teacher` to arms.{name}, but these need one teacher, and in `{_models(arm)[0]}` "
-        f"several models teach; remove `fair`, and write the arms that you want, such as {{control: no_teacher of {name}}}"
+        f"fair adds the controls `tempered` and `random_teacher` to arms.{name}, but these need one teacher, and the arm's path begins "
+        f"with several (`{_models(arm)[0]}`); remove `fair`, and write the arms that you want, such as {{control: no_teacher of {name}}}"
         for name, arm in arms.items()
         if _is_chain(arm) and is_route(_models(arm)[0])
     ]
@@ -120,11 +120,11 @@ def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:
     if len(_models(base)) < 2 or base.get("init"):
         return f"{at}, but a control needs an arm with one path of at least two models and no `init`; name such an arm"
     if control.kind == "tempered" and len(_models(base)) < 3:
-        return f"{at}, but `{control.arm}` has no assistant whose entropy the teacher could get; name an arm with a path such as A > B > C"
+        return f"{at}, but `{control.arm}` has no assistant, whose entropy the control needs; name an arm with a path such as A > B > C"
     if control.kind == "tempered" and base.get("compute"):
         return f"{at}, but `{control.arm}` has `compute`, so the updates of its assistant are not known yet; name an arm without `compute`"
     if "path" in arms[name] and _models(arms[name]) != _models({"path": _ends(base)}):
-        return f"{at}, which sets its path to `{_ends(base)}`; remove `path`"
+        return f"{at}, so its path must be `{_ends(base)}`, but `path` is another one; remove `path`"
     return None
 
 

@@ -37,17 +37,17 @@ class DataRef(Strict):
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
     columns: dict[Column, str] = {}
-    """Maps tadistill's name of a column to the name in the file, if the two names differ. The columns `tools`, `choices`, `facts` and those
-    of right answers (`numeric`, `choice`, `math`, `checks`) are loaded only if this mapping names them: {choices: choices, numeric:
-    answer}."""
+    """Maps tadistill's name of a column to the column's name in the file, if the two names differ. Some columns are loaded only if this
+    mapping names them: `tools`, `choices`, `facts`, and the columns of right answers (`numeric`, `choice`, `math`, `checks`). For example,
+    {choices: choices, numeric: answer} loads two of them."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
     index into this list."""
     instruction: str | None = None
     """The instruction of every row, for a data set without instructions."""
     extra: tuple[str, ...] = ()
-    """Further columns of the file that the template of a `context` uses, such as [document]. A column contains a text, a number, or a list
-    of texts, which are joined with empty lines. Only the training set can have this key."""
+    """Names of further columns of the file, such as [document]. The template of a `context` can use them. A column contains a text, a
+    number, or a list of texts. The texts of a list are joined with empty lines. Only training sets can have this key."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -92,7 +92,7 @@ class DataRef(Strict):
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
 
     def plain(self, name: str) -> "DataRef":
-        """Return this data set without the weight of a training set, and with the name `name`."""
+        """Return a copy of this data set with the name `name`. The copy has no `weight`, even if this is a training set with a weight."""
         found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
         found._folder, found._called = self._folder, name
         return found
@@ -102,8 +102,8 @@ class TrainSet(DataRef):
     """One of several training sets, with its weight."""
 
     weight: float = Field(gt=0, le=1e6)
-    """The share of this set in the training rows is its weight, divided by the sum of all weights. The number of its rows does not matter.
-    After every update, the number of rows that were drawn from a set differs from its share by less than one."""
+    """Weight of this set. The set's share of the training rows is its weight, divided by the sum of all weights. The number of its rows
+    does not matter. After every update, the number of rows that were drawn from a set differs from its share by less than one."""
 
 
 def _form(given: Any) -> str:
@@ -114,7 +114,8 @@ def _form(given: Any) -> str:
 
 
 ONE, SETS = "<one set>", "<sets>"
-"""Tags for the two forms of `data.train` and `data.dev`: one set, or several with names. Pydantic adds them to the locations of errors."""
+"""Tags for the two forms of `data.train` and `data.dev`: one set, or several sets with names. Pydantic writes the tag into the location of
+an error."""
 TrainData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, TrainSet], Tag(SETS)], Discriminator(_form)]
 """One training set, or several with names and weights."""
 DevData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, DataRef], Tag(SETS)], Discriminator(_form)]
@@ -141,7 +142,8 @@ Thinking = Literal["keep", "drop", "mask"]
 _OWN_VARIABLES = frozenset(("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
     "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs"))  # fmt: skip
-"""Arguments of `apply_chat_template` that `chat_template_kwargs` must not set: they are not variables of a template, or rows set them."""
+"""Arguments of `apply_chat_template` that `chat_template_kwargs` must not set. Some are set by tadistill, and the others are not variables
+of a chat template."""
 
 
 class Data(Strict):
@@ -149,7 +151,8 @@ class Data(Strict):
 
     train: TrainData
     """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set. For several sets,
-    write names of your own with the keys of each set: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl, weight: 3}}."""
+    choose a name for each set, and write the set's keys below this name: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl,
+    weight: 3}}."""
     dev: DevData
     """The data set on which checkpoints and paths are chosen. If there are several training sets, each may have a dev set of the same name:
     {maths: maths-dev.jsonl, chat: chat-dev.jsonl}. Dev values are then means over these sets, with the weights of the training sets."""
@@ -165,25 +168,25 @@ class Data(Strict):
     max_prompt: int = Field(default=256, ge=1, le=MOST)
     """Largest number of tokens in a prompt. The default is MiniLLM's value."""
     long_prompts: LongText = "drop"
-    """What happens to a row whose prompt is longer than `max_prompt`. `drop`: the row is left out and counted. `cut`: the first
-    `max_prompt` tokens are kept, as in MiniLLM's tests; a chat then loses its generation prompt. `refuse`: the study does not start."""
+    """Treatment of a row whose prompt is longer than `max_prompt`. `drop`: the row is left out and counted. `cut`: the first `max_prompt`
+    tokens are kept, as in MiniLLM's tests; a chat then loses its generation prompt. `refuse`: the study does not start."""
     max_length: int = Field(default=512, ge=2)
     """Largest number of tokens in a prompt together with its reference response. Sampled responses are not limited by it."""
     long_responses: LongText = "cut"
-    """What happens to a row whose prompt and reference response are longer than `max_length`. `cut`: the end of the response is cut off,
+    """Treatment of a row whose prompt and reference response are longer than `max_length`. `cut`: the end of the response is cut off,
     together with its end token. `drop`: the row is left out and counted. `refuse`: the study does not start."""
     turns: Turns = "answer"
     """The part of a conversation on which the loss is computed. `answer`: the text of the last message and its end token. `last`: the last
     message as the chat template writes it, which can include thinking, tool calls and spaces. `all`: every message of the assistant, as the
     chat template writes it. Sampled text always answers the messages before the last one."""
     thinking: Thinking = "keep"
-    """What happens to the thinking before an answer, which is `reasoning_content` of a message, or `<think>…</think>` at the start of a
-    text. `keep`: the chat template decides. `drop`: it is removed. `mask`: models read it, but it does not count in the loss."""
+    """Treatment of the thinking before an answer, which is `reasoning_content` of a message, or `<think>…</think>` at the start of a text.
+    `keep`: the chat template decides. `drop`: it is removed. `mask`: models read it, but it does not count in the loss."""
     chat_template_kwargs: dict[str, Any] = {}
     """Values for variables of the chat template, such as `{enable_thinking: false}`."""
     bos: Literal["auto", "never"] = "auto"
-    """Whether prompts and plain text begin with the BOS token. `auto`: the tokenizer decides. `never`: no BOS, as in MiniLLM. With the
-    template `chat`, the chat template decides."""
+    """Use of the BOS token at the start of prompts and of plain text. `auto`: the tokenizer decides. `never`: no BOS, as in MiniLLM. With
+    the template `chat`, the chat template decides."""
     limit: Limit = Limit()
     world: World = World()
 
@@ -211,7 +214,7 @@ class Data(Strict):
         """Return the dev sets by name, in the order of the training sets. A single dev set has the name of its data set.
 
         Args:
-            sets: the names of the training sets whose dev sets are wanted. By default, they are all sets.
+            sets: the names of the training sets whose dev sets are wanted. By default, all dev sets are returned.
         """
         if isinstance(self.dev, DataRef):
             return {self.dev.name: self.dev}
@@ -263,7 +266,7 @@ class Data(Strict):
     def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items():
             if name in _OWN_VARIABLES:
-                raise ValueError(f"`{name}` is set by the data itself; remove this key")
+                raise ValueError(f"`{name}` is not a variable of a chat template, or tadistill sets it; remove this key")
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:

@@ -27,8 +27,8 @@ class Evaluate(Decoding):
     """Seeds for sampling responses (the default is MiniLLM's five). Each seed gives one response to every test prompt. On the dev set, only
     the first seed is used."""
     samples: int | None = Field(default=None, ge=1, le=10_000)
-    """Number of responses to each test prompt. The default is one for each seed in `seeds`. If `seeds` has fewer seeds, the numbers after
-    the largest seed are used too. If it has more, only the first ones are used."""
+    """Number of responses to each test prompt. The default is one response for each seed in `seeds`. With more responses than seeds, the
+    whole numbers after the largest seed are further seeds. With fewer responses than seeds, only the first seeds are used."""
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """The values of k for which reports show pass@k: the probability that at least one of k responses is right."""
     tasks: tuple[str, ...] = ()
@@ -40,7 +40,8 @@ class Evaluate(Decoding):
     memory, up to 512."""
     precision: Precision = "fp32"
     """Number format of the models in stages that only run models: tests, comparisons with the teacher, and the teacher's answers to the
-    training prompts. With `bf16` the weights take half the memory, and a GPU is several times as fast. Scores are sums in float32."""
+    training prompts. With `bf16` the weights take half the memory, and a GPU is several times as fast. The probabilities are computed in
+    float32 from the logits."""
     bits_per_byte: bool | None = None
     """True: also measure the bits per byte of the references, which can be compared between models with different tokenizers. By default,
     they are measured if the models of the study have different tokenizers."""

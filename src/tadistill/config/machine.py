@@ -68,7 +68,8 @@ class Resources(Strict):
     """Placement of the teacher's weights. `replicated`: every device has all weights. `sharded`: they are sharded over the processes
     (FSDP2), except while the teacher takes part in sampling. `offloaded`: they are in host memory, and are loaded layer by layer."""
     gpu: str | None = None
-    """Name of a GPU, or of a slice of a GPU, in the cluster's profile. The default is the one with the least memory that is enough."""
+    """Name of a GPU, or of a slice of a GPU, in the cluster's profile. The default is the GPU with the least memory, among those with
+    enough memory for the stage."""
     cpus: int | None = Field(default=None, ge=1, le=MOST)
     """Number of CPU cores per process."""
     memory: float | None = Field(default=None, gt=0, le=1e6)

@@ -62,7 +62,8 @@ class Sft(Strict):
     """Numbers of updates after which the weights are also stored, such as [100, 200]. The key `checkpoint` of another model can name a
     stored state."""
     sets: tuple[str, ...] = ()
-    """Names of the sets of `data.train` that are used, such as [maths], with their weights there. By default, all sets are used."""
+    """Names of the sets of `data.train` on which the model is fine-tuned, such as [maths]. Each set keeps its weight. By default, all sets
+    are used."""
 
 
 class Dense(Strict):
@@ -70,8 +71,8 @@ class Dense(Strict):
     their distributions."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """The kind of mean. `geometric` fits the objective `reverse_kl`, and `arithmetic` fits `forward_kl`. In both cases, the gradient equals
-    that of the mean of the KLs to the single teachers."""
+    """The kind of mean. `geometric` fits the objective `reverse_kl`, and `arithmetic` fits `forward_kl`. For both pairs, the gradient
+    equals the gradient of the mean of the KLs between the student and each teacher."""
     weights: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = ()
     """One weight per teacher, in the order of the path. By default, all weights are equal."""
     drop: float = Field(default=0.0, ge=0, lt=1)
@@ -243,8 +244,8 @@ class Method(Strict):
 
     @property
     def by_token(self) -> str | None:
-        """The setting that compares student and teacher token by token, such as ``objective `forward_kl` ``. None if the student gets only
-        text from the teacher."""
+        """The setting (objective, sampler or metric) that compares student and teacher token by token, such as ``objective `forward_kl` ``.
+        None if the student gets only text from the teacher."""
         if self.objective.needs_teacher:
             return f"objective `{self.objective.label}`"
         if self.sampler.guided:

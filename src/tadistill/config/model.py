@@ -102,8 +102,8 @@ class Lora(Strict):
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but the head and the embeddings cannot have adapters, because the loss uses the "
-                "head's weights without adapters; name other linear layers, or remove `targets` to adapt all other linear layers"
+                f"lora.targets has {', '.join(refused)}, but the head and the embeddings cannot have adapters: the loss uses the head's "
+                "weights without adapters, and embeddings are not linear layers; name other layers, or remove `targets` to adapt all others"
             )
         return self
 
@@ -126,14 +126,16 @@ class ModelConfig(Strict):
     """Hub revision (branch, tag or commit) of `load` and of `tokenizer`."""
     config: dict[str, Any] = {}
     """Fields of the transformers configuration. With `scratch:TYPE`, they define the new model. For any other model, they are needed only
-    if its config.json is not on this disk. The plan then reads the sizes of the model from them, and `model_type` must be given too."""
+    if the model's config.json is not on this disk. The plan then reads the sizes of the model from these fields, and `model_type` must be
+    one of them."""
     tokenizer: str | None = None
     """Source of the tokenizer, if the weights have none: a directory, a hub id, or a tokenizer of the built-in data set tinyworld. The
     tokens of `tinyworld` are words, and those of `tinyworld-bpe` are parts of words (byte-level BPE)."""
     template: Template | None = None
-    """Text around an instruction for this model and for all models that share its tokenizer. The default is `data.template`. For example, a
-    chat model (`chat`) can learn from a base model without a chat template (`alpaca`). Only a model with `load` can have this key. For a
-    chat template of your own, save a tokenizer with this template, and name its directory in `tokenizer`."""
+    """Text around an instruction, for this model and for all models with the same tokenizer. The default is `data.template`. With this key,
+    models can have different templates: for example, a student with a chat template (`chat`), and a teacher without one (`alpaca`). Only a
+    model with `load` can have this key. For a chat template of your own, save a tokenizer with this template, and name its directory in
+    `tokenizer`."""
     serve: Serve | None = None
     """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
     process."""

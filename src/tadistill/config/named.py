@@ -84,7 +84,10 @@ def _refused(own: dict[str, Any]) -> Iterator[str]:
         if name in METHODS:
             yield f"methods.{name} has the name of a published method; choose another name"
         if isinstance(entry, dict) and entry.get("name") in own and entry["name"] not in METHODS:
-            yield f"methods.{name}.name is `{entry['name']}`, another of your own; write the name of a published method, or remove `name`"
+            yield (
+                f"methods.{name}.name is `{entry['name']}`, which is another method of your own; write the name of a published method, or "
+                "remove `name`"
+            )
 
 
 def _valid(entry: Any) -> bool:

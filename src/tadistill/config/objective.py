@@ -114,7 +114,8 @@ class _TopK(Divergence):
     k: int = Field(default=64, ge=1, le=MOST)
     """Number of tokens that are compared: the teacher's k most probable ones."""
     tail: Literal["lump", "drop"] = "lump"
-    """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
+    """Treatment of all tokens that are not among these k. `lump` treats them as one token. `drop` removes them and renormalises the
+    probabilities."""
 
 
 class TopKForwardKL(_TopK):
@@ -165,8 +166,9 @@ class Taid(Divergence):
 
 
 class Uld(Divergence):
-    """The ULD distance between the sorted probabilities of teacher and student (Boizard et al. 2024, arXiv 2402.12030). The models need no
-    tokens in common, but the distance does not depend on which tokens are likely. This objective is included for comparison.
+    """The ULD distance between the sorted probabilities of teacher and student (Boizard et al. 2024, arXiv 2402.12030). Because the
+    probabilities are sorted, the models need no tokens in common. For the same reason, the distance does not depend on which tokens are
+    likely. This objective is included for comparison.
 
     If student and teacher have different tokenizers, the distance is computed over spans of text, as in GOLD of TRL 1.16.
     """
@@ -178,8 +180,9 @@ class Uld(Divergence):
 
 
 class Gold(Divergence):
-    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers. The loss is a weighted sum of a Jensen-Shannon
-    divergence on the tokens of both vocabularies, without renormalisation, and the ULD distance on all other tokens.
+    """GOLD's hybrid loss (TRL 1.16), for a student and a teacher with different tokenizers. The loss is a weighted sum of two parts: a
+    Jensen-Shannon divergence on the tokens that are in both vocabularies, and the ULD distance on all other tokens. The probabilities of
+    the shared tokens are not renormalised.
 
     The two parts have the weights w and 1 - w, where w is the share of the teacher's tokens that the student's vocabulary contains. This
     objective is included for comparison.
@@ -241,17 +244,19 @@ class MiniLLM(ObjectiveBase):
 
     The loss of each token is this sum:
 
-        -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT
+        -A min(ratio, clip(ratio))  +  min(ratio, clip(ratio)) KL(q || p)  +  pt_weight L_PT
 
     p is the teacher, q is the student, and p~ is the distribution from which the tokens were sampled. ratio is q / p~. A is the return: the
-    normalised sum of the later rewards (log p - log q) / reward_scale. L_PT is a loss on plain text.
+    normalised sum of the later rewards (log p - log q_old) / reward_scale, where q_old is the student at the time of sampling. L_PT is a
+    loss on plain text.
     """
 
     needs_scores: ClassVar[bool] = True
     needs_rounds: ClassVar[bool] = True
     type: Literal["minillm"] = "minillm"
     preset: Literal["paper", "official"] = "paper"
-    """Values of the keys that the recipe leaves out, except `pt_weight`: those of the paper's Algorithm 1, or of the released code."""
+    """Source of the values of keys that the recipe leaves out. `paper`: Algorithm 1 of the paper. `official`: the released code. The
+    default of `pt_weight` does not depend on the preset."""
     discount: float = Field(default=1.0, gt=0, le=1)
     """Discount factor of later rewards in the return. Preset `paper`: 1. Preset `official`: 0.95."""
     include_current: bool = False
@@ -273,8 +278,8 @@ class MiniLLM(ObjectiveBase):
     """How the importance ratio is clipped. `ratio` (preset `paper`): min(ratio, clip(ratio)) for every return A. `ppo` (preset `official`):
     PPO's loss max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
     clip_weight: bool = True
-    """True: clip the whole ratio q / p~, where q is the student and p~ is the distribution from which tokens were sampled (both presets).
-    False: clip only q / q_old, where q_old is the student at the time of sampling."""
+    """True (both presets): clip the whole importance ratio q / p~. Here q is the student, and p~ is the distribution from which the tokens
+    were sampled. False: clip only q / q_old, where q_old is the student at the time of sampling."""
     single_step: bool = True
     """Add the single-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True

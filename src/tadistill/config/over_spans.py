@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def over_spans(method: "Method") -> "Method":
     """Return the method with the changes that it needs if teacher and student have different tokenizers.
 
-    Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student's vocabulary, which the
-    teacher does not have. This term is left out. Instead, the return of each token contains the reward of the sampled span of this token.
+    Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student's vocabulary. The
+    teacher has another vocabulary, so this term is left out. Instead, the return of each token also contains the reward of the sampled span
+    that the token belongs to.
 
     Raises:
         ConfigError: the method is not defined for two tokenizers. The message says why, and what to use.
@@ -47,8 +48,8 @@ def over_spans(method: "Method") -> "Method":
         return method
     if objective.needs_corpus and objective.pt_kd_ratio > 0:
         raise ConfigError(
-            f"objective.pt_kd_ratio {objective.pt_kd_ratio:g} needs one tokenizer for both models, because its forward KL compares "
-            "single tokens; set `objective.pt_kd_ratio: 0`"
+            f"objective.pt_kd_ratio {objective.pt_kd_ratio:g} needs one tokenizer for both models, because the forward KL on plain "
+            "text compares single tokens; set `objective.pt_kd_ratio: 0`"
         )
     normalised = "remaining" if objective.length_normalisation == "after" else objective.length_normalisation
     changes = {"single_step": False, "include_current": True, "length_normalisation": normalised}

@@ -106,7 +106,7 @@ def _check_signal(method: "Method") -> None:
     if isinstance(signal, SampledSignal) and (not isinstance(objective, ForwardKL) or tempered):
         raise ConfigError(
             "sampler.signal `sampled` has an unbiased gradient only for objective `forward_kl` at temperature 1, but the objective "
-            f"is `{objective.type}`{' at another temperature' if tempered else ''}; use `objective: {{type: forward_kl}}`, "
+            f"is `{objective.type}`{' at another temperature' if tempered else ''}; use `objective: {{type: forward_kl, temperature: 1}}`, "
             "or `signal: {type: hidden}`"
         )
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:

@@ -43,8 +43,8 @@ class Recipe(Strict):
     method: Method = Method()
     """The method of all distillations. A model (`models.X.distill`) or an arm can change parts of it."""
     methods: dict[Name, MethodPatch] = {}
-    """Methods with names of your own. `method`, arms, `models.X.distill` and phases can use these names like those of published methods. A
-    name means the keys of its entry, and other keys in the same place change them."""
+    """Methods with names of your own. `method`, arms, `models.X.distill` and phases can use these names like those of published methods.
+    Each name stands for the keys below it. Other keys beside the name change these keys."""
     evaluate: Evaluate = Evaluate()
     metrics: tuple[OwnMetric, ...] = ()
     """Additional metrics of the answers on test sets, computed by functions of your own."""
@@ -59,14 +59,15 @@ class Recipe(Strict):
     """The original teacher. The report compares all students with it (KL divergence). The key is only needed if the paths start with
     different models, or if there are no paths."""
     analyse: bool = True
-    """Compare every trained model with the original teacher and with its assistants. The report then shows KL divergences, the error that
-    each distillation adds, and the exposure bias."""
+    """Compare every trained model with the original teacher and with the assistants of the model's path. The report then shows KL
+    divergences, the error that each distillation adds, and the exposure bias."""
     margin: float = Field(default=0.3, gt=0, le=1000)
     """Smallest difference in the primary metric that matters, in points of this metric. Smaller differences count as equal."""
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
-    """Devices and limits of the steps of a study. A name is `default`, a kind of step (`sft`), or a kind with a model (`sft xl`)."""
+    """Devices and limits of stages (single steps of work). The name of an entry is `default`, a kind of stage (`sft`), or a kind with a
+    model (`sft xl`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -95,7 +96,7 @@ class Recipe(Strict):
     _origin: "Origin | None" = PrivateAttr(default=None)
 
     def written(self, source: str | None) -> str | None:
-        """Return the source of a model or tokenizer as the recipe's file has it. `source` can be the resolved path of this source."""
+        """Return the source of a model or tokenizer as the recipe's file writes it. `source` is this source, or its resolved path."""
         return self._origin.written.get(source, source) if self._origin and source else source
 
     def data_of(self, names: Iterable[str]) -> Data:

@@ -45,7 +45,8 @@ _PAGES = {
     "sampler": "concepts/minillm.md",
     "search": "concepts/paths.md",
 }
-"""Maps the place of a group of keys (`models.NAME.lora`), or its first or last word, to the page of `docs/` that explains the group."""
+"""Maps a group of keys to the page of `docs/` that explains the group. A group is given by its place (`models.NAME.lora`), or by the first
+or the last word of this place."""
 
 _TITLES = {
     "concepts/compute.md": "Compute: predicted, metered, counted",
@@ -58,7 +59,10 @@ _TITLES = {
     "teachers.md": "Teachers anywhere",
 }
 
-_SHORT_FORM = "One distillation: a teacher and a student replace `models` and `arms`. The student is not compared with the teacher."
+_SHORT_FORM = (
+    "A recipe of one distillation. The keys `teacher` and `student` replace `models` and `arms`. The student is not compared with the "
+    "teacher."
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def named_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the configuration classes in a type annotation whose objects have names in a recipe, such as models."""
+    """Return the configuration classes in a type annotation, but only those that are values of a dict: each object of such a class, for
+    example a model, has a name in the recipe."""
     if typing.get_origin(annotation) is dict:
         return classes(annotation)
     return [cls for part in typing.get_args(annotation) for cls in named_classes(part)]

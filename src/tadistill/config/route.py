@@ -1,4 +1,4 @@
-"""Routes: the start of a path with several teachers, each of which teaches on its own training sets.
+"""Routes: several teachers at the start of a path, each of which teaches on its own training sets.
 
 `m on maths + xl on chat > s` means that m teaches s on the rows of the set maths, and xl on those of the set chat. This is multi-teacher
 on-policy distillation (MOPD) if the student writes the text. The sets are those of `data.train`.
@@ -40,7 +40,7 @@ def problems(path: tuple[str, ...]) -> Iterator[str]:
         if not is_route(name):
             continue
         if place > 0:
-            yield f"path has `{name}` behind another model, but a student is a single model; write several teachers at the start of a path"
+            yield f"path has several teachers (`{name}`) after another model; write several teachers only at the start of a path"
         elif len(path) < 2:
             yield f"path `{name}` has no student; write for instance `{name} > s`"
         pairs = _pairs(name)

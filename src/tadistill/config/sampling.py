@@ -1,7 +1,7 @@
 """Settings of the samplers, which provide the training text. A recipe chooses a class by `type`. The defaults are those of the papers.
 
 Any objective works with any sampler, except for the pairs that `tadistill.config.pairing.check_pairing` refuses. A new sampler has three
-parts: a class in this module and in the union; the code in `tadistill.rollout` that draws its batches; and its cost in
+parts: a class in this module, which the union `Sampler` also lists; the code in `tadistill.rollout` that draws its batches; and its cost in
 `tadistill.plan.costs.ledger`.
 """
 
@@ -85,7 +85,8 @@ class TopKSignal(Strict):
     k: int = Field(default=64, ge=1, le=MOST)
     """Number of tokens that are recorded per position."""
     tail: Literal["lump", "drop"] = "lump"
-    """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
+    """Treatment of all tokens except the k most probable ones. `lump` treats them as one token. `drop` removes them and renormalises the
+    probabilities."""
     dtype: Literal["packed", "float32"] = "packed"
     """Number format on disk. `packed`: rounded log-probabilities, at most 150 bytes per position with k = 64. `float32`: 8 k + 4 bytes per
     position."""

@@ -23,8 +23,8 @@ Address = Annotated[str, AfterValidator(_address)]
 class Serve(Strict):
     """Servers of vLLM that run a teacher, in place of the training process. `tadistill serve RECIPE MODEL` starts such a server.
 
-    `serve: http://HOST:PORT` is short for `serve: {at: [http://HOST:PORT]}`, and a list of addresses is short for `serve: {at: LIST}`. The
-    settings change results only by rounding, except `gives: top_k` with its `k` and `tail`.
+    `serve: http://HOST:PORT` is short for `serve: {at: [http://HOST:PORT]}`, and a list of addresses is short for `serve: {at: LIST}`.
+    These settings change results only by rounding. The exception is `gives: top_k`, with which the results also depend on `k` and `tail`.
     """
 
     text_sets: ClassVar[str] = "at"
@@ -38,10 +38,11 @@ class Serve(Strict):
     """Number of tokens per position with `gives: top_k`. A server sends at most 20, unless it was started with a larger
     `--max-logprobs`."""
     tail: Literal["lump", "drop"] = "lump"
-    """What happens to all other tokens with `gives: top_k`. `lump` treats them as one token. `drop` removes them and renormalises the
-    probabilities."""
+    """Treatment of all tokens except the k most probable ones, with `gives: top_k`. `lump` treats them as one token. `drop` removes them
+    and renormalises the probabilities."""
     name: str | None = None
-    """The model's name on the server. By default, it is the model whose name or source on the server is the value of `load`."""
+    """The model's name on the server. By default, the model on the server is found by its name or its source. One of these two must be the
+    value of `load`, or the directory of this model's files."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere."""
     seconds: float = Field(default=120.0, gt=0, le=86400)

@@ -38,8 +38,8 @@ def located(recipe: str | Path) -> Path:
     """Return the file of a recipe, given by its path or name. If there is no such file, return the path itself.
 
     A recipe of the package is found by its name, by the last part of its name if this is unique, or by its path in the repository
-    (`recipes/quickstart.yaml`). If the user also has a file of this name, the user's file is returned. For `gkd`, this can be `gkd`,
-    `gkd.yaml` or `gkd.yml`.
+    (`recipes/quickstart.yaml`). If the user also has a file of this name, the user's file is returned. For the name `gkd`, the user's file
+    can be `gkd`, `gkd.yaml` or `gkd.yml`.
     """
     path = Path(recipe)
     if path.is_file() or path.is_absolute():

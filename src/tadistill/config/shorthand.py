@@ -38,8 +38,8 @@ SHORT_KEYS = {
 def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
     """Return a method, an arm or a phase in which the name of a method is replaced by the objective and the sampler of this method.
 
-    If `value` has an `objective` or `sampler` too, its keys override those of the named method. If its `type` differs, none of the named
-    method's keys are used there. A published method has no phases, unless `value` has the key `phases`.
+    If `value` also has an `objective` or a `sampler`, the keys of this part override the named method's keys. If this part has another
+    `type`, none of the named method's keys are used in it. A published method has no phases, unless `value` has the key `phases`.
 
     Args:
         value: the method, arm or phase in the recipe. Anything except a string or a dict is returned unchanged.

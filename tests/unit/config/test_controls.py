@@ -58,9 +58,12 @@ def test_a_recipe_written_out_is_the_same_recipe():
     [
         ({"a": {"control": "tempered"}}, "write `no_teacher of ARM`"),
         ({"a": {"control": "no_teacher of b"}, "c": "xl > s"}, "is `no_teacher of b`, but `b` is not an arm; choose one of c"),
-        ({"d": "xl > s", "a": {"control": "tempered of d"}}, "`d` has no assistant whose entropy the teacher could get"),
+        ({"d": "xl > s", "a": {"control": "tempered of d"}}, "`d` has no assistant, whose entropy the control needs"),
         ({"d": "xl > s", "a": {"control": "no_teacher of d"}, "b": {"control": "no_teacher of a"}}, "`a` is a control itself"),
-        ({"d": "xl > s", "a": {"control": "no_teacher of d", "path": "l > s"}}, "which sets its path to `xl > s`; remove `path`"),
+        (
+            {"d": "xl > s", "a": {"control": "no_teacher of d", "path": "l > s"}},
+            "so its path must be `xl > s`, but `path` is another one; remove `path`",
+        ),
         ({"d": "s", "a": {"control": "no_teacher of d"}}, "needs an arm with one path of at least two models and no `init`"),
     ],
 )
@@ -84,7 +87,7 @@ def test_budgets_change_the_compute_that_a_control_takes():
         ),
         (
             {"c": "xl on a + l on b > m > s"},
-            "to arms.c, but these need one teacher, and in `xl on a + l on b` several models teach; remove",
+            "to arms.c, but these need one teacher, and the arm's path begins with several (`xl on a + l on b`); remove",
         ),
     ],
 )

@@ -218,7 +218,7 @@ def test_one_key_sets_the_size_of_a_forward_pass():
         ),
         (
             {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "sampled"}}},
-            "the objective is `forward_kl` at another temperature; use `objective: {type: forward_kl}`",
+            "the objective is `forward_kl` at another temperature; use `objective: {type: forward_kl, temperature: 1}`",
         ),
         (
             {"sampler": {"type": "student", "recorded": True, "signal": {"type": "top_k"}}, "dense": {}},

@@ -138,7 +138,7 @@ def test_the_short_form_has_phases():
         ),
         ({"path": "xl > s", "phases": ["kd", "opdd"]}, OWN, "`arms.a.phases` names `opdd`, which is not a method; did you mean `opd`?"),
         ({"path": "xl > s", "phases": ["both"]}, OWN, "`arms.a.phases` names `both`, which has phases itself and cannot be a phase"),
-        ("xl > s", {"b": {"name": "c"}, "c": {}}, "`methods.b.name` is `c`, another of your own; write the name of a published method"),
+        ("xl > s", {"b": {"name": "c"}, "c": {}}, "`methods.b.name` is `c`, which is another method of your own; write the name"),
         (
             {"path": "xl > s", "method": "b"},
             {"b": {"objectiv": {}}},

@@ -260,7 +260,7 @@ def laid_out(**changes) -> None:
         ({"data": DATA | {"train": "tinyworld"}}, "names training sets, but `data.train` is one set without a name"),
         ({"arms": {"a": "m on facts + m on facts > s"}}, "names two teachers for the set facts"),
         ({"arms": {"a": "m on facts + xl > s"}}, "path has `xl`, which is not of the form MODEL on SET"),
-        ({"arms": {"a": "xl > m on facts + l on skills > s"}}, "a student is a single model; write several teachers at the start"),
+        ({"arms": {"a": "xl > m on facts + l on skills > s"}}, "after another model; write several teachers only at the start"),
         ({"arms": {"a": "m on facts + xl on skills"}}, "has no student; write for instance `m on facts + xl on skills > s`"),
         ({"arms": {"a": "m on facts + s on skills > s"}}, "names s as a teacher and as a student"),
         ({"arms": {"a": "m on facts + y on skills > s"}}, "names `y`, which is not a model"),
