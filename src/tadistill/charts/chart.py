@@ -22,7 +22,8 @@ _TITLE, _TICKS, _LINE = 20, 18, 14  # heights in pixels, below the plot: title o
 class Point:
     """A value with its interval, and the text that appears when the mouse is over it. Without an interval, `low` and `high` are None.
 
-    `at` is the x at which the point is drawn, if it is not drawn at its own `x`. The figure then has a note, and the saved data have `x`.
+    `at` is None, or another x at which the point is drawn so that it does not hide its neighbours. A note below the figure then says that
+    points were moved. The saved data always have `x`.
     """
 
     x: float
@@ -193,7 +194,7 @@ class Chart:
     ) -> None:
         """Write a text at (x, y), moved by `shift` pixels. `side` is the part of the text that is at this point: start, middle or end.
 
-        If x is None, the text is at this side of the plot: `start` is its left end, and `end` its right end.
+        If `x` is None, `side` selects the place instead: `start` is the left end of the plot, `middle` its centre, and `end` its right end.
         """
         at = {"start": "0%", "middle": "50%", "end": "100%"}[side] if x is None else self._at(x)
         place = f'x="{at}" y="{self._top(y):.1f}" dx="{shift[0]:g}" dy="{shift[1]:g}" text-anchor="{side}"'

@@ -76,7 +76,7 @@ class _Box:
         return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
 
     def nearest(self, point: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:
-        """Return True if the box is nearer to this point than to any other point."""
+        """Return True if this box is nearer to `point` than to each of `others`."""
         return all(self._distance(point) < self._distance(other) for other in others)
 
     def _distance(self, point: tuple[float, float]) -> float:

@@ -72,9 +72,9 @@ class Analysis:
 
 
 def analyses(results: Results) -> list[Analysis]:
-    """Return the analysis of each comparison. The first one is about the comparison in the report's answer.
+    """Return one analysis for each pair of compared arms. The pair in the report's answer comes first.
 
-    The list is empty in a study without assistants that compares more than six pairs of arms.
+    The list is empty if the study has no assistants and compares more than six pairs.
     """
     return results.once("analyses", lambda: _analyses(results))
 
@@ -123,7 +123,7 @@ def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
 
 
 def published(results: Results) -> list[str]:
-    """Return one sentence for each arm with published scores. It says if the study's interval contains the published score."""
+    """Return one sentence for each arm with published scores. It compares the study's score with the published score on each test set."""
     return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 
@@ -198,9 +198,9 @@ def _steps(results: Results, c: Comparison) -> list[str]:
     above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
         f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {summary_text(first, terms[0])} of it is the "
-        f"distance to the last assistant {last}, which training minimised. The steps above {last} {effect} "
+        f"distance to the last assistant {last}, which training minimised. The steps from {models[0]} to {last} {effect} "
         f"{summary_text(added, terms[1])}{share}: {', '.join(above)}.",
-        "A positive number means that the student is closer to the learner of the step than to its teacher.",
+        "A positive number means that the student is closer to the step's learner than to the step's teacher.",
     ]
 
 

@@ -153,7 +153,8 @@ def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
         cells = _number_cells(results, arm, seed, metric, name)
         body += [[title, "mean over sets" if name == MEAN else name, *cells]] if cells else []
     found = pipe_table(["metric", "set", f"this model (seed {seed})", "mean of the arm"], body)
-    return f"{found}\n\nIn brackets: 95 % intervals. The mean {metric_title(main[0])} of the arm is over {sample_text(results, arm)}."
+    sample = f"The arm's mean {metric_title(main[0])} is computed from {sample_text(results, arm)}."
+    return f"{found}\n\nThe numbers in brackets are 95 % intervals. {sample}"
 
 
 def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_name: str) -> list[str]:

@@ -1,6 +1,7 @@
-"""The long sentences of a report: each verdict with its numbers, sample sizes, and warnings. `text` has the short sentences.
+"""The long sentences of a report: each verdict with its numbers, sample sizes, and warnings.
 
-`tadistill.results.verdict` decides the verdicts. This module only puts them into words.
+`tadistill.results.verdict` decides the verdicts. This module only puts them into words. The module `tadistill.report.text` has the short
+sentences.
 """
 
 from collections import Counter
@@ -29,7 +30,7 @@ _TEXTS = {
     "teacher_mixed": "answers that teacher and student write together",
     "speculative": "its own answers, corrected by the teacher",
     "mix": "the training data and its own answers",
-    "replay": "the training data and its own answers",
+    "replay": "the training data and a buffer of its own answers",
     "pair": "the teacher's and its own answers",
 }
 
@@ -37,8 +38,8 @@ _TEXTS = {
 def arm_words(results: Results) -> dict[str, str]:
     """Describe each trained arm in a few words, such as "taught by xl through l". The keys of the result are the names of the arms.
 
-    The text on which an arm trains is named if most arms train on another text. The objective is named if two arms would have the same
-    description without it.
+    If an arm trains on another kind of text than most arms, its description names this text. If two arms would have the same description,
+    their descriptions also name the objectives.
     """
     arms = [arm for arm in results.plan.arms if arm.is_trained]
     taught = [arm for arm in arms if arm.is_taught]
@@ -161,7 +162,7 @@ def _credit_text(c: Comparison) -> list[str]:
     controls = (("with greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
     gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
     fell = c.mechanism.entropy is not None and c.mechanism.entropy.high < 0
-    why = "but to sharpening" if fell else "because it cannot be distinguished from sharpening"
+    why = "but to sharpening" if fell else "because sharpening cannot be ruled out"
     sharpening = f"The gain is not credited to the path, {why}: {' and '.join(gone)}."
     return [sharpening, f"The student is also {farther}."] if worse else [sharpening]
 
@@ -247,7 +248,7 @@ def _unmeasured_text(results: Results) -> str:
     who = results.plan.teacher
     strangers = {model for family in results.plan.tokenizers if who not in family for model in family}  # `vocabulary_texts` names these
     analysed = any(arm.analyse and results.scores[arm.name] and arm.model not in strangers for arm in results.plan.arms)
-    why = f"the teacher {who} ran on a server, which wrote no answers"
+    why = f"it needs answers of the teacher {who}, and the server of {who} wrote none"
     return f"The exposure bias is not measured, because {why}." if analysed and not exposures(results) else ""
 
 
@@ -276,8 +277,8 @@ def _unseen_text(results: Results) -> str:
     text = f"{metric_title('rouge_l')} uses only the letters a-z and digits, and ignores the other letters of the references: {listed}"
     if "rouge_l_unicode" not in results.metrics:
         return f"{text}."
-    rests = "; the comparisons rest on it" if primary_metric(results) == "rouge_l_unicode" else ""
-    return f"{text}. {metric_title('rouge_l_unicode')} uses them{rests}."
+    used = ", and arms are compared by this metric" if primary_metric(results) == "rouge_l_unicode" else ""
+    return f"{text}. {metric_title('rouge_l_unicode')} uses all letters{used}."
 
 
 def caution_texts(c: Comparison) -> list[str]:
@@ -286,13 +287,17 @@ def caution_texts(c: Comparison) -> list[str]:
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection
-        text = f"{c.arm} chose its best checkpoint on dev among {s.mine}, {c.other} among {s.theirs}. By chance, the larger choice "
+        text = f"{c.arm} chose its best checkpoint on dev among {s.mine}, {c.other} among {s.theirs}. "
         if s.inflation is None:
-            text += f"may raise the score of {c.arm}; the amount is unknown, because {metric_title(c.metric)} was not measured on dev."
+            text += (
+                f"By chance, a choice among more checkpoints may raise the score of {c.arm}. The amount is unknown, because "
+                f"{metric_title(c.metric)} was not measured on dev."
+            )
         else:
             text += (
-                f"raises the score of {c.arm} by at most {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} "
-                f"(standard deviation between checkpoints on dev: {number(s.sigma or 0.0, c.metric, more=1)})."
+                f"By chance, a choice among more checkpoints raises the score of {c.arm} by at most "
+                f"{number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} "
+                f"(computed from the standard deviation between checkpoints on dev, {number(s.sigma or 0.0, c.metric, more=1)})."
             )
         texts.append(text)
     if c.decoding_seeds[0] != c.decoding_seeds[1]:

@@ -133,10 +133,10 @@ def over_compute(results: Results) -> str:
 
 
 def paths(results: Results) -> str:
-    """Return a sentence on the path with assistants that the report's answer is about: how much of the divergence from the teacher comes
-    from the steps above the last assistant. If this is unknown, the sentence lists the steps.
+    """Return a sentence on the path with assistants in the report's answer. It says how much of the divergence from the teacher comes from
+    the steps between the teacher and the last assistant. If this is unknown, the sentence lists the steps.
 
-    If no path has assistants, the sentence gives the number of arms with a teacher.
+    If the report compares no path with assistants, the sentence gives the number of arms with a teacher.
     """
     chains = [c.arm for c in by_importance(results) if results.arm(c.arm).has_assistant]
     found = [b for b in budgets(results) if b.arm.name in chains[:1]] or ([] if chains else budgets(results))

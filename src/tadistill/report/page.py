@@ -61,7 +61,7 @@ class ArmRow:
     words: str
     """A short description of the arm, such as "taught by xl through l"."""
     done: str
-    """How many seeds are finished, such as ``1/3 seeds``. Empty if all are finished."""
+    """The number of finished seeds, such as ``1/3 seeds``. Empty if all are finished."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Route:
     ema: bool = False
     """True if the teacher is a moving average of the student."""
     control: Control | None = None
-    """Set if the arm is a control of another arm."""
+    """The kind of control, and the arm to which the control belongs. None if the arm is not a control."""
 
     @property
     def learners(self) -> set[str]:
@@ -106,7 +106,7 @@ def _by(teachers: Sequence[str]) -> str:
 
 
 def ways_text(arms: Sequence[ArmRecord]) -> str:
-    """Return the words for several arms: "ways to use an assistant", or "ways to distil" if one of the arms has no assistant."""
+    """Name what the arms have in common: "ways to use an assistant" if all arms have assistants, else "ways to distil"."""
     return "ways to use an assistant" if all(arm.assistants for arm in arms) else "ways to distil"
 
 

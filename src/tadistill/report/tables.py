@@ -26,7 +26,8 @@ from tadistill.results.verdict import Comparison, comparisons, control_pairs
 class ScoreTable:
     """A table of one metric. Its rows are arms and its columns are test sets. With several sets, the first column is their mean.
 
-    `best` has a set for each column: the arms with the best mean among arms of the same model. Arms that share the best mean are not in it.
+    `best` has the names of the best arms of each column. For each model, this is the arm with the best mean. No arm is best if several arms
+    share this mean, or if the model has only one arm.
     """
 
     metric: str
@@ -37,7 +38,10 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class CostRow:
-    """One arm's size and the cost of its training. `relative` is its FLOPs divided by those of the arm `direct`, which distils directly."""
+    """The number of parameters of an arm's model, and the training FLOPs of the arm.
+
+    `direct` is the name of the arm that distils directly. `relative` is the FLOPs of `arm` divided by the FLOPs of `direct`.
+    """
 
     arm: ArmRecord
     parameters: int
@@ -196,7 +200,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 
 
 def detail_tables(results: Results) -> list[Table]:
-    """Return the tables of everything that the score tables do not show. Tables and rows without values are omitted."""
+    """Return the tables that follow the score tables, such as divergence and cost. Tables and rows without values are omitted."""
     main = main_metrics(results)
     tables = [
         _group(results, "divergence", "Divergence from the teacher"),
@@ -234,7 +238,10 @@ def _decodings(results: Results, metric: str) -> Table | None:
         return None
     columns = (Column("main", _changes(results.plan.recipe["evaluate"])), *(Column(n, _changes(results.plan.decodings[n])) for n in names))
     metrics = [metric, *(f"{metric}@{name}" for name in names)]
-    title, note = f"{metric_title(metric)} by decoding", "Means over the test sets. All other tables show the main decoding."
+    title, note = (
+        f"{metric_title(metric)} by decoding",
+        "Means over the test sets. Tables that do not name a decoding show the main one.",
+    )
     return _by_arm(results, f"decoding-{metric}", title, note, columns, lambda arm: [mean_cell(results, arm, m) for m in metrics])
 
 
@@ -282,19 +289,23 @@ def _cost(results: Results) -> Table:
         tokens = row.arm.teacher_tokens
         of_teacher = (Cell() if tokens is None else Cell(f"{tokens:,.0f}"),) if asks else ()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative, *of_teacher)))
-    note = f"The cost of all training for an arm's final model, {counted_text(results)} Beside each relative value is the arm that has 1×."
+    note = f"The cost of all training for an arm's final model, {counted_text(results)}"
+    note += " Beside each relative value is the direct arm whose FLOPs are 1×."
     if asks:
         note += f" The last column is the number of answer tokens that {teacher} writes or scores, as the plan predicts it."
     return Table("cost", "Cost", note, columns, tuple(rows))
 
 
 def counted_text(results: Results) -> str:
-    """Return the end of a sentence that begins with "… all training for an arm's final model, ". If `compute: as ARM` does not count the
-    training of all teachers, a second sentence says so."""
+    """Say whose training counts as the cost of an arm.
+
+    The text is the end of a sentence that begins with "… all training for an arm's final model, ". If `compute: as ARM` does not count
+    the training of all teachers, a second sentence says so.
+    """
     arms = results.plan.arms
     text = "including that of its teachers and teacher assistants in this study."
     if any(arm.is_routed for arm in arms) and any(arm.compute for arm in arms):
-        text += " The rule `compute: as ARM` does not count the training of the first teachers, but these numbers do."
+        text += " These FLOPs include the training of the first teachers, but the rule `compute: as ARM` does not count it."
     return text
 
 

@@ -46,7 +46,8 @@ class Answer:
     """The result of a study in sentences. A sentence that does not apply is empty."""
 
     kind: Kind
-    """The kind of verdict. Without assistants, it is `best` if one arm is clearly the best, and `measured` if there is only one arm."""
+    """The verdict on the paths with assistants (`open`: no evidence). Without assistants, it is `best` if one arm is clearly the best, else
+    `open`. `measured` means that there is no arm to compare with, and `unfinished` that results are missing."""
     question: str
     answer: str
     against_sft: str
@@ -88,7 +89,7 @@ def student_of(results: Results) -> str:
 
 
 def sized(results: Results, model: str, *, words: bool = False) -> str:
-    """Return the name of a model with its number of parameters, such as ``s (23.8 k)``."""
+    """Return the name of a model with its number of parameters: ``s (23.8 k)``, or ``s (23.8 k parameters)`` if `words` is True."""
     if model not in results.plan.parameters:  # several first teachers, such as `m on maths + xl on chat`
         return in_words(model)
     count = parameters_text(results.plan.parameters[model])
@@ -307,8 +308,8 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
 
 def _near_text(p_values: Sequence[float], family: int) -> str:
     return (
-        f"Of {family} such intervals (one for each arm and kind of answer), {len(p_values)} lie{'s' * (len(p_values) == 1)} above 0, but "
-        f"after correction for {family} comparisons the smallest p-value is {min(p_values):.3f}, so this may be chance."
+        f"{len(p_values)} of {family} such intervals (one for each arm and kind of answer) lie{'s' * (len(p_values) == 1)} above 0. But "
+        f"after correction for {family} comparisons, the smallest p-value is {min(p_values):.3f}, so the advantage may be chance."
     )
 
 

@@ -46,7 +46,8 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     """Return the format of the prompts on which a model was trained.
 
-    It is the template of the recipe, unless the prompts of the evaluation show that the rows have their own format.
+    It is the template of the recipe, unless the first evaluated prompt does not have this template. The rows then have a format of their
+    own. It is `chat` if the model's tokenizer has a chat template, else `verbatim`.
     """
     key = _evaluated(results, arm)
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}

@@ -42,7 +42,7 @@ class UsedRows:
         """
         whole = self.counts.text
         if self.compared < self.counts.used:
-            whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models answered"
+            whole = f"{whole or f'{self.counts.used} rows'}; arms are compared on the {self.compared} rows that all models answered"
         arms = f", {', '.join(self.arms)}" if self.arms else ""
         return f"{self.set} ({self.role}{arms}): {whole}" if whole else ""
 
@@ -93,7 +93,7 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
 
 
 def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
-    """Return the indices in the array `answered` at which the row numbers `chosen` are. The indices are sorted by row number."""
+    """Return the indices of the row numbers `chosen` in the array `answered`. The index of the lowest row number comes first."""
     order = np.argsort(answered, kind="stable")
     return order[np.isin(answered[order], chosen)]
 
@@ -128,7 +128,7 @@ def rows_text(used: Sequence[UsedRows]) -> str:
     """Describe in one sentence all splits with rows that were left out or cut. The result is empty if there is no such split."""
     found = [text for split in used if (text := split.text)]
     apart = any(split.compared < split.counts.used for split in used)
-    whole = " Metrics with one value per set use each model's own rows." if apart else ""
+    whole = " Metrics with one value per set use all rows that a model answered." if apart else ""
     return f"Rows left out, cut or divided: {'. '.join(found)}.{whole}" if found else ""
 
 

@@ -44,7 +44,7 @@ class BudgetPoint:
 class Limit:
     """The score to which a curve converges at large budgets, with its 95 % interval.
 
-    It is `value` in the fitted curve score(t) = value - b * t ** -c, where t is the budget.
+    `value` is the score. It is a parameter of the fitted curve score(t) = value - b * t ** -c, where t is the budget.
     """
 
     value: float
@@ -71,11 +71,12 @@ class BudgetCurve:
     name: str
     points: tuple[BudgetPoint, ...]
     crossing: Crossing | None
-    """Where the curve crosses the reference arm's curve. None if they do not cross within the budgets, or for the reference arm itself."""
+    """The first crossing with the reference arm's curve. None if the curves do not cross within the budgets, and for the reference arm."""
     last_gain: Difference | None
     """Difference between the results at the largest and the second largest budget. None for a single budget."""
     limit: Limit | None
-    """The score to which the curve converges. None with fewer than four budgets, and if no power law fits within the metric's bounds."""
+    """The score to which the curve converges. None if there are fewer than four budgets, if a power law does not fit the points, or if the
+    score is outside the metric's bounds."""
 
 
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
@@ -175,10 +176,15 @@ def _limit(points: list[BudgetPoint], bounds: tuple[float, float]) -> Limit | No
 
 
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> tuple[Array, Array]:
-    """Return the score to which each curve converges, and the chi-squared misfit of the fit. Both have the shape (R,).
+    """Fit a power law to each curve. Return the scores to which the curves converge, and the chi-squared misfits, both of shape (R,).
 
-    The score is `a` in the weighted least-squares fit scores = a - b * times ** -c. The exponent `c` is between 0.05 and 3. For a given `c`
-    the fit is linear, so the best `c` is found on a fine grid.
+    The fit is scores = a - b * times ** -c with weighted least squares. A curve converges to `a`. The exponent `c` is between 0.05 and 3.
+    For a given `c` the fit is linear, so the best `c` is found on a fine grid.
+
+    Args:
+        times_N: the budgets.
+        errors_N: the standard error of the score at each budget.
+        scores_RN: the scores of each curve at these budgets.
     """
     x_CN = times_N ** -np.geomspace(*_RATES, _GRID)[:, None]
     weights_N = errors_N**-2 / (errors_N**-2).sum()

@@ -101,7 +101,7 @@ class Results:
     compared: Mapping[str, NDArray[np.int64]]
     """Maps a test set to the numbers of the rows that all evaluations answered, (N,). The scores have the same order."""
     used: tuple[UsedRows, ...]
-    """How many rows of each split were used."""
+    """The numbers of used rows of each split. Arms that used different rows of a split have separate entries."""
     _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -170,8 +170,10 @@ def read_results(study_dir: Path, store: Store) -> Results:
 
 
 def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """Return the scores of a test set with pass@k added. Each metric that judges an answer as right or wrong gets the scores METRIC/k.
-    pass@1 is the metric itself and is not added."""
+    """Return the scores of a test set with pass@k added, for each metric that judges an answer as right or wrong.
+
+    The added scores are called METRIC/k. pass@1 is not added, because it is the metric itself.
+    """
     verified = [name for name in table if "@" not in name and metric_of(name).right_or_wrong]
     return table | {f"{name}/{k}": 100 * pass_at_k(table[name] > 50, k) for name in verified for k in sorted(pass_at) if k > 1}
 
@@ -202,7 +204,7 @@ class _Reader:
         for key, suffix in keys.items():
             wanted = answered if key == arm.evaluate[seed] else [name for name, of_set in corpus.items() if not of_set.get("task")]
             if set(self._of(key)) != set(wanted):
-                reason = f"it has the sets {', '.join(self._of(key)) or 'none'}, but the evaluation answered {', '.join(answered)}"
+                reason = f"the file has the sets {', '.join(self._of(key)) or 'none'}, but the evaluation answered {', '.join(answered)}"
                 raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
             for name, table in self._of(key).items():
                 for metric, values_NK in table.items():

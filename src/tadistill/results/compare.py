@@ -71,7 +71,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants). It is direct distillation with ``compute: as CHAIN``.
 
-    If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that this arm is plain (`is_plain`).
+    For a chain with `budgets`, the baseline is the reference arm at the chain's budget, if this reference arm is plain (`is_plain`).
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference
@@ -91,10 +91,10 @@ def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the direct arm, in which the original teacher teaches the same student without assistants.
+    """Return the direct arm, in which the original teacher teaches the student of `arm` without assistants.
 
-    If there are several, one with the same method is preferred. For an arm that is neither a chain nor has the key `compute`, it is the
-    direct arm of the first chain, so that a report calls only one arm direct distillation.
+    If there are several direct arms, one with the same method as `arm` is preferred. But if `arm` is not a chain and has no key `compute`,
+    the method of the first chain decides, so that a report calls only one arm direct distillation.
     """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
     teacher = None if teacher == arm.model else teacher  # a student that teaches itself has no original teacher
@@ -165,12 +165,19 @@ def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucke
 
 MAIN = "main decoding"
 Curves = Literal["matched", "apart", "not measured"]
-"""`matched` if the decodings of both arms enclose the lower of the two main entropies, `apart` if they do not."""
+"""The result of the attempt to compare two arms at equal entropy. Each arm has an entropy under the main decoding, and the
+lower one of the two is the target.
+
+`matched`: the target is within the range of the entropies of each arm's decodings. `apart`: for at least one arm, it is outside.
+"""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The entropy (nats/token) and the metric of one arm under one decoding, as means. `metric` is METRIC or METRIC@DECODING."""
+    """The mean entropy (nats/token) and the mean of a metric, for one arm and one decoding.
+
+    `metric` is the name of the metric under the main decoding, such as ``rouge_l``. Under another decoding it is METRIC@DECODING.
+    """
 
     entropy: float
     value: float

@@ -130,10 +130,10 @@ class ExposureBias:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read two curves of the KL by position in the answer for each test set: in answers of the `student`, and in answers of the `teacher`.
+    """Read two curves for each test set: the KL at each position in answers of the student, and the same in answers of the teacher.
 
-    In a curve, `kl` has the values, and `count` the number of answers that reach each position. A set is left out if exposure bias is not
-    measured on it.
+    The result maps a set to the curves `student` and `teacher`. In a curve, `kl` has the values, and `count` has the number of answers that
+    reach each position. A set is left out if exposure bias is not measured on it.
     """
     path = store.artifact(key, "exposure.json")
     content = read_json(path, fix=store.redo(key))

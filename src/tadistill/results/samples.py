@@ -101,7 +101,7 @@ class Judgement:
 
 
 def judgements(study_dir: Path) -> list[Judgement]:
-    """Return all judgements of a study, in the order of their file names. Comparisons come before scores."""
+    """Return all judgements of a study, in the order of their file names. In each file, comparisons come before scores."""
     found: list[Judgement] = []
     for path in sorted((study_dir / "judge").glob("judge-*.json")):
         content = read_json(path)

@@ -36,8 +36,8 @@ class StageRecord:
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
     like: str | None
-    """For a stage that chooses the temperature at which a model has the entropy of another model: the key of the stage that made the other
-    model. Its FLOPs do not count for this stage's arms. None for all other stages.
+    """The key of another stage. With the temperature that this stage chooses, a model has the entropy of the model from the other stage.
+    The FLOPs of the other stage do not count for the arms of this stage. None if this stage chooses no temperature.
     """
     checkpoints: int
     """Number of checkpoints among which the best on dev was chosen. It is 0 if the stage chose none."""
@@ -92,7 +92,7 @@ class ArmRecord:
     final: Mapping[int, str | None]
     published: PublishedScores | None
     inexact: tuple[str, ...] = ()
-    """One sentence, without a full stop, for each loss of the arm's path that is not exact."""
+    """Sentences, without a full stop: which losses of the arm are only approximate, and for which teachers the FLOPs are not known."""
     phases: tuple[PhaseRecord, ...] = ()
     """The phases of the last distillation, one after the other. Empty if no model teaches the arm's model."""
     across: tuple[tuple[str, str], ...] = ()
@@ -165,7 +165,7 @@ class ArmRecord:
 
     @property
     def has_assistant(self) -> bool:
-        """True if the arm uses three or more models. It then has a teacher assistant, or several first teachers."""
+        """True if the arm uses at least three models, because it has a teacher assistant or several first teachers."""
         return len(self.models) > 2
 
 
@@ -187,7 +187,7 @@ class StudyPlan:
     parameters: Mapping[str, int]
     """The number of parameters of each model. It is 0 for a model behind an API, whose size is not known."""
     bases: Mapping[str, str]
-    """Maps each model that was loaded as an adapter to its base model."""
+    """Maps each LoRA adapter among the models to its base model (a Hub id or a directory)."""
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
     tokenizers: tuple[tuple[str, ...], ...] = ()
@@ -272,9 +272,9 @@ def load_plan(study_dir: Path) -> StudyPlan:
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard error of each mean difference in the study's report. The keys are (arm, metric).
+    """Return the standard errors of the differences between chains and direct distillation, from the study's ``results.json``.
 
-    The result is empty if there is no report.
+    The keys are (chain, metric). The result is empty if the file does not exist.
     """
     path = study_dir / "results.json"
     if not path.is_file():

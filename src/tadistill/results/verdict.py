@@ -37,7 +37,8 @@ class Selection:
     """The advantage of an arm that chose its best checkpoint on dev among more checkpoints than the other arm.
 
     ``mine`` and ``theirs`` are the numbers of checkpoints. ``inflation`` is an upper bound of the advantage. It is computed from ``sigma``,
-    the standard deviation of the primary metric on dev over the later half of the checkpoints. Both are None if dev did not log the metric.
+    the standard deviation of the primary metric on dev over the later half of the checkpoints. ``inflation`` and ``sigma`` are None if the
+    metric was not measured on dev.
     """
 
     mine: int
@@ -71,9 +72,11 @@ class Comparison:
     detectable: float | None
     """The smallest true difference that this study finds with 80 % power. None if nothing varies, or with one training seed."""
     seeds_needed: int | None
-    """The number of training seeds with which the study finds a true difference of the observed size with 80 % power. It assumes that the
-    variances between seeds and between prompts are the observed ones. None for other words than `no evidence`, for fewer than three seeds,
-    and if no number of seeds is enough, because the variance between prompts is too large."""
+    """The number of training seeds with which the study finds a true difference of the observed size with 80 % power. The number assumes
+    that the true variances between seeds and between prompts are the observed ones.
+
+    None if the verdict is not `no evidence`, if there are fewer than three seeds, or if the variance between prompts is so large that no
+    number of seeds is enough."""
     word: Word
     selection: Selection | None
     """What the arm gains if it chose among more checkpoints than the other arm. None if it did not."""
@@ -82,7 +85,8 @@ class Comparison:
     mechanism: Mechanism | None
     """Differences that show whether a gain is only sharpening. None for pairs of a study without chains."""
     credit: Credit | None
-    """If a gain over direct distillation with the same compute is credited to the path, or why not. None if there is no such gain."""
+    """`credited`, or the reason why a gain over direct distillation with the same compute is not credited to the path. None if there is no
+    such gain."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,10 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
 
 
 def by_importance(results: Results) -> list[Comparison]:
-    """Return the result of `comparisons`, with the comparison that a report's answer is about in the first place.
+    """Return the result of `comparisons`, but with the comparison of the report's answer in the first place.
 
-    With chains, the first is the chain with the largest difference, and a clear gain comes before all others. Without chains, it compares
-    the arm with the highest mean and the next best arm that trains the same student.
+    In a study with chains, the first place has the clear gain with the largest difference or, without a clear gain, the largest difference.
+    In a study without chains, it has the comparison of the two arms with the highest means that train the same student.
     """
     found = list(comparisons(results))
     if not found:

@@ -146,7 +146,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard error of a reported mean. It is computed from the interval and from the p-value; the larger result counts.
+    """Return the standard error of a reported mean. The interval and the p-value give one standard error each; the larger one is returned.
 
     Args:
         half: half the width of the 95 % interval.

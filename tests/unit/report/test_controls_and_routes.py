@@ -95,7 +95,7 @@ def test_a_route_is_no_assistant(routed):
 
 
 def test_the_report_says_what_the_same_compute_leaves_out(routed, tmp_path):
-    said = "does not count the training of the first teachers"
+    said = "the training of the first teachers, but the rule `compute: as ARM` does not count it"
     assert said not in counted_text(routed.results)
     arms = [ArmSpec("mopd", ("m on maths + xl on chat", "s")), ArmSpec("one", ("xl", "s"), compute="as mopd")]
     results = build_study(tmp_path, StudySpec(arms, seeds=(1,), sets={"dolly": 12}, fact_sets=())).read()

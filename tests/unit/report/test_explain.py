@@ -145,7 +145,7 @@ def test_the_error_budget_in_words(tmp_path):
     added = means["budget/1"] + means["budget/2"]
     assert hops.startswith(f"KL(student ‖ teacher) is {means['reverse_kl']:.3f} [")
     assert re.search(rf"nats/token\. {means['budget/0']:.3f} \[\S+ \S+\] of it is the distance to the last assistant m", hops)
-    assert f"The steps above m add {added:.3f} [" in hops
+    assert f"The steps from xl to m add {added:.3f} [" in hops
     assert f"({100 * added / means['reverse_kl']:.0f} % of the total)" in hops
     assert [hop_text(results.arm("long").path, j) for j in (1, 2)] == ["l > m", "xl > l"]
     assert f"l > m {means['budget/1']:.3f} [" in hops

@@ -60,7 +60,8 @@ def test_an_exposure_that_is_not_measured_is_named(study):
         path.write_text(json.dumps({"dolly": None, "facts": None}))
     results = read(study)
     assert exposures(results) == {}
-    assert "The exposure bias is not measured, because the teacher xl ran on a server, which wrote no answers." in cautions(results)
+    why = "it needs answers of the teacher xl, and the server of xl wrote none"
+    assert f"The exposure bias is not measured, because {why}." in cautions(results)
     others = tuple({arm.model for arm in results.plan.arms if arm.model} - {"xl"})
     apart = replace(results, plan=replace(results.plan, tokenizers=(("xl",), others)))  # no student has the teacher's tokenizer
     assert not [text for text in cautions(apart) if "ran on a server" in text]
@@ -149,7 +150,7 @@ def test_the_figure_of_paths_shows_self_teaching_and_controls(tmp_path):
     }
     assert lattice_notes(results)[:2] == [
         "A short line means that the model teaches itself.",
-        "A model without a line is trained without a teacher.",
+        "No line leads to a student that is trained without a teacher.",
     ]
     figure = lattice_figure(results)
     assert figure is not None

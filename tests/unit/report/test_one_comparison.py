@@ -123,7 +123,7 @@ def test_the_heading_of_the_learning_curves_counts_arms(results, rising, said):
 def test_an_arm_without_an_error_budget_is_explained(results):
     distance, without = budget_notes(results)  # no dashed line: `teaches` has no equal-compute baseline
     assert re.match(r"\d+ % of the distance between teaches and its teacher comes from the step between l and xl: ", distance)
-    assert without == "starts has no error budget, because no assistant teaches the student there."
+    assert without == "starts has no error budget, because no assistant teaches the student of this arm."
 
 
 def test_dashed_lines_are_named_where_they_are(tmp_path):
@@ -141,7 +141,7 @@ def test_pruning_is_drawn(results):
     assert nodes[student.parent].model == "xl"
     html = lattice_figure(results).html()
     assert 'data-tip="s is pruned from l"' in html
-    assert any(sentence.startswith("A dotted line is no distillation") for sentence in lattice_notes(results))
+    assert any(sentence.startswith("A dotted line shows pruning, not distillation") for sentence in lattice_notes(results))
     rows = {tuple(row["arms"]): row for row in distillations(results)}
     assert rows["starts",]["pruned_from"] == "l"
     assert rows["teaches",]["pruned_from"] is None
@@ -196,7 +196,7 @@ def test_a_gain_over_fine_tuning_that_only_the_correction_removes_is_said(tmp_pa
         found,
     )
     assert re.search(
-        r" Of 8 such intervals \(one for each arm and kind of answer\), 2 lie above 0, but after correction for 8 comparisons the "
-        r"smallest p-value is 0\.\d+, so this may be chance\.$",
+        r" 2 of 8 such intervals \(one for each arm and kind of answer\) lie above 0\. But after correction for 8 comparisons, the "
+        r"smallest p-value is 0\.\d+, so the advantage may be chance\.$",
         found,
     )

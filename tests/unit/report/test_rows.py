@@ -70,8 +70,8 @@ def test_arms_are_paired_by_row(tmp_path):
     assert results.compared["dolly"].tolist() == common
     assert {len(results.scores[arm][10]["dolly"][m]) for arm in ("direct", "chain") for m in ("rouge_l", "loss", "rouge_l@greedy")} == {10}
     shown = render(summary_table(results), 400)
-    assert "dolly (test, chain, direct-long): 11 of 12 rows; 1 longer than data.max_prompt (256); compared on the 10 rows" in shown
-    assert "Metrics with one value per set use each model's own rows." in shown
+    assert "dolly (test, chain, direct-long): 11 of 12 rows; 1 longer than data.max_prompt (256); arms are compared on the 10 rows" in shown
+    assert "Metrics with one value per set use all rows that a model answered." in shown
     assert "dolly, prompt 3\n" not in render(side_by_side(results, 50))
 
 
@@ -130,7 +130,7 @@ def test_references_that_rouge_cannot_see_are_a_caution(tmp_path, measured):
     text = render(summary_table(results), 400)
     assert "ignores the other letters of the references: 98 % in zh" in text
     assert primary_metric(results) == ("rouge_l_unicode" if measured else "rouge_l")
-    assert ("ROUGE-L (all scripts) uses them; the comparisons rest on it." in text) == measured
+    assert ("ROUGE-L (all scripts) uses all letters, and arms are compared by this metric." in text) == measured
 
 
 # --- bounds and ties ------------------------------------------------------------------------------------------------------

@@ -145,7 +145,8 @@ def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
     assert comparison.selection.sigma == pytest.approx(np.sqrt(np.mean(variances)))
     assert comparison.selection.inflation == pytest.approx(inflation(30, 20, comparison.selection.sigma))
     assert caution_texts(comparison)[0].startswith(
-        "chain chose its best checkpoint on dev among 30, twin among 20. By chance, the larger choice raises the score of chain by at most "
+        "chain chose its best checkpoint on dev among 30, twin among 20. "
+        "By chance, a choice among more checkpoints raises the score of chain by at most "
     )
 
 

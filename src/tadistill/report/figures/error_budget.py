@@ -49,7 +49,8 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_text(results: Results, b: Budget) -> str:
-    """Return a sentence, without a full stop, on how much the steps above the last assistant add to the total divergence."""
+    """Return a sentence, without a full stop: how much of the student's divergence from its teacher comes from the steps between this
+    teacher and the last assistant."""
     added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
     first, total = b.terms[0][1].mean, b.total[1].mean
     if added <= 0 or total <= 0:
@@ -68,17 +69,21 @@ def budget_notes(results: Results) -> list[str]:
     apart, unknown = ([arm.name for arm in without if arm.is_chain == chain] for chain in (False, True))
     first = next(iter(by_importance(results)), None)
     apart_from_answer = found and first is not None and first.arm not in {b.arm.name for b in found}
-    where = "" if len(lines) == len(found) else f" (only in {some(lines)}: the study has no such baseline for the others)"
+    where = "" if len(lines) == len(found) else f" (only for {some(lines)}: the study has no such baseline for the other paths)"
     return [
         *([f"{budget_text(results, found[0])}."] if apart_from_answer else []),
         *([f"The dashed line is the equal-compute baseline{where}."] if lines else []),
-        *([f"{some(apart)} {_has(apart)} no error budget, because no assistant teaches the student there."] if apart else []),
+        *([f"{some(apart)} {_has(apart)} no error budget, because no assistant teaches the student of {_this(apart)}."] if apart else []),
         *([f"{some(unknown)} {_has(unknown)} no error budget, because it was not measured."] if unknown else []),
     ]
 
 
 def _has(names: list[str]) -> str:
     return "has" if len(names) == 1 else "have"
+
+
+def _this(names: list[str]) -> str:
+    return "this arm" if len(names) == 1 else "these arms"
 
 
 def budget_figures(results: Results) -> Mapping[str, Chart]:

@@ -28,7 +28,8 @@ NodeId = tuple[str, str]
 
 @dataclass
 class Node:
-    """A model in the figure of paths: the original teacher, an assistant or a student. Arms that share its training share the node."""
+    """A model in the figure of paths: the original teacher, an assistant or a student. Arms that use the same trained teacher or assistant
+    share its node."""
 
     model: str
     row: float
@@ -39,7 +40,7 @@ class Node:
     start: NodeId | None = None
     """The model from which this model is pruned."""
     others: list[NodeId] = field(default_factory=list)
-    """Further teachers: those of earlier paths and, with `dense`, all bigger models of the path."""
+    """The teachers other than `parent`: those in earlier paths, all first teachers and, with `dense`, all earlier models."""
     itself: bool = False
     """True if the model teaches itself."""
 
@@ -49,8 +50,10 @@ class Node:
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
-    """Return the models of the figure of paths. Each model is in the row of the first arm that uses it. Arms with common models are
-    neighbours. A model is drawn a little above that row if it is only in an earlier path of the arm, or if another model is pruned from it.
+    """Return the models of the figure of paths. Each arm has a row with its last path, and arms with common models are neighbours.
+
+    A model is in the row of the first arm that uses it. Three kinds of models are a little above the row: models that are only in an
+    earlier path, the second and later teachers if the path begins with several, and models from which another model is pruned.
     """
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
@@ -65,7 +68,8 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
 
 
 def _add_beside(results: Results, nodes: dict[NodeId, Node], arm: ArmRecord, row: float) -> None:
-    """Add the models of an arm that are not in its last path: those of earlier paths, further teachers, and models that are pruned."""
+    """Add the models that an arm uses beside its last path: models of earlier paths, the second and later teachers if the path begins with
+    several, and models from which another model is pruned."""
     found = route(arm)
     beside = [*(model for part in found.parts[:-1] for model in flat(part)), *found.starts.values(), *members(arm.path[0])[1:]]
     for model in beside:
@@ -244,9 +248,12 @@ def lattice_notes(results: Results) -> list[str]:
     alone = any(map(_has_no_teacher, results.plan.arms))
     said = (
         ("A short line means that the model teaches itself.", any(node.itself for node in nodes.values())),
-        ("A model without a line is trained without a teacher.", alone),
+        ("No line leads to a student that is trained without a teacher.", alone),
         ("The number below an assistant is its last dev value.", dev),
-        ("A dotted line is no distillation: the model at its end is pruned from the model at its start.", pruned),
-        ("A sloping line that is not dotted comes from a further teacher.", any(node.others for node in nodes.values())),
+        ("A dotted line shows pruning, not distillation: the smaller model is pruned from the bigger model.", pruned),
+        (
+            "A sloping line, unless it is dotted, comes from an additional teacher.",
+            any(node.others for node in nodes.values()),
+        ),
     )
     return [sentence for sentence, needed in said if needed]

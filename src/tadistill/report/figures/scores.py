@@ -56,10 +56,11 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def differences(results: Results) -> list[ForestRow]:
-    """Return the rows of the figure of differences. Paths with assistants come first. Large differences come before small ones. The row of
-    a control is the difference ``arm - control``, where `arm` is the arm to which the control belongs.
+    """Return the rows of the figure of differences. Each arm has a row with the difference from its baseline (`reference_of`). An arm with
+    a control has another row with the difference ``arm - control``.
 
-    If a study distils nothing and has at most 15 pairs of models, there is a row for each pair.
+    Arms with assistants come first. Within both groups, the largest difference comes first. A study without assistants that compares at
+    most 15 pairs of arms has one row for each pair instead.
     """
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
