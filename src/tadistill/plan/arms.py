@@ -38,7 +38,7 @@ class PlannedArm:
     name: str
     arm: Arm
     phases: tuple[PlannedPhase, ...]
-    """The phases (parts with own settings) of the arm's last distillation. There is only one, unless the recipe has `phases`."""
+    """The phases of the arm's last training. A phase is a part of the updates with its own settings. Without `phases`, there is one."""
     final: dict[int, str | None]
     """Key of the stage that makes the arm's model, by seed. None if no stage trains it."""
     evaluate: dict[int, str]
@@ -54,12 +54,12 @@ class PlannedArm:
 
     @property
     def method(self) -> Method:
-        """The method of the last phase."""
+        """The method of the arm's last phase."""
         return self.phases[-1].method
 
     @property
     def taught_with(self) -> object:
-        """The objective, the sampler and the share of each phase. Two arms with equal values have the same method."""
+        """For each phase: its objective, its sampler and its share of the updates. Two arms with equal values have the same method."""
         return tuple((method.objective, method.sampler, share) for method, share in self.phases)
 
 
@@ -75,9 +75,9 @@ class Plan:
     tokens: StudyTokens
     """The tokenizer of each model, and the tokens that end an answer."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Arms that a plan with `partial` leaves out, each with the reason."""
+    """Arms that the plan leaves out, each with the reason. Empty, unless `make_plan` was called with `partial`."""
     unknown: list[str] = field(default_factory=list)
-    """Models that are not on this disk, as `NAME (SOURCE)`. Empty without `partial`."""
+    """Models whose config.json is not on this disk, as `NAME (SOURCE)`. Empty, unless `make_plan` was called with `partial`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
 
 class _Made(NamedTuple):
     path: list[Handle]
-    """Every model of the arm's last path."""
+    """The models of the arm's path, in its order. If the arm has several paths, the last one counts."""
     phases: list[PlannedPhase]
     """The phases of the last training in the arm."""
     stages: list[str]
@@ -135,7 +135,7 @@ class _Planner:
                 missing = [key for key, other in arm.budgets.items() if other in absent]
                 if missing:
                     left_out = arm.budgets[missing[0]]
-                    absent[name] = f"its `{missing[0]}: {getattr(arm, missing[0])}` needs arm {left_out}, which is left out too"
+                    absent[name] = f"it has `{missing[0]}: {getattr(arm, missing[0])}`, but arm {left_out} is left out too"
                 elif all(other in done for other in arm.budgets.values()):
                     try:
                         done[name] = self._arm(name, arm, done)

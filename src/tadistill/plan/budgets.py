@@ -1,12 +1,14 @@
 """The two budgets of an arm: its training FLOPs, and the number of answer tokens that the original teacher writes or scores for it.
 
-The keys `compute` and `teacher_budget` of an arm name another arm whose budget the arm gets. To match it, the number of updates or of
-prompts is changed. The two keys change different numbers, so an arm can have both:
+The keys `compute` and `teacher_budget` of an arm name another arm whose budget the arm gets. The plan changes the arm's number of updates
+or of prompts, so that its cost equals the budget. The two keys change different numbers, so an arm can have both:
 
     the teacher only writes text (SeqKD)      `teacher_budget` changes the number of prompts, `compute` the number of all updates
-    the teacher runs during training          `teacher_budget` changes the updates of the models that it teaches, `compute` all others
+    the teacher runs during training          `teacher_budget` changes the updates of the models that the teacher teaches, `compute` the
+                                              updates of all other models
 
-All costs are linear in the number of updates and in the number of prompts, so two trial plans give the factors.
+All costs are linear in the number of updates and in the number of prompts. So the costs of one or two trial plans show by which factor a
+number must change.
 """
 
 import math
@@ -87,8 +89,8 @@ class Budgets:
             return Budget(rows=self._rows(given, teacher, target / total))
         if target <= total - live:
             raise ConfigError(
-                f"{given} for `{name}`, {teacher} writes or scores {total - live:,.0f} answer tokens before the first update, but for "
-                f"`{like.name}` only {target:,.0f} in all; name an arm with more"
+                f"{given} {teacher} writes or scores {total - live:,.0f} answer tokens for `{name}` before training, and only "
+                f"{target:,.0f} in all for `{like.name}`; name an arm for which {teacher} writes or scores more tokens"
             )
         return Budget(taught=(target - (total - live)) / live)
 
@@ -135,7 +137,8 @@ class Budgets:
             fixed -= self._of_teachers(given, trial.graph, trial.final)
             target = (times or 1.0) * (target - self._of_teachers(given, self.graph, like.final[self.recipe.first_seed]))
         if target <= fixed:
-            spent, fix = (f"the budget of {target:.3g} FLOPs is", "raise the budget") if times else ("that arm costs", "remove `compute`")
+            spent = f"the budget of {target:.3g} FLOPs is" if times else f"arm {like.name} costs"
+            fix = "raise the budget" if times else "remove `compute`"
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but {spent} less than the {fixed:.3g} FLOPs that `{name}` needs "
                 f"before its distillation; {fix}"

@@ -76,7 +76,7 @@ class StageBuilder:
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return a model as an input of stages, fine-tuned first if it has the key `sft`. `start` replaces its own initial weights."""
+        """Return a model as an input of stages. A model with the key `sft` is fine-tuned first. `start` replaces its initial weights."""
         seed = self.seed(name, seed)
         return self._tuned(name, start, seed) if start else self._own(name, seed)
 
@@ -149,7 +149,8 @@ class StageBuilder:
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), **self.training())
 
     def tempered(self, name: str, parent: Handle, like: tuple[str, Handle], arm: str, seed: int) -> FromStage:
-        """Return a model with the temperature at which its mean entropy equals that of the model `like` (name and weights) of an arm."""
+        """Add the search for a temperature at which the model `name` has the same mean entropy as the model `like`. Return the model with
+        this temperature. `like` is the name and the weights of a model of the arm `arm`."""
         check_like(self.tokens, name, like[0], arm)
         data, dev = self.encoding(name), self.sets.dev()
         spec = specs.TemperSpec(data=data, teacher=parent, like=like[1], dev=dev, batch=self.recipe.evaluate.batch)
@@ -200,9 +201,9 @@ class StageBuilder:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small. With `dense` or a route, there are several. Otherwise, there is one.
+            teachers: names and models, from big to small. There is one teacher, or several if the method has `dense` or the path a route.
             route: the teachers with their training sets, such as `m on maths + xl on chat`. Empty if every teacher teaches on all rows.
-            turn: the index of this distillation among the arm's distillations of this model. Each has its own order of prompts.
+            turn: the position of this distillation among the arm's distillations of this model. Each of them has its own order of prompts.
 
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
@@ -299,10 +300,10 @@ class StageBuilder:
         """Return the settings with which the rows of data sets become tokens for a model (`StudyTokens.encoding`).
 
         Args:
-            context: the prompt of its own that a teacher of the model reads on the training set, if the recipe sets one.
+            context: the prompt that a teacher reads on the training set. None if the teacher reads the student's prompts.
 
         Raises:
-            ConfigError: a teacher has its own prompt, but rows can have several answers.
+            ConfigError: `context` is set, but rows can have several answers.
         """
         found = self.tokens.encoding(name, samples=samples, responses=responses)
         if context and found.turns == "all":

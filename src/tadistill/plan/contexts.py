@@ -11,8 +11,12 @@ from tadistill.errors import ConfigError, about
 
 
 def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
-    """Raise a ConfigError if a model of the arm `name` teaches itself with the same weights and prompts, so that the loss would be 0. Raise
-    it also if `ema` is set, but the teacher is another model than the student, or a control changes the teacher."""
+    """Check that a student of the arm `name` does not learn from an exact copy of itself, and that the method may have `ema`.
+
+    Raises:
+        ConfigError: teacher and student have the same weights and read the same prompts, so the loss would be 0. Or `ema` is set, but the
+            teacher is another model than the student, or the arm is a control.
+    """
     if method.ema is not None and teacher != learner:
         raise ConfigError(
             f"arms.{name}: with `ema`, the teacher is a moving average of the student, but in `{arm.text}`, {teacher} teaches {learner}; "
@@ -20,13 +24,13 @@ def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str
         )
     if method.ema is not None and arm.controls:
         raise ConfigError(
-            f"arms.{name}.control is `{arm.control}`, whose teacher does not change, but `ema` makes the teacher follow the student; set "
-            f"`ema` in arms.{arm.controls.arm} and not in `method`"
+            f"arms.{name} is a control (`{arm.control}`), whose teacher must not change, but with `ema`, the teacher follows the student; "
+            f"set `ema` in arms.{arm.controls.arm} and not in `method`"
         )
     same = _is_students_prompt(recipe, method.context)
     if teacher != learner or not method.uses_teacher or (method.context and not same):
         return
-    prompt = " and its `context` is exactly the student's prompt" if same else ""
+    prompt = ", and the teacher's `context` is exactly the student's prompt" if same else ""
     if method.ema is None:
         raise ConfigError(
             f"arms.{name}: in `{arm.text}`, {learner} teaches itself{prompt}, so there is nothing to learn; give the teacher a prompt of "
@@ -34,7 +38,7 @@ def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str
         )
     if not method.objective.imitates_text:
         raise ConfigError(
-            f"arms.{name}: with `ema`, student and teacher begin with the same weights{prompt}; they read the same prompts, so there is "
+            f"arms.{name}: with `ema`, student and teacher begin with the same weights and read the same prompts{prompt}, so there is "
             "nothing to learn; give the teacher a prompt of its own (`context`), such as `{output} {prompt}`"
         )
 
@@ -51,7 +55,7 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
     Equal contexts are one entry. Models behind an API are left out, because they get messages and not tokens.
 
     Raises:
-        ConfigError: parts of a method do not fit together.
+        ConfigError: settings of an arm's method do not fit together.
     """
     found: dict[TeacherContext, set[str]] = {}
     for name, arm in recipe.arms.items():

@@ -70,8 +70,8 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
         return None
     if stages.recipe.data.several and method.sampler.teacher_text:
         raise ConfigError(
-            f"{learner} learns from answers of {teacher}, which has another tokenizer, but this works with one training set only; remove "
-            "the other sets of `data.train`, or use another sampler"
+            f"{learner} learns from answers of {teacher}, which has another tokenizer, so there can be only one training set; remove the "
+            "other sets of `data.train`, or use another sampler"
         )
     if method.sampler.reads_responses and stages.recipe.data.turns == "all":
         raise ConfigError(

@@ -27,7 +27,7 @@ class Stage:
     model: str
     seed: int
     cost: Cost | None
-    """None if the cost is not known, or if the stage only measures models."""
+    """The predicted cost. None if it is not known, or if the stage only measures models."""
     teachers: tuple[str, ...] = ()
     """Names of the teachers of a distillation, from big to small. Empty for other stages."""
     arms: set[str] = field(default_factory=set)

@@ -52,11 +52,12 @@ _LATER: dict[type[BaseModel], tuple[str, ...]] = {
     Optim: ("tokens", "packed"),
     StudentSampler: ("recorded", "signal"),
 }
-"""Fields that earlier versions did not have. They are left out if they have their default, so that finished stages keep their keys."""
+"""Fields that earlier versions did not have. A field with its default value is left out of a stage's content, so that finished stages
+keep their keys."""
 
 _ELSEWHERE = {"also", "samples", "pass_at", "precision", "tasks", "fewshot", "bits_per_byte"}
-"""Settings of `Evaluate` that are left out of a stage's content. Each decoding in `also` has its own stage, `samples` only adds seeds, and
-reports compute pass@k from stored scores. For the other settings, a stage has fields of its own."""
+"""Settings of `Evaluate` that are left out of a stage's content. Each decoding in `also` has a stage of its own. `samples` only adds seeds.
+Reports compute pass@k (`pass_at`) from stored scores. For the remaining settings, the stage has fields of its own."""
 
 
 def _plain(value: Any) -> Any:
@@ -119,7 +120,7 @@ class Split(HashedData):
 
     @property
     def splits(self) -> "tuple[Split, ...]":
-        """The split itself, in a tuple. `DevSets.splits` has several splits."""
+        """This split alone, in a tuple. So code can read the dev data in one way, also if they are `DevSets` with several splits."""
         return (self,)
 
 
@@ -186,7 +187,7 @@ class Loaded(Part):
     serve: Serve | None = Field(default=None, exclude=True)
     """The servers that run the model when it teaches. They are not a part of the key, because they change results only by rounding."""
     sends: TopKSignal | None = None
-    """The outputs that these servers send in place of hidden states. They change the results. None if hidden states are sent."""
+    """The outputs that the servers (`serve`) send in place of hidden states. They change the results. None if hidden states are sent."""
 
     @property
     def source(self) -> str:
@@ -217,7 +218,7 @@ class TokenizerFiles(Part):
     """The tokenizer of a model, without the model."""
 
     source: str
-    """Path or Hub name as written in the recipe, or a tokenizer of tinyworld, whose seed is in the stage's `Encoding`."""
+    """Path or Hub name as written in the recipe. Or a tokenizer of the data set tinyworld, whose seed is in the stage's `Encoding`."""
     revision: str
     fingerprint: str | None
     at: str | None = Field(default=None, exclude=True)

@@ -1,7 +1,7 @@
 """The phases of a distillation: the method of each phase, its number of updates, its position in an arm, and its description in words.
 
-A distillation without `phases` counts as one phase. The updates are divided by the shares of the phases. Each phase has a whole number of
-rounds (sampling, then updates). If rounding gives a phase too many updates, the next phase gets fewer.
+A distillation without `phases` counts as one phase. Each phase gets its share of the updates, rounded to a whole number of rounds
+(sampling, then updates). If rounding gives a phase too many updates, the next phase gets fewer.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ class Turn(NamedTuple):
     before: int
     """Number of earlier distillations of the model."""
     teaching: int
-    """Number of the model's teacher, counted from 1 in the order of the arm's paths."""
+    """Number of the teacher among the teachers of the model, counted from 1 in the order in which they teach the model."""
     phase: int
     """Number of the phase among the phases with this teacher, counted from 1."""
     phases: int
     """Number of phases with this teacher."""
     writer: str
-    """Name of the last model of the arm, which writes the text of a first phase with `recorded: true`."""
+    """Name of the arm's last model. With `recorded: true`, this model writes the text on which the first phase trains."""
 
     def seed(self, seed: int) -> int:
         """Return the seed of this distillation for a training seed of the study. Both are the same for the first distillation."""
@@ -141,7 +141,7 @@ def _check_effects(recipe: Recipe, model: str, arm: Arm, method: Method) -> None
             continue
         if lost:
             raise ConfigError(
-                f"`{part}` (set here, or by the arm's `method`) has no effect, because every phase has its own `{part}`; change it in the "
+                f"`{part}` (set in the arm or in its `method`) has no effect, because every phase has its own `{part}`; change it in the "
                 "phases, or write `phases: []`"
             )
 
@@ -165,7 +165,8 @@ def phases_text(phases: Sequence[PlannedPhase]) -> str:
 
 
 def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
-    """Return a text for each phase, such as `lr 0.001`, with its settings that differ between phases of the same objective and sampler."""
+    """Return a text for each phase, such as `lr 0.001`. It has the settings in which the phase differs from other phases that have the same
+    types of objective and sampler."""
     settings = [_settings(method) for method, _ in phases]
     found = []
     for (method, _), own in zip(phases, settings, strict=True):

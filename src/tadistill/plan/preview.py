@@ -120,7 +120,7 @@ def _table(title: str, *columns: str) -> Table:
 
 _NAME = 24
 _ASKED = "asked"
-_DIRECT = "x direct: FLOPs relative to the direct arm with the same method. The report may use another one; its table Cost names it."
+_DIRECT = "x direct: FLOPs relative to the direct arm with the same method. The report may use another direct arm, named in its table Cost."
 _NUMBERS = (_ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
 
@@ -228,7 +228,7 @@ def _absent(plan: Plan) -> Iterable[str]:
     fix = "`tadistill fetch RECIPE` downloads what is missing, and converts GGUF files."
     if plan.unknown:
         its = "its configuration is not" if len(plan.unknown) == 1 else "their configurations are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} This may change stage keys."
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} Stage keys may then change."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())

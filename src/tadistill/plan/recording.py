@@ -1,9 +1,10 @@
 """The stages before a distillation that write its texts: a model's answers to the training prompts, and a teacher's recorded outputs.
 
-With `sampler: {type: student, recorded: true}`, arms with the same last model train on the same text. This model writes it after its own
-fine-tuning with the study's first seed, whatever the arm's `init` is. So the text depends on the model's weights, on this seed, the
-decoding, the training prompts and `evaluate.precision`. It does not depend on the arm or on other seeds. It also depends on a `context`,
-because rows in which the teacher's own prompt is too long are left out. The outputs of every teacher of a path are recorded on this text.
+With `sampler: {type: student, recorded: true}`, arms with the same last model train on the same text. The last model writes this text
+after its own fine-tuning with the study's first seed, whatever the arm's `init` is. So the text does not depend on the arm or on other
+seeds. It depends on the last model's weights, the first seed, the decoding, the training prompts and `evaluate.precision`. A `context`
+changes the text too: rows in which the teacher's own prompt is too long are left out. The outputs of every teacher of a path are recorded
+on this text.
 
 In a later phase of a distillation, the student itself writes the text, with its weights after the phase before. Then each seed has its own
 text.
@@ -161,8 +162,8 @@ def _check_one_tokenizer(stages: "StageBuilder", writers: Sequence[str], learner
         if stages.recipe.models[writer].api or not stages.tokens.hands_over_ids(writer, learner):
             what = "is behind an API" if stages.recipe.models[writer].api else "has another tokenizer"
             raise ConfigError(
-                f"{learner} learns from the text of {writer}, which {what}, but this works with one training set only; remove the other "
-                "sets of `data.train`, or use models with one tokenizer"
+                f"{learner} learns from the text of {writer}, which {what}, so there can be only one training set; remove the other sets "
+                "of `data.train`, or use models with one tokenizer"
             )
 
 

@@ -36,7 +36,7 @@ class TrainingSpec(OnTrainingSets):
     weights: tuple[float, ...] = ()
     """The share of each training set in the rows, if there are several."""
     dev: Dev | None = None
-    """None if no dev metric selects the checkpoint."""
+    """Data for the dev metric that selects the checkpoint. None if no dev metric selects it."""
     decoding: Evaluate | None = None
     """Settings for sampling answers to dev prompts. None if no dev metric selects the checkpoint."""
     lora: Lora | None = None
@@ -92,7 +92,7 @@ class DistillSpec(TrainingSpec):
 
     teacher: Handle
     responses: Output | None = None
-    """The answers to the training prompts that a model gave before training, if the sampler trains on them."""
+    """Answers to the training prompts, written by a model before training. None if the sampler does not train on such answers."""
     text_of: TextOf = None
     signal: Output | None = None  # the teacher's recorded outputs, if the sampler reads them instead of running the teacher
     assistant_signals: tuple[Output, ...] = ()  # the recorded outputs of `assistants`
@@ -100,7 +100,7 @@ class DistillSpec(TrainingSpec):
     sampler: Sampler
     dense: Dense | None = None
     assistants: tuple[Handle, ...] = ()
-    """The other teachers: with `dense` from big to small, or those of a `route`."""
+    """The teachers besides `teacher`, with `dense` or a `route`. With `dense`, they are ordered from big to small."""
     route: tuple[int, ...] = ()
     """For each training set, the index of its teacher in (teacher, *assistants). Empty if every teacher teaches on all rows."""
     assistant_responses: tuple[Output, ...] = ()  # with a route: answers for the sets of each assistant; `responses` are for `teacher`
@@ -109,7 +109,7 @@ class DistillSpec(TrainingSpec):
     own: OwnCode | None = None  # the function of objective `custom`
     ema: float | None = None
     teacher_data: Encoding | None = None
-    """The settings with which a teacher with another tokenizer tokenises prompts. The loss is then over spans of text. None otherwise."""
+    """For a loss over spans of text: the settings with which the teacher tokenises prompts for itself. None for any other loss."""
 
     @property
     def method(self) -> Method:
@@ -199,7 +199,7 @@ class AskSpec(OnTrainingSets):
 
 
 class RetokeniseSpec(OnTrainingSets):
-    """Tokenisation of a model's answers for a student with another tokenizer. `data` has the settings of the student.
+    """Tokenisation of a model's answers for a student with another tokenizer. `data` has the student's settings.
 
     The answers pass from one tokenizer to the other as text (`data.handover`).
     """
@@ -293,8 +293,8 @@ class AnalyseSpec(_OnTestSets):
     assistants: tuple[Handle, ...]
     batch: int
     of_teacher: Encoding | None = None
-    """The settings with which a teacher with another tokenizer tokenises texts. Each model then scores the other's answers as text, and
-    nothing is compared token by token."""
+    """The settings with which the teacher tokenises texts, if its tokenizer differs from the model's. Then each of the two scores the
+    other's answers as text, and nothing is compared token by token."""
 
     @property
     def saves_memory(self) -> list[str]:

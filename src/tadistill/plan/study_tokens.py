@@ -74,7 +74,7 @@ class StudyTokens:
         return list(dict.fromkeys(map(self.family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:
-        """Return models that share the tokenizer with which a model's texts are measured. Empty if all models share one tokenizer."""
+        """Return the models whose common tokenizer counts the tokens of a model's texts. Empty if all models share one tokenizer."""
         roots = {self._root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
 
@@ -175,8 +175,8 @@ class StudyTokens:
         written = chat.opening(first.template, {**first.specials, **data.chat_template_kwargs})
         if self._chat(lead) and data.turns == "answer" and written:
             found.append(
-                f"The chat template of {lead} writes {written!r} before an answer. With `data.turns: answer`, a student does "
-                "not learn it; with `data.turns: last`, it does."
+                f"The chat template of {lead} writes {written!r} before an answer. A student learns to write this text with "
+                "`data.turns: last`, but not with `data.turns: answer`."
             )
         chats = [name for name in group if self._of(name).template]
         chosen = data is not self.recipe.data  # a model has its own `template`
@@ -307,8 +307,8 @@ class StudyTokens:
         return any(context.chat or context.system is not None for context in contexts_of(self.recipe))
 
     def bos_matters(self, name: str) -> bool:
-        """Return True if a chat template does not write all texts of a model. Then `data.bos` decides whether these texts begin with
-        BOS."""
+        """Return True if some texts of a model are written without a chat template. Then `data.bos` decides whether these texts begin
+        with BOS."""
         data = self.data(name)
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 

@@ -1,4 +1,4 @@
-"""Search for a good path from a teacher to a student through assistants. There are strategies that try some paths, and rules of thumb."""
+"""Search for a good path from a teacher to a student through assistants: strategies that train some of the paths, and rules of thumb."""
 
 from tadistill.search.strategies import best_prefix, concordance, drive, make_lattice
 

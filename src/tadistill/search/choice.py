@@ -72,7 +72,10 @@ class Choice:
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
 
     def front(self) -> list[Tried]:
-        """Return the Pareto front: the paths for which no other path is at least as good in both cost and quality."""
+        """Return the Pareto front: the paths for which no other path is at least as good in both cost and quality.
+
+        If several paths are equal in both, one of them is returned.
+        """
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:

@@ -34,14 +34,15 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Concordance:
-    """Counts of pairs of paths that end with the same teacher and learner. A pair is concordant if the better teacher made the better
-    learner.
+    """Counts of pairs of paths that end with the same two models, a teacher and its learner. Each path has its own checkpoints of the two.
+
+    A pair is concordant if the path with the better checkpoint of the teacher also has the better learner.
     """
 
     concordant: int
     discordant: int
     tied: int
-    """Number of pairs in which the two teachers, or the two learners, are equally good. `share` ignores these pairs."""
+    """Number of pairs in which the two checkpoints of the teacher, or of the learner, are equally good. `share` ignores these pairs."""
 
     @property
     def share(self) -> float | None:
@@ -98,13 +99,13 @@ def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
 
 
 def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
-    """Count how often a better teacher made a better learner, over all pairs of paths with the same last two models.
+    """Count how often the better checkpoint of a teacher made the better learner, over all pairs of paths with the same last two models.
 
     If this is always so, the strategy `best_prefix` finds the best path (the Bellman condition).
 
     Args:
-        quality: quality of paths and of beginnings of paths. Higher is better. A pair counts only if the qualities of both teachers are
-            given.
+        quality: quality of the last model of each path, and of each beginning of a path. Higher is better. A pair of paths counts only if
+            the qualities of both checkpoints of the teacher are given.
     """
     found = {1: 0, -1: 0, 0: 0}
     for a, b in combinations(quality, 2):

@@ -173,7 +173,7 @@ def test_a_search_and_rows_with_tools_are_refused():
 def test_several_training_sets_are_refused():
     sets = {"a": {"load": "tinyworld", "weight": 1}, "b": {"load": "tinyworld", "weight": 2}}
     data = {"train": sets, "dev": "tinyworld", "test": ["tinyworld"], "limit": {"train": 20}}
-    with pytest.raises(ConfigError, match="is behind an API, but this works with one training set only"):
+    with pytest.raises(ConfigError, match="is behind an API, so there can be only one training set"):
         make_plan(recipe(data=data))
 
 

@@ -99,9 +99,7 @@ def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder
 @pytest.mark.parametrize(("model", "turns", "said"), [("qwen", "answer", True), ("qwen", "last", False), ("chatml", "answer", False)])
 def test_a_plan_says_what_the_template_writes_before_an_answer(folder, model, turns, said):
     found = [text for text in make_plan(recipe(folder, model, turns=turns)).tokens.cautions() if "before an answer" in text]
-    words = (
-        r"The chat template of t writes '<think>\n\n</think>\n\n' before an answer. With `data.turns: answer`, a student does not learn it"
-    )
+    words = r"The chat template of t writes '<think>\n\n</think>\n\n' before an answer. A student learns to write this text with `data"
     assert [text.startswith(words) for text in found] == [True] * said
 
 

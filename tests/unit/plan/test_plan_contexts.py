@@ -193,7 +193,7 @@ def test_a_model_that_teaches_itself_has_a_control_without_a_teacher():
         ({"arms": {"a": SELF | {"path": "xl > s", "context": None, "ema": 0.9}}}, "arms.a: with `ema`, .* in `xl > s`, xl teaches s"),
         (
             {"arms": {"a": SELF | {"context": "{prompt}"}}},
-            "s teaches itself and its `context` is exactly the student's prompt, so there is",
+            "s teaches itself, and the teacher's `context` is exactly the student's prompt, so there is",
         ),
         (
             {"arms": {"a": SELF | {"ema": 0.9, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}}}},
@@ -218,7 +218,7 @@ def test_a_model_that_teaches_itself_has_a_control_without_a_teacher():
         ),
         (
             {"method": {"ema": 0.9, "optim": {"steps": 16, "batch": 16}}, "arms": {"a": SELF, "b": {"control": "random_teacher of a"}}},
-            "arms.b.control is `random_teacher of a`, whose teacher does not change, but `ema`",
+            "arms.b is a control \\(`random_teacher of a`\\), whose teacher must not change, but with `ema`",
         ),
         (
             {"arms": {"a": SELF | {"sampler": {"type": "teacher_mixed", "rollouts": 32}}}},

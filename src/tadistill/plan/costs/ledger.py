@@ -97,7 +97,8 @@ class Ledger(TextLengths):
         return Cost({"recording/teacher": _part(model.size, work)}, memory=memory, kind=kind, disk=disk, asked=asked)
 
     def measuring(self, name: str) -> float | None:
-        """Predict the bytes that a stage needs to sample and score answers of a model, without weights. None if its size is not known."""
+        """Predict the bytes that a stage needs, besides the weights, to sample and score a model's answers. None if the model's size is not
+        known."""
         model, settings = self.described(name), self.recipe.evaluate
         return None if model is None else sampling_bytes(model, settings.batch, self.recipe.data.max_prompt, settings.max_new_tokens)
 

@@ -53,17 +53,15 @@ class Texts:
 
     @property
     def of_teacher(self) -> "Texts":
-        """The lengths of the teacher's prompts with the same responses, in the teacher's tokens."""
+        """The lengths of the rows as the teacher reads them: in its tokens and, if it has a prompt of its own, with this prompt."""
         if self.seconds:
             return Texts(tuple((s.prompt, s.response) for s in self.seconds), self.count, teachers=self.teachers, sets=self.sets)
         return self._with_prompts([*self.contexts])
 
     @property
     def longer(self) -> "Texts":
-        """The lengths that `optim.tokens` limits. For each row, the longer prompt counts, that of the student or that of the teacher.
-
-        If the teacher has another tokenizer, the longer sequence counts.
-        """
+        """The lengths that `optim.tokens` limits. For each row, they are those of the student or of the teacher, whichever reads the longer
+        sequence."""
         if self.seconds:
             pairs = zip(self.rows, self.of_teacher.rows, strict=True)
             return Texts(tuple(max(pair, key=sum) for pair in pairs), self.count, teachers=self.teachers, sets=self.sets)
@@ -166,7 +164,7 @@ def chunk(recipe: Recipe) -> int:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the expected value of `max(drawn) ** power`, where `drawn` are `draws` random `values`, drawn without replacement."""
+    """Return the expected value of (largest drawn value) ** power, if `draws` of the values are drawn at random without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
@@ -204,8 +202,11 @@ def training_batch(texts: Texts, rows: int, *, packed: bool = False, drawn: floa
     """Return the work of a model on one batch of `rows` shuffled sequences, and the number of padding positions in the batch.
 
     Sequences are padded to the longest one, as in `models.forward.Reader.hidden`, unless they are `packed`. The last token of a sequence is
-    not an input. Logits are computed for responses only. With several training sets, the batch is a part of `drawn` sequences, in which
-    each set has its share.
+    not an input. Logits are computed for responses only.
+
+    Args:
+        drawn: with several training sets, the number of sequences that are drawn together. In these sequences, each set has its share. The
+            batch is a random part of them.
     """
     if packed:
         read = [total - 1 for total in texts.totals]
@@ -229,9 +230,9 @@ def rows_in_pass(optim: Optim, texts: Texts) -> int:
 
 
 def largest_batch(optim: Optim, texts: Texts, times: float) -> Work:
-    """Return the work of a forward pass of training on the largest possible batch, in which all sequences are as long as the longest one.
+    """Return the work of a forward pass of training on the largest possible batch, which has `times` x `rows_in_pass` sequences.
 
-    The batch has `times` as many rows as `rows_in_pass` returns.
+    All sequences are as long as the longest one, unless they are packed. `optim.tokens` limits the number of token positions.
     """
     width, rows = max(texts.totals) - 1, rows_in_pass(optim, texts) * times
     if optim.packed:

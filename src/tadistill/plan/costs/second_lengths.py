@@ -31,9 +31,9 @@ class SecondLength:
 
 
 def second_lengths(mine: "Texts", theirs: "Texts", rows: Survey, student: "StandIn", teacher: "StandIn") -> "Texts":
-    """Return the student's lengths `mine` of a split, with the teacher's lengths `theirs` as `Texts.seconds`.
+    """Return a split's lengths for the student (`mine`), with the attribute `seconds`: the lengths of the same rows for the teacher.
 
-    A row that one of the two models leaves out is left out here too.
+    `theirs` has the lengths of the teacher's prompts. A row that one of the two models leaves out is left out here too.
     """
     prompts = theirs.contexts or tuple(prompt for prompt, _ in theirs.rows)
     read = dict(zip(theirs.places, prompts, strict=True))

@@ -1,4 +1,4 @@
-"""A fast substitute for a tokenizer of transformers, which loads slowly and needs torch. It only serves to count tokens.
+"""A fast substitute for a tokenizer, used only to count tokens. The tokenizers of transformers load slowly and need torch.
 
 Texts are split into tokens with tokenizer.json. If this file is not on the disk, a token is assumed to have four characters. Conversations
 are written with the model's chat template if it is on the disk, or else as ChatML.
@@ -61,7 +61,7 @@ class StandIn:
         return self._source, self.known, self.chat_template, str(self.special_tokens_map)
 
     def readable(self, rules: Rules) -> Rules:
-        """Return the rules. Variables of the chat template are left out if no chat template is on this disk."""
+        """Return `rules`. If no chat template is on this disk, the returned rules have no variables for a chat template."""
         return rules if self._chats else replace(rules, chat_template_kwargs={})
 
     def cuts(self, text: str) -> list[int]:

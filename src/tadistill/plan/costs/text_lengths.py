@@ -71,7 +71,7 @@ class TextLengths(ModelSizes):
 
     @cached_property
     def fixed(self) -> Texts:
-        """The lengths of the training set's own texts. With `data.turns: all`, a row has several turns, unlike in `train`."""
+        """The lengths of the training rows with `data.turns` as set. With `all`, a row can have several answers. In `train`, it has one."""
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:
@@ -88,13 +88,15 @@ class TextLengths(ModelSizes):
     def of_texts(
         self, sets: tuple[str, ...], context: TeacherContext | None = None, weights: tuple[float, ...] = (), route: tuple[int, ...] = ()
     ) -> Self:
-        """Return a copy in which the attributes with these names have other values."""
+        """Return a copy for other training texts. Each argument replaces the attribute of the same name."""
         return self._other(sets=sets, context=context, weights=weights, route=route)
 
     def of(self, readers: tuple[str, ...], teachers: tuple[str, ...] = ()) -> Self:
-        """Return a copy that counts tokens with another tokenizer: the one that the models `readers` share.
+        """Return a copy that counts tokens with other tokenizers.
 
-        If `readers` is empty, it is the tokenizer of the recipe's first model. The models `teachers` share the teachers' tokenizer.
+        Args:
+            readers: models that share the tokenizer to use. If there are none, the tokenizer of the recipe's first model is used.
+            teachers: models that share the teachers' tokenizer. Empty or equal to `readers` if the teachers have the student's tokenizer.
         """
         return self._other(readers=readers, teachers=() if teachers == readers else teachers)
 
@@ -111,13 +113,13 @@ class TextLengths(ModelSizes):
 
     @property
     def reading(self) -> Recipe:
-        """The recipe with only the models whose tokenizer counts the tokens, and with their template."""
+        """A copy of the recipe with only the models `readers`, or with all models if `readers` is empty. Its data have their template."""
         models = {name: model for name, model in self.recipe.models.items() if name in self.readers or not self.readers}
         return self.recipe.model_copy(update={"models": models, "data": self.recipe.data_of(models)})
 
     @cached_property
     def dev(self) -> list[Texts]:
-        """The lengths of the prompts and references, for each dev set that belongs to the training sets `sets`."""
+        """The lengths of prompts and references: one entry for each dev set of the training sets `sets`."""
         refs = self.recipe.data.dev_sets(self.sets).values()
         return [read_lengths(self.reading, ref, "dev", self._survey(ref, "dev")) for ref in refs]
 

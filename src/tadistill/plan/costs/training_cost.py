@@ -36,11 +36,12 @@ class TrainingCost:
         """Number of answer tokens that the first teacher writes or scores (`Cost.asked`)."""
         self.memory = TrainingMemory(trained, teachers, optim, adapters)
         self.drawn = float(optim.batch)
-        """Number of sequences that are drawn at a time. With several training sets, each set has its share in them."""
+        """Number of training sequences that are drawn together. With several training sets, each set has its share in these sequences."""
         self.dropout = True
         """False if the student samples its own text, because it then trains without dropout."""
         self.distance, self.two_losses = False, False
-        """For a teacher with another tokenizer. `distance`: the loss is `uld` or `gold`. `two_losses`: it has a cross-entropy term."""
+        """Used only for a teacher with another tokenizer. `distance`: the loss is `uld` or `gold`. `two_losses`: the loss mixes a
+        divergence with cross-entropy."""
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
         """Add forward passes to the part `name`, such as `rollout/student` or `training/teacher`.
@@ -105,10 +106,11 @@ class TrainingCost:
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def _spans(self, texts: Texts, rows: float) -> None:
-        """Add the logits that a loss over spans of text needs beyond those at each token of both models.
+        """Correct the number of logits for a loss over spans of text. `train` counts the logits at every token of both models.
 
-        `uld` and `gold` need them once more at each of the student's tokens that does not end a span. All other losses need, in
-        all, those at the start of each span and at a share `_INSIDE` of the tokens, where the student also computes them before the loss.
+        `uld` and `gold` need more: the student computes logits once more at each of its tokens that does not end a span. All other losses
+        need logits at the start of each span and at a share `_INSIDE` of the tokens. At this share of its tokens, the student also computes
+        logits before the loss.
         """
 
         seconds = texts.seconds

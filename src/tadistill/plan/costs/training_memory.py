@@ -32,7 +32,7 @@ class Described:
 
     @property
     def present(self) -> int:
-        """Number of parameters in this process."""
+        """Number of the model's parameters that this process holds."""
         return self.size.total if self.here else self.size.head
 
     @property
@@ -57,7 +57,7 @@ class TrainingMemory:
         self.across = False
         """True if the teacher has another tokenizer."""
         self.average = False
-        """True if the teacher is a moving average of the student. It is a float32 copy of the trained weights, and shares all others."""
+        """True if the teacher is a moving average of the student: a float32 copy of the trained weights. All other weights are shared."""
 
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
         """Add the memory of the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
@@ -93,9 +93,9 @@ class TrainingMemory:
         setattr(self, name, max(getattr(self, name), found, key=lambda memory: memory.layers))
 
     def sampling(self, *needs: float) -> None:
-        """Add the memory of one sampling or evaluation. `needs` has the bytes of each model, which are needed at the same time.
+        """Add the memory of one sampling or evaluation. `needs` has the bytes of each model. All models need them at the same time.
 
-        If several are added, only the largest counts.
+        If this method is called several times, only the largest sum counts.
         """
         self.drawn = max(self.drawn, sum(needs))
 
