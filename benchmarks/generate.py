@@ -36,7 +36,7 @@ from rich.table import Table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tadistill.rollout import lazy
-from tadistill.rollout.generate import Mixture, sample
+from tadistill.rollout.engine import Mixture, sample
 
 
 class Size(NamedTuple):

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tadistill.plan.specs import KINDS, TRAINING
+from tadistill.plan.kinds import KINDS, TRAINING
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 COMMANDS = (("run",), ("advise", "--prompts", "12"))

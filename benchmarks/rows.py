@@ -27,7 +27,7 @@ TOKENISE = """
 from pathlib import Path
 from transformers import AutoTokenizer
 from tadistill.config import load
-from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.token_cache import RowsOnDisk
 from tadistill.data.prompts import Rules
 data = load(Path({recipe!r})).data
 rows = RowsOnDisk(data.train, "train", data.world, data.root, None)

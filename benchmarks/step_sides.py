@@ -153,7 +153,7 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
 
 def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
     """Return a sampler that draws fresh rollouts for every update."""
-    from tadistill.data.templates import Encoded
+    from tadistill.data.encoding import Encoded
     from tadistill.rollout.engine import Native
     from tadistill.rollout.rounds import Rollouts, Teachers
 

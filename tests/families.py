@@ -13,7 +13,7 @@ from tadistill import rng
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader
 from tadistill.rollout.draw import draw
-from tadistill.rollout.generate import sample
+from tadistill.rollout.engine import sample
 
 VOCAB = 64
 SMALL = {

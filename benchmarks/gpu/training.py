@@ -24,16 +24,15 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, MiniLLM, Objective, ObjectiveBase, ReverseKL
-from tadistill.config.over_spans import over_spans
+from tadistill.config.pairing import over_spans
 from tadistill.data.batch import Sequence
+from tadistill.data.encoding import Encoded
 from tadistill.data.second_readings import Rereader
-from tadistill.data.templates import Encoded
 from tadistill.data.tinyworld import world_rows
 from tadistill.data.tinyworld_tokenizers import PIECES, WORDS, tokenizer
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import Interrupted
-from tadistill.rollout.engine import Native
-from tadistill.rollout.generate import Mixture, Rollout, sample
+from tadistill.rollout.engine import Mixture, Native, Rollout, sample
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler
 from tadistill.train.loop import Hooks, train_stage

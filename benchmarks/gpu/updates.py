@@ -21,7 +21,7 @@ from bench import Kit, Pair, pairs
 from training import fresh_accelerator, train
 
 from tadistill.config.method import Method
-from tadistill.data.templates import Encoded
+from tadistill.data.encoding import Encoded
 from tadistill.models.forward import attention_for_any_shape
 from tadistill.models.loading import column_major
 from tadistill.objectives.tiles import tile_bytes

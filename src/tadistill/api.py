@@ -243,8 +243,8 @@ def evaluate(
         ConfigError: an argument is wrong, for instance the name of a model instead of a loaded model.
     """
     from tadistill.data import datasets
+    from tadistill.data.encoding import EvalSet, adds_bos, encode_counted
     from tadistill.data.prompts import Rules
-    from tadistill.data.templates import EvalSet, adds_bos, encode_counted
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary

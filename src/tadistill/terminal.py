@@ -23,8 +23,9 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 Detail = Literal["problems", "progress", "everything"]
-"""What a command prints while it works: `problems` with `--quiet`, `everything` with `--verbose`, else `progress`. Its result is always
-printed.
+"""The amount of text that a command prints while it works: `problems` with `--quiet`, `everything` with `--verbose`, else `progress`.
+
+The result of the command is always printed.
 """
 
 

@@ -107,7 +107,7 @@ COUNT = '''def count(context):
 @'''
 ADD_COUNT = '''    def count(self, name, model, seed):
         """Add a count."""
-        from tadistill.plan.specs import CountSpec
+        from tadistill.plan.kinds import CountSpec
 
         return self.add(CountSpec(data=self.encoding(name), model=model, dev=self.sets.dev()), f"count {name}", name, seed)
 
@@ -133,10 +133,10 @@ assert "count xl" in (study / "plan.json").read_text()
 KIND = Walk(
     most_files=3,
     edits=(
-        ("plan/specs.py", "KINDS: dict", COUNT_SPEC),
+        ("plan/kinds.py", "KINDS: dict", COUNT_SPEC),
         ("stages/measuring.py", "def probe(", COUNT),
         ("plan/builder.py", "    def probe(", ADD_COUNT),
-        ("plan/specs.py", "ProbeSpec, PairSpec)", "ProbeSpec, PairSpec, CountSpec)"),
+        ("plan/kinds.py", "ProbeSpec, PairSpec)", "ProbeSpec, PairSpec, CountSpec)"),
     ),
     use=USE_COUNT,
     forgotten="count",

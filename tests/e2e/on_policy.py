@@ -18,15 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tadistill.config import DataRef
 from tadistill.config.data import World
 from tadistill.config.method import Method, Optim, Select, check_pairing
-from tadistill.config.over_spans import over_spans
+from tadistill.config.pairing import over_spans
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld_tokenizers
 from tadistill.data.batch import Sequence, references
-from tadistill.data.encoded import row_numbers
+from tadistill.data.encoding import Encoded, encode
 from tadistill.data.prompts import Rules
 from tadistill.data.second_readings import Behind, Rereader
-from tadistill.data.templates import Encoded, encode
 from tadistill.data.token_bytes import token_bytes
+from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import TrainingSets
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy

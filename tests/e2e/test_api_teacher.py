@@ -14,8 +14,8 @@ from tadistill.config import load
 from tadistill.data.tinyworld_tokenizers import tokenizer
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.asked import check_asked
-from tadistill.rollout import api
+from tadistill.plan.remote import check_asked
+from tadistill.rollout import api_teacher
 from tadistill.runner import apis
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
@@ -38,7 +38,7 @@ KEY = "a-key-that-nobody-may-see"
 
 @pytest.fixture(autouse=True)
 def _user(monkeypatch):
-    monkeypatch.setattr(api, "PAUSES", (0.0,))
+    monkeypatch.setattr(api_teacher, "PAUSES", (0.0,))
     monkeypatch.setenv("BIG_KEY", KEY)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

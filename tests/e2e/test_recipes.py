@@ -33,7 +33,7 @@ from tadistill.config import load
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.loading import load_model, load_tokenizer, shared_vocabulary
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.rollout.generate import Mixture, sample
+from tadistill.rollout.engine import Mixture, sample
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))

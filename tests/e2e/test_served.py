@@ -26,13 +26,13 @@ from tests.vllm import NEEDED, VLLM
 from tadistill.config import objective as config
 from tadistill.config import parse
 from tadistill.config.method import Dense, Method, Optim
+from tadistill.config.remote import Serve
 from tadistill.config.sampling import HiddenSignal, StudentSampler, TopKSignal
-from tadistill.config.served import Serve
 from tadistill.data.batch import Sequence, collate
-from tadistill.data.templates import Encoded
+from tadistill.data.encoding import Encoded
 from tadistill.models import client
 from tadistill.models.loading import load_model
-from tadistill.models.serving import served_teacher
+from tadistill.models.server_checks import served_teacher
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
 from tadistill.rollout import signals

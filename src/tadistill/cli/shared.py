@@ -82,7 +82,7 @@ def report_study(study: Path, root: Path, terminal: Terminal) -> None:
     """Write the report of a study. Print the answer to the study's question, a table of arms, and commands to run next."""
     with terminal.working("writing the report"):
         from tadistill.report import read_results, summary_table, write_report
-        from tadistill.report.text import answer
+        from tadistill.report.answer import answer
 
         results = read_results(study, store_of(root))
         page = write_report(results)
@@ -96,7 +96,7 @@ def report_study(study: Path, root: Path, terminal: Terminal) -> None:
 
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
-    from tadistill.report.text import student_of
+    from tadistill.report.answer import student_of
     from tadistill.results.collect import MEAN, primary_metric, seeds_of
     from tadistill.results.verdict import comparisons
 

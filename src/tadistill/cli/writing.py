@@ -1,20 +1,174 @@
-"""Commands that help to write a recipe: recipes, explain."""
+"""Commands that help to write a recipe: `new` writes one, `recipes` lists those of the package, `explain` explains a key."""
 
+import os
+import re
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from tadistill.cli import complete
 from tadistill.cli.shared import console
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, TadistillError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from tadistill.config.lookup import Entry
 
+
 app = typer.Typer()
+_QUESTIONS = {
+    "teacher": "Teacher (hub id or directory)",
+    "student": "Student (hub id or directory)",
+    "data": "Data (.jsonl file, folder with train.jsonl, dev.jsonl and test.jsonl, hub id, or a name such as dolly)",
+    "method": "Method",
+}
+_ROLES = ("train", "dev", "test")
+_NO_CORPUS = ("minillm", "minillm-official")
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="[FILE]")] = Path("recipe.yaml"),
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Hub id or directory of the teacher.")] = None,
+    student: Annotated[str | None, typer.Option("--student", help="Hub id or directory of the student.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A .jsonl file, a folder, a Hub id, or the name of a data set.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Name of the method, such as gkd.", autocompletion=complete.method_names)
+    ] = None,
+) -> None:
+    """Write a commented recipe of one distillation. The command asks for each option that is not given."""
+    from tadistill.config.load import parse
+    from tadistill.config.shorthand import METHODS, no_method
+
+    if file.exists() or file.is_symlink():
+        raise ConfigError(f"{file} already exists; choose another name for the new recipe")
+    given = {"teacher": teacher, "student": student, "data": data, "method": method}
+    missing = [name for name, answer in given.items() if not answer]
+    if missing and not _at_terminal():
+        raise ConfigError(f"`tadistill new` can ask questions only at a terminal; give the answers with --{' and --'.join(missing)}")
+    for name in missing:
+        given[name] = _asked(name)
+    if given["method"] not in METHODS:
+        raise ConfigError(no_method(str(given["method"])))
+    text = recipe_text(file, **{name: str(answer).strip() for name, answer in given.items()})
+    parse(text, source=str(file), folder=file.absolute().parent)
+    try:
+        with file.open("x", encoding="utf-8") as content:
+            content.write(text)
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be written ({error.strerror}); give a file in an existing folder with write permission"
+        ) from error
+    console.print(f"wrote {file}", soft_wrap=True, highlight=False)
+    console.print(f"next: tadistill plan {file}", soft_wrap=True, highlight=False)
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _asked(name: str) -> str:
+    from tadistill.config.shorthand import METHODS, no_method
+
+    if name != "method":
+        return typer.prompt(_QUESTIONS[name])
+    console.print(f"Methods: {', '.join(METHODS)}", highlight=False)
+    while (answer := typer.prompt(_QUESTIONS[name], default="kd")) not in METHODS:
+        console.print(no_method(answer), highlight=False, markup=False)
+    return answer
+
+
+def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) -> str:
+    """Return the text of a new recipe.
+
+    Args:
+        file: the path of the new recipe. Paths in the recipe are relative to its folder.
+        teacher, student, data: the user's answers. Their paths are relative to the working directory.
+    """
+    from tadistill.config.schema import schema_file
+    from tadistill.config.shorthand import METHODS
+
+    study = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "distillation"
+    models = {"teacher": _moved(teacher, file), "student": _moved(student, file)}
+    objective = "\n  objective: {pt_weight: 0}   # no language modelling on plain text; to use it, give data.corpus and remove this line"
+    rows = [_row(role, *_set(data, role, file)) for role in _ROLES]
+    return f"""# yaml-language-server: $schema={schema_file().as_uri()}
+# One distillation: the teacher teaches the student. The student is then measured on the test set.
+#   tadistill plan {file.name}     # shows what will be done, and what it costs
+#   tadistill run {file.name}      # does this work, and writes runs/{study}/report.html
+# `tadistill explain KEY` explains a key, for instance optim.lr. The page "The recipe" of the documentation explains all keys.
+study: {_scalar(study)}
+seeds: [10]                   # one student for each training seed; several seeds show how much the result varies
+teacher: {_scalar(models["teacher"])}
+student: {_scalar(models["student"])}
+data:
+{"".join(rows)}  template: {_template(teacher):<18}# chat: the chat template of the models; alpaca or plain: for base models
+  max_prompt: 256             # rows with a longer prompt, in tokens, are left out and counted
+  max_length: 512             # tokens of a prompt with its answer; a longer answer is cut
+method:
+  name: {method:<22}# {", ".join(METHODS)}{objective if method in _NO_CORPUS else ""}
+  optim:
+    lr: 2e-5                  # peak learning rate; small models often need a higher one
+    epochs: 1                 # passes over the training rows; or use `steps`, the number of updates
+    batch: 16                 # sequences in an update
+    micro_batch: 4            # sequences in one forward pass; lower it if memory runs out
+    precision: fp32           # bf16: less time and memory on a GPU
+evaluate:
+  max_new_tokens: 256         # longest answer, in tokens
+"""
+
+
+def _row(role: str, content: Any, same: bool) -> str:
+    text = {
+        "train": "the rows that the student learns from",
+        "dev": "chooses the checkpoint that is kept",
+        "test": "measured once, at the end",
+    }[role]
+    if same:
+        why = "a checkpoint must be chosen on other rows" if role == "dev" else "scores on them mean little"
+        text = f"CHANGE THIS: these are the training rows; {why}"
+    return f"  {f'{role}: {_scalar(content)}':<28}# {text}\n"
+
+
+def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
+    path = Path(data).expanduser()
+    if path.is_dir():
+        there = (path / f"{role}.jsonl").is_file()
+        return (_moved(data, file), False) if there else ({"load": _moved(data, file), "split": "train"}, role != "train")
+    if path.is_file():
+        other = path.with_name(path.name.replace("train", role))
+        there = other.is_file() and (role == "train" or other != path)
+        return (_moved(str(other) if there else data, file), role != "train" and not there)
+    return data, False
+
+
+def _moved(text: str, file: Path) -> str:
+    path = Path(text).expanduser()
+    if path.is_absolute() or not path.exists():
+        return text
+    moved = os.path.relpath(path, file.absolute().parent)
+    return moved if path.is_file() or "/" in moved or not text.startswith(".") else f"./{moved}"
+
+
+def _template(teacher: str) -> str:
+    from tadistill.models import sources, tokens
+
+    try:
+        folder = sources.locate(teacher, weights=False)
+    except TadistillError:
+        folder = None
+    if folder is not None:
+        return "chat" if tokens.read(folder, folder).template else "alpaca"
+    return "chat" if re.search(r"(instruct|chat|[-_]it)\b", teacher, re.IGNORECASE) else "alpaca"
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
 
 
 @app.command()

@@ -1,15 +1,160 @@
-"""`tadistill list` and `tadistill clean`: the studies of a runs directory, and stored results that no study needs."""
+"""`tadistill list` and `tadistill clean`: the studies of a runs directory, and the stages in its store that no study needs.
 
-from collections.abc import Callable
+A stage is needed in two cases: a JSON file in a study's folder contains its key, or another needed stage has used its output. plan.json
+contains the keys of all stages of a study. `advise` and `search` also write files with keys.
+"""
+
+import datetime
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster.fetch import size
-from tadistill.runner.inventory import Unneeded, delete, studies, unneeded
+from tadistill.errors import StoreError
+from tadistill.runner.local import local_runs
 from tadistill.store import Store
+
+_KEY = re.compile(rb"\b[0-9a-f]{16}\b")
+_STORE = "store"
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One study in the runs directory."""
+
+    name: str
+    created: str
+    """Date and time of the first run. If plan.json is damaged, it is the time of the last change of the study's folder."""
+    stages: int
+    done: int
+    bytes: int
+    """Size of the study's folder and of all its stages. Studies may share stages."""
+    state: str
+    """`running`, `done`, how the newest run ended, `not finished` (no run is known), or `plan.json is damaged`."""
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """A stage in the store that no study needs."""
+
+    key: str
+    label: str
+    bytes: int
+
+
+def studies(runs: Path, store: Store) -> list[StudyRow]:
+    """Return the studies of a runs directory. The oldest comes first."""
+    return sorted((_row(path, store) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
+
+
+def _row(study: Path, store: Store) -> StudyRow:
+    try:
+        plan = json.loads((study / "plan.json").read_text(encoding="utf-8"))
+        keys, created = [stage["key"] for stage in plan["stages"]], str(plan["created"])
+    except (OSError, ValueError, KeyError, TypeError):
+        when = datetime.datetime.fromtimestamp(study.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+        return StudyRow(study.name, when, 0, 0, _size(study), "plan.json is damaged")
+    done = sum(store.finished(key) for key in keys)
+    states = [run.state for run in local_runs(study)]
+    state = "running" if "running" in states else "done" if done == len(keys) else states[-1] if states else "not finished"
+    return StudyRow(study.name, created, len(keys), done, _size(study) + sum(_size(store.folder(key)) for key in keys), state)
+
+
+def unneeded(runs: Path, store: Store) -> list[Unneeded]:
+    """Return the stages that no study needs and no process uses. The largest comes first.
+
+    Raises:
+        StoreError: a file of a study cannot be read, so it is not known which stages the study needs.
+    """
+    found = dict(_records(store))
+    needed: set[str] = set()
+    todo = [key for study in _folders(runs) for key in _named_keys(study) if key in found]
+    while todo:
+        key = todo.pop()
+        if key not in needed:
+            needed.add(key)
+            todo += [parent for parent in found[key].get("parents", {}).values() if parent in found]
+    left = {key: record for key, record in found.items() if key not in needed and not _busy(store, key)}
+    rows = [Unneeded(key, str(record.get("label", "damaged")), _size(store.folder(key))) for key, record in left.items()]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
+    """Delete stages, and return the number of freed bytes. A stage that is in use is kept, and `told` is called with a note."""
+    freed = 0
+    for key in keys:
+        lock = store.lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except TimeoutError:
+            told(f"{store.label(key)} is not deleted, because a process has begun to work on it")
+            continue
+        try:
+            size, folder = _size(store.folder(key)), store.folder(key)
+            (folder / "manifest.json").unlink(missing_ok=True)  # first, so that an interrupted deletion leaves no finished stage
+            shutil.rmtree(folder)
+            freed += size
+        except OSError as error:
+            raise StoreError(f"cannot delete {store.folder(key)}: {error.strerror or error}; check its permissions") from error
+        finally:
+            lock.release()
+    return freed
+
+
+def _folders(runs: Path) -> list[Path]:
+    return sorted(path for path in runs.iterdir() if path.is_dir() and path.name != _STORE) if runs.is_dir() else []
+
+
+def _named_keys(study: Path) -> Iterator[str]:
+    for path in study.rglob("*.json"):
+        try:
+            yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {path} ({error.strerror}), so the stages that {study.name} needs are not known; check its permissions"
+            ) from error
+
+
+def _records(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+    for folder in sorted(store.root.glob("??/" + "[0-9a-f]" * 16)):
+        if folder.is_dir():
+            try:
+                record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                record = {}
+            yield folder.name, record if isinstance(record, dict) else {}
+
+
+def _busy(store: Store, key: str) -> bool:
+    if not store.folder(key).with_suffix(".lock").exists():
+        return False
+    lock = store.lock(key)
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # another process has the lock, or the store cannot be written
+        return True
+    lock.release()
+    return False
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and not path.is_symlink():
+                total += path.stat().st_size
+        except OSError:  # a running stage has just renamed it
+            continue
+    return total
+
 
 _SHOWN = 20  # rows of the table before the question
 

@@ -27,7 +27,7 @@ from tadistill.cluster.sbatch import Request
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted, StageFailed, TadistillError
 from tadistill.plan.graph import Stage
-from tadistill.plan.specs import AnalyseSpec, EvaluateSpec
+from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag
 from tadistill.store import FAILURE, RECORD, Store, key_of

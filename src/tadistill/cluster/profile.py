@@ -76,7 +76,7 @@ class Profile(Strict):
     can be submitted from it.
     """
     resume: Literal["requeue", "chain"] = "requeue"
-    """What happens at the time limit of a job. `requeue`: Slurm queues the same job again. `chain`: another job, which was queued in
+    """The action at the time limit of a job. `requeue`: Slurm queues the same job again. `chain`: another job, which was queued in
     advance, continues the work.
     """
     modules: tuple[str, ...] = ()

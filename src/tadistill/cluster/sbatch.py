@@ -25,7 +25,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.engines import gpus_of
 from tadistill.plan.graph import Stage
-from tadistill.plan.specs import RetokeniseSpec, TemperSpec
+from tadistill.plan.kinds import RetokeniseSpec, TemperSpec
 from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 

@@ -39,7 +39,7 @@ from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.plan.asked import check_asked
+from tadistill.plan.remote import check_asked
 from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
 from tadistill.store import command_for, store_of

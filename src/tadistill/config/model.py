@@ -4,11 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.api import Api
 from tadistill.config.common import MOST, Strict, Temperature
 from tadistill.config.data import Template
 from tadistill.config.method import MethodPatch, Sft
-from tadistill.config.served import Serve
+from tadistill.config.remote import Api, Serve
 
 
 class Init(Strict):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tadistill.config.api import Api
 from tadistill.config.arm import Arm, Budgets
 from tadistill.config.common import Name, Seeds, Strict
 from tadistill.config.controls import with_controls
@@ -22,6 +21,7 @@ from tadistill.config.method import Method, MethodPatch, apply, phases_of
 from tadistill.config.model import ModelConfig
 from tadistill.config.named import with_methods
 from tadistill.config.objective import Custom
+from tadistill.config.remote import Api
 from tadistill.config.route import teachers_of
 from tadistill.config.search import Search
 from tadistill.errors import ConfigError

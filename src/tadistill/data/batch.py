@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.data.encoded import row_numbers
+from tadistill.data.encoding import Encoded, with_bos
 from tadistill.data.second_readings import Aligned, SecondReading, counted_spans, runs
-from tadistill.data.templates import Encoded, with_bos
+from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import Lazy
 from tadistill.disk import stream_jsonl
 from tadistill.errors import DataError
@@ -131,7 +131,7 @@ class Batch:
     mixture: TargetMixture | None = None
     """The weights of the teachers in this update, if there are several teachers."""
     context: "Batch | None" = None
-    """The same responses after the teacher's own prompts. None if the teacher gets the student's prompts."""
+    """The batch of the same responses after the teacher's own prompts. None if the teacher gets the student's prompts."""
     aligned: Aligned | None = None
     """The spans that this batch and `context` share, if the teacher has another tokenizer. The responses in `context` are then in the
     teacher's tokens. None if the teacher has the student's tokenizer."""

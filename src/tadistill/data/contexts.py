@@ -17,7 +17,7 @@ from tadistill.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tadistill.data.templates import Encoded
+    from tadistill.data.encoding import Encoded
 
 
 class Row(NamedTuple):

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data.counts import Counts
+from tadistill.data.encoding import Encoded, Encoder
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example
-from tadistill.data.templates import Encoded, Encoder
 from tadistill.data.token_bytes import TokenBytes, valid_runs
 from tadistill.data.turns import without_thinking
 from tadistill.disk import damaged, stream_jsonl
@@ -117,7 +117,7 @@ def retokenised(
         rules: the student's rules. Each answer is always one turn, and keeps its thinking.
 
     Raises:
-        DataError, ModelError: as in `data.templates.encode`. It is not an error if no row is left.
+        DataError, ModelError: as in `data.encoding.encode`. It is not an error if no row is left.
     """
     rules = replace(rules, turns="answer", long_responses="drop" if rules.long_responses == "drop" else "cut", context=None)
     # for answers that were cut: the encoder adds an end token, which is removed afterwards, so one more token fits

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from tadistill.data.alignment import NO_SPAN, align, cells, read_again, shared_tokens
-from tadistill.data.encoded import row_numbers
 from tadistill.data.token_bytes import END, Reading, TokenBytes
+from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import Lazy
 from tadistill.errors import DataError
 from tadistill.objectives.spelling import SpelledVocabulary
 
 if TYPE_CHECKING:
     from tadistill.data.batch import Sequence
-    from tadistill.data.templates import Encoded
+    from tadistill.data.encoding import Encoded
 
 Row = TypeVar("Row", "Sequence", "Encoded")
 SPELLED, STRIPPED, CHANGED = 0, 1, 2

@@ -24,7 +24,7 @@ from tadistill.errors import StoreError
 from tadistill.store import key_of
 
 LARGE = 5_000
-"""A training set with more rows is large. The tokens of a large set and the survey of its rows are stored on the disk (`data.encoded`)."""
+"""A training set with more rows is large. The tokens of a large set and the survey of its rows are stored on the disk (`token_cache`)."""
 SAMPLE = 512
 """Largest number of rows in a sample."""
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tadistill.data.batch import Sequence, references
 from tadistill.data.counts import Counts
+from tadistill.data.encoding import Encoded, EvalSet, unknown_token
 from tadistill.data.handover import Answer, Retokenised, retokenised, said
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import Encoded, EvalSet, unknown_token
 from tadistill.data.token_bytes import token_bytes
 from tadistill.evaluation.scoring import Subject, likelihood
 
@@ -83,7 +83,7 @@ def cross_read(
         data: the test set, encoded for the reader.
         rules: the rules for encoding text for the reader.
         answers: maps a row number to the prompt and the sampled answer, in the writer's tokens. The rows are in ascending order, and all of
-            them are in `data.encoded`.
+            them are in `data.token_cache`.
     """
     own = token_bytes(writer.tokenizer, writer.eos)
     texts = [said(row, answer.response, own) for row, answer in answers.items()]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
+from tadistill.data.encoding import EvalSet
 from tadistill.data.prompts import for_people, task_of
-from tadistill.data.templates import EvalSet
 from tadistill.evaluation import calibration, text_scores
 from tadistill.evaluation.bits import bits_per_byte, reference_sizes
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
@@ -65,7 +65,7 @@ def native(subject: Subject, settings: Evaluate, *, adapts: bool | None = None) 
 
 
 def generate_answers(engine: Engine, data: EvalSet, seed: int, tick: Callable[[int], None] = lambda n: None) -> list[Sequence]:
-    """Sample one answer per prompt, in the order of `data.encoded`.
+    """Sample one answer per prompt, in the order of `data.token_cache`.
 
     The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tadistill.config.judge import Judge
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import ATTEMPTS, Question, parse_scores, with_reminder
-from tadistill.models.chat import Refused, Reply, Unavailable, complete, estimated_tokens
+from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
 from tadistill.models.replies import Cache, in_threads
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 
 
 def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
-    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.chat.complete` does."""
+    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.endpoint.complete` does."""
     message = {"role": "user", "content": text}
     return complete(
         client,

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import httpx2 as httpx
 
-from tadistill.config.served import Serve
+from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError, ServerFailed
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)

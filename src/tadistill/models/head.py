@@ -16,7 +16,7 @@ from tadistill.errors import ModelError
 from tadistill.models import sources
 from tadistill.models.directory import is_adapter, read_description
 from tadistill.models.forward import Reader, logit_changes
-from tadistill.models.reading import first_line
+from tadistill.models.pretrained import first_line
 from tadistill.models.scratch import build_on_meta, scratch_model
 from tadistill.models.support import check_architecture, quiet
 from tadistill.objectives import Head

@@ -29,7 +29,7 @@ from tadistill.data import tinyworld_tokenizers
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
-from tadistill.models.reading import first_line, read_model, read_tokenizer
+from tadistill.models.pretrained import first_line, read_model, read_tokenizer
 from tadistill.models.scratch import scratch_config, scratch_model
 from tadistill.models.support import quiet
 

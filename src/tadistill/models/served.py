@@ -1,6 +1,6 @@
 """Teachers that run on servers of vLLM. A server runs the model on the tokens of a batch, and this process computes the loss.
 
-    teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.serving` makes both
+    teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.server_checks` makes both
     teacher.target(batch)
 
 A server sends one of two things for every token. `POST /pooling` returns the last hidden states after the final norm, as bytes.

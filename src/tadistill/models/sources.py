@@ -260,7 +260,7 @@ def _fetch_adapter(adapter: Path, load: str, workers: int) -> Path:
         return target
     directory = fetch(*base, workers=workers)
     assert directory is not None
-    from tadistill.models.adapters import merge  # imports torch
+    from tadistill.models.modify import merge  # imports torch
 
     with files.publishing(target) as temporary:
         merge(directory, base[0], adapter, load, temporary)

@@ -21,12 +21,11 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.contexts import check_itself
 from tadistill.plan.controls import teaching
 from tadistill.plan.costs import Ledger
-from tadistill.plan.edges import check_compared, check_edge
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle, is_served
-from tadistill.plan.paths import check_route, check_sizes
+from tadistill.plan.paths import check_compared, check_edge, check_route, check_sizes
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
-from tadistill.plan.served import check_measured, check_not_run, check_teaching
+from tadistill.plan.remote import check_measured, check_not_run, check_teaching
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import check_entries, check_sources, original_teacher
 

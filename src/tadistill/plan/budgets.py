@@ -22,8 +22,8 @@ from tadistill.models.counting.shapes import COUNTED
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage
+from tadistill.plan.kinds import DistillSpec, TrainingSpec
 from tadistill.plan.paths import given_teachers
-from tadistill.plan.specs import DistillSpec, TrainingSpec
 from tadistill.plan.task import original_teacher
 
 if TYPE_CHECKING:

@@ -8,15 +8,14 @@ from typing import Any
 from tadistill.config import Evaluate, Method, Recipe, Sft
 from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
-from tadistill.config.over_spans import over_spans
+from tadistill.config.pairing import over_spans
 from tadistill.config.route import teachers_of
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import sources
 from tadistill.models.counting import shapes
-from tadistill.plan import specs
+from tadistill.plan import kinds
 from tadistill.plan.costs import Ledger
-from tadistill.plan.edges import check_like, check_weights, teacher_rules
 from tadistill.plan.graph import Graph
 from tadistill.plan.inputs import (
     BehindApi,
@@ -32,6 +31,7 @@ from tadistill.plan.inputs import (
     plan_objective,
     plan_tasks,
 )
+from tadistill.plan.paths import check_like, check_weights, teacher_rules
 from tadistill.plan.phases import Turn
 from tadistill.plan.recording import texts
 from tadistill.plan.study_sets import StudySets
@@ -54,7 +54,7 @@ class StageBuilder:
         asked, across = self.recipe.evaluate.bits_per_byte, len(self.tokens.families) > 1
         return {"own": plan_metrics(self.recipe), "tasks": plan_tasks(self.recipe), "per_byte": across if asked is None else asked}
 
-    def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
+    def add(self, spec: kinds.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.
 
         Args:
@@ -153,7 +153,7 @@ class StageBuilder:
         this temperature. `like` is the name and the weights of a model of the arm `arm`."""
         check_like(self.tokens, name, like[0], arm)
         data, dev = self.encoding(name), self.sets.dev()
-        spec = specs.TemperSpec(data=data, teacher=parent, like=like[1], dev=dev, batch=self.recipe.evaluate.batch)
+        spec = kinds.TemperSpec(data=data, teacher=parent, like=like[1], dev=dev, batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
@@ -177,7 +177,7 @@ class StageBuilder:
                 f"models.{name}.sft has both `keep` and `select.patience`. With `patience`, training may stop early, before update "
                 f"{max(sft.keep)} is stored (`keep`); remove one of the two keys"
             )
-        spec = specs.SftSpec(
+        spec = kinds.SftSpec(
             student=student,
             optim=optim,
             seed=seed,
@@ -221,7 +221,7 @@ class StageBuilder:
         # answers of a teacher with another tokenizer follow the student's own prompts, so this stage needs no `context`
         context = None if of_teacher or not (method.by_token or self.tokens.hands_over_ids(names[0], name)) else method.context
         method = over_spans(method) if of_teacher else method
-        spec = specs.DistillSpec(
+        spec = kinds.DistillSpec(
             student=student,
             teacher=teacher,
             seed=turn.seed(seed),
@@ -244,14 +244,14 @@ class StageBuilder:
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
         more = {"references": not other, **self._measured, **({"tasks": None, "per_byte": False} if other else {})}
-        spec = specs.EvaluateSpec(**self.only_runs(name), sets=self.sets.test(), model=model, decoding=decoding, **more)
+        spec = kinds.EvaluateSpec(**self.only_runs(name), sets=self.sets.test(), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
         """Add the stage that compares a path's last model with the original teacher and with the assistants in the path."""
         teacher, served = self.trained(original, seed), self.recipe.models[original].serve
         written = None if served else Output(stage=self.evaluate(original, teacher, seed, self.recipe.evaluate))
-        spec = specs.AnalyseSpec(
+        spec = kinds.AnalyseSpec(
             **self.only_runs(name, samples=False),
             sets=self.sets.test(),
             teacher=teacher,
@@ -272,13 +272,13 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = specs.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts=prompts))
+        spec = kinds.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts=prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
         """Add the stage that compares a student with a bigger model. It compares their `k` most likely tokens on the student's answers."""
         (above, handle), (name, model) = teacher, learner
-        spec = specs.PairSpec(
+        spec = kinds.PairSpec(
             **self.only_runs(name, samples=False),
             teacher=handle,
             model=model,

@@ -7,7 +7,7 @@ from tadistill.config import Recipe
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import Stage
-from tadistill.plan.specs import Spec, TrainingSpec
+from tadistill.plan.kinds import Spec, TrainingSpec
 
 if TYPE_CHECKING:
     from tadistill.config.machine import Resources

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tadistill.config import Method
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.plan.inputs import Handle, Loaded
-from tadistill.plan.specs import AskSpec, DistillSpec
+from tadistill.plan.kinds import AskSpec, DistillSpec
 from tadistill.plan.task import name_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tadistill.plan.costs import Cost
-from tadistill.plan.specs import KINDS, Spec
+from tadistill.plan.kinds import KINDS, Spec
 
 _BRACKETS = re.compile(r" \((?!turn |phase )[^()]*\)")
 _UPDATES = re.compile(r", \d+ updates")
@@ -73,7 +73,7 @@ class Graph:
 
     def add(self, spec: Spec, label: str, model: str, seed: int, cost: Cost | None, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage unless the graph already has it. Return its key."""
-        assert KINDS[spec.kind] is type(spec), f"{type(spec).__name__} is not in KINDS of tadistill.plan.specs"
+        assert KINDS[spec.kind] is type(spec), f"{type(spec).__name__} is not in KINDS of tadistill.plan.kinds"
         key = spec.key
         if key not in self.stages:
             self.stages[key] = Stage(spec, key, label, model, seed, cost, teachers)

@@ -11,15 +11,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
-from tadistill.config.api import Api
 from tadistill.config.common import Decoding, Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.data import LongText, Template, Thinking, Turns, World
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Custom, ObjectiveBase
+from tadistill.config.remote import Api, Serve
 from tadistill.config.sampling import StudentSampler, TeacherSampler, TopKSignal
-from tadistill.config.served import Serve
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, about
 from tadistill.own_code import load_function

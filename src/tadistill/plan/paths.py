@@ -1,20 +1,34 @@
 """Checks of an arm's path, such as `A > B > C`: no model teaches a bigger one, and the method works with a route.
 
 A path begins with a route if several models teach its first student, each on some of the training sets.
+
+An edge is one distillation, such as `A > B`. Its method decides which tokenizers the two models may have:
+
+    the student trains only on the teacher's text (SeqKD)       any two tokenizers
+    the loss is defined over spans of text                      any two tokenizers (`config.pairing`)
+    another loss, a sampler or a metric compares tokens         two tokenizers of one family: their common tokens have the same ids
+
+`Method.by_token` names the setting that compares tokens. Starting from another model's weights, matching its temperature and training on
+recorded teacher outputs also need tokenizers of one family (`StudyTokens.alike`).
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import path_text
 from tadistill.config.objective import MiniLLM
-from tadistill.config.route import is_route, members, routed
-from tadistill.errors import ConfigError
+from tadistill.config.pairing import check_one_tokenizer, over_spans
+from tadistill.config.route import flat, is_route, members, routed
+from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
+from tadistill.plan.inputs import Encoding
 from tadistill.plan.task import original_teacher
 
 if TYPE_CHECKING:
+    from tadistill.plan.arms import Plan
+    from tadistill.plan.builder import StageBuilder
     from tadistill.plan.study_tokens import StudyTokens
 
 
@@ -67,3 +81,122 @@ def check_route(tokens: "StudyTokens", arm: str, path: tuple[str, ...], method: 
         raise ConfigError(f"{start}, but select.metric reverse_kl needs one teacher on dev; set `select.metric` to loss or rouge_l")
     if isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0:
         raise ConfigError(f"{start}, but plain text belongs to no set, so it has no teacher; set `pt_kd_ratio: 0` or `pt_weight: 0`")
+
+
+_TEXT_ONLY = "use a method that trains on the teacher's text (`seqkd`), or models with one tokenizer"
+
+
+def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner: str, method: Method) -> None:
+    """Check that a student's tokenizer allows a method with its teachers.
+
+    Raises:
+        ConfigError: the method compares tokens, but teacher and student have different tokenizers. Or the method is made for two
+            tokenizers, but teacher and student share one.
+    """
+    if method.by_token is None:
+        return
+    for teacher in teachers:
+        differ = f"their tokenizers differ ({tokens.sizes(teacher, learner)})"
+        if tokens.alike(teacher, learner):
+            with about(f"arms.{arm}"):
+                check_one_tokenizer(method)
+        elif method.objective.needs_teacher:
+            with about(f"arms.{arm}: {teacher} teaches {learner}, but {differ}"):
+                over_spans(method)
+                serve = tokens.recipe.models[teacher].serve
+                if serve and serve.signal:
+                    raise ConfigError(
+                        f"the server of {teacher} sends only the most probable tokens, but a loss over spans needs hidden states; remove "
+                        "`serve.signal`"
+                    )
+        else:
+            raise ConfigError(
+                f"arms.{arm}: {teacher} teaches {learner} with {method.by_token}, which compares the two models token by token, but "
+                f"{differ}; {_TEXT_ONLY}"
+            )
+
+
+def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Method) -> Encoding | None:
+    """Return the settings with which a teacher tokenises the training prompts for itself.
+
+    Return None if the teacher shares the student's tokenizer, or if the objective does not use its probabilities.
+
+    Raises:
+        ConfigError: rows have several answers, or the teacher answers the prompts of several training sets.
+    """
+    if not method.objective.needs_teacher or stages.tokens.alike(teacher, learner):
+        return None
+    if stages.recipe.data.several and method.sampler.teacher_text:
+        raise ConfigError(
+            f"{learner} learns from answers of {teacher}, which has another tokenizer, so there can be only one training set; remove the "
+            "other sets of `data.train`, or use another sampler"
+        )
+    if method.sampler.reads_responses and stages.recipe.data.turns == "all":
+        raise ConfigError(
+            f"{learner} learns from {teacher}, which has another tokenizer, so a row can have only one answer, but data.turns is `all`; "
+            "set data.turns to last"
+        )
+    found = stages.encoding(teacher, context=method.context)
+    return found.model_copy(update={"ends": stages.tokens.ends(teacher), "long_responses": "cut"})  # it reads no reference answers
+
+
+def lossy_steps(tokens: "StudyTokens", paths: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Return the steps of paths, as pairs (teacher, student), whose two models have different tokenizers."""
+    steps = ((above, below) for path in paths for names, below in pairwise(path) for above in members(names))
+    return [(above, below) for above, below in steps if not tokens.alike(above, below)]
+
+
+def check_compared(tokens: "StudyTokens", models: Sequence[str]) -> None:
+    """Check that `tadistill advise` can compare the probabilities of models. Raises ConfigError if two tokenizers differ."""
+    for name in models[1:]:
+        if not tokens.alike(models[0], name):
+            raise ConfigError(
+                f"`tadistill advise` compares models token by token, but the tokenizers of {models[0]} and {name} differ "
+                f"({tokens.sizes(models[0], name)}); leave one of them out, or compare their arms with `tadistill run`"
+            )
+
+
+def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:
+    """Check that a model can start from the weights of another one. Raises ConfigError if their tokenizers differ."""
+    if not tokens.alike(name, source):
+        raise ConfigError(
+            f"{name} cannot start from {source}, because their tokenizers differ ({tokens.sizes(name, source)}), so the rows of the "
+            "embeddings belong to different tokens; choose models with one tokenizer"
+        )
+
+
+def check_like(tokens: "StudyTokens", name: str, like: str, arm: str) -> None:
+    """Check that a temperature can give the model `name` the entropy of the model `like`. Raises ConfigError if their tokenizers differ."""
+    if not tokens.alike(name, like):
+        raise ConfigError(
+            f"the temperature of {name} cannot be set like that of {like} (arm {arm}), because their tokenizers differ "
+            f"({tokens.sizes(name, like)}), so their entropies per token cannot be compared; name an arm with the same tokenizer, or set "
+            "`temper.tau`"
+        )
+
+
+def check_writer(tokens: "StudyTokens", writer: str, learner: str) -> None:
+    """Check that a student can train on recorded text of another model. Raises ConfigError if their tokenizers differ."""
+    if not tokens.hands_over_ids(writer, learner):
+        raise ConfigError(
+            f"{learner} trains on the recorded text of {writer} (sampler `student` with `recorded: true`), but their tokenizers differ "
+            f"({tokens.sizes(writer, learner)}), and the teacher's outputs on this text are recorded token by token; remove `recorded`"
+        )
+
+
+def undefined_notes(plan: "Plan") -> Iterator[str]:
+    """Yield sentences that name the metrics that are not measured, because they are not defined for models with different tokenizers."""
+    teacher = plan.teacher
+    if teacher is None or not plan.recipe.data.test:
+        return
+    others = [arm for arm in plan.arms if not plan.tokens.alike(arm.arm.last[-1], teacher)]
+    if others:
+        instead = " The bits per byte of their answers are measured instead." if all(arm.analyse for arm in others) else ""
+        yield (
+            f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are not "
+            f"measured for {', '.join(arm.name for arm in others)}.{instead}"
+        )
+    for arm in plan.arms:
+        apart = [name for name in flat(arm.arm.last) if not plan.tokens.alike(name, teacher)]
+        if apart and arm not in others and not arm.arm.controls:
+            yield f"The error budget of {arm.name} is not measured, because {apart[0]} has another vocabulary than {teacher}."

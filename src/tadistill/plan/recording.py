@@ -21,9 +21,9 @@ from tadistill.config.common import Decoding
 from tadistill.config.context import TeacherContext
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, NotHere, about
-from tadistill.plan import specs
-from tadistill.plan.edges import check_writer
+from tadistill.plan import kinds
 from tadistill.plan.inputs import BehindApi, Encoding, Handle, HashedData, Output
+from tadistill.plan.paths import check_writer
 from tadistill.plan.phases import Turn
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def texts(
     outputs = []
     for number, (name, teacher) in enumerate(teachers):
         mine = number if route else 0
-        spec = specs.SignalSpec(
+        spec = kinds.SignalSpec(
             data=stages.encoding(name, samples=False, responses=not of_text, context=method.context),
             teacher=teacher,
             signal=method.signal,
@@ -110,7 +110,7 @@ def _answers(
     (name, handle), (seed, shown) = model, seeds
     decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
-    spec = specs.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, **stages.training(sets))
+    spec = kinds.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, **stages.training(sets))
     return Output(stage=stages.add(spec, f"generate with {name}{_on(sets)}, seed {shown}", name, shown))
 
 
@@ -124,10 +124,10 @@ def _asked(
     rules = {name: getattr(data, name) for name in ("world", "thinking", "max_prompt", "max_length")}
     messages = Encoding(template="chat", context=context, **rules)
     drawn = None if decoding.temperature == 0 else seed  # without randomness, all seeds have the same answers
-    asked = specs.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, **stages.training())
+    asked = kinds.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, **stages.training())
     shown = stages.recipe.first_seed if drawn is None else seed
     answers = Output(stage=stages.add(asked, f"ask {name}{'' if drawn is None else f', seed {seed}'}", name, shown))
-    spec = specs.RetokeniseSpec(
+    spec = kinds.RetokeniseSpec(
         data=stages.encoding(learner, samples=False),
         answers=answers,
         writer=None,
@@ -146,7 +146,7 @@ def _taught(stages: "StageBuilder", teacher: tuple[str, Handle], learner: str, m
     answers = _answers(stages, teacher, method.sampler, (seed, seed), context, sets=sets, as_teacher=context is not None)
     if tokens.hands_over_ids(writer, learner):
         return answers
-    spec = specs.RetokeniseSpec(
+    spec = kinds.RetokeniseSpec(
         data=stages.encoding(learner, samples=False),
         answers=answers,
         writer=tokens.files(writer),

@@ -1,4 +1,4 @@
-"""The base classes of all kinds of stages (`plan.specs`): a stage's key, its inputs and its predicted cost."""
+"""The base classes of all kinds of stages (`plan.kinds`): a stage's key, its inputs and its predicted cost."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar

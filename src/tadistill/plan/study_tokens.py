@@ -3,7 +3,7 @@
 Models whose tokenizers give the same ids to the same tokens form a family. Models of one family that teach each other must read the same
 tokens and end their answers in the same way. So all of them use the tokenizer of the family's first model, which is the original teacher in
 its own family. If a token ends the answers of one of these models, it ends the answers of all of them. Between models of two families, text
-can pass, but token ids cannot (`plan.edges`).
+can pass, but token ids cannot (`plan.paths`).
 """
 
 from collections.abc import Callable, Mapping

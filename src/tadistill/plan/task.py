@@ -18,7 +18,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.engines import check_vllm, gpus_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
-from tadistill.plan.specs import KINDS, DistillSpec, Spec, TrainingSpec
+from tadistill.plan.kinds import KINDS, DistillSpec, Spec, TrainingSpec
 from tadistill.store import Store
 
 if TYPE_CHECKING:

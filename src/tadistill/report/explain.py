@@ -1,6 +1,6 @@
 """The long sentences of a report: each verdict with its numbers, sample sizes, and warnings.
 
-`tadistill.results.verdict` decides the verdicts. This module only puts them into words. The module `tadistill.report.text` has the short
+`tadistill.results.verdict` decides the verdicts. This module only puts them into words. The module `tadistill.report.answer` has the short
 sentences.
 """
 
@@ -11,9 +11,9 @@ from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
 from tadistill.report.routes import counted, listed, taught
 from tadistill.report.vocabularies import vocabulary_texts
-from tadistill.results.actual import rows_text
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
+from tadistill.results.measured import rows_text
 from tadistill.results.study import ArmRecord, PhaseRecord
 from tadistill.results.units import detectable_text, number, p_text, ratio_text, span, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance

@@ -21,9 +21,10 @@ from tadistill.charts import Axis, Chart, Look, Strip, nice_span
 from tadistill.config.route import members
 from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
-from tadistill.plan.specs import KINDS
+from tadistill.plan.kinds import KINDS
 from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
+from tadistill.report.answer import answer, student_of
 from tadistill.report.explain import arm_words, cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, error_budget, paths, scores
 from tadistill.report.figures.style import MANY, looks, titled
@@ -40,7 +41,6 @@ from tadistill.report.tables import (
     stage_rows,
     versions,
 )
-from tadistill.report.text import answer, student_of
 from tadistill.results import units
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves

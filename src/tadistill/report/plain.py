@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tadistill.metrics import metric_title
 from tadistill.report.analysis import MARKS, Analysis, analyses, published
+from tadistill.report.answer import answer
 from tadistill.report.explain import cautions
 from tadistill.report.routes import steps
 from tadistill.report.tables import (
@@ -26,7 +27,6 @@ from tadistill.report.tables import (
     stage_rows,
     versions,
 )
-from tadistill.report.text import answer
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
 from tadistill.results.samples import samples
 from tadistill.results.units import DASH, gap_text, number, ratio_text, summary_text

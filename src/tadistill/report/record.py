@@ -12,12 +12,12 @@ import numpy as np
 
 from tadistill.disk import write_text
 from tadistill.report.analysis import analyses
+from tadistill.report.answer import answer
 from tadistill.report.explain import arm_words, cautions, undecided_text, verdict_text
 from tadistill.report.figures import scores
 from tadistill.report.figures.paths import lattice
 from tadistill.report.findings import sections
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
-from tadistill.report.text import answer
 from tadistill.results.budgets import BudgetCurve, budget_curves
 from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tadistill.disk import damaged
 from tadistill.metrics import metric_of, sorted_names
-from tadistill.results.actual import UsedRows, count_rows, load_rows, places, shared_rows, with_spent
-from tadistill.results.measured import READ, Scores, load_corpus, load_scores
+from tadistill.results import measured
+from tadistill.results.measured import READ, Scores, UsedRows, load_corpus, load_scores, places, shared_rows
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.statistics import macro_interval, pass_at_k
 from tadistill.store import Store
@@ -138,7 +138,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
     """
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
-    plan = with_spent(plan, store)
+    plan = measured.with_spent(plan, store)
     store.check((key for stage in plan.stages if store.finished(key := stage.key)), READ)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
     numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
@@ -165,7 +165,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
     metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
     missing = tuple(Missing(arm.name, s, key) for arm in plan.arms for s, key in arm.evaluate.items() if (arm.name, s) not in finished)
     compared = {name: np.sort(of_set) for name, of_set in shared.items()}
-    used = count_rows(plan, store, rows, compared)
+    used = measured.count_rows(plan, store, rows, compared)
     return Results(study_dir, plan, store, sets, metrics, missing, scores, numbers, lengths, unseen, compared, used)
 
 
@@ -186,7 +186,7 @@ class _Reader:
 
     def rows(self, key: str) -> dict[str, NDArray[np.int64]]:
         self.corpora[key] = load_corpus(self.store, key)
-        found, scores = load_rows(self.store, key, self.corpora[key]), self._of(key)
+        found, scores = measured.load_rows(self.store, key, self.corpora[key]), self._of(key)
         for name in {*found, *self.corpora[key], *scores}:
             if not (name in found and name in self.corpora[key] and name in scores):
                 raise damaged(self.store.folder(key), f"some files of the evaluation do not have the set {name}", self.store.redo(key))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.metrics import in_order
-from tadistill.plan.specs import TRAINING
+from tadistill.plan.kinds import TRAINING
 from tadistill.results.collect import Results
 from tadistill.results.measured import load_corpus
 from tadistill.results.study import ArmRecord

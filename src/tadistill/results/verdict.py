@@ -79,7 +79,7 @@ class Comparison:
     number of seeds is enough."""
     word: Word
     selection: Selection | None
-    """What the arm gains if it chose among more checkpoints than the other arm. None if it did not."""
+    """The advantage of an arm that chose among more checkpoints than the other arm. None if it did not."""
     decoding_seeds: tuple[int, int]
     planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
     mechanism: Mechanism | None

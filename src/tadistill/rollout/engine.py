@@ -1,19 +1,140 @@
-"""Engines, which sample responses from a model. `Native` is the built-in loop. `rollout.vllm` has the engine that uses vLLM."""
+"""Sample responses in batches from a transformers model, alone or together with a teacher.
+
+`Native` is an engine: an object that samples responses to prompts. `rollout.vllm` has the engine that uses vLLM. `sample` is the loop over
+positions. `lazy` samples faster from a mixture of two models, and `fixed` samples faster on a GPU. Both give the same result, but do not
+support all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The caller gives the random
+numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences are removed from the batch.
+
+Axes: B sequences, T positions, V vocabulary size, H hidden size.
+"""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
 from tadistill.models.forward import evaluating, in_bfloat16
 from tadistill.objectives.tiles import free_bytes
-from tadistill.rollout.decoder import WAYS, Decoder, way_of
-from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
+from tadistill.rollout import fixed, lazy
+from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of
+from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors, teacher_tap
+from tadistill.tuning import COMPACT_BELOW
+
+__all__ = ["Mixture", "Rollout", "Speculation", "sample"]
+
+
+class _Batch:
+    def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
+        self.width = max(map(len, prompts))
+        device, total = models["student"].device, self.width + uniforms_BT.shape[1]
+        self.vocab, self.start, self.end = vocab, 0, self.width  # the models have not processed the columns from start to end - 1
+        ids, attention, positions = left_padded(prompts, total)
+        self.ids, self.positions = (torch.from_numpy(a).to(device) for a in (ids, positions))
+        # without padding no mask is needed, and attention is faster without one
+        self.attention = None if attention.all() else torch.from_numpy(attention).to(device)
+        self.uniforms = torch.from_numpy(uniforms_BT).to(device)
+        self.drops = all(way_of(model).drops for model in models.values())
+        self.decoders = {name: Decoder(model, vocab, total - 1, way_of(model)) for name, model in models.items()}
+
+    def logits(self) -> dict[str, Tensor]:
+        attention = None if self.attention is None else self.attention[:, : self.end]
+        inputs = self.ids[:, : self.end], attention, self.positions[:, : self.end], self.start
+        return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
+
+    def history(self) -> torch.LongTensor:
+        """Return all tokens so far (B, T), for the search for repeated n-grams. Padding has the id `vocab`, which no token has."""
+        ids = self.ids[:, : self.end]
+        if self.attention is not None:
+            ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
+        return cast(torch.LongTensor, ids)
+
+    def next_uniforms(self) -> Tensor:
+        return self.uniforms[:, self.end - self.width]
+
+    def append(self, tokens_B: Tensor) -> None:
+        self.ids[:, self.end] = tokens_B
+        self.start, self.end = self.end, self.end + 1
+
+    def keep(self, places: np.ndarray) -> None:
+        index = torch.from_numpy(places).to(self.ids.device)
+        self.ids, self.positions, self.uniforms = self.ids[index], self.positions[index], self.uniforms[index]
+        if self.attention is not None:
+            self.attention = self.attention[index]
+        for decoder in self.decoders.values():
+            decoder.keep(index)
+
+
+def sample(
+    student: PreTrainedModel,
+    prompts: list[tuple[int, ...]],
+    uniforms_BT: np.ndarray,
+    *,
+    eos: tuple[int, ...],
+    vocab: int,
+    decoding: Decoding = Decoding(),
+    guide: Mixture | Speculation | None = None,
+) -> list[Rollout]:
+    """Sample one response per prompt. A response ends with a token of `eos`, or after `uniforms_BT.shape[1]` tokens.
+
+    Args:
+        prompts: token ids without padding.
+        uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). Token t of response b is drawn with the number [b, t]. In a mixture, the
+            number first selects the model (`Mixture.switch`).
+        vocab: size of the vocabulary that the models share. Token ids beyond it are never sampled.
+        decoding: the settings that change each model's logits before mixing. Its `max_new_tokens` is ignored.
+        guide: how a teacher helps to sample; None if the student samples alone.
+
+    Returns:
+        Rollouts in the order of the prompts.
+    """
+    models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
+    record = Record(len(prompts), uniforms_BT.shape[1], eos, models)
+    with evaluating(student):
+        capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
+        packed = isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values())
+        # without CUDA graphs, `lazy` starts fewer kernels than `fixed`, where both models process every token
+        in_step = student.device.type in fixed.DEVICES and not packed
+        if in_step and all(fixed.possible(model, capacity, decoding) for model in models.values()):
+            fixed.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
+        elif packed:
+            assert isinstance(guide, Mixture)
+            lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
+        else:
+            for rows in groups(prompts, all(way_of(model).padded for model in models.values())):
+                batch = _Batch(models, [prompts[row] for row in rows], uniforms_BT[rows], vocab)
+                _fill(record, rows, batch, decoding, guide)
+    # copied outside of inference mode, because tensors made in inference mode cannot be part of a loss
+    return record.rollouts()
+
+
+@torch.inference_mode()
+def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
+    steps = record.tokens.shape[1]
+    warping, greedy = processors(decoding), decoding.temperature == 0
+    with teacher_tap(guide) as seen:
+        for t in range(steps):
+            logits = batch.logits()
+            scores = {name: warping(batch.history(), z) for name, z in logits.items()} if warping else logits
+            tokens, log_p = next_tokens(logits, scores, batch.next_uniforms(), guide, greedy=greedy)
+            record.say(rows, t, tokens.cpu().numpy())
+            # the teacher is called last, so its states are the last in the list, also if student and teacher are the same model
+            record.score(rows, t, log_p, seen[-1][:, -1] if seen else None)
+            seen.clear()
+            going = (record.lengths[rows] > t + 1).nonzero()[0]
+            if len(going) == 0:
+                break
+            batch.append(tokens)
+            if batch.drops and len(going) < COMPACT_BELOW * len(rows):
+                batch.keep(going)
+                rows = rows[going]
+    record.settle()
+
 
 _SHARE = 0.6  # share of the GPU's free memory that a batch of rows may use
 _ROWS = 512  # most rows in a batch; with more rows, a GPU computes longer than the host needs to start a step

@@ -24,13 +24,12 @@ from tadistill.config.method import Method
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate, taught
+from tadistill.data.encoding import Encoded
 from tadistill.data.second_readings import Rereader, at_span_ends
-from tadistill.data.templates import Encoded
 from tadistill.data.training_sets import TrainingSets, shuffled
 from tadistill.models.teacher import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
-from tadistill.rollout.engine import Engine
-from tadistill.rollout.generate import Mixture, Speculation
+from tadistill.rollout.engine import Engine, Mixture, Speculation
 from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, unpack
 
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tadistill.config import Recipe
-from tadistill.config.api import Api
 from tadistill.config.places import placed
+from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.errors import ServerFailed, TadistillError
-from tadistill.models.chat import Unavailable, knock
+from tadistill.models.endpoint import Unavailable, knock
 from tadistill.models.replies import peek
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.plan.asked import Estimate, wanted_of
 from tadistill.plan.graph import Stage
-from tadistill.plan.specs import AskSpec
+from tadistill.plan.kinds import AskSpec
+from tadistill.plan.remote import Estimate, wanted_of
 from tadistill.plan.task import make_task
-from tadistill.rollout.api import client_of, replies_file, same_model
+from tadistill.rollout.api_teacher import client_of, replies_file, same_model
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
 from tadistill.terminal import Terminal

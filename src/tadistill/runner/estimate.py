@@ -21,7 +21,7 @@ from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import Split
-from tadistill.plan.specs import (
+from tadistill.plan.kinds import (
     AnalyseSpec,
     DistillSpec,
     EvaluateSpec,

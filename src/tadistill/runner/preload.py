@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
 from tadistill.data import tinyworld
-from tadistill.plan.specs import KINDS
+from tadistill.plan.kinds import KINDS
 from tadistill.stages.execute import versions, work_of
 
 for spec in KINDS.values():

@@ -11,17 +11,17 @@ from tadistill.config.common import DTYPES
 from tadistill.config.machine import vllm_folder
 from tadistill.config.method import Method
 from tadistill.config.recipe import methods
+from tadistill.config.remote import Serve
 from tadistill.config.sampling import OnPolicy
-from tadistill.config.served import Serve
 from tadistill.errors import ConfigError, Gathering, TadistillError
 from tadistill.models import sources
 from tadistill.models.client import Servers
 from tadistill.models.head import read_config
 from tadistill.models.loading import load_tokenizer
-from tadistill.models.serving import Checked, check_servers, names_of
+from tadistill.models.server_checks import Checked, check_servers, names_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import Loaded
-from tadistill.plan.served import running
+from tadistill.plan.remote import running
 
 
 def check_teachers(recipe: Recipe, stages: Iterable[Stage]) -> None:

@@ -14,9 +14,9 @@ from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
-from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.encoding import Counts, adds_bos, encode_counted
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import Counts, adds_bos, encode_counted
+from tadistill.data.token_cache import RowsOnDisk
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.contexts import contexts_of

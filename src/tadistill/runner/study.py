@@ -22,9 +22,9 @@ from tadistill.models import sources
 from tadistill.models.partial import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.edges import lossy_steps
 from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels
+from tadistill.plan.paths import lossy_steps
 from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources

@@ -13,8 +13,8 @@ from tadistill.plan import costs, throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output
+from tadistill.plan.kinds import AskSpec, DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.spec import OnTrainingSets
-from tadistill.plan.specs import AskSpec, DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store

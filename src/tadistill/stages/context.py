@@ -14,11 +14,11 @@ from tadistill import rng
 from tadistill.config.common import DTYPES, Precision
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
-from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.encoding import Counts, EvalSet, encode_counted
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE
-from tadistill.data.templates import Counts, EvalSet, encode_counted
+from tadistill.data.token_cache import RowsOnDisk
 from tadistill.data.turns import without_thinking
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.scoring import Subject
@@ -29,7 +29,7 @@ from tadistill.models.loading import column_major, end_tokens, load_model, load_
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
 from tadistill.models.scratch import scratch_model
-from tadistill.models.serving import served_teacher
+from tadistill.models.server_checks import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import (
@@ -48,7 +48,7 @@ from tadistill.plan.inputs import (
     Tempered,
     TokenizerFiles,
 )
-from tadistill.plan.specs import Spec, TrainingSpec
+from tadistill.plan.kinds import Spec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.rollout.decoder import slower
 from tadistill.rollout.engine import Engine, Native

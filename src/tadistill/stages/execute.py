@@ -1,7 +1,7 @@
 """Run one stage (one step of a study, such as a training) in this process.
 
 `run_stage` locks the stage, does its work in the stage's folder, and writes manifest.json last. If an earlier attempt was killed, it
-continues from the files of that attempt (docs/concepts/interruptions.md). `plan.specs` names the function that does the work.
+continues from the files of that attempt (docs/concepts/interruptions.md). `plan.kinds` names the function that does the work.
 """
 
 import gc
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.models.forward import attention_for_any_shape
-from tadistill.plan.specs import Spec
+from tadistill.plan.kinds import Spec
 from tadistill.plan.task import Task
 from tadistill.stages.context import Context, Progress, own_device
 from tadistill.store import Store

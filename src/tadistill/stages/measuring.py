@@ -12,8 +12,8 @@ import numpy as np
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
+from tadistill.data.encoding import EvalSet, as_one
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import EvalSet, as_one
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.bits import cross_read, unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score
@@ -22,7 +22,7 @@ from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.models.loading import end_tokens, shared_vocabulary
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served
-from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
+from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
 

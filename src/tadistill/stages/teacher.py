@@ -17,9 +17,9 @@ import torch
 from tadistill.config import Evaluate
 from tadistill.data.batch import references, responses
 from tadistill.data.counts import Counts
+from tadistill.data.encoding import EvalSet
 from tadistill.data.handover import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import EvalSet
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.training_sets import joined
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
@@ -31,10 +31,10 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.models.replies import open_cache
 from tadistill.models.teacher import teacher_of
-from tadistill.plan.asked import wanted_of
 from tadistill.plan.inputs import TokenizerFiles
-from tadistill.plan.specs import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
-from tadistill.rollout.api import Asking, replies_file
+from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
+from tadistill.plan.remote import wanted_of
+from tadistill.rollout.api_teacher import Asking, replies_file
 from tadistill.rollout.signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH

@@ -24,10 +24,10 @@ from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.metrics import higher_is_better, training_text
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, sharding, spans
+from tadistill.train.alarms import Alarms, watch
 from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
 from tadistill.train.meter import Meter
 from tadistill.train.step import Step, counts
-from tadistill.train.watch import Alarms, watch
 from tadistill.tuning import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 
 

@@ -19,7 +19,7 @@ from tadistill.cluster.status import continuation, job_rows, local_rows, planned
 from tadistill.disk import damaged
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import distinct_labels
-from tadistill.plan.specs import KINDS, TRAINING
+from tadistill.plan.kinds import KINDS, TRAINING
 from tadistill.runner.local import LOG, LocalRun, local_runs
 from tadistill.store import MANIFEST, ROLLOUTS, Store
 from tadistill.watch.logs import RunLog, TrainingLog

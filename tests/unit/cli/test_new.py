@@ -69,7 +69,7 @@ def test_the_recipe_points_editors_to_the_schema_and_explains_its_keys(tmp_path)
 
 
 def test_questions_are_asked_at_a_terminal(tmp_path, monkeypatch):
-    monkeypatch.setattr("tadistill.cli.new._at_terminal", lambda: True)
+    monkeypatch.setattr("tadistill.cli.writing._at_terminal", lambda: True)
     found = new(str(tmp_path / "a.yaml"), "--student", "student", answers="teacher\nrows\ngdk\ngkd\n")
     assert "Teacher (hub id or directory):" in found.output
     assert "Student" not in found.output

@@ -11,7 +11,7 @@ from tadistill.cluster.submit import Submission
 from tadistill.config import load, validate
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.specs import KINDS
+from tadistill.plan.kinds import KINDS
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from tadistill.config import parse
-from tadistill.config.served import Serve
+from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.exactness import approximations
 from tadistill.plan.preview import preview
-from tadistill.plan.served import running
+from tadistill.plan.remote import running
 from tadistill.report.cards import model_card
 from tadistill.report.page import render_page
 from tadistill.report.plain import render_markdown

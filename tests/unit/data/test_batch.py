@@ -9,7 +9,7 @@ from tests.conftest import response_logits, tiny_model
 
 from tadistill.data import batch
 from tadistill.data.batch import Batch, Sequence, answered_rows, collate, responses
-from tadistill.data.templates import Encoded
+from tadistill.data.encoding import Encoded
 from tadistill.disk import write_rows
 from tadistill.errors import StoreError
 from tadistill.objectives import cross_entropy

@@ -4,9 +4,9 @@ import pytest
 from tests.byte_models import BOS, CHATML, EOS, IM_END, LLAMA2, TURNS, byte_tokenizer
 
 from tadistill.data import chat
+from tadistill.data.encoding import encode
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example
-from tadistill.data.templates import encode
 from tadistill.errors import DataError, ModelError
 
 USER = {"role": "user", "content": "hi"}

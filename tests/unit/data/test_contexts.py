@@ -7,10 +7,10 @@ from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 from tadistill.config import Data, DataRef
 from tadistill.config.context import TeacherContext
 from tadistill.data.batch import collate, references
-from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.encoding import encode_counted
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example, example
-from tadistill.data.templates import encode_counted
+from tadistill.data.token_cache import RowsOnDisk
 from tadistill.errors import DataError, ModelError
 
 QUESTION = Example("Say red", "", ("red it is", "red"))

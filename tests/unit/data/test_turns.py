@@ -7,9 +7,9 @@ from tests.chat_templates import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, chat_tok
 
 from tadistill.config import DataRef
 from tadistill.data.batch import collate, references
+from tadistill.data.encoding import encode, encode_counted
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import example
-from tadistill.data.templates import encode, encode_counted
 from tadistill.errors import DataError, ModelError
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather “now”", "parameters": {"type": "object"}}}

@@ -6,7 +6,7 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.data.batch import Sequence
-from tadistill.data.templates import Encoded, EvalSet
+from tadistill.data.encoding import Encoded, EvalSet
 from tadistill.evaluation.scoring import Subject, analyse
 
 VOCAB, PROMPT = 31, (3, 5, 7)

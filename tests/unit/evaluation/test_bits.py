@@ -11,8 +11,8 @@ from tests.conftest import tiny_model
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld, tinyworld_tokenizers
 from tadistill.data.batch import Sequence
+from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import EvalSet, encode
 from tadistill.evaluation.bits import bits_per_byte, cross_read, reference_sizes, unknown_tokens
 from tadistill.evaluation.run import score
 from tadistill.evaluation.scoring import Subject

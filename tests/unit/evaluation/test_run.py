@@ -15,8 +15,8 @@ from tests.e2e.inprocess import ranks
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld, tinyworld_tokenizers
 from tadistill.data.batch import references
+from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import EvalSet, encode
 from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of

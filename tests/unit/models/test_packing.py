@@ -17,7 +17,7 @@ from tadistill.models.forward import Reader, pack_rows
 from tadistill.models.modify import recompute_layers
 from tadistill.models.packing import FAMILIES, ROWS, check_packing, is_packed
 from tadistill.rollout import lazy
-from tadistill.rollout.generate import sample
+from tadistill.rollout.engine import sample
 from tadistill.train.meter import Meter
 from tadistill.train.step import make_step
 

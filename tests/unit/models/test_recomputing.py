@@ -13,7 +13,7 @@ from tadistill.models import modify
 from tadistill.models.forward import Reader
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout.decoder import way_of
-from tadistill.rollout.generate import sample
+from tadistill.rollout.engine import sample
 
 BATCH = collate([Sequence((3, 9), (5, 6, 7, 0)), Sequence((4,), (8, 0))], pad=0)
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from tests.byte_models import byte_model, byte_tokenizer, save
 
+from tadistill.config.remote import Serve
 from tadistill.config.sampling import TopKSignal
-from tadistill.config.served import Serve
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, ModelError, ServerFailed
 from tadistill.models import client, head
 from tadistill.models.client import Servers
 from tadistill.models.head import read_config, read_head
 from tadistill.models.served import top_k_target
-from tadistill.models.serving import check_servers, names_of, served_teacher
+from tadistill.models.server_checks import check_servers, names_of, served_teacher
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
 from tadistill.tuning import LOG_ZERO

@@ -6,7 +6,7 @@ import pytest
 from tests.byte_models import BOS, CHATML, EOS, IM_END, byte_model, byte_tokenizer, save
 from transformers import AutoTokenizer
 
-from tadistill.data.templates import adds_bos
+from tadistill.data.encoding import adds_bos
 from tadistill.models import tokens
 from tadistill.models.loading import end_tokens, load_model, load_tokenizer, save_model
 

@@ -6,19 +6,19 @@ import pytest
 from tests.unit.judge.fake import as_json, error, serve
 
 from tadistill.config import validate
-from tadistill.config.api import Api
 from tadistill.config.common import Decoding
+from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.data.contexts import messages
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.replies import Reply, open_cache
 from tadistill.plan.arms import make_plan
-from tadistill.plan.asked import asked_notes, check_asked, wanted_of
 from tadistill.plan.exactness import approximations
-from tadistill.plan.specs import AskSpec, RetokeniseSpec
+from tadistill.plan.kinds import AskSpec, RetokeniseSpec
+from tadistill.plan.remote import asked_notes, check_asked, wanted_of
 from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock
-from tadistill.rollout.api import replies_file
+from tadistill.rollout.api_teacher import replies_file
 from tadistill.runner.apis import announced, examined
 from tadistill.runner.study import describe
 from tadistill.store import Store

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tadistill.config.context import TeacherContext
 from tadistill.config.recipe import Recipe
 from tadistill.data.datasets import load
+from tadistill.data.encoding import encode_counted
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import encode_counted
 from tadistill.errors import ConfigError, DataError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger, passes

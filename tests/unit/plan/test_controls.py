@@ -12,7 +12,7 @@ from tadistill.config.controls import Control, Kind
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.inputs import RandomWeights
-from tadistill.plan.specs import DistillSpec, TemperSpec
+from tadistill.plan.kinds import DistillSpec, TemperSpec
 from tadistill.store import Store
 
 

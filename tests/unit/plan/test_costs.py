@@ -159,17 +159,17 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
 def test_predictions_and_the_code_that_runs_read_the_same_constants():
     from tadistill.models.counting import memory
     from tadistill.objectives import tiles
-    from tadistill.plan.costs import ledger, model_sizes, training_cost
-    from tadistill.rollout import generate, lazy, signals
+    from tadistill.plan.costs import ledger, model_sizes, training
+    from tadistill.rollout import engine, lazy, signals
     from tadistill.stages import teacher
-    from tadistill.train import loop, watch
+    from tadistill.train import alarms, loop
 
-    assert passes.COMPACT_BELOW == generate.COMPACT_BELOW == lazy.COMPACT_BELOW
+    assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == lazy.COMPACT_BELOW
     assert model_sizes.PACKED_FAMILIES == lazy.PACKED_FAMILIES
     assert (memory.TILE_BYTES, memory.TILE_ROWS, memory.OBJECTIVE) == (tiles.TILE_BYTES, tiles.TILE_ROWS, tiles.OBJECTIVE)
     assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, signals.RECORDING_BATCH)
-    assert (training_cost.LOG_POINTS, training_cost.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)
-    assert training_cost.WATCHED_ROWS == watch.WATCHED_ROWS
+    assert (training.LOG_POINTS, training.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)
+    assert training.WATCHED_ROWS == alarms.WATCHED_ROWS
 
 
 class Invented(StudentSampler):

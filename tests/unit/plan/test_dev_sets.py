@@ -7,8 +7,8 @@ from rich.console import Console
 from tests.unit.plan.test_routes import DATA, MODELS, ROUTE, laid_out, routed, stages
 
 from tadistill.advise.measures import ladder, probe_plan, with_search
+from tadistill.data.encoding import Encoded, EvalSet, as_one
 from tadistill.data.rows import Example
-from tadistill.data.templates import Encoded, EvalSet, as_one
 from tadistill.errors import TadistillError
 from tadistill.evaluation.run import over_sets
 from tadistill.plan import preview

@@ -6,13 +6,13 @@ import pytest
 from tests.byte_models import bpe_tokenizer, byte_tokenizer
 
 from tadistill.config import Method, validate
-from tadistill.config.over_spans import over_spans
+from tadistill.config.pairing import over_spans
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Encoding, Output, Split, TokenizerFiles
+from tadistill.plan.kinds import RetokeniseSpec
 from tadistill.plan.preview import _rows
-from tadistill.plan.specs import RetokeniseSpec
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
 SEQKD = {"name": "seqkd", "optim": {"steps": 2, "batch": 4}}

@@ -12,8 +12,8 @@ from tests.unit.plan.test_plan import model, plan
 from tadistill.config import validate
 from tadistill.data import datasets
 from tadistill.data.batch import references
+from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import EvalSet, encode
 from tadistill.errors import TadistillError
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject, entropy, means

@@ -6,8 +6,8 @@ from tests.unit.plan.test_plan import recipe
 from tadistill.config import validate
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.kinds import DistillSpec, GenerateSpec
 from tadistill.plan.preview import off_teacher_budget
-from tadistill.plan.specs import DistillSpec, GenerateSpec
 
 LIVE = {
     "objective": {"type": "reverse_kl"},

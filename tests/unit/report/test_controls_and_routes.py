@@ -6,6 +6,7 @@ import pytest
 
 from tadistill.cli.shared import _next_commands
 from tadistill.report import write_report
+from tadistill.report.answer import answer
 from tadistill.report.explain import verdict_text
 from tadistill.report.figures.behaviour import exposure_figure
 from tadistill.report.figures.scores import differences
@@ -13,7 +14,6 @@ from tadistill.report.findings import against
 from tadistill.report.page import render_page, roles
 from tadistill.report.plain import render_markdown
 from tadistill.report.tables import comparison_table, counted_text
-from tadistill.report.text import answer
 from tadistill.results.verdict import comparisons
 
 from .builder import ArmSpec, StudySpec, build_study

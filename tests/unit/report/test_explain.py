@@ -8,11 +8,11 @@ import pytest
 
 from tadistill.config.sampling import StudentSampler
 from tadistill.report.analysis import Row, analyses, hop_text, published
+from tadistill.report.answer import answer, sft_arm
 from tadistill.report.explain import arm_words
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
 from tadistill.report.routes import steps
-from tadistill.report.text import answer, sft_arm
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
 from tadistill.results.units import number, summary_text

@@ -7,6 +7,7 @@ import pytest
 
 from tadistill.charts.labels import text_width
 from tadistill.report.analysis import analyses
+from tadistill.report.answer import answer
 from tadistill.report.explain import arm_words, cautions, needed_text
 from tadistill.report.figures.error_budget import budget_notes
 from tadistill.report.figures.paths import lattice, lattice_figure, lattice_notes
@@ -14,7 +15,6 @@ from tadistill.report.figures.scores import _phone_lines, difference_figure, dif
 from tadistill.report.findings import against, answers, behaviour, learning, paths
 from tadistill.report.record import distillations
 from tadistill.report.routes import steps, taught
-from tadistill.report.text import answer
 from tadistill.results.compare import direct_of
 from tadistill.results.curves import Curve
 from tadistill.results.samples import samples, shown_first

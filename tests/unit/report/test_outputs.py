@@ -10,10 +10,10 @@ import rich.console
 
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
+from tadistill.report.answer import answer
 from tadistill.report.explain import verdict_text
 from tadistill.report.plain import side_by_side
 from tadistill.report.tables import interval_method
-from tadistill.report.text import answer
 from tadistill.results.compare import difference
 from tadistill.results.units import flops_text, number, parameters_text, signed
 from tadistill.results.verdict import comparisons

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from tadistill.report.answer import answer
 from tadistill.report.explain import caution_texts, cautions, sample_text, verdict_text
 from tadistill.report.findings import against
-from tadistill.report.text import answer
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import Mechanism
 from tadistill.results.verdict import _credit, _word, comparisons

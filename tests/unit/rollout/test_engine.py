@@ -18,8 +18,7 @@ from tadistill.models.forward import in_bfloat16
 from tadistill.rollout import engine as engines
 from tadistill.rollout import fixed
 from tadistill.rollout.draw import Mixture
-from tadistill.rollout.engine import Native, cache_bytes, row_bytes
-from tadistill.rollout.generate import sample
+from tadistill.rollout.engine import Native, cache_bytes, row_bytes, sample
 
 STEPS = 8
 

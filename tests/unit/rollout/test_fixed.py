@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tadistill.config.common import Decoding
 from tadistill.rollout import fixed, lazy
 from tadistill.rollout.draw import Mixture, Record
-from tadistill.rollout.generate import Speculation, sample
+from tadistill.rollout.engine import Speculation, sample
 
 STEPS = 12
 EQUAL = [(5, 6, 7), (9, 8, 7), (3, 4, 5)]
@@ -35,7 +35,7 @@ def assert_same(monkeypatch, student, prompts=PROMPTS, *, eos=EOS, **settings):
     """Assert that both ways say the same, and return it."""
     args = student, prompts, uniforms(len(prompts), STEPS)
     with path(monkeypatch, in_step=True), monkeypatch.context() as patch:
-        patch.setattr("tadistill.rollout.generate._fill", None)
+        patch.setattr("tadistill.rollout.engine._fill", None)
         found = sample(*args, eos=eos, vocab=VOCAB, **settings)
     with path(monkeypatch, in_step=False):
         expected = sample(*args, eos=eos, vocab=VOCAB, **settings)

@@ -12,7 +12,7 @@ from tadistill.config.common import Decoding
 from tadistill.rollout import lazy
 from tadistill.rollout.decoder import way_of
 from tadistill.rollout.draw import Mixture
-from tadistill.rollout.generate import Speculation, sample
+from tadistill.rollout.engine import Speculation, sample
 
 STEPS = 24
 

@@ -14,7 +14,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, SpeculativeSampler, StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence
-from tadistill.data.templates import Encoded
+from tadistill.data.encoding import Encoded
 from tadistill.data.training_sets import shuffled
 from tadistill.models.forward import Reader
 from tadistill.models.teacher import teacher_of

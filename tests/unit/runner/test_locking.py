@@ -13,7 +13,7 @@ from tadistill.config.data import World
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted
 from tadistill.plan.inputs import Encoding, Loaded, Split
-from tadistill.plan.specs import TemperSpec
+from tadistill.plan.kinds import TemperSpec
 from tadistill.plan.task import Task
 from tadistill.stages import execute
 from tadistill.store import Store

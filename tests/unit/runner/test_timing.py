@@ -7,7 +7,7 @@ import pytest
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 from tadistill.plan.inputs import Loaded, stage_of
-from tadistill.plan.specs import DistillSpec, TrainingSpec
+from tadistill.plan.kinds import DistillSpec, TrainingSpec
 from tadistill.runner import timing
 from tadistill.store import Store
 

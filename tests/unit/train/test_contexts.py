@@ -13,7 +13,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim, check_pairing
 from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references
-from tadistill.data.templates import Encoded
+from tadistill.data.encoding import Encoded
 from tadistill.models.forward import pack_rows
 from tadistill.models.served import sequences
 from tadistill.models.teacher import InProcess
@@ -22,8 +22,8 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
 from tadistill.rollout.signals import Signals, of_teacher, record
+from tadistill.train.alarms import watch
 from tadistill.train.step import counts, make_step
-from tadistill.train.watch import watch
 
 VOCAB, NEW = 31, 5
 PROMPTS = [((5 + i, 6, 7)[: 1 + i % 3], (*(8 + i, 9)[: 1 + i % 2], 0)) for i in range(8)]

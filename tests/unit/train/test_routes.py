@@ -11,15 +11,15 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Method
 from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, references
-from tadistill.data.templates import Encoded
+from tadistill.data.encoding import Encoded
 from tadistill.data.training_sets import TrainingSets
 from tadistill.models.forward import pack_rows
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
 from tadistill.rollout.signals import Signals, of_teacher, record
+from tadistill.train.alarms import watch
 from tadistill.train.step import make_step
-from tadistill.train.watch import watch
 
 VOCAB, NEW, SIZES = 31, 5, (6, 4, 5)
 SETS = TrainingSets(SIZES, (0.4, 0.25, 0.35), (1, 0, 1))

@@ -20,8 +20,8 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
 from tadistill.data.alignment import cells, shared_tokens
 from tadistill.data.batch import Sequence, collate
+from tadistill.data.encoding import Encoded
 from tadistill.data.second_readings import Rereader, at_span_ends, counted_spans
-from tadistill.data.templates import Encoded
 from tadistill.data.token_bytes import TokenBytes, token_bytes
 from tadistill.errors import DataError
 from tadistill.models.forward import pack_rows
@@ -30,8 +30,8 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, length, pack, unpack
 from tadistill.train import spans
+from tadistill.train.alarms import watch
 from tadistill.train.step import counts, make_step
-from tadistill.train.watch import watch
 
 TEXTS = ("the theatre", "a then the", "he the a", "there then", "the the", "a theatre he", "then", "the a the a")
 MERGES = {"student": ["t h", "th e", "Ġ th", "a t"], "teacher": ["h e", "t he", "Ġ the", "r e", "the n", "Ġ a"]}

@@ -21,8 +21,7 @@ from tadistill.models.counting.sizes import Size, Work, forward_flops, with_adap
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.text_lengths import TextLengths
-from tadistill.plan.costs.training_cost import TrainingCost
-from tadistill.plan.costs.training_memory import Described, reading_bytes, sampling_bytes
+from tadistill.plan.costs.training import Described, TrainingCost, reading_bytes, sampling_bytes
 from tadistill.store import key_of
 from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 

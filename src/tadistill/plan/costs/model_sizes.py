@@ -5,7 +5,7 @@ from tadistill.errors import about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.sizes import Adapters, Size, adapters_of
 from tadistill.plan.costs.stand_in import vocabulary
-from tadistill.plan.costs.training_memory import Described
+from tadistill.plan.costs.training import Described
 from tadistill.tuning import PACKED_FAMILIES
 
 

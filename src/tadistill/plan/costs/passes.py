@@ -13,9 +13,9 @@ from typing import Any, Literal, cast
 from tadistill.config import DataRef, Optim, Recipe
 from tadistill.config.context import TeacherContext
 from tadistill.data import datasets, tinyworld
+from tadistill.data.encoding import Counts, encode_counted
 from tadistill.data.prompts import Rules
 from tadistill.data.survey import SAMPLE
-from tadistill.data.templates import Counts, encode_counted
 from tadistill.models.counting.sizes import Work
 from tadistill.plan.costs.second_lengths import SecondLength
 from tadistill.plan.costs.stand_in import StandIn
@@ -265,7 +265,7 @@ def pass_by_length(texts: Texts, batch: int, count: float, *, packed: bool = Fal
 
 @lru_cache
 def sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of sampling answers to `count` prompts with `rollout.generate`, in chunks of prompts of similar length.
+    """Return the work of sampling answers to `count` prompts with `rollout.engine`, in chunks of prompts of similar length.
 
     Prompts are padded on the left. Finished answers are removed from the batch, several at a time.
     """

@@ -36,7 +36,7 @@ _CHATML = (
 
 
 class StandIn:
-    """Splits texts into tokens, and applies a chat template. `data.templates.encode` uses it in place of a tokenizer."""
+    """Splits texts into tokens, and applies a chat template. `data.encoding.encode` uses it in place of a tokenizer."""
 
     eos_token_id, bos_token_id, unk_token_id = -1, None, UNKNOWN
 

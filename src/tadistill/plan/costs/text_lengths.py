@@ -1,6 +1,6 @@
 """The lengths in tokens of the texts that stages use: of training sets, dev sets and the plain-text corpus.
 
-Texts are tokenised without transformers (`stand_in`). As in training, `data.templates.encode` applies the template, shortens long texts
+Texts are tokenised without transformers (`stand_in`). As in training, `data.encoding.encode` applies the template, shortens long texts
 and leaves rows out.
 """
 
@@ -12,9 +12,9 @@ from tadistill.config import DataRef, Recipe
 from tadistill.config.context import TeacherContext
 from tadistill.config.data import Turns
 from tadistill.data import datasets, hub
+from tadistill.data.encoding import Encoded, encode_counted
 from tadistill.data.prompts import Rules, of_one_turn
 from tadistill.data.survey import Survey, survey
-from tadistill.data.templates import Encoded, encode_counted
 from tadistill.errors import NotHere
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.model_sizes import ModelSizes

@@ -8,7 +8,7 @@ from itertools import pairwise
 from tadistill.charts import PLAIN, Axis, Chart, Look
 from tadistill.config.route import flat, members
 from tadistill.metrics import metric_title
-from tadistill.plan.specs import TRAINING
+from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures.style import kinds, looks, rows_axis
 from tadistill.report.routes import route
 from tadistill.results.collect import MEAN, Results, primary_metric

@@ -1,10 +1,13 @@
-"""Settings of teachers on servers: the addresses, and the outputs that the servers send. A check refuses methods that need more."""
+"""Settings of teachers that run elsewhere: on servers of the user's own (`serve`), or behind an API (`api`).
+
+A server sends hidden states or the most probable tokens. An API sends text only. A check refuses methods that need more.
+"""
 
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Strict, Variable, is_http_address
+from tadistill.config.common import MOST, Decoding, Strict, Variable, is_http_address
 from tadistill.config.method import Method
 from tadistill.config.objective import Divergence, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import TopKSignal
@@ -124,3 +127,117 @@ def _check_top_k(name: str, serve: Serve, method: Method) -> None:
     tempered = isinstance(objective, Divergence) and objective.temperature != 1 and method.signal is None
     if tempered and serve.tail == "lump":
         raise ConfigError(f"serve.tail `lump` needs objective.temperature 1, because {sends}, `temperature: 1`, or `tail: drop`")
+
+
+NOT_SENT = {"temperature": 1.0, "top_p": 1.0, "seed": None}
+"""Maps each sampling setting that `api.omit` can name to the value that an API uses if the setting is not sent. None means that the API
+chooses the seed."""
+_NO_FIELD = ("no_repeat_ngram", "top_k", "min_p")  # settings of sampling for which chat completions have no field
+
+
+def _base(text: str) -> str:
+    if not is_http_address(text):
+        raise ValueError(f"api.at has `{text}`; write an address of the form https://HOST/v1 or http://HOST:PORT/v1")
+    return text.rstrip("/").removesuffix("/chat/completions")
+
+
+class Price(Strict):
+    """The prices of a model behind an API. They are only used to estimate what a study costs."""
+
+    input: float = Field(ge=0, le=1e9)
+    """Price of a million tokens of prompts."""
+    output: float = Field(ge=0, le=1e9)
+    """Price of a million tokens of answers."""
+    currency: str = Field(default="USD", min_length=1, max_length=8)
+    """The currency of the prices, for messages."""
+
+    def of(self, tokens_in: float, tokens_out: float) -> float:
+        """Return the price of `tokens_in` prompt tokens and `tokens_out` answer tokens, in `currency`."""
+        return (tokens_in * self.input + tokens_out * self.output) / 1e6
+
+
+class Api(Strict):
+    """A model behind an OpenAI-compatible API (chat completions). The API returns only text, so students train on the model's answers.
+
+    Answers are stored in the runs directory. No study in this directory sends an answered request again.
+    """
+
+    at: Annotated[str, AfterValidator(_base)]
+    """Address of the API, such as https://HOST/v1. Requests go to AT/chat/completions. Stored answers stay valid if the address changes."""
+    model: str = Field(pattern=r"\S")
+    """The model's name at the API. Stored answers belong to this name, so write a name that always means the same weights."""
+    key: Variable | None = None
+    """Name of the environment variable with the API key. The key itself is never written anywhere. By default, no key is sent."""
+    price: Price | None = None
+    """Prices for estimates of what the requests cost. By default, the plan and the run show only numbers of tokens."""
+    requests: int = Field(default=8, ge=1, le=1024)
+    """Number of requests that wait for an answer at the same time."""
+    requests_per_minute: float | None = Field(default=None, gt=0, le=1e6)
+    """Largest number of requests that are sent in a minute. By default, only the API's own rate limit applies."""
+    seconds: float = Field(default=120.0, gt=0, le=86400)
+    """Largest number of seconds to wait for one answer."""
+    omit: tuple[Literal["temperature", "top_p", "seed"], ...] = ()
+    """Settings of sampling that are not sent, because the API refuses them. `temperature` and `top_p` must then be 1."""
+
+    has_no: ClassVar[str] = "is behind an API, which gives text only"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("write `api: {at: https://HOST/v1, model: NAME, key: VARIABLE}`")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self):
+        if any(part in self.at for part in "@?#"):
+            raise ValueError(  # a message that begins with the key is shown without the value, which may contain a password
+                "api.at has a user name, a password or a query; write only https://HOST/v1, put the key into an environment variable, and "
+                "name this variable in `api.key`"
+            )
+        if len(set(self.omit)) < len(self.omit):
+            raise ValueError("`omit` names a setting twice; name it once")
+        return self
+
+
+def check_text_only(name: str, api: Api, method: Method) -> None:
+    """Check that a model behind an API can teach with a method.
+
+    Raises:
+        ConfigError: the method needs the teacher's probabilities, or settings of sampling that the API does not have.
+    """
+    objective, sampler, select = method.objective, method.sampler, method.select
+    what = f"models.{name} {api.has_no}"
+    text = "use `method: seqkd`, which trains on the text that the teacher writes"
+    if objective.needs_teacher:
+        raise ConfigError(f"objective `{objective.label}` needs the teacher's probabilities, but {what}; {text}")
+    if sampler.guided:
+        raise ConfigError(f"sampler `{sampler.type}` needs the teacher's probabilities while each token is sampled, but {what}; {text}")
+    if select.metric == "reverse_kl":
+        raise ConfigError(f"select.metric `reverse_kl` needs the teacher's probabilities, but {what}; use `loss` or `rouge_l`")
+    if (context := method.context) and (context.chat is False or "prompt" in context.columns):
+        given, fix = ("`chat: false`", "remove `chat: false`") if context.chat is False else ("`{prompt}`", "use `{instruction}`")
+        raise ConfigError(f"context has {given}, but models.{name} is behind an API, which applies its own chat template; {fix}")
+    if sampler.teacher_text and isinstance(sampler, Decoding):
+        _check_decoding(name, api, sampler)
+
+
+def _check_decoding(name: str, api: Api, sampler: Decoding) -> None:
+    if given := [key for key in _NO_FIELD if getattr(sampler, key) != Decoding.model_fields[key].default]:
+        raise ConfigError(
+            f"sampler has `{given[0]}`, but models.{name} is behind an API, and chat completions do not have this setting; remove "
+            f"`{given[0]}`, or use `temperature` and `top_p`"
+        )
+    if sampler.engine != "native":
+        raise ConfigError(f"sampler has `engine: {sampler.engine}`, but the API of models.{name} writes the text itself; remove `engine`")
+    if sampler.temperature > 2:
+        raise ConfigError(
+            f"sampler.temperature is {sampler.temperature:g}, but the API of models.{name} accepts at most 2; lower the temperature"
+        )
+    for key in api.omit:
+        value = getattr(sampler, key, None)
+        if key != "seed" and value != NOT_SENT[key]:
+            raise ConfigError(
+                f"sampler.{key} is {value:g}, but models.{name}.api.omit says that the API refuses this setting; set "
+                f"`{key}` to 1, or change `omit`"
+            )

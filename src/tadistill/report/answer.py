@@ -56,7 +56,7 @@ class Answer:
     failed: str
     """The names of failed stages, and why they failed."""
     next: str
-    """What the user should do next."""
+    """Advice on what to do next."""
 
     @property
     def badge(self) -> str:

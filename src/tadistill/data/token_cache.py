@@ -23,11 +23,11 @@ import numpy as np
 
 from tadistill.config import DataRef
 from tadistill.config.data import World
-from tadistill.data import chat, contexts, datasets, prompts, templates, turns
+from tadistill.data import chat, contexts, datasets, encoding, prompts, turns
+from tadistill.data.encoding import Counts, Encoded, encode_parts
 from tadistill.data.prompts import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import key_of_rows
-from tadistill.data.templates import Counts, Encoded, encode_parts
 from tadistill.disk import cache_root, digest, replacing, write_json, writing
 from tadistill.store import key_of
 
@@ -164,7 +164,7 @@ class RowsOnDisk:
         if content is None or tokens is None:
             return None
         settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
-        code = templates, turns, prompts, chat, contexts
+        code = encoding, turns, prompts, chat, contexts
         return key_of([key_of_rows(self.ref, self.limit, content, *code), tokens, settings])
 
 

@@ -8,11 +8,11 @@ from tests.unit.models.conftest import word_tokenizer
 
 from tadistill.config import Data, DataRef
 from tadistill.config.data import World
-from tadistill.data import datasets, encoded, jsonl, survey, templates
+from tadistill.data import datasets, encoding, jsonl, survey, token_cache
 from tadistill.data.batch import references
-from tadistill.data.encoded import RowsOnDisk, tokenizer_digest
+from tadistill.data.encoding import encode_counted
 from tadistill.data.prompts import Rules
-from tadistill.data.templates import encode_counted
+from tadistill.data.token_cache import RowsOnDisk, tokenizer_digest
 from tadistill.errors import DataError
 
 RULES = Rules(6, 10, template="plain")
@@ -24,7 +24,7 @@ def small_is_large(tmp_path, monkeypatch):
     monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(survey, "LARGE", 100)
     monkeypatch.setattr(survey, "SAMPLE", 51)
-    monkeypatch.setattr(templates, "_PART", 100)
+    monkeypatch.setattr(encoding, "_PART", 100)
     survey._known.cache_clear()
 
 
@@ -79,7 +79,7 @@ def test_choices_are_kept(tmp_path):
 
 def test_a_set_is_tokenised_once(ref, monkeypatch):
     first = kept(ref)
-    monkeypatch.setattr(encoded, "encode_parts", None)  # no second call
+    monkeypatch.setattr(token_cache, "encode_parts", None)  # no second call
     assert list(kept(ref).rows) == list(first.rows)
     found = on_disk(ref).glance(word_tokenizer(), RULES, name="d")
     assert found is not None
@@ -219,4 +219,4 @@ def test_few_rows_are_held_at_a_time(ref, monkeypatch):
     made = datasets.example
     monkeypatch.setattr(datasets, "example", lambda *args: Counted(**vars(made(*args))))
     kept(ref)
-    assert 0 < most <= 2 * templates._PART
+    assert 0 < most <= 2 * encoding._PART

@@ -11,7 +11,7 @@ from tests.unit.plan.fakes import spec
 from tadistill.config import load
 from tadistill.plan.arms import make_plan, plan_probes
 from tadistill.plan.inputs import FromStage, Loaded, Output, PrunedDepth, Split, Tempered, stage_of
-from tadistill.plan.specs import KINDS, TRAINING, DistillSpec, GenerateSpec, SftSpec, TrainingSpec
+from tadistill.plan.kinds import KINDS, TRAINING, DistillSpec, GenerateSpec, SftSpec, TrainingSpec
 from tadistill.stages.execute import work_of
 
 E2E = Path(__file__).parents[2] / "e2e"

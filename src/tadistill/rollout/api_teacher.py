@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.config.api import Api
 from tadistill.config.common import Decoding
+from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed
-from tadistill.models.chat import PUBLIC, Refused, Reply, Unavailable, complete, connect
+from tadistill.models.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
 from tadistill.models.replies import Cache, in_threads
 
 if TYPE_CHECKING:

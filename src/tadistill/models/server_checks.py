@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from tadistill.config.served import Serve
+from tadistill.config.remote import Serve
 from tadistill.errors import ServerFailed
 from tadistill.models import sources
 from tadistill.models.client import Answer, Broken, Refused, Servers

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from tests.unit.judge.fake import as_json, error, serve
 
-from tadistill.config.api import Api
 from tadistill.config.common import Decoding
+from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed, StoreError
 from tadistill.models.replies import open_cache, peek
-from tadistill.rollout import api as module
-from tadistill.rollout.api import Asking, Pace, replies_file, requests, same_model
+from tadistill.rollout import api_teacher as module
+from tadistill.rollout.api_teacher import Asking, Pace, replies_file, requests, same_model
 
 PROMPTS = [[{"role": "user", "content": f"Say {i}"}] for i in range(6)]
 
