@@ -36,10 +36,10 @@ from tadistill.config import parse
 from tadistill.config.remote import Serve
 from tadistill.data.batch import Batch, Sequence, collate
 from tadistill.models import sources
-from tadistill.models.client import Servers
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.served import COMPLETIONS, POOLING, hidden_request, sequences, top_k_request
-from tadistill.models.server_checks import served_teacher
+from tadistill.models.remote.client import Servers
+from tadistill.models.remote.served import COMPLETIONS, POOLING, hidden_request, sequences, top_k_request
+from tadistill.models.remote.server_checks import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.objectives import Hidden, token_log_probs, top_k
 from tadistill.runner.servers import server_command

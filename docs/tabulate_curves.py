@@ -24,8 +24,8 @@ from tadistill.report.figures.compute import curve_sentences
 from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
 from tadistill.results.collect import MEAN, Results, Summary, read_results
 from tadistill.results.compare import difference, reference_at
+from tadistill.results.number_text import flops_text, gap_text, parameters_text, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import flops_text, gap_text, parameters_text, summary_text
 from tadistill.statistics import Difference
 from tadistill.store import store_of
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tadistill.results.collect import MEAN, Results, read_results
 from tadistill.results.compare import compare
-from tadistill.results.units import gap_text, summary_text
+from tadistill.results.number_text import gap_text, summary_text
 from tadistill.store import store_of
 
 BASE = "kd"

@@ -19,7 +19,7 @@ from rich.console import Console
 from tadistill.report import read_results, summary_table
 from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.compare import compare
-from tadistill.results.units import DASH, gap_text, ratio_text, summary_text
+from tadistill.results.number_text import DASH, gap_text, ratio_text, summary_text
 from tadistill.store import runs_directory, store_of
 
 HERE = Path(__file__).parent

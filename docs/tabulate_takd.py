@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from tadistill.metrics import metric_unit
 from tadistill.results.collect import MEAN, Results, primary_metric, read_results
 from tadistill.results.compare import compare
-from tadistill.results.units import flops_text, gap_text, number, ratio_text, summary_text
+from tadistill.results.number_text import flops_text, gap_text, number, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons
 from tadistill.store import store_of
 

@@ -6,7 +6,7 @@ Most classes also inherit from a built-in exception such as ValueError, so calle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tadistill.visible import one_line, shortened
+from tadistill.safe_text import one_line, shortened
 
 
 class TadistillError(Exception):

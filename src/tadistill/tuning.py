@@ -17,7 +17,7 @@ COMPACT_BELOW = 0.8
 """Sampling removes finished rows from its key-value caches when the share of unfinished rows is below this value. Removing them at every
 step would be slow, because the caches are copied."""
 PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
-"""Model families for which sampling from a mixture of two models works on packed sequences, without padding (`rollout.lazy`)."""
+"""Model families for which sampling from a mixture of two models works on packed sequences, without padding (`rollout.fast_mixture`)."""
 LOG_POINTS = 100
 """Minimum number of lines in the log of a training stage. A stage with fewer updates logs every update."""
 WATCH_EVERY = 10

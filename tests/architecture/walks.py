@@ -147,7 +147,7 @@ KIND = Walk(
 USE_METRIC = """
 import json
 from tadistill.report import read_results, write_report
-from tadistill.report.cards import model_card
+from tadistill.report.model_card import model_card
 from tadistill.runner.study import save_plan
 
 method = "objective: {type: forward_kl}, sampler: {type: dataset}"

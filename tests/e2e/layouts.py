@@ -18,9 +18,9 @@ from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout.samplers import Shard
-from tadistill.train.average import MovingAverage, frozen_copy
 from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.moving_average import MovingAverage, frozen_copy
 from tadistill.train.sharding import offload, shard, weights
 from tadistill.train.step import make_step
 

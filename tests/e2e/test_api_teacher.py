@@ -16,7 +16,7 @@ from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.remote import check_asked
 from tadistill.rollout import api_teacher
-from tadistill.runner import apis
+from tadistill.runner import api_requests
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -94,7 +94,7 @@ def test_a_study_whose_api_breaks_down(tmp_path):
 
 
 def test_a_login_node_asks_so_that_jobs_need_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(apis, "run_in_processes", lambda task, threads, **given: run_stage(task, **given))
+    monkeypatch.setattr(api_requests, "run_in_processes", lambda task, threads, **given: run_stage(task, **given))
     with serve(answer) as fake:
         path = written(tmp_path, fake.url)
         plan, store = make_plan(load(path)), Store(tmp_path / "runs" / "store")
@@ -104,7 +104,7 @@ def test_a_login_node_asks_so_that_jobs_need_no_network(tmp_path, monkeypatch):
         assert (done.code, len(fake.asked)) == (0, 12), done.err
         assert "12 requests will be sent" in done.out
     check_asked(plan, store)
-    assert [*apis.announced(plan, store, plan.stages.values())] == [
+    assert [*api_requests.announced(plan, store, plan.stages.values())] == [
         "big (big-1): 12 of 12 answers are in the store, and no request will be sent"
     ]
 

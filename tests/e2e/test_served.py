@@ -30,9 +30,9 @@ from tadistill.config.remote import Serve
 from tadistill.config.sampling import HiddenSignal, StudentSampler, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.encoding import Encoded
-from tadistill.models import client
 from tadistill.models.loading import load_model
-from tadistill.models.server_checks import served_teacher
+from tadistill.models.remote import client
+from tadistill.models.remote.server_checks import served_teacher
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
 from tadistill.rollout import signals

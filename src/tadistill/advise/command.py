@@ -39,7 +39,7 @@ from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
 from tadistill.metrics import NOT_COMPARABLE, metric_title
 from tadistill.plan.arms import ProbePlan, make_plan
-from tadistill.results.units import TIMES, parameters_text
+from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import describe, fetch_models
 from tadistill.search.strategies import path_name

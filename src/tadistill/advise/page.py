@@ -24,8 +24,8 @@ from tadistill.charts import GREY, PLAIN, Axis, Chart, Look, Point, look, nice_s
 from tadistill.config.arm import path_text
 from tadistill.glossary import GLOSSARY
 from tadistill.metrics import metric_title
-from tadistill.results import units
-from tadistill.visible import visible_parts
+from tadistill.results import number_text
+from tadistill.safe_text import visible_parts
 
 _COLUMNS = (
     ("KL(q ‖ p)", "nats/token", "reverse_kl"),
@@ -76,7 +76,7 @@ def render_advice(report: Report) -> str:
         reason=reason(report.advice),
         basis=basis_line(report),
         interval=option_interval,
-        units=units,
+        units=number_text,
         metric_title=metric_title,
         columns=_COLUMNS,
         heatmaps=[Panel(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from tadistill.charts.axis import Axis
 from tadistill.charts.labels import WIDTHS, Label, Mark, place_labels, text_width
 from tadistill.charts.looks import Look, glyph, marker, safe
-from tadistill.visible import visible_parts
+from tadistill.safe_text import visible_parts
 
 _ACROSS = 1000  # width of the coordinate system of paths; it is stretched to the width in pixels
 _VISIBLE = 0.004  # share of the width: a point that is moved by less is not counted as moved

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from tadistill.visible import visible
+from tadistill.safe_text import visible
 
 COLOURS = 12
 """Number of colours; `charts.css` has their values for light and dark pages."""

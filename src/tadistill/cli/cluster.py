@@ -29,7 +29,7 @@ def fetch(
     loaded, root = read_recipe(recipe, overrides), runs_directory(runs)
     fetch_recipe(loaded, root, console)
     if answers:
-        from tadistill.runner.apis import ask_now
+        from tadistill.runner.api_requests import ask_now
 
         ask_now(loaded, store_of(root), console)
 
@@ -59,9 +59,9 @@ def doctor(
 
         found += [Check(*row) for row in examined(loaded)]
     if loaded and any(model.api for model in loaded.models.values()):
-        from tadistill.runner import apis
+        from tadistill.runner import api_requests
 
-        found += [Check(*row) for row in apis.examined(loaded)]
+        found += [Check(*row) for row in api_requests.examined(loaded)]
     console.print(table(found))
     if any(check.state == "problem" for check in found):
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from tadistill.store import runs_directory
 
 def recipe_names(incomplete: str) -> list[str]:
     """Shell completion: return names of recipes in the package, and of YAML files and folders in the current directory."""
-    from tadistill.config.shipped import shipped
+    from tadistill.config.shipped_recipes import shipped
 
     here = [path for path in Path().glob(f"{incomplete}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
     return _beginning(incomplete, [*shipped(), *(f"{path}/" if path.is_dir() else str(path) for path in sorted(here))])

@@ -78,7 +78,7 @@ def compare(
 ) -> None:
     """Compare several models on the same prompts. Print their answers side by side, and the differences of their scores."""
     from tadistill.report import read_results
-    from tadistill.report.plain import side_by_side
+    from tadistill.report.plain_text import side_by_side
 
     if len(models) < 2:
         raise ConfigError(f"`tadistill compare` needs at least two models, but got only {models[0]}; add one, or use `tadistill eval`")

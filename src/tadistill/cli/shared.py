@@ -52,7 +52,7 @@ Log = Annotated[
 def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
     """Load a recipe with its overrides. If `recipe` is the name of a recipe in the package, print the path of its file."""
     from tadistill.config import load
-    from tadistill.config.shipped import remark
+    from tadistill.config.shipped_recipes import remark
 
     if said := remark(recipe):
         Terminal(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)

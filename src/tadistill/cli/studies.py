@@ -60,7 +60,7 @@ def export(
     """Copy a trained model into a directory in the Hugging Face format, with a model card. With --push, upload it to the Hub."""
     from tadistill.data import hub
     from tadistill.report import read_results
-    from tadistill.report.cards import export as export_model
+    from tadistill.report.model_card import export as export_model
     from tadistill.results.find import find_study
 
     if target is None and push is None:

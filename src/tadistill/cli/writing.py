@@ -174,7 +174,7 @@ def _scalar(value: Any) -> str:
 @app.command()
 def recipes() -> None:
     """List the recipes that are part of tadistill. `tadistill run NAME` runs one from any folder."""
-    from tadistill.config.shipped import shipped, summary
+    from tadistill.config.shipped_recipes import shipped, summary
 
     listed = [(name, summary(path)) for name, path in shipped().items()]
     if not console.is_terminal:

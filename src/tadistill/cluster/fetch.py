@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tadistill.config import Recipe
-from tadistill.config.places import placed
+from tadistill.config.locations import placed
 from tadistill.data import datasets, hub
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
-from tadistill.models.partial import Gives, fetch_part, locate_part, needed_part
+from tadistill.models.remote.needed_files import Gives, fetch_part, locate_part, needed_part
 from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"

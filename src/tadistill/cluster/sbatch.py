@@ -23,9 +23,9 @@ from tadistill.errors import ConfigError
 from tadistill.models.counting.cost import spans
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
-from tadistill.plan.engines import gpus_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.kinds import RetokeniseSpec, TemperSpec
+from tadistill.plan.sampling_stages import gpus_of
 from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 

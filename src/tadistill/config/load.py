@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from tadistill.config.places import Lines, settled, where
+from tadistill.config.locations import Lines, settled, where
 from tadistill.config.problems import problems
 from tadistill.config.recipe import Recipe, own_functions
-from tadistill.config.shipped import located, shipped
+from tadistill.config.shipped_recipes import located, shipped
 from tadistill.config.shorthand import is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
 
@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Load and validate a recipe.
 
     Args:
-        path: a YAML file, or the name of a recipe of the package (`config.shipped`).
+        path: a YAML file, or the name of a recipe of the package (`config.shipped_recipes`).
         overrides: `key.sub=value` strings, applied in order. A name that contains dots is written in brackets, as in
             `arms[2.D].path=xl > s`.
 

@@ -1,19 +1,19 @@
 """The settings of a training method: objective (the loss), sampler (the training text), optimizer, and choice of a checkpoint.
 
 A method can have phases, which a student passes one after the other. Objectives are in `tadistill.config.objective`, samplers are in
-`tadistill.config.sampling`, settings of the optimizer in `tadistill.config.optim`, and `tadistill.config.pairing` refuses settings that do
-not fit together.
+`tadistill.config.sampling`, and settings of the optimizer in `tadistill.config.optim`. `tadistill.config.combinations` refuses
+settings that do not fit together.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from tadistill.config.combinations import check_pairing
 from tadistill.config.common import MOST, Strict
 from tadistill.config.context import TeacherContext
 from tadistill.config.objective import ForwardKL, Objective
 from tadistill.config.optim import Optim
-from tadistill.config.pairing import check_pairing
 from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, Sampler, Signal, StudentSampler
 from tadistill.config.shorthand import MethodName, written_out
 from tadistill.errors import ConfigError, about

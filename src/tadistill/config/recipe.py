@@ -19,15 +19,15 @@ from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.machine import Resources, Runtime
 from tadistill.config.method import Method, MethodPatch, apply, phases_of
 from tadistill.config.model import ModelConfig
-from tadistill.config.named import with_methods
 from tadistill.config.objective import Custom
+from tadistill.config.own_methods import with_methods
 from tadistill.config.remote import Api
 from tadistill.config.route import teachers_of
 from tadistill.config.search import Search
 from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tadistill.config.places import Origin
+    from tadistill.config.locations import Origin
 
 
 class Recipe(Strict):
@@ -51,8 +51,8 @@ class Recipe(Strict):
     arms: dict[Name, Arm] = {}
     """The paths to compare, each with a name. This key can be left out if `search` is given."""
     fair: bool = False
-    """True: for every arm with a path through assistants (and no `init`), the study also has direct distillation with the same compute, and
-    one control of each kind (`arms.X.control`). `tadistill plan` shows their cost."""
+    """True adds arms to the study. For every arm with a path through assistants (and no `init`), it adds direct distillation with the same
+    compute, and one control of each kind (`arms.X.control`). `tadistill plan` shows their cost."""
     budgets: Budgets | None = None
     """Training budgets at which every arm is trained and compared."""
     teacher: str | None = None

@@ -118,7 +118,7 @@ def _check_top_k(name: str, serve: Serve, method: Method) -> None:
     if not objective.needs_teacher:
         return
     if method.dense:
-        raise ConfigError(f"`dense` averages the teachers' whole distributions, but {sends}, or remove `dense`")
+        raise ConfigError(f"`dense` needs the whole distributions of the teachers, but {sends}, or remove `dense`")
     if objective.needs_distribution and (isinstance(objective, TopKForwardKL | TopKReverseKL) or not isinstance(objective, Divergence)):
         what = "selects the top tokens itself" if isinstance(objective, Divergence) else "needs the teacher's whole distribution"
         other = objective.label.removeprefix("top_k_")

@@ -1,8 +1,8 @@
 """Settings of the samplers, which provide the training text. A recipe chooses a class by `type`. The defaults are those of the papers.
 
-Any objective works with any sampler, except for the pairs that `tadistill.config.pairing.check_pairing` refuses. A new sampler has three
-parts: a class in this module, which the union `Sampler` also lists; the code in `tadistill.rollout` that draws its batches; and its cost in
-`tadistill.plan.costs.ledger`.
+Any objective works with any sampler, except for the pairs that `tadistill.config.combinations.check_pairing` refuses. A new sampler
+has three parts: a class in this module, which the union `Sampler` also lists; the code in `tadistill.rollout` that draws its batches; and
+its cost in `tadistill.plan.costs.ledger`.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -73,8 +73,10 @@ class HiddenSignal(Strict):
     """Number format of the recorded states on disk."""
 
     def inexact(self, given: str) -> str | None:
-        """Return a phrase that says how a loss from these outputs differs from the exact loss. Return None if the loss is exact. `given` is
-        a subject and a verb for the phrase, such as `the recording has`."""
+        """Return a phrase that says how a loss on the recorded outputs differs from the exact loss, or None if the loss is exact.
+
+        `given` is the phrase's subject and verb, such as `the recording has`.
+        """
         return None if self.dtype == "float32" else f"approximate: {given} hidden states in bfloat16"
 
 

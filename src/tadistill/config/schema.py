@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from tadistill.config.recipe import Recipe
 from tadistill.config.reference import Part, reference
-from tadistill.config.shipped import recipes_folder
+from tadistill.config.shipped_recipes import recipes_folder
 from tadistill.config.shorthand import SHORT_KEYS, WHOLE_KEYS
 
 

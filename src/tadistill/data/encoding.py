@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import contexts
-from tadistill.data.counts import Counts, nothing_left
 from tadistill.data.prompts import Rules, in_chat, limit_key
+from tadistill.data.row_counts import Counts, nothing_left
 from tadistill.data.rows import Example
 from tadistill.data.turns import Turn, TurnReader, unlearnt, without_thinking
 from tadistill.errors import DataError

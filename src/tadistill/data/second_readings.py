@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row", "Sequence", "Encoded")
 SPELLED, STRIPPED, CHANGED = 0, 1, 2
-"""Marks of a token in a text: it covers exactly its own bytes, its own bytes without their first space, or other bytes."""
+"""How the bytes that a token has in a text differ from the token's own bytes: not at all, by a missing first space, or in another way."""
 _BYTES = 256
 _KEPT = 50_000  # number of a data set's second readings in memory; one has about 2 KB for an answer of 200 tokens
 _NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "unspelled", "tokens", "left_out", "lone", "changed", "dropped"), 0)
@@ -76,7 +76,7 @@ class Rereader:
 
     @cached_property
     def shared(self) -> dict[int, int]:
-        """Maps the student's id of each token that both vocabularies have to the teacher's id."""
+        """The student's id of each token in both vocabularies, mapped to the teacher's id of the same token."""
         pairs = zip(*shared_tokens(self.student, self.teacher), strict=True)
         return {mine: theirs for mine, theirs in pairs if mine < self.sizes[0] and theirs < self.sizes[1]}
 

@@ -18,14 +18,14 @@ from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet
 from tadistill.data.prompts import for_people, task_of
 from tadistill.evaluation import calibration, text_scores
-from tadistill.evaluation.bits import bits_per_byte, reference_sizes
+from tadistill.evaluation.bits_per_byte import bits_per_byte, reference_sizes
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import names_in
 from tadistill.models.teacher import Teacher
-from tadistill.own_code import OwnFunction
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.samplers import Shard
+from tadistill.user_code import OwnFunction
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from tadistill.data.answers import RULES
 from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
 from tadistill.errors import ConfigError, DataError
-from tadistill.own_code import OwnFunction
+from tadistill.user_code import OwnFunction
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer

@@ -25,8 +25,8 @@ from tadistill.errors import ConfigError, DataError
 from tadistill.judge.questions import Answers
 from tadistill.judge.summary import Row, pair_rows
 from tadistill.results.collect import MEAN
+from tadistill.safe_text import guarded, visible_parts
 from tadistill.statistics import macro_interval
-from tadistill.visible import guarded, visible_parts
 
 SCALE = (1, 5)
 _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")

@@ -14,11 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import sources
+from tadistill.models.architectures import check_architecture, quiet
 from tadistill.models.directory import is_adapter, read_description
 from tadistill.models.forward import Reader, logit_changes
 from tadistill.models.pretrained import first_line
 from tadistill.models.scratch import build_on_meta, scratch_model
-from tadistill.models.support import check_architecture, quiet
 from tadistill.objectives import Head
 
 _INDEX = "model.safetensors.index.json"

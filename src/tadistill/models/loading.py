@@ -29,9 +29,9 @@ from tadistill.data import tinyworld_tokenizers
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
+from tadistill.models.architectures import quiet
 from tadistill.models.pretrained import first_line, read_model, read_tokenizer
 from tadistill.models.scratch import scratch_config, scratch_model
-from tadistill.models.support import quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

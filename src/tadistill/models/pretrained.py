@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from tadistill.errors import ModelError
+from tadistill.models.architectures import check_architecture, quiet, wrong_field
 from tadistill.models.directory import check_files, read_description
-from tadistill.models.support import check_architecture, quiet, wrong_field
 from tadistill.models.tokens import check_ends
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")

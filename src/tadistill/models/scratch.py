@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.architectures import check_architecture, quiet, wrong_field
 from tadistill.models.pretrained import first_line
-from tadistill.models.support import check_architecture, quiet, wrong_field
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000

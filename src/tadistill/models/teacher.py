@@ -4,7 +4,7 @@
     teacher.target(batch)                           # its outputs at the N tokens of the loss, for `objectives.fused`
     teacher.scored(batch, vocab)                    # these outputs, and the log-probability of the token after each of the N tokens
 
-`models.served` has the teachers that run on a server. All other code treats all teachers in the same way.
+`models.remote.served` has the teachers that run on a server. All other code treats all teachers in the same way.
 """
 
 from collections.abc import Callable, Mapping

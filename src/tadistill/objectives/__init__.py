@@ -7,6 +7,7 @@
 """
 
 from tadistill.objectives.adaptive import TaidSchedule, adaptive_kl, contrastive, contrastive_alpha, taid, taid_target
+from tadistill.objectives.alpha_divergences import alpha_beta, alpha_mixture
 from tadistill.objectives.divergence import (
     forward_kl,
     jeffreys,
@@ -17,14 +18,13 @@ from tadistill.objectives.divergence import (
     skew_reverse_kl,
     total_variation,
 )
-from tadistill.objectives.families import alpha_beta, alpha_mixture
 from tadistill.objectives.fused import fused_divergence, fused_head
 from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
 from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, no_teacher, token_log_probs
 from tadistill.objectives.spans import SpanTokens, fused_span_distance, fused_span_divergence, span_log_probs, span_rewards
 from tadistill.objectives.sparse import Sampled, TopK, sampled_target, top_k, top_k_forward_kl, top_k_reverse_kl
 from tadistill.objectives.targets import Head, Hidden, TargetMixture
-from tadistill.objectives.vocabularies import SharedVocabulary, hybrid_distance, sorted_distance
+from tadistill.objectives.uld_and_gold import SharedVocabulary, hybrid_distance, sorted_distance
 
 __all__ = [
     "Head",

@@ -167,7 +167,9 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
 
 
 def remaining(log_probs: Tensor) -> Tensor:
-    """Return the log-probability (...) of all tokens outside a set. `log_probs` (..., K) are those of the tokens in the set.
+    """Return the log of the total probability of the tokens outside a set, one value per position: shape (...).
+
+    `log_probs`, of shape (..., K), are the log-probabilities of the K tokens in the set.
 
     The probability is at least the machine epsilon of float32. Smaller values cannot be told from rounding errors.
     """

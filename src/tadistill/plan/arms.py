@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.arm import ModelPath
-from tadistill.config.places import placed
+from tadistill.config.locations import placed
 from tadistill.config.route import flat, is_route, routed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere

@@ -21,7 +21,7 @@ from tadistill.config.remote import Api, Serve
 from tadistill.config.sampling import StudentSampler, TeacherSampler, TopKSignal
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, about
-from tadistill.own_code import load_function
+from tadistill.user_code import load_function
 
 
 class Part(Strict):

@@ -153,7 +153,7 @@ class TemperSpec(Spec):
 
     teacher: Handle
     like: Handle
-    """The other model. Its training is not included in the FLOPs of an arm."""
+    """The model whose mean entropy the temperature shall give. The training of this model is not included in the FLOPs of an arm."""
     dev: Dev
     batch: int
 
@@ -182,7 +182,7 @@ class GenerateSpec(OnTrainingSets):
 
 
 class AskSpec(OnTrainingSets):
-    """Answers of a model behind an API to every training prompt, as text (`data.handover`)."""
+    """Answers of a model behind an API to every training prompt, as text (`data.answers_as_text`)."""
 
     kind = "ask"
     version = 1
@@ -201,7 +201,7 @@ class AskSpec(OnTrainingSets):
 class RetokeniseSpec(OnTrainingSets):
     """Tokenisation of a model's answers for a student with another tokenizer. `data` has the student's settings.
 
-    The answers pass from one tokenizer to the other as text (`data.handover`).
+    The answers pass from one tokenizer to the other as text (`data.answers_as_text`).
     """
 
     kind = "retokenise"

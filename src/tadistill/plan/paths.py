@@ -5,7 +5,7 @@ A path begins with a route if several models teach its first student, each on so
 An edge is one distillation, such as `A > B`. Its method decides which tokenizers the two models may have:
 
     the student trains only on the teacher's text (SeqKD)       any two tokenizers
-    the loss is defined over spans of text                      any two tokenizers (`config.pairing`)
+    the loss is defined over spans of text                      any two tokenizers (`config.combinations`)
     another loss, a sampler or a metric compares tokens         two tokenizers of one family: their common tokens have the same ids
 
 `Method.by_token` names the setting that compares tokens. Starting from another model's weights, matching its temperature and training on
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import path_text
+from tadistill.config.combinations import check_one_tokenizer, over_spans
 from tadistill.config.objective import MiniLLM
-from tadistill.config.pairing import check_one_tokenizer, over_spans
 from tadistill.config.route import flat, is_route, members, routed
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger

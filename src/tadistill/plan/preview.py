@@ -20,13 +20,13 @@ from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.contexts import contexts_of
 from tadistill.plan.controls import fair_notes
 from tadistill.plan.costs import Ledger, passes
-from tadistill.plan.engines import engine_notes
-from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
+from tadistill.plan.inexact import approximations
 from tadistill.plan.kinds import SignalSpec
 from tadistill.plan.paths import given_teachers, lossy_steps, undefined_notes
 from tadistill.plan.phases import phases_text
 from tadistill.plan.remote import asked_notes, served_notes
+from tadistill.plan.sampling_stages import engine_notes
 from tadistill.plan.task import layout, process_bytes
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store

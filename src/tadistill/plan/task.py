@@ -15,10 +15,10 @@ from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
 from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.plan.costs import Ledger
-from tadistill.plan.engines import check_vllm, gpus_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
 from tadistill.plan.kinds import KINDS, DistillSpec, Spec, TrainingSpec
+from tadistill.plan.sampling_stages import check_vllm, gpus_of
 from tadistill.store import Store
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tadistill.disk import write_text
 from tadistill.report.page import render_page
-from tadistill.report.plain import render_markdown, summary_table
+from tadistill.report.plain_text import render_markdown, summary_table
 from tadistill.report.record import write_results
 from tadistill.results.collect import Results, read_results
 

@@ -13,11 +13,11 @@ import numpy as np
 from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, sorted_names
 from tadistill.report.explain import gap_words
-from tadistill.report.routes import listed
+from tadistill.report.path_words import listed
 from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
+from tadistill.results.number_text import number, span, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import number, span, summary_text
 from tadistill.results.verdict import Comparison, by_importance
 from tadistill.statistics import Difference
 

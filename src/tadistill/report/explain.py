@@ -9,17 +9,17 @@ from collections import Counter
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
-from tadistill.report.routes import counted, listed, taught
-from tadistill.report.vocabularies import vocabulary_texts
+from tadistill.report.path_words import counted, listed, taught
+from tadistill.report.tokenizer_words import vocabulary_texts
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
 from tadistill.results.measured import rows_text
+from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, span, with_unit
 from tadistill.results.study import ArmRecord, PhaseRecord
-from tadistill.results.units import detectable_text, number, p_text, ratio_text, span, with_unit
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
+from tadistill.safe_text import one_line, shortened
 from tadistill.store import FAILURE
-from tadistill.visible import one_line, shortened
 
 _NAMED = 5  # most arms that one sentence names
 _TEXTS = {

@@ -9,14 +9,14 @@ from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.error_budget import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
-from tadistill.report.routes import counted, listed, some, steps, ways_text
+from tadistill.report.path_words import counted, listed, some, steps, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
+from tadistill.results.number_text import span
 from tadistill.results.samples import Samples, samples
-from tadistill.results.units import span
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
 
 _VERBS = {

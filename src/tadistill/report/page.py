@@ -28,7 +28,7 @@ from tadistill.report.answer import answer, student_of
 from tadistill.report.explain import arm_words, cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, error_budget, paths, scores
 from tadistill.report.figures.style import MANY, looks, titled
-from tadistill.report.routes import route, steps
+from tadistill.report.path_words import route, steps
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
@@ -41,13 +41,13 @@ from tadistill.report.tables import (
     stage_rows,
     versions,
 )
-from tadistill.results import units
+from tadistill.results import number_text
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
 from tadistill.results.samples import Samples, judgements, samples, shown_first
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import comparisons
-from tadistill.visible import visible, visible_parts
+from tadistill.safe_text import visible, visible_parts
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _first(results: Results) -> dict[str, Any]:
         "titled": titled,
         "metric_text": metric_text,
         "decoded": f"sampled at temperature {t:g}" if (t := results.plan.recipe["evaluate"].get("temperature", 1.0)) else "greedy",
-        "units": units,
+        "units": number_text,
         "mean": MEAN,
         "answer": answer(results),
         "cautions": cautions(results) if results.summaries else [],
@@ -133,19 +133,19 @@ def arm_groups(results: Results) -> list[ArmGroup]:
     costs, words = {row.arm.name: row for row in cost_rows(results)}, arm_words(results)
     parameters, student = results.plan.parameters, student_of(results)
     if not any(arm.is_trained for arm in results.plan.arms):  # nothing is trained: one list of models, the best first
-        words = {arm.name: f"{units.parameters_text(parameters[arm.model])} parameters" for arm in results.plan.arms}
+        words = {arm.name: f"{number_text.parameters_text(parameters[arm.model])} parameters" for arm in results.plan.arms}
         rows = [_arm_row(results, costs[arm.name], words[arm.name], strip, best=False) for arm in _ranked(results, results.plan.arms)]
         return [ArmGroup("", "", "", tuple(rows))]
     groups: list[ArmGroup] = []
     for model in sorted({arm.model for arm in results.plan.arms}, key=lambda model: (model != student, parameters[model])):
         arms = _ranked(results, [arm for arm in results.plan.arms if arm.model == model])
         found = [results.summaries.get((arm.name, MEAN, metric)) for arm in arms]
-        means = [units.number(s.mean, metric) for s in found if s]
+        means = [number_text.number(s.mean, metric) for s in found if s]
         single = len(means) > 1 and means.count(means[0]) == 1
         rows = [
             _arm_row(results, costs[arm.name], words.get(arm.name, ""), strip, best=single and index == 0) for index, arm in enumerate(arms)
         ]
-        groups.append(ArmGroup(model, roles(results).get(model, ""), units.parameters_text(parameters[model]), tuple(rows)))
+        groups.append(ArmGroup(model, roles(results).get(model, ""), number_text.parameters_text(parameters[model]), tuple(rows)))
     return groups
 
 
@@ -157,7 +157,7 @@ def _ranked(results: Results, arms: Iterable[ArmRecord]) -> list[ArmRecord]:
 def _arm_row(results: Results, cost: CostRow, words: str, strip: Strip, *, best: bool) -> ArmRow:
     name, metric = cost.arm.name, primary_metric(results)
     s, done, planned = results.summaries.get((name, MEAN, metric)), len(results.scores[name]), len(cost.arm.evaluate)
-    tip = f"{name}: {units.summary_text(s, metric)}" if s else ""
+    tip = f"{name}: {number_text.summary_text(s, metric)}" if s else ""
     plot = strip.bar(s.mean, s.low, s.high, looks(results)[name], tip=tip) if s else strip.empty()
     return ArmRow(cost, s, plot, best, words, "" if done == planned else f"{done}/{planned} seeds")
 
@@ -239,7 +239,7 @@ def _row_plot(analysis: Analysis, row: Row) -> Markup:
     most = 1.04 * max(max(abs(d.low), abs(d.high)) for d in alike) or 1.0
     look = Look({"better": "var(--better)", "worse": "var(--worse)"}.get(row.mark, "var(--unclear)"))
     d = row.difference
-    return Strip(Axis(-most, most, marks={}), zero=True).interval(d.mean, d.low, d.high, look, tip=units.span(d, row.metric))
+    return Strip(Axis(-most, most, marks={}), zero=True).interval(d.mean, d.low, d.high, look, tip=number_text.span(d, row.metric))
 
 
 def _samples(results: Results, found: Samples) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, difference, direct_of
-from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
-from tadistill.results.units import (
+from tadistill.results.number_text import (
     DASH,
     MINUS,
     detectable_text,
@@ -19,6 +18,7 @@ from tadistill.results.units import (
     ratio_text,
     signed,
 )
+from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
 from tadistill.results.verdict import Comparison, comparisons, control_pairs
 
 
@@ -297,10 +297,10 @@ def _cost(results: Results) -> Table:
 
 
 def counted_text(results: Results) -> str:
-    """Say whose training counts as the cost of an arm.
+    """Return the end of a sentence about the cost of an arm, after "… all training for an arm's final model, ".
 
-    The text is the end of a sentence that begins with "… all training for an arm's final model, ". If `compute: as ARM` does not count
-    the training of all teachers, a second sentence says so.
+    It says that the training of the teachers is included. If `compute: as ARM` leaves out that of a route's teachers, a second sentence
+    says so.
     """
     arms = results.plan.arms
     text = "including that of its teachers and teacher assistants in this study."

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.data.counts import Counts
+from tadistill.data.row_counts import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_of

@@ -12,7 +12,7 @@ from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Results
 from tadistill.results.measured import load_predictions
-from tadistill.results.units import number
+from tadistill.results.number_text import number
 from tadistill.results.verdict import by_importance
 
 _PROMPTS = 50  # maximum number of prompts per set: enough to read and search

@@ -14,7 +14,7 @@ from tadistill.config.controls import Control, read_control
 from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
 from tadistill.config.route import flat, members, routed
-from tadistill.data.counts import Counts
+from tadistill.data.row_counts import Counts
 from tadistill.disk import damaged, read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import declare

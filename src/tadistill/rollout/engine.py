@@ -1,9 +1,10 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
-`Native` is an engine: an object that samples responses to prompts. `rollout.vllm` has the engine that uses vLLM. `sample` is the loop over
-positions. `lazy` samples faster from a mixture of two models, and `fixed` samples faster on a GPU. Both give the same result, but do not
-support all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The caller gives the random
-numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences are removed from the batch.
+`Native` is an engine: an object that samples responses to prompts. `rollout.vllm` has the engine that uses vLLM. `sample` is the loop
+over positions. `fast_mixture` samples faster from a mixture of two models, and `fixed_shapes` samples faster on a GPU. Both give the same
+result, but do not support all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The
+caller gives the random numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences
+are removed from the batch.
 
 Axes: B sequences, T positions, V vocabulary size, H hidden size.
 """
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.models.forward import evaluating, in_bfloat16
 from tadistill.objectives.tiles import free_bytes
-from tadistill.rollout import fixed, lazy
+from tadistill.rollout import fast_mixture, fixed_shapes
 from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of
 from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors, teacher_tap
 from tadistill.tuning import COMPACT_BELOW
@@ -97,14 +98,14 @@ def sample(
     record = Record(len(prompts), uniforms_BT.shape[1], eos, models)
     with evaluating(student):
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
-        packed = isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values())
-        # without CUDA graphs, `lazy` starts fewer kernels than `fixed`, where both models process every token
-        in_step = student.device.type in fixed.DEVICES and not packed
-        if in_step and all(fixed.possible(model, capacity, decoding) for model in models.values()):
-            fixed.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
+        packed = isinstance(guide, Mixture) and decoding.plain and all(fast_mixture.possible(model, capacity) for model in models.values())
+        # without CUDA graphs, `fast_mixture` starts fewer kernels than `fixed_shapes`, where both models process every token
+        in_step = student.device.type in fixed_shapes.DEVICES and not packed
+        if in_step and all(fixed_shapes.possible(model, capacity, decoding) for model in models.values()):
+            fixed_shapes.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
         elif packed:
             assert isinstance(guide, Mixture)
-            lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
+            fast_mixture.fill(record, student, prompts, uniforms_BT, vocab, guide)
         else:
             for rows in groups(prompts, all(way_of(model).padded for model in models.values())):
                 batch = _Batch(models, [prompts[row] for row in rows], uniforms_BT[rows], vocab)

@@ -9,26 +9,25 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
+from tadistill.config.locations import placed
 from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom
-from tadistill.config.places import placed
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
+from tadistill.models.architectures import check_config
 from tadistill.models.counting.memory import available_memory, check_memory
 from tadistill.models.head import head_shape, read_config
 from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer, vocabulary
 from tadistill.models.packing import check_packing
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import check_scratch, scratch_config
-from tadistill.models.support import check_config
-from tadistill.own_code import load_function
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.engines import vllm_stages
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
+from tadistill.plan.sampling_stages import vllm_stages
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes
 from tadistill.plan.throughput import cores
@@ -36,6 +35,7 @@ from tadistill.runner import devices, processes
 from tadistill.runner.servers import check_teachers
 from tadistill.runner.splits import Read, check_readable, check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence
+from tadistill.user_code import load_function
 
 _LESS_MEMORY = (
     "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (a teacher then needs half "

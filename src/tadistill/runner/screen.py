@@ -16,7 +16,7 @@ from tadistill.plan.arms import Plan
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.estimate import Estimate, workloads
-from tadistill.runner.live import Board, LiveTable
+from tadistill.runner.live_table import Board, LiveTable
 from tadistill.runner.local import Journal, StageProgress, State, described
 from tadistill.runner.processes import Message
 from tadistill.store import Store

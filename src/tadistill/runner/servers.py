@@ -15,10 +15,10 @@ from tadistill.config.remote import Serve
 from tadistill.config.sampling import OnPolicy
 from tadistill.errors import ConfigError, Gathering, TadistillError
 from tadistill.models import sources
-from tadistill.models.client import Servers
 from tadistill.models.head import read_config
 from tadistill.models.loading import load_tokenizer
-from tadistill.models.server_checks import Checked, check_servers, names_of
+from tadistill.models.remote.client import Servers
+from tadistill.models.remote.server_checks import Checked, check_servers, names_of
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import Loaded
 from tadistill.plan.remote import running

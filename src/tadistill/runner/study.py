@@ -14,21 +14,21 @@ from typing import Any
 import yaml
 
 from tadistill.config import ModelConfig, Recipe
-from tadistill.config.places import placed
+from tadistill.config.locations import placed
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
-from tadistill.models.partial import fetch_part, locate_part, needed_part
+from tadistill.models.remote.needed_files import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.exactness import approximations
 from tadistill.plan.graph import Stage, distinct_labels
+from tadistill.plan.inexact import approximations
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
-from tadistill.runner.apis import announced
+from tadistill.runner.api_requests import announced
 from tadistill.runner.processes import prepared
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers

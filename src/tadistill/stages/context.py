@@ -28,10 +28,9 @@ from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
+from tadistill.models.remote.server_checks import served_teacher
 from tadistill.models.scratch import scratch_model
-from tadistill.models.server_checks import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
-from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import (
     BehindApi,
     Dev,
@@ -55,6 +54,7 @@ from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.vllm import Launch, Vllm
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
+from tadistill.user_code import OwnFunction, load_function
 
 SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
 MODEL = "model"  # sub-folder of a training stage, in the Hugging Face format

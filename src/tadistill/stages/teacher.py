@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from tadistill.config import Evaluate
+from tadistill.data.answers_as_text import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
 from tadistill.data.batch import references, responses
-from tadistill.data.counts import Counts
 from tadistill.data.encoding import EvalSet
-from tadistill.data.handover import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
 from tadistill.data.prompts import Rules
+from tadistill.data.row_counts import Counts
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.training_sets import joined
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
@@ -29,7 +29,7 @@ from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model, shared_vocabulary
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
-from tadistill.models.replies import open_cache
+from tadistill.models.remote.replies import open_cache
 from tadistill.models.teacher import teacher_of
 from tadistill.plan.inputs import TokenizerFiles
 from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
@@ -111,7 +111,7 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
 def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
     """Convert a model's answers to token ids of a student with another tokenizer.
 
-    The answers pass from one tokenizer to the other as text (`data.handover`). The new ids are saved in the format of a `generate` stage.
+    The answers pass from one tokenizer to the other as text (`data.answers_as_text`). The new ids are saved as by a `generate` stage.
     """
     spec, file, early = context.spec, context.folder / TEXTS, Counter[str]()
     if spec.writer is None:

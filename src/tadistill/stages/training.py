@@ -36,8 +36,8 @@ from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
-from tadistill.train.average import MovingAverage, frozen_copy
 from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.moving_average import MovingAverage, frozen_copy
 from tadistill.train.sharding import shard, sharded, weights
 from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step

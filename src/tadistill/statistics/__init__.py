@@ -1,7 +1,7 @@
 """Confidence intervals, significance tests and statistical power, for models that share training seeds and test prompts."""
 
 from tadistill.statistics.intervals import ROUNDING, Difference, macro_difference, macro_interval, pass_at_k
-from tadistill.statistics.tests import (
+from tadistill.statistics.significance import (
     SignFlip,
     detectable,
     equivalent,

@@ -64,7 +64,7 @@ class Checkpoints:
         self.sound = True
         """False if state.pt cannot be read. The next save then does not keep it as state-before.pt."""
         self.best_steps: list[int] = []
-        """The `best_step` of the newest saved state, and of the state before it. The best weights of these updates are kept."""
+        """The `best_step` of the newest saved state, and of the state before it. The best weights of these two updates are not deleted."""
 
     def due(self) -> bool:
         pause = max(_SECONDS, _SHARE * self.took) if self.seconds is None else self.seconds

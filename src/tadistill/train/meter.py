@@ -130,7 +130,7 @@ class Meter:
             rows, width = ids.shape
             if packed := kwargs.get("rows"):
                 pairs = sum(length**2 for length in packed)
-            elif mask is not None and mask.ndim == 4:  # in `rollout.lazy` and `rollout.fixed`: (B, 1, new tokens, columns)
+            elif mask is not None and mask.ndim == 4:  # in `rollout.fast_mixture` and `rollout.fixed_shapes`: (B, 1, new tokens, columns)
                 pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
             else:
                 pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))

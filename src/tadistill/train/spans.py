@@ -24,7 +24,7 @@ from tadistill.objectives.next_symbol import SpelledPair
 from tadistill.objectives.spans import fused_span_distance, fused_span_divergence, span_log_probs, span_sums
 from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
 from tadistill.objectives.targets import Target, TeacherTerm
-from tadistill.objectives.vocabularies import hybrid_distance, sorted_distance
+from tadistill.objectives.uld_and_gold import hybrid_distance, sorted_distance
 
 _DELAY = 1  # tokens from a span's end to its reward; then later text can change it at less than 1 % of places (docs/concepts/tokenizers.md)
 

@@ -29,7 +29,7 @@ from tadistill.objectives.fused import Term, fused_parts, part_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans
-from tadistill.train.average import MovingAverage
+from tadistill.train.moving_average import MovingAverage
 
 
 @dataclass(frozen=True)

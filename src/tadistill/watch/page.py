@@ -13,7 +13,7 @@ from tadistill import charts
 from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.runner.local import spoken
-from tadistill.visible import visible
+from tadistill.safe_text import visible
 from tadistill.watch.graph import GUTTER, HEIGHT, ROW, WIDTH, Node, draw, nodes_of, picked
 from tadistill.watch.logs import Curve, Point
 from tadistill.watch.machine import Use

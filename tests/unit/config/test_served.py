@@ -12,12 +12,12 @@ from tadistill.config import parse
 from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.exactness import approximations
+from tadistill.plan.inexact import approximations
 from tadistill.plan.preview import preview
 from tadistill.plan.remote import running
-from tadistill.report.cards import model_card
+from tadistill.report.model_card import model_card
 from tadistill.report.page import render_page
-from tadistill.report.plain import render_markdown
+from tadistill.report.plain_text import render_markdown
 from tadistill.results.collect import read_results
 from tadistill.runner.servers import examined, longest_text, server_command, start_server
 from tadistill.runner.study import save_plan

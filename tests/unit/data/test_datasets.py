@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from tadistill.config import Data, DataRef
 from tadistill.data import datasets
-from tadistill.data.counts import Counts
 from tadistill.data.encoding import encode, encode_counted
 from tadistill.data.prompts import Rules, render
+from tadistill.data.row_counts import Counts
 from tadistill.data.tinyworld_tokenizers import tokenizer as world_tokenizer
 from tadistill.errors import DataError, ModelError
 

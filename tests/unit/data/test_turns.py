@@ -294,7 +294,7 @@ def test_chats_that_lose_their_generation_prompt_are_counted():
     assert tokenizer.decode(whole.prompt).endswith("<|im_start|>assistant\n")
     assert not tokenizer.decode(cut.prompt).endswith("<|im_start|>assistant\n")
     assert (counts.cut, counts.unopened) == (1, 1)
-    assert counts.text.endswith("1 of the cut prompts without the chat's generation prompt, which was at their end (data.long_prompts)")
+    assert counts.text.endswith("1 of the cut prompts lost the chat's generation prompt, which was at their end (data.long_prompts)")
     assert encode_counted(rows, tokenizer, Rules(900, 900, "cut", template="chat"))[1].text == ""
 
 

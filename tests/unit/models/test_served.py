@@ -15,11 +15,12 @@ from tadistill.config.remote import Serve
 from tadistill.config.sampling import TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, ModelError, ServerFailed
-from tadistill.models import client, head
-from tadistill.models.client import Servers
+from tadistill.models import head
 from tadistill.models.head import read_config, read_head
-from tadistill.models.served import top_k_target
-from tadistill.models.server_checks import check_servers, names_of, served_teacher
+from tadistill.models.remote import client
+from tadistill.models.remote.client import Servers
+from tadistill.models.remote.served import top_k_target
+from tadistill.models.remote.server_checks import check_servers, names_of, served_teacher
 from tadistill.models.teacher import teacher_of
 from tadistill.objectives import top_k
 from tadistill.tuning import LOG_ZERO
@@ -94,7 +95,7 @@ def test_top_k_is_that_of_the_model(here, tail):
 
 
 def test_tokens_are_in_order_of_their_probability_although_a_server_sends_the_text_first():
-    from tadistill.models.served import _Scores
+    from tadistill.models.remote.served import _Scores
 
     scores = _Scores(np.array([[7, 3, 5]]), np.log([[0.1, 0.6, 0.2]]), np.log([0.1]))
     found = top_k_target(scores, TopKSignal(k=3), 9)
@@ -104,7 +105,7 @@ def test_tokens_are_in_order_of_their_probability_although_a_server_sends_the_te
 
 
 def test_a_token_outside_the_vocabulary_is_counted_with_the_tail():
-    from tadistill.models.served import _Scores
+    from tadistill.models.remote.served import _Scores
 
     scores = _Scores(np.array([[0, 9, 2]]), np.log([[0.5, 0.3, 0.1]]), np.zeros(1))
     found = top_k_target(scores, TopKSignal(k=3), 5)
@@ -114,7 +115,7 @@ def test_a_token_outside_the_vocabulary_is_counted_with_the_tail():
 
 
 def test_a_tail_is_never_below_the_rounding_of_the_server():
-    from tadistill.models.served import _Scores
+    from tadistill.models.remote.served import _Scores
 
     found = top_k_target(_Scores(np.array([[0]]), np.log([[1.0000001]]), np.zeros(1)), TopKSignal(k=1), 5)
     assert float(found.tail.exp()) == pytest.approx(2**-23)

@@ -11,15 +11,15 @@ from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.data.contexts import messages
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.replies import Reply, open_cache
+from tadistill.models.remote.replies import Reply, open_cache
 from tadistill.plan.arms import make_plan
-from tadistill.plan.exactness import approximations
+from tadistill.plan.inexact import approximations
 from tadistill.plan.kinds import AskSpec, RetokeniseSpec
 from tadistill.plan.remote import asked_notes, check_asked, wanted_of
 from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock
 from tadistill.rollout.api_teacher import replies_file
-from tadistill.runner.apis import announced, examined
+from tadistill.runner.api_requests import announced, examined
 from tadistill.runner.study import describe
 from tadistill.store import Store
 

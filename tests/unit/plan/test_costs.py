@@ -160,12 +160,12 @@ def test_predictions_and_the_code_that_runs_read_the_same_constants():
     from tadistill.models.counting import memory
     from tadistill.objectives import tiles
     from tadistill.plan.costs import ledger, model_sizes, training
-    from tadistill.rollout import engine, lazy, signals
+    from tadistill.rollout import engine, fast_mixture, signals
     from tadistill.stages import teacher
     from tadistill.train import alarms, loop
 
-    assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == lazy.COMPACT_BELOW
-    assert model_sizes.PACKED_FAMILIES == lazy.PACKED_FAMILIES
+    assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == fast_mixture.COMPACT_BELOW
+    assert model_sizes.PACKED_FAMILIES == fast_mixture.PACKED_FAMILIES
     assert (memory.TILE_BYTES, memory.TILE_ROWS, memory.OBJECTIVE) == (tiles.TILE_BYTES, tiles.TILE_ROWS, tiles.OBJECTIVE)
     assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, signals.RECORDING_BATCH)
     assert (training.LOG_POINTS, training.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tadistill.report import write_report
-from tadistill.results.units import number, signed
-from tadistill.visible import visible
+from tadistill.results.number_text import number, signed
+from tadistill.safe_text import visible
 
 from .builder import NASTY, SMALL, ArmSpec, Study, StudySpec, build_study
 

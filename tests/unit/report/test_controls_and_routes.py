@@ -12,7 +12,7 @@ from tadistill.report.figures.behaviour import exposure_figure
 from tadistill.report.figures.scores import differences
 from tadistill.report.findings import against
 from tadistill.report.page import render_page, roles
-from tadistill.report.plain import render_markdown
+from tadistill.report.plain_text import render_markdown
 from tadistill.report.tables import comparison_table, counted_text
 from tadistill.results.verdict import comparisons
 

@@ -12,10 +12,10 @@ from tadistill.report.answer import answer, sft_arm
 from tadistill.report.explain import arm_words
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
-from tadistill.report.routes import steps
+from tadistill.report.path_words import steps
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
-from tadistill.results.units import number, summary_text
+from tadistill.results.number_text import number, summary_text
 from tadistill.results.verdict import comparisons
 from tadistill.statistics import Difference, macro_difference
 

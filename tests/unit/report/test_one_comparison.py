@@ -13,12 +13,12 @@ from tadistill.report.figures.error_budget import budget_notes
 from tadistill.report.figures.paths import lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
 from tadistill.report.findings import against, answers, behaviour, learning, paths
+from tadistill.report.path_words import steps, taught
 from tadistill.report.record import distillations
-from tadistill.report.routes import steps, taught
 from tadistill.results.compare import direct_of
 from tadistill.results.curves import Curve
+from tadistill.results.number_text import number
 from tadistill.results.samples import samples, shown_first
-from tadistill.results.units import number
 from tadistill.results.verdict import by_importance, comparisons
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study

@@ -12,12 +12,12 @@ from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
 from tadistill.report.answer import answer
 from tadistill.report.explain import verdict_text
-from tadistill.report.plain import side_by_side
+from tadistill.report.plain_text import side_by_side
 from tadistill.report.tables import interval_method
 from tadistill.results.compare import difference
-from tadistill.results.units import flops_text, number, parameters_text, signed
+from tadistill.results.number_text import flops_text, number, parameters_text, signed
 from tadistill.results.verdict import comparisons
-from tadistill.visible import visible
+from tadistill.safe_text import visible
 
 from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from tadistill.metrics import names_in
 from tadistill.report import write_report
-from tadistill.results.units import DASH, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
+from tadistill.results.number_text import DASH, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
 
 from .builder import ArmSpec, StudySpec, build_study
 from .test_browser import Opened, results_of

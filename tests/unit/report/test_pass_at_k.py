@@ -9,7 +9,7 @@ import pytest
 from tadistill.config import Evaluate, validate
 from tadistill.plan.arms import make_plan
 from tadistill.report import write_report
-from tadistill.report.cards import model_card
+from tadistill.report.model_card import model_card
 from tadistill.results.collect import MEAN, primary_metric
 from tadistill.statistics import macro_interval, pass_at_k
 

@@ -8,8 +8,8 @@ import pytest
 
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
-from tadistill.report.cards import model_card
-from tadistill.report.plain import side_by_side
+from tadistill.report.model_card import model_card
+from tadistill.report.plain_text import side_by_side
 from tadistill.results.collect import primary_metric
 from tadistill.results.compare import compare
 from tadistill.statistics import macro_difference

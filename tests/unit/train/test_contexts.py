@@ -15,7 +15,7 @@ from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references
 from tadistill.data.encoding import Encoded
 from tadistill.models.forward import pack_rows
-from tadistill.models.served import sequences
+from tadistill.models.remote.served import sequences
 from tadistill.models.teacher import InProcess
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Native

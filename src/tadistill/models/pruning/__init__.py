@@ -7,7 +7,7 @@
     student = prune(teacher, shape, measured)
 
 The result is an ordinary model of the same family. `cut` makes the pruned model, `activations` measures which parts are important, and
-`families` lists the axes of each weight. Shapes are in `tadistill.models.counting.shapes`.
+`weight_names` lists the axes of each weight. Shapes are in `tadistill.models.counting.shapes`.
 """
 
 from tadistill.models.counting.shapes import Shape, check_shape, shape_of

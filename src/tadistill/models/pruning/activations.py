@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.models.counting.shapes import shape_of
-from tadistill.models.pruning.families import FAMILIES
+from tadistill.models.pruning.weight_names import FAMILIES
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.architectures import quiet
 from tadistill.models.counting.shapes import Shape, changes, check_shape, shape_of
 from tadistill.models.pruning.activations import Importance, keep_important
-from tadistill.models.pruning.families import FAMILIES, Axis, Family
-from tadistill.models.support import quiet
+from tadistill.models.pruning.weight_names import FAMILIES, Axis, Family
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # configuration lists with one entry per layer
 

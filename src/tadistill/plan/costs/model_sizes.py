@@ -4,7 +4,7 @@ from tadistill.config import Recipe
 from tadistill.errors import about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.sizes import Adapters, Size, adapters_of
-from tadistill.plan.costs.stand_in import vocabulary
+from tadistill.plan.costs.light_tokenizer import vocabulary
 from tadistill.plan.costs.training import Described
 from tadistill.tuning import PACKED_FAMILIES
 

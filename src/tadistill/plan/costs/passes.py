@@ -17,8 +17,8 @@ from tadistill.data.encoding import Counts, encode_counted
 from tadistill.data.prompts import Rules
 from tadistill.data.survey import SAMPLE
 from tadistill.models.counting.sizes import Work
-from tadistill.plan.costs.second_lengths import SecondLength
-from tadistill.plan.costs.stand_in import StandIn
+from tadistill.plan.costs.light_tokenizer import StandIn
+from tadistill.plan.costs.two_tokenizers import SecondLength
 from tadistill.tuning import COMPACT_BELOW
 
 _COUNTED = 2000  # rows of a dev or test set that a plan counts; MiniLLM's S-NI has 1,694
@@ -194,7 +194,7 @@ def _longest(texts: Texts, rows: int, drawn: float, *, power: int = 1) -> float:
     return found
 
 
-_CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads its rows to the same number of tokens
+_CALLS = 1.5  # padding factor of attention in `rollout.fast_mixture`: each call pads its rows to the same number of tokens
 
 
 @lru_cache
@@ -230,9 +230,9 @@ def rows_in_pass(optim: Optim, texts: Texts) -> int:
 
 
 def largest_batch(optim: Optim, texts: Texts, times: float) -> Work:
-    """Return the work of a forward pass of training on the largest possible batch, which has `times` x `rows_in_pass` sequences.
+    """Return the work of one forward pass of training on the largest possible batch. The batch has `times` x `rows_in_pass` sequences.
 
-    All sequences are as long as the longest one, unless they are packed. `optim.tokens` limits the number of token positions.
+    Without packing, each sequence is assumed to be as long as the longest text. `optim.tokens` limits the number of token positions.
     """
     width, rows = max(texts.totals) - 1, rows_in_pass(optim, texts) * times
     if optim.packed:
@@ -287,7 +287,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one of the two models in `rollout.lazy`, which samples from a mixture of student and teacher.
+    """Return the work of one of the two models in `rollout.fast_mixture`, which samples from a mixture of student and teacher.
 
     Each model reads each token once, and computes logits once per response token.
     """

@@ -1,6 +1,6 @@
 """The lengths in tokens of the texts that stages use: of training sets, dev sets and the plain-text corpus.
 
-Texts are tokenised without transformers (`stand_in`). As in training, `data.encoding.encode` applies the template, shortens long texts
+Texts are tokenised without transformers (`light_tokenizer`). As in training, `data.encoding.encode` applies the template, cuts long texts
 and leaves rows out.
 """
 
@@ -17,10 +17,10 @@ from tadistill.data.prompts import Rules, of_one_turn
 from tadistill.data.survey import Survey, survey
 from tadistill.errors import NotHere
 from tadistill.plan.costs import passes
+from tadistill.plan.costs.light_tokenizer import StandIn
 from tadistill.plan.costs.model_sizes import ModelSizes
 from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.second_lengths import second_lengths
-from tadistill.plan.costs.stand_in import StandIn
+from tadistill.plan.costs.two_tokenizers import second_lengths
 
 _ENDLESS = 2**31
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")

@@ -11,7 +11,7 @@ from tadistill.report.figures.style import MANY, looks, span_axis, titled
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities
-from tadistill.results.units import summary_text
+from tadistill.results.number_text import summary_text
 
 _CALIBRATED = Look(GREY, "circle", "5 4")
 

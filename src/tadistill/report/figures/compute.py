@@ -8,7 +8,7 @@ from tadistill.metrics import metric_title
 from tadistill.report.figures.style import looks, span_axis, titled
 from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
 from tadistill.results.collect import Results, primary_metric
-from tadistill.results.units import number, ratio_text, span, summary_text
+from tadistill.results.number_text import number, ratio_text, span, summary_text
 
 _ROOM = 1.25  # factor on both ends of the axis of budgets
 _SHIFT = 1.02  # factor between the points of neighbouring curves, so that their intervals do not hide each other

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from tadistill.charts import GREY, PLAIN, Axis, Chart, Look
 from tadistill.report.figures.style import looks
-from tadistill.report.routes import some
+from tadistill.report.path_words import some
 from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.compare import budget_models, twin_of
+from tadistill.results.number_text import number, signed, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import number, signed, summary_text
 from tadistill.results.verdict import by_importance
 
 _ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")

@@ -10,11 +10,11 @@ from tadistill.config.route import flat, members
 from tadistill.metrics import metric_title
 from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures.style import kinds, looks, rows_axis
-from tadistill.report.routes import route
+from tadistill.report.path_words import route
 from tadistill.results.collect import MEAN, Results, primary_metric
 from tadistill.results.curves import last_dev_value
+from tadistill.results.number_text import flops_text, interval, number, parameters_text
 from tadistill.results.study import ArmRecord, StageRecord
-from tadistill.results.units import flops_text, interval, number, parameters_text
 
 _ROW = 46  # height of a row in pixels
 _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row

@@ -8,12 +8,12 @@ from tadistill.charts import Axis, Chart, Point, nice_span
 from tadistill.charts.labels import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import MANY, looks, rows_axis, span_axis, titled
-from tadistill.report.routes import counted
+from tadistill.report.path_words import counted
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
+from tadistill.results.number_text import MINUS, flops_text, gap_text, number, p_text, ratio_text, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import MINUS, flops_text, gap_text, number, p_text, ratio_text, summary_text
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, control_pairs
 from tadistill.statistics import Difference
 

@@ -12,7 +12,7 @@ from tadistill.errors import Interrupted
 from tadistill.metrics import training_numbers, training_text
 from tadistill.plan.arms import make_plan
 from tadistill.plan.graph import distinct_labels
-from tadistill.runner.live import SHARED, Board, LiveTable, sparkline, table_lines
+from tadistill.runner.live_table import SHARED, Board, LiveTable, sparkline, table_lines
 from tadistill.runner.local import LocalRun, StageProgress
 from tadistill.stages.context import Done
 from tadistill.terminal import Terminal

@@ -64,7 +64,7 @@ class Counts:
             (self.cut, f"{self.cut} with a prompt cut at {key}"),
             (
                 self.unopened,
-                f"{self.unopened} of the cut prompts without the chat's generation prompt, which was at their end (data.long_prompts)",
+                f"{self.unopened} of the cut prompts lost the chat's generation prompt, which was at their end (data.long_prompts)",
             ),
             (self.long_context + self.cut_context, self.of_contexts),
             (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),

@@ -26,7 +26,7 @@ class Route:
 
     parts: tuple[tuple[str, ...], ...]
     starts: Mapping[str, str]
-    """Maps a model to the model from which it is pruned. Its first weights are a part of that model's weights."""
+    """Maps a model to the model from which it is pruned. The initial weights of the pruned model are a part of the weights of the other."""
     dense: bool
     """True if each model learns from all models before it in its part."""
     context: bool = False

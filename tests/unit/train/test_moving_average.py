@@ -24,8 +24,8 @@ from tadistill.rollout.samplers import FixedSequences
 from tadistill.stages import training
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
-from tadistill.train.average import MovingAverage, frozen_copy
 from tadistill.train.loop import Hooks, learning_rate, make_optimizer, train_stage
+from tadistill.train.moving_average import MovingAverage, frozen_copy
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(16)]

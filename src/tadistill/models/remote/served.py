@@ -1,6 +1,6 @@
 """Teachers that run on servers of vLLM. A server runs the model on the tokens of a batch, and this process computes the loss.
 
-    teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.server_checks` makes both
+    teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.remote.server_checks` makes both
     teacher.target(batch)
 
 A server sends one of two things for every token. `POST /pooling` returns the last hidden states after the final norm, as bytes.
@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig
 
 from tadistill.config.sampling import TopKSignal
 from tadistill.data.batch import Batch
-from tadistill.models.client import Answer, Broken, Servers, read_json
 from tadistill.models.counting.sizes import Work
+from tadistill.models.remote.client import Answer, Broken, Servers, read_json
 from tadistill.models.teacher import HiddenTeacher, Teacher
 from tadistill.objectives import Head, TopK
 from tadistill.objectives.sparse import remaining

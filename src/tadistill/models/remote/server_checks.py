@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tadistill.config.remote import Serve
 from tadistill.errors import ServerFailed
 from tadistill.models import sources
-from tadistill.models.client import Answer, Broken, Refused, Servers
 from tadistill.models.head import head_shape, read_config, read_head
-from tadistill.models.served import (
+from tadistill.models.remote.client import Answer, Broken, Refused, Servers
+from tadistill.models.remote.served import (
     COMPLETIONS,
     POOLING,
     ServedHidden,

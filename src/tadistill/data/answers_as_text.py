@@ -24,9 +24,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.data.counts import Counts
 from tadistill.data.encoding import Encoded, Encoder
 from tadistill.data.prompts import Rules
+from tadistill.data.row_counts import Counts
 from tadistill.data.rows import Example
 from tadistill.data.token_bytes import TokenBytes, valid_runs
 from tadistill.data.turns import without_thinking

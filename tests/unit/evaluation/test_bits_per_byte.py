@@ -13,7 +13,7 @@ from tadistill.data import datasets, tinyworld, tinyworld_tokenizers
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.prompts import Rules
-from tadistill.evaluation.bits import bits_per_byte, cross_read, reference_sizes, unknown_tokens
+from tadistill.evaluation.bits_per_byte import bits_per_byte, cross_read, reference_sizes, unknown_tokens
 from tadistill.evaluation.run import score
 from tadistill.evaluation.scoring import Subject
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tadistill.config import Recipe
-from tadistill.config.places import placed
+from tadistill.config.locations import placed
 from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.errors import ServerFailed, TadistillError
-from tadistill.models.endpoint import Unavailable, knock
-from tadistill.models.replies import peek
+from tadistill.models.remote.endpoint import Unavailable, knock
+from tadistill.models.remote.replies import peek
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.graph import Stage
 from tadistill.plan.kinds import AskSpec

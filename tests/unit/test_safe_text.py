@@ -20,10 +20,10 @@ from tadistill.disk import ordinary_permissions, read_json, write_json
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.judge.people import Sheet, render_sheet
 from tadistill.report import read_results, summary_table, write_report
-from tadistill.report.plain import code, escape_markdown, side_by_side
+from tadistill.report.plain_text import code, escape_markdown, side_by_side
+from tadistill.safe_text import guarded, one_line, shortened, visible, visible_parts
 from tadistill.store import Store
 from tadistill.terminal import Terminal
-from tadistill.visible import guarded, one_line, shortened, visible, visible_parts
 
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")
 EVIL = "a\x1b[2J\x1b]0;title\x07\u202eb\x9b\ud800\u2028c\r\0"

@@ -8,9 +8,9 @@ from tadistill.data.rows import Example
 from tadistill.errors import ConfigError
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import METRICS, declare, higher_is_better, metric_title, metric_unit, names_in
-from tadistill.own_code import load_function
 from tadistill.plan.arms import make_plan
 from tadistill.runner.preflight import _try_own_code
+from tadistill.user_code import load_function
 
 RECIPE = """\
 study: own

@@ -7,9 +7,9 @@ import yaml
 
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
-from tadistill.report.cards import export, model_card
 from tadistill.report.explain import verdict_text
-from tadistill.results.units import number
+from tadistill.report.model_card import export, model_card
+from tadistill.results.number_text import number
 from tadistill.results.verdict import comparisons
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tadistill.data.survey import Survey
 
 if TYPE_CHECKING:
+    from tadistill.plan.costs.light_tokenizer import StandIn
     from tadistill.plan.costs.passes import Texts
-    from tadistill.plan.costs.stand_in import StandIn
 
 
 @dataclass(frozen=True)

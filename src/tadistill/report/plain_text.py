@@ -14,7 +14,7 @@ from tadistill.metrics import metric_title
 from tadistill.report.analysis import MARKS, Analysis, analyses, published
 from tadistill.report.answer import answer
 from tadistill.report.explain import cautions
-from tadistill.report.routes import steps
+from tadistill.report.path_words import steps
 from tadistill.report.tables import (
     ScoreTable,
     Table,
@@ -28,9 +28,9 @@ from tadistill.report.tables import (
     versions,
 )
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
+from tadistill.results.number_text import DASH, gap_text, number, ratio_text, summary_text
 from tadistill.results.samples import samples
-from tadistill.results.units import DASH, gap_text, number, ratio_text, summary_text
-from tadistill.visible import one_line, visible
+from tadistill.safe_text import one_line, visible
 
 
 def render_markdown(results: Results) -> str:

@@ -3,7 +3,7 @@ that re-tokenised texts."""
 
 from tadistill.config.route import flat
 from tadistill.metrics import METRICS, metric_title
-from tadistill.report.routes import listed, some
+from tadistill.report.path_words import listed, some
 from tadistill.results.collect import Results
 from tadistill.results.study import ArmRecord, load_manifest
 
