@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from tests.e2e import forked
 
 from tadistill.config.objective import Objective
@@ -45,6 +46,7 @@ def run_forked(command: Any, *, original: Any = subprocess.run, **options: Any) 
 
 def run_kit(out: Path) -> None:
     """Run the kit in this process, and end it with the kit's exit status."""
+    torch.set_num_threads(torch.get_num_threads())  # a forked process makes torch's pool anew; two threads must not do so at once
     sys.path.insert(0, str(FOLDER))
     sys.argv = ["kit.py", "--device", "cpu", "--tiny", "--out", str(out)]
     with open(out / "log", "w") as log, contextlib.redirect_stdout(log), mock.patch.object(subprocess, "run", run_forked):
