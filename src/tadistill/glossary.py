@@ -40,8 +40,8 @@ GLOSSARY: dict[str, str] = {
     "extra bits per byte of the teacher's answers": "The student's bits per byte on the teacher's answers, minus the teacher's.",
     "teacher's bits per byte of its answers": "Bits per byte of the teacher on answers that the student writes.",
     "extra teacher's bits per byte of its answers": "The teacher's bits per byte on the student's answers, minus the student's.",
-    "bridge": "An assistant with the student's tokenizer, taught by a model with another tokenizer. In all losses of the student, "
-    "teacher and student then have the same tokenizer.",
+    "bridge": "An assistant with the student's tokenizer, taught by a model with another tokenizer. The student then learns "
+    "only from teachers with its own tokenizer.",
     "teacher tokens": "The answer tokens that the original teacher writes or scores for an arm.",
     "bits per byte": "-log2 of the probability of a text and its end, divided by its bytes; comparable between tokenizers.",
     "error budget": "The parts of a path's KL(student ‖ teacher): the divergence from the last assistant, and what each step "

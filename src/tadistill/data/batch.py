@@ -215,7 +215,7 @@ class Share:
     rows: Tensor
     """(n,) the indices of the rows, in ascending order."""
     loss: Tensor
-    """(m,) the positions of the loss in these rows, as indices into the N positions of the loss of the whole batch."""
+    """(m,) the tokens of these rows that count in the loss, as indices from 0 to N - 1 of the N tokens that count in the whole batch."""
     places: Places
     """The indices of the tokens in a batch of only these rows."""
 

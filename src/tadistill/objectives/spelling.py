@@ -236,7 +236,7 @@ class SpelledText:
     tokens: np.ndarray
     """Ids (N,)."""
     spans: np.ndarray
-    """Number (N,) of the span of each token, in ascending order from 0."""
+    """(N,) For each token, the index of its span. Spans are numbered from 0 in the order of the text."""
     stripped: np.ndarray
     """(N,) bool. True for a token whose first space is not written, because the token begins a text."""
     by_cell: np.ndarray

@@ -34,7 +34,7 @@ class SharedVocabulary:
         if self.student_ids.shape != self.teacher_ids.shape or self.student_ids.ndim != 1 or not len(self.student_ids):
             raise ConfigError(
                 f"`student_ids` has shape {tuple(self.student_ids.shape)} and `teacher_ids` {tuple(self.teacher_ids.shape)}; give two "
-                "lists of equal length, which are not empty and have the two ids of each token at the same place"
+                "lists of equal length, not empty, in which entry i is the id of the same token in both vocabularies"
             )
         for name, ids, size in (("student_ids", self.student_ids, self.sizes[0]), ("teacher_ids", self.teacher_ids, self.sizes[1])):
             if not 0 <= int(ids.min()) <= int(ids.max()) < size or len(ids.unique()) < len(ids):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Budget(NamedTuple):
-    """The numbers of updates and prompts with which an arm meets its keys `compute` and `teacher_budget`."""
+    """The numbers of updates and prompts that an arm gets from its keys `compute` and `teacher_budget`."""
 
     updates: float = 1.0
     """Factor by which the number of updates is multiplied."""

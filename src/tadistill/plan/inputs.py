@@ -147,7 +147,7 @@ class Output(Part):
     """The answers or the recorded teacher outputs that another stage wrote."""
 
     stage: str
-    """Key of the stage, which must finish first."""
+    """Key of the stage that writes this output. It must finish before a stage that needs the output starts."""
 
 
 TextOf = Annotated[tuple[str, int] | None, Field(exclude=True)]
@@ -159,7 +159,7 @@ class FromStage(Part):
     """The model that another stage made."""
 
     stage: str
-    """Key of the stage, which must finish first."""
+    """Key of the stage that writes this output. It must finish before a stage that needs the output starts."""
     checkpoint: int | None = None
     """Number of the update after which the weights were stored. None means the selected checkpoint."""
 

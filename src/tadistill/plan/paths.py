@@ -166,7 +166,9 @@ def check_weights(tokens: "StudyTokens", name: str, source: str) -> None:
 
 
 def check_like(tokens: "StudyTokens", name: str, like: str, arm: str) -> None:
-    """Check that a temperature can give the model `name` the entropy of the model `like`. Raises ConfigError if their tokenizers differ."""
+    """Check that a temperature can be searched at which two models have the same entropy: `name`, which gets it, and `like`.
+
+    Raises ConfigError if their tokenizers differ."""
     if not tokens.alike(name, like):
         raise ConfigError(
             f"the temperature of {name} cannot be set like that of {like} (arm {arm}), because their tokenizers differ "

@@ -272,7 +272,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 
 def script_notes(recipe: Recipe) -> list[str]:
     """Return a note for each split that is scored with ROUGE-L, if its references have many characters outside ASCII. ROUGE-L ignores these
-    characters. `UNSEEN` is their smallest share for which there is a note."""
+    characters. A split gets a note if the share of such characters is at least `UNSEEN`."""
     data, found = recipe.data, list[str]()
     selects = _selects(recipe)
     for role, ref in data.splits():

@@ -44,7 +44,9 @@ class Texts:
     """The index of each row's training set. Empty if there is only one set."""
 
     def taught_by(self, teacher: int) -> tuple["Texts", float]:
-        """Return the lengths of a teacher's rows in its tokens, and their share (0 to 1) in all rows. `teacher` is the teacher's index."""
+        """Return the lengths of the rows that one teacher teaches, in its own tokens, and their share (0 to 1) in all rows.
+
+        `teacher` is the index of the teacher."""
         if not self.teachers:
             return self.of_teacher, 1.0
         places = [i for i, number in enumerate(self.teachers) if number == teacher]

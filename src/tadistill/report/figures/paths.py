@@ -40,7 +40,7 @@ class Node:
     start: NodeId | None = None
     """The model from which this model is pruned."""
     others: list[NodeId] = field(default_factory=list)
-    """The teachers other than `parent`: those in earlier paths, all first teachers and, with `dense`, all earlier models."""
+    """All other teachers of the model: those in paths before this one, the other teachers of a route, with `dense` all earlier models."""
     itself: bool = False
     """True if the model teaches itself."""
 
