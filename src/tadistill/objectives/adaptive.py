@@ -21,7 +21,8 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
     """Return the adaptive KL of teacher p and student q: w KL(p || q) + (1 - w) KL(q || p). No gradient flows through w.
 
     Let H be the smallest set of the teacher's most probable tokens whose total probability is at least `mu`. The weight w is the sum of
-    |p - q| over H, divided by the sum of |p - q| over the whole vocabulary. The code of the paper's authors leaves the last token out of H.
+    |p - q| over H, divided by the sum of |p - q| over the whole vocabulary. The code of the paper's authors leaves one token out of H: the
+    token with which the total probability reaches `mu`.
 
     Args:
         mu: least total probability of H, in [0, 1]. At 0 the result equals `reverse_kl`, and at 1 it equals `forward_kl`.

@@ -78,9 +78,11 @@ def alpha_mixture(
         alpha: a finite number that selects the mean of p and q, as above.
         lam: the teacher's share of the mixture, in [0, 1].
         pair: which two distributions are compared. For example, `pr` is the divergence from p to r.
-        ab_parameters: alpha and beta of the function `alpha_beta`, which is the divergence. (1, 0) gives the KL. AMiD also uses (0.2, 0.7).
+        ab_parameters: the arguments alpha and beta of `alpha_beta`, the function that compares the two distributions. (1, 0) gives the KL.
+            AMiD also uses (0.2, 0.7).
 
-    Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are those of the WASD paper.
+    Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD). The defaults are the settings of another
+    paper, WASD.
     """
     checks.finite("alpha", alpha)
     checks.within("lam", lam, 0, 1)

@@ -37,7 +37,8 @@ class Cells:
     """The row (X,) of `excluded` for each place, or -1 for a place at which no cell is excluded."""
     excluded: Tensor
     """(..., width) bool. A row is a place with excluded cells, and a column is a symbol (byte or event). True excludes all cells that begin
-    with the symbol. Such a symbol could continue the token before the place (`SpelledPair.longer`), so `symbol_divergence` compares it."""
+    with the symbol, because the symbol could continue the token before the place (`SpelledPair.longer`). `symbol_divergence` compares the
+    models on such symbols."""
     first: Tensor
     """The first symbol (C,) of each cell's root, with which all tokens of the cell begin."""
 

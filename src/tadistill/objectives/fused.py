@@ -284,7 +284,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def of(self, rows: slice) -> "_Gradients":
-        """Return the buffers for the gradients of one part of a loss: `rows` of the hidden states' buffer, and all of the head's."""
+        """Return the gradient buffers of one part of a loss: the rows `rows` of the hidden states' buffer, and the head's whole buffers."""
         part = copy(self)
         part.hidden = None if self.hidden is None else self.hidden[rows]
         return part

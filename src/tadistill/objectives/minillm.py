@@ -30,11 +30,12 @@ def returns(
 ) -> Tensor:
     """Return the discounted sum of later rewards for each token (MiniLLM, Eq. 6).
 
-    `length_normalisation` selects the divisor of the sum. Let n be the number of tokens from this token to the end of the response:
+    `length_normalisation` selects the divisor of the sum. Let n be the number of tokens from this token to the end of the response. A
+    divisor below 1 is replaced by 1.
 
-        after        n - 2 (Eq. 6), but at least 1
+        after        n - 2 (Eq. 6)
         remaining    n (the released code)
-        discounts    the discounted sum of rewards that are all 1, so that the return is r if all rewards are r
+        discounts    the same discounted sum with every reward set to 1. The return is then a weighted mean of the rewards
         none         1
 
     Args:
@@ -103,9 +104,9 @@ def policy_gradient(
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`. No gradient flows through it.
-        weight: a factor of the loss that is not clipped. With it, a part of the ratio can be clipped: q / p~ = (q / q_old) (q_old / p~),
-            where q_old is the student at the time of sampling. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~
-            as `weight`.
+        weight: one more factor of the loss, which is not clipped. With it, only one of two factors of the ratio is clipped. For example,
+            q / p~ = (q / q_old) (q_old / p~), where q_old is the student at the time of sampling. To clip only q / q_old, give log q_old
+            as `log_behaviour` and q_old / p~ as `weight`.
 
     Returns:
         One value per token, of the shape of the inputs.

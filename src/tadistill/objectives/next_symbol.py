@@ -36,7 +36,7 @@ class SpelledPair:
     student: SpelledText
     teacher: SpelledText
     follows: np.ndarray
-    """(S,) bool. True if a span comes directly after the span before it, for both models."""
+    """(S,) bool. True if no token of either model is between a span and the previous span of the same text."""
     compared: np.ndarray
     """(S,) bool. True for a span whose tokens spell the same symbols on both sides. Other spans have the loss 0."""
 
@@ -63,13 +63,13 @@ class SpelledPair:
 
     @cached_property
     def places(self) -> "tuple[Places, Places]":
-        """All places of the spans that are compared: in the student's tokens, and in the teacher's."""
+        """All places of the spans that are compared, in two forms: in the student's tokens, and in the teacher's tokens."""
         return Places.of(self.student, self), Places.of(self.teacher, self)
 
     @cached_property
     def longer(self) -> np.ndarray:
-        """Codes (X, width): how each symbol could continue the token that ends at a place. 1: token and symbol together are a longer token
-        of a model. 2: they are not, but a longer token begins with them. If the models have 1 and 2, the code is 2. 0: all other cases."""
+        """Codes (X, width): how each symbol could continue the token that ends at a place. A model's code is 1 if token and symbol together
+        are a longer token, 2 if they are only the beginning of one, and 0 otherwise. The larger of the two models' codes counts."""
         mine, theirs = self.places
         found = np.zeros((len(mine.token), self.student.vocabulary.inside.width), np.int8)
         for each in (mine, theirs):
@@ -94,7 +94,7 @@ def symbol_divergence(
 ) -> tuple[Tensor, list[Part]]:
     """Compute divergences between the models' next symbols at all places of the spans.
 
-    If a span's beginning is compared by cells, only symbols that could continue the previous token are compared there (`_of_places`).
+    If a span's beginning is compared by cells, only symbols that could continue the token before the span are compared here.
 
     Args:
         divergence: a function of the logits of two models.
@@ -141,10 +141,10 @@ class _Next:
 def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
     """Return the sum (X,) of two divergences at each place.
 
-    A tokenizer with the token `then` does not write `the` before an `n`: if an `n` follows, the token is longer. The first divergence
-    compares each symbol that completes such a longer token, and all other symbols as one outcome. The second divergence compares each of
-    these other symbols. It counts only if the text has one of them. If cells are compared at a place (`by_cell`), the second divergence
-    compares only each symbol that begins a longer token, and all others as one outcome.
+    A tokenizer with the token `then` does not write `the` before an `n`: the `n` completes a longer token (code 1 in `longer`). The first
+    divergence has one outcome for each symbol of code 1, and one outcome for all other symbols. The second divergence is 0 if the text
+    continues with a symbol of code 1. Otherwise it leaves out the symbols of code 1, and has one outcome for each other symbol. At a place
+    `by_cell`, it has one outcome for each symbol of code 2 (the symbol continues a longer token), and one outcome for the rest.
     """
     known, each = student.known & teacher.known, (student.probs, teacher.probs.to(student.probs.dtype))
     makes, begins = longer == 1, longer == 2
@@ -175,7 +175,7 @@ def _chunks(spans: np.ndarray, most: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Places:
-    """Places in texts (positions before a byte or another symbol), each with the token of one model in which it is."""
+    """Places in the texts of one model (positions before a byte or another symbol). A place is in the token that has the next symbol."""
 
     text: SpelledText
     token: np.ndarray
@@ -191,7 +191,7 @@ class Places:
     sure: np.ndarray
     """(X,) bool. False if the model may be inside a token that is not one of the text's tokens (`SpelledText.sure`)."""
     kept: np.ndarray
-    """The index of each token of `text` in the whole text, from which `chosen` removes tokens."""
+    """The index of each token of `text` in the whole text. `chosen` leaves out of `text` the tokens that its places do not need."""
     tokens: slice
     """The tokens of `text` whose predictions these places need."""
 
@@ -239,7 +239,7 @@ class Places:
     def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
         """Return the probabilities of the next symbol at the places. `sums` (n, K) are the probabilities of the groups around `tokens`.
 
-        If a token shorter than the text's can end at a place, only symbols that complete a token there are `known`.
+        If a shorter token can end at a place inside a token, a symbol is `known` only if it and the token's symbols before it are a token.
         """
         nodes, closed = walk.nodes(sums, self.tokens)
         start = self.text.first[self.tokens.start]

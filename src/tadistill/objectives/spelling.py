@@ -79,8 +79,8 @@ class Spelling:
         """`around(token, stripped)` returns the groups around a token. If `stripped` is True, a space at the beginning of a token does not
         count, for any token of the vocabulary: the first word of a text may be written without it."""
         self.longer = lru_cache(_KEPT)(self._longer)
-        """`longer(token, stripped)` returns symbols (n,) and (n,) bool. In some longer token, the token's symbols are followed by such a
-        symbol. The bool is True if a token consists of the token's symbols and this one symbol."""
+        """`longer(token, stripped)` returns the symbols (n,) that follow the given token's symbols in longer tokens, and (n,) bool: True if
+        the given token's symbols and the one symbol together are a whole token."""
         self.ends = lru_cache(_KEPT)(self._find_ends)
         """`ends(token, stripped)` returns (L + 1,) bool for a token with L symbols. Entry n is True if the first n symbols are a token."""
         self._branches = lru_cache(_KEPT)(self._find_branches)
@@ -94,7 +94,7 @@ class Spelling:
         return int(low), int(high)
 
     def _ranges(self, token: int, stripped: bool) -> list[tuple[int, int, int, int]]:
-        """Return the ranges of `order` to search around a token: (low, high, first column of the table to compare, its depth)."""
+        """Return the ranges of `order` to search around a token: (low, high, column, depth). Symbol `depth` is in `column` of the table."""
         if stripped:
             low, high = self._space
             return [(low, high, 1, 0), (0, low, 0, 0), (high, len(self), 0, 0)]
@@ -254,8 +254,8 @@ class SpelledText:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """The index (N + 1,) of the first node of each token, and the number R of all nodes. A node is a token with the number of its
-        symbols that are already written, so a token with n symbols has n + 1 nodes."""
+        """The index (N + 1,) of the first node of each token, and at the end the number R of all nodes. A node is a position in a token:
+        before, between or after its symbols. So a token with n symbols has n + 1 nodes."""
         return np.concatenate([[0], np.cumsum(self.count + 1)])
 
     def symbols(self, token: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -282,17 +282,17 @@ class SpelledText:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """The number of symbols (N + 1,) of the texts before each token."""
+        """The number (N + 1,) of the texts' symbols before each token, and at the end the number of all symbols."""
         return np.concatenate([[0], np.cumsum(self.vocabulary.inside.lengths[self.tokens] - self.stripped)])
 
     def sure(self, token: np.ndarray, depth: np.ndarray, joined: np.ndarray) -> np.ndarray:
         """Return (X,) bool: False for a place at which the model may be inside a token that is not one of the text's tokens.
 
-        Example: a model has the tokens a, b and aba. After `ab`, it is inside `aba`, or it has written `a` and `b`. There are two cases:
+        Example: a model has the tokens a, b and aba. The result for the place after `ab` is False in two cases:
 
-        - The token of the text is `aba`. The model may have written the shorter token `a` instead, and then other tokens. This is
-          impossible if `ab` is also a token, because a tokenizer writes the longest token.
-        - The tokens of the text are `a` and `b`. The model may be inside the longer token `aba` (`unsure`).
+        - The text has the token `aba`. But the model may have written `a` and then `b`. If `ab` were also a token, the result would be
+          True: a tokenizer writes the longest token, so it would not write `a` before `b`.
+        - The text has the tokens `a` and `b`. But the model may be inside the longer token `aba` (`unsure`).
 
         Args:
             token: the index (X,) of the token at each place.
@@ -306,8 +306,8 @@ class SpelledText:
         return (self.ends[node] | ~shorter) & ~self.unsure(joined)[self.offsets[token] + within]
 
     def unsure(self, joined: np.ndarray) -> np.ndarray:
-        """Return one bool for the place before each symbol of the texts, and one for their end. True if some longer token begins with the
-        symbols of an earlier token of the text, followed by all symbols from the end of that token to the place (at least one).
+        """Return one bool for the place before each symbol of the texts, and one for their end. True if the model may be inside a longer
+        token there, which begins with an earlier token of the text and all symbols between that token and the place (at least one).
 
         Args:
             joined: (N,) bool. True for a token that comes directly after the token before it.

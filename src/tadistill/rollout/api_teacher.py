@@ -246,8 +246,8 @@ class Asking:
     def _checked(self, reply: Reply, request: Request) -> Reply:
         if not same_model(self.api.model, reply.model):
             raise Unavailable(
-                f"it answers as the model `{reply.model}`, but the recipe has `{self.api.model}` (if this is the model, "
-                f"write `model: {reply.model}`)"
+                f"it answers as the model `{reply.model}`, but the recipe has `{self.api.model}` (if both names "
+                f"mean the same model, write `model: {reply.model}`)"
             )
         with self.lock:
             other = self._digests.setdefault(reply.digest, request.key)

@@ -159,8 +159,9 @@ class Trial:
         """Return True if `read`, another way to process the texts, gives the same logits. Return False if it raises an exception.
 
         Args:
-            read: a function of the texts and the number of steps. It yields the text's index, the step and the logits (V,), for each text
-                and step. Each step after step 0 processes one token, and step 0 processes all tokens before these.
+            read: a function of the texts and the number of steps. Step 0 processes the beginning of a text, and each later step one more
+                token, up to the end of the text. For each text and step, the function yields the text's index, the step, and the logits
+                (V,) of the next token.
         """
         try:
             errors = [apart(z, self.expected[row][step]) for row, step, z in read(self.texts, _STEPS)]

@@ -42,7 +42,7 @@ class Shard:
         return [s for _, s in sorted(every, key=lambda item: item[0])]
 
     def even(self, groups: list[np.ndarray]) -> list[np.ndarray]:
-        """Return the groups of this process, divided further until all processes have the same number of groups."""
+        """Divide this process's largest groups of sequences until all processes have the same number of groups. Return the groups."""
         most = max(gather_object([len(groups)])) if self.world > 1 else len(groups)
         while len(groups) < most:
             largest = max(range(len(groups)), key=lambda i: len(groups[i]))

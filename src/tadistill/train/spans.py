@@ -77,7 +77,7 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     aligned = batch.aligned
     assert aligned is not None
     assert isinstance(sides.teacher, Hidden), "a teacher with another tokenizer must give hidden states; `tadistill plan` refuses others"
-    assert not term.per_token, "an objective with arguments per token needs one tokenizer; `tadistill plan` refuses others"
+    assert not term.per_token, "a term with `per_token` needs a teacher with the student's tokenizer; `tadistill plan` refuses others"
     kept = aligned.student >= 0
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
@@ -111,8 +111,8 @@ def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVoc
 def rewards(batch: Batch) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans (texts between common token boundaries) at the student's positions (B, T), unscaled.
 
-    `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is one token
-    after the span, because the student's next token can still change where the span ends.
+    `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is placed at the
+    first token after the span, because this token of the student can still change where the span ends.
     """
     assert batch.aligned is not None
     spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)
@@ -151,7 +151,9 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     single          share of the spans that consist of one token, which is in both vocabularies
     unspelled       share of the spans with a token that does not spell its text. Divergences leave these spans out
     left_out        share of the student's tokens that are in no span
-    lone, changed, dropped      numbers of bytes. `data.token_bytes.Reading` defines them
+    lone            number of bytes that are not valid UTF-8
+    changed         number of bytes that their tokens do not spell
+    dropped         number of bytes that are in no token
     """
     if "spans" not in count:
         return {}
