@@ -59,13 +59,15 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The comparison of two arms, with a row for each difference. If the arm uses assistants, possible explanations are added."""
+    """The comparison of `arm` with `other`, with a row for each difference. If `arm` is a path with assistants, `explanations` has possible
+    reasons for the differences. Otherwise it is empty."""
 
     arm: str
     other: str
     rows: tuple[Row, ...]
     whole: tuple[tuple[str, str, str], ...]
-    """The metrics that have one value per test set, and so no interval: (title, value of `arm`, value of `other`)."""
+    """Metrics without an interval, because they have only one value per test set: (title, value of `arm`, value of `other`). The values are
+    means over the test sets."""
     explanations: tuple[Explanation, ...]
     unequal: bool
     """True if the arm is a path with assistants, and the two arms had different compute."""
@@ -200,7 +202,8 @@ def _steps(results: Results, c: Comparison) -> list[str]:
         f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {summary_text(first, terms[0])} of it is the "
         f"distance to the last assistant {last}, which training minimised. The steps from {models[0]} to {last} {effect} "
         f"{summary_text(added, terms[1])}{share}: {', '.join(above)}.",
-        "A positive number means that the student is closer to the step's learner than to the step's teacher.",
+        "In this list, the number of a step is positive if the student is closer to the model that learns in this step than to the model "
+        "that teaches in it.",
     ]
 
 

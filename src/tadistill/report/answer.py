@@ -46,8 +46,9 @@ class Answer:
     """The result of a study in sentences. A sentence that does not apply is empty."""
 
     kind: Kind
-    """The verdict on the paths with assistants (`open`: no evidence). Without assistants, it is `best` if one arm is clearly the best, else
-    `open`. `measured` means that there is no arm to compare with, and `unfinished` that results are missing."""
+    """The verdict. With assistants, it is about their paths: `open` means no evidence or, for several paths, no gain and not only losses.
+    Without assistants, it is `best` if one arm is clearly the best, else `open`. In any study, `measured` means that there is no arm to
+    compare with, and `unfinished` that results are missing."""
     question: str
     answer: str
     against_sft: str
@@ -56,7 +57,6 @@ class Answer:
     failed: str
     """The names of failed stages, and why they failed."""
     next: str
-    """Advice on what to do next."""
 
     @property
     def badge(self) -> str:

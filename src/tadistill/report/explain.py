@@ -101,7 +101,11 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """Return the verdict of a comparison in sentences. If it is a gain, they also say whether the path is its cause."""
+    """Return sentences that give the difference and the verdict of a comparison.
+
+    For a gain over direct distillation with the same compute, they also say whether the gain is credited to the path. If direct
+    distillation had different compute, they say that nothing is credited to the path.
+    """
     arm, other = (c.arm, c.other) if c.against == "pair" else (_path_text(results.arm(c.arm)), _other(c.against, c.other))
     return " ".join([f"{arm} against {other}: {gap_words(c)}.", f"Verdict: {_word_text(c)}", *_credit_text(c)])
 
@@ -213,7 +217,7 @@ def failed_text(results: Results) -> str:
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return the size of an arm's test as text, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
+    """Return the numbers of prompts and seeds behind an arm's mean, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
     metric = primary_metric(results)
     seeds = results.scores[arm.name]
     having = {name: of_set[metric] for name, of_set in next(iter(seeds.values())).items() if metric in of_set}

@@ -235,10 +235,10 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 
 
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
-    """Return the format of the prompts on which a model was trained.
+    """Return the name of the format of the prompts on which a model was trained.
 
-    It is the template of the recipe, unless the first evaluated prompt does not have this template. The rows then have a format of their
-    own. It is `chat` if the model's tokenizer has a chat template, else `verbatim`.
+    The format is the recipe's template, unless the first evaluated prompt is not written in this template. In that case, the rows of the
+    data have a format of their own: the result is `chat` if the model's tokenizer has a chat template, else `verbatim`.
     """
     key = _evaluated(results, arm)
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}

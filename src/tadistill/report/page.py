@@ -52,7 +52,11 @@ from tadistill.safe_text import visible, visible_parts
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm in the table of the first screen, with its mean of the primary metric. `best` is True for the highest mean of its group."""
+    """One arm in the table of the first screen, with its mean of the primary metric.
+
+    `best` is True if no arm that trains the same model has an equal or higher mean. It is False if there is no arm to compare with, or if
+    the study trains nothing.
+    """
 
     cost: CostRow
     summary: Summary | None

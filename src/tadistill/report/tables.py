@@ -290,17 +290,17 @@ def _cost(results: Results) -> Table:
         of_teacher = (Cell() if tokens is None else Cell(f"{tokens:,.0f}"),) if asks else ()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative, *of_teacher)))
     note = f"The cost of all training for an arm's final model, {counted_text(results)}"
-    note += " Beside each relative value is the direct arm whose FLOPs are 1×."
+    note += " Each relative value is followed by the name of the direct arm, whose FLOPs are 1×."
     if asks:
         note += f" The last column is the number of answer tokens that {teacher} writes or scores, as the plan predicts it."
     return Table("cost", "Cost", note, columns, tuple(rows))
 
 
 def counted_text(results: Results) -> str:
-    """Return the end of a sentence about the cost of an arm, after "… all training for an arm's final model, ".
+    """Return the end of the sentence "The cost of all training for an arm's final model, …".
 
-    It says that the training of the teachers is included. If `compute: as ARM` leaves out that of a route's teachers, a second sentence
-    says so.
+    The end says that the cost includes the training of teachers and assistants. A second sentence follows if a path begins with several
+    teachers and an arm has the key `compute`. It says that `compute: as ARM` does not count the training of these teachers.
     """
     arms = results.plan.arms
     text = "including that of its teachers and teacher assistants in this study."

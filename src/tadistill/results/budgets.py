@@ -140,9 +140,10 @@ def _draws(gap: Difference, stream: int) -> Array:
 
 
 def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
-    """Return the first x at which each curve crosses 0, of shape (R,). The points of a curve are connected by straight lines.
+    """Return the first x at which each of the R curves crosses 0, as an array (R,). The points of a curve are connected by straight lines.
 
-    If a curve does not cross 0 in this range, the result is -inf (it would cross before the first point) or inf (after the last point).
+    If a curve does not cross 0 between its first and its last point, `rises` decides. The result is -inf (a crossing before the first
+    point) if the curve ends on the side of 0 where `rises` expects its end. Otherwise it is inf (a crossing after the last point).
 
     Args:
         x_N: the x of the points, in ascending order.

@@ -99,9 +99,10 @@ class Results:
     """Maps a test set to the share (0-1) of the references' letters that ROUGE-L ignores. It is 0 if an earlier version evaluated the set.
     """
     compared: Mapping[str, NDArray[np.int64]]
-    """Maps a test set to the numbers of the rows that all evaluations answered, (N,). The scores have the same order."""
+    """Maps a test set to the row numbers (places in the split, from 0) of the rows that all evaluations answered, (N,). The scores are in
+    the same order."""
     used: tuple[UsedRows, ...]
-    """The numbers of used rows of each split. Arms that used different rows of a split have separate entries."""
+    """Counts of the used rows, with one entry per split. If arms differ in the counts of a split, the split has several entries."""
     _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @cached_property

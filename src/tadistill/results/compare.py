@@ -93,8 +93,9 @@ def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     """Return the direct arm, in which the original teacher teaches the student of `arm` without assistants.
 
-    If there are several direct arms, one with the same method as `arm` is preferred. But if `arm` is not a chain and has no key `compute`,
-    the method of the first chain decides, so that a report calls only one arm direct distillation.
+    If there are several direct arms, one with the preferred method is returned. For a chain (path with assistants) or an arm with the key
+    `compute`, this is the arm's own method. For all other arms, it is the method of the first chain with the same student, so that these
+    arms have one direct arm in common.
     """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
     teacher = None if teacher == arm.model else teacher  # a student that teaches itself has no original teacher
@@ -165,10 +166,12 @@ def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucke
 
 MAIN = "main decoding"
 Curves = Literal["matched", "apart", "not measured"]
-"""The result of the attempt to compare two arms at equal entropy. Each arm has an entropy under the main decoding, and the
-lower one of the two is the target.
+"""The answer to the question: can two arms be compared at equal entropy? The target is the lower one of their entropies under the main
+decoding.
 
-`matched`: the target is within the range of the entropies of each arm's decodings. `apart`: for at least one arm, it is outside.
+- `matched`: yes. For both arms, the target is within the range of the entropies of the arm's decodings.
+- `apart`: no. For at least one arm, the target is outside this range.
+- `not measured`: no. An arm has fewer than two measured decodings or not the main one, or the arms have no finished seed in common.
 """
 
 
@@ -219,7 +222,10 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the decoding that differs from the main one (`evaluate`) in its temperature of 0. None if there is none."""
+    """Return the name of the decoding with temperature 0 that otherwise equals the main one (`evaluate`), except perhaps in the seeds.
+
+    Return None if there is no such decoding.
+    """
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 

@@ -130,7 +130,8 @@ class ExposureBias:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read two curves for each test set: the KL at each position in answers of the student, and the same in answers of the teacher.
+    """Read two curves for each test set. One has KL(teacher ‖ student) at each position in answers of the student, the other in answers of
+    the teacher.
 
     The result maps a set to the curves `student` and `teacher`. In a curve, `kl` has the values, and `count` has the number of answers that
     reach each position. A set is left out if exposure bias is not measured on it.

@@ -1,8 +1,10 @@
-"""Read what finished stages measured: scores, numbers of whole sets and predictions, and the rows and FLOPs that were really used.
+"""Read the measurements of finished stages: the scores of each prompt, the values of each test set as a whole, and the predictions. Also
+read the rows and FLOPs that were really used, because the plan can only predict them.
 
-If a file cannot be read, a `StoreError` names it, because a report must not leave out numbers silently. The plan can only predict rows and
-FLOPs. Arms are compared on rows that all of them answered. A model whose tokenizer makes longer prompts leaves out more rows. Scores are
-therefore paired by the number of the row in its split (from 0), and not by their position in a file.
+If a file cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
+
+Arms are compared on rows that all of them answered. A model whose tokenizer makes longer prompts leaves out more rows, so the files of two
+arms may have different rows. Scores are therefore paired by the number of the row in its split (from 0), not by their position in a file.
 """
 
 import math
@@ -115,7 +117,8 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """The number of rows of one split that a study used, and why others were left out. Arms (paths of models) may differ in it."""
+    """The counts of rows of one split: how many were used, and how many were left out for which reason. Arms (paths of
+    models) with different counts have separate `UsedRows`."""
 
     role: str
     """The part of the data: train, dev or test."""
@@ -163,9 +166,9 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
 
 
 def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
-    """Return the rows of each test set that all evaluations answered, as row numbers.
+    """Return, for each test set, the row numbers (places in the split, from 0) of the rows that all evaluations answered.
 
-    `rows` maps a stage and a set to the numbers of its rows.
+    `rows` maps the stage key of an evaluation and a set to the row numbers that this evaluation answered.
 
     Raises:
         StoreError: the evaluations of a set have no row in common.

@@ -48,7 +48,10 @@ def gap_text(difference: Difference, metric: str) -> str:
 
 
 def detectable_text(effect: float | None, metric: str, *, more: int = 0, unit: bool = False) -> str:
-    """Return the smallest detectable difference as text, such as ``0.3`` or ``< 0.1``, with its unit if `unit`. None becomes a dash."""
+    """Return the smallest detectable difference as text, such as ``0.3`` or ``< 0.1``. None becomes a dash.
+
+    With `unit`, the unit of the metric is added.
+    """
     if effect is None:
         return DASH
     text = number(effect, metric, more=more)

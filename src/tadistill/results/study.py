@@ -36,8 +36,10 @@ class StageRecord:
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
     like: str | None
-    """The key of another stage. With the temperature that this stage chooses, a model has the entropy of the model from the other stage.
-    The FLOPs of the other stage do not count for the arms of this stage. None if this stage chooses no temperature.
+    """The key of the stage that made the model whose entropy is wanted, if this stage searches for a temperature. With the temperature that
+    is found, a teacher has the same mean entropy as this model. The FLOPs of the stage `like` do not count for the arms of the search.
+
+    None for all other stages, and if no stage made the model whose entropy is wanted.
     """
     checkpoints: int
     """Number of checkpoints among which the best on dev was chosen. It is 0 if the stage chose none."""
@@ -272,9 +274,10 @@ def load_plan(study_dir: Path) -> StudyPlan:
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard errors of the differences between chains and direct distillation, from the study's ``results.json``.
+    """Return the standard error of the difference between each chain (path with assistants) and direct distillation.
 
-    The keys are (chain, metric). The result is empty if the file does not exist.
+    The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
+    metric). The result is empty if the file does not exist.
     """
     path = study_dir / "results.json"
     if not path.is_file():

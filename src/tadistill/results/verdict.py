@@ -137,10 +137,11 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
 
 
 def by_importance(results: Results) -> list[Comparison]:
-    """Return the result of `comparisons`, but with the comparison of the report's answer in the first place.
+    """Return the result of `comparisons`, but with one comparison moved to the front. The report's answer is about this comparison.
 
-    In a study with chains, the first place has the clear gain with the largest difference or, without a clear gain, the largest difference.
-    In a study without chains, it has the comparison of the two arms with the highest means that train the same student.
+    In a study with chains, it is the one with the highest difference ``arm - other`` among the gains, or among all comparisons if there is
+    no gain. In a study without chains, it is the one between the two arms with the highest means in the first group of `competitors`
+    with several arms.
     """
     found = list(comparisons(results))
     if not found:

@@ -40,7 +40,8 @@ class Node:
     start: NodeId | None = None
     """The model from which this model is pruned."""
     others: list[NodeId] = field(default_factory=list)
-    """All other teachers of the model: those in paths before this one, the other teachers of a route, with `dense` all earlier models."""
+    """The teachers of the model, except `parent` and the model itself. They are its teachers in other paths of an arm, the second and later
+    teachers if a path begins with several, and with `dense` all earlier models of its path."""
     itself: bool = False
     """True if the model teaches itself."""
 

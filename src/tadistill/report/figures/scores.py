@@ -42,9 +42,13 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the baseline of an arm: direct distillation, if possible with the same compute.
+    """Return the baseline of an arm. Return None for the teacher, and for an arm that would be its own baseline.
 
-    If there is no direct distillation, the baseline is the first competing arm. Return None for the baseline itself and for the teacher.
+    The baseline is the first of these arms that the study has:
+    - for an arm with assistants, direct distillation with the same compute (`twin_of`);
+      for another arm, the reference arm with the same budget (`reference_at`)
+    - direct distillation (`direct_of`)
+    - the first arm of the plan with the same student, or the very first arm if the study has no teacher.
     """
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):

@@ -9,7 +9,7 @@ from tadistill.results.collect import Results
 
 _SIGNS = {"percentage points": "%", "points": ""}  # how the title of an axis writes a unit
 MANY = 12
-"""If there are more arms than this, figures leave out the names and the single seeds."""
+"""The largest number of arms for which figures show the names of arms beside their lines or points, and a line for each seed."""
 
 
 def looks(results: Results) -> Mapping[str, Look]:
