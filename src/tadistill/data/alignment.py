@@ -90,8 +90,8 @@ def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], 
     Tokens are matched by their bytes, so `Ġthe` of GPT-2 and `▁the` of Gemma are a pair. Special tokens are matched by their names, except
     end tokens (`TokenBytes.ends`): the first end token of the student is matched with the first of the teacher, and so on. Where several
     tokens of a vocabulary have the same bytes (`A` and `<0x41>` of Gemma), ordinary tokens are matched first. Some tokenizers (WordLevel,
-    WordPiece) drop the spaces between words. The bytes of their words then include one space before the word. If both models have the same
-    tokenizer, every id is matched with itself.
+    WordPiece) drop the spaces between words. For such a tokenizer, the bytes of a word include one space before the word. If both models
+    have the same tokenizer, every id is matched with itself.
     """
     if student.same(teacher):
         every = sorted(student.tokenizer.get_vocab().values())
@@ -102,12 +102,16 @@ def shared_tokens(student: TokenBytes, teacher: TokenBytes) -> tuple[list[int], 
 
 
 def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Divide two vocabularies into cells (`objectives.spelling`). The tokens of a cell begin with the same bytes, the root of the cell.
-    Return one list for the student and one for the teacher, with the pair (cell, length of the cell's root) of each token.
+    """Divide the tokens of two vocabularies into cells (`objectives.spelling`). Return one list for the student and one for the teacher. A
+    list has one pair per token: (number of the token's cell, length of the cell's root).
 
-    The other tokenizer tokenises the text of each token again. The token is connected with the first token of the result (`_first_token`).
-    Tokens that are connected, directly or through other tokens, are in one cell. Two more cells come last: one has all tokens of the
-    student that are connected with no token of the teacher, and the other has all tokens of the teacher without a connection.
+    All tokens of a cell begin with the same bytes, the root of the cell. The cells are found in three steps:
+
+    - The text of each token is tokenised with the other model's tokenizer. A link connects the token with the first token of the result
+      (`_first_token`).
+    - Tokens that links connect, directly or through other tokens, are put into one cell.
+    - Tokens that no link connects with another token are put into two more cells, which come last: first a cell with all such tokens of
+      the student, then one with those of the teacher. These two cells have no root, and its length is given as 1.
 
     Args:
         sizes: the number of logits of each model. Ids that are not in the tokenizer are in one of the last two cells.
@@ -142,7 +146,8 @@ def cells(student: TokenBytes, teacher: TokenBytes, sizes: tuple[int, int]) -> t
 def _first_token(vocabulary: TokenBytes, token: int, other: TokenBytes) -> int | None:
     """Tokenise the text of a token with the other tokenizer. Return the first token of the result.
 
-    Return None if there is none, or if the text does not begin with its bytes, for example because a normaliser changed the text.
+    Return None if the token has no text, or if the result is empty. Also return None if the token's text does not begin with the bytes of
+    the result's first token, for example because a normaliser changed the text.
     """
     piece = vocabulary.piece(token)
     if not piece:

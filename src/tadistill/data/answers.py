@@ -99,6 +99,7 @@ def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
 
 _SAID = re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?(.*)", re.IGNORECASE)
 _LETTERS = string.ascii_uppercase
+_A_LETTER = "a letter such as B, or name the column of the choices (columns: {choices: COLUMN})"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
     if len(letter) == 1 and letter in letters:
         return Choice(choices, letters.index(letter))
     of_row = f"one of the choices {', '.join(choices)}, its letter or its number from 0"
-    raise _wrong("choice", value, where, f"write {of_row if choices else 'a letter such as B, or name `choices`'}")
+    raise _wrong("choice", value, where, f"write {of_row if choices else _A_LETTER}")
 
 
 def chosen(text: str, options: tuple[str, ...]) -> int | None:

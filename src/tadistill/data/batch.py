@@ -81,7 +81,7 @@ class Sequence:
 class Places:
     """Indices of the tokens that a batch's loss needs. They are computed on the CPU, so that no forward pass waits for the GPU.
 
-    A position of the loss is an element of the batch (B, T) at which the mask is True. A column has all rows' elements at one t.
+    A position of the loss is an element of the batch (B, T) at which the mask is True. Column t has all rows' elements at position t.
     """
 
     end: int
@@ -126,8 +126,9 @@ class Batch:
     corpus: "Batch | None" = None
     """A batch of plain text for an additional language-modelling loss. None if there is no such loss."""
     targets: tuple[Hidden | TopK | Sampled, ...] = ()
-    """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. Empty if nothing was recorded
-    before training. If the teacher has another tokenizer (`aligned`), only its outputs at its tokens in spans are given."""
+    """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. If the teacher has another
+    tokenizer (`aligned`), they are the outputs that predict `Aligned.tokens`, the teacher's tokens in spans. Empty if nothing was recorded
+    before training."""
     mixture: TargetMixture | None = None
     """The weights of the teachers in this update, if there are several teachers."""
     context: "Batch | None" = None

@@ -97,7 +97,7 @@ def render(
     """
     text = None if context.template is None else context.filled(_columns(context, example, prompt, where))
     if not chats:
-        assert text is not None, "the teacher's prompt needs context.template, because no chat template writes it"
+        assert text is not None, "no chat template writes the teacher's prompt, and context.template is missing; set context.template"
         return text
     if not tokenizer.chat_template:
         raise ModelError(

@@ -6,8 +6,8 @@ Two rules differ from MiniLLM's preprocessing:
 - Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets. In
   test sets, MiniLLM cuts them on the right, which removes "### Response:".
 
-An example with several turns becomes one sequence if the prompt of each turn begins with the same token ids as the sequence up to the turn
-before. A turn whose prompt begins with other token ids begins a new sequence.
+The turns of an example are joined into one sequence if possible. A turn is appended if its prompt begins with all token ids of the sequence
+so far. Otherwise, the turn begins a new sequence.
 """
 
 import itertools
@@ -109,6 +109,9 @@ def encode_parts(
     examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", places: Seq[int] | None = None
 ) -> Iterator[tuple[list[Encoded], Counts]]:
     """Encode the examples as `encode` does, in parts. Yield each part with the counts of all rows so far.
+
+    Args:
+        places: the indices of the examples in their split. The default is 0, 1, 2, …
 
     Raises:
         DataError, ModelError: as in `encode`. The check that at least one row is left comes after the last part.

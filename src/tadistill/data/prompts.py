@@ -49,7 +49,8 @@ class Rules:
     thinking: Thinking = "keep"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     context: TeacherContext | None = None
-    """The teacher's own prompt, which is encoded too. Its limit is `context.max_prompt`. `long_prompts` decides about longer prompts."""
+    """The teacher's own prompt, which is encoded too. It may have up to `context.max_prompt` tokens. `long_prompts` says what happens to
+    a longer prompt."""
 
     @classmethod
     def of(cls, data: Any, role: str, *, bos: bool, context: TeacherContext | None = None) -> "Rules":
@@ -77,7 +78,8 @@ class Rules:
 
 
 def of_one_turn(turns: Turns) -> Turns:
-    """Return the setting `turns` for data with one learnt turn per row, as in evaluation and sampling: `all` becomes `last`."""
+    """Return the value of `turns` for a use that needs exactly one turn of each row, such as evaluation or sampling: `last` in place of
+    `all`. Other values are returned unchanged."""
     return "last" if turns == "all" else turns
 
 

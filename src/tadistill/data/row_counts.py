@@ -12,7 +12,8 @@ class Counts:
     rows: int
     long: int = 0
     """Number of rows that were left out because their prompt has more than `limit` tokens. A row with several turns is left out only if
-    all its turns are. It is counted under the most frequent reason of these turns."""
+    all its turns are left out. If the turns have different reasons (`long`, `empty`, `answers`), the row is counted only under the most
+    frequent reason."""
     empty: int = 0
     """Number of rows that were left out because their prompt has no tokens."""
     cut: int = 0

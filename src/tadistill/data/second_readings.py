@@ -1,7 +1,7 @@
 """Tokenise a student's responses a second time, with the tokenizer of its teacher, and number the spans of both tokenisations.
 
-    again = Rereader(token_bytes(student_tokenizer), token_bytes(teacher_tokenizer))
-    sequences = again.each(references(encoded))     # each sequence gets its `second` reading when it is used
+    again = Rereader(token_bytes(student_tokenizer), token_bytes(teacher_tokenizer), (student_logits, teacher_logits))
+    sequences = again.each(references(Behind(encoded, row_numbers(encoded), encoded_for_teacher)))      # adds `second` at the first use
     batch = collate(sequences[:8], pad=pad)         # batch.context is in the teacher's tokens; batch.aligned has the spans
 
 A span is a part of the text between two token boundaries that both tokenisations have (`data.alignment`). Here the spans are numbered in
@@ -59,8 +59,8 @@ class SecondReading:
     lone: int = 0
     changed: int = 0
     dropped: int = 0
-    """Numbers of bytes: `lone` are not valid UTF-8, `changed` are not spelled by their tokens, and `dropped` are in no token. `lone` counts
-    only the teacher's tokenisation. `changed` and `dropped` are sums over both tokenisations."""
+    """Numbers of bytes. `lone` counts bytes that are not valid UTF-8, only in the teacher's tokenisation. `changed` counts bytes that their
+    tokens do not spell. `dropped` counts bytes that no token covers. `changed` and `dropped` are sums over both tokenisations."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def counted_spans(sequence: "Sequence") -> tuple[np.ndarray, np.ndarray]:
 
     A span is left out (`NO_SPAN`) if one of its tokens does not count in the loss. The other spans are numbered from 0.
     """
-    assert sequence.second is not None, "the sequence does not have its response in the teacher's tokens (`second`)"
+    assert sequence.second is not None, "the sequence has no `second` reading in the teacher's tokens; add it with a `Rereader`"
     mine, theirs = sequence.second.student, sequence.second.teacher
     counts = _counted(sequence)
     kept = np.ones(int(max(mine.max(initial=NO_SPAN), theirs.max(initial=NO_SPAN))) + 2, bool)
@@ -258,13 +258,13 @@ class Aligned:
     of_rows: tuple[int, ...]
     """Number of spans in each row."""
     texts: "tuple[SpannedTokens, SpannedTokens]"
-    """The tokens in spans of the student and of the teacher, on the CPU."""
+    """The student's tokens that are in a span, and the teacher's tokens that are in a span. Both are on the CPU."""
     follows: np.ndarray
     """One bool per span. True if the span before it is in the same row, and no token of student or teacher lies between the two spans."""
     found: Mapping[str, int]
-    """Counts for the log. Of spans: all (`spans`), those of one shared token (`single`), those with a `CHANGED` token (`unspelled`). Of the
-    student's tokens: all that count in the loss (`tokens`), and those of them that are in no span (`left_out`). Of bytes: `lone`, `changed`
-    and `dropped`, as in `SecondReading`."""
+    """Counts for the log. `spans` counts all spans, `single` the spans of one shared token, `unspelled` the spans with a `CHANGED` token.
+    `tokens` counts the student's tokens that count in the loss, and `left_out` those of them that are in no span. `lone`, `changed` and
+    `dropped` count bytes, as in `SecondReading`."""
 
     @property
     def count(self) -> int:

@@ -286,8 +286,9 @@ def _clean_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[tup
     """Find the places at which the text can be cut without cutting a token. Return them as pairs (index of a character, index of a token).
     Also return the number of bytes that no token covers.
 
-    There can be text between two tokens that neither covers. Its characters before the first white space belong to the previous token: they
-    are marks that a normaliser joined with a letter. The white space, and all characters after it, belong to the next token.
+    Between two tokens there can be text that no token covers. The part of it before the first white space belongs to the previous token,
+    because it consists of marks, such as accents, that a normaliser joined with a letter. The rest, which begins with the white space,
+    belongs to the next token.
     """
     if not offsets:
         return [(0, 0)], len(text.encode())

@@ -133,8 +133,9 @@ class _Draws:
     """The choice of the training set from which each row of a training is drawn.
 
     After n rows, the number of rows of a set differs from n times its weight by less than 1. This is the algorithm of
-    R. Tijdeman (1980), The chairman assignment problem. A set is a candidate for the next row if it has clearly fewer rows than its weight
-    demands. The row is drawn from the candidate that would soonest be too far behind.
+    R. Tijdeman (1980), The chairman assignment problem. For row n, the debt of a set is n times its weight, minus the number of its rows so
+    far. With k sets, the candidates are the sets with a debt of at least s = 1 / (2k - 2). If no more rows of a candidate were drawn, its
+    debt would grow by its weight with every row. The row is drawn from the candidate whose debt would reach 1 - s first.
     """
 
     weights: tuple[float, ...]
@@ -142,7 +143,8 @@ class _Draws:
     """Maps a batch size to a list: for each batch, the numbers of rows that were drawn from each set before it."""
 
     def of(self, batch: int, number: int) -> tuple[tuple[int, ...], list[int]]:
-        """Return how many rows of each set were drawn before batch `number`, and the index of the set of each of its rows."""
+        """Return two things: how many rows of each set were drawn before batch `number`, and the index of a set for each row of this
+        batch."""
         starts = self.starts.setdefault(batch, [(0,) * len(self.weights)])
         while True:
             last = min(number, len(starts) - 1)

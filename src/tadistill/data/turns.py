@@ -172,6 +172,6 @@ def _unverified(place: int, message: Mapping[str, Any], where: str) -> DataError
     drop = "set data.thinking: drop, or " if chat.thinking(message) or _THOUGHT.match(str(message.get("content") or "")) else ""
     return DataError(
         f"{where}: the tokenizer's chat template does not write turn {place + 1} of `messages` after the template's own generation prompt, "
-        f"so the tokens of this turn cannot be verified; {drop}use a tokenizer whose template marks answers with {{% generation %}}, or "
+        f"so it is unknown where the answer begins; {drop}use a tokenizer whose template marks answers with {{% generation %}}, or "
         "set data.turns: answer"
     )

@@ -82,8 +82,8 @@ def cross_read(
     Args:
         data: the test set, encoded for the reader.
         rules: the rules for encoding text for the reader.
-        answers: maps a row number to the prompt and the sampled answer, in the writer's tokens. The rows are in ascending order, and all of
-            them are in `data.token_cache`.
+        answers: maps a row number to the prompt and the sampled answer, in the writer's tokens. The rows are in ascending order, and
+            `data.encoded` contains all of them.
     """
     own = token_bytes(writer.tokenizer, writer.eos)
     texts = [said(row, answer.response, own) for row, answer in answers.items()]

@@ -65,7 +65,7 @@ def native(subject: Subject, settings: Evaluate, *, adapts: bool | None = None) 
 
 
 def generate_answers(engine: Engine, data: EvalSet, seed: int, tick: Callable[[int], None] = lambda n: None) -> list[Sequence]:
-    """Sample one answer per prompt, in the order of `data.token_cache`.
+    """Sample one answer per prompt, in the order of `data.encoded`.
 
     The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row.
     """
