@@ -126,13 +126,13 @@ class Arm(Strict):
     teacher_budget: str | None = None
     """Budget of the original teacher, relative to another arm. With `as ARM`, the teacher writes or scores as many answer tokens for this
     arm as for ARM. A teacher that only writes text (`seqkd`) answers the first prompts of the training set, as many as the budget allows.
-    For any other teacher, the number of updates of the models that it teaches is chosen to match the budget. The key `compute` then sets
-    only the updates of all other models."""
+    For a teacher that runs during training, the number of updates of the models that it teaches is chosen to match the budget. If such an
+    arm also has `compute`, this key changes only the updates of the models that the original teacher does not teach."""
     control: str | None = None
-    """`KIND of ARM`: this arm is a control of ARM, with the same student, settings and training FLOPs, but another teacher or none.
-    `no_teacher`: the objective is `no_teacher`, on the student's own text. `tempered`: the first model of ARM's path teaches, with its
-    logits divided by a temperature. The temperature is chosen so that the mean entropy of this teacher on dev responses equals that of
-    ARM's last assistant. `random_teacher`: the first model of ARM's path teaches with random weights."""
+    """`KIND of ARM`: this arm is a control of ARM. It has the same student, settings and training FLOPs as ARM, but another teacher or
+    none. `no_teacher`: the student trains on its own text with the objective `no_teacher`. `tempered`: the first model of ARM's path
+    teaches with its logits divided by a temperature. At this temperature, its mean entropy equals that of ARM's last assistant. Both
+    means are over the reference responses of the dev set. `random_teacher`: the first model of ARM's path teaches with random weights."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -280,7 +280,7 @@ class Budgets(Strict):
     @classmethod
     def _rising(cls, times: tuple[float, ...]) -> tuple[float, ...]:
         if any(a >= b for a, b in pairwise(times)):
-            raise ValueError(f"budgets are {[f'{t:g}' for t in times]}; write them in rising order, such as [1, 2, 4, 8]")
+            raise ValueError(f"budgets are [{', '.join(f'{t:g}' for t in times)}]; write them in rising order, such as [1, 2, 4, 8]")
         return times
 
     def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:

@@ -30,7 +30,7 @@ class Control(NamedTuple):
         """A phrase for reports: how the control trains its student, and the arm with which the control is compared."""
         teacher = {
             "no_teacher": "trained without a teacher",
-            "tempered": "taught by the teacher with the sharpness of the assistant",
+            "tempered": "taught by the teacher, whose temperature is set so that its mean entropy equals the assistant's",
             "random_teacher": "taught by a teacher with random weights",
         }
         return f"{teacher[self.kind]} (control of {self.arm})"
@@ -124,7 +124,7 @@ def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:
     if control.kind == "tempered" and base.get("compute"):
         return f"{at}, but `{control.arm}` has `compute`, so the updates of its assistant are not known yet; name an arm without `compute`"
     if "path" in arms[name] and _models(arms[name]) != _models({"path": _ends(base)}):
-        return f"{at}, so its path must be `{_ends(base)}`, but `path` is another one; remove `path`"
+        return f"{at}, so arms.{name}.path must be `{_ends(base)}`, but it is another path; remove `path`"
     return None
 
 

@@ -39,7 +39,7 @@ class DataRef(Strict):
     columns: dict[Column, str] = {}
     """Maps tadistill's name of a column to the column's name in the file, if the two names differ. Some columns are loaded only if this
     mapping names them: `tools`, `choices`, `facts`, and the columns of right answers (`numeric`, `choice`, `math`, `checks`). For example,
-    {choices: choices, numeric: answer} loads two of them."""
+    {choices: options, numeric: answer} loads the file's column `options` as `choices`, and its column `answer` as `numeric`."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, if they are the same for every row. An output that is an integer or a boolean is then an
     index into this list."""
@@ -266,7 +266,9 @@ class Data(Strict):
     def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items():
             if name in _OWN_VARIABLES:
-                raise ValueError(f"`{name}` is not a variable of a chat template, or tadistill sets it; remove this key")
+                raise ValueError(
+                    f"`{name}` is reserved for transformers' `apply_chat_template`, so a recipe cannot set it; remove this key"
+                )
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:
@@ -318,8 +320,9 @@ def shares_text(shares: Mapping[str, float]) -> str:
 
 
 def drawn_text(shares: Mapping[str, float], *, dev: bool) -> str:
-    """Return a sentence about the shares of training sets. With `dev`, add a sentence about the weights of the sets in dev values."""
-    also = " Dev values are means over the dev sets of these names, with the same shares." if dev else ""
+    """Return a sentence about the shares of training sets. With `dev`, add a sentence: dev losses and metrics are means over several dev
+    sets, weighted by these shares."""
+    also = " Each dev value (loss or metric) is a mean over the dev sets of the same names, weighted by these shares." if dev else ""
     return f"Training draws {shares_text(shares)}.{also}"
 
 

@@ -79,7 +79,7 @@ class Evaluate(Decoding):
         return self
 
     def check_sets(self, columns: Sequence[Mapping[Any, str]]) -> None:
-        """Raise a ValueError if there is nothing to measure, or if `pass_at` is set but no test set has right answers.
+        """Raise a ValueError if there are no test sets and no tasks, or if `pass_at` is set but no test set has a column of right answers.
 
         Args:
             columns: the value of `DataRef.columns` for each test set.

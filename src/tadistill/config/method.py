@@ -136,7 +136,8 @@ def _whole(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     shares = [phase.share for phase in phases if phase.share is not None]
     if shares and len(shares) < len(phases):
         raise ValueError(
-            f"{len(shares)} of {len(phases)} phases have a `share`; give every phase a share, or none for phases of equal length"
+            f"{len(shares)} of {len(phases)} phases have a `share`; give every phase a `share`, or remove every `share`, so that all "
+            "phases are equally long"
         )
     if shares and abs(sum(shares) - 1) > _ROUNDING:
         raise ValueError(
@@ -264,9 +265,17 @@ class Method(Strict):
         return self.round_rollouts // self.optim.batch * epochs
 
 
-def merge_methods(base: Any, patch: Strict | float | None) -> Any:
-    """Return a part of a method, such as its objective, with the changes in `patch`. None changes nothing. A number, or a patch of another
-    class than `base` (another `type`), replaces `base`. Raises a ConfigError if the result is not valid."""
+def merge_methods(base: Any, patch: Strict | float | None, part: str) -> Any:
+    """Return a part of a method, such as its objective, with the changes in `patch`.
+
+    Args:
+        base: the part without the changes.
+        patch: the changes. None changes nothing. A number, or an object of another class (another `type`), replaces `base`.
+        part: the key of the part, such as `objective`, for the error message.
+
+    Raises:
+        ConfigError: the changed settings do not fit together.
+    """
     if patch is None:
         return base
     if type(patch) is not type(base) or not isinstance(patch, Strict):
@@ -280,8 +289,7 @@ def merge_methods(base: Any, patch: Strict | float | None) -> Any:
         return type(base).model_validate({**base.model_dump(), **changed})
     except ValidationError as error:
         what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
-        part = type(base).__name__.lower()
-        raise ConfigError(f"a model or an arm changes `{part}` of the method, but the result is not valid: {what}") from error
+        raise ConfigError(f"a model, an arm or a phase changes `{part}`, but the changed settings do not fit together: {what}") from error
 
 
 def apply(method: Method, *patches: MethodPatch) -> Method:
@@ -289,7 +297,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     together."""
     for patch in patches:
         phases = method.phases if patch.phases is None else patch.phases
-        parts = {part: merge_methods(getattr(method, part), getattr(patch, part)) for part in PARTS}
+        parts = {part: merge_methods(getattr(method, part), getattr(patch, part), part) for part in PARTS}
         method = Method(**parts, phases=phases)
     if method.phases:
         phases_of(method)  # checks the settings of each phase; those of the whole method are not trained with

@@ -69,8 +69,8 @@ class Temper(Strict):
     tau: Temperature | None = None
     """The temperature. A value below 1 makes predictions sharper, and a value above 1 makes them softer."""
     like: str | None = None
-    """Name of an arm. For each seed, the temperature is chosen so that the mean entropy on dev responses equals that of the model that this
-    arm trains."""
+    """Name of an arm. For each seed, the temperature is chosen so that the mean entropy of this model equals that of the model that the arm
+    trains. Both means are over the reference responses of the dev set."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -101,8 +101,9 @@ class Lora(Strict):
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but the head and the embeddings cannot have adapters: the loss uses the head's "
-                "weights without adapters, and embeddings are not linear layers; name other layers, or remove `targets` to adapt all others"
+                f"lora.targets names {', '.join(refused)}, but the head and the embeddings cannot have adapters: the loss uses the head's "
+                "weights without adapters, and embeddings are not linear layers; name other layers, or remove `targets`, so that every "
+                "linear layer except the head has adapters"
             )
         return self
 

@@ -94,8 +94,8 @@ class AlphaBeta(Divergence):
 
 
 class AlphaMixture(Divergence):
-    """A divergence between a model and a mixture of teacher and student (Shin et al. 2025, AMiD). The defaults are the settings of another
-    paper, WASD."""
+    """A divergence between two distributions: a mixture of teacher and student, and either the teacher or the student (Shin et al. 2025,
+    AMiD). The defaults are not those of this paper, but those of the WASD paper."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
     alpha: Modest = -5.0
@@ -152,7 +152,8 @@ class Taid(Divergence):
     end: Share = 1.0
     """Weight t of the teacher in the target at the last update."""
     rate: float = Field(default=5e-4, ge=0)
-    """Upper bound of the adaptive rise of t in one update, as a fraction of 1 - t. t is never below the line from `start` to `end`."""
+    """Upper bound of the adaptive rise of t in one update, as a fraction of 1 - t. The faster the loss falls, the larger is this rise. If t
+    would be below the straight line from `start` to `end`, it takes the value on this line."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay rate of the moving average that measures how fast the loss falls."""
 
@@ -213,7 +214,8 @@ class Custom(Divergence):
 class SampledKL(ObjectiveBase):
     """An estimate of the reverse KL from the sampled tokens (Schulman 2020). This objective needs the sampler `student`.
 
-    Keep the sampler's defaults of `rollouts` and `inner_epochs`. The gradient is unbiased only in the first update after sampling.
+    The gradient is unbiased only in the first update after sampling. So keep the sampler's default values of `rollouts` and `inner_epochs`,
+    with which new text is sampled for every update.
     """
 
     needs_scores: ClassVar[bool] = True

@@ -72,7 +72,9 @@ class _Names:
         if value[name] not in self.own:
             self.wrong.append(f"{key} names `{value[name]}`, which {not_a_method(value[name], self.own)}")
         elif not phased and isinstance(entry, dict) and entry.get("phases"):
-            self.wrong.append(f"{key} names `{value[name]}`, which has phases itself and cannot be a phase; write its phases here")
+            self.wrong.append(
+                f"{key} names `{value[name]}`, which has phases itself and cannot be a phase; write these phases in place of its name"
+            )
         if not _valid(entry):
             return rest
         base = {name if part == "name" else part: setting for part, setting in entry.items()}

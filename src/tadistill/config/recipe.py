@@ -59,8 +59,9 @@ class Recipe(Strict):
     """The original teacher. The report compares all students with it (KL divergence). The key is only needed if the paths start with
     different models, or if there are no paths."""
     analyse: bool = True
-    """Compare every trained model with the original teacher and with the assistants of the model's path. The report then shows KL
-    divergences, the error that each distillation adds, and the exposure bias."""
+    """Compare every trained model with the original teacher and with the assistants of the model's path. The report then shows the
+    KL divergences, the exposure bias, and the error budget: how much each distillation of a path adds to the divergence from the original
+    teacher."""
     margin: float = Field(default=0.3, gt=0, le=1000)
     """Smallest difference in the primary metric that matters, in points of this metric. Smaller differences count as equal."""
     search: Search | None = None
@@ -122,7 +123,7 @@ class Recipe(Strict):
     @classmethod
     def _not_reserved(cls, study: str) -> str:
         if study.lower() == "store":
-            raise ValueError("the folder runs/store is reserved for the results of all studies; choose another name")
+            raise ValueError("this study would have the folder runs/store, which contains the results of all studies; choose another name")
         return study
 
     @field_validator("models")

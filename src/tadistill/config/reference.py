@@ -136,8 +136,8 @@ def classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def named_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the configuration classes in a type annotation, but only those that are values of a dict: each object of such a class, for
-    example a model, has a name in the recipe."""
+    """Return the configuration classes in a type annotation that are values of a dict. In a recipe, each object of such a class has a name,
+    which is its key in the dict. For example, each model in `models` has a name."""
     if typing.get_origin(annotation) is dict:
         return classes(annotation)
     return [cls for part in typing.get_args(annotation) for cls in named_classes(part)]

@@ -44,14 +44,14 @@ class Serve(Strict):
     """Treatment of all tokens except the k most probable ones, with `gives: top_k`. `lump` treats them as one token. `drop` removes them
     and renormalises the probabilities."""
     name: str | None = None
-    """The model's name on the server. By default, the model on the server is found by its name or its source. One of these two must be the
-    value of `load`, or the directory of this model's files."""
+    """The model's name on the server. By default, the model is looked for in the server's list of models (`/v1/models`). The `id` or the
+    `root` of an entry must then be the value of `load`, or the directory of this model's files."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere."""
     seconds: float = Field(default=120.0, gt=0, le=86400)
     """Largest number of seconds to wait for one answer. A request without an answer is sent again, at most four times."""
     requests: int = Field(default=8, ge=1, le=1024)
-    """Number of requests to one server that wait for an answer at the same time. A request contains one sequence."""
+    """Number of requests that wait for an answer from one server at the same time. A request contains one sequence."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,9 +112,12 @@ def check_served(name: str, serve: Serve, method: Method) -> None:
 
 
 def _check_top_k(name: str, serve: Serve, method: Method) -> None:
-    objective, sends = method.objective, f"models.{name}.serve gives only `top_k`; use `gives: hidden`"
+    objective, gives = method.objective, f"models.{name}.serve gives only `top_k`"
+    sends = f"{gives}; use `gives: hidden`"
     if method.select.metric == "reverse_kl":
-        raise ConfigError(f"select.metric `reverse_kl` needs the teacher's whole distribution, but {sends}, or another metric")
+        raise ConfigError(
+            f"select.metric `reverse_kl` needs the teacher's whole distribution, but {sends}, or set `select.metric` to `loss` or `rouge_l`"
+        )
     if not objective.needs_teacher:
         return
     if method.dense:
@@ -126,12 +129,15 @@ def _check_top_k(name: str, serve: Serve, method: Method) -> None:
         raise ConfigError(f"objective `{objective.label}` {what}, but {sends}, {fix}")
     tempered = isinstance(objective, Divergence) and objective.temperature != 1 and method.signal is None
     if tempered and serve.tail == "lump":
-        raise ConfigError(f"serve.tail `lump` needs objective.temperature 1, because {sends}, `temperature: 1`, or `tail: drop`")
+        raise ConfigError(
+            f"serve.tail `lump` needs objective.temperature 1, because {gives}, and the probability of all other tokens together is known "
+            "only at temperature 1; use `gives: hidden`, `temperature: 1`, or `tail: drop`"
+        )
 
 
 NOT_SENT = {"temperature": 1.0, "top_p": 1.0, "seed": None}
-"""Maps each sampling setting that `api.omit` can name to the value that an API uses if the setting is not sent. None means that the API
-chooses the seed."""
+"""Maps each sampling setting that `api.omit` can name to the value that an API uses if a request does not contain the setting. The value
+of `seed` is None, because the API then chooses a seed itself."""
 _NO_FIELD = ("no_repeat_ngram", "top_k", "min_p")  # settings of sampling for which chat completions have no field
 
 

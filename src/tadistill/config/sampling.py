@@ -169,7 +169,7 @@ class Rounds(OnPolicy):
 
 
 class StudentSampler(Rounds):
-    """The sampler that uses the student's own responses (on-policy distillation), as GKD with lambda = 1 (Agarwal et al. 2024).
+    """The sampler that uses the student's own responses (on-policy distillation), as in GKD with lambda = 1 (Agarwal et al. 2024).
 
     With `recorded`, the responses are sampled once, before training, and the teacher's outputs on them are recorded (offline on-policy
     distillation, as in Lightning OPD, arXiv 2604.13010). All arms, seeds and assistants then train on these responses.

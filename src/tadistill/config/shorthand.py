@@ -38,14 +38,14 @@ SHORT_KEYS = {
 def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
     """Return a method, an arm or a phase in which the name of a method is replaced by the objective and the sampler of this method.
 
-    If `value` also has an `objective` or a `sampler`, the keys of this part override the named method's keys. If this part has another
-    `type`, none of the named method's keys are used in it. A published method has no phases, unless `value` has the key `phases`.
+    If `value` also has an `objective` or a `sampler`, its keys override the keys of the named method's objective or sampler. If the `type`
+    differs, it replaces that objective or sampler. If `phased` is true and `value` has no key `phases`, the result has `phases: []`.
 
     Args:
         value: the method, arm or phase in the recipe. Anything except a string or a dict is returned unchanged.
         string: the key to use if `value` is only a string. The string becomes the value of this key.
         name: the key that contains the method's name. The result does not have this key.
-        phased: True if `value` may have the key `phases`.
+        phased: True if `value` is a method or an arm, which may have the key `phases`. False if it is a phase.
 
     Raises:
         ValueError: there is no method of this name.

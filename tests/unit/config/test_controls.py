@@ -62,7 +62,7 @@ def test_a_recipe_written_out_is_the_same_recipe():
         ({"d": "xl > s", "a": {"control": "no_teacher of d"}, "b": {"control": "no_teacher of a"}}, "`a` is a control itself"),
         (
             {"d": "xl > s", "a": {"control": "no_teacher of d", "path": "l > s"}},
-            "so its path must be `xl > s`, but `path` is another one; remove `path`",
+            "so arms.a.path must be `xl > s`, but it is another path; remove `path`",
         ),
         ({"d": "s", "a": {"control": "no_teacher of d"}}, "needs an arm with one path of at least two models and no `init`"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from tadistill.config import load, parse
+from tadistill.config.context import TeacherContext
 from tadistill.config.method import Method, MethodPatch, Optim, apply, merge_methods
 from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
 from tadistill.config.recipe import methods
@@ -140,9 +141,15 @@ def test_patches_change_only_what_they_name():
     patched = apply(base, MethodPatch(optim=Optim(lr=0.2)), MethodPatch(objective=CrossEntropy()))
     assert patched.optim == Optim(lr=0.2, steps=3)
     assert patched.objective == CrossEntropy()
-    assert merge_methods(Optim(steps=3), Optim(epochs=2.0)) == Optim(epochs=2.0)
-    assert merge_methods(Optim(steps=3, micro_batch=4), Optim(tokens=512)) == Optim(steps=3, tokens=512)
-    assert merge_methods(Optim(tokens=512), Optim(micro_batch=4)) == Optim(micro_batch=4)
+    assert merge_methods(Optim(steps=3), Optim(epochs=2.0), "optim") == Optim(epochs=2.0)
+    assert merge_methods(Optim(steps=3, micro_batch=4), Optim(tokens=512), "optim") == Optim(steps=3, tokens=512)
+    assert merge_methods(Optim(tokens=512), Optim(micro_batch=4), "optim") == Optim(micro_batch=4)
+    with pytest.raises(
+        ConfigError, match="changes `context`, but the changed settings do not fit together: `system` needs a chat template"
+    ):
+        apply(
+            base.model_copy(update={"context": TeacherContext(system="x")}), MethodPatch(context=TeacherContext(template="y", chat=False))
+        )
 
 
 def test_one_key_sets_the_size_of_a_forward_pass():
@@ -378,8 +385,8 @@ def test_absurd_names_are_refused(name, place):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"study": "store"}, r"line \d+: `study` is 'store': the folder runs/store is reserved for the results"),
-        ({"study": "Store"}, r"line \d+: `study` is 'Store': the folder runs/store is reserved for the results"),
+        ({"study": "store"}, r"line \d+: `study` is 'store': this study would have the folder runs/store"),
+        ({"study": "Store"}, r"line \d+: `study` is 'Store': this study would have the folder runs/store"),
         ({"models": {"a>b": {"load": "gpt2"}}, "arms": {"x": "a>b"}}, "cannot be used in a path"),
         ({"arms": {"x": {"path": [[]]}}}, r"arms.x.path"),
         ({None: 1}, "line 1: a key has no name"),

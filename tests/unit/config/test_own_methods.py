@@ -149,7 +149,11 @@ def test_the_short_form_has_phases():
             {},
             "shares of the phases are 0.5, 0.4, which add up to 0.9; change them",
         ),
-        ({"path": "xl > s", "phases": [{"share": 0.5}, {}]}, {}, "1 of 2 phases have a `share`; give every phase a share, or none"),
+        (
+            {"path": "xl > s", "phases": [{"share": 0.5}, {}]},
+            {},
+            "1 of 2 phases have a `share`; give every phase a `share`, or remove every `share`",
+        ),
         ({"path": "xl > s", "phases": [{"optim": {"epochs": 1}}]}, {}, "a phase sets `optim.epochs`, but phases divide the updates"),
         ({"path": "xl > s", "phases": ["kdd"]}, {}, "`kdd` is not a method; did you mean `kd`?"),
         ({"path": "xl > s", "phases": [{"shar": 1}]}, {}, "did you mean `share`?"),

@@ -81,7 +81,7 @@ def test_a_recipe_that_is_read_again_has_the_same_arms():
     ("budgets", "sentence"),
     [
         ([1], "at least 2"),
-        ([2, 1], "write them in rising order, such as"),
+        ([2, 1], r"`budgets` are \[2, 1\]; write them in rising order, such as"),
         ([0, 1], "greater than or equal to 0.001|at least 0.001"),
         (
             {"times": [1, 2], "of": "teacher"},

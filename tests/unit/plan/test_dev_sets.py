@@ -39,7 +39,7 @@ def test_the_plan_counts_and_names_the_dev_sets():
     assert stages(both, "distill")[0].cost.parts["selection/student"].flops == pytest.approx(sum(looks.values()), rel=0.01)
     out = io.StringIO()
     preview.print_plan(both, Store(io.__file__), Console(file=out, width=200))
-    assert "Dev values are means over the dev sets of these names, with the same shares." in " ".join(out.getvalue().split())
+    assert "Each dev value (loss or metric) is a mean over the dev sets of the same names" in " ".join(out.getvalue().split())
 
 
 def test_names_and_weights_of_dev_sets_are_in_the_key():
