@@ -28,7 +28,7 @@ def visible(text: str) -> str:
 
 
 def visible_parts(value: Any) -> Any:
-    """Apply `safe_text` to every text of a value, also inside lists and dicts. Markup (HTML of our own templates) stays as it is."""
+    """Apply `visible` to every text of a value, also inside lists and dicts. Markup (HTML of our own templates) stays as it is."""
     if isinstance(value, str):
         return value if hasattr(value, "__html__") else visible(value)
     if isinstance(value, dict):
@@ -37,7 +37,7 @@ def visible_parts(value: Any) -> Any:
 
 
 def one_line(text: str) -> str:
-    """Return the text as `safe_text` does, with line feeds also shown as escapes."""
+    """Return the text as `visible` does, with line feeds also shown as escapes."""
     return visible(text).replace("\n", "\\n")
 
 
