@@ -73,6 +73,6 @@ def test_the_plan_and_the_report_name_what_is_compared(study):
     plan = " ".join(tadistill("plan", str(folder / "spans.yaml"), "--runs", str(folder / "runs")).out.split())
     for found in (text.replace("\\", ""), plan):
         why = "of s is computed over spans of text, because t has another tokenizer"
-        assert f"the loss `forward_kl` {why}: at the start of a span, the models are compared by groups of next tokens" in found
+        assert f"the loss `forward_kl` {why}: at the start of a span, the loss compares the probabilities of groups of next tokens" in found
         assert f"the loss `gold` {why}, as in GOLD of TRL 1.16" in found
-        assert "in place of the single-step term" in found
+        assert "the single-step term (the expected reward of the next token) is left out" in found

@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
 
 class _Made(NamedTuple):
     path: list[Handle]
-    """The models of the arm's path, in its order. If the arm has several paths, the last one counts."""
+    """The models of the arm's path, in the order of the path. For an arm with several paths, these are the models of its last path."""
     phases: list[PlannedPhase]
     """The phases of the last training in the arm."""
     stages: list[str]
@@ -134,7 +134,7 @@ class _Planner:
                 missing = [key for key, other in arm.budgets.items() if other in absent]
                 if missing:
                     left_out = arm.budgets[missing[0]]
-                    absent[name] = f"it has `{missing[0]}: {getattr(arm, missing[0])}`, but arm {left_out} is left out too"
+                    absent[name] = f"`{missing[0]}: {getattr(arm, missing[0])}` needs arm {left_out}, which is left out too"
                 elif all(other in done for other in arm.budgets.values()):
                     try:
                         done[name] = self._arm(name, arm, done)

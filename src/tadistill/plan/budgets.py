@@ -1,13 +1,17 @@
 """The two budgets of an arm: its training FLOPs, and the number of answer tokens that the original teacher writes or scores for it.
 
-The keys `compute` and `teacher_budget` of an arm name another arm whose budget the arm gets. The plan changes the arm's number of updates
-or of prompts, so that its cost equals the budget. The two keys change different numbers, so an arm can have both:
+The keys `compute` and `teacher_budget` of an arm name another arm. Each budget is set relative to the cost of that arm. The plan changes
+the number of updates or of prompts, so that the cost of the arm equals its budget. The two keys change different numbers, so an arm can
+have both:
 
-    the teacher only writes text (SeqKD)      `teacher_budget` changes the number of prompts, `compute` the number of all updates
-    the teacher runs during training          `teacher_budget` changes the updates of the models that the teacher teaches, `compute` the
-                                              updates of all other models
+    the teacher only writes text (SeqKD)
+        `teacher_budget`    changes the number of prompts
+        `compute`           changes the updates of all students
+    the teacher runs during training
+        `teacher_budget`    changes the updates of the students that the original teacher teaches
+        `compute`           changes the updates of all other students
 
-All costs are linear in the number of updates and in the number of prompts. So the costs of one or two trial plans show by which factor a
+Each cost grows linearly with the number of updates and with the number of prompts. So one or two trial plans show the factor by which a
 number must change.
 """
 
@@ -36,7 +40,7 @@ class Budget(NamedTuple):
     updates: float = 1.0
     """Factor by which the number of updates is multiplied."""
     taught: float | None = None
-    """Another factor for models that the original teacher teaches. None if `updates` applies to them too."""
+    """Factor on the updates of the models that the original teacher teaches. None if it equals `updates`."""
     rows: int | None = None
     """Number of training prompts that the original teacher answers. None if it answers all of them."""
 

@@ -149,8 +149,11 @@ class StageBuilder:
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), **self.training())
 
     def tempered(self, name: str, parent: Handle, like: tuple[str, Handle], arm: str, seed: int) -> FromStage:
-        """Add the search for a temperature at which the model `name` has the same mean entropy as the model `like`. Return the model with
-        this temperature. `like` is the name and the weights of a model of the arm `arm`."""
+        """Add the search for a model's temperature, and return the model with this temperature.
+
+        The temperature divides the logits of `parent`, so that the mean entropy of `parent` equals that of the model `like`. `like` is the
+        name and the weights of a model of the arm `arm`. `name` is the name of the model that gets the temperature.
+        """
         check_like(self.tokens, name, like[0], arm)
         data, dev = self.encoding(name), self.sets.dev()
         spec = kinds.TemperSpec(data=data, teacher=parent, like=like[1], dev=dev, batch=self.recipe.evaluate.batch)
@@ -174,8 +177,8 @@ class StageBuilder:
             )
         if sft.keep and sft.select.patience:
             raise ConfigError(
-                f"models.{name}.sft has both `keep` and `select.patience`. With `patience`, training may stop early, before update "
-                f"{max(sft.keep)} is stored (`keep`); remove one of the two keys"
+                f"models.{name}.sft has both `keep` and `select.patience`, but with `patience`, training may stop before update "
+                f"{max(sft.keep)}, which `keep` names; remove one of the two keys"
             )
         spec = kinds.SftSpec(
             student=student,

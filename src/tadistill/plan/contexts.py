@@ -11,11 +11,13 @@ from tadistill.errors import ConfigError, about
 
 
 def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
-    """Check that a student of the arm `name` does not learn from an exact copy of itself, and that the method may have `ema`.
+    """Check that a student of the arm `name` does not learn from an exact copy of itself, and that the arm can use `ema`.
+
+    With `ema`, the teacher is a moving average of the student.
 
     Raises:
         ConfigError: teacher and student have the same weights and read the same prompts, so the loss would be 0. Or `ema` is set, but the
-            teacher is another model than the student, or the arm is a control.
+            teacher is another model than the student. Or `ema` is set in a control.
     """
     if method.ema is not None and teacher != learner:
         raise ConfigError(
@@ -25,7 +27,7 @@ def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str
     if method.ema is not None and arm.controls:
         raise ConfigError(
             f"arms.{name} is a control (`{arm.control}`), whose teacher must not change, but with `ema`, the teacher follows the student; "
-            f"set `ema` in arms.{arm.controls.arm} and not in `method`"
+            f"set `ema` in arms.{arm.controls.arm}, not in the recipe's `method`"
         )
     same = _is_students_prompt(recipe, method.context)
     if teacher != learner or not method.uses_teacher or (method.context and not same):

@@ -37,7 +37,10 @@ def fair_notes(recipe: Recipe) -> Iterator[str]:
     """Yield a sentence if `fair: true` adds no arm to the recipe."""
     chains = [arm for arm in recipe.arms.values() if len(arm.path) == 1 and len(arm.last) > 2]
     if recipe.fair and not any(not (arm.control or arm.init or arm.compute) for arm in chains):
-        yield "`fair: true` adds no arms, because no arm has one path with an assistant, such as A > B > C, without `init` and `compute`."
+        yield (
+            "`fair: true` adds no arms, because it needs an arm with a single path through an assistant, such as A > B > C, and with "
+            "neither `init` nor `compute`."
+        )
 
 
 def _changed(stages: StageBuilder, name: str, arm: Arm, teacher: Handle, seed: int, path_of: Callable[[str, int], list[Handle]]) -> Handle:

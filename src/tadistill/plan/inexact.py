@@ -26,7 +26,7 @@ def approximations(plan: "Plan", arm: str) -> list[str]:
 
 def _of_stage(plan: "Plan", student: str, spec: object) -> Iterator[str]:
     if isinstance(spec, AskSpec):
-        yield f"teacher FLOPs unknown: {student} is behind an API, so its FLOPs are counted neither for the arm nor by `compute`"
+        yield f"teacher FLOPs unknown: {student} is behind an API, so neither the FLOPs of the arm nor `compute` include its FLOPs"
     if isinstance(spec, DistillSpec) and spec.teacher_data:
         yield f"the loss `{spec.objective.label}` of {student} is {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
         return
@@ -41,14 +41,15 @@ def _over_spans(spec: DistillSpec, teacher: str) -> str:
     why = f"computed over spans of text, because {teacher} has another tokenizer"
     if isinstance(spec.objective, MiniLLM):
         return (
-            f"{why}: each token gets the reward of its whole span, in place of the single-step term (the expected reward of the next "
-            "token); the gradient is unbiased, unless later text changes how the teacher's tokenizer cuts a span"
+            f"{why}: each token gets the reward of its whole span, and the single-step term (the expected reward of the next token) is "
+            "left out; the gradient is unbiased, unless later text changes how the teacher's tokenizer splits a span"
         )
     if isinstance(spec.objective, Uld | Gold):
         return f"{why}, as in GOLD of TRL 1.16"
     return (
-        f"{why}: at the start of a span, the models are compared by groups of next tokens that begin alike (cells), and inside a span by "
-        "the next byte; the comparison is exact if each model splits text into tokens only as its own tokenizer does"
+        f"{why}: at the start of a span, the loss compares the probabilities of groups of next tokens that begin with the same bytes "
+        "(cells); inside a span, it compares the probabilities of the next byte; the loss is exact only if each model gives no probability "
+        "to tokenisations that its own tokenizer would not make"
     )
 
 

@@ -119,7 +119,7 @@ class Split(HashedData):
 
     @property
     def splits(self) -> "tuple[Split, ...]":
-        """This split alone, in a tuple. So code can read the dev data in one way, also if they are `DevSets` with several splits."""
+        """A tuple with only this split. `DevSets` also has `splits`, so code can read both classes in the same way."""
         return (self,)
 
 
@@ -159,7 +159,7 @@ class FromStage(Part):
     """The model that another stage made."""
 
     stage: str
-    """Key of the stage that writes this output. It must finish before a stage that needs the output starts."""
+    """Key of the stage that makes the model. This stage must finish before a stage that needs the model starts."""
     checkpoint: int | None = None
     """Number of the update after which the weights were stored. None means the selected checkpoint."""
 
@@ -217,7 +217,8 @@ class TokenizerFiles(Part):
     """The tokenizer of a model, without the model."""
 
     source: str
-    """Path or Hub name as written in the recipe. Or a tokenizer of the data set tinyworld, whose seed is in the stage's `Encoding`."""
+    """Path or Hub name as written in the recipe, or the name of a tokenizer of the data set tinyworld. The seed of tinyworld is in the
+    stage's `Encoding`."""
     revision: str
     fingerprint: str | None
     at: str | None = Field(default=None, exclude=True)

@@ -293,8 +293,8 @@ class AnalyseSpec(_OnTestSets):
     assistants: tuple[Handle, ...]
     batch: int
     of_teacher: Encoding | None = None
-    """The settings with which the teacher tokenises texts, if its tokenizer differs from the model's. Then each of the two scores the
-    other's answers as text, and nothing is compared token by token."""
+    """The settings with which the teacher tokenises texts. None if teacher and model have one tokenizer. If their tokenizers differ, each
+    of the two models scores the other's answers as text, and nothing is compared token by token."""
 
     @property
     def saves_memory(self) -> list[str]:

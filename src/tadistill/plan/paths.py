@@ -47,9 +47,9 @@ def check_sizes(ledger: Ledger, name: str, arm: Arm) -> None:
 def given_teachers(recipe: Recipe, arm: Arm, like: Arm) -> set[str]:
     """Return the teachers whose own training is left out when the FLOPs of `arm` are matched to those of the arm `like`.
 
-    If a path begins with a route, these are the original teacher and the models at the start of both arms' paths, because the two arms can
-    start from different models. Without a route, it is the original teacher for `compute: 2x ARM`. For `compute: as ARM`, it is no model,
-    because the training of the original teacher usually is in both sums.
+    If a path begins with a route, the two arms can start from different models. Then the original teacher and the models at the start of
+    both arms' paths are returned, except models that one of the arms distils. Without a route, the original teacher is returned for
+    `compute: 2x ARM`, and no model for `compute: as ARM`, because the FLOPs of both arms usually include the original teacher's training.
     """
     original = original_teacher(recipe)
     if not routed((*arm.path, *like.path)):

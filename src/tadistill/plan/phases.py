@@ -39,7 +39,7 @@ class Turn(NamedTuple):
     """Name of the arm's last model. With `recorded: true`, this model writes the text on which the first phase trains."""
 
     def seed(self, seed: int) -> int:
-        """Return the seed of this distillation for a training seed of the study. Both are the same for the first distillation."""
+        """Return the seed of this distillation for `seed`, a training seed of the study. The first distillation gets `seed` itself."""
         if self.before == 0:
             return seed
         from tadistill import rng  # not at the top, because numpy is slow to import and few plans need it

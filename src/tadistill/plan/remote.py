@@ -69,8 +69,8 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
         teacher: the original teacher with which the arm's model is compared; None if nothing is compared.
 
     Raises:
-        ConfigError: the arm trains or measures a served model; or it compares its model with a served one that sends only top-k tokens; or
-            a model is a served one with another temperature.
+        ConfigError: the arm trains or measures a served model; or its model is compared with a served one that sends only top-k tokens; or
+            the `temper` of a model refers to a served model.
     """
     check_only_writes(recipe, arm)
     served, path = {name for name, model in recipe.models.items() if model.serve}, recipe.arms[arm]
@@ -159,7 +159,7 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
         )
     if apis.intersection(path.models) and any("tools" in ref.columns for ref in recipe.data.sets.values()):
         raise ConfigError(
-            f"data.train.columns names `tools`, but the API of `{min(apis)}` returns only text and no calls of tools; remove `tools`"
+            f"data.train.columns names `tools`, but the API of `{min(apis)}` returns only text and no tool calls; remove `tools`"
         )
 
 
@@ -229,7 +229,7 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
             sets = "1 set" if len(left) == 1 else f"{len(left)} sets"
             done = f"At most {total.requests:,} requests for {sets} of answers: {total.text(model.api)}."
             if len({spec.seed for spec in left}) > 1:
-                done += f" Each seed has its own answers; `models.{name}.seed` gives one set to all seeds."
+                done += f" Each seed asks for its own answers; set `models.{name}.seed` to use one set of answers for all seeds."
         yield f"Teacher {where} writes text. {done}"
 
 

@@ -92,7 +92,7 @@ class OnTrainingSets(Spec):
 
     @property
     def limit(self) -> int | None:
-        """Number of rows to use, if there is one training set. None for all rows, and for several sets, each of which has its own limit."""
+        """Number of rows to use of the only training set. None means all rows, or that there are several sets with limits of their own."""
         return None if self.more else self.train.limit
 
     def texts(self, ledger: "Ledger", weights: tuple[float, ...] = (), route: tuple[int, ...] = ()) -> "Ledger":

@@ -74,7 +74,8 @@ class StudyTokens:
         return list(dict.fromkeys(map(self.family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:
-        """Return the models whose common tokenizer counts the tokens of a model's texts. Empty if all models share one tokenizer."""
+        """Return the loaded models of a model's family. Their common tokenizer counts the tokens of the model's texts (`TextLengths.of`).
+        Empty if all models share one tokenizer."""
         roots = {self._root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
 
@@ -148,7 +149,7 @@ class StudyTokens:
         return found
 
     def cautions(self) -> list[str]:
-        """Return warnings: a model uses another model's tokenizer, BOS is first or left out, or a template may not suit a chat model."""
+        """Return warnings about tokenizers and templates, such as: a model uses another model's tokenizer, or prompts begin with BOS."""
         found = [sentence for group in self._groups for sentence in self._cautions_of(group)]
         for ref, role in self._splits:
             if datasets.has_unread_tools(ref, role, self.recipe.data):
@@ -191,7 +192,7 @@ class StudyTokens:
         shared = len(self._tokens(name) or ()) - len(mine)
         who, extra = (name, mine) if mine else (lead, theirs)
         shown = ", ".join(list(extra)[:_SHOWN]) + (" …" if len(extra) > _SHOWN else "")
-        return f"{lead} and {name} share {shared:,} tokens. {who} has {_more(extra)} ({shown}), which no text may contain."
+        return f"{lead} and {name} share {shared:,} tokens. {who} has {_more(extra)} ({shown}); a text with such a token is refused."
 
     def _differences(self, name: str, text: Callable[[int], str]) -> list[str]:
         found, own, lead = [], self._of(name), self._of(self._lead(name))

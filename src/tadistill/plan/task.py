@@ -214,8 +214,8 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
         )
     if given.teacher == "sharded" and isinstance(spec, DistillSpec) and spec.route:
         raise ConfigError(
-            f"{stage.label}: `resources` has teacher: sharded, which needs all processes to run a teacher at the same time, but each "
-            "process runs a teacher of a route only on its own rows; set teacher: replicated or offloaded"
+            f"{stage.label}: `resources` has teacher: sharded, for which all processes must run the same teacher at the same time, but "
+            "with a route, each process runs only the teachers of its own rows; set teacher: replicated or offloaded"
         )
     if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(

@@ -71,4 +71,4 @@ def test_the_plan_says_who_teaches_in_a_control(plan, tmp_path):
 def test_the_plan_says_that_fair_adds_nothing(tmp_path):
     console = Console(file=io.StringIO(), width=400)
     preview.print_plan(make_plan(validate(recipe(seeds=[1], arms={"direct": "xl > s"}, fair=True))), Store(tmp_path), console)
-    assert "`fair: true` adds no arms, because no arm has one path with an assistant" in console.file.getvalue()
+    assert "`fair: true` adds no arms, because it needs an arm with a single path through an assistant" in console.file.getvalue()

@@ -177,7 +177,10 @@ def test_extra_tokens_at_the_end_do_not_divide_a_family(planned, t, s, who):
     arms = {"kd": {"path": "t > s", "method": "kd"}, "text": "t > s"}
     plan = planned(arms, t=t, a=t, s=s)
     assert plan.tokens.families == [("t", "s")]
-    assert f"t and s share 262 tokens. {who} has 2 more tokens (<tool>, <call>), which no text may contain." in plan.tokens.cautions()
+    assert (
+        f"t and s share 262 tokens. {who} has 2 more tokens (<tool>, <call>); a text with such a token is refused."
+        in plan.tokens.cautions()
+    )
     uses = plan.tokens.tokenizer("s")
     assert (uses is not None and uses[0].endswith("bytes")) == (s == "more")  # a student keeps no token that its teacher lacks
     assert len(kinds(plan).get("retokenise", [])) == (t == "more")

@@ -273,7 +273,7 @@ def laid_out(**changes) -> None:
           "data": DATA | {"corpus": "tinyworld"}}, "but plain text belongs to no set, so it has no teacher"),
         ({"arms": {"a": ROUTE, "c": {"control": "random_teacher of a"}}}, "several models teach; use `no_teacher of a`"),
         ({"teacher": None}, "the arms' paths start from different models (m, xl); set `teacher:`"),
-        ({"resources": {"distill": {"processes": 2, "teacher": "sharded"}}}, "each process runs a teacher of a route only on its own rows"),
+        ({"resources": {"distill": {"processes": 2, "teacher": "sharded"}}}, "each process runs only the teachers of its own rows"),
         ({"models": MODELS | {"m": MODELS["m"] | {"sft": {"optim": {"steps": 1}, "sets": ["chat"]}}}},
          "names `chat`, which is not a training set; choose one of facts, skills"),
         ({"models": MODELS | {"m on skills": MODELS["m"]}}, "`m on skills` cannot be used in a path"),

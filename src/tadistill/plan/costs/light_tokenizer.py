@@ -61,7 +61,7 @@ class StandIn:
         return self._source, self.known, self.chat_template, str(self.special_tokens_map)
 
     def readable(self, rules: Rules) -> Rules:
-        """Return `rules`. If no chat template is on this disk, the returned rules have no variables for a chat template."""
+        """Return `rules`, without `chat_template_kwargs` if none of the models has a chat template on this disk."""
         return rules if self._chats else replace(rules, chat_template_kwargs={})
 
     def cuts(self, text: str) -> list[int]:

@@ -51,7 +51,9 @@ class TextLengths(ModelSizes):
         if self.partial and (place := datasets.on_hub(ref, role, data)):
             here = hub.cached(place[0], ref.revision, place[1]) is not None
             if not here and not hub.reachable():
-                raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` with a network")
+                raise NotHere(
+                    f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` where the Hub can be reached"
+                )
         return survey(ref, role, data)
 
     @property
@@ -71,7 +73,8 @@ class TextLengths(ModelSizes):
 
     @cached_property
     def fixed(self) -> Texts:
-        """The lengths of the training rows with `data.turns` as set. With `all`, a row can have several answers. In `train`, it has one."""
+        """The lengths of the training rows with the recipe's `data.turns`. With `all`, they include every answer of a conversation. The
+        lengths in `train` include only the last answer."""
         return self._train_texts(self.recipe.data.turns) if self.recipe.data.turns == "all" else self.train
 
     def _train_texts(self, turns: Turns) -> Texts:

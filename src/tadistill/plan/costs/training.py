@@ -108,7 +108,11 @@ class TrainingMemory:
         self.stored = (2 if self.bf16 else 4) * tokens * sum(teacher.size.hidden for teacher in self.teachers)
 
     def total(self, *, runs_teachers: bool) -> Memory:
-        """Return the memory of the training. With `runs_teachers`, it includes the teachers' weights, else at most their heads."""
+        """Return the memory of the training. With `runs_teachers`, it includes the teachers' weights.
+
+        Without `runs_teachers`, it includes only the teachers' heads (output layers), and these only if the student trains on recorded
+        hidden states.
+        """
         size, dtype = self.student.size, DTYPES[self.optim.precision]
         trained = self.adapters.trained if self.adapters else size.total
         if runs_teachers and self.average:
@@ -153,8 +157,9 @@ def _running(model: Described) -> float:
 
 
 _INSIDE = 0.75
-"""Share of the tokens at which a loss over spans compares the two models' next bytes, which needs more logits. It was 0.81 for GPT-2 and
-SmolLM2, and 0.67 for the two tokenizers of tinyworld."""
+"""Estimated share of response tokens at which a loss over spans of text compares the next bytes of the two models. At each of these
+tokens, the loss needs logits, as at the starts of spans. Measured shares are 0.81 for GPT-2 and SmolLM2, and 0.67 for the two tokenizers
+of tinyworld."""
 
 
 class TrainingCost:
@@ -245,11 +250,12 @@ class TrainingCost:
                 self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
 
     def _spans(self, texts: Texts, rows: float) -> None:
-        """Correct the number of logits for a loss over spans of text. `train` counts the logits at every token of both models.
+        """Correct the number of logits for a loss over spans of text. `train` counts logits once at every response token of each model.
 
-        `uld` and `gold` need more: the student computes logits once more at each of its tokens that does not end a span. All other losses
-        need logits at the start of each span and at a share `_INSIDE` of the tokens. At this share of its tokens, the student also computes
-        logits before the loss.
+        For `uld` and `gold`, the student computes logits a second time, at each of its tokens that does not end a span.
+
+        Any other loss needs the logits at the start of each span, and at a share `_INSIDE` of the tokens. In addition, the student
+        computes logits at this share of its tokens before the loss.
         """
 
         seconds = texts.seconds
@@ -286,7 +292,8 @@ class TrainingCost:
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of metrics of sampled text (`train.alarms`). They use the first rows of some updates, at least ten updates apart."""
+        """Add the cost of the metrics of sampled text (`train.alarms`). They are computed on the first rows of an update, once in ten
+        or more updates. `share` (0 to 1) is the fraction of updates that train on sampled text."""
         micro = passes.rows_in_pass(self.optim, answers)
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         watched = min(micro, WATCHED_ROWS) / micro * times
