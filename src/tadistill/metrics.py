@@ -134,7 +134,10 @@ def names_in(group: Group) -> tuple[str, ...]:
 
 
 def sorted_names(measured: Iterable[str], keep: Callable[[Metric], bool]) -> tuple[str, ...]:
-    """Return the measured metrics that `keep` accepts, in the order of the tables. Names of other decodings (`@`) are left out."""
+    """Return the measured metrics that `keep` accepts, in the order of the tables.
+
+    Names with an @ are left out: these are metrics of decodings other than the main one.
+    """
     order = {name: i for i, name in enumerate(METRICS)}
     names = [name for name in dict.fromkeys(measured) if "@" not in name and keep(metric_of(name))]
     parts = {name: name.partition("/")[::2] for name in names}

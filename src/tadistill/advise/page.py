@@ -32,7 +32,7 @@ _COLUMNS = (
     ("overlap", f"of the {TOP_K} most likely tokens", "overlap"),
     ("mass", f"on p's {TOP_K} most likely tokens", "mass"),
     ("entropy gap", "H(p) − H(q), nats", "entropy_gap"),
-    ("bias", "E[log p − log T], nats", "bias"),
+    ("bias", "E[log p − log p_T], nats", "bias"),
     ("KL(p ‖ q)", "references, nats/token", "forward_kl"),
     ("loss ratio", "p / q, references", "loss_ratio"),
     ("advantage", "references, nats/token", "advantage"),

@@ -103,8 +103,8 @@ def notes(
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
     if thin:
         found.append(
-            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} most likely tokens: {', '.join(thin)}. "
-            "On-policy reverse KL has been reported to collapse if this probability is low."
+            f"These learners give less than {LEAST_MASS:g} of their probability to the {TOP_K} tokens that are most likely for their "
+            f"teacher: {', '.join(thin)}. On-policy reverse KL has been reported to collapse if this probability is low."
         )
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:

@@ -120,7 +120,7 @@ def _problem(name: str, control: Control, arms: dict[str, Any]) -> str | None:
     if len(_models(base)) < 2 or base.get("init"):
         return f"{at}, but a control needs an arm with one path of at least two models and no `init`; name such an arm"
     if control.kind == "tempered" and len(_models(base)) < 3:
-        return f"{at}, but `{control.arm}` has no assistant, whose entropy the control needs; name an arm with a path such as A > B > C"
+        return f"{at}, but it needs the entropy of an assistant, and `{control.arm}` has none; name an arm such as A > B > C"
     if control.kind == "tempered" and base.get("compute"):
         return f"{at}, but `{control.arm}` has `compute`, so the updates of its assistant are not known yet; name an arm without `compute`"
     if "path" in arms[name] and _models(arms[name]) != _models({"path": _ends(base)}):

@@ -132,10 +132,10 @@ class ModelConfig(Strict):
     """Source of the tokenizer, if the weights have none: a directory, a hub id, or a tokenizer of the built-in data set tinyworld. The
     tokens of `tinyworld` are words, and those of `tinyworld-bpe` are parts of words (byte-level BPE)."""
     template: Template | None = None
-    """Text around an instruction, for this model and for all models with the same tokenizer. The default is `data.template`. With this key,
-    models can have different templates: for example, a student with a chat template (`chat`), and a teacher without one (`alpaca`). Only a
-    model with `load` can have this key. For a chat template of your own, save a tokenizer with this template, and name its directory in
-    `tokenizer`."""
+    """Text around an instruction, for this model and for all models with the same tokenizer. The default is `data.template`. With this
+    key, models with different tokenizers can have different templates: for example, a student with a chat template (`chat`), and a
+    teacher without one (`alpaca`). Only a model with `load` can have this key. For a chat template of your own, save a tokenizer with
+    this template, and name its directory in `tokenizer`."""
     serve: Serve | None = None
     """Servers of vLLM that run this model when it teaches. `load` must name the same model. By default, the model runs in the training
     process."""

@@ -264,8 +264,8 @@ class ReplaySampler(OnPolicy):
     capacity: int = Field(default=1000, ge=1, le=MOST)
     """Number of sequences in the buffer. If it is full, new sequences replace the oldest ones."""
     schedule: Literal["decreasing", "constant", "increasing"] = "decreasing"
-    """Probability that update t of T samples new student text. `decreasing`: phi (1 - t/T). `constant`: phi / 2. `increasing`: phi t/T. phi
-    is the probability that an update uses student text at all."""
+    """Probability that update t of T samples new student text. Let phi be the probability that an update uses student text, new or stored.
+    `decreasing`: phi (1 - t/T). `constant`: phi / 2. `increasing`: phi t/T."""
     tolerance: float = Field(default=0.1, ge=0)
     """Increase of the dev loss (in nats) at which phi rises. phi is the probability that an update uses student text."""
     increment: float = Field(default=0.1, gt=0, le=1)

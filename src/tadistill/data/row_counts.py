@@ -19,8 +19,8 @@ class Counts:
     cut: int = 0
     """Number of rows whose prompt was cut to `limit` tokens."""
     unopened: int = 0
-    """Number of the rows in `cut` whose prompt a chat template wrote. The cut also removes the generation prompt (the start of the
-    assistant's turn)."""
+    """Number of the rows in `cut` that lost the generation prompt (the start of the assistant's turn), because a chat template wrote the
+    prompt and its end was cut off."""
     shortened: int = 0
     """Number of rows whose response was cut, because prompt and response had more than `max_length` tokens. A cut response has no end
     token."""

@@ -250,7 +250,7 @@ class Aligned:
     """The spans of a batch whose teacher has another tokenizer. They are numbered from 0 through the whole batch."""
 
     student: Tensor
-    """(N,) the span of each position of the loss in the student's batch, in ascending order, or `NO_SPAN` for a token in no span."""
+    """(N,) for each of the student's tokens that count in the loss, the index of its span, or `NO_SPAN` for a token in no span."""
     teacher: Tensor
     """(M,) the span of each of the teacher's tokens that are in a span. These tokens count in the loss of `Batch.context`."""
     tokens: Tensor

@@ -34,7 +34,8 @@ class TaskResult:
     """The results of one task, in the same form as the results of a test set (`Evaluation`)."""
 
     scores: dict[str, list[list[float]]]
-    """Maps a metric to its values [item][0], from 0 to 100. `task_score` is the task's first metric, and `task_score/NAME` another one."""
+    """Maps a metric to its values, from 0 to 100: for each item, a list with one value. `task_score` is the task's first metric, and
+    `task_score/NAME` another one."""
     rows: list[int]
     """The indices of the items in the task's data."""
     records: list[dict[str, Any]]

@@ -344,7 +344,7 @@ class _Kind:
         self.rows, self.sizes, self.slots, self.closed, self.which, self.order, self.back = (tensor_of(part, device) for part in parts)
 
     def sums(self, probs: Tensor, rows: slice) -> Tensor:
-        """Return the sum (n, K) of `probs` (n, V) over each group (`spelling.Around`) around each token in the slice `rows`."""
+        """Return sums (n, K) of `probs` (n, V) over the K groups of vocabulary around each token in `rows` (`spelling.Around`)."""
         sizes = self.sizes[self.which[rows]]
         probs = probs.index_select(1, self.order)
         return torch.segment_reduce(probs.flatten(), "sum", lengths=sizes.flatten(), axis=0, unsafe=True).view(sizes.shape)

@@ -330,7 +330,7 @@ class SpelledText:
         return self.vocabulary.starts if by_cell else self.vocabulary.inside
 
     def groups(self, rows: np.ndarray, *, by_cell: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the groups (`Around`) around the tokens with the indices `rows` (n,). `by_cell` is the value that all these tokens have.
+        """Return the groups (`Around`) around the tokens with the indices `rows` (n,). `SpelledText.by_cell` is `by_cell` for all of them.
 
         Returns:
             Three arrays (U, K) with one row per different token: the number of tokens in each group; `Around.slots`; and the slots of the

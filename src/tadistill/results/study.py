@@ -157,7 +157,7 @@ class ArmRecord:
 
     @property
     def is_routed(self) -> bool:
-        """True if the last path begins with several teachers, each for some of the training sets."""
+        """True if the arm's last path begins with several teachers, each for some of the training sets."""
         return routed((self.path,))
 
     @property

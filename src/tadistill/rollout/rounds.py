@@ -2,7 +2,7 @@
 
 If there is a single teacher, it makes one forward pass over each sequence, at one of three times:
 
-    during sampling         if it helps to sample; its hidden states and log-probabilities are then stored
+    during sampling         if the teacher takes part in sampling; its hidden states and log-probabilities are then stored
     in the training step    if each sequence is used only once, and the loss needs no log-probabilities from the teacher before this step
     after sampling          in all other cases
 

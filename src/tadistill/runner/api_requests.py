@@ -35,8 +35,8 @@ class _Left:
 
 
 def announced(plan: Plan, store: Store, stages: Iterable[Stage]) -> Iterator[str]:
-    """Yield a sentence for each teacher behind an API: how many requests the stages will send, and what they cost. An API that will get
-    requests is first tested with a free one.
+    """Yield a sentence for each teacher behind an API: how many requests the stages will send, and what they cost. Each API that
+    the stages will use is first tested with a request that costs nothing.
 
     Raises:
         ConfigError: the `openai` package or an API key is missing.

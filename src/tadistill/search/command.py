@@ -79,7 +79,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
 
 
 def check_lattice(recipe: Recipe, search: Search) -> None:
-    """Raise a ConfigError if a search has too many paths, or if the temperature of a model depends on an arm."""
+    """Raise a ConfigError if a search has too many paths, or if a model takes its temperature from an arm."""
     for name in sorted(with_parents(recipe, _models(search))):
         temper = recipe.models[name].temper
         if temper and temper.like is not None:

@@ -130,7 +130,10 @@ def macro_difference(
 
 
 class _Estimate:
-    """The mean over test sets, with its standard error `se` and degrees of freedom `df`. `strata_SN` has one array per set."""
+    """The mean over test sets, with its standard error `se` and degrees of freedom `df`.
+
+    `strata_SN` has, for each set, the values of S seeds and N prompts.
+    """
 
     def __init__(self, strata_SN: list[Array], bounds: Bounds) -> None:
         self.prompts = [values.shape[1] for values in strata_SN]

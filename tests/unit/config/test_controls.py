@@ -58,7 +58,7 @@ def test_a_recipe_written_out_is_the_same_recipe():
     [
         ({"a": {"control": "tempered"}}, "write `no_teacher of ARM`"),
         ({"a": {"control": "no_teacher of b"}, "c": "xl > s"}, "is `no_teacher of b`, but `b` is not an arm; choose one of c"),
-        ({"d": "xl > s", "a": {"control": "tempered of d"}}, "`d` has no assistant, whose entropy the control needs"),
+        ({"d": "xl > s", "a": {"control": "tempered of d"}}, "but it needs the entropy of an assistant, and `d` has none"),
         ({"d": "xl > s", "a": {"control": "no_teacher of d"}, "b": {"control": "no_teacher of a"}}, "`a` is a control itself"),
         (
             {"d": "xl > s", "a": {"control": "no_teacher of d", "path": "l > s"}},

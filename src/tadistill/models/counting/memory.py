@@ -99,8 +99,8 @@ class Memory:
     head: float = 0.0
     """The gradients that the fused head computes in the forward pass."""
     logits: float = 0.0
-    """Size of the logits of student and teachers at all tokens of the loss of one micro-batch. They are computed tile by tile, so only
-    one tile of them is in memory at a time."""
+    """Size that the logits of student and teachers would have at all tokens of the loss of one micro-batch. They are computed in tiles,
+    and only one tile is in memory at a time."""
     logit_row: float = 0.0
     """Bytes of `logits` per token."""
     returned: float = 0.0
