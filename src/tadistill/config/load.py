@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -166,6 +166,7 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         tree: typing.Any = OmegaConf.create(base)
         for item in overrides:
             key, _, value = item.partition("=")
+            _write_out(tree, _levels(key))
             for place in _emptied(key, yaml.safe_load(value)):  # merging an empty mapping would keep the old keys
                 OmegaConf.update(tree, place, {}, merge=False)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
@@ -174,6 +175,25 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         raise ConfigError(_not_yaml(error, source)) from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+_OF_TEXT = {("arms",): "path", ("data",): "load", ("data", "train"): "load", ("data", "dev"): "load"}
+"""The key that a text stands for, by the place of the text's own key: `arms: {direct: xl > s}` is `arms: {direct: {path: xl > s}}`."""
+_OF_TOP_LEVEL = {"method": "name", "teacher": "load", "student": "load"}
+
+
+def _write_out(tree: Any, levels: tuple[str, ...]) -> None:
+    """Replace a text that stands for a group of keys by this group, if an override changes one of its keys."""
+    for depth, name in enumerate(levels[:-1]):
+        value = tree.get(name) if isinstance(tree, DictConfig) else None
+        key = _OF_TEXT.get(levels[:depth]) if depth else _OF_TOP_LEVEL.get(name)
+        if isinstance(value, str) and key and (levels[:depth] != ("data",) or name in ("train", "dev", "corpus")):
+            tree[name] = {key: value}
+        tree = tree.get(name) if isinstance(tree, DictConfig) else None
+
+
+def _levels(key: str) -> tuple[str, ...]:
+    return tuple(inner or plain for inner, plain in re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", key))
 
 
 def _emptied(key: str, value: Any) -> Iterator[str]:
@@ -185,7 +205,7 @@ def _emptied(key: str, value: Any) -> Iterator[str]:
 def _with_overrides(lines: Lines, overrides: typing.Sequence[str]) -> Lines:
     for item in overrides:
         name, _, value = item.partition("=")
-        at = tuple(inner or plain for inner, plain in re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name))
+        at = _levels(name)
         for key in _keys(at, yaml.safe_load(value)):
             lines = {other: line for other, line in lines.items() if other[: len(key)] != key} | {key: item, at: item}
     return lines

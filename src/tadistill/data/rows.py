@@ -79,7 +79,8 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
         return Example(instruction, "" if given is None else text(given, "input", where), references, **more)
     prompt = _get("prompt", row, ref)
     if prompt is None:
-        raise DataError(no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
+        named = [f"`{column}` (the {name})" for name in ("instruction", "prompt", "messages") if (column := ref.columns.get(name))]
+        raise DataError(no_column(ref, index, " or ".join(named) or "`instruction`, `prompt` or `messages`", row))
     answer = _answer(row, ref, index, "completion")
     return Example(text(prompt, "prompt", where), "", _references(answer, choices, where), verbatim=True, **more)
 

@@ -266,7 +266,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     if not todo:
         return
     if len(takes) < len(todo):
-        unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run"
+        unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run whose FLOPs are counted"
         yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))

@@ -162,10 +162,11 @@ def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
     if text := last.counts.text.replace("a reference", "an answer"):
         yield f"{text} with the student's tokenizer"
     if 2 * last.unknown > last.tokens or not last.counts.used:
-        what = f"{last.unknown} of {last.tokens} tokens are unknown to it" if last.counts.used else "no answer is short enough"
+        if not last.counts.used:
+            raise DataError("no answer of the teacher is short enough in the student's tokens; raise data.max_length")
         raise DataError(
-            f"the student's tokenizer cannot read the teacher's answers: {what}; choose a student whose tokenizer reads this text, or "
-            "raise data.max_length"
+            f"the student's tokenizer cannot read the teacher's answers: {last.unknown} of {last.tokens} tokens are unknown to it; choose "
+            "a student whose tokenizer reads this text, or train the teacher longer if its answers are not text"
         )
     if last.unknown:
         yield f"{last.unknown} of {last.tokens} tokens of the answers are unknown to the student's tokenizer"

@@ -19,6 +19,7 @@ ROW, GUTTER = 82, 42
 """In the list: height of a node's row, and width of the margin for the arcs, in pixels."""
 _ROWS = 8
 _SEED = re.compile(r",?\s*seed \d+")
+_COMMA = re.compile(r", (?![^(]*\))")  # not one between brackets
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def nodes_of(stages: Iterable[StageState]) -> list[Node]:
     for home in dict.fromkeys((*members, *measures)):
         own = members.get(home, [])
         above = dict.fromkeys(group[key] for stage in own for key in stage.parents.values() if key in group)
-        title, _, detail = _SEED.sub("", own[0].label).partition(", ") if own else (home.removeprefix("as it is: "), "", "as it is")
+        title, *rest = _COMMA.split(_SEED.sub("", own[0].label), maxsplit=1) if own else (home.removeprefix("as it is: "), "as it is")
+        detail = "".join(rest)
         first = (own or measures[home])[0].key
         found.append((home, first, title, detail, own, [name for name in above if name != home]))
     ids = {home: first for home, first, *_ in found}

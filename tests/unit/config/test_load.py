@@ -42,6 +42,16 @@ def test_overrides_and_dotted_names(recipe):
     assert found.seeds == (7,)
 
 
+def test_an_override_below_a_text_keeps_the_text(recipe):
+    found = load(recipe, ["arms.a.optim.lr=0.01", "data.train.columns={instruction: question}"])
+    assert found.arms["a"].path == (("xl", "s"),)
+    assert found.arms["a"].optim is not None
+    assert found.data.train.load == "tinyworld"
+    assert found.data.train.columns == {"instruction": "question"}
+    short = {"study": "t", "teacher": "org/t", "student": "org/s", "data": "rows.jsonl", "method": "gkd"}
+    assert parse(short, ["method.optim.lr=0.5", "student.revision=v1"], source="r").models["student"].revision == "v1"
+
+
 def test_an_empty_mapping_empties(recipe):
     recipe.write_text(recipe.read_text() + "evaluate: {also: {hot: {temperature: 2}}}\n")
     assert load(recipe, ["evaluate.also={}"]).evaluate.also == {}

@@ -48,6 +48,11 @@ def test_conversations_of_sharegpt_say_what_to_write(read):
         read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
 
 
+def test_a_missing_column_that_the_recipe_names(read):
+    with pytest.raises(DataError, match=r"row 1 has no column `question` \(the instruction\); its columns are instruction, output"):
+        read(OK, columns={"instruction": "question"})
+
+
 @pytest.mark.parametrize("name", ["facts", "choices"])
 @pytest.mark.parametrize("value", [None, 5, "true", [], [1], ["Paris is in France"], [["a", 5]], [["a", ["b"], "c"]], {"a": 1}, ["a", "b"]])
 def test_columns_of_the_users_own_are_ignored(read, name, value):

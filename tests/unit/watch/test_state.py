@@ -139,6 +139,13 @@ def test_the_graph_has_a_node_for_all_seeds(folder):
     assert places["sft xl"][0] == places["sft s"][0] < places["distill xl -> s"][0]
 
 
+def test_a_title_keeps_the_names_of_its_arms_together(folder):
+    common = {"kind": "sft", "label": "sft s, seed 1", "model": "s", "parents": {}, "seed": 1}
+    stages = [{"key": "0" * 16, "arms": ["a", "b"], **common}, {"key": "1" * 16, "arms": ["c"], **common}]
+    (folder.study / "plan.json").write_text(json.dumps({"stages": stages}))
+    assert [node.title for node in nodes_of(look(folder).stages)] == ["sft s (a, b)", "sft s (c)"]
+
+
 def test_a_wide_study_gets_columns_that_fit_a_screen(folder):
     stages = [{"key": f"{i:016x}", "kind": "sft", "label": f"sft m{i}, seed 1", "model": "m", "parents": {}, "seed": 1} for i in range(20)]
     last = {"key": "f" * 16, "kind": "distill", "label": "distill m0 -> s", "model": "s", "parents": {"teacher": "0" * 16}, "seed": 1}
