@@ -3,9 +3,9 @@
     python benchmarks/gpu/detect.py [--short] [--precision fp32|bf16] [--planted] [--json PATH]
 
 The studies have every kind of stage but `ask`, every objective and every sampler, models with two tokenizers, routes, phases and an EMA
-teacher, with models of two families and a few thousand weights. A GPU would refuse each mixing that is found, so the exit status is 1 if there is one.
-`pretend.py` says how they are found. g++ is needed. The script also counts, for each stage, the operations after which the CPU waits for
-the GPU.
+teacher, with models of two families and a few thousand weights. A GPU would refuse each mixing that is found, so the exit status is 1 if
+there is one. `pretend.py` says how they are found. g++ is needed. The script also counts, for each stage, the operations after which the
+CPU waits for the GPU.
 
 `--short` runs one arm for each kind of work, for the tests. `--planted` adds a loss in the user's own code that mixes, which must be found.
 """

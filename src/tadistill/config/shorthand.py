@@ -93,20 +93,24 @@ def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
 
 
 def is_short(raw: dict[str, Any]) -> bool:
-    """Return True if a recipe has the key `student`. Only the short form has this key."""
-    return "student" in raw
+    """Return True if a recipe has a key `student`, or a key `teacher` without the models and arms of the long form."""
+    return "student" in raw or ("teacher" in raw and not any(key in raw for key in WHOLE_KEYS))
 
 
 def whole(raw: dict[str, Any]) -> dict[str, Any]:
     """Turn a recipe in the short form into the long form.
 
     Raises:
-        ConfigError: the recipe also has keys of the long form, `teacher` is missing, or a checkpoint is chosen without `data.dev`.
+        ConfigError: the recipe also has keys of the long form, `teacher` or `student` is missing, or a checkpoint is chosen
+            without `data.dev`.
     """
     if both := [key for key in WHOLE_KEYS if key in raw]:
         raise ConfigError(f"the recipe has `student` (a key of the short form) and also `{both[0]}`; remove one of these two keys")
-    if "teacher" not in raw:
-        raise ConfigError("the recipe has a `student` but no `teacher`; add the key `teacher` with a model")
+    if missing := [key for key in ("teacher", "student") if key not in raw]:
+        other = "student" if missing == ["teacher"] else "teacher"
+        close = difflib.get_close_matches(missing[0], [key for key in raw if key not in SHORT_KEYS], n=1, cutoff=0.8)
+        fix = f"did you mean it with `{close[0]}`?" if close else f"add the key `{missing[0]}` with a model"
+        raise ConfigError(f"the recipe has a `{other}` but no `{missing[0]}`; {fix}")
     models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS}
     rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
     evaluate = rest.pop("evaluate", None)
@@ -115,6 +119,8 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict) and "dev" not in data and isinstance(data.get("test"), list) and data["test"]:
         method = _without_dev(method, rest.get("methods"))
         data = data | {"dev": data["test"][0]}  # a recipe needs a dev set, but this recipe measures nothing on it
+    elif isinstance(data, dict) and data.get("train") and not ("dev" in data or "test" in data):
+        data = data | {"dev": data["train"]}  # the only mistake is then that the test set is missing
     return {
         "seeds": [10],
         "analyse": False,

@@ -60,6 +60,21 @@ def test_mistakes(change, words):
         validate({key: value for key, value in SHORT.items() if key != "teacher"})
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"student": None, "studnet": MODEL}, ["recipe: the recipe has a `teacher` but no `student`; did you mean it with `studnet`?"]),
+        ({"student": None}, ["recipe: the recipe has a `teacher` but no `student`; add the key `student` with a model"]),
+        ({"teacher": None}, ["recipe: the recipe has a `student` but no `teacher`; add the key `teacher` with a model"]),
+        ({"data": {"train": "tinyworld"}}, ["recipe: `data.test` is missing; add it."]),
+    ],
+)
+def test_a_missing_key_is_the_only_mistake_that_is_named(changes, words):
+    with pytest.raises(ConfigError) as error:
+        validate({key: value for key, value in (SHORT | changes).items() if value is not None})
+    assert list(error.value.problems) == words
+
+
 def test_a_message_names_the_line(tmp_path):
     (tmp_path / "r.yaml").write_text("study: mine\nteacher: A/B\nstudent:\n  load: A/C\n  lor: 1\ndata: tinyworld\n")
     with pytest.raises(ConfigError, match=r"r.yaml, line 5: .*did you mean `lora`"):
