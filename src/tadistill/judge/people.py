@@ -50,7 +50,7 @@ def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) 
     arms = [arm for arm in next(iter(answers.items)).answers if arm in answers.arms or with_reference]
     if not 2 <= len(arms) <= len(ascii_uppercase):
         raise ConfigError(
-            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} arms are chosen; change their number with --arm"
+            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but the number of arms is {len(arms)}; change it with --arm"
         )
     rng = random.Random(seed)
     items = rng.sample(answers.items, len(answers.items))
