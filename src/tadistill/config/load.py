@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from tadistill.config.common import Strict
 from tadistill.config.locations import Lines, settled, where
 from tadistill.config.problems import problems
 from tadistill.config.recipe import Recipe, own_functions
+from tadistill.config.reference import classes, named_classes
 from tadistill.config.shipped_recipes import located, shipped
-from tadistill.config.shorthand import is_short, lines_of_whole, whole
+from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
@@ -94,7 +96,7 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
         ConfigError: the text is not YAML, or the recipe breaks a rule.
     """
     lines = _lines(given, source) if isinstance(given, str) else {}
-    raw = _merged(given, overrides, source, "seeds=[10]")
+    raw = _merged(given, overrides, source, "seeds=[10]", Recipe)
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} is not a recipe; write a YAML mapping with the keys study, seeds, models, data and arms")
     lines = _with_overrides(lines, overrides)
@@ -137,7 +139,7 @@ def read_settings(model: type[Settings], given: dict[str, Any], overrides: typin
     Raises:
         ConfigError: a key is unknown, or a value breaks a rule.
     """
-    return _validated(model, _merged(given, overrides, source, "temperature=0.5"), source, {})
+    return _validated(model, _merged(given, overrides, source, "temperature=0.5", model), source, {})
 
 
 def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: Lines) -> Settings:
@@ -150,7 +152,7 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
         raise ConfigError(*sentences, *rest) from error
 
 
-def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str) -> Any:
+def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str, model: type[BaseModel]) -> Any:
     for item in overrides:
         if item.find("=") < 1:
             raise ConfigError(f"override `{item}` has no `=`; write key.sub=value, for instance {example}")
@@ -166,7 +168,7 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         tree: typing.Any = OmegaConf.create(base)
         for item in overrides:
             key, _, value = item.partition("=")
-            _write_out(tree, _levels(key))
+            _write_out(tree, _levels(key), model)
             for place in _emptied(key, yaml.safe_load(value)):  # merging an empty mapping would keep the old keys
                 OmegaConf.update(tree, place, {}, merge=False)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
@@ -177,19 +179,21 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
-_OF_TEXT = {("arms",): "path", ("data",): "load", ("data", "train"): "load", ("data", "dev"): "load"}
-"""The key that a text stands for, by the place of the text's own key: `arms: {direct: xl > s}` is `arms: {direct: {path: xl > s}}`."""
-_OF_TOP_LEVEL = {"method": "name", "teacher": "load", "student": "load"}
-
-
-def _write_out(tree: Any, levels: tuple[str, ...]) -> None:
-    """Replace a text that stands for a group of keys by this group, if an override changes one of its keys."""
+def _write_out(tree: Any, levels: tuple[str, ...], root: type[BaseModel]) -> None:
+    """Replace a text that stands for a group of keys (`Strict.text_sets`) by this group, if an override changes one of its keys."""
+    models, named = [root], False
     for depth, name in enumerate(levels[:-1]):
-        value = tree.get(name) if isinstance(tree, DictConfig) else None
-        key = _OF_TEXT.get(levels[:depth]) if depth else _OF_TOP_LEVEL.get(name)
-        if isinstance(value, str) and key and (levels[:depth] != ("data",) or name in ("train", "dev", "corpus")):
-            tree[name] = {key: value}
-        tree = tree.get(name) if isinstance(tree, DictConfig) else None
+        if not isinstance(tree, DictConfig):
+            return
+        fields = [] if named else [field for m in models for key, field in m.model_fields.items() if (field.alias or key) == name]
+        named = any(named_classes(field.annotation) for field in fields)
+        models = [cls for field in fields for cls in classes(field.annotation)] if fields else models
+        keys = {m.text_sets for m in models if isinstance(m, type) and issubclass(m, Strict) and m.text_sets}
+        if depth == 0 and name in SHORT_KEYS and is_short(tree):  # type: ignore[arg-type]
+            keys = {"load"}
+        if isinstance(value := tree.get(name), str) and len(keys) == 1:
+            tree[name] = {keys.pop(): value}
+        tree = tree.get(name)
 
 
 def _levels(key: str) -> tuple[str, ...]:

@@ -48,6 +48,10 @@ def test_an_override_below_a_text_keeps_the_text(recipe):
     assert found.arms["a"].optim is not None
     assert found.data.train.load == "tinyworld"
     assert found.data.train.columns == {"instruction": "question"}
+    recipe.write_text(recipe.read_text().replace("a: xl > s", 'optim: {path: xl > s, context: "{prompt}"}').replace("as a", "as optim"))
+    changed = load(recipe, ["arms.optim.context.max_prompt=9", "arms.b.optim.lr=0.5"]).arms
+    assert changed["optim"].context == TeacherContext(template="{prompt}", max_prompt=9)
+    assert changed["b"].path == (("xl", "s"),)
     short = {"study": "t", "teacher": "org/t", "student": "org/s", "data": "rows.jsonl", "method": "gkd"}
     assert parse(short, ["method.optim.lr=0.5", "student.revision=v1"], source="r").models["student"].revision == "v1"
 
