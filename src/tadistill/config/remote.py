@@ -23,6 +23,14 @@ def _address(text: str) -> str:
 Address = Annotated[str, AfterValidator(_address)]
 
 
+def _check_no_secrets(what: str, addresses: tuple[str, ...], form: str, key: str) -> None:
+    if any(part in address for address in addresses for part in "@?#"):
+        raise ValueError(  # a message that begins with the key is shown without the value, which may contain a password
+            f"{what} a user name, a password or a query; write only {form}, put the key into an environment variable, and name this "
+            f"variable in `{key}`"
+        )
+
+
 class Serve(Strict):
     """Servers of vLLM that run a teacher, in place of the training process. `tadistill serve RECIPE MODEL` starts such a server.
 
@@ -65,11 +73,7 @@ class Serve(Strict):
 
     @model_validator(mode="after")
     def _check(self):
-        if any(part in at for at in self.at for part in "@?#"):
-            raise ValueError(  # a message that begins with the key is shown without the value, which may contain a password
-                "serve has an address with a user name, a password or a query; write only http://HOST:PORT, put the key into an "
-                "environment variable, and name this variable in `serve.key`"
-            )
+        _check_no_secrets("serve has an address with", self.at, "http://HOST:PORT", "serve.key")
         if len(set(self.at)) < len(self.at):
             raise ValueError("serve.at names an address twice; name each server once")
         return self
@@ -196,11 +200,7 @@ class Api(Strict):
 
     @model_validator(mode="after")
     def _check(self):
-        if any(part in self.at for part in "@?#"):
-            raise ValueError(  # a message that begins with the key is shown without the value, which may contain a password
-                "api.at has a user name, a password or a query; write only https://HOST/v1, put the key into an environment variable, and "
-                "name this variable in `api.key`"
-            )
+        _check_no_secrets("api.at has", (self.at,), "https://HOST/v1", "api.key")
         if len(set(self.omit)) < len(self.omit):
             raise ValueError("`omit` names a setting twice; name it once")
         return self
