@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.inprocess import tadistill
 
-from tadistill.cluster import queue
+from tadistill.cluster import slurm
 from tadistill.cluster.status import status_rows
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
@@ -50,7 +50,7 @@ class Study:
 
     def await_end(self, seconds: float = 400) -> None:
         end = time.monotonic() + seconds
-        while queued := queue.queued():
+        while queued := slurm.queued():
             assert time.monotonic() < end, queued
             time.sleep(1)
 

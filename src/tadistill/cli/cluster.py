@@ -48,12 +48,12 @@ def doctor(
     runs: Runs = None,
 ) -> None:
     """Check this machine: versions, Slurm, account, disks, caches, locks. Problems are printed with remedies, and lead to exit code 1."""
-    from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import Check, examine, table
+    from tadistill.cluster.slurm import load_profile, profile_names
 
-    name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
+    name = cluster or next((n for n in profile_names() if n == os.environ.get("CC_CLUSTER")), None)
     loaded = read_recipe(recipe, None) if recipe else None
-    found = examine(runs=runs_directory(runs), recipe=loaded, profile=profiles.load_profile(name) if name else None)
+    found = examine(runs=runs_directory(runs), recipe=loaded, profile=load_profile(name) if name else None)
     if loaded and any(model.serve for model in loaded.models.values()):
         from tadistill.runner.servers import examined  # here: it imports torch
 

@@ -28,8 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster.fetch import missing, moved, size
-from tadistill.cluster.profile import Profile
-from tadistill.cluster.queue import output_of
+from tadistill.cluster.slurm import Profile, output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
 from tadistill.errors import TadistillError

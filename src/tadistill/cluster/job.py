@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tadistill.cluster.queue import Entry
 from tadistill.cluster.sbatch import Request
+from tadistill.cluster.slurm import Entry
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted, StageFailed, TadistillError
 from tadistill.plan.graph import Stage

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.cluster.profile import Cpu, Gpu, Profile
+from tadistill.cluster.slurm import Cpu, Gpu, Profile
 from tadistill.config.machine import Resources
 from tadistill.disk import cache_root, user_cache
 from tadistill.errors import ConfigError

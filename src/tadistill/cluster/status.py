@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tadistill.cluster import queue
+from tadistill.cluster import slurm
 from tadistill.cluster.job import read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
@@ -92,13 +92,13 @@ def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
     Raises ConfigError if there are such stages, but squeue does not answer.
     """
     open_ = {key: record for key in keys if (record := read_record(store, key))}
-    queued = queue.queued() if open_ else {}
+    queued = slurm.queued() if open_ else {}
     live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
-    gone = queue.ended(str(record.place) for key, record in open_.items() if key not in live)
+    gone = slurm.ended(str(record.place) for key, record in open_.items() if key not in live)
     return {key: _job(store.folder(key), str(record.place), live.get(key), gone.get(str(record.place))) for key, record in open_.items()}
 
 
-def _job(folder: Path, job: str, live: queue.Entry | None, gone: queue.Entry | None) -> StatusRow:
+def _job(folder: Path, job: str, live: slurm.Entry | None, gone: slurm.Entry | None) -> StatusRow:
     if live:
         state = live.state.lower()
         return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason)
@@ -163,11 +163,11 @@ def cancel(study: Path, store: Store) -> int:
     A running stage saves its state first, and continues from it when the study is submitted again. If another study waits for one of these
     jobs, submit that study again too.
     """
-    queued = queue.queued()
+    queued = slurm.queued()
     # finished stages are included, because later jobs of their chains may still be queued
     found = [record for s in planned_stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
     jobs = {entry.id for record in found for entry in record.entries(queued)}
-    queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
+    slurm.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
     return len(jobs)
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tadistill.cluster import profile as profiles
-from tadistill.cluster import queue, sbatch
+from tadistill.cluster import sbatch, slurm
 from tadistill.cluster.fetch import missing, moved
 from tadistill.cluster.job import (
     Job,
@@ -32,8 +31,8 @@ from tadistill.cluster.job import (
     read_record,
     report_name,
 )
-from tadistill.cluster.profile import Profile
 from tadistill.cluster.sbatch import Request, Requests
+from tadistill.cluster.slurm import Profile
 from tadistill.config import Recipe
 from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
@@ -109,11 +108,11 @@ class Submission:
             ConfigError: the cluster would refuse a job, or another submission is running.
         """
         with self._alone():
-            queued = queue.queued()
+            queued = slurm.queued()
             found = {key: record for key in self.todo if (record := read_record(self.store, key))}
             live = {key for key, record in found.items() if record.live(queued)}
             hopeless = {e.id for record in found.values() for e in record.entries(queued) if e.hopeless}
-            queue.cancel(hopeless)
+            slurm.cancel(hopeless)
             places = {key: found[key].place for key in live}
             jobs = self.jobs([key for key in self.todo if key not in live])
             self._check_number(jobs, len(queued) - len(hopeless))
@@ -179,11 +178,11 @@ class Submission:
                 "Jobs that were submitted before it stay in the queue. Correct the cause, then submit again"
             ) from error
 
-    def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
+    def _report(self, places: dict[str, Place], queued: dict[str, slurm.Entry]) -> None:
         request, name = self.requests.report(), report_name(self.study)
         if request is None:
             return
-        queue.cancel(i for i, entry in queued.items() if entry.name == name)
+        slurm.cancel(i for i, entry in queued.items() if entry.name == name)
         parents = {p for key in places for p in self.plan.stages[key].parents.values()}
         last = sorted({str(place) for key, place in places.items() if key not in parents})
         after = f"afterany:{':'.join(last)}"
@@ -260,7 +259,7 @@ def submit(
             job.
         StageFailed: sbatch refused a job.
     """
-    profile = profiles.load_profile(_cluster(cluster))
+    profile = slurm.load_profile(_cluster(cluster))
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or use `tadistill search`")
     if absent := missing(recipe, runs):
@@ -334,7 +333,7 @@ def _row(table: Table, sent: Sent) -> None:
 def _cluster(given: str | None) -> str:
     name = given or os.environ.get("CC_CLUSTER")
     if not name:
-        known = ", ".join(profiles.names())
+        known = ", ".join(slurm.profile_names())
         raise ConfigError(
             f'--cluster is not given; use one of {known}, or write a YAML file, as the documentation explains on the page "On a cluster"'
         )

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tadistill.cli import app
-from tadistill.cluster import doctor, profile
+from tadistill.cluster import doctor, slurm
 from tadistill.cluster.doctor import examine, table
 from tadistill.config import parse
 
@@ -87,7 +87,7 @@ def test_account(programs):
 
 
 def test_a_program_that_hangs_is_left(programs, monkeypatch):
-    monkeypatch.setattr("tadistill.cluster.queue._SECONDS", 0.2)
+    monkeypatch.setattr("tadistill.cluster.slurm._SECONDS", 0.2)
     programs("sshare", "exec /bin/sleep 30")
     start = time.monotonic()
     assert doctor.account(ALLIANCE, {}).found == "no account is set"
@@ -171,7 +171,7 @@ def test_fetched(tmp_path, monkeypatch):
 
 def test_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path))
-    found = examine(runs=tmp_path / "runs", profile=profile.load_profile("narval"))
+    found = examine(runs=tmp_path / "runs", profile=slurm.load_profile("narval"))
     assert {"gpus", "slurm", "account", "modules", "runs", "hub cache", "cache", "store", "locks", "clock", "data"} <= {
         c.name for c in found
     }

@@ -5,10 +5,10 @@ import json
 import pytest
 from tests.unit.plan.fakes import spec
 
-from tadistill.cluster import queue
+from tadistill.cluster import slurm
 from tadistill.cluster.job import Job, JobRecord, Place, arrays, read_record
-from tadistill.cluster.queue import Entry
 from tadistill.cluster.sbatch import Request
+from tadistill.cluster.slurm import Entry
 from tadistill.cluster.status import status_rows
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.plan.graph import Stage
@@ -19,32 +19,32 @@ REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
 
 def test_no_slurm_is_one_sentence(programs):
     with pytest.raises(ConfigError, match="squeue does not answer, so the state of jobs is unknown; run this command on a login node"):
-        queue.queued()
+        slurm.queued()
     programs("squeue", "exit 1")
     with pytest.raises(ConfigError, match="squeue does not answer"):
-        queue.queued()
-    assert queue.ended(["3"]) == {}
+        slurm.queued()
+    assert slurm.ended(["3"]) == {}
 
 
 def test_squeue_and_sacct_are_read(programs):
     programs("squeue", "echo '7_1|RUNNING|1:02|distill-s-abc|None'; echo '8|PENDING|0:00|x|DependencyNeverSatisfied'; echo rubbish")
-    found = queue.queued()
+    found = slurm.queued()
     assert found["7_1"] == Entry("7_1", "RUNNING", "1:02", "distill-s-abc", "None")
     assert found["8"].hopeless
     programs("sacct", "echo '3|CANCELLED by 0|00:10|a'; echo '4_0|TIMEOUT|01:00|b'")
-    assert {i: e.state for i, e in queue.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
+    assert {i: e.state for i, e in slurm.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
     programs("sacct", "echo '9_0|COMPLETED|00:10|x'; echo '9_1|FAILED|00:10|x'; echo '9_2|FAILED|00:00|x'")
-    assert queue.ended(["9"])["9"].id == "9_1"  # a chain
+    assert slurm.ended(["9"])["9"].id == "9_1"  # a chain
     programs("sacct", "exit 1")  # accounting is off
-    assert queue.ended(["7_1"])["7_1"].state == "RUNNING"
+    assert slurm.ended(["7_1"])["7_1"].state == "RUNNING"
 
 
 def test_a_cancel_that_fails_says_so(programs):
     programs("scancel", "exit 1")
     programs("squeue", "echo '7_1|PENDING|0:00|x|Priority'; echo '8|PENDING|0:00|x|Priority'; echo '9|COMPLETING|0:10|x|None'")
-    queue.cancel(["9"])
+    slurm.cancel(["9"])
     with pytest.raises(TadistillError, match="scancel failed for 7_1, 8; run `squeue --me`"):
-        queue.cancel(["8", "7_1"])
+        slurm.cancel(["8", "7_1"])
 
 
 def test_only_the_job_that_was_submitted_counts(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tadistill.cluster import profile
+from tadistill.cluster import slurm
 from tadistill.cluster.submit import Submission, submit
 from tadistill.config import load
 from tadistill.errors import ConfigError
@@ -22,7 +22,7 @@ def plain_environment(monkeypatch):
 
 def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = Path("/scratch/runs")):
     chosen = [f"resources={{{', '.join(resources)}}}"] if resources else []
-    return list(Submission(make_plan(load(RECIPE, chosen)), profile.load_profile(site), runs, account=account).scripts())
+    return list(Submission(make_plan(load(RECIPE, chosen)), slurm.load_profile(site), runs, account=account).scripts())
 
 
 @pytest.mark.slow
@@ -52,10 +52,10 @@ def test_a_model_that_fits_nowhere_says_how_to_spread_it():
     with pytest.raises(
         ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a GPU, but the largest GPU of narval has 40 GB; .* spread the stage"
     ):
-        list(Submission(plan, profile.load_profile("narval"), Path("/scratch/runs"), account="def-prof").scripts())
+        list(Submission(plan, slurm.load_profile("narval"), Path("/scratch/runs"), account="def-prof").scripts())
     spread = load(RECIPE, [big, "resources={sft xl: {processes: 4, parallel: fsdp}, default: {teacher: offloaded}}"])
     text = next(
-        t for sent, t in Submission(make_plan(spread), profile.load_profile("rorqual"), Path("/scratch/r"), account="def-a").scripts()
+        t for sent, t in Submission(make_plan(spread), slurm.load_profile("rorqual"), Path("/scratch/r"), account="def-a").scripts()
     )
     assert "--gpus-per-node=h100:4" in text
 
@@ -94,16 +94,16 @@ def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
 
 def test_profiles(tmp_path):
     with pytest.raises(ConfigError, match="no cluster profile `cedar`; use one of fir, killarney"):
-        profile.load_profile("cedar")
+        slurm.load_profile("cedar")
     own = tmp_path / "own.yaml"
     own.write_text("about: mine\nmax_hour: 3\n")
     with pytest.raises(ConfigError, match=r"own.yaml: max_hours: Field required"):
-        profile.load_profile(str(own))
+        slurm.load_profile(str(own))
     own.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
-        profile.load_profile(str(own))
+        slurm.load_profile(str(own))
     own.write_text("about: mine\nmax_hours: 3\n")
-    assert profile.load_profile(str(own)).name == "own"
+    assert slurm.load_profile(str(own)).name == "own"
 
 
 def test_a_cluster_must_be_named():
@@ -129,7 +129,7 @@ def test_a_recipes_resources(resources, message):
 
 def test_nothing_to_submit_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("tadistill.store.Store.finished", lambda self, key: True)
-    monkeypatch.setattr("tadistill.cluster.queue.queued", dict)
+    monkeypatch.setattr("tadistill.cluster.slurm.queued", dict)
     profiles = tmp_path / "own.yaml"
     profiles.write_text("about: mine\nmax_hours: 3\n")
     for dry_run in (True, False):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tadistill.cluster import profile, sbatch
+from tadistill.cluster import sbatch, slurm
 from tadistill.cluster.submit import Submission
 from tadistill.config import load, validate
 from tadistill.plan.arms import make_plan
@@ -32,22 +32,22 @@ def plain_environment(monkeypatch):
 
 
 def account(site: str) -> str | None:
-    pattern = profile.load_profile(site).account
+    pattern = slurm.load_profile(site).account
     return None if not pattern else "aip-prof" if pattern.startswith("aip") else "def-prof"
 
 
 def scripts(plan, site: str) -> list[tuple]:
-    return list(Submission(plan, profile.load_profile(site), RUNS, account=account(site)).scripts())
+    return list(Submission(plan, slurm.load_profile(site), RUNS, account=account(site)).scripts())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("site", profile.names())
+@pytest.mark.parametrize("site", slurm.profile_names())
 def test_golden(plan, site):
     first: dict[str, str] = {}
     for sent, text in scripts(plan, site):
         first.setdefault(sent.jobs[0].stages[0].kind, f"# {sent.text}\n{text.replace(sys.executable, 'python')}")
-    report = Submission(plan, profile.load_profile(site), RUNS, account=account(site)).requests.report()
-    assert (report is None) == (profile.load_profile(site).cpu is None)
+    report = Submission(plan, slurm.load_profile(site), RUNS, account=account(site)).requests.report()
+    assert (report is None) == (slurm.load_profile(site).cpu is None)
     # `analyse` shares its jobs with `evaluate`; jobs never ask an API; and all models of this recipe have one tokenizer
     assert set(first) == {kind for kind, spec in KINDS.items() if spec.in_recipes} - {"analyse", "ask", "retokenise"}
     text = "\n".join(first[kind] for kind in sorted(first))
@@ -121,7 +121,7 @@ def test_teachers_of_one_family_have_their_own_sizes():
         "method": {"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 4}},
         "arms": {"direct": "xl > s"},
     }))  # fmt: skip
-    requests = sbatch.Requests(plan, profile.load_profile("narval"), {})
+    requests = sbatch.Requests(plan, slurm.load_profile("narval"), {})
     (analyse,) = [stage for stage in plan.stages.values() if stage.kind == "analyse" and stage.model == "s"]
     ledger = Ledger(plan.recipe)
     parameters = {name: size.total for name in ("xl", "s") if (size := ledger.size(name))}

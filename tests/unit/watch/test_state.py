@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tadistill.cluster import queue
+from tadistill.cluster import slurm
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.train.checkpoint import Checkpoints, TrainState
@@ -89,8 +89,8 @@ def test_jobs_of_slurm(folder, monkeypatch):
     for key, job in ((S1, "7"), (S2, "8")):
         write_json(folder.store.folder(key) / "job.json", {"job": job, "index": None, "name": f"n{job}", "study": "small"})
     folder.log(S1, 1, 40)
-    entries = {"7": queue.Entry("7", "RUNNING", "1:02", "n7"), "8": queue.Entry("8", "PENDING", "0:00", "n8", "Priority")}
-    monkeypatch.setattr(queue, "queued", lambda: asked.append(1) or entries)
+    entries = {"7": slurm.Entry("7", "RUNNING", "1:02", "n7"), "8": slurm.Entry("8", "PENDING", "0:00", "n8", "Priority")}
+    monkeypatch.setattr(slurm, "queued", lambda: asked.append(1) or entries)
     (folder.study / "jobs").mkdir()
     (folder.study / "jobs" / "7_0_log.out").write_text("10:00:00 alarm: update 10: collapse\n")
     watched = Watched(folder.study, folder.store)
@@ -107,7 +107,7 @@ def test_jobs_of_slurm(folder, monkeypatch):
     def silent():
         raise ConfigError("squeue does not answer")
 
-    monkeypatch.setattr(queue, "queued", silent)
+    monkeypatch.setattr(slurm, "queued", silent)
     moment = look(folder)
     assert moment.problems == ("squeue does not answer",)
     assert states(moment)[S1] == "waiting"
