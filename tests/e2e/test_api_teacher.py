@@ -16,7 +16,7 @@ from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.remote import check_asked
 from tadistill.rollout import api_teacher
-from tadistill.runner import api_requests
+from tadistill.runner import remote
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -94,7 +94,9 @@ def test_a_study_whose_api_breaks_down(tmp_path):
 
 
 def test_a_login_node_asks_so_that_jobs_need_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(api_requests, "run_in_processes", lambda task, threads, **given: run_stage(task, **given))
+    monkeypatch.setattr(
+        remote, "run_in_processes", lambda task, threads, alarm: run_stage(task, progress=lambda *_: None, alarm=alarm, stop=lambda: False)
+    )
     with serve(answer) as fake:
         path = written(tmp_path, fake.url)
         plan, store = make_plan(load(path)), Store(tmp_path / "runs" / "store")
@@ -104,7 +106,7 @@ def test_a_login_node_asks_so_that_jobs_need_no_network(tmp_path, monkeypatch):
         assert (done.code, len(fake.asked)) == (0, 12), done.err
         assert "12 requests will be sent" in done.out
     check_asked(plan, store)
-    assert [*api_requests.announced(plan, store, plan.stages.values())] == [
+    assert [*remote.announced(plan, store, plan.stages.values())] == [
         "big (big-1): 12 of 12 answers are in the store, and no request will be sent"
     ]
 

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from multiprocessing import util
+from multiprocessing.connection import wait
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
 from tadistill.runner.preflight import check_study
-from tadistill.runner.processes import _judged, run_in_processes
+from tadistill.runner.processes import StageProcesses, _judged, run_in_processes
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -73,8 +74,25 @@ def quiet(done: int, total: int, text: str) -> None:
 def launched(root, told, **resources):
     """Run the stage by two processes and return its key. `told` is called with the progress."""
     made = task(root, {"distill": {"processes": 2} | resources})
-    run_in_processes(made, threads=2, progress=told, alarm=print, stop=lambda: False)
+    watched(made, told)
     return made.key
+
+
+def watched(made, told, stop=lambda: False) -> None:
+    """Run a stage as `run_in_processes` does, and call `told` with its progress. It is asked to stop once `stop` returns True."""
+    stage, asked = StageProcesses(made, threads=2), False
+    try:
+        while not stage.ended:
+            if not asked and stop():
+                asked = True
+                stage.stop()
+            wait(stage.sources, timeout=0.5)
+            for message in stage.attend():
+                print(message) if isinstance(message, str) else told(*message)
+    finally:
+        stage.end()
+    if stage.error:
+        raise stage.error
 
 
 def test_two_processes_record_the_files_of_one(tmp_path):
@@ -85,7 +103,7 @@ def test_two_processes_record_the_files_of_one(tmp_path):
         settings["data"]["limit"]["train"] = 400
         plan, store = make_plan(validate(settings)), Store(tmp_path / str(processes))
         stage = next(s for s in plan.stages.values() if s.kind == "signal")
-        run_in_processes(make_task(plan, stage, store), threads=processes, progress=quiet, alarm=print, stop=lambda: False)
+        run_in_processes(make_task(plan, stage, store), threads=processes)
         files.append(store.manifest(stage.key)["files"])
     assert len(files[0]) == 4  # with the teacher's head, and stage.json
     assert files[0] == files[1]
@@ -124,7 +142,7 @@ def test_all_ranks_stop_when_asked(tmp_path):
         heard.extend([done] * bool(training_numbers(text)))
 
     with pytest.raises(Interrupted, match="stopped at update"):
-        run_in_processes(made, threads=2, progress=told, alarm=print, stop=lambda: len(heard) > 3)
+        watched(made, told, stop=lambda: len(heard) > 3)
     folder = Store(tmp_path).folder(made.key)
     assert (folder / "state.pt").is_file()
     assert not Store(tmp_path).finished(made.key)
@@ -135,7 +153,7 @@ def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
     optim = made.spec.optim.model_copy(update={"batch": 7})
     made = replace(made, spec=made.spec.model_copy(update={"optim": optim}))
     with pytest.raises(ConfigError, match=r"optim.batch is 7, but it must be a multiple of the 2 processes"):
-        run_in_processes(made, threads=2, progress=quiet, alarm=print, stop=lambda: False)
+        run_in_processes(made, threads=2)
 
 
 def test_fewer_ranks_than_the_stage_asks_for_are_refused(tmp_path):

@@ -38,7 +38,7 @@ from tadistill.objectives import top_k
 from tadistill.rollout import signals
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import Rollouts, Teachers
-from tadistill.runner.servers import server_command
+from tadistill.runner.remote import server_command
 from tadistill.train.step import counts, make_step
 
 pytestmark = NEEDED

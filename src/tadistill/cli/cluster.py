@@ -29,7 +29,7 @@ def fetch(
     loaded, root = read_recipe(recipe, overrides), runs_directory(runs)
     fetch_recipe(loaded, root, console)
     if answers:
-        from tadistill.runner.api_requests import ask_now
+        from tadistill.runner.remote import ask_now
 
         ask_now(loaded, store_of(root), console)
 
@@ -54,14 +54,10 @@ def doctor(
     name = cluster or next((n for n in profile_names() if n == os.environ.get("CC_CLUSTER")), None)
     loaded = read_recipe(recipe, None) if recipe else None
     found = examine(runs=runs_directory(runs), recipe=loaded, profile=load_profile(name) if name else None)
-    if loaded and any(model.serve for model in loaded.models.values()):
-        from tadistill.runner.servers import examined  # here: it imports torch
+    if loaded and any(model.serve or model.api for model in loaded.models.values()):
+        from tadistill.runner.remote import examined
 
         found += [Check(*row) for row in examined(loaded)]
-    if loaded and any(model.api for model in loaded.models.values()):
-        from tadistill.runner import api_requests
-
-        found += [Check(*row) for row in api_requests.examined(loaded)]
     console.print(table(found))
     if any(check.state == "problem" for check in found):
         raise typer.Exit(1)

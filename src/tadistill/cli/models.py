@@ -134,7 +134,7 @@ def serve(
 
     Arguments after `--` are passed to `vllm serve`, such as `-- --tensor-parallel-size 4`.
     """
-    from tadistill.runner.servers import server_command, start_server
+    from tadistill.runner.remote import server_command, start_server
 
     loaded = read_recipe(recipe, None)
     command = server_command(loaded, model, host=host, port=port, more=context.args)

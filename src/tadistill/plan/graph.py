@@ -112,6 +112,19 @@ def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: st
     return found
 
 
+def longest_chains(stages: Mapping[str, Stage], takes: Mapping[str, float]) -> dict[str, float]:
+    """Return the largest sum of `takes` along a chain of stages, by the first stage. In a chain, each stage is a parent of the next.
+
+    A stage that is not in `takes` counts as 0.
+    """
+    longest = dict.fromkeys(stages, 0.0)
+    for key in reversed(list(stages)):
+        longest[key] += takes.get(key, 0.0)
+        for parent in stages[key].parents.values():
+            longest[parent] = max(longest[parent], longest[key])
+    return longest
+
+
 def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short: bool = True) -> dict[str, str]:
     """Return a label for each stage, by the stage's key. No two stages have the same label.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tadistill.disk import write_json
 from tadistill.models.counting.cost import Cost, phase, spans
-from tadistill.plan.graph import Stage
+from tadistill.plan.graph import Stage, longest_chains
 from tadistill.store import Store
 
 _FILE = "throughput.json"
@@ -97,11 +97,7 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
     The stage with the longest chain of later stages starts first, as in `runner.schedule`. `takes` maps the keys of stages to seconds. A
     stage that is not in `takes` needs no time.
     """
-    behind = dict.fromkeys(stages, 0.0)
-    for key in reversed(list(stages)):
-        behind[key] += takes.get(key, 0.0)
-        for parent in stages[key].parents.values():
-            behind[parent] = max(behind[parent], behind[key])
+    chains = longest_chains(stages, takes)
     ends: dict[str, float] = {}
     free = [0.0] * jobs
     waiting = dict(stages)
@@ -110,7 +106,7 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
         ready = {k: max((ends[p] for p in parents), default=0.0) for k, parents in able.items()}
         worker = min(range(jobs), key=free.__getitem__)
         now = max(free[worker], min(ready.values()))
-        key = max((k for k, at in ready.items() if at <= now), key=behind.__getitem__)
+        key = max((k for k, at in ready.items() if at <= now), key=chains.__getitem__)
         length = takes.get(key, 0.0)
         ends[key] = (now if length else ready[key]) + length
         if length:

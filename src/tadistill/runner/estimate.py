@@ -19,7 +19,7 @@ from tadistill.models.counting.cost import NOT_LEARNING, phase
 from tadistill.models.counting.sizes import Size, Work, forward_flops
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Stage
+from tadistill.plan.graph import Stage, longest_chains
 from tadistill.plan.inputs import Split
 from tadistill.plan.kinds import (
     AnalyseSpec,
@@ -259,12 +259,8 @@ class Estimate:
         if any(value is None for value in takes.values()):
             return None
         known = {key: value or 0.0 for key, value in takes.items()}
-        behind: dict[str, float] = {}  # seconds until a stage and everything that waits for it is finished
-        for key in reversed(list(self.stages)):
-            behind[key] = behind.get(key, 0.0) + known.get(key, 0.0)
-            for parent in self.stages[key].parents.values():
-                behind[parent] = max(behind.get(parent, 0.0), behind[key])
-        longest = max((behind[key] for key in known), default=0.0)
+        chains = longest_chains(self.stages, known)
+        longest = max((chains[key] for key in known), default=0.0)
         return max(longest, sum(known.values()) / self.jobs)
 
     def _left(self, key: str, speeds: Mapping[str, _Measured]) -> float | None:

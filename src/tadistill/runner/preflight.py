@@ -31,8 +31,8 @@ from tadistill.plan.sampling_stages import vllm_stages
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes
 from tadistill.plan.throughput import cores
-from tadistill.runner import devices, processes
-from tadistill.runner.servers import check_teachers
+from tadistill.runner import schedule
+from tadistill.runner.remote import check_teachers
 from tadistill.runner.splits import Read, check_readable, check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence
 from tadistill.user_code import load_function
@@ -235,11 +235,11 @@ def _root(recipe: Recipe, name: str) -> str:
 def _default_jobs() -> int:
     # This number must not depend on the stages that are left. It decides a stage's number of threads, and a resumed run must add floats in
     # the same order.
-    return devices.gpus() or cores()
+    return schedule.gpus() or cores()
 
 
 def _check_memory(plan: Plan, jobs: int) -> None:
-    gpus, free = devices.free_memory(processes.prepare()) if devices.gpus() else [], available_memory()
+    gpus, free = schedule.free_memory(), available_memory()
     if not gpus:
         _check_needs(plan, {key: host_bytes(plan, stage, cuda=False) for key, stage in plan.stages.items()}, free, jobs)
         return

@@ -168,29 +168,21 @@ class StageProcesses:
         self.ended = True
 
 
-def run_in_processes(
-    task: Task, *, threads: int, progress: Callable[[int, int, str], None], alarm: Callable[[str], None], stop: Callable[[], bool]
-) -> None:
+def run_in_processes(task: Task, *, threads: int, alarm: Callable[[str], None] = lambda text: None) -> None:
     """Run a stage like `stages.execute.run_stage`, but in new processes. If one process fails, the others are killed.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
         StageFailed: a process was killed, or raised an unexpected error. The message names the process and the reason.
         TadistillError: a process raised an error of `tadistill.errors`, such as ConfigError. This error is raised again here.
-        Interrupted: `stop` returned True. The state is saved.
     """
-    stage, asked = StageProcesses(task, threads=threads), False
+    stage = StageProcesses(task, threads=threads)
     try:
         while not stage.ended:
-            if not asked and stop():
-                asked = True
-                stage.stop()
             wait(stage.sources, timeout=0.5)
             for message in stage.attend():
                 if isinstance(message, str):
                     alarm(message)
-                else:
-                    progress(*message)
     finally:
         stage.end()
     if stage.error:

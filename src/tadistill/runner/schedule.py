@@ -1,20 +1,28 @@
-"""Run a plan on this machine: several stages at a time, each in its own processes, with a display of their progress.
+"""Run a plan on this machine: several stages at a time, each in its own processes and on its own GPUs, with a display of their progress.
 
 A small model cannot use many cores, so several stages run at the same time. A crash ends only one stage. If a signal asks to stop, all
 running stages save their state and end.
+
+    devices = Devices.visible(jobs)
+    devices.take(key, 1)                    # ("3",): the value of CUDA_VISIBLE_DEVICES for the stage's processes
+    devices.free(key)
+
+The main process never uses CUDA, because a process that uses CUDA occupies a few hundred megabytes of a GPU until it ends.
 """
 
 import contextlib
 import signal
-from multiprocessing.connection import wait
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
 
 from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
+from tadistill.models.counting.memory import visible_gpus
 from tadistill.plan.arms import Plan, Stage
+from tadistill.plan.graph import longest_chains
 from tadistill.plan.task import make_task
 from tadistill.plan.throughput import cores
-from tadistill.runner.devices import Devices
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped
-from tadistill.runner.processes import StageProcesses
+from tadistill.runner.processes import StageProcesses, prepare
 from tadistill.runner.screen import Screen
 from tadistill.runner.trackers import Trackers
 from tadistill.store import Store
@@ -52,8 +60,8 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> Non
 class _Schedule:
     def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: Screen, jobs: int, flag: StopFlag, trackers: Trackers):
         self.plan, self.store, self.screen, self.jobs, self.flag, self.trackers = plan, store, screen, jobs, flag, trackers
-        weight = _weights(plan)
-        self.waiting = dict(sorted(todo.items(), key=lambda item: -weight[item[0]]))
+        weights = longest_chains(plan.stages, {key: stage.flops or 0.0 for key, stage in plan.stages.items()})
+        self.waiting = dict(sorted(todo.items(), key=lambda item: -weights[item[0]]))
         self.done = set(plan.stages) - set(todo)
         self.running: dict[str, StageProcesses] = {}
         self.devices = Devices.visible(jobs)
@@ -118,9 +126,64 @@ class _Schedule:
                 self._attend()
 
 
-def _weights(plan: Plan) -> dict[str, float]:
-    weight: dict[str, float] = {k: s.flops or 0.0 for k, s in plan.stages.items()}
-    for key in reversed(plan.stages):
-        for parent in set(plan.stages[key].parents.values()):
-            weight[parent] = max(weight[parent], (plan.stages[parent].flops or 0.0) + weight[key])
-    return weight
+# --- GPUs ---------------------------------------------------------------------------------------------------------------
+
+
+class Devices:
+    """The GPUs that the running stages use. A stage gets one GPU for each of its processes, or more for vLLM."""
+
+    def __init__(self, names: Sequence[str], jobs: int):
+        """`names` are the GPUs, if there are any. With more `jobs` (stages at the same time) than GPUs, several stages share a GPU."""
+        self.names, self.share = names, -(-jobs // max(len(names), 1))
+        self._taken: dict[str, tuple[str, ...]] = {}
+
+    @classmethod
+    def visible(cls, jobs: int) -> "Devices":
+        """Return a `Devices` that shares all GPUs that this process may use among at most `jobs` stages at the same time."""
+        count = gpus()
+        return cls(visible_gpus(count)[:count], jobs)
+
+    def take(self, key: str, wanted: int) -> tuple[str, ...] | None:
+        """Choose the GPUs of a stage: those that the fewest stages use. Return None if the stage must wait, and () on a machine without
+        GPUs.
+
+        If a stage wants more GPUs than the machine has, it gets all of them. Its processes then stop with an error message.
+        """
+        used = {name: sum(name in taken for taken in self._taken.values()) for name in self.names}
+        chosen = sorted((name for name in self.names if used[name] < self.share), key=lambda name: used[name])[:wanted]
+        if len(chosen) < min(wanted, len(self.names)):
+            return None
+        self._taken[key] = tuple(chosen)
+        return self._taken[key]
+
+    def free(self, key: str) -> None:
+        """Give back the GPUs of a stage that has ended."""
+        self._taken.pop(key, None)
+
+
+def gpus() -> int:
+    """Return the number of GPUs that this process may use, without using one."""
+    import torch  # not at the top: the command line starts without torch
+
+    return torch.cuda.device_count()
+
+
+def free_memory() -> list[int]:
+    """Return the free bytes of each GPU. Only a new process uses CUDA, not this process."""
+    if not gpus():
+        return []
+    context = prepare()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(theirs,), name="free GPU memory")
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _tell(pipe: Connection) -> None:
+    import torch
+
+    pipe.send([torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())])

@@ -28,8 +28,8 @@ from tadistill.plan.paths import lossy_steps
 from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
-from tadistill.runner.api_requests import announced
 from tadistill.runner.processes import prepared
+from tadistill.runner.remote import announced
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
 from tadistill.store import Store, key_of, store_of

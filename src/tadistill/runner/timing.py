@@ -52,7 +52,7 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
     root = plan.recipe.data.root
     for each in graph.stages.values():
         task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9)
-        run_in_processes(task, threads=threads, progress=lambda done, total, text: None, alarm=lambda text: None, stop=lambda: False)
+        run_in_processes(task, threads=threads)
     return Store(directory).manifest(last)
 
 

@@ -19,7 +19,7 @@ from tadistill.report.model_card import model_card
 from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown
 from tadistill.results.collect import read_results
-from tadistill.runner.servers import examined, longest_text, server_command, start_server
+from tadistill.runner.remote import examined, longest_text, server_command, start_server
 from tadistill.runner.study import save_plan
 from tadistill.store import Store
 

@@ -19,7 +19,7 @@ from tadistill.plan.remote import asked_notes, check_asked, wanted_of
 from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock
 from tadistill.rollout.api_teacher import replies_file
-from tadistill.runner.api_requests import announced, examined
+from tadistill.runner.remote import announced, examined
 from tadistill.runner.study import describe
 from tadistill.store import Store
 

@@ -12,8 +12,8 @@ from tadistill.errors import ModelError
 from tadistill.plan import throughput
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
-from tadistill.runner import devices, preflight, processes, schedule
-from tadistill.runner.devices import Devices
+from tadistill.runner import preflight, processes, schedule
+from tadistill.runner.schedule import Devices
 from tadistill.store import Store
 
 TWO = "models.l={load: scratch:gpt2, tokenizer: tinyworld, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}}"
@@ -100,9 +100,8 @@ def test_a_stage_that_does_not_fit_on_a_gpu_is_refused(claimed, monkeypatch):
     """The memory of the host has no say in what a GPU holds, and the other way round."""
     found = plan()
     free = {"gpu": 10**12, "host": 10**12}
-    monkeypatch.setattr(devices, "free_memory", lambda context: [10**12, free["gpu"]])
+    monkeypatch.setattr(schedule, "free_memory", lambda: [10**12, free["gpu"]])
     monkeypatch.setattr(preflight, "available_memory", lambda: free["host"])
-    monkeypatch.setattr(processes, "prepare", lambda: None)
     preflight._check_memory(found, 2)
     free["gpu"] = 1000
     with pytest.raises(ModelError, match=r"need 0\.0 GB of memory of a GPU \("):
@@ -113,7 +112,7 @@ def test_a_stage_that_does_not_fit_on_a_gpu_is_refused(claimed, monkeypatch):
 
 
 def test_a_machine_without_gpus_has_no_free_gpu_memory():
-    assert devices.free_memory(None) == []
+    assert schedule.free_memory() == []
 
 
 def test_a_plan_counts_gpus_without_torch(monkeypatch, tmp_path):
