@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.combinations import over_spans
-from tadistill.config.method import Method, Optim, Select, check_pairing
+from tadistill.config.combinations import check_pairing, over_spans
+from tadistill.config.method import Method, Optim, Select
 from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, MiniLLM, Objective, ObjectiveBase, ReverseKL
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded

@@ -17,8 +17,8 @@ SHORT = {
     "tuning.py": "constants that plan and training share; plan may not import torch",
 }
 MANY = {
-    ("cli/models.py", "compare"): "options of a command",
-    ("cli/models.py", "evaluate"): "options of a command",
+    ("cli/running.py", "compare"): "options of a command",
+    ("cli/running.py", "evaluate"): "options of a command",
     ("cli/studies.py", "human"): "options of a command",
     ("cli/studies.py", "judge"): "options of a command",
     ("cluster/submit.py", "submit"): "options of a command",

@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tadistill.config import DataRef
-from tadistill.config.combinations import over_spans
+from tadistill.config.combinations import check_pairing, over_spans
 from tadistill.config.data import World
-from tadistill.config.method import Method, Optim, Select, check_pairing
+from tadistill.config.method import Method, Optim, Select
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld_tokenizers
 from tadistill.data.batch import Sequence, references

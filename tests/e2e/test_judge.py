@@ -19,7 +19,7 @@ from rich.console import Console
 from tests.conftest import tiny_model
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
-from tadistill.config.judge import Judge
+from tadistill.config.evaluate import Judge
 from tadistill.data import tinyworld_tokenizers
 from tadistill.errors import JudgeFailed
 from tadistill.judge.commands import judge

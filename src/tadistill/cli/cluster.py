@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tadistill.cli import complete
-from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, console, read_recipe
+from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, complete_recipe, console, read_recipe
 from tadistill.store import runs_directory, store_of
 
 app = typer.Typer()
@@ -41,7 +40,7 @@ def doctor(
         typer.Argument(
             help="A recipe whose models, data and servers are checked too.",
             metavar="[RECIPE]",
-            autocompletion=complete.recipe_names,
+            autocompletion=complete_recipe,
         ),
     ] = None,
     cluster: Cluster = None,

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tadistill.cli import complete
-from tadistill.cli.shared import Runs, StudyName, comma_separated, console, report_study
+from tadistill.cli.shared import Runs, StudyName, comma_separated, complete_arm, console, report_study
 from tadistill.errors import ConfigError
 from tadistill.store import runs_directory, store_of
 
@@ -46,7 +45,7 @@ def watch(
 @app.command()
 def export(
     study: StudyName,
-    arm: Annotated[str, typer.Argument(help="Name of the arm whose model is copied.", metavar="ARM", autocompletion=complete.arm_names)],
+    arm: Annotated[str, typer.Argument(help="Name of the arm whose model is copied.", metavar="ARM", autocompletion=complete_arm)],
     target: Annotated[
         Path | None, typer.Argument(help="The new directory for the copy; not needed with --push.", metavar="[TARGET]")
     ] = None,
@@ -80,7 +79,7 @@ def export(
 
 Arms = Annotated[
     list[str] | None,
-    typer.Option("--arm", help="An arm to rate. Repeat the option for more arms (default: all).", autocompletion=complete.arm_names),
+    typer.Option("--arm", help="An arm to rate. Repeat the option for more arms (default: all).", autocompletion=complete_arm),
 ]
 JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, separated by commas (default: all).")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts per test set, evenly spaced (default: all).")]
@@ -119,7 +118,7 @@ def judge(
 
     More: the page "Judges: a language model, or people" of the documentation.
     """
-    from tadistill.config.judge import Judge
+    from tadistill.config.evaluate import Judge
     from tadistill.config.load import read_settings
     from tadistill.judge import commands
 
@@ -157,7 +156,7 @@ def human(
 
     More: the page "Judges: a language model, or people" of the documentation.
     """
-    from tadistill.config.judge import BlindSheet
+    from tadistill.config.evaluate import BlindSheet
     from tadistill.config.load import read_settings
     from tadistill.judge import commands
 

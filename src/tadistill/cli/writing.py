@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from tadistill.cli import complete
-from tadistill.cli.shared import console
+from tadistill.cli.shared import complete_key, complete_method, console
 from tadistill.errors import ConfigError, TadistillError
 
 if TYPE_CHECKING:
@@ -37,13 +36,11 @@ def new(
     teacher: Annotated[str | None, typer.Option("--teacher", help="Hub id or directory of the teacher.")] = None,
     student: Annotated[str | None, typer.Option("--student", help="Hub id or directory of the student.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="A .jsonl file, a folder, a Hub id, or the name of a data set.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="Name of the method, such as gkd.", autocompletion=complete.method_names)
-    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Name of the method, such as gkd.", autocompletion=complete_method)] = None,
 ) -> None:
     """Write a commented recipe of one distillation. The command asks for each option that is not given."""
     from tadistill.config.load import parse
-    from tadistill.config.shorthand import METHODS, no_method
+    from tadistill.config.method import METHODS, no_method
 
     if file.exists() or file.is_symlink():
         raise ConfigError(f"{file} already exists; choose another name for the new recipe")
@@ -73,7 +70,7 @@ def _at_terminal() -> bool:
 
 
 def _asked(name: str) -> str:
-    from tadistill.config.shorthand import METHODS, no_method
+    from tadistill.config.method import METHODS, no_method
 
     if name != "method":
         return typer.prompt(_QUESTIONS[name])
@@ -90,8 +87,8 @@ def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) 
         file: the path of the new recipe. Paths in the recipe are relative to its folder.
         teacher, student, data: the user's answers. Their paths are relative to the working directory.
     """
+    from tadistill.config.method import METHODS
     from tadistill.config.schema import schema_file
-    from tadistill.config.shorthand import METHODS
 
     study = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "distillation"
     models = {"teacher": _moved(teacher, file), "student": _moved(student, file)}
@@ -174,7 +171,7 @@ def _scalar(value: Any) -> str:
 @app.command()
 def recipes() -> None:
     """List the recipes that are part of tadistill. `tadistill run NAME` runs one from any folder."""
-    from tadistill.config.shipped_recipes import shipped, summary
+    from tadistill.config.recipe_files import shipped, summary
 
     listed = [(name, summary(path)) for name, path in shipped().items()]
     if not console.is_terminal:
@@ -192,7 +189,7 @@ def explain(
         typer.Argument(
             help="A key of a recipe (lr, method.optim.lr, arms.X.path), a metric, or a word of reports (error budget).",
             metavar="KEY",
-            autocompletion=complete.keys,
+            autocompletion=complete_key,
         ),
     ],
 ) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tadistill.config import Recipe
-from tadistill.config.locations import placed
+from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, hub
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.disk import read_json, write_json

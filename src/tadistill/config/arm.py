@@ -1,23 +1,73 @@
-"""The arms of a recipe, and their budgets.
+"""The arms of a recipe. An arm is a named path of models, in which each model teaches the next one.
 
-An arm is a named path of models, in which each model teaches the next one.
+A path can begin with a route: several teachers, each of which teaches on its own training sets. `m on maths + xl on chat > s` means that m
+teaches s on the rows of the set maths, and xl on those of the set chat. This is multi-teacher on-policy distillation (MOPD) if the student
+writes the text. The sets are those of `data.train`.
 """
 
 import re
-from collections.abc import Iterable
-from itertools import groupby, pairwise
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tadistill.config.common import Strict
-from tadistill.config.context import TeacherContext
-from tadistill.config.controls import Control, read_control
-from tadistill.config.method import PARTS, Dense, Ema, MethodPatch, Optim, Phases, Select
+from tadistill.config.method import PARTS, MethodName, MethodPatch, Phases, written_out
+from tadistill.config.method_parts import Dense, Ema, Optim, Select, TeacherContext
 from tadistill.config.objective import Objective
-from tadistill.config.route import flat, problems
 from tadistill.config.sampling import Sampler
-from tadistill.config.shorthand import MethodName, written_out
+
+_AND, _ON = " + ", " on "
+
+
+def is_route(name: str) -> bool:
+    """Return True if the text between two `>` of a path is a route, such as `m on maths + xl on chat`."""
+    return _ON in name
+
+
+def members(name: str) -> tuple[str, ...]:
+    """Return the models of one position of a path (the text between two `>`), without duplicates: one model, or the teachers of a route."""
+    return tuple(dict.fromkeys(model for model, _ in _pairs(name))) if is_route(name) else (name,)
+
+
+def teachers_of(name: str) -> dict[str, str]:
+    """Map each training set of a route to its teacher. Return an empty dict for a single model."""
+    return {set_: teacher for teacher, set_ in _pairs(name)} if is_route(name) else {}
+
+
+def flat(path: Iterable[str]) -> tuple[str, ...]:
+    """Return all models of a path, in order. A route is replaced by its teachers."""
+    return tuple(model for name in path for model in members(name))
+
+
+def routed(paths: Iterable[tuple[str, ...]]) -> bool:
+    """Return True if one of the paths begins with a route."""
+    return any(is_route(path[0]) for path in paths)
+
+
+def route_problems(path: tuple[str, ...]) -> Iterator[str]:
+    """Yield a sentence for each mistake in the routes of a path."""
+    for place, name in enumerate(path):
+        if not is_route(name):
+            continue
+        if place > 0:
+            yield f"path has several teachers (`{name}`) after another model; write several teachers only at the start of a path"
+        elif len(path) < 2:
+            yield f"path `{name}` has no student; write for instance `{name} > s`"
+        pairs = _pairs(name)
+        names = [set_ for _, set_ in pairs]
+        if wrong := next((part for part in name.split(_AND) if part.count(_ON) != 1 or not all(map(str.strip, part.split(_ON)))), None):
+            yield f"path has `{wrong.strip()}`, which is not of the form MODEL on SET; write for instance `m on maths + xl on chat > s`"
+        elif twice := next((set_ for set_ in names if names.count(set_) > 1), None):
+            yield f"path `{name}` names two teachers for the set {twice}; name one teacher for each set"
+        elif own := next((model for model in path[1:] if model in members(name)), None):
+            yield f"path `{name} > …` names {own} as a teacher and as a student; a model that teaches itself must be its only teacher"
+
+
+def _pairs(name: str) -> list[tuple[str, str]]:
+    return [(model.strip(), set_.strip()) for part in name.split(_AND) for model, _, set_ in [part.partition(_ON)]]
+
 
 ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
 """Names of models. Each model teaches the next one."""
@@ -36,9 +86,6 @@ def marked(text: str, across: Iterable[tuple[str, str]]) -> str:
         if parts[i] == " > " and (parts[i - 1], parts[i + 1]) in lossy:
             parts[i] = " ~> "
     return "".join(parts)
-
-
-_COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 
 class ComparableArm(Protocol):
@@ -71,6 +118,51 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
     found = [a for a in found if teacher is None or a.path[0] == teacher]
     same = [a for a in found if method is None or a.method == method]
     return next(iter([*same, *(found if any_method else [])]), None)
+
+
+_COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
+
+
+def read_compute(text: str) -> tuple[float | None, str] | None:
+    """Return the factor and the arm in the key `compute`: (4.0, ARM) for `4x ARM`, and (None, ARM) for `as ARM`. Return None for a text of
+    another form."""
+    found = _COMPUTE.fullmatch(text)
+    return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
+
+
+Kind = Literal["no_teacher", "tempered", "random_teacher"]
+_CONTROL = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
+
+
+class Control(NamedTuple):
+    """The kind of a control, and the name of the arm with which it is compared."""
+
+    kind: Kind
+    arm: str
+
+    @property
+    def words(self) -> str:
+        """A phrase for reports: how the control trains its student, and the arm with which the control is compared."""
+        teacher = {
+            "no_teacher": "trained without a teacher",
+            "tempered": "taught by the teacher, whose temperature is set so that its mean entropy equals the assistant's",
+            "random_teacher": "taught by a teacher with random weights",
+        }
+        return f"{teacher[self.kind]} (control of {self.arm})"
+
+
+def read_control(text: str) -> Control | None:
+    """Return the control that `KIND of ARM` names, or None if the text has another form."""
+    found = _CONTROL.fullmatch(text)
+    return Control(cast(Kind, found[1]), found[2]) if found else None
+
+
+_FORMS = {
+    "compute": (_COMPUTE, "`as ARM` or `4x ARM`, where ARM is the name of an arm"),
+    "teacher_budget": (re.compile(r"as \S.*"), "`as ARM`, where ARM is the name of an arm"),
+    "control": (_CONTROL, "`no_teacher of ARM`, `tempered of ARM` or `random_teacher of ARM`"),
+}
+"""Maps each key that names another arm to the form of its value, and to an example for the error message."""
 
 
 class Published(Strict):
@@ -150,7 +242,7 @@ class Arm(Strict):
     @model_validator(mode="after")
     def _check_path(self):
         for path in self.path:
-            for problem in problems(path):
+            for problem in route_problems(path):
                 raise ValueError(problem)
             for name in path:
                 if sum(other == name for other, _ in groupby(path)) > 1:
@@ -187,25 +279,12 @@ class Arm(Strict):
                 )
         return self
 
-    @field_validator("compute")
+    @field_validator(*_FORMS)
     @classmethod
-    def _as_arm(cls, value: str | None) -> str | None:
-        if value is not None and _COMPUTE.fullmatch(value) is None:
-            raise ValueError(f"compute is `{value}`; write `as ARM` or `4x ARM`, where ARM is the name of an arm")
-        return value
-
-    @field_validator("teacher_budget")
-    @classmethod
-    def _of_teacher(cls, value: str | None) -> str | None:
-        if value is not None and re.fullmatch(r"as \S.*", value) is None:
-            raise ValueError(f"teacher_budget is `{value}`; write `as ARM`, where ARM is the name of an arm")
-        return value
-
-    @field_validator("control")
-    @classmethod
-    def _of_arm(cls, value: str | None) -> str | None:
-        if value is not None and read_control(value) is None:
-            raise ValueError(f"control is `{value}`; write `no_teacher of ARM`, `tempered of ARM` or `random_teacher of ARM`")
+    def _names_an_arm(cls, value: str | None, info: ValidationInfo) -> str | None:
+        form, example = _FORMS[str(info.field_name)]
+        if value is not None and form.fullmatch(value) is None:
+            raise ValueError(f"{info.field_name} is `{value}`; write {example}")
         return value
 
     @property
@@ -215,9 +294,8 @@ class Arm(Strict):
 
     @property
     def like(self) -> tuple[float | None, str] | None:
-        """The factor and the arm in `compute`: (4.0, ARM) for `4x ARM`, and (None, ARM) for `as ARM`. None if `compute` is not set."""
-        found = _COMPUTE.fullmatch(self.compute) if self.compute else None
-        return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
+        """The factor and the arm in `compute`, as `read_compute` returns them. None if `compute` is not set."""
+        return read_compute(self.compute) if self.compute else None
 
     @property
     def asks_like(self) -> str | None:
@@ -253,90 +331,3 @@ class Arm(Strict):
     def patch(self) -> MethodPatch:
         """This arm's changes to the recipe's method."""
         return MethodPatch(**{part: getattr(self, part) for part in PARTS}, phases=self.phases)
-
-
-class Budgets(Strict):
-    """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget, with scaled updates and warmup.
-
-    For example, a recipe has the arms `direct` and `chain`. `times: [1, 2]` and `of: direct` turn these two into four arms: `direct`,
-    `direct-2x`, `chain-1x` and `chain-2x`. The arm `direct` defines the budget 1x.
-    """
-
-    text_sets: ClassVar[str] = "times"
-    times: tuple[Annotated[float, Field(ge=0.001, le=1e6)], ...] = Field(min_length=2)
-    """The budgets, as multiples of the training FLOPs of the arm in `of`. The original teacher's own training is not counted."""
-    of: str | None = None
-    """Name of the arm whose training FLOPs are the budget 1x. The default is the first arm with a path of two models,
-    `teacher > student`."""
-    arms: tuple[str, ...] | None = None
-    """Names of the arms that are trained at each budget. The default is all arms that train a model and have no `compute`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_list(cls, value: Any) -> Any:
-        return {"times": value} if isinstance(value, list | tuple) else value
-
-    @field_validator("times")
-    @classmethod
-    def _rising(cls, times: tuple[float, ...]) -> tuple[float, ...]:
-        if any(a >= b for a, b in pairwise(times)):
-            raise ValueError(f"budgets are [{', '.join(f'{t:g}' for t in times)}]; write them in rising order, such as [1, 2, 4, 8]")
-        return times
-
-    def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
-        """Return the recipe's arms, with one arm per budget in place of each arm in `self.arms`. All other arms are not changed.
-
-        Raises:
-            ValueError: an arm in `of` or `arms` is missing, has `compute` or trains no model; or a new arm's name is already used.
-        """
-        able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
-        of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
-        if of is None or of not in able:
-            what = f"budgets.of is `{of}`, which defines no budget" if of else "no arm `teacher > student` defines the budget 1x"
-            raise ValueError(
-                f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
-            )
-        for name in self.arms or ():
-            if name not in able and at_budget(name, self.times[0]) not in arms:
-                raise ValueError(
-                    f"budgets.arms names `{name}`, whose budget cannot change; name only arms that train a model and have no "
-                    f"`compute` (such arms: {', '.join(able)})"
-                )
-        found: dict[str, Arm] = {}
-        for name, arm in arms.items():
-            if name not in (able if self.arms is None else self.arms):
-                found[name] = arm
-                continue
-            if name == of:
-                found[name] = arm
-            for times in self.times:
-                new, compute = at_budget(name, times), f"{times:g}x {of}"
-                if name == of and times == 1:
-                    continue
-                if new in arms and arms[new].compute != compute:
-                    raise ValueError(f"budgets add an arm `{new}`, but the recipe already has an arm of this name; rename the recipe's arm")
-                found[new] = arm.model_copy(update={"compute": compute, "published": None})
-        return found
-
-
-class BudgetOf(NamedTuple):
-    """The training budget of an arm that `Budgets.expand` made from the recipe's arm `arm`. The budget is the training FLOPs of the arm
-    `reference`, multiplied by the factor `times`."""
-
-    arm: str
-    times: float
-    reference: str
-
-
-def budget_of(name: str, compute: str | None) -> BudgetOf | None:
-    """Return the training budget of an arm, given its name and its key `compute`. Return None if `Budgets.expand` did not make the arm."""
-    found = _COMPUTE.fullmatch(compute) if compute else None
-    if found is None or not found["times"]:
-        return None
-    times, suffix = float(found["times"]), at_budget("", float(found["times"]))
-    return BudgetOf(name.removesuffix(suffix), times, found["arm"]) if name.endswith(suffix) else None
-
-
-def at_budget(arm: str, times: float) -> str:
-    """Return the name of an arm at a budget. For example, the arm `chain` at the budget 4x has the name `chain-4x`."""
-    return f"{arm}-{times:g}x"

@@ -1,21 +1,86 @@
-"""Checks that the settings of a method fit together, with an error message for every combination that does not work.
+"""The changes of a method by a model, an arm or a phase, and checks that the resulting settings fit together, with an error message for
+every combination that does not work.
 
 If student and teacher have different tokenizers, the loss is computed over spans: the pieces of a text between token boundaries that both
 models have (`objectives.spans`). `over_spans` returns the method with the changes that this needs, or refuses it.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from tadistill.config.common import Decoding
+from pydantic import ValidationError
+
+from tadistill.config.common import Decoding, Strict
+from tadistill.config.method import PARTS, Method, MethodPatch
+from tadistill.config.method_parts import Optim
 from tadistill.config.objective import Divergence, ForwardKL, Gold, MiniLLM, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import HiddenSignal, OnPolicy, ReplaySampler, Rounds, SampledSignal, TeacherMixedSampler, TopKSignal
-from tadistill.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tadistill.config.method import Method
+from tadistill.errors import ConfigError, about
 
 
-def check_pairing(method: "Method") -> None:
+def merge_methods(base: Any, patch: Strict | float | None, part: str) -> Any:
+    """Return a part of a method, such as its objective, with the changes in `patch`.
+
+    Args:
+        base: the part without the changes.
+        patch: the changes. None changes nothing. A number, or an object of another class (another `type`), replaces `base`.
+        part: the key of the part, such as `objective`, for the error message.
+
+    Raises:
+        ConfigError: the changed settings do not fit together.
+    """
+    if patch is None:
+        return base
+    if type(patch) is not type(base) or not isinstance(patch, Strict):
+        return patch
+    changed = {name: getattr(patch, name) for name in patch.model_fields_set}
+    if isinstance(base, Optim):  # the keys of a pair exclude each other, so setting one clears the other
+        for one, other in (("steps", "epochs"), ("epochs", "steps"), ("micro_batch", "tokens"), ("tokens", "micro_batch")):
+            if changed.get(one) is not None:
+                changed.setdefault(other, None)
+    try:
+        return type(base).model_validate({**base.model_dump(), **changed})
+    except ValidationError as error:
+        what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise ConfigError(f"a model, an arm or a phase changes `{part}`, but the changed settings do not fit together: {what}") from error
+
+
+def apply(method: Method, *patches: MethodPatch) -> Method:
+    """Return the method with the changes of all `patches`, applied in order. Raises a ConfigError if the resulting settings do not fit
+    together."""
+    for patch in patches:
+        phases = method.phases if patch.phases is None else patch.phases
+        parts = {part: merge_methods(getattr(method, part), getattr(patch, part), part) for part in PARTS}
+        method = Method(**parts, phases=phases)
+    if method.phases:
+        phases_of(method)  # checks the settings of each phase; those of the whole method are not trained with
+        return method
+    asked = method.objective.needs_teacher
+    for name, used in (("dense", asked), ("context", method.uses_teacher), ("ema", asked)):
+        if not used and all(getattr(patch, name) is None for patch in patches):
+            method = method.model_copy(update={name: None})  # the recipe's own setting applies only to arms that have teachers
+    check_pairing(method)
+    return method
+
+
+def phases_of(method: Method) -> list[tuple[Method, float]]:
+    """Return the method of each phase and its share of the updates. A method without phases is returned as one phase, with the share 1.
+
+    Raises:
+        ConfigError: the settings of a phase do not fit together.
+    """
+    if not method.phases:
+        return [(method, 1.0)]
+    plain, found = method.model_copy(update={"phases": None}), []
+    for number, phase in enumerate(method.phases, 1):
+        with about(f"phase {number}"):
+            found.append((apply(plain, phase.patch), phase.share or 1 / len(method.phases)))
+    return found
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def check_pairing(method: Method) -> None:
     """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer settings do not fit together."""
     method.sampler.check()
     _check_text(method)
@@ -44,7 +109,7 @@ def check_pairing(method: "Method") -> None:
         )
 
 
-def _check_text(method: "Method") -> None:
+def _check_text(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if method.recorded_text and (objective.needs_rounds or objective.needs_own_samples):
         raise ConfigError(
@@ -80,7 +145,7 @@ def _check_text(method: "Method") -> None:
         raise ConfigError(f"sampler `{sampler.type}` trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
 
 
-def _check_uses_of_teacher(method: "Method") -> None:
+def _check_uses_of_teacher(method: Method) -> None:
     objective, signal = method.objective, method.signal
     for key, used in (("dense", objective.needs_teacher), ("context", method.uses_teacher), ("ema", objective.needs_teacher)):
         if getattr(method, key) is not None and not used:
@@ -94,7 +159,7 @@ def _check_uses_of_teacher(method: "Method") -> None:
         )
 
 
-def _check_signal(method: "Method") -> None:
+def _check_signal(method: Method) -> None:
     objective, signal = method.objective, method.signal
     if method.dense and not isinstance(signal, HiddenSignal | None):
         raise ConfigError(
@@ -117,7 +182,7 @@ def _check_signal(method: "Method") -> None:
         raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
 
 
-def _check_context(method: "Method") -> None:
+def _check_context(method: Method) -> None:
     sampler = method.sampler
     if sampler.guided:
         fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
@@ -132,7 +197,7 @@ def _check_context(method: "Method") -> None:
         )
 
 
-def _check_ema(method: "Method") -> None:
+def _check_ema(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if method.signal:
         raise ConfigError(
@@ -158,7 +223,7 @@ def _check_ema(method: "Method") -> None:
         )
 
 
-def _check_engine(method: "Method") -> None:
+def _check_engine(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if isinstance(sampler, Decoding):
         sampler.check_engine()
@@ -176,7 +241,7 @@ def _check_engine(method: "Method") -> None:
         )
 
 
-def over_spans(method: "Method") -> "Method":
+def over_spans(method: Method) -> Method:
     """Return the method with the changes that it needs if teacher and student have different tokenizers.
 
     Only `minillm` changes. Its exact single-step term needs the teacher's probability of every token of the student's vocabulary. The
@@ -219,7 +284,7 @@ def over_spans(method: "Method") -> "Method":
     return method.model_copy(update={"objective": objective.model_copy(update=changes)})
 
 
-def check_one_tokenizer(method: "Method") -> None:
+def check_one_tokenizer(method: Method) -> None:
     """Check that a method is defined for a student and a teacher with one tokenizer. Raises a ConfigError if it is not."""
     if isinstance(method.objective, Gold):
         raise ConfigError(

@@ -17,11 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.common import Strict
-from tadistill.config.locations import Lines, settled, where
 from tadistill.config.problems import problems
 from tadistill.config.recipe import Recipe, own_functions
+from tadistill.config.recipe_files import Lines, located, settled, shipped, where
 from tadistill.config.reference import classes, named_classes
-from tadistill.config.shipped_recipes import located, shipped
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
 
@@ -49,7 +48,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Load and validate a recipe.
 
     Args:
-        path: a YAML file, or the name of a recipe of the package (`config.shipped_recipes`).
+        path: a YAML file, or the name of a recipe of the package (`config.recipe_files`).
         overrides: `key.sub=value` strings, applied in order. A name that contains dots is written in brackets, as in
             `arms[2.D].path=xl > s`.
 

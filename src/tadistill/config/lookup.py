@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from tadistill.config.method import METHODS
 from tadistill.config.problems import SYNONYMS
 from tadistill.config.reference import NAME, Key, Part, page_text, reference
-from tadistill.config.shorthand import METHODS
 from tadistill.errors import ConfigError
 
 _TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")

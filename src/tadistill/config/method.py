@@ -1,56 +1,33 @@
 """The settings of a training method: objective (the loss), sampler (the training text), optimizer, and choice of a checkpoint.
 
-A method can have phases, which a student passes one after the other. Objectives are in `tadistill.config.objective`, samplers are in
-`tadistill.config.sampling`, and settings of the optimizer in `tadistill.config.optim`. `tadistill.config.combinations` refuses
-settings that do not fit together.
+A method can have phases, which a student passes one after the other, and a published method can be given by its name. `methods.yaml` has
+the settings of these methods. Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`, and all other parts
+in `tadistill.config.method_parts`. `tadistill.config.combinations` refuses settings that do not fit together.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+import yaml
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from tadistill.config.combinations import check_pairing
 from tadistill.config.common import MOST, Strict
-from tadistill.config.context import TeacherContext
+from tadistill.config.method_parts import Dense, Ema, Optim, Select, TeacherContext
 from tadistill.config.objective import ForwardKL, Objective
-from tadistill.config.optim import Optim
 from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, Sampler, Signal, StudentSampler
-from tadistill.config.shorthand import MethodName, written_out
-from tadistill.errors import ConfigError, about
-from tadistill.metrics import SELECTABLE
 
 PARTS = ("objective", "sampler", "optim", "select", "dense", "context", "ema")
 """The keys of a method that a model, an arm or a phase can change."""
+METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
+    resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
+)
+"""Maps the name of a published method to its settings of `objective` and `sampler`."""
+MethodName = Annotated[str, Field(json_schema_extra={"anyOf": [{"enum": [*METHODS]}, {"type": "string"}]})]
+"""The name of a published method, or of an entry of the recipe's `methods`."""
+_NAMED = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 _ROUNDING = 1e-6  # shares such as 0.333333 add up to 1
-
-if TYPE_CHECKING:
-    SelectMetric = str
-else:
-    SelectMetric = Literal[SELECTABLE]  # type checkers want the names written out
-
-
-class Select(Strict):
-    """The choice of the checkpoint that a training keeps."""
-
-    metric: SelectMetric = "loss"
-    """The metric on the dev set that chooses the checkpoint. With `last`, the final weights are kept."""
-    every: int = Field(default=100, ge=1, le=MOST)
-    """Number of updates between two evaluations on the dev set. The last evaluation is always at the end of training."""
-    patience: int | None = Field(default=None, ge=1, le=MOST)
-    """Stop the training if this many evaluations on the dev set, one after the other, give no better value. By default, training never
-    stops early."""
-
-    def check(self) -> None:
-        """Raise a ConfigError if `patience` is set but no metric is measured on the dev set."""
-        if self.patience is not None and self.metric == "last":
-            raise ConfigError(
-                f"select.patience is {self.patience}, but with select.metric `last` nothing is measured on the dev set; set "
-                "`select.metric` to `loss` or `rouge_l`, or remove `select.patience`"
-            )
-
-
-Ema = Annotated[float, Field(ge=0, lt=1)]
-"""Decay of an exponential moving average of weights: the factor of the teacher's old weights in each update of the teacher."""
 
 
 class Sft(Strict):
@@ -64,25 +41,6 @@ class Sft(Strict):
     sets: tuple[str, ...] = ()
     """Names of the sets of `data.train` on which the model is fine-tuned, such as [maths]. Each set keeps its weight. By default, all sets
     are used."""
-
-
-class Dense(Strict):
-    """Dense guidance (Son et al. 2021, DGKD): all models before a student in its path teach the student together. The target is the mean of
-    their distributions."""
-
-    kind: Literal["geometric", "arithmetic"] = "geometric"
-    """The kind of mean. `geometric` fits the objective `reverse_kl`, and `arithmetic` fits `forward_kl`. For both pairs, the gradient
-    equals the gradient of the mean of the KLs between the student and each teacher."""
-    weights: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = ()
-    """One weight per teacher, in the order of the path. By default, all weights are equal."""
-    drop: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that a teacher is left out of an update. At least one teacher always stays."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.weights and not sum(self.weights) > 0:
-            raise ValueError(f"dense.weights are {list(self.weights)}; set at least one weight above 0")
-        return self
 
 
 class Phase(Strict):
@@ -265,61 +223,58 @@ class Method(Strict):
         return self.round_rollouts // self.optim.batch * epochs
 
 
-def merge_methods(base: Any, patch: Strict | float | None, part: str) -> Any:
-    """Return a part of a method, such as its objective, with the changes in `patch`.
+# --- a method by name ----------------------------------------------------------------------------------------------------
+
+
+def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
+    """Return a method, an arm or a phase in which the name of a method is replaced by the objective and the sampler of this method.
+
+    If `value` also has an `objective` or a `sampler`, its keys override the keys of the named method's objective or sampler. If the `type`
+    differs, it replaces that objective or sampler. If `phased` is true and `value` has no key `phases`, the result has `phases: []`.
 
     Args:
-        base: the part without the changes.
-        patch: the changes. None changes nothing. A number, or an object of another class (another `type`), replaces `base`.
-        part: the key of the part, such as `objective`, for the error message.
+        value: the method, arm or phase in the recipe. Anything except a string or a dict is returned unchanged.
+        string: the key to use if `value` is only a string. The string becomes the value of this key.
+        name: the key that contains the method's name. The result does not have this key.
+        phased: True if `value` is a method or an arm, which may have the key `phases`. False if it is a phase.
 
     Raises:
-        ConfigError: the changed settings do not fit together.
+        ValueError: there is no method of this name.
     """
-    if patch is None:
-        return base
-    if type(patch) is not type(base) or not isinstance(patch, Strict):
-        return patch
-    changed = {name: getattr(patch, name) for name in patch.model_fields_set}
-    if isinstance(base, Optim):  # the keys of a pair exclude each other, so setting one clears the other
-        for one, other in (("steps", "epochs"), ("epochs", "steps"), ("micro_batch", "tokens"), ("tokens", "micro_batch")):
-            if changed.get(one) is not None:
-                changed.setdefault(other, None)
+    given = {string: value} if isinstance(value, str) else value
+    if not isinstance(given, dict) or given.get(name) is None:
+        return given
+    rest = {key: part for key, part in given.items() if key != name}
+    return ({"phases": []} if phased else {}) | _with_method(given[name], rest)
+
+
+def no_method(name: Any) -> str:
+    """Return the error sentence for an unknown method."""
+    return f"`{name}` {not_a_method(name)}"
+
+
+def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
+    """Return the error sentence for an unknown method, without the name at its beginning. `own` has the names of the recipe's methods."""
+    names = [*own, *METHODS]
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean `{close[0]}`? The" if close else "the"
+    return f"is not a method; {hint} methods are {', '.join(names)}"
+
+
+def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(no_method(name))
+    settings = {"sampler": {"type": "dataset"}} | METHODS[name]
+    return given | {part: _merged(part, settings[part], given.get(part)) for part in _NAMED}
+
+
+def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
+    if given is not None and not isinstance(given, dict):
+        return given
+    if given and given.get("type", settings["type"]) != settings["type"]:
+        return given
+    merged = settings | (given or {})
     try:
-        return type(base).model_validate({**base.model_dump(), **changed})
-    except ValidationError as error:
-        what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
-        raise ConfigError(f"a model, an arm or a phase changes `{part}`, but the changed settings do not fit together: {what}") from error
-
-
-def apply(method: Method, *patches: MethodPatch) -> Method:
-    """Return the method with the changes of all `patches`, applied in order. Raises a ConfigError if the resulting settings do not fit
-    together."""
-    for patch in patches:
-        phases = method.phases if patch.phases is None else patch.phases
-        parts = {part: merge_methods(getattr(method, part), getattr(patch, part), part) for part in PARTS}
-        method = Method(**parts, phases=phases)
-    if method.phases:
-        phases_of(method)  # checks the settings of each phase; those of the whole method are not trained with
-        return method
-    asked = method.objective.needs_teacher
-    for name, used in (("dense", asked), ("context", method.uses_teacher), ("ema", asked)):
-        if not used and all(getattr(patch, name) is None for patch in patches):
-            method = method.model_copy(update={name: None})  # the recipe's own setting applies only to arms that have teachers
-    check_pairing(method)
-    return method
-
-
-def phases_of(method: Method) -> list[tuple[Method, float]]:
-    """Return the method of each phase and its share of the updates. A method without phases is returned as one phase, with the share 1.
-
-    Raises:
-        ConfigError: the settings of a phase do not fit together.
-    """
-    if not method.phases:
-        return [(method, 1.0)]
-    plain, found = method.model_copy(update={"phases": None}), []
-    for number, phase in enumerate(method.phases, 1):
-        with about(f"phase {number}"):
-            found.append((apply(plain, phase.patch), phase.share or 1 / len(method.phases)))
-    return found
+        return _NAMED[part].validate_python(merged).model_dump()  # every field, so that an arm takes nothing from the recipe's own method
+    except ValidationError:
+        return merged  # the recipe's own validation shows the mistake

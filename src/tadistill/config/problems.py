@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.data import ONE, SETS
+from tadistill.config.method import METHODS
 from tadistill.config.reference import NAME, classes, meaning, named_classes, tag
-from tadistill.config.shorthand import METHODS
 
 _WORDS = {
     # our key -> words for it in TRL, transformers, peft, axolotl and ms-swift

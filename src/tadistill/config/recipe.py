@@ -7,27 +7,67 @@ work. Unknown keys are errors. All defaults are in this package.
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tadistill.config.arm import Arm, Budgets
-from tadistill.config.common import Name, Seeds, Strict
-from tadistill.config.controls import with_controls
+from tadistill.config.added_arms import Budgets, with_controls
+from tadistill.config.arm import Arm, teachers_of
+from tadistill.config.combinations import apply, phases_of
+from tadistill.config.common import MOST, Name, Seeds, Strict
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.machine import Resources, Runtime
-from tadistill.config.method import Method, MethodPatch, apply, phases_of
+from tadistill.config.method import Method, MethodPatch
 from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
-from tadistill.config.own_methods import with_methods
 from tadistill.config.remote import Api
-from tadistill.config.route import teachers_of
-from tadistill.config.search import Search
+from tadistill.config.shorthand import with_methods
 from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tadistill.config.locations import Origin
+    from tadistill.config.recipe_files import Origin
+
+
+class Search(Strict):
+    """Settings of `tadistill search` and `tadistill advise`: the models of the paths, and the search strategy. Both commands compare paths
+    on the dev set only."""
+
+    teacher: str
+    """The first model of every path."""
+    assistants: tuple[str, ...] = Field(min_length=1)
+    """The models that can be assistants (between teacher and student), from big to small."""
+    student: str
+    """The last model of every path."""
+    strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
+    """`exhaustive`: try every path. `single`: try the direct path, and all paths with one assistant. `best_prefix`: for each model, keep
+    only the best path to this model, and extend this path. (The result is only right if a better teacher makes a better student.) `beam`:
+    for each model, keep and extend the `width` best paths to this model. `halving`: train all paths for a few updates, drop the worse half,
+    and repeat with more updates."""
+    max_assistants: int | None = Field(default=None, ge=1, le=MOST)
+    """Largest number of assistants in a path. By default, there is no limit."""
+    budget: float | None = Field(default=None, gt=0)
+    """Largest training cost of a path, as a multiple of the training FLOPs of the direct path (without assistants). By default, there is no
+    limit."""
+    width: int = Field(default=2, ge=1, le=MOST)
+    """Number of paths to each model that the strategy `beam` keeps."""
+    rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
+    """The rounds of the strategy `halving`, with one number per round. The number is the length of the training runs in this round, as a
+    fraction of all updates. The last number is 1."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        models = (self.teacher, *self.assistants, self.student)
+        for name in models:
+            if models.count(name) > 1:
+                raise ValueError(f"search names the model {name} twice; teacher, assistants and student must be different models")
+        if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
+            raise ValueError(f"search.rungs are {list(self.rungs)}; write rising fractions that end with 1, such as [0.1, 0.3, 1]")
+        if self.strategy == "halving" and len(self.rungs) < 2:
+            raise ValueError(
+                "search.strategy is `halving`, which needs at least two rungs; set `search.rungs`, for instance to [0.1, 0.3, 1]"
+            )
+        return self
 
 
 class Recipe(Strict):

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from tadistill.config.recipe import Recipe
+from tadistill.config.recipe_files import recipes_folder
 from tadistill.config.reference import Part, reference
-from tadistill.config.shipped_recipes import recipes_folder
 from tadistill.config.shorthand import SHORT_KEYS, WHOLE_KEYS
 
 

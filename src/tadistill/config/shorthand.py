@@ -1,92 +1,28 @@
-"""Two shorter ways to write a recipe. They are turned into the long form before any check.
+"""Shorter ways to write a recipe. They are turned into the long form before any check.
 
-One way is a method by name, such as `method: gkd`. Its settings are those of its paper, and `methods.yaml` contains them. The other way is
-the short form of a whole recipe. It has one teacher, one student, one method and one evaluation of the trained student. It becomes a recipe
+The short form of a whole recipe has one teacher, one student, one method and one evaluation of the trained student. It becomes a recipe
 with two models, one arm, one training seed and one way of sampling responses. The student is not compared with the teacher.
+
+Methods with names of the user's own are in the key `methods` of a recipe. Such a name can be used wherever a recipe accepts the name of a
+published method: in `method`, in an arm, in `models.X.distill` and in a phase. The name is replaced by the keys of the method. Other keys
+in the same place override these keys.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
-from importlib import resources
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Any
 
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from tadistill.config.objective import Objective
-from tadistill.config.sampling import Sampler
+from tadistill.config.method import METHODS, PARTS, MethodPatch, not_a_method
 from tadistill.errors import ConfigError
 
-METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
-    resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
-)
-"""Maps the name of a published method to its settings of `objective` and `sampler`."""
-MethodName = Annotated[str, Field(json_schema_extra={"anyOf": [{"enum": [*METHODS]}, {"type": "string"}]})]
-"""The name of a published method, or of an entry of the recipe's `methods`."""
-_PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 WHOLE_KEYS = ("models", "arms", "search")
 SHORT_KEYS = {
     "teacher": "The teacher, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model.",
     "student": "The student, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model.",
 }
 """The keys of the short form that name models, with their meanings."""
-
-
-# --- a method by name ----------------------------------------------------------------------------------------------------
-
-
-def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
-    """Return a method, an arm or a phase in which the name of a method is replaced by the objective and the sampler of this method.
-
-    If `value` also has an `objective` or a `sampler`, its keys override the keys of the named method's objective or sampler. If the `type`
-    differs, it replaces that objective or sampler. If `phased` is true and `value` has no key `phases`, the result has `phases: []`.
-
-    Args:
-        value: the method, arm or phase in the recipe. Anything except a string or a dict is returned unchanged.
-        string: the key to use if `value` is only a string. The string becomes the value of this key.
-        name: the key that contains the method's name. The result does not have this key.
-        phased: True if `value` is a method or an arm, which may have the key `phases`. False if it is a phase.
-
-    Raises:
-        ValueError: there is no method of this name.
-    """
-    given = {string: value} if isinstance(value, str) else value
-    if not isinstance(given, dict) or given.get(name) is None:
-        return given
-    rest = {key: part for key, part in given.items() if key != name}
-    return ({"phases": []} if phased else {}) | _with_method(given[name], rest)
-
-
-def no_method(name: Any) -> str:
-    """Return the error sentence for an unknown method."""
-    return f"`{name}` {not_a_method(name)}"
-
-
-def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
-    """Return the error sentence for an unknown method, without the name at its beginning. `own` has the names of the recipe's methods."""
-    names = [*own, *METHODS]
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean `{close[0]}`? The" if close else "the"
-    return f"is not a method; {hint} methods are {', '.join(names)}"
-
-
-def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(no_method(name))
-    settings = {"sampler": {"type": "dataset"}} | METHODS[name]
-    return given | {part: _merged(part, settings[part], given.get(part)) for part in _PARTS}
-
-
-def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
-    if given is not None and not isinstance(given, dict):
-        return given
-    if given and given.get("type", settings["type"]) != settings["type"]:
-        return given
-    merged = settings | (given or {})
-    try:
-        return _PARTS[part].validate_python(merged).model_dump()  # every field, so that an arm takes nothing from the recipe's own method
-    except ValidationError:
-        return merged  # the recipe's own validation shows the mistake
 
 
 # --- one student ---------------------------------------------------------------------------------------------------------
@@ -160,3 +96,98 @@ def _data(data: Any) -> Any:
 def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:
     """Return the line of each key in the long form of a recipe. `lines` has the line of each key in its short form."""
     return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}
+
+
+# --- methods of the user's own --------------------------------------------------------------------------------------------
+
+
+def with_methods(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe as plain data, in which every name of a method in `methods` is replaced by the keys of this method.
+
+    Raises:
+        ValueError: a method has the name of a published method, or a key names a method that is unknown or does not fit there. The message
+            has one line for each mistake, and the line begins with the key.
+    """
+    own = raw.get("methods")
+    if not isinstance(own, dict) or not own:
+        return raw
+    names = _Names({name: {"name": entry} if isinstance(entry, str) else entry for name, entry in own.items()})
+    found = raw | {"methods": {name: names.phased(entry, f"methods.{name}") for name, entry in names.own.items()}}
+    names.own = found["methods"]
+    if "method" in raw:
+        found["method"] = names.named(raw["method"], "method", "method.name", "name")
+    if isinstance(arms := raw.get("arms"), dict):
+        found["arms"] = {name: names.named(arm, f"arms.{name}", f"arms.{name}.method", "method") for name, arm in arms.items()}
+    if isinstance(models := raw.get("models"), dict):
+        found["models"] = {name: names.in_model(model, f"models.{name}.distill") for name, model in models.items()}
+    if names.wrong:
+        raise ValueError("\n".join(names.wrong))
+    return found
+
+
+class _Names:
+    def __init__(self, own: dict[str, Any]):
+        self.own = own
+        self.wrong = [*_refused(own)]
+
+    def in_model(self, model: Any, at: str) -> Any:
+        if not isinstance(model, dict) or "distill" not in model:
+            return model
+        return model | {"distill": self.named(model["distill"], at, f"{at}.name", "name")}
+
+    def named(self, given: Any, at: str, key: str, name: str) -> Any:
+        """Return a method or an arm in which the name of one of the recipe's own methods is replaced by the keys of this method.
+
+        Args:
+            at: the place of `given` in the recipe, such as `arms.a`.
+            key: the place of the name, such as `arms.a.method`, for error messages.
+            name: the key of `given` that contains the name.
+        """
+        value = {"name": given} if isinstance(given, str) and name == "name" else given
+        return self._filled(self.phased(value, at), key, name, phased=True)
+
+    def phased(self, value: Any, at: str) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("phases"), list):
+            return value
+        phases = [{"method": phase} if isinstance(phase, str) else phase for phase in value["phases"]]
+        return value | {"phases": [self._filled(phase, f"{at}.phases", "method", phased=False) for phase in phases]}
+
+    def _filled(self, value: Any, key: str, name: str, *, phased: bool) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get(name), str) or value[name] in METHODS:
+            return value
+        entry: Any = self.own.get(value[name])
+        rest = {part: setting for part, setting in value.items() if part != name}
+        if value[name] not in self.own:
+            self.wrong.append(f"{key} names `{value[name]}`, which {not_a_method(value[name], self.own)}")
+        elif not phased and isinstance(entry, dict) and entry.get("phases"):
+            self.wrong.append(
+                f"{key} names `{value[name]}`, which has phases itself and cannot be a phase; write these phases in place of its name"
+            )
+        if not _valid(entry):
+            return rest
+        base = {name if part == "name" else part: setting for part, setting in entry.items()}
+        return ({"phases": []} if phased else {}) | base | {part: _changed(part, base.get(part), new) for part, new in rest.items()}
+
+
+def _refused(own: dict[str, Any]) -> Iterator[str]:
+    for name, entry in own.items():
+        if name in METHODS:
+            yield f"methods.{name} has the name of a published method; choose another name"
+        if isinstance(entry, dict) and entry.get("name") in own and entry["name"] not in METHODS:
+            yield (
+                f"methods.{name}.name is `{entry['name']}`, which is another method of your own; write the name of a published method, or "
+                "remove `name`"
+            )
+
+
+def _valid(entry: Any) -> bool:
+    try:
+        MethodPatch.model_validate(entry)
+    except ValidationError:  # the check of `methods` shows the mistake
+        return False
+    return True
+
+
+def _changed(part: str, base: Any, new: Any) -> Any:
+    same = isinstance(base, dict) and isinstance(new, dict) and new.get("type", base.get("type")) == base.get("type")
+    return base | new if same and part in PARTS else new

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tadistill.config.context import TeacherContext
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data import chat
 from tadistill.data.prompts import Rules, before_answer
 from tadistill.data.rows import Example

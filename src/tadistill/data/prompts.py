@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from tadistill.config.context import TeacherContext
 from tadistill.config.data import LongText, Template, Thinking, Turns
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data import chat
 from tadistill.data.rows import Example
 from tadistill.errors import ModelError

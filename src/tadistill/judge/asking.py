@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tadistill.config.judge import Judge
+from tadistill.config.evaluate import Judge
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import ATTEMPTS, Question, parse_scores, with_reminder
 from tadistill.models.remote.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tadistill.config.judge import REFERENCE, BlindSheet, Judge
+from tadistill.config.evaluate import REFERENCE, BlindSheet, Judge
 from tadistill.errors import ConfigError, JudgeFailed
 from tadistill.judge.asking import RequestEstimate, Verdicts, ask, ask_all, estimate_requests, stopped
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.config.judge import REFERENCE
+from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_prompt
 from tadistill.errors import ConfigError, DataError
 from tadistill.results.measured import load_predictions

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.config.judge import REFERENCE
+from tadistill.config.evaluate import REFERENCE
 from tadistill.disk import write_json
 from tadistill.judge.asking import Scores, Verdicts
 from tadistill.judge.questions import Answers, Question

@@ -11,9 +11,8 @@ from itertools import combinations
 from typing import NamedTuple
 
 from tadistill.config import Arm, Method, Recipe, Sft
-from tadistill.config.arm import ModelPath
-from tadistill.config.locations import placed
-from tadistill.config.route import flat, is_route, routed
+from tadistill.config.arm import ModelPath, flat, is_route, routed
+from tadistill.config.recipe_files import placed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.budgets import Budget, Budgets, Trial

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from tadistill.config import Arm, Recipe
-from tadistill.config.route import routed
+from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models.counting.shapes import COUNTED
 from tadistill.plan.builder import StageBuilder

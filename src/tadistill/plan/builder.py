@@ -6,10 +6,10 @@ from functools import cache, cached_property
 from typing import Any
 
 from tadistill.config import Evaluate, Method, Recipe, Sft
+from tadistill.config.arm import teachers_of
 from tadistill.config.combinations import over_spans
-from tadistill.config.context import TeacherContext
 from tadistill.config.method import Optim, Select
-from tadistill.config.route import teachers_of
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import sources

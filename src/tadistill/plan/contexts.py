@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import ModelPath
-from tadistill.config.context import TeacherContext
-from tadistill.config.method import apply, phases_of
-from tadistill.config.route import flat
+from tadistill.config.arm import ModelPath, flat
+from tadistill.config.combinations import apply, phases_of
+from tadistill.config.method_parts import TeacherContext
 from tadistill.errors import ConfigError, about
 
 

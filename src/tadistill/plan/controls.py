@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from tadistill.config import Arm, Recipe
-from tadistill.config.route import is_route, members
+from tadistill.config.arm import is_route, members
 from tadistill.errors import ConfigError
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.inputs import BehindApi, Handle, RandomWeights, is_served

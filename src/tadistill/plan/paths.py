@@ -17,10 +17,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import path_text
+from tadistill.config.arm import flat, is_route, members, path_text, routed
 from tadistill.config.combinations import check_one_tokenizer, over_spans
 from tadistill.config.objective import MiniLLM
-from tadistill.config.route import flat, is_route, members, routed
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Encoding

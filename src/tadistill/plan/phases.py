@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.method import PARTS, MethodPatch, apply, phases_of
+from tadistill.config.combinations import apply, phases_of
+from tadistill.config.method import PARTS, MethodPatch
 from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 
 if TYPE_CHECKING:

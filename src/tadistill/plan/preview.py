@@ -9,9 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.config import Recipe
-from tadistill.config.arm import direct_arm, marked
+from tadistill.config.arm import direct_arm, marked, routed
 from tadistill.config.data import DataRef, drawn_text
-from tadistill.config.route import routed
 from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import sources

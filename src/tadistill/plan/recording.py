@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.config import Method
 from tadistill.config.common import Decoding
-from tadistill.config.context import TeacherContext
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import kinds

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method, Recipe
+from tadistill.config.arm import routed
 from tadistill.config.common import DTYPES, Precision
 from tadistill.config.remote import Api, Serve, check_served, check_text_only
-from tadistill.config.route import routed
 from tadistill.data import datasets, hub
 from tadistill.data.contexts import messages
 from tadistill.data.rows import Example

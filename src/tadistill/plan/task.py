@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from tadistill.config import Recipe
+from tadistill.config.arm import members
 from tadistill.config.common import DTYPES
 from tadistill.config.machine import Resources, Vllm
-from tadistill.config.route import members
 from tadistill.data import datasets
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from tadistill import charts
 from tadistill.charts import Axis, Chart, Look, Strip, nice_span
-from tadistill.config.route import members
+from tadistill.config.arm import members
 from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
 from tadistill.plan.kinds import KINDS

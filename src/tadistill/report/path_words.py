@@ -14,9 +14,7 @@ xl > s, control no_teacher of d   trained without a teacher (control of d)
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tadistill.config.arm import path_text
-from tadistill.config.controls import Control
-from tadistill.config.route import flat, is_route, teachers_of
+from tadistill.config.arm import Control, flat, is_route, path_text, teachers_of
 from tadistill.results.study import ArmRecord
 
 

@@ -1,7 +1,7 @@
 """Cautions for a study whose models have different tokenizers: measures that are not defined or not comparable, and notes of the stages
 that re-tokenised texts."""
 
-from tadistill.config.route import flat
+from tadistill.config.arm import flat
 from tadistill.metrics import METRICS, metric_title
 from tadistill.report.path_words import listed, some
 from tadistill.results.collect import Results

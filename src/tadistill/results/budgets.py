@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtri, ndtri, stdtrit
 
-from tadistill.config.arm import budget_of
+from tadistill.config.added_arms import budget_of
 from tadistill.metrics import metric_of
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, reference_at

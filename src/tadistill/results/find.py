@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tadistill.config.load import study_in
-from tadistill.config.shipped_recipes import located
+from tadistill.config.recipe_files import located
 from tadistill.errors import ConfigError, StoreError
 from tadistill.store import Store
 

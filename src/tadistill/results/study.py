@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.config.arm import marked, path_text
-from tadistill.config.controls import Control, read_control
+from tadistill.config.arm import Control, flat, marked, members, path_text, read_control, routed
 from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
-from tadistill.config.route import flat, members, routed
 from tadistill.data.row_counts import Counts
 from tadistill.disk import damaged, read_json
 from tadistill.errors import StoreError

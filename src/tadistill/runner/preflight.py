@@ -9,10 +9,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
-from tadistill.config.locations import placed
 from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom
 from tadistill.config.recipe import methods
+from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own

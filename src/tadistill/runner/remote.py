@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
-from tadistill.config.locations import placed
 from tadistill.config.machine import vllm_folder
 from tadistill.config.method import Method
 from tadistill.config.recipe import methods
+from tadistill.config.recipe_files import placed
 from tadistill.config.remote import Api, Serve
 from tadistill.config.sampling import OnPolicy
 from tadistill.data import datasets

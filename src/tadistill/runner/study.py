@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tadistill.config import ModelConfig, Recipe
-from tadistill.config.locations import placed
+from tadistill.config.recipe_files import placed
 from tadistill.data.tinyworld_tokenizers import TOKENIZERS
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError

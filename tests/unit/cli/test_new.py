@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tadistill.cli import app
 from tadistill.config import load
+from tadistill.config.method import METHODS
 from tadistill.config.schema import recipe_schema, schema_file
-from tadistill.config.shorthand import METHODS
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 

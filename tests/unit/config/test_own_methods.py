@@ -3,10 +3,10 @@
 import pytest
 
 from tadistill.config import validate
-from tadistill.config.method import apply, phases_of
+from tadistill.config.combinations import apply, phases_of
+from tadistill.config.method import METHODS
 from tadistill.config.objective import JensenShannon, MiniLLM, ReverseKL
 from tadistill.config.sampling import DatasetSampler, MixSampler, StudentSampler, TeacherMixedSampler
-from tadistill.config.shorthand import METHODS
 from tadistill.errors import ConfigError
 
 MODEL = {"load": "scratch:llama", "tokenizer": "tinyworld"}

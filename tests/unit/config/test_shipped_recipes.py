@@ -9,7 +9,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 from tadistill.config import load
-from tadistill.config.shipped_recipes import located, recipes_folder, remark, shipped, summary
+from tadistill.config.recipe_files import located, recipes_folder, remark, shipped, summary
 from tadistill.errors import ConfigError
 from tadistill.results.find import arms, find_study
 
@@ -80,7 +80,7 @@ def test_a_wheel_holds_the_recipes(elsewhere):
     files = (path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*") if path.is_file() and path.suffix != ".pyc")
     assert names == {f"tadistill/{path.as_posix()}" for path in files}  # with the data of a recipe, which lies beside it
     program = (
-        "from tadistill.config import load; from tadistill.config.shipped_recipes import shipped, located; "
+        "from tadistill.config import load; from tadistill.config.recipe_files import shipped, located; "
         "from tadistill.config.schema import schema_file; import json; "
         "assert str(located('quickstart')).startswith(sys.argv[1]), located('quickstart'); "
         "assert schema_file().is_file(); print(load('quickstart').study, len(shipped()))"

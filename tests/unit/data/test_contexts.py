@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 
 from tadistill.config import Data, DataRef
-from tadistill.config.context import TeacherContext
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data.batch import collate, references
 from tadistill.data.encoding import encode_counted
 from tadistill.data.prompts import Rules

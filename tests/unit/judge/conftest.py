@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tests.unit.report.builder import ArmSpec, Study, StudySpec, build_study
 
-from tadistill.config.judge import Judge
+from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.judge import commands
 

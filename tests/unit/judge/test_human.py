@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tadistill.cli import app
-from tadistill.config.judge import BlindSheet
+from tadistill.config.evaluate import BlindSheet
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge import commands
 from tadistill.judge.people import Rating, agreement

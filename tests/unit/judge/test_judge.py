@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tadistill.cli import app
-from tadistill.config.judge import Judge
+from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands

@@ -4,7 +4,7 @@ import pytest
 from tests.unit.plan.test_plan import model, recipe
 
 from tadistill.config import validate
-from tadistill.config.arm import budget_of
+from tadistill.config.added_arms import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.preview import off_budget

@@ -7,7 +7,7 @@ from tests.byte_models import SHAPE, write_rows
 from tests.chat_templates import CHATML, QWEN3, chat_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tadistill.config.context import TeacherContext
+from tadistill.config.method_parts import TeacherContext
 from tadistill.config.recipe import Recipe
 from tadistill.data.datasets import load
 from tadistill.data.encoding import encode_counted

@@ -8,7 +8,7 @@ from rich.console import Console
 from tests.unit.plan.test_plan import recipe
 
 from tadistill.config import validate
-from tadistill.config.controls import Control, Kind
+from tadistill.config.arm import Control, Kind
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.inputs import RandomWeights

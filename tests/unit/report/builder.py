@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tadistill.config.route import flat
+from tadistill.config.arm import flat
 from tadistill.results.collect import Results, read_results
 from tadistill.store import Store
 

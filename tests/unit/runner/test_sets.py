@@ -2,7 +2,7 @@
 
 import pytest
 
-from tadistill.cli.models import _sets
+from tadistill.cli.running import _sets
 
 
 @pytest.mark.parametrize(

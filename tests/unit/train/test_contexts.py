@@ -9,8 +9,9 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill import objectives
+from tadistill.config.combinations import check_pairing
 from tadistill.config.common import Decoding
-from tadistill.config.method import Method, Optim, check_pairing
+from tadistill.config.method import Method, Optim
 from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references
 from tadistill.data.encoding import Encoded

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, Literal, cast
 
 from tadistill.config import DataRef, Optim, Recipe
-from tadistill.config.context import TeacherContext
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data import datasets, tinyworld
 from tadistill.data.encoding import Counts, encode_counted
 from tadistill.data.prompts import Rules

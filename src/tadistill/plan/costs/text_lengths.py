@@ -9,8 +9,8 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal, Self, cast
 
 from tadistill.config import DataRef, Recipe
-from tadistill.config.context import TeacherContext
 from tadistill.config.data import Turns
+from tadistill.config.method_parts import TeacherContext
 from tadistill.data import datasets, hub
 from tadistill.data.encoding import Encoded, encode_counted
 from tadistill.data.prompts import Rules, of_one_turn

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from tadistill.charts import PLAIN, Axis, Chart, Look
-from tadistill.config.route import flat, members
+from tadistill.config.arm import flat, members
 from tadistill.metrics import metric_title
 from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures.style import kinds, looks, rows_axis

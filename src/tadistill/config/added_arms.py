@@ -1,45 +1,24 @@
-"""Controls: arms that show how much of an arm's result comes from the teacher's knowledge.
+"""Arms that a recipe does not write out: controls, and arms at several budgets.
 
-`control: KIND of ARM` makes an arm a control of the arm ARM: it trains the same student with the same settings and the same compute, but
-with another teacher or none. `fair: true` adds all controls of every chain (a path through assistants). This module writes the settings of
-all controls into the recipe before the recipe is checked.
+A control shows how much of an arm's result comes from the teacher's knowledge. `control: KIND of ARM` makes an arm a control of the arm
+ARM: it trains the same student with the same settings and the same compute, but with another teacher or none. `fair: true` adds all
+controls of every chain (a path through assistants). `with_controls` writes the settings of all controls into the recipe before the recipe
+is checked.
 """
 
-import re
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, cast, get_args
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
+from pydantic import Field, field_validator, model_validator
+
+from tadistill.config.arm import Arm, Control, Kind, is_route, read_compute, read_control
+from tadistill.config.common import Strict
 from tadistill.config.method import PARTS
-from tadistill.config.route import is_route
 from tadistill.config.sampling import StudentSampler
 
-Kind = Literal["no_teacher", "tempered", "random_teacher"]
-_WRITTEN = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
 _COPIED = ("method", *(part for part in PARTS if part not in ("dense", "ema")), "phases")
 """The keys that a control copies from its arm. `dense` and `ema` are not copied: a control has one teacher, whose weights do not change."""
-
-
-class Control(NamedTuple):
-    """The kind of a control, and the name of the arm with which it is compared."""
-
-    kind: Kind
-    arm: str
-
-    @property
-    def words(self) -> str:
-        """A phrase for reports: how the control trains its student, and the arm with which the control is compared."""
-        teacher = {
-            "no_teacher": "trained without a teacher",
-            "tempered": "taught by the teacher, whose temperature is set so that its mean entropy equals the assistant's",
-            "random_teacher": "taught by a teacher with random weights",
-        }
-        return f"{teacher[self.kind]} (control of {self.arm})"
-
-
-def read_control(text: str) -> Control | None:
-    """Return the control that `KIND of ARM` names, or None if the text has another form."""
-    found = _WRITTEN.fullmatch(text)
-    return Control(cast(Kind, found[1]), found[2]) if found else None
 
 
 def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
@@ -159,3 +138,92 @@ def _models(arm: dict[str, Any]) -> list[str]:
 def _ends(arm: dict[str, Any]) -> str:
     models = _models(arm)
     return f"{models[0]} > {models[-1]}"
+
+
+# --- budgets -----------------------------------------------------------------------------------------------------------------
+
+
+class Budgets(Strict):
+    """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget, with scaled updates and warmup.
+
+    For example, a recipe has the arms `direct` and `chain`. `times: [1, 2]` and `of: direct` turn these two into four arms: `direct`,
+    `direct-2x`, `chain-1x` and `chain-2x`. The arm `direct` defines the budget 1x.
+    """
+
+    text_sets: ClassVar[str] = "times"
+    times: tuple[Annotated[float, Field(ge=0.001, le=1e6)], ...] = Field(min_length=2)
+    """The budgets, as multiples of the training FLOPs of the arm in `of`. The original teacher's own training is not counted."""
+    of: str | None = None
+    """Name of the arm whose training FLOPs are the budget 1x. The default is the first arm with a path of two models,
+    `teacher > student`."""
+    arms: tuple[str, ...] | None = None
+    """Names of the arms that are trained at each budget. The default is all arms that train a model and have no `compute`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"times": value} if isinstance(value, list | tuple) else value
+
+    @field_validator("times")
+    @classmethod
+    def _rising(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        if any(a >= b for a, b in pairwise(times)):
+            raise ValueError(f"budgets are [{', '.join(f'{t:g}' for t in times)}]; write them in rising order, such as [1, 2, 4, 8]")
+        return times
+
+    def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
+        """Return the recipe's arms, with one arm per budget in place of each arm in `self.arms`. All other arms are not changed.
+
+        Raises:
+            ValueError: an arm in `of` or `arms` is missing, has `compute` or trains no model; or a new arm's name is already used.
+        """
+        able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
+        of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
+        if of is None or of not in able:
+            what = f"budgets.of is `{of}`, which defines no budget" if of else "no arm `teacher > student` defines the budget 1x"
+            raise ValueError(
+                f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
+            )
+        for name in self.arms or ():
+            if name not in able and at_budget(name, self.times[0]) not in arms:
+                raise ValueError(
+                    f"budgets.arms names `{name}`, whose budget cannot change; name only arms that train a model and have no "
+                    f"`compute` (such arms: {', '.join(able)})"
+                )
+        found: dict[str, Arm] = {}
+        for name, arm in arms.items():
+            if name not in (able if self.arms is None else self.arms):
+                found[name] = arm
+                continue
+            if name == of:
+                found[name] = arm
+            for times in self.times:
+                new, compute = at_budget(name, times), f"{times:g}x {of}"
+                if name == of and times == 1:
+                    continue
+                if new in arms and arms[new].compute != compute:
+                    raise ValueError(f"budgets add an arm `{new}`, but the recipe already has an arm of this name; rename the recipe's arm")
+                found[new] = arm.model_copy(update={"compute": compute, "published": None})
+        return found
+
+
+class BudgetOf(NamedTuple):
+    """The training budget of an arm that `Budgets.expand` made from the recipe's arm `arm`. The budget is the training FLOPs of the arm
+    `reference`, multiplied by the factor `times`."""
+
+    arm: str
+    times: float
+    reference: str
+
+
+def budget_of(name: str, compute: str | None) -> BudgetOf | None:
+    """Return the training budget of an arm, given its name and its key `compute`. Return None if `Budgets.expand` did not make the arm."""
+    times, reference = (read_compute(compute) if compute else None) or (None, "")
+    if times is None or not name.endswith(suffix := at_budget("", times)):
+        return None
+    return BudgetOf(name.removesuffix(suffix), times, reference)
+
+
+def at_budget(arm: str, times: float) -> str:
+    """Return the name of an arm at a budget. For example, the arm `chain` at the budget 4x has the name `chain-4x`."""
+    return f"{arm}-{times:g}x"
