@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from tadistill.objectives.divergence import at_least_float32, dot, through_softmax
+from tadistill.objectives.next_symbol import LEAST
 from tadistill.objectives.targets import WITH_SLOPE
 from tadistill.tuning import LOG_ZERO
-
-LEAST = 1e-15
-"""Smallest probability of a cell or a symbol. Smaller ones are raised to it, so that text that a model cannot write has a finite loss."""
 
 
 @dataclass(frozen=True)

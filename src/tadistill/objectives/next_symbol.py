@@ -20,12 +20,13 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.cells import LEAST
 from tadistill.objectives.divergence import at_least_float32, dot, through_softmax, wide
 from tadistill.objectives.fused import Part, fused_parts
 from tadistill.objectives.spelling import SpelledText
 from tadistill.objectives.targets import Head, Hidden
 
+LEAST = 1e-15
+"""Smallest probability of a cell or a symbol. Smaller ones are raised to it, so that text that a model cannot write has a finite loss."""
 _AT_ONCE = {"cpu": 256, "cuda": 4096}  # places whose distributions are in memory at the same time
 
 
@@ -124,7 +125,7 @@ def symbol_divergence(
             if found.requires_grad:  # False if the divergence does not depend on the student, as with a skew of 1
                 slopes[own.tokens] += torch.autograd.grad((found * weights[where]).sum(), leaf)[0]
         values.index_add_(0, where, found.detach())
-    return values, [Part(states[0][rows], *arguments, counts=False) for rows, arguments in walks[0].gradients(slopes)]
+    return values, walks[0].parts(states[0], slopes)
 
 
 @dataclass(frozen=True)
@@ -288,11 +289,12 @@ class _Walk:
     def _probs(self, logits: Tensor) -> Tensor:
         return (at_least_float32(logits) / self.temperature).softmax(-1)
 
-    def gradients(self, slopes: Tensor) -> list[tuple[Tensor, tuple[Any, Tensor, Any]]]:
-        """Return, for each `_Kind`, the indices of its tokens and the arguments of a `Part`, without `hidden`. The gradient of these parts
-        is the gradient of sum_nk slopes_nk p_nk, where p_nk is the probability of group k around token n."""
+    def parts(self, states: Tensor, slopes: Tensor) -> list[Part]:
+        """Return parts of a loss that add only a gradient: that of sum_nk slopes_nk p_nk, where p_nk is the probability of group k around
+        token n."""
+        one = torch.ones(1, 1, device=self.device)
         return [
-            (kind.rows, (partial(self._value, kind, slopes), torch.ones(1, 1, device=self.device), partial(self._slope, kind, slopes)))
+            Part(states[kind.rows], partial(self._value, kind, slopes), one, partial(self._slope, kind, slopes), counts=False)
             for kind in self.kinds
         ]
 
