@@ -186,7 +186,7 @@ class Places:
     symbol: np.ndarray
     """(X,) the symbol of the text after the place."""
     by_cell: np.ndarray
-    """(X,) bool. True at the beginning of a span, if the models are compared there by cells (`objectives.cells`)."""
+    """(X,) bool. True at the beginning of a span, if the models are compared there by cells (`objectives.spans`)."""
     before: np.ndarray
     """(X,) bool. True for the first place of a token, if the token directly before it could have been longer."""
     sure: np.ndarray

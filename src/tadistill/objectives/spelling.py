@@ -203,7 +203,7 @@ class Spelling:
 @dataclass(frozen=True, eq=False)
 class SpelledVocabulary:
     """Two spellings of a vocabulary's tokens as symbols (bytes and events). The spelling `starts` is for the first token of a span (a text
-    between token boundaries that student and teacher have in common), if models are compared by cells there (`objectives.cells`). The
+    between token boundaries that student and teacher have in common), if models are compared by cells there (`objectives.spans`). The
     spelling `inside` is for all other tokens."""
 
     cells: np.ndarray
@@ -240,7 +240,7 @@ class SpelledText:
     stripped: np.ndarray
     """(N,) bool. True for a token whose first space is not written, because the token begins a text."""
     by_cell: np.ndarray
-    """(N,) bool. True for the first token of a span, if the models are compared there by cells (`objectives.cells`)."""
+    """(N,) bool. True for the first token of a span, if the models are compared there by cells (`objectives.spans`)."""
 
     def only(self, kept: np.ndarray) -> "SpelledText":
         """Return the text without the tokens for which `kept`, (N,) bool, is False."""

@@ -26,7 +26,7 @@ from tadistill.models.forward import Reader
 from tadistill.models.teacher import Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture
 from tadistill.objectives.fused import Term, fused_parts, part_of
-from tadistill.objectives.sampled import TokenTerm
+from tadistill.objectives.sampled_and_minillm import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans
 from tadistill.train.moving_average import MovingAverage
@@ -284,7 +284,7 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
     return TokenTerm(name, torch.neg, batch.counted(batch.targets_BT), weight=weight)
 
 
-# --- MiniLLM: the formulas are in tadistill.objectives.minillm ----------------------------------------------------------
+# --- MiniLLM: the formulas are in tadistill.objectives.sampled_and_minillm ----------------------------------------------
 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
