@@ -201,8 +201,10 @@ def fused_span_distance(
         torch.stack([weights, torch.zeros_like(weights)]),
         teachers=[Hidden(teacher.hidden.states[others], teacher.hidden.head, sizes[1])],
     )
-    before = _text_part(earlier, lambda found: (weights * found[1])[earlier.spans].unsqueeze(0), temperature)
-    total, (found, _) = fused_parts([of_last, before], student.hidden.head, vocab=sizes[0])
+    # adds only the gradient through the probabilities of the earlier tokens
+    term = TokenTerm("", torch.positive, earlier.tokens, temperature=temperature)
+    slopes = part_of([term], earlier.hidden.states, lambda found: (weights * found[1])[earlier.spans].unsqueeze(0))
+    total, (found, _) = fused_parts([of_last, replace(slopes, counts=False)], student.hidden.head, vocab=sizes[0])
     checks.result(found, student_hidden=student.hidden.states, student_head=student.hidden.head.weight, teacher=teacher.hidden.states)
     return total, found[0]
 
@@ -217,30 +219,44 @@ def _first_cells(
     temperature: float,
 ) -> tuple[Part, Tensor]:
     """Return two things: the part of the loss that compares the beginnings of spans by cells; and, for each row of this part, the number of
-    the row's span."""
+    the row's span.
+
+    At a place, all cells are excluded that begin with a symbol that could continue the token before the place (`SpelledPair.longer`).
+    `symbol_divergence` compares the models on such symbols.
+    """
     mine, theirs = pair.places
-    device, vocabularies = weights.device, [side.vocabulary for side in (pair.student, pair.teacher)]
+    device, vocabularies = weights.device, (pair.student.vocabulary, pair.teacher.vocabulary)
     longer = pair.longer > 0
     kept = np.flatnonzero(mine.by_cell & pair.sure & ~longer[np.arange(len(mine.symbol)), mine.symbol])
-    limited = np.flatnonzero(longer[kept].any(1))
-    which = np.full(len(kept), -1)
-    which[limited] = np.arange(len(limited))
+    excluded = tensor_of(longer[kept], device) if longer[kept].any() else None  # a symbol per column
     own, other = (tensor_of(v.cells, device) for v in vocabularies)
-    first = tensor_of(first_symbols(vocabularies[0], vocabularies[1]), device)
-    cells = Cells(own, other, len(first), tensor_of(which, device), tensor_of(longer[kept[limited]], device), first)
-    settings = {**parameters, "temperature": temperature}
+    first = tensor_of(first_symbols(*vocabularies), device)
+
+    def cell_logits(mass: Tensor, rows: slice) -> Tensor:
+        logits = mass.clamp(min=LEAST).log()
+        return logits if excluded is None else logits.masked_fill(excluded[rows].index_select(1, first), LOG_ZERO)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
-        return cells.divergence(divergence, logits, targets[0], rows, **settings).unsqueeze(0)
+        sides = (_cell_sums(z / temperature, cells, len(first))[1] for z, cells in ((logits, own), (targets[0], other)))
+        return divergence(*(cell_logits(mass, rows) for mass in sides), **parameters).unsqueeze(0)
 
     def slopes(logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
-        found, slope = cells.with_slope(divergence, logits, targets[0], rows, **settings)
-        return found.unsqueeze(0), slope * weights.t()
+        probs, mass = _cell_sums(logits / temperature, own, len(first))
+        others = _cell_sums(targets[0] / temperature, other, len(first))[1]
+        found, slope = WITH_SLOPE[divergence](cell_logits(mass, rows), cell_logits(others, rows), **parameters)
+        each = torch.where(mass < LEAST, 0.0, slope / mass.clamp(min=LEAST)).index_select(1, own)
+        return found.unsqueeze(0), through_softmax(probs, each, dot(each, probs), temperature) * weights.t()
 
     spans = tensor_of(pair.student.spans[mine.token[kept]], device)
     target = Hidden(teacher.states[tensor_of(theirs.token[kept], device)], teacher.head, len(vocabularies[1].cells))
     states = student.states[tensor_of(mine.token[kept], device)]
     return Part(states, values, weights[spans].unsqueeze(0), slopes if divergence in WITH_SLOPE else None, [target]), spans
+
+
+def _cell_sums(logits: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of the tokens (n, V), and of the cells (n, C). `cells` (V,) has the cell of each token."""
+    probs = at_least_float32(logits).softmax(-1)
+    return probs, torch.zeros(len(probs), count, dtype=probs.dtype, device=probs.device).index_add(1, cells, probs)
 
 
 def span_log_probs(side: SpanTokens, vocab: int, *, temperature: float = 1.0) -> Tensor:
@@ -264,12 +280,6 @@ def _earlier(side: SpanTokens) -> SpanTokens:
     return SpanTokens(Hidden(side.hidden.states[rows], side.hidden.head), side.tokens[rows], side.spans[rows])
 
 
-def _text_part(side: SpanTokens, slopes: Tensor | Callable[[Tensor], Tensor], temperature: float) -> Part:
-    """Return a part of a loss that adds only a gradient: that of sum_n slopes_n log q_n, where log q_n is a token's log-probability."""
-    term = TokenTerm("", torch.positive, side.tokens, temperature=temperature)
-    return replace(part_of([term], side.hidden.states, slopes), counts=False)
-
-
 def _check(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> int:
     """Return the number of spans. Raise a ConfigError if it differs between the models, or if tokens or heads do not fit the
     vocabularies."""
@@ -285,52 +295,3 @@ def _check(student: SpanTokens, teacher: SpanTokens, sizes: tuple[int, int]) -> 
         if len(side.tokens) and not 0 <= int(side.tokens.min()) <= int(side.tokens.max()) < size:
             raise ConfigError(f"the tokens of `{name}` must be ids from 0 to {size - 1}")
     return count
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The cells (sets of tokens with the same beginning) of two vocabularies, and the cells that are excluded at each place of a text."""
-
-    student: Tensor
-    """The cell (V,) of each of the student's tokens."""
-    teacher: Tensor
-    """The cell (W,) of each of the teacher's tokens."""
-    count: int
-    """The number C of cells."""
-    which: Tensor
-    """The row (X,) of `excluded` for each place, or -1 for a place at which no cell is excluded."""
-    excluded: Tensor
-    """(..., width) bool. A row is a place with excluded cells, and a column is a symbol (byte or event). True excludes all cells that begin
-    with the symbol, because the symbol could continue the token before the place (`SpelledPair.longer`). `symbol_divergence` compares the
-    models on such symbols."""
-    first: Tensor
-    """The first symbol (C,) of each cell's root, with which all tokens of the cell begin."""
-
-    def divergence(self, divergence: Callable[..., Tensor], student: Tensor, teacher: Tensor, rows: slice, **settings: Any) -> Tensor:
-        """Return the divergence (n,) between distributions over cells at the places `rows`, from logits (n, V) and (n, W) over tokens."""
-        temperature = settings.pop("temperature", 1.0)
-        sides = (_sums(z / temperature, own, self.count)[1] for z, own in ((student, self.student), (teacher, self.teacher)))
-        return divergence(*(self._logits(mass, rows) for mass in sides), **settings)
-
-    def with_slope(
-        self, divergence: Callable[..., Tensor], student: Tensor, teacher: Tensor, rows: slice, **settings: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return what `divergence` returns, (n,), and its gradient with respect to the student's logits, (n, V)."""
-        temperature = settings.pop("temperature", 1.0)
-        probs, mass = _sums(student / temperature, self.student, self.count)
-        others = _sums(teacher / temperature, self.teacher, self.count)[1]
-        values, slope = WITH_SLOPE[divergence](self._logits(mass, rows), self._logits(others, rows), **settings)
-        each = torch.where(mass < LEAST, 0.0, slope / mass.clamp(min=LEAST)).index_select(1, self.student)
-        return values, through_softmax(probs, each, dot(each, probs), temperature)
-
-    def _logits(self, mass: Tensor, rows: slice) -> Tensor:
-        logits, which = mass.clamp(min=LEAST).log(), self.which[rows]
-        if not len(self.excluded):
-            return logits
-        return logits.masked_fill((self.excluded[which] & (which >= 0).unsqueeze(1)).index_select(1, self.first), LOG_ZERO)
-
-
-def _sums(logits: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the probabilities of the tokens (n, V), and of the cells (n, C)."""
-    probs = at_least_float32(logits).softmax(-1)
-    return probs, torch.zeros(len(probs), count, dtype=probs.dtype, device=probs.device).index_add(1, cells, probs)
