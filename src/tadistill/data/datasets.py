@@ -315,7 +315,8 @@ def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, A
     # offline, `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
     path, revision = (str(hub.download(ref.load, ref.revision)), None) if constants.HF_HUB_OFFLINE else (ref.load, ref.revision)
     try:
-        return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
+        with hub.without_retries_shown():
+            return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script
         reason = str(error).strip().splitlines()
         raise DataError(

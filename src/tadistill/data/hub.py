@@ -5,6 +5,7 @@ download("MiniLLM/dolly", "main", file="raw.jsonl")    # path of this file, from
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,18 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 
 @contextmanager
+def without_retries_shown() -> Iterator[None]:
+    """If the Hub does not answer, hide the lines that its client prints at each retry while a `with` block runs."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(level if reachable() else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
     """While a `with` block runs, turn download errors into an exception of the class `error` with one clear sentence.
 
@@ -99,7 +112,8 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
 
     where = f"{kind} `{repository}/{file}`" if file else f"{kind} `{repository}`"
     try:
-        yield
+        with without_retries_shown():
+            yield
     except errors.HFValidationError as cause:
         raise invalid(error, repository, cause) from cause
     except errors.GatedRepoError as cause:

@@ -6,12 +6,13 @@ The result for a large file is stored in the cache folder, in a file named by a 
 again.
 """
 
-import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
@@ -35,7 +36,7 @@ class Survey:
 
     rows: int
     sample: tuple[Example, ...]
-    """At most SAMPLE examples, evenly spaced over the split."""
+    """At most SAMPLE examples, evenly spaced over the split, without their right answers (`Example.answers`)."""
     conversations: bool
     """True if at least one row is a conversation (messages)."""
     instructions: bool
@@ -105,8 +106,8 @@ def _known(ref_json: str, beside: Path | None, role: str, world_json: str, root:
     ref, world = DataRef.model_validate_json(ref_json), World.model_validate_json(world_json)
     ref._folder = beside  # the recipe's folder, from which relative paths start
     file = cache_root() / "rows" / f"{key_of_rows(ref, limit, content)}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # there is no such file, or it is damaged: the rows are read
-        return _restored(json.loads(file.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError):  # there is no such file, or it is damaged: the rows are read
+        return TypeAdapter(Survey).validate_json(file.read_bytes())
     found = _read(ref, role, world, root, limit)
     if found.large:
         with suppress(StoreError):  # without the file, the next command reads the rows again
@@ -129,16 +130,5 @@ def _read(ref: DataRef, role: str, world: World, root: str | None, limit: int | 
         choices |= bool(found.choices)
         beyond += beyond_ascii("".join(found.references))
         if i in wanted:
-            sample.append(found)
+            sample.append(replace(found, answers={}))  # a rule's answer may be an object that JSON lacks
     return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total)
-
-
-def _restored(content: dict[str, Any]) -> Survey:
-    sample = tuple(_example(**row) for row in content.pop("sample"))
-    return Survey(sample=sample, **content)
-
-
-def _example(references: list[str], facts: list[Any], **others: Any) -> Example:
-    lists: Any = {name: tuple(others.pop(name)) for name in ("messages", "tools", "choices")}
-    pairs = tuple((value, tuple(rivals)) for value, rivals in facts)
-    return Example(references=tuple(references), facts=pairs, **lists, **others)

@@ -1,9 +1,12 @@
 """Reading data sets: the local layout, columns, and clear errors."""
 
 import json
+import logging
 
+import datasets as hub_datasets
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import ValidationError
 
 from tadistill.config import Data, DataRef
@@ -243,6 +246,23 @@ def test_buckets_on_the_hub(tmp_path, monkeypatch):
         ("MiniLLM/uinst", "11_/valid.jsonl"),
         ("MiniLLM/uinst", "0_2/valid.jsonl"),
     ]
+
+
+@pytest.mark.parametrize("reachable", [False, True])
+@pytest.mark.parametrize(("name", "caller"), [("dolly", "hf_hub_download"), ("org/set", "load_dataset")])
+def test_retries_are_shown_only_if_the_hub_answers(monkeypatch, caplog, reachable, name, caller):
+    """Without network, the sentence of the error says it all; a pause that a server asks for is shown."""
+
+    def fails(*names, **options):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("no")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.hub, "reachable", lambda: reachable)
+    monkeypatch.setattr(hub_datasets if caller == "load_dataset" else huggingface_hub, caller, fails)
+    with pytest.raises(DataError, match=r"cannot be (down)?loaded"):
+        read(name, "test")
+    assert [record.message for record in caplog.records] == ["Retrying in 1s [Retry 1/5]."] * reachable
 
 
 def test_broken_json_names_the_line(tmp_path):

@@ -182,6 +182,21 @@ def test_a_damaged_survey_is_made_again(tmp_path, ref):
         assert survey.survey(ref, "train", data) == found
 
 
+def test_a_survey_of_rows_with_everything(tmp_path):
+    """A right answer can be an object that JSON lacks. Messages, facts and tools are restored as they were."""
+    more = {"n": 5, "letter": "w3", "choices": ["w3", "w1"], "facts": [["w3", ["w1", "w2"]]], "tools": [{"name": "f"}]}
+    more["messages"] = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}]
+    columns = {"numeric": "n", "choice": "letter"} | {name: name for name in ("choices", "facts", "tools", "messages")}
+    ref = DataRef(load=write(tmp_path / "n.jsonl", **more), columns=columns)
+    data = Data(train=ref, dev=ref, test=(ref,))
+    found = survey.survey(ref, "test", data)
+    assert found.choices
+    assert found.sample[0].facts == (("w3", ("w1", "w2")),)
+    survey._known.cache_clear()
+    assert len(files(tmp_path, "rows", "json")) == 1
+    assert survey.survey(ref, "test", data) == found
+
+
 def test_a_survey_names_the_wrong_row(tmp_path):
     path = tmp_path / "bad.jsonl"
     write(path)
