@@ -5,9 +5,10 @@ each call of a layer. In small models, and when single tokens are decoded, most 
 between stages matter, so the assumed values need not be exact.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 from tadistill.config import Recipe
 from tadistill.config.sampling import OnPolicy, Rounds
@@ -16,24 +17,12 @@ from tadistill.data.survey import survey
 from tadistill.errors import TadistillError
 from tadistill.metrics import names_in
 from tadistill.models.counting.cost import NOT_LEARNING, phase
-from tadistill.models.counting.sizes import Size, Work, forward_flops
+from tadistill.models.counting.sizes import Work, forward_flops
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, longest_chains
 from tadistill.plan.inputs import Split
-from tadistill.plan.kinds import (
-    AnalyseSpec,
-    DistillSpec,
-    EvaluateSpec,
-    GenerateSpec,
-    PairSpec,
-    ProbeSpec,
-    SftSpec,
-    SignalSpec,
-    Spec,
-    TemperSpec,
-    TrainingSpec,
-)
+from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, GenerateSpec, PairSpec, ProbeSpec, SignalSpec, TemperSpec, TrainingSpec
 from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 _SPEED = 1e11
@@ -76,14 +65,12 @@ class Workload:
 def workloads(plan: Plan) -> dict[str, Workload]:
     """Return the predicted work of each stage by key."""
     sizes = _Sizes(plan.recipe)
-    return {key: _WORK.get(type(stage.spec), _other)(stage, stage.spec, sizes) for key, stage in plan.stages.items()}
+    return {key: _workload(stage, sizes) for key, stage in plan.stages.items()}
 
 
 class _Sizes:
     def __init__(self, recipe: Recipe):
-        self.recipe, self._ledger = recipe, Ledger(recipe)
-        self._sizes: dict[str, Size | None] = {}
-        self._rows: dict[tuple[str, str], int] = {}
+        self.recipe, self._size = recipe, cache(Ledger(recipe).size)
 
     def passes(self, name: str, count: float) -> float:
         size = self._size(name)
@@ -96,30 +83,50 @@ class _Sizes:
         return self.passes(name, -(-rows // batch)) + self._flops(name, rows * (_PROMPT + tokens))
 
     def rows(self, *splits: Split) -> int:
-        return sum(map(self._rows_of, splits))
+        return sum(map(self._rows, splits))
 
-    def _rows_of(self, split: Split) -> int:
-        place = split.ref.model_dump_json(), split.role
-        if place not in self._rows:
-            self._rows[place] = self._count(split)
-        return min(self._rows[place], split.limit or self._rows[place])
-
-    def _count(self, split: Split) -> int:
+    def _rows(self, split: Split) -> int:
         try:
             if datasets.on_hub(split.ref, split.role, self.recipe.data):
                 return split.limit or _ROWS  # counting the rows would take long
-            return survey(split.ref, split.role, self.recipe.data).rows
+            rows = survey(split.ref, split.role, self.recipe.data).rows
         except TadistillError:  # the stage that reads this split says what is wrong
-            return _ROWS
-
-    def _size(self, name: str) -> Size | None:
-        if name not in self._sizes:
-            self._sizes[name] = self._ledger.size(name)
-        return self._sizes[name]
+            rows = _ROWS
+        return min(rows, split.limit or rows)
 
     def _flops(self, name: str, positions: float) -> float:
         size = self._size(name)
         return forward_flops(size, Work(positions, 0.0, positions)) / _SPEED if size else 0.0
+
+
+def _workload(stage: Stage, sizes: _Sizes) -> Workload:
+    spec, name = stage.spec, stage.model
+    kind, work = f"{stage.kind} {name}", 0.0  # other stages are assumed only to load their models
+    match spec:
+        case TrainingSpec():
+            return _training(stage, spec, sizes)
+        case TemperSpec():
+            searches = 20  # forward passes over the dev set until the temperature is found
+            kind, work = "temper", searches * sizes.reads(name, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT)
+        case GenerateSpec():
+            work = sizes.answers(name, sizes.rows(*spec.sets), GENERATION_BATCH, spec.sampler.max_new_tokens)
+        case SignalSpec():
+            work = sizes.reads(name, sizes.rows(*spec.sets), RECORDING_BATCH, spec.data.max_length)
+        case EvaluateSpec():
+            how = spec.decoding
+            kind = f"{kind} {how.model_dump_json()}"
+            for rows in map(sizes.rows, spec.sets):
+                answers = sizes.answers(name, rows, how.batch, how.max_new_tokens)
+                work += len(how.seeds) * (answers + sizes.reads(name, rows, how.batch, how.max_new_tokens))
+        case AnalyseSpec():
+            how, models = sizes.recipe.evaluate, 2 + len(spec.assistants)
+            rows = sum(map(sizes.rows, spec.sets)) * len(how.seeds)
+            kind, work = f"{kind} {models}", 2 * models * sizes.reads(name, rows, spec.batch, how.max_new_tokens)
+        case ProbeSpec():
+            work = sizes.answers(name, sizes.rows(*spec.dev.splits), spec.decoding.batch, spec.decoding.max_new_tokens)
+        case PairSpec():
+            work = 4 * sizes.reads(name, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT)
+    return Workload(kind, work)
 
 
 def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
@@ -147,73 +154,11 @@ def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
     return Workload(kind, even, looks, min(1.0, spec.select.every / steps))
 
 
-def _generate(stage: Stage, spec: GenerateSpec, sizes: _Sizes) -> Workload:
-    work = sizes.answers(stage.model, sizes.rows(*spec.sets), GENERATION_BATCH, spec.sampler.max_new_tokens)
-    return Workload(f"generate {stage.model}", work)
-
-
-def _signal(stage: Stage, spec: SignalSpec, sizes: _Sizes) -> Workload:
-    return Workload(f"signal {stage.model}", sizes.reads(stage.model, sizes.rows(*spec.sets), RECORDING_BATCH, spec.data.max_length))
-
-
-def _temper(stage: Stage, spec: TemperSpec, sizes: _Sizes) -> Workload:
-    searches = 20  # forward passes over the dev set until the temperature is found
-    return Workload("temper", searches * sizes.reads(stage.model, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT))
-
-
-def _evaluate(stage: Stage, spec: EvaluateSpec, sizes: _Sizes) -> Workload:
-    how, name = spec.decoding, stage.model
-    work = 0.0
-    for rows in map(sizes.rows, spec.sets):
-        answers = sizes.answers(name, rows, how.batch, how.max_new_tokens)
-        work += len(how.seeds) * (answers + sizes.reads(name, rows, how.batch, how.max_new_tokens))
-    return Workload(f"evaluate {name} {how.model_dump_json()}", work)
-
-
-def _analyse(stage: Stage, spec: AnalyseSpec, sizes: _Sizes) -> Workload:
-    how = sizes.recipe.evaluate
-    models = 2 + len(spec.assistants)
-    rows = sum(map(sizes.rows, spec.sets)) * len(how.seeds)
-    return Workload(f"analyse {stage.model} {models}", 2 * models * sizes.reads(stage.model, rows, spec.batch, how.max_new_tokens))
-
-
-def _probe(stage: Stage, spec: ProbeSpec, sizes: _Sizes) -> Workload:
-    rows = sizes.rows(*spec.dev.splits)
-    return Workload(f"probe {stage.model}", sizes.answers(stage.model, rows, spec.decoding.batch, spec.decoding.max_new_tokens))
-
-
-def _pair(stage: Stage, spec: PairSpec, sizes: _Sizes) -> Workload:
-    return Workload(f"pair {stage.model}", 4 * sizes.reads(stage.model, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT))
-
-
-def _other(stage: Stage, spec: Spec, sizes: _Sizes) -> Workload:
-    return Workload(f"{stage.kind} {stage.model}")
-
-
-_WORK: Mapping[type[Spec], Callable[[Stage, Any, _Sizes], Workload]] = {
-    SftSpec: _training,
-    DistillSpec: _training,
-    TemperSpec: _temper,
-    GenerateSpec: _generate,
-    SignalSpec: _signal,
-    EvaluateSpec: _evaluate,
-    AnalyseSpec: _analyse,
-    ProbeSpec: _probe,
-    PairSpec: _pair,
-}
-"""For each kind of stage, the function that predicts its work. All other stages are assumed only to load their models (`_other`)."""
-
-
 # --- measured --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Measured:
-    work: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, work: float, seconds: float) -> None:
-        self.work, self.seconds = self.work + work, self.seconds + seconds
+Speeds = tuple[dict[str, float], dict[str, float]]
+"""The work that was done and the seconds that it took, by the names of `_names`."""
 
 
 class Estimate:
@@ -263,14 +208,13 @@ class Estimate:
         longest = max((chains[key] for key in known), default=0.0)
         return max(longest, sum(known.values()) / self.jobs)
 
-    def _left(self, key: str, speeds: Mapping[str, _Measured]) -> float | None:
+    def _left(self, key: str, speeds: Speeds) -> float | None:
         share, seconds = self._running.get(key, (0.0, 0.0))
         if share > 2 * _EARLY:
             return seconds / share * (1 - share)
-        found = next((speeds[name] for name in self._names(key) if name in speeds), None)
-        if found is None:
-            return None
-        return max(self._work(key) * found.seconds / found.work - seconds, 0.0)
+        done, took = speeds
+        name = next((name for name in self._names(key) if name in done), None)
+        return None if name is None else max(self._work(key) * took[name] / done[name] - seconds, 0.0)
 
     def _work(self, key: str) -> float:
         return self.work[key].total * (1 - self._before.get(key, 0.0))
@@ -278,10 +222,11 @@ class Estimate:
     def _names(self, key: str) -> tuple[str, str, str]:
         return self.work[key].kind, f"all {self.stages[key].kind}", "all"
 
-    def _speeds(self) -> dict[str, _Measured]:
-        speeds: dict[str, _Measured] = {}
+    def _speeds(self) -> Speeds:
+        done, took = defaultdict[str, float](float), defaultdict[str, float](float)
         shares = {key: (1.0, seconds) for key, seconds in self._finished.items()}
         for key, (share, seconds) in (shares | {k: v for k, v in self._running.items() if v[0] > _EARLY}).items():
             for name in self._names(key):
-                speeds.setdefault(name, _Measured()).add(share * self._work(key), seconds)
-        return speeds
+                done[name] += share * self._work(key)
+                took[name] += seconds
+        return done, took
