@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,22 +72,45 @@ def row_numbers(rows: Seq[Encoded]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Longest:
+    """The largest lengths in some tokenised rows, as numbers of tokens, and the largest token id."""
+
+    prompt: int = 0
+    """Number of tokens of the longest prompt."""
+    whole: int = 0
+    """Number of tokens of the longest row: its prompt together with its reference response."""
+    context: int = 0
+    """Number of tokens of the longest of the teacher's own prompts. It is 0 if the teacher has no prompts of its own."""
+    context_whole: int = 0
+    """Number of tokens of the longest row for the teacher: its own prompt together with the reference response. It is 0 if the teacher has
+    no prompts of its own."""
+    top: int = 0
+    """The largest token id."""
+
+    @classmethod
+    def of(cls, rows: Seq[Encoded]) -> "Longest":
+        """Measure tokenised rows."""
+        own = [(len(e.teacher_prompt), len(e.response)) for e in rows if e.teacher_prompt]
+        return cls(
+            prompt=max([0, *(len(e.prompt) for e in rows)]),
+            whole=max([0, *(len(e.prompt) + len(e.response) for e in rows)]),
+            context=max([0, *(prompt for prompt, _ in own)]),
+            context_whole=max([0, *map(sum, own)]),
+            top=max([0, *(max(itertools.chain(e.prompt, e.response, *e.choices, e.teacher_prompt or ())) for e in rows)]),
+        )
+
+    def joined(self, other: "Longest") -> "Longest":
+        """Return the larger one of each two numbers."""
+        return Longest(*map(max, astuple(self), astuple(other)))
+
+
+@dataclass(frozen=True)
 class Kept:
-    """A tokenised data set in the cache folder, with the largest lengths and the largest token id in it."""
+    """A tokenised data set in the cache folder."""
 
     rows: EncodedRows
     counts: Counts
-    prompt: int
-    """Number of tokens of the longest prompt."""
-    whole: int
-    """Number of tokens of the longest row: its prompt together with its reference response."""
-    context: int
-    """Number of tokens of the longest of the teacher's own prompts. It is 0 if the teacher has no prompts of its own."""
-    context_whole: int
-    """Number of tokens of the longest row for the teacher: its own prompt together with the reference response. It is 0 if the teacher has
-    no prompts of its own."""
-    top: int
-    """The largest token id in the data set."""
+    longest: Longest
 
 
 @dataclass(frozen=True)
@@ -200,19 +223,15 @@ def _write(file: Path, parts: Any, tick: Callable[[int], None]) -> Kept:
 
     ids = pa.list_(pa.int32())
     schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids), ids, pa.list_(ids)), strict=True)))
-    counts, prompt, whole, context, context_whole, top = Counts(0), 0, 0, 0, 0, 0
+    counts, longest = Counts(0), Longest()
     with replacing(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part, counts in parts:
             columns = [pa.array([getattr(e, name) for e in part], field.type) for name, field in zip(_COLUMNS, schema, strict=True)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
-            prompt = max([prompt, *(len(e.prompt) for e in part)])
-            whole = max([whole, *(len(e.prompt) + len(e.response) for e in part)])
-            own = [(len(e.teacher_prompt), len(e.response)) for e in part if e.teacher_prompt]
-            context, context_whole = max([context, *(p for p, _ in own)]), max([context_whole, *map(sum, own)])
-            top = max([top, *(max(itertools.chain(e.prompt, e.response, *e.choices, e.teacher_prompt or ())) for e in part)])
+            longest = longest.joined(Longest.of(part))
             tick(counts.rows)
     stat = file.stat()
-    record = {"counts": asdict(counts), "prompt": prompt, "whole": whole, "context": context, "context_whole": context_whole, "top": top}
+    record = {"counts": asdict(counts)} | asdict(longest)
     write_json(_record(file), record | {"size": stat.st_size, "modified": stat.st_mtime_ns, "sha256": digest(file)})
     found = _open(file)
     assert found is not None
@@ -229,7 +248,7 @@ def _open(file: Path) -> Kept | None:
             return None
         del record["sha256"]
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        return Kept(EncodedRows(table), Counts(**record.pop("counts")), **record)
+        return Kept(EncodedRows(table), Counts(**record.pop("counts")), Longest(**record))
     except (OSError, ValueError, KeyError, TypeError):  # pyarrow's error of a damaged file is a ValueError
         return None
 

@@ -116,8 +116,9 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
                 read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
                 check_texts(recipe, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
     with found.about():
-        unread = dict.fromkeys(of.unread for of in read.values() if of.unread and trains(recipe))
-        notes = [*unread, *rows_notes(read, training=trains(recipe)), *script_notes(recipe)]
+        training = trains(recipe)
+        unread = dict.fromkeys(of.unread for of in read.values() if of.unread and training)
+        notes = [*unread, *rows_notes(read, training=training), *script_notes(recipe)]
     found.finish()
     for note in notes:
         if console:

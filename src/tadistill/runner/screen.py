@@ -15,10 +15,10 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
-from tadistill.runner.estimate import Estimate, workloads
 from tadistill.runner.live_table import Board, LiveTable
-from tadistill.runner.local import Journal, StageProgress, State, described
+from tadistill.runner.local import Journal, StageProgress, described
 from tadistill.runner.processes import Message
+from tadistill.runner.timing import Estimate, workloads
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -62,7 +62,8 @@ class Screen:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._stack.close()
         run = self.run
-        run.ended, run.left = _end(error, run.failed), None
+        run.ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed" if error or run.failed else "finished"
+        run.left = None
         self.journal.log(f"end: {run.ended}, {run.done} of {run.total} stages are done")
         self.journal.save()
         self.terminal.event("study_end", state=run.ended, done=run.done, stages=run.total, seconds=run.seconds)
@@ -190,9 +191,3 @@ class Screen:
         if numbers := training_numbers(stage.note):
             facts |= dict(zip(("loss", "tokens_per_second"), numbers, strict=True))
         self._event("progress", key, **facts, study_done=self.run.done, study_left=self.run.left)
-
-
-def _end(error: BaseException | None, failed: object) -> State:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return "failed" if error or failed else "finished"

@@ -1,8 +1,8 @@
 """Tokenise the splits of a study. Count the rows that are left out or cut, and find texts that are too long for a model."""
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
 from tadistill.data.encoding import Counts, adds_bos, encode_counted
 from tadistill.data.prompts import Rules
-from tadistill.data.token_cache import RowsOnDisk
+from tadistill.data.token_cache import Longest, RowsOnDisk
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.contexts import contexts_of
@@ -29,20 +29,16 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the
 class Texts:
     """The lengths of the longest texts of a recipe in tokens, and the largest token id."""
 
-    prompt: int
-    """Number of tokens of the longest prompt."""
-    whole: int
-    """Number of tokens of the longest prompt with its reference response."""
-    chunk: int
-    """Number of tokens in a piece of the corpus. It is 0 if no method uses the corpus."""
-    top: int
-    """The largest token id."""
+    longest: Longest
     where: str
     """The data set that contains the largest token id."""
-    context: int = 0
-    """Number of tokens of the longest prompt that a teacher reads instead of the student's (`context`). 0 if there are no such prompts."""
-    context_whole: int = 0
-    """Largest number of tokens of a teacher's own prompt (`context`) plus its reference response. 0 if there are no such prompts."""
+    chunk: int = 0
+    """Number of tokens in a piece of the corpus. It is 0 if no method uses the corpus."""
+
+
+def _largest(found: Sequence[Texts]) -> Texts:
+    top = max(found, key=lambda texts: texts.longest.top)
+    return Texts(reduce(Longest.joined, (texts.longest for texts in found)), top.where, max(texts.chunk for texts in found))
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,7 @@ class Read:
 
     def texts_of(self, name: str) -> Texts:
         """Return the lengths of all texts that the model `name` reads. A teacher may read other prompts than the student."""
-        own = [each.texts for each in self.contexts if name in each.teachers]
-        context, whole = (max([0, *(getattr(texts, part) for texts in own)]) for part in ("context", "context_whole"))
-        top = max([self.texts, *own], key=lambda texts: texts.top)
-        return replace(self.texts, context=context, context_whole=whole, top=top.top, where=top.where)
+        return _largest([self.texts, *(each.texts for each in self.contexts if name in each.teachers)])
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
@@ -99,34 +92,29 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
             read = on_disk.kept if all_rows or not total.plain(data) else on_disk.glance
             if kept := read(tokenizer, rules, name=where):
                 counts[role, ref.name] = kept.counts
-                found.append(Texts(kept.prompt, kept.whole, 0, kept.top, where))
+                found.append(Texts(kept.longest, where))
             else:
                 unread = (
                     f"{ref.name} (train): its {total.rows} rows are not checked yet; the first training tokenises them, and counts those "
                     "that are too long"
                 )
-                found.append(Texts(rules.limit, rules.max_length, 0, max(tokenizer.get_vocab().values()), where))
+                found.append(Texts(Longest(rules.limit, rules.max_length, top=max(tokenizer.get_vocab().values())), where))
             continue
-        examples = datasets.load(ref, role, data)
-        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, rules, name=where)
-        prompt, whole = max(len(e.prompt) for e in encoded), max(len(e.prompt) + len(e.response) for e in encoded)
-        top = max(max((*e.prompt, *e.response, *itertools.chain(*e.choices))) for e in encoded)
-        found.append(Texts(prompt, whole, 0, top, where))
+        encoded, counts[role, ref.name] = encode_counted(datasets.load(ref, role, data), tokenizer, rules, name=where)
+        found.append(Texts(Longest.of(encoded), where))
         if role == "test":
             rows[ref.name] = frozenset(e.row for e in encoded)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
         text = datasets.texts(data.corpus, world=data.world, root=data.root)
         piece = chunks(text, tokenizer, data.max_length, 1, bos=bos)[0].response
-        found.append(Texts(0, 0, len(piece), max(piece), "data.corpus"))
+        found.append(Texts(Longest(top=max(piece)), "data.corpus", len(piece)))
     _check_selection(recipe)
-    top = max(found, key=lambda texts: texts.top)
-    prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
     contexts = tuple(
         _behind(recipe, tokenizer, ref, Rules.of(data, "train", bos=bos, context=context), teachers)
         for context, teachers in contexts_of(recipe).items()
         for ref in data.sets.values()
     )
-    return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread, contexts)
+    return Read(_largest(found), counts, rows, unread, contexts)
 
 
 def _selects(recipe: Recipe) -> list[Select]:
@@ -152,14 +140,10 @@ def _check_selection(recipe: Recipe) -> None:
 def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, rules: Rules, teachers: set[str]) -> OfContext:
     data, where = recipe.data, f"data set `{ref.name}` (train)"
     if survey.survey(ref, "train", data).large:
-        rows = RowsOnDisk(ref, "train", data.world, data.root, data.limit.train)
-        kept = rows.kept(tokenizer, rules, name=where)
-        texts = Texts(kept.prompt, kept.whole, 0, kept.top, where, kept.context, kept.context_whole)
-        return OfContext(frozenset(teachers), kept.counts, texts)
+        kept = RowsOnDisk(ref, "train", data.world, data.root, data.limit.train).kept(tokenizer, rules, name=where)
+        return OfContext(frozenset(teachers), kept.counts, Texts(kept.longest, where))
     encoded, counts = encode_counted(datasets.load(ref, "train", data), tokenizer, rules, name=where)
-    own = [(e.teacher_prompt or (), e.response) for e in encoded]
-    longest, whole = max(len(prompt) for prompt, _ in own), max(len(prompt) + len(response) for prompt, response in own)
-    return OfContext(frozenset(teachers), counts, Texts(0, 0, 0, max(max(prompt) for prompt, _ in own), where, longest, whole))
+    return OfContext(frozenset(teachers), counts, Texts(Longest.of(encoded), where))
 
 
 def check_texts(
@@ -176,15 +160,16 @@ def check_texts(
     Raises:
         ModelError, ConfigError: a token has no embedding, a text is too long, or a text has a token that only some of the models have.
     """
-    if texts.top >= rows:
-        token = tokenizer.convert_ids_to_tokens(texts.top)
+    top = texts.longest.top
+    if top >= rows:
+        token = tokenizer.convert_ids_to_tokens(top)
         raise ModelError(
-            f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has only {rows} embeddings; use "
+            f"the tokenizer gives the token {token!r} of {texts.where} the id {top}, but the model has only {rows} embeddings; use "
             "the tokenizer that belongs to the model, or resize its embeddings and save it again"
         )
-    if texts.top >= shared:
+    if top >= shared:
         raise ModelError(
-            f"{texts.where} contains the token {tokenizer.convert_ids_to_tokens(texts.top)!r} ({texts.top}), but some models of the path "
+            f"{texts.where} contains the token {tokenizer.convert_ids_to_tokens(top)!r} ({top}), but some models of the path "
             f"have only the first {shared} tokens; remove it from the texts, or set `tokenizer:` of all these models to one tokenizer"
         )
     _check_positions(recipe, config, texts)
@@ -194,15 +179,15 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
     positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
     samplers = [method.sampler for method in methods(recipe)]
     sampled = max([0, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
-    new = max(recipe.evaluate.max_new_tokens, sampled)
+    new, longest = max(recipe.evaluate.max_new_tokens, sampled), texts.longest
     needs = {
-        f"the longest prompt ({texts.prompt} tokens) plus max_new_tokens ({new}) needs": (
-            texts.prompt + new,
+        f"the longest prompt ({longest.prompt} tokens) plus max_new_tokens ({new}) needs": (
+            longest.prompt + new,
             "lower data.max_prompt or max_new_tokens",
         ),
-        "the longest prompt with its reference response needs": (texts.whole, "lower data.max_length"),
-        f"the teacher's longest prompt ({texts.context} tokens, with `context`) and the response need": (
-            max(texts.context_whole, texts.context and texts.context + sampled),
+        "the longest prompt with its reference response needs": (longest.whole, "lower data.max_length"),
+        f"the teacher's longest prompt ({longest.context} tokens, with `context`) and the response need": (
+            max(longest.context_whole, longest.context and longest.context + sampled),
             "lower context.max_prompt",
         ),
         "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
@@ -236,7 +221,7 @@ def check_readable(read: Mapping[str, Read]) -> None:
 
 def trains(recipe: Recipe) -> bool:
     """Return True if a recipe trains a model."""
-    return bool(methods(recipe)) or any(model.sft for model in recipe.models.values())
+    return bool(_selects(recipe))
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:

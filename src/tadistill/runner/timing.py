@@ -1,26 +1,266 @@
-"""Measure the speed of each kind of stage on this machine. A training makes only twenty updates, in a temporary directory.
+"""Predict the remaining time of a run, and measure the speed of each kind of stage for `tadistill plan --measure`.
 
-The models are not trained first, because speed does not depend on the values of weights.
+The remaining time is the work of the remaining stages, divided by the speed of the run so far. The work of a stage (one step of a study)
+is given in seconds on an assumed machine. It is the time for the FLOPs, plus a fixed time for each call of a layer. In small models, and
+when single tokens are decoded, most of the time is spent on the calls. Only the ratios between stages matter, so the assumed values need
+not be exact.
+
+To measure a speed, a training makes only twenty updates, in a temporary directory. The models are not trained first, because speed does
+not depend on the values of weights.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tadistill.models.counting.cost import spans
-from tadistill.plan import costs, throughput
+from tadistill.config import Recipe
+from tadistill.config.sampling import OnPolicy, Rounds
+from tadistill.data import datasets
+from tadistill.data.survey import survey
+from tadistill.errors import TadistillError
+from tadistill.metrics import names_in
+from tadistill.models.counting.cost import NOT_LEARNING, phase, spans
+from tadistill.models.counting.sizes import Work, forward_flops
+from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
-from tadistill.plan.graph import Graph, Stage
-from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output
-from tadistill.plan.kinds import AskSpec, DistillSpec, GenerateSpec, RetokeniseSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
+from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Graph, Stage, longest_chains
+from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output, Split
+from tadistill.plan.kinds import (
+    AnalyseSpec,
+    AskSpec,
+    DistillSpec,
+    EvaluateSpec,
+    GenerateSpec,
+    PairSpec,
+    ProbeSpec,
+    RetokeniseSpec,
+    SignalSpec,
+    Spec,
+    TemperSpec,
+    TrainingSpec,
+)
 from tadistill.plan.spec import OnTrainingSets
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
+from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
+
+_SPEED = 1e11
+"""FLOP/s of the assumed machine."""
+_CALL = 2e-4
+"""Seconds that each call of a layer takes on the assumed machine, beside the time for its FLOPs."""
+_AROUND = 4
+"""Embeddings, head, loss and sampling of a forward pass are assumed to take as long as this number of layer calls."""
+_START = 0.3
+"""Assumed seconds until a stage's process has loaded its models."""
+_ROWS, _LAYERS, _PROMPT = 1000, 12, 64
+"""Assumed values: the rows of a data set on the Hub, the layers of a model of unknown size, and the tokens of a prompt."""
+_EARLY = 0.05
+"""A running stage is used to estimate the speed only if more than this share of its work is done."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The predicted work of one stage, in seconds on the assumed machine. `Estimate` scales it to the measured speed."""
+
+    kind: str
+    """A name for the work. Stages that differ only in their seed have the same name."""
+    even: float = 0.0
+    """Seconds of the work that grows in proportion to the stage's progress, such as the updates of a training."""
+    looks: float = 0.0
+    """Seconds of all dev evaluations of a training. 0 for other stages."""
+    every: float = 1.0
+    """The share (0 to 1) of a training's updates between two dev evaluations."""
+
+    @property
+    def total(self) -> float:
+        return _START + self.even + self.looks
+
+    def share(self, progress: float) -> float:
+        """Convert `progress` (0 to 1), the finished share of updates or answers, to the finished share of all the work."""
+        looked = 1.0 if progress >= 1 else progress // self.every * self.every
+        return (_START + self.even * progress + self.looks * looked) / self.total
+
+
+def workloads(plan: Plan) -> dict[str, Workload]:
+    """Return the predicted work of each stage by key."""
+    sizes = _Sizes(plan.recipe)
+    return {key: _workload(stage, sizes) for key, stage in plan.stages.items()}
+
+
+class _Sizes:
+    def __init__(self, recipe: Recipe):
+        self.recipe, self._size = recipe, cache(Ledger(recipe).size)
+
+    def passes(self, name: str, count: float) -> float:
+        size = self._size(name)
+        return count * ((size.layers if size else _LAYERS) + _AROUND) * _CALL
+
+    def answers(self, name: str, rows: float, batch: int, tokens: int) -> float:
+        return self.passes(name, -(-rows // batch) * tokens / 2) + self._flops(name, rows * (_PROMPT + tokens / 2))
+
+    def reads(self, name: str, rows: float, batch: int, tokens: int) -> float:
+        return self.passes(name, -(-rows // batch)) + self._flops(name, rows * (_PROMPT + tokens))
+
+    def rows(self, *splits: Split) -> int:
+        return sum(map(self._rows, splits))
+
+    def _rows(self, split: Split) -> int:
+        try:
+            if datasets.on_hub(split.ref, split.role, self.recipe.data):
+                return split.limit or _ROWS  # counting the rows would take long
+            rows = survey(split.ref, split.role, self.recipe.data).rows
+        except TadistillError:  # the stage that reads this split says what is wrong
+            rows = _ROWS
+        return min(rows, split.limit or rows)
+
+    def _flops(self, name: str, positions: float) -> float:
+        size = self._size(name)
+        return forward_flops(size, Work(positions, 0.0, positions)) / _SPEED if size else 0.0
+
+
+def _workload(stage: Stage, sizes: _Sizes) -> Workload:
+    spec, name = stage.spec, stage.model
+    kind, work = f"{stage.kind} {name}", 0.0  # other stages are assumed only to load their models
+    match spec:
+        case TrainingSpec():
+            return _training(stage, spec, sizes)
+        case TemperSpec():
+            searches = 20  # forward passes over the dev set until the temperature is found
+            kind, work = "temper", searches * sizes.reads(name, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT)
+        case GenerateSpec():
+            work = sizes.answers(name, sizes.rows(*spec.sets), GENERATION_BATCH, spec.sampler.max_new_tokens)
+        case SignalSpec():
+            work = sizes.reads(name, sizes.rows(*spec.sets), RECORDING_BATCH, spec.data.max_length)
+        case EvaluateSpec():
+            how = spec.decoding
+            kind = f"{kind} {how.model_dump_json()}"
+            for rows in map(sizes.rows, spec.sets):
+                answers = sizes.answers(name, rows, how.batch, how.max_new_tokens)
+                work += len(how.seeds) * (answers + sizes.reads(name, rows, how.batch, how.max_new_tokens))
+        case AnalyseSpec():
+            how, models = sizes.recipe.evaluate, 2 + len(spec.assistants)
+            rows = sum(map(sizes.rows, spec.sets)) * len(how.seeds)
+            kind, work = f"{kind} {models}", 2 * models * sizes.reads(name, rows, spec.batch, how.max_new_tokens)
+        case ProbeSpec():
+            work = sizes.answers(name, sizes.rows(*spec.dev.splits), spec.decoding.batch, spec.decoding.max_new_tokens)
+        case PairSpec():
+            work = 4 * sizes.reads(name, sizes.rows(*spec.dev.splits), spec.batch, _PROMPT)
+    return Workload(kind, work)
+
+
+def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
+    method, optim, name = spec.method, spec.optim, stage.model
+    steps, micro = optim.steps or 1, optim.micro_batch or optim.batch
+    if optim.tokens and stage.cost and (read := stage.cost.parts.get("training/student")):
+        micro = min(optim.batch, max(1, int(optim.tokens * optim.batch * steps / read.positions)))
+    # passes with gradients take longer than those of sampling, so an update counts as six passes, and the optimizer as two
+    even = sizes.passes(name, steps * (optim.batch / micro * (6 + method.trains_with_teacher) + 2))
+    sampler = method.sampler
+    if method.samples and isinstance(sampler, OnPolicy):
+        each, updates = (method.round_rollouts, method.round_updates) if isinstance(sampler, Rounds) else (optim.batch, 1)
+        chunks = -(-each // sampler.chunk) * -(-steps // updates)
+        even += sizes.passes(name, chunks * sampler.max_new_tokens * (1 + sampler.guided))
+    looks = 0.0
+    if spec.dev and spec.decoding:
+        rows, decoding = sizes.rows(*spec.dev.splits), spec.decoding
+        each = sizes.reads(name, rows, decoding.batch, _PROMPT)
+        if spec.select.metric in (*names_in("quality"), "reverse_kl"):
+            each += sizes.answers(name, rows, decoding.batch, decoding.max_new_tokens)
+        looks = each * spec.checkpoints
+    if stage.cost:
+        even += sum(part.flops for key, part in stage.cost.parts.items() if phase(key) not in NOT_LEARNING) / _SPEED
+    kind = stage.cost.kind if stage.cost else f"{stage.kind} {name}"
+    return Workload(kind, even, looks, min(1.0, spec.select.every / steps))
+
+
+# --- the remaining time --------------------------------------------------------------------------------------------------
+
+
+_Speeds = tuple[dict[str, float], dict[str, float]]
+"""The work that was done and the seconds that it took, by the names of `_names`."""
+
+
+class Estimate:
+    """Predicts the remaining seconds of stages and of the whole run.
+
+    The speed is measured on stages that do the same work with other seeds. If none of them has run yet, it is measured on stages of the
+    same kind (sft, evaluate, …), or else on all stages.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], work: Mapping[str, Workload], jobs: int):
+        self.stages, self.work, self.jobs = stages, work, jobs
+        self._finished: dict[str, float] = {}
+        self._running: dict[str, tuple[float, float]] = {}  # share of this run's work that is done, and seconds since the start
+        self._before: dict[str, float] = {}  # share of the work that earlier runs have done
+
+    def begins(self, key: str, progress: float) -> None:
+        """Record that a stage starts, and its `progress` (0 to 1), which is above 0 if an earlier run saved a state."""
+        self._before[key] = min(self.work[key].share(progress), 0.999) if progress > 0 else 0.0
+
+    def finished(self, key: str, seconds: float) -> None:
+        """Record that a stage has finished in this run."""
+        self._running.pop(key, None)
+        self._finished[key] = seconds
+
+    def running(self, key: str, progress: float, seconds: float) -> None:
+        """Record the progress (0 to 1) of a stage, and the seconds since its start."""
+        before = self._before.get(key, 0.0)
+        share = self.work[key].share(progress) if progress > 0 else 0.0
+        self._running[key] = max(share - before, 0.0) / (1 - before), seconds
+
+    def dropped(self, key: str) -> None:
+        """Record that a stage has failed or was stopped."""
+        self._running.pop(key, None)
+
+    def left(self, key: str) -> float | None:
+        """Return the seconds from the last call of `running` to the predicted end of a stage. Return None if no speed is known."""
+        return self._left(key, self._speeds())
+
+    def total_left(self, waiting: Iterable[str]) -> float | None:
+        """Return the predicted seconds until the run is finished. `waiting` has the keys of the stages that have not started."""
+        speeds = self._speeds()
+        takes = {key: self._left(key, speeds) for key in (*self._running, *waiting)}
+        if any(value is None for value in takes.values()):
+            return None
+        known = {key: value or 0.0 for key, value in takes.items()}
+        chains = longest_chains(self.stages, known)
+        longest = max((chains[key] for key in known), default=0.0)
+        return max(longest, sum(known.values()) / self.jobs)
+
+    def _left(self, key: str, speeds: _Speeds) -> float | None:
+        share, seconds = self._running.get(key, (0.0, 0.0))
+        if share > 2 * _EARLY:
+            return seconds / share * (1 - share)
+        done, took = speeds
+        name = next((name for name in self._names(key) if name in done), None)
+        return None if name is None else max(self._work(key) * took[name] / done[name] - seconds, 0.0)
+
+    def _work(self, key: str) -> float:
+        return self.work[key].total * (1 - self._before.get(key, 0.0))
+
+    def _names(self, key: str) -> tuple[str, str, str]:
+        return self.work[key].kind, f"all {self.stages[key].kind}", "all"
+
+    def _speeds(self) -> _Speeds:
+        done, took = defaultdict[str, float](float), defaultdict[str, float](float)
+        shares = {key: (1.0, seconds) for key, seconds in self._finished.items()}
+        for key, (share, seconds) in (shares | {k: v for k, v in self._running.items() if v[0] > _EARLY}).items():
+            for name in self._names(key):
+                done[name] += share * self._work(key)
+                took[name] += seconds
+        return done, took
+
+
+# --- the speed of this machine ------------------------------------------------------------------------------------------
 
 _UPDATES = 20
-_ROWS = 128  # training rows of a stage that writes or reads a teacher's answers or recorded outputs
+_FEW_ROWS = 128  # training rows of a stage that writes or reads a teacher's answers or recorded outputs
 
 
 def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
@@ -33,26 +273,21 @@ def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> through
     for number, (kind, stage) in enumerate(kinds.items(), 1):
         say(f"{number} of {len(kinds)}: {stage.label}")
         with tempfile.TemporaryDirectory() as directory:
-            found[kind] = _speeds(plan, stage, _run(plan, stage, Path(directory), threads))
+            manifest = _run(plan, stage, Path(directory), threads)
+        if "ledger" in manifest:
+            found[kind] = throughput.measured_throughput(manifest["ledger"])
+        else:
+            assert stage.cost is not None
+            share = min(1.0, _FEW_ROWS / Ledger(plan.recipe).rows)
+            found[kind] = {span: flops * share / manifest["seconds"] for span, flops in spans(stage.cost.phases()).items()}
     return found
 
 
-def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
-    if "ledger" in manifest:
-        return throughput.measured_throughput(manifest["ledger"])
-    assert stage.cost is not None
-    share = min(1.0, _ROWS / costs.Ledger(plan.recipe).rows)
-    return {span: flops * share / manifest["seconds"] for span, flops in spans(stage.cost.phases()).items()}
-
-
 def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, Any]:
-    graph = Graph()
-    spec = _reduced(plan, stage.spec, graph)
-    last = graph.add(spec, stage.label, stage.model, stage.seed, None)
-    root = plan.recipe.data.root
+    graph, root = Graph(), plan.recipe.data.root
+    last = graph.add(_reduced(plan, stage.spec, graph), stage.label, stage.model, stage.seed, None)
     for each in graph.stages.values():
-        task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9)
-        run_in_processes(task, threads=threads)
+        run_in_processes(Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9), threads=threads)
     return Store(directory).manifest(last)
 
 
@@ -75,15 +310,13 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
         changes["assistants"] = tuple(_origin(plan, handle) for handle in spec.assistants)
         for role in ("signal", "responses"):
             if parent := getattr(spec, role):
+                before = plan.stages[parent.stage].parents.values()
                 # no requests, which cost money: the references of the data set are about as long as the answers of an API
-                changes |= {**_few(spec), role: None if _asks(plan, parent) else _reduced_output(plan, parent, graph)}
+                asks = any(isinstance(plan.stages[key].spec, AskSpec) for key in before)
+                changes |= {**_few(spec), role: None if asks else _reduced_output(plan, parent, graph)}
         for role in ("assistant_signals", "assistant_responses"):
             changes[role] = tuple(_reduced_output(plan, parent, graph) for parent in getattr(spec, role))
     return spec.model_copy(update=changes)
-
-
-def _asks(plan: Plan, output: Output) -> bool:
-    return any(isinstance(plan.stages[key].spec, AskSpec) for key in plan.stages[output.stage].parents.values())
 
 
 def _reduced_output(plan: Plan, output: Output, graph: Graph) -> Output:
@@ -92,7 +325,7 @@ def _reduced_output(plan: Plan, output: Output, graph: Graph) -> Output:
 
 
 def _few(spec: OnTrainingSets) -> dict[str, Any]:
-    train, *more = (split.model_copy(update={"limit": min(split.limit or _ROWS, _ROWS)}) for split in spec.sets)
+    train, *more = (split.model_copy(update={"limit": min(split.limit or _FEW_ROWS, _FEW_ROWS)}) for split in spec.sets)
     return {"train": train, "more": tuple(more)}
 
 

@@ -64,8 +64,8 @@ def test_kept_rows_equal_those_of_a_direct_reading(ref, long_prompts, limit):
     assert list(found.rows) == rows
     assert found.counts == counts
     assert [found.rows[5], found.rows[-1], *found.rows[7:11]] == [rows[5], rows[-1], *rows[7:11]]
-    assert found.whole == max(len(e.prompt) + len(e.response) for e in rows)
-    assert (found.prompt, found.top) == (max(len(e.prompt) for e in rows), max(max(e.prompt + e.response) for e in rows))
+    assert found.longest.whole == max(len(e.prompt) + len(e.response) for e in rows)
+    assert (found.longest.prompt, found.longest.top) == (max(len(e.prompt) for e in rows), max(max(e.prompt + e.response) for e in rows))
     assert [references(found.rows)[i] for i in (0, 3)] == [references(rows)[i] for i in (0, 3)]
     assert references(found.rows)[2:5] == references(rows)[2:5]
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tadistill.runner.estimate import Estimate, Workload
+from tadistill.runner.timing import Estimate, Workload
 
 
 def stage(kind, *parents):

@@ -12,8 +12,8 @@ from tadistill.config import load, validate
 from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
 from tadistill.plan.arms import make_plan
-from tadistill.runner.estimate import workloads
 from tadistill.runner.preflight import check_inputs
+from tadistill.runner.timing import workloads
 
 
 @pytest.fixture(autouse=True)
