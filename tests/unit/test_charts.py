@@ -10,8 +10,7 @@ import pytest
 
 from tadistill.charts import COLOURS, Axis, Chart, Point, Strip, look, nice_span, script, style
 from tadistill.charts.axis import number_text
-from tadistill.charts.labels import WIDTHS, Label, Mark, place_labels, spread, text_width
-from tadistill.charts.looks import SHAPES
+from tadistill.charts.series import SHAPES, WIDTHS, Label, Mark, place_labels, spread, text_width
 
 
 def chart(**changes) -> Chart:

@@ -11,10 +11,9 @@ an arm in all figures.
 
 from importlib.resources import files
 
-from tadistill.charts.axis import Axis, nice_span, number_text
-from tadistill.charts.chart import Chart, Point
-from tadistill.charts.looks import COLOURS, GREY, PLAIN, Look, glyph, look
-from tadistill.charts.strips import Strip
+from tadistill.charts.axis import Axis, nice_span
+from tadistill.charts.chart import Chart, Point, Strip, embedded
+from tadistill.charts.series import COLOURS, GREY, PLAIN, Look, glyph, look
 
 __all__ = [
     "COLOURS",
@@ -25,10 +24,10 @@ __all__ = [
     "Look",
     "Point",
     "Strip",
+    "embedded",
     "glyph",
     "look",
     "nice_span",
-    "number_text",
     "script",
     "style",
 ]

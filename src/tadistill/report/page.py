@@ -7,7 +7,6 @@ To add a section, add three things: its heading and its entry in `findings.secti
 numbers, which `record` collects.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ def render_page(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(embedded=_embedded, prose=_prose)
+    environment.filters.update(embedded=lambda value: Markup(charts.embedded(value)), prose=_prose)
     shown = {**_first(results), **_sections(results), **_samples(results, samples(results))}
     return environment.get_template("report.html.j2").render(charts=charts, **shown)
 
@@ -270,10 +269,3 @@ def _prose(sentence: str) -> Markup:
             marked,
         )
     )
-
-
-def _embedded(value: Any) -> Markup:
-    encoded = json.dumps(visible_parts(value), ensure_ascii=False)
-    for character in "<>&\u2028\u2029":
-        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
-    return Markup(encoded)

@@ -1,9 +1,17 @@
-"""The web page as HTML, in several parts. Every few seconds, the browser requests the parts and replaces those that have changed."""
+"""The web page as HTML, in several parts. Every few seconds, the browser requests the parts and replaces those that have changed.
 
-from collections.abc import Iterable, Mapping, Sequence
+The part `graph` shows the stages of the study as a small graph. One node holds all seeds of a training, and the stages that evaluate the
+trained models. In a wide window, nodes are in columns, with parents left of children. In a narrow window, they are a list, and arcs beside
+it are the edges.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,14 +22,13 @@ from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.runner.local import spoken
 from tadistill.safe_text import visible
-from tadistill.watch.graph import GUTTER, HEIGHT, ROW, WIDTH, Node, draw, nodes_of, picked
-from tadistill.watch.logs import Curve, Point
+from tadistill.watch.logs import Curve, Point, TrainingLog
 from tadistill.watch.machine import Use
 from tadistill.watch.state import BAD, Moment, Rollouts, StageState
 
 PARTS = ("head", "alerts", "now", "graph", "curves", "samples", "machine", "stages", "log")
 """The ids of the parts, in the order of the page."""
-_CARDS, _SAMPLED = 12, 4
+_CARDS, _SAMPLED, _SHOWN = 12, 4, 8  # most running stages with a card, stages with samples, and stages with curves
 _SENTENCES = {
     "running": "The study is running.",
     "queued": "Jobs of the study wait in the queue.",
@@ -31,14 +38,54 @@ _SENTENCES = {
     "interrupted": "The run was stopped. Its stages saved their state.",
     "not running": "Nothing is running.",
 }
+WIDTH, HEIGHT, ACROSS, DOWN = 292, 74, 342, 88
+"""In columns: width and height of a node, and the horizontal and vertical distance from a node to the next one, in pixels."""
+ROW, GUTTER = 82, 42
+"""In the list: height of a node's row, and width of the margin for the arcs, in pixels."""
+_ROWS = 8
+_SEED = re.compile(r",?\s*seed \d+")
+_COMMA = re.compile(r", (?![^(]*\))")  # not one between brackets
 
 
 @dataclass(frozen=True)
-class Panel:
-    """The curves of one metric."""
+class Node:
+    """One node of the graph. Its `stages` differ only in their seed. Its `measures` are the stages that evaluate the trained models."""
 
+    id: str
     title: str
-    chart: Markup
+    detail: str
+    stages: tuple[StageState, ...]
+    measures: tuple[StageState, ...]
+    parents: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """The state to show for the whole node. A failure comes first, then running stages, then other unfinished stages."""
+        found = {stage.state for stage in (*self.stages, *self.measures)}
+        order = (*sorted(BAD), "running", "stopped", "queued", "waiting", "done")
+        return next((state for state in order if state in found), "waiting")
+
+    @property
+    def says(self) -> str:
+        """The states of the node's stages in words, such as ``2 done, 1 running · 1/3 measured``."""
+        every = self.stages or self.measures
+        counts = Counter(stage.state for stage in every)
+        text = every[0].state if len(every) == 1 else ", ".join(f"{n} {state}" for state, n in counts.items())
+        done = sum(stage.state == "done" for stage in self.measures)
+        return f"{text} · {done}/{len(self.measures)} measured" if self.stages and self.measures else text
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The graph of a study, drawn in two ways: nodes in columns, or nodes in a list. `edges` and `arcs` are the SVG paths of its edges."""
+
+    nodes: tuple[tuple[Node, int, int], ...]
+    """Nodes in the order of the list. Each comes with the place of its left top corner in the drawing with columns, in pixels."""
+    width: int
+    height: int
+    edges: tuple[str, ...]
+    arcs: tuple[str, ...]
+    """The edges in the list, where each node has a height of ROW pixels."""
 
 
 def shell(moment: Moment, parts: Mapping[str, str]) -> str:
@@ -74,11 +121,13 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
     nodes = nodes_of(moment.stages)
     wanted = set(wanted) & {node.id for node in nodes}
     shown, about = picked(nodes, moment.logs, wanted)
+    looks = [(stage, charts.look(index)) for index, stage in enumerate(shown)]
     running = [stage for stage in moment.stages if stage.state == "running"]
+    order = ("done", "running", *sorted(BAD), "stopped", "queued", "waiting", *moment.counts)
     values: dict[str, Any] = {
         "moment": moment,
         "sentence": _SENTENCES[moment.state],
-        "counts": _in_order(moment),
+        "counts": [(state, moment.counts[state]) for state in dict.fromkeys(order) if moment.counts[state]],
         "reports": reports,
         "bad": [stage for stage in moment.stages if stage.state in BAD],
         "stopped": [stage for stage in moment.stages if stage.state == "stopped"],
@@ -86,8 +135,8 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
         "more": max(len(running) - _CARDS, 0),
         "about": about,
         "wanted": wanted,
-        "legend": [(stage, look, charts.glyph(look)) for stage, look in _looks(shown)],
-        "panels": _panels(moment, shown),
+        "legend": [(stage, look, charts.glyph(look)) for stage, look in looks],
+        "panels": _panels(moment, looks),
         "graph": draw(nodes),
         "size": {"width": WIDTH, "height": HEIGHT, "row": ROW, "gutter": GUTTER},
         "samples": _samples(moment, nodes, wanted),
@@ -107,31 +156,19 @@ def _templates() -> Environment:
     return found
 
 
-def _in_order(moment: Moment) -> list[tuple[str, int]]:
-    counts = moment.counts
-    return [
-        (state, counts[state])
-        for state in dict.fromkeys(("done", "running", *sorted(BAD), "stopped", "queued", "waiting", *counts))
-        if counts[state]
-    ]
-
-
-def _looks(stages: Sequence[StageState]) -> list[tuple[StageState, charts.Look]]:
-    return [(stage, charts.look(index)) for index, stage in enumerate(stages)]
-
-
-def _panels(moment: Moment, shown: Sequence[StageState]) -> list[Panel]:
-    looks, found = _looks(shown), []
-    kinds = dict.fromkeys(stage.kind for stage in shown)
-    names = [name for stage in shown for name in moment.logs[stage.key].curves]
-    order = [name for name in dict.fromkeys(("train/loss", *in_order(names), *names)) if name in names]
+def _panels(moment: Moment, looks: Sequence[tuple[StageState, charts.Look]]) -> list[tuple[str, Markup]]:
+    """Return the titles and the charts of the curves, one for each metric and kind of stage."""
+    kinds = dict.fromkeys(stage.kind for stage, _ in looks)
+    names = [name for stage, _ in looks for name in moment.logs[stage.key].curves]
+    found = []
     for kind in kinds:
-        for name in order:
+        for name in (name for name in dict.fromkeys(("train/loss", *in_order(names), *names)) if name in names):
             lines = [(s, look, moment.logs[s.key].curves.get(name)) for s, look in looks if s.kind == kind]
             drawn = [(s, look, points) for s, look, curve in lines if curve and (points := curve.points())]
             if drawn:
-                text = f"{_title(name)} ({kind})" if len(kinds) > 1 else _title(name)
-                found.append(Panel(text, _chart("-".join(f"{kind}/{name}".replace("/", " ").split()), text, _unit(name), drawn)))
+                title, unit = _title_and_unit(name)
+                title += f" ({kind})" if len(kinds) > 1 else ""
+                found.append((title, _chart("-".join(f"{kind}/{name}".replace("/", " ").split()), title, unit, drawn)))
     return found
 
 
@@ -148,23 +185,16 @@ def _chart(name: str, text: str, unit: str, lines: Sequence[tuple[StageState, ch
     return chart.html()
 
 
-def _title(name: str) -> str:
-    if name == "train/loss":
-        return "Training loss"
+def _title_and_unit(name: str) -> tuple[str, str]:
     log, metric, of_set = log_parts(name)
     try:
-        text = metric_title(metric)
+        text, unit = metric_title(metric), metric_unit(metric)
     except StoreError:  # a metric of the user's own code
-        text = metric
+        text, unit = metric, ""
+    if name == "train/loss":
+        return "Training loss", unit
     text = f"{text} {'on dev' if log == 'dev' else 'of sampled text'}{f': {of_set}' if of_set else ''}"
-    return text[0].upper() + text[1:]
-
-
-def _unit(name: str) -> str:
-    try:
-        return metric_unit(log_parts(name)[1])
-    except StoreError:
-        return ""
+    return text[0].upper() + text[1:], unit
 
 
 def _spark(moment: Moment, stage: StageState) -> Markup:
@@ -194,3 +224,87 @@ def _bytes(count: float) -> str:
 def _code(text: str) -> Markup:
     pieces = [str(escape(visible(piece))) for piece in text.split("`")]
     return Markup("".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces)))
+
+
+# --- the graph ------------------------------------------------------------------------------------------------------------
+
+
+def nodes_of(stages: Iterable[StageState]) -> list[Node]:
+    """Return the nodes of a study. Parents come before children."""
+    home: dict[str, str] = {}  # key of a stage -> name of its node
+    groups: dict[str, tuple[list[StageState], list[StageState]]] = {}
+    for stage in stages:
+        if stage.measures:
+            name = home.get(stage.parents.get("model", ""), f"as it is: {stage.model}")
+        else:
+            name = f"{stage.kind} {_SEED.sub('', stage.label)}"
+        groups.setdefault(name, ([], []))[stage.measures].append(stage)
+        home[stage.key] = name
+    ids = {name: (own or measures)[0].key for name, (own, measures) in groups.items()}
+    nodes = []
+    for name, (own, measures) in sorted(groups.items(), key=lambda group: not group[1][0]):  # models that are not trained come last
+        title, *detail = _COMMA.split(_SEED.sub("", own[0].label), maxsplit=1) if own else (name.removeprefix("as it is: "), "as it is")
+        above = dict.fromkeys(home[key] for stage in own for key in stage.parents.values() if key in home)
+        parents = tuple(ids[other] for other in above if other != name)
+        nodes.append(Node(ids[name], title, "".join(detail), tuple(own), tuple(measures), parents))
+    return nodes
+
+
+def draw(nodes: Sequence[Node]) -> Drawn:
+    """Place the nodes in columns. A node is to the right of its parents. A column has at most `_ROWS` nodes."""
+    depth: dict[str, int] = {}
+    for node in nodes:  # parents come before children
+        depth[node.id] = 1 + max((depth[parent] for parent in node.parents if parent in depth), default=-1)
+    columns: dict[int, list[Node]] = {}
+    for node in nodes:
+        columns.setdefault(depth[node.id], []).append(node)
+    at: dict[str, tuple[int, int]] = {}
+    first = 0  # the first column of this depth
+    for number in sorted(columns):
+        ordered = sorted(columns[number], key=lambda node: fmean([at[p][1] for p in node.parents if p in at] or [0.0]))
+        for place, node in enumerate(ordered):
+            at[node.id] = (first + place // _ROWS) * ACROSS, place % _ROWS * DOWN
+        first += -(-len(ordered) // _ROWS)
+    pairs = [(parent, node.id) for node in nodes for parent in node.parents if parent in at]
+    row = {node.id: number for number, node in enumerate(nodes)}
+    return Drawn(
+        nodes=tuple((node, *at[node.id]) for node in nodes),
+        width=max((x for x, _ in at.values()), default=0) + WIDTH,
+        height=max((y for _, y in at.values()), default=0) + HEIGHT,
+        edges=tuple(_edge(at[a], at[b]) for a, b in pairs),
+        arcs=tuple(_arc(row[a], row[b], len(nodes)) for a, b in pairs),
+    )
+
+
+def picked(nodes: Sequence[Node], logs: Mapping[str, TrainingLog], wanted: Container[str]) -> tuple[list[StageState], str]:
+    """Return the trainings whose curves are shown, at most `_SHOWN`, and a sentence that says which they are.
+
+    The trainings in the nodes with the ids `wanted` are shown. If these nodes have no training, the running trainings are shown, else the
+    interrupted ones, else those with the newest logs.
+    """
+    some = [s for node in nodes if node.id in wanted for s in node.stages if s.key in logs]
+    every = [s for node in nodes for s in node.stages if s.key in logs]
+    if some:
+        return some[:_SHOWN], _about("chosen", len(some))
+    for what, states in (("running", {"running"}), ("interrupted", {"stopped"} | BAD)):
+        if found := [s for s in every if s.state in states]:
+            return found[:_SHOWN], _about(what, len(found))
+    newest = sorted(every, key=lambda s: -logs[s.key].file.changed)
+    return newest[:6], "The stages with the newest logs." if newest else ""
+
+
+def _about(what: str, count: int) -> str:
+    return f"The {what} stages." if count <= _SHOWN else f"{_SHOWN} of the {count} {what} stages; choose others in the graph."
+
+
+def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
+    x, y = start[0] + WIDTH, start[1] + HEIGHT // 2
+    to, down = end[0], end[1] + HEIGHT // 2
+    bend = (ACROSS - WIDTH) // 2 + 20
+    return f"M{x} {y}C{x + bend} {y} {to - bend} {down} {to} {down}"
+
+
+def _arc(start: int, end: int, rows: int) -> str:
+    y, to = start * ROW + ROW // 2, end * ROW + ROW // 2
+    out = GUTTER - 8 - min(abs(end - start) / max(rows - 1, 1), 1.0) * (GUTTER - 14)
+    return f"M{GUTTER} {y}C{out - 10:.0f} {y} {out - 10:.0f} {to} {GUTTER} {to}"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tadistill.charts.labels import text_width
+from tadistill.charts.series import text_width
 from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
 from tadistill.report.explain import arm_words, cautions, needed_text

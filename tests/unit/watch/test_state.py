@@ -9,9 +9,8 @@ from tadistill.cluster import slurm
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.train.checkpoint import Checkpoints, TrainState
-from tadistill.watch.graph import draw, nodes_of, picked
 from tadistill.watch.machine import Machine, Use, read_gpus
-from tadistill.watch.page import render
+from tadistill.watch.page import draw, nodes_of, picked, render
 from tadistill.watch.state import Watched
 
 from .folder import D1, D2, E1, PLAN, S1, S2, XL

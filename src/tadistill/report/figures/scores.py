@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tadistill.charts import Axis, Chart, Point, nice_span
-from tadistill.charts.labels import text_width
+from tadistill.charts.series import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import MANY, looks, rows_axis, span_axis, titled
 from tadistill.report.path_words import counted

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from tadistill.charts import COLOURS, Axis, Look, look, nice_span
-from tadistill.charts.looks import DASHES
+from tadistill.charts.series import DASHES
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.results.collect import Results
 

@@ -1,10 +1,70 @@
-"""Place the names of points and lines in a figure, so that no name covers another name or a point."""
+"""Series in figures: their colours, markers and dashes, and the places of their names.
 
-from collections.abc import Sequence
+A series has the same look in all figures and tables of a page. No name covers another name or a point.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import hypot
 
-from tadistill.charts.looks import safe
+from markupsafe import Markup, escape
+
+from tadistill.safe_text import visible
+
+COLOURS = 12
+"""Number of colours; `charts.css` has their values for light and dark pages."""
+GREY = "var(--guide)"
+DASHES = ("", "7 4", "2 3", "8 3 2 3", "12 4")
+_SHAPES = {  # a path around the origin in a circle with the radius 1, and the characters for text: filled, and open if it has an open form
+    "circle": ("M1 0A1 1 0 1 1 -1 0A1 1 0 1 1 1 0Z", "●○"),
+    "square": ("M-.86 -.86H.86V.86H-.86Z", "■□"),
+    "diamond": ("M0 -1.2L1.2 0L0 1.2L-1.2 0Z", "◆◇"),
+    "up": ("M0 -1.1L1.1 .85H-1.1Z", "▲△"),
+    "down": ("M0 1.1L1.1 -.85H-1.1Z", "▼▽"),
+    "star": ("M0 -1.3L.36 -.42L1.24 -.4L.56 .18L.8 1.05L0 .54L-.8 1.05L-.56 .18L-1.24 -.4L-.36 -.42Z", "★☆"),
+    "cross": ("M-.4 -1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4Z", "✚"),
+}
+SHAPES = (*_SHAPES, *(f"open {name}" for name, (_, characters) in _SHAPES.items() if len(characters) == 2))
+"""Names of the markers. 13 shapes and 12 colours have no common factor, so the pairs repeat only after 156 series."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The look of a series: its colour in CSS, its marker, and the dash of its lines (empty for a solid line)."""
+
+    colour: str
+    marker: str = "circle"
+    dash: str = ""
+
+
+PLAIN = Look(GREY)
+"""The look of guides and of everything else that is not a series."""
+
+
+def look(index: int) -> Look:
+    """Return the look of the series with this index."""
+    return Look(f"var(--c{index % COLOURS})", SHAPES[index % len(SHAPES)], DASHES[index // 3 % len(DASHES)])
+
+
+def glyph(found: Look) -> str:
+    """Return the marker as a character, for text beside the figures."""
+    return _SHAPES[found.marker.removeprefix("open ")][1][found.marker.startswith("open ")]
+
+
+def marker(found: Look, size: float) -> str:
+    """Return a marker as an SVG path around the point (0, 0). `size` is its radius in pixels."""
+    path = _SHAPES[found.marker.removeprefix("open ")][0]
+    style = "fill:var(--page);stroke:" if found.marker.startswith("open ") else "fill:"
+    return f'<path d="{path}" transform="scale({size:g})" vector-effect="non-scaling-stroke" style="{style}{found.colour}"/>'
+
+
+def safe(text: str) -> Markup:
+    """Make a text safe for SVG: escape markup, and replace hidden characters by visible codes."""
+    return escape(visible(text))
+
+
+# --- names of points and lines -------------------------------------------------------------------------------------------
+
 
 WIDTHS = (960, 560, 300)
 """Widths of the plot, in pixels, for which labels are placed. The style sheet shows the placement that fits the page."""
@@ -39,25 +99,23 @@ class Mark:
     name: str
 
 
-def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int], marks: Sequence[Mark] = ()) -> list[str]:
+def place_labels(labels: Sequence[Label], width: int, box: tuple[int, int], marks: Sequence[Mark] = ()) -> list[str]:
     """Return the labels as SVG. Each label is beside its point. If there is no room, it is farther away, with a thin line to the point.
 
     A label is left out if each free place is nearer to a point of another series, because it would seem to be the name of that point.
 
     Args:
-        width: width of the plot in pixels. None places all labels in a column at the right of the plot.
+        width: width of the plot in pixels.
         box: top and bottom of the plot in pixels.
         marks: points and intervals. A label avoids them if there is another place near its point.
     """
-    if width is None:
-        return _column(labels, box)
     thin = [_Box(mark.x * width - 4, mark.top, mark.x * width + 4, mark.bottom) for mark in marks]
     taken = [_Box(label.x * width - 7, label.y - 7, label.x * width + 7, label.y + 7) for label in labels]
     placed: list[str] = []
     for label in sorted(labels, key=lambda label: label.y):
-        others = [(mark.x * width, mark.y) for mark in (*marks, *labels) if mark.name != label.name]
-        spots = [spot for spot in _spots(label, width, box) if spot.free(taken) and spot.box.nearest((label.x * width, label.y), others)]
-        clear = (spot for spot in spots if abs(spot.y - label.y) <= _NEAR and spot.free(thin))
+        point, others = (label.x * width, label.y), [(mark.x * width, mark.y) for mark in (*marks, *labels) if mark.name != label.name]
+        spots = [spot for spot in _spots(label, width, box) if not spot.box.meets(taken) and spot.box.nearest(point, others)]
+        clear = (spot for spot in spots if abs(spot.y - label.y) <= _NEAR and not spot.box.meets(thin))
         spot = next(clear, None) or next(iter(spots), None)
         if spot is not None:
             taken.append(spot.box)
@@ -72,8 +130,10 @@ class _Box:
     right: float
     bottom: float
 
-    def meets(self, other: "_Box") -> bool:
-        return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+    def meets(self, others: Sequence["_Box"]) -> bool:
+        return any(
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom for other in others
+        )
 
     def nearest(self, point: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:
         """Return True if this box is nearer to `point` than to each of `others`."""
@@ -90,38 +150,31 @@ class _Spot:
     x: float
     y: float
     box: _Box
-    inside: bool
-
-    def free(self, taken: Sequence[_Box]) -> bool:
-        return self.inside and not any(self.box.meets(other) for other in taken)
 
 
-def _spots(label: Label, width: int, box: tuple[int, int]) -> list[_Spot]:
+def _spots(label: Label, width: int, box: tuple[int, int]) -> Iterator[_Spot]:
+    """Yield the places for a label inside the plot, the nearest first."""
     x, wide = label.x * width, text_width(label.text)
-    spots: list[_Spot] = []
     for away in range(0, 200, 8):
-        for shift in dict.fromkeys((away, -away)):
-            y = label.y + shift
+        for y in dict.fromkeys((label.y + away, label.y - away)):
             for side, at, left in (("start", x + _GAP, x + _GAP), ("end", x - _GAP, x - _GAP - wide), ("middle", x, x - wide / 2)):
-                if side == "middle" and abs(shift) < 16:
-                    continue
                 around = _Box(left - 2, y - _HIGH / 2, left + wide + 2, y + _HIGH / 2)
                 inside = left >= 0 and left + wide <= width + 10 and box[0] <= around.top and around.bottom <= box[1]
-                spots.append(_Spot(side, at, y, around, inside))
-    return spots
+                if inside and (side != "middle" or away >= 16):
+                    yield _Spot(side, at, y, around)
 
 
 def _drawn(label: Label, spot: _Spot, width: int) -> str:
-    moved = abs(spot.y - label.y) > 12
     line = ""
-    if moved:
+    if abs(spot.y - label.y) > 12:
         ends = f'x1="{100 * label.x:.2f}%" y1="{label.y:.1f}" x2="{100 * label.x:.2f}%" y2="{spot.y:.1f}"'
         line = f'<line class="leader" data-arm="{safe(label.name)}" {ends} style="stroke:{label.colour}"/>'
     place = f'x="{100 * label.x:.2f}%" dx="{spot.x - label.x * width:.0f}" y="{spot.y + 4:.1f}" text-anchor="{spot.side}"'
     return f'{line}<text class="label" data-arm="{safe(label.name)}" {place}>{safe(label.text)}</text>'
 
 
-def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
+def label_column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
+    """Return the labels as SVG, in a column at the right of the plot. `box` is the top and the bottom of the plot in pixels."""
     heights = spread([label.y for label in labels], _HIGH, box)
     return [
         f'<text class="label" data-arm="{safe(label.name)}" x="100%" dx="8" y="{y + 4:.1f}">{safe(label.text)}</text>'
@@ -141,13 +194,7 @@ def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> l
                 placed[i - 1], placed[i], moved = placed[i - 1] - short / 2, placed[i] + short / 2, True
         if not moved:
             break
-    over = placed[-1] - box[1] if placed else 0.0
-    if over > 0:
-        placed = [value - over for value in placed]
-    under = box[0] - placed[0] if placed else 0.0
-    if under > 0:
-        placed = [value + under for value in placed]
-    found = [0.0] * len(values)
-    for i, value in zip(order, placed, strict=True):
-        found[i] = value
-    return found
+    over = max(placed[-1] - box[1], 0.0)
+    placed = [value - over for value in placed]
+    under = max(box[0] - placed[0], 0.0)
+    return [value + under for _, value in sorted(zip(order, placed, strict=True))]
