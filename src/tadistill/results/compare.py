@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.config import arm as arms
+from tadistill.config.added_arms import at_budget, budget_of
+from tadistill.config.arm import direct_arm
 from tadistill.metrics import metric_of
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord
@@ -83,10 +84,10 @@ def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
     Return None if `arm` has no budget, or is the reference arm itself.
     """
-    made = arms.budget_of(arm.name, arm.compute)
+    made = budget_of(arm.name, arm.compute)
     if made is None or made.arm == made.reference:
         return None
-    name = made.reference if made.times == 1 else arms.at_budget(made.reference, made.times)
+    name = made.reference if made.times == 1 else at_budget(made.reference, made.times)
     return next((other for other in results.plan.arms if other.name == name), None)
 
 
@@ -102,7 +103,7 @@ def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     chain = next((other for other in results.plan.arms if other.has_assistant and other.model == arm.model), None)
     like = arm if arm.has_assistant or arm.compute else chain
     method = like.method if like else None
-    return arms.direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
+    return direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
 
 
 def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
