@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Trainer, TrainingArguments, set_seed
 
-from tadistill.data import tinyworld, tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.objectives import Head, Hidden, fused_divergence, jensen_shannon
 
 
@@ -31,7 +31,7 @@ parser.add_argument("--student", help="a model with the teacher's tokenizer")
 parser.add_argument("--steps", type=int, default=150)
 options = parser.parse_args()
 set_seed(0)  # fixes the weights of the random models, too
-tokenizer = AutoTokenizer.from_pretrained(options.teacher) if options.teacher else tinyworld_tokenizers.tokenizer()
+tokenizer = AutoTokenizer.from_pretrained(options.teacher) if options.teacher else tinyworld.tokenizer()
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"  # left would shift GPT-2's positions
 teacher, student = load(options.teacher, 0.1).eval().requires_grad_(False), load(options.student, 0.02)
 texts = [[row["instruction"] + "\n", row["outputs"][0] + tokenizer.eos_token] for row in tinyworld.world_rows("tinyworld", "train")]

@@ -28,8 +28,7 @@ from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, M
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded
 from tadistill.data.second_readings import Rereader
-from tadistill.data.tinyworld import world_rows
-from tadistill.data.tinyworld_tokenizers import PIECES, WORDS, tokenizer
+from tadistill.data.tinyworld import PIECES, WORDS, tokenizer, world_rows
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import Interrupted
 from tadistill.rollout.engine import Mixture, Native, Rollout, sample

@@ -20,7 +20,7 @@ from tadistill.config.combinations import check_pairing, over_spans
 from tadistill.config.data import World
 from tadistill.config.method import Method, Optim, Select
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
-from tadistill.data import datasets, tinyworld_tokenizers
+from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded, encode
 from tadistill.data.prompts import Rules
@@ -105,7 +105,7 @@ def train(
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     tokenizer, _ = rows()
-    other = tinyworld_tokenizers.tokenizer("tinyworld-bpe", seed=0, people=20) if across else None
+    other = tinyworld.tokenizer("tinyworld-bpe", seed=0, people=20) if across else None
     student, teachers = model(1, 16, tokenizer), [model(2, 24, other or tokenizer).requires_grad_(False)]
     teachers += [model(3, 20, tokenizer).requires_grad_(False)] if routed else []
     shard, again = Shard(accelerator.process_index, accelerator.num_processes), _again(tokenizer, other) if other else None
@@ -137,7 +137,7 @@ def train(
 @cache
 def rows() -> tuple[Any, list[Encoded]]:
     """Return a tokenizer and a few encoded rows."""
-    tokenizer = tinyworld_tokenizers.tokenizer(seed=0, people=20)
+    tokenizer = tinyworld.tokenizer(seed=0, people=20)
     examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
     return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")
 

@@ -11,7 +11,7 @@ from tests.e2e.inprocess import tadistill
 from tests.unit.judge.fake import as_json, error, serve
 
 from tadistill.config import load
-from tadistill.data.tinyworld_tokenizers import tokenizer
+from tadistill.data.tinyworld import tokenizer
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.remote import check_asked

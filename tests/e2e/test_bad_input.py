@@ -80,9 +80,9 @@ def test_missing_response_column(tmp_path):
 
 
 def test_tokenizers_that_differ(tmp_path):
-    from tadistill.data import tinyworld_tokenizers
+    from tadistill.data import tinyworld
 
-    tinyworld_tokenizers.tokenizer(people=30).save_pretrained(tmp_path / "other")
+    tinyworld.tokenizer(people=30).save_pretrained(tmp_path / "other")
     text = fail(tmp_path, f"models.l.tokenizer={tmp_path / 'other'}")
     assert "tokenizer" in text
     assert "xl" in text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tadistill.data import tinyworld, tinyworld_tokenizers
+from tadistill.data import tinyworld
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -41,7 +41,7 @@ def test_objective_in_hf_trainer(run):
 @pytest.fixture
 def models(tmp_path) -> list[str]:
     """Arguments that name a teacher, a student and prompts; the teacher's head has more rows than the tokenizer has tokens."""
-    tokenizer = tinyworld_tokenizers.tokenizer()
+    tokenizer = tinyworld.tokenizer()
     for name, rows, seed in (("teacher", 8, 1), ("student", 0, 2)):
         torch.manual_seed(seed)
         size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}

@@ -20,7 +20,7 @@ from tests.conftest import tiny_model
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
 from tadistill.config.evaluate import Judge
-from tadistill.data import tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.errors import JudgeFailed
 from tadistill.judge.commands import judge
 
@@ -34,7 +34,7 @@ def served(tmp_path, monkeypatch):
     pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    tokenizer = tinyworld_tokenizers.tokenizer()
+    tokenizer = tinyworld.tokenizer()
     tokenizer.chat_template = CHAT
     model = tiny_model("llama", vocab=len(tokenizer))
     model.config.max_position_embeddings = 1024

@@ -8,7 +8,7 @@ import yaml
 from tests.e2e.inprocess import tadistill
 
 from tadistill.config import load
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS, tokenizer
+from tadistill.data.tinyworld import TOKENIZERS, tokenizer
 from tadistill.disk import read_jsonl
 from tadistill.plan.arms import make_plan
 from tadistill.store import Store

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tests.conftest import tiny_model
 from torch import Tensor
 
-from tadistill.data import tinyworld, tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader
 from tadistill.models.teacher import teacher_of
@@ -150,7 +150,7 @@ def test_beta_jumps_at_the_ends_in_trl_as_in_ours(end, beta):
 @pytest.fixture
 def gkd_trainer(tmp_path):
     """Builds a GKDTrainer of two random models, four rows of tinyworld, and a loss that is the forward KL."""
-    tokenizer = tinyworld_tokenizers.tokenizer(people=10)
+    tokenizer = tinyworld.tokenizer(people=10)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     rows = sorted(tinyworld.world_rows("tinyworld", "train", people=10), key=lambda row: len(row["outputs"][0]))
     turns = [(("user", row["instruction"]), ("assistant", row["outputs"][0])) for row in (*rows[:2], *rows[-2:])]  # short and long

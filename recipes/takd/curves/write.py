@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tadistill.data import tinyworld
-from tadistill.data import tinyworld_parts as parts
+from tadistill.data import tinyworld_world as parts
 
 PEOPLE = 10
 

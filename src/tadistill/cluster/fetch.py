@@ -23,7 +23,7 @@ from rich.table import Table
 from tadistill.config import Recipe
 from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, hub
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS
+from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources

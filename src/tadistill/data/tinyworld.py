@@ -13,16 +13,28 @@ facts. Skills (sort, reverse, count, extract, …) are tasks with an input. Each
 
 Two more data sets are the halves of tinyworld, with training, dev and test rows: tinyworld_facts and tinyworld_skills.
 Training contains all facts, so the test sets measure knowledge and not guessing. No pair of instruction and input is in two splits.
+
+There are two tokenizers. Both encode the same rows, so models with different tokenizers can be compared on the same text:
+
+    tinyworld        each word is one token, and so is each line break; spaces are not tokens
+    tinyworld-bpe    byte-level BPE with 512 tokens, learnt from the training rows of the world; rare words have several tokens
+
+Both tokenizers have the special tokens `SPECIALS`, with the same ids. A world of another seed or size has other words, and so its
+tokenizers have other tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tadistill.data import tinyworld_parts as pieces
-from tadistill.errors import DataError
+from tadistill.data import tinyworld_world as pieces
+from tadistill.data.tinyworld_world import Fact, FictionalWorld, rivals_in, world
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
 """The version of the generated rows. It is a part of the keys of stored results, so increase it whenever a row changes."""
@@ -44,60 +56,13 @@ _OPEN, _LENGTHS_OPEN = 150, 60
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A fact of the world: the attribute `kind` of `subject` has this `value`. `rivals` are the other possible values of the attribute."""
-
-    kind: str
-    subject: str
-    value: str
-    rivals: tuple[str, ...]
-
-    def say(self, phrase: str) -> str:
-        """Return `phrase` with the fact's subject and value filled in."""
-        return phrase.format(x=self.subject, v=self.value)
-
-
-@dataclass(frozen=True)
-class FictionalWorld:
-    """The people, places and facts of a fictional world, drawn with one seed."""
-
-    seed: int
-    people: int
-    names: tuple[str, ...]
-    places: tuple[str, ...]
-    facts: tuple[Fact, ...]
-
-
-@lru_cache
-def world(seed: int = 0, people: int = 120) -> FictionalWorld:
-    """Return the people, places and facts that a seed draws. Raises a DataError if `people` is below 10, or above the number of available
-    names."""
-    pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
-    if not 10 <= people <= len(pool):
-        raise DataError(f"tinyworld cannot have {people} people; set `data.world.people` to a number from 10 to {len(pool)}")
-    names = tuple(pieces.shuffled(pool, pieces.rng(seed, "names"))[:people])
-    pool = [start + end for start in pieces.PLACE_STARTS for end in pieces.PLACE_ENDS]
-    places = tuple(pieces.shuffled(pool, pieces.rng(seed, "places"))[: pieces.PLACES])
-    facts = [f for kind in pieces.PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
-    facts += [f for kind in pieces.PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
-    return FictionalWorld(seed, people, names, places, tuple(facts))
-
-
 def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
     """Return the rows of a split of the data set `name`. A row has an instruction, an input (which can be empty), outputs, and facts as
     pairs [value, rivals].
 
     An answer states a fact if it contains the value and none of the rivals (the wrong values), as whole words. Only rows of tinyworld_multi
     have several outputs. Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
-
-    Raises:
-        DataError: there is no such split.
     """
-    if split not in SPLITS.get(name, ()):
-        raise DataError(
-            f"tinyworld has no split `{name}`/`{split}`; its splits are {', '.join(f'{n}/{s}' for n in SPLITS for s in SPLITS[n])}"
-        )
     return [dict(row) for row in _splits(seed, people)[name, split]]
 
 
@@ -105,9 +70,9 @@ def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
     """Return plain text about the world, for a language-modelling loss, as rows with the column `text`. Its sentences have other wordings
     than the answers."""
     here = world(seed, people)
-    told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
+    residents = {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
     documents = []
-    for subject, facts in told.items():
+    for subject, facts in here.by_subject.items():
         for telling in range(3):
             rng = pieces.rng(seed, "corpus", subject, telling)
             sentences = [pieces.pick(pieces.STORY_OPENINGS, rng).format(x=subject)]
@@ -120,7 +85,8 @@ def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
 
 
 @lru_cache
-def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
+def words(*, seed: int = 0, people: int = 120) -> tuple[str, ...]:
+    """Return all words of a world, sorted. The line break counts as a word. Special tokens are not included."""
     here = world(seed, people)
     kinds, skills = pieces.KINDS.values(), pieces.SKILLS.values()
     phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
@@ -130,38 +96,9 @@ def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
     return tuple(sorted(used.union(here.names, here.places, pieces.NUMBERS, *pieces.DOMAINS.values(), "\n")))
 
 
-def words(*, seed: int = 0, people: int = 120) -> list[str]:
-    """Return all words of a world, sorted. The line break counts as a word. Special tokens are not included."""
-    return list(_vocabulary(seed, people))
-
-
 def fingerprint(*, seed: int = 0, people: int = 120) -> str:
     """Return a string that identifies the rows of a world. It is the same on every machine."""
     return f"tinyworld:v{VERSION}:seed={seed}:people={people}"
-
-
-def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
-    domain = {"place": places, "person": names}.get(pieces.KINDS[kind].domain) or pieces.DOMAINS[pieces.KINDS[kind].domain]
-    rng = pieces.rng(seed, "facts", kind)
-    if kind == "friend":  # one circle through all people, so that nobody is their own friend
-        circle = pieces.shuffled(names, rng)
-        friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
-        return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
-    # the values are equally frequent, so that guessing the most frequent one gains nothing
-    rivals = _rivals(domain)
-    values = pieces.shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
-    return [Fact(kind, x, v, rivals[v]) for x, v in zip(subjects, values, strict=True)]
-
-
-def _rivals(domain: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    return {value: tuple(v for v in domain if v != value) for value in domain}
-
-
-def _by_subject(here: FictionalWorld) -> dict[str, dict[str, Fact]]:
-    told: dict[str, dict[str, Fact]] = {}
-    for fact in here.facts:
-        told.setdefault(fact.subject, {})[fact.kind] = fact
-    return told
 
 
 def _row(instruction: str, outputs: Sequence[str], facts: Iterable[tuple[str, tuple[str, ...]]], given: str = "") -> Row:
@@ -171,24 +108,24 @@ def _row(instruction: str, outputs: Sequence[str], facts: Iterable[tuple[str, tu
 @lru_cache
 def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
     here = world(seed, people)
-    parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS, "open")}
+    parts = defaultdict[str, list[Row]](list)
     for source in (_fact_rows, _open_rows, _skill_rows):
         for part, found in source(here).items():
             parts[part] += found
     mixed = {part: tuple(pieces.shuffled(found, pieces.rng(seed, "order", part))) for part, found in parts.items()}
-    found = {
-        (name, split): mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")]
-        for name in SPLITS.keys() - HALVES
-        for split in SPLITS[name]
-    }
-    halves = ((name, split) for name in HALVES for split in SPLITS[name])
-    return found | {(name, split): tuple(row for row in mixed[split] if bool(row["input"]) == HALVES[name]) for name, split in halves}
+
+    def rows_of(name: str, split: str) -> tuple[Row, ...]:
+        if name in HALVES:
+            return tuple(row for row in mixed[split] if bool(row["input"]) == HALVES[name])
+        return mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")]
+
+    return {(name, split): rows_of(name, split) for name, splits in SPLITS.items() for split in splits}
 
 
 def _fact_rows(here: FictionalWorld) -> dict[str, list[Row]]:
     # One long and one short wording of each fact stay out of training. The long ones go to dev, test and multi, the short ones to lengths
     # and choices.
-    parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
+    parts = defaultdict[str, list[Row]](list)
     queue = iter(pieces.shuffled(here.facts, pieces.rng(here.seed, "deal")))
     counts = {part: min(most, int(share * len(here.facts))) for part, (most, share) in _FACTS.items()}
     part_of = {next(queue): part for part in ("dev", "test", "multi") for _ in range(counts[part])}
@@ -224,11 +161,10 @@ def _fact_rows(here: FictionalWorld) -> dict[str, list[Row]]:
 
 
 def _open_rows(here: FictionalWorld) -> dict[str, list[Row]]:
-    parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
-    told = _by_subject(here)
-    opened = set(pieces.shuffled(told, pieces.rng(here.seed, "open"))[:_OPEN])
-    lengthened = set(pieces.shuffled(told, pieces.rng(here.seed, "long"))[:_LENGTHS_OPEN])
-    for subject, facts in told.items():
+    parts = defaultdict[str, list[Row]](list)
+    opened = set(pieces.shuffled(here.by_subject, pieces.rng(here.seed, "open"))[:_OPEN])
+    lengthened = set(pieces.shuffled(here.by_subject, pieces.rng(here.seed, "long"))[:_LENGTHS_OPEN])
+    for subject, facts in here.by_subject.items():
         rng = pieces.rng(here.seed, "open", subject)
         to_open, to_lengths, *trained = [ask.format(x=subject) for ask in pieces.shuffled(pieces.OPEN_ASKS, rng)]
         story = [facts[kind] for kind in (pieces.PERSON_STORY if "home" in facts else pieces.PLACE_STORY)]
@@ -247,9 +183,11 @@ def _open_rows(here: FictionalWorld) -> dict[str, list[Row]]:
 
 
 def _skill_rows(here: FictionalWorld) -> dict[str, list[Row]]:
-    parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
+    parts = defaultdict[str, list[Row]](list)
     seen: set[str] = set()
-    rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", pieces.DOMAINS["food"]), ("where", here.places))}
+    rivals = {
+        domain: rivals_in(values) for domain, values in (("who", here.names), ("what", pieces.DOMAINS["food"]), ("where", here.places))
+    }
     for name, skill in pieces.SKILLS.items():
         for part, count in _INPUTS.items():
             rng = pieces.rng(here.seed, "skill", name, part)
@@ -313,3 +251,55 @@ _TASKS: dict[str, Callable[[FictionalWorld, Random, Rivals], Task]] = {
     "what": _sale("food", "what"),
     "where": _sale("place", "where"),
 }
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
+
+WORDS, PIECES = "tinyworld", "tinyworld-bpe"
+TOKENIZERS = (WORDS, PIECES)
+"""The values of `tokenizer` in a recipe that name a tokenizer of tinyworld."""
+_SIZE = 512
+
+
+def tokenizer(source: str = WORDS, *, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
+    """Return a tokenizer of a world. `source` is one of `TOKENIZERS`. No special tokens are added to a text."""
+    from tokenizers import Tokenizer  # imported here, because rows are also needed without these packages
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend(source, seed=seed, people=people).to_str()),  # a copy, because the caller may change it
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,  # " ." is a word here, not a spacing mistake
+    )
+
+
+def vocabulary(source: str, *, seed: int = 0, people: int = 120) -> Mapping[str, int]:
+    """Return a mapping from each token of a tokenizer to its id. It includes the special tokens."""
+    if source == WORDS:
+        return {word: i for i, word in enumerate((*SPECIALS, *words(seed=seed, people=people)))}
+    return backend(source, seed=seed, people=people).get_vocab()
+
+
+@lru_cache
+def backend(source: str, *, seed: int = 0, people: int = 120) -> "Tokenizer":
+    """Return a tokenizer of a world as an object of the library `tokenizers`, which needs no torch. It must not be changed."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if source == WORDS:
+        found = Tokenizer(models.WordLevel(dict(vocabulary(source, seed=seed, people=people)), unk_token="<unk>"))
+        found.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+|\n"), behavior="removed", invert=True)
+        return found
+    assert source == PIECES, f"tinyworld has no tokenizer `{source}`"
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    # the library breaks ties by the ids of tokens, so the same rows give the same tokens on every machine
+    trainer = trainers.BpeTrainer(
+        vocab_size=_SIZE, special_tokens=[*SPECIALS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    rows = world_rows("tinyworld", "train", seed=seed, people=people)
+    found.train_from_iterator((text for row in rows for text in (row["instruction"], row["input"], *row["outputs"])), trainer)
+    return found

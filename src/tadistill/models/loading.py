@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tadistill.data import tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
@@ -46,8 +46,8 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
     """
     load = str(load)
-    if load in tinyworld_tokenizers.TOKENIZERS:
-        return tinyworld_tokenizers.tokenizer(load, **(world or {}))
+    if load in tinyworld.TOKENIZERS:
+        return tinyworld.tokenizer(load, **(world or {}))
     directory = sources.fetch(load, revision, weights=False)
     if directory is None:
         raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")

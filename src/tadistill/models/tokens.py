@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.data import chat, tinyworld, tinyworld_tokenizers
+from tadistill.data import chat, tinyworld
 from tadistill.disk import write_json
 from tadistill.errors import ModelError
 
@@ -146,7 +146,7 @@ def of_tinyworld(source: str, *, seed: int, people: int) -> Vocabulary:
 
     `source` is the tokenizer's name, such as `tinyworld-bpe`. `seed` and `people` (the number of people) are the settings of the data set.
     """
-    words = tinyworld_tokenizers.vocabulary(source, seed=seed, people=people)
+    words = tinyworld.vocabulary(source, seed=seed, people=people)
     return Vocabulary(words, {word: words[word] for word in tinyworld.SPECIALS})
 
 

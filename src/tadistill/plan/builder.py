@@ -10,7 +10,7 @@ from tadistill.config.arm import teachers_of
 from tadistill.config.combinations import over_spans
 from tadistill.config.method import Optim, Select
 from tadistill.config.method_parts import TeacherContext
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS
+from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import sources
 from tadistill.models.counting import shapes

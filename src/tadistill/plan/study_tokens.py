@@ -13,7 +13,7 @@ from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Data
 from tadistill.data import chat, datasets
 from tadistill.data.prompts import of_one_turn
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS
+from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary

@@ -10,7 +10,7 @@ from tadistill.config.arm import members
 from tadistill.config.common import DTYPES
 from tadistill.config.machine import Resources, Vllm
 from tadistill.data import datasets
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS
+from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
 from tadistill.models.counting.memory import Memory, resident_bytes

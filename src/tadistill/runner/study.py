@@ -15,7 +15,7 @@ import yaml
 
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.recipe_files import placed
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS
+from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources

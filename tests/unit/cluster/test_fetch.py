@@ -19,7 +19,7 @@ from tests.unit.models.conftest import write_gguf
 
 from tadistill.cluster import fetch
 from tadistill.config import parse
-from tadistill.data import tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.errors import DataError, ModelError
 from tadistill.models import sources
 from tadistill.models.counting.sizes import read_config
@@ -63,7 +63,7 @@ def lay(cache: Path, repository: str, files: dict[str, bytes], commit: str = ONE
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory) -> dict[str, bytes]:
     """A tiny model in several shards, and its tokenizer."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), tinyworld_tokenizers.tokenizer(seed=0, people=10)
+    folder, tokenizer = tmp_path_factory.mktemp("model"), tinyworld.tokenizer(seed=0, people=10)
     tiny_model("llama", vocab=len(tokenizer)).save_pretrained(folder, max_shard_size="20KB")
     tokenizer.save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -14,7 +14,7 @@ from tadistill.data import datasets
 from tadistill.data.encoding import encode, encode_counted
 from tadistill.data.prompts import Rules, render
 from tadistill.data.row_counts import Counts
-from tadistill.data.tinyworld_tokenizers import tokenizer as world_tokenizer
+from tadistill.data.tinyworld import tokenizer as world_tokenizer
 from tadistill.errors import DataError, ModelError
 
 

@@ -3,8 +3,7 @@ import json
 
 import pytest
 
-from tadistill.data import tinyworld, tinyworld_parts, tinyworld_tokenizers
-from tadistill.errors import DataError
+from tadistill.data import tinyworld, tinyworld_world
 
 PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits if name not in tinyworld.HALVES]
 ALL = pytest.mark.parametrize(("name", "split"), PARTS, ids=["/".join(p) for p in PARTS])
@@ -71,24 +70,13 @@ def test_callers_cannot_change_the_world():
     assert tinyworld.world_rows("tinyworld", "test")[0]["instruction"] != "changed"
 
 
-@pytest.mark.parametrize("people", [9, 10_000])
-def test_impossible_numbers_of_people_are_refused(people):
-    with pytest.raises(DataError, match="10 to"):
-        tinyworld.world(0, people)
-
-
-def test_unknown_split_is_refused():
-    with pytest.raises(DataError, match="tinyworld_open/test"):
-        tinyworld.world_rows("tinyworld_open", "train")
-
-
 # --- the world
 
 
 def test_world_is_consistent():
     world = tinyworld.world()
     assert len(set(world.names)) == world.people == 120
-    assert len(set(world.places)) == tinyworld_parts.PLACES
+    assert len(set(world.places)) == tinyworld_world.PLACES
     assert len({(f.kind, f.subject) for f in world.facts}) == len(world.facts) >= 600
     for fact in world.facts:
         assert fact.value != fact.subject
@@ -105,7 +93,7 @@ def test_friends_are_a_circle_through_everybody():
     assert met == set(friend)
 
 
-@pytest.mark.parametrize("kind", sorted(tinyworld_parts.KINDS))
+@pytest.mark.parametrize("kind", sorted(tinyworld_world.KINDS))
 def test_values_are_dealt_out_evenly(kind):
     values = [f.value for f in tinyworld.world().facts if f.kind == kind]
     counts = [values.count(v) for v in set(values)]
@@ -114,28 +102,28 @@ def test_values_are_dealt_out_evenly(kind):
 
 def test_value_words_belong_to_one_domain_and_to_no_phrase():
     world = tinyworld.world(people=200)
-    domains = [world.names, world.places, *tinyworld_parts.DOMAINS.values(), tinyworld_parts.NUMBERS]
+    domains = [world.names, world.places, *tinyworld_world.DOMAINS.values(), tinyworld_world.NUMBERS]
     values = [v for domain in domains for v in domain]
     assert len(values) == len(set(values))
-    kinds, skills = tinyworld_parts.KINDS.values(), tinyworld_parts.SKILLS.values()
+    kinds, skills = tinyworld_world.KINDS.values(), tinyworld_world.SKILLS.values()
     phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
-    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*tinyworld_parts.OPEN_ASKS, *tinyworld_parts.SALES]
+    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*tinyworld_world.OPEN_ASKS, *tinyworld_world.SALES]
     assert not set(values) & set(" ".join(phrases).split())
 
 
 def test_every_pool_of_names_is_free_of_other_words():
-    pool = {a + b for a in tinyworld_parts.NAME_STARTS for b in tinyworld_parts.NAME_ENDS}
-    pool |= {a + b for a in tinyworld_parts.PLACE_STARTS for b in tinyworld_parts.PLACE_ENDS}
+    pool = {a + b for a in tinyworld_world.NAME_STARTS for b in tinyworld_world.NAME_ENDS}
+    pool |= {a + b for a in tinyworld_world.PLACE_STARTS for b in tinyworld_world.PLACE_ENDS}
     assert len(pool) == 640 + 90
     world = tinyworld.world()
     assert not pool & (set(tinyworld.words()) - set(world.names) - set(world.places))
 
 
-@pytest.mark.parametrize("kind", sorted(tinyworld_parts.KINDS))
+@pytest.mark.parametrize("kind", sorted(tinyworld_world.KINDS))
 def test_answers_to_one_question_differ_from_the_start(kind):
     fact = next(f for f in tinyworld.world().facts if f.kind == kind)
-    answers = [fact.say(a) for a in tinyworld_parts.KINDS[kind].answers]
-    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(tinyworld_parts.ANSWER_WEIGHTS)
+    answers = [fact.say(a) for a in tinyworld_world.KINDS[kind].answers]
+    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(tinyworld_world.ANSWER_WEIGHTS)
 
 
 # --- rows
@@ -217,7 +205,7 @@ def test_sizes():
     sizes = {f"{name}/{split}": len(tinyworld.world_rows(name, split)) for name, split in PARTS}
     assert 3000 <= sizes.pop("tinyworld/train") <= 6000
     assert all(120 <= size <= 220 for size in sizes.values()), sizes
-    assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_parts.PLACES)
+    assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_world.PLACES)
 
 
 @ALL
@@ -256,12 +244,12 @@ def test_choices_are_the_value_and_its_rivals_in_an_order_that_tells_nothing():
     kinds = {(f.subject, f.value): f.kind for f in tinyworld.world().facts}
     asked_for = [next(kinds[w, row["outputs"][0]] for w in row["instruction"].split() if (w, row["outputs"][0]) in kinds) for row in rows]
     assert len(rows) == 150
-    assert set(asked_for) == set(tinyworld_parts.KINDS)
+    assert set(asked_for) == set(tinyworld_world.KINDS)
 
 
 def test_reworded_instructions_are_new_but_their_words_are_not():
     train = tinyworld.world_rows("tinyworld", "train")
-    pool = {a + b for a in tinyworld_parts.NAME_STARTS for b in tinyworld_parts.NAME_ENDS} | set(tinyworld.world().places)
+    pool = {a + b for a in tinyworld_world.NAME_STARTS for b in tinyworld_world.NAME_ENDS} | set(tinyworld.world().places)
 
     def wording(row: dict) -> str:
         return " ".join("{x}" if word in pool else word for word in row["instruction"].split())
@@ -289,7 +277,7 @@ def test_other_sizes_of_world_keep_the_rules(people):
 
 def test_vocabulary_is_small_and_holds_every_word():
     vocabulary = tinyworld.words()
-    assert vocabulary == sorted(set(vocabulary))
+    assert [*vocabulary] == sorted(set(vocabulary))
     assert len(vocabulary) <= 450
     assert len(tinyworld.words(people=200)) <= 1000
     everything = {w for part in PARTS for w in used(tinyworld.world_rows(*part))}
@@ -306,7 +294,7 @@ def test_every_test_word_is_trained():
 @pytest.mark.slow
 def test_tokenizer_round_trips(tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer = tinyworld_tokenizers.tokenizer()
+    tokenizer = tinyworld.tokenizer()
     tokenizer.save_pretrained(tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     lines = sorted(
@@ -326,7 +314,7 @@ def test_both_tokenizers_read_the_same_rows_byte_for_byte():
     from tadistill.data.token_bytes import token_bytes
 
     lines = [text for row in tinyworld.world_rows("tinyworld", "test", people=12) for text in texts(row)]
-    words, pieces = (tinyworld_tokenizers.tokenizer(source, people=12) for source in tinyworld_tokenizers.TOKENIZERS)
+    words, pieces = (tinyworld.tokenizer(source, people=12) for source in tinyworld.TOKENIZERS)
     assert [words.convert_ids_to_tokens(i) for i in range(3)] == [pieces.convert_ids_to_tokens(i) for i in range(3)]
     assert pieces.batch_decode(pieces(lines)["input_ids"]) == lines
     assert len(pieces) == 512
@@ -339,16 +327,16 @@ def test_both_tokenizers_read_the_same_rows_byte_for_byte():
 
 
 def test_pieces_are_the_same_on_every_machine():
-    tokenizer = tinyworld_tokenizers.tokenizer("tinyworld-bpe", seed=3, people=12)
+    tokenizer = tinyworld.tokenizer("tinyworld-bpe", seed=3, people=12)
     (row, *_) = tinyworld.world_rows("tinyworld", "test", seed=3, people=12)
     assert tokenizer.tokenize(row["instruction"]) == ["in", "Ġwhich", "Ġtown", "Ġdoes", "Ġbodan", "Ġl", "iv", "e", "Ġ?"]
-    assert tinyworld_tokenizers.vocabulary("tinyworld-bpe", seed=3, people=12) == tokenizer.get_vocab()
-    other = tinyworld_tokenizers.vocabulary("tinyworld-bpe", seed=4, people=12)
+    assert tinyworld.vocabulary("tinyworld-bpe", seed=3, people=12) == tokenizer.get_vocab()
+    other = tinyworld.vocabulary("tinyworld-bpe", seed=4, people=12)
     assert other != tokenizer.get_vocab()  # another world has other names
 
 
 def test_line_ends_are_tokens_and_a_prompt_is_a_prefix():
-    tokenizer = tinyworld_tokenizers.tokenizer()
+    tokenizer = tinyworld.tokenizer()
     row = next(row for row in tinyworld.world_rows("tinyworld", "test") if row["input"])
     prompt = f"{row['instruction']}\n{row['input']}\n"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.config import Evaluate
-from tadistill.data import datasets, tinyworld, tinyworld_tokenizers
+from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.prompts import Rules
@@ -24,7 +24,7 @@ SETTINGS = Evaluate(seeds=(1,), max_new_tokens=4, batch=3)
 
 
 def prepared(source: str, texts: tuple[str, ...], *, longest: int = 200) -> tuple[Subject, EvalSet]:
-    tokenizer: Any = tinyworld_tokenizers.tokenizer(source, people=12)
+    tokenizer: Any = tinyworld.tokenizer(source, people=12)
     examples = [datasets.Example("in which town does bodan live ?", "", (text,)) for text in texts]
     rules = Rules(60, longest, template="plain")
     subject = Subject(tiny_model("llama", vocab=len(tokenizer)), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
@@ -45,7 +45,7 @@ def direct(subject: Subject, prompt: tuple[int, ...], response: tuple[int, ...],
     return bits / max(len(text.encode("utf-8")), 1)
 
 
-@pytest.mark.parametrize("source", tinyworld_tokenizers.TOKENIZERS)
+@pytest.mark.parametrize("source", tinyworld.TOKENIZERS)
 def test_equals_a_direct_computation_with_the_models_own_tokens(source):
     texts = TEXTS if source == "tinyworld-bpe" else TEXTS[:1]
     subject, data = prepared(source, texts)
@@ -94,7 +94,7 @@ def answers_of(subject: Subject, data: EvalSet, texts: list[str], *, ends: bool 
 
 def test_each_model_reads_the_others_text_with_its_own_tokens():
     texts = [f"the home of {NAME} is {PLACE} .", NAME, "."]
-    (words, of_words), (pieces, of_pieces) = (prepared(source, ("x",) * 3) for source in tinyworld_tokenizers.TOKENIZERS)
+    (words, of_words), (pieces, of_pieces) = (prepared(source, ("x",) * 3) for source in tinyworld.TOKENIZERS)
     rules = Rules(60, 200, template="plain")
     found = cross_read(words, pieces, of_pieces, rules, answers_of(words, of_words, texts), batch=2)
     assert (found.early, found.unknown) == (0, 0)
@@ -109,7 +109,7 @@ def test_each_model_reads_the_others_text_with_its_own_tokens():
 
 
 def test_answers_without_an_end_and_without_text():
-    (words, of_words), (pieces, of_pieces) = (prepared(source, ("x",) * 2) for source in tinyworld_tokenizers.TOKENIZERS)
+    (words, of_words), (pieces, of_pieces) = (prepared(source, ("x",) * 2) for source in tinyworld.TOKENIZERS)
     rules = Rules(60, 200, template="plain")
     for texts, ends in (([f"{NAME} is", NAME], False), (["", ""], True)):
         found = cross_read(words, pieces, of_pieces, rules, answers_of(words, of_words, texts, ends=ends), batch=2)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tadistill.cli import app
 from tadistill.config import validate
-from tadistill.data import tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError, StageFailed
 from tadistill.evaluation.harness import load_tasks, read_samples, run_task
 from tadistill.evaluation.scoring import Subject
@@ -68,7 +68,7 @@ def task_file(tmp_path):
     (WRITTEN, "org/sums/main", {"task_score"}),
 ])  # fmt: skip
 def test_a_task_with_local_data_runs_on_a_model_in_memory(task_file, tmp_path, text, folder, metrics):
-    tokenizer = tinyworld_tokenizers.tokenizer(people=10)
+    tokenizer = tinyworld.tokenizer(people=10)
     subject = Subject(tiny_model("llama", vocab=len(tokenizer)), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
     ((name, task),) = load_tasks([task_file(text, folder)], str(tmp_path)).items()
     found = read_samples(name, run_task(name, task, subject, fewshot=None, limit=4, batch=2, chat=False), seed=10)

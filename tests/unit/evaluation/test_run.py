@@ -13,7 +13,7 @@ from tests.conftest import tiny_model
 from tests.e2e.inprocess import ranks
 
 from tadistill.config import Evaluate
-from tadistill.data import datasets, tinyworld, tinyworld_tokenizers
+from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.prompts import Rules
@@ -26,7 +26,7 @@ from tadistill.rollout.samplers import Shard
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tinyworld_tokenizers.tokenizer(people=20)
+    return tinyworld.tokenizer(people=20)
 
 
 @pytest.fixture(scope="module")

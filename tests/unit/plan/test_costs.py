@@ -11,7 +11,7 @@ from tests.unit.plan.fakes import spec
 from tadistill.config import Method, Optim, validate
 from tadistill.config.objective import Contrastive, ForwardKL
 from tadistill.config.sampling import Sampler, StudentSampler, TeacherMixedSampler, TeacherSampler
-from tadistill.data import tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import make_plan
@@ -215,7 +215,7 @@ def test_stored_answers_of_an_untrained_teacher_are_as_long_as_they_may_be():
 
 def test_a_pinned_tokenizer_is_read_at_the_models_revision(tmp_path, monkeypatch):
     """Its vocabulary is part of a scratch model's size, without which no FLOPs are known."""
-    tinyworld_tokenizers.tokenizer(people=20).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tinyworld.tokenizer(people=20).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(sources, "locate", lambda load, revision="main", **_: tmp_path if (load, revision) == ("a/words", "v2") else None)
     settings = recipe("llama")
     settings["models"] = {name: model | {"tokenizer": "a/words", "revision": "v2"} for name, model in settings["models"].items()}

@@ -8,7 +8,7 @@ from tests.conftest import tiny_model
 
 from tadistill.config.method import Method, Optim, Select
 from tadistill.config.objective import ReverseKL
-from tadistill.data import tinyworld_tokenizers
+from tadistill.data import tinyworld
 from tadistill.data.batch import Sequence, collate
 from tadistill.rollout.samplers import FixedSequences
 from tadistill.stages.training import write_rollouts
@@ -39,7 +39,7 @@ def test_the_loop_shows_rollouts_of_measured_updates(tmp_path):
 
 
 def test_few_rows_are_written_and_replaced(tmp_path):
-    tokenizer = tinyworld_tokenizers.tokenizer(people=20)
+    tokenizer = tinyworld.tokenizer(people=20)
     words = tokenizer("which animal lives with the")["input_ids"]
     rows = [sampled((words[0],), tuple(words[1:])), sampled(tuple(words[:3]), (words[3],)), *[sampled((words[0],), (words[1],) * 3000)] * 4]
     write_rollouts(tmp_path / ROLLOUTS, 10, collate(rows, pad=0), tokenizer)

@@ -16,8 +16,8 @@ from tadistill.config import ModelConfig, Recipe
 from tadistill.config.data import World
 from tadistill.data import chat, tinyworld
 from tadistill.data.prompts import Rules
-from tadistill.data.tinyworld_tokenizers import TOKENIZERS, WORDS, backend
-from tadistill.data.tinyworld_tokenizers import vocabulary as world_vocabulary
+from tadistill.data.tinyworld import TOKENIZERS, WORDS, backend
+from tadistill.data.tinyworld import vocabulary as world_vocabulary
 from tadistill.models import sources, tokens
 
 if TYPE_CHECKING:

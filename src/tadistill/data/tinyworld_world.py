@@ -1,7 +1,7 @@
-"""The wordings of tinyworld, which are loaded from tinyworld.json, and its random draws.
+"""The fictional world of tinyworld: its people, places and facts, the wordings, and the random draws.
 
-All text is lower case, with one space between words. A punctuation mark is a word. In a wording, `{x}` is replaced by the subject of a
-fact, and `{v}` by its value. The tests check three rules:
+The wordings are loaded from tinyworld.json. All text is lower case, with one space between words. A punctuation mark is a word. In a
+wording, `{x}` is replaced by the subject of a fact, and `{v}` by its value. The tests check three rules:
 - A word is in only one set of values (`DOMAINS`, people, places, numbers), and does not occur in the wordings.
 - A rewording uses only words that rows of the training set use too.
 - The phrasings of an answer differ in their first two words. Therefore, a model that uses only one phrasing behaves differently from a
@@ -11,6 +11,7 @@ fact, and `{v}` by its value. The tests check three rules:
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -106,3 +107,69 @@ def shuffled(items: Iterable[T], rng: Random) -> list[T]:
     """Return the items in random order."""
     draw = rng.random  # looked up once, because a world needs a hundred thousand draws
     return sorted(items, key=lambda _: draw())
+
+
+# --- people, places and facts ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact of the world: the attribute `kind` of `subject` has this `value`. `rivals` are the other possible values of the attribute."""
+
+    kind: str
+    subject: str
+    value: str
+    rivals: tuple[str, ...]
+
+    def say(self, phrase: str) -> str:
+        """Return `phrase` with the fact's subject and value filled in."""
+        return phrase.format(x=self.subject, v=self.value)
+
+
+@dataclass(frozen=True)
+class FictionalWorld:
+    """The people, places and facts of a fictional world, drawn with one seed."""
+
+    seed: int
+    people: int
+    names: tuple[str, ...]
+    places: tuple[str, ...]
+    facts: tuple[Fact, ...]
+
+    @cached_property
+    def by_subject(self) -> dict[str, dict[str, Fact]]:
+        """Maps each subject to its facts, and each kind of these facts to the fact."""
+        told: dict[str, dict[str, Fact]] = {}
+        for fact in self.facts:
+            told.setdefault(fact.subject, {})[fact.kind] = fact
+        return told
+
+
+@lru_cache
+def world(seed: int = 0, people: int = 120) -> FictionalWorld:
+    """Return the people, places and facts that a seed draws. `people` is at most the number of names (640)."""
+    pool = [start + end for start in NAME_STARTS for end in NAME_ENDS]
+    names = tuple(shuffled(pool, rng(seed, "names"))[:people])
+    pool = [start + end for start in PLACE_STARTS for end in PLACE_ENDS]
+    places = tuple(shuffled(pool, rng(seed, "places"))[:PLACES])
+    facts = [f for kind in PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
+    facts += [f for kind in PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
+    return FictionalWorld(seed, people, names, places, tuple(facts))
+
+
+def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
+    domain = {"place": places, "person": names}.get(KINDS[kind].domain) or DOMAINS[KINDS[kind].domain]
+    draws = rng(seed, "facts", kind)
+    if kind == "friend":  # one circle through all people, so that nobody is their own friend
+        circle = shuffled(names, draws)
+        friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+        return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
+    # the values are equally frequent, so that guessing the most frequent one gains nothing
+    rivals = rivals_in(domain)
+    values = shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], draws)
+    return [Fact(kind, x, v, rivals[v]) for x, v in zip(subjects, values, strict=True)]
+
+
+def rivals_in(domain: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Map each value of a domain to its rivals: all other values."""
+    return {value: tuple(v for v in domain if v != value) for value in domain}
