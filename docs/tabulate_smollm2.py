@@ -17,10 +17,10 @@ import matplotlib.pyplot as plt
 from tadistill.results.collect import MEAN, Results, read_results
 from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
-from tadistill.results.measured import rows_text
+from tadistill.results.measured import load_manifest, rows_text
 from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text, summary_text
 from tadistill.results.samples import samples
-from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.study import ArmRecord
 from tadistill.store import runs_directory, store_of
 
 HERE = Path(__file__).parent

@@ -29,8 +29,7 @@ from tadistill.plan import throughput as speeds
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.report import read_results, summary_table, write_report
 from tadistill.results.collect import with_passes
-from tadistill.results.find import find_study, trained_model
-from tadistill.results.study import load_plan
+from tadistill.results.study import find_study, load_plan, trained_model
 from tadistill.runner.study import evaluation_recipe, run_study
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.terminal import Terminal

@@ -20,7 +20,8 @@ from tadistill.config.arm import direct_arm, path_text
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
-from tadistill.results.study import ArmRecord, StudyPlan, load_plan, load_reported
+from tadistill.results.measured import load_reported
+from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.store import Store, store_of
 
 

@@ -97,7 +97,7 @@ def submit(
 def status(study: StudyName, runs: Runs = None) -> None:
     """Show every stage of a study: its process or Slurm job, state, time, newest numbers and time left."""
     from tadistill.cluster.status import print_status
-    from tadistill.results.find import find_study
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
     print_status(find_study(study, root), store_of(root), console)
@@ -130,7 +130,7 @@ def clean(
 def cancel(study: StudyName, runs: Runs = None) -> None:
     """Cancel a study's Slurm jobs. Running stages save their state first. If you submit the study again, they continue from it."""
     from tadistill.cluster.status import cancel as cancel_jobs
-    from tadistill.results.find import find_study
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
     console.print(f"{cancel_jobs(find_study(study, root), store_of(root))} jobs cancelled", highlight=False)

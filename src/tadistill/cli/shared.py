@@ -37,14 +37,14 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_study(ctx: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: return the names of studies in the runs directory that begin with `incomplete`."""
-    from tadistill.results.find import studies
+    from tadistill.results.study import studies
 
     return _beginning(incomplete, studies(runs_directory(ctx.params.get("runs"))))
 
 
 def complete_arm(ctx: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: return names of the arms of a study. The study is the one named earlier on the command line."""
-    from tadistill.results.find import arms, find_study
+    from tadistill.results.study import arms, find_study
 
     study = ctx.params.get("study") or next(iter(ctx.args), "")  # while an option lacks its value, the study is in `ctx.args`
     try:

@@ -19,7 +19,7 @@ app = typer.Typer()
 @app.command()
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from the finished stages."""
-    from tadistill.results.find import find_study
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
     report_study(find_study(study, root), root, console)
@@ -35,7 +35,7 @@ def watch(
 
     More: the page "Watch a run" of the documentation.
     """
-    from tadistill.results.find import find_study
+    from tadistill.results.study import find_study
     from tadistill.watch.server import serve
 
     root = runs_directory(runs)
@@ -60,7 +60,7 @@ def export(
     from tadistill.data import hub
     from tadistill.report import read_results
     from tadistill.report.model_card import export as export_model
-    from tadistill.results.find import find_study
+    from tadistill.results.study import find_study
 
     if target is None and push is None:
         raise ConfigError("`tadistill export` needs a directory for the copy, or --push REPO; give one of them")

@@ -17,7 +17,7 @@ from tadistill.judge.questions import Answers, Question, make_questions, read_an
 from tadistill.judge.summary import Row, summarise, write_summary
 from tadistill.models.remote.endpoint import Unavailable, check_address, connect, knock
 from tadistill.models.remote.replies import Cache, open_cache
-from tadistill.results.find import find_study
+from tadistill.results.study import find_study
 from tadistill.store import store_of
 
 if TYPE_CHECKING:

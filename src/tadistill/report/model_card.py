@@ -26,10 +26,9 @@ from tadistill.report.explain import caution_texts, sample_text, undecided_text,
 from tadistill.report.plain_text import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
-from tadistill.results.find import trained_model
-from tadistill.results.measured import load_predictions, rows_text
+from tadistill.results.measured import load_manifest, load_predictions, rows_text
 from tadistill.results.number_text import interval, number, parameters_text
-from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
 
 

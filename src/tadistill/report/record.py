@@ -99,7 +99,7 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
         "relative_to": row.direct,
         "seeds": sorted(results.scores[arm.name]),
         "planned_seeds": sorted(arm.evaluate),
-        "published": asdict(arm.published) if arm.published else None,
+        "published": arm.published.model_dump() if arm.published else None,
     }
 
 

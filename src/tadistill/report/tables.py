@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, difference, direct_of
+from tadistill.results.measured import StageManifest, load_manifest
 from tadistill.results.number_text import (
     DASH,
     MINUS,
@@ -18,7 +19,7 @@ from tadistill.results.number_text import (
     ratio_text,
     signed,
 )
-from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
+from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import Comparison, comparisons, control_pairs
 
 

@@ -5,7 +5,8 @@ from tadistill.config.arm import flat
 from tadistill.metrics import METRICS, metric_title
 from tadistill.report.path_words import listed, some
 from tadistill.results.collect import Results
-from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.measured import load_manifest
+from tadistill.results.study import ArmRecord
 
 
 def vocabulary_texts(results: Results) -> list[str]:

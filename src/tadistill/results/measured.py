@@ -1,5 +1,5 @@
 """Read the measurements of finished stages: the scores of each prompt, the values of each test set as a whole, and the predictions. Also
-read the rows and FLOPs that were really used, because the plan can only predict them.
+read the rows and FLOPs that were really used, because the plan can only predict them, and the differences of the last report.
 
 If a file cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
 
@@ -20,9 +20,10 @@ from tadistill.data.row_counts import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_of
-from tadistill.results.study import ArmRecord, StageRecord, StudyPlan, load_manifest
-from tadistill.statistics import ROUNDING
-from tadistill.store import Store
+from tadistill.models.counting.cost import Cost, CostPart
+from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
+from tadistill.statistics import ROUNDING, spread_claimed
+from tadistill.store import MANIFEST, Store
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 READ = ("scores.json", "corpus.json", "exposure.json", "predictions.jsonl", "metrics.jsonl")
@@ -110,6 +111,40 @@ def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
         if not (known and texts and isinstance(references, list) and references):
             raise damaged(path, f"line {number} is not a prediction", store.redo(key))
     return rows
+
+
+@dataclass(frozen=True)
+class StageManifest:
+    """The facts about a finished stage that a report shows. They are in its manifest.json."""
+
+    seconds: float
+    versions: Mapping[str, str]
+    flops: float | None
+    """FLOPs that were counted during training, without evaluations on dev. None if they were not counted."""
+    counts: Mapping[tuple[str, str], Counts]
+    """Maps a role (train, dev or test) and a set to its numbers of rows. Empty if an earlier version made the stage."""
+    checkpoints: int | None
+    """Number of dev evaluations of a stage that stopped early. None for other stages."""
+    notes: tuple[str, ...] = ()
+    """Sentences of the stage about its result, without a full stop."""
+
+
+def load_manifest(store: Store, key: str) -> StageManifest | None:
+    if not store.finished(key):
+        return None
+    path = store.folder(key) / MANIFEST
+    content = read_json(path)
+    try:
+        versions = {str(k): str(v) for k, v in content["versions"].items()}
+        parts = content["ledger"]["parts"] if "ledger" in content else {}
+        metered = {name: CostPart(**part) for name, part in parts.items()}
+        rows = [dict(row) for row in content.get("rows", ())]
+        counts = {(row.pop("role"), row.pop("set")): Counts(**row) for row in rows}
+        metered_flops = Cost(metered).learning if metered else None
+        early = int(content["checkpoints"]) if content.get("stopped_early") else None
+        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early, tuple(map(str, content.get("notes", ()))))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
 
 
 Rows = NDArray[np.int64]
@@ -246,3 +281,23 @@ def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:
 def _spent(plan: StudyPlan, arm: ArmRecord) -> float | None:
     parts = [stage.flops for stage in plan.ancestors(next(iter(arm.final.values())), paid=True)]
     return None if arm.flops is None else math.fsum(part for part in parts if part is not None)
+
+
+def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
+    """Return the standard error of the difference between each chain (path with assistants) and direct distillation.
+
+    The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
+    metric). The result is empty if the file does not exist.
+    """
+    path = study_dir / "results.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
+    try:
+        return {
+            (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
+            for c in content["comparisons"]
+            if c["against"] != "pair"
+        }
+    except (KeyError, TypeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error

@@ -1,24 +1,25 @@
-"""Read a study: its plan, and the facts about its finished stages. A stage is one step of a study, such as a training.
+"""Find a study on this disk, read its plan, and find the models that it trained.
 
-If a file of a finished stage cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
+A study has stages. A stage is one step, such as a training.
 """
 
+import difflib
+import json
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.config.arm import Control, flat, marked, members, path_text, read_control, routed
+from tadistill.config.arm import Control, Published, flat, marked, members, path_text, read_control, routed
 from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
-from tadistill.data.row_counts import Counts
-from tadistill.disk import damaged, read_json
-from tadistill.errors import StoreError
+from tadistill.config.load import study_in
+from tadistill.config.recipe_files import located
+from tadistill.disk import read_json
+from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import declare
-from tadistill.models.counting.cost import Cost, CostPart
-from tadistill.statistics import spread_claimed
-from tadistill.store import MANIFEST, Store
+from tadistill.store import Store
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,6 @@ class StageRecord:
     """Number of checkpoints among which the best on dev was chosen. It is 0 if the stage chose none."""
     flops: float | None
     """Training FLOPs. None if the plan could not compute them."""
-
-
-@dataclass(frozen=True)
-class PublishedScores:
-    """Scores that a paper reports for an arm. `rouge_l` maps a test set to a score."""
-
-    source: str
-    rouge_l: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class ArmRecord:
     analyse: Mapping[int, str]
     also: Mapping[str, Mapping[int, str]]
     final: Mapping[int, str | None]
-    published: PublishedScores | None
+    published: Published | None
     inexact: tuple[str, ...] = ()
     """Sentences, without a full stop: which losses of the arm are only approximate, and for which teachers the FLOPs are not known."""
     phases: tuple[PhaseRecord, ...] = ()
@@ -149,9 +142,8 @@ class ArmRecord:
     def is_plain(self) -> bool:
         """True if the arm is one simple path: each model teaches the next one, and no model is used in any other way."""
         text = path_text(self.path)
-        if self.is_routed:
-            return False
-        return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
+        dense = f"{text}, dense" if len(self.path) == 2 else text  # one teacher: nothing to mix
+        return self.path_text in (text, dense) and not self.is_routed
 
     @property
     def is_routed(self) -> bool:
@@ -225,22 +217,6 @@ class StudyPlan:
         return list(found.values())
 
 
-@dataclass(frozen=True)
-class StageManifest:
-    """The facts about a finished stage that a report shows. They are in its manifest.json."""
-
-    seconds: float
-    versions: Mapping[str, str]
-    flops: float | None
-    """FLOPs that were counted during training, without evaluations on dev. None if they were not counted."""
-    counts: Mapping[tuple[str, str], Counts]
-    """Maps a role (train, dev or test) and a set to its numbers of rows. Empty if an earlier version made the stage."""
-    checkpoints: int | None
-    """Number of dev evaluations of a stage that stopped early. None for other stages."""
-    notes: tuple[str, ...] = ()
-    """Sentences of the stage about its result, without a full stop."""
-
-
 def load_plan(study_dir: Path) -> StudyPlan:
     """Read ``plan.json``. Raises StoreError if the file is missing or damaged."""
     path = study_dir / "plan.json"
@@ -271,26 +247,6 @@ def load_plan(study_dir: Path) -> StudyPlan:
     return plan
 
 
-def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard error of the difference between each chain (path with assistants) and direct distillation.
-
-    The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
-    metric). The result is empty if the file does not exist.
-    """
-    path = study_dir / "results.json"
-    if not path.is_file():
-        return {}
-    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
-    try:
-        return {
-            (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
-            for c in content["comparisons"]
-            if c["against"] != "pair"
-        }
-    except (KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error
-
-
 def _stage(entry: Mapping[str, Any]) -> StageRecord:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
     parents, arms = tuple(entry["parents"].values()), tuple(entry["arms"])
@@ -299,7 +255,6 @@ def _stage(entry: Mapping[str, Any]) -> StageRecord:
 
 
 def _arm(entry: Mapping[str, Any]) -> ArmRecord:
-    published = entry["published"]
     return ArmRecord(
         name=entry["name"],
         path=tuple(entry["path"]),
@@ -312,7 +267,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         evaluate=_by_seed(entry["evaluate"]),
         analyse=_by_seed(entry["analyse"]),
         also={name: _by_seed(keys) for name, keys in entry["also"].items()},
-        published=PublishedScores(published["source"], published["rouge_l"]) if published else None,
+        published=Published.model_validate(entry["published"]) if entry["published"] else None,
         final={int(seed): key for seed, key in entry["final"].items()},
         inexact=tuple(entry.get("inexact", ())),
         phases=tuple(PhaseRecord(**phase) for phase in entry.get("phases", ())),  # a plan of an earlier version has none
@@ -326,19 +281,62 @@ def _by_seed(keys: Mapping[str, str]) -> dict[int, str]:
     return {int(seed): key for seed, key in keys.items()}
 
 
-def load_manifest(store: Store, key: str) -> StageManifest | None:
-    if not store.finished(key):
-        return None
-    path = store.folder(key) / MANIFEST
-    content = read_json(path)
+def find_study(study: str, root: Path) -> Path:
+    """Return a study's directory. `study` is its name, its directory, or its recipe (a file, or the name of a recipe of the package).
+
+    Raises:
+        ConfigError: there is no such study.
+    """
+    recipe = study_in(located(study))
+    name = study_in(Path(study)) or study
+    for directory in (Path(name), root / name, root / (recipe or name)):
+        if (directory / "plan.json").is_file():
+            return directory
+    if study.endswith((".yaml", ".yml")) and recipe is None:
+        raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
+    close = difflib.get_close_matches(name, studies(root), n=1)
+    hint = f"did you mean `{close[0]}`?" if close and not recipe else f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
+    raise ConfigError(f"there is no study `{name}` in {root}; {hint}")
+
+
+def studies(root: Path) -> list[str]:
+    """Return the names of all studies in a runs directory."""
+    return sorted(path.parent.name for path in root.glob("*/plan.json"))
+
+
+def arms(study_dir: Path) -> list[str]:
+    """Return the names of a study's arms (paths of models). The result is empty if the plan cannot be read."""
     try:
-        versions = {str(k): str(v) for k, v in content["versions"].items()}
-        parts = content["ledger"]["parts"] if "ledger" in content else {}
-        metered = {name: CostPart(**part) for name, part in parts.items()}
-        rows = [dict(row) for row in content.get("rows", ())]
-        counts = {(row.pop("role"), row.pop("set")): Counts(**row) for row in rows}
-        metered_flops = Cost(metered).learning if metered else None
-        early = int(content["checkpoints"]) if content.get("stopped_early") else None
-        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early, tuple(map(str, content.get("notes", ()))))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
+        return [arm["name"] for arm in json.loads((study_dir / "plan.json").read_text(encoding="utf-8"))["arms"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def trained_model(plan: StudyPlan, store: Store, name: str, seed: int | None) -> tuple[Path, int]:
+    """Return the directory of an arm's trained model and its training seed. The files of the model are checked.
+
+    Args:
+        seed: a training seed. None selects the recipe's first finished seed.
+
+    Raises:
+        ConfigError: the arm or the seed does not exist, or the arm trains no model.
+        StoreError: the training is not finished, or a file has changed.
+    """
+    arm = next((arm for arm in plan.arms if arm.name == name), None)
+    if arm is None:
+        raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}")
+    if seed is None:
+        finished = {s for s, key in arm.final.items() if key is not None and store.finished(key)}
+        seed = arm.first_seed(finished)
+    if seed not in arm.final:
+        raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
+    key = arm.final[seed]
+    if key is None:
+        raise ConfigError(
+            f"arm {name} only uses model {arm.model} and does not train it, so there is nothing to export; "
+            "choose an arm that trains a model"
+        )
+    if not store.finished(key):
+        raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
+    store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
+    return store.folder(key) / "model", seed

@@ -11,7 +11,7 @@ from hatchling.builders.wheel import WheelBuilder
 from tadistill.config import load
 from tadistill.config.recipe_files import located, recipes_folder, remark, shipped, summary
 from tadistill.errors import ConfigError
-from tadistill.results.find import arms, find_study
+from tadistill.results.study import arms, find_study
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,7 +10,7 @@ from tadistill.config import load
 from tadistill.errors import ConfigError, TadistillError
 from tadistill.objectives import Head, Hidden, fused_divergence, reverse_kl
 from tadistill.plan.arms import make_plan
-from tadistill.results.find import find_study
+from tadistill.results.study import find_study
 
 RECIPE = """\
 study: my

@@ -18,7 +18,7 @@ from tadistill.cluster.status import print_status, status_rows
 from tadistill.config import parse
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan.arms import make_plan
-from tadistill.results.find import find_study
+from tadistill.results.study import find_study
 from tadistill.runner import local, processes, screen
 from tadistill.runner.local import Journal, StageProgress, local_runs
 from tadistill.runner.screen import Screen
