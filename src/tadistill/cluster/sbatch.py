@@ -25,8 +25,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage
 from tadistill.plan.kinds import RetokeniseSpec, TemperSpec
-from tadistill.plan.sampling_stages import gpus_of
-from tadistill.plan.task import layout, process_bytes
+from tadistill.plan.task import gpus_of, layout, process_bytes
 from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate

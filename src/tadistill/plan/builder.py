@@ -33,8 +33,7 @@ from tadistill.plan.inputs import (
 )
 from tadistill.plan.paths import check_like, check_weights, teacher_rules
 from tadistill.plan.phases import Turn
-from tadistill.plan.recording import texts
-from tadistill.plan.study_sets import StudySets
+from tadistill.plan.study_texts import StudySets, texts
 from tadistill.plan.study_tokens import StudyTokens
 
 
@@ -62,6 +61,7 @@ class StageBuilder:
             seed: the seed that the report shows for the stage.
             teachers: names of the stage's teachers, from big to small.
         """
+        assert kinds.KINDS[spec.kind] is type(spec), f"{type(spec).__name__} is not in KINDS of tadistill.plan.kinds"
         readers = self.tokens.readers(model)
         try:
             with about(f"models.{model}" if readers else ""):

@@ -13,8 +13,8 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.counting.cost import Cost
+from tadistill.plan.graph import OnTrainingSets, Spec
 from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
-from tadistill.plan.spec import OnTrainingSets, Spec
 
 if TYPE_CHECKING:
     from tadistill.plan.costs import Ledger

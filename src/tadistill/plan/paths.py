@@ -1,4 +1,4 @@
-"""Checks of an arm's path, such as `A > B > C`: no model teaches a bigger one, and the method works with a route.
+"""Checks of an arm's path, such as `A > B > C`, and of the models that teach in it.
 
 A path begins with a route if several models teach its first student, each on some of the training sets.
 
@@ -10,23 +10,26 @@ An edge is one distillation, such as `A > B`. Its method decides which tokenizer
 
 `Method.by_token` names the setting that compares tokens. Starting from another model's weights, matching its temperature and training on
 recorded teacher outputs also need tokenizers of one family (`StudyTokens.alike`).
+
+At the end of the module are the teachers that are not as the recipe describes the model: teachers with a prompt of their own (`context`),
+models that teach themselves, and the teacher of a control (`arms.X.control`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import flat, is_route, members, path_text, routed
-from tadistill.config.combinations import check_one_tokenizer, over_spans
+from tadistill.config.arm import ModelPath, flat, is_route, members, path_text, routed
+from tadistill.config.combinations import apply, check_one_tokenizer, over_spans, phases_of
+from tadistill.config.method_parts import TeacherContext
 from tadistill.config.objective import MiniLLM
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
-from tadistill.plan.inputs import Encoding
+from tadistill.plan.inputs import BehindApi, Encoding, Handle, RandomWeights, is_served
 from tadistill.plan.task import original_teacher
 
 if TYPE_CHECKING:
-    from tadistill.plan.arms import Plan
     from tadistill.plan.builder import StageBuilder
     from tadistill.plan.study_tokens import StudyTokens
 
@@ -185,19 +188,109 @@ def check_writer(tokens: "StudyTokens", writer: str, learner: str) -> None:
         )
 
 
-def undefined_notes(plan: "Plan") -> Iterator[str]:
-    """Yield sentences that name the metrics that are not measured, because they are not defined for models with different tokenizers."""
-    teacher = plan.teacher
-    if teacher is None or not plan.recipe.data.test:
-        return
-    others = [arm for arm in plan.arms if not plan.tokens.alike(arm.arm.last[-1], teacher)]
-    if others:
-        instead = " The bits per byte of their answers are measured instead." if all(arm.analyse for arm in others) else ""
-        yield (
-            f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are not "
-            f"measured for {', '.join(arm.name for arm in others)}.{instead}"
+def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:
+    """Check that a student of the arm `name` does not learn from an exact copy of itself, and that the arm can use `ema`.
+
+    With `ema`, the teacher is a moving average of the student.
+
+    Raises:
+        ConfigError: teacher and student have the same weights and read the same prompts, so the loss would be 0. Or `ema` is set, but the
+            teacher is another model than the student. Or `ema` is set in a control.
+    """
+    if method.ema is not None and teacher != learner:
+        raise ConfigError(
+            f"arms.{name}: with `ema`, the teacher is a moving average of the student, but in `{arm.text}`, {teacher} teaches {learner}; "
+            f"write `{learner} > {learner}`, or remove `ema`"
         )
-    for arm in plan.arms:
-        apart = [name for name in flat(arm.arm.last) if not plan.tokens.alike(name, teacher)]
-        if apart and arm not in others and not arm.arm.controls:
-            yield f"The error budget of {arm.name} is not measured, because {apart[0]} has another vocabulary than {teacher}."
+    if method.ema is not None and arm.controls:
+        raise ConfigError(
+            f"arms.{name} is a control (`{arm.control}`), whose teacher must not change, but with `ema`, the teacher follows the student; "
+            f"set `ema` in arms.{arm.controls.arm}, not in the recipe's `method`"
+        )
+    same = _is_students_prompt(recipe, method.context)
+    if teacher != learner or not method.uses_teacher or (method.context and not same):
+        return
+    prompt = ", and the teacher's `context` is exactly the student's prompt" if same else ""
+    if method.ema is None:
+        raise ConfigError(
+            f"arms.{name}: in `{arm.text}`, {learner} teaches itself{prompt}, so there is nothing to learn; give the teacher a prompt of "
+            "its own (`context`), or name an older checkpoint of the model as teacher (`models.NAME: {checkpoint: {of: MODEL, step: N}}`)"
+        )
+    if not method.objective.imitates_text:
+        raise ConfigError(
+            f"arms.{name}: with `ema`, student and teacher begin with the same weights and read the same prompts{prompt}, so there is "
+            "nothing to learn; give the teacher a prompt of its own (`context`), such as `{output} {prompt}`"
+        )
+
+
+def _is_students_prompt(recipe: Recipe, context: TeacherContext | None) -> bool:
+    if context is None or context.template != "{prompt}" or context.system is not None:
+        return False
+    return recipe.data.template != "chat" if context.chat is None else not context.chat  # a chat template would write a turn around it
+
+
+def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
+    """Return every `context` (own prompt of a teacher) of a recipe, with the names of the models that teach with it.
+
+    Equal contexts are one entry. Models behind an API are left out, because they get messages and not tokens.
+
+    Raises:
+        ConfigError: settings of an arm's method do not fit together.
+    """
+    found: dict[TeacherContext, set[str]] = {}
+    for name, arm in recipe.arms.items():
+        with about(f"arms.{name}"):
+            for method, path, i in _distillations(recipe, arm):
+                if method.context:
+                    names = {name for name in flat(path[:i] if method.dense else path[i - 1 : i]) if not recipe.models[name].api}
+                    found.setdefault(method.context, set()).update(names)
+    return {context: names for context, names in found.items() if names}
+
+
+def _distillations(recipe: Recipe, arm: Arm) -> Iterator[tuple[Method, ModelPath, int]]:
+    # the method of each phase, the path, and the student's index in the path
+    for path in arm.path:
+        for i, model in enumerate(path[1:], 1):
+            for method, _ in phases_of(apply(recipe.method, recipe.models[model].distill, arm.patch)):
+                yield method, path, i
+
+
+PathOf = Callable[[str, int], list[Handle]]
+"""A function that returns the models of an arm's path, given the arm's name and a seed."""
+
+
+def teaching(
+    stages: "StageBuilder", name: str, arm: Arm, head: str, made: Mapping[str, Handle], seed: int, path_of: PathOf
+) -> list[tuple[str, Handle]]:
+    """Return name and model of each teacher at the start of a path. In a control, a teacher can have random weights or another temperature.
+
+    Args:
+        head: the first part of the path: a model, or the teachers of a route.
+        made: the models of the arm by name.
+
+    Raises:
+        ConfigError: the control changes a teacher that is served, or the teachers of a route.
+    """
+    control = arm.controls
+    if control is None or control.kind == "no_teacher":
+        return [(model, made[model]) for model in members(head)]
+    if is_route(head):
+        raise ConfigError(
+            f"arms.{name}.control is `{arm.control}`, but in `{head}` several models teach; use `no_teacher of {control.arm}`, or name an "
+            "arm with one teacher"
+        )
+    teacher = made[head]
+    if isinstance(teacher, BehindApi):
+        raise ConfigError(
+            f"arms.{name}.control is `{arm.control}`, but {head} is behind an API, so its weights and logits cannot be changed; remove "
+            f"arms.{name}, or use the control `no_teacher`"
+        )
+    if is_served(teacher):
+        raise ConfigError(
+            f"arms.{name}.control is `{arm.control}`, but {head} is served, so its weights and logits cannot be changed here; remove "
+            f"`serve` of {head}, or remove arms.{name}"
+        )
+    if control.kind == "random_teacher":
+        return [(head, RandomWeights(random=seed, of=teacher))]
+    like = stages.recipe.arms[control.arm].last[-2], path_of(control.arm, seed)[-2]
+    return [(head, stages.tempered(head, teacher, like, control.arm, seed))]

@@ -17,8 +17,8 @@ from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
-from tadistill.plan.contexts import contexts_of
 from tadistill.plan.inputs import Encoding, TokenizerFiles
+from tadistill.plan.paths import contexts_of
 
 _SHOWN = 3  # number of tokens that a sentence names
 
@@ -74,7 +74,7 @@ class StudyTokens:
         return list(dict.fromkeys(map(self.family, self._used)))
 
     def readers(self, name: str) -> tuple[str, ...]:
-        """Return the loaded models of a model's family. Their common tokenizer counts the tokens of the model's texts (`TextLengths.of`).
+        """Return the loaded models of a model's family. Their common tokenizer counts the tokens of the model's texts (`Ledger.of`).
         Empty if all models share one tokenizer."""
         roots = {self._root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()

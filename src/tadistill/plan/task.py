@@ -1,5 +1,9 @@
-"""The task that a process or cluster job receives. It has a stage of the study and the stage's resources, and it can be pickled."""
+"""The task that a process or cluster job receives, and what a stage needs: its resources, its memory, and vLLM (`engine: vllm`).
 
+A task has a stage of the study and the stage's resources, and it can be pickled.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -7,7 +11,7 @@ from pydantic import ValidationError
 
 from tadistill.config import Recipe
 from tadistill.config.arm import members
-from tadistill.config.common import DTYPES
+from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.machine import Resources, Vllm
 from tadistill.data import datasets
 from tadistill.data.tinyworld import TOKENIZERS
@@ -18,7 +22,6 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
 from tadistill.plan.kinds import KINDS, DistillSpec, Spec, TrainingSpec
-from tadistill.plan.sampling_stages import check_vllm, gpus_of
 from tadistill.store import Store
 
 if TYPE_CHECKING:
@@ -242,3 +245,48 @@ def original_teacher(recipe: Recipe) -> str | None:
             f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"
         )
     return heads[0] if heads else None
+
+
+def sampling(spec: Spec) -> Decoding | None:
+    """Return the settings with which a stage samples text. Return None if the stage samples no text.
+
+    Answers to dev prompts during a training do not count, because vLLM never samples them.
+    """
+    found = (spec.method.sampler,) if isinstance(spec, TrainingSpec) and spec.method.samples else ()
+    fields = found if isinstance(spec, TrainingSpec) else (value for _, value in spec)
+    return next((value for value in fields if isinstance(value, Decoding)), None)
+
+
+def uses_vllm(spec: Spec) -> bool:
+    """Return True if vLLM samples the text of a stage."""
+    settings = sampling(spec)
+    return settings is not None and settings.engine == "vllm"
+
+
+def gpus_of(recipe: Recipe, spec: Spec, processes: int) -> int:
+    """Return the number of GPUs of a stage: one for each of its `processes`, or more if vLLM splits the weights over more GPUs."""
+    return max(processes, recipe.runtime.vllm.tensor_parallel if uses_vllm(spec) else 1)
+
+
+def check_vllm(recipe: Recipe, stage: Stage, given: Resources) -> None:
+    """Check that vLLM can run in a stage with its resources.
+
+    Raises:
+        ConfigError: the student is sharded, or each of several processes would need several GPUs.
+    """
+    if not uses_vllm(stage.spec):
+        return
+    if given.parallel == "fsdp":
+        raise ConfigError(
+            f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student in each process; set parallel: ddp"
+        )
+    if given.processes > 1 and recipe.runtime.vllm.tensor_parallel > 1:
+        raise ConfigError(
+            f"{stage.label}: it has {given.processes} processes, each with a vLLM on its own GPU, but `runtime.vllm.tensor_parallel` is "
+            f"{recipe.runtime.vllm.tensor_parallel}; set this key to 1, or use one process"
+        )
+
+
+def vllm_stages(stages: Iterable[Stage]) -> list[Stage]:
+    """Return the stages whose text vLLM samples."""
+    return [stage for stage in stages if uses_vllm(stage.spec)]

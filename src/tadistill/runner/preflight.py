@@ -27,9 +27,8 @@ from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
-from tadistill.plan.sampling_stages import vllm_stages
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes
+from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, vllm_stages
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
 from tadistill.runner.remote import check_teachers

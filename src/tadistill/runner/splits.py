@@ -19,7 +19,7 @@ from tadistill.data.prompts import Rules
 from tadistill.data.token_cache import Longest, RowsOnDisk
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
-from tadistill.plan.contexts import contexts_of
+from tadistill.plan.paths import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the largest number of positions in transformers' configurations

@@ -23,10 +23,9 @@ from tadistill.models.remote.needed_files import fetch_part, locate_part, needed
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
-from tadistill.plan.inexact import approximations
+from tadistill.plan.notes import approximations, off_budget
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.phases import own_settings, phases_text
-from tadistill.plan.preview import off_budget
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepared
 from tadistill.runner.remote import announced

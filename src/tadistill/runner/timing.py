@@ -28,7 +28,7 @@ from tadistill.models.counting.sizes import Work, forward_flops
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Graph, Stage, longest_chains
+from tadistill.plan.graph import Graph, OnTrainingSets, Stage, longest_chains
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output, Split
 from tadistill.plan.kinds import (
     AnalyseSpec,
@@ -44,7 +44,6 @@ from tadistill.plan.kinds import (
     TemperSpec,
     TrainingSpec,
 )
-from tadistill.plan.spec import OnTrainingSets
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store

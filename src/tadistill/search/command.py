@@ -5,7 +5,7 @@ same models share the training of these models. If a search is interrupted, the 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,7 +21,7 @@ from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.models.counting.shapes import COUNTED
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.plan.graph import Stage, total_flops, with_ancestors
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models
 from tadistill.search import strategies
@@ -64,8 +64,8 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
         tried=tuple(sorted(tried, key=lambda t: (t.path != outcome.path, -sign * t.mean))),
         rounds=tuple(training.rounds),
         direct=flops[search.teacher, search.student],
-        trained=_total(training.stages.values()),
-        discarded=_total(stage for key, stage in training.stages.items() if key not in used),
+        trained=total_flops(training.stages.values()),
+        discarded=total_flops(stage for key, stage in training.stages.items() if key not in used),
         stages=tuple(training.stages),
         distillations=sum(stage.kind == "distill" for stage in training.stages.values()),
     )
@@ -274,8 +274,3 @@ def _shortened(recipe: Recipe, name: str, share: float) -> MethodPatch:
 
 def _method(recipe: Recipe, name: str) -> Method:
     return apply(recipe.method, recipe.models[name].distill)
-
-
-def _total(stages: Iterable[Stage]) -> float | None:
-    flops = [stage.flops for stage in stages]
-    return None if any(f is None for f in flops) else math.fsum(f for f in flops if f is not None)

@@ -12,7 +12,7 @@ from tadistill.config import parse
 from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.inexact import approximations
+from tadistill.plan.notes import approximations
 from tadistill.plan.preview import preview
 from tadistill.plan.remote import running
 from tadistill.report.model_card import model_card

@@ -12,7 +12,7 @@ from tadistill.data.second_readings import Behind
 from tadistill.data.survey import Survey
 from tadistill.data.token_bytes import token_bytes
 from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.two_tokenizers import second_lengths
+from tadistill.plan.costs.sizes_and_lengths import second_lengths
 
 
 def test_rows_are_matched_by_their_place_in_the_split():

@@ -13,8 +13,8 @@ from tadistill.data.contexts import messages
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.remote.replies import Reply, open_cache
 from tadistill.plan.arms import make_plan
-from tadistill.plan.inexact import approximations
 from tadistill.plan.kinds import AskSpec, RetokeniseSpec
+from tadistill.plan.notes import approximations
 from tadistill.plan.remote import asked_notes, check_asked, wanted_of
 from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock

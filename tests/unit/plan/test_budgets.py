@@ -7,7 +7,7 @@ from tadistill.config import validate
 from tadistill.config.added_arms import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.preview import off_budget
+from tadistill.plan.notes import off_budget
 
 METHOD = {
     "objective": {"type": "reverse_kl"},

@@ -14,8 +14,9 @@ from tadistill.data.encoding import encode_counted
 from tadistill.data.prompts import Rules
 from tadistill.errors import ConfigError, DataError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.costs import Ledger, passes
-from tadistill.plan.preview import _rows
+from tadistill.plan.costs import Ledger
+from tadistill.plan.costs.sizes_and_lengths import count_first_rows
+from tadistill.plan.notes import row_notes
 
 TALK = [("user", "Where is Oslo?"), ("assistant", "In Norway."), ("user", "Is it cold?"), ("assistant", "Yes, it is.")]
 ROWS = [{"messages": [{"role": role, "content": text} for role, text in TALK[: 2 + 2 * (i % 2)]]} for i in range(8)]
@@ -78,7 +79,7 @@ def test_the_plan_counts_and_measures_as_the_tokenizer_of_transformers(folder, m
     study = recipe(folder, model, **({"turns": "all"} | changes))
     rules, rows = Rules.of(study.data, "train", bos=False), load(study.data.train, "train", study.data)
     encoded, counts = encode_counted(rows, chat_tokenizer(QWEN3 if more else CHATML), rules)
-    assert passes.count_first_rows(study, study.data.train, "train") == counts
+    assert count_first_rows(study, study.data.train, "train") == counts
     assert counts.more == more or changes
     lengths = Ledger(study).fixed
     assert lengths.totals == [len(e.prompt) + len(e.response) for e in encoded]
@@ -88,12 +89,12 @@ def test_the_plan_counts_and_measures_as_the_tokenizer_of_transformers(folder, m
 
 def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder):
     study = recipe(folder, turns="all", max_prompt=40)
-    text = " ".join(_rows(make_plan(study)))
+    text = " ".join(row_notes(make_plan(study)))
     assert "rows.jsonl" not in text
     assert "Rows of rows (train), among the first 8: 8 of 8 rows; 4 turns longer than data.max_prompt (40)" in text
     assert "Rows of rows (dev), among the first 8: 4 of 8 rows; 4 longer than data.max_prompt (40)" in text
     with pytest.raises(DataError, match=r"data set `rows` \(train\), row 2: its prompt has \d+ tokens, more than data.max_prompt \(40\)"):
-        list(_rows(make_plan(recipe(folder, turns="all", max_prompt=40, long_prompts="refuse"))))
+        list(row_notes(make_plan(recipe(folder, turns="all", max_prompt=40, long_prompts="refuse"))))
 
 
 @pytest.mark.parametrize(("model", "turns", "said"), [("qwen", "answer", True), ("qwen", "last", False), ("chatml", "answer", False)])

@@ -159,13 +159,13 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
 def test_predictions_and_the_code_that_runs_read_the_same_constants():
     from tadistill.models.counting import memory
     from tadistill.objectives import tiles
-    from tadistill.plan.costs import ledger, model_sizes, training
+    from tadistill.plan.costs import ledger, sizes_and_lengths, training
     from tadistill.rollout import engine, fast_mixture, signals
     from tadistill.stages import teacher
     from tadistill.train import alarms, loop
 
     assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == fast_mixture.COMPACT_BELOW
-    assert model_sizes.PACKED_FAMILIES == fast_mixture.PACKED_FAMILIES
+    assert sizes_and_lengths.PACKED_FAMILIES == fast_mixture.PACKED_FAMILIES
     assert (memory.TILE_BYTES, memory.TILE_ROWS, memory.OBJECTIVE) == (tiles.TILE_BYTES, tiles.TILE_ROWS, tiles.OBJECTIVE)
     assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, signals.RECORDING_BATCH)
     assert (training.LOG_POINTS, training.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)

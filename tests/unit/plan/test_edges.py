@@ -12,7 +12,7 @@ from tadistill.plan.arms import make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Encoding, Output, Split, TokenizerFiles
 from tadistill.plan.kinds import RetokeniseSpec
-from tadistill.plan.preview import _rows
+from tadistill.plan.notes import row_notes
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
 SEQKD = {"name": "seqkd", "optim": {"steps": 2, "batch": 4}}
@@ -289,7 +289,7 @@ def test_lengths_and_costs_are_counted_with_each_models_own_tokens(planned):
 
 def test_the_plan_says_the_rows_of_each_tokenizer(planned):
     plan = planned({"text": "t > s"}, data={"max_length": 12})
-    assert [*_rows(plan)] == [
+    assert [*row_notes(plan)] == [
         f"Rows of rows ({role}, t), among the first 6: 6 of 6 rows; 6 with a reference cut at data.max_length (12)."
         for role in ("train", "dev", "test")
     ]

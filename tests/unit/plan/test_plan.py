@@ -13,6 +13,7 @@ from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import HashedData
+from tadistill.plan.notes import row_notes
 from tadistill.plan.task import layout, planned_memory, process_bytes
 from tadistill.store import Store
 
@@ -404,13 +405,13 @@ def test_the_plan_counts_the_first_rows(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(f'{{"instruction": "{"name " * n}", "output": "cat"}}\n' for n in (3, 300, 3)))
     data = recipe()["data"] | {"train": str(path), "dev": str(path), "test": [str(path)]}
-    notes = list(preview._rows(plan(data=data)))
+    notes = list(row_notes(plan(data=data)))
     assert notes == [
         f"Rows of own ({role}), among the first 3: 2 of 3 rows; 1 longer than data.max_prompt (256)." for role in ("train", "dev", "test")
     ]
-    assert list(preview._rows(plan())) == []
+    assert list(row_notes(plan())) == []
     path.write_text('{"instruction": "name это слово", "output": "cat"}\n')
-    first = next(iter(preview._rows(plan(data=data))))
+    first = next(iter(row_notes(plan(data=data))))
     assert first == "Rows of own (train), among the first 1: 2 of 4 tokens of the prompts are unknown to the tokenizer."
 
 

@@ -21,6 +21,7 @@ from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.inputs import FromStage
+from tadistill.plan.notes import off_budget
 from tadistill.plan.task import layout
 from tadistill.store import Store
 
@@ -126,7 +127,7 @@ def test_budgets_and_equal_compute_leave_the_teachers_own_training_out():
     a, b = (next(s for s in stages(found, "distill") if arm in s.arms) for arm in "ab")
     assert b.flops == pytest.approx(a.flops, rel=0.01)
     assert b.steps < a.steps  # xl is larger than m
-    assert not [*preview.off_budget(found)]
+    assert not [*off_budget(found)]
     long = routed(models=costly, method=method, arms={"a": ROUTE, "b": {"path": ROUTE, "compute": "2x a"}})
     assert [s.steps for s in stages(long, "distill")][1] == pytest.approx(200, abs=40)  # more, because the student's own fine-tuning counts
 

@@ -7,7 +7,7 @@ from tadistill.config import validate
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.kinds import DistillSpec, GenerateSpec
-from tadistill.plan.preview import off_teacher_budget
+from tadistill.plan.notes import off_teacher_budget
 
 LIVE = {
     "objective": {"type": "reverse_kl"},

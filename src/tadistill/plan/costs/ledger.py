@@ -20,13 +20,13 @@ from tadistill.models.counting.memory import Memory, resident_bytes
 from tadistill.models.counting.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.text_lengths import TextLengths
+from tadistill.plan.costs.sizes_and_lengths import SizesAndLengths
 from tadistill.plan.costs.training import Described, TrainingCost, reading_bytes, sampling_bytes
 from tadistill.store import key_of
 from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 
-class Ledger(TextLengths):
+class Ledger(SizesAndLengths):
     """Predicts the costs of one recipe's stages."""
 
     @cached_property
@@ -247,7 +247,7 @@ class Ledger(TextLengths):
         length = answers.mean_prompt + answers.mean_response
         corpus = self.corpus_length if objective.needs_corpus and self.recipe.data.corpus else 0
         student, teacher = (forward_flops(size, Work(length, length**2, length)) / length for size in (cost.student, cost.teachers[0]))
-        each = passes.minillm_flops(student, teacher, length=length, corpus=corpus, epochs=sampler.inner_epochs)
+        each = minillm_flops(student, teacher, length=length, corpus=corpus, epochs=sampler.inner_epochs)
         return each * cost.steps * cost.optim.batch / sampler.inner_epochs
 
 
@@ -270,3 +270,21 @@ def _part(size: Size, work: Work) -> CostPart:
 
 def _padded(decoding: Decoding, chunk: int) -> int:
     return 1 if decoding.engine == "vllm" else chunk  # rows padded to one width; vLLM pads none
+
+
+def minillm_flops(student: float, teacher: float, *, length: float, corpus: float, epochs: int) -> float:
+    """Return the FLOPs of MiniLLM's released code for one rollout, as counted in microsoft/LMOps/minillm.
+
+    For each rollout, the code runs the student forward five times and the teacher four times. In each inner epoch, the student runs forward
+    and backward, and the teacher runs forward, both on the rollout and on plain text.
+
+    Args:
+        student, teacher: forward FLOPs per token, including the head (about 2 x parameters).
+        length: number of tokens of a rollout, including its prompt.
+        corpus: number of tokens in a row of plain text; 0 if there is no corpus.
+        epochs: PPO epochs on each rollout.
+    """
+    # call graph in sampler.py and trainer.py: both models sample; the teacher computes rewards and the student log-probabilities;
+    # for logging, the student generates a second answer and both models run over it; both run over the rollout once more
+    trained = epochs * (length + corpus)
+    return student * (5 * length + 3 * trained) + teacher * (4 * length + trained)

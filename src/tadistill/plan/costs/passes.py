@@ -8,20 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import Any, Literal, cast
 
-from tadistill.config import DataRef, Optim, Recipe
-from tadistill.config.method_parts import TeacherContext
-from tadistill.data import datasets, tinyworld
-from tadistill.data.encoding import Counts, encode_counted
-from tadistill.data.prompts import Rules
-from tadistill.data.survey import SAMPLE
+from tadistill.config import Optim
 from tadistill.models.counting.sizes import Work
-from tadistill.plan.costs.light_tokenizer import StandIn
-from tadistill.plan.costs.two_tokenizers import SecondLength
 from tadistill.tuning import COMPACT_BELOW
 
-_COUNTED = 2000  # rows of a dev or test set that a plan counts; MiniLLM's S-NI has 1,694
+
+@dataclass(frozen=True)
+class SecondLength:
+    """The lengths of one row for a teacher with another tokenizer."""
+
+    prompt: int
+    response: int
+    spans: float
+    """The number of spans: parts of the text between boundaries that both tokenisations have."""
+    before: float
+    """Number of the student's tokens that are not the last token of their span."""
+
+    def scaled(self, by: float) -> "SecondLength":
+        """Return the lengths of a response that is `by` times as long."""
+        return replace(self, response=max(1, round(self.response * by)), spans=self.spans * by, before=self.before * by)
 
 
 @dataclass(frozen=True)
@@ -131,38 +137,6 @@ def together(parts: Sequence[Texts], weights: Sequence[float], route: Sequence[i
         teachers += [route[number]] * wanted if route else []
         sets += [number] * wanted
     return Texts(tuple(rows), total, tuple(contexts), (), tuple(seconds), tuple(teachers), tuple(sets))
-
-
-def count_first_rows(
-    recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"], context: TeacherContext | None = None
-) -> Counts | None:
-    """Count how many of a split's first rows are left out or shortened. Return None if the split or the tokenizer is not on this disk.
-
-    Raises:
-        DataError: the recipe refuses long rows, and one of these rows is too long.
-    """
-    data, tokenizer = recipe.data, StandIn(recipe)
-    if not tokenizer.known or datasets.on_hub(ref, role, data) is not None:
-        return None
-    most = SAMPLE if role == "train" else _COUNTED
-    rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(most, getattr(data.limit, role) or most))
-    sample = [replace(row, choices=()) for row in rows]
-    rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context))
-    return encode_counted(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
-
-
-def chunk(recipe: Recipe) -> int:
-    """Return the number of tokens in one row of the plain-text corpus. It is `max_length`, or less if the whole corpus is shorter."""
-    data = recipe.data
-    assert data.corpus is not None
-    if data.corpus.load not in tinyworld.SPLITS:
-        return data.max_length  # counting its tokens could need the network
-    tokenizer, total = StandIn(recipe), 0
-    for text in datasets.texts(data.corpus, world=data.world, root=data.root):
-        total += len(tokenizer.ids([text])[0]) + 1
-        if total >= data.max_length:
-            return data.max_length
-    return total
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
@@ -303,21 +277,3 @@ def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
             attended = (response - 1) * (prompt + response / 2)
             total += Work(prompt + response - 1, _CALLS * attended, response)
     return total * (count / len(rows))
-
-
-def minillm_flops(student: float, teacher: float, *, length: float, corpus: float, epochs: int) -> float:
-    """Return the FLOPs of MiniLLM's released code for one rollout, as counted in microsoft/LMOps/minillm.
-
-    For each rollout, the code runs the student forward five times and the teacher four times. In each inner epoch, the student runs forward
-    and backward, and the teacher runs forward, both on the rollout and on plain text.
-
-    Args:
-        student, teacher: forward FLOPs per token, including the head (about 2 x parameters).
-        length: number of tokens of a rollout, including its prompt.
-        corpus: number of tokens in a row of plain text; 0 if there is no corpus.
-        epochs: PPO epochs on each rollout.
-    """
-    # call graph in sampler.py and trainer.py: both models sample; the teacher computes rewards and the student log-probabilities;
-    # for logging, the student generates a second answer and both models run over it; both run over the rollout once more
-    trained = epochs * (length + corpus)
-    return student * (5 * length + 3 * trained) + teacher * (4 * length + trained)

@@ -1,7 +1,7 @@
-"""The lengths in tokens of the texts that stages use: of training sets, dev sets and the plain-text corpus.
+"""The sizes of a recipe's models, and the lengths in tokens of its texts: of training sets, dev sets and the plain-text corpus.
 
-Texts are tokenised without transformers (`light_tokenizer`). As in training, `data.encoding.encode` applies the template, cuts long texts
-and leaves rows out.
+Sizes come from the models' configurations. Texts are tokenised without transformers (`light_tokenizer`). As in training,
+`data.encoding.encode` applies the template, cuts long texts and leaves rows out.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,29 +11,31 @@ from typing import Any, Literal, Self, cast
 from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Turns
 from tadistill.config.method_parts import TeacherContext
-from tadistill.data import datasets, hub
-from tadistill.data.encoding import Encoded, encode_counted
+from tadistill.data import datasets, hub, tinyworld
+from tadistill.data.encoding import Counts, Encoded, encode_counted
 from tadistill.data.prompts import Rules, of_one_turn
-from tadistill.data.survey import Survey, survey
-from tadistill.errors import NotHere
+from tadistill.data.survey import SAMPLE, Survey, survey
+from tadistill.errors import NotHere, about
+from tadistill.models.counting import shapes, sizes
+from tadistill.models.counting.sizes import Adapters, Size, adapters_of
 from tadistill.plan.costs import passes
-from tadistill.plan.costs.light_tokenizer import StandIn
-from tadistill.plan.costs.model_sizes import ModelSizes
-from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.two_tokenizers import second_lengths
+from tadistill.plan.costs.light_tokenizer import StandIn, vocabulary
+from tadistill.plan.costs.passes import SecondLength, Texts
+from tadistill.plan.costs.training import Described
+from tadistill.tuning import PACKED_FAMILIES
 
 _ENDLESS = 2**31
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")
-"""The attributes of `TextLengths` that choose the rows and the tokenizers."""
+"""The attributes of `SizesAndLengths` that choose the rows and the tokenizers."""
+_COUNTED = 2000  # rows of a dev or test set that a plan counts; MiniLLM's S-NI has 1,694
 
 
-class TextLengths(ModelSizes):
-    """Computes the lengths of a recipe's texts and the sizes of its models, and caches the lengths."""
+class SizesAndLengths:
+    """Computes the sizes of a recipe's models from their configurations, and the lengths of its texts, and caches the lengths."""
 
     def __init__(self, recipe: Recipe, *, partial: bool = False):
         """With `partial`, a method raises NotHere if it needs a data set that is neither on this disk nor on a Hub that can be reached."""
-        super().__init__(recipe)
-        self.partial = partial
+        self.recipe, self.partial = recipe, partial
         self.sets = tuple(recipe.data.sets)
         """Names of the training sets whose rows are measured."""
         self.context: TeacherContext | None = None
@@ -45,6 +47,68 @@ class TextLengths(ModelSizes):
         self.readers: tuple[str, ...] = ()
         self.teachers: tuple[str, ...] = ()
         self._others: dict[tuple, Self] = {}
+
+    def unknown(self) -> list[str]:
+        """Return the models whose config.json is not on this disk, as `NAME (SOURCE)`."""
+        models = self.recipe.models.items()
+        return [f"{name} ({model.load})" for name, model in models if model.load and self.config(name) is None]
+
+    def size(self, name: str) -> Size | None:
+        """Return the size of a model. Return None if its configuration is not on this disk, or if its family is not supported."""
+        config = self.config(name)
+        with about(f"models.{name}"):
+            return None if config is None else sizes.size_of(config)
+
+    def described(self, name: str) -> Described | None:
+        """Return a model's size and configuration. Return None if `size` returns None."""
+        size, config = self.size(name), self.config(name)
+        return None if size is None or config is None else Described(size, config, here=self.recipe.models[name].serve is None)
+
+    def config(self, name: str) -> dict | None:
+        """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
+        with about(f"models.{name}"):
+            return self._config(name)
+
+    def _config(self, name: str) -> dict | None:
+        model = self.recipe.models[name]
+        if model.parent:
+            parent = self.config(model.parent)
+            if parent is None or model.init is None:
+                return parent
+            if not model.init.measured:
+                shapes.check_layers(parent, model.init.layers, f"models.{name}.init.layers", model.init.from_)
+                return sizes.with_layers(parent, model.init.sizes["layers"])
+            shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
+            with about(f"models.{name}.init"):
+                shapes.check_shape(parent, shape)
+            return shapes.with_shape(parent, shape)
+        if model.api:
+            return None
+        assert model.load is not None
+        vocab = vocabulary(model, self.recipe.data.world) if model.tokenizer else None
+        return sizes.read_config(model.load, model.revision, model.config, vocab)
+
+    def adapters(self, name: str) -> Adapters | None:
+        """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
+
+        Raises:
+            ConfigError: an entry of `lora.targets` is not a linear layer of the model.
+        """
+        lora, config = self.recipe.models[name].lora, self.config(name)
+        if lora is None or config is None:
+            return None
+        with about(f"models.{name}.lora.targets"):
+            return adapters_of(config, lora.r, lora.targets)
+
+    def _packs(self, name: str) -> bool:
+        return (self.config(name) or {}).get("model_type") in PACKED_FAMILIES
+
+    def untrained(self, name: str) -> bool:
+        """Return True if a model has random weights before its distillation. Such a model never ends an answer."""
+        model = self.recipe.models[name]
+        if model.sft:
+            return False
+        return self.untrained(model.parent) if model.parent else str(model.load).startswith("scratch:")
 
     def _survey(self, ref: DataRef, role: Literal["train", "dev"]) -> Survey:
         data = self.recipe.data
@@ -129,7 +193,7 @@ class TextLengths(ModelSizes):
     @cached_property
     def corpus_length(self) -> int:
         """Number of tokens in one row of the plain-text corpus."""
-        return passes.chunk(self.reading)
+        return chunk(self.reading)
 
 
 def read_lengths(
@@ -176,3 +240,62 @@ def _read(asked: _Sample) -> Texts:
 
 def _counted(encoded: Encoded) -> int:
     return sum(end - start for start, end in encoded.spans) if encoded.spans else len(encoded.response)
+
+
+def second_lengths(mine: Texts, theirs: Texts, rows: Survey, student: StandIn, teacher: StandIn) -> Texts:
+    """Return a split's lengths for the student (`mine`), with the attribute `seconds`: the lengths of the same rows for the teacher.
+
+    As in training (`data.alignment`), both tokenisations of a reference are cut into spans at their common token boundaries. Here,
+    boundaries are positions of characters, not of bytes, and torch is not needed.
+
+    `theirs` has the lengths of the teacher's prompts. A row that one of the two models leaves out is left out here too.
+    """
+    prompts = theirs.contexts or tuple(prompt for prompt, _ in theirs.rows)
+    read = dict(zip(theirs.places, prompts, strict=True))
+    texts = dict(zip(rows.places, (example.references[0] for example in rows.sample), strict=True))
+    kept = [i for i, place in enumerate(mine.places) if place in read]
+    seconds = [
+        _second(read[mine.places[i]], mine.rows[i][1], student.cuts(texts[mine.places[i]]), teacher.cuts(texts[mine.places[i]]))
+        for i in kept
+    ]
+    found = replace(mine, rows=tuple(mine.rows[i] for i in kept), places=tuple(mine.places[i] for i in kept), contexts=())
+    return replace(found, count=mine.count * len(kept) / len(mine.rows), seconds=tuple(seconds))
+
+
+def _second(prompt: int, response: int, mine: list[int], theirs: list[int]) -> SecondLength:
+    # each model ends the answer with one token; in a response that was cut, tokens and spans are reduced by the same factor
+    ends = sorted({*mine} & {*theirs})
+    whole = SecondLength(prompt, len(theirs) + 1, len(ends) + 1, len(mine) - len(ends))
+    return whole.scaled(response / (len(mine) + 1)) if response < len(mine) + 1 else whole
+
+
+def count_first_rows(
+    recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"], context: TeacherContext | None = None
+) -> Counts | None:
+    """Count how many of a split's first rows are left out or shortened. Return None if the split or the tokenizer is not on this disk.
+
+    Raises:
+        DataError: the recipe refuses long rows, and one of these rows is too long.
+    """
+    data, tokenizer = recipe.data, StandIn(recipe)
+    if not tokenizer.known or datasets.on_hub(ref, role, data) is not None:
+        return None
+    most = SAMPLE if role == "train" else _COUNTED
+    rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(most, getattr(data.limit, role) or most))
+    sample = [replace(row, choices=()) for row in rows]
+    rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context))
+    return encode_counted(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
+
+
+def chunk(recipe: Recipe) -> int:
+    """Return the number of tokens in one row of the plain-text corpus. It is `max_length`, or less if the whole corpus is shorter."""
+    data = recipe.data
+    assert data.corpus is not None
+    if data.corpus.load not in tinyworld.SPLITS:
+        return data.max_length  # counting its tokens could need the network
+    tokenizer, total = StandIn(recipe), 0
+    for text in datasets.texts(data.corpus, world=data.world, root=data.root):
+        total += len(tokenizer.ids([text])[0]) + 1
+        if total >= data.max_length:
+            return data.max_length
+    return total

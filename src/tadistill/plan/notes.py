@@ -1,0 +1,280 @@
+"""The sentences below the tables of `tadistill plan`, and those about numbers of a study that are not exact.
+
+A loss is not exact if a server or a recording has only a part of a teacher's distribution, or if the teacher has another tokenizer than the
+student. FLOPs are not complete if a teacher is behind an API.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+from rich.markup import escape
+
+from tadistill.config import Method
+from tadistill.config.arm import flat
+from tadistill.config.data import DataRef, drawn_text
+from tadistill.config.objective import Gold, MiniLLM, Uld
+from tadistill.models import sources
+from tadistill.plan import throughput
+from tadistill.plan.arms import Plan, PlannedArm
+from tadistill.plan.costs import Ledger
+from tadistill.plan.costs.sizes_and_lengths import count_first_rows
+from tadistill.plan.graph import total_flops, with_ancestors
+from tadistill.plan.inputs import Handle, Loaded
+from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
+from tadistill.plan.paths import contexts_of, given_teachers, lossy_steps
+from tadistill.plan.phases import phases_text
+from tadistill.plan.remote import asked_notes, served_notes
+from tadistill.plan.task import layout, name_of, vllm_stages
+from tadistill.plan.throughput import Speeds
+from tadistill.store import Store
+
+ASKED = "asked"
+"""The column of the arms' table with the number of answer tokens that the original teacher writes or scores."""
+_OFF = 0.1  # an arm gets a note if its FLOPs differ from its `compute` by more than this share
+
+
+def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]:
+    """Yield all sentences of a plan, with the markup of rich. Warnings are yellow. `jobs` stages run at a time."""
+    yield from map(_warning, _absent(plan))
+    yield from map(escape, _phases(plan))
+    yield from map(escape, row_notes(plan))
+    yield from map(escape, _recordings(plan))
+    yield from (_warning(f"{sentence}.") for sentence in (*off_budget(plan), *off_teacher_budget(plan)))
+    yield from map(escape, _across(plan))
+    yield from map(escape, _controls(plan))
+    yield from map(_warning, _unfair(plan))
+    yield (
+        "FLOPs include all training in this study that an arm's final model needs, also the fine-tuning of its teachers. "
+        "FLOPs of dev evaluations, rollout metrics and tests are not included."
+    )
+    for name, model in plan.recipe.models.items():
+        if model.load and (base := sources.adapter_base(model.load, model.revision)):
+            yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
+    yield from map(escape, served_notes(plan))
+    yield from map(escape, asked_notes(plan, store))
+    yield from (escape(f"arms.{arm.name}: {sentence}.") for arm in plan.arms for sentence in approximations(plan, arm.name))
+    yield from _engines(plan)
+    yield from map(escape, plan.tokens.notes())
+    yield from map(escape, _undefined(plan))
+    yield from map(_warning, plan.tokens.cautions())
+    placed = [layout(plan.recipe, stage) for stage in plan.stages.values()]
+    if any(resources.processes > 1 or resources.teacher != "replicated" for resources in placed):
+        yield "The memory is that of one process with the given `resources`. An offloaded teacher is in host memory and is not included."
+    yield from _times(plan, store, speeds, jobs)
+
+
+def _warning(sentence: str) -> str:
+    return f"[yellow]{escape(sentence)}[/]"
+
+
+def _absent(plan: Plan) -> Iterator[str]:
+    fix = "`tadistill fetch RECIPE` downloads what is missing, and converts GGUF files."
+    if plan.unknown:
+        its = "its configuration is not" if len(plan.unknown) == 1 else "their configurations are not"
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} Stage keys may then change."
+    for name, reason in plan.absent.items():
+        yield f"Arm {name} is left out of this plan: {reason}."
+    trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())
+    if trained and not plan.unknown:
+        yield f"FLOPs are not known (?) if a data set is not on this disk, or if FLOPs cannot be counted for a model's family. {fix}"
+
+
+def _times(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]:
+    todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
+    takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
+    if len(takes) < len(todo):
+        unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run whose FLOPs are counted"
+        yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
+    if takes:
+        total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
+        yield f"Stages with a known time take {total} if {jobs} run at a time. Evaluations and analyses take additional time."
+
+
+def _phases(plan: Plan) -> Iterator[str]:
+    for arm in plan.arms:
+        if len(arm.phases) > 1:
+            updates = " + ".join(str(phase.method.optim.steps) for phase in arm.phases)
+            yield f"arms.{arm.name} has {len(arm.phases)} phases: {phases_text(arm.phases)} ({updates} updates)."
+
+
+def _across(plan: Plan) -> Iterator[str]:
+    steps = dict.fromkeys(step for arm in plan.arms for step in lossy_steps(plan.tokens, arm.arm.path))
+    if steps:
+        named = ", ".join(f"{above} and {below}" for above, below in steps)
+        yield f"`~>` is a step between two models with different tokenizers ({named})."
+    if plan.teacher and counts_asked(plan):
+        yield f"`{ASKED}`: number of answer tokens that {plan.teacher} writes or scores for an arm, for one seed."
+
+
+def _recordings(plan: Plan) -> Iterator[str]:
+    # the number of distillations that read a recording is the number of trainings in which the teacher need not run
+    for stage in plan.stages.values():
+        if stage.cost is None or stage.cost.disk is None or not isinstance(stage.spec, SignalSpec):
+            continue
+        disk, readers = stage.cost.disk, sum(stage.key in other.parents.values() for other in plan.stages.values())
+        space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
+        shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
+        losses = stage.spec.signal.inexact("the recording has") or "exact"
+        yield f"{stage.label}: losses from this recording are {losses}; {'' if disk.exact else 'at most '}{space}; {shared}."
+
+
+def _controls(plan: Plan) -> Iterator[str]:
+    # stages that the other arms need are not a cost of the controls
+    own = {arm.name for arm in plan.arms if arm.arm.control or (arm.arm.compute or "").startswith("as ")}
+    if not any(arm.arm.control for arm in plan.arms):
+        return
+    training = [stage for stage in plan.stages.values() if stage.trains]
+    total, extra = total_flops(training), total_flops(stage for stage in training if stage.arms <= own)
+    if total is None or extra is None:
+        return
+    names = ", ".join(arm.name for arm in plan.arms if arm.name in own)
+    yield f"Controls and equal-compute baselines ({names}) need {extra:.2e} of the study's {total:.2e} training FLOPs."
+
+
+def row_notes(plan: Plan) -> Iterator[str]:
+    """Yield sentences about the first rows of each data set that are left out or shortened, or that the tokenizer cannot read."""
+    data = plan.recipe.data
+    if data.several:
+        yield drawn_text(data.shares, dev=not isinstance(data.dev, DataRef))
+    for family in plan.tokens.families or [()]:
+        readers = plan.tokens.readers(family[0]) if family else ()
+        who, reading = f", {' and '.join(family)}" if readers else "", Ledger(plan.recipe).of(readers).reading
+        for role, ref in data.splits(trains=any(s.trains for s in plan.stages.values())):
+            counts = count_first_rows(reading, ref, role)
+            texts = filter(None, (counts.text, counts.unknown_text)) if counts else ()
+            yield from (f"Rows of {ref.name} ({role}{who}), among the first {counts.rows}: {text}." for text in texts if counts)
+        for (context, teachers), ref in product(contexts_of(plan.recipe).items(), data.sets.values()):
+            reads = sorted(teachers.intersection(family) if readers else teachers)
+            counts = count_first_rows(reading, ref, "train", context) if reads else None
+            if counts and counts.of_contexts:
+                where = f"Rows of {ref.name} (train) with the `context` of {' and '.join(reads)}, among the first {counts.rows}"
+                yield f"{where}: {counts.of_contexts}."
+
+
+def _engines(plan: Plan) -> Iterator[str]:
+    found = [stage.kind for stage in vllm_stages(plan.stages.values())]
+    if found:
+        kinds = ", ".join(f"{found.count(kind)} {kind}" for kind in dict.fromkeys(found))
+        yield (
+            f"vLLM samples the text of {len(found)} stage{'s' * (len(found) > 1)} ({kinds}), in a process of its own. The memory in "
+            "the table does not include the memory of this process (`runtime.vllm.memory`)."
+        )
+
+
+def _undefined(plan: Plan) -> Iterator[str]:
+    # metrics that are not measured, because they are not defined for models with different tokenizers
+    teacher = plan.teacher
+    if teacher is None or not plan.recipe.data.test:
+        return
+    others = [arm for arm in plan.arms if not plan.tokens.alike(arm.arm.last[-1], teacher)]
+    if others:
+        instead = " The bits per byte of their answers are measured instead." if all(arm.analyse for arm in others) else ""
+        yield (
+            f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are not "
+            f"measured for {', '.join(arm.name for arm in others)}.{instead}"
+        )
+    for arm in plan.arms:
+        apart = [name for name in flat(arm.arm.last) if not plan.tokens.alike(name, teacher)]
+        if apart and arm not in others and not arm.arm.controls:
+            yield f"The error budget of {arm.name} is not measured, because {apart[0]} has another vocabulary than {teacher}."
+
+
+def _unfair(plan: Plan) -> Iterator[str]:
+    # `fair: true` adds no arm to the recipe
+    chains = [arm for arm in plan.recipe.arms.values() if len(arm.path) == 1 and len(arm.last) > 2]
+    if plan.recipe.fair and not any(not (arm.control or arm.init or arm.compute) for arm in chains):
+        yield (
+            "`fair: true` adds no arms, because it needs an arm with a single path through an assistant, such as A > B > C, and with "
+            "neither `init` nor `compute`."
+        )
+
+
+def off_budget(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. The reason is that a training has a whole number of
+    rounds, each of which samples text and makes several updates."""
+    arms = {arm.name: arm for arm in plan.arms}
+    for arm in plan.arms:
+        if arm.arm.like is None:
+            continue
+        times, other = arm.arm.like[0] or 1.0, arms[arm.arm.like[1]]
+        given = {plan.teacher, *given_teachers(plan.recipe, arm.arm, other.arm)}
+        own, theirs = _without(plan, arm, given), _without(plan, other, given)
+        if own and theirs and abs(own / (times * theirs) - 1) > _OFF:
+            ratio = own / (times * theirs)
+            yield (
+                f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {ratio:.2g} times these FLOPs, because its updates "
+                "come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`) or a larger budget"
+            )
+
+
+def off_teacher_budget(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each arm for which the teacher writes or scores clearly more or fewer tokens than `teacher_budget` sets."""
+    arms = {arm.name: arm for arm in plan.arms}
+    for arm in (arm for arm in plan.arms if arm.arm.asks_like):
+        asked, budget = arm.asked, arms[arm.arm.asks_like or ""].asked
+        if asked and budget and abs(asked / budget - 1) > _OFF:
+            yield (
+                f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but the teacher writes or scores "
+                f"{asked / budget:.2g} times as many tokens, because the arm's updates come in whole rounds; choose smaller "
+                "rounds (`sampler.rollouts`, `inner_epochs`)"
+            )
+
+
+def _without(plan: Plan, arm: PlannedArm, teachers: set[str | None]) -> float | None:
+    final = next(iter(arm.final.values()))
+    stages = [plan.stages[key] for key in with_ancestors(plan.stages, [final] if final else [], without="like")]
+    return total_flops(s for s in stages if not (s.trains and s.model in teachers))  # the answers of these teachers still count
+
+
+def counts_asked(plan: Plan) -> bool:
+    """Return True if the arms' table has the column `asked`."""
+    return any(arm.arm.teacher_budget for arm in plan.arms) or len(plan.tokens.families) > 1
+
+
+def approximations(plan: Plan, arm: str) -> list[str]:
+    """Return one sentence for each teacher whose outputs make a loss of the arm inexact, or whose FLOPs are not known. Empty if all numbers
+    are exact."""
+    found = (_of_stage(plan, stage.model, stage.spec) for stage in plan.stages.values() if arm in stage.arms)
+    return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
+
+
+def _of_stage(plan: Plan, student: str, spec: object) -> Iterator[str]:
+    if isinstance(spec, AskSpec):
+        yield f"teacher FLOPs unknown: {student} is behind an API, so neither the FLOPs of the arm nor `compute` include its FLOPs"
+    if isinstance(spec, DistillSpec) and spec.teacher_data:
+        yield f"the loss `{spec.objective.label}` of {student} is {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
+        return
+    if not isinstance(spec, DistillSpec) or not _reads_distribution(spec.method):
+        return
+    for teacher in (spec.teacher, *spec.assistants):
+        if inexact := _inexact(spec.method, teacher, name_of(plan, teacher) or "its teacher"):
+            yield f"the loss `{spec.objective.label}` of {student} is {inexact}"
+
+
+def _over_spans(spec: DistillSpec, teacher: str) -> str:
+    why = f"computed over spans of text, because {teacher} has another tokenizer"
+    if isinstance(spec.objective, MiniLLM):
+        return (
+            f"{why}: each token gets the reward of its whole span, and the single-step term (the expected reward of the next token) is "
+            "left out; the gradient is unbiased, unless later text changes how the teacher's tokenizer splits a span"
+        )
+    if isinstance(spec.objective, Uld | Gold):
+        return f"{why}, as in GOLD of TRL 1.16"
+    return (
+        f"{why}: at the start of a span, the loss compares the probabilities of groups of next tokens that begin with the same bytes "
+        "(cells); inside a span, it compares the probabilities of the next byte; the loss is exact only if each model gives no probability "
+        "to tokenisations that its own tokenizer would not make"
+    )
+
+
+def _reads_distribution(method: Method) -> bool:
+    objective = method.objective
+    pt = isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0
+    return objective.needs_teacher and (objective.needs_distribution or pt)
+
+
+def _inexact(method: Method, teacher: Handle, name: str) -> str | None:
+    if method.signal is not None:
+        return method.signal.inexact(f"the recording of {name} has")
+    sends = teacher.sends if isinstance(teacher, Loaded) else None
+    return sends and sends.inexact(f"the server of {name} sends")
