@@ -176,15 +176,17 @@ def check_texts(
 
 
 def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) -> None:
-    positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
-    samplers = [method.sampler for method in methods(recipe)]
-    sampled = max([0, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
-    new, longest = max(recipe.evaluate.max_new_tokens, sampled), texts.longest
+    positions, longest = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None), texts.longest
+    by_arm = {name: _longest_sample(recipe.model_copy(update={"arms": {name: arm}})) for name, arm in recipe.arms.items()}
+    sampled = max(by_arm.values(), default=0)
+    new, of, fix = max(recipe.evaluate.max_new_tokens, sampled), "", "lower data.max_prompt or max_new_tokens"
+    controls = {name: recipe.arms[name].controls for name, length in by_arm.items() if length == new > recipe.evaluate.max_new_tokens}
+    if positions and longest.prompt < positions and controls and all(c and c.kind == "no_teacher" for c in controls.values()):
+        name = next(iter(controls))  # `fair: true` gives it a sampler that the recipe does not show
+        of = f" of the control {name}"
+        fix = f"write arms.{name}: {{control: {recipe.arms[name].control}, sampler: {{max_new_tokens: {positions - longest.prompt}}}}}"
     needs = {
-        f"the longest prompt ({longest.prompt} tokens) plus max_new_tokens ({new}) needs": (
-            longest.prompt + new,
-            "lower data.max_prompt or max_new_tokens",
-        ),
+        f"the longest prompt ({longest.prompt} tokens) plus max_new_tokens ({new}){of} needs": (longest.prompt + new, fix),
         "the longest prompt with its reference response needs": (longest.whole, "lower data.max_length"),
         f"the teacher's longest prompt ({longest.context} tokens, with `context`) and the response need": (
             max(longest.context_whole, longest.context and longest.context + sampled),
@@ -199,6 +201,10 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _longest_sample(recipe: Recipe) -> int:
+    return max((m.sampler.max_new_tokens for m in methods(recipe) if isinstance(m.sampler, Decoding)), default=0)
 
 
 def check_readable(read: Mapping[str, Read]) -> None:

@@ -92,6 +92,23 @@ def test_prompt_with_reference_must_fit_the_positions(kind, field):
         check_inputs(recipe(load, short, long))
 
 
+def test_a_control_that_samples_more_than_the_model_can_read_is_named_with_its_key():
+    load, short = model("llama", max_position_embeddings=32), rows("short.jsonl", 4)
+    models = {"t": {"load": load}, "a": {"init": {"from": "t", "layers": 3}}, "s": {"init": {"from": "t", "layers": 2}}}
+
+    def fair(**controls):
+        method = {"objective": {"type": "forward_kl"}, "optim": {"steps": 2, "batch": 2}}
+        return recipe(load, short, short, models=models, method=method, arms={"chain": "t > a > s", **controls}, fair=True)
+
+    with pytest.raises(ConfigError) as found:
+        check_inputs(fair())
+    assert str(found.value).splitlines()[0] == (
+        "models.t: the model has 32 positions, but the longest prompt (3 tokens) plus max_new_tokens (256) of the control chain-no-teacher "
+        "needs 259; write arms.chain-no-teacher: {control: no_teacher of chain, sampler: {max_new_tokens: 29}}"
+    )
+    check_inputs(fair(**{"chain-no-teacher": {"control": "no_teacher of chain", "sampler": {"max_new_tokens": 29}}}))
+
+
 def test_a_large_training_set_is_tokenised_only_if_its_limits_exceed_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "LARGE", 3)
     short, long, large = rows("short.jsonl", 4), rows("long.jsonl", 60), rows("large.jsonl", 5)
