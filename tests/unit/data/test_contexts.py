@@ -88,7 +88,7 @@ def test_contexts_are_stored_with_the_tokens_of_a_large_set(tmp_path, monkeypatc
         rules = Rules(200, 400, context=TeacherContext(template=template), template="plain")
         kept = ref.kept(tokenizer, rules, name="d")
         assert [*kept.rows] == encode_counted([*ref._examples()], tokenizer, rules)[0]
-        assert kept.context == max(len(e.teacher_prompt) for e in kept.rows)
+        assert kept.longest.context == max(len(e.teacher_prompt) for e in kept.rows)
         assert kept.longest.context_whole == max(len(e.teacher_prompt) + len(e.response) for e in kept.rows)
     assert ref.kept(tokenizer, Rules(200, 400, template="plain"), name="d").rows[0].teacher_prompt is None
 
