@@ -26,7 +26,7 @@ from tadistill import rng
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
 from tadistill.data.batch import Sequence
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 from tadistill.objectives import Hidden, TopK, forward_kl, log_probs, sampled_target
 from tadistill.objectives.targets import select
 from tadistill.rollout import signals

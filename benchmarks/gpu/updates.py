@@ -23,7 +23,7 @@ from training import fresh_accelerator, train
 from tadistill.config.method import Method
 from tadistill.data.encoding import Encoded
 from tadistill.models.forward import attention_for_any_shape
-from tadistill.models.loading import column_major
+from tadistill.models.modify import column_major
 from tadistill.objectives.tiles import tile_bytes
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy

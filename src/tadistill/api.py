@@ -246,7 +246,7 @@ def evaluate(
     from tadistill.data.prompts import Rules
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
-    from tadistill.models.loading import end_tokens, shared_vocabulary
+    from tadistill.models.tokens import end_tokens, shared_vocabulary
 
     sets = [on] if isinstance(on, str) else list(on)
     if not sets:

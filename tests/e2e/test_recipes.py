@@ -31,7 +31,8 @@ from transformers import (
 import tadistill
 from tadistill.config import load
 from tadistill.data.batch import Sequence, collate
-from tadistill.models.loading import load_model, load_tokenizer, shared_vocabulary
+from tadistill.models.loading import load_model, load_tokenizer
+from tadistill.models.tokens import shared_vocabulary
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.rollout.engine import Mixture, sample
 

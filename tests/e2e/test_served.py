@@ -30,10 +30,10 @@ from tadistill.config.remote import Serve
 from tadistill.config.sampling import HiddenSignal, StudentSampler, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.encoding import Encoded
+from tadistill.models import server_requests
 from tadistill.models.loading import load_model
-from tadistill.models.remote import client
-from tadistill.models.remote.server_checks import served_teacher
-from tadistill.models.teacher import teacher_of
+from tadistill.models.served_model import served_teacher
+from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
 from tadistill.rollout import signals
 from tadistill.rollout.engine import Native
@@ -251,8 +251,8 @@ PARTS = {"hidden": ("states",), "top_k": ("log_probs", "tail")}
 def test_a_study_survives_the_death_of_its_server(directory, servers, tmp_path, monkeypatch):
     """SFT, on-policy distillation, recording, comparison with the teacher, report. The server dies after some updates; a new one takes its
     address. The weights and the rows of the report are those of an undisturbed run with the teacher in this process, to rounding."""
-    recipe, server, asked, post = tmp_path / "served.yaml", servers["hidden"], [], client.Servers.post
-    monkeypatch.setattr(client, "PAUSES", (0.0,))
+    recipe, server, asked, post = tmp_path / "served.yaml", servers["hidden"], [], server_requests.Servers.post
+    monkeypatch.setattr(server_requests, "PAUSES", (0.0,))
     recipe.write_text(written(directory, server.at, "hidden", steps=6).replace("rows.jsonl", str(Path(directory).parent / "rows.jsonl")))
 
     def run(name, *changes):
@@ -266,7 +266,7 @@ def test_a_study_survives_the_death_of_its_server(directory, servers, tmp_path, 
             server.kill()
         return post(self, path, bodies, read)
 
-    monkeypatch.setattr(client.Servers, "post", dying)
+    monkeypatch.setattr(server_requests.Servers, "post", dying)
     broken = run("broken")
     assert broken.code == 1
     said = broken.out + broken.err

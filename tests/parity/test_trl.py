@@ -14,7 +14,7 @@ from torch import Tensor
 from tadistill.data import tinyworld
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 from tadistill.objectives import Head, Hidden, forward_kl, fused_divergence, jensen_shannon, reverse_kl, tiles
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -15,7 +15,7 @@ from tadistill.config.recipe import Search
 from tadistill.data import datasets
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError
-from tadistill.models.counting.shapes import COUNTED
+from tadistill.models.shapes import COUNTED
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.task import original_teacher

@@ -27,7 +27,7 @@ from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
-from tadistill.models.remote.needed_files import Gives, fetch_part, locate_part, needed_part
+from tadistill.models.sources import Gives, fetch_part, locate_part, needed_part
 from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"

@@ -22,7 +22,7 @@ from tadistill.evaluation.bits_per_byte import bits_per_byte, reference_sizes
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import names_in
-from tadistill.models.teacher import Teacher
+from tadistill.models.teachers import Teacher
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.samplers import Shard
 from tadistill.user_code import OwnFunction

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill.data.batch import Sequence, by_length, collate, references
 from tadistill.data.encoding import EvalSet
 from tadistill.models.forward import Reader
-from tadistill.models.teacher import Teacher, teacher_of
+from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
 
 Answers = Mapping[int, Seq[Sequence]]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from tadistill.config.evaluate import Judge
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import ATTEMPTS, Question, parse_scores, with_reminder
-from tadistill.models.remote.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
-from tadistill.models.remote.replies import Cache, in_threads
+from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
+from tadistill.models.replies import Cache, in_threads
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -79,7 +79,7 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 
 
 def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
-    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.remote.endpoint.complete` does."""
+    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.endpoint.complete` does."""
     message = {"role": "user", "content": text}
     return complete(
         client,

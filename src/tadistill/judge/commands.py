@@ -15,8 +15,8 @@ from tadistill.judge.asking import RequestEstimate, Verdicts, ask, ask_all, esti
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
 from tadistill.judge.summary import Row, summarise, write_summary
-from tadistill.models.remote.endpoint import Unavailable, check_address, connect, knock
-from tadistill.models.remote.replies import Cache, open_cache
+from tadistill.models.endpoint import Unavailable, check_address, connect, knock
+from tadistill.models.replies import Cache, open_cache
 from tadistill.results.study import find_study
 from tadistill.store import store_of
 

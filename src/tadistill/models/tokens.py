@@ -185,6 +185,80 @@ def name_ends(directory: Path) -> None:
         write_json(file, content | {"eos_token_id": list(found.all)})
 
 
+# --- loaded tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Return the ids of all tokens that end an answer of this model. EOS of the tokenizer comes first."""
+    return ends(of(model, tokenizer))
+
+
+def check_same_tokenizer(tokenizers: Mapping[str, "PreTrainedTokenizerBase"]) -> None:
+    """Check that all tokenizers have the same tokens, and the same EOS. `tokenizers` maps the name of a model to its tokenizer.
+
+    A tokenizer may have additional added tokens, if their ids are higher than those of the other tokens (`Vocabulary.extra`).
+
+    Raises:
+        ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
+    """
+    names = list(tokenizers)
+    for name in names[1:]:
+        first, other = tokenizers[names[0]], tokenizers[name]
+        if first is other:
+            continue
+        difference = _difference(first, other)
+        if difference:
+            raise ModelError(
+                f"models `{names[0]}` and `{name}` have different tokenizers ({len(first)} and {len(other)} tokens): {difference}; "
+                f"{_fix(first, other, names[0], name)}"
+            )
+
+
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    """Return the tokens of a loaded tokenizer."""
+    fast: Any = tokenizer  # the base class does not declare get_added_vocab
+    return Vocabulary(fast.get_vocab(), fast.get_added_vocab())
+
+
+def _difference(first: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
+    if vocabulary(first).extra(vocabulary(other)) is None:
+        mine, theirs = first.get_vocab(), other.get_vocab()
+        by_id, by_other_id = {i: t for t, i in mine.items()}, {i: t for t, i in theirs.items()}
+        i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
+        return f"token {i} is {_token(by_id.get(i))} in the first and {_token(by_other_id.get(i))} in the second"
+    if first.eos_token_id != other.eos_token_id:
+        return (
+            f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
+        )
+    return None
+
+
+def _fix(first: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", name: str, other_name: str) -> str:
+    if first.get_vocab() == other.get_vocab():
+        return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
+    return (
+        "the plan could not find this difference, because a tokenizer.json is missing; save both tokenizers with save_pretrained, "
+        "or choose models with the same tokenizer"
+    )
+
+
+def _token(token: str | None) -> str:
+    return "absent" if token is None else repr(token)
+
+
+def shared_vocabulary(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrainedModel", widths: Iterable[int] = ()) -> int:
+    """Return the number of tokens that the tokenizer and the output heads of all models have. `widths` are the sizes of further heads.
+
+    In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
+    must therefore cut the logits to this number (`logits[..., :n]`), and renormalise.
+    """
+    heads: list[Any] = [model.get_output_embeddings() for model in models]
+    return min([len(tokenizer), *(head.weight.shape[0] for head in heads), *widths])
+
+
+# --- reading files --------------------------------------------------------------------------------------------------------
+
+
 @lru_cache
 def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str, int], str | None]:
     content = _read(file)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tadistill.config import Arm, Recipe
 from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
-from tadistill.models.counting.shapes import COUNTED
+from tadistill.models.shapes import COUNTED
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage

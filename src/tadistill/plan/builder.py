@@ -12,8 +12,7 @@ from tadistill.config.method import Optim, Select
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
-from tadistill.models import sources
-from tadistill.models.counting import shapes
+from tadistill.models import shapes, sources
 from tadistill.plan import kinds
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph

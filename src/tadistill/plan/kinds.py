@@ -12,7 +12,7 @@ from tadistill.config.method import PARTS, Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
-from tadistill.models.counting.cost import Cost
+from tadistill.models.cost import Cost
 from tadistill.plan.graph import OnTrainingSets, Spec
 from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from tadistill.config.common import Decoding
 from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed
-from tadistill.models.remote.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
-from tadistill.models.remote.replies import Cache, in_threads
+from tadistill.models.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
+from tadistill.models.replies import Cache, in_threads
 
 if TYPE_CHECKING:
     from openai import OpenAI

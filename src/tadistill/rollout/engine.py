@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
-from tadistill.models.forward import evaluating, in_bfloat16
+from tadistill.models.forward import evaluating
+from tadistill.models.modify import in_bfloat16
 from tadistill.objectives.tiles import free_bytes
 from tadistill.rollout import fast_mixture, fixed_shapes
 from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of

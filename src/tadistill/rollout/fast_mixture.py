@@ -25,7 +25,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tadistill.models.packing import ROWS
+from tadistill.models.forward import ROWS
 from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
 from tadistill.tuning import COMPACT_BELOW, PACKED_FAMILIES
 

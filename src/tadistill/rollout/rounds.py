@@ -27,7 +27,7 @@ from tadistill.data.batch import Batch, Sequence, by_length, collate, taught
 from tadistill.data.encoding import Encoded
 from tadistill.data.second_readings import Rereader, at_span_ends
 from tadistill.data.training_sets import TrainingSets, shuffled
-from tadistill.models.teacher import HiddenTeacher, InProcess, Teacher, teacher_of
+from tadistill.models.teachers import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Engine, Mixture, Speculation
 from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, unpack

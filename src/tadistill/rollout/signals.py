@@ -25,7 +25,7 @@ from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKS
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.disk import replacing
 from tadistill.errors import ConfigError, StoreError
-from tadistill.models.teacher import Teacher
+from tadistill.models.teachers import Teacher
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
 from tadistill.rollout import signal_format
 from tadistill.tuning import RECORDING_BATCH

@@ -16,13 +16,13 @@ from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
-from tadistill.models.architectures import check_config
-from tadistill.models.counting.memory import available_memory, check_memory
-from tadistill.models.head import head_shape, read_config
-from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer, vocabulary
-from tadistill.models.packing import check_packing
+from tadistill.models.architectures import check_config, check_scratch, scratch_config
+from tadistill.models.cost import available_memory, check_memory
+from tadistill.models.forward import check_packing
+from tadistill.models.loading import check_model, load_tokenizer
 from tadistill.models.pruning import keep_list
-from tadistill.models.scratch import check_scratch, scratch_config
+from tadistill.models.served_model import fetch_config, head_shape
+from tadistill.models.tokens import check_same_tokenizer, vocabulary
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
@@ -169,7 +169,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
         check_scratch(config)
         rows = config.get_text_config().vocab_size
     elif model.serve:
-        config = read_config(root.load, root.revision)
+        config = fetch_config(root.load, root.revision)
         rows = head_shape(config)[0]
     else:
         if described := Ledger(recipe).config(_root(recipe, name)):

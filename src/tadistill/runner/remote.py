@@ -22,9 +22,9 @@ from tadistill.config.sampling import OnPolicy
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering, ServerFailed, TadistillError
 from tadistill.models import sources
-from tadistill.models.remote.client import Servers
-from tadistill.models.remote.endpoint import Unavailable, knock
-from tadistill.models.remote.replies import peek
+from tadistill.models.endpoint import Unavailable, knock
+from tadistill.models.replies import peek
+from tadistill.models.server_requests import Servers
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import Loaded
@@ -37,7 +37,7 @@ from tadistill.store import Store
 from tadistill.terminal import Terminal
 
 if TYPE_CHECKING:
-    from tadistill.models.remote.server_checks import Checked
+    from tadistill.models.served_model import Checked
 
 Found = tuple[str, Literal["ok", "warning", "problem"], str, str]
 """A line of `tadistill doctor`: a title, a state, a description of the server or the problem, and a way to mend it."""
@@ -74,9 +74,12 @@ def check_teachers(recipe: Recipe, stages: Iterable[Stage]) -> None:
 
 def check_model(recipe: Recipe, name: str) -> "list[Checked]":
     """Check the servers of one model of the recipe, and return a description of each server. Raises errors as `check_teachers` does."""
-    from tadistill.models.head import read_config  # here: these three modules import torch
     from tadistill.models.loading import load_tokenizer
-    from tadistill.models.remote.server_checks import check_servers, names_of
+    from tadistill.models.served_model import (
+        check_servers,
+        fetch_config,  # here: these three modules import torch
+        names_of,
+    )
 
     model = recipe.models[name]
     assert model.load is not None
@@ -85,7 +88,7 @@ def check_model(recipe: Recipe, name: str) -> "list[Checked]":
     servers = Servers(recipe.written(model.load) or model.load, model.serve, again=False)
     tokenizer = load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
     names = names_of(model.load, servers.model, model.revision, model.serve)
-    return check_servers(servers, names, tokenizer, read_config(model.load, model.revision), longest_text(recipe))
+    return check_servers(servers, names, tokenizer, fetch_config(model.load, model.revision), longest_text(recipe))
 
 
 def _examined_servers(recipe: Recipe, name: str) -> Iterator[Found]:

@@ -19,7 +19,7 @@ from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
-from tadistill.models.remote.needed_files import fetch_part, locate_part, needed_part
+from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
@@ -214,7 +214,7 @@ def _parameters(ledger: Ledger, name: str) -> int:
         return size.total
     if ledger.recipe.models[name].api:
         return 0
-    from tadistill.models.scratch import count_parameters  # imports torch
+    from tadistill.models.architectures import count_parameters  # imports torch
 
     return count_parameters(ledger.config(name) or {})
 

@@ -23,8 +23,8 @@ from tadistill.data import datasets
 from tadistill.data.survey import survey
 from tadistill.errors import TadistillError
 from tadistill.metrics import names_in
-from tadistill.models.counting.cost import NOT_LEARNING, phase, spans
-from tadistill.models.counting.sizes import Work, forward_flops
+from tadistill.models.cost import NOT_LEARNING, phase, spans
+from tadistill.models.sizes import Work, forward_flops
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger

@@ -18,7 +18,7 @@ from tadistill.config.method import MethodPatch, Optim, Select
 from tadistill.config.recipe import Search
 from tadistill.errors import ConfigError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
-from tadistill.models.counting.shapes import COUNTED
+from tadistill.models.shapes import COUNTED
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, total_flops, with_ancestors

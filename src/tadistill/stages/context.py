@@ -22,15 +22,17 @@ from tadistill.data.token_cache import RowsOnDisk
 from tadistill.data.turns import without_thinking
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.scoring import Subject
-from tadistill.models.counting.memory import give_back_freed_memory
-from tadistill.models.counting.shapes import resized
+from tadistill.models.architectures import scratch_model
+from tadistill.models.cost import give_back_freed_memory
 from tadistill.models.forward import check_reading
-from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
-from tadistill.models.modify import temper_head
-from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
-from tadistill.models.remote.server_checks import served_teacher
-from tadistill.models.scratch import scratch_model
-from tadistill.models.teacher import Teacher, teacher_of
+from tadistill.models.loading import load_model, load_tokenizer
+from tadistill.models.modify import column_major, temper_head
+from tadistill.models.prunable_parts import importance
+from tadistill.models.pruning import keep_list, prune, prune_depth
+from tadistill.models.served_model import served_teacher
+from tadistill.models.shapes import resized, shape_of
+from tadistill.models.teachers import Teacher, teacher_of
+from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import (
     BehindApi,
     Dev,

@@ -19,8 +19,8 @@ from tadistill.evaluation.bits_per_byte import cross_read, unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
-from tadistill.models.loading import end_tokens, shared_vocabulary
-from tadistill.models.teacher import Teacher, teacher_of
+from tadistill.models.teachers import Teacher, teacher_of
+from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine

@@ -26,11 +26,12 @@ from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.scoring import Subject, entropy, means
-from tadistill.models.loading import save_model, shared_vocabulary
+from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
-from tadistill.models.remote.replies import open_cache
-from tadistill.models.teacher import teacher_of
+from tadistill.models.replies import open_cache
+from tadistill.models.teachers import teacher_of
+from tadistill.models.tokens import shared_vocabulary
 from tadistill.plan.inputs import TokenizerFiles
 from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
 from tadistill.plan.remote import wanted_of

@@ -24,9 +24,10 @@ from tadistill.errors import DataError, ModelError
 from tadistill.evaluation.run import dev_metrics, over_sets
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.forward import pack_rows
-from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
+from tadistill.models.loading import save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
-from tadistill.models.teacher import Teacher
+from tadistill.models.teachers import Teacher
+from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import Encoding, Output, Split
 from tadistill.plan.kinds import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine

@@ -1,4 +1,4 @@
-"""Count the tokens and FLOPs of one training, separately for each part of the work, such as sampling (`models.counting.cost`).
+"""Count the tokens and FLOPs of one training, separately for each part of the work, such as sampling (`models.cost`).
 
     meter = Meter(student, (teacher,))
     with meter.counting():
@@ -8,7 +8,7 @@
 
 Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
 attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes or, with LoRA
-adapters, as `models.counting.adapters` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
+adapters, as `models.sizes` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
 """
 
 import time
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
-from tadistill.models.counting.cost import CostPart
-from tadistill.models.counting.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
+from tadistill.models.cost import CostPart
+from tadistill.models.forward import is_packed
 from tadistill.models.modify import adapters_in
-from tadistill.models.packing import is_packed
-from tadistill.models.teacher import Teacher, nothing
+from tadistill.models.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
+from tadistill.models.teachers import Teacher, nothing
 from tadistill.objectives import Head
 from tadistill.objectives.fused import heads_watched
 

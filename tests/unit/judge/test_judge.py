@@ -15,7 +15,7 @@ from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands
-from tadistill.models.remote.endpoint import connect
+from tadistill.models.endpoint import connect
 
 from .fake import as_json, completion, error, serve, slow
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tadistill.errors import ModelError
-from tadistill.models.architectures import REFUSED, check_config
-from tadistill.models.loading import load_model, scratch_config
+from tadistill.models.architectures import REFUSED, check_config, scratch_config
+from tadistill.models.loading import load_model
 
 
 @pytest.mark.parametrize("kind", REFUSED)

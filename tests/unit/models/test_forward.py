@@ -22,7 +22,7 @@ from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
 from tadistill.models import forward
 from tadistill.models.forward import Reader, check_reading, rounded
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 
 SHAPE = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
 WIDE = {"intermediate_size": 32, "num_key_value_heads": 1}

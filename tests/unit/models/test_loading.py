@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.loading import check_same_tokenizer, load_model, load_tokenizer, save_model, shared_vocabulary
+from tadistill.models.loading import load_model, load_tokenizer, save_model
+from tadistill.models.tokens import check_same_tokenizer, shared_vocabulary
 
 IDS = torch.tensor([[5, 9, 2, 30, 7]])
 
@@ -217,7 +218,7 @@ def test_shared_vocabulary_is_the_least_width(tokenizer):
 
 def test_the_package_imports_no_torch():
     program = (
-        "import sys; from tadistill.models.counting.sizes import size_of; from tadistill.models.sources import fingerprint; "
+        "import sys; from tadistill.models.sizes import size_of; from tadistill.models.sources import fingerprint; "
         "size_of({}); fingerprint('gpt2'); print({'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

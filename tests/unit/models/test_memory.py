@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
+from tadistill.models.cost import available_memory, check_memory, resident_bytes
 
 
 def test_resident_bytes():

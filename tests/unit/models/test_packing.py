@@ -13,9 +13,8 @@ from tadistill import rng
 from tadistill.config.method import Method
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
-from tadistill.models.forward import Reader, pack_rows
+from tadistill.models.forward import FAMILIES, ROWS, Reader, check_packing, is_packed, pack_rows
 from tadistill.models.modify import recompute_layers
-from tadistill.models.packing import FAMILIES, ROWS, check_packing, is_packed
 from tadistill.rollout import fast_mixture
 from tadistill.rollout.engine import sample
 from tadistill.train.meter import Meter

@@ -7,7 +7,9 @@ import torch
 from tests.unit.models.test_pruning_width import KINDS, logits, tiny
 
 from tadistill.errors import ConfigError, DataError, ModelError
-from tadistill.models.pruning import importance, keep_important, prune, shape_of
+from tadistill.models.prunable_parts import importance, keep_important
+from tadistill.models.pruning import prune
+from tadistill.models.shapes import shape_of
 
 SEQUENCES = [[5, 9, 2, 30, 7, 11, 3], [4, 4, 8], [31, 1, 12, 13, 6], [17], [3, 2, 1, 0]]
 FIELDS = ("hidden", "neurons", "heads", "layers")

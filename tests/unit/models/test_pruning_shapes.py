@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.counting.shapes import Shape, check_shape, shape_of, with_shape
-from tadistill.models.counting.sizes import size_of
 from tadistill.models.pruning import prune
+from tadistill.models.shapes import Shape, check_shape, shape_of, with_shape
+from tadistill.models.sizes import size_of
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}
 
@@ -57,7 +57,7 @@ def test_mistakes():
 
 
 def test_shapes_import_no_torch():
-    code = "import sys, tadistill.models.counting.shapes; sys.exit('torch' in sys.modules)"
+    code = "import sys, tadistill.models.shapes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

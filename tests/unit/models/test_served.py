@@ -15,13 +15,10 @@ from tadistill.config.remote import Serve
 from tadistill.config.sampling import TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, ModelError, ServerFailed
-from tadistill.models import head
-from tadistill.models.head import read_config, read_head
-from tadistill.models.remote import client
-from tadistill.models.remote.client import Servers
-from tadistill.models.remote.served import top_k_target
-from tadistill.models.remote.server_checks import check_servers, names_of, served_teacher
-from tadistill.models.teacher import teacher_of
+from tadistill.models import served_model, server_requests
+from tadistill.models.served_model import check_servers, fetch_config, names_of, read_head, served_teacher
+from tadistill.models.server_requests import Servers
+from tadistill.models.teachers import teacher_of, top_k_target
 from tadistill.objectives import top_k
 from tadistill.tuning import LOG_ZERO
 
@@ -44,7 +41,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_new(here, monkeypatch):
-    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(server_requests, "PAUSES", (0.0, 0.0))
     here.fault, here.name, here.longest = (lambda number, path, body, reply: reply), here.directory, 128
     here.asked.clear()
     here.keys.clear()
@@ -95,7 +92,7 @@ def test_top_k_is_that_of_the_model(here, tail):
 
 
 def test_tokens_are_in_order_of_their_probability_although_a_server_sends_the_text_first():
-    from tadistill.models.remote.served import _Scores
+    from tadistill.models.teachers import _Scores
 
     scores = _Scores(np.array([[7, 3, 5]]), np.log([[0.1, 0.6, 0.2]]), np.log([0.1]))
     found = top_k_target(scores, TopKSignal(k=3), 9)
@@ -105,7 +102,7 @@ def test_tokens_are_in_order_of_their_probability_although_a_server_sends_the_te
 
 
 def test_a_token_outside_the_vocabulary_is_counted_with_the_tail():
-    from tadistill.models.remote.served import _Scores
+    from tadistill.models.teachers import _Scores
 
     scores = _Scores(np.array([[0, 9, 2]]), np.log([[0.5, 0.3, 0.1]]), np.zeros(1))
     found = top_k_target(scores, TopKSignal(k=3), 5)
@@ -115,7 +112,7 @@ def test_a_token_outside_the_vocabulary_is_counted_with_the_tail():
 
 
 def test_a_tail_is_never_below_the_rounding_of_the_server():
-    from tadistill.models.remote.served import _Scores
+    from tadistill.models.teachers import _Scores
 
     found = top_k_target(_Scores(np.array([[0]]), np.log([[1.0000001]]), np.zeros(1)), TopKSignal(k=1), 5)
     assert float(found.tail.exp()) == pytest.approx(2**-23)
@@ -267,7 +264,7 @@ def test_one_sentence_for_half_an_answer_with_scores(here):
 def checked(here, *, tokenizer=None, longest=0, gives="hidden", name=None):
     serve = Serve(at=here.at, gives=gives, name=name)
     names = names_of(here.directory, None, "main", serve)
-    config = read_config(here.directory, "main")
+    config = fetch_config(here.directory, "main")
     return check_servers(Servers(here.directory, serve, again=False), names, tokenizer or byte_tokenizer(), config, longest)
 
 
@@ -410,9 +407,9 @@ def test_of_a_model_of_the_hub_only_the_file_with_the_head_is_downloaded(tmp_pat
         downloaded.append((name, file, revision))
         shutil.copy(whole / file, here / file)
 
-    monkeypatch.setattr(head, "_download", download)
-    monkeypatch.setattr(head.sources, "locate", lambda *_: None)
-    monkeypatch.setattr(head.sources, "fetch", lambda *_, weights=True: here if not weights else pytest.fail("all weights"))
+    monkeypatch.setattr(served_model, "_download", download)
+    monkeypatch.setattr(served_model.sources, "locate", lambda *_: None)
+    monkeypatch.setattr(served_model.sources, "fetch", lambda *_, weights=True: here if not weights else pytest.fail("all weights"))
     found = read_head("org/name", "main", torch.float32)
     assert torch.equal(found.weight, teacher_of(model).head.weight)
     ((name, file, revision),) = downloaded

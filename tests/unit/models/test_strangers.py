@@ -14,8 +14,8 @@ from tests.unit.models.conftest import cached_repository, random_model, word_tok
 import tadistill
 from tadistill.errors import ModelError
 from tadistill.models import sources
-from tadistill.models.counting.sizes import read_config
 from tadistill.models.loading import check_model, load_model, load_tokenizer
+from tadistill.models.sizes import read_config
 
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('ran')\nclass X: pass\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"

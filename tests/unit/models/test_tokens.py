@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from tadistill.data.encoding import adds_bos
 from tadistill.models import tokens
-from tadistill.models.loading import end_tokens, load_model, load_tokenizer, save_model
+from tadistill.models.loading import load_model, load_tokenizer, save_model
+from tadistill.models.tokens import end_tokens
 
 
 @pytest.mark.parametrize("template", [None, CHATML])

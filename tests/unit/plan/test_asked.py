@@ -11,7 +11,8 @@ from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.data.contexts import messages
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.remote.replies import Reply, open_cache
+from tadistill.models.endpoint import Reply
+from tadistill.models.replies import open_cache
 from tadistill.plan.arms import make_plan
 from tadistill.plan.kinds import AskSpec, RetokeniseSpec
 from tadistill.plan.notes import approximations

@@ -157,7 +157,7 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
 
 
 def test_predictions_and_the_code_that_runs_read_the_same_constants():
-    from tadistill.models.counting import memory
+    from tadistill.models import cost
     from tadistill.objectives import tiles
     from tadistill.plan.costs import ledger, sizes_and_lengths, training
     from tadistill.rollout import engine, fast_mixture, signals
@@ -166,7 +166,7 @@ def test_predictions_and_the_code_that_runs_read_the_same_constants():
 
     assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == fast_mixture.COMPACT_BELOW
     assert sizes_and_lengths.PACKED_FAMILIES == fast_mixture.PACKED_FAMILIES
-    assert (memory.TILE_BYTES, memory.TILE_ROWS, memory.OBJECTIVE) == (tiles.TILE_BYTES, tiles.TILE_ROWS, tiles.OBJECTIVE)
+    assert (cost.TILE_BYTES, cost.TILE_ROWS, cost.OBJECTIVE) == (tiles.TILE_BYTES, tiles.TILE_ROWS, tiles.OBJECTIVE)
     assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, signals.RECORDING_BATCH)
     assert (training.LOG_POINTS, training.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)
     assert training.WATCHED_ROWS == alarms.WATCHED_ROWS

@@ -14,7 +14,7 @@ from tests.unit.plan.test_plan import plan
 from tests.unit.rollout.test_generate import EOS, PROMPTS, VOCAB, assert_frequencies, uniforms
 
 from tadistill.config.common import Decoding
-from tadistill.models.forward import in_bfloat16
+from tadistill.models.modify import in_bfloat16
 from tadistill.rollout import engine as engines
 from tadistill.rollout import fixed_shapes
 from tadistill.rollout.draw import Mixture

@@ -17,7 +17,7 @@ from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded
 from tadistill.data.training_sets import shuffled
 from tadistill.models.forward import Reader
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 from tadistill.objectives import Hidden
 from tadistill.rollout import samplers
 from tadistill.rollout.engine import Native

@@ -10,7 +10,7 @@ from tadistill.config.method import Optim
 from tadistill.config.sampling import HiddenSignal, SampledSignal, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, StoreError
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
 from tadistill.rollout import signals
 from tadistill.rollout.samplers import FixedSequences

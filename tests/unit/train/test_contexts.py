@@ -16,8 +16,7 @@ from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references
 from tadistill.data.encoding import Encoded
 from tadistill.models.forward import pack_rows
-from tadistill.models.remote.served import sequences
-from tadistill.models.teacher import InProcess
+from tadistill.models.teachers import InProcess, sequences
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy

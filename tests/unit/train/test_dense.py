@@ -10,7 +10,7 @@ from tadistill.config import objective as config
 from tadistill.config.method import Dense, Method, Optim
 from tadistill.config.sampling import StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence, collate
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 from tadistill.objectives import TargetMixture
 from tadistill.rollout.rounds import Teachers
 from tadistill.train.step import counts, make_step

@@ -17,7 +17,7 @@ from tadistill.config.objective import ForwardKL
 from tadistill.data.batch import Sequence
 from tadistill.errors import Interrupted
 from tadistill.models.modify import adapt, recompute_layers
-from tadistill.models.teacher import teacher_of
+from tadistill.models.teachers import teacher_of
 from tadistill.plan.task import make_task
 from tadistill.rollout.rounds import Rollouts
 from tadistill.rollout.samplers import FixedSequences

@@ -147,7 +147,7 @@ def test_recorded_outputs_are_those_of_the_rows_own_teacher(tmp_path):
 
 
 def made_teacher(model):
-    from tadistill.models.teacher import teacher_of
+    from tadistill.models.teachers import teacher_of
 
     return teacher_of(model)
 

@@ -1,6 +1,6 @@
 """Predictions of the cost of a recipe's stages. Every forward and backward pass of a stage is counted.
 
-`plan.costs.passes` gives the lengths of texts and the work of a pass, and `models.counting.sizes.forward_flops` turns work into FLOPs.
+`plan.costs.passes` gives the lengths of texts and the work of a pass, and `models.sizes.forward_flops` turns work into FLOPs.
 A sampled answer is assumed to be as long as the reference answer. If the model that samples has random weights, its answers are assumed
 to have `max_new_tokens` tokens, because such a model never ends an answer.
 """
@@ -15,9 +15,8 @@ from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.config.objective_base import Divergence
-from tadistill.models.counting.cost import Cost, CostPart, Disk
-from tadistill.models.counting.memory import Memory, resident_bytes
-from tadistill.models.counting.sizes import Size, Work, forward_flops, with_adapters
+from tadistill.models.cost import Cost, CostPart, Disk, Memory, resident_bytes
+from tadistill.models.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.sizes_and_lengths import SizesAndLengths

@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import prod
 
 from tadistill.config import Optim
-from tadistill.models.counting.sizes import Work
+from tadistill.models.sizes import Work
 from tadistill.tuning import COMPACT_BELOW
 
 

@@ -16,8 +16,8 @@ from tadistill.data.encoding import Counts, Encoded, encode_counted
 from tadistill.data.prompts import Rules, of_one_turn
 from tadistill.data.survey import SAMPLE, Survey, survey
 from tadistill.errors import NotHere, about
-from tadistill.models.counting import shapes, sizes
-from tadistill.models.counting.sizes import Adapters, Size, adapters_of
+from tadistill.models import shapes, sizes
+from tadistill.models.sizes import Adapters, Size, adapters_of
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.light_tokenizer import StandIn, vocabulary
 from tadistill.plan.costs.passes import SecondLength, Texts

@@ -1,29 +1,120 @@
-"""Teachers that run on servers of vLLM. A server runs the model on the tokens of a batch, and this process computes the loss.
+"""Teachers: frozen models whose outputs (hidden states or top-k log-probabilities) are the targets of a student's loss.
 
-    teacher = ServedHidden(servers, "ORG/NAME", config, head)      # or ServedTopK; `models.remote.server_checks` makes both
-    teacher.target(batch)
+    teacher = teacher_of(model)                     # a model in this process: whole, sharded or offloaded
+    teacher.target(batch)                           # its outputs at the N tokens of the loss, for `objectives.fused`
+    teacher.scored(batch, vocab)                    # these outputs, and the log-probability of the token after each of the N tokens
 
-A server sends one of two things for every token. `POST /pooling` returns the last hidden states after the final norm, as bytes.
-`POST /v1/completions` with `prompt_logprobs` returns the K most probable tokens and the text's own token, each with its log-probability.
+All other code treats all teachers in the same way, also those that run on servers of vLLM (`ServedHidden`, `ServedTopK`). A server runs the
+model on the tokens of a batch, and this process computes the loss. For every token, a server sends one of two things. `POST /pooling`
+returns the last hidden states after the final norm, as bytes. `POST /v1/completions` with `prompt_logprobs` returns the K most probable
+tokens and the text's own token, each with its log-probability. `models.served_model` makes these teachers.
 
 Axes: N tokens, T tokens of a sequence, H hidden, K tokens that a server sends at each position.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tadistill.config.sampling import TopKSignal
 from tadistill.data.batch import Batch
-from tadistill.models.counting.sizes import Work
-from tadistill.models.remote.client import Answer, Broken, Servers, read_json
-from tadistill.models.teacher import HiddenTeacher, Teacher
-from tadistill.objectives import Head, TopK
+from tadistill.models.forward import Reader
+from tadistill.models.server_requests import Answer, Broken, Servers, read_json
+from tadistill.models.sizes import Work
+from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
 from tadistill.objectives.sparse import remaining
 from tadistill.tuning import LOG_ZERO
+
+
+def nothing(work: Work) -> None:
+    """Ignore the amount of work of a forward pass. This is the default of `Teacher.passed`."""
+
+
+class Teacher:
+    """Base class of all teachers, in this process or on a server."""
+
+    device: torch.device
+    """The device of the teacher's outputs."""
+    width: int
+    """Number of logits of the teacher's output head."""
+    model: PreTrainedModel | None = None
+    """The model itself, or None if it runs outside of this process. Samplers that need the teacher's logits for each new token need a model
+    in this process."""
+    config: Mapping[str, Any] = {}
+    """The model's text configuration, if the model runs outside of this process."""
+    passed: Callable[[Work], None] = staticmethod(nothing)
+    """Function that gets the amount of work of every forward pass outside of this process. `train.meter` sets it, to count FLOPs."""
+    gives_hidden: bool = True
+    """True if the outputs are hidden states, from which every loss can be computed exactly."""
+
+    def target(self, batch: Batch) -> Hidden | TopK:
+        """Return the outputs at the N positions where the batch's mask is True, in row-major order. No gradient flows to them."""
+        raise NotImplementedError
+
+    def scored(self, batch: Batch, vocab: int) -> tuple[Hidden | TopK, Tensor]:
+        """Return the outputs of `target`, and the log-probability (N,) of the token that follows each position.
+
+        `vocab` is the number of tokens over which the probabilities are normalised.
+        """
+        raise NotImplementedError
+
+
+class HiddenTeacher(Teacher):
+    """Base class of the teachers whose outputs are their last hidden states. This process applies the output head to these states."""
+
+    @property
+    def head(self) -> Head:
+        raise NotImplementedError
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the inputs of the output head, of shape (N, H)."""
+        raise NotImplementedError
+
+    def target(self, batch: Batch) -> Hidden:
+        with torch.no_grad():
+            return Hidden(self.hidden(batch), self.head)
+
+    def scored(self, batch: Batch, vocab: int) -> tuple[Hidden, Tensor]:
+        target, tokens = self.target(batch), batch.counted(batch.targets_BT)
+
+        def values(logits: Tensor, _: tuple, rows: slice) -> Tensor:
+            return token_log_probs(logits, tokens[rows]).unsqueeze(0)
+
+        with torch.no_grad():
+            weights = torch.ones(1, 1, device=target.states.device)
+            return target, fused_head(target.states, target.head, values, weights, vocab=vocab)[1][0].float()
+
+
+class InProcess(HiddenTeacher):
+    """A model in this process, which `train.sharding` may have sharded or offloaded."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self._model = model, model
+        self.reader = Reader(model)
+        self.width = self.head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._model.device
+
+    @property
+    def head(self) -> Head:
+        return self.reader.head
+
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.reader.hidden(self._model, batch)
+
+
+def teacher_of(model: PreTrainedModel | Teacher) -> Teacher:
+    """Return a teacher unchanged. Wrap a transformers model in a teacher that runs in this process."""
+    return model if isinstance(model, Teacher) else InProcess(model)
+
+
+# --- teachers on servers ------------------------------------------------------------------------------------------------
 
 POOLING, COMPLETIONS = "/pooling", "/v1/completions"
 
@@ -82,7 +173,7 @@ class ServedTopK(Teacher):
         return target.to(self.device), torch.from_numpy(joined.own).float().to(self.device)
 
 
-# --- what is sent ----------------------------------------------------------------------------------------------------------
+# --- what is sent to a server ----------------------------------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -120,7 +211,7 @@ def top_k_request(name: str, ids: list[int], k: int) -> dict[str, Any]:
     return {"model": name, "prompt": [ids], "max_tokens": 1, "temperature": 0, "prompt_logprobs": k, "add_special_tokens": False}
 
 
-# --- what comes back -------------------------------------------------------------------------------------------------------
+# --- what a server sends back -------------------------------------------------------------------------------------------------------
 
 
 def hidden_states(answer: Answer, length: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,5 @@
-"""Check the files of a model before transformers reads them, because they may come from strangers."""
+"""The files of a model: find them on this disk, download them from the Hub, and check them before transformers reads them, because they may
+come from strangers."""
 
 import hashlib
 import json
@@ -8,11 +9,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tadistill import disk
+from tadistill.data import hub
 from tadistill.errors import ModelError
 
 WEIGHTS = (".safetensors", ".bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # names of the files that peft writes
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+_SAFETENSORS = ["model*.safetensors", ADAPTER_WEIGHTS[0]]
+_PICKLES = ["pytorch_model*.bin", ADAPTER_WEIGHTS[1]]
 _TEXTS = (".jinja", ".txt")  # such files may be empty: a tokenizer without merges has an empty merges.txt
 _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
@@ -25,6 +30,11 @@ def is_adapter(directory: Path) -> bool:
     return (directory / ADAPTER).is_file() and not any(
         any(directory.glob(f"{name}*")) for name in ("model*.safetensors", "pytorch_model*.bin")
     )
+
+
+def has_weights(adapter: Path) -> bool:
+    """Return True if the directory of an adapter contains its weights."""
+    return any((adapter / file).is_file() for file in ADAPTER_WEIGHTS)
 
 
 def is_described(directory: Path) -> bool:
@@ -136,3 +146,68 @@ def directory_digest(directory: Path) -> str:
     weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
     lines = [f"{p.name} {disk.sha256(p)}" for p in described] + [f"{p.name} {disk.sampled_digest(p)}" for p in weights]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# --- the Hugging Face Hub --------------------------------------------------------------------------------------------------
+
+
+def hub_folder(name: str, revision: str) -> Path | None:
+    """Return the folder of a model of the Hub, without network. Return None if its description is not on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", ADAPTER)]
+    except HFValidationError as error:
+        raise hub.invalid(ModelError, name, error) from error
+    return next((Path(file).parent for file in found if isinstance(file, str) and Path(file).is_file()), None)
+
+
+def hub_cached(name: str, revision: str, weights: bool) -> Path | None:
+    """Return the folder of a model of the Hub, without network. Return None if a file is not on this disk. Without `weights`, configuration
+    and tokenizer are enough."""
+    path = hub_folder(name, revision)
+    if path is None or weights:
+        return path if path and complete(path) else None
+    return path if any((path / file).is_file() for file in TOKENIZERS) else None
+
+
+def hub_description(name: str, revision: str) -> Path | None:
+    """Download config.json of a model of the Hub, and return its path. For an adapter, download its description, and return None.
+
+    Raises:
+        ModelError: the file cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with hub.explained(ModelError, "model", name, revision):
+        try:
+            return Path(hf_hub_download(name, "config.json", revision=revision))
+        except RemoteEntryNotFoundError:
+            hf_hub_download(name, ADAPTER, revision=revision)
+    return None
+
+
+def hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
+    """Download a model of the Hub, and return its folder. Without `weights`, the weights of a whole model are not downloaded.
+
+    Raises:
+        ModelError: the model cannot be downloaded, or has no weights.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        raise hub.offline(ModelError, "model", name, revision)
+    options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
+    with hub.explained(ModelError, "model", name, revision):
+        path = Path(snapshot_download(name, allow_patterns=[*_DESCRIPTION, *(_SAFETENSORS if weights else ())], **options))
+        if is_adapter(path) and not has_weights(path):
+            snapshot_download(name, allow_patterns=_SAFETENSORS, **options)
+        if not (has_weights(path) if is_adapter(path) else complete(path) or not weights):  # older repositories have only pickled weights
+            snapshot_download(name, allow_patterns=_PICKLES, **options)
+    if weights and not complete(path) and not is_adapter(path):
+        raise ModelError(
+            f"model `{name}` at revision `{revision}` has no config.json or no weights (*.safetensors or *.bin); choose another model"
+        )
+    return path

@@ -1,7 +1,13 @@
-"""Pruning in depth, for any family with a single stack of layers; and pruning in depth and width (Muralidharan et al. 2024, Minitron).
+"""Pruning: make a smaller model from parts of a larger model's weights. A model with the key `init` in the recipe is made in this way.
 
-student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))
-student = prune(teacher, shape, importance(teacher, sequences))
+    student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # keeps evenly spaced layers; works for any family
+
+    measured = importance(teacher, calibration)                                         # for depth and width, by activations
+    shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
+    student = prune(teacher, shape, measured)
+
+The result is an ordinary model of the same family. Pruning in depth works for any family with a single stack of layers. Pruning in depth
+and width follows Minitron (Muralidharan et al. 2024). `models.prunable_parts` measures the importance of the parts.
 """
 
 import copy
@@ -16,9 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.architectures import quiet
-from tadistill.models.counting.shapes import Shape, changes, check_shape, shape_of
-from tadistill.models.pruning.activations import Importance, keep_important
-from tadistill.models.pruning.weight_names import FAMILIES, Axis, Family
+from tadistill.models.prunable_parts import FAMILIES, Axis, Family, Importance, keep_important
+from tadistill.models.shapes import Shape, changes, check_shape, shape_of
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # configuration lists with one entry per layer
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from tadistill.errors import StoreError
-from tadistill.models.remote.endpoint import Reply
+from tadistill.models.endpoint import Reply
 
 _LOOK = 0.2  # the longest time between two calls of `look`, in seconds
 Item = TypeVar("Item")

@@ -15,8 +15,8 @@ from typing import Any
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.counting.shapes import COUNTED, shape_of, size_in
-from tadistill.models.directory import read_description
+from tadistill.models.model_files import read_description
+from tadistill.models.shapes import COUNTED, shape_of, size_in
 
 Config = Mapping[str, Any]
 
