@@ -28,7 +28,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from tadistill.config import load
 from tadistill.data.token_cache import RowsOnDisk
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 data = load(Path({recipe!r})).data
 rows = RowsOnDisk(data.train, "train", data.world, data.root, None)
 rows.kept(AutoTokenizer.from_pretrained({model!r}), Rules(data.max_prompt, data.max_length, template=data.template), name="train")

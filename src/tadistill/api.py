@@ -242,8 +242,8 @@ def evaluate(
         ConfigError: an argument is wrong, for instance the name of a model instead of a loaded model.
     """
     from tadistill.data import datasets
-    from tadistill.data.encoding import EvalSet, adds_bos, encode_counted
-    from tadistill.data.prompts import Rules
+    from tadistill.data.encoding import EvalSet, adds_bos, encode
+    from tadistill.data.encoding_rules import Rules
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.tokens import end_tokens, shared_vocabulary
@@ -264,7 +264,7 @@ def evaluate(
     found = {}
     for ref in data.test:
         examples = datasets.load(ref, "test", data)
-        encoded, counts = encode_counted(examples, tokenizer, rules, name=ref.name)
+        encoded, counts = encode(examples, tokenizer, rules, name=ref.name)
         if counts.text:
             warnings.warn(f"{ref.name}: {counts.text}", stacklevel=2)
         evaluation = evaluate_set(subject, EvalSet(ref.name, examples, encoded), decoding)

@@ -23,7 +23,7 @@ from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded, encode
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.second_readings import Behind, Rereader
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.token_cache import row_numbers
@@ -139,7 +139,7 @@ def rows() -> tuple[Any, list[Encoded]]:
     """Return a tokenizer and a few encoded rows."""
     tokenizer = tinyworld.tokenizer(seed=0, people=20)
     examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
-    return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")
+    return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")[0]
 
 
 def _again(tokenizer, other) -> Rereader:
@@ -150,7 +150,7 @@ def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interru
     _, encoded = rows()
     if again:
         examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
-        of_teacher = encode(examples, again.teacher.tokenizer, Rules(50, 63, template="plain"), name="tinyworld")
+        of_teacher = encode(examples, again.teacher.tokenizer, Rules(50, 63, template="plain"), name="tinyworld")[0]
         encoded = Behind(encoded, row_numbers(encoded), of_teacher)
         assert len(encoded) > 16
     sets = SETS if len(teachers) > 1 else TrainingSets((len(encoded),))

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data.encoding import Encoded, Encoder
-from tadistill.data.prompts import Rules
-from tadistill.data.row_counts import Counts
+from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.rows import Example
 from tadistill.data.token_bytes import TokenBytes, valid_runs
 from tadistill.data.turns import without_thinking

@@ -12,14 +12,14 @@ so far. Otherwise, the turn begins a new sequence.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tadistill.data import contexts
-from tadistill.data.prompts import Rules, in_chat, limit_key
-from tadistill.data.row_counts import Counts, nothing_left
+from tadistill.config.method_parts import TeacherContext
+from tadistill.data.encoding_rules import Counts, Rules, limit_key, nothing_left
+from tadistill.data.prompts import in_chat, render_for_teacher, written_by_template
 from tadistill.data.rows import Example
 from tadistill.data.turns import Turn, TurnReader, unlearnt, without_thinking
 from tadistill.errors import DataError
@@ -75,52 +75,37 @@ def as_one(sets: Seq[EvalSet]) -> EvalSet:
     return EvalSet(" + ".join(each.name for each in sets), [*itertools.chain(*(each.examples for each in sets))], encoded)
 
 
-def encode(examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data") -> list[Encoded]:
-    """Return the token ids of the examples: prompts, first references and choices. Rows whose prompt is too long or empty are left out.
+def encode(
+    examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", rows: Seq[int] | None = None
+) -> tuple[list[Encoded], Counts]:
+    """Return the token ids of the examples (prompts, first references and choices), and counts of the rows that were left out or cut.
 
     Each reference ends with a token that ends an answer. This is the chat template's own token if the template writes the prompt, and EOS
-    otherwise.
+    otherwise. Rows whose prompt is too long or empty are left out. `rows` are the indices of the examples in their split. The default is
+    0, 1, 2, …
 
     Raises:
         DataError: no row is left, a choice is too long, two choices of a row have the same tokens, a chat template refuses a row, or a text
             is too long and `long_prompts` or `long_responses` is `refuse`.
         ModelError: the tokenizer has no EOS token, or it has no chat template but a prompt needs one.
     """
-    return encode_counted(examples, tokenizer, rules, name=name)[0]
-
-
-def encode_counted(
-    examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", rows: Seq[int] | None = None
-) -> tuple[list[Encoded], Counts]:
-    """Return what `encode` returns, and the counts of the rows that were left out or cut. `rows` are the indices of the examples in their
-    split. The default is 0, 1, 2, …
-
-    Raises:
-        DataError, ModelError: as in `encode`.
-    """
-    encoded, counts = list[Encoded](), Counts(0)
-    for part in encode_parts(examples, tokenizer, rules, name=name, places=rows):
-        encoded += part[0]
-        counts = part[1]
-    return encoded, counts
+    parts = list(encode_parts(examples, tokenizer, rules, name=name, rows=rows))
+    return [e for part, _ in parts for e in part], parts[-1][1]
 
 
 def encode_parts(
-    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", places: Seq[int] | None = None
+    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", rows: Seq[int] | None = None
 ) -> Iterator[tuple[list[Encoded], Counts]]:
     """Encode the examples as `encode` does, in parts. Yield each part with the counts of all rows so far.
-
-    Args:
-        places: the indices of the examples in their split. The default is 0, 1, 2, …
 
     Raises:
         DataError, ModelError: as in `encode`. The check that at least one row is left comes after the last part.
     """
-    rows, encoder = zip(itertools.count() if places is None else places, examples, strict=False), Encoder(tokenizer, rules, name)
+    pairs, encoder = zip(itertools.count() if rows is None else rows, examples, strict=False), Encoder(tokenizer, rules, name)
     shortest, own = 0, rules.context.max_prompt if rules.context else 0
     counts = Counts(0, limit=rules.limit, max_length=rules.max_length, context_limit=own)
-    while part := list(itertools.islice(rows, _PART)):
-        encoded, numbers, lengths = encoder.part(dict(part))
+    while part := dict(itertools.islice(pairs, _PART)):
+        encoded, numbers, lengths = encoder.part(part)
         counts = counts.plus(**numbers)
         shortest = min(filter(None, [shortest, *lengths]), default=0)
         yield encoded, counts
@@ -130,12 +115,12 @@ def encode_parts(
 
 @dataclass(frozen=True)
 class _Ids:
-    # the token ids of a turn
+    # a turn and its token ids
+    turn: Turn
     plain: list[int]  # the prompt without the BOS of `Rules.bos`
     prompt: list[int]
-    response: list[int]  # without `end`
+    response: list[int]  # without the token that ends it
     hidden: int  # number of tokens at the start of the response that do not count in the loss
-    end: int  # the token that ends the response
 
 
 class Encoder:
@@ -150,52 +135,82 @@ class Encoder:
         length of each prompt in tokens."""
         if self.rules.thinking == "drop":
             examples = {row: without_thinking(example) for row, example in examples.items()}
-        turns = [self.reader.turns(example, self._where(row)) for row, example in examples.items()]
-        plain = _ids(self.tokenizer, [turn.prompt for of_row in turns for turn in of_row])
-        ids = iter(self._turns(turns, plain, [in_chat(example, self.rules.template) for example in examples.values()]))
-        numbers, encoded, lengths = Counter[str](), list[Encoded](), list[int]()
-        for (row, example), of_row in zip(examples.items(), turns, strict=True):
-            of_ids = list(itertools.islice(ids, len(of_row)))
-            lengths += [len(turn.prompt) for turn in of_ids]
-            found, left = self._row(of_ids, row)
+        chats = {row: in_chat(example, self.rules.template) for row, example in examples.items()}
+        ids = self._turns([(row, turn) for row, e in examples.items() for turn in self.reader.turns(e, self._where(row))], chats)
+        numbers, encoded = Counter[str](), list[Encoded]()
+        for row, example in examples.items():
+            found, left = self._row(ids[row], row)
             numbers.update(left)
-            if found and example.choices and len(of_row) == 1:
-                found = [self._with_choices(found[0], example.choices, of_row[0].prompt, of_ids[0].plain)]
-            numbers["unopened"] += bool(left["cut"]) and in_chat(example, self.rules.template)
+            if found and example.choices and len(ids[row]) == 1:
+                found = [self._with_choices(found[0], example.choices, ids[row][0])]
+            numbers["unopened"] += bool(left["cut"]) and chats[row]
             numbers["unlearnt"] += bool(found) and unlearnt(example, self.rules)
             encoded += found
         numbers.update(rows=len(examples), tokens=sum(len(e.prompt) for e in encoded))
         numbers["unknown"] = sum(e.prompt.count(self.unknown) for e in encoded)
         if self.rules.context:
-            texts = {row: of_row[-1].prompt for row, of_row in zip(examples, turns, strict=True)}
-            chats = {row: in_chat(example, self.rules.template) for row, example in examples.items()}
-            given = [contexts.Row(e, examples[e.row], texts[e.row], chats[e.row]) for e in encoded]
-            encoded, left = contexts.behind(given, self.rules, self.tokenizer, self._prompts, name=self.name)
-            numbers.update(left)
-        return encoded, numbers, lengths
+            prompts = {row: of_row[-1].turn.prompt for row, of_row in ids.items()}
+            encoded, over = self._with_teacher_prompts(self.rules.context, encoded, examples, prompts)
+            numbers["cut_context" if self.rules.long_prompts == "cut" else "long_context"] += over
+        return encoded, numbers, [len(turn.prompt) for of_row in ids.values() for turn in of_row]
 
-    def _with_choices(self, encoded: Encoded, labels: Seq[str], prompt: str, plain: list[int]) -> Encoded:
-        choices = _after(self.tokenizer, [prompt] * len(labels), [plain] * len(labels), list(labels))
-        _check_choices(choices, labels, self.rules.max_length - len(encoded.prompt), self._where(encoded.row))
+    def _with_choices(self, encoded: Encoded, labels: Seq[str], turn: _Ids) -> Encoded:
+        choices = _after(self.tokenizer, [turn.turn.prompt] * len(labels), [turn.plain] * len(labels), list(labels))
+        where, room = self._where(encoded.row), self.rules.max_length - len(encoded.prompt)
+        for ids, label in zip(choices, labels, strict=True):
+            if not 0 < len(ids) <= room:
+                raise DataError(
+                    f"{where}: choice `{label}` has {len(ids)} tokens, but the prompt leaves room for 1 to {room} (data.max_length); "
+                    "reword the choice, or raise data.max_length"
+                )
+            if choices.count(ids) > 1:
+                raise DataError(
+                    f"{where}: choice `{label}` has the same tokens as another choice, so no model can tell them apart; reword one of "
+                    "the two"
+                )
         return replace(encoded, choices=tuple(map(tuple, choices)))
+
+    def _with_teacher_prompts(
+        self, context: TeacherContext, encoded: list[Encoded], examples: Mapping[int, Example], prompts: Mapping[int, str]
+    ) -> tuple[list[Encoded], int]:
+        # adds the teacher's own prompts, and counts those that are too long; `prompts` are the student's
+        chats = [written_by_template(context, in_chat(examples[e.row], self.rules.template)) for e in encoded]
+        settings, most, found, over = self.rules.chat_template_kwargs, context.max_prompt, list[Encoded](), 0
+        texts = [
+            render_for_teacher(
+                context, examples[e.row], prompts[e.row], self.tokenizer, chats=c, where=self._where(e.row), settings=settings
+            )
+            for e, c in zip(encoded, chats, strict=True)
+        ]
+        for e, ids, chat in zip(encoded, _ids(self.tokenizer, texts), chats, strict=True):
+            prompt = self._begun(ids, chat)
+            if not prompt:
+                raise DataError(f"{self._where(e.row)}: the teacher's prompt is empty; write more than placeholders in context.template")
+            if len(prompt) > most and self.rules.long_prompts == "refuse":
+                raise DataError(
+                    f"{self._where(e.row)}: the teacher's prompt has {len(prompt)} tokens, more than context.max_prompt ({most}); raise "
+                    "this limit, or set data.long_prompts to cut or drop"
+                )
+            over += len(prompt) > most
+            if len(prompt) <= most or self.rules.long_prompts == "cut":
+                found.append(replace(e, teacher_prompt=tuple(prompt[:most])))
+        return found, over
 
     def _where(self, row: int) -> str:
         return f"{self.name}, row {row + 1}"
 
-    def _turns(self, turns: list[list[Turn]], plain: list[list[int]], chats: list[bool]) -> list[_Ids]:
-        flat = [turn for of_row in turns for turn in of_row]
-        responses = _after(self.tokenizer, [turn.prompt for turn in flat], plain, [turn.hidden + turn.answer for turn in flat])
-        hidden = [self._hidden(turn, prompt, ids) for turn, prompt, ids in zip(flat, plain, responses, strict=True)]
-        by_turn = [chat for chat, of_row in zip(chats, turns, strict=True) for _ in of_row]
-        parts = zip(plain, self._begun(plain, by_turn), responses, hidden, flat, strict=True)
-        return [_Ids(own, prompt, response, unread, turn.end) for own, prompt, response, unread, turn in parts]
+    def _turns(self, turns: list[tuple[int, Turn]], chats: Mapping[int, bool]) -> dict[int, list[_Ids]]:
+        texts = [turn.prompt for _, turn in turns]
+        plain = _ids(self.tokenizer, texts)
+        responses = _after(self.tokenizer, texts, plain, [turn.hidden + turn.answer for _, turn in turns])
+        found: dict[int, list[_Ids]] = {row: [] for row in chats}
+        for (row, turn), ids, response in zip(turns, plain, responses, strict=True):
+            found[row].append(_Ids(turn, ids, self._begun(ids, chats[row]), response, self._hidden(turn, ids, response)))
+        return found
 
-    def _prompts(self, texts: list[str], chats: list[bool]) -> list[list[int]]:
-        return self._begun(_ids(self.tokenizer, texts), chats)
-
-    def _begun(self, prompts: list[list[int]], chats: list[bool]) -> list[list[int]]:
+    def _begun(self, prompt: list[int], chat: bool) -> list[int]:
         # a chat template writes BOS itself, if the model needs it
-        return [with_bos(p, self.tokenizer) if self.rules.bos and not chat else p for p, chat in zip(prompts, chats, strict=True)]
+        return with_bos(prompt, self.tokenizer) if self.rules.bos and not chat else prompt
 
     def _hidden(self, turn: Turn, prompt: list[int], response: list[int]) -> int:
         # the number of a response's tokens before its answer; a token with the end of `hidden` and the start of the answer is an answer's
@@ -216,7 +231,7 @@ class Encoder:
                 counts[why] += 1
                 continue
             prompt = turn.prompt[: rules.limit]
-            response = [*turn.response, turn.end][: rules.max_length - len(prompt)]
+            response = [*turn.response, turn.turn.end][: rules.max_length - len(prompt)]
             counts["cut"] += len(turn.prompt) > rules.limit
             counts["shortened"] += len(response) <= len(turn.response)
             span = len(prompt) + turn.hidden, len(prompt) + len(response)
@@ -280,19 +295,6 @@ def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[l
     whole = _ids(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
     joint = [w[: len(p)] == p for w, p in zip(whole, ids, strict=True)]
     return [w[len(p) :] if j else _ids(tokenizer, [t])[0] for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]
-
-
-def _check_choices(choices: list[list[int]], labels: Seq[str], room: int, where: str) -> None:
-    for ids, label in zip(choices, labels, strict=True):
-        if not 0 < len(ids) <= room:
-            raise DataError(
-                f"{where}: choice `{label}` has {len(ids)} tokens, but the prompt leaves room for 1 to {room} (data.max_length); "
-                "reword the choice, or raise data.max_length"
-            )
-        if choices.count(ids) > 1:
-            raise DataError(
-                f"{where}: choice `{label}` has the same tokens as another choice, so no model can tell them apart; reword one of the two"
-            )
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

@@ -1,19 +1,18 @@
-"""Write the prompt of an example as text, and define the rules with which text becomes token ids.
+"""Write the prompt of an example as text: the student's, and the teacher's own prompt (`context` of a method).
 
-The template around an instruction is the Alpaca prompt, a line break, or the tokenizer's chat template.
+The template around an instruction is the Alpaca prompt, a line break, or the tokenizer's chat template. `messages` returns the prompt for a
+teacher behind an API, with or without a `context`.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from tadistill.config.data import LongText, Template, Thinking, Turns
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data import chat
 from tadistill.data.rows import Example
-from tadistill.errors import ModelError
+from tadistill.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,61 +30,6 @@ _ALPACA = re.compile(
     r"### Instruction:\s*(?P<instruction>.*?)(?:\n\s*### Input:\s*(?P<input>.*?))?\s*### Response:\s*",
     re.DOTALL,
 )
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The settings of a recipe (in `data`) that decide how a row becomes token ids. `config.data.Data` explains each of them."""
-
-    max_prompt: int
-    max_length: int
-    long_prompts: LongText = "drop"
-    long_responses: LongText = "cut"
-    bos: bool = False
-    """Put BOS before a prompt that does not begin with BOS. Prompts from a chat template are not changed, because the template decides
-    about BOS."""
-    template: Template = "alpaca"
-    turns: Turns = "answer"
-    thinking: Thinking = "keep"
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    context: TeacherContext | None = None
-    """The teacher's own prompt, which is encoded too. It may have up to `context.max_prompt` tokens. `long_prompts` says what happens to
-    a longer prompt."""
-
-    @classmethod
-    def of(cls, data: Any, role: str, *, bos: bool, context: TeacherContext | None = None) -> "Rules":
-        """Return the rules for one role of data sets: train, dev or test. Only training sets can have more than one learnt turn per row,
-        and only without a `context`.
-
-        Args:
-            data: the key `data` of a recipe, or the `Encoding` of a stage.
-        """
-        found = {each.name: getattr(data, each.name) for each in fields(cls) if each.name not in ("bos", "context")}
-        if role != "train" or context:
-            found["turns"] = of_one_turn(data.turns)
-        return cls(**found, bos=bos, context=context)
-
-    @property
-    def lenient(self) -> "Rules":
-        """These rules with `drop` in place of `refuse`, so that a text that is too long raises no error."""
-        prompts, responses = (("drop" if given == "refuse" else given) for given in (self.long_prompts, self.long_responses))
-        return replace(self, long_prompts=prompts, long_responses=responses)
-
-    @property
-    def limit(self) -> int:
-        """Largest number of tokens in a prompt. It is below `max_length`, so that an answer has room for at least one token."""
-        return min(self.max_prompt, self.max_length - 1)
-
-
-def of_one_turn(turns: Turns) -> Turns:
-    """Return the value of `turns` for a use that needs exactly one turn of each row, such as evaluation or sampling: `last` in place of
-    `all`. Other values are returned unchanged."""
-    return "last" if turns == "all" else turns
-
-
-def limit_key(limit: int, max_length: int) -> str:
-    """Return the recipe's key that limits prompts to `limit` tokens, with its value, as in ``data.max_prompt (256)``."""
-    return f"data.max_prompt ({limit})" if limit + 1 < max_length else f"data.max_length ({max_length})"
 
 
 def in_chat(example: Example, template: str) -> bool:
@@ -173,3 +117,76 @@ def split_prompt(text: str) -> tuple[str, str]:
     if match is None:
         return text.strip(), ""
     return match["instruction"].strip(), (match["input"] or "").strip()
+
+
+# --- the teacher's own prompts ---------------------------------------------------------------------------------------------
+
+
+def written_by_template(context: TeacherContext, student: bool) -> bool:
+    """Return True if the chat template writes the teacher's prompt. `student` is True if it writes the student's prompt."""
+    return student or context.system is not None if context.chat is None else context.chat
+
+
+def render_for_teacher(
+    context: TeacherContext,
+    example: Example,
+    prompt: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: Mapping[str, Any],
+    *,
+    chats: bool,
+    where: str,
+) -> str:
+    """Return the teacher's prompt for an example as text.
+
+    Args:
+        prompt: the whole prompt of the student.
+        settings: variables of the chat template.
+        chats: True if the tokenizer's chat template writes the teacher's prompt.
+        where: the name of the row in messages.
+
+    Raises:
+        DataError: the row has no column for a placeholder, or the chat template refuses the turns.
+        ModelError: the tokenizer has no chat template.
+    """
+    if not chats:
+        assert context.template is not None, "no chat template writes the teacher's prompt, so context.template must be set"
+        return context.filled(_columns(context, example, prompt, where))
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{where}: the `context` needs a chat template, but the tokenizer has none; set `tokenizer:` of the models to one that has a "
+            "chat template, or set context.chat: false"
+        )
+    return chat.render(messages(example, context, where, prompt), tokenizer, where, example.tools, settings)
+
+
+def messages(example: Example, context: TeacherContext | None, where: str = "data", prompt: str | None = None) -> list[dict[str, Any]]:
+    """Return the messages before the teacher's answer. An instruction, or a whole prompt, becomes one message of a user.
+
+    Args:
+        where: the name of the row in messages.
+        prompt: the whole prompt of the student. None for a teacher behind an API.
+
+    Raises:
+        DataError: the row has no column for a placeholder of the context.
+    """
+    turns = before_answer(example)
+    if context and context.template is not None:
+        turns[-1] = turns[-1] | {"content": context.filled(_columns(context, example, prompt, where))}
+    if context and context.system is not None:
+        turns = [{"role": "system", "content": context.system}, *(turn for turn in turns if turn["role"] != "system")]
+    return turns
+
+
+def _columns(context: TeacherContext, example: Example, prompt: str | None, where: str) -> Mapping[str, str]:
+    found = {**example.extra, "output": example.references[0]} | ({} if prompt is None else {"prompt": prompt})
+    if example.messages:
+        found["instruction"] = example.messages[-1].get("content") or ""
+    elif not example.verbatim:
+        found |= {"instruction": example.instruction, "input": example.input}
+    if missing := [name for name in context.columns if name not in found]:
+        raise DataError(
+            f"{where}: context.template names `{{{missing[0]}}}`, but the row has only {', '.join(found)}; correct the template, or add "
+            f"the column to data.train.extra, for instance `extra: [{missing[0]}]`"
+        )
+    return found

@@ -23,9 +23,9 @@ import numpy as np
 
 from tadistill.config import DataRef
 from tadistill.config.data import World
-from tadistill.data import chat, contexts, datasets, encoding, prompts, turns
+from tadistill.data import chat, datasets, encoding, encoding_rules, prompts, turns
 from tadistill.data.encoding import Counts, Encoded, encode_parts
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import key_of_rows
 from tadistill.disk import cache_root, digest, replacing, write_json, writing
@@ -187,7 +187,7 @@ class RowsOnDisk:
         if content is None or tokens is None:
             return None
         settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
-        code = encoding, turns, prompts, chat, contexts
+        code = encoding, encoding_rules, turns, prompts, chat
         return key_of([key_of_rows(self.ref, self.limit, content, *code), tokens, settings])
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import chat
-from tadistill.data.prompts import OPEN, Rules, before_answer, check_template, in_chat, render
+from tadistill.data.encoding_rules import Rules
+from tadistill.data.prompts import OPEN, before_answer, check_template, in_chat, render
 from tadistill.data.rows import Example
 from tadistill.errors import DataError
 

@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tadistill.data.answers_as_text import Answer, Retokenised, retokenised, said
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded, EvalSet, unknown_token
-from tadistill.data.prompts import Rules
-from tadistill.data.row_counts import Counts
+from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.token_bytes import token_bytes
 from tadistill.evaluation.scoring import Subject, likelihood
 

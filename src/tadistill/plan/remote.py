@@ -15,7 +15,7 @@ from tadistill.config.arm import routed
 from tadistill.config.common import DTYPES, Precision
 from tadistill.config.remote import Api, Serve, check_served, check_text_only
 from tadistill.data import datasets, hub
-from tadistill.data.contexts import messages
+from tadistill.data.prompts import messages
 from tadistill.data.rows import Example
 from tadistill.data.survey import survey
 from tadistill.data.turns import without_thinking

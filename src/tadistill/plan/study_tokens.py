@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Data
 from tadistill.data import chat, datasets
-from tadistill.data.prompts import of_one_turn
+from tadistill.data.encoding_rules import of_one_turn
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources, tokens

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.data.row_counts import Counts
+from tadistill.data.encoding_rules import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_of

@@ -14,8 +14,8 @@ from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
-from tadistill.data.encoding import Counts, adds_bos, encode_counted
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding import Counts, adds_bos, encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.token_cache import Longest, RowsOnDisk
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
@@ -100,7 +100,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
                 )
                 found.append(Texts(Longest(rules.limit, rules.max_length, top=max(tokenizer.get_vocab().values())), where))
             continue
-        encoded, counts[role, ref.name] = encode_counted(datasets.load(ref, role, data), tokenizer, rules, name=where)
+        encoded, counts[role, ref.name] = encode(datasets.load(ref, role, data), tokenizer, rules, name=where)
         found.append(Texts(Longest.of(encoded), where))
         if role == "test":
             rows[ref.name] = frozenset(e.row for e in encoded)
@@ -142,7 +142,7 @@ def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, ru
     if survey.survey(ref, "train", data).large:
         kept = RowsOnDisk(ref, "train", data.world, data.root, data.limit.train).kept(tokenizer, rules, name=where)
         return OfContext(frozenset(teachers), kept.counts, Texts(kept.longest, where))
-    encoded, counts = encode_counted(datasets.load(ref, "train", data), tokenizer, rules, name=where)
+    encoded, counts = encode(datasets.load(ref, "train", data), tokenizer, rules, name=where)
     return OfContext(frozenset(teachers), counts, Texts(Longest.of(encoded), where))
 
 

@@ -14,8 +14,8 @@ from tadistill import rng
 from tadistill.config.common import DTYPES, Precision
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
-from tadistill.data.encoding import Counts, EvalSet, encode_counted
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding import Counts, EvalSet, encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE
 from tadistill.data.token_cache import RowsOnDisk
@@ -218,7 +218,7 @@ class Context(Generic[AnySpec]):
             self.counts[split.role, name] = kept.counts
             return EvalSet(name, (), kept.rows)
         examples = datasets.read(split.ref, split.role, **where)
-        found, self.counts[split.role, name] = encode_counted(examples, tokenizer, rules, name=called)
+        found, self.counts[split.role, name] = encode(examples, tokenizer, rules, name=called)
         return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
 
     def dev(self, dev: Dev, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[float, EvalSet]]:

@@ -13,7 +13,7 @@ import numpy as np
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet, as_one
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.bits_per_byte import cross_read, unknown_tokens
 from tadistill.evaluation.run import generate_answers, native, score

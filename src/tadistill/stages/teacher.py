@@ -18,8 +18,7 @@ from tadistill.config import Evaluate
 from tadistill.data.answers_as_text import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
 from tadistill.data.batch import references, responses
 from tadistill.data.encoding import EvalSet
-from tadistill.data.prompts import Rules
-from tadistill.data.row_counts import Counts
+from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.training_sets import joined
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows

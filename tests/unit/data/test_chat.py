@@ -5,7 +5,7 @@ from tests.byte_models import BOS, CHATML, EOS, IM_END, LLAMA2, TURNS, byte_toke
 
 from tadistill.data import chat
 from tadistill.data.encoding import encode
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
 from tadistill.errors import DataError, ModelError
 
@@ -79,7 +79,7 @@ def test_conversations_need_a_chat_template():
     ],
 )
 def test_a_reference_ends_as_its_prompt_asks(example, template, end):
-    (encoded,) = encode([example], byte_tokenizer(), Rules(400, 500, template=template))
+    (encoded,) = encode([example], byte_tokenizer(), Rules(400, 500, template=template))[0]
     assert encoded.response[-1] == end
     assert len(encoded.response) == 3
 
@@ -92,7 +92,7 @@ def test_bos_comes_first_and_once(template, style):
     example = Example(text, "", ("yo",), verbatim=style in ("verbatim", "with BOS"), choices=("yo", "no"))
     template_name = style if style in ("alpaca", "plain", "chat") else "plain"
     rules = [Rules(400, 500, template=template_name, bos=bos) for bos in (False, True)]
-    ((without,), (with_bos,)) = (encode([example], tokenizer, of_bos) for of_bos in rules)
+    ((without,), (with_bos,)) = (encode([example], tokenizer, of_bos)[0] for of_bos in rules)
     wanted = 0 if style == "chat" and template == CHATML else 1  # a chat template says itself where BOS is
     assert with_bos.prompt.count(BOS) == wanted == int(with_bos.prompt[0] == BOS)
     assert with_bos.prompt[wanted:] == without.prompt[without.prompt.count(BOS) :]

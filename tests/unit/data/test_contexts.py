@@ -7,8 +7,8 @@ from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 from tadistill.config import Data, DataRef
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data.batch import collate, references
-from tadistill.data.encoding import encode_counted
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding import encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example, example
 from tadistill.data.token_cache import RowsOnDisk
 from tadistill.errors import DataError, ModelError
@@ -20,9 +20,7 @@ TURNS = Example("", "", ("four",), messages=({"role": "system", "content": "Be s
 def texts(context: dict | str, *rows: Example, template: str = "plain", **settings) -> list[str]:
     """Return the prompts of student and teacher as text, one after the other, for each row."""
     tokenizer = byte_tokenizer(settings.pop("chat", None) or byte_tokenizer().chat_template)
-    found, _ = encode_counted(
-        rows, tokenizer, Rules(200, 400, context=TeacherContext.model_validate(context), template=template, **settings)
-    )
+    found, _ = encode(rows, tokenizer, Rules(200, 400, context=TeacherContext.model_validate(context), template=template, **settings))
     return [tokenizer.decode(ids) for e in found for ids in (e.prompt, e.teacher_prompt)]
 
 
@@ -57,16 +55,16 @@ def test_a_conversation_keeps_its_other_turns():
 def test_long_prompts_of_the_teacher_are_left_out_or_cut_and_counted():
     rows = [QUESTION, Example("Say blue", "", ("blue " * 9,))]
     context = TeacherContext(template="{output}", max_prompt=12)
-    found, counts = encode_counted(rows, byte_tokenizer(), Rules(200, 400, context=context, template="plain"))
+    found, counts = encode(rows, byte_tokenizer(), Rules(200, 400, context=context, template="plain"))
     assert [e.row for e in found] == [0]
     assert (counts.rows, counts.used, counts.long_context, counts.empty, counts.context_limit) == (2, 1, 1, 0, 12)
     assert "1 of 2 rows; 1 left out, because the teacher's prompt is longer than context.max_prompt (12)" in counts.text
-    found, counts = encode_counted(rows, byte_tokenizer(), Rules(200, 400, "cut", context=context, template="plain"))
+    found, counts = encode(rows, byte_tokenizer(), Rules(200, 400, "cut", context=context, template="plain"))
     assert [len(e.teacher_prompt) for e in found] == [9, 12]
     assert (counts.used, counts.cut_context, counts.cut) == (2, 1, 0)
     assert [len(e.prompt) for e in found] == [8, 9]  # the student's prompts have their own limit
     with pytest.raises(DataError, match=r"no row of data has a teacher's prompt of at most 3 tokens; raise context.max_prompt"):
-        encode_counted(rows, byte_tokenizer(), Rules(200, 400, context=context.model_copy(update={"max_prompt": 3}), template="plain"))
+        encode(rows, byte_tokenizer(), Rules(200, 400, context=context.model_copy(update={"max_prompt": 3}), template="plain"))
 
 
 def test_a_row_of_a_file_has_the_extra_columns(tmp_path):
@@ -87,7 +85,7 @@ def test_contexts_are_stored_with_the_tokens_of_a_large_set(tmp_path, monkeypatc
     for template in ("{output}{prompt}", "{prompt}"):
         rules = Rules(200, 400, context=TeacherContext(template=template), template="plain")
         kept = ref.kept(tokenizer, rules, name="d")
-        assert [*kept.rows] == encode_counted([*ref._examples()], tokenizer, rules)[0]
+        assert [*kept.rows] == encode([*ref._examples()], tokenizer, rules)[0]
         assert kept.longest.context == max(len(e.teacher_prompt) for e in kept.rows)
         assert kept.longest.context_whole == max(len(e.teacher_prompt) + len(e.response) for e in kept.rows)
     assert ref.kept(tokenizer, Rules(200, 400, template="plain"), name="d").rows[0].teacher_prompt is None
@@ -146,13 +144,13 @@ def test_a_context_with_chat_needs_a_chat_template():
     tokenizer = byte_tokenizer(None)
     assert tokenizer.bos_token_id == BOS
     with pytest.raises(ModelError, match=r"data, row 1: the `context` needs a chat template, but the tokenizer has none"):
-        encode_counted([QUESTION], tokenizer, Rules(200, 400, context=TeacherContext(chat=True), template="plain"))
+        encode([QUESTION], tokenizer, Rules(200, 400, context=TeacherContext(chat=True), template="plain"))
 
 
 def test_a_masked_thought_stays_masked_behind_the_teachers_prompt():
     thinks = Example("Say red", "", ("<think>hm</think>red",))
     rules = Rules(200, 400, template="plain", thinking="mask", context=TeacherContext(template="Be kind. {prompt}"))
-    ((row,), _) = encode_counted([thinks], byte_tokenizer(), rules)
+    ((row,), _) = encode([thinks], byte_tokenizer(), rules)
     (sequence,) = references([row])
     batch = collate([sequence], pad=0)
     for read in (batch, batch.of_teacher):
@@ -162,4 +160,4 @@ def test_a_masked_thought_stays_masked_behind_the_teachers_prompt():
 def test_a_long_prompt_of_the_teacher_can_be_refused():
     rules = Rules(200, 400, "refuse", template="plain", context=TeacherContext(template="{prompt}{prompt}", max_prompt=9))
     with pytest.raises(DataError, match=r"d, row 1: the teacher's prompt has \d+ tokens, more than context.max_prompt \(9\); raise this"):
-        encode_counted([QUESTION], byte_tokenizer(), rules, name="d")
+        encode([QUESTION], byte_tokenizer(), rules, name="d")

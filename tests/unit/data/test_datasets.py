@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from tadistill.config import Data, DataRef
 from tadistill.data import datasets
-from tadistill.data.encoding import encode, encode_counted
-from tadistill.data.prompts import Rules, render
-from tadistill.data.row_counts import Counts
+from tadistill.data.encoding import encode
+from tadistill.data.encoding_rules import Counts, Rules
+from tadistill.data.prompts import render
 from tadistill.data.tinyworld import tokenizer as world_tokenizer
 from tadistill.errors import DataError, ModelError
 
@@ -148,7 +148,7 @@ def test_an_empty_string_is_a_reference(tmp_path):
     (row,) = read(write(tmp_path / "x.jsonl", [{"instruction": "a", "output": ""}]))
     assert row.references == ("",)
     tokenizer = world_tokenizer()
-    (encoded,) = encode([row], tokenizer, Rules(5, 8, template="plain"))
+    (encoded,) = encode([row], tokenizer, Rules(5, 8, template="plain"))[0]
     assert encoded.response == (tokenizer.eos_token_id,)
 
 
@@ -297,11 +297,11 @@ def test_encoding_ends_with_eos_and_follows_the_length_rules():
     tokenizer = world_tokenizer()
     word = next(w for w in tokenizer.get_vocab() if w.isalpha())
     rows = [datasets.Example(word, "", (f"{word} {word}",)), datasets.Example(" ".join([word] * 9), "", (word,))]
-    (row,) = encode(rows, tokenizer, Rules(5, 8, template="plain"))
+    (row,) = encode(rows, tokenizer, Rules(5, 8, template="plain"))[0]
     assert row.row == 0
     assert row.response[-1] == tokenizer.eos_token_id
     assert len(row.response) == 3
-    (cut,) = encode(rows[:1], tokenizer, Rules(5, 4, template="plain"))
+    (cut,) = encode(rows[:1], tokenizer, Rules(5, 4, template="plain"))[0]
     assert tokenizer.eos_token_id not in cut.response
     with pytest.raises(DataError, match=r"raise data\.max_prompt"):
         encode(rows, tokenizer, Rules(1, 8, template="plain"))
@@ -316,7 +316,7 @@ def lengths_of(tokenizer, *prompts: int, response: int = 1) -> list[datasets.Exa
 def test_rows_that_are_left_out_are_counted():
     tokenizer = world_tokenizer()
     rows = lengths_of(tokenizer, 3, 9, 0, 9, 2)
-    encoded, counts = encode_counted(rows, tokenizer, Rules(5, 20, template="plain"))
+    encoded, counts = encode(rows, tokenizer, Rules(5, 20, template="plain"))
     assert [e.row for e in encoded] == [0, 4]
     assert counts == Counts(rows=5, long=2, empty=1, limit=5, max_length=20)
     assert counts.text == "2 of 5 rows; 2 longer than data.max_prompt (5); 1 with an empty prompt"
@@ -325,27 +325,27 @@ def test_rows_that_are_left_out_are_counted():
 def test_tokens_that_the_tokenizer_cannot_read_are_counted():
     tokenizer = world_tokenizer()
     rows = [datasets.Example(text, "", ("x",)) for text in ("красное слово", "where")]
-    encoded, counts = encode_counted(rows, tokenizer, Rules(9, 20, template="plain"))
+    encoded, counts = encode(rows, tokenizer, Rules(9, 20, template="plain"))
     assert (counts.unknown, counts.tokens) == (2, sum(len(e.prompt) for e in encoded))
     assert counts.unknown_text == f"2 of {counts.tokens} tokens of the prompts are unknown to the tokenizer"
     tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2, whose tokens are bytes
-    assert encode_counted(rows, tokenizer, Rules(9, 20, template="plain"))[1].unknown_text == ""
+    assert encode(rows, tokenizer, Rules(9, 20, template="plain"))[1].unknown_text == ""
 
 
 def test_rows_that_are_cut_are_counted():
     """As MiniLLM's PromptDataset does: the first max_prompt tokens are kept, and the whole reference."""
     tokenizer = world_tokenizer()
     rows = lengths_of(tokenizer, 3, 9)
-    encoded, counts = encode_counted(rows, tokenizer, Rules(5, 20, "cut", template="plain"))
-    whole = encode(rows, tokenizer, Rules(9, 20, template="plain"))
+    encoded, counts = encode(rows, tokenizer, Rules(5, 20, "cut", template="plain"))
+    whole = encode(rows, tokenizer, Rules(9, 20, template="plain"))[0]
     assert [e.prompt for e in encoded] == [whole[0].prompt, whole[1].prompt[:5]]
     assert [e.response for e in encoded] == [e.response for e in whole]
     assert counts.text == "2 of 2 rows; 1 with a prompt cut at data.max_prompt (5)"
-    _, counts = encode_counted(lengths_of(tokenizer, 3, response=4), tokenizer, Rules(5, 6, template="plain"))
+    _, counts = encode(lengths_of(tokenizer, 3, response=4), tokenizer, Rules(5, 6, template="plain"))
     assert counts.text == "1 of 1 rows; 1 with a reference cut at data.max_length (6)"
-    _, counts = encode_counted(lengths_of(tokenizer, 3, 6), tokenizer, Rules(256, 6, template="plain"))
+    _, counts = encode(lengths_of(tokenizer, 3, 6), tokenizer, Rules(256, 6, template="plain"))
     assert counts.text == "1 of 2 rows; 1 longer than data.max_length (6)"
-    _, counts = encode_counted(lengths_of(tokenizer, 3), tokenizer, Rules(5, 20, template="plain"))
+    _, counts = encode(lengths_of(tokenizer, 3), tokenizer, Rules(5, 20, template="plain"))
     assert counts.text == ""
 
 
@@ -367,9 +367,9 @@ def test_choices_are_encoded_as_responses_are():
     tokenizer = world_tokenizer()
     a, b, c = [w for w in tokenizer.get_vocab() if w.isalpha()][:3]
     example = datasets.Example(a, "", (f"{b} {c}",), choices=(b, f"{b} {c}"))
-    (row,) = encode([example], tokenizer, Rules(5, 8, template="plain"))
+    (row,) = encode([example], tokenizer, Rules(5, 8, template="plain"))[0]
     assert row.choices == (row.response[:1], row.response[:2])
-    assert encode([datasets.Example(a, "", (b,))], tokenizer, Rules(5, 8, template="plain"))[0].choices == ()
+    assert encode([datasets.Example(a, "", (b,))], tokenizer, Rules(5, 8, template="plain"))[0][0].choices == ()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from tadistill.config import Data, DataRef
 from tadistill.config.data import World
 from tadistill.data import datasets, encoding, jsonl, survey, token_cache
 from tadistill.data.batch import references
-from tadistill.data.encoding import encode_counted
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding import encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.token_cache import RowsOnDisk, tokenizer_digest
 from tadistill.errors import DataError
 
@@ -49,7 +49,7 @@ def kept(ref: DataRef, tokenizer=None, rules: Rules = RULES, limit: int | None =
 
 def direct(ref: DataRef, rules: Rules = RULES, limit: int | None = None):
     examples = datasets.read(ref, "train", world=World(), root=None, limit=limit)
-    return encode_counted(examples, word_tokenizer(), rules, name="d")
+    return encode(examples, word_tokenizer(), rules, name="d")
 
 
 def files(tmp_path, folder: str = "encoded", ending: str = "arrow") -> list:

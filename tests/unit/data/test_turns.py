@@ -7,8 +7,8 @@ from tests.chat_templates import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, chat_tok
 
 from tadistill.config import DataRef
 from tadistill.data.batch import collate, references
-from tadistill.data.encoding import encode, encode_counted
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding import encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import example
 from tadistill.errors import DataError, ModelError
 
@@ -36,7 +36,7 @@ def learnt(
 ) -> list[tuple[list[int], list[bool]]]:
     """The ids of a row's sequences, and for each token whether a batch counts it in the loss."""
     tokenizer, found = chat_tokenizer(template, family), []
-    for sequence in references(encode(examples(row(messages, tools)), tokenizer, rules(**more))):
+    for sequence in references(encode(examples(row(messages, tools)), tokenizer, rules(**more))[0]):
         batch = collate([sequence], pad=0)
         found.append((batch.ids_BT[0].tolist(), [False, *batch.mask_BT[0, :-1].tolist()]))
     return found
@@ -108,7 +108,7 @@ def test_a_template_that_rewrites_earlier_turns_gets_a_sequence_for_each():
     first, second = "<think>\nEasy.\n</think>\n\nIn Norway.<|im_end|>", "<think>\n\n</think>\n\nYes, it is.<|im_end|>"
     assert learnt(talk, QWEN3) == [qwen(start, first), qwen(start + again, second)]
     assert learnt(talk, QWEN3, turns="last") == [qwen(start + again, second)]
-    counts = encode_counted(examples(row(talk)), chat_tokenizer(QWEN3), rules())[1]
+    counts = encode(examples(row(talk)), chat_tokenizer(QWEN3), rules())[1]
     assert (counts.used, counts.more) == (1, 1)
     assert counts.text.endswith("1 additional sequence, because the chat template rewrites earlier turns (`epochs` counts rows)")
 
@@ -132,7 +132,7 @@ def test_thinking_is_kept_dropped_or_masked(messages):
     assert kept == [qwen(ASKED, f"{thought}Yes, it is.<|im_end|>")]
     assert dropped == [qwen(ASKED, "<think>\n\n</think>\n\nYes, it is.<|im_end|>")]
     assert masked == [qwen(ASKED + thought, "Yes, it is.<|im_end|>")]
-    (encoded,) = encode(examples(row(messages)), chat_tokenizer(QWEN3), rules("last", thinking="mask"))
+    (encoded,) = encode(examples(row(messages)), chat_tokenizer(QWEN3), rules("last", thinking="mask"))[0]
     assert list(encoded.prompt) == qwen(ASKED)[0]  # answers are sampled from here
 
 
@@ -201,7 +201,7 @@ def test_marks_are_those_of_transformers():
 
 
 def test_an_instruction_in_the_chat_template_is_one_turn():
-    (encoded,) = encode(examples({"instruction": "Is it cold?", "output": "Yes."}), chat_tokenizer(QWEN3), rules())
+    (encoded,) = encode(examples({"instruction": "Is it cold?", "output": "Yes."}), chat_tokenizer(QWEN3), rules())[0]
     assert [*encoded.prompt, *encoded.response] == qwen(
         f"<|im_start|>user\nIs it cold?{IM}assistant\n<think>\n\n</think>\n\nYes.<|im_end|>"
     )[0]
@@ -238,7 +238,7 @@ def test_what_cannot_be_learnt_is_one_sentence(messages, template, more, error, 
 
 
 def test_the_default_learns_the_text_alone_and_says_what_it_leaves_out():
-    encoded, counts = encode_counted(examples(row(THINKS), row(TALK)), chat_tokenizer(QWEN3), rules("answer"))
+    encoded, counts = encode(examples(row(THINKS), row(TALK)), chat_tokenizer(QWEN3), rules("answer"))
     assert [*encoded[0].prompt, *encoded[0].response] == qwen(ASKED + "Yes, it is.<|im_end|>")[0]
     assert encoded[0].spans == ()
     assert counts.text == "2 of 2 rows; 1 with thinking or tool calls that are not learnt (data.turns: last learns them)"
@@ -246,11 +246,11 @@ def test_the_default_learns_the_text_alone_and_says_what_it_leaves_out():
 
 def test_long_turns_are_left_out_cut_or_refused():
     tokenizer, rows = chat_tokenizer(CHATML), examples(row(TALK), row(TALK[:2]))
-    whole, short = encode(rows, tokenizer, rules())
+    whole, short = encode(rows, tokenizer, rules())[0]
     second = len(whole.prompt)
 
     def encoded(max_prompt: int = second, max_length: int = 900, **more):
-        return encode_counted(rows, tokenizer, Rules(max_prompt, max_length, template="chat", turns="all", **more), name="d")
+        return encode(rows, tokenizer, Rules(max_prompt, max_length, template="chat", turns="all", **more), name="d")
 
     (left, other), counts = encoded(second - 1)
     assert (left.prompt, left.response, left.spans) == (other.prompt, other.response, other.spans) == (short.prompt, short.response, ())
@@ -276,9 +276,9 @@ def test_long_turns_are_left_out_cut_or_refused():
 
 def test_rows_with_a_long_answer_are_left_out_and_counted():
     tokenizer, rows = chat_tokenizer(CHATML), examples(row(TALK), row(TALK[:2]))
-    _, short = encode(rows, tokenizer, rules("last"))
+    _, short = encode(rows, tokenizer, rules("last"))[0]
     length = len(short.prompt) + len(short.response)
-    found, counts = encode_counted(rows, tokenizer, Rules(900, length, "cut", "drop", template="chat"))
+    found, counts = encode(rows, tokenizer, Rules(900, length, "cut", "drop", template="chat"))
     assert [e.row for e in found] == [1]
     assert (counts.used, counts.text) == (1, f"1 of 2 rows; 1 left out with a reference that is longer than data.max_length ({length})")
     with pytest.raises(DataError, match=r"every row of d is too long for data\.max_length"):
@@ -287,25 +287,25 @@ def test_rows_with_a_long_answer_are_left_out_and_counted():
 
 def test_chats_that_lose_their_generation_prompt_are_counted():
     tokenizer, rows = chat_tokenizer(CHATML), examples(row(TALK), row(TALK[:2]))
-    whole, short = encode(rows, tokenizer, rules("last"))
+    whole, short = encode(rows, tokenizer, rules("last"))[0]
     most = len(whole.prompt) - 1
-    (cut, kept), counts = encode_counted(rows, tokenizer, Rules(most, 900, "cut", template="chat"), name="d")
+    (cut, kept), counts = encode(rows, tokenizer, Rules(most, 900, "cut", template="chat"), name="d")
     assert (cut.prompt, kept.prompt) == (whole.prompt[:most], short.prompt)
     assert tokenizer.decode(whole.prompt).endswith("<|im_start|>assistant\n")
     assert not tokenizer.decode(cut.prompt).endswith("<|im_start|>assistant\n")
     assert (counts.cut, counts.unopened) == (1, 1)
     assert counts.text.endswith("1 of the cut prompts lost the chat's generation prompt, which was at their end (data.long_prompts)")
-    assert encode_counted(rows, tokenizer, Rules(900, 900, "cut", template="chat"))[1].text == ""
+    assert encode(rows, tokenizer, Rules(900, 900, "cut", template="chat"))[1].text == ""
 
 
 def test_a_turn_whose_tokens_depend_on_the_next_text_begins_a_sequence():
     # GPT-2 divides "\n\n" before a word, so the prompt as the model reads it is no part of the longer text
     tokenizer = chat_tokenizer(LLAMA3, words=False)
-    found = encode(examples(row(TALK)), tokenizer, rules())
+    found = encode(examples(row(TALK)), tokenizer, rules())[0]
     start = "<|begin_of_text|>" + HEAD("user") + "Where is Oslo?<|eot_id|>" + HEAD("assistant")
     prompts = start, f"{start}In Norway.<|eot_id|>" + HEAD("user") + "Is it cold?<|eot_id|>" + HEAD("assistant")
     assert [list(e.prompt) for e in found] == [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
     assert [tokenizer.decode(e.response) for e in found] == ["In Norway.<|eot_id|>", "Yes, it is.<|eot_id|>"]
-    (masked,) = encode(examples(row(INSIDE)), chat_tokenizer(QWEN3, words=False), rules("last", thinking="mask"))
+    (masked,) = encode(examples(row(INSIDE)), chat_tokenizer(QWEN3, words=False), rules("last", thinking="mask"))[0]
     ((start, end),) = masked.spans
     assert tokenizer.decode((*masked.prompt, *masked.response)[start:end]) == "Yes, it is.<|im_end|>"

@@ -12,7 +12,7 @@ from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import EvalSet, encode
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.evaluation.bits_per_byte import bits_per_byte, cross_read, reference_sizes, unknown_tokens
 from tadistill.evaluation.run import score
 from tadistill.evaluation.scoring import Subject
@@ -28,7 +28,7 @@ def prepared(source: str, texts: tuple[str, ...], *, longest: int = 200) -> tupl
     examples = [datasets.Example("in which town does bodan live ?", "", (text,)) for text in texts]
     rules = Rules(60, longest, template="plain")
     subject = Subject(tiny_model("llama", vocab=len(tokenizer)), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
-    return subject, EvalSet("set", examples, encode(examples, tokenizer, rules))
+    return subject, EvalSet("set", examples, encode(examples, tokenizer, rules)[0])
 
 
 def measured(subject: Subject, data: EvalSet) -> np.ndarray:

@@ -16,7 +16,7 @@ from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
 from tadistill.data.encoding import EvalSet, encode
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
@@ -33,7 +33,7 @@ def tokenizer():
 def data(tokenizer):
     rows = tinyworld.world_rows("tinyworld", "test", people=20)[:10]
     examples = [datasets.Example(r["instruction"], r["input"], tuple(r["outputs"]), facts=tuple(map(tuple, r["facts"]))) for r in rows]
-    return EvalSet("tinyworld", examples, encode(examples, tokenizer, Rules(32, 64, template="plain")))
+    return EvalSet("tinyworld", examples, encode(examples, tokenizer, Rules(32, 64, template="plain"))[0])
 
 
 def subject(tokenizer, seed=0):
@@ -124,7 +124,7 @@ def test_records_hold_the_question_without_its_template(tokenizer):
         datasets.Example("", "", ("red",), messages=({"role": "user", "content": "Name a colour."},)),
         datasets.Example("", "", ("red",), messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "A colour?"})),
     ]
-    encoded = encode(examples[:2], tokenizer, Rules(512, 600, template="alpaca"))
+    encoded = encode(examples[:2], tokenizer, Rules(512, 600, template="alpaca"))[0]
     encoded += [replace(e, row=e.row + 2) for e in encoded]
     found = evaluate(subject(tokenizer), EvalSet("set", examples, encoded), settings(seeds=[1]))
     assert [(r["instruction"], r["input"]) for r in found.records] == [

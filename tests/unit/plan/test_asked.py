@@ -9,7 +9,7 @@ from tadistill.config import validate
 from tadistill.config.common import Decoding
 from tadistill.config.remote import Api
 from tadistill.data import datasets
-from tadistill.data.contexts import messages
+from tadistill.data.prompts import messages
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.endpoint import Reply
 from tadistill.models.replies import open_cache

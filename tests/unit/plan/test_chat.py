@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tadistill.config.method_parts import TeacherContext
 from tadistill.config.recipe import Recipe
 from tadistill.data.datasets import load
-from tadistill.data.encoding import encode_counted
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding import encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.errors import ConfigError, DataError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
@@ -78,7 +78,7 @@ def test_old_recipes_keep_the_content_of_their_stages(folder):
 def test_the_plan_counts_and_measures_as_the_tokenizer_of_transformers(folder, model, more, changes):
     study = recipe(folder, model, **({"turns": "all"} | changes))
     rules, rows = Rules.of(study.data, "train", bos=False), load(study.data.train, "train", study.data)
-    encoded, counts = encode_counted(rows, chat_tokenizer(QWEN3 if more else CHATML), rules)
+    encoded, counts = encode(rows, chat_tokenizer(QWEN3 if more else CHATML), rules)
     assert count_first_rows(study, study.data.train, "train") == counts
     assert counts.more == more or changes
     lengths = Ledger(study).fixed

@@ -13,7 +13,7 @@ from tadistill.config import validate
 from tadistill.data import datasets
 from tadistill.data.batch import references
 from tadistill.data.encoding import EvalSet, encode
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.errors import TadistillError
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject, entropy, means
@@ -218,7 +218,7 @@ def of_each_set(trained, handle, measure) -> dict:
     data = found.recipe.data
     rules = Rules.of(data, "dev", bos=False)
     rows = {name: datasets.load(ref, "dev", data) for name, ref in data.dev_sets().items()}
-    return {name: measure(subject, EvalSet(name, rows[name], encode(rows[name], tokenizer, rules))) for name in rows}
+    return {name: measure(subject, EvalSet(name, rows[name], encode(rows[name], tokenizer, rules)[0])) for name in rows}
 
 
 def test_the_dev_loss_of_each_set_is_logged_and_their_weighted_mean_selects(trained):

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tadistill.config import validate
-from tadistill.data.row_counts import Counts
+from tadistill.data.encoding_rules import Counts
 from tadistill.errors import DataError, ModelError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import process_bytes

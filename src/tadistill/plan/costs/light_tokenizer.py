@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.data import World
 from tadistill.data import chat, tinyworld
-from tadistill.data.prompts import Rules
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.tinyworld import TOKENIZERS, WORDS, backend
 from tadistill.data.tinyworld import vocabulary as world_vocabulary
 from tadistill.models import sources, tokens

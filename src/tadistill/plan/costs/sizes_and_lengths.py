@@ -12,8 +12,8 @@ from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Turns
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data import datasets, hub, tinyworld
-from tadistill.data.encoding import Counts, Encoded, encode_counted
-from tadistill.data.prompts import Rules, of_one_turn
+from tadistill.data.encoding import Counts, Encoded, encode
+from tadistill.data.encoding_rules import Rules, of_one_turn
 from tadistill.data.survey import SAMPLE, Survey, survey
 from tadistill.errors import NotHere, about
 from tadistill.models import shapes, sizes
@@ -230,7 +230,7 @@ class _Sample:
 def _read(asked: _Sample) -> Texts:
     rows, (_, _, (max_prompt, max_length, max_context)) = asked.rows, asked.how
     sample = [replace(example, choices=()) for example in rows.sample]
-    found, _ = encode_counted(sample, cast(Any, asked.tokenizer), asked.rules, name=asked.name, rows=rows.places)
+    found, _ = encode(sample, cast(Any, asked.tokenizer), asked.rules, name=asked.name, rows=rows.places)
     sizes = [(len(e.prompt) + len(e.response) - counted, counted) for e in found for counted in [_counted(e)]]
     sizes = [(min(other, max_prompt, max_length - 1), counted) for other, counted in sizes]
     own = tuple(min(len(e.teacher_prompt), max_context) for e in found if e.teacher_prompt and max_context)
@@ -284,7 +284,7 @@ def count_first_rows(
     rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(most, getattr(data.limit, role) or most))
     sample = [replace(row, choices=()) for row in rows]
     rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context))
-    return encode_counted(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
+    return encode(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
 
 
 def chunk(recipe: Recipe) -> int:

@@ -1,8 +1,66 @@
-"""Counts of the rows of a split that are used, cut and left out."""
+"""The rules with which text becomes token ids, and counts of the rows that they leave out or cut."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from tadistill.data.prompts import limit_key
+from tadistill.config.data import LongText, Template, Thinking, Turns
+from tadistill.config.method_parts import TeacherContext
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings of a recipe (in `data`) that decide how a row becomes token ids. `config.data.Data` explains each of them."""
+
+    max_prompt: int
+    max_length: int
+    long_prompts: LongText = "drop"
+    long_responses: LongText = "cut"
+    bos: bool = False
+    """Put BOS before a prompt that does not begin with BOS. Prompts from a chat template are not changed, because the template decides
+    about BOS."""
+    template: Template = "alpaca"
+    turns: Turns = "answer"
+    thinking: Thinking = "keep"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    context: TeacherContext | None = None
+    """The teacher's own prompt, which is encoded too. It may have up to `context.max_prompt` tokens. `long_prompts` says what happens to
+    a longer prompt."""
+
+    @classmethod
+    def of(cls, data: Any, role: str, *, bos: bool, context: TeacherContext | None = None) -> "Rules":
+        """Return the rules for one role of data sets: train, dev or test. Only training sets can have more than one learnt turn per row,
+        and only without a `context`.
+
+        Args:
+            data: the key `data` of a recipe, or the `Encoding` of a stage.
+        """
+        found = {each.name: getattr(data, each.name) for each in fields(cls) if each.name not in ("bos", "context")}
+        if role != "train" or context:
+            found["turns"] = of_one_turn(data.turns)
+        return cls(**found, bos=bos, context=context)
+
+    @property
+    def lenient(self) -> "Rules":
+        """These rules with `drop` in place of `refuse`, so that a text that is too long raises no error."""
+        prompts, responses = (("drop" if given == "refuse" else given) for given in (self.long_prompts, self.long_responses))
+        return replace(self, long_prompts=prompts, long_responses=responses)
+
+    @property
+    def limit(self) -> int:
+        """Largest number of tokens in a prompt. It is below `max_length`, so that an answer has room for at least one token."""
+        return min(self.max_prompt, self.max_length - 1)
+
+
+def of_one_turn(turns: Turns) -> Turns:
+    """Return the value of `turns` for a use that needs exactly one turn of each row, such as evaluation or sampling: `last` in place of
+    `all`. Other values are returned unchanged."""
+    return "last" if turns == "all" else turns
+
+
+def limit_key(limit: int, max_length: int) -> str:
+    """Return the recipe's key that limits prompts to `limit` tokens, with its value, as in ``data.max_prompt (256)``."""
+    return f"data.max_prompt ({limit})" if limit + 1 < max_length else f"data.max_length ({max_length})"
 
 
 @dataclass(frozen=True)
