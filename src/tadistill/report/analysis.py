@@ -14,7 +14,7 @@ from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, sorted_names
 from tadistill.report.explain import gap_words
 from tadistill.report.path_words import listed
-from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
+from tadistill.results.collect import MEAN, Results, once, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
 from tadistill.results.number_text import number, span, summary_text
 from tadistill.results.study import ArmRecord
@@ -73,15 +73,12 @@ class Analysis:
     """True if the arm is a path with assistants, and the two arms had different compute."""
 
 
+@once
 def analyses(results: Results) -> list[Analysis]:
     """Return one analysis for each pair of compared arms. The pair in the report's answer comes first.
 
     The list is empty if the study has no assistants and compares more than six pairs.
     """
-    return results.once("analyses", lambda: _analyses(results))
-
-
-def _analyses(results: Results) -> list[Analysis]:
     compared = by_importance(results)
     if len(compared) > _MOST_PAIRS and compared[0].against == "pair":
         return []

@@ -15,7 +15,7 @@ from tadistill.plan.throughput import spoken
 from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text
 from tadistill.report.path_words import counted, in_words, listed, some, taught, ways_text
 from tadistill.report.tables import stage_rows
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, span, spoken_interval, with_unit
 from tadistill.results.study import ArmRecord
@@ -69,12 +69,9 @@ class Answer:
         return tuple(text for text in (self.answer, self.against_sft, self.cost, self.failed, self.next) if text)
 
 
+@once
 def answer(results: Results) -> Answer:
     """Return the question that a study asks, and the answer that its results give."""
-    return results.once("answer", lambda: _make(results))
-
-
-def _make(results: Results) -> Answer:
     kind, text = _answer(results)
     return Answer(kind, _question(results), text, _against_sft(results), _cost(results), failed_text(results), _next(results, kind))
 

@@ -201,7 +201,7 @@ def distillations(results: Results) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for at, node in nodes.items():
         if node.parent is not None:
-            dev = None if at[0] == "arm" else last_dev_value(results, node.arms[0], node.model, metric)
+            dev = None if at[0] == "arm" else last_dev_value(results, node.arms[0].name, node.model, metric)
             facts = {"teacher": nodes[node.parent].model, "student": node.model, "method": node.kind, "flops": node.flops}
             facts["pruned_from"] = nodes[node.start].model if node.start else None
             facts["more_teachers"] = [nodes[at].model for at in node.others]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
+from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.measured import StageManifest, load_manifest
 from tadistill.results.number_text import (
@@ -99,9 +99,10 @@ def cost_rows(results: Results) -> list[CostRow]:
     return rows
 
 
+@once
 def stage_rows(results: Results) -> list[StageRow]:
     """Return all stages of the plan with the records of their runs (manifests). Each manifest is read once."""
-    return results.once("stages", lambda: [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages])
+    return [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages]
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ from scipy.special import chdtri, ndtri, stdtrit
 
 from tadistill.config.added_arms import budget_of
 from tadistill.metrics import metric_of
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
 from tadistill.results.compare import difference, reference_at
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference
@@ -79,16 +79,13 @@ class BudgetCurve:
     score is outside the metric's bounds."""
 
 
+@once
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
     """Return the curve of each arm with several budgets. The reference arm comes first.
 
     The result is empty if the study has no budgets or no results yet. By default, the metric is the primary one.
     """
-    name = metric or primary_metric(results)
-    return results.once(("budgets", name), lambda: _curves(results, name))
-
-
-def _curves(results: Results, metric: str) -> tuple[BudgetCurve, ...]:
+    metric = metric or primary_metric(results)
     grouped: dict[str, list[tuple[float, ArmRecord]]] = {}
     references: dict[str, None] = {}
     for arm in results.plan.arms:

@@ -6,9 +6,9 @@ has the unfinished evaluations, and every report lists them.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from tadistill.store import Store
 _BLIND = 0.5  # if ROUGE-L ignores more than this share of the references' letters, the primary metric is ROUGE-L for all scripts
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
@@ -103,7 +104,8 @@ class Results:
     the same order."""
     used: tuple[UsedRows, ...]
     """Counts of the used rows, with one entry per split. If arms differ in the counts of a split, the split has several entries."""
-    _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What functions with `once` have returned."""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -122,11 +124,18 @@ class Results:
     def arm(self, name: str) -> ArmRecord:
         return next(arm for arm in self.plan.arms if arm.name == name)
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`. The result of the first call with a key is stored, and later calls return it."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]  # type: ignore[return-value]
+
+def once(make: Callable[Concatenate[Results, P], T]) -> Callable[Concatenate[Results, P], T]:
+    """Wrap a function of `Results` and hashable values. A later call with the same values returns the result of the first call."""
+
+    @wraps(make)
+    def first(results: Results, /, *values: P.args, **named: P.kwargs) -> T:
+        key = (make, values, *named.items())
+        if key not in results.kept:
+            results.kept[key] = make(results, *values, **named)
+        return results.kept[key]
+
+    return first
 
 
 def read_results(study_dir: Path, store: Store) -> Results:
@@ -245,13 +254,16 @@ def sets_with(results: Results, metric: str) -> tuple[str, ...]:
 
 def _rows(results: Results) -> tuple[Row, ...]:
     plan, rows = results.plan, []
-    intervals = _intervals(plan, results.scores)
+    intervals: dict[tuple[str, str, str], tuple[float, float]] = {}  # arms with the same stage share an interval
     for arm in plan.arms:
         for seed, tables in sorted(results.scores[arm.name].items()):
             for set_name in (name for name in results.sets if name in tables):
                 found: dict[str, tuple[float, float | None, float | None]] = {}
                 for metric, values_NK in tables[set_name].items():
-                    found[metric] = (float(values_NK.mean()), *intervals[_stage(arm, seed, metric), set_name, metric])
+                    address = _stage(arm, seed, metric), set_name, metric
+                    if address not in intervals:
+                        intervals[address] = macro_interval([values_NK[None]], bounds=metric_of(metric).bounds)
+                    found[metric] = (float(values_NK.mean()), *intervals[address])
                 found |= {metric: (value, None, None) for metric, value in results.numbers[arm.name][seed].get(set_name, {}).items()}
                 for metric, (value, low, high) in found.items():
                     rows.append(
@@ -269,15 +281,6 @@ def _rows(results: Results) -> tuple[Row, ...]:
                         )
                     )
     return tuple(rows)
-
-
-def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    values: dict[tuple[str, str, str], NDArray[np.float64]] = {}
-    for arm in plan.arms:
-        for seed, tables in scores[arm.name].items():
-            for set_name, table in tables.items():
-                values |= {(_stage(arm, seed, metric), set_name, metric): values_NK for metric, values_NK in table.items()}
-    return {address: macro_interval([of[None]], bounds=metric_of(address[2]).bounds) for address, of in values.items()}
 
 
 def rounded(value: float) -> float:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tadistill.config.added_arms import at_budget, budget_of
 from tadistill.config.arm import direct_arm
 from tadistill.metrics import metric_of
-from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, sets_with, stack, summarise
+from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, once, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, macro_difference
 
@@ -30,12 +30,9 @@ BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 # --- differences ------------------------------------------------------------------------------------------------------------
 
 
+@once
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
     """Return the paired difference ``arm - other`` and the training seeds that both arms have. Return None if there is no such seed."""
-    return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
-
-
-def _compare(results: Results, arm: str, other: str, metric: str, set_name: str) -> tuple[Difference, tuple[int, ...]] | None:
     sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
     common = common_seeds(results, arm, other, sets, metric)
     if not common:
@@ -125,12 +122,9 @@ def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
     return sum(len(rows) for _, rows in _rows(results, metric, bucket))
 
 
+@once
 def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
     """Return an arm's mean over the prompts whose reference length is in the range `bucket`. Return None if there are no scores."""
-    return results.once(("bucket", arm, metric, bucket), lambda: _bucket_summary(results, arm, metric, bucket))
-
-
-def _bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
     seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
     values_SNK = _pooled(results, arm, seeds, metric, bucket)
     return None if values_SNK is None else summarise([values_SNK], seeds, metric)

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.metrics import in_order
 from tadistill.plan.kinds import TRAINING
-from tadistill.results.collect import Results
+from tadistill.results.collect import Results, once
 from tadistill.results.measured import load_corpus
-from tadistill.results.study import ArmRecord
 from tadistill.store import Store
 
 _POINTS = 60  # a longer curve is averaged in this number of bins, which smooths the training loss and keeps the page small
@@ -51,12 +50,9 @@ def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
     return {name: dict(sorted(points.items())) for name, points in series.items()}
 
 
+@once
 def learning_curves(results: Results) -> list[Curve]:
     """Return the learning curves of all finished trainings. Trainings of the arms' final models come first, in the plan's order."""
-    return results.once("learning curves", lambda: _learning_curves(results))
-
-
-def _learning_curves(results: Results) -> list[Curve]:
     groups: dict[tuple[str | None, str], dict[int, str]] = {}
     finals: set[str] = set()
     for arm in results.plan.arms:
@@ -78,15 +74,12 @@ def _learning_curves(results: Results) -> list[Curve]:
     return curves
 
 
-def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
+@once
+def last_dev_value(results: Results, arm: str, model: str, metric: str) -> float | None:
     """Return the last dev value of one model of the arm, averaged over seeds. Return None if no training logged the metric."""
-    return results.once(("last dev value", arm.name, model, metric), lambda: _last_dev_value(results, arm, model, metric))
-
-
-def _last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
-        trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
+        trains_it = arm in stage.arms and stage.model == model and stage.kind in TRAINING
         if trains_it and results.store.finished(stage.key):
             points = load_metrics(results.store, stage.key).get(f"dev/{metric}")
             if points:
@@ -150,12 +143,9 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
     return measured
 
 
+@once
 def exposures(results: Results) -> Mapping[str, ExposureBias]:
     """Return the exposure bias of each arm over all test sets. At each position, a set is weighted by its number of answers."""
-    return results.once("exposures", lambda: _exposures(results))
-
-
-def _exposures(results: Results) -> Mapping[str, ExposureBias]:
     found: dict[str, ExposureBias] = {}
     for arm in results.plan.arms:
         by_seed: dict[int, Array] = {}
@@ -212,15 +202,12 @@ class Reliability:
     count: Array
 
 
+@once
 def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
     """Return each arm's calibration bins.
 
     `what` is ``tokens`` for predictions of the references' next tokens, or ``labels`` for chosen answers.
     """
-    return results.once(("reliabilities", what), lambda: _reliabilities(results, what))
-
-
-def _reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
     found: dict[str, Reliability] = {}
     for arm in results.plan.arms:
         tables = [

@@ -10,7 +10,7 @@ from tadistill.data.prompts import split_thought
 from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
-from tadistill.results.collect import Results
+from tadistill.results.collect import Results, once
 from tadistill.results.measured import load_predictions
 from tadistill.results.number_text import number
 from tadistill.results.verdict import by_importance
@@ -22,16 +22,13 @@ _FEWEST = 5
 Samples = dict[str, list[dict[str, Any]]]
 
 
+@once
 def samples(results: Results) -> Samples:
     """Return the first prompts of each test set, with their references and the answer of every arm.
 
     A prompt of a conversation also has `turns`, each with a `role`, a `text` and perhaps `thinking`. An answer has `text` and `thinking`.
     Answers are not chosen by quality. They come from the first finished training seed and the first decoding seed.
     """
-    return results.once("samples", lambda: _samples(results))
-
-
-def _samples(results: Results) -> Samples:
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
     shared = {name: set(rows.tolist()) for name, rows in results.compared.items()}
     for arm in results.plan.arms:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from tadistill.results.collect import MEAN, Results, primary_metric, sets_with
+from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import Mechanism, compare, differences_per_seed, direct_of, mechanism, twin_of
 from tadistill.results.curves import load_metrics
 from tadistill.results.study import ArmRecord
@@ -131,9 +131,19 @@ def _chain_pair(results: Results, chain: ArmRecord) -> ComparedPair:
     return ComparedPair(chain, twin, "equal compute") if twin else ComparedPair(chain, direct_of(results, chain), "plain direct")
 
 
+@once
 def comparisons(results: Results) -> tuple[Comparison, ...]:
     """Return a comparison for each pair of arms with a common finished seed, in the plan's order."""
-    return results.once("comparisons", lambda: _comparisons(results))
+    metric = primary_metric(results)
+    found: list[tuple[ComparedPair, ArmRecord, Difference, tuple[int, ...]]] = []
+    for pair in pairs(results):
+        compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
+        if pair.other and compared:
+            found.append((pair, pair.other, *compared))
+    # the correction counts unfinished pairs too, so that a verdict cannot be reversed when they finish
+    family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
+    adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
+    return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
 
 
 def by_importance(results: Results) -> list[Comparison]:
@@ -160,19 +170,6 @@ def _two_best(results: Results) -> list[str]:
     groups = [[arm.name for arm in group if arm.name in means and arm.control is None] for group in competitors(results)]
     group = next((names for names in groups if len(names) > 1), [])
     return sorted(group, key=lambda name: -means[name])[:2]
-
-
-def _comparisons(results: Results) -> tuple[Comparison, ...]:
-    metric = primary_metric(results)
-    found: list[tuple[ComparedPair, ArmRecord, Difference, tuple[int, ...]]] = []
-    for pair in pairs(results):
-        compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
-        if pair.other and compared:
-            found.append((pair, pair.other, *compared))
-    # the correction counts unfinished pairs too, so that a verdict cannot be reversed when they finish
-    family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
-    adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
-    return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
 
 
 def _comparison(

@@ -64,11 +64,10 @@ def test_an_arm_whose_model_was_only_loaded_has_no_curve(study):
 
 def test_last_dev_value_of_a_teacher_assistant(shared):
     results = shared.results
-    chain = results.plan.arms[1]
     last = []
     for seed in (10, 20):
         key = key_of("distill", ("xl", "l"), seed, "")
         text = (shared.store_dir / key[:2] / key / "metrics.jsonl").read_text()
         last.append(json.loads(text.splitlines()[-1])["dev/rouge_l"])
-    assert last_dev_value(results, chain, "l", "rouge_l") == pytest.approx(np.mean(last))
-    assert last_dev_value(results, chain, "xl", "rouge_l") is None
+    assert last_dev_value(results, "chain", "l", "rouge_l") == pytest.approx(np.mean(last))
+    assert last_dev_value(results, "chain", "xl", "rouge_l") is None

@@ -219,7 +219,7 @@ def _add_side(chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[f
 def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float], *, is_student: bool) -> None:
     (x, y), arm, metric = at, node.arms[0], primary_metric(results)
     if not is_student:
-        dev = last_dev_value(results, arm, node.model, metric)
+        dev = last_dev_value(results, arm.name, node.model, metric)
         text = f"dev {number(dev, metric)}" if dev is not None else "teacher" if node.model == results.plan.teacher else ""
         side, away = ("start", 8) if dev is None else ("end", -8)  # on a phone, the value of a student is near the right side
         chart.text(x, y, text, side=side, shift=(away, 14))
@@ -244,7 +244,7 @@ def lattice_notes(results: Results) -> list[str]:
     """Return sentences that explain the kinds of lines and numbers in this study's figure of paths."""
     nodes, metric = lattice(results), primary_metric(results)
     assistants = [node for at, node in nodes.items() if at[0] != "arm" and node.parent is not None]
-    dev = any(last_dev_value(results, node.arms[0], node.model, metric) is not None for node in assistants)
+    dev = any(last_dev_value(results, node.arms[0].name, node.model, metric) is not None for node in assistants)
     pruned = any(node.start is not None for node in nodes.values())
     alone = any(map(_has_no_teacher, results.plan.arms))
     said = (
