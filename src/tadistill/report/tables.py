@@ -91,9 +91,7 @@ def cost_rows(results: Results) -> list[CostRow]:
     rows: list[CostRow] = []
     for arm in results.plan.arms:
         direct = direct_of(results, arm)
-        relative = None
-        if direct is not None and direct.flops and arm.flops is not None:
-            relative = arm.flops / direct.flops
+        relative = arm.flops / direct.flops if direct and direct.flops and arm.flops is not None else None
         parameters = results.plan.parameters[arm.model]
         rows.append(CostRow(arm, parameters, arm.flops, relative, direct.name if direct else None))
     return rows
