@@ -105,7 +105,7 @@ class Results:
     used: tuple[UsedRows, ...]
     """Counts of the used rows, with one entry per split. If arms differ in the counts of a split, the split has several entries."""
     kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    """What functions with `once` have returned."""
+    """The values that functions with `once` have returned."""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
