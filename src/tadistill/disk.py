@@ -11,6 +11,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -145,6 +146,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     """Write a value to a file as indented JSON. The file is replaced atomically, as in `write_text`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON in which None replaces infinite numbers and NaN, for example the infinite perplexity of a diverged model."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:

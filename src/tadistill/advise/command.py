@@ -6,8 +6,7 @@ kept on disk, so a second call does not repeat them.
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from math import isfinite
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from tadistill.advise import words
 from tadistill.advise.decide import Advice, advise
 from tadistill.advise.history import MEASURES, Candidate, Edge, EdgeMeasures, History, edge_record, family_of, history, path_edges
 from tadistill.advise.measures import (
-    PAIR_MEASURES,
     TOP_K,
     Ladder,
     Measures,
@@ -36,12 +34,12 @@ from tadistill.advise.page import render_advice
 from tadistill.advise.words import Report
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
-from tadistill.disk import write_json, write_text
+from tadistill.disk import finite, write_json, write_text
 from tadistill.metrics import NOT_COMPARABLE, metric_title
 from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.schedule import run_stages
-from tadistill.runner.study import describe, fetch_models
+from tadistill.runner.study import fetch_models, method_text
 from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
@@ -82,9 +80,10 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     measures = read_measures(probes, store, found)
     study = runs / recipe.study
     command = shlex.join(["tadistill", "advise", source, *overrides])
-    record = measured(recipe.study, command, measures, edge_measures(measures)) | {"stages": list(probes.plan.stages)}
+    known = edge_measures(measures)
+    record = measured(recipe.study, command, measures, known) | {"stages": list(probes.plan.stages)}
     write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
-    advice, past, metric = _advice(limited, found, priced, measures, runs)
+    advice, past, metric = _advice(limited, found, priced, known, runs)
     report = Report(
         study=recipe.study,
         command=command,
@@ -125,18 +124,14 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
 
 
 def _advice(
-    recipe: Recipe, found: Ladder, priced: dict[tuple[str, ...], PathCost], measures: Measures, runs: Path
+    recipe: Recipe, found: Ladder, priced: dict[tuple[str, ...], PathCost], known: Mapping[tuple[str, str], EdgeMeasures], runs: Path
 ) -> tuple[Advice, History, str]:
-    plan = make_plan(recipe)
     direct = (found.teacher, found.student)
-    arm = next(a for a in plan.arms if a.name in {path_name(path) for path in priced})
+    arm = next(a for a in make_plan(recipe).arms if a.name in {path_name(path) for path in priced})
     metric = arm.method.select.metric
-    described = describe(plan, created="", recipe_text="", command="")
-    method = next(a["method"] for a in described["arms"] if a["name"] == arm.name)
-    family = family_of(recipe.models, found.sizes, found.teacher, recipe.data.source, method)
+    family = family_of(recipe.models, found.sizes, found.teacher, recipe.data.source, method_text(arm))
     past = history(runs)
     used = () if metric in NOT_COMPARABLE else past.on(metric)
-    known = edge_measures(measures)
     chains = [Candidate(path, cost.multiple, path_edges(path, found.sizes, known)) for path, cost in priced.items() if len(path) > 2]
     candidates = [Candidate(direct, 1.0, path_edges(direct, found.sizes, known)), *chains]
     return advise(candidates, used, margin=margin_on(recipe, metric), family=family), past, metric
@@ -151,7 +146,7 @@ def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
     """Return the mean of each measure for each pair (teacher, learner). A loss ratio becomes None if it is infinite or not above 0."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
-        means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}
+        means = {field.name: getattr(pair, field.name).mean for field in fields(EdgeMeasures) if field.name != "size_ratio"}
         if not 0 < means["loss_ratio"] < float("inf"):
             means["loss_ratio"] = None
         found[names] = EdgeMeasures(size_ratio=pair.size_ratio, **means)
@@ -167,15 +162,15 @@ def measured(study: str, command: str, measures: Measures, edges: Mapping[tuple[
         "study": study,
         "command": command,
         "edges": [edge_record(Edge(*names, found)) for names, found in edges.items()],
-        "models": [_plain(asdict(model)) for model in measures.models],
-        "pairs": [_plain(asdict(pair)) for pair in measures.pairs.values()],
+        "models": [finite(asdict(model)) for model in measures.models],
+        "pairs": [finite(asdict(pair)) for pair in measures.pairs.values()],
     }
 
 
 def decided(report: Report) -> dict[str, Any]:
     """Return the part of advice.json that contains the decision and its settings."""
     advice = report.advice
-    return _plain(
+    return finite(
         {
             "dev": report.dev,
             "prompts": report.prompts,
@@ -192,14 +187,6 @@ def decided(report: Report) -> dict[str, Any]:
             "tags": words.TAGS,
         }
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 # --- terminal

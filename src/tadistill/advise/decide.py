@@ -11,7 +11,6 @@ from scipy.special import ndtr
 
 from tadistill.advise.history import Candidate, Observation, pair_up
 from tadistill.advise.predict import Forecast, Predictions, predict
-from tadistill.errors import ConfigError
 from tadistill.search.strategies import size_law
 
 SEEDS = 3
@@ -113,19 +112,11 @@ def advise(
         margin: the smallest difference that matters, in the metric's unit.
         level: the probability that an interval contains the true difference, such as 0.95. The verdict uses it too.
         family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
-
-    Raises:
-        ConfigError: the candidates have different teachers or students, a number is out of range, or history has two metrics.
     """
-    direct, chains = _check(candidates, margin, level)
-    scales = sorted({o.scale for o in history})
-    if len(scales) > 1:
-        raise ConfigError(
-            f"`history` contains the metrics {', '.join(scales)}, which have different units; give the observations of one metric"
-        )
+    direct, *chains = candidates
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
-    return decide(candidates, found, scale=scales[0] if pairs else None, margin=margin, level=level)
+    return decide(candidates, found, scale=history[0].scale if pairs else None, margin=margin, level=level)
 
 
 def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | None, margin: float, level: float) -> Advice:
@@ -153,26 +144,6 @@ def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | 
         unused=found.unused,
         seed_sd=found.seed_sd,
     )
-
-
-def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tuple[Candidate, Sequence[Candidate]]:
-    if not candidates or len(candidates[0].path) != 2:
-        raise ConfigError(
-            "the first candidate must be the direct path (teacher > student); put it first, and paths with assistants after it"
-        )
-    ends = {(c.path[0], c.path[-1]) for c in candidates}
-    if len(ends) > 1:
-        different = ", ".join(f"{a} to {b}" for a, b in sorted(ends))
-        raise ConfigError(
-            f"the candidates have different teachers or students ({different}); give only paths from one teacher to one student"
-        )
-    if len({c.path for c in candidates}) < len(candidates):
-        raise ConfigError("two candidates have the same path; give each path once")
-    if not margin > 0:
-        raise ConfigError(f"`margin` is {margin}; it must be positive")
-    if not 0.5 < level < 1:
-        raise ConfigError(f"`level` is {level}; it must be between 0.5 and 1")
-    return candidates[0], candidates[1:]
 
 
 def _verdict(options: Sequence[Option], found: Predictions, level: float) -> tuple[Verdict, tuple[str, ...]]:

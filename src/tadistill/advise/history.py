@@ -74,13 +74,7 @@ class Candidate:
     path: tuple[str, ...]
     cost: float
     edges: tuple[Edge, ...]
-
-    def __post_init__(self) -> None:
-        check_path(self.path, self.edges)
-        if not (isfinite(self.cost) and self.cost > 0):
-            raise ConfigError(
-                f"the cost of {path_text(self.path)} is {self.cost}; give a positive number, as a multiple of the direct path's cost"
-            )
+    """One edge for each step of the path, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +97,11 @@ class Observation:
     """Standard deviation of the arm's difference to its baseline on the test sets, from the study's report. It is 0 without a report."""
 
     def __post_init__(self) -> None:
-        check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0 and isfinite(self.quality)):
             raise ConfigError(
                 f"the observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite, and the "
                 "cost must be positive"
             )
-
-
-def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Raise a ConfigError if the edges do not fit the path. One edge from each model to the next is needed, in this order."""
-    if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
-        raise ConfigError(
-            f"path {path_text(path)} must have two or more models, and one edge (teacher and learner) for each step, in the same order"
-        )
 
 
 # --- reading studies ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from tadistill.store import Store
 
 Array = NDArray[np.float64]
 TOP_K = 16
-PAIR_MEASURES = ("reverse_kl", "forward_kl", "overlap", "mass", "entropy_gap", "loss_ratio", "advantage", "bias")
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,6 @@ class Measures:
 
     models: tuple[Model, ...]
     pairs: Mapping[tuple[str, str], Pair]
-
-    def model(self, name: str) -> Model:
-        return next(m for m in self.models if m.name == name)
 
 
 def estimate(values: ArrayLike) -> Mean:

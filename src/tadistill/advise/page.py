@@ -1,7 +1,6 @@
 """The advice as a page: one HTML file with its scripts, styles, data and figures. It looks like the report of a study."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -45,15 +44,6 @@ _HEATMAPS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 _BLUE, _RED, _GREEN = Look("var(--c0)"), Look("var(--worse)"), Look("var(--better)")
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A figure with its caption."""
-
-    title: str
-    hint: str
-    figure: Markup
-
-
 def render_advice(report: Report) -> str:
     looks = {path_text(path): found for path, found in path_looks(report).items()}
     environment = Environment(
@@ -79,7 +69,7 @@ def render_advice(report: Report) -> str:
         units=number_text,
         metric_title=metric_title,
         columns=_COLUMNS,
-        heatmaps=[Panel(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],
+        heatmaps=[(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],
         cost=_markup(cost_figure(report)),
         sweep=_markup(lambda_figure(report)),
         bias=bias_figure(report).html(),

@@ -3,14 +3,13 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
-from tadistill.disk import write_text
+from tadistill.disk import finite, write_text
 from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
 from tadistill.report.explain import arm_words, cautions, undecided_text, verdict_text
@@ -65,18 +64,9 @@ def _json(content: dict[str, Any]) -> str:
     def text(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return "[\n  " + ",\n  ".join(map(text, value)) + "\n ]"
-        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+        return json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
 
     return "{\n " + ",\n ".join(f"{json.dumps(key)}: {text(value)}" for key, value in content.items()) + "\n}\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinite numbers and NaN by None (null in JSON). For example, the perplexity of a diverged model is infinite."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:

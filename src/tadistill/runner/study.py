@@ -184,7 +184,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "path": list(a.arm.last),
                 "text": _text(a),
                 "models": list(a.arm.models),
-                "method": _method(a),
+                "method": method_text(a),
                 "phases": _phases(a),
                 "inexact": approximations(plan, a.name),
                 "model": a.arm.last[-1],
@@ -238,7 +238,8 @@ def _text(arm: PlannedArm) -> str:
     return f"{arm.arm.text}{starts}{''.join(f', {mark}' for mark in marks)}"
 
 
-def _method(arm: PlannedArm) -> str:
+def method_text(arm: PlannedArm) -> str:
+    """Return the methods of an arm's last distillation, such as ``minillm (teacher_mixed)``, or `sft` if no model is a teacher."""
     if arm.arm.learners:
         return phases_text(arm.phases)
     return "sft, continued" if arm.arm.objective else "sft"
