@@ -11,10 +11,9 @@ from rich.table import Table
 
 from tadistill.config.evaluate import REFERENCE, BlindSheet, Judge
 from tadistill.errors import ConfigError, JudgeFailed
-from tadistill.judge.asking import RequestEstimate, Verdicts, ask, ask_all, estimate_requests, stopped
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
-from tadistill.judge.summary import Row, summarise, write_summary
+from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all, estimate_requests, stopped, summarise, write_summary
 from tadistill.models.endpoint import Unavailable, check_address, connect, knock
 from tadistill.models.replies import Cache, open_cache
 from tadistill.results.study import find_study
@@ -36,7 +35,8 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
     directory = find_study(study, root)
-    path = directory / "judge" / f"judge-{_file_name(settings.name or _default_name(mode, model, against))}.json"
+    name = settings.name or f"{mode}-{model.strip('/')}" + ("" if against == REFERENCE else f"-vs-{against}")
+    path = directory / "judge" / f"judge-{_file_name(name)}.json"
     wanted = [*settings.arms, against] if settings.arms and against != REFERENCE else settings.arms
     answers = read_answers(directory, store_of(root), arms=wanted, sets=settings.sets, all_seeds=settings.all_seeds, limit=settings.limit)
     questions = make_questions(answers, mode=mode, against=against)
@@ -136,10 +136,6 @@ def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> No
 def _name_unfinished(console: Console, answers: Answers) -> None:
     if answers.unfinished:
         console.print(f"these arms are not evaluated yet and are left out: {', '.join(answers.unfinished)}", highlight=False)
-
-
-def _default_name(mode: str, model: str, against: str) -> str:
-    return f"{mode}-{model.strip('/')}" + ("" if against == REFERENCE else f"-vs-{against}")
 
 
 def _file_name(name: str) -> str:

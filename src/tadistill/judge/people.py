@@ -23,8 +23,7 @@ from markupsafe import Markup
 from tadistill.disk import read_json, write_json, write_text
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge.questions import Answers
-from tadistill.judge.summary import Row, pair_rows
-from tadistill.results.collect import MEAN
+from tadistill.judge.scores import Row, pair_rows, rounded, with_mean
 from tadistill.safe_text import guarded, visible_parts
 from tadistill.statistics import macro_interval
 
@@ -284,11 +283,9 @@ def _outcomes(by_arm: Mapping[tuple[str, str], Mapping[str, int]], items: Sequen
 
 
 def _score_rows(arm: str, means: Mapping[str, Sequence[float]], scale: Sequence[int]) -> list[Row]:
-    groups = [(name, [values]) for name, values in means.items()] + ([(MEAN, list(means.values()))] if len(means) > 1 else [])
     rows = []
-    for name, group in groups:
+    for name, group in with_mean(means):
         low, high = macro_interval([np.asarray(values, float)[None, :, None] for values in group], bounds=(min(scale), max(scale)))
         score = float(np.mean([np.mean(values) for values in group]))
-        numbers = {field: round(value, 4) for field, value in (("score", score), ("low", low), ("high", high))}
-        rows.append({"arm": arm, "set": name} | numbers | {"n": sum(map(len, group))})
+        rows.append({"arm": arm, "set": name} | rounded(score=score, low=low, high=high) | {"n": sum(map(len, group))})
     return rows

@@ -55,12 +55,6 @@ def read_answers(
         DataError: there is nothing to judge.
         StoreError: a file cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"`limit`, the number of prompts per set, is {limit}; it must be at least 1, or be left out to judge all prompts")
-    if not (study_dir / "plan.json").is_file():
-        raise ConfigError(
-            f"{study_dir} is not the directory of a study, because it has no plan.json; start a study with `tadistill run RECIPE`"
-        )
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
     first = _first_seed(plan, store)
@@ -149,7 +143,6 @@ _AGAIN = (
     "An earlier reply did not begin with a line of two scores from 1 to 10. Begin with that line.",
     "Earlier replies did not begin with a line of two scores. Reply with two numbers from 1 to 10, a space between them, and nothing else.",
 )
-ATTEMPTS = 1 + len(_AGAIN)  # a question is asked at most this many times until its reply can be parsed
 
 _SCORE = r"(?P<{0}>\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?"
 _LABEL = r"(?:(?:assistant|answer)\s*{0}(?:'s)?\s*(?:score)?\s*[:=\-]?\s*)?"
@@ -209,12 +202,13 @@ def write_question(instruction: str, given: str, left: str, right: str) -> str:
     return "\n\n".join([_TASK, *blocks, _FORM])
 
 
-def with_reminder(text: str, attempt: int) -> str:
-    """Return the text of a question for an attempt. Attempt 0 is the question itself. Later attempts add a reminder of the required form.
+def wordings(text: str) -> list[str]:
+    """Return the texts that are sent, one after the other, until a reply can be parsed: the question itself, and then the question with a
+    reminder of the required form.
 
     The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
     """
-    return text if attempt == 0 else f"{text}\n\n{_AGAIN[attempt - 1]}"
+    return [text, *(f"{text}\n\n{reminder}" for reminder in _AGAIN)]
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:

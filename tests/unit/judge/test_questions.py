@@ -8,7 +8,7 @@ from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 from tadistill.data.datasets import Example
 from tadistill.data.prompts import render, split_prompt, task_of
 from tadistill.errors import ConfigError
-from tadistill.judge.questions import ATTEMPTS, make_questions, parse_scores, read_answers, with_reminder, write_question
+from tadistill.judge.questions import make_questions, parse_scores, read_answers, wordings, write_question
 from tadistill.store import Store
 
 from .conftest import predictions
@@ -97,9 +97,9 @@ def test_question_shows_both_answers_in_order_and_no_names(study):
     assert "bad" not in first.text
     assert "[Input]" not in first.text
     assert "[Input]\n2 and 3\n" in write_question("Add.", "2 and 3", "5", "6")
-    assert with_reminder(first.text, 0) == first.text
-    asked = [with_reminder(first.text, attempt) for attempt in range(ATTEMPTS)]
-    assert len(set(asked)) == ATTEMPTS == 3
+    asked = wordings(first.text)
+    assert asked[0] == first.text
+    assert len(set(asked)) == len(asked) == 3
     assert all(parse_scores(text.removeprefix(first.text)) is None for text in asked)  # nothing to repeat that would count
 
 
@@ -128,7 +128,6 @@ def test_choice_of_prompts_seeds_and_arms(study):
         ({"arms": ["nobody"]}, "no arm `nobody`; its arms are good, bad, late"),
         ({"arms": ["late"]}, "`late` has no answers"),
         ({"sets": ["nothing"]}, "set `nothing`; its sets are dolly, facts"),
-        ({"limit": 0}, "`limit`, the number of prompts per set, is 0"),
     ],
 )
 def test_wrong_choices(study, options, message):

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from tadistill.judge.asking import Verdicts
 from tadistill.judge.questions import Answers, Item, make_questions
-from tadistill.judge.summary import ratio_interval, summarise, verdict
+from tadistill.judge.scores import Verdicts, ratio_interval, summarise, verdict
 from tadistill.statistics import macro_interval
 
 
@@ -35,8 +34,8 @@ def answers_of(sets: dict[str, int], seeds: tuple[int, ...] = (10,)) -> Answers:
 def verdicts_of(questions, score) -> Verdicts:
     """`score(question, who)` -> what that side gets, or None for a reply that cannot be parsed."""
     pairs = {q.text: (score(q, q.left), score(q, q.right)) for q in questions}
-    lost = frozenset(text for text, pair in pairs.items() if None in pair)
-    return Verdicts({text: pair for text, pair in pairs.items() if text not in lost}, lost, {})
+    lost = {text for text, pair in pairs.items() if None in pair}
+    return Verdicts({text: pair for text, pair in pairs.items() if text not in lost}, lost)
 
 
 def test_pair_rows():

@@ -1,0 +1,299 @@
+"""Ask the judge (a language model that rates answers) for scores, and compute wins, win rates and mean scores with 95 % intervals.
+
+The judge is asked in several threads. The number of tokens is estimated before the first request. Every reply is appended to a cache file
+at once (one JSON object per line). A question with a cached reply is not asked again.
+
+Axes: S training seeds, N prompts. An arm's row includes a prompt only if the judge scored this arm's answers to this prompt in both orders
+and for every seed.
+"""
+
+import datetime
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tadistill.config.evaluate import REFERENCE, Judge
+from tadistill.disk import write_json
+from tadistill.errors import JudgeFailed
+from tadistill.judge.questions import Answers, Question, parse_scores, wordings
+from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
+from tadistill.models.replies import Cache, in_threads
+from tadistill.results.collect import MEAN
+from tadistill.statistics import macro_interval
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+_TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
+_REFUSALS = 3  # after so many refusals and no answer, the run assumes that the endpoint refuses everything
+_SHARE = (0.0, 100.0)  # the bounds of a win rate
+
+Scores = tuple[float, float]
+Array = NDArray[np.float64]
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RequestEstimate:
+    """The numbers of questions and tokens of a run of the judge. The tokens are estimated from the lengths of the texts.
+
+    `cached` is the number of questions that already have a reply. `most_out` is the largest possible number of generated tokens.
+    """
+
+    questions: int
+    cached: int
+    tokens_in: int
+    tokens_out: int
+    most_out: int
+
+    @property
+    def requests(self) -> int:
+        """The number of requests if every reply has readable scores: one for each unanswered question.
+
+        Otherwise there are more requests, but at most three times as many.
+        """
+        return self.questions - self.cached
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The judge's scores. `scores` maps the text of a question to its scores (Assistant 1, Assistant 2).
+
+    `unparsed` has the texts of the questions to which no reply had readable scores.
+    """
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    unparsed: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Maps the text of a question to the reason why the endpoint refused it."""
+
+
+def question_key(settings: Judge, text: str) -> str:
+    """Return the cache key of a question. It depends on the judge model and its sampling settings.
+
+    It does not depend on the address of the endpoint, so the replies stay valid if the address changes.
+    """
+    content = [settings.model, settings.temperature, settings.max_tokens, text]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cache) -> RequestEstimate:
+    """Estimate the requests and tokens of a run. Questions with the same text are asked and counted once."""
+    texts = list(dict.fromkeys(question.text for question in questions))
+    open_texts = [text for text in texts if not _settled(text, settings, cache)]
+    tokens_in = estimated_tokens(sum(map(len, open_texts)))
+    expected = len(open_texts) * min(_TOKENS_A_REPLY, settings.max_tokens)
+    return RequestEstimate(len(texts), len(texts) - len(open_texts), tokens_in, expected, len(open_texts) * settings.max_tokens)
+
+
+def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
+    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.endpoint.complete` does."""
+    message = {"role": "user", "content": text}
+    return complete(
+        client,
+        {"model": settings.model, "messages": [message], "temperature": settings.temperature, "max_tokens": settings.max_tokens},
+    )
+
+
+def ask_all(
+    questions: Sequence[Question], settings: Judge, cache: Cache, ask: Callable[[str], Reply], *, tick: Callable[[], None] = lambda: None
+) -> Verdicts:
+    """Ask every question that has no cached reply, and return all scores. The scores do not depend on the order of the replies.
+
+    Args:
+        ask: sends a question and returns the reply, or raises `Refused` or `Unavailable`. It is called from `settings.jobs` threads.
+        tick: called once for each distinct question, after it is answered or refused.
+
+    Raises:
+        JudgeFailed: the endpoint stopped answering. The replies to all requests that were sent are awaited and saved first.
+    """
+    texts = list(dict.fromkeys(question.text for question in questions))
+    run = _Run(settings, cache, ask, tick)
+    futures = in_threads(texts, run.settle, threads=settings.jobs, stop=run.stop)
+    for future in futures:
+        if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
+            raise error
+    if run.failure:
+        done = sum(_settled(text, settings, cache) for text in texts)
+        raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(texts)))
+    return run.verdicts
+
+
+def stopped(reason: str, done: int, total: int) -> str:
+    return f"{reason}; {done} of {total} questions are answered and saved, {total - done} are missing; run the same command to continue"
+
+
+class _Run:
+    def __init__(self, settings: Judge, cache: Cache, ask: Callable[[str], Reply], tick: Callable[[], None]):
+        self.settings, self.cache, self.ask, self.tick = settings, cache, ask, tick
+        self.stop, self.lock, self.verdicts, self.failure = threading.Event(), threading.Lock(), Verdicts(), ""
+
+    def settle(self, text: str) -> None:
+        found = None
+        for asked in wordings(text):
+            key = question_key(self.settings, asked)
+            reply = self.cache.get(key)
+            if reply is None:
+                if self.stop.is_set():
+                    return
+                reply = self._request(text, asked)
+                if reply is None:
+                    return
+                self.cache.put(key, reply)
+            found = parse_scores(reply.text)
+            if found is not None:
+                break
+        with self.lock:
+            if found is None:
+                self.verdicts.unparsed.add(text)
+            else:
+                self.verdicts.scores[text] = found
+            self.tick()
+
+    def _request(self, text: str, asked: str) -> Reply | None:
+        try:
+            return self.ask(asked)
+        except Refused as error:
+            with self.lock:
+                self.verdicts.refused[text] = str(error)
+                self.tick()
+                if self.verdicts.scores or self.verdicts.unparsed or len(self.verdicts.refused) < _REFUSALS:
+                    return None
+            self._fail(f"it has refused all questions so far, because {error}")
+            raise Unavailable(str(error)) from error
+        except Unavailable as error:
+            self._fail(str(error))
+            raise
+
+    def _fail(self, reason: str) -> None:
+        with self.lock:
+            self.failure = self.failure or reason
+        self.stop.set()
+
+
+def _settled(text: str, settings: Judge, cache: Cache) -> bool:
+    for asked in wordings(text):
+        reply = cache.get(question_key(settings, asked))
+        if reply is None:
+            return False
+        if parse_scores(reply.text) is not None:
+            return True
+    return True
+
+
+# --- the summary --------------------------------------------------------------------------------------------------------
+
+
+def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
+    """Return one row per arm and test set. With several sets, each arm also gets a row for the mean over sets.
+
+    - n is the number of compared pairs of answers (prompts x training seeds).
+    - Mode pair: an arm wins if it wins in both orders. If the two orders disagree, it is a tie. win_rate = 100 (wins + ties / 2) / n.
+    - Mode score, as in MiniLLM: 100 x (sum of the arm's scores) / (sum of the reference's scores), over both orders.
+    """
+    scores = {(q.set, q.index, q.seed, q.left, q.right): verdicts.scores[q.text] for q in questions if q.text in verdicts.scores}
+    make = _pair_rows if mode == "pair" else _score_rows
+    rows: list[Row] = []
+    for arm in (name for name in answers.arms if name != against):
+        strata = {name: _complete(scores, answers, name, arm, against) for name in dict.fromkeys(item.set for item in answers.items)}
+        rows += make(arm, against, {name: values for name, values in strata.items() if values.size})
+    return rows
+
+
+def verdict(first: Scores, second: Scores) -> int:
+    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has it in both orders, and 0 otherwise.
+
+    Args:
+        first: the scores (arm, other answer) if the arm is shown first.
+        second: the scores (other answer, arm) if the arm is shown second.
+    """
+    lead, second_lead = first[0] - first[1], second[1] - second[0]
+    return int(lead > 0 and second_lead > 0) - int(lead < 0 and second_lead < 0)
+
+
+def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean, over test sets, of the ratio sum(scores of the arm) / sum(scores of the other answers).
+
+    There is one array for each set, of shape (training seeds, prompts, 2). The last axis has the arm's score and then the score of the
+    other answer.
+
+    For each set, the delta method computes one value for each seed and prompt. The mean of these values is the ratio. To first order,
+    the mean also has the variance of the ratio. `macro_interval` therefore computes the interval from these values.
+    """
+    linear = []
+    for values in strata_SN2:
+        arm_SN, other_SN = values[..., 0], values[..., 1]
+        ratio = arm_SN.sum() / other_SN.sum()
+        linear.append((ratio + (arm_SN - ratio * other_SN) / other_SN.mean())[..., None])
+    return macro_interval(linear, bounds=(0.0, np.inf))
+
+
+def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
+    """Write the summary of the ratings to `path` (``judge-NAME.json``). The report of the study reads this file."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
+    write_json(path, content, allow_nan=False)
+
+
+def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
+    """Return one row per test set. With several sets, add a row over all of them.
+
+    That row has the summed counts and the mean of the win rates, in which each set has the same weight. The arrays of `strata_SN` have one
+    value per training seed and prompt: 1 is a win, 0 a tie, -1 a loss.
+    """
+    rows = []
+    for name, group in with_mean(strata_SN):
+        wins, losses = (sum(int((sign * outcomes_SN > 0).sum()) for outcomes_SN in group) for sign in (1, -1))
+        n, rates_SN = sum(outcomes_SN.size for outcomes_SN in group), [50.0 * (outcomes_SN + 1) for outcomes_SN in group]
+        low, high = macro_interval([rate_SN[..., None] for rate_SN in rates_SN], bounds=_SHARE)
+        rate = float(np.mean([round(float(rate_SN.mean()), 4) for rate_SN in rates_SN]))
+        row = {"arm": arm, "other": other, "set": name, "wins": wins, "ties": n - wins - losses, "losses": losses}
+        rows.append(row | rounded(win_rate=rate, low=low, high=high) | {"n": n})
+    return rows
+
+
+def with_mean(strata: Mapping[str, T]) -> list[tuple[str, list[T]]]:
+    """Return the name and the values of each test set. With several sets, add the values of all sets, for the mean over sets."""
+    groups = [(name, [values]) for name, values in strata.items()]
+    return [*groups, (MEAN, list(strata.values()))] if len(groups) > 1 else groups
+
+
+def rounded(**values: float) -> dict[str, float]:
+    """Return the values rounded to four decimals, as they are written into a summary."""
+    return {name: round(value, 4) + 0.0 for name, value in values.items()}
+
+
+def _pair_rows(arm: str, other: str, strata: Mapping[str, Array]) -> list[Row]:
+    outcomes = {name: np.asarray([[verdict(*both) for both in of_seed] for of_seed in values], float) for name, values in strata.items()}
+    return pair_rows(arm, other, outcomes)
+
+
+def _score_rows(arm: str, other: str, strata: Mapping[str, Array]) -> list[Row]:
+    # (S, N, order, assistant) -> (S, N, [arm, other]): the arm is Assistant 1 in the first order, 2 in the second
+    both = {
+        name: np.stack([v[..., 0, 0] + v[..., 1, 1], v[..., 0, 1] + v[..., 1, 0]], axis=-1) for name, v in strata.items()
+    }  # fmt: skip
+    rows = []
+    for name, group in with_mean(both):
+        score = float(np.mean([values[..., 0].sum() / values[..., 1].sum() for values in group]))
+        low, high = ratio_interval(group)
+        row = {"arm": arm, "set": name} | rounded(score=100 * score, low=100 * low, high=100 * high)
+        rows.append(row | {"n": sum(values[..., 0].size for values in group)})
+    return rows
+
+
+def _complete(scores: Mapping[tuple, Scores], answers: Answers, name: str, arm: str, other: str) -> Array:
+    kept = []
+    for index in (item.index for item in answers.items if item.set == name):
+        keys = [[(name, index, seed, *names) for names in ((arm, other), (other, arm))] for seed in range(len(answers.seeds))]
+        if all(key in scores for of_seed in keys for key in of_seed):
+            kept.append([[scores[key] for key in of_seed] for of_seed in keys])
+    return np.asarray(kept, float).swapaxes(0, 1) if kept else np.empty(0)
