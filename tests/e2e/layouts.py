@@ -18,11 +18,11 @@ from tadistill.config.method import Method, Optim, Select
 from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
 from tadistill.models.modify import recompute_layers
+from tadistill.models.sharding import offload, shard, weights
+from tadistill.models.teachers import MovingAverage, frozen_copy
 from tadistill.rollout.samplers import Shard
 from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.moving_average import MovingAverage, frozen_copy
-from tadistill.train.sharding import offload, shard, weights
 from tadistill.train.step import make_step
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -13,9 +13,9 @@ from tests.e2e.inprocess import ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tadistill.config import Optim
+from tadistill.models.sharding import load_optimizer, load_weights, shard
 from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.train.loop import make_optimizer
-from tadistill.train.sharding import load_optimizer, load_weights, shard
 
 OPTIM = Optim(steps=1, batch=1, lr=1e-3)
 

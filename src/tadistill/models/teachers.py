@@ -10,20 +10,25 @@ returns the last hidden states after the final norm, as bytes. `POST /v1/complet
 tokens and the text's own token, each with its log-probability. `models.served_model` makes these teachers.
 
 Axes: N tokens, T tokens of a sequence, H hidden, K tokens that a server sends at each position.
+
+A teacher can also follow its student, as the moving average of the student's weights (`MovingAverage`).
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tadistill.config.sampling import TopKSignal
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.models.server_requests import Answer, Broken, Servers, read_json
+from tadistill.models.sharding import load_weights, reshard, weights
 from tadistill.models.sizes import Work
 from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
 from tadistill.objectives.sparse import remaining
@@ -90,7 +95,7 @@ class HiddenTeacher(Teacher):
 
 
 class InProcess(HiddenTeacher):
-    """A model in this process, which `train.sharding` may have sharded or offloaded."""
+    """A model in this process, which `models.sharding` may have sharded or offloaded."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self._model = model, model
@@ -295,3 +300,46 @@ def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
     order = np.argsort(-log_probs, axis=1, kind="stable")  # a server sends the text's own token first
     ids, log_p = (torch.from_numpy(np.take_along_axis(values, order, 1)) for values in (ids, log_probs))
     return TopK(ids, log_p.float(), remaining(log_p) if signal.tail == "lump" else None)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a frozen copy of a model, in eval mode. Weights that are frozen in the model are not copied: both models share their memory.
+
+    The model must not be sharded.
+    """
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
+
+
+class MovingAverage:
+    """A teacher that follows its student: the exponential moving average (EMA) of the student's weights.
+
+        average = MovingAverage(student, frozen_copy(student), 0.99)
+        average.update()                            # after each update of the student
+
+    An update moves the teacher's weights towards those of its student: teacher = decay x teacher + (1 - decay) x student. The models have
+    the same parameters. Either both are sharded, or none is. The teacher begins with the weights of the student. With adapters (LoRA), the
+    teacher shares the frozen weights and has its own adapters. Then the matrices A and B of an adapter are averaged, as in TRL, and not
+    their product. Self-distillation uses such a teacher: SDFT (Shenfeld et al. 2026, arXiv 2601.19897), and before it the mean teacher
+    (Tarvainen and Valpola 2017, arXiv 1703.01780).
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, decay: float):
+        self.student, self.model, self._average = student, teacher, get_ema_multi_avg_fn(decay)
+        self.teacher = teacher_of(teacher)
+
+    def update(self) -> None:
+        """Move the teacher's weights by one step. Call it after an update of the student."""
+        reshard(self.model)  # frees gathered weights, which the update of the shards would not change
+        pairs = zip(self.model.parameters(), self.student.parameters(), strict=True)
+        old, new = zip(*((own, other) for own, other in pairs if other.requires_grad), strict=True)
+        self._average(list(old), list(new), None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the teacher's weights for a checkpoint. All processes must call this function."""
+        return weights(self.model)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a saved `state`."""
+        reshard(self.model)
+        load_weights(self.model, state)

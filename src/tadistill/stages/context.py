@@ -31,6 +31,7 @@ from tadistill.models.prunable_parts import importance
 from tadistill.models.pruning import keep_list, prune, prune_depth
 from tadistill.models.served_model import served_teacher
 from tadistill.models.shapes import resized, shape_of
+from tadistill.models.sharding import offload, shard
 from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import (
@@ -55,7 +56,6 @@ from tadistill.rollout.decoder import slower
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.vllm import Launch, Vllm
 from tadistill.store import Store
-from tadistill.train.sharding import offload, shard
 from tadistill.user_code import OwnFunction, load_function
 
 SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher

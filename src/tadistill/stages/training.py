@@ -26,7 +26,8 @@ from tadistill.evaluation.scoring import Subject
 from tadistill.models.forward import pack_rows
 from tadistill.models.loading import save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
-from tadistill.models.teachers import Teacher
+from tadistill.models.sharding import shard, sharded, weights
+from tadistill.models.teachers import MovingAverage, Teacher, frozen_copy
 from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import Encoding, Output, Split
 from tadistill.plan.kinds import DistillSpec, SftSpec, TrainingSpec
@@ -38,8 +39,6 @@ from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.moving_average import MovingAverage, frozen_copy
-from tadistill.train.sharding import shard, sharded, weights
 from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
 

@@ -22,8 +22,9 @@ from tadistill.config.method import Optim, Select
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.metrics import higher_is_better, training_text
+from tadistill.models import sharding
 from tadistill.rollout.samplers import Sampler
-from tadistill.train import checkpoint, sharding, spans
+from tadistill.train import checkpoint, spans
 from tadistill.train.alarms import Alarms, watch
 from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
 from tadistill.train.meter import Meter

@@ -23,13 +23,12 @@ from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
-from tadistill.models.teachers import Teacher, teacher_of
+from tadistill.models.teachers import MovingAverage, Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture
 from tadistill.objectives.fused import Term, fused_parts, part_of
 from tadistill.objectives.sampled_and_minillm import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans
-from tadistill.train.moving_average import MovingAverage
 
 
 @dataclass(frozen=True)

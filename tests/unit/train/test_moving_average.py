@@ -17,7 +17,7 @@ from tadistill.config.objective import ForwardKL
 from tadistill.data.batch import Sequence
 from tadistill.errors import Interrupted
 from tadistill.models.modify import adapt, recompute_layers
-from tadistill.models.teachers import teacher_of
+from tadistill.models.teachers import MovingAverage, frozen_copy, teacher_of
 from tadistill.plan.task import make_task
 from tadistill.rollout.rounds import Rollouts
 from tadistill.rollout.samplers import FixedSequences
@@ -25,7 +25,6 @@ from tadistill.stages import training
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 from tadistill.train.loop import Hooks, learning_rate, make_optimizer, train_stage
-from tadistill.train.moving_average import MovingAverage, frozen_copy
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(16)]
