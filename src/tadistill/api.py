@@ -245,7 +245,7 @@ def evaluate(
     from tadistill.data.encoding import EvalSet, adds_bos, encode
     from tadistill.data.encoding_rules import Rules
     from tadistill.evaluation.run import evaluate as evaluate_set
-    from tadistill.evaluation.scoring import Subject
+    from tadistill.evaluation.token_scores import Subject
     from tadistill.models.tokens import end_tokens, shared_vocabulary
 
     sets = [on] if isinstance(on, str) else list(on)

@@ -3,9 +3,9 @@
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
 A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/0`, `budget/1`, … are the terms
-of a student's error budget (`evaluation.scoring`). `METRIC/8` is pass@8 of METRIC. `task_score` is the first metric of a task of lm-eval,
-and `task_score/NAME` is another metric of this task. Training logs have `dev/METRIC`, and `dev/METRIC/SET` for each set if there are
-several dev sets.
+of a student's error budget (`evaluation.model_pairs`). `METRIC/8` is pass@8 of METRIC. `task_score` is the first metric of a task of
+lm-eval, and `task_score/NAME` is another metric of this task. Training logs have `dev/METRIC`, and `dev/METRIC/SET` for each set if there
+are several dev sets.
 """
 
 import re

@@ -17,12 +17,12 @@ the student's end token follows.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tadistill.data.encoding import Encoded, Encoder
 from tadistill.data.encoding_rules import Counts, Rules
@@ -128,7 +128,8 @@ def retokenised(
     while part := list(islice(pairs, _PART)):
         found, numbers = list[Encoded](), Counter[str]()
         for ended, encoder in encoders.items():
-            given = {a.row: _with_answer(example, a) for example, a in part if a.ended == ended and (ended or a.text)}
+            written = [(example, a) for example, a in part if a.ended == ended and (ended or a.text)]
+            given = {a.row: replace(example, references=(a.text,), last={}, choices=()) for example, a in written}
             encoded, of_ended, _ = encoder.part(given)
             numbers.update(of_ended)
             found += encoded if ended else [replace(e, response=e.response[:-1]) for e in encoded]
@@ -148,12 +149,3 @@ def _joined(examples: Iterable[Example], answers: Iterable[Answer]) -> Iterator[
         example = next((example for row, example in rows if row == answer.row), None)
         assert example is not None, f"there is an answer to row {answer.row}, but the split has no such row"
         yield example, answer
-
-
-def _with_answer(example: Example, answer: Answer) -> Example:
-    return replace(example, references=(answer.text,), last={}, choices=())
-
-
-def as_json(answer: Answer) -> Mapping[str, Any]:
-    """Return an answer as a line of `texts.jsonl`."""
-    return {"row": answer.row, "text": answer.text, "ended": answer.ended}

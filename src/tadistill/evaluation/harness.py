@@ -21,7 +21,7 @@ import torch
 
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.errors import ConfigError, DataError, StageFailed
-from tadistill.evaluation.scoring import Subject
+from tadistill.evaluation.token_scores import Subject
 
 Task = Any
 """A task of the class `lm_eval.api.task.Task`, which is not imported here, because lm-eval is optional."""

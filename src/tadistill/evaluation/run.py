@@ -1,7 +1,7 @@
 """Evaluate a model on one data set: sample answers with several decoding seeds, and compute text scores, loss and calibration.
 
 `evaluate` does all of this. A study calls its two parts, `generate_answers` and `score`, one after the other, and saves the answers in
-between. The training loop calls `dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
+between. The training loop calls `dev_metrics`. Metrics of two models are in `tadistill.evaluation.model_pairs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,8 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet
 from tadistill.data.prompts import for_people, task_of
-from tadistill.evaluation import calibration, text_scores
-from tadistill.evaluation.bits_per_byte import bits_per_byte, reference_sizes
-from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
-from tadistill.evaluation.text_scores import score_own
+from tadistill.evaluation import text_scores, token_scores
+from tadistill.evaluation.token_scores import Answers, Subject, bits_per_byte, divergences, entropy, likelihood, means, reference_sizes
 from tadistill.metrics import names_in
 from tadistill.models.teachers import Teacher
 from tadistill.rollout.engine import Engine, Native
@@ -92,7 +90,7 @@ def score(
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     for seed, scores in per_seed.items():
-        scores |= {name: np.asarray(column) for name, column in score_own(own or {}, predictions[seed], data.rows).items()}
+        scores |= {name: np.asarray(column) for name, column in text_scores.score_own(own or {}, predictions[seed], data.rows).items()}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
     columns |= {name: np.array(values)[:, None] for name, values in text_scores.score_seeds(predictions).items()}
     corpus: dict[str, Any] = {"numbers": text_scores.score_set(predictions)}
@@ -123,15 +121,15 @@ def _read_references(
     columns["loss"] = means(found["loss"])[:, None]
     if per_byte:
         columns["bits_per_byte"] = bits_per_byte(found["loss"], reference_sizes(data, subject.tokenizer, subject.eos))[:, None]
-    bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
+    bins = {"tokens": token_scores.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
     corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
     if all(r.choices for r in data.rows):
         labels, prompts = [e.choices for e in data.encoded], [e.prompt for e in data.encoded]
-        found = calibration.label_probabilities(subject.model, prompts, labels, pad=subject.pad, vocab=subject.vocab, batch=batch)
-        confidence, correct = calibration.likeliest(found, [r.choices for r in data.rows], [r.references for r in data.rows])
+        found = token_scores.label_probabilities(subject.model, prompts, labels, pad=subject.pad, vocab=subject.vocab, batch=batch)
+        confidence, correct = token_scores.likeliest(found, [r.choices for r in data.rows], [r.references for r in data.rows])
         columns["label_accuracy"] = 100 * correct[:, None]
-        bins["labels"] = calibration.bins(confidence, correct)
-    corpus["numbers"] |= {f"ece_{name}": calibration.ece(b) for name, b in bins.items()}
+        bins["labels"] = token_scores.bins(confidence, correct)
+    corpus["numbers"] |= {f"ece_{name}": token_scores.ece(b) for name, b in bins.items()}
     corpus["calibration"] = {name: b.as_json() for name, b in bins.items()}
     corpus["unseen"] = text_scores.unseen([r.references for r in data.rows])
     ended = [e.response[-1] in subject.eos for e in data.encoded]

@@ -16,7 +16,7 @@ import numpy as np
 
 from tadistill.data.answers import RULES
 from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
-from tadistill.errors import ConfigError, DataError
+from tadistill.errors import ConfigError
 from tadistill.user_code import OwnFunction
 
 if TYPE_CHECKING:
@@ -70,13 +70,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     """Return Rouge-L of each prediction as MiniLLM computes it: the F-measure with Porter stemming, times 100.
 
     If a prediction has several references, the best score counts.
-
-    Raises:
-        DataError: the lengths differ, or a prediction has no reference.
     """
-    _check(predictions, references)
-    scorer = _scorer()
-    return [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
+    return _best_rouge(_scorer(), predictions, references)
 
 
 UNSEEN = 0.01
@@ -100,12 +95,11 @@ def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[st
     Texts are first normalised (Unicode NFKC) and converted to lower case. A word is then a run of letters, marks and digits. There are two
     exceptions. In scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan), each character is a word. Each symbol
     that is not ASCII, such as an emoji, is a word too. Only ASCII words are stemmed.
-
-    Raises:
-        DataError: the lengths differ, or a prediction has no reference.
     """
-    _check(predictions, references)
-    scorer = _unicode_scorer()
+    return _best_rouge(_unicode_scorer(), predictions, references)
+
+
+def _best_rouge(scorer: "RougeScorer", predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     return [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
 
 
@@ -142,11 +136,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
     Normalisation converts to lower case, removes ASCII punctuation, and replaces white space by single spaces. Articles are kept, as in
     MiniLLM. SQuAD's rule (arXiv:1606.05250) removes them.
-
-    Raises:
-        DataError: the lengths differ, or a prediction has no reference.
     """
-    _check(predictions, references)
     return [100.0 * (_plain(p) in map(_plain, refs)) for p, refs in zip(predictions, references, strict=True)]
 
 
@@ -154,12 +144,15 @@ def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[fl
     """Return one percentage per prediction: the share of its prompt's facts that the prediction states.
 
     A prediction states a fact if it contains the fact's value and none of the wrong values that are listed with the fact.
-
-    Raises:
-        DataError: the lengths differ, or a prediction has no fact.
     """
-    _check(predictions, facts)
-    return [100 * sum(_states(p, v, rivals) for v, rivals in known) / len(known) for p, known in zip(predictions, facts, strict=True)]
+
+    def says(text: str, phrase: str) -> bool:
+        return phrase in text and re.search(rf"(?<!\S){re.escape(phrase)}(?!\S)", text) is not None
+
+    def states(text: str, value: str, rivals: Sequence[str]) -> bool:
+        return says(text, value) and not any(says(text, rival) for rival in rivals)
+
+    return [100 * sum(states(p, *fact) for fact in known) / len(known) for p, known in zip(predictions, facts, strict=True)]
 
 
 def answer_accuracy(rule: str, predictions: Sequence[str], answers: Sequence[Any]) -> list[float]:
@@ -169,14 +162,6 @@ def answer_accuracy(rule: str, predictions: Sequence[str], answers: Sequence[Any
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().translate(_PUNCTUATION).split())
-
-
-def _states(text: str, value: str, rivals: Sequence[str]) -> bool:
-    return _says(text, value) and not any(_says(text, rival) for rival in rivals)
-
-
-def _says(text: str, phrase: str) -> bool:
-    return phrase in text and re.search(rf"(?<!\S){re.escape(phrase)}(?!\S)", text) is not None
 
 
 @lru_cache
@@ -200,15 +185,6 @@ def _unicode_scorer() -> "RougeScorer":
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
 
 
-def _check(predictions: Sequence, other: Sequence) -> None:
-    if len(predictions) != len(other):
-        raise DataError(
-            f"there are {len(predictions)} predictions, but {len(other)} rows of references or facts; give one row per prediction"
-        )
-    if any(len(row) == 0 for row in other):
-        raise DataError("a prediction has no reference and no fact; every prediction needs at least one of them")
-
-
 # --- repetition and variety -------------------------------------------------------------------------------------------------
 
 
@@ -217,12 +193,8 @@ def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
 
     It is 0 for an answer with fewer than n tokens.
     """
-    return [_repeated(ids, n) for ids in responses]
-
-
-def _repeated(ids: Sequence[int], n: int) -> float:
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 100 * (1 - len(set(grams)) / len(grams)) if grams else 0.0
+    of_answers = ([tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in responses)
+    return [100 * (1 - len(set(grams)) / len(grams)) if grams else 0.0 for grams in of_answers]
 
 
 def distinct(predictions: Sequence[str], n: int) -> float:
@@ -242,25 +214,13 @@ def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     length. An empty answer scores 100 if another answer is empty too, else 0.
 
     Args:
-        answers: for each prompt its answers, one per decoding seed.
+        answers: for each prompt its answers, one per decoding seed. There are at least two.
 
     Returns:
         One value per prompt, from 0 (no common word) to 100 (all answers are equal).
-
-    Raises:
-        DataError: a prompt has fewer than two answers.
     """
-    short = next((i for i, row in enumerate(answers) if len(row) < 2), None)
-    if short is not None:
-        raise DataError(
-            f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU needs at least two, so use two or more decoding seeds"
-        )
-    return [_likeness([answer.split() for answer in row]) for row in answers]
-
-
-def _likeness(answers: list[list[str]]) -> float:
-    scores = [_bleu(answer, answers[:i] + answers[i + 1 :]) for i, answer in enumerate(answers)]
-    return 100 * sum(scores) / len(scores)
+    split = [[answer.split() for answer in of_prompt] for of_prompt in answers]
+    return [100 * sum(_bleu(own, row[:i] + row[i + 1 :]) for i, own in enumerate(row)) / len(row) for row in split]
 
 
 def _bleu(answer: list[str], others: list[list[str]]) -> float:

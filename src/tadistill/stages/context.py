@@ -21,7 +21,7 @@ from tadistill.data.survey import LARGE
 from tadistill.data.token_cache import RowsOnDisk
 from tadistill.data.turns import without_thinking
 from tadistill.errors import Interrupted, StageFailed
-from tadistill.evaluation.scoring import Subject
+from tadistill.evaluation.token_scores import Subject
 from tadistill.models.architectures import scratch_model
 from tadistill.models.cost import give_back_freed_memory
 from tadistill.models.forward import check_reading

@@ -15,10 +15,10 @@ from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet, as_one
 from tadistill.data.encoding_rules import Rules
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
-from tadistill.evaluation.bits_per_byte import cross_read, unknown_tokens
+from tadistill.evaluation.model_pairs import analyse as analyse_set
+from tadistill.evaluation.model_pairs import cross_read, pair_measures
 from tadistill.evaluation.run import generate_answers, native, score
-from tadistill.evaluation.scoring import Subject, means, pair_measures
-from tadistill.evaluation.scoring import analyse as analyse_set
+from tadistill.evaluation.token_scores import Subject, means, unknown_tokens
 from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served

@@ -8,14 +8,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tadistill.config import Evaluate
-from tadistill.data.answers_as_text import TEXTS, Answer, Retokenised, as_json, read_texts, retokenised, said
+from tadistill.data.answers_as_text import TEXTS, Answer, Retokenised, read_texts, retokenised, said
 from tadistill.data.batch import references, responses
 from tadistill.data.encoding import EvalSet
 from tadistill.data.encoding_rules import Counts, Rules
@@ -24,7 +24,7 @@ from tadistill.data.training_sets import joined
 from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
-from tadistill.evaluation.scoring import Subject, entropy, means
+from tadistill.evaluation.token_scores import Subject, entropy, means
 from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
@@ -98,7 +98,7 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
     with open_cache(replies_file(context.store.root, api.model), waiting) as cache:
         replies = Asking(api, cache, f"`{api.model}`").all(wanted, look)
     answers = [Answer(row, reply.text, reply.finish == "stop") for row, reply in enumerate(replies)]
-    write_rows(context.folder / TEXTS, map(as_json, answers))
+    write_rows(context.folder / TEXTS, map(asdict, answers))
     reported = all(reply.tokens_out for reply in replies)
     tokens = {"tokens_in": sum(r.tokens_in for r in replies), "tokens_out": sum(r.tokens_out for r in replies)}
     models = dict(Counter(reply.model for reply in replies if reply.model))
@@ -147,7 +147,7 @@ def _write_texts(context: Context[RetokeniseSpec], writer: TokenizerFiles, file:
             found, why = said(encoded.row, answer["response"], read)
             if why:
                 early[why] += 1
-            yield as_json(found)
+            yield asdict(found)
 
     write_rows(file, texts())
     return early

@@ -22,7 +22,7 @@ from tadistill.data.training_sets import Lazy, TrainingSets, joined
 from tadistill.disk import write_json
 from tadistill.errors import DataError, ModelError
 from tadistill.evaluation.run import dev_metrics, over_sets
-from tadistill.evaluation.scoring import Subject
+from tadistill.evaluation.token_scores import Subject
 from tadistill.models.forward import pack_rows
 from tadistill.models.loading import save_model
 from tadistill.models.modify import adapt, merged, recompute_layers

@@ -7,7 +7,8 @@ from tests.conftest import tiny_model
 
 from tadistill.advise.measures import estimate, measure, ratio
 from tadistill.data.batch import Sequence
-from tadistill.evaluation.scoring import ON_OWN_TEXT, Subject, entropy_gap, likelihood, mass, means, overlap, pair_measures
+from tadistill.evaluation.model_pairs import ON_OWN_TEXT, entropy_gap, mass, overlap, pair_measures
+from tadistill.evaluation.token_scores import Subject, likelihood, means
 from tadistill.objectives import reverse_kl
 
 N, V, K = 7, 23, 5

@@ -1,10 +1,12 @@
 """Answers that pass as text: the bytes that the model wrote, and the student's own tokens behind its own prompts."""
 
+from dataclasses import asdict
+
 import pytest
 from tests.byte_models import BOS, EOS, IM_END, bpe_tokenizer, byte_tokenizer
 from tests.unit.models.conftest import word_tokenizer
 
-from tadistill.data.answers_as_text import Answer, as_json, read_texts, retokenised, said
+from tadistill.data.answers_as_text import Answer, read_texts, retokenised, said
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
 from tadistill.data.token_bytes import token_bytes
@@ -95,10 +97,10 @@ def test_thinking_in_an_answer_is_learnt_as_it_is():
 
 def test_the_file_is_read_as_it_was_written_and_its_order_is_checked(tmp_path):
     file, answers = tmp_path / "texts.jsonl", [Answer(0, " \u2028é\n", True), Answer(4, "", False)]
-    write_rows(file, map(as_json, answers))
+    write_rows(file, map(asdict, answers))
     assert [*read_texts(file)] == answers
     for damage in ([*reversed(answers)], [answers[0], answers[0]]):
-        write_rows(file, map(as_json, damage))
+        write_rows(file, map(asdict, damage))
         with pytest.raises(StoreError, match="is not larger"):
             [*read_texts(file)]
     write_rows(file, [{"row": 0, "text": "a"}])

@@ -7,7 +7,8 @@ from tests.conftest import tiny_model
 
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded, EvalSet
-from tadistill.evaluation.scoring import Subject, analyse
+from tadistill.evaluation.model_pairs import analyse
+from tadistill.evaluation.token_scores import Subject
 
 VOCAB, PROMPT = 31, (3, 5, 7)
 

@@ -13,9 +13,9 @@ from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.encoding_rules import Rules
-from tadistill.evaluation.bits_per_byte import bits_per_byte, cross_read, reference_sizes, unknown_tokens
+from tadistill.evaluation.model_pairs import cross_read
 from tadistill.evaluation.run import score
-from tadistill.evaluation.scoring import Subject
+from tadistill.evaluation.token_scores import Subject, bits_per_byte, reference_sizes, unknown_tokens
 
 HERE = tinyworld.world(0, 12)
 NAME, PLACE = HERE.names[0], HERE.places[0]

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 
-from tadistill.errors import DataError
 from tadistill.evaluation.text_scores import distinct, self_bleu
 
 
@@ -68,8 +67,3 @@ def test_self_bleu_of_answers_all_alike_or_all_different(answers, score):
 
 def test_self_bleu_does_not_depend_on_the_order_of_the_seeds():
     assert self_bleu([row[::-1] for row in ANSWERS]) == pytest.approx(self_bleu(ANSWERS))
-
-
-def test_self_bleu_needs_two_answers():
-    with pytest.raises(DataError, match=r"prompt 2 has 1 answers; .*more decoding seeds"):
-        self_bleu([["a", "b"], ["a"]])

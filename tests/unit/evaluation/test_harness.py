@@ -15,7 +15,7 @@ from tadistill.config import validate
 from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError, StageFailed
 from tadistill.evaluation.harness import load_tasks, read_samples, run_task
-from tadistill.evaluation.scoring import Subject
+from tadistill.evaluation.token_scores import Subject
 from tadistill.metrics import metric_title
 from tadistill.plan.arms import make_plan
 from tadistill.report import write_report

@@ -18,7 +18,7 @@ from tadistill.data.batch import references
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.encoding_rules import Rules
 from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
-from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
+from tadistill.evaluation.token_scores import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
 from tadistill.objectives import forward_kl, reverse_kl
 from tadistill.rollout.samplers import Shard

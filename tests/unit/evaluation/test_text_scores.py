@@ -11,7 +11,6 @@ from tests.environment import USER
 
 from tadistill.data import tinyworld
 from tadistill.data.datasets import Example
-from tadistill.errors import DataError
 from tadistill.evaluation.text_scores import exact_match, fact_accuracy, repetition, rouge_l, rouge_l_unicode, score_quality, unseen
 
 
@@ -165,11 +164,3 @@ def test_fact_accuracy(prediction, score):
 def test_fact_accuracy_is_the_share_of_facts():
     facts = [("rat", ("cat",)), ("blue", ("red",)), ("2 5 9", ())]
     assert fact_accuracy(["a rat , 2 5 9 , red"], [facts]) == [pytest.approx(200 / 3)]
-
-
-def test_lengths_that_differ_are_an_error_not_a_cut():
-    for metric in (rouge_l, exact_match):
-        with pytest.raises(DataError, match="2 predictions, but 1 rows"):
-            metric(["a", "b"], [["a"]])
-        with pytest.raises(DataError, match="no reference"):
-            metric(["a"], [[]])

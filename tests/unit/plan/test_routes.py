@@ -16,7 +16,7 @@ from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.encoding_rules import Rules
 from tadistill.errors import TadistillError
 from tadistill.evaluation.run import dev_metrics
-from tadistill.evaluation.scoring import Subject, entropy, means
+from tadistill.evaluation.token_scores import Subject, entropy, means
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan

@@ -1,6 +1,6 @@
-"""Compute metrics that have a value at every token of an answer, such as loss or KL. They compare a model with a text or with other models.
+"""Compare two models: a student with its teacher and assistants, a learner with a teacher, two models with different tokenizers.
 
-To save memory, logits exist only for a few tokens at a time. Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
+Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
 
 The error budget shows how much each model of a path adds to the student's divergence from the teacher. For a path T > A1 > … > Ak > q
 with k assistants:
@@ -17,138 +17,32 @@ differs: it counts an error of 0 where an answer has ended, and it ignores the f
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from tadistill.data.batch import Sequence, by_length, collate, references
-from tadistill.data.encoding import EvalSet
-from tadistill.models.forward import Reader
-from tadistill.models.teachers import Teacher, teacher_of
-from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
-
-Answers = Mapping[int, Seq[Sequence]]
-"""Maps a decoding seed to one answer per prompt."""
-PerToken = dict[str, list[np.ndarray]]
-"""Maps a metric to one array per sequence. An array has one value per response token."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model under evaluation, with its tokenizer, vocabulary size and end tokens."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    vocab: int
-    eos: tuple[int, ...]
-    """Ids of the tokens that end an answer."""
-
-    @property
-    def pad(self) -> int:
-        """A token id for padding. Any id works, because padded positions are never read."""
-        eos = self.tokenizer.eos_token_id
-        assert isinstance(eos, int)
-        return eos
-
-
-def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> PerToken:
-    """Return three values at each response token: `loss`, `confidence` and `correct`.
-
-    `loss` is -log q of the token, in nats. `confidence` is the largest probability of any token. `correct` is 1 if the token is the most
-    probable one, else 0.
-    """
-
-    def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
-        best, token = log_probs(logits).max(-1)
-        return torch.stack([cross_entropy(logits, tokens), best.exp(), (token == tokens).float()])
-
-    return per_token(subject, sequences, ("loss", "confidence", "correct"), values, batch=batch)
-
-
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the entropy (N,) of softmax(logits / temperature) in nats. The logits have the shape (N, V)."""
-    log_q = log_probs(logits, temperature)
-    return -(log_q.exp() * log_q).sum(-1)
-
-
-def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperature: float) -> list[np.ndarray]:
-    """Return the entropy (nats) of the model's distribution at each token of the answers. It is 0 at temperature 0."""
-    if temperature == 0:
-        return [np.zeros(len(s.response)) for s in sequences]
-
-    def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
-        return token_entropy(logits, temperature).unsqueeze(0)
-
-    return per_token(subject, sequences, ("entropy",), values, batch=batch)["entropy"]
-
-
-def divergences(
-    subject: Subject,
-    sequences: Seq[Sequence],
-    others: Seq[PreTrainedModel | Teacher],
-    *,
-    batch: int,
-    tick: Callable[[int], None] = lambda n: None,
-) -> list[PerToken]:
-    """Return `forward_kl` and `reverse_kl` at each response token, for each model in `others`.
-
-    forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p), in nats. q is the subject and p is the other model. Both are exact sums over the
-    vocabulary. After each batch, `tick` is called with the number of sequences in the batch.
-    """
-    names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
-
-    def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
-        return torch.stack([kl(logits, target) for target in targets for kl in (forward_kl, reverse_kl)])
-
-    found = per_token(subject, sequences, names, values, batch=batch, others=others, tick=tick)
-    return [{name: found[f"{name} {i}"] for name in ("forward_kl", "reverse_kl")} for i in range(len(others))]
-
-
-def means(per_token: list[np.ndarray]) -> np.ndarray:
-    """Return one number per sequence: the mean over its tokens."""
-    return np.array([values.mean() for values in per_token])
-
-
-@torch.no_grad()
-def per_token(
-    subject: Subject,
-    sequences: Seq[Sequence],
-    names: tuple[str, ...],
-    values: Callable[[Tensor, tuple, Tensor], Tensor],
-    *,
-    batch: int,
-    others: Seq[PreTrainedModel | Teacher] = (),
-    tick: Callable[[int], None] = lambda n: None,
-) -> PerToken:
-    """Compute several metrics at every token of the answers.
-
-    `names` are the metrics. `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of
-    the other models' logits, and the token ids (N,). It returns a tensor (metrics, N). After each batch, `tick` is called with the number
-    of sequences in the batch.
-    """
-    found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
-    reader, teachers = Reader(subject.model), [*map(teacher_of, others)]
-    for part in by_length(sequences, batch):
-        rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
-        targets = [teacher.target(rows) for teacher in teachers]
-        tokens = rows.counted(rows.targets_BT)
-
-        def of_tile(logits: Tensor, teachers: tuple, at: slice, tokens: Tensor = tokens) -> Tensor:
-            return values(logits, teachers, tokens[at])
-
-        hidden, weights = reader.hidden(subject.model, rows), torch.ones(len(names), 1)
-        _, tiles = fused_head(hidden, reader.head, of_tile, weights.to(hidden.device), teachers=targets, vocab=subject.vocab)
-        ends = rows.mask_BT.sum(1).cumsum(0)[:-1].tolist()
-        for name, row in zip(names, tiles.double().cpu().numpy(), strict=True):
-            for i, of_sequence in zip(part, np.split(row, ends), strict=True):
-                found[name][i] = of_sequence
-        tick(len(part))
-    return found
-
+from tadistill.data.answers_as_text import Answer, Retokenised, retokenised, said
+from tadistill.data.batch import Sequence, references
+from tadistill.data.encoding import Encoded, EvalSet
+from tadistill.data.encoding_rules import Counts, Rules
+from tadistill.data.token_bytes import token_bytes
+from tadistill.evaluation.token_scores import (
+    Answers,
+    PerToken,
+    Subject,
+    bits_per_byte,
+    divergences,
+    likelihood,
+    means,
+    per_token,
+    token_entropy,
+)
+from tadistill.models.teachers import Teacher
+from tadistill.objectives import forward_kl, log_probs, reverse_kl
 
 ON_OWN_TEXT = ("reverse_kl", "overlap", "mass", "entropy_gap")
 """The metrics of `pair_measures` that are computed on the answers of the model that learns."""
@@ -211,7 +105,7 @@ def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
     return {"kl": (total / count).tolist(), "count": count.tolist()}
 
 
-# --- one teacher and one learner --------------------------------------------------------------------------------------------
+# --- how well a teacher suits a learner ---------------------------------------------------------------------------------------
 
 
 def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
@@ -256,3 +150,55 @@ def pair_measures(
 
     found = per_token(learner, own, ON_OWN_TEXT, of_answers, batch=batch, others=[teacher])
     return found | per_token(learner, references, ("forward_kl",), of_references, batch=batch, others=[teacher])
+
+
+# --- answers of a model with another tokenizer ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CrossReading:
+    """The bits per byte of N answers for two models: the writer, which sampled the answers, and the reader, which has another tokenizer."""
+
+    writer: np.ndarray
+    """(N,) the bits per byte for the writer, of the tokens that it sampled."""
+    reader: np.ndarray
+    """(N,) the bits per byte for the reader. The text of each answer is encoded with its own tokenizer, after its own prompt."""
+    early: int
+    """Number of answers that contain something other than text: a special token before the end, or bytes that are not UTF-8, such as half a
+    character. The reader gets only the text before this place."""
+    unknown: int
+    """Number of the reader's tokens of the answers that are its unknown token."""
+
+
+def cross_read(
+    writer: Subject, reader: Subject, data: EvalSet, rules: Rules, answers: Mapping[int, Sequence], *, batch: int
+) -> CrossReading:
+    """Compute the bits per byte of a model's answers for this model, the writer, and for another model, the reader.
+
+    Args:
+        data: the test set, encoded for the reader.
+        rules: the rules for encoding text for the reader.
+        answers: maps a row number to the prompt and the sampled answer, in the writer's tokens. The rows are in ascending order, and
+            `data.encoded` contains all of them.
+    """
+    own = token_bytes(writer.tokenizer, writer.eos)
+    texts = [said(row, answer.response, own) for row, answer in answers.items()]
+    written = likelihood(writer, [*answers.values()], batch=batch)["loss"]
+    rules, found = replace(rules, long_responses="cut"), Retokenised((), Counts(0), 0, 0)
+    encoded: dict[int, Encoded] = {}
+    for found in retokenised(data.examples, [answer for answer, _ in texts], reader.tokenizer, rules, name=f"data set `{data.name}`"):
+        encoded |= {e.row: e for e in found.encoded}
+    read = dict(zip(encoded, likelihood(reader, references([*encoded.values()]), batch=batch)["loss"], strict=True))
+    assert all(answer.row in encoded or not (answer.text or answer.ended) for answer, _ in texts)
+    sizes = [len(answer.text.encode()) for answer, _ in texts]
+    theirs = [_kept(answer, encoded.get(answer.row), reader, rules) for answer, _ in texts]
+    nats = [read.get(answer.row, np.zeros(0)) for answer, _ in texts]
+    return CrossReading(bits_per_byte(written, sizes), bits_per_byte(nats, theirs), sum(bool(why) for _, why in texts), found.unknown)
+
+
+def _kept(answer: Answer, encoded: Encoded | None, reader: Subject, rules: Rules) -> int:
+    # the number of bytes of an answer in the reader's tokens, because a long answer is cut
+    if encoded is None or len(encoded.prompt) + len(encoded.response) < rules.max_length or encoded.response[-1] in reader.eos:
+        return len(answer.text.encode())
+    pieces = token_bytes(reader.tokenizer, reader.eos).spell(encoded.response).pieces
+    return sum(len(piece) for piece in pieces if isinstance(piece, bytes))
