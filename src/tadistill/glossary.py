@@ -12,6 +12,7 @@ GLOSSARY: dict[str, str] = {
     "student": "The small model that the study is about.",
     "assistant": "A teacher assistant (TA): a model of middle size that first learns from the teacher and then teaches the student.",
     "path": "The models from the teacher to the student, such as xl > l > s; each > is one distillation.",
+    "route": "Several teachers at the start of a path, such as m on maths + xl on chat; each teaches on its own training sets.",
     "pruned": "Cut out of a bigger model: the initial weights are a part of that model's weights. Fine-tuning and distillation follow.",
     "direct": "Distillation from the teacher to the student without an assistant.",
     "step of a path": "One distillation of a path, from one model to the next.",

@@ -157,6 +157,7 @@ def _size(folder: Path) -> int:
 
 
 _SHOWN = 20  # rows of the table before the question
+_WIDEST = 1000  # characters in a line of the table of studies
 
 
 def print_studies(runs: Path, store: Store, console: Console) -> None:
@@ -171,7 +172,8 @@ def print_studies(runs: Path, store: Store, console: Console) -> None:
         for row in rows:
             when = row.created[:16].replace("T", " ")
             table.add_row(escape(row.name), when, f"{row.done}/{row.stages}", size(row.bytes), row.state)
-        console.print(table)
+        table.width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum  # no name is broken
+        console.print(table, crop=False)
     if loose:
         text = f"no study needs {_counted(loose)} in the store; free the space with `tadistill clean`"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

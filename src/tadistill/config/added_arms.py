@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.arm import Arm, Control, Kind, is_route, read_compute, read_control
+from tadistill.config.arm import CONTROLS, Arm, Control, Kind, is_route, read_compute, read_control
 from tadistill.config.common import Strict
 from tadistill.config.method import PARTS
 from tadistill.config.sampling import StudentSampler
@@ -50,10 +50,13 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
     written: dict[str, Any] = {}
     wrong: list[str] = []
     for name, arm in arms.items():
-        control = read_control(given) if isinstance(given := arm.get("control"), str) else None
-        if problem := control and _problem(name, control, arms):
+        given = arm.get("control")
+        control = read_control(given) if isinstance(given, str) else None
+        if isinstance(given, str) and control is None:
+            wrong.append(f"arms.{name}.control is `{given}`; write {CONTROLS}")
+        elif problem := control and _problem(name, control, arms):
             wrong.append(problem)
-        written[name] = _control(arm, control, arms[control.arm], raw) if control and not problem else arm
+        written[name] = _control(arm, control, arms[control.arm], raw) if control and not wrong else arm
     if wrong:
         raise ValueError("\n".join(wrong))
     return raw | {"arms": written}

@@ -131,6 +131,8 @@ def read_compute(text: str) -> tuple[float | None, str] | None:
 
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
+CONTROLS = " or ".join(", ".join(f"`{kind} of ARM`" for kind in get_args(Kind)).rsplit(", ", 1))
+"""The forms of `control`, for messages."""
 _CONTROL = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
 
 
@@ -160,7 +162,7 @@ def read_control(text: str) -> Control | None:
 _FORMS = {
     "compute": (_COMPUTE, "`as ARM` or `4x ARM`, where ARM is the name of an arm"),
     "teacher_budget": (re.compile(r"as \S.*"), "`as ARM`, where ARM is the name of an arm"),
-    "control": (_CONTROL, "`no_teacher of ARM`, `tempered of ARM` or `random_teacher of ARM`"),
+    "control": (_CONTROL, CONTROLS),
 }
 """Maps each key that names another arm to the form of its value, and to an example for the error message."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tadistill.config.method import METHODS
 from tadistill.config.problems import SYNONYMS
-from tadistill.config.reference import NAME, Key, Part, page_text, reference
+from tadistill.config.reference import NAME, Key, Part, more_about, page_text, reference
 from tadistill.errors import ConfigError
 
 _TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")
@@ -103,7 +103,7 @@ def _entry(found: _Found) -> Entry:
     full = ".".join(filter(None, (place, key.name)))
     places = [".".join(filter(None, (other, key.name))) for other in found.part.places]
     also = [("also at", _places(place for place in places if place != full))] if len(places) > 1 else []
-    more = ("more in", found.part.more)
+    more = ("more in", more_about(full, found.part))
     if key.name == "type":
         text = f"Selects the kind of {_split(place)[-1]}. The kind decides which other keys are allowed."
         return Entry(full, text, (*also, more), tuple(_types(place)))
@@ -126,9 +126,11 @@ def _below(full: str) -> Iterator[tuple[str, str]]:
     if types := _types(full):
         yield from ((f"type: {name}", text) for name, text in types)
         return
+    found: dict[str, str] = {}  # each key once: `data.train` is one set, or sets by name with the same keys
     for part in reference():
         if full and (full in part.places or f"{full}.{NAME}" in part.places):
-            yield from ((key.name, _sentence(key.meaning)) for key in part.keys)
+            found |= {key.name: _sentence(key.meaning) for key in part.keys}
+    yield from found.items()
 
 
 def _types(place: str) -> list[tuple[str, str]]:

@@ -38,14 +38,16 @@ _PAGES = {
     "models.NAME.lora": "concepts/compute.md",
     "models.NAME.serve": "teachers.md",
     "objective": "reference/objectives.md",
+    "control": "concepts/paths.md#controls",
     "dense": "concepts/paths.md",
+    "fair": "concepts/paths.md#controls",
     "phases": "recipes.md#phases",
     "resources": "reference/cluster.md",
     "runtime": "reference/recipe.md#runtime",
     "sampler": "concepts/minillm.md",
     "search": "concepts/paths.md",
 }
-"""Maps a group of keys to the page of `docs/` that explains the group. A group is given by its place (`models.NAME.lora`), or by the first
+"""Maps keys to the page of `docs/` that explains them. A key or a group of keys is given by its place (`models.NAME.lora`), or by the first
 or the last word of this place."""
 
 _TITLES = {
@@ -109,6 +111,12 @@ def page_text(page: str) -> str:
     path, _, anchor = page.partition("#")
     section = f', section "{anchor.replace("-", " ").capitalize()}"' if anchor else ""
     return f'the page "{_TITLES[path]}" of the documentation{section}'
+
+
+def more_about(key: str, part: Part) -> str:
+    """Return the name of the page about a key, such as `method.dense`. It is that of the key's group, `part`, if the key has no page."""
+    page = _PAGES.get(key) or _PAGES.get(key.rsplit(".", 1)[-1])
+    return page_text(page) if page else part.more
 
 
 @functools.cache

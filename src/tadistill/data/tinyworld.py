@@ -23,14 +23,17 @@ Both tokenizers have the special tokens `SPECIALS`, with the same ids. A world o
 tokenizers have other tokens.
 """
 
+import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import tinyworld_world as pieces
 from tadistill.data.tinyworld_world import Fact, FictionalWorld, rivals_in, world
+from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -259,6 +262,15 @@ WORDS, PIECES = "tinyworld", "tinyworld-bpe"
 TOKENIZERS = (WORDS, PIECES)
 """The values of `tokenizer` in a recipe that name a tokenizer of tinyworld."""
 _SIZE = 512
+
+
+def check_name(source: str) -> None:
+    """Raise a ConfigError if the value of `tokenizer` in a recipe is a mistyped name of a tokenizer of tinyworld."""
+    if source in TOKENIZERS or "/" in source:
+        return
+    mistyped = difflib.get_close_matches(source, TOKENIZERS, n=1, cutoff=0.8) and not Path(source).exists()
+    if mistyped or source.startswith(WORDS):
+        raise ConfigError(f"tinyworld has no tokenizer `{source}`; write {' or '.join(TOKENIZERS)}")
 
 
 def tokenizer(source: str = WORDS, *, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":

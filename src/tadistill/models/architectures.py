@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.shapes import check_new
 
 _POSITIONS = "counts positions from its padding token and not from 0"
 _BOTH = "reads text in both directions"
@@ -147,9 +148,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
     Raises:
         ConfigError: transformers has no such model type, or a field is unknown, is set by the tokenizer or has a wrong value.
     """
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        hint = _nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError(f"scratch:{kind}: transformers has no causal language model of this type{hint}")
+    check_new(kind, fields, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     family = type(AutoConfig.for_model(kind))
     known = {field.name for field in dataclasses.fields(family)} | set(family.attribute_map)
     for name in fields:

@@ -9,8 +9,11 @@
 """
 
 import difflib
-from collections.abc import Mapping
+import importlib.util
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from tadistill.errors import ConfigError, ModelError
@@ -53,6 +56,12 @@ _LARGEST = 10**9  # larger than any size of a model; products of much larger num
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
 _KV_HEADS = {"gemma3_text": 4, "mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
 _HEAD_DIM = {"gemma3_text": 256, "qwen3": 128}
+_MULTIPLES = (
+    ("gpt2", "n_embd", "n_head"),
+    *((family, "hidden_size", "num_attention_heads") for family in ("gpt2", "opt", "llama")),
+    *((family, "num_attention_heads", "num_key_value_heads") for family in COUNTED if family not in _FIXED),
+)
+"""Rules of the model families: the first size must be a multiple of the second one."""
 
 
 def shape_of(config: Config) -> Shape:
@@ -175,6 +184,41 @@ def changes(config: Config, shape: Shape) -> dict[str, Any]:
     if fields.get("head_dim") is not None or shape.hidden != shape.heads * shape.head_dim:  # qwen2 has no such field of its own
         rotary["head_dim"] = shape.head_dim
     return rotary
+
+
+def check_new(kind: str, fields: Mapping[str, Any], types: Collection[str] = ()) -> None:
+    """Check what can be known without torch about a model with random weights.
+
+    Args:
+        kind: the model type in `scratch:TYPE`.
+        fields: the recipe's `config` of this model.
+        types: the types of causal language models of transformers. By default, they are read from its source.
+
+    Raises:
+        ConfigError: transformers has no such model type, or two sizes do not fit together.
+    """
+    types = types or (() if kind in COUNTED else _causal_types())
+    if types and kind not in types:
+        close = difflib.get_close_matches(kind, types, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "see the list in the transformers documentation"
+        raise ConfigError(f"scratch:{kind}: transformers has no causal language model of this type; {hint}")
+    given = {"num_key_value_heads": _KV_HEADS.get(kind), **fields}
+    sizes = {name: size for name, size in given.items() if type(size) is int and size > 0}  # other checks refuse other values
+    for family, name, part in _MULTIPLES:
+        value, divisor = sizes.get(name), sizes.get(part)
+        if family == kind and value and divisor and value % divisor:
+            raise ConfigError(
+                f"config.{name} of scratch:{kind} is {value}, but it must be a multiple of {part} ({divisor}); change one of them"
+            )
+
+
+def _causal_types() -> list[str]:
+    # read from the source of transformers, because its import takes seconds
+    found = importlib.util.find_spec("transformers")
+    assert found is not None
+    text = Path(str(found.origin)).with_name("models").joinpath("auto", "modeling_auto.py").read_text(encoding="utf-8")
+    table = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict\($.*?^\)$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r'\("([^"]+)", "', table[0]) if table else []
 
 
 def _check_groups(shape: Shape, have: Shape) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
 from tadistill.models.model_files import read_description
-from tadistill.models.shapes import COUNTED, shape_of, size_in
+from tadistill.models.shapes import COUNTED, check_new, shape_of, size_in
 
 Config = Mapping[str, Any]
 
@@ -69,6 +69,7 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
     """
     source = sources.parse_source(load)
     if source.kind == "scratch":
+        check_new(source.name, config or {})
         known = {"model_type": source.name, **(config or {})}
         if vocab_size is not None:
             known["vocab_size"] = vocab_size

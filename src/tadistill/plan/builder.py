@@ -335,12 +335,10 @@ class StageBuilder:
             sets: names of the training sets. By default, they are all sets of the recipe.
 
         Raises:
-            ConfigError: the settings have neither `steps` nor `epochs`, or both.
+            ConfigError: the settings have neither `steps` nor `epochs`.
         """
         if optim.steps is None and optim.epochs is None:
             raise ConfigError("an `optim` of the recipe has neither `steps` nor `epochs`; write one of them, such as optim: {epochs: 3}")
-        if optim.steps is not None and optim.epochs is not None:
-            raise ConfigError(f"an `optim` of the recipe has both `steps` {optim.steps} and `epochs` {optim.epochs}; remove one of them")
         if optim.epochs is not None:
             texts = self.ledger.of_texts(tuple(name for name in self.recipe.data.sets if name in sets or not sets))
             steps = max(1, round(optim.epochs * texts.rows / optim.batch))

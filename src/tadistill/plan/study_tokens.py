@@ -13,8 +13,8 @@ from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Data
 from tadistill.data import chat, datasets
 from tadistill.data.encoding_rules import of_one_turn
-from tadistill.data.tinyworld import TOKENIZERS
-from tadistill.errors import ConfigError, ModelError
+from tadistill.data.tinyworld import TOKENIZERS, check_name
+from tadistill.errors import ModelError, about
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.inputs import Encoding, TokenizerFiles
@@ -282,8 +282,8 @@ class StudyTokens:
         model = self.recipe.models[self._root(name)]
         source = model.tokenizer_source
         assert source is not None
-        if source.startswith("tinyworld") and "/" not in source and source not in TOKENIZERS:
-            raise ConfigError(f"models.{name}.tokenizer: tinyworld has no tokenizer `{source}`; write {' or '.join(TOKENIZERS)}")
+        with about(f"models.{name}.tokenizer"):
+            check_name(source)
         return source, model.revision
 
     # --- the data -------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import yaml
 
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.recipe_files import placed
-from tadistill.data.tinyworld import TOKENIZERS
+from tadistill.data.tinyworld import TOKENIZERS, check_name
 from tadistill.disk import write_json
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, about
 from tadistill.models import sources
 from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
@@ -102,6 +102,8 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
             console.note(f"fetching {model.load} …")
             sources.fetch(model.load, model.revision)
         if model.tokenizer and model.tokenizer not in TOKENIZERS:
+            with about(f"models.{name}.tokenizer"):
+                check_name(model.tokenizer)
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
 

@@ -27,6 +27,7 @@ def test_explain_prints_a_key():
     ("words", "said"),
     [
         (["error", "budget"], "The parts of a path's KL(student ‖ teacher)"),
+        (["route"], "Several teachers at the start of a path"),
         (["sft"], "Supervised fine-tuning: training on the answers"),
         (["rouge_l"], "From 0 to 100; higher is better."),
         (["teacher"], "method.sampler, type teacher"),

@@ -77,6 +77,13 @@ def test_list(store, tmp_path):
     assert "there is no study in" in CliRunner().invoke(app, ["list", "--runs", str(tmp_path / "none")]).output
 
 
+def test_list_breaks_no_name(store, tmp_path):
+    name = "a-study-with-a-long-name-" * 3
+    (tmp_path / "mine").rename(tmp_path / name)
+    (line,) = [line for line in tadistill(store, "list").output.splitlines() if "2026" in line]
+    assert line.split() == [name, "2026-01-02", "03:04", "1/1", *line.split()[4:]]
+
+
 def test_a_damaged_study_deletes_nothing_it_may_need(store, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(StoreError, match=r"plan.json \(Input/output error\), so the stages that mine needs are not known"):

@@ -70,7 +70,8 @@ def test_a_recipe_written_out_is_the_same_recipe():
 def test_mistakes(given, sentence):
     with pytest.raises(ConfigError) as error:
         arms(given)
-    assert sentence in str(error.value)
+    (found,) = error.value.problems
+    assert sentence in found
 
 
 def test_budgets_change_the_compute_that_a_control_takes():

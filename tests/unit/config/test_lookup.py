@@ -57,6 +57,19 @@ def test_a_key_of_some_types_names_them():
     assert ("with type", "taid") in entry.facts
 
 
+def test_keys_of_two_forms_are_listed_once():
+    (entry,) = explain("data.train")
+    assert [name for name, _ in entry.below] == ["load", "split", "revision", "columns", "choices", "instruction", "extra", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("word", "page"),
+    [("search", '"Paths" of the documentation'), ("fair", 'section "Controls"'), ("control", 'section "Controls"'), ("dense", '"Paths"')],
+)
+def test_a_key_names_the_page_that_explains_it(word, page):
+    assert all(page in dict(entry.facts)["more in"] for entry in explain(word))
+
+
 @pytest.mark.parametrize(
     ("word", "hint"),
     [

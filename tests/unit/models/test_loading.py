@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.unit.models.conftest import SHAPES, random_model, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models import shapes
 from tadistill.models.loading import load_model, load_tokenizer, save_model
 from tadistill.models.tokens import check_same_tokenizer, shared_vocabulary
 
@@ -59,14 +61,20 @@ def test_scratch_in_half_precision_draws_the_same_weights(tokenizer):
         ("scratch:llama", {"hiden_size": 8}, "config.hiden_size is not a field of scratch:llama; did you mean `hidden_size`"),
         ("scratch:llama", {"vocab_size": 8}, "config.vocab_size of scratch:llama is set by the tokenizer; remove this field"),
         ("scratch:llama", {"hidden_size": "big"}, "`config` of scratch:llama is not valid: .*hidden_size.* expected int"),
-        ("scratch:llama", {"hidden_size": 10, "num_attention_heads": 3}, "hidden size .10. is not a multiple"),
+        ("scratch:llama", {"hidden_size": 10, "num_attention_heads": 3}, r"hidden_size of .* is 10, .* of num_attention_heads \(3\)"),
         ("scratch:gpt2", {"attn_pdrop": 1.0}, "config.attn_pdrop of scratch:gpt2 is 1.0; write a dropout of at least 0 and less than 1"),
-        ("scratch:gpt2", {"n_embd": 10, "n_head": 3}, "transformers cannot build scratch:gpt2 from `config`: .*divisible"),
+        ("scratch:gpt2", {"n_embd": 10, "n_head": 3}, r"config.n_embd of scratch:gpt2 is 10, but it must be a multiple of n_head \(3\)"),
+        ("scratch:mistral", {"num_attention_heads": 4}, r"num_attention_heads of .* is 4, .* a multiple of num_key_value_heads \(8\)"),
+        ("scratch:gpt2", {"activation_function": "gelo"}, "transformers cannot build scratch:gpt2 from `config`: .*did you mean `gelu`"),
     ],
 )
 def test_bad_scratch_configurations(load, config, message, tokenizer):
     with pytest.raises(ConfigError, match=message):
         load_model(load, config=config, tokenizer=tokenizer)
+
+
+def test_the_types_of_models_are_known_without_transformers():
+    assert shapes._causal_types() == [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
 
 def test_scratch_without_a_tokenizer():

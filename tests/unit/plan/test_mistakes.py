@@ -11,6 +11,8 @@ from tadistill.errors import ConfigError, TadistillError
 from tadistill.objectives import Head, Hidden, fused_divergence, reverse_kl
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
+from tadistill.runner.study import fetch_models
+from tadistill.terminal import Terminal
 
 RECIPE = """\
 study: my
@@ -96,6 +98,11 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("[chat.jsonl]", "['https://example.org/x.jsonl']", 12, "is a web address; download the file and write its path"),
         ("  direct: xl > s", "  - xl > s", 15, "write lines of the form NAME: … below arms, for instance direct: xl > s"),
         ("tokenizer: tinyworld", "tokenizer: tinyworld-bp", 6, "no tokenizer `tinyworld-bp`; write tinyworld or tinyworld-bpe"),
+        ("scratch:llama", "scratch:t5", 4, "models.xl: scratch:t5: transformers has no causal language model of this type; see the"),
+        ("scratch:llama", "scratch:lama", 4, "no causal language model of this type; did you mean `llama`?"),
+        ("hidden_size: 32", "hidden_size: 33", 4, "config.hidden_size of scratch:llama is 33, but it must be a multiple of num_"),
+        ("tokenizer: tinyworld", "tokenizer: tinywrld", 6, "tinyworld has no tokenizer `tinywrld`; write tinyworld or tinyworld-bpe"),
+        ("steps: 4", "steps: 4, epochs: 1", 14, "`method.optim`: steps is 4 and epochs is 1, but only one of them can set the number of"),
         (OWN, "x.gguf", 5, "GGUF file `x.gguf` does not exist: there is no `x.gguf` in"),
     ],
 )  # fmt: skip
@@ -104,6 +111,14 @@ def test_a_message_says_what_where_and_how(folder, old, new, line, words):
     found = problems(folder, RECIPE.replace(old, new, 1))
     assert any(p.startswith(f"my.yaml, line {line}") and words in p for p in found), found
     assert not any("input should" in p or "tuple" in p or "dictionary" in p or "parse" in p for p in found)
+
+
+def test_a_mistyped_tokenizer_is_refused_before_a_download(folder):
+    (found,) = problems(folder, text := RECIPE.replace("tokenizer: tinyworld", "tokenizer: tinywrld"))
+    (folder / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        fetch_models(load("my.yaml"), Terminal())
+    assert error.value.problems == (found,)
 
 
 @pytest.mark.parametrize(
