@@ -25,7 +25,6 @@ from tadistill.config import Data, Evaluate, Recipe, load, parse
 from tadistill.config.load import read, read_settings
 from tadistill.errors import ConfigError
 from tadistill.plan import preview
-from tadistill.plan import throughput as speeds
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.report import read_results, summary_table, write_report
 from tadistill.results.collect import with_passes
@@ -109,9 +108,7 @@ class PlannedStudy(_Shown):
 
     def __rich__(self) -> RenderableType:
         """Return the tables of `tadistill plan` for `rich.print`."""
-        threads = preview.threads(self._plan)
-        jobs = self._plan.recipe.runtime.jobs or speeds.gpus() or speeds.cores()
-        return preview.preview(self._plan, self._store, speeds.load_throughput(self._store, self._plan.stages, threads, None), jobs, _WIDTH)
+        return preview.preview(self._plan, self._store, _WIDTH)
 
     def __repr__(self) -> str:
         return f"PlannedStudy({self._plan.recipe.study!r}, {len(self._plan.stages)} stages)"

@@ -205,8 +205,10 @@ def publishing(target: Path) -> Iterator[Path]:
 
 # --- reading ------------------------------------------------------------------------------------------------------------
 
+_AGAIN = "delete its directory and run the recipe again"
 
-def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
+
+def read_json(path: Path, *, fix: str = _AGAIN) -> Any:
     """Parse a JSON file. Raises StoreError if it is missing or damaged. The message ends with `fix`, which says what the user should do."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -214,14 +216,12 @@ def read_json(path: Path, *, fix: str = "delete its directory and run the recipe
         raise damaged(path, getattr(error, "strerror", None) or str(error), fix) from error
 
 
-def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recipe again") -> list[dict[str, Any]]:
+def read_jsonl(path: Path, *, fix: str = _AGAIN) -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file. Empty lines are skipped. Raises StoreError if the file is missing or damaged."""
     return [row for _, row in stream_jsonl(path, fix=fix)]
 
 
-def stream_jsonl(
-    path: Path, *, fix: str = "delete its directory and run the recipe again", start: int = 0
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def stream_jsonl(path: Path, *, fix: str = _AGAIN, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (offset, object) for each line of a JSON Lines file, from the offset `start` on. Offsets are in bytes.
 
     Empty lines are skipped. Raises StoreError if the file is missing or damaged.
@@ -247,6 +247,6 @@ def _object(line: bytes, path: Path, number: int, fix: str) -> dict[str, Any]:
     return row
 
 
-def damaged(path: Path, reason: str, fix: str = "delete its directory and run the recipe again") -> StoreError:
+def damaged(path: Path, reason: str, fix: str = _AGAIN) -> StoreError:
     """Return the StoreError for a file that is missing or damaged. Its message gives the file, the reason and the fix."""
     return StoreError(f"{path} cannot be read ({reason}): {fix}")

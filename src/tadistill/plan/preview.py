@@ -24,8 +24,15 @@ _LARGEST = 3  # number of stages whose parts are shown
 _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels
 
 
-def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the notes below them. `width` is the screen's number of columns; a narrow screen gets shorter labels."""
+def preview(plan: Plan, store: Store, width: int, accelerator: str | None = None) -> Group:
+    """Return all tables and the notes below them. Times and memory are for this machine.
+
+    Args:
+        width: the screen's number of columns. A narrow screen gets shorter labels.
+        accelerator: the name of the machine's GPUs, if it is known.
+    """
+    jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
+    speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
@@ -33,10 +40,8 @@ def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 20
 
 
 def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
-    """Print the tables and the notes. Times and memory are for this machine. `accelerator` is the name of its GPUs, if it is known."""
-    jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
-    speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
-    console.print(preview(plan, store, speeds, jobs, console.width))
+    """Print what `preview` returns."""
+    console.print(preview(plan, store, console.width, accelerator))
 
 
 def fetch_descriptions(recipe: Recipe, console: Console) -> None:

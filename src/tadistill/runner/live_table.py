@@ -128,8 +128,8 @@ def table_lines(board: Board, run: LocalRun, *, width: int, height: int, plain: 
     """Return the table's lines for a window of `width` columns and `height` lines. With `plain`, all characters are ASCII."""
     most = max(1, height - 1)
     lines: list[Text] = []
-    for fold_done, fold_idle, short in ((False, False, False), (True, False, False), (True, True, False), (True, True, True)):
-        view = _View(board, run, width, plain, fold_done, fold_idle, short)
+    for folds in range(4):
+        view = _View(board, run, width, plain, folds)
         lines = [*view.groups(), view.bottom()]
         if len(lines) <= most:
             break
@@ -142,10 +142,10 @@ def table_lines(board: Board, run: LocalRun, *, width: int, height: int, plain: 
 
 
 class _View:
-    def __init__(self, board: Board, run: LocalRun, width: int, plain: bool, fold_done: bool, fold_idle: bool, short: bool):
+    def __init__(self, board: Board, run: LocalRun, width: int, plain: bool, folds: int):
         self.board, self.run, self.width, self.plain = board, run, width, plain
-        self.fold_done, self.fold_idle, self.short = fold_done, fold_idle, short
-        self.blocked = board.blocked()
+        self.fold_done, self.fold_idle, self.short = folds > 0, folds > 1, folds > 2
+        self.blocked, self.tick = board.blocked(), (self._mark("✓", "+"), "green")
         self.pad = min(max(map(cell_len, board.groups)), width // 3)
 
     def groups(self) -> list[Text]:
@@ -164,7 +164,8 @@ class _View:
                 shown.append(self._open(name, keys, running, failed))
                 for key in running:
                     shown += self._running(key)
-        return [*self._done(done), *shown, *self._idle(idle)]
+        waiting = [Text(f"  {_count(idle)} wait: {', '.join(idle)}", style="dim")] if idle else []
+        return [*self._done(done), *shown, *waiting]
 
     def _line(self, mark: str, style: str, name: str, text: str) -> Text:
         return Text.assemble((mark, style), f" {set_cell_size(name, self.pad)}  ", text)
@@ -186,20 +187,10 @@ class _View:
         lines = [self._folded("from the store", {name: groups[name] for name in old})] if old else []
         if self.fold_done and len(new) > 1:
             return [*lines, self._folded(f"done, {spoken(sum(took.values()))}", {name: groups[name] for name in new})]
-        return [*lines, *(self._line(*self._tick, name, f"{_stages(len(groups[name]))}, {spoken(took[name])}") for name in new)]
-
-    @property
-    def _tick(self) -> tuple[str, str]:
-        return self._mark("✓", "+"), "green"
+        return [*lines, *(self._line(*self.tick, name, f"{_count({name: groups[name]})}, {spoken(took[name])}") for name in new)]
 
     def _folded(self, text: str, groups: Mapping[str, Sequence[str]]) -> Text:
-        return Text.assemble(self._tick, f" {_stages(sum(map(len, groups.values())))} {text}: {', '.join(groups)}")
-
-    def _idle(self, groups: Mapping[str, Sequence[str]]) -> list[Text]:
-        if not groups:
-            return []
-        count = sum(map(len, groups.values()))
-        return [Text(f"  {_stages(count)} wait: {', '.join(groups)}", style="dim")]
+        return Text.assemble(self.tick, f" {_count(groups)} {text}: {', '.join(groups)}")
 
     def _running(self, key: str) -> list[Text]:
         head, progress, losses = Text(self._head(key)), self.run.stages[key], self.board.losses[key]
@@ -273,5 +264,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_SPARKS[round((mean - low) / (high - low) * 7) if high > low else 0] for mean in means)
 
 
-def _stages(count: int) -> str:
+def _count(groups: Mapping[str, Sequence[str]]) -> str:
+    count = sum(map(len, groups.values()))
     return f"{count} stage{'s' * (count != 1)}"

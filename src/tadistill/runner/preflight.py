@@ -1,7 +1,7 @@
 """Check data, models, tokenizers and memory before a study starts, so that mistakes are found before any stage has run."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -94,7 +94,9 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     families = [[name for name in family if name in used] for family in alike]
     for family in families:
         check_same_tokenizer({name: tokenizers[name] for name in family})
-    readers = {name: _reader(family, tokenizers) for family in families for name in family}
+    # the tokenizer with the most tokens encodes the texts for all models of a family, so that a text with a token that only some of them
+    # have is found
+    readers = {name: max(family, key=lambda name: len(tokenizers[name])) for family in families for name in family}
     read: dict[str, Read] = {}
     for name in dict.fromkeys(readers.values()):
         with about(f"models.{name}" if len(families) > 1 else ""):
@@ -122,12 +124,6 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     for note in notes:
         if console:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
-
-
-def _reader(family: Sequence[str], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> str:
-    # the model whose tokenizer encodes the texts for all models of the family: the one with the most tokens, so that a text with a token
-    # that only some of them have is found
-    return max(family, key=lambda name: len(tokenizers[name]))
 
 
 def _used(recipe: Recipe) -> list[str]:

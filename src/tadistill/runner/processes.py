@@ -191,22 +191,21 @@ def run_in_processes(task: Task, *, threads: int, alarm: Callable[[str], None] =
 
 def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception | None:
     several = len(codes) > 1
+    who = [f"rank {rank} of {len(codes)}" if several else "the stage's process" for rank in range(len(codes))]
     rest = "; the other ranks were ended. Run the same command again to continue from the last saved state" if several else ""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            who = f"rank {rank} of {len(codes)}" if several else "the stage's process"
-            return StageFailed(f"{who} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}{rest}")
+            return StageFailed(f"{who[rank]} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}{rest}")
     for error in errors.values():
         if isinstance(error, Interrupted | TadistillError):
             return error
     for rank, error in errors.items():  # only the first is reported, because the others may fail only as they lose the connection to it
         print(*getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
-        return StageFailed(f"rank {rank} of {len(codes)} failed: {error}{rest}" if several else str(error))
+        return StageFailed(f"{who[rank]} failed: {error}{rest}" if several else str(error))
     for rank, code in enumerate(codes):
         if code:
-            who = f"rank {rank} of {len(codes)}" if several else "the stage's process"
-            return StageFailed(f"{who} ended with exit code {code} (see its output above){rest}")
+            return StageFailed(f"{who[rank]} ended with exit code {code} (see its output above){rest}")
     return None
 
 

@@ -202,7 +202,7 @@ def test_an_inexact_loss_is_named_in_the_plan_the_report_and_the_model_card(over
 
 def notes(plan, folder):
     console = Console(width=400, record=True, file=io.StringIO())
-    console.print(preview(plan, Store(folder), {}, 1))
+    console.print(preview(plan, Store(folder), 200))
     return console.export_text()
 
 
