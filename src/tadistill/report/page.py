@@ -25,8 +25,7 @@ from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.answer import answer, student_of
 from tadistill.report.explain import arm_words, cautions, verdict_text
-from tadistill.report.figures import behaviour, compute, error_budget, paths, scores
-from tadistill.report.figures.style import MANY, looks, titled
+from tadistill.report.figures import MANY, behaviour, compute, looks, paths, scores, titled
 from tadistill.report.path_words import route, steps
 from tadistill.report.tables import (
     CostRow,
@@ -140,7 +139,7 @@ def arm_groups(results: Results) -> list[ArmGroup]:
         rows = [_arm_row(results, costs[arm.name], words[arm.name], strip, best=False) for arm in _ranked(results, results.plan.arms)]
         return [ArmGroup("", "", "", tuple(rows))]
     groups: list[ArmGroup] = []
-    for model in sorted({arm.model for arm in results.plan.arms}, key=lambda model: (model != student, parameters[model])):
+    for model in sorted(dict.fromkeys(arm.model for arm in results.plan.arms), key=lambda model: (model != student, parameters[model])):
         arms = _ranked(results, [arm for arm in results.plan.arms if arm.model == model])
         found = [results.summaries.get((arm.name, MEAN, metric)) for arm in arms]
         means = [number_text.number(s.mean, metric) for s in found if s]
@@ -200,7 +199,7 @@ def _progress(results: Results) -> list[tuple[str, int, int]]:
 
 def _sections(results: Results) -> dict[str, Any]:
     measured, stages = bool(results.summaries), stage_rows(results)
-    lattice, budgets = paths.lattice_figure(results), error_budget.budget_figures(results)
+    lattice, budgets = paths.lattice_figure(results), paths.budget_figures(results)
     exposure, lengths, plane = behaviour.exposure_figure(results), behaviour.length_figure(results), scores.plane_figure(results)
     over_budgets = compute.curves_figure(results) if measured else None
     panels, judged = behaviour.curve_figures(learning_curves(results), results), judgements(results.study_dir)
@@ -220,7 +219,7 @@ def _sections(results: Results) -> dict[str, Any]:
         "lattice": _markup(lattice),
         "lattice_notes": paths.lattice_notes(results) if lattice else [],
         "methods": paths.line_looks(results),
-        "budget_notes": error_budget.budget_notes(results),
+        "budget_notes": paths.budget_notes(results),
         "budgets": _markups(budgets),
         "panels": _markups(panels),
         "judged": judged,

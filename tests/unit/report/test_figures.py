@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from tadistill.report.explain import cautions
+from tadistill.report.figures import looks
 from tadistill.report.figures.behaviour import curve_figures, exposure_figure
-from tadistill.report.figures.error_budget import budget_figures
-from tadistill.report.figures.paths import lattice, lattice_figure, lattice_notes
+from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import cost_figure, cost_points, difference_figure, means_figure
-from tadistill.report.figures.style import looks
 from tadistill.results.collect import MEAN
 from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
 from tadistill.results.samples import samples, shown_first

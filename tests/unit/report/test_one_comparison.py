@@ -9,8 +9,7 @@ from tadistill.charts.series import text_width
 from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
 from tadistill.report.explain import arm_words, cautions, needed_text
-from tadistill.report.figures.error_budget import budget_notes
-from tadistill.report.figures.paths import lattice, lattice_figure, lattice_notes
+from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
 from tadistill.report.findings import against, answers, behaviour, learning, paths
 from tadistill.report.path_words import steps, taught

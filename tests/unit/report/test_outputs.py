@@ -12,6 +12,7 @@ from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
 from tadistill.report.answer import answer
 from tadistill.report.explain import verdict_text
+from tadistill.report.page import arm_groups
 from tadistill.report.plain_text import side_by_side
 from tadistill.report.tables import interval_method
 from tadistill.results.compare import difference
@@ -19,7 +20,7 @@ from tadistill.results.number_text import flops_text, number, parameters_text, s
 from tadistill.results.verdict import comparisons
 from tadistill.safe_text import visible
 
-from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
+from .builder import NASTY, PARAMETERS, SMALL, ArmSpec, StudySpec, build_study, key_of
 
 
 class _Cells(HTMLParser):
@@ -338,3 +339,11 @@ def test_a_narrow_terminal_has_fewer_columns(tmp_path, width):
     intervals = [line for line in lines if re.search(r"\d\.\d \[\d+\.\d, \d+\.\d\] ", line)]
     assert len(intervals) == len(arms)  # the main metric keeps its interval
     assert len([line for line in lines if line.rstrip().endswith("×")]) == (0 if width == 40 else len(arms))
+
+
+def test_models_of_the_same_size_are_in_the_order_of_the_plan(tmp_path, monkeypatch):
+    for model in ("xl", "l", "m"):
+        monkeypatch.setitem(PARAMETERS, model, 354_823_168)
+    arms = [ArmSpec("kd", ("xl", "s")), *(ArmSpec(f"plain-{model}", (model,)) for model in ("m", "xl", "l"))]
+    groups = arm_groups(build_study(tmp_path, StudySpec(arms)).results)
+    assert [group.model for group in groups] == ["s", "m", "xl", "l"]

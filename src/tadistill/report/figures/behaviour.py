@@ -7,7 +7,7 @@ import numpy as np
 
 from tadistill.charts import GREY, Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
-from tadistill.report.figures.style import MANY, looks, span_axis, titled
+from tadistill.report.figures import MANY, looks, span_axis, titled
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities

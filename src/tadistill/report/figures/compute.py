@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tadistill.charts import Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import metric_title
-from tadistill.report.figures.style import looks, span_axis, titled
+from tadistill.report.figures import looks, span_axis, titled
 from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.number_text import number, ratio_text, span, summary_text

@@ -1,20 +1,26 @@
-"""The figure of paths: the models of a study, and the distillations between them."""
+"""Figures of paths: the models of a study with the distillations between them, and the error budget of each path with assistants.
+
+An error budget says how much each step of a path adds to the divergence from the teacher.
+"""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from tadistill.charts import PLAIN, Axis, Chart, Look
+from tadistill.charts import COLOURS, GREY, PLAIN, Axis, Chart, Look
+from tadistill.charts.series import DASHES
 from tadistill.config.arm import flat, members
 from tadistill.metrics import metric_title
 from tadistill.plan.kinds import TRAINING
-from tadistill.report.figures.style import kinds, looks, rows_axis
-from tadistill.report.path_words import route
-from tadistill.results.collect import MEAN, Results, primary_metric
+from tadistill.report.figures import looks, rows_axis
+from tadistill.report.path_words import route, some
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.compare import budget_models, twin_of
 from tadistill.results.curves import last_dev_value
-from tadistill.results.number_text import flops_text, interval, number, parameters_text
+from tadistill.results.number_text import flops_text, number, parameters_text, signed, summary_text
 from tadistill.results.study import ArmRecord, StageRecord
+from tadistill.results.verdict import by_importance
 
 _ROW = 46  # height of a row in pixels
 _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row
@@ -22,6 +28,7 @@ PRUNED = Look("var(--ink)", "circle", "2 5")
 """The look of a line from a model to the model that is pruned from it."""
 _STUB = 0.07  # length of the line of a model that teaches itself, as a share of the width
 _THIN, _WIDER = 1.5, 6.0  # pixels: the width of a line (distillation) without cost, and the additional width of the most expensive one
+_ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")  # parts of an error budget that add to the divergence, and others
 
 NodeId = tuple[str, str]
 
@@ -111,20 +118,12 @@ def _how(arm: ArmRecord) -> str:
 
 
 def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
-    arms = [(arm, _ids(results, arm)) for arm in results.plan.arms]
+    arms = [(arm, tuple(_id(results, arm, model) for model in _line(arm))) for arm in results.plan.arms]
     first: dict[tuple[NodeId, ...], int] = {}
     for position, (_, ids) in enumerate(arms):
         for end in range(1, len(ids) + 1):
             first.setdefault(ids[:end], position)
-    places = [[first[ids[:end]] for end in range(1, len(ids) + 1)] for _, ids in arms]
-    order = sorted(range(len(arms)), key=lambda i: (len(arms[i][1]) == 1, places[i]))
-    return [arms[i] for i in order]
-
-
-def _ids(results: Results, arm: ArmRecord) -> tuple[NodeId, ...]:
-    if len(arm.path) == 1:
-        return (("arm", arm.name),)
-    return tuple(_id(results, arm, model) for model in _line(arm))
+    return sorted(arms, key=lambda found: (len(found[1]) == 1, [first[found[1][:end]] for end in range(1, len(found[1]) + 1)]))
 
 
 def _line(arm: ArmRecord) -> tuple[str, ...]:
@@ -144,24 +143,14 @@ def _steps(results: Results, arm: ArmRecord, model: str) -> list[StageRecord]:
     return [s for s in results.plan.stages if s.seed == seed and s.model == model and arm.name in s.arms and s.kind in TRAINING]
 
 
-def line_looks(results: Results) -> Mapping[str, Look]:
-    """Return the look of each kind of line in the figure of paths, for its legend."""
-    pruned = any(node.start is not None for node in lattice(results).values())
-    return {**method_looks(results), **({"pruned": PRUNED} if pruned else {})}
-
-
 def _kinds(stages: list[StageRecord]) -> str:
     """Return the methods of a model's distillations as text. Several phases with one method become `METHOD in N phases`."""
-    phases = [stage for stage in stages if re.search(r"\((?:turn \d+; )?phase \d+ of \d+\)", stage.label)]
-    if not stages or not phases:
-        return _kind(stages[-1]) if stages else ""
-    kinds = dict.fromkeys(map(_kind, stages))
-    return ", then ".join(kinds) if len(kinds) > 1 else f"{_kind(stages[-1])} in {len(phases) + 1} phases"
-
-
-def _kind(stage: StageRecord) -> str:
-    found = re.match(r"distill [^,]+, (.+?)(?: \(rounds[^)]*\))?(?:, |$)", stage.label)
-    return found[1] if found else stage.kind
+    labels = [re.match(r"distill [^,]+, (.+?)(?: \(rounds[^)]*\))?(?:, |$)", stage.label) for stage in stages]
+    kinds = [label[1] if label else stage.kind for label, stage in zip(labels, stages, strict=True)]
+    phases = sum(bool(re.search(r"\((?:turn \d+; )?phase \d+ of \d+\)", stage.label)) for stage in stages)
+    if not phases:
+        return kinds[-1] if kinds else ""
+    return ", then ".join(dict.fromkeys(kinds)) if len(set(kinds)) > 1 else f"{kinds[-1]} in {phases + 1} phases"
 
 
 def lattice_figure(results: Results) -> Chart | None:
@@ -172,7 +161,7 @@ def lattice_figure(results: Results) -> Chart | None:
     rows = len(results.plan.arms)
     models = results.plan.from_big(dict.fromkeys(node.model for node in nodes.values()))
     place = {at: (float(models.index(node.model)), float(rows - 1 - node.row)) for at, node in nodes.items()}
-    styles, dearest = method_looks(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
+    styles, dearest = line_looks(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
     marks = {float(i): model for i, model in enumerate(models)}
     x = Axis(-0.03, len(models) - 0.96, marks=marks, grid=False)
     summary = "Paths: " + "; ".join(f"{arm.name}: {arm.shown_path}" for arm in results.plan.arms)
@@ -188,32 +177,28 @@ def lattice_figure(results: Results) -> Chart | None:
         if node.itself:
             x, y = place[at]
             _add_edge(chart, node, ((x - _STUB * (chart.x.high - chart.x.low), y), (x, y)), styles[node.kind], dearest)
-        for other in node.others:
-            tip = f"{nodes[other].model} teaches {node.model} too"
-            _add_side(chart, node, (place[other], place[at]), styles[node.kind], tip)
-        if node.start is not None:
-            _add_side(chart, node, (place[node.start], place[at]), PRUNED, f"{node.model} is pruned from {nodes[node.start].model}")
+        sides = [(other, styles[node.kind], f"{nodes[other].model} teaches {node.model} too") for other in node.others]
+        sides += [(node.start, PRUNED, f"{node.model} is pruned from {nodes[node.start].model}")] if node.start else []
+        for other, look, tip in sides:
+            _connect(chart, node, (place[other], place[at]), look, joint=place[at][1] + _ASIDE, width=2.0, tip=tip)
     for at, node in nodes.items():
         _add_node(chart, results, node, place[at], is_student=at[0] == "arm")
     return chart
 
 
 def _add_edge(chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[float, float]], look: Look, dearest: float) -> None:
-    (x0, y0), (x1, y1) = ends
-    if y0 != y1:
-        chart.segment((x0, y0), (x0, y1), PLAIN, width=1.4)
     width = 2.0 if node.flops is None else _THIN + _WIDER * (node.flops / dearest) ** 0.5
     tip = f"{node.kind}: {flops_text(node.flops)} FLOPs of one seed, for {', '.join(arm.name for arm in node.arms)}"
-    name = node.arms[0].name if len(node.arms) == 1 else ""
-    chart.segment((x0, y1), (x1, y1), look, width=width, name=name, tip=tip, kind="edge")
+    _connect(chart, node, ends, look, joint=ends[1][1], width=width, tip=tip)
 
 
-def _add_side(chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[float, float]], look: Look, tip: str) -> None:
-    (x0, y0), (x1, y1) = ends
-    joint = y1 + _ASIDE
+def _connect(
+    chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[float, float]], look: Look, *, joint: float, width: float, tip: str
+) -> None:
+    (x0, y0), end = ends
     if abs(y0 - joint) > 1e-6:
         chart.segment((x0, y0), (x0, joint), PLAIN, width=1.4)
-    chart.segment((x0, joint), (x1, y1), look, width=2.0, name=node.arms[0].name if len(node.arms) == 1 else "", tip=tip, kind="edge")
+    chart.segment((x0, joint), end, look, width=width, name=node.arms[0].name if len(node.arms) == 1 else "", tip=tip, kind="edge")
 
 
 def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float], *, is_student: bool) -> None:
@@ -226,8 +211,7 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
         chart.mark("", (x, y), PLAIN, size=5, tip=f"{node.model}, {text}: in the path of {', '.join(a.name for a in node.arms)}")
         return
     summary = results.summaries.get((arm.name, MEAN, metric))
-    half = "" if summary is None else f" {interval(summary.low, summary.high, metric)}"
-    value = "not finished" if summary is None else f"{number(summary.mean, metric)}{half}"
+    value = summary_text(summary, metric) if summary else "not finished"
     chart.mark(arm.name, (x, y), looks(results)[arm.name], size=6, tip=f"{arm.name}: {metric_title(metric)} {value}")
     left = chart.x.place(x) > 0.5  # the texts of the last column stand at its left, where a phone has room
     side, away = ("end", -12) if left else ("start", 12)
@@ -235,9 +219,12 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
     chart.text(x, y, value, side=side, name=arm.name, shift=(away, 16))
 
 
-def method_looks(results: Results) -> Mapping[str, Look]:
-    """Return the look (colour and dash) of each method in the figure of paths."""
-    return kinds(dict.fromkeys(node.kind for node in lattice(results).values() if node.is_taught))
+def line_looks(results: Results) -> Mapping[str, Look]:
+    """Return the look of each kind of line in the figure of paths: of each method, and of pruning if a model is pruned."""
+    nodes = lattice(results).values()
+    kinds = dict.fromkeys(node.kind for node in nodes if node.is_taught)
+    found = {kind: Look(f"var(--c{i % COLOURS})", "circle", DASHES[i % len(DASHES)]) for i, kind in enumerate(kinds)}
+    return found | ({"pruned": PRUNED} if any(node.start for node in nodes) else {})
 
 
 def lattice_notes(results: Results) -> list[str]:
@@ -245,16 +232,115 @@ def lattice_notes(results: Results) -> list[str]:
     nodes, metric = lattice(results), primary_metric(results)
     assistants = [node for at, node in nodes.items() if at[0] != "arm" and node.parent is not None]
     dev = any(last_dev_value(results, node.arms[0].name, node.model, metric) is not None for node in assistants)
-    pruned = any(node.start is not None for node in nodes.values())
-    alone = any(map(_has_no_teacher, results.plan.arms))
     said = (
         ("A short line means that the model teaches itself.", any(node.itself for node in nodes.values())),
-        ("No line leads to a student that is trained without a teacher.", alone),
+        ("No line leads to a student that is trained without a teacher.", any(map(_has_no_teacher, results.plan.arms))),
         ("The number below an assistant is its last dev value.", dev),
-        ("A dotted line shows pruning, not distillation: the smaller model is pruned from the bigger model.", pruned),
         (
-            "A sloping line, unless it is dotted, comes from an additional teacher.",
-            any(node.others for node in nodes.values()),
+            "A dotted line shows pruning, not distillation: the smaller model is pruned from the bigger model.",
+            any(node.start for node in nodes.values()),
         ),
+        ("A sloping line, unless it is dotted, comes from an additional teacher.", any(node.others for node in nodes.values())),
     )
     return [sentence for sentence, needed in said if needed]
+
+
+# --- error budgets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The error budget of a path: KL(student ‖ teacher) in nats/token, divided into one part for each step of the path.
+
+    `terms` are the parts, and they add up to the KL. `total` is a direct measurement of the KL.
+    """
+
+    arm: ArmRecord
+    terms: tuple[tuple[str, Summary], ...]
+    total: tuple[str, Summary]
+    twin: tuple[str, Summary] | None
+    """KL(student ‖ teacher) of direct distillation with the same compute. None if it was not measured."""
+
+    @property
+    def bases(self) -> list[float]:
+        """The sum of the parts before each part. The last number is the sum of all parts."""
+        return [0.0, *accumulate(term.mean for _, term in self.terms)]
+
+
+def budgets(results: Results) -> list[Budget]:
+    """Return the error budget of each path with assistants. A path is left out if a part of its budget was not measured."""
+    found: list[Budget] = []
+    for arm in (arm for arm in results.plan.arms if arm.is_chain):
+        upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
+        steps = [(f"{a} → {b}", f"budget/{j}") for j, (a, b) in enumerate(pairwise(upwards[1:]), start=1)]
+        parts = [(f"KL({upwards[0]} ‖ {upwards[1]})", "budget/0"), *steps, (f"KL({upwards[0]} ‖ {upwards[-1]})", "reverse_kl")]
+        known = [(name, part) for name, metric in parts if (part := results.summaries.get((arm.name, MEAN, metric)))]
+        if len(known) == len(parts):
+            twin = twin_of(results, arm)
+            of_twin = results.summaries.get((twin.name, MEAN, "reverse_kl")) if twin else None
+            found.append(Budget(arm, tuple(known[:-1]), known[-1], (twin.name, of_twin) if twin and of_twin else None))
+    return found
+
+
+def budget_text(results: Results, b: Budget) -> str:
+    """Return a sentence, without a full stop: how much of the student's divergence from its teacher comes from the steps between this
+    teacher and the last assistant."""
+    added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
+    first, total = b.terms[0][1].mean, b.total[1].mean
+    if added <= 0 or total <= 0:
+        ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
+        return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
+    steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {results.plan.teacher or b.arm.path[0]}"
+    ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
+    return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
+
+
+def budget_notes(results: Results) -> list[str]:
+    """Return sentences on the figures of error budgets: the dashed lines, and the arms with assistants that have no figure."""
+    found = budgets(results)
+    drawn, lines = [b.arm.name for b in found], [b.arm.name for b in found if b.twin]
+    first = next(iter(by_importance(results)), None)
+    notes = [f"{budget_text(results, found[0])}."] if found and first is not None and first.arm not in drawn else []
+    if lines:
+        where = "" if lines == drawn else f" (only for {some(lines)}: the study has no such baseline for the other paths)"
+        notes.append(f"The dashed line is the equal-compute baseline{where}.")
+    for is_chain, why in ((False, "no assistant teaches the student of {}"), (True, "it was not measured")):
+        without = [arm.name for arm in results.plan.arms if arm.has_assistant and arm.is_chain == is_chain and arm.name not in drawn]
+        if without:
+            has, these = ("has", "this arm") if len(without) == 1 else ("have", "these arms")
+            notes.append(f"{some(without)} {has} no error budget, because {why.format(these)}.")
+    return notes
+
+
+def budget_figures(results: Results) -> Mapping[str, Chart]:
+    """Draw one waterfall chart for each path: how much each step of the path adds to the divergence. All charts have the same scale."""
+    found = budgets(results)
+    tops = [sum(max(term.mean, 0) for _, term in b.terms) for b in found] + [b.total[1].high for b in found]
+    high = max([*tops, *(b.twin[1].mean for b in found if b.twin), 1e-9])
+    ends = [base + end for b in found for base, (_, term) in zip(b.bases[:-1], b.terms, strict=True) for end in (term.mean, term.low)]
+    low = min([0.0, *ends])
+    y = Axis(low, high + 0.18 * (high - low), "nats/token")
+    return {b.arm.name: _waterfall(results, b, index, y) for index, b in enumerate(found)}
+
+
+def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
+    bars, bases = [*budget.terms, budget.total], budget.bases
+    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, _) in enumerate(bars)]
+    x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
+    summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term in bars)
+    chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name
+    colours = [looks(results)[name], *(_ADDS if term.mean > 0 else _TAKES for _, term in budget.terms[1:]), PLAIN]
+    chart.rule(y=0)
+    for i, ((title, term), colour, base) in enumerate(zip(bars, colours, [*bases[:-1], 0.0], strict=True)):
+        tip = f"{title}: {summary_text(term, 'reverse_kl')} nats/token"
+        chart.bar(name, (i - 0.31, i + 0.31), (base, base + term.mean), colour, tip=tip)
+        chart.whisker(name, i, base + term.low, base + term.high)
+        text = signed(term.mean, "reverse_kl") if 0 < i < len(bars) - 1 else number(term.mean, "reverse_kl")
+        chart.text(i, max(base, base + term.mean, base + term.high), text, name=name, kind="name", shift=(0, -6))
+    for i, height in enumerate(bases[1:]):
+        chart.segment((i, height), (i + 1, height), Look(GREY, "circle", "2 3"))
+    if budget.twin:
+        twin, mean = budget.twin[0], budget.twin[1].mean
+        tip = f"{twin}: {summary_text(budget.twin[1], 'reverse_kl')} nats/token"
+        chart.segment((len(bars) - 1.5, mean), (len(bars) - 0.5, mean), Look("var(--ink)", "circle", "5 4"), name=twin, tip=tip)
+    return chart

@@ -7,7 +7,7 @@ from itertools import pairwise
 from tadistill.charts import Axis, Chart, Point, nice_span
 from tadistill.charts.series import text_width
 from tadistill.metrics import metric_title
-from tadistill.report.figures.style import MANY, looks, rows_axis, span_axis, titled
+from tadistill.report.figures import MANY, looks, rows_axis, span_axis, titled
 from tadistill.report.path_words import counted
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
