@@ -24,6 +24,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from rich.markup import escape
 from rich.table import Table
 
@@ -64,12 +65,10 @@ def python(version: str, wanted: str) -> Check:
     return Check("python", "problem", version, f"create the environment again with a Python version {wanted}")
 
 
-def packages(requirements: Iterable[str], extra: str = "") -> Check:
+def packages(requirements: Iterable[str]) -> Check:
     """Check that all required Python packages are installed, in versions that tadistill supports."""
     wrong, fine = [], {}
-    for requirement in map(Requirement, requirements):
-        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-            continue
+    for requirement in _here(requirements):
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
@@ -89,23 +88,24 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
 
 def wheelhouse(requirements: Iterable[str]) -> Check | None:
     """Check the wheelhouse (the shared folder of Python packages on clusters of the Alliance). Return None on other machines."""
-    wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
+    wanted = _here(requirements)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
         file.flush()
         out = output_of("avail_wheels", "-r", file.name, "--not-available")
     if out is None:
         return None
-    words = {_plain(word) for word in re.findall(r"[\w.-]+", out)}
-    gaps = [r.name for r in wanted if _plain(r.name) in words]
+    words = set(map(canonicalize_name, re.findall(r"[\w.-]+", out)))
+    gaps = [r.name for r in wanted if canonicalize_name(r.name) in words]
     if not gaps:
         return Check("wheelhouse", "ok", "the wheelhouse has all required packages")
     fix = "download these wheels on a login node (pip download --no-deps) and install the files"
     return Check("wheelhouse", "warning", f"the wheelhouse does not have {', '.join(gaps)}", fix)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def _here(requirements: Iterable[str]) -> list[Requirement]:
+    # without those of extras and of other platforms
+    return [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
 
 
 # --- devices, Slurm, modules --------------------------------------------------------------------------------------------
@@ -243,14 +243,14 @@ def store(root: Path) -> list[Check]:
             now = time.time()
             os.replace(before, written)
             skew = written.stat().st_mtime - now
-            locked = _locks(Path(folder, "lock"))
+            fault = _lock_fault(Path(folder, "lock"))
     except OSError as error:
         fix = "set --runs (or TADISTILL_RUNS) to a writable folder"
         return [Check("store", "problem", f"{root} cannot be written: {error.strerror or error}", fix)]
     checks = [Check("store", "ok", f"{root} can be written")]
-    if locked is not True:
+    if fault:
         fix = "run only one command at a time with this store, or set --runs to a folder on another file system"
-        checks.append(Check("locks", "problem", str(locked), fix))
+        checks.append(Check("locks", "problem", fault, fix))
     else:
         checks.append(Check("locks", "ok", "file locking works"))
     fix = "no action is needed, but the times of files and jobs will look wrong" if abs(skew) > _SKEW else ""
@@ -258,14 +258,14 @@ def store(root: Path) -> list[Check]:
     return checks
 
 
-def _locks(path: Path) -> Literal[True] | str:
+def _lock_fault(path: Path) -> str:
     code = f"from filelock import FileLock, Timeout\ntry:\n FileLock({str(path)!r}).acquire(timeout=0)\nexcept Timeout:\n print('held')"
     try:
         with FileLock(path, timeout=1):
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (Timeout, NotImplementedError, subprocess.TimeoutExpired) as error:
         return f"a file cannot be locked ({type(error).__name__})"
-    return True if done.stdout.strip() == "held" else "two processes can have the same file lock at the same time"
+    return "" if done.stdout.strip() == "held" else "two processes can have the same file lock at the same time"
 
 
 # --- a recipe's data and models -----------------------------------------------------------------------------------------

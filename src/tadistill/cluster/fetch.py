@@ -28,7 +28,6 @@ from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
 from tadistill.models.sources import Gives, fetch_part, locate_part, needed_part
-from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"
 _WORKERS = 1
@@ -101,13 +100,13 @@ def conversions(recipe: Recipe) -> list[Need]:
     return [n for n in dict.fromkeys(named) if n.name not in TOKENIZERS and sources.parse_source(n.name).kind == "gguf"]
 
 
-def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
+def missing(recipe: Recipe, runs: Path) -> list[str]:
     """Return one sentence for each model, tokenizer or data set of the recipe that is not on this disk. No network is used.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
     """
-    record = _read(runs_directory(runs))
+    record = _read(runs)
     return [
         f"{need.kind} `{need.shown}` at revision `{need.revision}` is not on this disk; run `tadistill fetch RECIPE` with network access"
         for need in needs(recipe)
@@ -115,12 +114,12 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
     ]
 
 
-def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
+def moved(recipe: Recipe, runs: Path) -> list[str]:
     """Return a warning for each model, tokenizer or data set whose commit on this disk differs from its commit in fetched.json.
 
     Finished stages used the commit in fetched.json. No network is used.
     """
-    record = _read(runs_directory(runs))
+    record = _read(runs)
     pairs = [(need, look(need, record)) for need in needs(recipe)]
     return [change for need, found in pairs if found and (change := _change(need, found, record))]
 
@@ -133,16 +132,15 @@ def look(need: Need, record: Mapping[str, Any]) -> Found | None:
     """
     if need.kind == "data set" or need.gives:
         path = locate_part(need.name, need.revision, need.gives) if need.gives else hub.cached(need.name, need.revision, need.file)
-        return _unless_lost(_found(path), record.get(need.key, {})) if path else None
+        if path is None:
+            return None
+        found, listed = _found(path), record.get(need.key, {})
+        lost = listed.get("commit") == found.commit and not set(listed.get("files", ())) <= set(found.files)
+        return None if lost else found
     path = sources.locate(need.name, need.revision, weights=need.kind == "model")
     if path is None or (need.tokenizer and sources.locate(need.name, need.revision, weights=False) is None):
         return None
     return _found(path)
-
-
-def _unless_lost(found: Found, listed: Mapping[str, Any]) -> Found | None:
-    lost = listed.get("commit") == found.commit and not set(listed.get("files", ())) <= set(found.files)
-    return None if lost else found
 
 
 def _found(path: Path) -> Found:
@@ -198,12 +196,11 @@ def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Fou
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
     if need.gives:
         return _found(fetch_part(need.name, need.revision, need.gives, workers=_WORKERS)), "fetched"
-    local = sources.parse_source(need.name).kind == "gguf"
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
     if need.tokenizer:  # only the weights may have been on this disk
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
     assert path is not None
-    return _found(path), "converted" if local else "fetched"
+    return _found(path), "converted" if sources.parse_source(need.name).kind == "gguf" else "fetched"
 
 
 def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:

@@ -126,25 +126,13 @@ def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job],
     if they wait for the same earlier jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
-    if len(jobs) > 1 and (together := _corresponding(waits)) is not None:
-        return [(list(jobs), together)]
+    first, *others = [{f"aftercorr:{p.job}" if p.index == i else f"afterok:{p}" for p in wait} for i, wait in enumerate(waits)]
+    if others and first and all(other == first for other in others):
+        return [(list(jobs), ",".join(sorted(first)))]
     groups: dict[str | None, list[Job]] = {}
     for job, wait in zip(jobs, waits, strict=True):
-        groups.setdefault(_after(wait), []).append(job)
+        groups.setdefault(f"afterok:{':'.join(sorted(map(str, wait)))}" if wait else None, []).append(job)
     return [(group, dependency) for dependency, group in groups.items()]
-
-
-def _corresponding(waits: Seq[set[Place]]) -> str | None:
-
-    def parts(i: int) -> set[str]:
-        return {f"aftercorr:{place.job}" if place.index == i else f"afterok:{place}" for place in waits[i]}
-
-    first = parts(0)
-    return ",".join(sorted(first)) if first and all(parts(i) == first for i in range(len(waits))) else None
-
-
-def _after(wait: set[Place]) -> str | None:
-    return f"afterok:{':'.join(sorted(map(str, wait)))}" if wait else None
 
 
 # --- records ------------------------------------------------------------------------------------------------------------
@@ -184,9 +172,8 @@ class JobRecord:
 
 def read_record(store: Store, key: str) -> JobRecord | None:
     """Return the record of the job that runs a stage. Return None if the record is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8"))
-        return JobRecord(found["job"], found["index"], found["name"], found["study"])
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return JobRecord(**json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8")))
     return None
 
 

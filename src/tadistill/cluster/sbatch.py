@@ -114,7 +114,7 @@ class Requests:
     # --- memory ---------------------------------------------------------------------------------------------------------
 
     def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
-        needs = max(map(self._need, stages))
+        needs = max(process_bytes(self.plan, stage, cuda=True) or _UNKNOWN_BYTES for stage in stages)
         usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
         fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
         if fits:
@@ -126,9 +126,6 @@ class Requests:
             f"`resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}}` (to spread the teacher too, add "
             "`teacher: sharded`; to keep it in host memory, add `teacher: offloaded`)"
         )
-
-    def _need(self, stage: Stage) -> float:
-        return process_bytes(self.plan, stage, cuda=True) or _UNKNOWN_BYTES
 
     # --- time -----------------------------------------------------------------------------------------------------------
 
@@ -224,7 +221,9 @@ def _setup(request: Request, profile: Profile) -> list[str]:
     if profile.internet != "full":
         lines += ["export WANDB_MODE=offline"]
     # a site may start jobs with an empty environment, or with other cache folders
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in _places().items()]
+    places = {"HF_HOME": os.environ.get("HF_HOME") or str(user_cache() / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
+    places |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in places.items()]
     # since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch
     lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"]
     if request.tasks * request.nodes > 1:
@@ -233,11 +232,6 @@ def _setup(request: Request, profile: Profile) -> list[str]:
             "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000)) TORCH_NCCL_ASYNC_ERROR_HANDLING=1",
         ]
     return [*lines, *profile.setup]
-
-
-def _places() -> dict[str, str]:
-    found = {"HF_HOME": os.environ.get("HF_HOME") or str(user_cache() / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
-    return found | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 
 def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str = sys.executable) -> str:

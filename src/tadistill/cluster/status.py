@@ -154,7 +154,7 @@ def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
         return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
     if runs:
         return f"nothing is running; continue with `{runs[-1].command}`"
-    return f"nothing is queued or running; continue with `{_command(study)}`"
+    return f"nothing is queued or running; continue with `{_plan(study).get('command') or 'tadistill run RECIPE'}`"
 
 
 def cancel(study: Path, store: Store) -> int:
@@ -174,10 +174,6 @@ def cancel(study: Path, store: Store) -> int:
 def planned_stages(study: Path) -> list[dict[str, Any]]:
     """Return the stages of plan.json. Raises StoreError if the file is missing or damaged."""
     return _plan(study)["stages"]
-
-
-def _command(study: Path) -> str:
-    return _plan(study).get("command") or "tadistill run RECIPE"
 
 
 def _plan(study: Path) -> dict[str, Any]:

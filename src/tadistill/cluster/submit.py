@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +89,15 @@ class Submission:
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
         """Yield every unfinished job with its batch script. Nothing is submitted, so @1, @2, … stand for the job ids."""
-        places: dict[str, Place] = {}
-        number = 0
-        for family in families(self.jobs(self.todo)):
-            for members, dependency in self._arrays(family, places):
-                number += 1
-                sent = self._sent(f"@{number}", members, dependency)
-                places |= self._places(sent)
-                yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
+        ids = (f"@{number}" for number in count(1))
+        for sent in self._in_order(self.jobs(self.todo), {}, lambda members, dependency: self._sent(next(ids), members, dependency)):
+            yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
 
-    def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
+    def run(self, ready: Callable[[bool], None]) -> tuple[list[Sent], int]:
         """Submit the jobs. Return two things: the submitted jobs; and the number of stages that were already in the queue.
 
         Args:
             ready: called before the first job is submitted. Its argument is False if there is no job to submit.
-            tell: called with every job after it was submitted.
 
         Raises:
             ConfigError: the cluster would refuse a job, or another submission is running.
@@ -117,12 +112,7 @@ class Submission:
             jobs = self.jobs([key for key in self.todo if key not in live])
             self._check_number(jobs, len(queued) - len(hopeless))
             ready(bool(jobs))
-            sent: list[Sent] = []
-            for family in families(jobs):
-                for members, dependency in self._arrays(family, places):
-                    sent.append(self._send(members, dependency))
-                    places |= self._places(sent[-1])
-                    tell(sent[-1])
+            sent = [*self._in_order(jobs, places, self._send)]
             if sent:
                 self._report(places, queued)
             return sent, len(live)
@@ -132,6 +122,14 @@ class Submission:
     @property
     def _chain(self) -> bool:
         return self.profile.resume == "chain"
+
+    def _in_order(self, jobs: list[Job], places: dict[str, Place], send: Callable[[list[Job], str | None], Sent]) -> Iterator[Sent]:
+        # `places` gets the places of the stages of each array before the arrays that wait for it are made
+        for family in families(jobs):
+            for members, dependency in self._arrays(family, places):
+                sent = send(members, dependency)
+                places |= self._places(sent)
+                yield sent
 
     def _arrays(self, family: list[Job], places: dict[str, Place]) -> list[tuple[list[Job], str | None]]:
         if not self._chain:
@@ -287,10 +285,9 @@ def submit(
             check_inputs(recipe, console)
         save_plan(plan, runs, recipe_text=text, command=command, console=console)
 
-    table = _table()
-    sent, waiting = submission.run(ready, lambda each: _row(table, each))
+    sent, waiting = submission.run(ready)
     if sent:
-        console.print(table)
+        console.print(_table(sent))
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
     done = len(plan.stages) - waiting - stages
     console.print(
@@ -316,18 +313,16 @@ def _all_done(plan: Plan, study: Path) -> str:
     return f"all {len(plan.stages)} stages are done; write the report with {command_for('report', study)}"
 
 
-def _table() -> Table:
+def _table(sent: list[Sent]) -> Table:
     table = Table(box=None, expand=True)
     for column in ("job", "gpu", "hours", "waits for", "stages"):
         table.add_column(column, overflow="fold", ratio={"waits for": 1, "stages": 2}.get(column))
+    for each in sent:
+        request = each.request
+        gpu = f"{request.nodes * request.gpus} x {request.gpu}" if request.gpu else "–"
+        job = f"{each.id}_[0-{len(each.jobs) - 1}]" if len(each.jobs) > 1 else each.id
+        table.add_row(job, gpu, f"{request.minutes / 60:.3g}", each.settings.get("dependency", ""), each.text)
     return table
-
-
-def _row(table: Table, sent: Sent) -> None:
-    request = sent.request
-    gpu = f"{request.nodes * request.gpus} x {request.gpu}" if request.gpu else "–"
-    job = f"{sent.id}_[0-{len(sent.jobs) - 1}]" if len(sent.jobs) > 1 else sent.id
-    table.add_row(job, gpu, f"{request.minutes / 60:.3g}", sent.settings.get("dependency", ""), sent.text)
 
 
 def _cluster(given: str | None) -> str:

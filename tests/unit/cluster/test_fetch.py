@@ -294,10 +294,11 @@ def test_everything_loads_from_the_cache_without_network(cache, tmp_path, model_
     lay_all(cache, model_files)
     (cache.parent / "recipe.yaml").write_text(RECIPE)
     code = """
+from pathlib import Path
 from tadistill.cluster.fetch import missing
 from tadistill.config import load
 recipe = load("recipe.yaml")
-assert missing(recipe) == []
+assert missing(recipe, Path("runs")) == []
 from tadistill.data import datasets
 from tadistill.models.loading import load_model, load_tokenizer
 print(load_model("org/teacher").config.num_hidden_layers, load_tokenizer("org/teacher").eos_token)

@@ -12,6 +12,7 @@ from tadistill.config import load, validate
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.kinds import KINDS
+from tadistill.plan.task import process_bytes
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -121,8 +122,7 @@ def test_teachers_of_one_family_have_their_own_sizes():
         "method": {"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 4}},
         "arms": {"direct": "xl > s"},
     }))  # fmt: skip
-    requests = sbatch.Requests(plan, slurm.load_profile("narval"), {})
     (analyse,) = [stage for stage in plan.stages.values() if stage.kind == "analyse" and stage.model == "s"]
     ledger = Ledger(plan.recipe)
     parameters = {name: size.total for name in ("xl", "s") if (size := ledger.size(name))}
-    assert requests._need(analyse) == pytest.approx(4 * (parameters["xl"] + parameters["s"]) + ledger.measuring("s"))
+    assert process_bytes(plan, analyse, cuda=True) == pytest.approx(4 * (parameters["xl"] + parameters["s"]) + ledger.measuring("s"))
