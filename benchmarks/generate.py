@@ -36,7 +36,8 @@ from rich.table import Table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tadistill.rollout import fast_mixture
-from tadistill.rollout.engine import Mixture, sample
+from tadistill.rollout.draw import Mixture
+from tadistill.rollout.engine import sample
 
 
 class Size(NamedTuple):

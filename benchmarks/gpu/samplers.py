@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tadistill.models.forward import attention_for_any_shape
 from tadistill.rollout import fixed_shapes as at_fixed_shapes
-from tadistill.rollout.engine import Mixture, Rollout, Speculation, sample
+from tadistill.rollout.draw import Mixture, Rollout, Speculation
+from tadistill.rollout.engine import sample
 
 SMALLEST_P = 1e-4
 """A chi-square test with a smaller p fails. The kit makes a few dozen tests."""

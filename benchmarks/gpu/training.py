@@ -31,7 +31,8 @@ from tadistill.data.second_readings import Rereader
 from tadistill.data.tinyworld import PIECES, WORDS, tokenizer, world_rows
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import Interrupted
-from tadistill.rollout.engine import Mixture, Native, Rollout, sample
+from tadistill.rollout.draw import Mixture, Rollout
+from tadistill.rollout.engine import Native, sample
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler
 from tadistill.train.loop import Hooks, train_stage

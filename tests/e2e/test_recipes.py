@@ -34,7 +34,8 @@ from tadistill.data.batch import Sequence, collate
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.tokens import shared_vocabulary
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.rollout.engine import Mixture, sample
+from tadistill.rollout.draw import Mixture
+from tadistill.rollout.engine import sample
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))

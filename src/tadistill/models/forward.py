@@ -79,7 +79,7 @@ class Reader:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
-        with tapped(self._module, skip=False) as seen, rounded(model) as rounding:
+        with tapped(self._module) as seen, rounded(model) as rounding:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
         # NaN becomes 0 on both sides: this check accepts broken weights, because the training loop reports them
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
@@ -237,14 +237,14 @@ def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> 
 
 
 @contextmanager
-def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
+def tapped(head: nn.Module, *, skip: bool = False, at_M: Tensor | None = None) -> Iterator[list[Tensor]]:
     """Yield a list, to which each forward pass in the `with` block appends the input of the output head. With `skip`, the head computes no
-    logits."""
+    logits. With `at_M`, the head computes the logits of these columns only, and the list has only their inputs."""
     seen: list[Tensor] = []
 
-    def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        seen.append(inputs[0])
-        return (inputs[0][:, :0], *inputs[1:]) if skip else None
+    def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0] if at_M is None else inputs[0][:, at_M])
+        return (seen[-1][:, :0] if skip else seen[-1], *inputs[1:])
 
     handle = head.register_forward_pre_hook(tap)
     try:

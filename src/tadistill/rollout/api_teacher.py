@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,21 +133,17 @@ class _Stopped(Exception):
     """Exception that ends a thread without an answer, because another request failed or the user stops the run."""
 
 
-@dataclass
 class Asking:
     """A sender of requests to an API. It repeats failed requests, and stores every answer in the cache."""
 
-    api: Api
-    cache: Cache
-    name: str = "the teacher"
-    """The model's name in error messages."""
-    failed: dict[int, str] = field(default_factory=dict)
-    """The reason why a row got no usable answer, by the number of the row."""
-    _digests: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.pace, self.stop, self.lock = Pace(self.api.requests_per_minute), threading.Event(), threading.Lock()
+    def __init__(self, api: Api, cache: Cache, name: str):
+        """`name` is the model's name in error messages."""
+        self.api, self.cache, self.name = api, cache, name
+        self.pace, self.stop, self.lock = Pace(api.requests_per_minute), threading.Event(), threading.Lock()
         self.known, self.answered, self.reason = 0, 0, ""
+        self.failed: dict[int, str] = {}
+        """The reason why a row got no usable answer, by the number of the row."""
+        self._digests: dict[str, str] = {}
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
         """Return an answer to every request. Requests whose answers are in the cache are not sent.

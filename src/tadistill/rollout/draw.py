@@ -164,7 +164,7 @@ def teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[l
         return nullcontext([])
     head = guide.teacher.get_output_embeddings()
     assert isinstance(head, nn.Module)
-    return tapped(head, skip=False)
+    return tapped(head)
 
 
 def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
@@ -213,8 +213,13 @@ class InPlaceLayer(DynamicLayer):
         return self.length
 
 
-def keeps_all(layer: object, capacity: int) -> bool:
-    """Return True if the cache layer keeps `capacity` tokens. A layer with a smaller sliding window does not."""
+def keeps_all(config: PreTrainedConfig, capacity: int) -> bool:
+    """Return True if a model has a KV cache whose layers all keep `capacity` tokens. A layer with a smaller sliding window does not."""
+    layers = DynamicCache(config=config).layers
+    return len(layers) > 0 and all(_keeps(layer, capacity) for layer in layers)
+
+
+def _keeps(layer: object, capacity: int) -> bool:
     return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
 
 
@@ -222,7 +227,7 @@ def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     """Return an empty KV cache for `capacity` tokens. Layers that attend to all of these tokens use `InPlaceLayer`."""
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
-        if keeps_all(layer, capacity):
+        if _keeps(layer, capacity):
             cache.layers[i] = InPlaceLayer(capacity)
     return cache
 
@@ -273,10 +278,9 @@ class Record:
         waiting, self.waiting = self.waiting, []
         found = [(name, rows, t, log_p_N) for rows, t, log_p, _ in waiting for name, log_p_N in log_p.items()]
         if found:
-            numbers = torch.cat([log_p_N for *_, log_p_N in found]).cpu().numpy()
-            ends = np.cumsum([len(rows) for _, rows, *_ in found])
-            for (name, rows, t, _), part in zip(found, np.split(numbers, ends[:-1]), strict=True):
-                self.values[name][rows, t] = part
+            numbers = torch.cat([log_p_N for *_, log_p_N in found]).cpu().split([len(rows) for _, rows, *_ in found])
+            for (name, rows, t, _), part in zip(found, numbers, strict=True):
+                self.values[name][rows, t] = part.numpy()
         states = [(rows, t, hidden_NH) for rows, t, _, hidden_NH in waiting if hidden_NH is not None]
         if states:
             hidden = torch.cat([hidden_NH for *_, hidden_NH in states]).cpu()
@@ -291,8 +295,7 @@ class Record:
         self.tokens[:] = tokens_BT.cpu().numpy()
         ended = np.isin(self.tokens, self.eos)
         self.lengths = np.where(ended.any(1), ended.argmax(1) + 1, self.tokens.shape[1])
-        names = list(values)
-        for name, numbers in zip(names, torch.stack([values[name] for name in names]).cpu().numpy(), strict=True):
+        for name, numbers in zip(values, torch.stack([*values.values()]).cpu().numpy(), strict=True):
             self.values[name][:] = numbers
         self.hidden = None if hidden_BTH is None else hidden_BTH.cpu()
 

@@ -28,8 +28,6 @@ from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of
 from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors, teacher_tap
 from tadistill.tuning import COMPACT_BELOW
 
-__all__ = ["Mixture", "Rollout", "Speculation", "sample"]
-
 
 class _Batch:
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):

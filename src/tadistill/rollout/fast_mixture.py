@@ -25,7 +25,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tadistill.models.forward import ROWS
+from tadistill.models.forward import ROWS, tapped
 from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
 from tadistill.tuning import COMPACT_BELOW, PACKED_FAMILIES
 
@@ -41,10 +41,8 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
     """
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_fast_mixture.py covers it.
-    if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation not in ("sdpa", ROWS):
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)
+    known = model.config.model_type in PACKED_FAMILIES and model.config._attn_implementation in ("sdpa", ROWS)
+    return known and keeps_all(model.config, capacity)
 
 
 class _Side:
@@ -280,7 +278,9 @@ class _Packed:
         """Run the model on the tokens of `call`. Return four tensors on the model's device: the logits at the tokens `predict_M`, the
         inputs of the output head at these tokens, `next_M`, and `uniforms`."""
         self.places = places = _Places(call, self.rows, self.capacity, self.device)
-        with _head_at(self.model, places.predict_M) as hidden:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        with tapped(head, at_M=places.predict_M) as seen:
             out = self.model(
                 input_ids=places.ids_N.unsqueeze(0),
                 attention_mask=places.mask(self.dtype),
@@ -289,25 +289,8 @@ class _Packed:
                 use_cache=True,
                 places=places,  # models pass unknown arguments on to the attention function
             )
-        return out.logits[0], hidden[0], places.next_M, places.uniforms
+        return out.logits[0], seen[0][0], places.next_M, places.uniforms
 
     def keep(self, rows: np.ndarray) -> None:
         self.rows = len(rows)
         self.cache.batch_select_indices(torch.from_numpy(rows).to(self.device))
-
-
-@contextmanager
-def _head_at(model: PreTrainedModel, tokens_M: Tensor) -> Iterator[list[Tensor]]:
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    seen: list[Tensor] = []
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(inputs[0][0, tokens_M])
-        return (seen[0].unsqueeze(0), *inputs[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield seen
-    finally:
-        handle.remove()

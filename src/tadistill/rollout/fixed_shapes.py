@@ -46,8 +46,7 @@ def possible(model: PreTrainedModel, capacity: int, decoding: Decoding) -> bool:
     The model must keep keys and values of `capacity` tokens, and accept a mask with one entry per column of the cache. The mask is tried
     once on the loaded model. `decoding` must not forbid repeated n-grams, because the search for them runs on the host.
     """
-    layers = DynamicCache(config=model.config).layers
-    if decoding.no_repeat_ngram is not None or not layers or not all(keeps_all(layer, capacity) for layer in layers):
+    if decoding.no_repeat_ngram is not None or not keeps_all(model.config, capacity):
         return False
     if model not in _RIGHT:
         with evaluating(model), torch.inference_mode():

@@ -29,7 +29,8 @@ from tadistill.data.second_readings import Rereader, at_span_ends
 from tadistill.data.training_sets import TrainingSets, shuffled
 from tadistill.models.teachers import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
-from tadistill.rollout.engine import Engine, Mixture, Speculation
+from tadistill.rollout.draw import Mixture, Speculation
+from tadistill.rollout.engine import Engine
 from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, unpack
 
 
@@ -149,12 +150,11 @@ class Rollouts(Sampler):
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        teacher = self.teacher  # it runs here if its outputs are needed before the training step, or in several inner epochs
-        if not sequences or not (teacher.scores or (teacher.stored and self.config.inner_epochs > 1)):
-            return sequences if teacher.stored and len(teacher.each) == 1 else [replace(s, states=()) for s in sequences]
-        if len(teacher.each) > 1 or not sequences[0].states:
-            sequences = self._scored(sequences)
-        return sequences if teacher.stored else [replace(s, states=()) for s in sequences]
+        teacher, one = self.teacher, len(self.teacher.each) == 1
+        ahead = teacher.scores or (teacher.stored and self.config.inner_epochs > 1)  # needed before the training step, or several times
+        if sequences and ahead and not (one and sequences[0].states):
+            return self._scored(sequences)
+        return sequences if teacher.stored and one else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
@@ -164,11 +164,10 @@ class Rollouts(Sampler):
             name = "teacher" if by_teacher or len(teacher.each) == 1 else f"teacher {k}"
             passes = self._passes([sequences[i].of_teacher for i in mine], one, self.again, states=teacher.stored, scores=teacher.scores)
             for i, (states, scores) in zip(mine, passes, strict=True):
-                found[i] = replace(
-                    found[i],
-                    values=found[i].values | ({} if scores is None else {name: _of_response(found[i], scores.numpy())}),
-                    states=found[i].states if states is None else (*found[i].states, states),
-                )
+                s = found[i]
+                if scores is not None:
+                    s = replace(s, values=s.values | {name: scores.numpy() if s.second is None else at_span_ends(s, scores.numpy())})
+                found[i] = s if states is None else replace(s, states=(*s.states, states))
         return found
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -230,10 +229,6 @@ class Rollouts(Sampler):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.round, self.sequences = state["round"], unpack(state["rollouts"])
-
-
-def _of_response(sequence: Sequence, scores: np.ndarray) -> np.ndarray:
-    return scores if sequence.second is None else at_span_ends(sequence, scores)
 
 
 def on_policy(

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tadistill.rollout.engine import Engine
 from tadistill.rollout.signals import Signals
 
 T = TypeVar("T")
+Config = TypeVar("Config", MixSampler, ReplaySampler, PairSampler)
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,6 @@ def length(sequence: Sequence) -> int:
     return max(len(sequence.prompt), len(sequence.teacher_prompt or ())) + len(sequence.response)
 
 
-def respond(engine: Engine, asked: Seq[Sequence], places: Seq[int], *address: int | str) -> list[Sequence]:
-    """Sample an answer of the current student to the prompt of each sequence.
-
-    The random numbers depend only on `places` (the prompts' positions in the update) and on `address`, such as seed and step.
-    """
-    uniforms = rng.uniforms([int(p) for p in places], engine.decoding.max_new_tokens, *address)
-    answers = engine.respond([s.prompt for s in asked], uniforms)
-    pairs = zip(asked, answers, strict=True)
-    return [Sequence(s.prompt, r.tokens, r.values, teacher_prompt=s.teacher_prompt, teacher=s.teacher) for s, r in pairs]
-
-
 def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
     """Convert the sequences to plain dicts of tensors, for a checkpoint."""
 
@@ -165,7 +155,8 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 class FixedSequences(Sampler):
     """A sampler of fixed responses, in a new order every epoch. `signals` has each teacher's recorded outputs for these responses; it is
-    empty if there are none. With `sets`, `sequences` are the sequences of all sets, one set after the other.
+    empty if there are none. `again` tokenises the responses for a teacher with another tokenizer. With `sets`, `sequences` are the
+    sequences of all sets, one set after the other.
     """
 
     def __init__(
@@ -177,9 +168,11 @@ class FixedSequences(Sampler):
         seed: int,
         signals: Seq[Signals] = (),
         shard: Shard = Shard(),
+        again: Rereader | None = None,
         sets: TrainingSets | None = None,
     ):
-        self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard
+        self.sequences = again.each(sequences) if again else sequences
+        self.optim, self.pad, self.seed, self.signals, self.shard = optim, pad, seed, signals, shard
         self.sets = sets or TrainingSets((len(sequences),))
 
     def rows(self, step: int) -> list[int]:
@@ -202,10 +195,11 @@ class FixedSequences(Sampler):
         return tuple(self.signals[k].target([self.sets.place(rows[i]) for i in mine]) for k, mine in by_teacher.items())
 
 
-class _WithStudent(Sampler):
+class _WithStudent(Sampler, Generic[Config]):
     def __init__(
         self,
         sequences: Seq[Sequence],
+        config: Config,
         optim: Optim,
         *,
         engine: Engine,
@@ -215,9 +209,9 @@ class _WithStudent(Sampler):
         again: Rereader | None = None,
         sets: TrainingSets | None = None,
     ):
-        self.fixed = FixedSequences(again.each(sequences) if again else sequences, optim, pad=pad, seed=seed, shard=shard, sets=sets)
-        self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
-        self.again = again
+        self.fixed = FixedSequences(sequences, optim, pad=pad, seed=seed, shard=shard, again=again, sets=sets)
+        self.sequences, self.config, self.optim, self.engine, self.again = sequences, config, optim, engine, again
+        self.pad, self.seed, self.shard = pad, seed, shard
 
     def samples(self, step: int) -> bool:
         return True
@@ -226,7 +220,9 @@ class _WithStudent(Sampler):
         """Return the student's answers to this process's prompts of update `step`. The keys are positions in the update's batch."""
         rows, mine = self.fixed.rows(step), own(self.optim, self.shard).tolist()
         asked = [self.sequences[rows[place]] for place in mine]
-        found = respond(self.engine, asked, mine, self.seed, "rollout", step)
+        uniforms = rng.uniforms(mine, self.engine.decoding.max_new_tokens, self.seed, "rollout", step)
+        pairs = zip(asked, self.engine.respond([s.prompt for s in asked], uniforms), strict=True)
+        found = [Sequence(s.prompt, r.tokens, r.values, teacher_prompt=s.teacher_prompt, teacher=s.teacher) for s, r in pairs]
         return dict(zip(mine, map(self.again, found) if self.again else found, strict=True))
 
     def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
@@ -238,26 +234,21 @@ class _WithStudent(Sampler):
         return rng.generator(self.seed, "source", step).random()
 
 
-class Mix(_WithStudent):
+class Mix(_WithStudent[MixSampler]):
     """The sampler of GKD. An update trains on new text of the student with probability `lam`, and otherwise on the fixed responses."""
-
-    def __init__(self, sequences: Seq[Sequence], config: MixSampler, optim: Optim, **common: Any):
-        super().__init__(sequences, optim, **common)
-        self.config = config
 
     def micro_batches(self, step: int) -> list[Batch]:
         return self.collated(self.fresh(step)) if self.draw(step) < self.config.lam else self.fixed.micro_batches(step)
 
 
-class Replay(_WithStudent):
+class Replay(_WithStudent[ReplaySampler]):
     """The sampler of DistiLLM. The student also trains on its earlier text, which is stored in a buffer.
 
     Every process stores the whole buffer. `config.sampling.ReplaySampler` explains the settings.
     """
 
     def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
-        super().__init__(sequences, optim, **common)
-        self.config = config
+        super().__init__(sequences, config, optim, **common)
         self.phi = 0.0
         self.mark: float | None = None
         """The earlier dev loss with which a new dev loss is compared. None before the first dev evaluation."""
@@ -307,16 +298,12 @@ class Replay(_WithStudent):
         self.buffer = deque(unpack(state["buffer"]), maxlen=self.config.capacity)
 
 
-class Pairs(_WithStudent):
+class Pairs(_WithStudent[PairSampler]):
     """The sampler of DistiLLM-2. Each prompt occurs twice: with the teacher's stored response, and with a new response of the student.
 
     `Batch.values["from_teacher"]` is 1 in responses of the teacher and 0 in responses of the student. A micro-batch of n prompts has 2n
     sequences.
     """
-
-    def __init__(self, responses: Seq[Sequence], config: PairSampler, optim: Optim, **common: Any):
-        super().__init__(responses, optim, **common)
-        self.config = config
 
     def micro_batches(self, step: int) -> list[Batch]:
         rows, fresh = self.fixed.rows(step), self.fresh(step)

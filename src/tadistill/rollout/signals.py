@@ -64,11 +64,11 @@ def record(
     each file, `tick` is called with the number of sequences that are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(outputs, config, vocab, folder)
     for number, start in enumerate(range(0, len(sequences), _PART)):
         path = folder / f"{start:08d}.safetensors"
         chunk = [s.of_teacher for s in sequences[start : start + _PART]]
         if number % share[1] == share[0] and not path.is_file():
-            writer = _Writer(outputs, config, vocab, folder)
             writer.write(path, chunk, start, lambda done, start=start: tick(start + done))
         tick(start + len(chunk))
 
@@ -158,20 +158,17 @@ class _Writer:
             yield tokens, target.head.logits(target.states[tokens])[:, : self.vocab]
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
 def _digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(_bytes(tensor))
+        if tensor.numel():
+            found.update(tensor.contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
 
 
 def _check(part: dict[str, Tensor]) -> Tensor:
     digest = bytes.fromhex(_digest(part[name] for name in sorted(part)))
-    return torch.frombuffer(bytearray(digest[:_CHECK]), dtype=torch.uint8)
+    return torch.tensor([*digest[:_CHECK]], dtype=torch.uint8)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], settings: dict) -> None:

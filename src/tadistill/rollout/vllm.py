@@ -36,7 +36,7 @@ from tadistill.models.cost import visible_gpus
 from tadistill.models.forward import evaluating
 from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process
-from tadistill.rollout.engine import Mixture, Rollout, Speculation
+from tadistill.rollout.draw import Mixture, Rollout, Speculation
 
 _ALIGNED = 64  # each weight begins at a multiple of this number of bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers

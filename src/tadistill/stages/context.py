@@ -20,6 +20,7 @@ from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE
 from tadistill.data.token_cache import RowsOnDisk
 from tadistill.data.turns import without_thinking
+from tadistill.disk import write_json
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.token_scores import Subject
 from tadistill.models.architectures import scratch_model
@@ -167,10 +168,12 @@ class Context(Generic[AnySpec]):
         """Load a tokenizer without its model."""
         return load_tokenizer(files.at or files.source, revision=files.revision, world=self.spec.data.world.model_dump())
 
-    def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher) -> Subject:
+    def subject(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher, data: Encoding | None = None
+    ) -> Subject:
         """Return the model as a `Subject`, which is ready for sampling and measuring. The subject's vocabulary is cut to the tokens that
-        all `teachers` have too."""
-        ends = self.spec.data.ends or end_tokens(model, tokenizer)
+        all `teachers` have too. `data` are the model's rules of encoding (default: those of the stage)."""
+        ends = (data or self.spec.data).ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, widths=(t.width for t in teachers)), ends)
 
     def engine(self, native: Native) -> Engine:
@@ -288,6 +291,15 @@ class Done:
         """Begin a part: `size` items that are saved together. The call that counts the part's last item never raises Interrupted, so that
         the caller can save the part first."""
         self.ends += size
+
+    def save(self, file: Path, size: int, work: Callable[[], Any]) -> None:
+        """Do a part of the work, and write its result to a JSON file. If an earlier attempt has written the file, only count the part."""
+        self.part(size)
+        if file.is_file():
+            self(size)
+        else:
+            stop_if_asked(self.context)
+            write_json(file, work())
 
     def __call__(self, count: int) -> None:
         self.done += count

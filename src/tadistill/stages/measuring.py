@@ -6,6 +6,7 @@ one value per prompt and metric, so that standard errors can be computed from th
 
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,6 @@ from tadistill.evaluation.model_pairs import cross_read, pair_measures
 from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.token_scores import Subject, means, unknown_tokens
 from tadistill.models.teachers import Teacher, teacher_of
-from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
@@ -94,12 +94,8 @@ def _answers(context: Context, engine: Engine, sets: list[EvalSet], settings: Ev
     for data in sets:
         for seed in settings.seeds:
             part = context.folder / "parts" / f"{data.name}-{seed}.json"
-            done.part(len(data.encoded))
-            if part.is_file():
-                done(len(data.encoded))
-            else:
-                stop_if_asked(context)
-                write_json(part, [a.response for a in generate_answers(engine, data, seed, done)])
+            work = partial(generate_answers, engine, data, seed, done)
+            done.save(part, len(data.encoded), lambda work=work: [a.response for a in work()])
             pairs = zip(data.encoded, read_json(part), strict=True)
             found.setdefault(data.name, {})[seed] = [Sequence(e.prompt, tuple(tokens)) for e, tokens in pairs]
     return found
@@ -122,13 +118,8 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     done = Done(context, sum(read.values()), "sequences")
     for data in sets:
         part = context.folder / "parts" / f"{data.name}.json"
-        done.part(read[data.name])
-        if part.is_file():
-            done(read[data.name])
-        else:
-            stop_if_asked(context)
-            answers, others = (own[data.name], of_teacher[data.name]), [teacher, *assistants]
-            write_json(part, analyse_set(subject, data, *answers, others=others, batch=spec.batch, tick=done))
+        answers, others = (own[data.name], of_teacher[data.name]), [teacher, *assistants]
+        done.save(part, read[data.name], partial(analyse_set, subject, data, *answers, others=others, batch=spec.batch, tick=done))
         scores[data.name], exposure[data.name] = read_json(part)
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
@@ -181,9 +172,8 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
 
 def _side(context: Context[AnalyseSpec], handle: Handle, data: Encoding, answers: Output) -> _Side:
     model, tokenizer = context.model(handle, dtype_of(context.spec.precision))
-    ends = data.ends or end_tokens(model, tokenizer)
+    subject = context.subject(model.eval(), tokenizer, data=data)
     sets = [context.split(split, tokenizer, data=data) for split in context.spec.sets]
-    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), ends)
     return _Side(subject, Rules.of(data, "test", bos=data.bos), sets, _read_answers(context, answers, sets))
 
 
@@ -227,13 +217,9 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
     subject = context.subject(model.eval(), tokenizer, teacher)
     dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
-    own = _own_answers(context, spec.answers, dev)
+    tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(spec.answers.stage) / ANSWERS)}
+    own = [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]
     stop_if_asked(context)
     found = pair_measures(subject, teacher, own=own, references=references(dev.encoded), k=spec.k, batch=spec.batch)
     write_json(context.folder / "scores.json", {name: means(values).tolist() for name, values in found.items()})
     return {"prompts": len(dev.encoded)}
-
-
-def _own_answers(context: Context, answers: Output, dev: EvalSet) -> list[Sequence]:
-    tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(answers.stage) / ANSWERS)}
-    return [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]

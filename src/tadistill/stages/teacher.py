@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tadistill.data.encoding import EvalSet
 from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.training_sets import joined
-from tadistill.disk import read_json, stream_jsonl, write_json, write_rows
+from tadistill.disk import read_json, stream_jsonl, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.token_scores import Subject, entropy, means
@@ -52,21 +53,18 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     rows, examples = joined([each.encoded for each in sets]), joined([each.examples for each in sets])
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     engine = context.engine(native(subject, decoding, adapts=True))
-    parts = context.folder / "parts"
     files, done = list[Path](), Done(context, len(rows), "answers")
+
+    def answered(start: int, end: int) -> list[dict[str, Any]]:
+        asked = rows[start:end]
+        read = [replace(e, prompt=e.teacher_prompt or e.prompt) for e in asked] if spec.as_teacher else asked
+        answers = generate_answers(engine, EvalSet(spec.train.ref.name, examples, read), spec.seed, done)
+        return [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in zip(asked, answers, strict=True)]
+
     for start in range(0, len(rows), size := 8 * GENERATION_BATCH):
-        files.append(parts / f"{start}.json")
+        files.append(context.folder / "parts" / f"{start}.json")
         end = min(start + size, len(rows))
-        done.part(end - start)
-        if files[-1].is_file():
-            done(end - start)
-        else:
-            stop_if_asked(context)
-            asked = rows[start:end]
-            read = [replace(e, prompt=e.teacher_prompt or e.prompt) for e in asked] if spec.as_teacher else asked
-            answers = generate_answers(engine, EvalSet(spec.train.ref.name, examples, read), spec.seed, done)
-            pairs = zip(asked, answers, strict=True)
-            write_json(files[-1], [{"prompt": list(e.prompt), "response": list(a.response)} for e, a in pairs])
+        done.save(files[-1], end - start, partial(answered, start, end))
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
     return {"answers": len(rows)}
 

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
-from tadistill.config import Method, Optim
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Batch, Sequence, answered_rows, references, responses
 from tadistill.data.encoding import Encoded, EvalSet
@@ -38,9 +37,12 @@ from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
+from tadistill.train.checkpoint import TrainState
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
+
+_SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,8 @@ class Across:
     """The teacher's tokenizer."""
     data: Encoding
     """The rules by which the teacher's texts are encoded."""
-    again: Rereader
-    """Encodes the student's responses with the teacher's tokenizer."""
     vocabularies: Vocabularies
+    """Both vocabularies. Their `again` encodes the student's responses with the teacher's tokenizer."""
 
     @classmethod
     def of(cls, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding) -> "Across":
@@ -73,7 +74,7 @@ class Across:
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
                 "compare them; choose models whose tokenizers read the same characters"
             )
-        return cls(context, tokenizer, data, again, Vocabularies(again))
+        return cls(context, tokenizer, data, Vocabularies(again))
 
     def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
         """Add the teacher's prompts to the student's rows of a training set. Rows with a prompt that is too long for the teacher are left
@@ -103,21 +104,21 @@ class Across:
         return found
 
 
-_SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
-
-
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     """Train the student, and save its selected checkpoint as a Hugging Face directory. The result contains values for the stage's
     manifest.json."""
     spec = context.spec
     method, optim = spec.method, spec.optim
     distill = spec if isinstance(spec, DistillSpec) else None
-    accelerator = _accelerator(context, optim)
+    accelerator = Accelerator(cpu=context.device.type == "cpu", mixed_precision="bf16" if optim.precision == "bf16" else "no")
     student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
-    average = None if method.ema is None else MovingAverage(student, _twin(context, student), method.ema)
-    loaded = [context.teacher(handle, dtype_of(optim.precision)) for handle in handles] if average is None else []
-    teachers = tuple(teacher for teacher, _ in loaded) if average is None else (average.teacher,)
+    average = None
+    if method.ema is not None:  # a sharded model cannot be copied, and has no adapters
+        twin = context.frozen(spec.student)[0] if sharded(student) else frozen_copy(student)
+        average = MovingAverage(student, twin, method.ema)
+    loaded = [] if average else [context.teacher(handle, dtype_of(optim.precision)) for handle in handles]
+    teachers = (average.teacher,) if average else tuple(teacher for teacher, _ in loaded)
     for model in (student, *(teacher.model for teacher in teachers if teacher.model is not None)) if optim.packed else ():
         pack_rows(model)
     recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
@@ -156,12 +157,26 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     whole = weights(student)
     if accelerator.is_main_process:
         save(context.folder / MODEL, whole)
-    found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
-    accelerator_name = torch.cuda.get_device_name() if context.device.type == "cuda" else None
-    seen = 0 if spec.select.metric == "last" else -(-state.step // spec.select.every)
-    found |= {"checkpoints": seen, "stopped_early": state.step < (optim.steps or 0)}
-    found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
-    return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
+    return _facts(context, state, accelerator.num_processes)
+
+
+def _facts(context: Context[TrainingSpec], state: TrainState, devices: int) -> dict[str, Any]:
+    spec, method = context.spec, context.spec.method
+    batch, rollouts = spec.optim.batch, method.round_rollouts
+    counts = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
+    if method.samples and isinstance(method.sampler, Rounds):
+        counts |= {"rollouts": rollouts, "rollouts_per_device": rollouts // devices, "updates_per_round": method.round_updates}
+    return {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "best_value": state.best_value,
+        "alarms": state.alarms["given"],
+        "checkpoints": 0 if spec.select.metric == "last" else -(-state.step // spec.select.every),
+        "stopped_early": state.step < (spec.optim.steps or 0),
+        "ledger": state.ledger,
+        "machine": machine(torch.get_num_threads(), torch.cuda.get_device_name() if context.device.type == "cuda" else None),
+        "global_and_per_device": counts,
+    }
 
 
 def write_rollouts(path: Path, step: int, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -193,28 +208,6 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
     return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder, ends=ends)
 
 
-def _twin(context: Context[TrainingSpec], student: PreTrainedModel) -> PreTrainedModel:
-    # a sharded model cannot be copied, and has no adapters
-    return context.frozen(context.spec.student)[0] if sharded(student) else frozen_copy(student)
-
-
-def _counts(method: Method, devices: int) -> dict[str, Any]:
-    batch, sampler = method.optim.batch, method.sampler
-    found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
-    if method.samples and isinstance(sampler, Rounds):
-        rollouts = method.round_rollouts
-        found |= {"rollouts": rollouts, "rollouts_per_device": rollouts // devices, "updates_per_round": method.round_updates}
-    return found
-
-
-def _accelerator(context: Context, optim: Optim) -> Accelerator:
-    return Accelerator(
-        cpu=context.device.type == "cpu",
-        gradient_accumulation_steps=1,
-        mixed_precision="bf16" if optim.precision == "bf16" else "no",
-    )
-
-
 def _sampler(
     context: Context[TrainingSpec],
     subject: Subject,
@@ -232,11 +225,11 @@ def _sampler(
     sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
     route = distill.route if distill and method.uses_teacher else ()
     training = TrainingSets(tuple(map(len, sets)), spec.weights, route)
-    common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training}
+    again = across and across.vocabularies.again
+    common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training, "again": again}
     texts = _texts(context, training, sets) if texts is None else texts
     if not (method.samples and isinstance(config, OnPolicy)):
-        return FixedSequences(across.again.each(texts) if across else texts, method.optim, signals=signals, **common)
-    common["again"] = across and across.again
+        return FixedSequences(texts, method.optim, signals=signals, **common)
     context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     common |= {"engine": _engine(context, config, subject), "vocab": subject.vocab, "corpus": plain}

@@ -187,7 +187,7 @@ def test_two_processes_pay_once(tmp_path):
 
     def other():
         with open_cache(path, lambda: None) as cache:
-            found.extend(Asking(api, cache).all(wanted))
+            found.extend(Asking(api, cache, "`m`").all(wanted))
 
     with serve(honest) as fake:
         api = Api(at=fake.url, model="m")
@@ -197,7 +197,7 @@ def test_two_processes_pay_once(tmp_path):
             second.start()
             with pytest.raises(StoreError, match="another process"), open_cache(path):
                 pass
-            Asking(api, cache).all(wanted)
+            Asking(api, cache, "`m`").all(wanted)
         second.join()
         assert len(fake.asked) == len(found) == 6
 
@@ -223,7 +223,7 @@ def test_a_stopped_run_keeps_the_answers_on_their_way(tmp_path):
         api = Api(at=fake.url, model="m", requests=2)
         wanted = requests(PROMPTS, api, Decoding(max_new_tokens=8), seed=1)
         with pytest.raises(Enough):
-            Asking(api, cache).all(wanted, look)
+            Asking(api, cache, "`m`").all(wanted, look)
     assert len(fake.asked) == len(peek(path)) == 2
 
 

@@ -11,8 +11,8 @@ from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOC
 from tadistill.config.common import Decoding
 from tadistill.rollout import fast_mixture
 from tadistill.rollout.decoder import way_of
-from tadistill.rollout.draw import Mixture
-from tadistill.rollout.engine import Speculation, sample
+from tadistill.rollout.draw import Mixture, Speculation
+from tadistill.rollout.engine import sample
 
 STEPS = 24
 

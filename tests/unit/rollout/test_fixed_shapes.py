@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tadistill.config.common import Decoding
 from tadistill.rollout import fast_mixture, fixed_shapes
-from tadistill.rollout.draw import Mixture, Record
-from tadistill.rollout.engine import Speculation, sample
+from tadistill.rollout.draw import Mixture, Record, Speculation
+from tadistill.rollout.engine import sample
 
 STEPS = 12
 EQUAL = [(5, 6, 7), (9, 8, 7), (3, 4, 5)]
