@@ -162,7 +162,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         if tensor.numel():
-            found.update(tensor.contiguous().view(torch.uint8).numpy())
+            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
