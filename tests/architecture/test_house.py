@@ -23,8 +23,6 @@ MANY = {
     ("cli/studies.py", "judge"): "options of a command",
     ("cluster/submit.py", "submit"): "options of a command",
     ("objectives/fused.py", "fused_divergence"): "both models and the settings of the loss, all public",
-    ("rollout/rounds.py", "__init__"): "what a round draws from, each of a kind of its own",
-    ("rollout/samplers.py", "__init__"): "what a batch is made from, each of a kind of its own",
     ("statistics/significance.py", "detectable"): "the planning values of a formula",
     ("train/loop.py", "train_stage"): "everything that differs between training stages",
 }

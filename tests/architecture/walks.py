@@ -194,9 +194,6 @@ FRESH_CONFIG = '''class FreshSampler(OnPolicy):
 FRESH = '''class Fresh(_WithStudent):
     """New text of the student in every update."""
 
-    def __init__(self, sequences, config, optim, **common):
-        super().__init__(sequences, optim, **common)
-
     def micro_batches(self, step):
         """Return the update's batches."""
         return self.collated(self.fresh(step))

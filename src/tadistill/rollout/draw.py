@@ -77,6 +77,10 @@ class Speculation:
         return (p_BV * refused_B1).scatter_add_(1, top_BK, accepted_BK)
 
 
+Guide = Mixture | Speculation
+"""The way in which a teacher helps the student to sample."""
+
+
 def processors(decoding: Decoding) -> LogitsProcessorList:
     """Return the decoding settings as logits processors of transformers. The list is empty if no setting changes the logits.
 
@@ -97,7 +101,7 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 
 
 def next_tokens(
-    logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
+    logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Guide | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sample the next token of every row. Return the tokens, and a dict of their log-probabilities.
 
@@ -157,7 +161,7 @@ def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tenso
     return column, ((point - below) / width).clamp_(0, _BELOW_ONE)
 
 
-def teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
+def teacher_tap(guide: Guide | None) -> AbstractContextManager[list[Tensor]]:
     """Return a context manager that yields a list. In its `with` block, each forward pass of the teacher appends the inputs of its output
     head to the list. If no teacher helps to sample (`guide` is None), the list stays empty."""
     if guide is None:

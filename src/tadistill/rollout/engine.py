@@ -25,7 +25,7 @@ from tadistill.models.modify import in_bfloat16
 from tadistill.objectives.tiles import free_bytes
 from tadistill.rollout import fast_mixture, fixed_shapes
 from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of
-from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors, teacher_tap
+from tadistill.rollout.draw import Guide, Mixture, Record, Rollout, next_tokens, processors, teacher_tap
 from tadistill.tuning import COMPACT_BELOW
 
 
@@ -78,7 +78,7 @@ def sample(
     eos: tuple[int, ...],
     vocab: int,
     decoding: Decoding = Decoding(),
-    guide: Mixture | Speculation | None = None,
+    guide: Guide | None = None,
 ) -> list[Rollout]:
     """Sample one response per prompt. A response ends with a token of `eos`, or after `uniforms_BT.shape[1]` tokens.
 
@@ -114,7 +114,7 @@ def sample(
 
 
 @torch.inference_mode()
-def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
+def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, guide: Guide | None) -> None:
     steps = record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
     with teacher_tap(guide) as seen:
@@ -143,6 +143,12 @@ _STATES = 12  # states of a token in memory at once in a layer, in units of the 
 _LOGITS = 8  # float32 numbers per vocabulary entry and model: logits, probabilities, and sorted copies for top-p
 
 
+Prompt = tuple[int, ...]
+"""The token ids of a prompt, without padding."""
+Tick = Callable[[int], None]
+"""A function that is called with the number of responses that have finished since its last call."""
+
+
 class Engine(Protocol):
     """The interface of an engine, which samples responses with the student's current weights."""
 
@@ -150,14 +156,10 @@ class Engine(Protocol):
     decoding: Decoding
 
     def respond(
-        self,
-        prompts: Seq[tuple[int, ...]],
-        uniforms_BT: np.ndarray,
-        guide: Mixture | Speculation | None = None,
-        tick: Callable[[int], None] = lambda answered: None,
+        self, prompts: Seq[Prompt], uniforms_BT: np.ndarray, guide: Guide | None = None, tick: Tick = lambda _: None
     ) -> list[Rollout]:
         """Return one response per prompt, in order. Response b depends on the random numbers `uniforms_BT[b]`, and has at most
-        `uniforms_BT.shape[1]` tokens. `tick` is called with the number of responses that have finished since its last call."""
+        `uniforms_BT.shape[1]` tokens."""
         ...
 
 
@@ -187,33 +189,20 @@ class Native:
         self._caches: dict[PreTrainedModel, float] = {}  # bytes per token
 
     def respond(
-        self,
-        prompts: Seq[tuple[int, ...]],
-        uniforms_BT: np.ndarray,
-        guide: Mixture | Speculation | None = None,
-        tick: Callable[[int], None] = lambda answered: None,
+        self, prompts: Seq[Prompt], uniforms_BT: np.ndarray, guide: Guide | None = None, tick: Tick = lambda _: None
     ) -> list[Rollout]:
         """Return responses like `Engine.respond`. After each batch, call `tick` with the number of prompts in the batch."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
         with in_bfloat16(self.student) if self.half else nullcontext():
             for part in self._batches(prompts, order, uniforms_BT.shape[1], guide):
-                out = sample(
-                    self.student,
-                    [prompts[i] for i in part],
-                    uniforms_BT[part],
-                    eos=self.eos,
-                    vocab=self.vocab,
-                    decoding=self.decoding,
-                    guide=guide,
-                )
+                texts = [prompts[i] for i in part]
+                out = sample(self.student, texts, uniforms_BT[part], eos=self.eos, vocab=self.vocab, decoding=self.decoding, guide=guide)
                 found |= dict(zip(part.tolist(), out, strict=True))
                 tick(len(part))
         return [found[i] for i in range(len(prompts))]
 
-    def _batches(
-        self, prompts: Seq[tuple[int, ...]], order: np.ndarray, steps: int, guide: Mixture | Speculation | None
-    ) -> list[np.ndarray]:
+    def _batches(self, prompts: Seq[Prompt], order: np.ndarray, steps: int, guide: Guide | None) -> list[np.ndarray]:
         size, models = self.chunk, [self.student] if guide is None else [self.student, guide.teacher]
         free = free_bytes(self.student.device) if self.adapts and len(prompts) else None
         with evaluating(self.student):

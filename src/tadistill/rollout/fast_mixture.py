@@ -45,12 +45,6 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
     return known and keeps_all(model.config, capacity)
 
 
-class _Side:
-    def __init__(self, name: str, model: PreTrainedModel, rows: int, capacity: int):
-        self.name, self.packed = name, _Packed(model, rows, capacity)
-        self.done = np.zeros(rows, np.int64)  # (R,) the next column that the model has to read
-
-
 class _Text:
     def __init__(self, prompts: list[tuple[int, ...]], uniforms_RT: np.ndarray, guide: Mixture, record: Record):
         self.record, self.rows = record, np.arange(len(prompts))
@@ -70,7 +64,7 @@ class _Text:
         teachers = going & self.teachers[self.rows, t]
         return going & ~teachers, teachers
 
-    def unread(self, side: _Side, draws: np.ndarray) -> np.ndarray:
+    def unread(self, side: "_Packed", draws: np.ndarray) -> np.ndarray:
         return self.end[self.rows] + draws - 1 - side.done[self.rows]
 
 
@@ -81,7 +75,7 @@ def fill(
     """Sample a response to every prompt from the mixture `guide`, and write the responses into `record`."""
     text = _Text(prompts, uniforms_RT, guide, record)
     models = {"student": student, "teacher": guide.teacher}
-    sides = [_Side(name, model, *text.ids.shape) for name, model in models.items()]
+    sides = [_Packed(name, model, *text.ids.shape) for name, model in models.items()]
     with _packed_attention(*models.values()):
         while (call := _next(text, sides)) is not None:
             _read(text, *call, vocab)
@@ -92,7 +86,7 @@ def fill(
         record.values["behaviour"][:] = np.logaddexp(np.log1p(-guide.alpha) + log_q, np.log(guide.alpha) + log_p)
 
 
-def _next(text: _Text, sides: list[_Side]) -> tuple[_Side, np.ndarray] | None:
+def _next(text: _Text, sides: "list[_Packed]") -> "tuple[_Packed, np.ndarray] | None":
     # the model that is called next, and how many tokens of each row it reads; None at the end
     turns = text.turns()
     calls = [(side, text.unread(side, draws)) for side, draws in zip(sides, turns, strict=True)]
@@ -105,7 +99,7 @@ def _next(text: _Text, sides: list[_Side]) -> tuple[_Side, np.ndarray] | None:
     return next((call for call in calls if call[1].max() > 0), None)
 
 
-def _read(text: _Text, side: _Side, counts: np.ndarray, vocab: int) -> None:
+def _read(text: _Text, side: "_Packed", counts: np.ndarray, vocab: int) -> None:
     rows = text.rows
     b_N = np.repeat(np.arange(len(rows)), counts)
     row_N = rows[b_N]
@@ -116,9 +110,8 @@ def _read(text: _Text, side: _Side, counts: np.ndarray, vocab: int) -> None:
     predict_M = np.concatenate([chosen, scores_N.nonzero()[0]])
     row_M, column_M = row_N[predict_M], columns_N[predict_M] + 1
     numbers = text.uniforms[row_M[: len(chosen)], column_M[: len(chosen)] - text.start[row_M[: len(chosen)]]]
-    logits_MV, hidden_MH, next_M, uniforms = side.packed(
-        _Call(text.ids[row_N, columns_N], b_N, columns_N, predict_M, text.ids[row_M, column_M], numbers)
-    )
+    call = _Call(text.ids[row_N, columns_N], b_N, columns_N, predict_M, text.ids[row_M, column_M], numbers)
+    logits_MV, hidden_MH, next_M, uniforms = side(call)
     log_p = []
     for start in range(0, len(predict_M), len(rows)):  # at most as many logits at a time as in a call for one token of every row
         part = slice(start, start + len(rows))
@@ -141,7 +134,7 @@ def _say(text: _Text, rows: np.ndarray, tokens: np.ndarray) -> None:
     text.end[rows] += 1
 
 
-def _compact(text: _Text, sides: list[_Side]) -> None:
+def _compact(text: _Text, sides: "list[_Packed]") -> None:
     going = text.going()
     if going.all():
         return
@@ -150,7 +143,7 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
     if 0 < going.sum() < COMPACT_BELOW * len(going):
         text.rows = text.rows[going]
         for side in sides:
-            side.packed.keep(going.nonzero()[0])
+            side.keep(going.nonzero()[0])
 
 
 # --- one call for some tokens of some rows ------------------------------------------------------------------------------
@@ -267,8 +260,9 @@ class _Packed:
     arranges the queries as (B, w), runs transformers' `sdpa` with a mask, and turns the result back into a single row.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
-        self.model, self.rows, self.capacity = model, rows, capacity
+    def __init__(self, name: str, model: PreTrainedModel, rows: int, capacity: int):
+        self.name, self.model, self.rows, self.capacity = name, model, rows, capacity
+        self.done = np.zeros(rows, np.int64)  # (R,) the next column that the model has to read
         self.device, self.dtype = model.device, model.dtype  # once, because transformers looks through all parameters for them
         self.cache = DynamicCache(config=model.config)
         self.places: _Places | None = None

@@ -22,17 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.models.forward import evaluating
 from tadistill.rollout.decoder import WAYS, Decoder, Trial, left_padded, way_of
-from tadistill.rollout.draw import (
-    ASK_EVERY,
-    InPlaceLayer,
-    Mixture,
-    Record,
-    Speculation,
-    keeps_all,
-    next_tokens,
-    processors,
-    teacher_tap,
-)
+from tadistill.rollout.draw import ASK_EVERY, Guide, InPlaceLayer, Record, keeps_all, next_tokens, processors, teacher_tap
 
 DEVICES = {"cuda"}
 """Types of devices on which text is sampled at fixed shapes. Tests add the CPU."""
@@ -62,7 +52,7 @@ def fill(
     uniforms_BT: np.ndarray,
     vocab: int,
     decoding: Decoding,
-    guide: Mixture | Speculation | None,
+    guide: Guide | None,
 ) -> None:
     """Sample a response to every prompt, and write the responses into `record`."""
     steps = uniforms_BT.shape[1]
@@ -81,7 +71,7 @@ def fill(
 class Step:
     """A step of sampling: the models process the last token of every row, and the next token is drawn. Nothing is copied from the host."""
 
-    def __init__(self, columns: "Columns", said: "Said", decoding: Decoding, guide: Mixture | Speculation | None, seen: list[Tensor]):
+    def __init__(self, columns: "Columns", said: "Said", decoding: Decoding, guide: Guide | None, seen: list[Tensor]):
         self.columns, self.said, self.guide, self.seen = columns, said, guide, seen
         self.warping, self.greedy = processors(decoding), decoding.temperature == 0
 

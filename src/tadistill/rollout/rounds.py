@@ -26,12 +26,12 @@ from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSa
 from tadistill.data.batch import Batch, Sequence, by_length, collate, taught
 from tadistill.data.encoding import Encoded
 from tadistill.data.second_readings import Rereader, at_span_ends
-from tadistill.data.training_sets import TrainingSets, shuffled
+from tadistill.data.training_sets import shuffled
 from tadistill.models.teachers import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
-from tadistill.rollout.draw import Mixture, Speculation
+from tadistill.rollout.draw import Guide, Mixture, Speculation
 from tadistill.rollout.engine import Engine
-from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, length, pack, unpack
+from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, cut, length, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -70,32 +70,18 @@ class Rollouts(Sampler):
     `Batch.values` contains log-probabilities of the sampled tokens. `student` is computed by the student at the time of sampling, and
     `behaviour` is that of the distribution from which the tokens were sampled. If the objective needs the teacher's log-probabilities, they
     are in `teacher`. With several teachers, the keys are `teacher 0`, `teacher 1` and so on.
+
+    If the teacher has another tokenizer (`again`), `teacher` has one value per span: the log-probability of the whole span, at the
+    student's last token of the span. All other tokens have 0. A span is a piece of text between two token boundaries that both tokenizers
+    have.
     """
 
     def __init__(
-        self,
-        prompts: Seq[Encoded],
-        method: Method,
-        *,
-        engine: Engine,
-        teacher: Teachers,
-        pad: int,
-        seed: int,
-        corpus: Seq[Sequence] = (),
-        shard: Shard = Shard(),
-        again: Rereader | None = None,
-        sets: TrainingSets | None = None,
+        self, prompts: Seq[Encoded], method: Method, *, engine: Engine, teacher: Teachers, corpus: Seq[Sequence] = (), **common: Any
     ):
-        """
-        Args:
-            again: tokenises the sampled responses for a teacher with another tokenizer. In `Batch.values`, `teacher` then has one value
-                per span: the log-probability of the whole span, at the student's last token of the span. All other tokens have 0. A span is
-                a piece of text between two token boundaries that both tokenizers have.
-        """
+        super().__init__(prompts, method.optim, **common)
         assert isinstance(method.sampler, Rounds)
-        self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
-        self.pad, self.seed, self.corpus, self.shard, self.again = pad, seed, corpus, shard, again
-        self.sets = sets or TrainingSets((len(prompts),))
+        self.prompts, self.config, self.engine, self.teacher, self.corpus = prompts, method.sampler, engine, teacher, corpus
         self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
         self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
         self.round = -1
@@ -142,7 +128,7 @@ class Rollouts(Sampler):
             found = self._as_trained(found)
         return self.shard.gather(list(zip(mine, found, strict=True)))
 
-    def _guide(self) -> Mixture | Speculation | None:
+    def _guide(self) -> Guide | None:
         if isinstance(self.config, TeacherMixedSampler) and self.config.guided:
             return Mixture(self.teacher.guide, self.config.alpha)
         if isinstance(self.config, SpeculativeSampler):

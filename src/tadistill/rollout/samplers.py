@@ -52,7 +52,27 @@ class Shard:
 
 
 class Sampler:
-    """The interface of a sampler, which makes the batches of the training loop."""
+    """Base class of the samplers, which make the batches of the training loop."""
+
+    def __init__(
+        self,
+        rows: Seq[Any],
+        optim: Optim,
+        *,
+        pad: int,
+        seed: int,
+        shard: Shard = Shard(),
+        again: Rereader | None = None,
+        sets: TrainingSets | None = None,
+    ):
+        """
+        Args:
+            rows: the rows of all training sets, one set after the other.
+            again: tokenises the responses for a teacher with another tokenizer.
+            sets: the training sets. The default is one set.
+        """
+        self.optim, self.pad, self.seed, self.shard, self.again = optim, pad, seed, shard, again
+        self.sets = sets or TrainingSets((len(rows),))
 
     @property
     def wants_dev(self) -> bool:
@@ -155,25 +175,11 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 class FixedSequences(Sampler):
     """A sampler of fixed responses, in a new order every epoch. `signals` has each teacher's recorded outputs for these responses; it is
-    empty if there are none. `again` tokenises the responses for a teacher with another tokenizer. With `sets`, `sequences` are the
-    sequences of all sets, one set after the other.
-    """
+    empty if there are none."""
 
-    def __init__(
-        self,
-        sequences: Seq[Sequence],
-        optim: Optim,
-        *,
-        pad: int,
-        seed: int,
-        signals: Seq[Signals] = (),
-        shard: Shard = Shard(),
-        again: Rereader | None = None,
-        sets: TrainingSets | None = None,
-    ):
-        self.sequences = again.each(sequences) if again else sequences
-        self.optim, self.pad, self.seed, self.signals, self.shard = optim, pad, seed, signals, shard
-        self.sets = sets or TrainingSets((len(sequences),))
+    def __init__(self, sequences: Seq[Sequence], optim: Optim, *, signals: Seq[Signals] = (), **common: Any):
+        super().__init__(sequences, optim, **common)
+        self.sequences, self.signals = self.again.each(sequences) if self.again else sequences, signals
 
     def rows(self, step: int) -> list[int]:
         """Return the indices of the sequences that all processes together use in update `step`."""
@@ -196,22 +202,10 @@ class FixedSequences(Sampler):
 
 
 class _WithStudent(Sampler, Generic[Config]):
-    def __init__(
-        self,
-        sequences: Seq[Sequence],
-        config: Config,
-        optim: Optim,
-        *,
-        engine: Engine,
-        pad: int,
-        seed: int,
-        shard: Shard = Shard(),
-        again: Rereader | None = None,
-        sets: TrainingSets | None = None,
-    ):
-        self.fixed = FixedSequences(sequences, optim, pad=pad, seed=seed, shard=shard, again=again, sets=sets)
-        self.sequences, self.config, self.optim, self.engine, self.again = sequences, config, optim, engine, again
-        self.pad, self.seed, self.shard = pad, seed, shard
+    def __init__(self, sequences: Seq[Sequence], config: Config, optim: Optim, *, engine: Engine, **common: Any):
+        super().__init__(sequences, optim, **common)
+        self.fixed = FixedSequences(sequences, optim, **common)
+        self.sequences, self.config, self.engine = sequences, config, engine
 
     def samples(self, step: int) -> bool:
         return True

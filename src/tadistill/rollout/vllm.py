@@ -36,7 +36,8 @@ from tadistill.models.cost import visible_gpus
 from tadistill.models.forward import evaluating
 from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process
-from tadistill.rollout.draw import Mixture, Rollout, Speculation
+from tadistill.rollout.draw import Guide, Rollout
+from tadistill.rollout.engine import Prompt, Tick
 
 _ALIGNED = 64  # each weight begins at a multiple of this number of bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers
@@ -81,11 +82,7 @@ class Vllm:
         """End the process."""
 
     def respond(
-        self,
-        prompts: Seq[tuple[int, ...]],
-        uniforms_BT: np.ndarray,
-        guide: Mixture | Speculation | None = None,
-        tick: Callable[[int], None] = lambda answered: None,
+        self, prompts: Seq[Prompt], uniforms_BT: np.ndarray, guide: Guide | None = None, tick: Tick = lambda _: None
     ) -> list[Rollout]:
         """Return responses like `Engine.respond`. They have log-probabilities only if the decoding settings do not change the distribution.
 
@@ -107,7 +104,7 @@ class Vllm:
         return found
 
     def _sample(
-        self, prompts: Seq[tuple[int, ...]], seeds: Seq[int], decoding: Decoding, longest: int, tick: Callable[[int], None]
+        self, prompts: Seq[Prompt], seeds: Seq[int], decoding: Decoding, longest: int, tick: Tick = lambda _: None
     ) -> list[Rollout]:
         settings = {
             "temperature": decoding.temperature,
@@ -144,7 +141,7 @@ class Vllm:
     def _check(self) -> None:
         # tokens that vLLM samples must have the log-probabilities that transformers gives them
         prompt, count = (self.vocab // 2,), min(_CHECKED, self.launch.longest - 1)
-        (found,) = self._sample([prompt], [1], Decoding(), count, lambda answered: None)
+        (found,) = self._sample([prompt], [1], Decoding(), count)
         ids = torch.tensor([prompt + found.tokens], device=self.student.device)
         with evaluating(self.student), torch.inference_mode():
             logits = self.student(input_ids=ids, use_cache=False).logits[0, :-1, : self.vocab].float()
