@@ -31,7 +31,7 @@ from tadistill.models.teachers import HiddenTeacher, InProcess, Teacher, teacher
 from tadistill.objectives import Hidden
 from tadistill.rollout.draw import Guide, Mixture, Speculation
 from tadistill.rollout.engine import Engine
-from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, cut, length, pack, unpack
+from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, length, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Rollouts(Sampler):
         order = rng.generator(self.seed, "inner epoch", number, epoch).permutation(len(self.sequences))
         rows = order[part * self.optim.batch : (part + 1) * self.optim.batch]
         plain = length(self.corpus[0]) if self.corpus else 0  # all rows of the corpus have the same length
-        groups = cut(self.optim, self.shard, lambda place: max(length(self.sequences[rows[place]]), plain))
+        groups = self.cut(lambda place: max(length(self.sequences[rows[place]]), plain))
         return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in groups]
 
     def samples(self, step: int) -> bool:

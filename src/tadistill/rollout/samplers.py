@@ -73,6 +73,8 @@ class Sampler:
         """
         self.optim, self.pad, self.seed, self.shard, self.again = optim, pad, seed, shard, again
         self.sets = sets or TrainingSets((len(rows),))
+        self.mine = np.arange(optim.batch)[shard.rank :: shard.world]
+        """The positions in an update's batch that this process works on."""
 
     @property
     def wants_dev(self) -> bool:
@@ -106,24 +108,18 @@ class Sampler:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved `state`."""
 
+    def cut(self, tokens: Callable[[int], int]) -> list[np.ndarray]:
+        """Divide an update's batch into micro-batches. Return, for each micro-batch of this process, the positions (n,) in the whole batch.
 
-def own(optim: Optim, shard: Shard) -> np.ndarray:
-    """Return the positions in an update's batch that this process works on."""
-    return np.arange(optim.batch)[shard.rank :: shard.world]
-
-
-def cut(optim: Optim, shard: Shard, tokens: Callable[[int], int]) -> list[np.ndarray]:
-    """Divide an update's batch into micro-batches. Return, for each micro-batch of this process, the positions (n,) in the whole batch.
-
-    Args:
-        tokens: returns the number of tokens of the sequence at a position. It is called only for positions of this process, and only if
-            `optim.tokens` limits the number of tokens of a micro-batch.
-    """
-    mine = own(optim, shard)
-    if optim.tokens:
-        return shard.even(_within(optim.tokens, mine, [tokens(int(place)) for place in mine], packed=optim.packed))
-    size = optim.micro_batch or len(mine)
-    return [mine[i : i + size] for i in range(0, len(mine), size)]
+        Args:
+            tokens: returns the number of tokens of the sequence at a position. It is called only for positions of this process, and only if
+                `optim.tokens` limits the number of tokens of a micro-batch.
+        """
+        mine, optim = self.mine, self.optim
+        if optim.tokens:
+            return self.shard.even(_within(optim.tokens, mine, [tokens(int(place)) for place in mine], packed=optim.packed))
+        size = optim.micro_batch or len(mine)
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
 def _within(most: int, mine: np.ndarray, sizes: list[int], *, packed: bool) -> list[np.ndarray]:
@@ -187,7 +183,7 @@ class FixedSequences(Sampler):
 
     def micro_batches(self, step: int) -> list[Batch]:
         rows = self.rows(step)
-        groups = cut(self.optim, self.shard, lambda place: length(self.sequences[rows[place]]))
+        groups = self.cut(lambda place: length(self.sequences[rows[place]]))
         return [self._collate([rows[p] for p in places]) for places in groups]
 
     def _collate(self, rows: list[int]) -> Batch:
@@ -212,7 +208,7 @@ class _WithStudent(Sampler, Generic[Config]):
 
     def fresh(self, step: int) -> dict[int, Sequence]:
         """Return the student's answers to this process's prompts of update `step`. The keys are positions in the update's batch."""
-        rows, mine = self.fixed.rows(step), own(self.optim, self.shard).tolist()
+        rows, mine = self.fixed.rows(step), self.mine.tolist()
         asked = [self.sequences[rows[place]] for place in mine]
         uniforms = rng.uniforms(mine, self.engine.decoding.max_new_tokens, self.seed, "rollout", step)
         pairs = zip(asked, self.engine.respond([s.prompt for s in asked], uniforms), strict=True)
@@ -220,7 +216,7 @@ class _WithStudent(Sampler, Generic[Config]):
         return dict(zip(mine, map(self.again, found) if self.again else found, strict=True))
 
     def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
-        groups = cut(self.optim, self.shard, lambda place: length(by_place[place]))
+        groups = self.cut(lambda place: length(by_place[place]))
         return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in groups]
 
     def draw(self, step: int) -> float:
@@ -308,7 +304,7 @@ class Pairs(_WithStudent[PairSampler]):
 
         return [
             collate([_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places], pad=self.pad)
-            for places in cut(self.optim, self.shard, tokens)
+            for places in self.cut(tokens)
         ]
 
 
