@@ -29,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster.fetch import missing, moved, size
-from tadistill.cluster.slurm import Profile, output_of
+from tadistill.cluster.slurm import Profile, accounts_in, output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
 from tadistill.errors import TadistillError
@@ -79,9 +79,8 @@ def packages(requirements: Iterable[str]) -> Check:
         else:
             wrong.append(f"{requirement.name} {version} (wanted {requirement.specifier})")
     if wrong:
-        return Check(
-            "packages", "problem", "; ".join(wrong), "run pip install --upgrade tadistill (with --no-index on clusters of the Alliance)"
-        )
+        fix = "run pip install --upgrade tadistill (with --no-index on clusters of the Alliance)"
+        return Check("packages", "problem", "; ".join(wrong), fix)
     shown = [f"{name} {fine[name]}" for name in ("torch", "transformers", "accelerate", "datasets") if name in fine]
     return Check("packages", "ok", f"{', '.join(shown)}; all {len(fine)} are new enough")
 
@@ -123,12 +122,8 @@ def slurm(site: str | None) -> Check:
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
         if output_of("squeue", "--me", "--noheader") is None:
-            return Check(
-                "slurm",
-                "problem",
-                "Slurm's controller does not answer",
-                "run `squeue --me`; if it fails too, ask the support team of the cluster",
-            )
+            fix = "run `squeue --me`; if it fails too, ask the support team of the cluster"
+            return Check("slurm", "problem", "Slurm's controller does not answer", fix)
         return Check("slurm", "ok", (output_of("sbatch", "--version") or "").strip() or "here")
     if len(absent) == len(_SLURM) and site is None:
         return Check("slurm", "ok", "not installed (only cluster commands, such as `tadistill submit`, need it)")
@@ -137,7 +132,7 @@ def slurm(site: str | None) -> Check:
 
 def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
     """Check the Slurm account to which jobs are charged. SBATCH_ACCOUNT and SLURM_ACCOUNT override the account in a batch script."""
-    given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
+    given = accounts_in(environment)
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())
         return Check("account", "problem", found, "these variables name different accounts; unset one of them")

@@ -126,6 +126,11 @@ def load_profile(name: str) -> Profile:
         ) from error
 
 
+def accounts_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the accounts in environment variables, by the names of the variables. They override the account in a batch script."""
+    return {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
+
+
 # --- the queue ----------------------------------------------------------------------------------------------------------
 
 

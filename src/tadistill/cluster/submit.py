@@ -213,7 +213,7 @@ class Submission:
 
 
 def _account(profile: Profile, given: str | None) -> str | None:
-    environment = {name: os.environ[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if os.environ.get(name)}
+    environment = slurm.accounts_in(os.environ)
     for name, value in environment.items():
         if given and value != given:
             raise ConfigError(
