@@ -13,7 +13,6 @@ Axes: N tokens, n tokens of a small tile, H hidden size, V vocabulary size, K te
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,12 +254,12 @@ class _FusedHead(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
             for plan in plans:
-                rows = slice(first, first + len(plan.part.hidden))
+                count = len(plan.part.hidden)
                 weights = plan.part.weights if isinstance(plan.part.weights, Tensor) else plan.part.weights(found[-1])
-                weights = weights.expand(-1, rows.stop - first)
-                found.append(_run(plan, weights, hidden.detach()[rows], grads.of(rows)))
+                weights = weights.expand(-1, count)
+                found.append(_run(plan, weights, hidden.detach()[first : first + count], grads, first))
                 totals += [(weights.to(found[-1].dtype) * found[-1]).sum()] if plan.part.counts else []
-                first = rows.stop
+                first += count
         ctx.save_for_backward(*grads.result(hidden.dtype, weight.dtype))
         ctx.mark_non_differentiable(*found)
         return (sum(totals[1:], start=totals[0] if totals else found[0].new_zeros(())), *found)
@@ -283,12 +282,6 @@ class _Gradients:
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
         self.wanted = of_hidden or weight is not None or bias is not None
 
-    def of(self, rows: slice) -> "_Gradients":
-        """Return the gradient buffers of one part of a loss: the rows `rows` of the hidden states' buffer, and the head's whole buffers."""
-        part = copy(self)
-        part.hidden = None if self.hidden is None else self.hidden[rows]
-        return part
-
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
@@ -304,7 +297,7 @@ class _Gradients:
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
-def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients) -> Tensor:
+def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients, first: int) -> Tensor:
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.part.teachers if isinstance(t, Hidden)]
     widths = [width, *(t.vocab or width for t in dense)]
@@ -322,12 +315,12 @@ def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients) -> Ten
             project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
         )
         teachers = [next(projected) if isinstance(t, Hidden) else select(t, tile, width) for t in plan.part.teachers]
-        for first in range(0, len(here), small):
-            inside = slice(first, min(first + small, len(here)))
+        for at in range(0, len(here), small):
+            inside = slice(at, min(at + small, len(here)))
             place, here_teachers = slice(start + inside.start, start + inside.stop), [select(t, inside) for t in teachers]
             values[:, place] = _small(plan, weights[:, place].to(dtype), student[inside], here_teachers, place, grads.wanted)
         if grads.wanted:
-            grads.add(tile, student, here, operand)
+            grads.add(slice(first + tile.start, first + tile.stop), student, here, operand)
     return values
 
 

@@ -121,16 +121,6 @@ def hybrid_distance(
     return checks.result(w * both + u * other, student_logits=student_logits, teacher_logits=teacher_logits)
 
 
-def _check_places(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise a ConfigError unless the logits (..., V) and (..., W) have equal shapes up to the last axis, and V and W are at least 1."""
-    shapes = [tuple(logits.shape) for logits in (student_logits, teacher_logits)]
-    if shapes[0][:-1] != shapes[1][:-1] or not all(shape and shape[-1] for shape in shapes):
-        raise ConfigError(
-            f"`student_logits` has shape {shapes[0]}, but `teacher_logits` has shape {shapes[1]}; only the last axis may differ, and "
-            "its size must be at least 1"
-        )
-
-
 def _unnormalised(q: Tensor, p: Tensor, beta: float) -> Tensor:
     log_q, log_p = q.log(), p.log()
     if beta in (0, 1):
@@ -140,7 +130,12 @@ def _unnormalised(q: Tensor, p: Tensor, beta: float) -> Tensor:
 
 
 def _merged(student: Tensor, teacher: Tensor, before: Sequence[Tensor] | None, temperature: float) -> tuple[Tensor, Tensor]:
-    _check_places(student, teacher)
+    shapes = [tuple(logits.shape) for logits in (student, teacher)]
+    if shapes[0][:-1] != shapes[1][:-1] or not all(shape and shape[-1] for shape in shapes):
+        raise ConfigError(
+            f"`student_logits` has shape {shapes[0]}, but `teacher_logits` has shape {shapes[1]}; only the last axis may differ, and "
+            "its size must be at least 1"
+        )
     checks.positive("temperature", temperature)
     log_q, log_p = log_probs(student, temperature), log_probs(teacher, temperature)
     if before is not None:

@@ -103,6 +103,7 @@ def train_stage(
             "numbers"
         )
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
+    patience = math.inf if select.patience is None else select.patience
     model = _prepare_sharded(student, accelerator) if sharding.sharded(student) else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
@@ -118,7 +119,7 @@ def train_stage(
     with meter.counting():
         if sampler.wants_dev:
             sampler.observe(run.dev(hooks))
-        while state.step < steps and not _lost_patience(state, select):
+        while state.step < steps and state.misses < patience:
             stop, due = _anywhere(accelerator, hooks.stop(), accelerator.is_main_process and files.due())
             if stop or due:
                 run.save(state)
@@ -155,7 +156,7 @@ def train_stage(
                     run.keep_best(state, dev[select.metric], select)
                     sampler.observe(dev)
                     metrics |= {f"dev/{name}": v for name, v in dev.items()}
-                    since.restart()
+                    since.start = time.monotonic()
                 hooks.progress(state.step, training_text(metrics["train/loss"], metrics["train/tokens_per_second"]))
                 if log:
                     log.write(state.step, metrics)
@@ -188,7 +189,13 @@ class _Run:
 
     def dev(self, hooks: Hooks) -> dict[str, float]:
         with self.meter.timed("selection"), sharding.whole(self.student):
-            return _measured(self.student, hooks, self.accelerator)
+            was_training = self.student.training
+            self.student.eval()
+            metrics = [hooks.evaluate()]
+            self.student.train(was_training)
+            if self.accelerator.num_processes > 1:
+                broadcast_object_list(metrics)
+            return metrics[0]
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
         main = self.accelerator.is_main_process
@@ -234,10 +241,6 @@ class _Run:
                 self.files.keep_best(state.step, best)
         else:
             state.misses += 1
-
-
-def _lost_patience(state: TrainState, select: Select) -> bool:
-    return select.patience is not None and state.misses >= select.patience
 
 
 def _update(
@@ -296,22 +299,9 @@ def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return list(flags) if accelerator.num_processes == 1 else (_sum(accelerator, torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 
-def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) -> dict[str, float]:
-    was_training = student.training
-    student.eval()
-    metrics = [hooks.evaluate()]
-    student.train(was_training)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(metrics)
-    return metrics[0]
-
-
 class _Averages:
     def __init__(self, rows: list[dict[str, float]]):
         self.rows = rows  # the same list as `TrainState.pending`, so a checkpoint contains it
-        self.start = time.monotonic()
-
-    def restart(self) -> None:
         self.start = time.monotonic()
 
     def add(self, row: dict[str, float]) -> None:

@@ -211,30 +211,32 @@ def _step(method: Method, models: Models, own: Callable[..., Tensor] | None) -> 
         case config.SampledKL():
             return Step(models, partial(_sampled_kl, objective))
         case config.NoTeacher():
-            return Step(models, partial(_no_teacher, objective))
+            settings = {"below": objective.below}
+            return Step(
+                models,
+                lambda batch: [TokenTerm(objective.type, objectives.no_teacher, batch.counted(batch.targets_BT), settings=settings)],
+            )
         case config.MiniLLM():
             assert isinstance(method.sampler, Rounds)
             advantages = partial(_advantages, objective, method.sampler.max_new_tokens)
             return Step(models, partial(_minillm, objective), partial(_corpus, objective), advantages, clip=objective.clip)
         case config.Taid():
             schedule = TaidSchedule(start=objective.start, end=objective.end, rate=objective.rate, decay=objective.decay)
-            return Step(models, partial(_taid, objective, schedule), schedule=schedule)
+            return Step(models, lambda batch: _towards_teacher(objective, batch, objectives.taid, {"t": schedule.t}), schedule=schedule)
         case config.Contrastive():
             return Step(models, partial(_contrastive, objective))
         case config.Custom():
             assert own is not None
-            return Step(models, partial(_custom, objective, own_divergence(own)))
+            function = own_divergence(own)
+            return Step(models, lambda batch: _towards_teacher(objective, batch, function, objective.settings))
         case _:
-            return Step(models, partial(_divergence, objective))
+            function = getattr(objectives, _FUNCTIONS.get(objective.type, objective.type))
+            settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
+            return Step(models, lambda batch: _towards_teacher(objective, batch, function, settings))
 
 
 _FUNCTIONS: dict[str, str] = {"uld": "sorted_distance", "gold": "hybrid_distance"}
 """The functions of `tadistill.objectives` whose names differ from the names of their objectives in recipes."""
-
-
-def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
-    settings, name = objective.model_dump(exclude={"type", "kd_ratio", "temperature"}), str(objective.type)  # type: ignore[attr-defined]
-    return _towards_teacher(objective, batch, getattr(objectives, _FUNCTIONS.get(name, name)), settings)
 
 
 def own_divergence(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -246,14 +248,6 @@ def own_divergence(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(student_logits, teacher_logits, **settings)
 
     return divergence
-
-
-def _custom(objective: config.Custom, divergence: Callable[..., Tensor], batch: Batch) -> list[Term]:
-    return _towards_teacher(objective, batch, divergence, objective.settings)
-
-
-def _taid(objective: config.Taid, schedule: TaidSchedule, batch: Batch) -> list[Term]:
-    return _towards_teacher(objective, batch, objectives.taid, {"t": schedule.t})
 
 
 def _contrastive(objective: config.Contrastive, batch: Batch) -> list[Term]:
@@ -273,10 +267,6 @@ def _sampled_kl(objective: config.SampledKL, batch: Batch) -> list[Term]:
     estimate = {"k2": objectives.k2, "k3": objectives.k3}[objective.estimator]
     scores = {"teacher_log_probs": batch.counted(batch.values["teacher"])}
     return [TokenTerm(objective.type, estimate, batch.counted(batch.targets_BT), scores)]
-
-
-def _no_teacher(objective: config.NoTeacher, batch: Batch) -> list[Term]:
-    return [TokenTerm(objective.type, objectives.no_teacher, batch.counted(batch.targets_BT), settings={"below": objective.below})]
 
 
 def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:
