@@ -27,11 +27,12 @@ TOKENISE = """
 from pathlib import Path
 from transformers import AutoTokenizer
 from tadistill.config import load
-from tadistill.data.token_cache import RowsOnDisk
+from tadistill.data.datasets import SplitRows
+from tadistill.data.token_cache import keep
 from tadistill.data.encoding_rules import Rules
 data = load(Path({recipe!r})).data
-rows = RowsOnDisk(data.train, "train", data.world, data.root, None)
-rows.kept(AutoTokenizer.from_pretrained({model!r}), Rules(data.max_prompt, data.max_length, template=data.template), name="train")
+rows, rules = SplitRows(data.train, "train", data.world, data.root), Rules(data.max_prompt, data.max_length, template=data.template)
+keep(rows, AutoTokenizer.from_pretrained({model!r}), rules, name="train")
 """
 RECIPE = """
 study: rows

@@ -138,7 +138,7 @@ def train(
 def rows() -> tuple[Any, list[Encoded]]:
     """Return a tokenizer and a few encoded rows."""
     tokenizer = tinyworld.tokenizer(seed=0, people=20)
-    examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
+    examples = datasets.SplitRows(DataRef(load="tinyworld"), "train", World(people=20), limit=40).read()
     return tokenizer, encode(examples, tokenizer, Rules(24, 40, template="plain"), name="tinyworld")[0]
 
 
@@ -149,7 +149,7 @@ def _again(tokenizer, other) -> Rereader:
 def _sampler(method: Method, student, teachers, tokenizer, shard: Shard, interrupt: int | None, again: Rereader | None = None):
     _, encoded = rows()
     if again:
-        examples = datasets.read(DataRef(load="tinyworld"), "train", world=World(people=20), root=None, limit=40)
+        examples = datasets.SplitRows(DataRef(load="tinyworld"), "train", World(people=20), limit=40).read()
         of_teacher = encode(examples, again.teacher.tokenizer, Rules(50, 63, template="plain"), name="tinyworld")[0]
         encoded = Behind(encoded, row_numbers(encoded), of_teacher)
         assert len(encoded) > 16

@@ -1,4 +1,6 @@
-"""Read examples from tinyworld, from JSONL files, and from data sets on the Hugging Face Hub.
+"""Read the rows of data sets: from tinyworld, from JSON Lines files, and from data sets on the Hugging Face Hub.
+
+    examples = SplitRows.of(recipe.data.train, "train", recipe.data).read()
 
 A data set is looked for in four places, in this order: the built-in tinyworld, a local path, a folder in `data.root` (or TADISTILL_DATA),
 and the Hub. `data.rows` describes the columns of a row.
@@ -6,104 +8,102 @@ and the Hub. `data.rows` describes the columns of a row.
 
 import difflib
 import itertools
+import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tadistill.config import Data, DataRef
 from tadistill.config.data import World
-from tadistill.data import hub, jsonl, tinyworld
+from tadistill.data import hub, tinyworld
+from tadistill.data.hub import NAMED
 from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
 from tadistill.disk import digest, no_file
 from tadistill.errors import DataError, Gathering
-
-
-@dataclass(frozen=True)
-class _Named:
-    folder: str
-    hub: str
-    files: dict[str, tuple[str, int | None, int | None]]
-    """Maps a split to a triple: the file on the Hub, the first row, and the row after the last one. None means no limit."""
-
-
-def _bucket(name: str, lengths: str, last: int | None = None) -> _Named:
-    # MiniLLM splits these sets by the number of tokens of the first reference; its tables use the part with the longest ones
-    return _Named(f"minillm_{name}_{lengths.rstrip('_')}", f"MiniLLM/{name}", {"test": (f"{lengths}/valid.jsonl", None, last)})
-
-
-_TEST_ONLY: dict[str, tuple[str, int | None, int | None]] = {"test": ("valid.jsonl", None, None)}
-NAMED = {
-    # MiniLLM calls its test rows "valid"; its dev rows are the first 1,000 of the raw training file
-    "dolly": _Named(
-        "minillm_dolly",
-        "MiniLLM/dolly",
-        {"train": ("raw.jsonl", 1000, None), "dev": ("raw.jsonl", None, 1000), "test": ("valid.jsonl", None, None)},
-    ),
-    "self_inst": _Named("minillm_self_inst", "MiniLLM/self-inst", _TEST_ONLY),
-    "vicuna": _Named("minillm_vicuna", "MiniLLM/Vicuna", _TEST_ONLY),
-    "sinst": _bucket("sinst", "11_"),
-    "sinst/0_2": _bucket("sinst", "0_2"),
-    "sinst/3_5": _bucket("sinst", "3_5"),
-    "sinst/6_10": _bucket("sinst", "6_10"),
-    "uinst": _bucket("uinst", "11_", 10_000),
-    "uinst/0_2": _bucket("uinst", "0_2"),
-    "uinst/3_5": _bucket("uinst", "3_5"),
-    "uinst/6_10": _bucket("uinst", "6_10"),
-}
-
 
 _SHOWN = 8
 """Largest number of files that a message names."""
 
 
+@dataclass(frozen=True)
+class SplitRows:
+    """The first `limit` rows of one split of a data set."""
+
+    ref: DataRef
+    role: str
+    """train, dev or test. It is also the name of the split, unless `ref.split` is set."""
+    world: World = field(default_factory=World)
+    root: str | None = None
+    limit: int | None = None
+    """None means all rows."""
+
+    @classmethod
+    def of(cls, ref: DataRef, role: str, data: Data) -> "SplitRows":
+        """Return the rows that a recipe uses. `role` also chooses the limit."""
+        return cls(ref, role, data.world, data.root, getattr(data.limit, role))
+
+    @property
+    def split(self) -> str:
+        """The name of the split."""
+        return self.ref.split or self.role
+
+    @property
+    def file(self) -> Path | None:
+        """The local file with the rows. None for tinyworld, and for a data set on the Hub. Raises DataError if a path is not valid."""
+        return None if self.ref.load in tinyworld.SPLITS else _local_file(self.ref, self.split, self.root)
+
+    def read(self) -> list[Example]:
+        """Return the examples.
+
+        Raises:
+            DataError: the data set is missing or empty, or a row lacks a column.
+        """
+        examples = list(self.stream())
+        if not examples:
+            raise empty(self.ref, self.role)
+        return examples
+
+    def stream(self) -> Iterator[Example]:
+        """Yield the examples. Raises DataError if the data set is missing, or a row lacks a column."""
+        for i, row in enumerate(itertools.islice(self.raw(), self.limit)):
+            found, where = example(row, self.ref, i), where_of(self.ref, i)
+            if self.role != "train" and found.last and found.last.get("content") is None:
+                raise DataError(
+                    f"{where}: the last message has no text with which an answer can be compared; give it a text, or delete the row"
+                )
+            yield found
+
+    def count(self) -> int:
+        """Return the number of rows. For a local file, only the lines are counted, which is fast."""
+        file = self.file
+        rows = _lines(file) if file else self.raw()
+        return sum(1 for _ in itertools.islice(rows, self.limit))
+
+    def content(self) -> str | None:
+        """Return a digest of all rows of the split. Return None for a data set on the Hub, because its content can change."""
+        if self.ref.load in tinyworld.SPLITS:
+            return f"{tinyworld.fingerprint(seed=self.world.seed, people=self.world.people)}:{self.ref.load}:{self.split}"
+        file = self.file
+        return f"file:{_digest(file, file.stat().st_mtime_ns)}" if file else None
+
+    def raw(self, *, stream: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield all rows of the split as they are. With `stream`, a data set on the Hub is not downloaded first."""
+        ref, split = self.ref, self.split
+        if split in tinyworld.SPLITS.get(ref.load, ()):
+            return iter(tinyworld.world_rows(ref.load, split, seed=self.world.seed, people=self.world.people))
+        if file := self.file:
+            return json_rows(file)
+        repository, name = _on_hub(ref, split)
+        return hub.rows(repository, split, ref.revision, stream=stream) if name is None else _hub_file(ref, split, repository, name)
+
+
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
-    """Return the examples of one split of a data set, at most as many as `data.limit` allows.
-
-    Args:
-        role: train, dev or test. It chooses the limit. It is also the name of the split, unless `ref.split` is set.
-
-    Raises:
-        DataError: the data set is missing or empty, or a row lacks a column.
-    """
-    return read(ref, role, world=data.world, root=data.root, limit=getattr(data.limit, role))
-
-
-def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> list[Example]:
-    """Return the first `limit` examples of one split of a data set. If `limit` is None, return all examples.
-
-    Raises:
-        DataError: the data set is missing or empty, or a row lacks a column.
-    """
-    examples = list(stream(ref, role, world=world, root=root, limit=limit))
-    if not examples:
-        raise empty(ref, role)
-    return examples
-
-
-def stream(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> Iterator[Example]:
-    """Yield the examples of one split of a data set, as `read` returns them. Raises DataError if the data set is missing, or a row lacks a
-    column."""
-    examples = (example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit)))
-    return examples if role == "train" else _scored(examples, ref)
-
-
-def _scored(examples: Iterator[Example], ref: DataRef) -> Iterator[Example]:
-    for i, found in enumerate(examples):
-        if found.last and found.last.get("content") is None:
-            raise DataError(
-                f"{where_of(ref, i)}: the last message has no text with which an answer can be compared; give it a text, or delete the row"
-            )
-        yield found
-
-
-def count(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> int:
-    """Return the number of rows that `stream` would yield. For a local file, only the lines are counted, which is fast."""
-    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, root)
-    rows = jsonl.count(path) if path else _rows(ref, role, world, root)
-    return sum(1 for _ in itertools.islice(rows, limit))
+    """Return the examples of one split of a data set, at most as many as `data.limit` allows. Arguments and errors are those of
+    `SplitRows`."""
+    return SplitRows.of(ref, role, data).read()
 
 
 def empty(ref: DataRef, role: str) -> DataError:
@@ -127,9 +127,8 @@ def check_sources(data: Data) -> None:
 def form(ref: DataRef, role: str, data: Data) -> Form:
     """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read, and
     the form follows from the keys in `ref.columns`."""
-    first = _first(ref, role, data)
-    if first is not None:
-        return form_of(first, ref)
+    if (row := _first(ref, role, data)) is not None:
+        return form_of(row, ref)
     return "messages" if "messages" in ref.columns else "prompt" if "prompt" in ref.columns else "instruction"
 
 
@@ -141,8 +140,8 @@ def has_unread_tools(ref: DataRef, role: str, data: Data) -> bool:
 
 
 def _first(ref: DataRef, role: str, data: Data) -> dict[str, Any] | None:
-    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
-    return next(jsonl.read(path), None) if path else None
+    file = SplitRows.of(ref, role, data).file
+    return next(json_rows(file), None) if file else None
 
 
 def check_corpus(ref: DataRef, data: Data) -> None:
@@ -151,18 +150,18 @@ def check_corpus(ref: DataRef, data: Data) -> None:
     Raises:
         DataError: a row has no text, or all documents are empty.
     """
-    documents = texts(ref, world=data.world, root=data.root)
+    documents = texts(ref, data.world, data.root)
     if on_hub(ref, "train", data) is not None:
         documents = itertools.islice(documents, 1)
     if not sum(bool(document.strip()) for document in documents):
         raise DataError(f"data.corpus `{ref.load}` contains no text; give a file with at least one document in its column `text`")
 
 
-def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
+def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:
     """Yield the documents of a plain-text corpus. Each row is one document."""
     column = ref.columns.get("text", "text")
     own = ref.load == "tinyworld"
-    rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else _rows(ref, "train", world, root, stream=True)
+    rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else SplitRows(ref, "train", world, root).raw(stream=True)
     for i, row in enumerate(rows):
         if column not in row:
             raise DataError(no_column(ref, i, f"`{column}`", row))
@@ -174,22 +173,17 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
 
     The string is a digest of the local file, the settings of tinyworld, or the Hub id with its revision.
     """
-    found = content(ref, role, world=data.world, root=data.root)
-    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
-    return f"hub:{ref.load}@{ref.revision}:{ref.split or role}" if found is None else f"{found}{_ignored(path, ref) if path else ''}"
+    rows = SplitRows.of(ref, role, data)
+    content = rows.content()
+    if content is None:
+        return f"hub:{ref.load}@{ref.revision}:{rows.split}"
+    return f"{content}{_ignored(rows)}"
 
 
-def content(ref: DataRef, role: str, *, world: World, root: str | None) -> str | None:
-    """Return a digest of the rows of a split. Return None for a data set on the Hub, because its content can change."""
-    if ref.load in tinyworld.SPLITS:
-        return f"{tinyworld.fingerprint(seed=world.seed, people=world.people)}:{ref.load}:{ref.split or role}"
-    path = _local_file(ref, role, root)
-    return f"file:{_digest(path, path.stat().st_mtime_ns)}" if path else None
-
-
-def _ignored(path: Path, ref: DataRef) -> str:
+def _ignored(rows: SplitRows) -> str:
+    ref, file = rows.ref, rows.file
     try:
-        row = next(jsonl.read(path), {})
+        row = next(json_rows(file), {}) if file else {}
     except DataError:  # the same error is raised when the rows are read
         return ""
     # earlier versions read these columns without `columns`; with the suffix, results of those versions are not used again
@@ -203,19 +197,6 @@ def _digest(path: Path, mtime_ns: int) -> str:
     return digest(path)[:16]
 
 
-def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-    split = ref.split or role
-    if ref.load in tinyworld.SPLITS:
-        if split in tinyworld.SPLITS[ref.load]:
-            return iter(tinyworld.world_rows(ref.load, split, seed=world.seed, people=world.people))
-        raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(tinyworld.SPLITS[ref.load])}")
-    path = _local_file(ref, role, root)
-    if path is not None:
-        return jsonl.read(path)
-    repository, file = _on_hub(ref, split)
-    return _hub_dataset(ref, split, stream) if file is None else _hub_file(ref, split, repository, file)
-
-
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
     """Return a pair: the repository and the file of a split on the Hub. Return None if the split is on this disk.
 
@@ -224,15 +205,16 @@ def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None
     Raises:
         DataError: the data set or the split does not exist.
     """
-    if ref.load in tinyworld.SPLITS or _local_file(ref, role, data.root) is not None:
-        return None
-    return _on_hub(ref, ref.split or role)
+    rows = SplitRows.of(ref, role, data)
+    return None if ref.load in tinyworld.SPLITS or rows.file else _on_hub(ref, rows.split)
 
 
 def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
-    if named := NAMED.get(ref.load):
-        if split not in named.files:
-            raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(named.files)}")
+    named = NAMED.get(ref.load)
+    splits = named.files if named else tinyworld.SPLITS.get(ref.load)
+    if splits and split not in splits:
+        raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(splits)}")
+    if named:
         return named.hub, named.files[split][0]
     if not _may_be_on_hub(ref):
         raise DataError(_missing(ref))
@@ -271,15 +253,12 @@ def _missing(ref: DataRef) -> str:
     )
 
 
-def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
-    split = ref.split or role
+def _local_file(ref: DataRef, split: str, root: str | None) -> Path | None:
     root = root or os.environ.get("TADISTILL_DATA")
     try:
         folders = list(ref.paths)
-        if root and ref.load in NAMED:
-            folders.append(Path(root).expanduser() / NAMED[ref.load].folder)
-        elif root:
-            folders.append(Path(root).expanduser() / ref.load)
+        if root:
+            folders.append(Path(root).expanduser() / (NAMED[ref.load].folder if ref.load in NAMED else ref.load))
         for folder in folders:
             if folder.is_file():
                 return folder
@@ -303,23 +282,64 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
             f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
             f"and it cannot be loaded from the Hub: {error}"
         ) from error
-    return itertools.islice(jsonl.read(path), first, last)
+    return itertools.islice(json_rows(path), first, last)
 
 
-def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset  # here: slow to import, and only needed for data sets on the Hub
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
+# --- JSON Lines files -------------------------------------------------------------------------------------------------------
 
-    # offline, `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
-    path, revision = (str(hub.download(ref.load, ref.revision)), None) if constants.HF_HUB_OFFLINE else (ref.load, ref.revision)
+_READERS = {".csv": "read_csv", ".parquet": "read_parquet", ".xlsx": "read_excel", ".arrow": "read_feather"}
+_ONE_A_LINE = "`jq -c '.[]' FILE` writes each of its objects on a line of its own"
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON object of each line of a JSON Lines file. Empty lines are skipped.
+
+    Raises:
+        DataError: a line is not one JSON object. The message names the file and the line.
+    """
+    for number, line in _lines(path):
+        yield _json_row(line, path, number)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # Excel and PowerShell write a byte order mark
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix("\ufeff")  # joined files have a mark at the start of each
+            if line and not line.isspace():
+                yield number, line
+
+
+def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    if path.suffix in _READERS and not line.lstrip().startswith("{"):
+        read = f"pandas.{_READERS[path.suffix]}({path.name!r}).to_json('{path.stem}.jsonl', orient='records', lines=True)"
+        raise DataError(f"{path} is not a JSON Lines file; convert it, for instance in Python: {read}")
     try:
-        with hub.without_retries_shown():
-            return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script
-        reason = str(error).strip().splitlines()
-        raise DataError(
-            f"data set `{ref.load}` (split {split}, revision {ref.revision}) cannot be loaded: {reason[0] if reason else error!r}; "
-            "check the name and the split, or give a local .jsonl file"
-        ) from error
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:  # `surrogateescape` turns a byte that is not UTF-8 into a surrogate
+        byte = ord(line[error.start]) & 0xFF
+        raise DataError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is {_not_json(line, error)}; every line must be one JSON object") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or thousands of nested lists
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
+        raise DataError(f"{where} cannot be read ({reason}); correct or delete the row") from error
+    if not isinstance(row, dict):
+        what = f"a JSON array ({_ONE_A_LINE})" if isinstance(row, list) else f"a {type(row).__name__}"
+        raise DataError(f"{where} is {what}; every line must be one JSON object")
+    return row
+
+
+def _not_json(line: str, error: json.JSONDecodeError) -> str:
+    start = line.strip()
+    if start.startswith("version https://git-lfs"):
+        return "part of a pointer of Git LFS (run `git lfs pull` in its folder to get the file)"
+    if start[0] == "[":
+        return f"the start of a JSON array ({_ONE_A_LINE})"
+    if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):
+        return "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
+    if start[0] != "{":
+        return 'not JSON (write the row as {"instruction": "…", "output": "…"}, for instance)'
+    return f"not JSON ({error.msg} at character {error.pos + 1})"

@@ -8,9 +8,39 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tadistill.errors import DataError, ModelError, TadistillError
+
+_TEST_ONLY: dict[str, tuple[str, int | None, int | None]] = {"test": ("valid.jsonl", None, None)}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set that a recipe can name without the id of its repository."""
+
+    folder: str
+    """The folder in `data.root` that is read in place of the Hub, if it is there."""
+    hub: str
+    files: dict[str, tuple[str, int | None, int | None]]
+    """Maps a split to a triple: the file on the Hub, the first row, and the row after the last one. None means no limit."""
+
+
+def _bucket(name: str, lengths: str, last: int | None = None) -> Named:
+    # MiniLLM splits these sets by the number of tokens of the first reference; its tables use the part with the longest ones
+    return Named(f"minillm_{name}_{lengths.rstrip('_')}", f"MiniLLM/{name}", {"test": (f"{lengths}/valid.jsonl", None, last)})
+
+
+NAMED = {
+    # MiniLLM calls its test rows "valid"; its dev rows are the first 1,000 of the raw training file
+    "dolly": Named("minillm_dolly", "MiniLLM/dolly", {"train": ("raw.jsonl", 1000, None), "dev": ("raw.jsonl", None, 1000)} | _TEST_ONLY),
+    "self_inst": Named("minillm_self_inst", "MiniLLM/self-inst", _TEST_ONLY),
+    "vicuna": Named("minillm_vicuna", "MiniLLM/Vicuna", _TEST_ONLY),
+}
+for _name, _last in (("sinst", None), ("uinst", 10_000)):
+    NAMED |= {_name: _bucket(_name, "11_", _last)} | {f"{_name}/{part}": _bucket(_name, part) for part in ("0_2", "3_5", "6_10")}
 
 _PATIENCE = 5.0  # seconds
 _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
@@ -133,6 +163,32 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
         raise error(
             f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check its name and the network"
         ) from cause
+
+
+def rows(repository: str, split: str, revision: str, *, stream: bool) -> Iterator[dict[str, Any]]:
+    """Return the rows of a split of a data set. With `stream`, rows are downloaded when they are used.
+
+    Raises:
+        DataError: the data set cannot be loaded.
+    """
+    from datasets import load_dataset  # here: slow to import, and only needed for data sets on the Hub
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants, errors
+
+    path, at = repository, revision
+    if (
+        constants.HF_HUB_OFFLINE
+    ):  # `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
+        path, at = str(download(repository, revision)), None
+    try:
+        with without_retries_shown():
+            return (dict(row) for row in load_dataset(path, split=split, revision=at, streaming=stream))
+    except (DatasetsError, errors.HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"data set `{repository}` (split {split}, revision {revision}) cannot be loaded: {reason[0] if reason else error!r}; "
+            "check the name and the split, or give a local .jsonl file"
+        ) from error
 
 
 # --- sending a model ----------------------------------------------------------------------------------------------------

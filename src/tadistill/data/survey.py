@@ -16,9 +16,10 @@ from pydantic import TypeAdapter
 
 from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
-from tadistill.config.data import World
 from tadistill.config.recipe import methods
-from tadistill.data import datasets, rows
+from tadistill.data import datasets
+from tadistill.data import rows as reading
+from tadistill.data.datasets import SplitRows
 from tadistill.data.rows import Example, beyond_ascii
 from tadistill.disk import cache_root, digest, write_json
 from tadistill.errors import StoreError
@@ -28,6 +29,7 @@ LARGE = 5_000
 """A training set with more rows is large. The tokens of a large set and the survey of its rows are stored on the disk (`token_cache`)."""
 SAMPLE = 512
 """Largest number of rows in a sample."""
+_known: dict[str, "Survey"] = {}
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,14 @@ def survey(ref: DataRef, role: str, data: Data) -> Survey:
     Raises:
         DataError: the data set is missing or empty, or a row is wrong. The message names the row.
     """
-    limit, content = getattr(data.limit, role), datasets.content(ref, role, world=data.world, root=data.root)
+    rows = SplitRows.of(ref, role, data)
+    content = rows.content()
     if content is None:
-        return _read(ref, role, data.world, data.root, limit)
-    return _known(ref.model_dump_json(), ref._folder, role, data.world.model_dump_json(), data.root, limit, content)
+        return _read(rows)
+    key = key_of_rows(rows, content)
+    if key not in _known:
+        _known[key] = _stored(rows, cache_root() / "rows" / f"{key}.json")
+    return _known[key]
 
 
 def check(recipe: Recipe) -> None:
@@ -89,11 +95,12 @@ def check(recipe: Recipe) -> None:
         datasets.check_corpus(data.corpus, data)
 
 
-def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
-    """Return the cache key under which facts about the first `limit` rows are stored. It depends on the rows, on the settings, and on the
-    code that reads the rows."""
-    settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction, "extra": ref.extra}
-    return key_of([__version__, content, settings, limit, *_digests(*(module.__file__ for module in (rows, *code)))])
+def key_of_rows(rows: SplitRows, content: str, *code: Any) -> str:
+    """Return the cache key under which facts about the rows are stored. It depends on the rows, on the settings, and on the code that reads
+    the rows. `content` is the digest of the rows."""
+    ref, scored = rows.ref, rows.role != "train"  # a row with which answers are compared must have a text
+    settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction, "extra": ref.extra, "scored": scored}
+    return key_of([__version__, content, settings, rows.limit, *_digests(*(module.__file__ for module in (reading, *code)))])
 
 
 @lru_cache
@@ -101,30 +108,25 @@ def _digests(*files: str) -> tuple[str, ...]:
     return tuple(digest(Path(file)) for file in files)
 
 
-@lru_cache(maxsize=32)
-def _known(ref_json: str, beside: Path | None, role: str, world_json: str, root: str | None, limit: int | None, content: str) -> Survey:
-    ref, world = DataRef.model_validate_json(ref_json), World.model_validate_json(world_json)
-    ref._folder = beside  # the recipe's folder, from which relative paths start
-    file = cache_root() / "rows" / f"{key_of_rows(ref, limit, content)}.json"
+def _stored(rows: SplitRows, file: Path) -> Survey:
     with suppress(OSError, ValueError):  # there is no such file, or it is damaged: the rows are read
         return TypeAdapter(Survey).validate_json(file.read_bytes())
-    found = _read(ref, role, world, root, limit)
+    found = _read(rows)
     if found.large:
         with suppress(StoreError):  # without the file, the next command reads the rows again
             write_json(file, asdict(found))
     return found
 
 
-def _read(ref: DataRef, role: str, world: World, root: str | None, limit: int | None) -> Survey:
-    where: Any = {"world": world, "root": root, "limit": limit}
-    total = datasets.count(ref, role, **where)
+def _read(rows: SplitRows) -> Survey:
+    total = rows.count()
     if not total:
-        raise datasets.empty(ref, role)
+        raise datasets.empty(rows.ref, rows.role)
     places = min(SAMPLE, total)
     wanted = {i * total // places for i in range(places)}
     sample: list[Example] = []
     conversations, instructions, choices, beyond = False, False, False, 0.0
-    for i, found in enumerate(datasets.stream(ref, role, **where)):
+    for i, found in enumerate(rows.stream()):
         conversations |= bool(found.messages)
         instructions |= not found.verbatim and not found.messages
         choices |= bool(found.choices)

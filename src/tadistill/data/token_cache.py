@@ -3,15 +3,14 @@
 A data set is tokenised only once. After that, all processes and studies read the rows that they need from the file. The file's name is a
 digest of the rows, the tokenizer, the limits of lengths, and the code. A file that is damaged or incomplete is created again.
 
-    on_disk = RowsOnDisk(ref, "train", world, root, limit)
-    kept = on_disk.kept(tokenizer, rules, name="data set `mine`")
+    kept = keep(SplitRows.of(ref, "train", data), tokenizer, rules, name="data set `mine`")
     kept.rows[7].prompt
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, astuple, dataclass
 from datetime import date
@@ -21,12 +20,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from tadistill.config import DataRef
-from tadistill.config.data import World
-from tadistill.data import chat, datasets, encoding, encoding_rules, prompts, turns
+from tadistill.data import chat, encoding, encoding_rules, prompts, turns
+from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import Counts, Encoded, encode_parts
 from tadistill.data.encoding_rules import Rules
-from tadistill.data.rows import Example
 from tadistill.data.survey import key_of_rows
 from tadistill.disk import cache_root, digest, replacing, write_json, writing
 from tadistill.store import key_of
@@ -113,82 +110,65 @@ class Kept:
     longest: Longest
 
 
-@dataclass(frozen=True)
-class RowsOnDisk:
-    """The first `limit` rows of one split of a data set, whose token ids are stored in the cache folder."""
+def glance(rows: SplitRows, tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str) -> Kept | None:
+    """Return the tokenised rows if their file is in the cache folder. If it is not, check that at least one row is short enough, and return
+    None.
 
-    ref: DataRef
-    role: str
-    world: World
-    root: str | None
-    limit: int | None
+    Raises:
+        DataError: no row is short enough.
+    """
+    key = _key(rows, tokenizer, rules)
+    if key and (found := _open(_folder() / f"{key}.arrow")):
+        return found
+    next(part for part, _ in encode_parts(rows.stream(), tokenizer, rules, name=name) if part)
+    return None
 
-    def glance(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str) -> Kept | None:
-        """Return the tokenised data set if its file is in the cache folder. If it is not, check that at least one row is short enough, and
-        return None.
 
-        Raises:
-            DataError: no row is short enough.
-        """
-        key = self._key(tokenizer, rules)
-        if key and (found := _open(_folder() / f"{key}.arrow")):
-            return found
-        next(part for part, _ in encode_parts(self._examples(), tokenizer, rules, name=name) if part)
+def keep(
+    rows: SplitRows, tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str, tick: Callable[[int], None] = lambda rows: None
+) -> Kept:
+    """Return the tokenised rows. They are tokenised now, unless their file is already in the cache folder.
+
+    If another process is tokenising the same rows, the call waits for it. A data set of the Hub is not stored in the cache, because its
+    content can change.
+
+    Args:
+        name: the name of the data set in messages.
+        tick: called with the number of finished rows. If it raises an error, no file is written.
+
+    Raises:
+        DataError, ModelError: as in `encode_parts`.
+        StoreError: the file cannot be written.
+    """
+    from filelock import FileLock  # here: it loads asyncio
+
+    def write(file: Path) -> Kept:
+        return _write(file, encode_parts(rows.stream(), tokenizer, rules, name=name), tick)
+
+    key = _key(rows, tokenizer, rules)
+    if key is None:
+        with TemporaryDirectory() as folder:  # the mapped file stays readable after its folder is deleted
+            return write(Path(folder) / "rows.arrow")
+    file = _folder() / f"{key}.arrow"
+    if found := _open(file):
+        return found
+    lock = FileLock(file.with_suffix(".lock"))
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        return _open(file) or write(file)
+    finally:
+        lock.release()
+
+
+def _key(rows: SplitRows, tokenizer: "PreTrainedTokenizerBase", rules: Rules) -> str | None:
+    content, tokens = rows.content(), tokenizer_digest(tokenizer)
+    if content is None or tokens is None:
         return None
-
-    def kept(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        rules: Rules,
-        *,
-        name: str,
-        tick: Callable[[int], None] = lambda rows: None,
-    ) -> Kept:
-        """Return the tokenised data set. It is tokenised now, unless its file is already in the cache folder.
-
-        If another process is tokenising the same data set, the call waits for it. A data set of the Hub is not stored in the cache, because
-        its content can change.
-
-        Args:
-            name: the name of the data set in messages.
-            tick: called with the number of finished rows. If it raises an error, no file is written.
-
-        Raises:
-            DataError, ModelError: as in `encode_parts`.
-            StoreError: the file cannot be written.
-        """
-        from filelock import FileLock  # here: it loads asyncio
-
-        def write(file: Path) -> Kept:
-            return _write(file, encode_parts(self._examples(), tokenizer, rules, name=name), tick)
-
-        key = self._key(tokenizer, rules)
-        if key is None:
-            with TemporaryDirectory() as folder:  # the mapped file stays readable after its folder is deleted
-                return write(Path(folder) / "rows.arrow")
-        file = _folder() / f"{key}.arrow"
-        if found := _open(file):
-            return found
-        lock = FileLock(file.with_suffix(".lock"))
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        try:
-            return _open(file) or write(file)
-        finally:
-            lock.release()
-
-    def _examples(self) -> Iterator[Example]:
-        return datasets.stream(self.ref, self.role, world=self.world, root=self.root, limit=self.limit)
-
-    def _key(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules) -> str | None:
-        content = datasets.content(self.ref, self.role, world=self.world, root=self.root)
-        tokens = tokenizer_digest(tokenizer)
-        if content is None or tokens is None:
-            return None
-        settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
-        code = encoding, encoding_rules, turns, prompts, chat
-        return key_of([key_of_rows(self.ref, self.limit, content, *code), tokens, settings])
+    settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
+    code = encoding, encoding_rules, turns, prompts, chat
+    return key_of([key_of_rows(rows, content, *code), tokens, settings])
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:

@@ -13,7 +13,7 @@ import yaml
 
 from tadistill.config.data import Data, training_refs
 from tadistill.config.evaluate import Evaluate
-from tadistill.data.datasets import NAMED
+from tadistill.data.hub import NAMED
 from tadistill.data.prompts import render, split_prompt
 from tadistill.data.rows import Example
 from tadistill.data.tinyworld import world_rows

@@ -207,7 +207,7 @@ def _left(plan: Plan, store: Store, stages: Iterable[Stage]) -> dict[str, _Left]
             continue
         spec, api = stage.spec, stage.spec.teacher.api
         assert api is not None
-        examples = datasets.read(spec.train.ref, spec.train.role, world=data.world, root=data.root, limit=spec.train.limit)
+        examples = datasets.SplitRows(spec.train.ref, spec.train.role, data.world, data.root, spec.train.limit).read()
         kept, left = peek(replies_file(store.root, api.model)), found.setdefault(stage.model, _Left(api))
         rows = [(request.key, example) for request, example in zip(wanted_of(spec, examples), examples, strict=True)]
         new = {key: example for key, example in rows if key not in kept and key not in seen}

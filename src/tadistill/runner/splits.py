@@ -14,9 +14,10 @@ from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
+from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import Counts, adds_bos, encode
 from tadistill.data.encoding_rules import Rules
-from tadistill.data.token_cache import Longest, RowsOnDisk
+from tadistill.data.token_cache import Longest, glance, keep
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.paths import contexts_of
@@ -88,9 +89,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
     for role, ref in data.splits():
         where, rules = f"data set `{ref.name}` ({role})", Rules.of(data, role, bos=bos)
         if role == "train" and (total := survey.survey(ref, role, data)).large:
-            on_disk = RowsOnDisk(ref, role, data.world, data.root, data.limit.train)
-            read = on_disk.kept if all_rows or not total.plain(data) else on_disk.glance
-            if kept := read(tokenizer, rules, name=where):
+            read = keep if all_rows or not total.plain(data) else glance
+            if kept := read(SplitRows.of(ref, role, data), tokenizer, rules, name=where):
                 counts[role, ref.name] = kept.counts
                 found.append(Texts(kept.longest, where))
             else:
@@ -105,7 +105,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         if role == "test":
             rows[ref.name] = frozenset(e.row for e in encoded)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
-        text = datasets.texts(data.corpus, world=data.world, root=data.root)
+        text = datasets.texts(data.corpus, data.world, data.root)
         piece = chunks(text, tokenizer, data.max_length, 1, bos=bos)[0].response
         found.append(Texts(Longest(top=max(piece)), "data.corpus", len(piece)))
     _check_selection(recipe)
@@ -140,7 +140,7 @@ def _check_selection(recipe: Recipe) -> None:
 def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, rules: Rules, teachers: set[str]) -> OfContext:
     data, where = recipe.data, f"data set `{ref.name}` (train)"
     if survey.survey(ref, "train", data).large:
-        kept = RowsOnDisk(ref, "train", data.world, data.root, data.limit.train).kept(tokenizer, rules, name=where)
+        kept = keep(SplitRows.of(ref, "train", data), tokenizer, rules, name=where)
         return OfContext(frozenset(teachers), kept.counts, Texts(kept.longest, where))
     encoded, counts = encode(datasets.load(ref, "train", data), tokenizer, rules, name=where)
     return OfContext(frozenset(teachers), counts, Texts(Longest.of(encoded), where))

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
 from tadistill.config.common import DTYPES, Precision
-from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
+from tadistill.data.datasets import SplitRows, texts
 from tadistill.data.encoding import Counts, EvalSet, encode
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE
-from tadistill.data.token_cache import RowsOnDisk
+from tadistill.data.token_cache import keep
 from tadistill.data.turns import without_thinking
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted, StageFailed
@@ -212,15 +212,14 @@ class Context(Generic[AnySpec]):
         """
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = data or self.spec.data, split.ref.name
-        where = self._where(split)
         rules = Rules.of(data, split.role, bos=data.bos, context=data.context if contexts else None)
-        called = f"data set `{name}`"
-        total = datasets.count(split.ref, split.role, **where) if split.role == "train" else 0
+        rows, called = self._rows(split), f"data set `{name}`"
+        total = rows.count() if split.role == "train" else 0
         if total > LARGE:
-            kept = RowsOnDisk(split.ref, split.role, **where).kept(tokenizer, rules, name=called, tick=partial(self._tokenised, total))
+            kept = keep(rows, tokenizer, rules, name=called, tick=partial(self._tokenised, total))
             self.counts[split.role, name] = kept.counts
             return EvalSet(name, (), kept.rows)
-        examples = datasets.read(split.ref, split.role, **where)
+        examples = rows.read()
         found, self.counts[split.role, name] = encode(examples, tokenizer, rules, name=called)
         return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
 
@@ -233,10 +232,10 @@ class Context(Generic[AnySpec]):
 
     def examples(self, split: Split) -> Iterator[Example]:
         """Yield the rows of a split as text, without encoding them."""
-        return datasets.stream(split.ref, split.role, **self._where(split))
+        return self._rows(split).stream()
 
-    def _where(self, split: Split) -> dict[str, Any]:
-        return {"world": self.spec.data.world, "root": self.task.data_root, "limit": split.limit}
+    def _rows(self, split: Split) -> SplitRows:
+        return SplitRows(split.ref, split.role, self.spec.data.world, self.task.data_root, split.limit)
 
     def _tokenised(self, total: int, done: int) -> None:
         self.progress(done, total, "rows tokenised")
@@ -254,7 +253,7 @@ class Context(Generic[AnySpec]):
         if source is None:
             return []
         data = self.spec.data
-        documents = datasets.texts(source.ref, world=data.world, root=self.task.data_root)
+        documents = texts(source.ref, data.world, self.task.data_root)
         return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS, bos=data.bos)
 
 

@@ -8,7 +8,6 @@ from decimal import Decimal
 import pytest
 
 from tadistill.config import Data, DataRef
-from tadistill.config.data import World
 from tadistill.data import answers, datasets
 from tadistill.data.answers import RULES, chosen, final_number
 from tadistill.errors import ConfigError, DataError
@@ -77,7 +76,7 @@ def read(tmp_path):
     def read(*rows, **settings):
         path = tmp_path / "x.jsonl"
         path.write_text("".join(json.dumps({"instruction": "How many?", "output": "…"} | row) + "\n" for row in rows))
-        return datasets.read(DataRef(load=str(path), **settings), "test", world=World(), root=None, limit=None)
+        return datasets.SplitRows(DataRef(load=str(path), **settings), "test").read()
 
     return read
 

@@ -7,10 +7,11 @@ from tests.byte_models import BOS, LLAMA2, byte_tokenizer
 from tadistill.config import Data, DataRef
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data.batch import collate, references
+from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import encode
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example, example
-from tadistill.data.token_cache import RowsOnDisk
+from tadistill.data.token_cache import keep
 from tadistill.errors import DataError, ModelError
 
 QUESTION = Example("Say red", "", ("red it is", "red"))
@@ -81,14 +82,14 @@ def test_contexts_are_stored_with_the_tokens_of_a_large_set(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "Say red", "output": "red"}\n{"instruction": "Say blue", "output": "blue"}\n')
-    ref, tokenizer = RowsOnDisk(DataRef(load=str(file)), "train", None, None, None), byte_tokenizer()
+    split, tokenizer = SplitRows(DataRef(load=str(file)), "train"), byte_tokenizer()
     for template in ("{output}{prompt}", "{prompt}"):
         rules = Rules(200, 400, context=TeacherContext(template=template), template="plain")
-        kept = ref.kept(tokenizer, rules, name="d")
-        assert [*kept.rows] == encode([*ref._examples()], tokenizer, rules)[0]
+        kept = keep(split, tokenizer, rules, name="d")
+        assert [*kept.rows] == encode([*split.stream()], tokenizer, rules)[0]
         assert kept.longest.context == max(len(e.teacher_prompt) for e in kept.rows)
         assert kept.longest.context_whole == max(len(e.teacher_prompt) + len(e.response) for e in kept.rows)
-    assert ref.kept(tokenizer, Rules(200, 400, template="plain"), name="d").rows[0].teacher_prompt is None
+    assert keep(split, tokenizer, Rules(200, 400, template="plain"), name="d").rows[0].teacher_prompt is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 from tests.byte_models import BOS, EOS, byte_tokenizer
 
 from tadistill.config import Data, DataRef
-from tadistill.config.data import World
 from tadistill.data import datasets
 from tadistill.data.batch import chunks
 from tadistill.data.prompts import for_people, split_thought, task_of
@@ -22,7 +21,7 @@ def read(tmp_path):
     def read(*rows, raw: bytes | None = None, **settings):
         path = tmp_path / "x.jsonl"
         path.write_bytes(raw if raw is not None else "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return datasets.read(DataRef(load=str(path), **settings), "test", world=World(), root=None, limit=None)
+        return datasets.SplitRows(DataRef(load=str(path), **settings), "test").read()
 
     return read
 
@@ -38,9 +37,9 @@ def read(tmp_path):
 def test_a_table_of_another_kind_says_how_to_convert_it(tmp_path, name, content, reader):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name} is not a JSON Lines file; convert it, .*pandas.{reader}\('{name}'\).to_json\('x.jsonl'"):
-        datasets.read(DataRef(load=str(tmp_path / name)), "test", world=World(), root=None, limit=None)
+        datasets.SplitRows(DataRef(load=str(tmp_path / name)), "test").read()
     (tmp_path / name).write_text(json.dumps(OK), encoding="utf-8")  # the name does not matter where the rows can be read
-    assert datasets.read(DataRef(load=str(tmp_path / name)), "test", world=World(), root=None, limit=None)
+    assert datasets.SplitRows(DataRef(load=str(tmp_path / name)), "test").read()
 
 
 def test_conversations_of_sharegpt_say_what_to_write(read):
@@ -204,12 +203,11 @@ def test_files_of_other_programs(read, raw):
 def test_home_and_close_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "chat.jsonl").write_text(json.dumps(OK) + "\n")
-    ref = {"world": World(), "root": None, "limit": None}
-    assert len(datasets.read(DataRef(load="~/chat.jsonl"), "test", **ref)) == 1
+    assert len(datasets.SplitRows(DataRef(load="~/chat.jsonl"), "test").read()) == 1
     with pytest.raises(DataError, match=r"there is no `chta.jsonl` in .*; did you mean `chat.jsonl`\?"):
-        datasets.read(DataRef(load="~/chta.jsonl"), "test", **ref)
+        datasets.SplitRows(DataRef(load="~/chta.jsonl"), "test").read()
     with pytest.raises(DataError, match=r"did you mean `dolly`\?"):
-        datasets.read(DataRef(load="doly"), "test", **ref)
+        datasets.SplitRows(DataRef(load="doly"), "test").read()
 
 
 # --- the corpus --------------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import pytest
 from tests.unit.models.conftest import word_tokenizer
 
 from tadistill.config import Data, DataRef
-from tadistill.config.data import World
-from tadistill.data import datasets, encoding, jsonl, survey, token_cache
+from tadistill.data import datasets, encoding, survey, token_cache
 from tadistill.data.batch import references
+from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import encode
 from tadistill.data.encoding_rules import Rules
-from tadistill.data.token_cache import RowsOnDisk, tokenizer_digest
+from tadistill.data.token_cache import glance, keep, tokenizer_digest
 from tadistill.errors import DataError
 
 RULES = Rules(6, 10, template="plain")
@@ -25,7 +25,7 @@ def small_is_large(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "LARGE", 100)
     monkeypatch.setattr(survey, "SAMPLE", 51)
     monkeypatch.setattr(encoding, "_PART", 100)
-    survey._known.cache_clear()
+    survey._known.clear()
 
 
 @pytest.fixture
@@ -39,17 +39,16 @@ def write(path, rows: int = ROWS, **more) -> str:
     return str(path)
 
 
-def on_disk(ref: DataRef, limit: int | None = None) -> RowsOnDisk:
-    return RowsOnDisk(ref, "train", World(), None, limit)
+def rows_of(ref: DataRef, limit: int | None = None) -> SplitRows:
+    return SplitRows(ref, "train", limit=limit)
 
 
 def kept(ref: DataRef, tokenizer=None, rules: Rules = RULES, limit: int | None = None, **more):
-    return on_disk(ref, limit).kept(tokenizer or word_tokenizer(), rules, name="d", **more)
+    return keep(rows_of(ref, limit), tokenizer or word_tokenizer(), rules, name="d", **more)
 
 
 def direct(ref: DataRef, rules: Rules = RULES, limit: int | None = None):
-    examples = datasets.read(ref, "train", world=World(), root=None, limit=limit)
-    return encode(examples, word_tokenizer(), rules, name="d")
+    return encode(rows_of(ref, limit).read(), word_tokenizer(), rules, name="d")
 
 
 def files(tmp_path, folder: str = "encoded", ending: str = "arrow") -> list:
@@ -81,7 +80,7 @@ def test_a_set_is_tokenised_once(ref, monkeypatch):
     first = kept(ref)
     monkeypatch.setattr(token_cache, "encode_parts", None)  # no second call
     assert list(kept(ref).rows) == list(first.rows)
-    found = on_disk(ref).glance(word_tokenizer(), RULES, name="d")
+    found = glance(rows_of(ref), word_tokenizer(), RULES, name="d")
     assert found is not None
     assert found.counts == first.counts
 
@@ -154,7 +153,7 @@ def test_no_row_is_short_enough(ref):
     with pytest.raises(DataError, match="no row of d has a prompt of at most 0 tokens"):
         kept(ref, rules=Rules(0, 10, template="plain"))
     with pytest.raises(DataError, match="no row of d"):
-        on_disk(ref).glance(word_tokenizer(), Rules(0, 10, template="plain"), name="d")
+        glance(rows_of(ref), word_tokenizer(), Rules(0, 10, template="plain"), name="d")
 
 
 # --- the survey ---------------------------------------------------------------------------------------------------------
@@ -167,8 +166,8 @@ def test_a_survey_counts_rows_and_takes_even_places(ref, monkeypatch):
     for changes, plain in (({}, True), ({"template": "chat"}, False), ({"long_prompts": "refuse"}, False)):
         assert found.plain(data.model_copy(update=changes)) is plain
     assert list(found.sample) == [rows[i * 200 // 51] for i in range(51)]
-    survey._known.cache_clear()
-    monkeypatch.setattr(jsonl, "read", None)  # the file is not parsed again
+    survey._known.clear()
+    monkeypatch.setattr(datasets, "json_rows", None)  # the file is not parsed again
     assert survey.survey(ref, "train", data) == found
 
 
@@ -178,7 +177,7 @@ def test_a_damaged_survey_is_made_again(tmp_path, ref):
     (file,) = files(tmp_path, "rows", "json")
     for text in ("", "{}", "[1]", file.read_text(encoding="utf-8")[:999]):
         file.write_text(text, encoding="utf-8")
-        survey._known.cache_clear()
+        survey._known.clear()
         assert survey.survey(ref, "train", data) == found
 
 
@@ -192,7 +191,7 @@ def test_a_survey_of_rows_with_everything(tmp_path):
     found = survey.survey(ref, "test", data)
     assert found.choices
     assert found.sample[0].facts == (("w3", ("w1", "w2")),)
-    survey._known.cache_clear()
+    survey._known.clear()
     assert len(files(tmp_path, "rows", "json")) == 1
     assert survey.survey(ref, "test", data) == found
 
@@ -212,9 +211,8 @@ def test_rows_are_counted_as_they_are_read(tmp_path):
     row = b'{"instruction": "w1", "output": "w2"}'
     path.write_bytes(b"\xef\xbb\xbf" + b"\n\r".join([row, b"  ", b"", row, "\u2028\u3000".encode(), row]) + b"\r" + row)
     ref = DataRef(load=str(path))
-    where = {"world": World(), "root": None, "limit": None}
-    assert datasets.count(ref, "train", **where) == len(datasets.read(ref, "train", **where)) == 4
-    assert datasets.count(ref, "train", **where | {"limit": 2}) == 2
+    assert rows_of(ref).count() == len(rows_of(ref).read()) == 4
+    assert rows_of(ref, 2).count() == 2
 
 
 def test_few_rows_are_held_at_a_time(ref, monkeypatch):

@@ -112,7 +112,7 @@ def test_a_control_that_samples_more_than_the_model_can_read_is_named_with_its_k
 def test_a_large_training_set_is_tokenised_only_if_its_limits_exceed_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "LARGE", 3)
     short, long, large = rows("short.jsonl", 4), rows("long.jsonl", 60), rows("large.jsonl", 5)
-    survey._known.cache_clear()
+    survey._known.clear()
     check_inputs(recipe(model("llama", max_position_embeddings=64), large, short), console := Console(file=io.StringIO(), width=200))
     note = "large (train): its 4 rows are not checked yet; the first training tokenises them, and counts those that are too long"
     assert note in console.file.getvalue()

@@ -281,8 +281,8 @@ def count_first_rows(
     if not tokenizer.known or datasets.on_hub(ref, role, data) is not None:
         return None
     most = SAMPLE if role == "train" else _COUNTED
-    rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(most, getattr(data.limit, role) or most))
-    sample = [replace(row, choices=()) for row in rows]
+    rows = datasets.SplitRows(ref, role, data.world, data.root, min(most, getattr(data.limit, role) or most))
+    sample = [replace(row, choices=()) for row in rows.read()]
     rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context))
     return encode(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
 
@@ -294,7 +294,7 @@ def chunk(recipe: Recipe) -> int:
     if data.corpus.load not in tinyworld.SPLITS:
         return data.max_length  # counting its tokens could need the network
     tokenizer, total = StandIn(recipe), 0
-    for text in datasets.texts(data.corpus, world=data.world, root=data.root):
+    for text in datasets.texts(data.corpus, data.world, data.root):
         total += len(tokenizer.ids([text])[0]) + 1
         if total >= data.max_length:
             return data.max_length
