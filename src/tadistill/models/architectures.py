@@ -88,8 +88,7 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
         try:
             read = AutoConfig.for_model(**config)
             check_architecture(read, model)
-            with torch.device("meta"):
-                AutoModelForCausalLM.from_config(read, trust_remote_code=False)
+            build_on_meta(read)
         except ModelError:
             raise
         except Exception as error:  # the code of a model family can raise any error

@@ -1,6 +1,6 @@
 """The cost of a stage: its FLOPs, its disk space, and the memory that it needs; and the free memory of this machine.
 
-    check_memory({"teacher": resident_bytes(1_557_611_200, training=False), "student": resident_bytes(124_439_808, training=True)})
+    check_memory({"teacher": weight_bytes(1_557_611_200, "float32")}, available_memory(), "use a smaller teacher")
     kept = kept_by_layer({"model_type": "gpt2", "n_embd": 768, ...}, bf16=True, dropout=False)
     kept.position * positions + kept.pair * pairs               # bytes of one layer, until its backward pass
 
@@ -26,13 +26,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tadistill.errors import ConfigError, ModelError
+from tadistill.errors import ModelError
 from tadistill.models.shapes import shape_of
 from tadistill.tuning import OBJECTIVE, TILE_BYTES, TILE_ROWS
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2}
 _HEAP = 1.15  # memory of a CPU's process / bytes in use: the C library keeps freed blocks that do not fit new tensors
-_TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 _DROPOUTS = {"gpt2": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "opt": {"dropout": 0.1, "attention_dropout": 0.0}}
 """Maps a family to the fields of its residual and attention dropout, with the default values of transformers."""
 
@@ -144,25 +143,9 @@ class Memory:
         return replace(self, **own, gathered=gathered, sampling=self.sampling + self.weights - own["weights"])
 
 
-def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
-    """Return the number of bytes of a model's weights. With `training`, its gradients and AdamW's two moments (float32) are included.
-
-    Training in half precision keeps the weights in float32, and adds a copy in half precision (autocast).
-
-    Args:
-        parameters: number of all parameters, including those of adapters.
-        adapters: number of the adapters' parameters, if only adapters are trained.
-
-    Raises:
-        ConfigError: `dtype` is not float32, bfloat16 or float16.
-    """
-    width = _BYTES.get(str(dtype).removeprefix("torch."))
-    if width is None:
-        raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_BYTES)}")
-    if not training:
-        return parameters * width
-    trained = parameters if adapters is None else adapters
-    return trained * (_TRAINED + (width if width < 4 else 0)) + (parameters - trained) * 4
+def weight_bytes(parameters: int, dtype: str) -> int:
+    """Return the number of bytes of a model's weights. `dtype` is float32 or bfloat16."""
+    return parameters * _BYTES[dtype]
 
 
 # --- the cost of a stage --------------------------------------------------------------------------------------------------
@@ -261,21 +244,14 @@ def phase(name: str) -> str:
 _MALLOC = {-3: 2**30, -1: 2**30, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
 
 
-def check_memory(
-    needs: Mapping[str, float],
-    available: int | None = None,
-    advice: str = "use smaller models, or a machine with more memory",
-    where: str = "memory",
-) -> None:
+def check_memory(needs: Mapping[str, float], available: float, advice: str, where: str = "memory") -> None:
     """Check that the memory is large enough for all `needs` together. `needs` maps names to numbers of bytes.
 
-    `available` is the memory in bytes. The default is the free memory of this process. `where` is the name of this memory in the message.
+    `available` is the memory in bytes. `where` is the name of this memory in the message.
 
     Raises:
         ModelError: the memory is too small. The message lists the `needs`, their sum, the free memory and the `advice`.
     """
-    if available is None:
-        available = available_memory()
     total = sum(needs.values())
     if total > available:
         parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())

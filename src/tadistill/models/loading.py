@@ -39,8 +39,6 @@ from tadistill.models.architectures import check_architecture, first_line, quiet
 from tadistill.models.model_files import check_files, read_description
 from tadistill.models.tokens import check_ends, end_tokens
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model source.
@@ -72,7 +70,7 @@ def load_model(
     *,
     revision: str = "main",
     config: Mapping[str, Any] | None = None,
-    dtype: str | torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
@@ -82,9 +80,9 @@ def load_model(
 
     Raises:
         ModelError: the model cannot be found or read, weights are missing in its files, or its architecture cannot be distilled.
-        ConfigError: the dtype, or the configuration of a `scratch:` model, is not valid.
+        ConfigError: the configuration of a `scratch:` model is not valid.
     """
-    load, dtype = str(load), _dtype(dtype)
+    load = str(load)
     source = sources.parse_source(load)
     if source.kind == "scratch":
         if tokenizer is None:
@@ -138,14 +136,6 @@ def save_model(
             ordinary_permissions(Path(directory))
     finally:
         model.generation_config, model.config = before, config
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
 
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")

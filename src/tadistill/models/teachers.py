@@ -53,8 +53,6 @@ class Teacher:
     """The model's text configuration, if the model runs outside of this process."""
     passed: Callable[[Work], None] = staticmethod(nothing)
     """Function that gets the amount of work of every forward pass outside of this process. `train.meter` sets it, to count FLOPs."""
-    gives_hidden: bool = True
-    """True if the outputs are hidden states, from which every loss can be computed exactly."""
 
     def target(self, batch: Batch) -> Hidden | TopK:
         """Return the outputs at the N positions where the batch's mask is True, in row-major order. No gradient flows to them."""
@@ -143,15 +141,13 @@ class ServedHidden(HiddenTeacher):
 
         bodies = [hidden_request(self._name, ids, weight.dtype) for ids in rows.tokens]
         found = self._servers.post(POOLING, bodies, read)
-        self.passed(_work(rows.tokens, rows.counted))
+        self.passed(rows.work)
         parts = [states[places] for states, places in zip(found, rows.places, strict=True)]
         return torch.cat(parts).to(self.device) if parts else weight.new_zeros(0, weight.shape[1])
 
 
 class ServedTopK(Teacher):
     """A teacher whose servers send the K most probable tokens, and the log-probabilities of the text's own tokens."""
-
-    gives_hidden = False
 
     def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, device: torch.device, vocab: int):
         """`vocab` is the number of tokens of the tokenizer. The model may have more logits."""
@@ -169,7 +165,7 @@ class ServedTopK(Teacher):
         assert signal is not None
         bodies = [top_k_request(self._name, ids, signal.k) for ids in rows.tokens]
         found = self._servers.post(COMPLETIONS, bodies, lambda i, answer: prompt_scores(answer, rows.tokens[i], signal.k))
-        self.passed(_work(rows.tokens, rows.counted))
+        self.passed(rows.work)
         # the scores of the token at place t + 1 belong to the position t that predicts it
         chosen = [_Scores(*(part[places] for part in scores)) for scores, places in zip(found, rows.places, strict=True)]
         empty = _Scores(np.zeros((0, signal.k), np.int64), np.zeros((0, signal.k)), np.zeros(0))
@@ -186,8 +182,8 @@ class Rows(NamedTuple):
 
     tokens: list[list[int]]
     places: list[np.ndarray]
-    counted: int
-    """Number of the positions in `places`, over all sequences."""
+    work: Work
+    """The work of a forward pass over these sequences."""
 
 
 def sequences(batch: Batch, *, ahead: int) -> Rows:
@@ -198,11 +194,7 @@ def sequences(batch: Batch, *, ahead: int) -> Rows:
         if len(found := np.flatnonzero(mask)):
             tokens.append(ids[: found[-1] + 1 + ahead].tolist())
             places.append(found)
-    return Rows(tokens, places, sum(map(len, places)))
-
-
-def _work(tokens: list[list[int]], heads: int) -> Work:
-    return Work(sum(map(len, tokens)), sum(len(ids) ** 2 for ids in tokens), heads)
+    return Rows(tokens, places, Work(sum(map(len, tokens)), sum(len(ids) ** 2 for ids in tokens), sum(map(len, places))))
 
 
 def hidden_request(name: str, ids: list[int], dtype: torch.dtype) -> dict[str, Any]:

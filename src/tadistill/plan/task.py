@@ -17,7 +17,7 @@ from tadistill.data import datasets
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
-from tadistill.models.cost import Memory, resident_bytes
+from tadistill.models.cost import Memory, weight_bytes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
@@ -183,7 +183,7 @@ def _measuring(plan: "Plan", stage: Stage, ledger: Ledger) -> Memory | None:
     sizes, working = [ledger.size(name) for name in names], ledger.measuring(stage.model)
     if working is None or None in sizes:
         return None
-    weights = [resident_bytes(size.total, training=False, dtype=dtype) for size in sizes if size]
+    weights = [weight_bytes(size.total, dtype) for size in sizes if size]
     return Memory(weights=sum(weights[:1]), frozen=sum(weights[1:]), sampling=working)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tadistill import objectives
 from tadistill.data.batch import Batch
+from tadistill.models.teachers import HiddenTeacher
 from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 from tadistill.tuning import WATCHED_ROWS
@@ -88,7 +89,7 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
 @torch.no_grad()
 def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     models, tokens = step.models, batch.counted(batch.targets_BT)
-    exact = all(teacher.gives_hidden for teacher in models.teachers)
+    exact = all(isinstance(teacher, HiddenTeacher) for teacher in models.teachers)
     known = batch.aligned is not None and "teacher" in batch.values
     teachers = models.targets(batch) if not known and (batch.targets or (models.teachers and exact)) else ()
     beside = teachers if batch.aligned is None else ()  # the teachers' outputs at the student's own tokens

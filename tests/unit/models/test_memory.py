@@ -1,34 +1,25 @@
 """Memory arithmetic and the limits of jobs and containers."""
 
 import pytest
-import torch
 
-from tadistill.errors import ConfigError, ModelError
-from tadistill.models.cost import available_memory, check_memory, resident_bytes
+from tadistill.errors import ModelError
+from tadistill.models.cost import available_memory, check_memory, weight_bytes
 
 
-def test_resident_bytes():
-    assert resident_bytes(1000, training=False) == 4000
-    assert resident_bytes(1000, training=False, dtype="bfloat16") == 2000
-    assert resident_bytes(1000, training=True) == 16000  # weights 4, gradients 4, two moments 8
-    assert resident_bytes(1000, training=True, dtype="bfloat16") == 18000
-    assert resident_bytes(1000, training=True, adapters=10) == 4 * 1000 + 12 * 10
-    assert resident_bytes(1000, training=True, dtype="bfloat16", adapters=10) == 4 * 1000 + 14 * 10
-    assert resident_bytes(1000, training=False, dtype=str(torch.float16)) == 2000
-    with pytest.raises(ConfigError, match="dtype is `int8`; use one of float32, bfloat16, float16"):
-        resident_bytes(1, training=False, dtype="int8")
+def test_bytes_of_weights():
+    assert [weight_bytes(1000, dtype) for dtype in ("float32", "bfloat16")] == [4000, 2000]
 
 
 def test_check_memory():
     needs = {"teacher": 6_000_000_000, "student": 2_000_000_000}
-    check_memory(needs, 8_000_000_000)
+    check_memory(needs, 8_000_000_000, "use smaller models")
     with pytest.raises(
         ModelError, match=r"need 8\.0 GB of memory \(teacher 6\.0 \+ student 2\.0\), but only 7\.9 GB are free; use smaller"
     ):
-        check_memory(needs, 7_900_000_000)
+        check_memory(needs, 7_900_000_000, "use smaller models")
     with pytest.raises(ModelError, match="GB are free"):
-        check_memory({"huge": 10**18})
-    check_memory({"tiny": 1})
+        check_memory({"huge": 10**18}, available_memory(), "")
+    check_memory({"tiny": 1}, available_memory(), "")
 
 
 def test_limits_of_all_enclosing_groups_count(tmp_path):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
-from tadistill.models.cost import resident_bytes
+from tadistill.models.cost import weight_bytes
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
@@ -342,7 +342,7 @@ def test_the_memory_check_counts_every_teacher_of_dense_guidance(where):
     found, plain = make_plan(validate(settings)), plan(arms={"takd": {"path": "xl > l > s"}})
     last, alone = (next(s for s in each.stages.values() if s.label.endswith("seed 1") and "-> s" in s.label) for each in (found, plain))
     assert "xl + l -> s" in last.label
-    big = resident_bytes(Ledger(found.recipe).size("xl").total, training=False)
+    big = weight_bytes(Ledger(found.recipe).size("xl").total, "float32")
     assert process_bytes(found, last, cuda=True) >= process_bytes(plain, alone, cuda=True) + big
 
 

@@ -15,7 +15,7 @@ from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.config.objective_base import Divergence
-from tadistill.models.cost import Cost, CostPart, Disk, Memory, resident_bytes
+from tadistill.models.cost import Cost, CostPart, Disk, Memory, weight_bytes
 from tadistill.models.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
@@ -102,7 +102,7 @@ class Ledger(SizesAndLengths):
 
     def _frozen(self, model: Described, sampling: float) -> Memory:
         dtype = DTYPES[self.recipe.evaluate.precision]
-        return Memory(frozen=resident_bytes(model.present, training=False, dtype=dtype), sampling=sampling)
+        return Memory(frozen=weight_bytes(model.present, dtype), sampling=sampling)
 
     def _text_of(self, name: str, most: int) -> Texts:
         return self.train.answered(most, endless=self.untrained(name))

@@ -11,7 +11,7 @@ from typing import Any
 from tadistill.config import Method
 from tadistill.config.common import DTYPES
 from tadistill.config.method import Optim
-from tadistill.models.cost import Cost, CostPart, Memory, kept_by_layer, resident_bytes
+from tadistill.models.cost import Cost, CostPart, Memory, kept_by_layer, weight_bytes
 from tadistill.models.sizes import Adapters, Size, Work, forward_flops, tied, training_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
@@ -117,7 +117,7 @@ class TrainingMemory:
         if runs_teachers and self.average:
             frozen = 4 * trained
         elif runs_teachers:
-            frozen = sum(resident_bytes(t.present, training=False, dtype=dtype) for t in self.teachers)
+            frozen = sum(weight_bytes(t.present, dtype) for t in self.teachers)
         else:
             read = self.texts.logit_row > 4 * self.student.vocab  # recorded hidden states come with the teacher's head
             frozen = sum((6 if self.bf16 else 4) * t.size.head for t in self.teachers) if read else 0
