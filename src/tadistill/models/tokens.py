@@ -210,7 +210,8 @@ def check_same_tokenizer(tokenizers: Mapping[str, "PreTrainedTokenizerBase"]) ->
             i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
             what = f"token {i} is {by_id.get(i, 'absent')} in the first and {by_other_id.get(i, 'absent')} in the second"
         elif first.eos_token_id != other.eos_token_id:
-            what = f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
+            one, two = (f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id})" for tokenizer in (first, other))
+            what = f"EOS is {one} in the first and {two} in the second"
         else:
             continue
         fix = (
