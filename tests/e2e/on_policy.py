@@ -33,7 +33,6 @@ from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Shard
 from tadistill.train.checkpoint import Checkpoints
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
 
 LENGTH = 6
@@ -121,7 +120,7 @@ def train(
     with mock.patch.object(Checkpoints, "due", side_effect=lambda: updates[-1] in SAVED):
         train_stage(
             student,
-            make_step(method, student, (*teachers,), Vocabularies(again) if again else len(tokenizer)),
+            make_step(method, student, (*teachers,), again or len(tokenizer)),
             sampler,
             optim=method.optim,
             select=Select(metric="loss", every=2),

@@ -10,11 +10,10 @@ sequences and batches, as the losses need them.
 Axes: N positions of the loss in the student's batch, M in the teacher's batch.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -26,6 +25,7 @@ from tadistill.data.token_bytes import END, Reading, TokenBytes
 from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import Lazy
 from tadistill.errors import DataError
+from tadistill.objectives import SharedVocabulary
 from tadistill.objectives.spelling import SpelledVocabulary
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ class Rereader:
         return {mine: theirs for mine, theirs in pairs if mine < self.sizes[0] and theirs < self.sizes[1]}
 
     @cached_property
+    def shared_vocabulary(self) -> SharedVocabulary:
+        """The tokens of `shared`, as tensors."""
+        return SharedVocabulary(torch.tensor([*self.shared]), torch.tensor([*self.shared.values()]), self.sizes)
+
+    @cached_property
     def spelled(self) -> tuple[SpelledVocabulary, SpelledVocabulary]:
         """The vocabularies of student and teacher, spelled as symbols: bytes, the end of the text, and special tokens that both have."""
         events = [{piece for piece in side.pieces if isinstance(piece, str)} - {END} for side in (self.student, self.teacher)]
@@ -113,19 +118,8 @@ class Rereader:
 
     def each(self, sequences: Seq["Sequence"]) -> Seq["Sequence"]:
         """Return the sequences with the teacher's tokens of their responses. A response is tokenised when its sequence is first used."""
-        known = OrderedDict[int, SecondReading]()
-
-        def read(i: int) -> "Sequence":
-            if i in known:
-                return replace(sequences[i], second=known[i])
-            found = self(sequences[i])
-            assert found.second is not None
-            known[i] = found.second
-            if len(known) > _KEPT:
-                known.popitem(last=False)
-            return found
-
-        return Lazy(len(sequences), read)
+        second = lru_cache(_KEPT)(lambda i: self._read(sequences[i]))
+        return Lazy(len(sequences), lambda i: replace(sequences[i], second=second(i)))
 
     def _read(self, sequence: "Sequence") -> SecondReading:
         assert sequence.teacher_prompt is not None, "a sequence needs `teacher_prompt` if the teacher has another tokenizer"

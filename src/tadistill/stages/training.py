@@ -39,7 +39,6 @@ from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
 from tadistill.train.checkpoint import TrainState
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
 
 _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
@@ -54,8 +53,8 @@ class Across:
     """The teacher's tokenizer."""
     data: Encoding
     """The rules by which the teacher's texts are encoded."""
-    vocabularies: Vocabularies
-    """Both vocabularies. Their `again` encodes the student's responses with the teacher's tokenizer."""
+    again: Rereader
+    """The function that encodes the student's responses with the teacher's tokenizer. It has both vocabularies."""
 
     @classmethod
     def of(cls, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding) -> "Across":
@@ -74,7 +73,7 @@ class Across:
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
                 "compare them; choose models whose tokenizers read the same characters"
             )
-        return cls(context, tokenizer, data, Vocabularies(again))
+        return cls(context, tokenizer, data, again)
 
     def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
         """Add the teacher's prompts to the student's rows of a training set. Rows with a prompt that is too long for the teacher are left
@@ -127,7 +126,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     subject = context.subject(student, tokenizer, *(() if other else teachers))
     subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)]))
     across = Across.of(context, subject, *loaded[0], other) if other else None
-    vocab = across.vocabularies if across else subject.vocab
+    vocab = across.again if across else subject.vocab
     ranks = Shard(accelerator.process_index, accelerator.num_processes)
     sampler = _sampler(context, subject, teachers, signals, ranks, across)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
@@ -225,7 +224,7 @@ def _sampler(
     sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
     route = distill.route if distill and method.uses_teacher else ()
     training = TrainingSets(tuple(map(len, sets)), spec.weights, route)
-    again = across and across.vocabularies.again
+    again = across and across.again
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training, "again": again}
     texts = _texts(context, training, sets) if texts is None else texts
     if not (method.samples and isinstance(config, OnPolicy)):

@@ -108,7 +108,7 @@ def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tenso
     weights = torch.ones(4 if beside else 2, 1, device=hidden.device)
     _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=beside, vocab=models.vocab)
     if batch.aligned is not None:
-        return found[0], None, found[1], spans.teacher_log_probs(models.vocabularies, batch, teachers)
+        return found[0], None, found[1], spans.teacher_log_probs(models.again, batch, teachers)
     if beside:
         entropy, log_q, top_mass, log_p = found.unbind()
         return entropy, top_mass, log_q, log_p

@@ -9,7 +9,6 @@ Axes: B sequences, T positions, N tokens of the loss, S spans.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from tadistill.data.batch import Batch
 from tadistill.data.second_readings import CHANGED, STRIPPED, Aligned, Rereader
-from tadistill.objectives import Head, Hidden, SharedVocabulary, SpanTokens, span_rewards
+from tadistill.objectives import Head, Hidden, SpanTokens, span_rewards
 from tadistill.objectives.fused import Term, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import SpelledPair
 from tadistill.objectives.spans import fused_span_distance, fused_span_divergence, span_log_probs, span_sums
@@ -30,18 +29,6 @@ _DELAY = 1  # tokens from a span's end to its reward; then later text can change
 
 
 @dataclass(frozen=True)
-class Vocabularies:
-    """The vocabularies of a student and a teacher with different tokenizers."""
-
-    again: Rereader
-
-    @cached_property
-    def shared(self) -> SharedVocabulary:
-        """The tokens that both vocabularies have."""
-        return SharedVocabulary(torch.tensor([*self.again.shared]), torch.tensor([*self.again.shared.values()]), self.again.sizes)
-
-
-@dataclass(frozen=True)
 class Sides:
     """The outputs of student and teacher at the tokens that count in a batch's loss."""
 
@@ -50,7 +37,8 @@ class Sides:
     head: Head
     teacher: Target | None
     """The teacher's hidden states that predict its own tokens (`Aligned.tokens`). None if no term needs them."""
-    vocabularies: Vocabularies
+    again: Rereader
+    """The function that encoded the responses with the teacher's tokenizer. It has both vocabularies."""
 
 
 def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,7 +52,7 @@ def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span
     of_tokens = [term for term in terms if not isinstance(term, TeacherTerm)]
     if of_tokens:
         weights = torch.tensor([[t.weight / per] for t in of_tokens], dtype=torch.float32).to(sides.student.device, non_blocking=True)
-        total, found = fused_terms(of_tokens, sides.student, sides.head, weights, vocab=sides.vocabularies.shared.sizes[0])
+        total, found = fused_terms(of_tokens, sides.student, sides.head, weights, vocab=sides.again.sizes[0])
         parts = dict(zip((t.name for t in of_tokens), (found * weights.to(found.dtype)).sum(1), strict=True))
     for term in terms:
         if isinstance(term, TeacherTerm):
@@ -82,7 +70,7 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
     weights = torch.full((aligned.count,), term.weight / per_span, dtype=torch.float32, device=sides.student.device)
-    shared = sides.vocabularies.shared
+    shared = sides.again.shared_vocabulary
     settings: dict[str, Any] = {**term.settings, "weights": weights, "temperature": term.temperature}
     if term.divergence is sorted_distance:
         return fused_span_distance(sorted_distance, student, teacher, shared.sizes, **settings)[0]
@@ -92,7 +80,7 @@ def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) 
     if shared.same:  # every span is one token of each model
         part = part_of([term], student.hidden.states, weights.unsqueeze(0), teachers=[teacher.hidden])
         return fused_parts([part], sides.head, vocab=shared.sizes[0])[0]
-    pair = _spelled(aligned, sides.vocabularies.again.spelled)
+    pair = _spelled(aligned, sides.again.spelled)
     return fused_span_divergence(term.divergence, student.hidden, teacher.hidden, pair, **settings)[0]
 
 
@@ -127,15 +115,15 @@ def summed(aligned: Aligned, values: Tensor) -> Tensor:
     return span_sums(values[kept], aligned.student[kept], aligned.count)
 
 
-def teacher_log_probs(vocabularies: Vocabularies | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
+def teacher_log_probs(again: Rereader | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
     """Return the teacher's log-probability (S,) of each span (text between common token boundaries): from `batch.values["teacher"]` if the
     batch has this value, or else from the teacher's outputs."""
     assert batch.aligned is not None
     if "teacher" in batch.values:
         return summed(batch.aligned, batch.counted(batch.values["teacher"]))
-    assert vocabularies is not None
+    assert again is not None
     assert isinstance(teachers[0], Hidden)
-    return span_log_probs(SpanTokens(teachers[0], batch.aligned.tokens, batch.aligned.teacher), vocabularies.shared.sizes[1])
+    return span_log_probs(SpanTokens(teachers[0], batch.aligned.tokens, batch.aligned.teacher), again.sizes[1])
 
 
 def counts(aligned: Sequence[Aligned]) -> dict[str, int]:

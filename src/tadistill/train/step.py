@@ -22,6 +22,7 @@ from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
+from tadistill.data.second_readings import Rereader
 from tadistill.models.forward import Reader
 from tadistill.models.teachers import MovingAverage, Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture
@@ -42,11 +43,11 @@ class Loss:
 class Models:
     """A student and its teachers. `loss` runs them on a batch and returns its loss."""
 
-    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int | spans.Vocabularies):
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], vocab: int | Rereader):
         """`vocab` is as in `make_step`."""
         self.student_model, self.teachers, self.student = student, tuple(map(teacher_of, teachers)), Reader(student)
-        self.vocabularies = None if isinstance(vocab, int) else vocab
-        self.vocab = vocab if isinstance(vocab, int) else vocab.shared.sizes[0]
+        self.again = None if isinstance(vocab, int) else vocab
+        self.vocab = vocab if isinstance(vocab, int) else vocab.sizes[0]
 
     @property
     def here(self) -> tuple[PreTrainedModel, ...]:
@@ -79,9 +80,9 @@ class Models:
         each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
         hidden = self.student.hidden(model, batch)
         if batch.aligned is not None:
-            assert self.vocabularies is not None, "the batch has spans, so `vocab` of `make_step` must be a `Vocabularies`"
+            assert self.again is not None, "the batch has spans, so `vocab` of `make_step` must be a `Rereader`"
             (own, teachers) = each[0]
-            sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.vocabularies)
+            sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.again)
             return Loss(*spans.loss(sides, batch, own, per, per_span))
         rows = [torch.tensor([[t.weight / per] for t in own], dtype=torch.float32) for own, _ in each]
         weights = [row.to(hidden.device, non_blocking=True) for row in rows]
@@ -180,7 +181,7 @@ def make_step(
     method: Method,
     student: PreTrainedModel,
     teachers: tuple[PreTrainedModel | Teacher, ...],
-    vocab: int | spans.Vocabularies,
+    vocab: int | Rereader,
     *,
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,
@@ -191,7 +192,8 @@ def make_step(
     Args:
         teachers: the teachers that run in training, the original one first. Empty if the objective uses no teacher, or if the batches
             already contain the teacher's outputs.
-        vocab: the number of tokens of the vocabulary. If student and teacher have different tokenizers, their two vocabularies.
+        vocab: the number of tokens of the vocabulary. If student and teacher have different tokenizers, the `Rereader` with their
+            vocabularies.
         seed: the random seed that decides which teachers an update leaves out.
         own: the user's function, for the objective `custom`.
         recorded: the number of teachers whose recorded outputs the batches contain.

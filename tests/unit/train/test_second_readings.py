@@ -58,10 +58,6 @@ def shared() -> SharedVocabulary:
     return SharedVocabulary(torch.tensor(mine), torch.tensor(theirs), SIZES)
 
 
-def both() -> spans.Vocabularies:
-    return spans.Vocabularies(AGAIN)
-
-
 def ids(vocabulary: TokenBytes, text: str) -> tuple[int, ...]:
     return tuple(vocabulary.tokenizer(text)["input_ids"])
 
@@ -176,7 +172,7 @@ def test_loss_and_gradient_equal_a_loop_by_hand(objective):
         assert len(batches) > 1 or way == "whole"
         for model in (student, teacher) if way == "packed" else ():
             pack_rows(model)
-        found = losses(make_step(method, student, (teacher,), both()), student, batches)
+        found = losses(make_step(method, student, (teacher,), AGAIN), student, batches)
         assert found[0] == pytest.approx(expected[0], abs=1e-6), way
         torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5, msg=way)
 
@@ -188,7 +184,7 @@ def test_distances_of_other_methods(name):
     method = Method.model_validate({"objective": {"type": name, "kd_ratio": 0.6}, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
     sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
     batches = sampler.micro_batches(0)
-    made = make_step(method, student, (teacher,), both())
+    made = make_step(method, student, (teacher,), AGAIN)
     found = losses(made, student, batches)
     rows, values, likelihood = [FIXED[i] for i in sampler.rows(0)], [], []
     for s in rows:
@@ -212,7 +208,7 @@ def test_weights_after_updates_equal_a_loop_by_hand():
     for ours in (True, False):
         student, teacher = pair()
         sampler = FixedSequences(AGAIN.each(FIXED), method.optim, pad=0, seed=1)
-        made = make_step(method, student, (teacher,), both())
+        made = make_step(method, student, (teacher,), AGAIN)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
         for step in range(3):
             optimizer.zero_grad()
@@ -232,17 +228,14 @@ def test_one_tokenizer_is_the_plain_loss_bit_for_bit(objective):
     method = Method.model_validate({"objective": objective, "optim": {"steps": 1, "batch": 6, "micro_batch": 3}})
     plain = Rereader(STUDENT, STUDENT, (SIZES[0], SIZES[0]))
     found = []
-    for rereader, vocabularies in (
-        (None, None),
-        (plain, spans.Vocabularies(plain)),
-    ):
+    for rereader in (None, plain):
         student, _ = pair(torch.float32)
         teacher = tiny_model("llama", vocab=SIZES[0], seed=5).requires_grad_(False)
         rows = [replace(s, teacher_prompt=ids(STUDENT, "Q: ")) for s in FIXED]
         sampler = FixedSequences(rereader.each(rows) if rereader else rows, method.optim, pad=0, seed=1)
         batches = sampler.micro_batches(0)
         assert all((batch.aligned is not None) == (rereader is not None) for batch in batches)
-        found.append(losses(make_step(method, student, (teacher,), vocabularies or SIZES[0]), student, batches))
+        found.append(losses(make_step(method, student, (teacher,), rereader or SIZES[0]), student, batches))
     if "kd_ratio" in objective:  # two parts are added in another order
         assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
         torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-5)
@@ -261,7 +254,7 @@ def test_what_does_not_count_is_as_if_it_were_not_there():
     batch = collate([masked, AGAIN(FIXED[0])], pad=0)
     assert batch.aligned.found["left_out"] == 1  # of those that count
     method = Method.model_validate({"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 2}})
-    found = losses(make_step(method, student, (teacher,), both()), student, [batch])
+    found = losses(make_step(method, student, (teacher,), AGAIN), student, [batch])
     kept = [
         *span_values(objectives.forward_kl, student, teacher, s, first=1),
         *span_values(objectives.forward_kl, student, teacher, FIXED[0]),
@@ -278,7 +271,7 @@ def test_a_micro_batch_without_spans_adds_nothing():
     assert batch.aligned.count == 0
     assert batch.aligned.found["left_out"] == 2
     method = Method.model_validate({"objective": {"type": "reverse_kl"}, "optim": {"steps": 1, "batch": 1}})
-    value, slope = losses(make_step(method, student, (teacher,), both()), student, [batch])
+    value, slope = losses(make_step(method, student, (teacher,), AGAIN), student, [batch])
     assert value == 0
     assert slope.abs().max() == 0
 
@@ -306,7 +299,7 @@ def made_of(given: dict, again: Rereader | None = AGAIN, *, step: int = 1):
     sampler = on_policy(method, FIXED, ROWS, teachers=(teacher,), vocab=SIZES[0], **common)
     if hasattr(sampler, "phi"):
         sampler.phi = sampler.mark = 1.0
-    made = make_step(method, student, (teacher,), both())
+    made = make_step(method, student, (teacher,), AGAIN)
     for earlier in range(step):
         sampler.micro_batches(earlier)
     return made, student, teacher, sampler, made.prepare(sampler.micro_batches(step), step, lambda values: values)
