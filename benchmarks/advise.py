@@ -223,7 +223,7 @@ def main() -> None:
     parser = page.parser(__doc__, "few worlds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args()
-    page.write(options, "OMP_NUM_THREADS=1 python benchmarks/advise.py", measure(options.quick, options.jobs), markdown)
+    page.write(options, {"command": page.command("OMP_NUM_THREADS=1 "), **measure(options.quick, options.jobs)}, markdown)
 
 
 if __name__ == "__main__":

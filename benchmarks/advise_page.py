@@ -3,24 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
+import page
+
 Row = dict[str, Any]
 RULES = ("direct", "size law", "performance mean", "geometric mean", "random")
 
 
-def markdown(result: Row, command: str) -> str:
+def markdown(result: Row) -> str:
     """Return the result as a page."""
-    return (
-        "\n".join([_opening(result, command), _findings(result), _verdicts(result), _regrets(result), _power(result), _tables(result)])
-        + "\n"
-    )
+    return "\n".join([_opening(result), _findings(result), _verdicts(result), _regrets(result), _power(result), _tables(result)]) + "\n"
 
 
-def _opening(result: Row, command: str) -> str:
+def _opening(result: Row) -> str:
     where = f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}"
     return (
         "# Advice: verdicts, regret, intervals, power\n\n"
         "This page shows how good the verdicts and intervals of `tadistill advise` are in simulated worlds.\n\n"
-        f"```\n{command}\n```\n\n"
+        f"```\n{result['command']}\n```\n\n"
         f"{result['worlds']:,} worlds per cell, {result['seeds']} seeds per arm, margin {result['margin']}, level {result['level']}, "
         f"{where}. Each world has one held-out family and F families of history. `benchmarks/advise_worlds.py` describes the simulation. "
         "The effects are assumptions: the page says how the method behaves if the world is like that, not that it is.\n"
@@ -85,7 +84,8 @@ def _verdicts(result: Row) -> str:
         "equal compute too, and names experiments. *Wrong*: the recommended chain is truly worse than direct. *In 80 / 95 %*: the "
         "interval contains the truth. *Width* is that of the 95 % interval. *After*: the first proposed experiment (a chain and "
         f"its equal-compute baseline, {result['seeds']} seeds each) was run on the held-out family.\n\n"
-        + table((*columns, *after), rows, left=1)
+        + page.table((*columns, *after), rows)
+        + "\n"
     )
 
 
@@ -103,7 +103,7 @@ def _regrets(result: Row) -> str:
         "## Regret\n\nRegret is the mean number of points lost to the best path of the held-out family; exhaustive search without "
         "noise has 0. *Best expectation* runs the path with the best expectation, however uncertain. *Beaten by* lists the rules "
         "whose regret is smaller than that of `advise` by more than two standard errors. How often each world occurs is not known, "
-        "so the mean over worlds has no real weights.\n\n" + table(("world", "F", *names, "`advise` is beaten by"), rows, left=1)
+        "so the mean over worlds has no real weights.\n\n" + page.table(("world", "F", *names, "`advise` is beaten by"), rows) + "\n"
     )
 
 
@@ -122,7 +122,7 @@ def _power(result: Row) -> str:
             rows.append((families, when, *(f"{of[e][key]:.0f}" for e in effects)))
     return (
         "## Power\n\nPercentage of worlds in which a chain is recommended, by the mean effect of every chain in points. Families differ by "
-        "0.3, edges by 0.3.\n\n" + table(("F", "when", *(f"{e:g}" for e in effects)), rows)
+        "0.3, edges by 0.3.\n\n" + page.table(("F", "when", *(f"{e:g}" for e in effects)), rows, left=()) + "\n"
     )
 
 
@@ -144,15 +144,14 @@ def _tables(result: Row) -> str:
         "ratios of layers, and the margin is 0.5. None of the tables has equal-compute baselines, so direct at its own cost takes their "
         "place, which favours chains. The tables have one seed, selected on test, and most differences are below the standard error of an "
         "accuracy. Performance mean is left out, because it needs scores without distillation, which not all tables have.\n\n"
-        + table(("table", "student", "verdict", "in 95 %", "Spearman", *(f"regret: {n}" for n in names)), rows, left=3)
+        + page.table(
+            ("table", "student", "verdict", "in 95 %", "Spearman", *(f"regret: {n}" for n in names)),
+            rows,
+            left=("table", "student", "verdict"),
+        )
+        + "\n"
     )
 
 
 def _optional(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.2f}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 0) -> str:
-    """Return a Markdown table with the first columns aligned left and the others right."""
-    ruler = ["---" if i < left else "---:" for i in range(len(columns))]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (columns, ruler, *rows)) + "\n"

@@ -19,21 +19,18 @@ No token ends a response, so all do equal work. In a round each of them runs onc
 others give the medians. A ratio is the median of the rounds' ratios, so other load on the machine affects both sides.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import page
+import step_sides
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
 
 from tadistill.rollout import fast_mixture
 from tadistill.rollout.draw import Mixture
@@ -51,8 +48,6 @@ class Size(NamedTuple):
 
 SIZES = [Size(vocab, batch, 32, 64) for vocab in (4096, 49152) for batch in (16, 64)]
 QUICK = [Size(4096, 4, 8, 8)]
-STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 344}
-TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 688}
 RATIOS = {"own": "generate", "own mixed": "generate both"}
 MIXTURE_RATIOS = {"lazy": "in step"}
 INTRODUCTION = "This page compares the time of tadistill's sampling loop with that of transformers' `generate`."
@@ -67,19 +62,14 @@ class Problem:
 
     def __init__(self, size: Size, device: str):
         self.size = size
-        self.student, self.teacher = (self._model(shape).to(device) for shape in (STUDENT, TEACHER))
+        self.student, self.teacher = (
+            step_sides.model(shape, size.vocab, ends=False).eval().to(device) for shape in (step_sides.STUDENT, step_sides.TEACHER)
+        )
         generator = np.random.default_rng(0)
         ids = generator.integers(size.vocab, size=(size.batch, size.prompt))
         self.ids, self.prompts = torch.from_numpy(ids).to(device), [tuple(row) for row in ids.tolist()]
         self.uniforms = generator.random((size.batch, size.new))
         self.settings = GenerationConfig(max_new_tokens=size.new, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0)
-
-    def _model(self, shape: dict[str, int]) -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        longest = self.size.prompt + self.size.new
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=self.size.vocab, max_position_embeddings=longest, **heads, **shape, **ids)).eval()
 
     def mixture_ways(self) -> dict[str, Callable[[], None]]:
         """Return what is timed with `--mixture`."""
@@ -100,7 +90,7 @@ class Problem:
             rollouts = sample(self.student, self.prompts, self.uniforms, eos=(), vocab=self.size.vocab, guide=guide)
             assert all(len(rollout.tokens) == self.size.new for rollout in rollouts)
 
-        def generate(*models: LlamaForCausalLM) -> None:
+        def generate(*models: PreTrainedModel) -> None:
             for model in models:
                 out = model.generate(input_ids=self.ids, attention_mask=torch.ones_like(self.ids), generation_config=self.settings)
                 assert out.shape == (self.size.batch, self.size.prompt + self.size.new)
@@ -132,47 +122,20 @@ def measured(size: Size, rounds: int, device: str, mixture: bool) -> dict[str, A
 # --- report -------------------------------------------------------------------------------------------------------------
 
 
-def peers_of(row: dict[str, Any]) -> dict[str, str]:
-    """Return which way is compared with which."""
-    return RATIOS if row["ratios"].keys() == RATIOS.keys() else MIXTURE_RATIOS
-
-
-def columns(row: dict[str, Any]) -> list[str]:
-    """Return the names of the columns."""
-    return ["vocabulary", "batch", *(name for way, peer in peers_of(row).items() for name in (f"{way} ms", f"{peer} ms", "ratio"))]
-
-
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: dict[str, Any], peers: dict[str, str]) -> list[str]:
     """Return a row as text, in the order of the columns."""
     text = [f"{row['vocab']:,}", str(row["batch"])]
-    for way, peer in peers_of(row).items():
+    for way, peer in peers.items():
         text += [f"{row['ms'][way]:,.0f}", f"{row['ms'][peer]:,.0f}", f"{row['ratios'][way]:.2f}"]
     return text
 
 
-def environment(result: dict[str, Any]) -> str:
-    """Return device, versions and number of threads."""
-    return f"{result['device']}; torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads; float32"
-
-
-def title(result: dict[str, Any]) -> str:
-    """Describe the measured work in one line."""
-    row = result["rows"][0]
-    return f"{row['new']} new tokens behind prompts of {row['prompt']}"
-
-
-def show(console: Console, result: dict[str, Any]) -> None:
-    """Print a table on the terminal."""
-    console.print(environment(result))
-    table = Table(*columns(result["rows"][0]), title=title(result))
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-
-
 def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
-    names, mixture = columns(result["rows"][0]), peers_of(result["rows"][0]) is MIXTURE_RATIOS
+    first = result["rows"][0]
+    mixture = first["ratios"].keys() == MIXTURE_RATIOS.keys()
+    peers = MIXTURE_RATIOS if mixture else RATIOS
+    columns = ["vocabulary", "batch", *(name for way, peer in peers.items() for name in (f"{way} ms", f"{peer} ms", "ratio"))]
     lines = [
         "# Sampling from a mixture: time" if mixture else "# Sampling: time",
         "",
@@ -180,46 +143,37 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"```\n{result['command']}\n```",
         "",
-        f"{title(result)}. Device: {environment(result)}.",
+        f"{first['new']} new tokens behind prompts of {first['prompt']}. Device: {result['device']}; torch {result['torch']}, "
+        f"transformers {result['transformers']}, {result['threads']} threads; float32.",
+        "",
+        page.table(columns, [cells(row, peers) for row in result["rows"]], left=()),
+        "",
+        "`benchmarks/generate.py` says what is measured, and how.",
         "",
     ]
-    lines += ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
-    return "\n".join([*lines, "", "`benchmarks/generate.py` says what is measured, and how.", ""])
-
-
-# --- main ---------------------------------------------------------------------------------------------------------------
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time of sampling beside transformers' generate.")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
-    parser.add_argument("--quick", action="store_true", help="one small size, a few seconds: says that it runs, not how fast")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after the one that is dropped")
-    parser.add_argument("--mixture", action="store_true", help="time two ways to sample from a mixture instead")
-    return parser.parse_args()
+    return "\n".join(lines)
 
 
 def main() -> None:
-    options = arguments()
+    parser = page.parser("Time of sampling beside transformers' generate.", "one small size, a few seconds")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after the one that is dropped")
+    parser.add_argument("--mixture", action="store_true", help="time two ways to sample from a mixture instead")
+    options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "command": " ".join(["python benchmarks/generate.py", *sys.argv[1:]]),
+        "command": page.command(),
         "rows": [],
     }
     for size in QUICK if options.quick else SIZES:
-        result["rows"].append(measured(size, options.rounds, device, options.mixture))
-        Console(stderr=True).print(", ".join(cells(result["rows"][-1])))
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
-    show(Console(), result)
-    if options.markdown:
-        options.markdown.write_text(markdown(result))
+        row = measured(size, options.rounds, device, options.mixture)
+        result["rows"].append(row)
+        print(", ".join(cells(row, MIXTURE_RATIOS if options.mixture else RATIOS)), file=sys.stderr)
+        page.keep(options, result)
+    page.write(options, result, markdown)
 
 
 if __name__ == "__main__":

@@ -249,14 +249,14 @@ def measure(quick: bool) -> dict[str, Any]:
     return {**result, "seconds": time.perf_counter() - start, "python": platform.python_version(), "numpy": np.__version__}
 
 
-def markdown(result: dict[str, Any], command: str) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
     lowest, highest = (end(row[key] for row in result["coverage"] for key in ("macro", "difference")) for end in (min, max))
     took = result["speed"]
     parts = [
         "# Intervals: coverage, power, time\n",
         "This page shows how often the report's 95 % intervals contain the truth in simulated studies, and which effects they detect.\n",
-        f"```\n{command}\n```\n",
+        f"```\n{result['command']}\n```\n",
         f"{result['studies']:,} simulated studies per cell, one core, {result['seconds']:.0f} s; "
         f"Python {result['python']}, numpy {result['numpy']}. The binomial standard error of a coverage near 95 % is "
         f"{result['binomial_se']:.1f}. `benchmarks/intervals.py` describes the simulation.\n",
@@ -315,17 +315,12 @@ COVERAGE_COLUMNS = {"macro": 1, "macro_width": 2, "difference": 1, "difference_w
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table with numbers aligned right."""
-    names = {"variance", "design", "spread"}
-    ruler = ["---" if name in names else "---:" for name in columns]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ruler, *rows)) + "\n"
+    return page.table(columns, rows, left=("variance", "design", "spread")) + "\n"
 
 
 def main() -> None:
-    """Measure, show and write the results."""
-    parser = page.parser(__doc__, "few studies")
-    options = parser.parse_args()
-    page.write(options, "OMP_NUM_THREADS=1 python benchmarks/intervals.py", measure(options.quick), markdown)
+    options = page.parser(__doc__, "few studies").parse_args()
+    page.write(options, {"command": page.command("OMP_NUM_THREADS=1 "), **measure(options.quick)}, markdown)
 
 
 if __name__ == "__main__":

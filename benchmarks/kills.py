@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import page
+
 from tadistill.plan.kinds import KINDS, TRAINING
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -202,11 +204,11 @@ def two_at_once(study: Study, whole: dict[str, object]) -> None:
 
 def table(done: collections.Counter) -> str:
     """Return the kills of each target and kind as a Markdown table."""
-    lines = [f"| target | {' | '.join(KINDS)} | all |", f"| --- |{' ---: |' * (len(KINDS) + 1)}"]
-    for who, kinds in TARGETS.items():
-        counts = [str(done[who, kind]) if kind in kinds else "" for kind in KINDS]
-        lines.append(f"| {who} | {' | '.join(counts)} | {sum(n for (w, _), n in done.items() if w == who)} |")
-    return "\n".join(lines)
+    rows = [
+        (who, *(done[who, kind] if kind in kinds else "" for kind in KINDS), sum(n for (w, _), n in done.items() if w == who))
+        for who, kinds in TARGETS.items()
+    ]
+    return page.table(("target", *KINDS, "all"), rows)
 
 
 def main() -> None:

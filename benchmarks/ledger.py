@@ -122,19 +122,21 @@ def measure(quick: bool) -> dict[str, Any]:
     return {"machine": machine | {"seconds": round(time.process_time() - start)}, "trained": trained, "rows": rows}
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of one block."""
-    names = ["family", "stage", "updates", *(f"{name} MFLOPs" for name in COLUMNS), "prediction %", "meter %", "sampled %"]
-    lines = [f"| {' | '.join(names)} |", f"| --- | --- |{' ---: |' * (len(names) - 2)}"]
-    for row in rows:
-        cells = [row["family"], row["stage"], str(row["updates"]), *(f"{row[name] / 1e6:,.1f}" for name in COLUMNS)]
-        cells += [f"{100 * row['predicted_error']:+.1f}", f"{100 * row['metered_error']:+.2f}"]
-        cells.append("" if row["sampled_error"] is None else f"{100 * row['sampled_error']:+.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of one block."""
+    columns = ["family", "stage", "updates", *(f"{name} MFLOPs" for name in COLUMNS), "prediction %", "meter %", "sampled %"]
+    cells = [
+        (
+            *(row["family"], row["stage"], row["updates"], *(f"{row[name] / 1e6:,.1f}" for name in COLUMNS)),
+            *(f"{100 * row['predicted_error']:+.1f}", f"{100 * row['metered_error']:+.2f}"),
+            "" if row["sampled_error"] is None else f"{100 * row['sampled_error']:+.1f}",
+        )
+        for row in rows
+    ]
+    return page.table(columns, cells, left=("family", "stage"))
 
 
-def markdown(result: dict[str, Any], command: str) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """Return the page."""
     machine, rows = result["machine"], result["rows"]
     known, unknown = ([row for row in rows if row["lengths"] == lengths] for lengths in ("known", "unknown"))
@@ -153,12 +155,12 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "",
         "This page compares the FLOPs that `tadistill plan` predicts with those that the meter and torch count.",
         "",
-        f"```\n{command}\n```",
+        f"```\n{result['command']}\n```",
         "",
         f"One run, {machine['seconds']} s of one core; Python {machine['python']}, torch {machine['torch']}, transformers "
         f"{machine['transformers']}. tinyworld, width x layers of the models: {shapes} (teacher, assistant, student; `dense MiniLLM` "
         "has both teachers). MiniLLM has its corpus term. `benchmarks/ledger.py` says what is counted, and how; the formulas are in "
-        "[compute.md](../compute.md).",
+        "[compute.md](../concepts/compute.md).",
         "",
         "The learning rate of `replay` raises the dev loss on purpose. With unknown lengths its prediction is too low, probably because a "
         "student with such a loss ends few answers; this was not measured separately. Errors of parts can cancel in a total.",
@@ -167,23 +169,20 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "",
         largest(known),
         "",
-        *table(known),
+        table(known),
         "",
         f"## Unknown lengths: teacher, assistant and student after {result['trained']} updates of SFT",
         "",
         largest(unknown),
         "",
-        *table(unknown),
+        table(unknown),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure, show and write the results."""
-    parser = page.parser(__doc__, "few updates")
-    options = parser.parse_args()
-    command = "OMP_NUM_THREADS=1 python benchmarks/ledger.py" + " --quick" * options.quick
-    page.write(options, command, measure(options.quick), markdown)
+    options = page.parser(__doc__, "few updates").parse_args()
+    page.write(options, {"command": page.command("OMP_NUM_THREADS=1 "), **measure(options.quick)}, markdown)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,10 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import page
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from tadistill import objectives as ob
@@ -185,17 +183,11 @@ def extra_mb(name: str, way: str, size: Size, device: str) -> float:
         problem.step(name, way)
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
+        page.reset_peak()
+        before = page.resident("VmRSS")
         problem.step(name, way)
-        peak = resident("VmHWM")
+        peak = page.resident("VmHWM")
     return (peak - before - problem.gradient_bytes()) / 1e6
-
-
-def resident(field: str) -> int:
-    """Return a number of bytes of this process, from Linux's status file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 # --- report -------------------------------------------------------------------------------------------------------------
@@ -233,19 +225,6 @@ def verdict(result: dict[str, Any]) -> str:
     return f"Bound of {BOUND_MB} MB: {said}."
 
 
-def show(console: Console, result: dict[str, Any]) -> None:
-    """Print the tables on the terminal."""
-    console.print(f"device {result['device']}, {environment(result)}")
-    for part, title in headings(result).items():
-        columns = TIME_COLUMNS if part == "time" else MEMORY_COLUMNS
-        table = Table(*columns, title=title)
-        for row in result[part]:
-            table.add_row(*cells(part, row))
-        console.print(table)
-    if "memory" in result:
-        console.print(verdict(result))
-
-
 def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
     commands = "\n".join(dict.fromkeys(result["commands"].values()))
@@ -260,16 +239,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for part, title in headings(result).items():
         columns = TIME_COLUMNS if part == "time" else MEMORY_COLUMNS
-        lines += [
-            "",
-            f"## {part.capitalize()}",
-            "",
-            f"{title}.",
-            "",
-            "| " + " | ".join(columns) + " |",
-            "|---" + "|---:" * (len(columns) - 1) + "|",
-        ]
-        lines += ["| " + " | ".join(cells(part, row)) + " |" for row in result[part]]
+        lines += ["", f"## {part.capitalize()}", "", f"{title}.", "", page.table(columns, [cells(part, row) for row in result[part]])]
     if "memory" in result:
         lines += ["", verdict(result)]
     return "\n".join([*lines, "", "`benchmarks/losses.py` says what is measured, and how.", ""])
@@ -288,28 +258,18 @@ def trl_version() -> str | None:
         return None
 
 
-# --- main ---------------------------------------------------------------------------------------------------------------
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time and memory of the fused objectives.")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
-    parser.add_argument("--quick", action="store_true", help="small sizes, under half a minute: says that it runs, not how fast")
+def main() -> None:
+    parser = page.parser("Time and memory of the fused objectives.", "small sizes, under half a minute")
     parser.add_argument("--part", choices=["time", "memory"], help="one half only; the other half of an existing --json file is kept")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after the one that is dropped")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what a fresh process measures
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
+    options = parser.parse_args()
     if options.one:
         name, way, size, device = options.one
         print(extra_mb(name, way, Size(*size), device))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console, trl = Console(), trl_version()
+    trl = trl_version()
     sizes = {"time": QUICK_TIME, "memory": QUICK_MEMORY} if options.quick else {"time": TIME, "memory": MEMORY}
     old = json.loads(options.json.read_text()) if options.part and options.json and options.json.exists() else {}
     result = old | {
@@ -322,7 +282,7 @@ def main() -> None:
         "commands": old.get("commands", {}),
     }
     for part in [options.part] if options.part else ["time", "memory"]:
-        result["commands"][part] = " ".join(["python benchmarks/losses.py", *sys.argv[1:]])
+        result["commands"][part] = page.command()
         result[part] = []
         problem = Problem(sizes["time"], device) if part == "time" else None
         for name in ["jensen_shannon"] if options.quick and part == "memory" else NAMES:
@@ -332,12 +292,9 @@ def main() -> None:
             else:
                 row = memory_row(name, sizes["memory"], device, trl is not None)
             result[part].append(row)
-            Console(stderr=True).print(f"{part}: {', '.join(c for c in cells(part, row) if c)}")
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
-    show(console, result)
-    if options.markdown:
-        options.markdown.write_text(markdown(result))
+            print(f"{part}: {', '.join(c for c in cells(part, row) if c)}", file=sys.stderr)
+            page.keep(options, result)
+    page.write(options, result, markdown)
 
 
 if __name__ == "__main__":

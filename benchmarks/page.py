@@ -1,8 +1,9 @@
-"""Command line shared by the benchmarks that write a page: measure, show, and store the rows and the page."""
+"""Shared parts of the benchmarks: their command line, the page that they write, its tables, and the memory of a process."""
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,38 @@ def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
     return found
 
 
-def write(options: argparse.Namespace, command: str, result: Mapping[str, Any], markdown: Callable[[Any, str], str]) -> None:
-    """Print the page that `markdown` makes from the result and the whole command, and write the files that the options name."""
-    command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
-    text = markdown(result, command)
+def command(before: str = "") -> str:
+    """Return the command of this process, as it is written on the page; `before` are the variables that it needs."""
+    return " ".join([f"{before}python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def write(options: argparse.Namespace, result: Mapping[str, Any], markdown: Callable[[Any], str]) -> None:
+    """Print the page that `markdown` makes from the result, and write the files that the options name."""
+    text = markdown(result)
     print(text)
-    if options.json:
-        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
+    keep(options, result)
     if options.markdown:
-        options.markdown.write_text(text)
+        options.markdown.write_text(text, encoding="utf-8")
+
+
+def keep(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Write the result, also an unfinished one, to the file of `--json`."""
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], left: Collection[str] | None = None) -> str:
+    """Return a Markdown table whose columns `left` (default: the first column) are aligned left, and the others right."""
+    ruler = ["---" if name in (columns[:1] if left is None else left) else "---:" for name in columns]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (columns, ruler, *rows))
+
+
+def resident(field: str) -> int:
+    """Return a number of bytes of this process, from Linux's status file: `VmRSS` now, `VmHWM` at most since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak() -> None:
+    """Let `VmHWM` begin again at the memory that is used now."""
+    Path("/proc/self/clear_refs").write_text("5")

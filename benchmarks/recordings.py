@@ -151,7 +151,7 @@ def value_of(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
 
-def markdown(result: dict[str, Any], command: str) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """Return the page."""
     lines = [
         "# Recorded teachers: bytes, time and bias",
@@ -159,24 +159,32 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "This page compares the kinds of recordings of a teacher. [Recorded teachers](../concepts/recorded.md) says what they are.",
         "",
         "```",
-        f"OMP_NUM_THREADS=1 {command}",
+        f"OMP_NUM_THREADS=1 {result['command']}",
         "```",
         "",
         f"Forward KL at {result['positions']} positions: {result['loss']:.3f} nats; norm of its gradient: {result['slope']:.3f}.",
         "",
-        "| recording | bytes a token | reading, µs of CPU a token | loss - exact loss | error of the gradient | mean of 100 |",
-        "|---|---:|---:|---:|---:|---:|",
+        page.table(
+            ("recording", "bytes a token", "reading, µs of CPU a token", "loss - exact loss", "error of the gradient", "mean of 100"),
+            [
+                (
+                    *(row["recording"], f"{row['bytes']:.0f}", f"{row['microseconds']:.1f}"),
+                    *(f"{row['loss']:+.4f}", f"{row['gradient']:.4f}", f"{row['many']:.4f}"),
+                )
+                for row in result["rows"]
+            ],
+        ),
+        "",
+        "`benchmarks/recordings.py` says what is measured, and how.",
+        "",
     ]
-    for row in result["rows"]:
-        numbers = f"{row['loss']:+.4f} | {row['gradient']:.4f} | {row['many']:.4f}"
-        lines.append(f"| {row['recording']} | {row['bytes']:.0f} | {row['microseconds']:.1f} | {numbers} |")
-    return "\n".join([*lines, "", "`benchmarks/recordings.py` says what is measured, and how.", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Run the benchmark."""
     options = page.parser(__doc__, "few pieces and positions").parse_args()
-    page.write(options, "python benchmarks/recordings.py", run(QUICK if options.quick else WHOLE), markdown)
+    page.write(options, {"command": page.command(), **run(QUICK if options.quick else WHOLE)}, markdown)
 
 
 if __name__ == "__main__":

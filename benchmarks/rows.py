@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import page
+
 PREFLIGHT = """
 from pathlib import Path
 from tadistill.config import load
@@ -135,8 +137,8 @@ def make(folder: Path, rows: int) -> None:
 
 def table(found: dict[str, Cost]) -> str:
     """Return the costs as a Markdown table."""
-    rows = [f"| {name} | {cost.cpu:.1f} | {cost.wall:.1f} | {cost.megabytes:,.0f} |" for name, cost in found.items()]
-    return "\n".join(["| command | CPU s | wall s | peak MB |", "|---|---:|---:|---:|", *rows])
+    rows = [(name, f"{cost.cpu:.1f}", f"{cost.wall:.1f}", f"{cost.megabytes:,.0f}") for name, cost in found.items()]
+    return page.table(("command", "CPU s", "wall s", "peak MB"), rows)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,10 @@ def measure(quick: bool) -> dict[str, Any]:
     return {"lattices": lattices, "machine": machine, "rows": rows}
 
 
-def markdown(result: dict[str, Any], command: str) -> str:
+COLUMNS = ("rho", "concordance", "noise", "strategy", "trainings", "whole", "regret", "finds the best %", "above single")
+
+
+def markdown(result: dict[str, Any]) -> str:
     """Return the page."""
     machine, rows = result["machine"], result["rows"]
     lines = [
@@ -129,7 +132,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "",
         "This page shows how good the path is that each strategy of `tadistill search` chooses in simulated lattices.",
         "",
-        f"```\n{command}\n```",
+        f"```\n{result['command']}\n```",
         "",
         f"{result['lattices']:,} simulated lattices per cell, {machine['seconds']} s of one core; Python {machine['python']}, "
         f"numpy {machine['numpy']}. `benchmarks/search.py` describes the simulation; the unit is the spread between last hops. "
@@ -138,21 +141,22 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "quality of the chosen path minus that of the path chosen by `single`.",
     ]
     for n in dict.fromkeys(r["assistants"] for r in rows):
-        lines += ["", f"## {n} assistants, {2**n} paths", ""]
-        lines += ["| rho | concordance | noise | strategy | trainings | whole | regret | finds the best % | above single |"]
-        lines += ["| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
-        for r in (r for r in rows if r["assistants"] == n):
-            above = "" if r["above_single"] is None else f"{r['above_single']:+.3f}"
-            numbers = f"{r['trainings']:g} | {r['whole_trainings']:g} | {r['regret']:.3f} | {100 * r['finds_the_best']:.0f} | {above}"
-            lines.append(f"| {r['rho']:g} | {r['concordance']:.2f} | {r['noise']:g} | {r['strategy']} | {numbers} |")
+        cells = [
+            (
+                *(f"{r['rho']:g}", f"{r['concordance']:.2f}", f"{r['noise']:g}", r["strategy"]),
+                *(f"{r['trainings']:g}", f"{r['whole_trainings']:g}", f"{r['regret']:.3f}", f"{100 * r['finds_the_best']:.0f}"),
+                "" if r["above_single"] is None else f"{r['above_single']:+.3f}",
+            )
+            for r in rows
+            if r["assistants"] == n
+        ]
+        lines += ["", f"## {n} assistants, {2**n} paths", "", page.table(COLUMNS, cells, left=("strategy",))]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure, show and write the results."""
-    parser = page.parser(__doc__, "few lattices")
-    options = parser.parse_args()
-    page.write(options, "OMP_NUM_THREADS=1 python benchmarks/search.py", measure(options.quick), markdown)
+    options = page.parser(__doc__, "few lattices").parse_args()
+    page.write(options, {"command": page.command("OMP_NUM_THREADS=1 "), **measure(options.quick)}, markdown)
 
 
 if __name__ == "__main__":

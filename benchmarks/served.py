@@ -173,7 +173,7 @@ def wire(serve: Serve, batch: Batch, gives: str) -> dict[str, float]:
     return {"request": len(json.dumps(next(iter(bodies.values())))) / len(ids), **{key: size / len(ids) for key, size in sizes.items()}}
 
 
-def markdown(result: dict[str, Any], command: str) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """Return the page."""
     lines = [
         "# Served teachers: speed and bytes",
@@ -182,22 +182,34 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "[Teachers anywhere](../teachers.md) says what served teachers are.",
         "",
         "```",
-        f"TADISTILL_VLLM=ENVIRONMENT {command}",
+        f"TADISTILL_VLLM=ENVIRONMENT {result['command']}",
         "```",
         "",
         f"SmolLM2-135M-Instruct in float32, {result['threads']} threads, batches of {BATCH} sequences of {TOKENS} tokens, "
         f"{result['rounds']} rounds.",
         "",
-        "| payload | tokens/s in process | tokens/s served | served / in process | CPU time: in process / served |",
-        "|---|---:|---:|---:|---:|",
+        page.table(
+            ("payload", "tokens/s in process", "tokens/s served", "served / in process", "CPU time: in process / served"),
+            [
+                (
+                    f"`{row['gives']}`",
+                    *(f"{row[side]['tokens_per_second']:,.0f}" for side in ("here", "served")),
+                    *(f"{row['clock']:.2f}", f"{row['cpu']:.2f}"),
+                )
+                for row in result["rows"]
+            ],
+        ),
+        "",
+        page.table(
+            ("payload", "encoding", "bytes a token"),
+            [(f"`{row['gives']}`", name, f"{size:,.0f}") for row in result["rows"] for name, size in row["bytes"].items()],
+            left=("payload", "encoding"),
+        ),
+        "",
+        "`benchmarks/served.py` says what is measured, and how.",
+        "",
     ]
-    for row in result["rows"]:
-        speeds = " | ".join(f"{row[side]['tokens_per_second']:,.0f}" for side in ("here", "served"))
-        lines.append(f"| `{row['gives']}` | {speeds} | {row['clock']:.2f} | {row['cpu']:.2f} |")
-    lines += ["", "| payload | encoding | bytes a token |", "|---|---|---:|"]
-    for row in result["rows"]:
-        lines += [f"| `{row['gives']}` | {name} | {size:,.0f} |" for name, size in row["bytes"].items()]
-    return "\n".join([*lines, "", "`benchmarks/served.py` says what is measured, and how.", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -215,7 +227,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         payloads = [options.gives] if options.gives else ["hidden", "top_k"]
         rows = [compared(gives, teacher, found, more, Path(folder) / f"{gives}.log") for gives in payloads]
-    page.write(options, "python benchmarks/served.py", {"rows": rows, "threads": torch.get_num_threads(), "rounds": len(found)}, markdown)
+    facts = {"command": page.command(), "rows": rows}
+    page.write(options, facts | {"threads": torch.get_num_threads(), "rounds": len(found)}, markdown)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ optimizer's state on both sides. Megabytes are 2^20 bytes. The floor is the matr
 `raised` repeats the run with glibc set to keep large blocks (on both sides), which saves both the page faults of every step.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,8 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import page
 from step_sides import BATCH, NEW, PROMPT, STUDENT, TEACHER
 
 WARM_UP = 2
@@ -201,15 +199,6 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return list(found.items())
 
 
-def show(console: Console, result: dict[str, Any]) -> None:
-    """Print the tables on the terminal."""
-    for title, group in tables(result):
-        table = Table(*COLUMNS, title=title)
-        for row in group:
-            table.add_row(*cells(row))
-        console.print(table)
-
-
 def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -218,28 +207,20 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"```\n{result['command']}\n```", ""]
     lines += [f"{versions}; one thread; float32; sgemm at best {result['sgemm_gflops']:.0f} GFLOP/s."]
     for title, group in tables(result):
-        lines += ["", f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in group]
+        lines += ["", f"## {title}", "", page.table(COLUMNS, [cells(row) for row in group])]
     return "\n".join([*lines, "", *REACHED, "", "`benchmarks/step.py` says what is measured, and how.", ""])
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time and memory of an optimizer step.")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
-    parser.add_argument("--quick", action="store_true", help="a vocabulary of 1,024 and two rounds: says that it runs, not how fast")
+def main() -> None:
+    parser = page.parser("Time and memory of an optimizer step.", "a vocabulary of 1,024 and two rounds")
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 49152])
     parser.add_argument("--allocator", choices=["default", "raised", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=8, help=f"measured rounds after {WARM_UP} that are dropped")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
+    options = parser.parse_args()
     vocabularies, rounds = ([1024], 2) if options.quick else (options.vocab, options.rounds)
     peak = sgemm_peak()
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]]),
+        "command": page.command(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "sgemm_gflops": peak / 1e9,
         "floor_s": {str(v): flops(v) / peak for v in vocabularies},
@@ -252,12 +233,9 @@ def main() -> None:
                 found = run_group(names, vocab, allocator, rounds)
                 result["rows"] += rows(found, vocab, allocator, result["floor_s"][str(vocab)])
                 for row in result["rows"][-len(found) :]:
-                    Console(stderr=True).print(f"V {vocab}, {allocator}: {', '.join(c for c in cells(row) if c)}")
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    show(Console(), result)
-    if options.markdown:
-        options.markdown.write_text(markdown(result))
+                    print(f"V {vocab}, {allocator}: {', '.join(c for c in cells(row) if c)}", file=sys.stderr)
+                page.keep(options, result)
+    page.write(options, result, markdown)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from page import reset_peak, resident
+
 BATCH, PROMPT, NEW, PROMPTS = 16, 32, 64, 256
 TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 688}
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 344}
@@ -43,12 +45,13 @@ def prompts(vocab: int) -> list[tuple[int, ...]]:
     return [tuple(row) for row in np.random.default_rng(0).integers(vocab - 2, size=(PROMPTS, PROMPT)).tolist()]
 
 
-def model(shape: dict[str, int], vocab: int) -> Any:
+def model(shape: dict[str, int], vocab: int, *, ends: bool = True) -> Any:
+    """Return a Llama with random weights. With `ends`, it has the tokenizer's <eos> and <pad>."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    special = {"bos_token_id": None, "eos_token_id": vocab - 2, "pad_token_id": vocab - 1}
+    special = {"bos_token_id": None, "eos_token_id": vocab - 2 if ends else None, "pad_token_id": vocab - 1 if ends else None}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=256, **special, **shape)).float()
 
 
@@ -70,7 +73,7 @@ class Clock:
 
     def start(self) -> None:
         """Start the clock; called once, before the first step."""
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
         self.before = resident("VmRSS")
         self._wait()
 
@@ -102,12 +105,6 @@ class Clock:
         sys.stdin.readline()
         self.sampling, self.tokens = 0.0, 0
         self.since, self.cpu = time.perf_counter(), time.process_time()
-
-
-def resident(name: str) -> int:
-    """Return a number of bytes of this process, from Linux's status file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def run_ours(name: str, vocab: int, clock: Clock) -> None:

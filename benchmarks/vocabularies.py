@@ -32,9 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import page
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from tadistill import objectives as ob
@@ -168,18 +167,12 @@ def measure(way: str, tokens: int) -> dict[str, float]:
     """Return the extra megabytes and the CPU seconds of one step in this process."""
     prepared(way, Size(22, 1000, 2000 if WAYS[way][1] else 1000))[0]().backward()
     loss, leaves = prepared(way, size_of(way, tokens))
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident("VmRSS"), time.process_time()
+    page.reset_peak()
+    before, start = page.resident("VmRSS"), time.process_time()
     loss().backward()
     seconds = time.process_time() - start
-    peak = resident("VmHWM")
+    peak = page.resident("VmHWM")
     return {"mb": (peak - before - sum(4 * leaf.numel() for leaf in leaves)) / 1e6, "seconds": seconds}
-
-
-def resident(field: str) -> int:
-    """Return a number of bytes of this process, from Linux's status file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def rows(tokens: int, rounds: int) -> list[list[str]]:
@@ -234,23 +227,22 @@ def spans_of(ids: Sequence[int], own: TokenBytes, other: TokenBytes) -> list[tup
 COLUMNS = ["step", "extra MB", "memory ratio", "CPU s", "time ratio"]
 
 
-def markdown(table: list[list[str]], tokens: int, command: str) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
+    tokens = result["tokens"]
     lines = [
         "# Different tokenizers: time and memory",
         "",
         "This page compares a step between two models with different tokenizers with the same step between models with one tokenizer. [The "
         "page about different tokenizers](../concepts/tokenizers.md) explains the losses.",
         "",
-        f"```\n{command}\n```",
+        f"```\n{result['command']}\n```",
         "",
         f"{tokens:,} tokens, vocabularies {STUDENT:,} (student) and {TEACHER:,} (teacher), hidden sizes {HIDDEN[0]} and {HIDDEN[1]}. One "
         f"tensor [tokens, vocabulary] of the teacher's logits would take {tokens * TEACHER * 4 / 1e6:,.0f} MB. torch {torch.__version__}, "
         f"CPU, {torch.get_num_threads()} thread; float32. The ratios are to the first row.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in table),
+        page.table(COLUMNS, result["rows"]),
         "",
         "`benchmarks/vocabularies.py` says what is measured, and how.",
         "",
@@ -259,9 +251,7 @@ def markdown(table: list[list[str]], tokens: int, command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of divergences between models with different tokenizers.")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
-    parser.add_argument("--quick", action="store_true", help="few tokens: says that it runs, not how fast")
+    parser = page.parser("Time and memory of divergences between models with different tokenizers.", "few tokens")
     parser.add_argument("--rounds", type=int, default=1, help="a number is the median of so many rounds")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what a fresh process measures
     parser.add_argument("--texts", nargs=3, metavar=("ROWS", "STUDENT", "TEACHER"), help="count spans of texts instead")
@@ -270,20 +260,13 @@ def main() -> None:
         texts(Path(options.texts[0]), *options.texts[1:])
         return
     if options.one:
-        found: Any = measure(*options.one)
-        print(json.dumps(found))
+        print(json.dumps(measure(*options.one)))
         return
     tokens = 44 if options.quick else 1100
     found = rows(tokens, options.rounds)
-    table = Table(*COLUMNS)
-    for row in found:
-        table.add_row(*row)
-    Console().print(table)
+    page.write(options, {"command": page.command(), "tokens": tokens, "rows": found}, markdown)
     above = [row[0] for row in found[2:4] if float(row[2]) > BOUND]
     print(f"Bound of {BOUND} on memory: {'exceeded by ' + ', '.join(above) if above else 'holds'}.")
-    if options.markdown:
-        command = " ".join(["python benchmarks/vocabularies.py", *sys.argv[1:]])
-        options.markdown.write_text(markdown(found, tokens, command), encoding="utf-8")
 
 
 if __name__ == "__main__":
