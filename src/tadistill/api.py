@@ -30,6 +30,7 @@ from tadistill.report import read_results, summary_table, write_report
 from tadistill.results.collect import with_passes
 from tadistill.results.study import find_study, load_plan, trained_model
 from tadistill.runner.study import evaluation_recipe, run_study
+from tadistill.safe_text import counted
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.terminal import Terminal
 
@@ -111,7 +112,7 @@ class PlannedStudy(_Shown):
         return preview.preview(self._plan, self._store, _WIDTH)
 
     def __repr__(self) -> str:
-        return f"PlannedStudy({self._plan.recipe.study!r}, {len(self._plan.stages)} stages)"
+        return f"PlannedStudy({self._plan.recipe.study!r}, {counted(len(self._plan.stages), 'stage')})"
 
 
 Given = str | Path | Recipe | Mapping[str, Any]

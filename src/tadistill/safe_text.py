@@ -1,9 +1,10 @@
-r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal.
+r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal, and counted nouns.
 
 visible("a\x1b[2J")     -> shows control characters as escapes, here as `\x1b`
 visible_parts(value)    -> does the same for every text in lists and dicts
 one_line(text)          -> also shows line breaks as escapes
 shortened(sentence)     -> cuts every quoted value at 200 characters
+counted(1, "stage")     -> gives the noun the form that its number needs
 """
 
 import re
@@ -56,3 +57,13 @@ def guarded(cell: str) -> str:
 def _cut(text: str, length: int) -> str:
     kept = length - 40  # with the note, the result is shorter than `length`, so a second call does not cut it again
     return f"{text[: kept - 1]}… ({len(text) - kept} more characters){text[-1]}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, such as "1 stage" or "3 stages". `many` is the plural, if it is not `one` with an s."""
+    return f"{number} {form(number, one, many or f'{one}s')}"
+
+
+def form(number: int, one: str, many: str) -> str:
+    """Return the form of a word for a number: `one` for 1, else `many`."""
+    return one if number == 1 else many

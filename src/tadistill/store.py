@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.disk import digest, read_json, sha256, sync, write_json
 from tadistill.errors import StoreError
+from tadistill.safe_text import counted
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -150,7 +151,7 @@ class Store:
             step = self.saved_update(key)
             return f"at update {step} of {updates}" if step else ""
         parts = sum(1 for _ in (self.folder(key) / _PARTS).glob("*.json"))
-        return f"after {parts} finished part{'s' * (parts != 1)}" if parts else ""
+        return f"after {counted(parts, 'finished part')}" if parts else ""
 
     def lock(self, key: str) -> "FileLock":
         """Return the lock of a stage without acquiring it. The system releases a lock when the process that acquired it ends."""

@@ -21,7 +21,7 @@ from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.judge.people import Sheet, render_sheet
 from tadistill.report import read_results, summary_table, write_report
 from tadistill.report.plain_text import code, escape_markdown, side_by_side
-from tadistill.safe_text import guarded, one_line, shortened, visible, visible_parts
+from tadistill.safe_text import counted, form, guarded, one_line, shortened, visible, visible_parts
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -154,3 +154,9 @@ def test_an_output_that_cannot_show_all(output, environment, code, words, tmp_pa
     else:
         _, error = ran.communicate()
     assert (ran.returncode, error.decode().strip()[: len(words) or None]) == (code, words)
+
+
+def test_a_noun_has_the_form_that_its_number_needs():
+    assert [counted(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
+    assert [counted(number, "of them is", "of them are") for number in (1, 3)] == ["1 of them is", "3 of them are"]
+    assert [form(number, "reply", "replies") for number in (1, 1000)] == ["reply", "replies"]

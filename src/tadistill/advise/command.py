@@ -40,6 +40,7 @@ from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models, method_text
+from tadistill.safe_text import counted
 from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
@@ -118,7 +119,8 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
 
     jobs = check_study(recipe, console)
     console.note(
-        f"{recipe.study}: {len(probes.plan.stages)} stages measure models; {len(missing)} of them still have to run, {jobs} at a time"
+        f"{recipe.study}: {counted(len(probes.plan.stages), 'stage measures', 'stages measure')} models; "
+        f"{counted(len(missing), 'of them still has', 'of them still have')} to run, {jobs} at a time"
     )
     run_stages(probes.plan, store, jobs=jobs, console=console)
 
@@ -221,7 +223,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _models(report: Report) -> Table:
-    table = _table(f"models on {report.prompts} dev prompts of {report.dev} (measured)", "model", "size", "loss", "ROUGE-L", "entropy")
+    table = _table(
+        f"models on {counted(report.prompts, 'dev prompt')} of {report.dev} (measured)", "model", "size", "loss", "ROUGE-L", "entropy"
+    )
     for model in report.measures.models:
         cells = (words.plus_minus(model.loss), words.plus_minus(model.rouge_l, 1), words.plus_minus(model.entropy))
         table.add_row(escape(model.name), parameters_text(model.parameters), *cells)

@@ -22,6 +22,7 @@ from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.results.measured import load_reported
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
+from tadistill.safe_text import counted
 from tadistill.store import Store, store_of
 
 
@@ -167,7 +168,7 @@ def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
         return str(model.load)
     source = _origin(models, model.parent)
     if model.checkpoint:
-        return f"{source} after {model.checkpoint.step} updates"
+        return f"{source} after {counted(model.checkpoint.step, 'update')}"
     if model.temper:
         return f"{source} tempered {'like ' + model.temper.like if model.temper.like else f'by {model.temper.tau:g}'}"
     return f"{source} pruned"
@@ -205,8 +206,8 @@ def _models(plan: StudyPlan) -> dict[str, ModelConfig]:
         return {name: ModelConfig.model_validate(model) for name, model in plan.recipe["models"].items()}
     except ValidationError as error:
         raise StoreError(
-            f"{plan.study}: the models in plan.json cannot be read ({error.error_count()} problems); run `tadistill run RECIPE` to write "
-            "plan.json again"
+            f"{plan.study}: the models in plan.json cannot be read ({counted(error.error_count(), 'problem')}); run `tadistill run RECIPE` "
+            "to write plan.json again"
         ) from error
 
 

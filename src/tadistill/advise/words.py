@@ -17,6 +17,7 @@ from tadistill.config.arm import path_text
 from tadistill.config.method import PARTS
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.number_text import MINUS
+from tadistill.safe_text import counted
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)  # `notes` warns about a `Pair.mass` below the first, and about size ratios outside the range
@@ -121,9 +122,15 @@ def notes(
         )
     if past.left_out:
         first = past.left_out[0].rstrip(".")
-        found.append(f"{len(past.left_out)} arms or seeds of earlier studies could not be used. The first reason: {first}.")
+        found.append(
+            f"{counted(len(past.left_out), 'arm or seed', 'arms or seeds')} of earlier studies could not be used. The first reason: "
+            f"{first}."
+        )
     if (n := measures.models[0].loss.n) < prompts:
-        found.append(f"--prompts is {prompts}, but the dev set has only {n} prompts that are short enough, so {n} prompts are used.")
+        found.append(
+            f"--prompts is {prompts}, but the dev set has only {counted(n, 'prompt that is', 'prompts that are')} short enough, so "
+            f"{counted(n, 'prompt is', 'prompts are')} used."
+        )
     found.append(
         "Models were measured before any distillation. In a chain an assistant is distilled first, which lowers its entropy and "
         "changes every measure of the next step."
@@ -177,7 +184,7 @@ def steps(
         text = f"now: direct distillation with the compute of {path_text(wanted)} ({multiple:.2f} times the recipe's direct run)"
         found.append(NextRun(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
     for e in advice.next:
-        text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {e.seeds} seeds"
+        text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {counted(e.seeds, 'seed')}"
         found.append(NextRun(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
 
@@ -265,11 +272,11 @@ def reason(advice: Advice) -> str:
             else f"{text} The size law (teachers 2.5 times as big as learners) suggests {path_text(chain)}. This is only a hypothesis."
         )
     name, range_ = path_text(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
-    on = f"from {_count(advice.pairs, 'chain', 'chains')} of {_count(advice.families, 'family', 'families')}"
+    on = f"from {counted(advice.pairs, 'chain')} of {counted(advice.families, 'family', 'families')}"
     if advice.verdict == "chain":
         return (
-            f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; to recommend the "
-            f"best of {_count(len(advice.options) - 1, 'chain', 'chains')}, at least {advice.needed:.3f} is needed. Evidence: {on}."
+            f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; to recommend the best of "
+            f"{counted(len(advice.options) - 1, 'chain')}, at least {advice.needed:.3f} is needed. Evidence: {on}."
         )
     text = f"the most promising chain, {name}, has an expected difference of {range_}"
     if advice.verdict == "direct":
@@ -278,10 +285,6 @@ def reason(advice: Advice) -> str:
         f"Earlier studies do not decide whether a chain beats direct at equal compute: {text}, {on}. P(better) is {best.p_better:.2f}, "
         f"but a recommendation needs {advice.needed:.3f}. Until more is known, run direct distillation with the chain's compute."
     )
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def verdict_line(advice: Advice) -> str:
@@ -299,7 +302,7 @@ def basis_line(report: Report) -> str:
     advice = report.advice
     if not advice.pairs:
         return "no history: differences come from the prior, which assumes no effect on average"
-    chains, families = _count(advice.pairs, "chain", "chains"), _count(advice.families, "family", "families")
+    chains, families = counted(advice.pairs, "chain"), counted(advice.families, "family", "families")
     return f"history: {chains} compared with direct at equal compute, of {families} ({', '.join(report.studies)})"
 
 

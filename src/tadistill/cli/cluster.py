@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, complete_recipe, console, read_recipe
+from tadistill.safe_text import counted
 from tadistill.store import runs_directory, store_of
 
 app = typer.Typer()
@@ -133,4 +134,4 @@ def cancel(study: StudyName, runs: Runs = None) -> None:
     from tadistill.results.study import find_study
 
     root = runs_directory(runs)
-    console.print(f"{cancel_jobs(find_study(study, root), store_of(root))} jobs cancelled", highlight=False)
+    console.print(f"{counted(cancel_jobs(find_study(study, root), store_of(root)), 'job')} cancelled", highlight=False)

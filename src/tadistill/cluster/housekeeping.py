@@ -20,6 +20,7 @@ from rich.table import Table
 from tadistill.cluster.fetch import size
 from tadistill.errors import StoreError
 from tadistill.runner.local import local_runs
+from tadistill.safe_text import counted
 from tadistill.store import Store
 
 _KEY = re.compile(rb"\b[0-9a-f]{16}\b")
@@ -212,4 +213,4 @@ def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm:
 
 
 def _counted(loose: list[Unneeded]) -> str:
-    return f"{len(loose)} stage{'s' * (len(loose) != 1)} ({size(sum(each.bytes for each in loose))})"
+    return f"{counted(len(loose), 'stage')} ({size(sum(each.bytes for each in loose))})"

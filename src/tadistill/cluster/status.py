@@ -17,6 +17,7 @@ from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, LocalRun, described, local_runs
+from tadistill.safe_text import counted
 from tadistill.store import FAILURE, Store, command_for
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
@@ -136,7 +137,7 @@ def print_status(study: Path, store: Store, console: Console) -> None:
 def _about(run: LocalRun) -> str:
     left = f"about {spoken(run.left)} left" if run.left is not None else "the time left is not known yet"
     how = {
-        "running": f"runs this study: {run.done}/{run.total} stages done, {left}; `kill {run.pid}` stops it and saves its state",
+        "running": f"runs this study: {run.done}/{counted(run.total, 'stage')} done, {left}; `kill {run.pid}` stops it and saves its state",
         "dead": f"no longer runs: it was killed, or its machine stopped, after {spoken(run.seconds)}",
         "finished": f"finished after {spoken(run.seconds)}",
         "failed": "ended because a stage failed",

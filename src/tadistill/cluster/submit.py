@@ -42,6 +42,7 @@ from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.remote import check_asked
 from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
+from tadistill.safe_text import counted
 from tadistill.store import command_for, store_of
 from tadistill.terminal import Terminal
 
@@ -191,8 +192,8 @@ class Submission:
         number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
-                f"{number} new jobs and {queued} jobs in the queue are more than the {self.profile.max_jobs} that a user may have on "
-                f"{self.profile.name}; submit fewer seeds or arms at a time (for instance with seeds=[10]), or wait"
+                f"{counted(number, 'new job')} and {counted(queued, 'job')} in the queue are more than the {self.profile.max_jobs} that a "
+                f"user may have on {self.profile.name}; submit fewer seeds or arms at a time (for instance with seeds=[10]), or wait"
             )
 
     @contextmanager
@@ -291,8 +292,8 @@ def submit(
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
     done = len(plan.stages) - waiting - stages
     console.print(
-        f"{recipe.study} on {profile.name}: {len(plan.stages)} stages; {done} are done, {waiting} are already queued, and {stages} were "
-        f"submitted now as {jobs} jobs",
+        f"{recipe.study} on {profile.name}: {counted(len(plan.stages), 'stage')}; {counted(done, 'is', 'are')} done, "
+        f"{counted(waiting, 'is', 'are')} already queued, and {counted(stages, 'was', 'were')} submitted now as {counted(jobs, 'job')}",
         highlight=False,
     )
     console.print(_next_step(plan, study, submission, sent=bool(sent), waiting=waiting), highlight=False, soft_wrap=True)
@@ -310,7 +311,7 @@ def _next_step(plan: Plan, study: Path, submission: Submission, *, sent: bool, w
 
 
 def _all_done(plan: Plan, study: Path) -> str:
-    return f"all {len(plan.stages)} stages are done; write the report with {command_for('report', study)}"
+    return f"all {counted(len(plan.stages), 'stage is', 'stages are')} done; write the report with {command_for('report', study)}"
 
 
 def _table(sent: list[Sent]) -> Table:

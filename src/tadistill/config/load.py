@@ -23,6 +23,7 @@ from tadistill.config.recipe_files import Lines, located, settled, shipped, wher
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
+from tadistill.safe_text import counted
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
 T = typing.TypeVar("T")
@@ -147,7 +148,10 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
     except ValidationError as error:
         found = problems(error, raw, model)
         sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
-        rest = [f"{source}: {len(found) - _SHOWN} more problems are not shown; correct those above first"] if len(found) > _SHOWN else []
+        left = len(found) - _SHOWN
+        rest = (
+            [f"{source}: {counted(left, 'more problem is', 'more problems are')} not shown; correct those above first"] if left > 0 else []
+        )
         raise ConfigError(*sentences, *rest) from error
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import NAME, classes, meaning, named_classes, tag
+from tadistill.safe_text import counted
 
 _WORDS = {
     # our key -> words for it in TRL, transformers, peft, axolotl and ms-swift
@@ -184,14 +185,11 @@ def _length(kind: str, value: Any, context: Mapping[str, Any], location: tuple, 
     default = _default(location, root)
     if (isinstance(default, tuple) and default and kind != "too_short") or "actual_length" not in context:
         wanted = f"{len(default)}, such as {json.dumps(default)}" if isinstance(default, tuple) and default else "more"
-        return f" has {_count(have)}; write {wanted}."
+        return f" has {counted(have, 'value')}; write {wanted}."
     if kind == "too_long":
-        return f" has {_count(have)}; write at most {context.get('max_length')}."
-    return f" {f'has {_count(have)}' if have else 'is empty'}; write at least {context.get('min_length')}."
-
-
-def _count(number: int) -> str:
-    return "1 value" if number == 1 else f"{number} values"
+        return f" has {counted(have, 'value')}; write at most {context.get('max_length')}."
+    size = f"has {counted(have, 'value')}" if have else "is empty"
+    return f" {size}; write at least {context.get('min_length')}."
 
 
 def _default(location: tuple, root: type[BaseModel]) -> Any:

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from tadistill.config.common import MOST
 from tadistill.config.recipe import Recipe
 from tadistill.config.shorthand import SHORT_KEYS
+from tadistill.safe_text import form
 
 NAME = "NAME"
 """Placeholder for a name that the user chooses, as in the key `models.NAME.load`."""
@@ -266,8 +267,7 @@ def _allowed(field: FieldInfo, choices: tuple[str, ...]) -> str:
 
 
 def _unit(text: bool, count: int) -> str:
-    one, many = ("character", "characters") if text else ("entry", "entries")
-    return one if count == 1 else many
+    return form(count, "character", "characters") if text else form(count, "entry", "entries")
 
 
 def _rules(annotation: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tadistill.config.data import LongText, Template, Thinking, Turns
 from tadistill.config.method_parts import TeacherContext
+from tadistill.safe_text import counted
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,17 @@ class Counts:
             (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
             (
                 self.turns,
-                f"{_number(self.turns, 'turn')} longer than {key} or data.max_length ({self.max_length}), left out of rows "
-                "whose other turns are used",
+                f"{counted(self.turns, 'turn')} longer than {key} or data.max_length ({self.max_length}), left out of rows whose other "
+                "turns are used",
             ),
             (
                 self.more,
-                f"{_number(self.more, 'additional sequence')}, because the chat template rewrites earlier turns (`epochs` counts rows)",
+                f"{counted(self.more, 'additional sequence')}, because the chat template rewrites earlier turns (`epochs` counts rows)",
             ),
             (self.unlearnt, f"{self.unlearnt} with thinking or tool calls that are not learnt (data.turns: last learns them)"),
         ]
         found = [text for count, text in parts if count]
-        return "; ".join([f"{self.used} of {self.rows} rows", *found]) if found else ""
+        return "; ".join([f"{self.used} of {counted(self.rows, 'row')}", *found]) if found else ""
 
     @property
     def of_contexts(self) -> str:
@@ -153,10 +154,6 @@ class Counts:
     def unknown_text(self) -> str:
         """Return text such as ``12 of 345 tokens of the prompts are unknown to the tokenizer``. It is empty if no token is unknown."""
         return f"{self.unknown} of {self.tokens} tokens of the prompts are unknown to the tokenizer" if self.unknown else ""
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def nothing_left(counts: Counts, shortest: int, name: str) -> str:

@@ -20,6 +20,7 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.data.prompts import OPEN, before_answer, check_template, in_chat, render
 from tadistill.data.rows import Example
 from tadistill.errors import DataError
+from tadistill.safe_text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,8 +120,9 @@ class TurnReader:
         spans = chat.marked(messages, self.tokenizer, example.tools, self.rules.chat_template_kwargs)
         if spans is not None and len(spans) != len(places):
             raise DataError(
-                f"{where}: the tokenizer's chat template marks {len(spans)} parts with {{% generation %}}, but the row has {len(places)} "
-                "turns of the assistant; use a tokenizer whose template marks each turn once, or set data.turns: answer"
+                f"{where}: the tokenizer's chat template marks {counted(len(spans), 'part')} with {{% generation %}}, but the row has "
+                f"{counted(len(places), 'turn')} of the assistant; use a tokenizer whose template marks each turn once, or set data.turns: "
+                "answer"
             )
         return dict(zip(places, spans or (), strict=False))
 

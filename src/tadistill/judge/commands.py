@@ -17,6 +17,7 @@ from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all,
 from tadistill.models.endpoint import Unavailable, check_address, connect, knock
 from tadistill.models.replies import Cache, open_cache
 from tadistill.results.study import find_study
+from tadistill.safe_text import counted
 from tadistill.store import store_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
         plan = estimate_requests(questions, settings, cache)
         _announce(console, answers, plan, model)
         if plan.requests:
-            if not confirm(f"Send {plan.requests} requests to {base_url}?"):
+            if not confirm(f"Send {counted(plan.requests, 'request')} to {base_url}?"):
                 return None
             _find_endpoint(client, plan)
         verdicts = _ask(console, questions, settings, cache, client)
@@ -68,7 +69,8 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
     made = make_sheet(answers, name=name, with_reference=sheet.reference, seed=sheet.seed)
     page = write_sheet(directory / "judge", made, name=name)
     _name_unfinished(console, answers)
-    console.print(f"{len(answers.items)} prompts, {len(answers.arms) + sheet.reference} answers each", highlight=False)
+    each = counted(len(answers.arms) + sheet.reference, "answer")
+    console.print(f"{counted(len(answers.items), 'prompt')}, {each} each", highlight=False)
     for text in (f"send to the raters: {page} (or {page.with_suffix('.csv')})", f"keep from the raters: {page.with_suffix('.key.json')}"):
         console.print(text, soft_wrap=True, highlight=False)
     return page
@@ -80,13 +82,14 @@ def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Conso
     key = load_key(directory / f"sheet-{name}.key.json")
     summary = summarise_ratings(read_ratings(files, key), key)
     path = directory / f"judge-human-{name}.json"
-    write_summary(path, mode="human", judge=f"{len(summary['raters'])} raters", command=command, **summary)
+    write_summary(path, mode="human", judge=counted(len(summary["raters"]), "rater"), command=command, **summary)
     console.print(_table([row for row in summary["rows"] if "score" in row], f"ratings, {key['scale'][0]} to {key['scale'][1]}"))
     console.print(_table([row for row in summary["rows"] if "score" not in row], "arms compared"))
     found = summary["agreement"]
     value = "not defined" if found["value"] is None else f"{found['value']:.2f}"
     console.print(
-        f"{found['measure']}: {value} ({found['raters']} raters, {found['shared']} answers with several ratings)", highlight=False
+        f"{found['measure']}: {value} ({counted(found['raters'], 'rater')}, {counted(found['shared'], 'answer')} with several ratings)",
+        highlight=False,
     )
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
@@ -109,9 +112,9 @@ def _ask(console: Console, questions: Sequence[Question], settings: Judge, cache
 def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: str) -> None:
     _name_unfinished(console, answers)
     console.print(
-        f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
-        f"{', '.join(map(str, answers.seeds))}, each pair in both orders); {plan.cached} are already answered, and {plan.requests} "
-        "requests will be sent",
+        f"{model}: {counted(plan.questions, 'question')} ({counted(len(answers.arms), 'arm')}, {counted(len(answers.items), 'prompt')}, "
+        f"training seed {', '.join(map(str, answers.seeds))}, each pair in both orders); {counted(plan.cached, 'is', 'are')} already "
+        f"answered, and {counted(plan.requests, 'request')} will be sent",
         highlight=False,
     )
     if plan.requests:
@@ -124,12 +127,13 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
-        count = f"{len(verdicts.unparsed)} of {plan.questions}"
-        console.print(f"no scores can be read from the replies to {count} questions; these questions are left out")
+        count = f"{len(verdicts.unparsed)} of {counted(plan.questions, 'question')}"
+        console.print(f"no scores can be read from the replies to {count}; these questions are left out")
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))
         console.print(
-            f"the endpoint refused {len(verdicts.refused)} of {plan.questions} questions ({reason}); these questions are left out"
+            f"the endpoint refused {len(verdicts.refused)} of {counted(plan.questions, 'question')} ({reason}); these questions are left "
+            "out"
         )
 
 

@@ -26,6 +26,7 @@ from tadistill.judge.questions import Answers, Question, parse_scores, wordings
 from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
 from tadistill.models.replies import Cache, in_threads
 from tadistill.results.collect import MEAN
+from tadistill.safe_text import counted
 from tadistill.statistics import macro_interval
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def ask_all(
 
 
 def stopped(reason: str, done: int, total: int) -> str:
-    return f"{reason}; {done} of {total} questions are answered and saved, {total - done} are missing; run the same command to continue"
+    saved = f"{done} of {counted(total, 'question is', 'questions are')} answered and saved"
+    return f"{reason}; {saved}, {counted(total - done, 'is', 'are')} missing; run the same command to continue"
 
 
 class _Run:

@@ -38,6 +38,7 @@ from tadistill.models import sources
 from tadistill.models.architectures import check_architecture, first_line, quiet, scratch_config, scratch_model, wrong_field
 from tadistill.models.model_files import check_files, read_description
 from tadistill.models.tokens import check_ends, end_tokens
+from tadistill.safe_text import counted, form
 
 
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
@@ -225,13 +226,15 @@ def _check_weights(load: str, info: dict[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:_SHOWN])
         raise ModelError(
-            f"{len(missing)} weights of this architecture are missing in the files of `{load}` ({some}); download or save the model again"
+            f"{counted(len(missing), 'weight of this architecture is', 'weights of this architecture are')} missing in the files of "
+            f"`{load}` ({some}); download or save the model again"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise ModelError(
-            f"{len(mismatched)} weights of `{load}` have another shape than in config.json: {name} has the shape {list(stored)}, but "
-            f"needs {list(wanted)}; correct config.json (vocab_size or another size), or download the model again"
+            f"{counted(len(mismatched), 'weight')} of `{load}` {form(len(mismatched), 'has', 'have')} another shape than in config.json: "
+            f"{name} has the shape {list(stored)}, but needs {list(wanted)}; correct config.json (vocab_size or another size), or download "
+            "the model again"
         )
     if layers := _layers(info["unexpected_keys"]):
         raise ModelError(

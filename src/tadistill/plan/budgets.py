@@ -29,6 +29,7 @@ from tadistill.plan.inputs import FromStage
 from tadistill.plan.kinds import DistillSpec, TrainingSpec
 from tadistill.plan.paths import given_teachers
 from tadistill.plan.task import original_teacher
+from tadistill.safe_text import form
 
 if TYPE_CHECKING:
     from tadistill.plan.arms import PlannedArm
@@ -106,7 +107,8 @@ class Budgets:
             )
         if not 1 <= rows <= most:
             needs, fix = (f"{rows:,} answers", "name an arm with fewer answers") if rows else ("less than one answer", "name another arm")
-            raise ConfigError(f"{given} this budget requires {needs} from {teacher}, but the training set has {most:,} prompts; {fix}")
+            has = f"{most:,} {form(most, 'prompt', 'prompts')}"
+            raise ConfigError(f"{given} this budget requires {needs} from {teacher}, but the training set has {has}; {fix}")
         return rows
 
     # --- training FLOPs -------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from tadistill.plan.paths import check_like, check_weights, teacher_rules
 from tadistill.plan.phases import Turn
 from tadistill.plan.study_texts import StudySets, texts
 from tadistill.plan.study_tokens import StudyTokens
+from tadistill.safe_text import counted
 
 
 class StageBuilder:
@@ -216,8 +217,8 @@ class StageBuilder:
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
             raise ConfigError(
-                f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); write one "
-                "weight for each teacher, or remove `dense.weights` for equal weights"
+                f"dense.weights has {counted(len(dense.weights), 'entry', 'entries')}, but {name} has {len(teachers)} teachers "
+                f"({', '.join(names)}); write one weight for each teacher, or remove `dense.weights` for equal weights"
             )
         of_teacher = teacher_rules(self, names[0], name, method)
         # answers of a teacher with another tokenizer follow the student's own prompts, so this stage needs no `context`

@@ -110,7 +110,7 @@ class OnTrainingSets(Spec):
 
 
 _BRACKETS = re.compile(r" \((?!turn |phase )[^()]*\)")
-_UPDATES = re.compile(r", \d+ updates")
+_UPDATES = re.compile(r", \d+ updates?")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.cost import Cost
 from tadistill.plan.graph import OnTrainingSets, Spec
 from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
+from tadistill.safe_text import counted
 
 if TYPE_CHECKING:
     from tadistill.plan.costs import Ledger
@@ -123,10 +124,10 @@ class DistillSpec(TrainingSpec):
         recorded = "recorded, " if method.recorded_text else ""
         detail = f" ({recorded}{method.signal.type} signal)" if method.signal else ""
         if isinstance(sampler, Rounds) and sampler.rollouts:
-            detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
+            detail = f" (rounds of {sampler.rollouts}, {counted(method.round_updates, 'update')} each)"
         own = f"{', with a context' if method.context else ''}{f', EMA {method.ema:g}' if method.ema is not None else ''}"
         own += ", over spans" if self.teacher_data else ""
-        return f"{method.objective.label} on {sampler.type}{detail}{own}, {method.optim.steps} updates"
+        return f"{method.objective.label} on {sampler.type}{detail}{own}, {counted(method.optim.steps or 0, 'update')}"
 
     def content(self) -> dict[str, Any]:
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""
@@ -301,30 +302,32 @@ class AnalyseSpec(_OnTestSets):
         return [f"evaluate.batch: {self.batch // 2}"] if self.batch > 1 else []
 
 
-class ProbeSpec(Spec):
-    """Measurement of one model on dev prompts, before any distillation."""
-
-    kind = "probe"
-    version = 1
-    work = "measuring:probe"
+class _OnDevSet(Spec):
     measures = True
     in_recipes = False
 
-    model: Handle
-    decoding: Evaluate
     dev: Dev
     precision: Precision = "fp32"
     """Number format of the models (`evaluate.precision`)."""
 
 
-class PairSpec(Spec):
+class ProbeSpec(_OnDevSet):
+    """Measurement of one model on dev prompts, before any distillation."""
+
+    kind = "probe"
+    version = 1
+    work = "measuring:probe"
+
+    model: Handle
+    decoding: Evaluate
+
+
+class PairSpec(_OnDevSet):
     """Comparison of a student with a bigger model on dev prompts, before any distillation."""
 
     kind = "pair"
     version = 1
     work = "measuring:pair"
-    measures = True
-    in_recipes = False
 
     teacher: Handle
     model: Handle
@@ -332,10 +335,7 @@ class PairSpec(Spec):
     """The student's answers from its probe stage."""
     k: int
     """Number of most likely tokens that are compared."""
-    dev: Dev
     batch: int
-    precision: Precision = "fp32"
-    """Number format of the models (`evaluate.precision`)."""
 
 
 KINDS: dict[str, type[Spec]] = {

@@ -26,6 +26,7 @@ from tadistill.plan.phases import phases_text
 from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, vllm_stages
 from tadistill.plan.throughput import Speeds
+from tadistill.safe_text import counted
 from tadistill.store import Store
 
 ASKED = "asked"
@@ -83,7 +84,7 @@ def _times(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if len(takes) < len(todo):
-        unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run whose FLOPs are counted"
+        unknown = f"{len(todo) - len(takes)} of {counted(len(todo), 'stage')} to run whose FLOPs are counted"
         yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
@@ -113,7 +114,7 @@ def _recordings(plan: Plan) -> Iterator[str]:
             continue
         disk, readers = stage.cost.disk, sum(stage.key in other.parents.values() for other in plan.stages.values())
         space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
-        shared = f"{readers} distillation{'s' * (readers != 1)} read{'s' * (readers == 1)} it"
+        shared = f"{counted(readers, 'distillation reads', 'distillations read')} it"
         losses = stage.spec.signal.inexact("the recording has") or "exact"
         yield f"{stage.label}: losses from this recording are {losses}; {'' if disk.exact else 'at most '}{space}; {shared}."
 
@@ -156,8 +157,8 @@ def _engines(plan: Plan) -> Iterator[str]:
     if found:
         kinds = ", ".join(f"{found.count(kind)} {kind}" for kind in dict.fromkeys(found))
         yield (
-            f"vLLM samples the text of {len(found)} stage{'s' * (len(found) > 1)} ({kinds}), in a process of its own. The memory in "
-            "the table does not include the memory of this process (`runtime.vllm.memory`)."
+            f"vLLM samples the text of {counted(len(found), 'stage')} ({kinds}), in a process of its own. The memory in the table does not "
+            "include the memory of this process (`runtime.vllm.memory`)."
         )
 
 

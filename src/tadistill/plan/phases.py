@@ -11,6 +11,7 @@ from tadistill.config import Arm, Method, Recipe
 from tadistill.config.combinations import apply, phases_of
 from tadistill.config.method import PARTS, MethodPatch
 from tadistill.errors import ConfigError, DataError, ModelError, NotHere
+from tadistill.safe_text import counted
 
 if TYPE_CHECKING:
     from tadistill.plan.builder import StageBuilder
@@ -99,8 +100,8 @@ def _divided(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> 
     assert whole is not None
     if len(method.phases or ()) > whole:
         raise ConfigError(
-            f"`phases` has {len(method.phases or ())} phases, but the training has {whole} updates, so a phase would have no update; raise "
-            "`optim.steps`, or remove phases"
+            f"`phases` has {len(method.phases or ())} phases, but the training has {counted(whole, 'update')}, so a phase would have no "
+            "update; raise `optim.steps`, or remove phases"
         )
     found: list[PlannedPhase] = []
     wanted, done = 0.0, 0

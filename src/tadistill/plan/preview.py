@@ -18,6 +18,7 @@ from tadistill.plan.notes import ASKED, counts_asked, plan_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import process_bytes
 from tadistill.plan.throughput import Speeds
+from tadistill.safe_text import counted
 from tadistill.store import Store
 
 _LARGEST = 3  # number of stages whose parts are shown
@@ -78,7 +79,7 @@ _NUMBERS = (ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share",
 def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     wide = width >= _WIDE
     columns = ["key", "", "FLOPs", "time", "memory", "stage", *(["parents"] if wide else [])]
-    table = _table(f"{plan.recipe.study}: {len(plan.stages)} stages", *columns)
+    table = _table(f"{plan.recipe.study}: {counted(len(plan.stages), 'stage')}", *columns)
     table.columns[0].min_width, table.columns[1].min_width = 16 if wide else 8, 4
     table.columns[5].no_wrap, table.columns[5].overflow = False, "fold"  # a cut label could lose the method or the seed
     labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=not wide)

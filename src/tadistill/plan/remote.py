@@ -25,6 +25,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Handle, Loaded
 from tadistill.plan.kinds import AnalyseSpec, AskSpec, DistillSpec, SignalSpec, Spec
 from tadistill.rollout.api_teacher import Request, requests
+from tadistill.safe_text import counted, form
 from tadistill.store import Store
 
 if TYPE_CHECKING:
@@ -226,8 +227,8 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
             rows = survey(ref, "train", data)
             first, *others = (Estimate.of(spec, rows.sample, min(rows.rows, spec.train.limit or rows.rows)) for spec in left)
             total = sum(others, first)
-            sets = "1 set" if len(left) == 1 else f"{len(left)} sets"
-            done = f"At most {total.requests:,} requests for {sets} of answers: {total.text(model.api)}."
+            sets, wanted = counted(len(left), "set"), f"{total.requests:,} {form(total.requests, 'request', 'requests')}"
+            done = f"At most {wanted} for {sets} of answers: {total.text(model.api)}."
             if len({spec.seed for spec in left}) > 1:
                 done += f" Each seed asks for its own answers; set `models.{name}.seed` to use one set of answers for all seeds."
         yield f"Teacher {where} writes text. {done}"

@@ -19,6 +19,7 @@ from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.inputs import Encoding, TokenizerFiles
 from tadistill.plan.paths import contexts_of
+from tadistill.safe_text import counted
 
 _SHOWN = 3  # number of tokens that a sentence names
 
@@ -315,7 +316,7 @@ class StudyTokens:
 
 
 def _more(extra: Mapping[str, int]) -> str:
-    return f"{len(extra)} more token{'s' * (len(extra) != 1)}"
+    return counted(len(extra), "more token")
 
 
 def _join(names: list[str] | tuple[str, ...]) -> str:

@@ -13,13 +13,14 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text
-from tadistill.report.path_words import counted, in_words, listed, some, taught, ways_text
+from tadistill.report.path_words import in_words, listed, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, span, spoken_interval, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
+from tadistill.safe_text import counted, form
 from tadistill.statistics import Difference, holm
 
 _ALPHA = 0.05
@@ -130,8 +131,9 @@ def _question(results: Results) -> str:
 
 def _answer(results: Results) -> tuple[Kind, str]:
     if not results.summaries:
-        done = sum(results.store.finished(stage.key) for stage in results.plan.stages)
-        return "unfinished", f"There is no answer yet: no arm is evaluated, and {done} of {len(results.plan.stages)} stages are finished."
+        done, total = sum(results.store.finished(stage.key) for stage in results.plan.stages), len(results.plan.stages)
+        finished = f"{done} of {counted(total, 'stage is', 'stages are')} finished"
+        return "unfinished", f"There is no answer yet: no arm is evaluated, and {finished}."
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     if any(arm.has_assistant for arm in results.plan.arms):
         return _of_chains(results, decided)
@@ -305,8 +307,8 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
 
 def _near_text(p_values: Sequence[float], family: int) -> str:
     return (
-        f"{len(p_values)} of {family} such intervals (one for each arm and kind of answer) lie{'s' * (len(p_values) == 1)} above 0. But "
-        f"after correction for {family} comparisons, the smallest p-value is {min(p_values):.3f}, so the advantage may be chance."
+        f"{len(p_values)} of {family} such intervals (one for each arm and kind of answer) {form(len(p_values), 'lies', 'lie')} above 0. "
+        f"But after correction for {family} comparisons, the smallest p-value is {min(p_values):.3f}, so the advantage may be chance."
     )
 
 
@@ -316,7 +318,7 @@ def _near_text(p_values: Sequence[float], family: int) -> str:
 def _cost(results: Results) -> str:
     seconds = [row.manifest.seconds for row in stage_rows(results) if row.manifest]
     total = len(results.plan.stages)
-    done = counted(total, "stage") if len(seconds) == total else f"{len(seconds)} finished stages (of {total})"
+    done = counted(total, "stage") if len(seconds) == total else f"{counted(len(seconds), 'finished stage')} (of {total})"
     spent = f"{done} took {spoken(sum(seconds))} of computing" if seconds else ""
     found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
     known = [arm for arm in found if arm.flops is not None]

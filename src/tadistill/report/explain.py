@@ -9,7 +9,7 @@ from collections import Counter
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
-from tadistill.report.path_words import counted, listed, taught
+from tadistill.report.path_words import listed, taught
 from tadistill.report.tokenizer_words import vocabulary_texts
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
@@ -18,7 +18,7 @@ from tadistill.results.number_text import detectable_text, number, p_text, ratio
 from tadistill.results.study import ArmRecord, PhaseRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
-from tadistill.safe_text import one_line, shortened
+from tadistill.safe_text import counted, form, one_line, shortened
 from tadistill.store import FAILURE
 
 _NAMED = 5  # most arms that one sentence names
@@ -196,7 +196,7 @@ def missing_text(results: Results) -> str:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
     total = sum(len(arm.evaluate) for arm in results.plan.arms)
     named = [f"{arm} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items()]
-    more = f"; and {len(named) - _NAMED} more arms" if len(named) > _NAMED else ""
+    more = f"; and {counted(len(named) - _NAMED, 'more arm')}" if len(named) > _NAMED else ""
     listed = f"{len(results.missing)} of {total} evaluations are not finished: {'; '.join(named[:_NAMED])}{more}."
     left = listed if len(results.missing) < total else f"None of {total} evaluations is finished."
     return f"{left} `{results.plan.command}` continues where it stopped."
@@ -225,7 +225,7 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
     decodings = max(values_NK.shape[1] for values_NK in table)
     prompts, rows = sum(map(len, table)), sum({s.set: s.counts.rows for s in results.used if s.role == "test" and s.set in having}.values())
     of = f" of {rows}" if rows > prompts else ""
-    counts = f"{prompts}{of} prompt{'' if max(prompts, rows) == 1 else 's'}, {counted(decodings, 'decoding seed')}"
+    counts = f"{prompts}{of} {form(max(prompts, rows), 'prompt', 'prompts')}, {counted(decodings, 'decoding seed')}"
     return f"{counts}, {counted(len(seeds), 'training seed')}" if arm.is_trained else counts
 
 
@@ -242,7 +242,7 @@ def cautions(results: Results) -> list[str]:
     few = [f"{name}: {counted(count, 'seed')}" for name, count in trained.items() if count < SEEDS_FOR_A_CLAIM]
     if few:
         same = len(few) == len(trained) and len(set(trained.values())) == 1
-        more = f", and {len(few) - _NAMED} more arms" if len(few) > _NAMED else ""
+        more = f", and {counted(len(few) - _NAMED, 'more arm')}" if len(few) > _NAMED else ""
         said = counted(min(trained.values()), "seed") if same else f"{', '.join(few[:_NAMED])}{more}"
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
@@ -261,7 +261,7 @@ def _unequal_text(results: Results) -> str:
     if not unequal:
         return ""
     named = "; ".join(unequal_text(results, c) for c in unequal[:_NAMED])
-    more = f"; and {len(unequal) - _NAMED} more arms" if len(unequal) > _NAMED else ""
+    more = f"; and {counted(len(unequal) - _NAMED, 'more arm')}" if len(unequal) > _NAMED else ""
     arm = unequal[0].arm if len(unequal) == 1 else "ARM"
     return f"Not compared at equal compute: {named}{more}. For equal compute, add a direct arm with `compute: as {arm}`."
 

@@ -9,7 +9,7 @@ from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
-from tadistill.report.path_words import counted, listed, some, steps, ways_text
+from tadistill.report.path_words import listed, some, steps, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
@@ -18,6 +18,7 @@ from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
 from tadistill.results.samples import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
+from tadistill.safe_text import counted
 
 _VERBS = {
     "gain": "is clearly better than",
@@ -80,7 +81,7 @@ def _decided(results: Results, found: Sequence[Comparison]) -> str:
         return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.against == 'plain direct' else ''}"
     if all(c.against == "pair" for c in found):
         better = [f"{c.arm} than {c.other}" if c.word == "gain" else f"{c.other} than {c.arm}" for c in found if c.word in ("gain", "loss")]
-        return f"{len(better) or 'None'} of {len(found)} pairs differ{'' if len(better) > 1 else 's'} clearly" + (
+        return f"{len(better) or 'None'} of {counted(len(found), 'pair')} differ{'' if len(better) > 1 else 's'} clearly" + (
             f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
         )
     arms = {word: [c.arm for c in found if c.word == word] for word in _VERBS}
@@ -176,8 +177,8 @@ def answers(results: Results, found: Samples) -> str:
         both = [p["answers"] for p in prompts if arm in p["answers"] and other in p["answers"]]
         same = sum(said[arm]["text"].strip() == said[other]["text"].strip() for said in both)
         if both:
-            return f"{arm} and {other} give the same answer to {same} of {len(both)} prompts"
-    return f"The answers to {len(prompts)} prompts{', side by side' if len(results.plan.arms) > 1 else ''}"
+            return f"{arm} and {other} give the same answer to {same} of {counted(len(both), 'prompt')}"
+    return f"The answers to {counted(len(prompts), 'prompt')}{', side by side' if len(results.plan.arms) > 1 else ''}"
 
 
 def behaviour(results: Results) -> str:

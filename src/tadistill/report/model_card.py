@@ -30,6 +30,7 @@ from tadistill.results.measured import load_manifest, load_predictions, rows_tex
 from tadistill.results.number_text import interval, number, parameters_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
+from tadistill.safe_text import counted
 
 
 def export(results: Results, arm: str, seed: int | None, target: Path, *, name: str = "") -> Path:
@@ -202,7 +203,10 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
     sentences += [f"T{sentence[1:]}." for sentence in arm.inexact]
     sentences += [text for text in [results.plan.drawn, rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]
     if trained < len(arm.evaluate):
-        sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")
+        sentences.append(
+            f"The study is not finished: {trained} of {counted(len(arm.evaluate), 'seed of this arm is', 'seeds of this arm are')} "
+            "evaluated."
+        )
     return sentences
 
 

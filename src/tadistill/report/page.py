@@ -45,7 +45,7 @@ from tadistill.results.curves import learning_curves
 from tadistill.results.samples import Samples, judgements, samples, shown_first
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import comparisons
-from tadistill.safe_text import visible, visible_parts
+from tadistill.safe_text import counted, visible, visible_parts
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _arm_row(results: Results, cost: CostRow, words: str, strip: Strip, *, best:
     s, done, planned = results.summaries.get((name, MEAN, metric)), len(results.scores[name]), len(cost.arm.evaluate)
     tip = f"{name}: {number_text.summary_text(s, metric)}" if s else ""
     plot = strip.bar(s.mean, s.low, s.high, looks(results)[name], tip=tip) if s else strip.empty()
-    return ArmRow(cost, s, plot, best, words, "" if done == planned else f"{done}/{planned} seeds")
+    return ArmRow(cost, s, plot, best, words, "" if done == planned else f"{done}/{counted(planned, 'seed')}")
 
 
 def _strip(results: Results) -> Strip:

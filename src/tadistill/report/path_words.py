@@ -121,8 +121,3 @@ def listed(names: Sequence[str]) -> str:
 def some(names: Sequence[str]) -> str:
     """Return names as text, such as "a, b and c". If there are more than three, the rest is a number: "a, b, c and 2 more"."""
     return listed([*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names)
-
-
-def counted(count: int, what: str) -> str:
-    """Return a number with its noun in the right form, such as "1 seed" or "3 training seeds"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -30,7 +30,7 @@ from tadistill.report.tables import (
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
 from tadistill.results.number_text import DASH, gap_text, number, ratio_text, summary_text
 from tadistill.results.samples import samples
-from tadistill.safe_text import one_line, visible
+from tadistill.safe_text import counted, one_line, visible
 
 
 def render_markdown(results: Results) -> str:
@@ -123,7 +123,7 @@ def _stages(results: Results) -> str:
     rows = stage_rows(results)
     body = [[f"`{row.stage.key}`", row.stage.label, f"{row.manifest.seconds:.0f} s" if row.manifest else "not finished"] for row in rows]
     found = pipe_table(["stage", "what", "time"], body)
-    return f"<details>\n<summary>{len(rows)} stage{'s' * (len(rows) != 1)}: keys and times</summary>\n\n{found}\n\n</details>"
+    return f"<details>\n<summary>{counted(len(rows), 'stage')}: keys and times</summary>\n\n{found}\n\n</details>"
 
 
 def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -202,7 +202,7 @@ def _arm_table(results: Results, metrics: Sequence[str], intervals: int, compute
             for i, (s, metric) in enumerate(summaries)
         ]
         done, planned = len(results.scores[arm.name]), len(arm.evaluate)
-        name = arm.name if done == planned else f"{arm.name} ({done}/{planned} seeds)"
+        name = arm.name if done == planned else f"{arm.name} ({done}/{counted(planned, 'seed')})"
         table.add_row(*map(escape, (name, *cells, *([ratio_text(row.relative)] if compute else []))))
     return table
 

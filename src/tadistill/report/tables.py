@@ -21,6 +21,7 @@ from tadistill.results.number_text import (
 )
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import Comparison, comparisons, control_pairs
+from tadistill.safe_text import counted
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _buckets(results: Results) -> Table | None:
     metric = "rouge_l"
     shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
     shown = [(bucket, size) for bucket, size in shown if size]
-    columns = tuple(Column(f"{bucket_title(bucket)} tokens", f"{size} prompts") for bucket, size in shown)
+    columns = tuple(Column(f"{bucket_title(bucket)} tokens", counted(size, "prompt")) for bucket, size in shown)
     title, note = (f"{metric_title(metric)} by length of the reference", "Prompts of all sets, grouped by their first reference's length.")
 
     def cells(arm: str) -> list[Cell]:

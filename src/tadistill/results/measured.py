@@ -22,6 +22,7 @@ from tadistill.errors import StoreError
 from tadistill.metrics import metric_of
 from tadistill.models.cost import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
+from tadistill.safe_text import counted, form
 from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store
 
@@ -59,8 +60,8 @@ def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
     wrong = values[(values < low - ROUNDING) | (values > high + ROUNDING)]
     if wrong.size:
         raise StoreError(
-            f"{path}: {wrong.size} scores of `{metric}` lie outside {low:g} to {high:g}, the bounds of its unit "
-            f"`{metric_of(metric).unit}`, for instance {wrong[0]:g}; give the metric another `unit` in the recipe"
+            f"{path}: {counted(wrong.size, 'score')} of `{metric}` {form(wrong.size, 'lies', 'lie')} outside {low:g} to {high:g}, the "
+            f"bounds of its unit `{metric_of(metric).unit}`, for instance {wrong[0]:g}; give the metric another `unit` in the recipe"
         )
 
 
@@ -172,7 +173,10 @@ class UsedRows:
         """
         whole = self.counts.text
         if self.compared < self.counts.used:
-            whole = f"{whole or f'{self.counts.used} rows'}; arms are compared on the {self.compared} rows that all models answered"
+            whole = (
+                f"{whole or counted(self.counts.used, 'row')}; arms are compared on the {counted(self.compared, 'row')} that all models "
+                "answered"
+            )
         arms = f", {', '.join(self.arms)}" if self.arms else ""
         return f"{self.set} ({self.role}{arms}): {whole}" if whole else ""
 

@@ -14,6 +14,7 @@ from tadistill.results.collect import Results, once
 from tadistill.results.measured import load_predictions
 from tadistill.results.number_text import number
 from tadistill.results.verdict import by_importance
+from tadistill.safe_text import counted, form
 
 _PROMPTS = 50  # maximum number of prompts per set: enough to read and search
 _BYTES = 1_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`
@@ -127,11 +128,11 @@ def _tables(content: Mapping[str, Any]) -> list[Judgement]:
 
 def _gaps(content: Mapping[str, Any]) -> str:
     texts: list[str] = []
-    for key, what in (("unparsed", "could not be read"), ("missing", "are missing")):
+    for key, one, many in (("unparsed", "could not be read", "could not be read"), ("missing", "is missing", "are missing")):
         value = content.get(key, 0)
         count = len(value) if isinstance(value, Sequence) else int(value)
         if count:
-            texts.append(f" {count} replies of the judge {what}.")
+            texts.append(f" {counted(count, 'reply', 'replies')} of the judge {form(count, one, many)}.")
     return "".join(texts)
 
 

@@ -24,6 +24,7 @@ from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed
 from tadistill.models.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
 from tadistill.models.replies import Cache, in_threads
+from tadistill.safe_text import counted, form
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -178,15 +179,15 @@ class Asking:
         return done
 
     def _sentence(self, done: int, total: int) -> str:
-        saved = f"{done} of {total} answers are saved, {total - done} are missing"
+        saved = f"{done} of {counted(total, 'answer is', 'answers are')} saved, {counted(total - done, 'is', 'are')} missing"
         if self.reason:
             return f"the API {self.api.at} of {self.name} failed: {self.reason}; {saved}; run the same command to continue"
         rows = sorted(self.failed)
         named = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
-        plural = "s" * (len(rows) != 1)
         return (
-            f"the API {self.api.at} of {self.name} gives no usable answer to row{plural} {named} of the training set (row {rows[0]}: "
-            f"{self.failed[rows[0]]}); {saved}; run the same command to ask again, or delete the row{plural}"
+            f"the API {self.api.at} of {self.name} gives no usable answer to {form(len(rows), 'row', 'rows')} {named} of the training set "
+            f"(row {rows[0]}: {self.failed[rows[0]]}); {saved}; run the same command to ask again, or delete the "
+            f"{form(len(rows), 'row', 'rows')}"
         )
 
     def _settle(self, client: "OpenAI", request: Request) -> None:

@@ -38,6 +38,7 @@ from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process
 from tadistill.rollout.draw import Guide, Rollout
 from tadistill.rollout.engine import Prompt, Tick
+from tadistill.safe_text import counted
 
 _ALIGNED = 64  # each weight begins at a multiple of this number of bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers
@@ -271,7 +272,8 @@ def _environment(launch: Launch) -> dict[str, str]:
         names = visible_gpus(torch.cuda.device_count())[first : first + count]
         if len(names) < count:
             raise StageFailed(
-                f"`runtime.vllm.tensor_parallel` is {count}, but this stage has {len(names)} GPUs; set it to at most {len(names)}"
+                f"`runtime.vllm.tensor_parallel` is {count}, but this stage has {counted(len(names), 'GPU')}; set it to at most "
+                f"{len(names)}"
             )
         found["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return found

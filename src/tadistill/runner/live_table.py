@@ -24,6 +24,7 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LocalRun, StageProgress
+from tadistill.safe_text import counted
 
 SHARED = "shared by arms"
 """Name of the group of stages that several arms need."""
@@ -164,7 +165,11 @@ class _View:
                 shown.append(self._open(name, keys, running, failed))
                 for key in running:
                     shown += self._running(key)
-        waiting = [Text(f"  {_count(idle)} wait: {', '.join(idle)}", style="dim")] if idle else []
+        waiting = (
+            [Text(f"  {counted(sum(map(len, idle.values())), 'stage waits', 'stages wait')}: {', '.join(idle)}", style="dim")]
+            if idle
+            else []
+        )
         return [*self._done(done), *shown, *waiting]
 
     def _line(self, mark: str, style: str, name: str, text: str) -> Text:
@@ -175,7 +180,7 @@ class _View:
         done = [key for key in keys if key not in self.board.waiting and key not in (*running, *failed)]
         left = {stages[key].seed for key in keys if key not in done}
         seeds = [str(seed) for seed in dict.fromkeys(stages[key].seed for key in done) if seed not in left]
-        parts = [f"{len(done)} of {len(keys)} stages", f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} done" if seeds else ""]
+        parts = [f"{len(done)} of {counted(len(keys), 'stage')}", f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} done" if seeds else ""]
         blocked = sum(key in self.blocked for key in keys)
         parts += [f"{len(failed)} failed" if failed else "", f"{blocked} cannot run" if blocked else ""]
         mark, style = (self._mark("✗", "!"), "red") if failed else (self._mark("●", ">"), "cyan")
@@ -187,10 +192,10 @@ class _View:
         lines = [self._folded("from the store", {name: groups[name] for name in old})] if old else []
         if self.fold_done and len(new) > 1:
             return [*lines, self._folded(f"done, {spoken(sum(took.values()))}", {name: groups[name] for name in new})]
-        return [*lines, *(self._line(*self.tick, name, f"{_count({name: groups[name]})}, {spoken(took[name])}") for name in new)]
+        return [*lines, *(self._line(*self.tick, name, f"{counted(len(groups[name]), 'stage')}, {spoken(took[name])}") for name in new)]
 
     def _folded(self, text: str, groups: Mapping[str, Sequence[str]]) -> Text:
-        return Text.assemble(self.tick, f" {_count(groups)} {text}: {', '.join(groups)}")
+        return Text.assemble(self.tick, f" {counted(sum(map(len, groups.values())), 'stage')} {text}: {', '.join(groups)}")
 
     def _running(self, key: str) -> list[Text]:
         head, progress, losses = Text(self._head(key)), self.run.stages[key], self.board.losses[key]
@@ -227,7 +232,7 @@ class _View:
         waits = [f"{waiting} wait"] * bool(waiting) + [f"{len(self.blocked)} cannot run"] * bool(self.blocked)
         bar = self._bar(run.done / max(run.total, 1), 10)
         parts = [
-            (0, Text.assemble((f"{run.done}/{run.total} stages", "bold"), *([" ", bar] if self.width >= 40 else []))),
+            (0, Text.assemble((f"{run.done}/{counted(run.total, 'stage')}", "bold"), *([" ", bar] if self.width >= 40 else []))),
             (1, Text(f"{spoken(run.seconds)}{left}", style="bold")),
             (2, Text(", ".join(waits))),
         ]
@@ -262,8 +267,3 @@ def sparkline(values: Sequence[float], width: int) -> str:
     means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
     low, high = min(means), max(means)
     return "".join(_SPARKS[round((mean - low) / (high - low) * 7) if high > low else 0] for mean in means)
-
-
-def _count(groups: Mapping[str, Sequence[str]]) -> str:
-    count = sum(map(len, groups.values()))
-    return f"{count} stage{'s' * (count != 1)}"

@@ -31,6 +31,7 @@ from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillErr
 from tadistill.models.cost import keep_freed_memory
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag, held, release
+from tadistill.safe_text import counted
 
 Message = tuple[int, int, str] | str
 """Progress (done, total, text), or the text of an alarm."""
@@ -253,7 +254,7 @@ def _prepare_torch(world: int, threads: int) -> None:
         keep_freed_memory()
     elif torch.cuda.device_count() < world:
         gpus = torch.cuda.device_count()
-        raise ConfigError(f"resources.processes is {world}, but this machine has {gpus} GPUs; set it to at most {gpus}")
+        raise ConfigError(f"resources.processes is {world}, but this machine has {counted(gpus, 'GPU')}; set it to at most {gpus}")
 
 
 def _obey(pipe: Connection, asked: threading.Event) -> None:

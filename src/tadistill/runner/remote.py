@@ -33,6 +33,7 @@ from tadistill.plan.remote import Estimate, running, wanted_of
 from tadistill.plan.task import make_task
 from tadistill.rollout.api_teacher import client_of, replies_file, same_model
 from tadistill.runner.processes import run_in_processes
+from tadistill.safe_text import form
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -189,13 +190,14 @@ def announced(plan: Plan, store: Store, stages: Iterable[Stage]) -> Iterator[str
         ServerFailed: an API cannot be reached, or does not accept the key.
     """
     for name, left in _left(plan, store, stages).items():
-        known = f"{left.cached:,} of {left.cached + left.estimate.requests:,} answers are in the store"
-        if not left.estimate.requests:
+        new, all_ = left.estimate.requests, left.cached + left.estimate.requests
+        known = f"{left.cached:,} of {all_:,} {form(all_, 'answer is', 'answers are')} in the store"
+        if not new:
             yield f"{name} ({left.api.model}): {known}, and no request will be sent"
             continue
         _try(name, left.api)
         yield (
-            f"{name} ({left.api.model}): {known}; {left.estimate.requests:,} requests will be sent to {left.api.at}: "
+            f"{name} ({left.api.model}): {known}; {new:,} {form(new, 'request', 'requests')} will be sent to {left.api.at}: "
             f"{left.estimate.text(left.api)}"
         )
 

@@ -25,6 +25,7 @@ from tadistill.runner.interruption import ENDING, StopFlag, Stopped
 from tadistill.runner.processes import StageProcesses, prepare
 from tadistill.runner.screen import Screen
 from tadistill.runner.trackers import Trackers
+from tadistill.safe_text import counted
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -51,7 +52,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> Non
         flag.restore()
     if failed:
         key, error = next(iter(failed.items()))
-        more = f"; {len(failed) - 1} more stages failed" if len(failed) > 1 else ""
+        more = f"; {counted(len(failed) - 1, 'more stage')} failed" if len(failed) > 1 else ""
         text = f"{plan.stages[key].label} ({key}): {error}{more}. Finished stages are kept; run the same command again to continue"
         # an input error keeps its type (exit code 2), even if a stage finds it
         raise type(error)(text) if isinstance(error, (ConfigError, DataError, ModelError)) else StageFailed(text)

@@ -19,6 +19,7 @@ from tadistill.runner.live_table import Board, LiveTable
 from tadistill.runner.local import Journal, StageProgress, described
 from tadistill.runner.processes import Message
 from tadistill.runner.timing import Estimate, workloads
+from tadistill.safe_text import counted
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -51,7 +52,7 @@ class Screen:
 
     def __enter__(self) -> "Screen":
         run = self.run
-        self.journal.log(f"start: {run.command} ({run.total} stages, {len(self.board.waiting)} to run)")
+        self.journal.log(f"start: {run.command} ({counted(run.total, 'stage')}, {len(self.board.waiting)} to run)")
         self.journal.save()
         facts = {"study": self.plan.recipe.study, "command": run.command, "stages": run.total, "todo": len(self.board.waiting)}
         self.terminal.event("study_start", **facts, jobs=self.jobs)
@@ -64,11 +65,13 @@ class Screen:
         run = self.run
         run.ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed" if error or run.failed else "finished"
         run.left = None
-        self.journal.log(f"end: {run.ended}, {run.done} of {run.total} stages are done")
+        self.journal.log(f"end: {run.ended}, {run.done} of {counted(run.total, 'stage is', 'stages are')} done")
         self.journal.save()
         self.terminal.event("study_end", state=run.ended, done=run.done, stages=run.total, seconds=run.seconds)
         if self.live or self.lines:
-            self.terminal.note(f"{run.done} of {run.total} stages are done ({run.ended} after {spoken(run.seconds)})")
+            self.terminal.note(
+                f"{run.done} of {counted(run.total, 'stage is', 'stages are')} done ({run.ended} after {spoken(run.seconds)})"
+            )
 
     def say(self, text: str) -> None:
         """Print a line, and add it to run.log."""

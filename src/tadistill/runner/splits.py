@@ -22,6 +22,7 @@ from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.paths import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
+from tadistill.safe_text import counted
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the largest number of positions in transformers' configurations
 
@@ -186,9 +187,9 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
         of = f" of the control {name}"
         fix = f"write arms.{name}: {{control: {recipe.arms[name].control}, sampler: {{max_new_tokens: {positions - longest.prompt}}}}}"
     needs = {
-        f"the longest prompt ({longest.prompt} tokens) plus max_new_tokens ({new}){of} needs": (longest.prompt + new, fix),
+        f"the longest prompt ({counted(longest.prompt, 'token')}) plus max_new_tokens ({new}){of} needs": (longest.prompt + new, fix),
         "the longest prompt with its reference response needs": (longest.whole, "lower data.max_length"),
-        f"the teacher's longest prompt ({longest.context} tokens, with `context`) and the response need": (
+        f"the teacher's longest prompt ({counted(longest.context, 'token')}, with `context`) and the response need": (
             max(longest.context_whole, longest.context and longest.context + sampled),
             "lower context.max_prompt",
         ),
@@ -240,7 +241,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
     for each in next(iter(read.values())).contexts:
         if each.counts.of_contexts:
             who = " and ".join(sorted(each.teachers))
-            found.append(f"training with the context of {who}: of {each.counts.rows} rows, {each.counts.of_contexts}")
+            found.append(f"training with the context of {who}: of {counted(each.counts.rows, 'row')}, {each.counts.of_contexts}")
     for role, name in next(iter(read.values())).counts:
         if role != "test" and not training:
             continue
@@ -257,7 +258,10 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
                 "data.max_prompt"
             )
         if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
-            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that are short enough for all of them")
+            found.append(
+                f"{name} ({role}): the models are compared on the {counted(len(shared), 'row that is', 'rows that are')} short enough for "
+                "all of them"
+            )
     return found
 
 

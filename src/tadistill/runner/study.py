@@ -31,6 +31,7 @@ from tadistill.runner.processes import prepared
 from tadistill.runner.remote import announced
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
+from tadistill.safe_text import counted
 from tadistill.store import Store, key_of, store_of
 from tadistill.terminal import Terminal
 
@@ -83,10 +84,11 @@ def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
     begun = [f"{labels[key]} {where}" for key, where in places.items() if where]
     total, done, new = len(plan.stages), len(plan.stages) - len(missing), len(missing) - len(begun)
     if not done and not begun:
-        return f"{plan.recipe.study}: {total} stages, {total} to run, {jobs} at a time"
+        return f"{plan.recipe.study}: {counted(total, 'stage')}, {total} to run, {jobs} at a time"
     more = f" and {len(begun) - _NAMED} more" if len(begun) > _NAMED else ""
     goes_on = f" {len(begun)} will be continued: {', '.join(begun[:_NAMED])}{more}." if begun else ""
-    return f"{plan.recipe.study}: {done} of {total} stages are finished.{goes_on} {new} will be started. {jobs} run at a time."
+    finished = f"{done} of {counted(total, 'stage is', 'stages are')} finished"
+    return f"{plan.recipe.study}: {finished}.{goes_on} {new} will be started. {jobs} run at a time."
 
 
 @placed

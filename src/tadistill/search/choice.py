@@ -12,6 +12,7 @@ from rich.table import Table
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
+from tadistill.safe_text import counted
 from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
 
@@ -106,7 +107,9 @@ def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None
 
 def choice_table(choice: Choice) -> Table:
     """Return the table of the paths that were tried. The best comes first."""
-    table = Table(title=f"{choice.study}: {choice.strategy}, the best of {choice.compared} paths", title_justify="left", box=None)
+    table = Table(
+        title=f"{choice.study}: {choice.strategy}, the best of {counted(choice.compared, 'path')}", title_justify="left", box=None
+    )
     for column in ("path", "trainings", "× direct", f"dev {choice.metric}", "seeds", "front", ""):
         table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
     front = choice.front()
@@ -122,8 +125,8 @@ def choice_table(choice: Choice) -> Table:
 def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
     """Return sentences on the cost of the search, on how reliable its best value is, and on the next command."""
     seeds = len(choice.tried[0].values)
-    count = f"{choice.distillations} distillations"
-    over = f"{seeds} seed{'s' * (seeds > 1)}"
+    count = counted(choice.distillations, "distillation")
+    over = counted(seeds, "seed")
     notes = [f"The search needed {count} over {over}. Its FLOPs (C_search) are unknown, because the size of a model is unknown."]
     if choice.trained is not None and choice.discarded is not None and choice.direct is not None:
         notes = [
@@ -188,7 +191,8 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
         "arms": arms,
     }
     head = (
-        f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of {choice.compared} paths.\n"
+        f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
+        f"{counted(choice.compared, 'path')}.\n"
         "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)

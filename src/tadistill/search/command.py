@@ -24,6 +24,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, total_flops, with_ancestors
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models
+from tadistill.safe_text import counted
 from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, with_parents, write_choice
 from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name
@@ -233,8 +234,8 @@ class _Training:
         stages = {key: stage for key, stage in plan.stages.items() if not stage.measures}
         missing = sum(not self.store.finished(key) for key in stages)
         share = "" if asked.share == 1 else f" at {asked.share:.0%} of their updates"
-        count = f"{len(asked.paths)} path{'s' * (len(asked.paths) > 1)}{share}"
-        text = f"round {len(self.rounds) + 1}: {count}, {len(stages)} stages, {missing} to run"
+        count = f"{counted(len(asked.paths), 'path')}{share}"
+        text = f"round {len(self.rounds) + 1}: {count}, {counted(len(stages), 'stage')}, {missing} to run"
         self.console.note(text)
         if missing:
             run_stages(replace(plan, stages=stages), self.store, jobs=self.jobs, console=self.console)

@@ -24,6 +24,7 @@ from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
+from tadistill.safe_text import counted
 from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     for data in sets:
         stop_if_asked(context)
         if spec.per_byte and (unknown := unknown_tokens(data, tokenizer)):
-            context.alarm(f"{data.name}: {unknown} tokens of the references are unknown to the tokenizer, so bits_per_byte is too low")
+            context.alarm(
+                f"{data.name}: {counted(unknown, 'token of the references is', 'tokens of the references are')} unknown to the tokenizer, "
+                "so bits_per_byte is too low"
+            )
         context.progress(total, total, f"scoring the answers to {data.name}")
         found = score(subject, data, settings, answers[data.name], own, read_references=spec.references, per_byte=spec.per_byte)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
@@ -146,8 +150,8 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
         rows, columns = {e.row for e in mine.encoded}, dict[str, list[np.ndarray]]()
         if missing := rows - {e.row for e in theirs.encoded}:
             context.alarm(
-                f"{mine.name}: {len(missing)} prompts are too long for the teacher, but not for the student, so student and teacher are "
-                "not compared on this set; raise data.max_prompt"
+                f"{mine.name}: {counted(len(missing), 'prompt is', 'prompts are')} too long for the teacher, but not for the student, so "
+                "student and teacher are not compared on this set; raise data.max_prompt"
             )
             scores[mine.name] = {}
             continue
@@ -165,7 +169,8 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
     write_json(context.folder / "exposure.json", dict.fromkeys(scores))
     if notes["unknown"]:
         context.alarm(
-            f"{notes['unknown']} tokens of the answers are unknown to the model that reads them, so the answers' bits per byte are too low"
+            f"{counted(notes['unknown'], 'token of the answers is', 'tokens of the answers are')} unknown to the model that reads them, so "
+            "the answers' bits per byte are too low"
         )
     return dict(notes)
 

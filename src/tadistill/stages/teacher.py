@@ -37,6 +37,7 @@ from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSp
 from tadistill.plan.remote import wanted_of
 from tadistill.rollout.api_teacher import Asking, replies_file
 from tadistill.rollout.signals import complete, of_teacher, record
+from tadistill.safe_text import counted, form
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
 
@@ -155,8 +156,10 @@ def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
     rows = last.counts.rows
     causes = {"bytes": "bytes that are not UTF-8", "token": "a special token that does not end an answer"}
     for why, count in early.items():
-        one = count == 1
-        yield f"of {rows} answers, {count} {'stops' if one else 'stop'} before {causes[why]}, and {'has' if one else 'have'} no end token"
+        yield (
+            f"of {counted(rows, 'answer')}, {counted(count, 'stops', 'stop')} before {causes[why]}, and {form(count, 'has', 'have')} no "
+            "end token"
+        )
     if text := last.counts.text.replace("a reference", "an answer"):
         yield f"{text} with the student's tokenizer"
     if 2 * last.unknown > last.tokens or not last.counts.used:

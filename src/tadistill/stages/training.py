@@ -35,6 +35,7 @@ from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
+from tadistill.safe_text import counted
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
 from tadistill.store import ROLLOUTS
 from tadistill.train.checkpoint import TrainState
@@ -85,7 +86,7 @@ class Across:
         found, where = Behind(rows, row_numbers(rows), self._of_teacher(split)), f"data set `{split.ref.name}`"
         if found.left_out:
             why = "because the prompt is too long in the teacher's tokens"
-            self.context.alarm(f"{where}: {found.left_out} of {len(rows)} rows are left out, {why}")
+            self.context.alarm(f"{where}: {found.left_out} of {counted(len(rows), 'row is', 'rows are')} left out, {why}")
         if not len(found):
             raise DataError(
                 f"{where}: the teacher can read none of the student's rows, because the prompts are too long; raise data.max_prompt"

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 
+from tadistill.safe_text import counted, form
 from tadistill.statistics.intervals import Difference
 
 MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
@@ -103,7 +104,10 @@ def seeds_to_detect(
     differences = np.asarray(differences_S, dtype=np.float64)
     n = len(differences)
     if n < 2 or not effect > 0:
-        raise ValueError(f"there are {n} training seeds and `effect` is {effect}; give at least 2 seeds and an effect greater than 0")
+        raise ValueError(
+            f"there {form(n, 'is', 'are')} {counted(n, 'training seed')} and `effect` is {effect}; give at least 2 seeds and an effect "
+            "greater than 0"
+        )
     _check_shares(power, level)
     of_seeds = min(float(differences.var(ddof=1)) / n, se**2)  # se^2 = of_seeds + alone, as in `intervals`
     alone = se**2 - of_seeds if of_seeds < (1 - 1e-9) * se**2 else 0.0

@@ -342,7 +342,7 @@ def test_rows_that_are_cut_are_counted():
     assert [e.response for e in encoded] == [e.response for e in whole]
     assert counts.text == "2 of 2 rows; 1 with a prompt cut at data.max_prompt (5)"
     _, counts = encode(lengths_of(tokenizer, 3, response=4), tokenizer, Rules(5, 6, template="plain"))
-    assert counts.text == "1 of 1 rows; 1 with a reference cut at data.max_length (6)"
+    assert counts.text == "1 of 1 row; 1 with a reference cut at data.max_length (6)"
     _, counts = encode(lengths_of(tokenizer, 3, 6), tokenizer, Rules(256, 6, template="plain"))
     assert counts.text == "1 of 2 rows; 1 longer than data.max_length (6)"
     _, counts = encode(lengths_of(tokenizer, 3), tokenizer, Rules(5, 20, template="plain"))

@@ -24,7 +24,7 @@ def test_details_stay_where_only_they_differ():
     assert labels((KD, {"kd"}), (longer, {"twin"})) == [KD, longer]
     other = MINILLM.replace("rounds of 256, 16", "rounds of 128, 8")
     assert labels((MINILLM, {"a"}), (other, {"b"})) == [MINILLM, other]
-    assert labels(("distill xl -> s (turn 2), kd, 1 updates, seed 1", {"a"}), ("distill xl -> s, kd, 1 updates, seed 1", {"a"})) == [
+    assert labels(("distill xl -> s (turn 2), kd, 1 update, seed 1", {"a"}), ("distill xl -> s, kd, 1 update, seed 1", {"a"})) == [
         "distill xl -> s (turn 2), kd, seed 1",
         "distill xl -> s, kd, seed 1",
     ]

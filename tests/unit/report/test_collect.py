@@ -228,7 +228,7 @@ def test_a_score_outside_its_bounds_is_an_error(study):
     scores = json.loads(path.read_text())
     scores["dolly"]["rouge_l"][3][0] = 250.0
     path.write_text(json.dumps(scores))
-    with pytest.raises(StoreError, match=r"1 scores of `rouge_l` lie outside 0 to 100, .* instance 250; give the metric another `unit`"):
+    with pytest.raises(StoreError, match=r"1 score of `rouge_l` lies outside 0 to 100, .* instance 250; give the metric another `unit`"):
         write_results(study.read())
 
 

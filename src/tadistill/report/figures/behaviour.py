@@ -12,6 +12,7 @@ from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities
 from tadistill.results.number_text import summary_text
+from tadistill.safe_text import counted
 
 _CALIBRATED = Look(GREY, "circle", "5 4")
 
@@ -74,7 +75,7 @@ def length_figure(results: Results) -> Chart | None:
     if len(buckets) < 2 or not names:
         return None
     found = {name: [(i, s) for i, b in enumerate(buckets) if (s := bucket_summary(results, name, metric, b))] for name in names}
-    marks = {float(i): f"{bucket_title(b)}\n{bucket_size(results, metric, b)} prompts" for i, b in enumerate(buckets)}
+    marks = {float(i): f"{bucket_title(b)}\n{counted(bucket_size(results, metric, b), 'prompt')}" for i, b in enumerate(buckets)}
     x = Axis(-0.5, len(buckets) - 0.5, "length of the first reference (tokens)", marks=marks, grid=False)
     y = span_axis([v for entries in found.values() for _, s in entries for v in (s.low, s.high)], titled(metric), zero=True)
     chart = Chart("figure-lengths", f"{metric_title(metric)} by length of the reference", x, y, height=260, head=24)

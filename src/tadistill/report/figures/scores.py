@@ -8,13 +8,13 @@ from tadistill.charts import Axis, Chart, Point, nice_span
 from tadistill.charts.series import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures import MANY, looks, rows_axis, span_axis, titled
-from tadistill.report.path_words import counted
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.number_text import MINUS, flops_text, gap_text, number, p_text, ratio_text, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, control_pairs
+from tadistill.safe_text import counted
 from tadistill.statistics import Difference
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
