@@ -4,7 +4,7 @@
     kept = kept_by_layer({"model_type": "gpt2", "n_embd": 768, ...}, bf16=True, dropout=False)
     kept.position * positions + kept.pair * pairs               # bytes of one layer, until its backward pass
 
-A `Cost` has several parts. Predicted costs (`plan.costs`) and measured costs (`train.meter`) have the same parts. A part is named
+A `Cost` has several parts. Predicted costs (`plan.costs`) and measured costs (`train.monitoring`) have the same parts. A part is named
 PHASE/MODEL, where MODEL is student or teacher. There are seven phases:
 - training: forward and backward passes on training text
 - rollout: sampling

@@ -52,7 +52,7 @@ class Teacher:
     config: Mapping[str, Any] = {}
     """The model's text configuration, if the model runs outside of this process."""
     passed: Callable[[Work], None] = staticmethod(nothing)
-    """Function that gets the amount of work of every forward pass outside of this process. `train.meter` sets it, to count FLOPs."""
+    """Function that gets the amount of work of every forward pass outside of this process. `train.monitoring` sets it, to count FLOPs."""
 
     def target(self, batch: Batch) -> Hidden | TopK:
         """Return the outputs at the N positions where the batch's mask is True, in row-major order. No gradient flows to them."""

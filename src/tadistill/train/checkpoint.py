@@ -43,7 +43,7 @@ class TrainState:
     """The weights of a teacher that is a moving average of the student."""
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
-    """The counts of tokens and FLOPs, from `train.meter`."""
+    """The counts of tokens and FLOPs, from `train.monitoring`."""
     pending: list[dict[str, float]] = field(default_factory=list)
     """The metrics of the updates since the last line of the log. The next line contains their means."""
 

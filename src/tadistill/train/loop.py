@@ -25,9 +25,8 @@ from tadistill.metrics import higher_is_better, training_text
 from tadistill.models import sharding
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, spans
-from tadistill.train.alarms import Alarms, watch
 from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
-from tadistill.train.meter import Meter
+from tadistill.train.monitoring import Alarms, Meter, watch
 from tadistill.train.step import Step, counts
 from tadistill.tuning import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 

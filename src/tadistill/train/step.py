@@ -99,7 +99,7 @@ class Models:
 Sum = Callable[[Tensor], Tensor]
 """A function that adds up a tensor over all processes."""
 Phase = Callable[[str], AbstractContextManager]
-"""A function that returns a context manager, inside which forward passes count for the given phase (`train.meter.Meter.phase`)."""
+"""A function that returns a context manager, inside which forward passes count for the given phase (`train.monitoring.Meter.phase`)."""
 
 
 @dataclass(frozen=True)

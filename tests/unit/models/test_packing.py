@@ -17,7 +17,7 @@ from tadistill.models.forward import FAMILIES, ROWS, Reader, check_packing, is_p
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout import fast_mixture
 from tadistill.rollout.engine import sample
-from tadistill.train.meter import Meter
+from tadistill.train.monitoring import Meter
 from tadistill.train.step import make_step
 
 EOS = 1

@@ -9,7 +9,7 @@ from tadistill.config.method import Method
 from tadistill.config.objective import MiniLLM, ReverseKL
 from tadistill.config.sampling import TeacherMixedSampler
 from tadistill.data.batch import Sequence, collate
-from tadistill.train.alarms import Alarms, watch
+from tadistill.train.monitoring import Alarms, watch
 from tadistill.train.step import make_step
 
 ROWS = [((5, 6), (7, 8, 9, 0)), ((4,), (11, 0)), ((1,), (2, 3, 4, 5, 2, 3, 4, 5, 2))]

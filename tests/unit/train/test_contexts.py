@@ -22,7 +22,7 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
 from tadistill.rollout.signals import Signals, of_teacher, record
-from tadistill.train.alarms import watch
+from tadistill.train.monitoring import watch
 from tadistill.train.step import counts, make_step
 
 VOCAB, NEW = 31, 5

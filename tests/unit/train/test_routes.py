@@ -18,7 +18,7 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
 from tadistill.rollout.signals import Signals, of_teacher, record
-from tadistill.train.alarms import watch
+from tadistill.train.monitoring import watch
 from tadistill.train.step import make_step
 
 VOCAB, NEW, SIZES = 31, 5, (6, 4, 5)

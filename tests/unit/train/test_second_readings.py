@@ -30,7 +30,7 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, length, pack, unpack
 from tadistill.train import spans
-from tadistill.train.alarms import watch
+from tadistill.train.monitoring import watch
 from tadistill.train.step import counts, make_step
 
 TEXTS = ("the theatre", "a then the", "he the a", "there then", "the the", "a theatre he", "then", "the a the a")

@@ -291,7 +291,7 @@ class TrainingCost:
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of the metrics of sampled text (`train.alarms`). They are computed on the first rows of an update, once in ten
+        """Add the cost of the metrics of sampled text (`train.monitoring`). They are computed on the first rows of an update, once in ten
         or more updates. `share` (0 to 1) is the fraction of updates that train on sampled text."""
         micro = passes.rows_in_pass(self.optim, answers)
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))

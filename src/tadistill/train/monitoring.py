@@ -1,0 +1,328 @@
+"""Monitor a training without changing it: count its tokens and FLOPs, and measure the text that the student samples.
+
+The loss does not show that sampled text becomes short or repeats itself. The reverse KL may even fall at the same time, as in MiniLLM's
+ablation without length normalisation. If the text gets worse, alarms say what to change.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tadistill import objectives
+from tadistill.data.batch import Batch
+from tadistill.models.cost import CostPart
+from tadistill.models.forward import is_packed
+from tadistill.models.modify import adapters_in
+from tadistill.models.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
+from tadistill.models.teachers import HiddenTeacher, Teacher, nothing
+from tadistill.objectives import Head
+from tadistill.objectives.fused import heads_watched
+from tadistill.train import spans
+from tadistill.train.step import Step, mixture_of
+from tadistill.tuning import WATCHED_ROWS
+
+_TOP = 10  # `teacher_top_mass` is the probability of this number of tokens
+_GRAM = 4  # number of tokens of a gram in `repetition`
+
+
+class _Side:
+    def __init__(self, name: str, model: PreTrainedModel):
+        self.name, self.model, self.adapters = name, model, adapters_in(model)
+        size = size_of(model.config.get_text_config().to_dict())
+        self.size = None if size is None else with_adapters(size, self.adapters)
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        self.head = head
+
+
+class Meter:
+    """A counter for the tokens and FLOPs of a student and its teachers, separately for each part of the work, such as sampling.
+
+        meter = Meter(student, (teacher,))
+        with meter.counting():
+            with meter.timed("sampling"):
+                ...                                 # counts every call of a model and every fused head
+        meter.state()                               # plain numbers, for a checkpoint and for the manifest
+
+    Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
+    attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes or, with
+    LoRA adapters, as `models.sizes` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
+    `models.cost` names the parts of the work.
+    """
+
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], *, checkpointing: bool = False):
+        """If `checkpointing` is True (gradient checkpointing), the backward pass computes the student's layers again, which is counted."""
+        self._again = checkpointing
+        self._phase = "training"
+        here = [teacher.model if isinstance(teacher, Teacher) else teacher for teacher in teachers]
+        self._sides = [_Side("student", student), *(_Side("teacher", model) for model in here if model is not None)]
+        self._elsewhere = [teacher for teacher in teachers if isinstance(teacher, Teacher) and teacher.model is None]
+        self._parts: dict[str, CostPart] = {}
+        self._seconds: dict[str, float] = {}
+        self._padding = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside the `with` block, every call of a model or of the fused head is counted."""
+        handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
+        handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
+        for teacher in self._elsewhere:
+            teacher.passed = self._remote(size_of(teacher.config))
+        try:
+            with heads_watched(self._fused):
+                yield
+        finally:
+            for teacher in self._elsewhere:
+                teacher.passed = nothing
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside the `with` block, all calls are counted for the phase `name`.
+
+        The phase `sampling` has two counts: `rollout` for calls in inference mode, and `scoring` for all other calls.
+        """
+        outer, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = outer
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Do the same as `phase`, and also add up the seconds that the `with` block takes."""
+        # Each phase copies numbers from the device near its end, and so waits for the work before. Only the optimizer's update comes later.
+        start = time.perf_counter()
+        try:
+            with self.phase(name):
+                yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def saw(self, batches: list[Batch]) -> None:
+        """Count the padding tokens in an update's batches."""
+        for batch in () if is_packed(self._sides[0].model) else batches:
+            self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
+
+    def state(self, processes: int = 1) -> dict[str, Any]:
+        """Return counts and seconds as plain numbers. A process counts only its own work, so counts are multiplied by `processes`."""
+        parts = {
+            name: {key: value * processes for key, value in vars(part).items()}
+            for name, part in sorted(self._parts.items())
+            if part.positions or part.heads
+        }
+        return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
+
+    def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
+        """Continue from a saved `state`. An empty state sets all counts to zero."""
+        self._parts = {
+            name: CostPart(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
+            for name, part in state.get("parts", {}).items()
+        }
+        self._seconds, self._padding = dict(state.get("seconds", {})), state.get("padding", 0) // processes
+
+    # --- the hooks ------------------------------------------------------------------------------------------------------
+
+    def _add(self, who: str, flops: float, positions: int, heads: int) -> None:
+        at = self._phase
+        if at == "sampling":
+            at = "rollout" if torch.is_inference_mode_enabled() else "scoring"
+        name = f"{at}/{who}"
+        self._parts[name] = self._parts.get(name, CostPart()) + CostPart(flops, positions, heads)
+
+    def _body(self, side: _Side) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+            rows, width = ids.shape
+            if packed := kwargs.get("rows"):
+                pairs = sum(length**2 for length in packed)
+            elif mask is not None and mask.ndim == 4:  # in `rollout.fast_mixture` and `rollout.fixed_shapes`: (B, 1, new tokens, columns)
+                pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
+            else:
+                pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))
+            work, backward = Work(rows * width, pairs), side.name == "student" and torch.is_grad_enabled()
+            self._add(side.name, _flops(side, work, backward, self._again), rows * width, 0)
+
+        return count
+
+    def _remote(self, size: Size | None) -> Callable[[Work], None]:
+        def count(work: Work) -> None:
+            self._add("teacher", float("nan") if size is None else forward_flops(size, work), int(work.positions), int(work.heads))
+
+        return count
+
+    def _logits(self, side: _Side) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            rows = output.numel() // output.shape[-1] if output.numel() else 0
+            if rows:
+                self._add(side.name, 2 * rows * output.shape[-1] * args[0].shape[-1], 0, rows)
+
+        return count
+
+    def _fused(self, head: Head, rows: int, width: int, grad: bool) -> None:
+        student = head.weight is self._sides[0].head._parameters["weight"]
+        backward = (2 if head.weight.requires_grad else 1) if student and grad else 0
+        flops = 2 * rows * width * head.weight.shape[1] * (1 + backward)
+        self._add("student" if student else "teacher", flops, 0, rows)
+
+
+def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
+    if side.size is None:
+        return float("nan")
+    if backward and side.adapters:
+        return training_flops(side.size, side.adapters, work, again=again)
+    return forward_flops(side.size, work) * ((4 if again else 3) if backward else 1)
+
+
+# --- the sampled text ---------------------------------------------------------------------------------------------------
+
+
+def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
+    """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
+
+    p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
+    the distribution from which the text was sampled.
+
+    Over all sequences:
+
+    length              tokens per response
+    repetition          share of 4-grams that occurred earlier in the same response
+
+    Over the first 8 sequences:
+
+    reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
+    reward              mean of log p - log q_old over tokens (nats)
+    entropy             entropy of the student's next token (nats)
+    teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
+    weight_min          smallest q_old / behaviour
+    weight_max          largest q_old / behaviour
+    clip_fraction       share of tokens with q / behaviour outside the objective's interval [1 - clip, 1 + clip]
+
+    If the teacher has another tokenizer, reverse_kl and reward are means over spans (texts between token boundaries that both models have),
+    and there is no teacher_top_mass. There is one more metric, over all sequences:
+
+    left_out            share of the student's tokens that are in no span, so no loss compares them with the teacher
+    """
+    if "student" not in batches[0].values:
+        return {}
+    rows = sum(len(b.ids_BT) for b in batches)
+    found = {"length": sum(float(b.mask_BT.sum()) for b in batches) / rows, "repetition": _repetition(batches)}
+    part = batches[0].first(WATCHED_ROWS)
+    old, behaviour = part.counted(part.values["student"]), part.counted(part.values["behaviour"])
+    weight = (old - behaviour).exp()
+    found |= {"weight_min": float(weight.min()), "weight_max": float(weight.max())}
+    entropy, top_mass, log_q, log_p = _scored(step, part)
+    ratio = (log_q - behaviour).exp()
+    found["entropy"] = float(entropy.mean())
+    if step.clip is not None:
+        found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
+    if part.aligned is not None:
+        count = spans.counts([b.aligned for b in batches if b.aligned is not None])
+        found["left_out"] = count["left_out"] / max(count["tokens"], 1)
+        log_q, old, behaviour = (spans.summed(part.aligned, values) for values in (log_q, old, behaviour))
+        ratio = (log_q - behaviour).exp()
+    if log_p is not None:
+        found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
+        found["reward"] = float((log_p - old).mean())
+    if top_mass is not None:
+        found["teacher_top_mass"] = float(top_mass.mean())
+    return {f"rollout/{name}": value for name, value in found.items()}
+
+
+def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    if not batch.shares:
+        return _of_teachers(step, batch)
+    parts = [_of_teachers(step, batch.of_share(i)) for i in range(len(batch.shares))]
+    order = torch.cat([share.loss for share in batch.shares]).argsort()  # back to the order of the whole batch
+    entropy, mass, log_q, log_p = (
+        None if any(v is None for v in each) else torch.cat([v for v in each if v is not None])[order] for each in zip(*parts, strict=True)
+    )
+    assert entropy is not None
+    assert log_q is not None
+    return entropy, mass, log_q, log_p
+
+
+@torch.no_grad()
+def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    models, tokens = step.models, batch.counted(batch.targets_BT)
+    exact = all(isinstance(teacher, HiddenTeacher) for teacher in models.teachers)
+    known = batch.aligned is not None and "teacher" in batch.values
+    teachers = models.targets(batch) if not known and (batch.targets or (models.teachers and exact)) else ()
+    beside = teachers if batch.aligned is None else ()  # the teachers' outputs at the student's own tokens
+    mixture = mixture_of(batch)
+
+    def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        q = objectives.log_probs(logits)
+        found = [-(q.exp() * q).sum(-1), objectives.token_log_probs(logits, tokens[rows])]
+        if targets:
+            target = targets[0] if mixture is None else mixture.logits(targets)
+            top = target.topk(min(_TOP, target.shape[-1]), dim=-1).indices
+            found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows])]
+        return torch.stack(found)
+
+    hidden = models.student.hidden(models.student_model, batch)
+    weights = torch.ones(4 if beside else 2, 1, device=hidden.device)
+    _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=beside, vocab=models.vocab)
+    if batch.aligned is not None:
+        return found[0], None, found[1], spans.teacher_log_probs(models.again, batch, teachers)
+    if beside:
+        entropy, log_q, top_mass, log_p = found.unbind()
+        return entropy, top_mass, log_q, log_p
+    if (known := batch.values.get("teacher")) is not None:
+        return found[0], None, found[1], batch.counted(known)
+    teacher = models.teachers[batch.route[0] if batch.route else 0] if models.teachers else None
+    return found[0], None, found[1], None if exact or teacher is None else teacher.scored(batch.of_teacher, models.vocab)[1]
+
+
+def _repetition(batches: list[Batch]) -> float:
+    total = again = 0
+    for batch in batches:
+        for row, mask in zip(batch.targets_BT.tolist(), batch.mask_BT.tolist(), strict=True):
+            tokens = [t for t, m in zip(row, mask, strict=True) if m]
+            grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
+            total, again = total + len(grams), again + len(grams) - len(set(grams))
+    return again / total if total else 0.0
+
+
+class Alarms:
+    """Alarms about sampled text. If a metric becomes much worse than at the start, an alarm is given once. It is given again only if the
+    metric has recovered in between."""
+
+    def __init__(self, *, minillm: bool) -> None:
+        self.first: dict[str, float] = {}
+        self.active: list[str] = []
+        self.given: list[str] = []
+        more = "raise sampler.alpha, keep objective.length_normalisation on, " if minillm else ""
+        self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this problem"
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """Return the alarms that are new at this update, one line each."""
+        if "rollout/length" not in metrics:
+            return []
+        self.first = self.first or dict(metrics)
+        now, then = ({name.removeprefix("rollout/"): value for name, value in m.items()} for m in (metrics, self.first))
+        found: dict[str, str] = {}
+        if now["repetition"] > max(0.3, 2 * then["repetition"]):
+            found["collapse"] = f"{now['repetition']:.0%} of 4-grams repeat within a response (at first {then['repetition']:.0%})"
+        if not 0.5 * then["length"] <= now["length"] <= 2 * then["length"]:
+            found["length drift"] = f"responses have {now['length']:.0f} tokens (at first {then['length']:.0f})"
+        if now["entropy"] < 0.3 * then["entropy"]:
+            found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f})"
+        if now.get("left_out", 0) > max(0.1, 2 * then.get("left_out", 0)):
+            share = f"{now['left_out']:.0%} of the sampled tokens have no loss (at first {then.get('left_out', 0):.0%})"
+            found["text that the teacher cannot read"] = f"{share}, because the teacher's tokenizer cannot write their text"
+        new = [f"update {step}: {name}: {text}; {self.advice}" for name, text in found.items() if name not in self.active]
+        self.active, self.given = list(found), self.given + new
+        return new
+
+    def state(self) -> dict[str, Any]:
+        return {"first": self.first, "active": self.active, "given": self.given}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.first, self.active, self.given = dict(state["first"]), list(state["active"]), list(state["given"])
