@@ -52,8 +52,10 @@ def align(student: Reading, teacher: Reading) -> Alignment:
     return Alignment(tuple(_spans(student.pieces, mine, ends)), tuple(_spans(teacher.pieces, theirs, ends)), tuple(ends))
 
 
-def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, first: bool = False) -> tuple[Reading, Reading]:
+def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes) -> tuple[Reading, Reading]:
     """Return two tokenisations (`Reading`) of the text that the student's ids spell: the student's own, and the teacher's.
+
+    `ids` are the student's tokens of a response, sampled or from a data set. They follow a prompt.
 
     If both models have the same tokenizer, the teacher gets the same ids. Otherwise the teacher's tokenizer tokenises the text:
 
@@ -63,19 +65,15 @@ def read_again(ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, *, 
       before and after them is tokenised separately. If the teacher has no tokens for bytes, both tokenisations stop before them.
 
     So the student's tokenisation can be shorter than `ids`. The caller counts the missing tokens.
-
-    Args:
-        ids: the student's tokens of a response, sampled or from a data set.
-        first: True if these tokens begin the sequence. False if they follow a prompt.
     """
-    own = student.spell(ids, first=first)
+    own = student.spell(ids)
     if END in own.pieces:
         own = own.first(own.pieces.index(END) + 1)
     if student.same(teacher):
         return own, own
     found, place = Reading(), 0
     for piece in _joined(own.pieces):
-        more, complete = _read_piece(piece, teacher, first=first and not found.ids)
+        more, complete = _read_piece(piece, teacher)
         found += more
         if not complete:
             limit = place + sum(map(_width, more.pieces))
@@ -152,7 +150,7 @@ def _first_token(vocabulary: TokenBytes, token: int, other: TokenBytes) -> int |
     piece = vocabulary.piece(token)
     if not piece:
         return None
-    found, _ = _read_piece(piece, other, first=False)
+    found, _ = _read_piece(piece, other)
     first = other.piece(found.ids[0]) if found.ids and found.exact[0] else None
     begins = piece.startswith(first) if isinstance(piece, bytes) and isinstance(first, bytes) else piece == first
     return found.ids[0] if begins else None
@@ -168,14 +166,14 @@ def _by_piece(vocabulary: TokenBytes) -> dict[Piece, list[int]]:
     return found
 
 
-def _read_piece(piece: Piece, teacher: TokenBytes, *, first: bool) -> tuple[Reading, bool]:
+def _read_piece(piece: Piece, teacher: TokenBytes) -> tuple[Reading, bool]:
     if isinstance(piece, str):
         token = teacher.of_event.get(piece)
         return (Reading(), False) if token is None else (Reading((token,), (piece,), (True,)), True)
     found = Reading()
     for run, valid in valid_runs(piece):
         if valid:
-            more = teacher.read(run.decode(), first=first and not found.ids)
+            more = teacher.read(run.decode())
         elif teacher.of_byte.keys() >= set(run):
             tokens = tuple(teacher.of_byte[byte] for byte in run)
             more = Reading(tokens, tuple(bytes([byte]) for byte in run), (True,) * len(run), lone=len(run))

@@ -39,8 +39,8 @@ def _wrong(rule: str, value: Any, where: str, fix: str) -> DataError:
     return DataError(f"{where}: the rule `{rule}` cannot use the right answer `{text[:200]}`; {fix}, or delete the row")
 
 
-def _as_text(value: Any) -> str:
-    # empty if the value is neither a text nor a number
+def as_text(value: Any) -> str:
+    """Return a text or a number as text. Return an empty text for any other value."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if number or isinstance(value, str) else ""
 
@@ -85,7 +85,7 @@ def _numbers(text: str) -> list[Decimal]:
 
 
 def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
-    text = _as_text(value)
+    text = as_text(value)
     alone = _MARK in text or final_box(text) is not None or len(_numbers(text)) == 1
     number = final_number(text) if alone else None
     if number is None:
@@ -171,7 +171,7 @@ def _read_math(value: Any, choices: tuple[str, ...], where: str) -> str:
             "the column `math` needs the package math-verify; run `pip install 'tadistill[math]'`, or use `numeric` if the answers are "
             "numbers"
         )
-    text = _as_text(value).rpartition(_MARK)[2].strip()
+    text = as_text(value).rpartition(_MARK)[2].strip()
     if not text:
         raise _wrong("math", value, where, "write an expression, for instance \\frac{1}{2}")
     marked = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))

@@ -69,8 +69,9 @@ class SplitRows:
     def stream(self) -> Iterator[Example]:
         """Yield the examples. Raises DataError if the data set is missing, or a row lacks a column."""
         for i, row in enumerate(itertools.islice(self.raw(), self.limit)):
-            found, where = example(row, self.ref, i), where_of(self.ref, i)
+            found = example(row, self.ref, i)
             if self.role != "train" and found.last and found.last.get("content") is None:
+                where = where_of(self.ref, i)
                 raise DataError(
                     f"{where}: the last message has no text with which an answer can be compared; give it a text, or delete the row"
                 )
@@ -163,9 +164,10 @@ def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:
     own = ref.load == "tinyworld"
     rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else SplitRows(ref, "train", world, root).raw(stream=True)
     for i, row in enumerate(rows):
+        where = where_of(ref, i)
         if column not in row:
-            raise DataError(no_column(ref, i, f"`{column}`", row))
-        yield text(row[column], f"column `{column}` of the corpus", where_of(ref, i))
+            raise DataError(no_column(row, f"`{column}`", where))
+        yield text(row[column], f"column `{column}` of the corpus", where)
 
 
 def fingerprint(ref: DataRef, role: str, data: Data) -> str:

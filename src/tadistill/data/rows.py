@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tadistill.config import DataRef
 from tadistill.data import chat, tinyworld
-from tadistill.data.answers import RULES
+from tadistill.data.answers import RULES, as_text
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
@@ -62,26 +62,27 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
         DataError: a column is missing, or its value is not text.
     """
     where = where_of(ref, index)
-    choices = _choices(ref.choices or _optional("choices", row, ref, index), where)
-    facts = _facts(_optional("facts", row, ref, index), where)
-    more: dict[str, Any] = {"choices": choices, "facts": facts, "answers": _right_answers(row, ref, index, choices)}
-    more["extra"] = {name: _extra(name, row, ref, index) for name in ref.extra}
+    choices = _choices(ref.choices or _optional("choices", row, ref, where), where)
+    more: dict[str, Any] = {"choices": choices, "facts": _facts(_optional("facts", row, ref, where), where)}
+    ruled = {name: _named(column, f"columns: {{{name}: {column}}}", row, where) for name, column in ref.columns.items() if name in RULES}
+    more["answers"] = {name: RULES[name].read(value, choices, where) for name, value in ruled.items()}
+    more["extra"] = {name: _extra(name, row, where) for name in ref.extra}
     form = form_of(row, ref)
     if form == "messages":
         turns, answer = _conversation(_get("messages", row, ref), ref, where)
         said = "" if answer.get("content") is None and answer.get("tool_calls") else answer.get("content")
-        more |= {"last": answer, "tools": _tools(_optional("tools", row, ref, index), where)}
+        more |= {"last": answer, "tools": _tools(_optional("tools", row, ref, where), where)}
         return Example("", "", _references(said, choices, where), messages=turns, **more)
     if form == "instruction":
         given = _get("input", row, ref)
         instruction = text(ref.instruction or _get("instruction", row, ref), "instruction", where)
-        references = _references(_answer(row, ref, index, "output"), choices, where)
+        references = _references(_answer(row, ref, "output", where), choices, where)
         return Example(instruction, "" if given is None else text(given, "input", where), references, **more)
     prompt = _get("prompt", row, ref)
     if prompt is None:
         named = [f"`{column}` (the {name})" for name in ("instruction", "prompt", "messages") if (column := ref.columns.get(name))]
-        raise DataError(no_column(ref, index, " or ".join(named) or "`instruction`, `prompt` or `messages`", row))
-    answer = _answer(row, ref, index, "completion")
+        raise DataError(no_column(row, " or ".join(named) or "`instruction`, `prompt` or `messages`", where))
+    answer = _answer(row, ref, "completion", where)
     return Example(text(prompt, "prompt", where), "", _references(answer, choices, where), verbatim=True, **more)
 
 
@@ -101,13 +102,13 @@ def where_of(ref: DataRef, index: int) -> str:
     return f"data set `{ref.load}`, row {index + 1}"
 
 
-def no_column(ref: DataRef, index: int, wanted: str, row: dict[str, Any]) -> str:
+def no_column(row: dict[str, Any], wanted: str, where: str) -> str:
     """Return the error message for a row without the column `wanted`."""
     names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
     fix = "Name the column in `columns` of this data set, for instance columns: {instruction: question, output: answer}"
     if "conversations" in row:  # of ShareGPT
         fix = 'Write the turns as messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
-    return f"{where_of(ref, index)} has no column {wanted}; its columns are {names[:300]}. {fix}"
+    return f"{where} has no column {wanted}; its columns are {names[:300]}. {fix}"
 
 
 def text(value: Any, what: str, where: str) -> str:
@@ -137,46 +138,32 @@ def _get(name: str, row: dict[str, Any], ref: DataRef) -> Any:
     return row.get(ref.columns.get(name, name))  # type: ignore[call-overload]
 
 
-def _optional(name: str, row: dict[str, Any], ref: DataRef, index: int) -> Any:
+def _optional(name: str, row: dict[str, Any], ref: DataRef, where: str) -> Any:
     named = ref.columns.get(name)  # type: ignore[call-overload]
     if named and named not in row:
-        raise DataError(no_column(ref, index, f"`{named}` (the {name})", row))
+        raise DataError(no_column(row, f"`{named}` (the {name})", where))
     return row.get(named or name) if named or ref.load in tinyworld.SPLITS else None
 
 
-def _extra(name: str, row: dict[str, Any], ref: DataRef, index: int) -> str:
-    where = where_of(ref, index)
-    if name not in row:
-        raise DataError(
-            f"{where} has no column `{name}`, which the recipe reads (extra: [{name}]); add the column to the row, or delete the row"
-        )
-    value = row[name]
+def _named(column: str, key: str, row: dict[str, Any], where: str) -> Any:
+    if column not in row:
+        raise DataError(f"{where} has no column `{column}`, which the recipe reads ({key}); add the column to the row, or delete the row")
+    return row[column]
+
+
+def _extra(name: str, row: dict[str, Any], where: str) -> str:
+    value = _named(name, f"extra: [{name}]", row, where)
     if isinstance(value, list | tuple) and value:
         return "\n\n".join(text(part, f"a part of the column `{name}`", where) for part in value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if number else text(value, f"the column `{name}`", where)
+    return text(as_text(value) or value, f"the column `{name}`", where)
 
 
-def _right_answers(row: dict[str, Any], ref: DataRef, index: int, choices: tuple[str, ...]) -> dict[str, Any]:
-    found, where = {}, where_of(ref, index)
-    for name, column in ref.columns.items():
-        if name not in RULES:
-            continue
-        if column not in row:
-            raise DataError(
-                f"{where} has no column `{column}`, which the recipe reads (columns: {{{name}: {column}}}); add the column to the row, or "
-                "delete the row"
-            )
-        found[name] = RULES[name].read(row[column], choices, where)
-    return found
-
-
-def _answer(row: dict[str, Any], ref: DataRef, index: int, wanted: str) -> Any:
+def _answer(row: dict[str, Any], ref: DataRef, wanted: str, where: str) -> Any:
     column = ref.columns.get(wanted, wanted)  # type: ignore[call-overload]
     if wanted == "output" and row.get(column) is None and "outputs" in row:
         column = "outputs"
     if column not in row:
-        raise DataError(no_column(ref, index, f"`{wanted}` (the response)", row))
+        raise DataError(no_column(row, f"`{wanted}` (the response)", where))
     return row[column]
 
 

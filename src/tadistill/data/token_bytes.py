@@ -105,12 +105,9 @@ class TokenBytes:
             return known
         return name.removeprefix("##").encode() if name.startswith("##") or name.isspace() else f" {name}".encode()
 
-    def spell(self, ids: Sequence[int], *, first: bool = False) -> Reading:
-        """Return the text of token ids, for instance of sampled tokens, as a `Reading`. Stop before the first token with unknown bytes.
-
-        Args:
-            first: True if the ids begin a text. The space that the tokenizer adds there is then left out. False if they follow a prompt.
-        """
+    def spell(self, ids: Sequence[int]) -> Reading:
+        """Return the text of token ids that follow a prompt, for instance of sampled tokens. Stop before the first token with unknown
+        bytes."""
         if not self.spelled:
             return self._spell_by_text(ids)
         found: list[Piece] = []
@@ -119,8 +116,6 @@ class TokenBytes:
             if piece is None:
                 break
             found.append(piece)
-        if first and self.adds_space:
-            _strip_space(found)
         return Reading(tuple(ids[: len(found)]), tuple(found), (True,) * len(found))
 
     def read(self, text: str, *, first: bool = False) -> Reading:
@@ -135,8 +130,8 @@ class TokenBytes:
         ids: list[int] = list(found["input_ids"])
         data = (before + text).encode()
         pieces: list[Any] = [self.pieces[i] for i in ids]
-        if self.adds_space:
-            _strip_space(pieces)
+        if self.adds_space and pieces and isinstance(pieces[0], bytes):
+            pieces[0] = pieces[0].removeprefix(b" ")
         if all(isinstance(piece, bytes) for piece in pieces) and b"".join(pieces) == data:
             reading = Reading(tuple(ids), tuple(pieces), (True,) * len(ids))
         else:
@@ -264,11 +259,6 @@ def _piece(token: str, kinds: set[str]) -> bytes | None:
     if "ByteFallback" in kinds and _BYTE_NAME.fullmatch(token):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode() if kinds & {*_WORDS} else None
-
-
-def _strip_space(pieces: list[Any]) -> None:
-    if pieces and isinstance(pieces[0], bytes):
-        pieces[0] = pieces[0].removeprefix(b" ")
 
 
 def _without(reading: Reading, before: bytes) -> Reading | None:

@@ -41,13 +41,10 @@ class Evaluation:
     """One record per answer, with the full prompt, its parts, the model's answer, the references and the scores."""
 
 
-def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Sample answers to one data set, and return all metrics that need no second model.
-
-    After each batch, `tick` is called with the number of answers in the batch.
-    """
+def evaluate(subject: Subject, data: EvalSet, settings: Evaluate) -> Evaluation:
+    """Sample answers to one data set, and return all metrics that need no second model."""
     engine = native(subject, settings)
-    answers = {seed: generate_answers(engine, data, seed, tick) for seed in settings.seeds}
+    answers = {seed: generate_answers(engine, data, seed) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
 

@@ -217,7 +217,6 @@ def test_the_space_that_llama_adds():
     assert (names([*first.ids]), first.pieces) == (["▁the"], (b"the",))
     assert (names([*later.ids]), later.pieces) == (["the"], (b"the",))  # after a prompt there is no space
     assert llama.spell(first.ids).pieces == (b" the",)
-    assert llama.spell(first.ids, first=True).pieces == (b"the",)
     newline = llama.read("\nthe", first=True)
     assert newline.pieces == (b"", b"\n", b"the")
     assert check(newline, small.read("\nthe")).student == (0, 0, 1)
