@@ -92,7 +92,7 @@ def _settings(incomplete: str, named: dict[str, list[str]]) -> list[str]:
 
 
 def _places(named: dict[str, list[str]]) -> dict[str, list[str]]:
-    from tadistill.config.reference import NAME, reference
+    from tadistill.config.reference import NAME, dotted, reference
 
     found: dict[str, list[str]] = {}
     for part in reference():
@@ -100,7 +100,7 @@ def _places(named: dict[str, list[str]]) -> dict[str, list[str]]:
             top = place.split(f".{NAME}")[0]
             for name in named.get(top, ()) if NAME in place else ("",):
                 for key in part.keys:
-                    full = ".".join(filter(None, (place.replace(NAME, name, 1), key.name)))
+                    full = dotted(place.replace(NAME, name, 1), key.name)
                     choices = ["true", "false"] if key.type == "true or false" else key.choices
                     found.setdefault(full, []).extend(choice for choice in choices if choice not in found.get(full, ()))
     return found

@@ -193,14 +193,12 @@ class Budgets(Strict):
                     f"budgets.arms names `{name}`, whose budget cannot change; name only arms that train a model and have no "
                     f"`compute` (such arms: {', '.join(able)})"
                 )
+        chosen = able if self.arms is None else self.arms
         found: dict[str, Arm] = {}
         for name, arm in arms.items():
-            if name not in (able if self.arms is None else self.arms):
+            if name not in chosen or name == of:
                 found[name] = arm
-                continue
-            if name == of:
-                found[name] = arm
-            for times in self.times:
+            for times in self.times if name in chosen else ():
                 new, compute = at_budget(name, times), f"{times:g}x {of}"
                 if name == of and times == 1:
                     continue

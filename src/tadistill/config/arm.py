@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Type
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tadistill.config.common import Strict
-from tadistill.config.method import PARTS, MethodName, MethodPatch, Phases, written_out
+from tadistill.config.method import PARTS, MethodName, MethodPatch, Phases, WithMethod
 from tadistill.config.method_parts import Dense, Ema, Optim, Select, TeacherContext
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
@@ -176,7 +176,7 @@ class Published(Strict):
     """Maps the name of a test set to the published Rouge-L."""
 
 
-class Arm(Strict):
+class Arm(WithMethod):
     """A path of models in which each model teaches the next one, with the training method.
 
     `xl > l > s` means two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` means that s first learns from l, and then
@@ -187,6 +187,7 @@ class Arm(Strict):
     """
 
     text_sets: ClassVar[str] = "path"
+    names_method: ClassVar[str] = "method"
     path: tuple[ModelPath, ...] = Field(min_length=1)
     """One path, or several paths that run one after the other, such as `A > B > C then D > C`. A name means the same model in all paths. If
     several distillations train the same model, its updates are divided equally among them."""
@@ -228,11 +229,6 @@ class Arm(Strict):
     teaches with its logits divided by a temperature. At this temperature, its mean entropy equals that of ARM's last assistant. Both
     means are over the reference responses of the dev set. `random_teacher`: the first model of ARM's path teaches with random weights."""
     published: Published | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return written_out(value, string=cls.text_sets, name="method")
 
     @field_validator("path", mode="before", json_schema_input_type=str | list[str] | list[list[str]])
     @classmethod

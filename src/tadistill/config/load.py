@@ -172,8 +172,9 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         for item in overrides:
             key, _, value = item.partition("=")
             _write_out(tree, _levels(key), model)
-            for place in _emptied(key, yaml.safe_load(value)):  # merging an empty mapping would keep the old keys
-                OmegaConf.update(tree, place, {}, merge=False)
+            for place, part in _leaves(_levels(key), yaml.safe_load(value)):
+                if part == {}:  # merging an empty mapping would keep the old keys
+                    OmegaConf.update(tree, "".join(f"[{name}]" for name in place), {}, merge=False)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
         return OmegaConf.to_container(tree, resolve=False)
     except yaml.YAMLError as error:
@@ -203,27 +204,22 @@ def _levels(key: str) -> tuple[str, ...]:
     return tuple(inner or plain for inner, plain in re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", key))
 
 
-def _emptied(key: str, value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from (place for name, part in value.items() for place in _emptied(f"{key}[{name}]", part))
-        yield from () if value else (key,)
-
-
 def _with_overrides(lines: Lines, overrides: typing.Sequence[str]) -> Lines:
     for item in overrides:
         name, _, value = item.partition("=")
         at = _levels(name)
-        for key in _keys(at, yaml.safe_load(value)):
+        for key, _ in _leaves(at, yaml.safe_load(value)):
             lines = {other: line for other, line in lines.items() if other[: len(key)] != key} | {key: item, at: item}
     return lines
 
 
-def _keys(at: tuple, value: Any) -> Iterator[tuple]:
+def _leaves(at: tuple, value: Any) -> Iterator[tuple[tuple, Any]]:
+    # yields the place and the value of each part that is no mapping, or an empty one
     if isinstance(value, dict) and value:
         for name, part in value.items():
-            yield from _keys((*at, str(name)), part)
+            yield from _leaves((*at, str(name)), part)
     else:
-        yield at
+        yield at, value
 
 
 def _string_keys(value: Any) -> Any:

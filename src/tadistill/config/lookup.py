@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tadistill.config.method import METHODS
 from tadistill.config.problems import SYNONYMS
-from tadistill.config.reference import NAME, Key, Part, more_about, page_text, reference
+from tadistill.config.reference import NAME, Key, Part, dotted, more_about, page_text, reference
 from tadistill.errors import ConfigError
 
 _TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")
@@ -100,8 +100,8 @@ def _groups(words: list[str]) -> list[Entry]:
 
 def _entry(found: _Found) -> Entry:
     key, place = found.key, found.place
-    full = ".".join(filter(None, (place, key.name)))
-    places = [".".join(filter(None, (other, key.name))) for other in found.part.places]
+    full = dotted(place, key.name)
+    places = [dotted(other, key.name) for other in found.part.places]
     also = [("also at", _places(place for place in places if place != full))] if len(places) > 1 else []
     more = ("more in", more_about(full, found.part))
     if key.name == "type":
@@ -160,7 +160,7 @@ def _group(part: Part, title: str) -> Entry:
 def _hint(asked: str, words: list[str], others: Iterable[str]) -> str:
     if words and (known := SYNONYMS.get(words[-1].lower().replace("-", "_"))):
         return f"did you mean `{known}`?"
-    full = {".".join(filter(None, (place, key.name))) for part in reference() for place in part.places for key in part.keys}
+    full = {dotted(place, key.name) for part in reference() for place in part.places for key in part.keys}
     names = {name.rsplit(".", 1)[-1] for name in full} | {part.type for part in reference() if part.type} | {*METHODS}
     close = difflib.get_close_matches(asked.lower(), sorted(full.union(others)), n=1, cutoff=0.8)
     close = close or difflib.get_close_matches((words or [""])[-1], sorted(names), n=1)

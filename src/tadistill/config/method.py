@@ -30,6 +30,53 @@ _NAMED = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 _ROUNDING = 1e-6  # shares such as 0.333333 add up to 1
 
 
+def no_method(name: Any) -> str:
+    """Return the error sentence for an unknown method."""
+    return f"`{name}` {not_a_method(name)}"
+
+
+def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
+    """Return the error sentence for an unknown method, without the name at its beginning. `own` has the names of the recipe's methods."""
+    names = [*own, *METHODS]
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean `{close[0]}`? The" if close else "the"
+    return f"is not a method; {hint} methods are {', '.join(names)}"
+
+
+class WithMethod(Strict):
+    """Base class of the parts of a recipe that can name a method. The objective and the sampler of this method replace its name.
+
+    If the part also has an `objective` or a `sampler`, its keys override the keys of the named method's objective or sampler. If the `type`
+    differs, it replaces that objective or sampler. A part that may have phases has none then, unless it sets them.
+    """
+
+    names_method: ClassVar[str] = "name"
+    """The key that contains the method's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        given = {cls.text_sets: value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or (name := given.get(cls.names_method)) is None:
+            return given
+        if not isinstance(name, str) or name not in METHODS:
+            raise ValueError(no_method(name))
+        rest = {key: part for key, part in given.items() if key != cls.names_method}
+        settings = {"sampler": {"type": "dataset"}} | METHODS[name]
+        phases: dict[str, Any] = {"phases": []} if "phases" in cls.model_fields else {}
+        return phases | rest | {part: _merged(part, settings[part], rest.get(part)) for part in _NAMED}
+
+
+def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
+    if given is not None and not (isinstance(given, dict) and given.get("type", settings["type"]) == settings["type"]):
+        return given
+    merged = settings | (given or {})
+    try:
+        return _NAMED[part].validate_python(merged).model_dump()  # every field, so that an arm takes nothing from the recipe's own method
+    except ValidationError:
+        return merged  # the recipe's own validation shows the mistake
+
+
 class Sft(Strict):
     """Supervised fine-tuning of a model before it teaches or learns."""
 
@@ -43,7 +90,7 @@ class Sft(Strict):
     are used."""
 
 
-class Phase(Strict):
+class Phase(WithMethod):
     """A part of a distillation with its own method and its own share of the updates. `NAME` is short for `{method: NAME}`.
 
     A student passes the phases one after the other. Each phase starts from the final weights of the phase before, with a new optimizer and
@@ -51,6 +98,7 @@ class Phase(Strict):
     """
 
     text_sets: ClassVar[str] = "method"
+    names_method: ClassVar[str] = "method"
     method: MethodName | None = Field(default=None, exclude=True)
     """Name of a published method, such as `seqkd`, or of an entry of `methods`."""  # None once it is applied
     share: float | None = Field(default=None, gt=0, le=1)
@@ -69,11 +117,6 @@ class Phase(Strict):
     """Changes to `context` in this phase."""
     ema: Ema | None = None
     """Replaces `ema` in this phase. The average begins with the student's weights at the start of the phase."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return written_out(value, string=cls.text_sets, name="method", phased=False)
 
     @model_validator(mode="after")
     def _check(self):
@@ -109,7 +152,7 @@ Phases = Annotated[tuple[Phase, ...], AfterValidator(_whole)]
 """Phases of a distillation, whose shares add up to 1."""
 
 
-class MethodPatch(Strict):
+class MethodPatch(WithMethod):
     """Settings of a method, all optional. They change the recipe's method for one model, or define a method with a name of your own
     (`methods`). `NAME` is short for `{name: NAME}`."""
 
@@ -134,13 +177,8 @@ class MethodPatch(Strict):
     phases: Phases | None = None
     """Phases of the distillation, one after the other. They replace the phases of the recipe's `method`. `[]` means no phases."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return written_out(value, string=cls.text_sets, name="name")
 
-
-class Method(Strict):
+class Method(WithMethod):
     """A distillation method: the loss, the training text, the optimizer, and the choice of a checkpoint. `method: NAME` is short for
     `method: {name: NAME}`."""
 
@@ -165,11 +203,6 @@ class Method(Strict):
     phases: Phases | None = None
     """Phases of every distillation, one after the other. Each has its own `share` of the updates, and changes parts of this method. By
     default, a distillation has no phases."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return written_out(value, string=cls.text_sets, name="name")
 
     @property
     def signal(self) -> Signal | None:
@@ -221,60 +254,3 @@ class Method(Strict):
         """Number of updates in a round, after which new sequences are sampled. It is 1 if the sampler does not work in rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
-
-
-# --- a method by name ----------------------------------------------------------------------------------------------------
-
-
-def written_out(value: Any, *, string: str, name: str, phased: bool = True) -> Any:
-    """Return a method, an arm or a phase in which the name of a method is replaced by the objective and the sampler of this method.
-
-    If `value` also has an `objective` or a `sampler`, its keys override the keys of the named method's objective or sampler. If the `type`
-    differs, it replaces that objective or sampler. If `phased` is true and `value` has no key `phases`, the result has `phases: []`.
-
-    Args:
-        value: the method, arm or phase in the recipe. Anything except a string or a dict is returned unchanged.
-        string: the key to use if `value` is only a string. The string becomes the value of this key.
-        name: the key that contains the method's name. The result does not have this key.
-        phased: True if `value` is a method or an arm, which may have the key `phases`. False if it is a phase.
-
-    Raises:
-        ValueError: there is no method of this name.
-    """
-    given = {string: value} if isinstance(value, str) else value
-    if not isinstance(given, dict) or given.get(name) is None:
-        return given
-    rest = {key: part for key, part in given.items() if key != name}
-    return ({"phases": []} if phased else {}) | _with_method(given[name], rest)
-
-
-def no_method(name: Any) -> str:
-    """Return the error sentence for an unknown method."""
-    return f"`{name}` {not_a_method(name)}"
-
-
-def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
-    """Return the error sentence for an unknown method, without the name at its beginning. `own` has the names of the recipe's methods."""
-    names = [*own, *METHODS]
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean `{close[0]}`? The" if close else "the"
-    return f"is not a method; {hint} methods are {', '.join(names)}"
-
-
-def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(no_method(name))
-    settings = {"sampler": {"type": "dataset"}} | METHODS[name]
-    return given | {part: _merged(part, settings[part], given.get(part)) for part in _NAMED}
-
-
-def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
-    if given is not None and not isinstance(given, dict):
-        return given
-    if given and given.get("type", settings["type"]) != settings["type"]:
-        return given
-    merged = settings | (given or {})
-    try:
-        return _NAMED[part].validate_python(merged).model_dump()  # every field, so that an arm takes nothing from the recipe's own method
-    except ValidationError:
-        return merged  # the recipe's own validation shows the mistake

@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.common import MOST, FunctionName, Modest, Share
-from tadistill.config.objective_base import Divergence, ObjectiveBase
+from tadistill.config.common import MOST, Divergence, FunctionName, Modest, ObjectiveBase, Share
 
 
 class CrossEntropy(ObjectiveBase):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
-from tadistill.config.reference import NAME, classes, meaning, named_classes, tag
+from tadistill.config.reference import classes, dotted, groups, meaning, tag
 from tadistill.safe_text import counted
 
 _WORDS = {
@@ -263,12 +263,13 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     for other in wanted:
         if other in here:
             return other, f"did you mean `{other}`?"
-    if len(alike := {n for m in blocks for n, field in m.model_fields.items() if n != name and _is_called(plain, meaning(m, n))}) == 1:
-        return alike.copy().pop(), f"did you mean `{alike.pop()}`?"
-    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7):
-        elsewhere = [p for other in wanted[:1] for p in _places(root).get(other, [])]
-        if not elsewhere or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7:
-            return close[0], f"did you mean `{close[0]}`?"
+    alike = {n for m in blocks for n in m.model_fields if n != name and _is_called(plain, meaning(m, n))}
+    if len(alike) == 1:
+        (other,) = alike
+        return other, f"did you mean `{other}`?"
+    close = difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7)
+    if close and (plain not in _places(root) or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7):
+        return close[0], f"did you mean `{close[0]}`?"
     for other in wanted:
         if found := [other] if other != plain and "." in other else _places(root).get(other, []):
             place = next((p for p in found if other in p.split(".")), found[0])
@@ -286,15 +287,9 @@ def _is_called(word: str, text: str) -> bool:
 @functools.cache
 def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
     found: dict[str, list[str]] = {}
-
-    def walk(model: type[BaseModel], at: tuple[str, ...], inside: tuple[type[BaseModel], ...]) -> None:
-        for name, annotation in _fields(model).items():
-            found.setdefault(name, []).append(".".join((*at, name)))
-            for child in classes(annotation):
-                if child not in inside:
-                    walk(child, (*at, name, *([NAME] if child in named_classes(annotation) else [])), (*inside, child))
-
-    walk(root, (), (root,))
+    for model, place in groups(root):
+        for name in _fields(model):
+            found.setdefault(name, []).append(dotted(place, name))
     return {name: sorted(places, key=lambda place: place.count(".")) for name, places in found.items()}
 
 

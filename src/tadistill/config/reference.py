@@ -123,9 +123,27 @@ def more_about(key: str, part: Part) -> str:
 @functools.cache
 def reference() -> tuple[Part, ...]:
     """Return all groups of keys in the order of a recipe."""
-    parts = [_part(model, tuple(sorted(places, key=lambda place: place.count(".")))) for model, places in _found().items()]
+    found: dict[type[BaseModel], list[str]] = {}
+    for model, place in groups(Recipe):
+        found.setdefault(model, []).append(place)
+    parts = [_part(model, tuple(sorted(places, key=lambda place: place.count(".")))) for model, places in found.items()]
     keys = tuple(Key(name, text, "text or keys", "", "required") for name, text in SHORT_KEYS.items())
     return (*parts, Part("Short form", "", _SHORT_FORM, ("",), keys, "reference/recipe.md#the-short-form"))
+
+
+def groups(model: type[BaseModel], place: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    """Yield a configuration class and all classes below it, each with its place, such as `method.optim`. A class can have several
+    places."""
+    yield model, place
+    for name, field in model.model_fields.items():
+        below = dotted(place, field.alias or name)
+        for child in classes(field.annotation):
+            yield from groups(child, f"{below}.{NAME}" if child in named_classes(field.annotation) else below)
+
+
+def dotted(*words: str) -> str:
+    """Return a key with its place, such as `method.optim` and `lr`, as one text. The place is empty at the top level."""
+    return ".".join(filter(None, words))
 
 
 def meaning(model: type[BaseModel], field: str) -> str:
@@ -155,20 +173,6 @@ def named_classes(annotation: Any) -> list[type[BaseModel]]:
 def tag(model: type[BaseModel]) -> str:
     """Return the value of `type` that chooses this class in a recipe. Return an empty string for a class without `type`."""
     return str(model.model_fields["type"].default) if "type" in model.model_fields else ""
-
-
-def _found() -> dict[type[BaseModel], list[str]]:
-    found: dict[type[BaseModel], list[str]] = {}
-
-    def walk(model: type[BaseModel], at: str) -> None:
-        found.setdefault(model, []).append(at)
-        for name, field in model.model_fields.items():
-            below = ".".join(filter(None, (at, field.alias or name)))
-            for child in classes(field.annotation):
-                walk(child, f"{below}.{NAME}" if child in named_classes(field.annotation) else below)
-
-    walk(Recipe, "")
-    return found
 
 
 def _part(model: type[BaseModel], places: tuple[str, ...]) -> Part:

@@ -119,7 +119,12 @@ def with_methods(raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arms := raw.get("arms"), dict):
         found["arms"] = {name: names.named(arm, f"arms.{name}", f"arms.{name}.method", "method") for name, arm in arms.items()}
     if isinstance(models := raw.get("models"), dict):
-        found["models"] = {name: names.in_model(model, f"models.{name}.distill") for name, model in models.items()}
+        found["models"] = {
+            name: model | {"distill": names.named(model["distill"], f"models.{name}.distill", f"models.{name}.distill.name", "name")}
+            if isinstance(model, dict) and "distill" in model
+            else model
+            for name, model in models.items()
+        }
     if names.wrong:
         raise ValueError("\n".join(names.wrong))
     return found
@@ -129,11 +134,6 @@ class _Names:
     def __init__(self, own: dict[str, Any]):
         self.own = own
         self.wrong = [*_refused(own)]
-
-    def in_model(self, model: Any, at: str) -> Any:
-        if not isinstance(model, dict) or "distill" not in model:
-            return model
-        return model | {"distill": self.named(model["distill"], at, f"{at}.name", "name")}
 
     def named(self, given: Any, at: str, key: str, name: str) -> Any:
         """Return a method or an arm in which the name of one of the recipe's own methods is replaced by the keys of this method.

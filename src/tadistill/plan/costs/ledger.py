@@ -11,10 +11,9 @@ from functools import cached_property
 
 from tadistill.config import Method
 from tadistill.config import sampling as samplers
-from tadistill.config.common import DTYPES, Decoding
+from tadistill.config.common import DTYPES, Decoding, Divergence
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
-from tadistill.config.objective_base import Divergence
 from tadistill.models.cost import Cost, CostPart, Disk, Memory, weight_bytes
 from tadistill.models.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
