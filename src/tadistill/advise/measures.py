@@ -16,7 +16,7 @@ from tadistill.data import datasets
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError
 from tadistill.models.shapes import COUNTED
-from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
+from tadistill.plan.arms import ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.task import original_teacher
 from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
@@ -52,28 +52,22 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """Measures of two models before any distillation. p is the bigger model, a possible teacher. q is the smaller one. k is `TOP_K`."""
+    """Measures of two models before any distillation, as in `EdgeMeasures`. p is the bigger model, a possible teacher. q is the smaller
+    one, the learner. Own answers of q are its samples."""
 
     teacher: str
     learner: str
     size_ratio: float
-    """Number of parameters of p, divided by the number of parameters of q."""
     reverse_kl: Mean
-    """KL(q ‖ p) per token on q's own answers. It is the loss at the start of on-policy distillation."""
+    """KL(q ‖ p). It is the loss at the start of on-policy distillation."""
     forward_kl: Mean
-    """KL(p ‖ q) per token on the reference answers."""
     overlap: Mean
-    """Share of q's k most likely tokens that are also among p's k most likely tokens, on q's own answers."""
     mass: Mean
-    """Total probability that q gives to p's k most likely tokens, on q's own answers."""
     entropy_gap: Mean
-    """Entropy of p minus entropy of q in nats per token, on q's own answers."""
     loss_ratio: Mean
-    """Loss of p divided by loss of q, on the reference answers."""
     advantage: Mean
-    """Mean of log p - log q per token of the reference answers."""
     bias: Mean
-    """Mean of log p - log p_T per token of q's own answers. p_T is the original teacher, so the bias is 0 if p is p_T."""
+    """Mean of log p - log p_T, where p_T is the original teacher. So the bias is 0 if p is p_T."""
 
 
 @dataclass(frozen=True)
@@ -239,20 +233,19 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
     kept = affordable(search, flops).paths
     arms = path_arms(kept) | {twin_name(path): Arm(path=(direct,), compute=f"as {path_name(path)}") for path in kept if path != direct}
     limited = recipe.model_copy(update={"arms": arms, "teacher": search.teacher})
-    twins, base = _twins(make_plan(limited)), flops[direct]
+    planned, base = make_plan(limited).arms, flops[direct]
     assert base, "ladder() refuses models of unknown size"
+    paths, twins = {arm.name: arm.arm.last for arm in planned}, dict[ModelPath, tuple[int, int]]()
+    for arm in planned:
+        if arm.arm.like:
+            methods = [phase.method for phase in arm.phases]
+            twins[paths[arm.arm.like[1]]] = sum(method.optim.steps or 0 for method in methods), methods[-1].select.every
     return limited, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
 
 
 def twin_name(path: ModelPath) -> str:
     """Return the name of a path's equal-compute baseline (direct distillation with the same compute)."""
     return f"{path_name(path)}-twin"
-
-
-def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
-    paths = {arm.name: arm.arm.last for arm in plan.arms}
-    twins = [(arm.arm.like[1], arm.phases) for arm in plan.arms if arm.arm.like]
-    return {paths[of]: (sum(phase.method.optim.steps or 0 for phase in phases), phases[-1].method.select.every) for of, phases in twins}
 
 
 def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:

@@ -107,7 +107,8 @@ def notes(
             f"These learners give less than {LEAST_MASS:g} of their probability to the {TOP_K} tokens that are most likely for their "
             f"teacher: {', '.join(thin)}. On-policy reverse KL has been reported to collapse if this probability is low."
         )
-    bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
+    assistants = {m.name: recipe.models[m.name] for m in measures.models[1:-1]}
+    bought = [name for name, model in assistants.items() if model.load and not model.load.startswith("scratch:") and model.sft is None]
     if bought:
         found.append(
             f"Assistants that this study does not train: {', '.join(bought)}. The compute of their training is unknown, so no path's cost "
@@ -138,11 +139,6 @@ def notes(
     return tuple(found)
 
 
-def _ready_made(recipe: Recipe, name: str) -> bool:
-    model = recipe.models[name]
-    return model.load is not None and not model.load.startswith("scratch:") and model.sft is None
-
-
 @dataclass(frozen=True)
 class NextRun:
     """A run that the advice proposes, as a sentence and as a command."""
@@ -171,7 +167,9 @@ def steps(
     """
 
     def command(arms: list[str], seeds: int) -> str:
-        return shlex.join(["tadistill", "run", source, *overrides, *arms, f"seeds={list(_seeds(recipe, seeds))}".replace(" ", "")])
+        first = max(recipe.seeds) + 1
+        chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
+        return shlex.join(["tadistill", "run", source, *overrides, *arms, f"seeds={chosen}".replace(" ", "")])
 
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]
@@ -212,11 +210,6 @@ def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
 
 def _key(arm: str) -> str:
     return f"arms[{arm}]" if "." in arm else f"arms.{arm}"
-
-
-def _seeds(recipe: Recipe, count: int) -> tuple[int, ...]:
-    more = range(max(recipe.seeds) + 1, max(recipe.seeds) + 1 + max(0, count - len(recipe.seeds)))
-    return (*recipe.seeds[:count], *more)
 
 
 TAGS = {

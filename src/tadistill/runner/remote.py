@@ -140,7 +140,10 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     found += ["--revision", model.revision] if hub and model.revision != "main" else []
     found += ["--served-model-name", serve.name or recipe.written(model.load) or model.load]
     found += ["--host", host or "127.0.0.1", "--port", str(port or urlsplit(serve.at[0]).port or 8000)]
-    found += ["--dtype", _dtype(recipe), "--max-model-len", str(longest_text(recipe) + 1), "--no-enable-prefix-caching"]
+    # the number format in which a training in this process would run the teacher; bf16 if trainings differ
+    precisions = {method.optim.precision for method in methods(recipe)}
+    dtype = DTYPES["fp32" if precisions <= {"fp32"} else "bf16"]
+    found += ["--dtype", dtype, "--max-model-len", str(longest_text(recipe) + 1), "--no-enable-prefix-caching"]
     if serve.gives == "top_k":
         return [*found, "--max-logprobs", str(serve.k), *more]
     pooler = json.dumps({"task": "token_embed", "use_activation": False})
@@ -162,12 +165,6 @@ def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:
             )
         environment["VLLM_API_KEY"] = environment[serve.key]
     os.execve(program, [*command], environment)
-
-
-def _dtype(recipe: Recipe) -> str:
-    # the number format in which a training in this process would run the teacher; bf16 if trainings differ
-    precisions = {method.optim.precision for method in methods(recipe)}
-    return DTYPES["fp32" if precisions <= {"fp32"} else "bf16"]
 
 
 # --- APIs ---------------------------------------------------------------------------------------------------------------

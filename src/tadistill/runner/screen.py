@@ -154,8 +154,10 @@ class Screen:
                 self.journal.log(line)
                 if self.lines:
                     self._print(escape(f"{time.strftime('%H:%M:%S')} {line}"))
-            for key in self.run.stages:
-                self._progress_event(key)
+            for key, stage in self.run.stages.items():
+                facts = {"done": stage.done, "total": stage.total, "text": stage.note, "seconds": stage.seconds, "left": stage.left}
+                numbers = dict(zip(("loss", "tokens_per_second"), training_numbers(stage.note) or (), strict=False))
+                self._event("progress", key, **facts, **numbers, study_done=self.run.done, study_left=self.run.left)
 
     def _measure(self, now: float) -> None:
         self.run.seconds = self.journal.seconds
@@ -187,10 +189,3 @@ class Screen:
         stage = self.plan.stages[key]
         about = {"key": key, "label": self.labels[key], "kind": stage.kind, "arms": sorted(stage.arms), "seed": stage.seed}
         self.terminal.event(name, **about, **facts)
-
-    def _progress_event(self, key: str) -> None:
-        stage = self.run.stages[key]
-        facts: dict[str, Any] = {"done": stage.done, "total": stage.total, "text": stage.note, "seconds": stage.seconds, "left": stage.left}
-        if numbers := training_numbers(stage.note):
-            facts |= dict(zip(("loss", "tokens_per_second"), numbers, strict=True))
-        self._event("progress", key, **facts, study_done=self.run.done, study_left=self.run.left)
