@@ -4,7 +4,7 @@ Each difference is marked as better, worse, or not clear. For a path with assist
 entropy), the errors of its steps, and its compute. If a value was not measured, a sentence says so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,17 +50,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """A possible reason why a path with assistants is better or worse, with sentences about it."""
-
-    title: str
-    sentences: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Analysis:
-    """The comparison of `arm` with `other`, with a row for each difference. If `arm` is a path with assistants, `explanations` has possible
-    reasons for the differences. Otherwise it is empty."""
+    """The comparison of `arm` with `other`, with a row for each difference."""
 
     arm: str
     other: str
@@ -68,7 +59,8 @@ class Analysis:
     whole: tuple[tuple[str, str, str], ...]
     """Metrics without an interval, because they have only one value per test set: (title, value of `arm`, value of `other`). The values are
     means over the test sets."""
-    explanations: tuple[Explanation, ...]
+    explanations: Mapping[str, list[str]]
+    """Possible reasons for the differences, with sentences about each. Empty if `arm` is not a path with assistants."""
     unequal: bool
     """True if the arm is a path with assistants, and the two arms had different compute."""
 
@@ -111,14 +103,10 @@ def _whole(results: Results, c: Comparison) -> Iterable[tuple[str, str, str]]:
             yield metric_title(metric), number(mine.mean, metric), number(theirs.mean, metric)
 
 
-def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
+def _explanations(results: Results, c: Comparison) -> Mapping[str, list[str]]:
     if c.against == "pair":
-        return ()
-    return (
-        Explanation("sharpening", (_sharpening(c),)),
-        Explanation("error of each step", tuple(_steps(results, c))),
-        Explanation("compute", (_compute(results, c),)),
-    )
+        return {}
+    return {"sharpening": [_sharpening(c)], "error of each step": _steps(results, c), "compute": [_compute(results, c)]}
 
 
 def published(results: Results) -> list[str]:

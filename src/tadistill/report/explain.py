@@ -1,85 +1,27 @@
-"""The long sentences of a report: each verdict with its numbers, sample sizes, and warnings.
+"""The long sentences of a report: each verdict with its numbers and sample sizes, and cautions about the numbers.
 
 `tadistill.results.verdict` decides the verdicts. This module only puts them into words. The module `tadistill.report.answer` has the short
 sentences.
 """
 
-from collections import Counter
+from collections.abc import Sequence
 
+from tadistill.config.arm import flat
 from tadistill.evaluation.text_scores import UNSEEN
-from tadistill.metrics import metric_title, metric_unit
+from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
-from tadistill.report.path_words import listed, taught
-from tadistill.report.tokenizer_words import vocabulary_texts
+from tadistill.report.path_words import listed, some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
-from tadistill.results.measured import rows_text
+from tadistill.results.measured import load_manifest, rows_text
 from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, span, with_unit
-from tadistill.results.study import ArmRecord, PhaseRecord
+from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
 from tadistill.safe_text import counted, form, one_line, shortened
 from tadistill.store import FAILURE
 
 _NAMED = 5  # most arms that one sentence names
-_TEXTS = {
-    "dataset": "the training data",
-    "teacher": "the teacher's answers",
-    "student": "its own answers",
-    "student, recorded": "its own answers, written before training",
-    "teacher_mixed": "answers that teacher and student write together",
-    "speculative": "its own answers, corrected by the teacher",
-    "mix": "the training data and its own answers",
-    "replay": "the training data and a buffer of its own answers",
-    "pair": "the teacher's and its own answers",
-}
-
-
-def arm_words(results: Results) -> dict[str, str]:
-    """Describe each trained arm in a few words, such as "taught by xl through l". The keys of the result are the names of the arms.
-
-    If an arm trains on another kind of text than most arms, its description names this text. If two arms would have the same description,
-    their descriptions also name the objectives.
-    """
-    arms = [arm for arm in results.plan.arms if arm.is_trained]
-    taught = [arm for arm in arms if arm.is_taught]
-    usual = Counter(_sampler(arm) for arm in taught if not arm.is_phased).most_common(1)
-    found = {arm.name: _words(arm, usual[0][0] if usual else "") for arm in arms}
-    twins = Counter((arm.model, found[arm.name], arm.compute) for arm in taught)
-    alike = {arm.name for arm in taught if twins[arm.model, found[arm.name], arm.compute] > 1 and not arm.is_phased}
-    objective = {arm.name: f", {arm.method.partition(' ')[0]}" if arm.name in alike else "" for arm in arms}
-    return {arm.name: f"{found[arm.name]}{objective[arm.name]}{_budget(arm)}" for arm in arms}
-
-
-def _sampler(arm: ArmRecord) -> str:
-    return arm.method.partition(" (")[2].rstrip(")")
-
-
-def _words(arm: ArmRecord, usual: str) -> str:
-    if not arm.is_taught:
-        return "plain fine-tuning, continued" if arm.method.endswith("continued") else "plain fine-tuning"
-    if arm.is_phased:
-        return f"{taught(arm)} in {len(arm.phases)} phases: {', then '.join(_phase(phase, arm.path[-2]) for phase in arm.phases)}"
-    if not arm.is_plain:
-        return taught(arm)
-    assistants = arm.path[1:-1]
-    texts = _TEXTS.get(_sampler(arm), "").replace("the teacher's", f"{arm.path[-2]}'s")
-    if arm.method.startswith("cross_entropy"):
-        return f"fine-tuned on {texts}{f' through {listed(assistants)}' if assistants else ''}"
-    return f"{taught(arm)}{f' on {texts}' if texts and _sampler(arm) != usual else ''}"
-
-
-def _phase(phase: PhaseRecord, teacher: str) -> str:
-    text = _TEXTS.get(phase.sampler, phase.sampler).replace("the teacher's", f"{teacher}'s")
-    how = "fine-tuned" if phase.objective.startswith("cross_entropy") else phase.objective
-    return f"{how} on {text}{f' ({phase.settings})' if phase.settings else ''}"
-
-
-def _budget(arm: ArmRecord) -> str:
-    if not arm.compute:
-        return ""
-    times, _, other = arm.compute.partition(" ")
-    return f", with {other}'s compute" if times == "as" else f", with {times.rstrip('x')} times {other}'s compute"
 
 
 def _path_text(arm: ArmRecord) -> str:
@@ -196,8 +138,7 @@ def missing_text(results: Results) -> str:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
     total = sum(len(arm.evaluate) for arm in results.plan.arms)
     named = [f"{arm} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items()]
-    more = f"; and {counted(len(named) - _NAMED, 'more arm')}" if len(named) > _NAMED else ""
-    listed = f"{len(results.missing)} of {total} evaluations are not finished: {'; '.join(named[:_NAMED])}{more}."
+    listed = f"{len(results.missing)} of {total} evaluations are not finished: {_first(named)}."
     left = listed if len(results.missing) < total else f"None of {total} evaluations is finished."
     return f"{left} `{results.plan.command}` continues where it stopped."
 
@@ -214,6 +155,12 @@ def failed_text(results: Results) -> str:
             texts.append(f"{labels[stage.key]} ({shortened(one_line(reason.strip()))})")
     more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
     return f"{counted(len(texts), 'stage')} failed: {'; '.join(texts[:3])}{more}." if texts else ""
+
+
+def _first(texts: Sequence[str], separator: str = "; ") -> str:
+    """Join the texts on the first arms, and say how many more arms there are."""
+    more = [f"and {counted(len(texts) - _NAMED, 'more arm')}"] if len(texts) > _NAMED else []
+    return separator.join([*texts[:_NAMED], *more])
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:
@@ -242,8 +189,7 @@ def cautions(results: Results) -> list[str]:
     few = [f"{name}: {counted(count, 'seed')}" for name, count in trained.items() if count < SEEDS_FOR_A_CLAIM]
     if few:
         same = len(few) == len(trained) and len(set(trained.values())) == 1
-        more = f", and {counted(len(few) - _NAMED, 'more arm')}" if len(few) > _NAMED else ""
-        said = counted(min(trained.values()), "seed") if same else f"{', '.join(few[:_NAMED])}{more}"
+        said = counted(min(trained.values()), "seed") if same else _first(few, ", ")
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
 
@@ -260,10 +206,9 @@ def _unequal_text(results: Results) -> str:
     unequal = [c for c in by_importance(results)[1:] if c.against == "plain direct"]  # the answer says it of the first comparison
     if not unequal:
         return ""
-    named = "; ".join(unequal_text(results, c) for c in unequal[:_NAMED])
-    more = f"; and {counted(len(unequal) - _NAMED, 'more arm')}" if len(unequal) > _NAMED else ""
+    named = _first([unequal_text(results, c) for c in unequal])
     arm = unequal[0].arm if len(unequal) == 1 else "ARM"
-    return f"Not compared at equal compute: {named}{more}. For equal compute, add a direct arm with `compute: as {arm}`."
+    return f"Not compared at equal compute: {named}. For equal compute, add a direct arm with `compute: as {arm}`."
 
 
 def unequal_text(results: Results, c: Comparison) -> str:
@@ -310,3 +255,63 @@ def caution_texts(c: Comparison) -> list[str]:
     if c.trained and any(set(seeds) != set(c.seeds) for seeds in c.planned_seeds):
         texts.append(f"{c.arm} and {c.other} are compared on the training seeds that both have finished: {', '.join(map(str, c.seeds))}.")
     return texts
+
+
+# --- models with different tokenizers -------------------------------------------------------------------------------------
+
+
+def vocabulary_texts(results: Results) -> list[str]:
+    """Return the cautions about tokenizers. The list is empty if all models share one tokenizer."""
+    if len(results.plan.tokenizers) < 2:
+        return []
+    found = [_undefined_text(results), _budget_text(results), _by_token_text(results), _handed_text(results)]
+    return [text for text in found if text]
+
+
+def _family(results: Results, model: str | None) -> tuple[str, ...]:
+    return next((family for family in results.plan.tokenizers if model in family), ())
+
+
+def _measured(results: Results) -> list[ArmRecord]:
+    return [arm for arm in results.plan.arms if results.scores[arm.name]]
+
+
+def _undefined_text(results: Results) -> str:
+    teacher = results.plan.teacher
+    others = [arm for arm in _measured(results) if teacher and arm.model not in _family(results, teacher)]
+    if not others:
+        return ""
+    bits = all(arm.analyse for arm in others)
+    return (
+        f"The divergence from {teacher}, the error budget and the exposure bias are not defined across vocabularies, so they are left out "
+        f"for {some([arm.name for arm in others])}.{' The bits per byte of their answers are reported instead.' * bits}"
+    )
+
+
+def _budget_text(results: Results) -> str:
+    inside = _family(results, results.plan.teacher)
+    cut = [arm for arm in _measured(results) if arm.analyse and arm.model in inside and any(name not in inside for name in flat(arm.path))]
+    if not cut:
+        return ""
+    names = some([arm.name for arm in cut])
+    return f"The error budget of {names} is left out, because a model of the path has another vocabulary than {results.plan.teacher}."
+
+
+def _by_token_text(results: Results) -> str:
+    models = {arm.model for arm in _measured(results)}
+    families = [f"({', '.join(own)})" for family in results.plan.tokenizers if (own := [name for name in family if name in models])]
+    metrics = [metric_title(name) for name, row in METRICS.items() if row.by_token and (row.whole_set or name in results.metrics)]
+    if len(families) < 2 or not metrics:
+        return ""
+    return (
+        f"{listed(metrics)[:1].upper()}{listed(metrics)[1:]} count a model's own tokens. They can be compared only among models that share "
+        f"a tokenizer: {', '.join(families)}."
+    )
+
+
+def _handed_text(results: Results) -> str:
+    texts = []
+    for stage in results.plan.stages:
+        manifest = load_manifest(results.store, stage.key) if stage.kind == "retokenise" else None
+        texts += [f"{stage.label}: {'; '.join(manifest.notes)}"] if manifest and manifest.notes else []
+    return f"{'. '.join(texts)}." if texts else ""

@@ -26,7 +26,6 @@ _VERBS = {
     "equivalent": "is as good as",
     "no evidence": "is not clearly better or worse than",
 }
-_STATES = {"gain": "clearly better than", "loss": "clearly worse than", "equivalent": "as good as"}
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,9 @@ def against(results: Results) -> str:
         return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
     named = {(c.arm, c.other) for c in decided}
     more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
-    return "; ".join(
-        [
-            _decided(results, decided),
-            *(_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more)),
-        ]
-    )
+    said = [_decided(results, decided)]
+    said += [_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more)]
+    return "; ".join(said)
 
 
 def _decided(results: Results, found: Sequence[Comparison]) -> str:
@@ -81,17 +77,15 @@ def _decided(results: Results, found: Sequence[Comparison]) -> str:
         return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.against == 'plain direct' else ''}"
     if all(c.against == "pair" for c in found):
         better = [f"{c.arm} than {c.other}" if c.word == "gain" else f"{c.other} than {c.arm}" for c in found if c.word in ("gain", "loss")]
-        return f"{len(better) or 'None'} of {counted(len(found), 'pair')} differ{'' if len(better) > 1 else 's'} clearly" + (
-            f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
-        )
+        which = f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
+        return f"{len(better) or 'None'} of {counted(len(found), 'pair')} differ{'' if len(better) > 1 else 's'} clearly{which}"
     arms = {word: [c.arm for c in found if c.word == word] for word in _VERBS}
-    clear = [f"{_named(arms[word])} {_STATES[word]}" for word in ("gain", "loss", "equivalent") if arms[word]]
+    clear = [f"{_named(arms[word])} {_VERBS[word].removeprefix('is ')}" for word in ("gain", "loss", "equivalent") if arms[word]]
     rest, unequal = arms["no evidence"], [c.arm for c in found if c.against == "plain direct"]
     if not clear:
         none = "Neither" if len(found) == 2 else "None"
-        said = (
-            f"{none} of {len(found)} {ways_text([results.arm(c.arm) for c in found])} is clearly better or worse than direct distillation"
-        )
+        ways = ways_text([results.arm(c.arm) for c in found])
+        said = f"{none} of {len(found)} {ways} is clearly better or worse than direct distillation"
     else:
         said = f"{listed(clear)} direct distillation" + (f"; {_named(rest)} not clearly better or worse" if rest else "")
     return said + (f" ({some(unequal)}: not at equal compute)" if unequal else "")
@@ -100,8 +94,8 @@ def _decided(results: Results, found: Sequence[Comparison]) -> str:
 def _beyond(rows: list[ForestRow], other: str, metric: str) -> str:
     sign = -1 if metric_of(metric).better == "lower" else 1
     mine = [row for row in rows if row.other.name == other]
-    sides = {"better": [row.arm.name for row in mine if sign * row.difference.mean > 0]}
-    sides["worse"] = [row.arm.name for row in mine if row.arm.name not in sides["better"]]
+    better = [row.arm.name for row in mine if sign * row.difference.mean > 0]
+    sides = {"better": better, "worse": [row.arm.name for row in mine if row.arm.name not in better]}
     return f"{listed([f'{_named(names)} clearly {side}' for side, names in sides.items() if names])} than {other}"
 
 
@@ -184,10 +178,9 @@ def answers(results: Results, found: Samples) -> str:
 def behaviour(results: Results) -> str:
     """Return a sentence on how much the entropies differ between the two arms that the report's answer compares. Without such arms, the
     sentence gives the range of entropies."""
-    compared = [c for c in by_importance(results) if c.mechanism and c.mechanism.entropy]
+    compared = [(c, c.mechanism.entropy) for c in by_importance(results) if c.mechanism and c.mechanism.entropy]
     if compared:
-        c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
-        assert d is not None
+        c, d = compared[0]
         word = "not clearly different from" if d.covers_zero else "clearly lower than" if d.mean < 0 else "clearly higher than"
         return f"The entropy of {c.arm} is {word} that of {c.other}: {span(d, 'entropy', unit=True)}"
     curves = entropy_curves(results)

@@ -23,7 +23,7 @@ from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
 from tadistill.report.analysis import analyses
 from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
-from tadistill.report.plain_text import code, escape_markdown, pipe_table
+from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
 from tadistill.results.measured import load_manifest, load_predictions, rows_text
@@ -67,16 +67,17 @@ def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: s
     """
     arm, plan = results.arm(arm_name), results.plan
     size = parameters_text(plan.parameters[arm.model])
+    analysis = [sentence for a in analyses(results) if a.arm == arm.name for said in a.explanations.values() for sentence in said]
     blocks = [
         f"---\n{yaml.safe_dump(_front_matter(results, arm), sort_keys=False, allow_unicode=True)}---",
         f"# {escape_markdown(arm.name)} of study {escape_markdown(plan.study)}, seed {seed}",
         _made(results, arm, size),
         "## How to use it\n\n" + usage(results, arm, folder, name),
-        "## Verdict\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in _verdict(results, arm)),
+        "## Verdict\n\n" + bullets(_verdict(results, arm)),
         "## Numbers\n\n" + _numbers(results, arm, seed),
-        *_analysis(results, arm),
+        *(["## Analysis\n\n" + bullets(analysis)] if analysis else []),
         "## How it was made\n\n" + _provenance(results, arm, seed),
-        "## Limits\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in _limits(results, arm)),
+        "## Limits\n\n" + bullets(_limits(results, arm)),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -137,11 +138,6 @@ def _verdict(results: Results, arm: ArmRecord) -> list[str]:
     decided = {c.arm for c in comparisons(results)}
     sentences += [undecided_text(p) for p in pairs(results) if p.arm.name == arm.name and p.against != "pair" and p.arm.name not in decided]
     return sentences or ["The study does not compare this arm with another arm, so it makes no claim about the arm's method."]
-
-
-def _analysis(results: Results, arm: ArmRecord) -> list[str]:
-    found = [sentence for a in analyses(results) if a.arm == arm.name for e in a.explanations for sentence in e.sentences]
-    return ["## Analysis\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in found)] if found else []
 
 
 def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
@@ -228,12 +224,12 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
         folder: the trained model. The files of its tokenizer determine if a prompt begins with the BOS token.
         name: the directory or the Hub id from which a user loads the model.
     """
-    written = prompt_format(results, arm, folder)
+    written, data = prompt_format(results, arm, folder), _data(results)
     text = render(Example(_PLACE, "", ("",), verbatim=written == "verbatim"), written, None) if written != "chat" else ""  # type: ignore[arg-type]
     shown = [code(text, "text")] if written in ("alpaca", "plain") else []
-    bos = _puts_bos(results, written, folder)
+    bos = written != "chat" and data["bos"] == "auto" and tokens.read(folder, folder).bos is not None
     more = ["Every prompt begins with the BOS token, which the program adds."] if bos else []
-    said = " ".join([_SAID[written], *more]) if not shown else "\n\n".join([_SAID[written], *shown, *more])
+    said = ("\n\n" if shown else " ").join([_SAID[written], *shown, *more])
     return f"{said}\n\n{code(_program(results, text, name, bos), 'python')}"
 
 
@@ -243,10 +239,11 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     The format is the recipe's template, unless the first evaluated prompt is not written in this template. In that case, the rows of the
     data have a format of their own: the result is `chat` if the model's tokenizer has a chat template, else `verbatim`.
     """
-    key = _evaluated(results, arm)
+    finished = results.scores[arm.name]
+    key = arm.evaluate[arm.first_seed(finished)] if finished else None
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}
-    template = spec["data"]["template"]
-    if template == "chat" or not (prompt := _first_prompt(results, arm)):
+    template, prompt = spec["data"]["template"], load_predictions(results.store, key)[0]["prompt"] if key else ""
+    if template == "chat" or not prompt:
         return template
     if split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n"):
         return template
@@ -257,27 +254,17 @@ def _data(results: Results) -> dict[str, Any]:
     return {name: Data.model_fields[name].default for name in ("template", "bos")} | {"world": {}} | results.plan.recipe["data"]
 
 
-def _first_prompt(results: Results, arm: ArmRecord) -> str:
-    key = _evaluated(results, arm)
-    return load_predictions(results.store, key)[0]["prompt"] if key else ""
-
-
-def _evaluated(results: Results, arm: ArmRecord) -> str | None:
-    # the first finished evaluation of the arm
-    return arm.evaluate[arm.first_seed(results.scores[arm.name])] if results.scores[arm.name] else None
-
-
-def _puts_bos(results: Results, written: Format, folder: Path) -> bool:
-    return written != "chat" and _data(results)["bos"] == "auto" and tokens.read(folder, folder).bos is not None
-
-
 def _program(results: Results, text: str, name: str, bos: bool) -> str:
-    question = _question(_data(results))
+    data = _data(results)
+    question = _QUESTION
+    if training_refs(data)[0]["load"].startswith("tinyworld"):
+        question = str(world_rows("tinyworld", "test", **data["world"])[0]["instruction"])
     decoding = ", ".join(f"{key}={value!r}" for key, value in _decoding(Evaluate.model_validate(results.plan.recipe["evaluate"])).items())
     if text:
+        shown = "question" if text == _PLACE else f'f"""{text}"""' if text.count("\n") > 1 else f"f{json.dumps(text)}"
         lines = [
             f"question = {json.dumps(question)}",
-            f"prompt = {'tokenizer.bos_token + ' if bos else ''}{_quoted(text)}",
+            f"prompt = {'tokenizer.bos_token + ' if bos else ''}{shown}",
             'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
         ]
     else:
@@ -296,18 +283,6 @@ def _program(results: Results, text: str, name: str, bos: bool) -> str:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
-
-
-def _quoted(text: str) -> str:
-    if text == _PLACE:
-        return "question"
-    return f'f"""{text}"""' if text.count("\n") > 1 else f"f{json.dumps(text)}"
-
-
-def _question(data: dict[str, Any]) -> str:
-    if not training_refs(data)[0]["load"].startswith("tinyworld"):
-        return _QUESTION
-    return str(world_rows("tinyworld", "test", **data["world"])[0]["instruction"])
 
 
 def _decoding(settings: Evaluate) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from tadistill.plan.kinds import KINDS
 from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.answer import answer, student_of
-from tadistill.report.explain import arm_words, cautions, verdict_text
+from tadistill.report.explain import cautions, verdict_text
 from tadistill.report.figures import MANY, behaviour, compute, looks, paths, scores, titled
-from tadistill.report.path_words import route, steps
+from tadistill.report.path_words import arm_words, route, steps
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
@@ -95,7 +95,7 @@ def render_page(results: Results) -> str:
 
 def _first(results: Results) -> dict[str, Any]:
     metric, student = primary_metric(results), student_of(results)
-    figure = scores.cost_figure(results, student)
+    figure = compute.cost_figure(results, student)
     groups = arm_groups(results)
     return {
         "plan": results.plan,

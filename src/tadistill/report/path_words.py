@@ -1,4 +1,4 @@
-"""Describe how an arm makes its student, from the text of its path: who teaches it, and from which model its first weights come.
+"""Describe in words how an arm makes its student, from its path, its method, and the text that it trains on.
 
 path                              words
 xl > l > s                        taught by xl through l
@@ -11,11 +11,25 @@ m on maths + xl on chat > s       taught by m on maths and xl on chat
 xl > s, control no_teacher of d   trained without a teacher (control of d)
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tadistill.config.arm import Control, flat, is_route, path_text, teachers_of
-from tadistill.results.study import ArmRecord
+from tadistill.results.collect import Results
+from tadistill.results.study import ArmRecord, PhaseRecord
+
+_TEXTS = {
+    "dataset": "the training data",
+    "teacher": "the teacher's answers",
+    "student": "its own answers",
+    "student, recorded": "its own answers, written before training",
+    "teacher_mixed": "answers that teacher and student write together",
+    "speculative": "its own answers, corrected by the teacher",
+    "mix": "the training data and its own answers",
+    "replay": "the training data and a buffer of its own answers",
+    "pair": "the teacher's and its own answers",
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +53,14 @@ class Route:
         """The models that learn from a teacher."""
         return {model for part in self.parts for model in part[1:]}
 
+    def above(self, part: tuple[str, ...], at: int) -> tuple[str, ...]:
+        """Return the elements of a part that teach the model at place `at`."""
+        return part[:at] if self.dense else part[at - 1 : at]
+
     def teachers(self, model: str) -> list[tuple[str, ...]]:
         """Return the teachers of a model: one tuple of teachers for each of its distillations, in order."""
         places = ((part, at) for part in self.parts for at, name in enumerate(part) if at and name == model)
-        return [flat(part[:at] if self.dense else part[at - 1 : at]) for part, at in places]
+        return [flat(self.above(part, at)) for part, at in places]
 
 
 def route(arm: ArmRecord) -> Route:
@@ -66,8 +84,7 @@ def taught(arm: ArmRecord) -> str:
         who = itself if first == last else in_words(first)
         how = f"taught by {who}{f' through {listed(through)}' if through and first != last else ''}"
     else:
-        places = ((part, part.index(arm.model)) for part in found.parts if arm.model in part[1:])
-        each = [part[:at] if found.dense else part[at - 1 : at] for part, at in places]
+        each = [found.above(part, part.index(arm.model)) for part in found.parts if arm.model in part[1:]]
         how = f"taught {', then '.join(map(_by, each))}"
     how += " with a context" if found.context else ""
     start = found.starts.get(arm.model)
@@ -84,9 +101,10 @@ def steps(arm: ArmRecord) -> str:
             if model in found.starts and model not in begun:
                 said.append(f"{model} is pruned from {found.starts[model]}")
             begun.add(model)
-            teachers = part[:at] if found.dense else part[at - 1 : at]
+            teachers = found.above(part, at)
             learner = "itself" if teachers == (model,) else model
-            how = f"{_in_phases(arm, model)}{' with a context' * found.context}"
+            phases = f" in {len(arm.phases)} phases" if arm.is_phased and model == arm.model else ""
+            how = f"{phases}{' with a context' * found.context}"
             if found.ema and teachers == (model,):
                 said.append(f"the moving average of {model} teaches {model}{how}")
             else:
@@ -95,12 +113,55 @@ def steps(arm: ArmRecord) -> str:
     return "; ".join(said)
 
 
-def _in_phases(arm: ArmRecord, model: str) -> str:
-    return f" in {len(arm.phases)} phases" if arm.is_phased and model == arm.model else ""
-
-
 def _by(teachers: Sequence[str]) -> str:
     return f"by {listed([*map(in_words, teachers)])}{' together' if len(teachers) > 1 else ''}"
+
+
+def arm_words(results: Results) -> dict[str, str]:
+    """Describe each trained arm in a few words, such as "taught by xl through l". The keys of the result are the names of the arms.
+
+    If an arm trains on another kind of text than most arms, its description names this text. If two arms would have the same description,
+    their descriptions also name the objectives.
+    """
+    arms = [arm for arm in results.plan.arms if arm.is_trained]
+    distilled = [arm for arm in arms if arm.is_taught]
+    usual = Counter(_sampler(arm) for arm in distilled if not arm.is_phased).most_common(1)
+    found = {arm.name: _words(arm, usual[0][0] if usual else "") for arm in arms}
+    twins = Counter((arm.model, found[arm.name], arm.compute) for arm in distilled)
+    alike = {arm.name for arm in distilled if twins[arm.model, found[arm.name], arm.compute] > 1 and not arm.is_phased}
+    objective = {arm.name: f", {arm.method.partition(' ')[0]}" if arm.name in alike else "" for arm in arms}
+    return {arm.name: f"{found[arm.name]}{objective[arm.name]}{_budget(arm)}" for arm in arms}
+
+
+def _sampler(arm: ArmRecord) -> str:
+    return arm.method.partition(" (")[2].rstrip(")")
+
+
+def _words(arm: ArmRecord, usual: str) -> str:
+    if not arm.is_taught:
+        return "plain fine-tuning, continued" if arm.method.endswith("continued") else "plain fine-tuning"
+    if arm.is_phased:
+        return f"{taught(arm)} in {len(arm.phases)} phases: {', then '.join(_phase(phase, arm.path[-2]) for phase in arm.phases)}"
+    if not arm.is_plain:
+        return taught(arm)
+    assistants = arm.path[1:-1]
+    texts = _TEXTS.get(_sampler(arm), "").replace("the teacher's", f"{arm.path[-2]}'s")
+    if arm.method.startswith("cross_entropy"):
+        return f"fine-tuned on {texts}{f' through {listed(assistants)}' if assistants else ''}"
+    return f"{taught(arm)}{f' on {texts}' if texts and _sampler(arm) != usual else ''}"
+
+
+def _phase(phase: PhaseRecord, teacher: str) -> str:
+    text = _TEXTS.get(phase.sampler, phase.sampler).replace("the teacher's", f"{teacher}'s")
+    how = "fine-tuned" if phase.objective.startswith("cross_entropy") else phase.objective
+    return f"{how} on {text}{f' ({phase.settings})' if phase.settings else ''}"
+
+
+def _budget(arm: ArmRecord) -> str:
+    if not arm.compute:
+        return ""
+    times, _, other = arm.compute.partition(" ")
+    return f", with {other}'s compute" if times == "as" else f", with {times.rstrip('x')} times {other}'s compute"
 
 
 def ways_text(arms: Sequence[ArmRecord]) -> str:

@@ -42,8 +42,8 @@ def render_markdown(results: Results) -> str:
     blocks += [f"**{escape_markdown(found.question)}**", f"**{found.badge}.** {escape_markdown(found.answer)}"]
     blocks += [escape_markdown(sentence) for sentence in found.sentences[1:]]
     blocks += [escape_markdown(plan.drawn)] if plan.drawn else []
-    limits = cautions(results) if results.summaries else []
-    blocks += ["\n".join(f"- {escape_markdown(caution)}" for caution in limits)] if limits else []
+    if results.summaries and (limits := cautions(results)):
+        blocks.append(bullets(limits))
     if results.summaries:
         over = "training seeds, prompts and decoding seeds" if trained else "prompts and decoding seeds"
         blocks += ["## Results", f"Mean over {over}, with its 95 % interval. {interval_method(results)}"]
@@ -54,18 +54,15 @@ def render_markdown(results: Results) -> str:
             blocks += [f"### {compared.title}", _plain(compared), escape_markdown(compared.note)]
         blocks += ["### More tables", *map(_collapsed, detail_tables(results))]
         found = analyses(results)
-        blocks += (
-            [
-                "## Analysis",
-                "`better` and `worse` rest on the 95 % interval of the row alone, which is not corrected for the number of rows.",
-            ]
-            if found
-            else []
-        )
+        if found:
+            corrected = "`better` and `worse` rest on the 95 % interval of the row alone, which is not corrected for the number of rows."
+            blocks += ["## Analysis", corrected]
         for entry in found:
             blocks += [f"### {escape_markdown(entry.arm)} against {escape_markdown(entry.other)}", _analysis(entry)]
-            blocks += ["\n".join(f"- {escape_markdown(s)}" for e in entry.explanations for s in e.sentences)] if entry.explanations else []
-        blocks += ["### Published values", "\n".join(f"- {escape_markdown(s)}" for s in published(results))] if published(results) else []
+            sentences = [sentence for said in entry.explanations.values() for sentence in said]
+            blocks += [bullets(sentences)] if sentences else []
+        if values := published(results):
+            blocks += ["### Published values", bullets(values)]
     blocks += ["## Paths", _paths(results), "## How it was made", _provenance(results), _stages(results)]
     return "\n\n".join(blocks) + "\n"
 
@@ -126,6 +123,11 @@ def _stages(results: Results) -> str:
     return f"<details>\n<summary>{counted(len(rows), 'stage')}: keys and times</summary>\n\n{found}\n\n</details>"
 
 
+def bullets(sentences: Iterable[str]) -> str:
+    """Return a Markdown list."""
+    return "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)
+
+
 def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table. Its first column is aligned left, and the other columns right."""
     lines = [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
@@ -160,8 +162,8 @@ _STYLES = {"gain": "green", "best": "green", "loss": "red", "open": "yellow", "u
 def summary_table(results: Results) -> Group:
     """Return the answer of a study for the terminal, and a table with one row per arm. In a narrow terminal, columns are left out.
 
-    The table shows the main metrics with intervals, and the training FLOPs relative to direct distillation. If an arm has unfinished seeds,
-    its row shows the number of finished seeds.
+    The table shows the main metrics with intervals, and the training FLOPs relative to direct distillation of the same model. If an arm has
+    unfinished seeds, its row shows the number of finished seeds.
     """
     found = answer(results)
     said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES.get(found.kind, '')}".strip()), found.answer)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 from tadistill.disk import finite, write_text
 from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
-from tadistill.report.explain import arm_words, cautions, undecided_text, verdict_text
+from tadistill.report.explain import cautions, undecided_text, verdict_text
 from tadistill.report.figures import scores
 from tadistill.report.figures.paths import lattice
 from tadistill.report.findings import sections
+from tadistill.report.path_words import arm_words
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
 from tadistill.results.budgets import BudgetCurve, budget_curves
 from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
-from tadistill.results.curves import exposures, last_dev_value, learning_curves, reliabilities
+from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.safe_text import guarded
 from tadistill.statistics import Difference
@@ -79,13 +80,13 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
         "inexact": list(arm.inexact),
         "phases": [asdict(phase) for phase in arm.phases],
         "model": arm.model,
-        "parameters": row.parameters,
+        "parameters": results.plan.parameters[arm.model],
         "compute": arm.compute,
         "across": [list(step) for step in arm.across],
         "teacher_budget": arm.teacher_budget,
         "teacher_tokens": arm.teacher_tokens,
-        "flops": row.flops,
-        "relative": None if row.relative is None else rounded(row.relative),
+        "flops": arm.flops,
+        "relative": _rounded(row.relative),
         "relative_to": row.direct,
         "seeds": sorted(results.scores[arm.name]),
         "planned_seeds": sorted(arm.evaluate),
@@ -97,7 +98,7 @@ def means(results: Results) -> list[dict[str, Any]]:
     """Return the means over training seeds that the page shows: one for each test set, and the mean over all sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
-        ends = {name: None if (end := getattr(s, name, None)) is None else rounded(end) for name in ("low", "high")}
+        ends = {name: _rounded(getattr(s, name, None)) for name in ("low", "high")}
         found.append({"arm": arm, "set": of_set, "metric": metric, "value": rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
     return found
 
@@ -148,13 +149,13 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "sign_flip": None if c.sign_flip is None else asdict(c.sign_flip),
         "margin": c.margin,
         "equivalent": c.equivalent,
-        "detectable": None if c.detectable is None else rounded(c.detectable),
+        "detectable": _rounded(c.detectable),
         "seeds_needed": c.seeds_needed,
         "per_seed": _per_seed(c.per_seed),
         "verdict": c.word,
         "credit": c.credit,
         "controls": {name: None if d is None else _difference(d) for name, d in controls.items()},
-        "matched_entropy": None if why is None or why.at_entropy is None else rounded(why.at_entropy),
+        "matched_entropy": _rounded(why and why.at_entropy),
         "selection": None if c.selection is None else asdict(c.selection),
         "decoding_seeds": list(c.decoding_seeds),
     }
@@ -163,9 +164,9 @@ def _comparison(c: Comparison) -> dict[str, Any]:
 def explanations(results: Results) -> list[dict[str, Any]]:
     """Return the possible explanations of each comparison, as the page shows them."""
     return [
-        {"arm": found.arm, "other": found.other, "title": e.title, "sentences": e.sentences}
+        {"arm": found.arm, "other": found.other, "title": title, "sentences": sentences}
         for found in (analyses(results) if results.summaries else ())
-        for e in found.explanations
+        for title, sentences in found.explanations.items()
     ]
 
 
@@ -195,7 +196,7 @@ def distillations(results: Results) -> list[dict[str, Any]]:
             facts = {"teacher": nodes[node.parent].model, "student": node.model, "method": node.kind, "flops": node.flops}
             facts["pruned_from"] = nodes[node.start].model if node.start else None
             facts["more_teachers"] = [nodes[at].model for at in node.others]
-            found.append({"arms": [arm.name for arm in node.arms]} | facts | {"dev": None if dev is None else rounded(dev)})
+            found.append({"arms": [arm.name for arm in node.arms]} | facts | {"dev": _rounded(dev)})
     return found
 
 
@@ -217,7 +218,7 @@ def curves(results: Results) -> list[dict[str, Any]]:
     """Return the learning curves of the last training of each arm. Each entry is one seed, or the mean over seeds (`seed` is None)."""
     found: list[dict[str, Any]] = []
     for curve in (curve for curve in learning_curves(results) if curve.arm is not None):
-        for seed, (steps, values) in {None: curve.mean, **(curve.seeds if len(curve.seeds) > 1 else {})}.items():
+        for seed, (steps, values) in _series(curve):
             found.append({"arm": curve.name, "metric": curve.metric, "seed": seed, "steps": steps, "values": values})
     return found
 
@@ -226,10 +227,9 @@ def exposure(results: Results) -> list[dict[str, Any]]:
     """Return the exposure bias of each arm at positions 1, 2, … Each entry is one seed, or the mean over seeds (`seed` is None)."""
     found: list[dict[str, Any]] = []
     for arm, bias in exposures(results).items():
-        series = {None: bias.mean, **(bias.seeds if len(bias.seeds) > 1 else {})}
         found += [
             {"arm": arm, "seed": seed, "solid": bias.solid, "values": [round(float(v), 4) for v in values]}
-            for seed, values in series.items()
+            for seed, values in _series(bias)
             if np.isfinite(values).any()
         ]
     return found
@@ -246,6 +246,15 @@ def calibration(results: Results) -> list[dict[str, Any]]:
 
 def _summary(s: Summary) -> dict[str, Any]:
     return {"value": rounded(s.mean), "low": rounded(s.low), "high": rounded(s.high)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else rounded(value)
+
+
+def _series(curve: Curve | ExposureBias) -> Iterable[tuple[int | None, Any]]:
+    """Return the mean over seeds (None), and each seed if there are several."""
+    return {None: curve.mean, **(curve.seeds if len(curve.seeds) > 1 else {})}.items()
 
 
 def _per_seed(values: Mapping[int, float]) -> dict[str, float]:

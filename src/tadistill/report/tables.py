@@ -40,14 +40,9 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class CostRow:
-    """The number of parameters of an arm's model, and the training FLOPs of the arm.
-
-    `direct` is the name of the arm that distils directly. `relative` is the FLOPs of `arm` divided by the FLOPs of `direct`.
-    """
+    """The training FLOPs of `arm` divided by the FLOPs of `direct`: the arm that distils the same model directly."""
 
     arm: ArmRecord
-    parameters: int
-    flops: float | None
     relative: float | None
     direct: str | None
 
@@ -88,13 +83,12 @@ def _best(results: Results, column: str, metric: str) -> frozenset[str]:
 
 
 def cost_rows(results: Results) -> list[CostRow]:
-    """Return the parameters and the training FLOPs of every arm, also relative to direct distillation."""
+    """Return the training FLOPs of every arm relative to direct distillation of the same model."""
     rows: list[CostRow] = []
     for arm in results.plan.arms:
         direct = direct_of(results, arm)
         relative = arm.flops / direct.flops if direct and direct.flops and arm.flops is not None else None
-        parameters = results.plan.parameters[arm.model]
-        rows.append(CostRow(arm, parameters, arm.flops, relative, direct.name if direct else None))
+        rows.append(CostRow(arm, relative, direct.name if direct else None))
     return rows
 
 
@@ -165,9 +159,8 @@ def comparison_table(results: Results) -> Table | None:
         f"Paired differences of {metric_title(metric)} on the mean over sets. {interval_method(results)} "
         f"The equivalence margin is ±{number(results.plan.margin, metric)}."
     )
-    note += " Rows marked `control` compare an arm with its control. They have no verdict: their p-values are not corrected." * bool(
-        controlled
-    )
+    if controlled:
+        note += " Rows marked `control` compare an arm with its control. They have no verdict: their p-values are not corrected."
     return Table("comparisons", "Comparisons", note, columns, (*((_pair_title(c), _comparison_cells(c)) for c in compared), *controlled))
 
 
@@ -239,10 +232,8 @@ def _decodings(results: Results, metric: str) -> Table | None:
         return None
     columns = (Column("main", _changes(results.plan.recipe["evaluate"])), *(Column(n, _changes(results.plan.decodings[n])) for n in names))
     metrics = [metric, *(f"{metric}@{name}" for name in names)]
-    title, note = (
-        f"{metric_title(metric)} by decoding",
-        "Means over the test sets. Tables that do not name a decoding show the main one.",
-    )
+    title = f"{metric_title(metric)} by decoding"
+    note = "Means over the test sets. Tables that do not name a decoding show the main one."
     return _by_arm(results, f"decoding-{metric}", title, note, columns, lambda arm: [mean_cell(results, arm, m) for m in metrics])
 
 
@@ -256,7 +247,8 @@ def _buckets(results: Results) -> Table | None:
     shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
     shown = [(bucket, size) for bucket, size in shown if size]
     columns = tuple(Column(f"{bucket_title(bucket)} tokens", counted(size, "prompt")) for bucket, size in shown)
-    title, note = (f"{metric_title(metric)} by length of the reference", "Prompts of all sets, grouped by their first reference's length.")
+    title = f"{metric_title(metric)} by length of the reference"
+    note = "Prompts of all sets, grouped by their first reference's length."
 
     def cells(arm: str) -> list[Cell]:
         return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket, _ in shown]
@@ -289,7 +281,8 @@ def _cost(results: Results) -> Table:
         relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
         tokens = row.arm.teacher_tokens
         of_teacher = (Cell() if tokens is None else Cell(f"{tokens:,.0f}"),) if asks else ()
-        rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative, *of_teacher)))
+        size = parameters_text(results.plan.parameters[row.arm.model])
+        rows.append((row.arm.name, (Cell(size), Cell(flops_text(row.arm.flops)), relative, *of_teacher)))
     note = f"The cost of all training for an arm's final model, {counted_text(results)}"
     note += " Each relative value is followed by the name of the direct arm, whose FLOPs are 1×."
     if asks:

@@ -9,10 +9,9 @@ import pytest
 from tadistill.config.sampling import StudentSampler
 from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.report.answer import answer, sft_arm
-from tadistill.report.explain import arm_words
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
-from tadistill.report.path_words import steps
+from tadistill.report.path_words import arm_words, steps
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
 from tadistill.results.number_text import number, summary_text
@@ -136,7 +135,7 @@ def test_buckets_hold_the_prompts_of_their_lengths(tmp_path):
 def test_the_error_budget_in_words(tmp_path):
     arms = [ArmSpec("long", ("xl", "l", "m", "s")), ArmSpec("twin", ("xl", "s"), compute="as long")]
     study, results, found = analysed(tmp_path, arms)
-    hops = found["long"].explanations[1].sentences[0]
+    hops = found["long"].explanations["error of each step"][0]
     means = {
         metric: np.mean([[study.scores["long", s][n][metric].mean() for n in ("dolly", "vicuna")] for s in SEEDS])
         for metric in ("reverse_kl", "budget/0", "budget/1", "budget/2")
@@ -153,7 +152,7 @@ def test_the_error_budget_in_words(tmp_path):
 
 def test_compute_closes_a_share_of_the_gap(tmp_path):
     _, results, found = analysed(tmp_path, SMALL)
-    (compute,) = found["chain"].explanations[-1].sentences
+    (compute,) = found["chain"].explanations["compute"]
     means = {arm: results.summaries[arm, MEAN, "rouge_l"].mean for arm in ("direct", "chain", "direct-long")}
     share = 100 * (means["direct-long"] - means["direct"]) / (means["chain"] - means["direct"])
     assert f"closes {share:.0f} % of the gap" in compute
@@ -163,7 +162,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     _, results, found = analysed(tmp_path, SMALL[:2], also={}, teacher=None)
     (comparison,) = comparisons(results)
     assert comparison.against == "plain direct"
-    (sharpening,), (hops,), (compute,) = (e.sentences for e in found["chain"].explanations)
+    (sharpening,), (hops,), (compute,) = found["chain"].explanations.values()
     assert "greedy decoding not measured; matched entropy not measured" in sharpening
     assert hops.startswith("The error of each step is not measured")
     assert compute.startswith("The effect of compute is not measured: the study has no arm with `compute: as chain`")

@@ -11,8 +11,9 @@ import pytest
 from tadistill.report.explain import cautions
 from tadistill.report.figures import looks
 from tadistill.report.figures.behaviour import curve_figures, exposure_figure
+from tadistill.report.figures.compute import cost_figure, cost_points
 from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure, lattice_notes
-from tadistill.report.figures.scores import cost_figure, cost_points, difference_figure, means_figure
+from tadistill.report.figures.scores import difference_figure, means_figure
 from tadistill.results.collect import MEAN
 from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
 from tadistill.results.samples import samples, shown_first

@@ -8,11 +8,11 @@ import pytest
 from tadistill.charts.series import text_width
 from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
-from tadistill.report.explain import arm_words, cautions, needed_text
+from tadistill.report.explain import cautions, needed_text
 from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
 from tadistill.report.findings import against, answers, behaviour, learning, paths
-from tadistill.report.path_words import steps, taught
+from tadistill.report.path_words import arm_words, steps, taught
 from tadistill.report.record import distillations
 from tadistill.results.compare import direct_of
 from tadistill.results.curves import Curve

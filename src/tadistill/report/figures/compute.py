@@ -1,17 +1,98 @@
-"""Figures of a study with `budgets` (amounts of training compute): quality over compute, and the difference from the reference arm."""
+"""Figures of training compute: quality over the cost of each arm, and over the training budgets of a study with `budgets`.
+
+A training budget is an amount of compute, as a multiple of that of the reference arm. Arms with the same budget are compared.
+"""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import accumulate
 
 from tadistill.charts import Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import metric_title
-from tadistill.report.figures import looks, span_axis, titled
+from tadistill.report.figures import MANY, looks, span_axis, titled
 from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
-from tadistill.results.collect import Results, primary_metric
-from tadistill.results.number_text import number, ratio_text, span, summary_text
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.compare import direct_of
+from tadistill.results.number_text import flops_text, number, ratio_text, span, summary_text
+from tadistill.results.study import ArmRecord
+from tadistill.results.verdict import by_importance
 
 _ROOM = 1.25  # factor on both ends of the axis of budgets
+_NEAR = 0.018  # share of the width: points that are closer are moved apart
+_MOST, _LAST = 0.08, 0.985  # shares of the width: the largest move of a point, and the largest position of the last point
 _SHIFT = 1.02  # factor between the points of neighbouring curves, so that their intervals do not hide each other
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """One arm in the figure of quality over compute."""
+
+    arm: ArmRecord
+    flops: float
+    summary: Summary
+
+
+def cost_points(results: Results, model: str) -> list[CostPoint]:
+    """Return the arms that train `model` and have known FLOPs. Cheap arms come first."""
+    metric = primary_metric(results)
+    arms = [arm for arm in results.plan.arms if arm.model == model]
+    found = [CostPoint(arm, arm.flops, s) for arm in arms if arm.flops and (s := results.summaries.get((arm.name, MEAN, metric)))]
+    return sorted(found, key=lambda point: point.flops)
+
+
+def cost_figure(results: Results, model: str) -> Chart | None:
+    """Draw the primary metric over training compute, for the arms that train `model`. Return None if there are fewer than two."""
+    points = cost_points(results, model)
+    if len(points) < 2:
+        return None
+    metric, styles = primary_metric(results), looks(results)
+    direct = direct_of(results, points[-1].arm)
+    unit = direct.flops if direct and direct.flops else 1.0
+    cheapest, dearest = points[0].flops / unit, points[-1].flops / unit
+    log = dearest / cheapest > 40
+    x = _compute_axis(cheapest, dearest, log=log, relative=direct.name if unit != 1.0 and direct else "")
+    y = _quality_axis([p.summary for p in points], "")
+    texts = [f"{p.arm.name} {summary_text(p.summary, metric)} at {flops_text(p.flops)} FLOPs" for p in points]
+    chart = Chart("figure-cost", f"{metric_title(metric)} over training compute: {'; '.join(texts)}", x, y, height=250, head=10)
+    named = len(points) <= MANY
+    best = max(points, key=lambda p: p.summary.mean).arm.name
+    compared = {best, *(name for c in by_importance(results)[:1] for name in (c.arm, c.other))}
+    for p, place in zip(points, _apart([x.place(p.flops / unit) for p in points]), strict=True):
+        at, s = x.low * (x.high / x.low) ** place if log else x.low + place * (x.high - x.low), p.summary
+        tip = f"{p.arm.name}: {summary_text(s, metric)}\n{flops_text(p.flops)} training FLOPs" + (
+            f", {ratio_text(p.flops / unit)}" if unit != 1.0 else ""
+        )
+        label = p.arm.name if named or p.arm.name in compared else ""
+        chart.points(p.arm.name, [Point(p.flops / unit, s.mean, s.low, s.high, tip, at)], styles[p.arm.name], size=6, label=label)
+    return chart
+
+
+def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) -> Axis:
+    title = f"training compute (1× = {relative})" if relative else "training FLOPs of one seed"
+    text = (lambda value: f"{value:g}×") if relative else None
+    if log:
+        return Axis(cheapest / 1.6, dearest * 1.6, title, log=True, text=text)
+    return Axis(0.0, dearest * 1.08, title, text=text)
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """Return positions along the x axis (0-1), moved apart so that no point hides another. `places` are in ascending order.
+
+    If a point would have to move far, all positions are returned unchanged.
+    """
+    moved = [*accumulate(places, lambda last, place: max(place, last + _NEAR))]
+    for index in range(len(moved) - 1, -1, -1):
+        moved[index] = min(moved[index], _LAST if index == len(moved) - 1 else moved[index + 1] - _NEAR)
+    far = max(abs(new - old) for new, old in zip(moved, places, strict=True))
+    return moved if far < _MOST else list(places)
+
+
+def _quality_axis(summaries: Sequence[Summary], title: str) -> Axis:
+    ends = [end for s in summaries for end in (s.low, s.high)]
+    return Axis(*nice_span(ends, zero=min(ends) < 0.35 * max(ends), pad=0.08), title)
+
+
+# --- training budgets ----------------------------------------------------------------------------------------------------
 
 
 def curves_figure(results: Results) -> Chart | None:
@@ -20,8 +101,7 @@ def curves_figure(results: Results) -> Chart | None:
     if not curves:
         return None
     metric, styles = primary_metric(results), _looks(results, curves)
-    ends = [end for curve in curves for p in curve.points for end in (p.summary.low, p.summary.high)]
-    y = Axis(*nice_span(ends, zero=min(ends) < 0.35 * max(ends), pad=0.08), titled(metric))
+    y = _quality_axis([p.summary for curve in curves for p in curve.points], titled(metric))
     summary = "; ".join(f"{curve.name}: {', '.join(_said(p, metric) for p in curve.points)}" for curve in curves)
     chart = Chart("figure-budgets", f"{metric_title(metric)} over training budgets. {summary}", _axis(curves), y, height=300, head=22)
     for curve in curves:
@@ -39,7 +119,7 @@ def gaps_figure(results: Results) -> Chart | None:
     metric, styles = primary_metric(results), _looks(results, budget_curves(results))
     reference = budget_curves(results)[0].name
     gaps = [(curve, p, p.gap) for curve in curves for p in curve.points if p.gap]
-    y = replace(span_axis([0.0, *(end for *_, gap in gaps for end in (gap.low, gap.high))], ""), title=f"difference from {reference}")
+    y = span_axis([0.0, *(end for *_, gap in gaps for end in (gap.low, gap.high))], f"difference from {reference}")
     summary = "; ".join(f"{curve.name} at {ratio_text(p.times)}: {span(gap, metric)}" for curve, p, gap in gaps)
     chart = Chart("figure-budget-gaps", f"Differences from {reference}. {summary}", _axis(curves), y, height=240, head=22)
     chart.rule(y=0)

@@ -1,19 +1,19 @@
-"""Figures of scores: quality over compute, paired differences, means, and quality over entropy."""
+"""Figures of scores: paired differences, means, and quality over entropy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tadistill.charts import Axis, Chart, Point, nice_span
+from tadistill.charts import Chart, Point
 from tadistill.charts.series import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures import MANY, looks, rows_axis, span_axis, titled
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
-from tadistill.results.number_text import MINUS, flops_text, gap_text, number, p_text, ratio_text, summary_text
+from tadistill.results.number_text import MINUS, gap_text, number, p_text, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, control_pairs
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, comparisons, control_pairs
 from tadistill.safe_text import counted
 from tadistill.statistics import Difference
 
@@ -21,8 +21,6 @@ _PAIRS = 15  # with more pairs of models than this, all models are compared only
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two
 _LINE = 14  # pixels from a line of text to the next
 _PHONE, _BOLD = 325, 1.1  # pixels: the width of a row on a phone; and the width of a bold text relative to a plain one
-_NEAR = 0.018  # share of the width: points that are closer are moved apart
-_MOST, _LAST = 0.08, 0.985  # shares of the width: the largest move of a point, and the largest position of the last point
 
 
 @dataclass(frozen=True)
@@ -164,76 +162,6 @@ def means_figure(results: Results) -> Chart | None:
         chart.text(None, y + 0.18, arm.name, side="start", name=arm.name, kind="name")
         chart.text(None, y + 0.18, text, side="end", name=arm.name)
     return chart
-
-
-# --- quality over compute ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CostPoint:
-    """One arm in the figure of quality over compute."""
-
-    arm: ArmRecord
-    flops: float
-    summary: Summary
-
-
-def cost_points(results: Results, model: str) -> list[CostPoint]:
-    """Return the arms that train `model` and have known FLOPs. Cheap arms come first."""
-    metric = primary_metric(results)
-    arms = [arm for arm in results.plan.arms if arm.model == model]
-    found = [CostPoint(arm, arm.flops, s) for arm in arms if arm.flops and (s := results.summaries.get((arm.name, MEAN, metric)))]
-    return sorted(found, key=lambda point: point.flops)
-
-
-def cost_figure(results: Results, model: str) -> Chart | None:
-    """Draw the primary metric over training compute, for the arms that train `model`. Return None if there are fewer than two."""
-    points = cost_points(results, model)
-    if len(points) < 2:
-        return None
-    metric, styles = primary_metric(results), looks(results)
-    direct = direct_of(results, points[-1].arm)
-    unit = direct.flops if direct and direct.flops else 1.0
-    cheapest, dearest = points[0].flops / unit, points[-1].flops / unit
-    log = dearest / cheapest > 40
-    x = _compute_axis(cheapest, dearest, log=log, relative=direct.name if unit != 1.0 and direct else "")
-    ends = [end for p in points for end in (p.summary.low, p.summary.high)]
-    y = Axis(*nice_span(ends, zero=min(ends) < 0.35 * max(ends), pad=0.08))
-    texts = [f"{p.arm.name} {summary_text(p.summary, metric)} at {flops_text(p.flops)} FLOPs" for p in points]
-    chart = Chart("figure-cost", f"{metric_title(metric)} over training compute: {'; '.join(texts)}", x, y, height=250, head=10)
-    named = len(points) <= MANY
-    best = max(points, key=lambda p: p.summary.mean).arm.name
-    compared = {best, *(name for c in by_importance(results)[:1] for name in (c.arm, c.other))}
-    for p, place in zip(points, _apart([x.place(p.flops / unit) for p in points]), strict=True):
-        at, s = x.low * (x.high / x.low) ** place if log else x.low + place * (x.high - x.low), p.summary
-        tip = f"{p.arm.name}: {summary_text(s, metric)}\n{flops_text(p.flops)} training FLOPs" + (
-            f", {ratio_text(p.flops / unit)}" if unit != 1.0 else ""
-        )
-        label = p.arm.name if named or p.arm.name in compared else ""
-        chart.points(p.arm.name, [Point(p.flops / unit, s.mean, s.low, s.high, tip, at)], styles[p.arm.name], size=6, label=label)
-    return chart
-
-
-def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) -> Axis:
-    title = f"training compute (1× = {relative})" if relative else "training FLOPs of one seed"
-    text = (lambda value: f"{value:g}×") if relative else None
-    if log:
-        return Axis(cheapest / 1.6, dearest * 1.6, title, log=True, text=text)
-    return Axis(0.0, dearest * 1.08, title, text=text)
-
-
-def _apart(places: Sequence[float]) -> list[float]:
-    """Return positions along the x axis (0-1), moved apart so that no point hides another. `places` are in ascending order.
-
-    If a point would have to move far, all positions are returned unchanged.
-    """
-    moved: list[float] = []
-    for place in places:
-        moved.append(max(place, moved[-1] + _NEAR) if moved else place)
-    for index in range(len(moved) - 1, -1, -1):
-        moved[index] = min(moved[index], _LAST if index == len(moved) - 1 else moved[index + 1] - _NEAR)
-    far = max(abs(new - old) for new, old in zip(moved, places, strict=True))
-    return moved if far < _MOST else list(places)
 
 
 # --- quality over entropy ---------------------------------------------------------------------------------------------
