@@ -8,12 +8,13 @@ from tests.unit.report.builder import SMALL, ArmSpec, StudySpec, build_study
 
 from tadistill.cli.shared import report_study, terminal_for
 from tadistill.errors import ConfigError
+from tadistill.store import store_of
 from tadistill.terminal import Terminal
 
 
 def ended(study, **options):
     terminal = Terminal(file=io.StringIO(), width=80, **options)
-    report_study(study.study_dir, study.study_dir.parent, terminal)
+    report_study(study.study_dir, store_of(study.study_dir.parent), terminal)
     return terminal.file.getvalue()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tadistill import __version__
-from tadistill.cli import cluster, running, studies, writing
+from tadistill.cli import running, studies, writing
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, ServerFailed, StageFailed, TadistillError
 from tadistill.terminal import Terminal, output
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="White-box distillation of language models, directly or through teacher assistants.",
 )
-for commands in (writing, running, studies, cluster):
+for commands in (writing, running, studies):
     app.add_typer(commands.app)
 
 

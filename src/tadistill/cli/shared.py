@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from tadistill.errors import ConfigError
-from tadistill.store import command_for, runs_directory, store_of
+from tadistill.store import Store, command_for, runs_directory, store_of
 from tadistill.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -172,17 +172,17 @@ def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, termin
 
     with interruptible(terminal):
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=terminal)
-    report_study(study, root, terminal)
+    report_study(study, store_of(root), terminal)
     return study
 
 
-def report_study(study: Path, root: Path, terminal: Terminal) -> None:
+def report_study(study: Path, store: Store, terminal: Terminal) -> None:
     """Write the report of a study. Print the answer to the study's question, a table of arms, and commands to run next."""
     with terminal.working("writing the report"):
         from tadistill.report import read_results, summary_table, write_report
         from tadistill.report.answer import answer
 
-        results = read_results(study, store_of(root))
+        results = read_results(study, store)
         page = write_report(results)
     if terminal.events:
         terminal.event("report", page=str(page.resolve()), answer=answer(results).answer)

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from tadistill.config.common import MOST
 from tadistill.config.recipe import Recipe
 from tadistill.config.shorthand import SHORT_KEYS
-from tadistill.safe_text import form
+from tadistill.safe_text import counted
 
 NAME = "NAME"
 """Placeholder for a name that the user chooses, as in the key `models.NAME.load`."""
@@ -253,7 +253,7 @@ def _values(annotation: Any) -> list[Any]:
 
 
 _BOUNDS = {"gt": "greater than {}", "ge": "at least {}", "lt": "less than {}", "le": "at most {}"}
-_SIZES = {"min_length": "at least {} {}", "max_length": "at most {} {}"}
+_SIZES = {"min_length": "at least {}", "max_length": "at most {}"}
 
 
 def _allowed(field: FieldInfo, choices: tuple[str, ...]) -> str:
@@ -264,14 +264,10 @@ def _allowed(field: FieldInfo, choices: tuple[str, ...]) -> str:
     words = [_BOUNDS[name].format(_plain(value)) for name, value in limits.items()]
     if {*limits} == {"ge", "le"}:
         words = [f"from {_plain(limits['ge'])} to {_plain(limits['le'])}"]
-    text = _kind(field.annotation) == "text"
+    unit = ("character", "characters") if _kind(field.annotation) == "text" else ("entry", "entries")
     sizes = {name: value for rule in rules for name in _SIZES if (value := getattr(rule, name, None))}
-    words += [words_of.format(value, _unit(text, value)) for name, words_of in _SIZES.items() if (value := sizes.get(name))]
+    words += [text.format(counted(value, *unit)) for name, text in _SIZES.items() if (value := sizes.get(name))]
     return ", ".join(words)
-
-
-def _unit(text: bool, count: int) -> str:
-    return form(count, "character", "characters") if text else form(count, "entry", "entries")
 
 
 def _rules(annotation: Any) -> list[Any]:
