@@ -195,9 +195,8 @@ class Context(Generic[AnySpec]):
 
     def close(self) -> None:
         """End the process of vLLM if the stage has started one."""
-        if self._vllm and self._vllm.version:
-            self.versions["vllm"] = self._vllm.version
         if self._vllm:
+            self.versions |= {"vllm": self._vllm.version} if self._vllm.version else {}
             self._vllm.close()
             self._vllm = None  # it keeps the model in memory
 

@@ -8,7 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
@@ -31,39 +31,32 @@ _Work = Callable[[Context], dict[str, Any]]
 _PATIENCE = timedelta(hours=1)  # how long a rank waits for another rank, which may be writing a large model
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The rank of this process, and the number of processes that run the stage together.
+def join(processes: int) -> int:
+    """Connect this process to the others that run the stage, if there are any. Return the rank of this process.
 
-    Both are read from the environment variables RANK and WORLD_SIZE. `runner.processes` sets them for processes that it starts. A
-    cluster job must set them itself.
+    The rank and the number of processes are read from the environment variables RANK and WORLD_SIZE. `runner.processes` sets them for
+    processes that it starts. A cluster job must set them itself. Raises ConfigError if WORLD_SIZE is not `processes`.
     """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world != processes:
+        raise ConfigError(
+            f"`resources.processes` is {processes} for this stage, but the environment variable WORLD_SIZE is {world}; set "
+            f"`resources.processes` to {world}; or unset WORLD_SIZE and RANK, if no launcher (such as torchrun) has set them"
+        )
+    if world > 1 and not dist.is_initialized():
+        device = own_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+    return rank
 
-    rank: int
-    world: int
 
-    @classmethod
-    def join(cls, processes: int) -> "Ranks":
-        """Connect to the other processes, if there are any. Raises ConfigError if WORLD_SIZE is not `processes`."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if world != processes:
-            raise ConfigError(
-                f"`resources.processes` is {processes} for this stage, but the environment variable WORLD_SIZE is {world}; set "
-                f"`resources.processes` to {world}; or unset WORLD_SIZE and RANK, if no launcher (such as torchrun) has set them"
-            )
-        if world > 1 and not dist.is_initialized():
-            device = own_device()
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
-        return cls(rank, world)
-
-    def agree(self, word: str = "") -> str:
-        """Send rank 0's string to all ranks, and return it on every rank."""
-        words = [word]
-        if self.world > 1:
-            dist.broadcast_object_list(words, device=torch.device("cpu"))
-        return words[0]
+def agree(word: str = "") -> str:
+    """Send rank 0's string to all ranks, and return it on every rank."""
+    words = [word]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.broadcast_object_list(words, device=torch.device("cpu"))
+    return words[0]
 
 
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
@@ -86,31 +79,31 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         StageFailed: an earlier stage, whose result this stage reads, is not finished. Nothing was written.
         Interrupted: `stop` returned True. Finished work is kept.
     """
-    spec, store, ranks = task.spec, Store(Path(task.store)), Ranks.join(task.resources.processes)
+    spec, store, rank = task.spec, Store(Path(task.store)), join(task.resources.processes)
     work = work_of(type(spec))
-    if ranks.rank:
-        _follow(task, work, store, ranks, stop)
+    if rank:
+        _follow(task, work, store, stop)
         return
     if store.finished(task.key):
-        ranks.agree(_FINISHED)
+        agree(_FINISHED)
         return
     _check_parents(task, store)
 
     def waiting() -> None:
         progress(0, task.spec.steps or 1, "another process is running this stage")
         if stop():
-            ranks.agree(_STOPPED)
+            agree(_STOPPED)
             raise Interrupted(_STOPPED)
-        ranks.agree(_WAIT)
+        agree(_WAIT)
 
     lock = store.acquire(task.key, waiting)
     try:
         if store.finished(task.key):
-            ranks.agree(_FINISHED)
+            agree(_FINISHED)
             return
         record = {"kind": spec.kind, "label": task.label, "parents": spec.parents}
         folder = store.begin(task.key, record | {"spec": spec.content()})
-        ranks.agree(_GO)
+        agree(_GO)
         start = time.monotonic()
         context = Context(task, store, folder, progress, alarm, stop)
         facts = _worked(work, context)
@@ -143,8 +136,8 @@ def _check_parents(task: Task, store: Store) -> None:
             )
 
 
-def _follow(task: Task, work: _Work, store: Store, ranks: Ranks, stop: Callable[[], bool]) -> None:
-    while (word := ranks.agree()) == _WAIT:  # rank 0 sends a word every second, because a collective operation does not wait for hours
+def _follow(task: Task, work: _Work, store: Store, stop: Callable[[], bool]) -> None:
+    while (word := agree()) == _WAIT:  # rank 0 sends a word every second, because a collective operation does not wait for hours
         pass
     if word == _STOPPED:
         raise Interrupted(_STOPPED)
