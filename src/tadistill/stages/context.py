@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
-from tadistill.config.common import DTYPES, Precision
+from tadistill.config.common import DTYPES
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.datasets import SplitRows, texts
 from tadistill.data.encoding import Counts, EvalSet, encode
@@ -89,6 +89,12 @@ class Context(Generic[AnySpec]):
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the stage's `precision`."""
+        spec = cast(Any, self.spec)
+        return getattr(torch, DTYPES[spec.optim.precision if isinstance(self.spec, TrainingSpec) else spec.precision])
+
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
         """Load a model and its tokenizer. `handle` says where the model comes from: files, an earlier stage, or another model that is
         pruned, gets another temperature, or gets random weights.
@@ -150,19 +156,20 @@ class Context(Generic[AnySpec]):
         place = {"replicated": lambda model, _: column_major(model), "sharded": shard, "offloaded": offload}[where]
         return place(model, self.device), tokenizer
 
-    def teacher(self, handle: Handle, dtype: torch.dtype = torch.float32) -> tuple[Teacher, PreTrainedTokenizerBase]:
-        """Return the model as a teacher, and its tokenizer. The model runs in this process, or on the servers that the recipe names.
+    def teacher(self, handle: Handle) -> tuple[Teacher, PreTrainedTokenizerBase]:
+        """Return the model as a teacher in the stage's precision, and its tokenizer. The model runs in this process, or on the servers that
+        the recipe names.
 
         Raises:
             ServerFailed: a server cannot be reached, or runs another model.
         """
         if not isinstance(handle, Loaded) or handle.serve is None:
-            model, tokenizer = self.frozen(handle, dtype)
+            model, tokenizer = self.frozen(handle, self.dtype)
             return teacher_of(model), tokenizer
         revision = handle.tokenizer_revision or handle.revision
         tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=self.spec.data.world.model_dump())
         where = {"load": handle.source, "revision": handle.revision}
-        return served_teacher(handle.serve, handle.load, tokenizer, dtype=dtype, device=self.device, **where), tokenizer
+        return served_teacher(handle.serve, handle.load, tokenizer, dtype=self.dtype, device=self.device, **where), tokenizer
 
     def tokenizer(self, files: TokenizerFiles) -> PreTrainedTokenizerBase:
         """Load a tokenizer without its model."""
@@ -181,14 +188,14 @@ class Context(Generic[AnySpec]):
         if native.decoding.engine == "native":
             self.say_if_slower(native.student)
             return native
-        trains, rank, spec, data = isinstance(self.spec, TrainingSpec), os.environ.get("RANK", "0"), cast(Any, self.spec), self.spec.data
+        rank, data = os.environ.get("RANK", "0"), self.spec.data
         launch = Launch(
             settings=self.task.vllm,
             device=self.device,
-            dtype=dtype_of(spec.optim.precision if trains else spec.precision),
+            dtype=self.dtype,
             longest=max(data.max_prompt, data.context.max_prompt if data.context else 0) + native.decoding.max_new_tokens,
             log=self.folder / (VLLM_LOG if rank == "0" else f"{rank}-{VLLM_LOG}"),
-            changes=trains,
+            changes=isinstance(self.spec, TrainingSpec),
         )
         self._vllm = Vllm(native.student, native.decoding, eos=native.eos, vocab=native.vocab, launch=launch)
         return self._vllm
@@ -310,8 +317,3 @@ def stop_if_asked(context: Context) -> None:
     """Raise Interrupted if the user asked the run to stop. Stages call this between two parts of their work."""
     if context.stop():
         raise Interrupted("the stage was stopped before its end; its finished parts are kept")
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    """Return torch's dtype for a precision of the recipe."""
-    return getattr(torch, DTYPES[precision])

@@ -25,7 +25,7 @@ from tadistill.plan.inputs import Encoding, Handle, Output, is_served
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
 from tadistill.safe_text import counted
-from tadistill.stages.context import ANSWERS, Context, Done, dtype_of, stop_if_asked
+from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
 
 if TYPE_CHECKING:
     from tadistill.evaluation.harness import TaskResult
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     """Sample a model's answers to all test sets. Write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
-    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
+    model, tokenizer = context.model(spec.model, context.dtype)
     subject = context.subject(model.eval(), tokenizer)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     answers = _answers(context, context.engine(native(subject, settings)), sets, settings)
@@ -110,8 +110,8 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     spec = context.spec
     if spec.of_teacher is not None:
         return _read_each_other(context, spec.of_teacher)
-    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
-    teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
+    model, tokenizer = context.model(spec.model, context.dtype)
+    teacher, _ = context.teacher(spec.teacher)
     assistants = [_assistant(context, handle) for handle in spec.assistants]
     subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
     sets = [context.split(split, tokenizer) for split in spec.sets]
@@ -176,15 +176,14 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
 
 
 def _side(context: Context[AnalyseSpec], handle: Handle, data: Encoding, answers: Output) -> _Side:
-    model, tokenizer = context.model(handle, dtype_of(context.spec.precision))
+    model, tokenizer = context.model(handle, context.dtype)
     subject = context.subject(model.eval(), tokenizer, data=data)
     sets = [context.split(split, tokenizer, data=data) for split in context.spec.sets]
     return _Side(subject, Rules.of(data, "test", bos=data.bos), sets, _read_answers(context, answers, sets))
 
 
 def _assistant(context: Context[AnalyseSpec], handle: Handle) -> Teacher:
-    dtype = dtype_of(context.spec.precision)
-    return context.teacher(handle, dtype)[0] if is_served(handle) else teacher_of(context.model(handle, dtype)[0].eval())
+    return context.teacher(handle)[0] if is_served(handle) else teacher_of(context.model(handle, context.dtype)[0].eval())
 
 
 def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dict[str, dict[int, list[Sequence]]]:
@@ -203,7 +202,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     """Sample a model's answers to the dev prompts. Write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     (seed,) = settings.seeds
-    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
+    model, tokenizer = context.model(spec.model, context.dtype)
     subject = context.subject(model.eval(), tokenizer)
     dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
     done = Done(context, len(dev.encoded), "answers")
@@ -218,8 +217,8 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
     """Compare a student with a bigger model on dev prompts. Write metrics on the student's answers and on the references."""
     spec = context.spec
-    model, tokenizer = context.model(spec.model, dtype_of(spec.precision))
-    teacher, _ = context.teacher(spec.teacher, dtype_of(spec.precision))
+    model, tokenizer = context.model(spec.model, context.dtype)
+    teacher, _ = context.teacher(spec.teacher)
     subject = context.subject(model.eval(), tokenizer, teacher)
     dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
     tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(spec.answers.stage) / ANSWERS)}

@@ -38,7 +38,7 @@ from tadistill.plan.remote import wanted_of
 from tadistill.rollout.api_teacher import Asking, replies_file
 from tadistill.rollout.signals import complete, of_teacher, record
 from tadistill.safe_text import counted, form
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, dtype_of, stop_if_asked
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked
 from tadistill.tuning import GENERATION_BATCH
 
 _POLL = 0.2  # seconds between two looks at the files of other processes
@@ -47,8 +47,10 @@ _POLL = 0.2  # seconds between two looks at the files of other processes
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     """Write a model's answer to every training prompt. After an interruption, finished parts are kept."""
     spec = context.spec
-    dtype, here = dtype_of(spec.precision), spec.sampler.engine == "native"  # vLLM has its own copy of the model on the device
-    model, tokenizer = context.frozen(spec.teacher, dtype) if here else context.model(spec.teacher, dtype, torch.device("cpu"))
+    if spec.sampler.engine == "native":
+        model, tokenizer = context.frozen(spec.teacher, context.dtype)
+    else:  # vLLM has its own copy of the model on the device
+        model, tokenizer = context.model(spec.teacher, context.dtype, torch.device("cpu"))
     subject = context.subject(model, tokenizer)
     sets = [context.split(split, tokenizer, contexts=True) for split in spec.sets]
     rows, examples = joined([each.encoded for each in sets]), joined([each.examples for each in sets])
@@ -176,7 +178,7 @@ def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     """Record the teacher's outputs on the training set, or on a model's answers. After an interruption, finished parts are kept."""
     spec = context.spec
-    teacher, tokenizer = context.teacher(spec.teacher, dtype_of(spec.precision))
+    teacher, tokenizer = context.teacher(spec.teacher)
     reads = spec.sets if spec.data.context or not spec.responses else ()
     encoded = joined([context.split(split, tokenizer, contexts=True).encoded for split in reads]) if reads else ()
     sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES), encoded) if spec.responses else references(encoded)

@@ -36,7 +36,7 @@ from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.safe_text import counted
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, dtype_of
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context
 from tadistill.store import ROLLOUTS
 from tadistill.train.checkpoint import TrainState
 from tadistill.train.loop import Hooks, train_stage
@@ -117,7 +117,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     if method.ema is not None:  # a sharded model cannot be copied, and has no adapters
         twin = context.frozen(spec.student)[0] if sharded(student) else frozen_copy(student)
         average = MovingAverage(student, twin, method.ema)
-    loaded = [] if average else [context.teacher(handle, dtype_of(optim.precision)) for handle in handles]
+    loaded = [] if average else [*map(context.teacher, handles)]
     teachers = (average.teacher,) if average else tuple(teacher for teacher, _ in loaded)
     for model in (student, *(teacher.model for teacher in teachers if teacher.model is not None)) if optim.packed else ():
         pack_rows(model)
