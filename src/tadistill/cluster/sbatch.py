@@ -234,11 +234,11 @@ def _setup(request: Request, profile: Profile) -> list[str]:
     return [*lines, *profile.setup]
 
 
-def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str = sys.executable) -> str:
+def script(folder: Path, elements: int, settings: dict[str, Any]) -> str:
     """Return the text of a batch script. `elements` is the number of jobs in its array."""
     from submitit.slurm import slurm
 
-    command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return slurm._make_sbatch_string(command=command, folder=folder, map_count=elements if elements > 1 else None, **settings)
 
 

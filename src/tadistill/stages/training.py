@@ -31,7 +31,7 @@ from tadistill.models.tokens import end_tokens, shared_vocabulary
 from tadistill.plan.inputs import Encoding, Output, Split
 from tadistill.plan.kinds import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
-from tadistill.rollout.engine import Engine, Native
+from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
@@ -232,7 +232,11 @@ def _sampler(
         return FixedSequences(texts, method.optim, signals=signals, **common)
     context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
-    common |= {"engine": _engine(context, config, subject), "vocab": subject.vocab, "corpus": plain}
+    # sample with a bfloat16 copy; not if FSDP owns the weights, and not on a CPU, where it would change the numbers of finished stages
+    half = spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
+    adapts = "chunk" not in config.model_fields_set
+    native = Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
+    common |= {"engine": context.engine(native), "vocab": subject.vocab, "corpus": plain}
     return on_policy(method, texts, joined(sets), teachers=teachers, **common)
 
 
@@ -258,14 +262,6 @@ def _texts(context: Context[TrainingSpec], training: TrainingSets, sets: list[Se
         return replace(own[teacher][training.place(row)] if own else fixed[row], teacher=teacher)
 
     return Lazy(len(fixed), read)
-
-
-def _engine(context: Context[TrainingSpec], config: OnPolicy, subject: Subject) -> Engine:
-    # sample with a bfloat16 copy; not if FSDP owns the weights, and not on a CPU, where it would change the numbers of finished stages
-    half = context.spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
-    adapts = "chunk" not in config.model_fields_set
-    native = Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
-    return context.engine(native)
 
 
 def _dev(context: Context[TrainingSpec], subject: Subject, teacher: Teacher | None, ranks: Shard) -> Callable[[], dict[str, float]]:
