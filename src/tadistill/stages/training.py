@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +45,11 @@ from tadistill.train.step import make_step
 _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
 
 
-@dataclass(frozen=True)
 class Across:
     """The texts and vocabularies of a training whose student and teacher have different tokenizers."""
 
-    context: Context[Any]
-    tokenizer: PreTrainedTokenizerBase
-    """The teacher's tokenizer."""
-    data: Encoding
-    """The rules by which the teacher's texts are encoded."""
-    again: Rereader
-    """The function that encodes the student's responses with the teacher's tokenizer. It has both vocabularies."""
-
-    @classmethod
-    def of(cls, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding) -> "Across":
-        """Prepare a training of `student` with `teacher`. `tokenizer` and `data` belong to the teacher.
+    def __init__(self, context: Context[Any], student: Subject, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, data: Encoding):
+        """Prepare a training of `student` with `teacher`. `tokenizer` and `data` (the rules of encoding) belong to the teacher.
 
         Raises:
             ModelError: the tokenizers have no token in common.
@@ -74,7 +64,7 @@ class Across:
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "
                 "compare them; choose models whose tokenizers read the same characters"
             )
-        return cls(context, tokenizer, data, again)
+        self.context, self.tokenizer, self.data, self.again = context, tokenizer, data, again
 
     def rows(self, rows: Seq[Encoded], split: Split) -> Seq[Encoded]:
         """Add the teacher's prompts to the student's rows of a training set. Rows with a prompt that is too long for the teacher are left
@@ -126,7 +116,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     other = distill.teacher_data if distill else None  # not None if the teacher has another tokenizer
     subject = context.subject(student, tokenizer, *(() if other else teachers))
     subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)]))
-    across = Across.of(context, subject, *loaded[0], other) if other else None
+    across = Across(context, subject, *loaded[0], other) if other else None
     vocab = across.again if across else subject.vocab
     ranks = Shard(accelerator.process_index, accelerator.num_processes)
     sampler = _sampler(context, subject, teachers, signals, ranks, across)
