@@ -189,7 +189,7 @@ class Submission:
         self._sbatch([ReportJob(str(self.study), str(self.store.root))], settings, "the report")
 
     def _check_number(self, jobs: list[Job], queued: int) -> None:
-        number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
+        number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + (self.requests.report() is not None)
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
                 f"{counted(number, 'new job')} and {counted(queued, 'job')} in the queue are more than the {self.profile.max_jobs} that a "

@@ -80,6 +80,16 @@ def test_accounts(monkeypatch):
     assert all("--account=def-other" in text for _, text in scripts("narval", account=""))
 
 
+@pytest.mark.parametrize(("cpu", "reports"), [("{}", 1), ("null", 0)])
+def test_too_many_jobs_are_refused_and_a_report_counts_only_where_it_has_a_job(cpu, reports, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"about: mine\nmax_hours: 3\nmax_jobs: 1\ncpu: {cpu}\n")
+    submission = Submission(make_plan(load(RECIPE)), slurm.load_profile(str(own)), tmp_path, account=None)
+    jobs = submission.jobs(submission.todo)
+    with pytest.raises(ConfigError, match=f"^{len(jobs) + reports} new jobs and 2 jobs in the queue are more than the 1 that a user may"):
+        submission._check_number(jobs, 2)
+
+
 def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"on trillium home and project folders are read-only in jobs; change to .SCRATCH"):
