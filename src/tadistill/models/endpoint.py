@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PUBLIC = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
+_LATER = (408, 409, 425, 429)  # HTTP statuses below 500 after which the same request may succeed later
 _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for estimates
 
 
@@ -155,7 +156,8 @@ def complete(client: "OpenAI", body: Mapping[str, Any], variable: str = KEY) -> 
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
         raise Refused(reason_of(error, variable)) from error
     except openai.APIError as error:
-        raise Unavailable(reason_of(error, variable), again=_passes(error), wait=_wait(error)) from error
+        passes = not isinstance(error, openai.APIStatusError) or error.status_code >= 500 or error.status_code in _LATER
+        raise Unavailable(reason_of(error, variable), again=passes, wait=_wait(error)) from error
     try:
         completion = _Completion.model_validate_json(content)
     except ValidationError as error:
@@ -214,15 +216,6 @@ def reason_of(error: Exception, variable: str = KEY) -> str:
     if isinstance(error, openai.APIStatusError):
         return f"it answers {error.status_code} ({_start(error.body)})"
     return f"its answer is not a chat completion ({_start(error)})"
-
-
-def _passes(error: Exception) -> bool:
-    # True if the same request may succeed later
-    import openai
-
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code >= 500 or error.status_code in (408, 409, 425, 429)
-    return True
 
 
 def _wait(error: Exception) -> float | None:

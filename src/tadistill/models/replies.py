@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tadistill.errors import StoreError
 from tadistill.models.endpoint import Reply
@@ -26,16 +25,8 @@ Item = TypeVar("Item")
 class Cache:
     """The replies of an endpoint, in memory and in a file. Several threads may add replies at the same time."""
 
-    def __init__(self, path: Path, replies: dict[str, Reply]):
-        self._replies = replies
-        self._lock = threading.Lock()
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+    def __init__(self, file: TextIO, replies: dict[str, Reply]):
+        self._file, self._replies, self._lock = file, replies, threading.Lock()
 
     def get(self, key: str) -> Reply | None:
         return self._replies.get(key)
@@ -81,8 +72,9 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
                     raise StoreError(f"another process is writing replies to {path}; wait until that process has finished") from error
                 waiting()
         try:
-            with Cache(path, read_replies(path)) as cache:
-                yield cache
+            replies = read_replies(path, mend=True)
+            with path.open("a", encoding="utf-8") as file:
+                yield Cache(file, replies)
         finally:
             lock.release()
     except OSError as error:
@@ -91,33 +83,20 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
         raise StoreError(f"{path} cannot be opened ({error.strerror}); check the directory's permissions") from error
 
 
-def read_replies(path: Path) -> dict[str, Reply]:
-    """Return the replies in a file, by their keys, or an empty dict if there is no file. An incomplete last line, as a killed process may
-    leave it, is removed from the file.
+def read_replies(path: Path, *, mend: bool = False) -> dict[str, Reply]:
+    """Return the replies in a file, by their keys, or an empty dict if there is no file. An incomplete last line is left out: another
+    process is writing it, or a killed process left it. With `mend`, such a line is removed from the file.
 
     Raises:
         StoreError: a line is damaged.
     """
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    if mend and whole < len(content):
         with path.open("r+b") as file:
             file.truncate(whole)
-    return _parsed(content[:whole], path)
-
-
-def peek(path: Path) -> dict[str, Reply]:
-    """Return the replies in a file, by their keys, also while another process writes to the file. The file is not changed. Raises
-    StoreError as `read_replies` does."""
-    content = path.read_bytes() if path.is_file() else b""
-    return _parsed(content[: content.rfind(b"\n") + 1], path)
-
-
-def _parsed(content: bytes, path: Path) -> dict[str, Reply]:
     replies: dict[str, Reply] = {}
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(content[:whole].split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -91,13 +91,7 @@ class Servers:
 
     def get(self, path: str, read: Callable[[Answer], T]) -> dict[str, T]:
         """Send a request to each server. Return a mapping from addresses to values `read(answer)`. Raises ServerFailed as `post` does."""
-        return {at: self._asked(at, partial(self._get, at, path), read, threading.Event()) for at in self.serve.at}
-
-    def _get(self, at: str, path: str, id: str) -> httpx.Response:
-        return self._client.get(f"{at}{path}", headers={"X-Request-Id": id})
-
-    def _post(self, at: str, path: str, body: dict[str, Any], id: str) -> httpx.Response:
-        return self._client.post(f"{at}{path}", json=body | {"request_id": id}, headers={"X-Request-Id": id})
+        return {at: self._asked(at, path, None, read, threading.Event()) for at in self.serve.at}
 
     def post(self, path: str, bodies: Sequence[dict[str, Any]], read: Callable[[int, Answer], T]) -> list[T]:
         """Send one request for each body. Return the list of `read(i, answer)` for all bodies, where i is the index of a body.
@@ -114,9 +108,10 @@ class Servers:
 
         def work(at: str) -> None:
             try:
-                for number in _drained(waiting, failed):
-                    found[number] = self._asked(at, partial(self._post, at, path, bodies[number]), partial(read, number), failed)
-            except _Stopped:
+                while not failed.is_set():
+                    number = waiting.get_nowait()
+                    found[number] = self._asked(at, path, bodies[number], partial(read, number), failed)
+            except (Empty, _Stopped):
                 return
             except BaseException:
                 failed.set()
@@ -133,16 +128,19 @@ class Servers:
 
     def one(self, at: str, path: str, body: dict[str, Any], read: Callable[[Answer], T]) -> T:
         """Send one request to the server with the address `at`, and return `read(answer)`. Raises ServerFailed as `post` does."""
-        return self._asked(at, partial(self._post, at, path, body), read, threading.Event())
+        return self._asked(at, path, body, read, threading.Event())
 
-    def _asked(self, at: str, send: Callable[[str], httpx.Response], read: Callable[[Answer], T], stop: threading.Event) -> T:
+    def _asked(self, at: str, path: str, body: dict[str, Any] | None, read: Callable[[Answer], T], stop: threading.Event) -> T:
         reason, fix = "", "start the server with `tadistill serve RECIPE MODEL`, or correct its address in `serve.at`"
         for pause in (0.0, *self.pauses):
             if stop.wait(pause):
                 raise _Stopped
             id = uuid.uuid4().hex
             try:
-                response = send(id)
+                if body is None:
+                    response = self._client.get(f"{at}{path}", headers={"X-Request-Id": id})
+                else:
+                    response = self._client.post(f"{at}{path}", json=body | {"request_id": id}, headers={"X-Request-Id": id})
             except httpx.TimeoutException:
                 reason = f"it did not answer within {self.serve.seconds:g} seconds"
                 continue
@@ -180,14 +178,6 @@ class Refused(ServerFailed):
     def __init__(self, problem: object, status: int = 0):
         super().__init__(problem)
         self.status = status
-
-
-def _drained(waiting: SimpleQueue[int], failed: threading.Event) -> Iterator[int]:
-    while not failed.is_set():
-        try:
-            yield waiting.get_nowait()
-        except Empty:
-            return
 
 
 def _message(response: httpx.Response) -> str:

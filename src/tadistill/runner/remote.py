@@ -23,7 +23,7 @@ from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering, ServerFailed, TadistillError
 from tadistill.models import sources
 from tadistill.models.endpoint import Unavailable, knock
-from tadistill.models.replies import peek
+from tadistill.models.replies import read_replies
 from tadistill.models.server_requests import Servers
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.graph import Stage
@@ -207,7 +207,7 @@ def _left(plan: Plan, store: Store, stages: Iterable[Stage]) -> dict[str, _Left]
         spec, api = stage.spec, stage.spec.teacher.api
         assert api is not None
         examples = datasets.SplitRows(spec.train.ref, spec.train.role, data.world, data.root, spec.train.limit).read()
-        kept, left = peek(replies_file(store.root, api.model)), found.setdefault(stage.model, _Left(api))
+        kept, left = read_replies(replies_file(store.root, api.model)), found.setdefault(stage.model, _Left(api))
         rows = [(request.key, example) for request, example in zip(wanted_of(spec, examples), examples, strict=True)]
         new = {key: example for key, example in rows if key not in kept and key not in seen}
         left.cached += len({key for key, _ in rows if key in kept} - seen)

@@ -10,7 +10,7 @@ from tests.unit.judge.fake import as_json, error, serve
 from tadistill.config.common import Decoding
 from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed, StoreError
-from tadistill.models.replies import open_cache, peek
+from tadistill.models.replies import open_cache, read_replies
 from tadistill.rollout import api_teacher as module
 from tadistill.rollout.api_teacher import Asking, Pace, replies_file, requests, same_model
 
@@ -117,7 +117,7 @@ def test_a_fault_that_stays_is_one_sentence_and_what_was_paid_is_kept(tmp_path, 
     path, whole = tmp_path / "a.jsonl", 3
     with serve(lambda number, text: honest(number, text) if number < whole else fault) as fake, pytest.raises(ServerFailed) as caught:
         asked(fake, path, requests=1)
-    kept = len(peek(path))
+    kept = len(read_replies(path))
     text = str(caught.value)
     assert f"{kept} of 6 answers are saved, {6 - kept} are missing; run the same command to continue" in text
     assert kept in (whole, whole + 1)  # one of the equal answers belongs to its request
@@ -145,7 +145,7 @@ def test_a_row_without_an_answer_does_not_stop_the_others(tmp_path, fault, messa
         with pytest.raises(ServerFailed, match=message) as caught:
             asked(fake, path)
         assert "gives no usable answer to row 3 of the training set" in str(caught.value)
-        assert len(peek(path)) == 5
+        assert len(read_replies(path)) == 5
         assert len(fake.asked) <= 7  # an empty answer is asked for twice
 
 
@@ -224,7 +224,7 @@ def test_a_stopped_run_keeps_the_answers_on_their_way(tmp_path):
         wanted = requests(PROMPTS, api, Decoding(max_new_tokens=8), seed=1)
         with pytest.raises(Enough):
             Asking(api, cache, "`m`").all(wanted, look)
-    assert len(fake.asked) == len(peek(path)) == 2
+    assert len(fake.asked) == len(read_replies(path)) == 2
 
 
 def test_the_key_is_sent_and_never_written(tmp_path, monkeypatch):
