@@ -49,15 +49,10 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
     `seed` determines the random initial weights of the adapters.
 
     Raises:
-        ConfigError: peft is not installed.
         ModelError: `settings.targets` names layers that the model does not have, its head, or its embeddings.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(
-            "a model of the recipe has `lora`, which needs peft; run `pip install 'tadistill[lora]'`, or remove `lora`"
-        ) from error
+    import peft
+
     _check_ends(model, settings.targets)
     config = peft.LoraConfig(
         r=settings.r,

@@ -9,16 +9,17 @@
 A study can therefore be planned before any weights are loaded.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
 from tadistill.models.model_files import read_description
-from tadistill.models.shapes import COUNTED, check_new, shape_of, size_in
+from tadistill.models.shapes import COUNTED, Shape, check_new, shape_of, size_in
 
 Config = Mapping[str, Any]
+_TIED = ("gpt2", "opt", "gemma3_text")  # families whose default in transformers is a head with the embeddings' weights
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,22 @@ def with_layers(config: Config, layers: int) -> dict[str, Any]:
 def size_of(config: Config) -> Size | None:
     """Return the parameter counts of a model from its configuration. Return None for a model family that is not in this module.
 
-    The required fields for gpt2 are vocab_size, n_positions, n_embd and n_layer. For opt they are vocab_size, max_position_embeddings,
-    hidden_size, ffn_dim and num_hidden_layers. For the others they are vocab_size, hidden_size, intermediate_size, num_hidden_layers and
-    num_attention_heads. All other fields have the defaults of transformers.
+    The required fields for gpt2 are vocab_size, n_positions, n_embd, n_layer and n_head. For opt they are vocab_size,
+    max_position_embeddings, hidden_size, ffn_dim, num_hidden_layers and num_attention_heads. For the others they are vocab_size,
+    hidden_size, intermediate_size, num_hidden_layers and num_attention_heads. All other fields have the defaults of transformers.
 
     Raises:
         ConfigError: a required field is missing or is not a positive whole number.
     """
-    counter = _COUNTERS.get(str(config.get("model_type")))
-    return None if counter is None else counter(config)
+    if config.get("model_type") not in COUNTED:
+        return None
+    vocab, shape = size_in(config, "vocab_size"), shape_of(config)
+    head = vocab * _embedded(config, shape)
+    matrices = sum(m.inputs * m.outputs * len(m.places) for m in _matrices(config, shape))
+    in_layer, outside = _vectors(config, shape)
+    total = (1 if tied(config) else 2) * head + matrices + shape.layers * in_layer + outside
+    keys = shape.groups * shape.head_dim
+    return Size(total, matrices + head, shape.layers, shape.heads * shape.head_dim, head, shape.hidden, keys)
 
 
 def forward_flops(size: Size, work: Work) -> float:
@@ -118,69 +126,35 @@ def tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED))
 
 
-def _or(config: Config, name: str, default: int) -> int:
-    return default if config.get(name) is None else size_in(config, name)
+def _embedded(config: Config, shape: Shape) -> int:
+    # the width of the embeddings, which in some OPT models differs from the width of the hidden states
+    outer = config.get("word_embed_proj_dim") if config["model_type"] == "opt" else None
+    return shape.hidden if outer is None else size_in(config, "word_embed_proj_dim")
 
 
-def _gpt2(config: Config) -> Size:
-    vocab, width = size_in(config, "vocab_size"), size_in(config, "n_embd", "hidden_size")
-    layers, positions = size_in(config, "n_layer", "num_hidden_layers"), size_in(config, "n_positions", "max_position_embeddings")
-    inner = _or(config, "n_inner", 4 * width)
-    matrices = 4 * width * width + 2 * width * inner
-    biases = 3 * width + width + inner + width
-    block = matrices + biases + 4 * width  # two layer norms
-    heads = 1 if tied(config) else 2
-    total = heads * vocab * width + positions * width + layers * block + 2 * width
-    return Size(total, layers * matrices + vocab * width, layers, width, vocab * width, width, width)
-
-
-def _opt(config: Config) -> Size:
-    vocab, width, layers = size_in(config, "vocab_size"), size_in(config, "hidden_size"), size_in(config, "num_hidden_layers")
-    positions, inner = size_in(config, "max_position_embeddings"), size_in(config, "ffn_dim")
-    outer = _or(config, "word_embed_proj_dim", width)
-    bias = 1 if config.get("enable_bias", True) else 0
-    norm = 2 * width if config.get("layer_norm_elementwise_affine", True) else 0
-    final = norm if config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False) else 0
-    matrices = 4 * width * width + 2 * width * inner
-    block = matrices + bias * (4 * width + inner + width) + 2 * norm
-    projections = 2 * outer * width if outer != width else 0
-    heads = 1 if tied(config) else 2
-    # OPT's position table has two more rows than there are positions
-    total = heads * vocab * outer + (positions + 2) * width + layers * block + final + projections
-    return Size(total, layers * matrices + projections + vocab * outer, layers, width, vocab * outer, width, width)
-
-
-def _llama_like(*, qkv_bias: bool = False, bias_fields: bool = False, query_norm: bool = False, norms: int = 2) -> Callable[[Config], Size]:
-    # qkv_bias: queries, keys and values always have biases; bias_fields: the fields attention_bias and mlp_bias add biases;
-    # query_norm: queries and keys have a norm; norms: number of norms of the hidden states in each layer
-    def count(config: Config) -> Size:
-        vocab, shape = size_in(config, "vocab_size"), shape_of(config)
-        width, layers, inner, size = shape.hidden, shape.layers, shape.intermediate, shape.head_dim
-        queries, keys = shape.heads * size, shape.groups * size
-        matrices = 2 * width * queries + 2 * width * keys + 3 * width * inner
-        biases = queries + 2 * keys if qkv_bias else 0
-        if bias_fields and config.get("attention_bias", False):
-            biases += queries + 2 * keys + width
-        if bias_fields and config.get("mlp_bias", False):
-            biases += 2 * inner + width
-        block = matrices + biases + norms * width + (2 * size if query_norm else 0)
-        tables = 1 if tied(config) else 2
-        total, head = tables * vocab * width + layers * block + width, vocab * width
-        return Size(total, layers * matrices + head, layers, queries, head, width, keys)
-
-    return count
-
-
-_COUNTERS: dict[str, Callable[[Config], Size]] = {
-    "gpt2": _gpt2,
-    "opt": _opt,
-    "llama": _llama_like(bias_fields=True),
-    "mistral": _llama_like(),
-    "qwen2": _llama_like(qkv_bias=True),
-    "qwen3": _llama_like(bias_fields=True, query_norm=True),
-    "gemma3_text": _llama_like(bias_fields=True, query_norm=True, norms=4),
-}
-_TIED = ("gpt2", "opt", "gemma3_text")  # families whose default in transformers is a head with the embeddings' weights
+def _vectors(config: Config, shape: Shape) -> tuple[int, int]:
+    # the numbers of parameters that are in no matrix: in each layer, and outside of the layers; the table of positions is among the latter
+    family, width, inner = config["model_type"], shape.hidden, shape.intermediate
+    if family == "gpt2":
+        positions = size_in(config, "n_positions", "max_position_embeddings")
+        return 5 * width + inner + 4 * width, positions * width + 2 * width  # biases, and norms with two vectors each
+    if family == "opt":
+        norm = 2 * width if config.get("layer_norm_elementwise_affine", True) else 0
+        final = norm if config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False) else 0
+        biases = 5 * width + inner if config.get("enable_bias", True) else 0
+        # OPT's table has two more rows than there are positions
+        return biases + 2 * norm, (size_in(config, "max_position_embeddings") + 2) * width + final
+    projected = (shape.heads + 2 * shape.groups) * shape.head_dim  # queries, keys and values
+    found = (4 if family == "gemma3_text" else 2) * width
+    if family in ("qwen3", "gemma3_text"):  # norms of queries and keys, each the same for all heads
+        found += 2 * shape.head_dim
+    if family == "qwen2":  # always has these biases
+        found += projected
+    elif family != "mistral" and config.get("attention_bias", False):
+        found += projected + width
+    if family not in ("qwen2", "mistral") and config.get("mlp_bias", False):
+        found += 2 * inner + width
+    return found, width
 
 
 _LAYER = 10  # `_Matrix.places` of layer i: from 10 i to 10 i + 9, in the order of use; attention runs between places 0 and 1
@@ -215,9 +189,10 @@ def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapt
     Raises:
         ConfigError: a target is not the name of a linear layer.
     """
-    matrices = _matrices(config)
-    if matrices is None:
+    if config.get("model_type") not in COUNTED:
         return None
+    shape = shape_of(config)
+    matrices = _matrices(config, shape)
     for target in (targets := tuple(targets)):
         if not any(_named(m.name, target) for m in matrices):
             raise ConfigError(f"`{target}` is not a linear layer of this model; choose from {', '.join(m.name for m in matrices)}")
@@ -226,7 +201,7 @@ def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapt
     idle = sum(m.inputs * m.outputs for m in matrices for place in m.places if place <= first)
     idle += sum(rank * m.inputs for m in chosen if first in m.places)
     trained = sum(rank * (m.inputs + m.outputs) * len(m.places) for m in chosen)
-    return Adapters(trained, idle, sum(first > layer * _LAYER for layer in range(shape_of(config).layers)))
+    return Adapters(trained, idle, sum(first > layer * _LAYER for layer in range(shape.layers)))
 
 
 def _named(name: str, target: str) -> bool:
@@ -255,13 +230,9 @@ def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = 
     return forward_flops(size, passes) + more
 
 
-def _matrices(config: Config) -> list[_Matrix] | None:
+def _matrices(config: Config, shape: Shape) -> list[_Matrix]:
     # all matrices except the head
-    family = config.get("model_type")
-    if family not in COUNTED:
-        return None
-    shape = shape_of(config)
-    queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    family, queries, keys = config["model_type"], shape.heads * shape.head_dim, shape.groups * shape.head_dim
 
     def matrix(name: str, inputs: int, outputs: int, place: int) -> _Matrix:
         return _Matrix(name, inputs, outputs, tuple(layer * _LAYER + place for layer in range(shape.layers)))
@@ -278,8 +249,7 @@ def _matrices(config: Config) -> list[_Matrix] | None:
     found.append(matrix(f"self_attn.{output}", queries, shape.hidden, 1))
     if family == "opt":
         found += [matrix("fc1", shape.hidden, shape.intermediate, 2), matrix("fc2", shape.intermediate, shape.hidden, 3)]
-        outer = config.get("word_embed_proj_dim") or shape.hidden
-        if outer != shape.hidden:
+        if (outer := _embedded(config, shape)) != shape.hidden:
             last = (shape.layers * _LAYER,)
             found += [_Matrix("project_in", outer, shape.hidden, (-1,)), _Matrix("project_out", shape.hidden, outer, last)]
         return found

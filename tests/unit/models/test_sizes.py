@@ -75,7 +75,7 @@ def test_missing_fields_have_the_defaults_of_transformers(kind):
 
 
 def test_gpt2_small_is_124_million():
-    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12}
+    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     size = size_of(config)
     assert size.total == 124_439_808
     assert size.matmul == 123_532_032  # 12 x 12 x 768^2 = 84,934,656 in the blocks, 50257 x 768 = 38,597,376 in the head
