@@ -217,9 +217,10 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     old, behaviour = part.counted(part.values["student"]), part.counted(part.values["behaviour"])
     weight = (old - behaviour).exp()
     found |= {"weight_min": float(weight.min()), "weight_max": float(weight.max())}
-    entropy, top_mass, log_q, log_p = _scored(step, part)
+    scored = _scored(step, part)
+    log_q, log_p = scored["log_q"], scored.get("log_p")
     ratio = (log_q - behaviour).exp()
-    found["entropy"] = float(entropy.mean())
+    found["entropy"] = float(scored["entropy"].mean())
     if step.clip is not None:
         found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
     if part.aligned is not None:
@@ -230,26 +231,26 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     if log_p is not None:
         found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
         found["reward"] = float((log_p - old).mean())
-    if top_mass is not None:
-        found["teacher_top_mass"] = float(top_mass.mean())
+    if "teacher_top_mass" in scored:
+        found["teacher_top_mass"] = float(scored["teacher_top_mass"].mean())
     return {f"rollout/{name}": value for name, value in found.items()}
 
 
-def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _scored(step: Step, batch: Batch) -> dict[str, Tensor]:
     if not batch.shares:
         return _of_teachers(step, batch)
     parts = [_of_teachers(step, batch.of_share(i)) for i in range(len(batch.shares))]
     order = torch.cat([share.loss for share in batch.shares]).argsort()  # back to the order of the whole batch
-    entropy, mass, log_q, log_p = (
-        None if any(v is None for v in each) else torch.cat([v for v in each if v is not None])[order] for each in zip(*parts, strict=True)
-    )
-    assert entropy is not None
-    assert log_q is not None
-    return entropy, mass, log_q, log_p
+    known = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([part[name] for part in parts])[order] for name in known}
 
 
 @torch.no_grad()
-def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _of_teachers(step: Step, batch: Batch) -> dict[str, Tensor]:
+    """Return one value per token: `entropy`, `log_q`, and if they are known `teacher_top_mass` and `log_p`.
+
+    If the teacher has another tokenizer, `log_p` has one value per span.
+    """
     models, tokens = step.models, batch.counted(batch.targets_BT)
     exact = all(isinstance(teacher, HiddenTeacher) for teacher in models.teachers)
     known = batch.aligned is not None and "teacher" in batch.values
@@ -269,15 +270,14 @@ def _of_teachers(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tenso
     hidden = models.student.hidden(models.student_model, batch)
     weights = torch.ones(4 if beside else 2, 1, device=hidden.device)
     _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=beside, vocab=models.vocab)
+    scored: dict[str, Tensor] = dict(zip(("entropy", "log_q", "teacher_top_mass", "log_p"), found, strict=False))
     if batch.aligned is not None:
-        return found[0], None, found[1], spans.teacher_log_probs(models.again, batch, teachers)
-    if beside:
-        entropy, log_q, top_mass, log_p = found.unbind()
-        return entropy, top_mass, log_q, log_p
-    if (known := batch.values.get("teacher")) is not None:
-        return found[0], None, found[1], batch.counted(known)
-    teacher = models.teachers[batch.route[0] if batch.route else 0] if models.teachers else None
-    return found[0], None, found[1], None if exact or teacher is None else teacher.scored(batch.of_teacher, models.vocab)[1]
+        return scored | {"log_p": spans.teacher_log_probs(models.again, batch, teachers)}
+    if not beside and "teacher" in batch.values:
+        return scored | {"log_p": batch.counted(batch.values["teacher"])}
+    if not beside and not exact:
+        return scored | {"log_p": models.teachers[batch.route[0] if batch.route else 0].scored(batch.of_teacher, models.vocab)[1]}
+    return scored
 
 
 def _repetition(batches: list[Batch]) -> float:
