@@ -7,7 +7,6 @@ A reader never sees an incomplete file. There are three ways to write a file:
     with publishing(target) as temporary:   a file or folder that several processes may create, such as a cache; the first one is kept
 """
 
-import difflib
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tadistill.errors import StoreError
+from tadistill.errors import StoreError, did_you_mean
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
@@ -53,9 +52,7 @@ def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ())
         return f"its folder cannot be read ({error.strerror}); correct the path"
     if not there:
         return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
-    close = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else "correct the path"
-    return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {hint}"
+    return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {did_you_mean(path.name, names, 'correct the path')}"
 
 
 # --- digests ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Most classes also inherit from a built-in exception such as ValueError, so callers can catch the built-in exception instead.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tadistill.safe_text import one_line, shortened
@@ -27,6 +28,12 @@ class TadistillError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the end of a sentence about a name that does not exist: the nearest known name, or `otherwise` if none is near."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else otherwise
 
 
 class Gathering:

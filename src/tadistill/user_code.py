@@ -7,7 +7,6 @@ MODULE is a file in the given folder (`mymodule.py`; `package.module` is `packag
 on a hash of the file, so the stage runs again if the file has changed. Commands that only read results never import the code.
 """
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, did_you_mean
 
 _DIGEST = "__tadistill_source__"  # attribute of an imported module: the digest of its source file at the time of the import
 
@@ -73,14 +72,8 @@ def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
     found = getattr(module, attribute, None)
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        close = difflib.get_close_matches(attribute, functions, n=1)
-        what = (
-            "is not a function; name a function"
-            if found is not None
-            else f"does not exist; did you mean `{close[0]}`?"
-            if close
-            else "does not exist; correct the name"
-        )
+        missing = f"does not exist; {did_you_mean(attribute, functions, 'correct the name')}"
+        what = missing if found is None else "is not a function; name a function"
         raise ConfigError(f"`{name}`: {attribute} in {file} {what}")
     return OwnFunction(name, file, digest, found)
 
@@ -95,8 +88,8 @@ def _file(name: str, module: str, folder: Path) -> Path:
     except (ImportError, ValueError, AttributeError):
         spec = None
     if spec is None:
-        close = difflib.get_close_matches(module, [path.stem for path in folder.glob("*.py")], n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "write the function into this file, or install its package"
+        files = (path.stem for path in folder.glob("*.py"))
+        hint = did_you_mean(module, files, "write the function into this file, or install its package")
         raise ConfigError(
             f"`{name}` was not found: there is no file {beside.with_suffix('.py')}, and no module {module} is installed; {hint}"
         )

@@ -4,7 +4,6 @@ A template is a Jinja program that comes with a tokenizer. Some templates raise 
 answer. This module reports the first two cases, and adds a missing start.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tadistill.errors import DataError, ModelError
+from tadistill.errors import DataError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -46,8 +45,8 @@ def render(
         ModelError: the template is not valid Jinja.
         DataError: the template refuses the conversation, or leaves out a turn or a tool.
     """
-    text = _applied(messages, tokenizer, where, tools, settings, prompt=True)
-    template, specials = _template(tokenizer), _texts(tokenizer.special_tokens_map)
+    text = written(messages, tokenizer, where, tools, settings, prompt=True)
+    template, specials = default_template(tokenizer.chat_template), _texts(tokenizer.special_tokens_map)
     for role in _left_out(template, tuple(str(m.get("role")) for m in messages), specials):
         raise DataError(
             f"{where}: the tokenizer's chat template leaves out the turn of role `{role}`; move its text into a user's turn, or use a "
@@ -68,9 +67,32 @@ def written(
     where: str,
     tools: Seq[Mapping[str, Any]] = (),
     settings: Mapping[str, Any] | None = None,
+    *,
+    prompt: bool = False,
 ) -> str:
-    """Return a whole conversation as text. Arguments and errors are those of `render`."""
-    return _applied(messages, tokenizer, where, tools, settings, prompt=False)
+    """Return a whole conversation as text, with the template's own start of an answer at its end if `prompt` is True.
+
+    Other arguments and errors are those of `render`, which also checks the text.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError  # here: most data sets need no chat template
+
+    roles = tuple(str(m.get("role")) for m in messages)
+    more: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
+    more |= settings or {}
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **more))
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
+            "correct `chat_template` in its files, or set `data.template` to alpaca or plain"
+        ) from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        given = " and data.chat_template_kwargs" if settings else ""
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)}{given} ({reason}); change or delete the row, "
+            "or use a tokenizer with another template"
+        ) from error
 
 
 def marked(
@@ -121,11 +143,9 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
     known = _variables(_of_tools(tokenizer, ())) | _variables(_of_tools(tokenizer, [{}]))
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            fix = f"did you mean `{close[0]}`?" if close else "correct the name, or remove it"
             raise ModelError(
                 f"data.chat_template_kwargs sets `{name}`, but the chat template of the tokenizer {tokenizer.name_or_path} has no such "
-                f"variable; {fix}"
+                f"variable; {did_you_mean(name, known, 'correct the name, or remove it')}"
             )
 
 
@@ -145,36 +165,6 @@ def called(functions: Seq[Mapping[str, Any]]) -> list[str]:
     return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]
 
 
-def _applied(
-    messages: Seq[Mapping[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    where: str,
-    tools: Seq[Mapping[str, Any]],
-    settings: Mapping[str, Any] | None,
-    *,
-    prompt: bool,
-) -> str:
-    from jinja2 import TemplateError, TemplateSyntaxError  # here: most data sets need no chat template
-
-    roles = tuple(str(m.get("role")) for m in messages)
-    more: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
-    more |= settings or {}
-    try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **more))
-    except TemplateSyntaxError as error:
-        raise ModelError(
-            f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
-            "correct `chat_template` in its files, or set `data.template` to alpaca or plain"
-        ) from error
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        given = " and data.chat_template_kwargs" if settings else ""
-        raise DataError(
-            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)}{given} ({reason}); change or delete the row, "
-            "or use a tokenizer with another template"
-        ) from error
-
-
 def closing(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return the id of the token with which the tokenizer's chat template ends an answer. If there is no such token, return the EOS id.
 
@@ -186,7 +176,7 @@ def closing(tokenizer: "PreTrainedTokenizerBase") -> int:
             "the tokenizer has no EOS token, but every response must end with one; set `eos_token` in the tokenizer's configuration"
         )
     added: Any = tokenizer.added_tokens_encoder
-    turn = end_of_turn(_template(tokenizer), added, tokenizer.special_tokens_map)
+    turn = end_of_turn(default_template(tokenizer.chat_template), added, tokenizer.special_tokens_map)
     return int(tokenizer.eos_token_id) if turn is None else turn  # type: ignore[arg-type]
 
 
@@ -197,7 +187,7 @@ def end_of_turn(template: str | None, tokens: Mapping[str, int], specials: Mappi
         tokens: maps the added and special tokens of the tokenizer to their ids.
         specials: maps names such as `bos_token`, which templates can use, to the texts of these tokens.
     """
-    text = _rendered(template, (("user", "hello"), ("assistant", _ANSWER)), _texts(specials), False)
+    text = _rendered(template, (("user", "hello"), ("assistant", _ANSWER)), dict(_texts(specials)), False)
     if text is None or _ANSWER not in text:
         return None
     rest = text.rpartition(_ANSWER)[2].lstrip()
@@ -212,13 +202,11 @@ def opening(template: str | None, variables: Mapping[str, Any]) -> str:
     Args:
         variables: the texts of special tokens, and further variables of the template.
     """
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        prompt = unmarked(template or "", turns[:1], variables, prompt=True)
-        whole = unmarked(template or "", turns, variables, prompt=False)
-    except Exception:  # `render` reports the error for a row of the data
+    turns = (("user", "hello"), ("assistant", _ANSWER))
+    prompt, whole = _rendered(template, turns[:1], variables, True), _rendered(template, turns, variables, False)
+    if prompt is None or whole is None or not whole.startswith(prompt):
         return ""
-    found = whole[len(prompt) :] if whole.startswith(prompt) else ""
+    found = whole[len(prompt) :]
     return found.partition(_ANSWER)[0] if _ANSWER in found else ""
 
 
@@ -230,10 +218,6 @@ def default_template(given: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    return default_template(tokenizer.chat_template)
-
-
 def _texts(specials: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, text) for name, text in specials.items() if isinstance(text, str)))
 
@@ -241,8 +225,8 @@ def _texts(specials: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 @lru_cache
 def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
     prompt = (("user", "hello"),)
-    plain, prompted = (_rendered(template, prompt, specials, flag) for flag in (False, True))
-    answered = _rendered(template, (*prompt, ("assistant", _ANSWER)), specials, False)
+    plain, prompted = (_rendered(template, prompt, dict(specials), flag) for flag in (False, True))
+    answered = _rendered(template, (*prompt, ("assistant", _ANSWER)), dict(specials), False)
     if plain is None or plain != prompted or answered is None or _ANSWER not in answered or not answered.startswith(plain):
         return ""
     header = answered[len(plain) :].partition(_ANSWER)[0]
@@ -252,14 +236,14 @@ def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
 @lru_cache(maxsize=1024)
 def _left_out(template: str | None, roles: tuple[str, ...], specials: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     marks = [f"text {i} 7919" for i in range(len(roles))]
-    text = _rendered(template, tuple(zip(roles, marks, strict=True)), specials, True)
+    text = _rendered(template, tuple(zip(roles, marks, strict=True)), dict(specials), True)
     return () if text is None else tuple(role for role, mark in zip(roles, marks, strict=True) if mark not in text.lower())
 
 
-def _rendered(template: str | None, turns: tuple[tuple[str, str], ...], specials: tuple[tuple[str, str], ...], prompt: bool) -> str | None:
+def _rendered(template: str | None, turns: Seq[tuple[str, str]], variables: Mapping[str, Any], prompt: bool) -> str | None:
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        return unmarked(template or "", messages, dict(specials), prompt=prompt)
+        return unmarked(template or "", messages, variables, prompt=prompt)
     except Exception:  # a template may raise any error; `render` reports it for a row of the data
         return None
 
@@ -267,7 +251,8 @@ def _rendered(template: str | None, turns: tuple[tuple[str, str], ...], specials
 def _of_tools(tokenizer: "PreTrainedTokenizerBase", tools: Seq[Mapping[str, Any]]) -> str:
     # some tokenizers have a second template for conversations with tools
     given: Any = tokenizer.chat_template
-    return given.get("tool_use" if tools else "default") or _template(tokenizer) or "" if isinstance(given, dict) else given or ""
+    named = given.get("tool_use" if tools else "default") if isinstance(given, dict) else None
+    return named or default_template(given) or ""
 
 
 @lru_cache

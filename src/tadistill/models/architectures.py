@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from tadistill.errors import ConfigError, ModelError
+from tadistill.errors import ConfigError, ModelError, did_you_mean
 from tadistill.models.shapes import check_new
 
 _POSITIONS = "counts positions from its padding token and not from 0"
@@ -154,7 +154,8 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
         if name in _FROM_TOKENIZER:
             raise ConfigError(f"config.{name} of scratch:{kind} is set by the tokenizer; remove this field from `config`")
         if name not in known:
-            raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
+            hint = did_you_mean(name, known, "see the list in the transformers documentation")
+            raise ConfigError(f"config.{name} is not a field of scratch:{kind}; {hint}")
         _check_number(kind, name, fields[name], getattr(family(), name, None))
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
@@ -247,11 +248,6 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a model on the device `meta`, which needs no memory for its weights."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean `{close[0]}`?" if close else "; see the list in the transformers documentation"
 
 
 def _reason(error: Exception, fields: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from tadistill.errors import ConfigError, ModelError
+from tadistill.errors import ConfigError, ModelError, did_you_mean
 
 
 class Describes(Protocol):
@@ -199,8 +199,7 @@ def check_new(kind: str, fields: Mapping[str, Any], types: Collection[str] = ())
     """
     types = types or (() if kind in COUNTED else _causal_types())
     if types and kind not in types:
-        close = difflib.get_close_matches(kind, types, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "see the list in the transformers documentation"
+        hint = did_you_mean(kind, types, "see the list in the transformers documentation")
         raise ConfigError(f"scratch:{kind}: transformers has no causal language model of this type; {hint}")
     given = {"num_key_value_heads": _KV_HEADS.get(kind), **fields}
     sizes = {name: size for name, size in given.items() if type(size) is int and size > 0}  # other checks refuse other values

@@ -226,7 +226,7 @@ def test_an_instruction_in_the_chat_template_is_one_turn():
         (TALK, "{% if mode != 1 %}{{ raise_exception('no mode') }}{% endif %}" + CHATML, {"chat_template_kwargs": {"mode": 2}}, DataError,
          r"refuses the turns user, .* and data.chat_template_kwargs \(no mode\)"),
         (TALK, MARKED.replace("BODY", MARKS["answer"]).replace("'assistant' %}{% gen", "'assistant' and loop.last %}{% gen"), {}, DataError,
-         "marks 1 parts with {% generation %}, but the row has 2 turns"),
+         "marks 1 part with {% generation %}, but the row has 2 turns"),
         ([TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}], QWEN3, {"turns": "answer"}, DataError,
          "row 1: the last message has no text; set data.turns: last to learn its tool calls"),
     ],
