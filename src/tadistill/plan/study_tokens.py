@@ -17,6 +17,7 @@ from tadistill.data.tinyworld import TOKENIZERS, check_name
 from tadistill.errors import ModelError, about
 from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
+from tadistill.plan.costs.light_tokenizer import vocabulary
 from tadistill.plan.inputs import Encoding, TokenizerFiles
 from tadistill.plan.paths import contexts_of
 from tadistill.safe_text import counted
@@ -30,7 +31,9 @@ class StudyTokens:
     def __init__(self, recipe: Recipe, teacher: str | None):
         """`teacher` is the original teacher. If it is None and the recipe has no `search`, every model keeps its own tokenizer."""
         self.recipe, self.teacher = recipe, teacher or (recipe.search.teacher if recipe.search else None)
-        self._vocabulary: Callable[[str, str], Vocabulary | None] = cache(self._read_vocabulary)
+        self._vocabulary: Callable[[str, str], Vocabulary | None] = cache(
+            lambda source, revision: vocabulary(source, revision, recipe.data.world)
+        )
         self._of_root: Callable[[str], Tokens] = cache(self._read)
 
     # --- what the stages need -------------------------------------------------------------------------------------------
@@ -247,12 +250,6 @@ class StudyTokens:
 
     def _tokens(self, name: str) -> Vocabulary | None:
         return self._vocabulary(*self._source(name))
-
-    def _read_vocabulary(self, source: str, revision: str) -> Vocabulary | None:
-        if source in TOKENIZERS:
-            return tokens.of_tinyworld(source, **self.recipe.data.world.model_dump())
-        directory = sources.locate(source, revision, weights=False)
-        return tokens.vocabulary_of(directory) if directory else None
 
     def _lead(self, name: str) -> str:
         # the model whose tokenizer the group uses: the teacher, unless a chat template is needed and the teacher has none

@@ -4,9 +4,8 @@ Texts are split into tokens with tokenizer.json. If this file is not on the disk
 are written with the model's chat template if it is on the disk, or else as ChatML.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,6 @@ from tadistill.config.data import World
 from tadistill.data import chat, tinyworld
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.tinyworld import TOKENIZERS, WORDS, backend
-from tadistill.data.tinyworld import vocabulary as world_vocabulary
 from tadistill.models import sources, tokens
 
 if TYPE_CHECKING:
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = -2
 _WORD = r"\S+|\n"  # a token of tinyworld's words
-Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
-"""A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared.
-A piece of text that has no token becomes UNKNOWN."""
 _CHATML = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['reasoning_content'] }}"
     "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
@@ -43,10 +38,15 @@ class StandIn:
     def __init__(self, recipe: Recipe):
         loaded = [model for model in recipe.models.values() if model.load]  # models that teach each other share their tokenizer
         first, world = loaded[0], recipe.data.world
-        ids, backend = _ids_of(first, world), _backend(first, world)
         self._source = first.load, first.tokenizer_source, first.revision, world.seed, world.people
-        self.known, self.ids, self._backend = ids is not None, ids or _pieces, backend
-        """`known`: the study's tokenizer is on this disk. `ids`: splits texts into tokens."""
+        self._words: set[str] | None = None  # splits texts without `tokenizers`, which loads slowly
+        if first.tokenizer_source == WORDS:
+            self._words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
+        self._backend = backend = _backend(first, world)
+        self.known = backend is not None or self._words is not None
+        """True if the study's tokenizer is on this disk."""
+        unknown = getattr(backend.model, "unk_token", None) if backend else None
+        self._unknown = backend.token_to_id(unknown) if backend and unknown else None
         self.added_tokens_decoder: dict[int, Any] = backend.get_added_tokens_decoder() if backend else {}
         self.added_tokens_encoder = {token.content: i for i, token in self.added_tokens_decoder.items()}
         found = ((model, _chat(str(model.tokenizer_source), model.revision)) for model in loaded)
@@ -64,6 +64,16 @@ class StandIn:
         """Return `rules`, without `chat_template_kwargs` if none of the models has a chat template on this disk."""
         return rules if self._chats else replace(rules, chat_template_kwargs={})
 
+    def ids(self, texts: list[str]) -> list[list[Any]]:
+        """Split each text into tokens. Their type does not matter, because they are only counted and compared. A piece of text that has no
+        token becomes UNKNOWN."""
+        if self._words is not None:
+            return [[word if word in self._words else UNKNOWN for word in re.findall(_WORD, text)] for text in texts]
+        if self._backend is None:
+            return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [[UNKNOWN if i == self._unknown else i for i in each.ids] for each in found]
+
     def cuts(self, text: str) -> list[int]:
         """Return the position at which each token of a text ends, in characters from the start of the text."""
         if self._backend:
@@ -73,7 +83,7 @@ class StandIn:
         return [min(k + 4, len(text)) for k in range(0, len(text), 4)]
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
-        return {"input_ids": [list(ids) for ids in self.ids(texts)]}
+        return {"input_ids": self.ids(texts)}
 
     def apply_chat_template(
         self,
@@ -97,46 +107,19 @@ def _chat(source: str, revision: str) -> tuple[str | None, Mapping[str, str]]:
 
 def _backend(model: ModelConfig, world: World) -> "Tokenizer | None":
     source = model.tokenizer_source
+    assert source is not None
     if source in TOKENIZERS:
         return None if source == WORDS else backend(source, seed=world.seed, people=world.people)
-    file = _tokenizer_file(model)
-    return _from_file(file) if file else None
+    directory = sources.locate(source, model.revision, weights=False)
+    return _from_file(directory / "tokenizer.json") if directory and (directory / "tokenizer.json").is_file() else None
 
 
-def _ids_of(model: ModelConfig, world: World) -> Ids | None:
-    if model.tokenizer_source == WORDS:  # without `tokenizers`, which loads slowly
-        words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
-        return lambda texts: [[word if word in words else UNKNOWN for word in re.findall(_WORD, text)] for text in texts]
-    found = _backend(model, world)
-    if found is None:
-        return None
-    name = getattr(found.model, "unk_token", None)
-    unknown = found.token_to_id(name) if name else None
-    return lambda texts: [[UNKNOWN if i == unknown else i for i in e.ids] for e in found.encode_batch(texts, add_special_tokens=False)]
-
-
-def vocabulary(model: ModelConfig, world: World) -> int | None:
-    """Return the vocabulary size of a model's tokenizer. Return None if no JSON file on this disk has its tokens."""
-    if model.tokenizer_source in TOKENIZERS:
-        return len(world_vocabulary(model.tokenizer_source, seed=world.seed, people=world.people))
-    if file := _tokenizer_file(model):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
-    directory = _directory(model)
-    found = tokens.vocabulary_of(directory) if directory else None
-    return len(found) if found else None
-
-
-def _directory(model: ModelConfig) -> Path | None:
-    source = model.tokenizer_source
-    assert source is not None
-    return sources.locate(source, model.revision, weights=False)
-
-
-def _tokenizer_file(model: ModelConfig) -> Path | None:
-    directory = _directory(model)
-    file = directory / "tokenizer.json" if directory else None
-    return file if file and file.is_file() else None
+def vocabulary(source: str, revision: str, world: World) -> tokens.Vocabulary | None:
+    """Return the tokens of a tokenizer. Return None if no JSON file on this disk has them."""
+    if source in TOKENIZERS:
+        return tokens.of_tinyworld(source, **world.model_dump())
+    directory = sources.locate(source, revision, weights=False)
+    return tokens.vocabulary_of(directory) if directory else None
 
 
 @lru_cache
@@ -147,7 +130,3 @@ def _from_file(file: Path) -> "Tokenizer":
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _pieces(texts: list[str]) -> list[list[str]]:
-    return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]

@@ -85,8 +85,8 @@ class SizesAndLengths:
         if model.api:
             return None
         assert model.load is not None
-        vocab = vocabulary(model, self.recipe.data.world) if model.tokenizer else None
-        return sizes.read_config(model.load, model.revision, model.config, vocab)
+        found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
+        return sizes.read_config(model.load, model.revision, model.config, len(found) if found else None)
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
