@@ -66,7 +66,7 @@ def counted(plan: Plan, directory: Path, kinds: tuple[str, ...] = ("sft", "disti
     """Yield every stage of these kinds with torch's FLOPs and its manifest, without the stages that only measure."""
     store = Store(directory)
     for stage in plan.stages.values():
-        if stage.measures:
+        if stage.spec.measures:
             continue
         task = Task(stage.spec, stage.key, stage.label, str(directory), "t", None, 1e9)
         with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter, mock.patch.object(decoder, "_first_right", _uncounted):

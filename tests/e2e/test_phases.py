@@ -99,7 +99,7 @@ def test_the_ledger_and_the_baseline_count_every_phase(tmp_path):
     metered, planned = {}, {}
     for arm in plan.arms:
         stages = with_ancestors(plan.stages, [key for key in arm.final.values() if key])
-        made = {key: store.manifest(key)["ledger"] for key in stages if plan.stages[key].trains}
+        made = {key: store.manifest(key)["ledger"] for key in stages if plan.stages[key].spec.trains}
         assert len(made) == 2 * len(arm.arm.learners)
         metered[arm.name] = sum(
             part["flops"] for ledger in made.values() for name, part in ledger["parts"].items() if "watching" not in name

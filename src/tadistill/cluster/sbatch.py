@@ -145,7 +145,7 @@ class Requests:
         return math.ceil(60 * limit), max(1, math.ceil(1.5 * hours / limit))
 
     def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:
-        if stage.measures or isinstance(stage.spec, TemperSpec | RetokeniseSpec):
+        if stage.spec.measures or isinstance(stage.spec, TemperSpec | RetokeniseSpec):
             return _EVALUATION_HOURS
         if gpu and (seconds := throughput.seconds(stage.cost, self.speeds.get(gpu.device, {}))) is not None:
             return seconds / 3600 / wanted.processes

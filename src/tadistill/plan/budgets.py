@@ -24,7 +24,7 @@ from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models.shapes import COUNTED
 from tadistill.plan.builder import StageBuilder
-from tadistill.plan.graph import Graph, Stage, with_ancestors
+from tadistill.plan.graph import Graph, behind, with_ancestors
 from tadistill.plan.inputs import FromStage
 from tadistill.plan.kinds import DistillSpec, TrainingSpec
 from tadistill.plan.paths import given_teachers
@@ -174,10 +174,9 @@ class Budgets:
 
     def _check_patience(self, name: str, arm: Arm, like: "PlannedArm", trial: Trial) -> None:
         # a stage that both arms share stops at the same update in both, so only the other stages matter
-        theirs, own = like.final[self.recipe.first_seed], trial.graph.stages
-        above = with_ancestors(self.graph.stages, [theirs] if theirs else [], without="like")
-        stages = {key: (own | self.graph.stages)[key] for key in above ^ with_ancestors(own, [trial.final], without="like")}
-        early = [s.label for s in stages.values() if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
+        theirs, own = behind(self.graph.stages, like.final[self.recipe.first_seed]), behind(trial.graph.stages, trial.final)
+        stages = [(theirs | own)[key] for key in (theirs | own) if not (key in theirs and key in own)]
+        early = [s.label for s in stages if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
         if early:
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` may stop early (select.patience), so its FLOPs are not known "
@@ -187,6 +186,6 @@ class Budgets:
 
 def _live(trial: Trial, teacher: str) -> float:
     # the tokens that a teacher writes or scores during training
-    stages: list[Stage] = [trial.graph.stages[key] for key in with_ancestors(trial.graph.stages, [trial.final], without="like")]
+    stages = behind(trial.graph.stages, trial.final).values()
     taught = [stage.cost for stage in stages if isinstance(stage.spec, DistillSpec) and stage.teachers[0] == teacher]
     return sum(cost.asked for cost in taught if cost is not None)

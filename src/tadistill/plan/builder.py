@@ -263,13 +263,9 @@ class StageBuilder:
             teacher_answers=written,
             assistants=tuple(m for m in models[:-1] if m != teacher),
             batch=self.recipe.evaluate.batch,
-            of_teacher=None if self.tokens.alike(original, name) else self._asking(original),
+            of_teacher=None if self.tokens.alike(original, name) else self.asking(original, samples=False),
         )
         return self.add(spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed))
-
-    def _asking(self, name: str) -> Encoding:
-        # the settings with which a model tokenises texts, with all its end tokens
-        return self.encoding(name, samples=False).model_copy(update={"ends": self.tokens.ends(name)})
 
     def probe(self, name: str, model: Handle, seed: int, prompts: int) -> str:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
@@ -315,6 +311,10 @@ class StageBuilder:
                 "data.turns to last, or remove the `context`"
             )
         return found.model_copy(update={"context": context})
+
+    def asking(self, name: str, *, samples: bool = True, context: TeacherContext | None = None) -> Encoding:
+        """Return the settings of `encoding` with all tokens that end an answer of the model."""
+        return self.encoding(name, samples=samples, context=context).model_copy(update={"ends": self.tokens.ends(name)})
 
     def training(self, sets: Sequence[str] = (), *, weights: bool = False) -> dict[str, Any]:
         """Return the fields of a stage that name its training sets (`StudySets.training`)."""

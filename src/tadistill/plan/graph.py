@@ -133,27 +133,13 @@ class Stage:
         return self.spec.kind
 
     @property
-    def trains(self) -> bool:
-        return self.spec.trains
-
-    @property
-    def measures(self) -> bool:
-        return self.spec.measures
+    def steps(self) -> int | None:
+        return self.spec.steps
 
     @cached_property
     def parents(self) -> dict[str, str]:
         """Keys of the stages that must finish before this one starts, by their role, such as `teacher`."""
         return self.spec.parents
-
-    @property
-    def steps(self) -> int | None:
-        """Number of optimizer updates. None if the stage trains nothing."""
-        return self.spec.steps
-
-    @property
-    def checkpoints(self) -> int:
-        """Number of checkpoints that are evaluated on dev. The best one is selected."""
-        return self.spec.checkpoints
 
     @property
     def flops(self) -> float | None:
@@ -180,17 +166,12 @@ class Graph:
             self.stages[ancestor].arms.add(arm)
 
     def flops(self, key: str | None) -> float | None:
-        """Return the training FLOPs of a stage and all its ancestors. Return None if the FLOPs of one of them are unknown.
-
-        Each stage is counted once. A model in the role `like` only sets another model's temperature, so its training is not counted.
-        """
-        if key is None:
-            return 0.0
-        return total_flops(self.stages[k] for k in with_ancestors(self.stages, [key], without="like"))
+        """Return the training FLOPs of a stage and all stages behind it. Return None if the FLOPs of one of them are unknown."""
+        return total_flops(behind(self.stages, key).values())
 
     def asked(self, key: str | None, teacher: str) -> float | None:
-        """Return the number of answer tokens that a teacher writes or scores for a stage and all its ancestors. None if it is unknown."""
-        stages = [self.stages[k] for k in with_ancestors(self.stages, [key] if key else [], without="like")]
+        """Return the number of answer tokens that a teacher writes or scores for a stage and all behind it. None if it is not known."""
+        stages = behind(self.stages, key).values()
         costs = [stage.cost for stage in stages if teacher == (stage.teachers[0] if stage.teachers else stage.model)]
         return None if None in costs else math.fsum(cost.asked for cost in costs if cost is not None)
 
@@ -210,6 +191,15 @@ def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: st
             found.add(at)
             todo += [parent for role, parent in stages[at].parents.items() if role != without]
     return found
+
+
+def behind(stages: Mapping[str, Stage], key: str | None) -> dict[str, Stage]:
+    """Return a stage and all stages on whose models its own model depends, by key. Empty if `key` is None.
+
+    A model in the role `like` only sets another model's temperature, so its training is left out.
+    """
+    found = with_ancestors(stages, [key] if key else [], without="like")
+    return {each: stage for each, stage in stages.items() if each in found}
 
 
 def longest_chains(stages: Mapping[str, Stage], takes: Mapping[str, float]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from itertools import product
 
 from rich.markup import escape
 
-from tadistill.config import Method
 from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
@@ -18,8 +17,8 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.costs import Ledger
 from tadistill.plan.costs.sizes_and_lengths import count_first_rows
-from tadistill.plan.graph import total_flops, with_ancestors
-from tadistill.plan.inputs import Handle, Loaded
+from tadistill.plan.graph import behind, total_flops
+from tadistill.plan.inputs import Loaded
 from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
 from tadistill.plan.paths import contexts_of, given_teachers, lossy_steps
 from tadistill.plan.phases import phases_text
@@ -75,7 +74,7 @@ def _absent(plan: Plan) -> Iterator[str]:
         yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} Stage keys may then change."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
-    trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())
+    trained = any(stage.spec.trains and stage.cost is None for stage in plan.stages.values())
     if trained and not plan.unknown:
         yield f"FLOPs are not known (?) if a data set is not on this disk, or if FLOPs cannot be counted for a model's family. {fix}"
 
@@ -124,7 +123,7 @@ def _controls(plan: Plan) -> Iterator[str]:
     own = {arm.name for arm in plan.arms if arm.arm.control or (arm.arm.compute or "").startswith("as ")}
     if not any(arm.arm.control for arm in plan.arms):
         return
-    training = [stage for stage in plan.stages.values() if stage.trains]
+    training = [stage for stage in plan.stages.values() if stage.spec.trains]
     total, extra = total_flops(training), total_flops(stage for stage in training if stage.arms <= own)
     if total is None or extra is None:
         return
@@ -140,7 +139,7 @@ def row_notes(plan: Plan) -> Iterator[str]:
     for family in plan.tokens.families or [()]:
         readers = plan.tokens.readers(family[0]) if family else ()
         who, reading = f", {' and '.join(family)}" if readers else "", Ledger(plan.recipe).of(readers).reading
-        for role, ref in data.splits(trains=any(s.trains for s in plan.stages.values())):
+        for role, ref in data.splits(trains=any(s.spec.trains for s in plan.stages.values())):
             counts = count_first_rows(reading, ref, role)
             texts = filter(None, (counts.text, counts.unknown_text)) if counts else ()
             yield from (f"Rows of {ref.name} ({role}{who}), among the first {counts.rows}: {text}." for text in texts if counts)
@@ -222,9 +221,8 @@ def off_teacher_budget(plan: Plan) -> Iterator[str]:
 
 
 def _without(plan: Plan, arm: PlannedArm, teachers: set[str | None]) -> float | None:
-    final = next(iter(arm.final.values()))
-    stages = [plan.stages[key] for key in with_ancestors(plan.stages, [final] if final else [], without="like")]
-    return total_flops(s for s in stages if not (s.trains and s.model in teachers))  # the answers of these teachers still count
+    stages = behind(plan.stages, next(iter(arm.final.values()))).values()
+    return total_flops(s for s in stages if not (s.spec.trains and s.model in teachers))  # the answers of these teachers still count
 
 
 def counts_asked(plan: Plan) -> bool:
@@ -242,14 +240,20 @@ def approximations(plan: Plan, arm: str) -> list[str]:
 def _of_stage(plan: Plan, student: str, spec: object) -> Iterator[str]:
     if isinstance(spec, AskSpec):
         yield f"teacher FLOPs unknown: {student} is behind an API, so neither the FLOPs of the arm nor `compute` include its FLOPs"
-    if isinstance(spec, DistillSpec) and spec.teacher_data:
-        yield f"the loss `{spec.objective.label}` of {student} is {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
+    if not isinstance(spec, DistillSpec):
         return
-    if not isinstance(spec, DistillSpec) or not _reads_distribution(spec.method):
+    objective, signal, loss = spec.objective, spec.method.signal, f"the loss `{spec.objective.label}` of {student} is"
+    if spec.teacher_data:
+        yield f"{loss} {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
+        return
+    of_corpus = isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0
+    if not objective.needs_teacher or not (objective.needs_distribution or of_corpus):
         return
     for teacher in (spec.teacher, *spec.assistants):
-        if inexact := _inexact(spec.method, teacher, name_of(plan, teacher) or "its teacher"):
-            yield f"the loss `{spec.objective.label}` of {student} is {inexact}"
+        name, sends = name_of(plan, teacher) or "its teacher", teacher.sends if isinstance(teacher, Loaded) else None
+        source, given = (signal, f"the recording of {name} has") if signal is not None else (sends, f"the server of {name} sends")
+        if source and (inexact := source.inexact(given)):
+            yield f"{loss} {inexact}"
 
 
 def _over_spans(spec: DistillSpec, teacher: str) -> str:
@@ -266,16 +270,3 @@ def _over_spans(spec: DistillSpec, teacher: str) -> str:
         "(cells); inside a span, it compares the probabilities of the next byte; the loss is exact only if each model gives no probability "
         "to tokenisations that its own tokenizer would not make"
     )
-
-
-def _reads_distribution(method: Method) -> bool:
-    objective = method.objective
-    pt = isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0
-    return objective.needs_teacher and (objective.needs_distribution or pt)
-
-
-def _inexact(method: Method, teacher: Handle, name: str) -> str | None:
-    if method.signal is not None:
-        return method.signal.inexact(f"the recording of {name} has")
-    sends = teacher.sends if isinstance(teacher, Loaded) else None
-    return sends and sends.inexact(f"the server of {name} sends")

@@ -138,8 +138,8 @@ def teacher_rules(stages: "StageBuilder", teacher: str, learner: str, method: Me
             f"{learner} learns from {teacher}, which has another tokenizer, so a row can have only one answer, but data.turns is `all`; "
             "set data.turns to last"
         )
-    found = stages.encoding(teacher, context=method.context)
-    return found.model_copy(update={"ends": stages.tokens.ends(teacher), "long_responses": "cut"})  # it reads no reference answers
+    found = stages.asking(teacher, context=method.context)
+    return found.model_copy(update={"long_responses": "cut"})  # it reads no reference answers
 
 
 def lossy_steps(tokens: "StudyTokens", paths: Sequence[Sequence[str]]) -> list[tuple[str, str]]:

@@ -66,7 +66,8 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
         ConfigError: settings of a phase do not fit together, or a setting of the arm has no effect because each phase has its own.
     """
     try:
-        method = apply(recipe.method, recipe.models[model].distill, arm.patch if arm.learners else arm.patch.model_copy(update=_NO_PHASES))
+        patch = arm.patch if arm.learners else arm.patch.model_copy(update={"phases": ()})
+        method = apply(recipe.method, recipe.models[model].distill, patch)
         for each, _ in phases_of(method):
             _check(recipe, each)
         if not method.phases:
@@ -77,9 +78,6 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
         raise
     except ValueError as error:
         raise ConfigError(f"arms.{name}: {error}") from error
-
-
-_NO_PHASES: dict[str, Any] = {"phases": ()}
 
 
 def _scaled(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> Method:

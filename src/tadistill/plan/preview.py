@@ -87,7 +87,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         done = store.finished(stage.key)
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
         unknown = stage.cost is not None and stage.cost.elsewhere
-        flops = "–" if stage.measures else "?" if unknown else _flops(stage.flops)
+        flops = "–" if stage.spec.measures else "?" if unknown else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
         needs = process_bytes(plan, stage, cuda=throughput.gpus() > 0)
         memory = f"{needs / 1e9:.2g} GB" if needs else "–"

@@ -24,7 +24,7 @@ from tadistill.config.method_parts import TeacherContext
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import kinds
-from tadistill.plan.inputs import BehindApi, Dev, DevSets, Encoding, Handle, HashedData, Output, Split
+from tadistill.plan.inputs import BehindApi, Dev, DevSets, Encoding, Handle, HashedData, Output, Split, TokenizerFiles
 from tadistill.plan.paths import check_writer
 from tadistill.plan.phases import Turn
 
@@ -180,16 +180,8 @@ def _asked(
     asked = kinds.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, **stages.training())
     shown = stages.recipe.first_seed if drawn is None else seed
     answers = Output(stage=stages.add(asked, f"ask {name}{'' if drawn is None else f', seed {seed}'}", name, shown))
-    spec = kinds.RetokeniseSpec(
-        data=stages.encoding(learner, samples=False),
-        answers=answers,
-        writer=None,
-        asked=None,
-        tokenizer=stages.tokens.files(learner),
-        **stages.training(),
-    )
     label = f"answers of {name}, tokenised for {learner}{'' if drawn is None else f', seed {seed}'}"
-    return Output(stage=stages.add(spec, label, learner, shown))
+    return _retokenised(stages, answers, learner, label, shown)
 
 
 def _taught(stages: "StageBuilder", teacher: tuple[str, Handle], learner: str, method: Method, seed: int, sets: Sequence[str]) -> Output:
@@ -199,15 +191,22 @@ def _taught(stages: "StageBuilder", teacher: tuple[str, Handle], learner: str, m
     answers = _answers(stages, teacher, method.sampler, (seed, seed), context, sets=sets, as_teacher=context is not None)
     if tokens.hands_over_ids(writer, learner):
         return answers
-    spec = kinds.RetokeniseSpec(
-        data=stages.encoding(learner, samples=False),
-        answers=answers,
-        writer=tokens.files(writer),
-        asked=stages.encoding(writer, context=context).model_copy(update={"ends": tokens.ends(writer)}),
-        tokenizer=tokens.files(learner),
-        **stages.training(),
-    )
-    return Output(stage=stages.add(spec, f"answers of {writer}, retokenised for {learner}, seed {seed}", learner, seed))
+    label = f"answers of {writer}, retokenised for {learner}, seed {seed}"
+    return _retokenised(stages, answers, learner, label, seed, tokens.files(writer), stages.asking(writer, context=context))
+
+
+def _retokenised(
+    stages: "StageBuilder",
+    answers: Output,
+    learner: str,
+    label: str,
+    seed: int,
+    writer: TokenizerFiles | None = None,
+    asked: Encoding | None = None,
+) -> Output:
+    data, tokenizer = stages.encoding(learner, samples=False), stages.tokens.files(learner)
+    spec = kinds.RetokeniseSpec(data=data, answers=answers, writer=writer, asked=asked, tokenizer=tokenizer, **stages.training())
+    return Output(stage=stages.add(spec, label, learner, seed))
 
 
 def _check_one_tokenizer(stages: "StageBuilder", writers: Sequence[str], learner: str) -> None:

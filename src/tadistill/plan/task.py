@@ -117,7 +117,7 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     entries = recipe.resources
     names = [name for name in ("default", stage.kind, f"{stage.kind} {stage.model}") if name in entries]
     given = {f: getattr(entries[n], f) for n in names for f in entries[n].model_fields_set}
-    if not stage.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
+    if not stage.spec.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
         unused = ("parallel",) if stage.spec.shared else (*_SEVERAL, "parallel")
         given = {f: v for f, v in given.items() if f not in unused and (f, v) != ("teacher", "sharded")}
     if isinstance(stage.spec, TrainingSpec) and stage.spec.method.ema is not None:  # a moving average is placed like its student

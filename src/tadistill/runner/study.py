@@ -178,7 +178,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "arms": [a.name for a in plan.arms if a.name in s.arms],
                 "flops": s.flops,
                 "steps": s.steps,
-                "checkpoints": s.checkpoints,
+                "checkpoints": s.spec.checkpoints,
             }
             for s in plan.stages.values()
         ],

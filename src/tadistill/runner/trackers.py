@@ -195,7 +195,7 @@ class Trackers:
         needed = with_ancestors(self.plan.stages, [final]) if final else set()
         found: dict[str, str] = {}
         for key, stage in self.plan.stages.items():  # parents before children
-            if key in needed and stage.trains:
+            if key in needed and stage.spec.trains:
                 label = f"{stage.kind} {stage.model}"
                 found[label if label not in found else f"{label} {1 + sum(other.startswith(label) for other in found)}"] = key
         return found

@@ -231,7 +231,7 @@ class _Training:
 
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))
-        stages = {key: stage for key, stage in plan.stages.items() if not stage.measures}
+        stages = {key: stage for key, stage in plan.stages.items() if not stage.spec.measures}
         missing = sum(not self.store.finished(key) for key in stages)
         share = "" if asked.share == 1 else f" at {asked.share:.0%} of their updates"
         count = f"{counted(len(asked.paths), 'path')}{share}"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import pytest
+import tokenizers
+import tokenizers.models
 from tests.unit.plan.fakes import spec
 
 from tadistill.config import Method, Optim, validate
@@ -221,6 +223,15 @@ def test_a_pinned_tokenizer_is_read_at_the_models_revision(tmp_path, monkeypatch
     settings["models"] = {name: model | {"tokenizer": "a/words", "revision": "v2"} for name, model in settings["models"].items()}
     settings["arms"] = {"kd": settings["arms"]["kd"], "longer": {"path": "t > s", "compute": "as kd"}}
     assert all(arm.flops for arm in make_plan(validate(settings)).arms)
+
+
+def test_a_unigram_tokenizer_gives_the_size_of_a_scratch_model(tmp_path):
+    """Its file lists pairs of a token and a score, not a mapping from tokens to ids."""
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("b", -1.5), ("ab", -2.0)]
+    tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0)).save(str(tmp_path / "tokenizer.json"))
+    settings = recipe("llama")
+    settings["models"]["s"] |= {"tokenizer": str(tmp_path)}
+    assert Ledger(validate(settings)).config("s")["vocab_size"] == len(pieces)
 
 
 def test_wall_clock_fills_all_workers():

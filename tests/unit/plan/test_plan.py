@@ -171,8 +171,8 @@ def test_another_decoding_adds_its_stages_and_changes_no_other():
 def test_a_plan_counts_what_selection_looks_at():
     method = recipe()["method"] | {"select": {"metric": "loss", "every": 5}}
     found = plan(method=method)
-    assert {s.checkpoints for s in found.stages.values() if s.kind == "distill"} == {4}  # after 5, 10, 15 and 16 updates
-    assert {s.checkpoints for s in found.stages.values() if s.kind in ("evaluate", "analyse")} == {0}
+    assert {s.spec.checkpoints for s in found.stages.values() if s.kind == "distill"} == {4}  # after 5, 10, 15 and 16 updates
+    assert {s.spec.checkpoints for s in found.stages.values() if s.kind in ("evaluate", "analyse")} == {0}
 
 
 RECORDED = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "recorded": True, "max_new_tokens": 16}}

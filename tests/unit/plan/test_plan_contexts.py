@@ -119,7 +119,8 @@ def test_predicted_flops_are_those_that_are_metered(tmp_path):
     recipe["method"]["context"] = "{hint} {output} {prompt}"
     recipe["arms"] = {name: {"path": "t > s"} | arm for name, arm in ARMS.items()}
     found, store = make_plan(validate(recipe)), Store(tmp_path / "store")
-    run_here(replace(found, stages={s.key: s for s in found.stages.values() if not s.measures}), store, jobs=1, console=Console(quiet=True))
+    trained = {s.key: s for s in found.stages.values() if not s.spec.measures}
+    run_here(replace(found, stages=trained), store, jobs=1, console=Console(quiet=True))
     trained = [stage for stage in found.stages.values() if stage.kind == "distill"]
     assert len(trained) == len(ARMS)
     for stage in trained:

@@ -179,7 +179,8 @@ def trained(tmp_path_factory):
         | {"mixture": "t > s", "tempered": "q > s"},
     }
     found, store = make_plan(validate(recipe)), Store(folder / "store")
-    run_here(replace(found, stages={s.key: s for s in found.stages.values() if not s.measures}), store, jobs=1, console=Console(quiet=True))
+    trained = {s.key: s for s in found.stages.values() if not s.spec.measures}
+    run_here(replace(found, stages=trained), store, jobs=1, console=Console(quiet=True))
     return found, store
 
 
