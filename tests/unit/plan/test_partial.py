@@ -35,7 +35,7 @@ def nothing_here(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("TADISTILL_DATA", raising=False)
-    monkeypatch.setattr(sources, "_hub_cached", lambda *_: None)
+    monkeypatch.setattr(sources, "hub_cached", lambda *_: None)
     monkeypatch.setattr(hub, "cached", lambda *_: None)
 
 
@@ -94,7 +94,7 @@ def test_sizes_in_the_recipe_are_enough(tmp_path, monkeypatch):
     assert not sized.unknown
     assert [*sized.stages] == [*without.stages]  # the sizes are in no key
     for plan in plans.values():
-        assert [name_of(plan, stage.spec.models["teacher"]) for stage in plan.stages.values() if stage.trains] == ["xl"]
+        assert [name_of(plan, stage.spec.models["teacher"]) for stage in plan.stages.values() if stage.spec.trains] == ["xl"]
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     found[0] = tmp_path / "config.json"
     with pytest.raises(ModelError, match=r"models.xl: `config` has n_layer: 48, but config.json of `org/xl` has 12; correct or remove"):

@@ -116,7 +116,7 @@ def test_a_dropped_teacher_is_paid_for_as_often_as_it_is_kept():
         ),
         ({"arms": {"a": {"path": "xl > s", "dense": {}}}}, "has `dense`, but in `xl > s` no model has two teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [0, 0]}}}}, "set at least one weight above 0"),
-        ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [1]}}}}, "dense.weights has 1 entries, but s has 2 teachers"),
+        ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [1]}}}}, "dense.weights has 1 entry, but s has 2 teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "init": {"s": "l"}}}}, "s cannot start from l: head_dim is 8, but pruning cannot change it"),
         ({"models": MODELS | {"p": {"init": {"from": "xl", "heads": 3}}}, "arms": {"a": "xl > p"}}, "models.p.init: heads is 3, but"),
         ({"arms": {"a": {"path": "xl > l > s then xl > s", "compute": "as b"}, "b": "xl > s"}}, "needs a path of two models"),
