@@ -1,10 +1,13 @@
-"""A stage's process keeps little more memory than its tensors need."""
+"""A stage's process keeps little more memory than its tensors need, and works on each part once."""
 
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tadistill.disk import read_json
 from tadistill.stages import context
 
 
@@ -26,3 +29,13 @@ def test_freed_memory_goes_back_to_the_system_while_a_stage_reports_progress(mon
     assert said == [(1, 2, "updates")]
     assert full - resident() > 75e6
     assert len(keep) == 15
+
+
+def test_a_saved_part_is_counted_and_not_worked_on_again(tmp_path):
+    shown: list[tuple[int, int, str]] = []
+    stage = SimpleNamespace(progress=lambda *now: shown.append(now), stop=lambda: False)
+    for work in (lambda done: done(3) or ["a"], lambda done: pytest.fail("the part was worked on again")):
+        done = context.Done(stage, 5, "answers")  # type: ignore[arg-type]
+        done.save(tmp_path / "parts" / "0.json", 3, partial(work, done))
+        assert read_json(tmp_path / "parts" / "0.json") == ["a"]
+    assert shown == 2 * [(0, 5, "answers"), (3, 5, "answers")]
