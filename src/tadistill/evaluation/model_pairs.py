@@ -15,7 +15,7 @@ after text that the teacher sampled. The value at a position is the mean over th
 differs: it counts an error of 0 where an answer has ended, and it ignores the first token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -59,6 +59,7 @@ def analyse(
     *,
     others: Seq[PreTrainedModel | Teacher],
     batch: int,
+    tick: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, list[list[float]]], Exposure | None]:
     """Compare the subject (the model under evaluation) with the original teacher on one data set.
 
@@ -66,6 +67,7 @@ def analyse(
         answers: the subject's own answers.
         teacher_answers: the teacher's answers to the same prompts. Without them, the exposure bias is not measured.
         others: the original teacher, then the assistants between it and the subject. The first assistant is next to the teacher.
+        tick: called after each batch with the number of sequences in the batch.
 
     Returns:
         Two things: values and curves. The values are {metric: [prompt][decoding seed]}. forward_kl is measured on the references, and
@@ -73,11 +75,11 @@ def analyse(
         formula in the docstring of this file. The curves show the exposure bias. They are None if it is not measured.
     """
     teacher, *assistants = others
-    (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
+    (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch, tick=tick)
     columns: dict[str, list[np.ndarray]] = {}
     of_student: list[np.ndarray] = []
     for of_seed in answers.values():
-        beside = divergences(subject, of_seed, others, batch=batch)
+        beside = divergences(subject, of_seed, others, batch=batch, tick=tick)
         of_student += beside[0]["forward_kl"]
         kl = [means(found["reverse_kl"]) for found in beside]
         columns.setdefault("reverse_kl", []).append(kl[0])
@@ -91,7 +93,7 @@ def analyse(
         return scores, None
     of_teacher: list[np.ndarray] = []
     for of_seed in teacher_answers.values():
-        of_teacher += divergences(subject, of_seed, [teacher], batch=batch)[0]["forward_kl"]
+        of_teacher += divergences(subject, of_seed, [teacher], batch=batch, tick=tick)[0]["forward_kl"]
     return scores, {"student": _by_position(of_student), "teacher": _by_position(of_teacher)}
 
 

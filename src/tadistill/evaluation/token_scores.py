@@ -101,18 +101,19 @@ def divergences(
     others: Seq[PreTrainedModel | Teacher],
     *,
     batch: int,
+    tick: Callable[[int], None] = lambda n: None,
 ) -> list[PerToken]:
     """Return `forward_kl` and `reverse_kl` at each response token, for each model in `others`.
 
     forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p), in nats. q is the subject and p is the other model. Both are exact sums over the
-    vocabulary.
+    vocabulary. After each batch, `tick` is called with the number of sequences in the batch.
     """
     names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
         return torch.stack([kl(logits, target) for target in targets for kl in (forward_kl, reverse_kl)])
 
-    found = per_token(subject, sequences, names, values, batch=batch, others=others)
+    found = per_token(subject, sequences, names, values, batch=batch, others=others, tick=tick)
     return [{name: found[f"{name} {i}"] for name in ("forward_kl", "reverse_kl")} for i in range(len(others))]
 
 
@@ -130,11 +131,13 @@ def per_token(
     *,
     batch: int,
     others: Seq[PreTrainedModel | Teacher] = (),
+    tick: Callable[[int], None] = lambda n: None,
 ) -> PerToken:
     """Compute several metrics at every token of the answers.
 
     `names` are the metrics. `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of
-    the other models' logits, and the token ids (N,). It returns a tensor (metrics, N).
+    the other models' logits, and the token ids (N,). It returns a tensor (metrics, N). After each batch, `tick` is called with the number
+    of sequences in the batch.
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, teachers = Reader(subject.model), [*map(teacher_of, others)]
@@ -152,6 +155,7 @@ def per_token(
         for name, row in zip(names, tiles.double().cpu().numpy(), strict=True):
             for i, of_sequence in zip(part, np.split(row, ends), strict=True):
                 found[name][i] = of_sequence
+        tick(len(part))
     return found
 
 

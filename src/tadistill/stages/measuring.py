@@ -112,8 +112,8 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
         return _read_each_other(context, spec.of_teacher)
     model, tokenizer = context.model(spec.model, context.dtype)
     teacher, _ = context.teacher(spec.teacher)
-    assistants = [_assistant(context, handle) for handle in spec.assistants]
-    subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
+    others = [teacher, *(_assistant(context, handle) for handle in spec.assistants)]
+    subject = context.subject(model.eval(), tokenizer, *others)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     own = _read_answers(context, spec.answers, sets)
     of_teacher = _read_answers(context, spec.teacher_answers, sets) if spec.teacher_answers else {data.name: {} for data in sets}
@@ -122,8 +122,8 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     done = Done(context, sum(read.values()), "sequences")
     for data in sets:
         part = context.folder / "parts" / f"{data.name}.json"
-        answers, others = (own[data.name], of_teacher[data.name]), [teacher, *assistants]
-        done.save(part, read[data.name], partial(analyse_set, subject, data, *answers, others=others, batch=spec.batch, tick=done))
+        work = partial(analyse_set, subject, data, own[data.name], of_teacher[data.name], others=others, batch=spec.batch, tick=done)
+        done.save(part, read[data.name], work)
         scores[data.name], exposure[data.name] = read_json(part)
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)

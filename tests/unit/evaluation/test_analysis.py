@@ -91,3 +91,10 @@ def test_without_answers_of_the_teacher_all_but_the_exposure_is_measured(models,
     (expected, _), own, _ = run(models, data, models[2:3])
     found = analyse(Subject(models[0], Tokenizer(), VOCAB, (0,)), data, own, {}, others=models[1:3], batch=2)
     assert found == (expected, None)
+
+
+def test_each_batch_is_counted(models, data):
+    counts, subject = [], Subject(models[0], Tokenizer(), VOCAB, (0,))
+    analyse(subject, data, {1: answers(1), 2: answers(2)}, {1: answers(3)}, others=models[1:3], batch=2, tick=counts.append)
+    assert max(counts) <= 2
+    assert sum(counts) == 3 * (1 + 2 + 1)  # references, two seeds of the subject's answers, the teacher's answers
