@@ -12,7 +12,6 @@ would initialise missing weights at random.
 import contextlib
 import copy
 import io
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
 from tadistill.models.architectures import check_architecture, first_line, quiet, scratch_config, scratch_model, wrong_field
-from tadistill.models.model_files import check_files, read_description
+from tadistill.models.model_files import check_files, read_description, read_or_empty
 from tadistill.models.tokens import check_ends, end_tokens
 from tadistill.safe_text import counted, form
 
@@ -176,11 +175,8 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
 def _tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
     # For some types of models, such as qwen2, AutoTokenizer ignores the class that the file names, and uses the class of the type. That
     # class splits text in another way, so a saved tokenizer of the general class would be loaded as a different tokenizer.
-    try:
-        described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        described = None
-    if isinstance(described, dict) and described.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in described:
+    described = read_or_empty(directory / "tokenizer_config.json")
+    if described.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in described:
         return PreTrainedTokenizerFast.from_pretrained(directory, trust_remote_code=False)
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 

@@ -49,21 +49,21 @@ def complete(directory: Path) -> bool:
     for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (directory / single).is_file():
             return True
-        if (directory / index).is_file() and all((directory / shard).is_file() for shard in shards(directory / index)):
+        if (directory / index).is_file() and all((directory / shard).is_file() for shard in set(weight_map(directory / index).values())):
             return True
     return False
 
 
-def shards(index: Path) -> set[str]:
-    """Return the names of the weight files that an index (model.safetensors.index.json) lists. Raises a ModelError if the index is damaged,
-    or names a file outside its folder."""
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the content of an index (model.safetensors.index.json): a mapping from names of weights to names of files. Raises a ModelError
+    if the index is damaged, or names a file outside its folder."""
     named = read_description(index, str(index.parent)).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) and 0 < len(name) < 250 for name in named.values()):
         raise ModelError(f"{index} does not map weights to files; download or save the model again")
     for name in named.values():
         if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
             raise ModelError(f"{index} names the file `{name}`, which is outside the folder of the model; do not use this model")
-    return set(named.values())
+    return named
 
 
 def read_description(path: Path, load: str) -> dict[str, Any]:
@@ -79,6 +79,15 @@ def read_description(path: Path, load: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} of model `{load}` is not a JSON object; download or save the model again")
     return found
+
+
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, or an empty dict if the file is missing, is damaged, or contains no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_files(directory: Path, load: str) -> None:

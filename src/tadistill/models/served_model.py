@@ -23,7 +23,7 @@ from tadistill.errors import ModelError, ServerFailed
 from tadistill.models import sources
 from tadistill.models.architectures import build_on_meta, check_architecture, first_line, quiet, scratch_model
 from tadistill.models.forward import Reader, logit_changes, output_head
-from tadistill.models.model_files import is_adapter, read_description
+from tadistill.models.model_files import is_adapter, read_description, weight_map
 from tadistill.models.server_requests import Answer, Broken, Refused, Servers
 from tadistill.models.teachers import (
     COMPLETIONS,
@@ -102,8 +102,8 @@ def fetch_head(load: str, revision: str) -> Path:
         directory = sources.fetch(load, revision, weights=False)
         assert directory is not None
         if (directory / _INDEX).is_file() and not is_adapter(directory):
-            places = read_description(directory / _INDEX, load).get("weight_map") or {}
-            for file in sorted({str(places[key]) for key in _wanted(places, _names(fetch_config(load, revision)))}):
+            places = weight_map(directory / _INDEX)
+            for file in sorted({places[key] for key in _wanted(places, _names(fetch_config(load, revision)))}):
                 _download(source.name, file, revision)
             return directory
     directory = sources.fetch(load, revision)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tadistill.data import chat, tinyworld
 from tadistill.disk import write_json
 from tadistill.errors import ModelError
+from tadistill.models.model_files import read_or_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,10 +85,10 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
     if model:
         check_ends(model, str(model))
     settings, added, vocabulary, first = _tokenizer(tokenizer)
-    named = _read(tokenizer / "special_tokens_map.json") | settings
+    named = read_or_empty(tokenizer / "special_tokens_map.json") | settings
     specials = {name: text for name in _SPECIALS if (text := _content(named.get(name)))}
     known = vocabulary | added
-    config, generation = (_read(model / f"{name}.json") if model else {} for name in ("config", "generation_config"))
+    config, generation = (read_or_empty(model / f"{name}.json") if model else {} for name in ("config", "generation_config"))
     configured, generated = _ids(config.get("eos_token_id")), _ids(generation.get("eos_token_id"))
     generated = generated if generation else configured
     eos = known.get(specials.get("eos_token", ""))
@@ -164,7 +165,7 @@ def check_ends(directory: Path, load: str) -> None:
     Raises:
         ModelError: an id is not a token of the model.
     """
-    given, config = _read(directory / "generation_config.json").get("eos_token_id"), _read(directory / "config.json")
+    given, config = read_or_empty(directory / "generation_config.json").get("eos_token_id"), read_or_empty(directory / "config.json")
     inner = config.get("text_config")
     words = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
     most = words - 1 if isinstance(words, int) else None
@@ -180,7 +181,7 @@ def name_ends(directory: Path) -> None:
     """Write the ids of all tokens that end an answer into the generation_config.json of a saved model. Older versions of tadistill did not
     save all these ids."""
     file = directory / "generation_config.json"
-    content, found = _read(file), read(directory, directory)
+    content, found = read_or_empty(file), read(directory, directory)
     if content and set(found.generation) != set(found.all):
         write_json(file, content | {"eos_token_id": list(found.all)})
 
@@ -246,7 +247,7 @@ def shared_vocabulary(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrained
 
 @lru_cache
 def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str, int], str | None]:
-    content = _read(file)
+    content = read_or_empty(file)
     entries = [t for t in content.get("added_tokens") or [] if isinstance(t, dict)]
     added = {text: t["id"] for t in entries if (text := _content(t)) and isinstance(t.get("id"), int)}
     model = content.get("model")
@@ -258,22 +259,22 @@ def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str
 @lru_cache
 def _pieces(file: Path, mtime_ns: int) -> dict[str, int]:
     # the tokens of a Unigram model, which are a list of pairs (token, score)
-    model = _read(file).get("model")
+    model = read_or_empty(file).get("model")
     pairs = model.get("vocab") if isinstance(model, dict) else None
     listed = enumerate(pairs) if isinstance(pairs, list) else ()
     return {pair[0]: i for i, pair in listed if isinstance(pair, list) and pair and isinstance(pair[0], str)}
 
 
 def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, int], str | None]:
-    settings, file = _read(directory / "tokenizer_config.json"), directory / "tokenizer.json"
+    settings, file = read_or_empty(directory / "tokenizer_config.json"), directory / "tokenizer.json"
     decoder = settings.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
     declared = {text: int(i) for i, entry in entries if str(i).isdigit() and (text := _content(entry))}
     if file.is_file():  # then transformers reads neither vocab.json nor add_bos_token
         added, vocabulary, first = _tokenizer_json(file, file.stat().st_mtime_ns)
         return settings, declared | added, vocabulary, first
-    first = _content(settings.get("bos_token")) or _content(_read(directory / "special_tokens_map.json").get("bos_token"))
-    return settings, declared, _read(directory / "vocab.json"), first if settings.get("add_bos_token") is True else None
+    first = _content(settings.get("bos_token")) or _content(read_or_empty(directory / "special_tokens_map.json").get("bos_token"))
+    return settings, declared, read_or_empty(directory / "vocab.json"), first if settings.get("add_bos_token") is True else None
 
 
 def _put_first(processor: Any) -> str | None:
@@ -293,7 +294,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8", errors="replace")
-    return chat.default_template(_read(directory / "chat_template.json").get("chat_template") or settings.get("chat_template"))
+    return chat.default_template(read_or_empty(directory / "chat_template.json").get("chat_template") or settings.get("chat_template"))
 
 
 def _content(token: Any) -> str | None:
@@ -304,11 +305,3 @@ def _content(token: Any) -> str | None:
 def _ids(given: Any) -> tuple[int, ...]:
     several = given if isinstance(given, list | tuple) else [given]
     return tuple(i for i in several if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -416,3 +416,16 @@ def test_of_a_model_of_the_hub_only_the_file_with_the_head_is_downloaded(tmp_pat
     assert (name, revision) == ("org/name", "main")
     assert file in files
     assert len(files) > 2
+
+
+@pytest.mark.parametrize(
+    ("places", "message"), [(["lm_head.weight"], "does not map weights to files"), ({"lm_head.weight": "../x"}, "outside the folder")]
+)
+def test_a_damaged_index_is_refused_before_a_download(tmp_path, monkeypatch, places, message):
+    save(tmp_path, random_model("llama", tie_word_embeddings=False), word_tokenizer())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    monkeypatch.setattr(served_model, "_download", lambda *_: pytest.fail("a download"))
+    monkeypatch.setattr(served_model.sources, "locate", lambda *_: None)
+    monkeypatch.setattr(served_model.sources, "fetch", lambda *_, weights=True: tmp_path if not weights else pytest.fail("all weights"))
+    with pytest.raises(ModelError, match=message):
+        read_head("org/name", "main", torch.float32)
