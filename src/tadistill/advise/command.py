@@ -89,7 +89,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         study=recipe.study,
         command=command,
         seed=recipe.first_seed,
-        dev=recipe.data.dev_name,
+        dev=" + ".join(recipe.data.dev_sets()),
         prompts=measures.models[0].loss.n,
         metric=metric,
         ladder=found,
@@ -131,7 +131,8 @@ def _advice(
     direct = (found.teacher, found.student)
     arm = next(a for a in make_plan(recipe).arms if a.name in {path_name(path) for path in priced})
     metric = arm.method.select.metric
-    family = family_of(recipe.models, found.sizes, found.teacher, recipe.data.source, method_text(arm))
+    source = " + ".join(ref.load for ref in recipe.data.sets.values())
+    family = family_of(recipe.models, found.sizes, found.teacher, source, method_text(arm))
     past = history(runs)
     used = () if metric in NOT_COMPARABLE else past.on(metric)
     chains = [Candidate(path, cost.multiple, path_edges(path, found.sizes, known)) for path, cost in priced.items() if len(path) > 2]

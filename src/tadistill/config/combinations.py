@@ -227,7 +227,7 @@ def _check_engine(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if isinstance(sampler, Decoding):
         sampler.check_engine()
-    if not (isinstance(sampler, OnPolicy) and sampler.vllm and method.samples):
+    if not (isinstance(sampler, OnPolicy) and sampler.engine == "vllm" and method.samples):
         return
     if sampler.guided:
         raise ConfigError(

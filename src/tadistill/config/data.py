@@ -220,16 +220,6 @@ class Data(Strict):
             return {self.dev.name: self.dev}
         return {name: self.dev[name].plain(name) for name in self.sets if name in sets or not sets}
 
-    @property
-    def dev_name(self) -> str:
-        """The names of the dev sets, as one text."""
-        return " + ".join(self.dev_sets())
-
-    @property
-    def source(self) -> str:
-        """The sources of the training rows, as one text."""
-        return " + ".join(ref.load for ref in self.sets.values())
-
     def splits(self, *, trains: bool = True) -> Iterator[tuple[Literal["train", "dev", "test"], DataRef]]:
         """Yield pairs of the name of a split and a data set. If `trains` is false, yield only the test sets."""
         if trains:

@@ -100,7 +100,7 @@ def where(source: str, lines: Lines, key: tuple) -> str:
     If the recipe does not contain the key, the text has the line of the closest group of keys around it.
     """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-    shown = f" `{'.'.join(map(str, key))}`" if key else ""
+    shown = f" `{_dotted(key)}`" if key else ""
     if isinstance(line, str):
         return f"override `{line}`:{shown}"
     return f"{source}, line {line}:{shown}" if line else f"{source}:{shown}"

@@ -47,11 +47,6 @@ class SamplerBase(Strict):
         """True if every token is sampled from the student's own, unchanged distribution."""
         return False
 
-    @property
-    def vllm(self) -> bool:
-        """True if vLLM samples the student's text during training."""
-        return False
-
     def check(self) -> None:
         """Raise a ConfigError if a setting has no effect, or if two settings contradict each other."""
 
@@ -152,10 +147,6 @@ class OnPolicy(SamplerBase, Decoding):
     chunk: int = Field(default=64, ge=1, le=MOST)
     """Number of sequences that one device samples in parallel. If the recipe does not set it, a GPU samples as many as fit into its
     memory, up to 512."""
-
-    @property
-    def vllm(self) -> bool:
-        return self.engine == "vllm"  # a sampler with `recorded` overrides this: its text is sampled before training
 
 
 class Rounds(OnPolicy):

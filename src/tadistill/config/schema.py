@@ -45,7 +45,8 @@ class _Generator(GenerateJsonSchema):
         found = super().model_schema(schema)
         part = next(part for part in reference() if part.name == schema["cls"].__name__)
         for key in part.keys:
-            _describe(found["properties"][key.name], key.meaning)
+            found["properties"][key.name].pop("title", None)
+            found["properties"][key.name]["description"] = key.meaning
         if not schema["cls"].text_sets:
             return found
         return {"anyOf": [_text(schema["cls"], part), found], "description": found.pop("description"), "title": found.pop("title")}
@@ -53,11 +54,6 @@ class _Generator(GenerateJsonSchema):
     def tagged_union_schema(self, schema: Any) -> JsonSchemaValue:
         found = super().tagged_union_schema(schema)
         return {"anyOf": found["oneOf"]}  # an arm with `method` may change a key of its objective without the `type`
-
-
-def _describe(property_: dict[str, Any], meaning: str) -> None:
-    property_.pop("title", None)
-    property_["description"] = meaning
 
 
 def _text(cls: type[BaseModel], part: Part) -> JsonSchemaValue:

@@ -132,7 +132,7 @@ class Ledger(SizesAndLengths):
             self._recorded(cost, method, self._text_of(*text_of))
         else:
             count(self, cost, method, teachers[0], name)
-        if method.samples and isinstance(sampler, samplers.OnPolicy) and not sampler.vllm:
+        if method.samples and isinstance(sampler, samplers.OnPolicy) and sampler.engine == "native":
             drawing = (student, above[0]) if sampler.guided else (student,)
             rows, longest = min(sampler.chunk, method.round_rollouts), max(prompt for prompt, _ in self.train.rows)
             cost.memory.sampling(*(sampling_bytes(model, rows, longest, sampler.max_new_tokens) for model in drawing))
@@ -208,7 +208,7 @@ class Ledger(SizesAndLengths):
 
             cost.teach("scoring", answers, read)
             cost.asked += rollouts * rounds * answers.of_teacher.mean_response
-        if scores and (method.optim.precision == "bf16" or sampler.vllm):
+        if scores and (method.optim.precision == "bf16" or sampler.engine == "vllm"):
             cost.add("scoring/student", cost.reading(answers, sampler.chunk, rollouts) * rounds)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)
         if distribution and kept:
