@@ -3,15 +3,14 @@
 Run `make quickstart`, then `python docs/draw_quickstart.py [RUNS]`. A circle is a model.
 """
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from html import escape
 
-from tadistill.report import read_results
+from results_page import HERE, read_study
+
 from tadistill.results.collect import MEAN, Results
-from tadistill.store import runs_directory, store_of
 
-TARGET = Path(__file__).parent / "pictures" / "quickstart.svg"
+TARGET = HERE / "pictures" / "quickstart.svg"
 TITLE = "Does distillation work? The example, on two CPU cores in five minutes"
 METRIC = "fact_accuracy"
 ROWS = {
@@ -48,7 +47,6 @@ text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial
 
 def picture(results: Results) -> str:
     """Return the picture as SVG."""
-    assert ("sft", MEAN, METRIC) in results.summaries, "the study has no finished seed; run `make quickstart` first"
     teacher, start = (results.summaries[name, MEAN, METRIC].mean for name in ("teacher", "sft"))
     taught = [results.summaries[name, MEAN, METRIC].mean for name in list(ROWS)[3:]]
     sentence = (
@@ -57,13 +55,13 @@ def picture(results: Results) -> str:
     )
     body = [
         f'<text class="title" x="16" y="26">{TITLE}</text>',
-        f'<text class="small" x="16" y="48">{escape(sentence)}</text>',
+        f'<text class="small" x="16" y="48">{escape(sentence, quote=False)}</text>',
         *axis(),
         *(part for number, arm in enumerate(ROWS) for part in row(results, arm, TOP + 20 + number * ROW)),
         f'<text class="small" x="16" y="{HEIGHT - 8}">circles: models · lines: 95 % intervals, three training seeds</text>',
     ]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img">'
-    return "\n".join([head, f"<title>{escape(sentence)}</title>", f"<style>{STYLE}</style>", *body, "</svg>", ""])
+    return "\n".join([head, f"<title>{escape(sentence, quote=False)}</title>", f"<style>{STYLE}</style>", *body, "</svg>", ""])
 
 
 def axis() -> Iterator[str]:
@@ -86,7 +84,7 @@ def row(results: Results, name: str, y: float) -> Iterator[str]:
         yield f'<circle class="{kind}" cx="{x:.1f}" cy="{y}" r="{radius:.1f}"/>'
         yield f'<text class="in" x="{x:.1f}" y="{y + 4}">{model}</text>'
         x += 62
-    yield f'<text x="200" y="{y + 5}">{escape(ROWS[name])}</text>'
+    yield f'<text x="200" y="{y + 5}">{escape(ROWS[name], quote=False)}</text>'
     kind = "assistant" if len(arm.path) > 2 else KINDS[arm.path[-1]][0]
     yield f'<line class="span {kind}" x1="{across(summary.low):.1f}" x2="{across(summary.high):.1f}" y1="{y}" y2="{y}"/>'
     yield f'<circle class="{kind}" cx="{across(summary.mean):.1f}" cy="{y}" r="5"/>'
@@ -98,12 +96,6 @@ def across(value: float) -> float:
     return LEFT + (RIGHT - LEFT - 40) * value / 90
 
 
-def escape(text: str) -> str:
-    """Return a text as it stands in XML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
 if __name__ == "__main__":
-    root = runs_directory(sys.argv[1] if len(sys.argv) > 1 else None)
-    TARGET.write_text(picture(read_results(root / "quickstart", store_of(root))), encoding="utf-8")
+    TARGET.write_text(picture(read_study("quickstart", list(ROWS))), encoding="utf-8")
     print(TARGET)

@@ -8,28 +8,26 @@ The script also packs both files results.json into docs/results/curves/.
 
 import gzip
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
-import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from results_page import HERE, RUNS, read_study, table, write_page
 
 from tadistill.report.figures.compute import curve_sentences
+from tadistill.report.path_words import listed
 from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
-from tadistill.results.collect import MEAN, Results, Summary, read_results
+from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.compare import difference, reference_at
-from tadistill.results.number_text import flops_text, gap_text, parameters_text, summary_text
+from tadistill.results.number_text import DASH, flops_text, gap_text, parameters_text, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference
-from tadistill.store import store_of
 
-HERE = Path(__file__).parent
 METRIC = "fact_accuracy"
 STUDIES = {"far": "tinyworld-curves", "near": "tinyworld-curves-near"}
 REFERENCE = "direct"
@@ -69,11 +67,11 @@ class Study:
     """Updates of each stage of the plan, by key."""
 
     @classmethod
-    def read(cls, name: str, runs: Path) -> "Study":
-        """Read a student's study, finished or not."""
-        folder = runs / STUDIES[name]
-        stages = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["stages"]
-        return cls(name, read_results(folder, store_of(runs)), {stage["key"]: stage["steps"] for stage in stages})
+    def read(cls, name: str) -> "Study":
+        """Read a student's study. Only the arms that the page always names must be finished."""
+        results = read_study(STUDIES[name], ("teacher", "start", REFERENCE, *TEACHING))
+        stages = json.loads((results.study_dir / "plan.json").read_text(encoding="utf-8"))["stages"]
+        return cls(name, results, {stage["key"]: stage["steps"] for stage in stages})
 
     @property
     def curves(self) -> dict[str, BudgetCurve]:
@@ -98,23 +96,19 @@ class Study:
     def points(self, curve: str, metric: str = METRIC) -> Iterator[tuple[BudgetPoint, Summary, Difference | None]]:
         """Yield each point of a curve, its mean in a metric, and the difference from the reference arm at the same budget."""
         for point in self.curves[curve].points:
-            other = reference_at(self.results, self.arm(point.arm))
+            other = reference_at(self.results, self.results.arm(point.arm))
             gap = difference(self.results, point.arm, other.name, metric) if other else None
             yield point, self.mean(point.arm, metric), gap
 
     def student_updates(self, arm: str) -> int:
         """Return the number of updates of the student's own distillation."""
-        final = self.arm(arm).final
+        final = self.results.arm(arm).final
         return self.steps[final[min(final)] or ""] or 0
-
-    def arm(self, name: str) -> ArmRecord:
-        return next(arm for arm in self.results.plan.arms if arm.name == name)
 
 
 def times_text(times: list[float]) -> str:
     """Return budgets as text: `1× and 2×`."""
-    texts = [f"{t:g}×" for t in times]
-    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+    return listed([f"{t:g}×" for t in times])
 
 
 # --- the answer ---------------------------------------------------------------------------------------------------------
@@ -153,48 +147,47 @@ def answer(studies: dict[str, Study]) -> str:
 
 def means_table(study: Study, metric: str = METRIC) -> str:
     """Return one row per arm with its mean at each budget."""
-    lines = [f"| arm | what it is | {' | '.join(f'{t:g}×' for t in study.times)} |", "|---|---|" + "---:|" * len(study.times)]
+    rows = []
     for name in (n for n in WHAT if n in study.curves):
         cells = {p.times: summary_text(summary, metric) for p, summary, _ in study.points(name, metric)}
-        lines.append(f"| `{name}` | {WHAT[name]} | {' | '.join(cells.get(t, '–') for t in study.times)} |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", WHAT[name], *(cells.get(t, DASH) for t in study.times)])
+    return table(["arm", "what it is", *(f"{t:g}×" for t in study.times)], rows, left=("arm", "what it is"))
 
 
 def gaps_table(study: Study, metric: str = METRIC) -> str:
     """Return one row per arm with its difference from the reference arm at each budget. Bold intervals exclude 0."""
-    lines = [f"| arm minus `{REFERENCE}` | {' | '.join(f'{t:g}×' for t in study.times)} |", "|---|" + "---:|" * len(study.times)]
+    rows, minus = [], f"arm minus `{REFERENCE}`"
     for name in (n for n in WHAT if n in study.curves and n != REFERENCE):
         cells = {}
         for p, _, gap in study.points(name, metric):
             if gap:
                 cells[p.times] = gap_text(gap, metric) if gap.covers_zero else f"**{gap_text(gap, metric)}**"
-        lines.append(f"| `{name}` | {' | '.join(cells.get(t, '–') for t in study.times)} |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", *(cells.get(t, DASH) for t in study.times)])
+    return table([minus, *(f"{t:g}×" for t in study.times)], rows, left=(minus,))
 
 
 def largest_table(study: Study) -> str:
     """Return, for each arm at the largest budget, its FLOPs, the updates of its distillations, and what else was measured."""
     metrics = {"fact_accuracy@greedy": "greedy", "loss": "loss", "reverse_kl": "KL(q‖T)", "forward_kl": "KL(T‖q)", "entropy": "entropy"}
-    lines = [f"| arm | updates | FLOPs | {' | '.join(metrics.values())} |", "|---|---|---:|" + "---:|" * len(metrics)]
-    rows = {name: study.arm(study.curves[name].points[-1].arm) for name in WHAT if name in study.curves}
-    for name, arm in {"teacher": study.arm("teacher"), "start": study.arm("start"), **rows}.items():
+    arms = {name: study.results.arm(study.curves[name].points[-1].arm) for name in WHAT if name in study.curves}
+    rows = []
+    for name, arm in {"teacher": study.results.arm("teacher"), "start": study.results.arm("start"), **arms}.items():
         cells = [summary_text(study.mean(arm.name, metric), metric) for metric in metrics]
-        own = flops_text(_own_flops(study.results, arm)) if name in rows else "–"
-        lines.append(f"| `{name}` | {_updates(study, arm) or '–'} | {own} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        own = flops_text(_own_flops(study.results, arm)) if name in arms else DASH
+        rows.append([f"`{name}`", _updates(study, arm) or DASH, own, *cells])
+    return table(["arm", "updates", "FLOPs", *metrics.values()], rows, left=("arm", "updates"))
 
 
 def hops_table(study: Study) -> str:
     """Return the error budget of the chains: KL(q‖T), the part that the last stage minimises, and what the hops above add."""
-    lines = ["| arm | KL(q‖T) | to its last teacher, minimised | added by the hops above, from the student up |", "|---|---:|---:|---|"]
+    rows, added = [], "added by the hops above, from the student up"
     for name in (n for n in ("direct", "via-m", "via-l-m") if n in study.curves):
         for point in study.curves[name].points:
             terms = [study.mean(point.arm, at) for k in range(3) if (point.arm, MEAN, at := f"budget/{k}") in study.results.summaries]
             whole = study.mean(point.arm, "reverse_kl")
             texts = [summary_text(term, "reverse_kl") for term in terms or [whole]]
-            cells = [f"`{name}` at {point.times:g}×", summary_text(whole, "reverse_kl"), texts[0], ", ".join(texts[1:]) or "none"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([f"`{name}` at {point.times:g}×", summary_text(whole, "reverse_kl"), texts[0], ", ".join(texts[1:]) or "none"])
+    return table(["arm", "KL(q‖T)", "to its last teacher, minimised", added], rows, left=("arm", added))
 
 
 def beside_direct(studies: dict[str, Study], *arms: str) -> str:
@@ -264,10 +257,10 @@ def deviation(studies: dict[str, Study]) -> str:
     """Return by how much the planned FLOPs of an arm differ from its budget, at most, at the smallest budget and at the others."""
     found: dict[bool, float] = {}
     for study in studies.values():
-        unit = _own_flops(study.results, study.arm(REFERENCE))
+        unit = _own_flops(study.results, study.results.arm(REFERENCE))
         for curve in study.curves.values():
             for p in curve.points:
-                off = abs(_own_flops(study.results, study.arm(p.arm)) / (p.times * unit) - 1)
+                off = abs(_own_flops(study.results, study.results.arm(p.arm)) / (p.times * unit) - 1)
                 found[p.times > 1] = max(off, found.get(p.times > 1, 0.0))
     return f"{100 * found[False]:.0f} % at 1× and {100 * found[True]:.0f} % at larger budgets"
 
@@ -291,7 +284,7 @@ def draw(studies: dict[str, Study], metric: str, title: str, target: Path) -> No
     figure, axes = plt.subplots(2, len(studies), figsize=(11, 7.6), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
     for column, (name, study) in enumerate(studies.items()):
         above, below = axes[0][column], axes[1][column]
-        size = study.results.plan.parameters[study.arm(REFERENCE).model]
+        size = study.results.plan.parameters[study.results.arm(REFERENCE).model]
         above.set_title(f"the {name} student ({parameters_text(size)} parameters)")
         for reference, style in (("teacher", "-."), ("start", ":")):
             level = study.mean(reference, metric).mean
@@ -326,19 +319,17 @@ def draw(studies: dict[str, Study], metric: str, title: str, target: Path) -> No
 
 def main() -> None:
     """Write the page, its pictures and the packed results."""
-    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
-    studies = {name: Study.read(name, runs) for name in STUDIES}
+    studies = {name: Study.read(name) for name in STUDIES}
     draw(studies, METRIC, "fact accuracy, %", HERE / "pictures" / "curves.svg")
     draw(studies, f"{METRIC}@greedy", "fact accuracy, greedy decoding, %", HERE / "pictures" / "curves-greedy.svg")
     kept = HERE / "results" / "curves"
     kept.mkdir(exist_ok=True)
     for name, study in STUDIES.items():
-        content = json.loads((runs / study / "results.json").read_text(encoding="utf-8"))
+        content = json.loads((RUNS / study / "results.json").read_text(encoding="utf-8"))
         text = json.dumps({key: value for key, value in content.items() if key not in LARGE}, ensure_ascii=False)
         (kept / f"{name}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-    template = (HERE / "results" / "curves.md.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    page = environment.from_string(template).render(
+    write_page(
+        "curves",
         studies=studies,
         answer=answer(studies),
         unfinished=unfinished(studies),
@@ -360,7 +351,6 @@ def main() -> None:
         gap=lambda name, arm, other, metric=METRIC: gap_text(_difference(studies[name], arm, other, metric), metric),
         parameters=lambda name, model: parameters_text(studies[name].results.plan.parameters[model]),
     )
-    (HERE / "results" / "curves.md").write_text(page, encoding="utf-8")
 
 
 def _difference(study: Study, arm: str, other: str, metric: str) -> Difference:

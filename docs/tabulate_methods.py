@@ -6,13 +6,10 @@
 A difference from the arm `kd` is called real if its paired 95 % interval excludes 0 and all training seeds have the same sign.
 """
 
-import sys
-from pathlib import Path
+from results_page import cell, gap, read_study, table
 
-from tadistill.results.collect import MEAN, Results, read_results
-from tadistill.results.compare import compare
-from tadistill.results.number_text import gap_text, summary_text
-from tadistill.store import store_of
+from tadistill.results.collect import MEAN, Results
+from tadistill.results.compare import difference
 
 BASE = "kd"
 METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "reverse_kl": "KL(student ‖ teacher)"}
@@ -68,30 +65,24 @@ def seeds_agree(results: Results, arm: str, metric: str) -> bool:
     return len({mine[seed] > base[seed] for seed in mine}) == 1
 
 
-def table(results: Results) -> list[str]:
-    """Return one row per arm."""
+def arms_table(results: Results) -> str:
+    """Return one row per arm. A difference from the base is bold if it is real."""
     names = [*METRICS.values(), *(f"Δ {METRICS[m]} to {BASE}" for m in ("fact_accuracy", "rouge_l"))]
-    lines = ["| method | arm | objective on sampler | " + " | ".join(names) + " |", "|---|---|---|" + "---:|" * len(names)]
+    words = ["method", "arm", "objective on sampler"]
+    rows = []
     for arm in results.plan.arms:
-        cells = [summary_text(results.summaries[arm.name, MEAN, metric], metric) for metric in METRICS]
-        cells += [difference(results, arm.name, metric) for metric in ("fact_accuracy", "rouge_l")]
-        lines.append(f"| {METHODS[arm.name]} | `{arm.name}` | {arm.method} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def difference(results: Results, arm: str, metric: str) -> str:
-    """Return the paired difference from the base, in bold if it is real."""
-    found = compare(results, arm, BASE, metric)
-    if found is None or arm in (BASE, NO_STUDENT):
-        return ""
-    text = gap_text(found[0], metric)
-    return f"**{text}**" if is_real(results, arm, metric) else text
+        cells = [cell(results, arm.name, metric) for metric in METRICS]
+        for metric in ("fact_accuracy", "rouge_l"):
+            text = "" if arm.name in (BASE, NO_STUDENT) else gap(results, arm.name, BASE, metric)
+            cells.append(f"**{text}**" if text and is_real(results, arm.name, metric) else text)
+        rows.append([METHODS[arm.name], f"`{arm.name}`", arm.method, *cells])
+    return table([*words, *names], rows, left=words)
 
 
 def is_real(results: Results, arm: str, metric: str, *, above: bool = False) -> bool:
     """Return whether the interval excludes 0 and the seeds agree. With `above`, the arm must also be ahead of the base."""
-    found = compare(results, arm, BASE, metric)
-    if found is None or found[0].covers_zero or (above and found[0].mean < 0):
+    found = difference(results, arm, BASE, metric)
+    if found is None or found.covers_zero or (above and found.mean < 0):
         return False
     return seeds_agree(results, arm, metric)
 
@@ -108,7 +99,7 @@ def verdict(results: Results) -> list[str]:
         students = [arm.name for arm in results.plan.arms if arm.name not in (BASE, NO_STUDENT)]
         for arm in students:
             if is_real(results, arm, metric):
-                ahead = compare(results, arm, BASE, metric)[0].mean > 0  # type: ignore[index]
+                ahead = is_real(results, arm, metric, above=True)
                 sides[ahead].append(f"`{arm}`")
         level = [f"`{arm}`" for arm in students if f"`{arm}`" not in sides[True] + sides[False]]
         parts = [f"{word} {', '.join(found) or 'none'}" for word, found in (("higher:", sides[True]), ("lower:", sides[False]))]
@@ -132,10 +123,9 @@ def answer(results: Results) -> str:
 
 def main() -> None:
     """Write the page to stdout."""
-    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    results = read_results(runs / "methods", store_of(runs))
+    results = read_study("methods")
     title = "# Which method is best at equal numbers of updates?\n"
-    print("\n".join([title, answer(results), SETUP, *table(results), *verdict(results), TAIL]), end="")
+    print("\n".join([title, answer(results), SETUP, arms_table(results), *verdict(results), TAIL]), end="")
 
 
 if __name__ == "__main__":

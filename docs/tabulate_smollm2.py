@@ -5,25 +5,22 @@ python docs/tabulate_smollm2.py [RUNS]
 """
 
 import json
-import sys
 from pathlib import Path
 
-import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from results_page import HERE, cell, gap, read_study, table, write_page
 
-from tadistill.results.collect import MEAN, Results, read_results
+from tadistill.results.collect import MEAN, Results
 from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
 from tadistill.results.measured import load_manifest, rows_text
-from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text, summary_text
+from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text
 from tadistill.results.samples import samples
 from tadistill.results.study import ArmRecord
-from tadistill.store import runs_directory, store_of
 
-HERE = Path(__file__).parent
 STUDY = "smollm2-cpu"
 LOSS, ROUGE = "loss", "rouge_l"
 METRICS = {
@@ -53,18 +50,6 @@ PAIRS = (
 COLOURS = {"ta": "0.55", "direct": "black", "takd": "#0072B2", "direct-equal-compute": "#E69F00", "cascade": "#D55E00"}
 
 
-def cell(results: Results, arm: str, metric: str) -> str:
-    """Return an arm's mean over the test sets as text, or a dash if it was not measured."""
-    found = results.summaries.get((arm, MEAN, metric))
-    return summary_text(found, metric) if found else DASH
-
-
-def minus(results: Results, one: str, other: str, metric: str = LOSS) -> str:
-    """Return the paired difference of two arms as text."""
-    gap = difference(results, one, other, metric)
-    return gap_text(gap, metric) if gap else DASH
-
-
 def paid(results: Results, arm: ArmRecord) -> str:
     """Return the training FLOPs behind an arm's model and, where they are known, its multiple of those of `direct`."""
     direct = results.arm("direct").flops
@@ -75,10 +60,10 @@ def answer(results: Results) -> str:
     """Return the first sentence: the difference of both uses of an assistant from direct distillation with the same compute."""
     texts = []
     for arm, use in (("takd", "when the assistant teaches the student"), ("cascade", "when the student is pruned from the assistant")):
-        gap = difference(results, arm, "direct-equal-compute", LOSS)
-        assert gap is not None, f"{arm} is not finished"
-        word = "does not clearly differ" if gap.covers_zero else "is lower" if gap.mean < 0 else "is higher"
-        texts.append(f"{word} {use} ({gap_text(gap, LOSS)} nats per token)")
+        d = difference(results, arm, "direct-equal-compute", LOSS)
+        assert d is not None, f"{arm} and its baseline have no seed in common"
+        word = "does not clearly differ" if d.covers_zero else "is lower" if d.mean < 0 else "is higher"
+        texts.append(f"{word} {use} ({gap_text(d, LOSS)} nats per token)")
     return (
         f"As far as one training seed can tell, far from convergence: compared with direct distillation of equal compute, the loss on the "
         f"references {' and '.join(texts)}."
@@ -87,51 +72,39 @@ def answer(results: Results) -> str:
 
 def arms_table(results: Results) -> str:
     """Return one row per arm with its means over the test sets and its training FLOPs."""
-    lines = [f"| arm | what it is | {' | '.join(METRICS.values())} | FLOPs |", "|---|---|" + "---:|" * (len(METRICS) + 1)]
-    for arm in results.plan.arms:
-        cells = [cell(results, arm.name, metric) for metric in METRICS]
-        lines.append(f"| `{arm.name}` | {WHAT[arm.name]} | {' | '.join(cells)} | {paid(results, arm)} |")
-    return "\n".join(lines)
+    rows = [
+        [f"`{arm.name}`", WHAT[arm.name], *(cell(results, arm.name, metric) for metric in METRICS), paid(results, arm)]
+        for arm in results.plan.arms
+    ]
+    return table(["arm", "what it is", *METRICS.values(), "FLOPs"], rows, left=("arm", "what it is"))
 
 
 def sets_table(results: Results) -> str:
     """Return one row per arm with Rouge-L and the loss on each test set."""
-    heads = [f"{METRICS[metric]}, {name}" for metric in (ROUGE, LOSS) for name in results.sets]
-    lines = [f"| arm | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for arm in results.plan.arms:
-        found = [results.summaries.get((arm.name, name, metric)) for metric in (ROUGE, LOSS) for name in results.sets]
-        cells = [summary_text(value, LOSS if i >= len(results.sets) else ROUGE) if value else DASH for i, value in enumerate(found)]
-        lines.append(f"| `{arm.name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = [(metric, name) for metric in (ROUGE, LOSS) for name in results.sets]
+    rows = [[f"`{arm.name}`", *(cell(results, arm.name, metric, name) for metric, name in columns)] for arm in results.plan.arms]
+    return table(["arm", *(f"{METRICS[metric]}, {name}" for metric, name in columns)], rows, left=("arm",))
 
 
 def pairs_table(results: Results) -> str:
     """Return one row per pair of arms with their paired differences. Bold intervals exclude 0."""
-    lines = [f"| arm | minus | {' | '.join(METRICS.values())} |", "|---|---|" + "---:|" * len(METRICS)]
-    for one, other in PAIRS:
-        cells = []
-        for metric in METRICS:
-            gap = difference(results, one, other, metric)
-            text = gap_text(gap, metric) if gap else DASH
-            cells.append(text if gap is None or gap.covers_zero else f"**{text}**")
-        lines.append(f"| `{one}` | `{other}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [[f"`{one}`", f"`{other}`", *(gap(results, one, other, metric, bold=True) for metric in METRICS)] for one, other in PAIRS]
+    return table(["arm", "minus", *METRICS.values()], rows, left=("arm", "minus"))
 
 
 def stages_table(results: Results) -> str:
     """Return one row per training with its updates, dev loss before its end, FLOPs and seconds."""
     plan = json.loads((results.study_dir / "plan.json").read_text(encoding="utf-8"))
     steps = {stage["key"]: stage["steps"] for stage in plan["stages"]}
-    lines = ["| training | updates | dev loss, first | dev loss, last | FLOPs | seconds |", "|---|---:|---:|---:|---:|---:|"]
+    rows = []
     for stage in results.plan.stages:
         manifest = load_manifest(results.store, stage.key) if results.store.finished(stage.key) else None
         if manifest is None or stage.kind not in ("sft", "distill"):
             continue
         curve = next((c for c in learning_curves(results) if c.metric == "dev/loss" and stage.key in _keys(results, c.arm, c.name)), None)
         first, last = (number(curve.mean[1][i], LOSS) for i in (0, -1)) if curve else (DASH, DASH)
-        cells = [stage.label, f"{steps[stage.key]:,}", first, last, flops_text(stage.flops), f"{manifest.seconds:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([stage.label, f"{steps[stage.key]:,}", first, last, flops_text(stage.flops), f"{manifest.seconds:,.0f}"])
+    return table(["training", "updates", "dev loss, first", "dev loss, last", "FLOPs", "seconds"], rows, left=("training",))
 
 
 def _keys(results: Results, arm: str | None, name: str) -> set[str | None]:
@@ -187,12 +160,10 @@ def draw(results: Results, target: Path) -> None:
 
 def main() -> None:
     """Write the page and its picture."""
-    root = runs_directory(sys.argv[1] if len(sys.argv) > 1 else None)
-    results = read_results(root / STUDY, store_of(root))
+    results = read_study(STUDY, ("takd", "cascade", "direct", "direct-equal-compute"))
     draw(results, HERE / "pictures" / "smollm2.svg")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    template = environment.from_string((HERE / "results" / "smollm2.md.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    write_page(
+        "smollm2",
         answer=answer(results),
         arms=arms_table(results),
         sets=sets_table(results),
@@ -200,11 +171,10 @@ def main() -> None:
         stages=stages_table(results),
         samples=side_by_side(results),
         cell=lambda arm, metric=LOSS: cell(results, arm, metric),
-        minus=lambda one, other, metric=LOSS: minus(results, one, other, metric),
+        minus=lambda one, other, metric=LOSS: gap(results, one, other, metric),
         parameters=lambda model: parameters_text(results.plan.parameters[model]),
         used=rows_text(results.used),
     )
-    (HERE / "results" / "smollm2.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,22 +6,18 @@
 The pictures are the report's own figures, taken in Chromium through playwright. Only the plane is drawn here, for a few arms.
 """
 
-import sys
 from pathlib import Path
 
-import jinja2
 import matplotlib.pyplot as plt
 from playwright.sync_api import sync_playwright
+from results_page import HERE, RUNS, cell, gap, read_study, table, write_page
 
 from tadistill.metrics import metric_unit
-from tadistill.results.collect import MEAN, Results, primary_metric, read_results
-from tadistill.results.compare import compare
+from tadistill.results.collect import MEAN, Results, primary_metric
 from tadistill.results.number_text import flops_text, gap_text, number, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons
-from tadistill.store import store_of
 
 STUDY = "tinyworld-all-paths"
-HERE = Path(__file__).parent
 DIRECT = "direct"
 CHAINS = ("via-l", "via-m", "via-l-m")
 PICTURES = {
@@ -75,69 +71,59 @@ def _comparison(results: Results, arm: str) -> Comparison:
     return next(c for c in comparisons(results) if c.arm == arm)
 
 
-def arms_table(results: Results) -> list[str]:
+def arms_table(results: Results) -> str:
     """Return one row per arm: its scores, its distance from the teacher, and its cost."""
     metrics = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "fact_accuracy@greedy": "greedy", "loss": "loss"}
     metrics |= {"reverse_kl": "KL(q‖T)", "forward_kl": "KL(T‖q)", "entropy": "entropy"}
-    direct = results.plan.arms[[a.name for a in results.plan.arms].index(DIRECT)].flops
-    lines = [
-        "| arm | path | what it is | " + " | ".join(metrics.values()) + " | FLOPs | × direct |",
-        "|---|---|---|" + "---:|" * (len(metrics) + 2),
-    ]
+    direct = results.arm(DIRECT).flops
+    rows = []
     for arm in results.plan.arms:
-        cells = [summary_text(results.summaries[arm.name, MEAN, metric], metric) for metric in metrics]
-        ratio = ratio_text(arm.flops / direct) if arm.flops and direct else "–"
-        lines.append(f"| `{arm.name}` | {arm.path_text} | {WHAT[arm.name]} | {' | '.join(cells)} | {flops_text(arm.flops)} | {ratio} |")
-    return lines
+        cells = [cell(results, arm.name, metric) for metric in metrics]
+        ratio = ratio_text(arm.flops / direct if arm.flops and direct else None)
+        rows.append([f"`{arm.name}`", arm.path_text, WHAT[arm.name], *cells, flops_text(arm.flops), ratio])
+    words = ["arm", "path", "what it is"]
+    return table([*words, *metrics.values(), "FLOPs", "× direct"], rows, left=words)
 
 
-def chains_table(results: Results) -> list[str]:
+def chains_table(results: Results) -> str:
     """Compare every arm that has an assistant with its equal-compute baseline (or direct), and with direct as if the TA were free."""
     metric = primary_metric(results)
-    lines = [
-        "| arm | against | fact accuracy | Holm p | verdict | greedy | Rouge-L | KL(q‖T) | against `direct`, as if the TA were free |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for c in comparisons(results):
-        others = [_difference(results, c.arm, c.other, m) for m in ("fact_accuracy@greedy", "rouge_l", "reverse_kl")]
-        free = _difference(results, c.arm, DIRECT, metric)
-        word = {"gain": "gain", "loss": "loss"}.get(c.word, c.word)
+        others = [gap(results, c.arm, c.other, m) for m in ("fact_accuracy@greedy", "rouge_l", "reverse_kl")]
         against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
-        cells = [f"`{c.arm}`", against, gap_text(c.difference, metric), f"{c.p_holm:.3f}", word, *others, free]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        numbers = [gap_text(c.difference, metric), f"{c.p_holm:.3f}", c.word]
+        rows.append([f"`{c.arm}`", against, *numbers, *others, gap(results, c.arm, DIRECT, metric)])
+    columns = ["arm", "against", "fact accuracy", "Holm p", "verdict", "greedy", "Rouge-L", "KL(q‖T)"]
+    return table([*columns, f"against `{DIRECT}`, as if the TA were free"], rows, left=("arm", "against", "verdict"))
 
 
-def controls_table(results: Results) -> list[str]:
+def controls_table(results: Results) -> str:
     """Compare the controls that have the compute of direct with direct."""
+    metrics = {"fact_accuracy": "fact accuracy", "fact_accuracy@greedy": "greedy", "rouge_l": "Rouge-L", "reverse_kl": "KL(q‖T)"}
+    metrics |= {"entropy": "entropy"}
     names = ("sft-only-ta", "tempered", "early", "taid")
-    metrics = ("fact_accuracy", "fact_accuracy@greedy", "rouge_l", "reverse_kl", "entropy")
-    lines = ["| control | fact accuracy | greedy | Rouge-L | KL(q‖T) | entropy |", "|---|" + "---:|" * 5]
-    return lines + [f"| `{n}` | " + " | ".join(_difference(results, n, DIRECT, m) for m in metrics) + " |" for n in names]
+    return table(
+        ["control", *metrics.values()], [[f"`{n}`", *(gap(results, n, DIRECT, m) for m in metrics)] for n in names], left=("control",)
+    )
 
 
 def _teachers_training(results: Results) -> float:
     """Return the FLOPs of the original teacher's own training."""
-    arm = next(a for a in results.plan.arms if a.name == DIRECT)
+    arm = results.arm(DIRECT)
     return sum(s.flops or 0.0 for s in results.plan.ancestors(arm.final[min(arm.final)]) if s.model == results.plan.teacher)
 
 
-def _difference(results: Results, arm: str, other: str, metric: str) -> str:
-    found = compare(results, arm, other, metric)
-    if found is None or arm == other:
-        return "–"
-    return gap_text(found[0], metric)
-
-
-def budget_table(results: Results) -> list[str]:
+def budget_table(results: Results) -> str:
     """Return the terms of each chain's error budget."""
-    lines = ["| chain | KL(q‖T) | to its last teacher, minimised | added by the hops above, from the student up |", "|---|---:|---:|---|"]
+    rows = []
     for arm in ("direct", *CHAINS, "sft-only-ta", "same-size-ta"):
         terms = [results.summaries[arm, MEAN, name] for k in range(9) if (arm, MEAN, name := f"budget/{k}") in results.summaries]
         whole = results.summaries[arm, MEAN, "reverse_kl"]
-        texts = [summary_text(t, "reverse_kl") for t in terms] or [summary_text(whole, "reverse_kl")]
-        lines.append(f"| `{arm}` | {summary_text(whole, 'reverse_kl')} | {texts[0]} | {', '.join(texts[1:]) or 'none'} |")
-    return lines
+        texts = [summary_text(t, "reverse_kl") for t in terms or [whole]]
+        rows.append([f"`{arm}`", summary_text(whole, "reverse_kl"), texts[0], ", ".join(texts[1:]) or "none"])
+    added = "added by the hops above, from the student up"
+    return table(["chain", "KL(q‖T)", "to its last teacher, minimised", added], rows, left=("chain", added))
 
 
 def take_pictures(report: Path) -> None:
@@ -174,27 +160,21 @@ def draw_plane(results: Results) -> None:
 
 def main() -> None:
     """Write the page and its pictures."""
-    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
-    results = read_results(runs / STUDY, store_of(runs))
-    take_pictures(runs / STUDY / "report.html")
+    results = read_study(STUDY)
+    take_pictures(RUNS / STUDY / "report.html")
     draw_plane(results)
-    template = (HERE / "results" / "takd.md.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    tables = {
-        "arms": "\n".join(arms_table(results)),
-        "chains": "\n".join(chains_table(results)),
-        "controls": "\n".join(controls_table(results)),
-        "budget": "\n".join(budget_table(results)),
-        "flops": flops_text(_teachers_training(results)),
-    }
-    page = environment.from_string(template).render(
+    write_page(
+        "takd",
         answer=answer(results),
-        **tables,
+        arms=arms_table(results),
+        chains=chains_table(results),
+        controls=controls_table(results),
+        budget=budget_table(results),
+        flops=flops_text(_teachers_training(results)),
         picture=lambda name: f"![{PICTURES[name]}](../pictures/takd-{name}.png)\n\n*{PICTURES[name]}.*",
         mean=lambda arm, metric: number(results.summaries[arm, MEAN, metric].mean, metric),
-        difference=lambda arm, other, metric: _difference(results, arm, other, metric),
+        difference=lambda arm, other, metric: gap(results, arm, other, metric),
     )
-    (HERE / "results" / "takd.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

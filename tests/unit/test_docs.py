@@ -3,8 +3,12 @@
 import ast
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tadistill.config.reference import _TITLES, reference
 
@@ -80,3 +84,13 @@ def test_the_index_of_results_has_the_pages_answers():
     advice = "run `python docs/index_results.py`"
     assert (ROOT / "docs/results/index.md").read_text(encoding="utf-8") == script["index"](), advice
     assert (ROOT / "README.md").read_text(encoding="utf-8") == script["readme"](), advice
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "docs").glob("*.py") if "from results_page" in path.read_text()))
+def test_a_script_without_its_runs_says_which_commands_make_them(script, tmp_path):
+    for name in re.findall(r"^(?:import|from) (matplotlib|playwright)", (ROOT / "docs" / script).read_text(), re.MULTILINE):
+        pytest.importorskip(name)
+    found = subprocess.run([sys.executable, ROOT / "docs" / script, tmp_path], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr
+    assert re.search(r"plan.json does not exist, .* The first lines of \S+ have the commands\.$", found.stderr.strip())
