@@ -25,6 +25,8 @@ from tadistill.store import Store
 
 _KEY = re.compile(rb"\b[0-9a-f]{16}\b")
 _STORE = "store"
+_SHOWN = 20  # rows of the table before the question
+_WIDEST = 1000  # characters in a line of the table of studies
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,6 @@ def _size(folder: Path) -> int:
     return total
 
 
-_SHOWN = 20  # rows of the table before the question
-_WIDEST = 1000  # characters in a line of the table of studies
-
-
 def print_studies(runs: Path, store: Store, console: Console) -> None:
     """Print a table of the studies in a runs directory, and the size of the stored results that no study needs."""
     rows, loose = studies(runs, store), unneeded(runs, store)
@@ -206,9 +204,8 @@ def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm:
         console.print("nothing was deleted")
         return
     still = {each.key for each in unneeded(runs, store)}  # a study may have started during the question
-    freed = delete(
-        store, [each.key for each in loose if each.key in still], lambda text: console.print(text, highlight=False, markup=False)
-    )
+    keys = [each.key for each in loose if each.key in still]
+    freed = delete(store, keys, lambda text: console.print(text, highlight=False, markup=False))
     console.print(f"deleted {size(freed)}", highlight=False)
 
 
