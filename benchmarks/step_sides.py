@@ -152,11 +152,11 @@ def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
     """Return a sampler that draws fresh rollouts for every update."""
     from tadistill.data.encoding import Encoded
     from tadistill.rollout.engine import Native
-    from tadistill.rollout.rounds import Rollouts, Teachers
+    from tadistill.rollout.rounds import Rollouts
 
     encoded = [Encoded(row, tokens, ()) for row, tokens in enumerate(prompts(vocab))]
     engine = Native(student, method.sampler, eos=(vocab - 2,), vocab=vocab)
-    return Rollouts(encoded, method, engine=engine, teacher=Teachers.of(method.objective, (teacher,), vocab), pad=vocab - 1, seed=0)
+    return Rollouts(encoded, method, engine=engine, teachers=(teacher,), vocab=vocab, pad=vocab - 1, seed=0)
 
 
 def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable[[int], list[Any]]:

@@ -37,7 +37,7 @@ from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
 from tadistill.rollout import signals
 from tadistill.rollout.engine import Native
-from tadistill.rollout.rounds import Rollouts, Teachers
+from tadistill.rollout.rounds import Rollouts
 from tadistill.runner.remote import server_command
 from tadistill.train.step import counts, make_step
 
@@ -227,7 +227,7 @@ def test_a_round_of_rollouts_is_scored_as_by_the_local_teacher(gives, objective,
         method = Method(objective=objective, sampler=sampler, optim=Optim(steps=9, batch=4))
         prompts = [Encoded(i, (50 + i, 60), (8, 1)) for i in range(8)]
         engine = Native(student, sampler, eos=(1,), vocab=VOCAB)
-        source = Rollouts(prompts, method, engine=engine, teacher=Teachers.of(objective, (teachers[name],), VOCAB), pad=0, seed=3)
+        source = Rollouts(prompts, method, engine=engine, teachers=(teachers[name],), vocab=VOCAB, pad=0, seed=3)
         (batch,) = source.micro_batches(0)
         return batch.values["teacher"], *outcome(objective, (teachers[name],), batch, sampler=sampler)
 

@@ -10,7 +10,7 @@ Logits are never stored.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Method
-from tadistill.config.objective import Objective
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate, taught
 from tadistill.data.encoding import Encoded
@@ -32,36 +31,6 @@ from tadistill.objectives import Hidden
 from tadistill.rollout.draw import Guide, Mixture, Speculation
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, length, pack, unpack
-
-
-@dataclass(frozen=True)
-class Teachers:
-    """The teachers of a student, with two flags that say which of their outputs the objective needs."""
-
-    each: tuple[Teacher, ...]
-    """The original teacher, and then the assistants that also teach the student. Only the original teacher can help to sample."""
-    vocab: int
-    scores: bool
-    """True if the loss needs the teachers' log-probability of every sampled token before the training step."""
-    states: bool
-    """True if the loss needs the teachers' distribution at every token."""
-
-    @classmethod
-    def of(cls, objective: Objective, models: tuple[PreTrainedModel | Teacher, ...], vocab: int) -> "Teachers":
-        """Return the teachers, with flags for the outputs that `objective` needs."""
-        return cls(tuple(map(teacher_of, models)), vocab, objective.needs_scores, objective.needs_distribution)
-
-    @property
-    def stored(self) -> bool:
-        """True if hidden states are stored with sequences: the loss needs the teachers' distributions, and all teachers return states."""
-        return self.states and all(isinstance(teacher, HiddenTeacher) for teacher in self.each)
-
-    @property
-    def guide(self) -> PreTrainedModel:
-        """The teacher's model, which helps the student to sample."""
-        model = self.each[0].model
-        assert model is not None, "a teacher on a server cannot help to sample; the check of the recipe should have refused this"
-        return model
 
 
 class Rollouts(Sampler):
@@ -77,11 +46,29 @@ class Rollouts(Sampler):
     """
 
     def __init__(
-        self, prompts: Seq[Encoded], method: Method, *, engine: Engine, teacher: Teachers, corpus: Seq[Sequence] = (), **common: Any
+        self,
+        prompts: Seq[Encoded],
+        method: Method,
+        *,
+        engine: Engine,
+        teachers: tuple[PreTrainedModel | Teacher, ...],
+        vocab: int,
+        corpus: Seq[Sequence] = (),
+        **common: Any,
     ):
+        """
+        Args:
+            teachers: the original teacher, and then the assistants that also teach the student. Only the original teacher can help to
+                sample.
+        """
         super().__init__(prompts, method.optim, **common)
         assert isinstance(method.sampler, Rounds)
-        self.prompts, self.config, self.engine, self.teacher, self.corpus = prompts, method.sampler, engine, teacher, corpus
+        self.prompts, self.config, self.engine, self.vocab, self.corpus = prompts, method.sampler, engine, vocab, corpus
+        self.teachers = tuple(map(teacher_of, teachers))
+        self.scores = method.objective.needs_scores
+        """True if the loss needs the teachers' log-probability of every sampled token before the training step."""
+        self.states = method.objective.needs_distribution
+        """True if the loss needs the teachers' distribution at every token."""
         self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
         self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
         self.round = -1
@@ -105,7 +92,16 @@ class Rollouts(Sampler):
 
     @property
     def guides(self) -> tuple[PreTrainedModel, ...]:
-        return (self.teacher.guide,) if self.config.guided else ()
+        if not self.config.guided:
+            return ()
+        model = self.teachers[0].model
+        assert model is not None, "a teacher on a server cannot help to sample; the check of the recipe should have refused this"
+        return (model,)
+
+    @property
+    def stored(self) -> bool:
+        """True if hidden states are stored with sequences: the loss needs the teachers' distributions, and all teachers return states."""
+        return self.states and all(isinstance(teacher, HiddenTeacher) for teacher in self.teachers)
 
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
         sequences = [self.sequences[i] for i in rows]
@@ -124,31 +120,31 @@ class Rollouts(Sampler):
             for e, r, k in zip(asked, out, teachers, strict=True)
         ]
         found = self._with_teacher([*map(self.again, sampled)] if self.again else sampled)
-        if self.teacher.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
+        if self.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
             found = self._as_trained(found)
         return self.shard.gather(list(zip(mine, found, strict=True)))
 
     def _guide(self) -> Guide | None:
-        if isinstance(self.config, TeacherMixedSampler) and self.config.guided:
-            return Mixture(self.teacher.guide, self.config.alpha)
-        if isinstance(self.config, SpeculativeSampler):
-            return Speculation(self.teacher.guide, self.config.k)
+        match self.config:
+            case TeacherMixedSampler(guided=True, alpha=alpha):
+                return Mixture(self.guides[0], alpha)
+            case SpeculativeSampler(k=k):
+                return Speculation(self.guides[0], k)
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        teacher, one = self.teacher, len(self.teacher.each) == 1
-        ahead = teacher.scores or (teacher.stored and self.config.inner_epochs > 1)  # needed before the training step, or several times
+        one, stored = len(self.teachers) == 1, self.stored
+        ahead = self.scores or (stored and self.config.inner_epochs > 1)  # needed before the training step, or several times
         if sequences and ahead and not (one and sequences[0].states):
             return self._scored(sequences)
-        return sequences if teacher.stored and one else [replace(s, states=()) for s in sequences]
+        return sequences if stored and one else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
-        teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
-        by_teacher = taught(sequences)
-        for k, one in enumerate(teacher.each):
+        by_teacher, found = taught(sequences), [replace(s, states=()) for s in sequences]
+        for k, teacher in enumerate(self.teachers):
             mine = by_teacher.get(k, []) if by_teacher else range(len(sequences))
-            name = "teacher" if by_teacher or len(teacher.each) == 1 else f"teacher {k}"
-            passes = self._passes([sequences[i].of_teacher for i in mine], one, self.again, states=teacher.stored, scores=teacher.scores)
+            name = "teacher" if by_teacher or len(self.teachers) == 1 else f"teacher {k}"
+            passes = self._passes([sequences[i].of_teacher for i in mine], teacher, self.again, states=self.stored, scores=self.scores)
             for i, (states, scores) in zip(mine, passes, strict=True):
                 s = found[i]
                 if scores is not None:
@@ -183,7 +179,7 @@ class Rollouts(Sampler):
         self, sequences: list[Sequence], model: Teacher, again: Rereader | None = None, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        pad, vocab = (0, again.sizes[1]) if again else (self.pad, self.teacher.vocab)
+        pad, vocab = (0, again.sizes[1]) if again else (self.pad, self.vocab)
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=pad).to(model.device)
             target, log_p = model.scored(batch, vocab) if scores else (model.target(batch), None)
@@ -196,7 +192,7 @@ class Rollouts(Sampler):
         return [found[i] for i in range(len(sequences))]
 
     def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
-        heads = [teacher.head if isinstance(teacher, HiddenTeacher) else None for teacher in self.teacher.each]
+        heads = [teacher.head if isinstance(teacher, HiddenTeacher) else None for teacher in self.teachers]
         if by_teacher := taught(sequences):
             states = [tuple(state for i in mine for state in sequences[i].states) for mine in by_teacher.values()]
             heads = [heads[k] for k in by_teacher]
@@ -236,5 +232,5 @@ def on_policy(
     """
     config = method.sampler
     if isinstance(config, Rounds):
-        return Rollouts(prompts, method, teacher=Teachers.of(method.objective, teachers, vocab), corpus=corpus, **common)
+        return Rollouts(prompts, method, teachers=teachers, vocab=vocab, corpus=corpus, **common)
     return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)

@@ -21,7 +21,7 @@ from tadistill.models.teachers import teacher_of
 from tadistill.objectives import Hidden
 from tadistill.rollout import samplers
 from tadistill.rollout.engine import Native
-from tadistill.rollout.rounds import Rollouts, Teachers
+from tadistill.rollout.rounds import Rollouts
 from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Shard
 
 ROWS = [Sequence((1, 2), (3 + i, 0)) for i in range(10)]
@@ -108,9 +108,10 @@ def rollouts(student=None, sampler=None, *, scores=True, states=True, shard=Shar
     student = student or tiny_model("llama")
     prompts = [Encoded(i, (5 + i, 6, 7)[: 1 + i % 3], (8, 0)) for i in range(12)]
     sampler = sampler or TeacherMixedSampler(rollouts=8, inner_epochs=2, max_new_tokens=6)
-    teacher = Teachers((teacher_of(tiny_model("llama", seed=2).requires_grad_(False)),), 31, scores, states)
-    method = Method(sampler=sampler, optim=Optim(steps=99, batch=4))
-    return Rollouts(prompts, method, engine=native(student, 6), teacher=teacher, pad=0, seed=3, shard=shard)
+    method, teachers = Method(sampler=sampler, optim=Optim(steps=99, batch=4)), (tiny_model("llama", seed=2).requires_grad_(False),)
+    found = Rollouts(prompts, method, engine=native(student, 6), teachers=teachers, vocab=31, pad=0, seed=3, shard=shard)
+    found.scores, found.states = scores, states
+    return found
 
 
 def test_rows_of_the_corpus_count_in_a_round():
@@ -171,7 +172,7 @@ def test_a_rounds_teacher_states_and_scores_are_those_of_a_forward_pass(name):
     for step in range(4):
         (batch,) = sampler.micro_batches(step)
         assert isinstance(batch.targets[0], Hidden)
-        live = teacher_of(sampler.teacher.each[0].model).target(batch)
+        live = teacher_of(sampler.teachers[0].model).target(batch)
         torch.testing.assert_close(batch.targets[0].states, live.states, atol=1e-5, rtol=1e-4)
         tokens = batch.targets_BT[batch.mask_BT].unsqueeze(1)
         log_p = live.head.logits(live.states).log_softmax(-1).gather(1, tokens).squeeze(1)
@@ -199,7 +200,7 @@ def test_in_half_precision_the_policy_is_the_one_that_training_sees(name):
 
 def test_the_teacher_runs_once_over_a_round(monkeypatch):
     sampler, calls = rollouts(sampler=SAMPLERS["student"]), []
-    (teacher,) = sampler.teacher.each
+    (teacher,) = sampler.teachers
     hidden = teacher.hidden
     monkeypatch.setattr(teacher, "hidden", lambda *a: calls.append(None) or hidden(*a))
     for step in range(4):

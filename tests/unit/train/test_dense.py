@@ -12,7 +12,6 @@ from tadistill.config.sampling import StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.teachers import teacher_of
 from tadistill.objectives import TargetMixture
-from tadistill.rollout.rounds import Teachers
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((5, 6), (7, 8, 9, 0)), Sequence((4,), (11, 0)), Sequence((1, 2, 3), (17, 18, 19, 20, 0))]
@@ -105,7 +104,7 @@ def test_rollouts_keep_every_teacher(sampler, inner_epochs):
 
     several = teachers()[:2]
     source = rollouts(sampler=sampler(rollouts=8, inner_epochs=inner_epochs, max_new_tokens=6))
-    source.teacher = Teachers.of(config.MiniLLM(pt_weight=0), several, 31)
+    source.teachers = tuple(map(teacher_of, several))
     method = Method(
         objective=config.MiniLLM(pt_weight=0), sampler=source.config, optim=Optim(steps=9, batch=4), dense=Dense(weights=(3.0, 1.0))
     )
