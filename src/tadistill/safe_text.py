@@ -1,13 +1,15 @@
-r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal, and counted nouns.
+r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal, and nouns in sentences.
 
 visible("a\x1b[2J")     -> shows control characters as escapes, here as `\x1b`
 visible_parts(value)    -> does the same for every text in lists and dicts
 one_line(text)          -> also shows line breaks as escapes
 shortened(sentence)     -> cuts every quoted value at 200 characters
 counted(1, "stage")     -> gives the noun the form that its number needs
+listed(["a", "b"])      -> joins names with commas and `and`
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 LONGEST_VALUE = 200
@@ -67,3 +69,8 @@ def counted(number: int, one: str, many: str = "") -> str:
 def form(number: int, one: str, many: str) -> str:
     """Return the form of a word for a number: `one` for 1, else `many`."""
     return one if number == 1 else many
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as text, such as "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -32,7 +32,7 @@ from tadistill.plan.inputs import (
 )
 from tadistill.plan.paths import check_like, check_weights, teacher_rules
 from tadistill.plan.phases import Turn
-from tadistill.plan.study_texts import StudySets, texts
+from tadistill.plan.study_texts import StudySets, on_sets, texts
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.safe_text import counted
 
@@ -188,8 +188,9 @@ class StageBuilder:
             lora=self.recipe.models[name].lora,
             **self._texts(name, sft.select, sft.sets, responses=True),
         )
-        on = f" on {' and '.join(sft.sets)}" if sft.sets else ""
-        return FromStage(stage=self.add(spec, f"sft {name}{on}{', continued' if continues else ''}, seed {seed}", name, seed))
+        return FromStage(
+            stage=self.add(spec, f"sft {name}{on_sets(sft.sets)}{', continued' if continues else ''}, seed {seed}", name, seed)
+        )
 
     def distill(
         self,

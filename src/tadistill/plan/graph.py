@@ -225,20 +225,16 @@ def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short
     Args:
         stages: the key, the full label and the names of the arms of each stage.
     """
-    rows = list({key: (key, label, arms) for key, label, arms in stages}.values())
-    full = {key: label for key, label, _ in rows}
+    rows = {key: (label, arms) for key, label, arms in stages}
+    full = {key: label for key, (label, _) in rows.items()}
     plain = {key: _BRACKETS.sub("", label) for key, label in full.items()}
     brief = {key: _UPDATES.sub("", label) for key, label in plain.items()}
-    by_arm = {key: f"{brief[key]} ({', '.join(sorted(arms))})" if arms else full[key] for key, _, arms in rows}
+    by_arm = {key: f"{brief[key]} ({', '.join(sorted(arms))})" if arms else full[key] for key, (_, arms) in rows.items()}
     by_key = {key: f"{brief[key]} ({key[:8]})" for key in full}
     forms = (brief, plain, full, by_arm, by_key) if short else (full, by_arm, by_key)
     found: dict[str, str] = {}
     for form in forms:
-        found |= _alone(form, found)
+        left, used = {key: text for key, text in form.items() if key not in found}, set(found.values())
+        counts = Counter(left.values())
+        found |= {key: text for key, text in left.items() if counts[text] == 1 and text not in used}
     return {key: found[key] for key in full}
-
-
-def _alone(form: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
-    left, used = {key: text for key, text in form.items() if key not in found}, set(found.values())
-    counts = Counter(left.values())
-    return {key: text for key, text in left.items() if counts[text] == 1 and text not in used}

@@ -15,7 +15,7 @@ At the end of the module are the teachers that are not as the recipe describes t
 models that teach themselves, and the teacher of a control (`arms.X.control`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,17 @@ def check_sizes(ledger: Ledger, name: str, arm: Arm) -> None:
                 f"arms.{name}: in `{arm.text}`, {above} ({teacher.total:,} parameters) teaches the bigger model {below} "
                 f"({learner.total:,} parameters); write the path from big to small"
             )
+
+
+def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
+    """Return the named models, and all models whose weights they start from."""
+    found: set[str] = set()
+    for name in names:
+        at: str | None = name
+        while at is not None:
+            found.add(at)
+            at = recipe.models[at].parent
+    return found
 
 
 def given_teachers(recipe: Recipe, arm: Arm, like: Arm) -> set[str]:

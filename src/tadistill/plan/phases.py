@@ -69,7 +69,10 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
         patch = arm.patch if arm.learners else arm.patch.model_copy(update={"phases": ()})
         method = apply(recipe.method, recipe.models[model].distill, patch)
         for each, _ in phases_of(method):
-            _check(recipe, each)
+            if each.objective.needs_corpus and recipe.data.corpus is None:
+                raise ValueError(
+                    "objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`"
+                )
         if not method.phases:
             return [PlannedPhase(_scaled(stages, method, scale, arm), 1.0)]
         _check_effects(recipe, model, arm, method)
@@ -122,11 +125,6 @@ def _with_updates(method: Method, steps: int, every: int, warmup: int) -> Method
     return method.model_copy(update={"optim": optim, "select": method.select.model_copy(update={"every": every})})
 
 
-def _check(recipe: Recipe, method: Method) -> None:
-    if method.objective.needs_corpus and recipe.data.corpus is None:
-        raise ValueError("objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`")
-
-
 def _check_effects(recipe: Recipe, model: str, arm: Arm, method: Method) -> None:
     # a setting of the arm is lost if every phase has another value
     phases = phases_of(method)
@@ -167,10 +165,11 @@ def phases_text(phases: Sequence[PlannedPhase]) -> str:
 def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
     """Return a text for each phase, such as `lr 0.001`. It has the settings in which the phase differs from other phases that have the same
     types of objective and sampler."""
+    kinds = [(method.objective.type, method.sampler.type) for method, _ in phases]
     settings = [_settings(method) for method, _ in phases]
     found = []
-    for (method, _), own in zip(phases, settings, strict=True):
-        alike = [other for (phase, _), other in zip(phases, settings, strict=True) if _kind(phase) == _kind(method)]
+    for kind, own in zip(kinds, settings, strict=True):
+        alike = [other for of_other, other in zip(kinds, settings, strict=True) if of_other == kind]
         names = [name for name in own if any(other[name] != own[name] for other in alike)]
         found.append(", ".join(f"{name} {own[name]}" for name in names))
     return found
@@ -180,7 +179,3 @@ def _settings(method: Method) -> dict[str, Any]:
     parts = (method.objective, method.sampler, method.optim)
     found = {name: value for part in parts for name, value in part.model_dump().items() if name not in ("steps", "warmup")}
     return found | {"ema": "none" if method.ema is None else method.ema}
-
-
-def _kind(method: Method) -> tuple[str, str]:
-    return method.objective.type, method.sampler.type

@@ -116,7 +116,8 @@ def served_notes(plan: "Plan") -> Iterator[str]:
         if model.serve is None:
             continue
         specs = [stage.spec for stage in plan.stages.values()]
-        taught = [spec for spec in specs if any(_is(handle, model.serve, model.load) for handle in running(spec))]
+        own = model.serve, model.load
+        taught = [s for s in specs if any(isinstance(h, Loaded) and (h.serve, h.source) == own for h in running(s))]
         if not taught:
             continue
         where, config = ", ".join(model.serve.at), ledger.config(name) or {}
@@ -130,10 +131,6 @@ def served_notes(plan: "Plan") -> Iterator[str]:
 def _precision(spec: Spec) -> Precision:
     assert isinstance(spec, SignalSpec | DistillSpec | AnalyseSpec)
     return spec.optim.precision if isinstance(spec, DistillSpec) else spec.precision
-
-
-def _is(handle: Handle, serve: Serve | None, load: str | None) -> bool:
-    return isinstance(handle, Loaded) and handle.serve is not None and (handle.serve, handle.source) == (serve, load)
 
 
 def _bytes(serve: Serve, width: int | None, precisions: Sequence[Precision]) -> str:

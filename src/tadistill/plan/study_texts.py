@@ -140,12 +140,13 @@ def texts(
             **stages.training(sets[mine]),
             **of_text,
         )
-        label = f"{method.signal.type} signal of {name}{place}{_on(sets[mine])}, seed {seed}"
+        label = f"{method.signal.type} signal of {name}{place}{on_sets(sets[mine])}, seed {seed}"
         outputs.append(Output(stage=stages.add(spec, label, name, seed)))
     return found | {"signal": outputs[0], "assistant_signals": tuple(outputs[1:])}
 
 
-def _on(sets: Sequence[str]) -> str:
+def on_sets(sets: Sequence[str]) -> str:
+    """Return the part of a stage's label that names its training sets. Empty for all sets."""
     return f" on {' and '.join(sets)}" if sets else ""
 
 
@@ -164,7 +165,7 @@ def _answers(
     decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
     spec = kinds.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, **stages.training(sets))
-    return Output(stage=stages.add(spec, f"generate with {name}{_on(sets)}, seed {shown}", name, shown))
+    return Output(stage=stages.add(spec, f"generate with {name}{on_sets(sets)}, seed {shown}", name, shown))
 
 
 def _asked(

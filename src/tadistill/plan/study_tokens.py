@@ -19,8 +19,8 @@ from tadistill.models import sources, tokens
 from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.costs.light_tokenizer import vocabulary
 from tadistill.plan.inputs import Encoding, TokenizerFiles
-from tadistill.plan.paths import contexts_of
-from tadistill.safe_text import counted
+from tadistill.plan.paths import contexts_of, with_parents
+from tadistill.safe_text import counted, listed
 
 _SHOWN = 3  # number of tokens that a sentence names
 
@@ -85,7 +85,7 @@ class StudyTokens:
 
     def sizes(self, *names: str) -> str:
         """Return the vocabulary sizes of some models in words, such as `49,152 and 50,257 tokens`."""
-        return f"{_join([f'{len(self._tokens(name) or ()):,}' for name in names])} tokens"
+        return f"{listed([f'{len(self._tokens(name) or ()):,}' for name in names])} tokens"
 
     def encoding(self, name: str, *, samples: bool = True, responses: bool = False) -> Encoding:
         """Return the settings with which the rows of data sets become tokens for a model.
@@ -132,7 +132,7 @@ class StudyTokens:
         if talks:
             why, other = "the data has conversations", ""
         raise ModelError(
-            f"models.{group[0]}: {why}, but the tokenizer of {_join(group)} has no chat template; set `tokenizer:` of the models to one "
+            f"models.{group[0]}: {why}, but the tokenizer of {listed(group)} has no chat template; set `tokenizer:` of the models to one "
             f"that has a chat template{other}"
         )
 
@@ -146,10 +146,10 @@ class StudyTokens:
             lead, text = self._lead(group[0]), self._text(group)
             if self._of(lead).eos is not None:
                 closing, *others = self.ends(lead)
-                also = f"; {_join([*map(text, others)])} can also end it" if others else ""
-                found.append(f"An answer of {_join(group)} ends with {text(closing)}{also}.")
+                also = f"; {listed([*map(text, others)])} can also end it" if others else ""
+                found.append(f"An answer of {listed(group)} ends with {text(closing)}{also}.")
         if "instruction" in self._forms and any(model.template for model in self.recipe.models.values()):
-            found += [f"Instructions for {_join(group)} have the template `{self.data(group[0]).template}`." for group in self._groups]
+            found += [f"Instructions for {listed(group)} have the template `{self.data(group[0]).template}`." for group in self._groups]
         return found
 
     def cautions(self) -> list[str]:
@@ -168,7 +168,7 @@ class StudyTokens:
             if mine or theirs:
                 found.append(self._matched(name, lead, mine, theirs))
             if self.tokenizer(name):
-                why = _join([*self._differences(name, text), *([f"has {_more(mine)}"] if mine else [])])
+                why = listed([*self._differences(name, text), *([f"has {_more(mine)}"] if mine else [])])
                 found.append(f"{name} uses the tokenizer of {lead}, because the tokenizer of {name} {why}.")
         if first.bos is not None and self.bos_matters(lead):
             if data.bos == "auto":
@@ -187,7 +187,7 @@ class StudyTokens:
         chosen = data is not self.recipe.data  # a model has its own `template`
         if chats and not chosen and data.template != "chat" and "instruction" in self._forms:
             found.append(
-                f"Check data.template: it is {data.template}, but {_join(chats)} {'has' if len(chats) == 1 else 'have'} a chat "
+                f"Check data.template: it is {data.template}, but {listed(chats)} {'has' if len(chats) == 1 else 'have'} a chat "
                 "template; for chat models set data.template: chat."
             )
         return found
@@ -219,10 +219,8 @@ class StudyTokens:
         search = self.recipe.search
         named = {self.teacher, *(m for arm in self.recipe.arms.values() for m in (*arm.models, *arm.init.values()))}
         named |= {search.teacher, *search.assistants, search.student} if search else set()
-        models = self.recipe.models
-        for _ in models:  # and the models whose weights they start from
-            named |= {models[name].parent for name in named if name in models}
-        return tuple(name for name in models if name in named and not models[name].api)
+        used = with_parents(self.recipe, filter(None, named))
+        return tuple(name for name, model in self.recipe.models.items() if name in used and not model.api)
 
     @property
     def _groups(self) -> list[tuple[str, ...]]:
@@ -314,7 +312,3 @@ class StudyTokens:
 
 def _more(extra: Mapping[str, int]) -> str:
     return counted(len(extra), "more token")
-
-
-def _join(names: list[str] | tuple[str, ...]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -13,12 +13,12 @@ import numpy as np
 from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, sorted_names
 from tadistill.report.explain import gap_words
-from tadistill.report.path_words import listed
 from tadistill.results.collect import MEAN, Results, once, sets_with, stack, summarise
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
 from tadistill.results.number_text import number, span, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import Comparison, by_importance
+from tadistill.safe_text import listed
 from tadistill.statistics import Difference
 
 _MOST_PAIRS = 6  # a study without assistants and with more pairs of arms has no analysis, because it would be too long

@@ -13,14 +13,14 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text
-from tadistill.report.path_words import in_words, listed, some, taught, ways_text
+from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, span, spoken_interval, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
-from tadistill.safe_text import counted, form
+from tadistill.safe_text import counted, form, listed
 from tadistill.statistics import Difference, holm
 
 _ALPHA = 0.05

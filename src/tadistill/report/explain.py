@@ -10,7 +10,7 @@ from tadistill.config.arm import flat
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
-from tadistill.report.path_words import listed, some
+from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
 from tadistill.results.measured import load_manifest, rows_text
@@ -18,7 +18,7 @@ from tadistill.results.number_text import detectable_text, number, p_text, ratio
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
-from tadistill.safe_text import counted, form, one_line, shortened
+from tadistill.safe_text import counted, form, listed, one_line, shortened
 from tadistill.store import FAILURE
 
 _NAMED = 5  # most arms that one sentence names

@@ -9,7 +9,7 @@ from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
-from tadistill.report.path_words import listed, some, steps, ways_text
+from tadistill.report.path_words import some, steps, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
@@ -18,7 +18,7 @@ from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
 from tadistill.results.samples import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
-from tadistill.safe_text import counted
+from tadistill.safe_text import counted, listed
 
 _VERBS = {
     "gain": "is clearly better than",

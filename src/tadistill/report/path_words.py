@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tadistill.config.arm import Control, flat, is_route, path_text, teachers_of
 from tadistill.results.collect import Results
 from tadistill.results.study import ArmRecord, PhaseRecord
+from tadistill.safe_text import listed
 
 _TEXTS = {
     "dataset": "the training data",
@@ -172,11 +173,6 @@ def ways_text(arms: Sequence[ArmRecord]) -> str:
 def in_words(name: str) -> str:
     """Return an element of a path as text: the name of a model, or several first teachers such as "m on maths and xl on chat"."""
     return listed([f"{teacher} on {name}" for name, teacher in teachers_of(name).items()]) if is_route(name) else name
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as text, such as "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def some(names: Sequence[str]) -> str:

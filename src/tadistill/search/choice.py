@@ -1,6 +1,5 @@
 """The result of a search for a path: a table, search.json, and a recipe that tests the chosen path again (confirm.yaml)."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
+from tadistill.plan.paths import with_parents
 from tadistill.safe_text import counted
 from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
@@ -196,14 +196,3 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
         "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
-
-
-def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
-    """Return the named models, and all models whose weights they start from."""
-    found: set[str] = set()
-    for name in names:
-        at: str | None = name
-        while at is not None:
-            found.add(at)
-            at = recipe.models[at].parent
-    return found

@@ -66,27 +66,24 @@ class SizesAndLengths:
 
     def config(self, name: str) -> dict | None:
         """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
-        with about(f"models.{name}"):
-            return self._config(name)
-
-    def _config(self, name: str) -> dict | None:
         model = self.recipe.models[name]
-        if model.parent:
-            parent = self.config(model.parent)
-            if parent is None or model.init is None:
-                return parent
-            if not model.init.measured:
-                shapes.check_layers(parent, model.init.layers, f"models.{name}.init.layers", model.init.from_)
-                return sizes.with_layers(parent, model.init.sizes["layers"])
-            shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
-            with about(f"models.{name}.init"):
-                shapes.check_shape(parent, shape)
-            return shapes.with_shape(parent, shape)
-        if model.api:
-            return None
-        assert model.load is not None
-        found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
-        return sizes.read_config(model.load, model.revision, model.config, len(found) if found else None)
+        with about(f"models.{name}"):
+            if model.parent:
+                parent = self.config(model.parent)
+                if parent is None or model.init is None:
+                    return parent
+                if not model.init.measured:
+                    shapes.check_layers(parent, model.init.layers, f"models.{name}.init.layers", model.init.from_)
+                    return sizes.with_layers(parent, model.init.sizes["layers"])
+                shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
+                with about(f"models.{name}.init"):
+                    shapes.check_shape(parent, shape)
+                return shapes.with_shape(parent, shape)
+            if model.api:
+                return None
+            assert model.load is not None
+            found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
+            return sizes.read_config(model.load, model.revision, model.config, len(found) if found else None)
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
