@@ -58,12 +58,11 @@ class SpelledPair:
         cells = [side.vocabulary.cells[side.tokens[at]] for side, at in zip((student, teacher), starts, strict=True)]
         stripped = student.stripped[starts[0]] | teacher.stripped[starts[1]]
         by_cell = compared & (cells[0] == cells[1]) & ~stripped
-        sides = []
-        for side, at in zip((student, teacher), starts, strict=True):
-            firsts = np.zeros(len(side.tokens), bool)
-            firsts[at[by_cell]] = True
-            sides.append(replace(side, by_cell=firsts))
-        pair = cls(sides[0], sides[1], follows, compared)
+        student, teacher = (
+            replace(side, by_cell=np.isin(np.arange(len(side.tokens)), at[by_cell]))
+            for side, at in zip((student, teacher), starts, strict=True)
+        )
+        pair = cls(student, teacher, follows, compared)
         if not np.array_equal(pair.places[0].symbol, pair.places[1].symbol):
             raise ConfigError("the tokens of student and teacher spell different texts in a span; set `compared` to False for this span")
         return pair

@@ -10,7 +10,7 @@ Axes: N tokens of a batch, n tokens of a tile, H hidden size, V vocabulary size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -184,13 +184,9 @@ def per_token(target: Target) -> Tensor:
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
     """Return the target at the positions `rows`. Of logits, only those of the first `width` vocabulary entries are returned."""
-    if isinstance(target, Hidden):
-        return Hidden(target.states[rows], target.head, target.vocab)
-    if isinstance(target, TopK):
-        return TopK(target.ids[rows], target.log_probs[rows], None if target.tail is None else target.tail[rows])
-    if isinstance(target, Sampled):
-        return Sampled(target.ids[rows], target.shares[rows], target.entropy[rows])
-    return target[rows] if width is None else target[rows][..., :width]
+    if isinstance(target, Tensor):
+        return target[rows] if width is None else target[rows][..., :width]
+    return replace(target, **{name: value[rows] for name, value in vars(target).items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True)
