@@ -123,7 +123,7 @@ def test_lacking_weights_are_an_error(model_directory):
     state = load_file(file)
     del state["model.layers.2.mlp.up_proj.weight"]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights of this architecture are missing .* \(model.layers.2.mlp.up_proj.weight\)"):
+    with pytest.raises(ModelError, match=r"1 weight of this architecture is missing .* \(model.layers.2.mlp.up_proj.weight\)"):
         load_model(model_directory)
 
 
