@@ -48,7 +48,10 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
         if plan.requests:
             if not confirm(f"Send {counted(plan.requests, 'request')} to {base_url}?"):
                 return None
-            _find_endpoint(client, plan)
+            try:
+                knock(client)
+            except Unavailable as error:
+                raise JudgeFailed(stopped(f"the endpoint {client.base_url} failed: {error}", plan.cached, plan.questions)) from error
         verdicts = _ask(console, questions, settings, cache, client)
     rows = summarise(answers, questions, verdicts, mode=mode, against=against)
     more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": settings.temperature}
@@ -93,13 +96,6 @@ def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Conso
     )
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
-
-
-def _find_endpoint(client: "OpenAI", plan: RequestEstimate) -> None:
-    try:
-        knock(client)
-    except Unavailable as error:
-        raise JudgeFailed(stopped(f"the endpoint {client.base_url} failed: {error}", plan.cached, plan.questions)) from error
 
 
 def _ask(console: Console, questions: Sequence[Question], settings: Judge, cache: Cache, client: "OpenAI") -> Verdicts:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -287,7 +288,8 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
         try:
             chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
             tuner: Any = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
-            weights = _weights(adapter)
+            safe, pickled = (adapter / name for name in ADAPTER_WEIGHTS)
+            weights = load_file(safe) if safe.is_file() else torch.load(pickled, weights_only=True, map_location="cpu")
             found = peft.set_peft_model_state_dict(tuner, weights)
             merged = tuner.merge_and_unload(safe_merge=True)
         except Exception as error:  # a damaged adapter can make peft raise any error
@@ -305,10 +307,3 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
     ordinary_permissions(target)
-
-
-def _weights(adapter: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    safe, pickled = (adapter / name for name in ADAPTER_WEIGHTS)
-    return load_file(safe) if safe.is_file() else torch.load(pickled, weights_only=True, map_location="cpu")

@@ -19,9 +19,10 @@ arXiv 2407.14679, section 2.2). The importance of layers is the block influence 
 Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -205,7 +206,7 @@ class _Sums:
         self._cosines = torch.zeros(layers, dtype=torch.float64)
         self._tokens = [0] * layers
 
-    def widths(self, kind: str, place: int, values: Tensor) -> None:
+    def add(self, kind: str, place: int, values: Tensor) -> None:
         # values: (B, T, n), or (B T, n) from OPT
         values_BTn = values.detach().float().reshape(*self.mask_BT.shape, -1)
         if kind == "heads":
@@ -215,9 +216,17 @@ class _Sums:
         squares = means_Bn.double().square().sum(0).cpu()
         self._squares[kind, place] = self._squares.get((kind, place), torch.zeros(())) + squares
 
-    def block(self, layer: int, before: Tensor, after: Tensor) -> None:
-        # before, after: (B, T, H)
-        cosines = cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)[self.mask_BT]
+    # hooks: their last arguments are the module, its inputs and its output
+
+    def inputs_of(self, kind: str, place: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.add(kind, place, inputs[0])
+
+    def output_of(self, kind: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        self.add(kind, place, output)
+
+    def block(self, layer: int, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # inputs and output: (B, T, H)
+        cosines = cosine_similarity(inputs[0].detach().float(), output.detach().float(), dim=-1)[self.mask_BT]
         self._cosines[layer] += cosines.double().sum().cpu()
         self._tokens[layer] += len(cosines)
 
@@ -232,23 +241,13 @@ class _Sums:
 @contextmanager
 def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
     family = FAMILIES[model.config.model_type]
-
-    def reads(kind: str, place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, inputs: sums.widths(kind, place, inputs[0])
-
-    def makes(kind: str, place: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, __, output: sums.widths(kind, place, output)
-
-    def passes(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        return lambda _, inputs, output: sums.block(layer, inputs[0], output)
-
     with ExitStack() as hooks:
         for i, layer in enumerate(model.get_submodule(family.stack).children()):
             for j, norm in enumerate(family.norms):
-                hooks.callback(layer.get_submodule(norm).register_forward_hook(makes("norms", 2 * i + j)).remove)
-            hooks.callback(layer.get_submodule(family.mlp).register_forward_pre_hook(reads("neurons", i)).remove)
-            hooks.callback(layer.get_submodule(family.attention).register_forward_pre_hook(reads("heads", i)).remove)
-            hooks.callback(layer.register_forward_hook(passes(i)).remove)
+                hooks.callback(layer.get_submodule(norm).register_forward_hook(partial(sums.output_of, "norms", 2 * i + j)).remove)
+            for kind, name in (("neurons", family.mlp), ("heads", family.attention)):
+                hooks.callback(layer.get_submodule(name).register_forward_pre_hook(partial(sums.inputs_of, kind, i)).remove)
+            hooks.callback(layer.register_forward_hook(partial(sums.block, i)).remove)
         yield
 
 

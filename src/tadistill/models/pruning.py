@@ -95,12 +95,19 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
         setattr(config, name, value)
     # in OPT-350m the embeddings are narrower than the hidden states
     projected = model.config.model_type == "opt" and model.config.word_embed_proj_dim != model.config.hidden_size
-    cuts = _Cuts(shape, have, importance, whole_words=projected)
-    weights = {}
+    weights, known = {}, dict[tuple[Axis, int | None], Tensor | None]()
     for name, tensor in model.state_dict().items():
         layer, axes = _axes(family, name, model.config.model_type)
-        if layer is None or layer in keep:
-            weights[name] = cuts.cut(tensor, axes, layer)
+        if layer is not None and layer not in keep:
+            continue
+        for dim, axis in enumerate(axes):
+            if importance is None or (axis == "words" and projected):
+                continue
+            if (axis, layer) not in known:
+                known[axis, layer] = _kept(axis, layer, shape, have, importance)
+            if (kept := known[axis, layer]) is not None:
+                tensor = tensor.index_select(dim, kept.to(tensor.device))
+        weights[name] = tensor
     return _assembled(model, config, _renumbered(weights, family.stack, keep))
 
 
@@ -157,50 +164,30 @@ def _stack(model: PreTrainedModel, total: int) -> str:
     return outer[0]
 
 
-class _Cuts:
-    def __init__(self, shape: Shape, have: Shape, importance: Importance | None, *, whole_words: bool):
-        self._shape, self._have, self._importance, self._whole_words = shape, have, importance, whole_words
-        self._indices: dict[tuple[Axis, int | None], Tensor | None] = {}
-
-    def cut(self, tensor: Tensor, axes: tuple[Axis, ...], layer: int | None) -> Tensor:
-        for dim, axis in enumerate(axes):
-            place = None if axis in ("channels", "words") else layer
-            if (axis, place) not in self._indices:
-                self._indices[axis, place] = self._kept(axis, place)
-            kept = self._indices[axis, place]
-            if kept is not None:
-                tensor = tensor.index_select(dim, kept.to(tensor.device))
-        return tensor
-
-    def _kept(self, axis: Axis, layer: int | None) -> Tensor | None:
-        # returns the kept indices in ascending order, or None to keep all
-        shape, scores = self._shape, self._importance
-        if axis is None or scores is None or (axis == "words" and self._whole_words):
-            return None
-        if axis in ("channels", "words"):
-            return torch.tensor(keep_important(shape.hidden, scores.hidden))
-        assert layer is not None  # every other axis lies in a layer
-        if axis == "neurons":
-            return torch.tensor(keep_important(shape.intermediate, scores.neurons[layer]))
-        queries, keys = _heads(scores.heads[layer], shape, self._have)
-        queries, keys = _spread(queries, shape.head_dim), _spread(keys, shape.head_dim)
-        if axis == "fused":
-            width = self._have.heads * self._have.head_dim
-            return torch.cat([queries, width + queries, 2 * width + queries])
-        return queries if axis == "queries" else keys
+def _kept(axis: Axis, layer: int | None, shape: Shape, have: Shape, scores: Importance) -> Tensor | None:
+    # returns the kept indices in ascending order, or None to keep all
+    if axis is None:
+        return None
+    if axis in ("channels", "words"):
+        return torch.tensor(keep_important(shape.hidden, scores.hidden))
+    assert layer is not None  # every other axis lies in a layer
+    if axis == "neurons":
+        return torch.tensor(keep_important(shape.intermediate, scores.neurons[layer]))
+    queries, keys = _heads(scores.heads[layer], shape, have)
+    if axis == "fused":
+        width = have.heads * have.head_dim
+        return torch.cat([queries, width + queries, 2 * width + queries])
+    return queries if axis == "queries" else keys
 
 
 def _heads(scores: Tensor, shape: Shape, have: Shape) -> tuple[Tensor, Tensor]:
-    # returns the kept query heads and key-value heads of a layer with (A,) scores
-    size, keep = have.heads // have.groups, shape.heads // shape.groups
+    # returns the kept indices of the queries and of the keys of a layer, whose heads have (A,) scores
+    size, keep, inside = have.heads // have.groups, shape.heads // shape.groups, torch.arange(shape.head_dim)
     groups = scores.view(have.groups, size)
     keys = keep_important(shape.groups, groups.sort(descending=True).values[:, :keep].sum(1))
     queries = [key * size + head for key in keys for head in keep_important(keep, groups[key])]
-    return torch.tensor(queries), torch.tensor(keys)
-
-
-def _spread(heads: Tensor, head_dim: int) -> Tensor:
-    return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
+    kept_queries, kept_keys = ((torch.tensor(heads).unsqueeze(1) * shape.head_dim + inside).flatten() for heads in (queries, keys))
+    return kept_queries, kept_keys
 
 
 def _layers(count: int, total: int, importance: Importance | None, layers: Sequence[int] | None) -> tuple[int, ...]:
