@@ -3,9 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from tadistill import charts
 from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
@@ -23,8 +20,8 @@ from tadistill.charts import GREY, PLAIN, Axis, Chart, Look, Point, look, nice_s
 from tadistill.config.arm import path_text
 from tadistill.glossary import GLOSSARY
 from tadistill.metrics import metric_title
+from tadistill.report.page import html_templates, markup
 from tadistill.results import number_text
-from tadistill.safe_text import visible_parts
 
 _COLUMNS = (
     ("KL(q ‖ p)", "nats/token", "reverse_kl"),
@@ -46,14 +43,7 @@ _BLUE, _RED, _GREEN = Look("var(--c0)"), Look("var(--worse)"), Look("var(--bette
 
 def render_advice(report: Report) -> str:
     looks = {path_text(path): found for path, found in path_looks(report).items()}
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("tadistill.advise"), PackageLoader("tadistill.report")]),
-        autoescape=True,
-        finalize=visible_parts,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_templates("tadistill.advise", "tadistill.report")
     environment.filters.update(signed=signed_number, estimate=plus_minus, names=_names, few=_few)
     return environment.get_template("advice.html.j2").render(
         report=report,
@@ -70,8 +60,8 @@ def render_advice(report: Report) -> str:
         metric_title=metric_title,
         columns=_COLUMNS,
         heatmaps=[(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],
-        cost=_markup(cost_figure(report)),
-        sweep=_markup(lambda_figure(report)),
+        cost=markup(cost_figure(report)),
+        sweep=markup(lambda_figure(report)),
         bias=bias_figure(report).html(),
     )
 
@@ -83,10 +73,6 @@ def _names(measures: Iterable[str]) -> str:
 def _few(measures: Sequence[str]) -> str:
     more = f" and {len(measures) - 3} more" if len(measures) > 3 else ""
     return _names(measures[:3]) + more
-
-
-def _markup(figure: Chart | None) -> Markup | None:
-    return figure.html() if figure else None
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------

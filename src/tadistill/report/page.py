@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tadistill import charts
@@ -76,15 +76,20 @@ class ArmGroup:
     rows: tuple[ArmRow, ...]
 
 
-def render_page(results: Results) -> str:
-    environment = Environment(
-        loader=PackageLoader("tadistill.report"),
+def html_templates(*packages: str) -> Environment:
+    """Return the templates of the packages. They escape all values, and show hidden characters of values as escapes."""
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
         autoescape=True,
         finalize=visible_parts,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render_page(results: Results) -> str:
+    environment = html_templates("tadistill.report")
     environment.filters.update(embedded=lambda value: Markup(charts.embedded(value)), prose=_prose)
     shown = {**_first(results), **_sections(results), **_samples(results, samples(results))}
     return environment.get_template("report.html.j2").render(charts=charts, **shown)
@@ -119,8 +124,8 @@ def _first(results: Results) -> dict[str, Any]:
         "looks": looks(results),
         "glyphs": {name: charts.glyph(look) for name, look in looks(results).items()},
         "student": student,
-        "cost": _markup(figure),
-        "means": None if figure else _markup(scores.means_figure(results)),
+        "cost": markup(figure),
+        "means": None if figure else markup(scores.means_figure(results)),
         "roles": roles(results),
         "progress": _progress(results) if not results.summaries else [],
         "glossary": GLOSSARY,
@@ -205,7 +210,7 @@ def _sections(results: Results) -> dict[str, Any]:
     panels, judged = behaviour.curve_figures(learning_curves(results), results), judgements(results.study_dir)
     return {
         "sections": findings.sections(results),
-        "differences": _markup(scores.difference_figure(results)) if measured else None,
+        "differences": markup(scores.difference_figure(results)) if measured else None,
         "verdicts": [verdict_text(results, c) for c in comparisons(results)] if measured else [],
         "analysis": [(a, [(row, _row_plot(a, row)) for row in a.rows]) for a in analyses(results)] if measured else [],
         "marks": MARKS,
@@ -213,19 +218,19 @@ def _sections(results: Results) -> dict[str, Any]:
         "tables": [score_table(results, m) for m in main_metrics(results)],
         "compared": comparison_table(results) if measured else None,
         "details": detail_tables(results) if measured else [],
-        "over_budgets": _markup(over_budgets),
-        "budget_gaps": _markup(compute.gaps_figure(results)) if measured else None,
+        "over_budgets": markup(over_budgets),
+        "budget_gaps": markup(compute.gaps_figure(results)) if measured else None,
         "budget_sentences": compute.curve_sentences(results) if over_budgets else [],
-        "lattice": _markup(lattice),
+        "lattice": markup(lattice),
         "lattice_notes": paths.lattice_notes(results) if lattice else [],
         "methods": paths.line_looks(results),
         "budget_notes": paths.budget_notes(results),
         "budgets": _markups(budgets),
         "panels": _markups(panels),
         "judged": judged,
-        "plane": _markup(plane),
-        "exposure": _markup(exposure),
-        "lengths": _markup(lengths),
+        "plane": markup(plane),
+        "exposure": markup(exposure),
+        "lengths": markup(lengths),
         "calibration": _markups(behaviour.calibration_figures(results)),
         "intervals": interval_method(results),
         "steps": steps,
@@ -251,7 +256,8 @@ def _samples(results: Results, found: Samples) -> dict[str, Any]:
     return {"samples": found, "sampled": sampled, "colours": colours, "shown": [name for name in shown_first(results) if name in names]}
 
 
-def _markup(figure: Chart | None) -> Markup | None:
+def markup(figure: Chart | None) -> Markup | None:
+    """Return the HTML of a figure, or None if there is no figure."""
     return figure.html() if figure else None
 
 

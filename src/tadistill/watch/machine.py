@@ -140,6 +140,5 @@ def read_gpus(text: str) -> tuple[Gpu, ...]:
         values = [float(part) if part.replace(".", "", 1).isdigit() else None for part in rest]
         if len(values) == 4:
             used, memory, total, celsius = values
-            scale = 2**20
-            found.append(Gpu(name, used, None if memory is None else memory * scale, None if total is None else total * scale, celsius))
+            found.append(Gpu(name, used, memory and memory * 2**20, total and total * 2**20, celsius))
     return tuple(found)

@@ -156,7 +156,7 @@ class Watched:
 
     def _look(self) -> Moment:
         planned, runs = self._planned(), local_runs(self.study)
-        stages = self._ready(tuple(map(self._saved, self._states(planned, runs))))
+        stages = _ready(tuple(map(self._saved, self._states(planned, runs))))
         self._follow(stages)
         stages = tuple(_progress(stage, self._logs.get(stage.key)) for stage in stages)
         self._sample(stages)
@@ -181,9 +181,10 @@ class Watched:
         )
 
     def _planned(self) -> tuple[StageState, ...]:
-        changed = (self.study / "plan.json").stat().st_mtime if (self.study / "plan.json").is_file() else 0.0
+        path = self.study / "plan.json"
+        changed = path.stat().st_mtime if path.is_file() else 0.0
         if changed != self._plan[0] or not changed:
-            self._plan = changed, _read_plan(self.study)
+            self._plan = changed, _read_plan(path)
         return self._plan[1]
 
     def _states(self, planned: Iterable[StageState], runs: list[LocalRun]) -> Iterable[StageState]:
@@ -197,14 +198,9 @@ class Watched:
                 yield replace(stage, state="done", done=manifest.get("steps") or stage.total, seconds=manifest.get("seconds"))
             elif stage.key in here:
                 row, progress = here[stage.key]
-                state = _WORDS.get(row.state, row.state)
-                if progress is None:
-                    yield replace(stage, state=state, note=row.last)
-                else:
-                    total, seconds = progress.total, progress.seconds
-                    yield replace(
-                        stage, state=state, note=progress.note, done=progress.done, total=total, seconds=seconds, left=progress.left
-                    )
+                names = ("note", "done", "total", "seconds", "left")
+                known = {name: getattr(progress, name) for name in names} if progress else {"note": row.last}
+                yield replace(stage, state=_WORDS.get(row.state, row.state), **known)
             elif stage.key in jobs:
                 row = jobs[stage.key]
                 yield replace(stage, state=_WORDS.get(row.state, row.state), note=row.last, elapsed=row.elapsed)
@@ -245,16 +241,6 @@ class Watched:
                 self._slurm.at = float("-inf")  # no job was submitted, so Slurm was not queried
         return self._slurm.rows
 
-    def _ready(self, stages: tuple[StageState, ...]) -> tuple[StageState, ...]:
-        bad = {stage.key: stage for stage in stages if stage.state in BAD}
-        behind: dict[str, str] = {}
-        for stage in stages:  # parents come before children
-            reasons = [behind.get(key) or bad[key].label for key in stage.parents.values() if key in bad or key in behind]
-            if reasons and stage.state != "done":
-                behind[stage.key] = reasons[0]
-        note = {key: f"waits for {label}" for key, label in behind.items()}
-        return tuple(replace(s, note=note[s.key]) if s.key in note and s.state in ("waiting", "queued") else s for s in stages)
-
     # --- logs and samples -----------------------------------------------------------------------------------------------
 
     def _follow(self, stages: Iterable[StageState]) -> None:
@@ -279,17 +265,14 @@ class Watched:
                 log.file.backward()
 
     def _sample(self, stages: Iterable[StageState]) -> None:
-        for stage in stages:
-            if not stage.trains:
-                continue
+        for stage in (stage for stage in stages if stage.trains):
             path = self.store.folder(stage.key) / ROLLOUTS
             try:
                 changed = path.stat().st_mtime
-                if stage.key in self._rollouts and self._rollouts[stage.key].changed == changed:
-                    continue
-                content = json.loads(path.read_text(encoding="utf-8"))
-                rows = tuple((str(row["prompt"]), str(row["response"])) for row in content["rows"])
-                self._rollouts[stage.key] = Rollouts(int(content["step"]), rows, changed)
+                if stage.key not in self._rollouts or self._rollouts[stage.key].changed != changed:
+                    content = json.loads(path.read_text(encoding="utf-8"))
+                    rows = tuple((str(row["prompt"]), str(row["response"])) for row in content["rows"])
+                    self._rollouts[stage.key] = Rollouts(int(content["step"]), rows, changed)
             except (OSError, ValueError, KeyError, TypeError):  # no sample yet, or a damaged file: the page works without samples
                 continue
 
@@ -299,24 +282,36 @@ class Watched:
                 yield from (f"{stage.label}: {text}" for text in self._manifests[stage.key][1].get("alarms") or ())
 
 
-def _read_plan(study: Path) -> tuple[StageState, ...]:
-    found = planned_stages(study)
+def _read_plan(path: Path) -> tuple[StageState, ...]:
+    found = planned_stages(path.parent)
     try:
         labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in found)
         return tuple(
             StageState(s["key"], s["kind"], labels[s["key"]], s["model"], s["seed"], dict(s["parents"]), s.get("steps") or 1) for s in found
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(
-            study / "plan.json", f"{type(error).__name__}: {error}", "run or submit the recipe again, which writes the file again"
-        ) from error
+        fix = "run or submit the recipe again, which writes the file again"
+        raise damaged(path, f"{type(error).__name__}: {error}", fix) from error
+
+
+def _ready(stages: tuple[StageState, ...]) -> tuple[StageState, ...]:
+    """Note at each stage that waits which stage above it needs attention."""
+    behind = {stage.key: stage.label for stage in stages if stage.state in BAD}
+    found: list[StageState] = []
+    for stage in stages:  # parents come before children
+        label = next((behind[key] for key in stage.parents.values() if key in behind), "")
+        if label and stage.state != "done":
+            behind[stage.key] = label
+        waits = label and stage.state in ("waiting", "queued")
+        found.append(replace(stage, note=f"waits for {label}") if waits else stage)
+    return tuple(found)
 
 
 def _progress(stage: StageState, log: TrainingLog | None) -> StageState:
     if stage.state == "done" or log is None or not log.rows or stage.done:
         return stage
-    values = {name: log.newest[name] for name in ("train/loss", "train/tokens_per_second") if name in log.newest}
-    texts = [f"loss {v:.3f}" if name == "train/loss" else f"{v:,.0f} tokens/s" for name, v in values.items()]
+    forms = {"train/loss": "loss {:.3f}", "train/tokens_per_second": "{:,.0f} tokens/s"}
+    texts = [form.format(log.newest[name]) for name, form in forms.items() if name in log.newest]
     left = log.left(stage.total) if stage.state == "running" else None
     return replace(stage, done=min(log.step, stage.total), note=stage.note or ", ".join(texts), left=left)
 
