@@ -124,36 +124,13 @@ def check_reading(model: PreTrainedModel) -> None:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
 
 
-@torch.no_grad()
-def pack_rows(model: PreTrainedModel) -> None:
-    """Prepare a model for packed rows (see the docstring of this module). Every `Reader` of the model then runs it without padding.
-
-    All other forward passes do not change.
-
-    Raises:
-        ModelError: models of this type cannot run on packed rows, or packing changes the logits of this model.
-    """
-    kind, attention = model.config.get_text_config().model_type, model.config._attn_implementation
-    check_packing(kind, getattr(model, "name_or_path", "") or kind)
-    if attention not in ("sdpa", ROWS):
-        raise ModelError(
-            f"a {kind} model uses the attention implementation `{attention}`, but packed rows need `sdpa`; remove `optim.packed`"
-        )
-    model.config._attn_implementation = ROWS
-    words, lengths = model.get_input_embeddings().weight.shape[0], (3, 1, 3)  # type: ignore[union-attr]
-    ids = (words // 2 + torch.arange(sum(lengths), device=model.device)) % words
-    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths]).unsqueeze(0)
-    with evaluating(model), rounded(model) as rounding:
-        packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **rows(lengths, model.device)).logits[0]
-        alone = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in ids.split(lengths)])
-    if max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) > rounding.largest:
-        raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")
-
-
 def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, Tensor]:
     if attention_BT.device.type in _UNMASKED:
         return {"position_ids": torch.arange(end, device=attention_BT.device).unsqueeze(0)}
     return {"attention_mask": attention_BT[:, :end], "position_ids": positions_BT[:, :end]}
+
+
+# --- around forward passes -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -264,9 +241,11 @@ def logit_changes(config: PreTrainedConfig) -> tuple[float, float | None]:
     return scale, number("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
+# --- packed rows ----------------------------------------------------------------------------------------------------------
+
 ROWS = "tadistill_rows"
 """The name under which transformers knows the attention for packed rows. If a forward pass gets no `rows`, it uses transformers' `sdpa`."""
-FAMILIES = frozenset(
+PACKABLE = frozenset(
     ("gemma", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 )
 """Types of models that can train on packed rows. Models of other types may carry a state from one row to the next, or build other masks."""
@@ -275,11 +254,37 @@ FAMILIES = frozenset(
 
 def check_packing(kind: Any, model: str) -> None:
     """Raise a ModelError if models of type `kind` cannot train on packed rows. The message names the model."""
-    if kind not in FAMILIES:
+    if kind not in PACKABLE:
         raise ModelError(
             f"model `{model}` is of type {kind}, which cannot train on packed rows; remove `optim.packed`, or use a model of type "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"{', '.join(sorted(PACKABLE))}"
         )
+
+
+@torch.no_grad()
+def pack_rows(model: PreTrainedModel) -> None:
+    """Prepare a model for packed rows (see the docstring of this module). Every `Reader` of the model then runs it without padding.
+
+    All other forward passes do not change.
+
+    Raises:
+        ModelError: models of this type cannot run on packed rows, or packing changes the logits of this model.
+    """
+    kind, attention = model.config.get_text_config().model_type, model.config._attn_implementation
+    check_packing(kind, getattr(model, "name_or_path", "") or kind)
+    if attention not in ("sdpa", ROWS):
+        raise ModelError(
+            f"a {kind} model uses the attention implementation `{attention}`, but packed rows need `sdpa`; remove `optim.packed`"
+        )
+    model.config._attn_implementation = ROWS
+    words, lengths = model.get_input_embeddings().weight.shape[0], (3, 1, 3)  # type: ignore[union-attr]
+    ids = (words // 2 + torch.arange(sum(lengths), device=model.device)) % words
+    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths]).unsqueeze(0)
+    with evaluating(model), rounded(model) as rounding:
+        packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **rows(lengths, model.device)).logits[0]
+        alone = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in ids.split(lengths)])
+    if max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) > rounding.largest:
+        raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")
 
 
 def is_packed(model: PreTrainedModel) -> bool:

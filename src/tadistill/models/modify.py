@@ -1,4 +1,5 @@
-"""Changes to a loaded model, in place: low-rank adapters (also of peft), gradient checkpointing, and a temperature of the logits.
+"""Changes to a loaded model, in place: low-rank adapters (also of peft), gradient checkpointing, a temperature of the logits, and the
+layout and the number format of the weights.
 
 tuner = adapt(model, Lora(r=16), seed=1)         # adds adapters to the linear layers; only the adapters are trained
 save_model(merged(tuner), tokenizer, folder)     # an ordinary model with the adapters added to its weights
@@ -117,6 +118,62 @@ def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
         end = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
         if end and any(f".{name}".endswith(f".{target}") for target in targets):
             raise ModelError(f"lora.targets names {name}, which is the head or an embedding and must stay frozen; name other layers")
+
+
+_USED = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters"),
+)
+"""The settings of an adapter that change its outputs. All other settings keep peft's defaults, because they concern only the training, or
+could make peft import foreign code."""
+_REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
+
+
+def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) -> None:
+    """Merge an adapter into its base model, and write the result to `target` as an ordinary model in float32.
+
+    The result has the adapter's tokenizer, or the tokenizer of the base if the adapter has none. Error messages name the base `base_name`
+    and the adapter `load`.
+
+    Raises:
+        ModelError: peft is missing, or the adapter is damaged or does not fit its base.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(f"the package peft is needed to merge adapter `{load}`; run `pip install 'tadistill[lora]'`") from error
+    check_files(adapter, load)
+    settings = read_description(adapter / ADAPTER, load)
+    if odd := [name for name in _REFUSED if settings.get(name)]:
+        raise ModelError(
+            f"adapter `{load}` has the setting {odd[0]}, which tadistill cannot merge; merge the adapter with the program that trained it"
+        )
+    model = read_model(base, base_name, torch.float32)
+    own = any((adapter / name).is_file() for name in TOKENIZERS)
+    tokenizer = read_tokenizer(adapter if own else base, load if own else base_name)
+    with quiet(), warnings.catch_warnings(action="ignore"):  # peft's warnings about transformers
+        try:
+            chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
+            tuner: Any = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
+            safe, pickled = (adapter / name for name in ADAPTER_WEIGHTS)
+            weights = load_file(safe) if safe.is_file() else torch.load(pickled, weights_only=True, map_location="cpu")
+            found = peft.set_peft_model_state_dict(tuner, weights)
+            merged = tuner.merge_and_unload(safe_merge=True)
+        except Exception as error:  # a damaged adapter can make peft raise any error
+            raise ModelError(
+                f"adapter `{load}` cannot be merged with its base `{base_name}` ({first_line(error)}); check that this is the right "
+                "base model"
+            ) from error
+        lacking = [name for name in found.missing_keys if "lora_" in name]
+        if lacking or found.unexpected_keys:
+            name = (lacking or found.unexpected_keys)[0]
+            raise ModelError(
+                f"adapter `{load}` does not fit its base `{base_name}` (one of them lacks the weight {name}); correct "
+                "`base_model_name_or_path` of the adapter"
+            )
+        merged.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    ordinary_permissions(target)
 
 
 # --- gradient checkpointing ---------------------------------------------------------------------------------------------
@@ -249,61 +306,3 @@ def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
             place[name] = value
         if forward is not None:
             model.forward = forward
-
-
-# --- adapters of peft ----------------------------------------------------------------------------------------------------
-
-_USED = (
-    *("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters"),
-)
-"""The settings of an adapter that change its outputs. All other settings keep peft's defaults, because they concern only the training, or
-could make peft import foreign code."""
-_REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
-
-
-def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) -> None:
-    """Merge an adapter into its base model, and write the result to `target` as an ordinary model in float32.
-
-    The result has the adapter's tokenizer, or the tokenizer of the base if the adapter has none. Error messages name the base `base_name`
-    and the adapter `load`.
-
-    Raises:
-        ModelError: peft is missing, or the adapter is damaged or does not fit its base.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(f"the package peft is needed to merge adapter `{load}`; run `pip install 'tadistill[lora]'`") from error
-    check_files(adapter, load)
-    settings = read_description(adapter / ADAPTER, load)
-    if odd := [name for name in _REFUSED if settings.get(name)]:
-        raise ModelError(
-            f"adapter `{load}` has the setting {odd[0]}, which tadistill cannot merge; merge the adapter with the program that trained it"
-        )
-    model = read_model(base, base_name, torch.float32)
-    own = any((adapter / name).is_file() for name in TOKENIZERS)
-    tokenizer = read_tokenizer(adapter if own else base, load if own else base_name)
-    with quiet(), warnings.catch_warnings(action="ignore"):  # peft's warnings about transformers
-        try:
-            chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
-            tuner: Any = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
-            safe, pickled = (adapter / name for name in ADAPTER_WEIGHTS)
-            weights = load_file(safe) if safe.is_file() else torch.load(pickled, weights_only=True, map_location="cpu")
-            found = peft.set_peft_model_state_dict(tuner, weights)
-            merged = tuner.merge_and_unload(safe_merge=True)
-        except Exception as error:  # a damaged adapter can make peft raise any error
-            raise ModelError(
-                f"adapter `{load}` cannot be merged with its base `{base_name}` ({first_line(error)}); check that this is the right "
-                "base model"
-            ) from error
-        lacking = [name for name in found.missing_keys if "lora_" in name]
-        if lacking or found.unexpected_keys:
-            name = (lacking or found.unexpected_keys)[0]
-            raise ModelError(
-                f"adapter `{load}` does not fit its base `{base_name}` (one of them lacks the weight {name}); correct "
-                "`base_model_name_or_path` of the adapter"
-            )
-        merged.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    ordinary_permissions(target)

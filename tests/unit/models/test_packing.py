@@ -13,7 +13,7 @@ from tadistill import rng
 from tadistill.config.method import Method
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
-from tadistill.models.forward import FAMILIES, ROWS, Reader, check_packing, is_packed, pack_rows
+from tadistill.models.forward import PACKABLE, ROWS, Reader, check_packing, is_packed, pack_rows
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout import fast_mixture
 from tadistill.rollout.engine import sample
@@ -48,7 +48,7 @@ def assert_same_gradients(got, expected):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
 def test_hidden_states_and_gradients_are_those_of_padded_rows(kind):
     found, models = [], both(lambda: tiny(kind))
     for model in models:
@@ -152,4 +152,4 @@ def test_a_model_that_loses_the_rows_is_refused(monkeypatch):
 
 def test_the_documentation_names_all_types():
     page = (Path(__file__).parents[3] / "docs" / "how-to" / "out-of-memory.md").read_text(encoding="utf-8")
-    assert [kind for kind in FAMILIES if f"`{kind}`" not in page] == []
+    assert [kind for kind in PACKABLE if f"`{kind}`" not in page] == []
