@@ -6,8 +6,9 @@ from tests.families import assert_agrees, tiny, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tadistill.errors import ModelError
-from tadistill.models.architectures import ENCODERS, REFUSED, check_architecture, check_config
+from tadistill.models.architectures import check_architecture, check_config
 from tadistill.models.forward import check_reading
+from tadistill.models.shapes import ENCODERS, REFUSED
 
 torch.set_num_threads(1)
 ENCODER_DECODERS = (

@@ -131,7 +131,7 @@ def read_compute(text: str) -> tuple[float | None, str] | None:
 
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
-CONTROLS = " or ".join(", ".join(f"`{kind} of ARM`" for kind in get_args(Kind)).rsplit(", ", 1))
+CONTROLS = "`no_teacher of ARM`, `tempered of ARM` or `random_teacher of ARM`"
 """The forms of `control`, for messages."""
 _CONTROL = re.compile(rf"({'|'.join(get_args(Kind))}) of (.+)")
 

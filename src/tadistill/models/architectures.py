@@ -25,29 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError, did_you_mean
-from tadistill.models.shapes import check_new
-
-_POSITIONS = "counts positions from its padding token and not from 0"
-_BOTH = "reads text in both directions"
-_PART = "is part of a model of images and text, and transformers cannot load this part from files of its own"
-_DRAFTS = "drafts tokens for another model and cannot run without it"
-REFUSED = {
-    **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _POSITIONS),
-    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), _POSITIONS),
-    **dict.fromkeys(("cpmant", "xlnet"), _BOTH),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "generates audio and no text"),
-    **dict.fromkeys(("emu3", "mllama"), _PART),
-    "blt": "reads patches of bytes, which a second model computes",
-    "prophetnet": "predicts several tokens at once",
-    "reformer": "draws random numbers in every forward pass, so its logits cannot be repeated",
-}
-"""Maps a type of model to the reason why it cannot be distilled. The reason continues the sentence "It is of type T, which …"."""
-ENCODERS = frozenset(
-    ("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer", *REFUSED)
-)
-"""Types of models whose tokens attend to earlier and later tokens, unless their config.json has `"is_decoder": true`."""
-
+from tadistill.models.shapes import BOTH, ENCODERS, REFUSED, check_new, refusal
 
 _KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type": ["default", *ROPE_INIT_FUNCTIONS]}
 """Maps a regular expression for the names of configuration fields to the values that transformers knows for these fields."""
@@ -66,10 +44,10 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
     if isinstance(positions, int) and positions < 1:
         raise ModelError(f"the configuration of model `{model}` has {positions} positions (max_position_embeddings); write at least 1")
     if config.is_encoder_decoder:
-        raise _refusal(model, kind, "is an encoder-decoder model")
+        raise refusal(model, kind, "is an encoder-decoder model")
     if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):
         flag = "causal" if hasattr(config, "causal") else "is_decoder"
-        raise _refusal(model, kind, f'{_BOTH} unless its config.json has "{flag}": true')
+        raise refusal(model, kind, f'{BOTH} unless its config.json has "{flag}": true')
 
 
 def check_config(config: Mapping[str, Any], model: str) -> None:
@@ -124,13 +102,9 @@ def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _check_type(kind: Any, model: str) -> None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise _refusal(model, kind, "is not a causal language model of this version of transformers")
+        raise refusal(model, kind, "is not a causal language model of this version of transformers")
     if kind in REFUSED:
-        raise _refusal(model, kind, REFUSED[kind])
-
-
-def _refusal(model: str, kind: Any, reason: str) -> ModelError:
-    return ModelError(f"model `{model}` is of type {kind}, which {reason}; choose a decoder-only language model")
+        raise refusal(model, kind, REFUSED[kind])
 
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -186,6 +186,35 @@ def changes(config: Config, shape: Shape) -> dict[str, Any]:
     return rotary
 
 
+# --- types of models --------------------------------------------------------------------------------------------------
+
+_POSITIONS = "counts positions from its padding token and not from 0"
+BOTH = "reads text in both directions"
+_PART = "is part of a model of images and text, and transformers cannot load this part from files of its own"
+_DRAFTS = "drafts tokens for another model and cannot run without it"
+REFUSED = {
+    **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _POSITIONS),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), _POSITIONS),
+    **dict.fromkeys(("cpmant", "xlnet"), BOTH),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "generates audio and no text"),
+    **dict.fromkeys(("emu3", "mllama"), _PART),
+    "blt": "reads patches of bytes, which a second model computes",
+    "prophetnet": "predicts several tokens at once",
+    "reformer": "draws random numbers in every forward pass, so its logits cannot be repeated",
+}
+"""Maps a type of model to the reason why it cannot be distilled. The reason continues the sentence "It is of type T, which …"."""
+ENCODERS = frozenset(
+    ("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer", *REFUSED)
+)
+"""Types of models whose tokens attend to earlier and later tokens, unless their config.json has `"is_decoder": true`."""
+
+
+def refusal(model: str, kind: Any, reason: str) -> ModelError:
+    """Return the error for a type of model that cannot be distilled. `reason` continues the sentence "It is of type T, which …"."""
+    return ModelError(f"model `{model}` is of type {kind}, which {reason}; choose a decoder-only language model")
+
+
 def check_new(kind: str, fields: Mapping[str, Any], types: Collection[str] = ()) -> None:
     """Check what can be known without torch about a model with random weights.
 
@@ -196,11 +225,16 @@ def check_new(kind: str, fields: Mapping[str, Any], types: Collection[str] = ())
 
     Raises:
         ConfigError: transformers has no such model type, or two sizes do not fit together.
+        ModelError: models of this type cannot be distilled.
     """
     types = types or (() if kind in COUNTED else _causal_types())
     if types and kind not in types:
         hint = did_you_mean(kind, types, "see the list in the transformers documentation")
         raise ConfigError(f"scratch:{kind}: transformers has no causal language model of this type; {hint}")
+    if kind in REFUSED:
+        raise refusal(f"scratch:{kind}", kind, REFUSED[kind])
+    if kind in ENCODERS and not fields.get("is_decoder"):
+        raise refusal(f"scratch:{kind}", kind, f'{BOTH} unless its config.json has "is_decoder": true')
     given = {"num_key_value_heads": _KV_HEADS.get(kind), **fields}
     sizes = {name: size for name, size in given.items() if type(size) is int and size > 0}  # other checks refuse other values
     for family, name, part in _MULTIPLES:

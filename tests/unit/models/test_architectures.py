@@ -3,8 +3,9 @@
 import pytest
 
 from tadistill.errors import ModelError
-from tadistill.models.architectures import REFUSED, check_config, scratch_config
+from tadistill.models.architectures import check_config, scratch_config
 from tadistill.models.loading import load_model
+from tadistill.models.shapes import REFUSED
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -99,6 +99,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("  direct: xl > s", "  - xl > s", 15, "write lines of the form NAME: … below arms, for instance direct: xl > s"),
         ("tokenizer: tinyworld", "tokenizer: tinyworld-bp", 6, "no tokenizer `tinyworld-bp`; write tinyworld or tinyworld-bpe"),
         ("scratch:llama", "scratch:t5", 4, "models.xl: scratch:t5: transformers has no causal language model of this type; see the"),
+        ("scratch:llama", "scratch:bert", 5, "is of type bert, which reads text in both directions unless its config.json has"),
         ("scratch:llama", "scratch:lama", 4, "no causal language model of this type; did you mean `llama`?"),
         ("hidden_size: 32", "hidden_size: 33", 4, "config.hidden_size of scratch:llama is 33, but it must be a multiple of num_"),
         ("tokenizer: tinyworld", "tokenizer: tinywrld", 6, "tinyworld has no tokenizer `tinywrld`; write tinyworld or tinyworld-bpe"),
