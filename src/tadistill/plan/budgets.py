@@ -23,7 +23,6 @@ from tadistill.config import Arm, Recipe
 from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models.shapes import COUNTED
-from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, behind, with_ancestors
 from tadistill.plan.inputs import FromStage
 from tadistill.plan.kinds import DistillSpec, TrainingSpec
@@ -33,6 +32,7 @@ from tadistill.safe_text import form
 
 if TYPE_CHECKING:
     from tadistill.plan.arms import PlannedArm
+    from tadistill.plan.builder import StageBuilder
 
 
 class Budget(NamedTuple):
@@ -59,7 +59,7 @@ class Trial(NamedTuple):
 class Budgets:
     """Computes the budgets of arms."""
 
-    def __init__(self, recipe: Recipe, stages: StageBuilder, graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
+    def __init__(self, recipe: Recipe, stages: "StageBuilder", graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
         """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
         self.recipe, self.stages, self.graph, self.trial = recipe, stages, graph, trial
         self.ledger = stages.ledger
@@ -89,7 +89,10 @@ class Budgets:
         for who, tokens in ((like.name, target), (name, total)):
             if not tokens:
                 raise ConfigError(f"{given} {teacher} writes or scores no answer for `{who}`; remove `teacher_budget`")
-        live = _live(trial, teacher)
+        taught = [
+            s for s in behind(trial.graph.stages, trial.final).values() if isinstance(s.spec, DistillSpec) and s.teachers[0] == teacher
+        ]
+        live = sum(stage.cost.asked for stage in taught if stage.cost is not None)  # tokens that it writes or scores during training
         if not live:
             return Budget(rows=self._rows(given, teacher, target / total))
         if target <= total - live:
@@ -182,10 +185,3 @@ class Budgets:
                 f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` may stop early (select.patience), so its FLOPs are not known "
                 f"in advance; set select: {{patience: null}} for {like.name} and {name}"
             )
-
-
-def _live(trial: Trial, teacher: str) -> float:
-    # the tokens that a teacher writes or scores during training
-    stages = behind(trial.graph.stages, trial.final).values()
-    taught = [stage.cost for stage in stages if isinstance(stage.spec, DistillSpec) and stage.teachers[0] == teacher]
-    return sum(cost.asked for cost in taught if cost is not None)

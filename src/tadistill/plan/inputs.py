@@ -265,10 +265,6 @@ class RandomWeights(Part):
 Handle: TypeAlias = FromStage | Loaded | BehindApi | PrunedDepth | Pruned | Tempered | RandomWeights
 """The source of a model's weights."""
 INPUTS = (Output, FromStage, Loaded, BehindApi, PrunedDepth, Pruned, Tempered, RandomWeights)
-PrunedDepth.model_rebuild()
-Pruned.model_rebuild()
-Tempered.model_rebuild()
-RandomWeights.model_rebuild()
 
 
 def stage_of(part: Handle | Output) -> str | None:

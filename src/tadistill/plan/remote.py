@@ -87,16 +87,12 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
             f"arms.{arm} {what} `{min(own)}`, but this model is served, and a served model can only teach; remove its `serve`, or this arm"
         )
     if teacher and recipe.data.test:
-        _check_analysed(recipe, (teacher, *(() if routed(path.path) else path.last[:-1])))
-
-
-def _check_analysed(recipe: Recipe, models: Iterable[str]) -> None:
-    for name in models:
-        if (serve := recipe.models[name].serve) and serve.gives != "hidden":
-            raise ConfigError(
-                f"`analyse` needs the whole distribution of `{name}`, but models.{name}.serve gives only `{serve.gives}`; use `gives: "
-                "hidden`, or set `analyse: false`"
-            )
+        for name in (teacher, *(() if routed(path.path) else path.last[:-1])):
+            if (serve := recipe.models[name].serve) and serve.gives != "hidden":
+                raise ConfigError(
+                    f"`analyse` needs the whole distribution of `{name}`, but models.{name}.serve gives only `{serve.gives}`; use `gives: "
+                    "hidden`, or set `analyse: false`"
+                )
 
 
 def check_measured(recipe: Recipe, models: Iterable[str]) -> None:

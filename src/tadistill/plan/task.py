@@ -67,9 +67,6 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
     )
 
 
-_SEVERAL = ("processes", "nodes")  # settings of stages that run in several processes
-
-
 def check_entries(recipe: Recipe) -> None:
     """Check the recipe's `resources`. An entry's name must be `default`, a kind of stage (`sft`), or a kind and a model (`sft NAME`).
 
@@ -118,7 +115,7 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     names = [name for name in ("default", stage.kind, f"{stage.kind} {stage.model}") if name in entries]
     given = {f: getattr(entries[n], f) for n in names for f in entries[n].model_fields_set}
     if not stage.spec.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
-        unused = ("parallel",) if stage.spec.shared else (*_SEVERAL, "parallel")
+        unused = ("parallel",) if stage.spec.shared else ("processes", "nodes", "parallel")
         given = {f: v for f, v in given.items() if f not in unused and (f, v) != ("teacher", "sharded")}
     if isinstance(stage.spec, TrainingSpec) and stage.spec.method.ema is not None:  # a moving average is placed like its student
         given["teacher"] = "sharded" if given.get("parallel") == "fsdp" else "replicated"

@@ -23,9 +23,8 @@ from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
-from tadistill.plan.notes import approximations, off_budget
+from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text
 from tadistill.plan.paths import lossy_steps
-from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepared
 from tadistill.runner.remote import announced
