@@ -277,17 +277,16 @@ def _against_sft(results: Results) -> str:
     known = {w: ds for w, m in ways.items() if (ds := [(d, a) for a in distilled if (d := difference(results, a.name, tuned.name, m))])}
     if not known:
         return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: no finished training seed is common to both."
-    every = [(way, d, arm) for way, ds in known.items() for d, arm in ds]
-    adjusted = [(*each, p) for each, p in zip(every, holm([d.p for _, d, _ in every]), strict=True) if not each[1].covers_zero]
-    clear = {way: [(d, arm) for w, d, arm, p in adjusted if w == way and p < _ALPHA] for way in known}
-    if few := min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM:
-        clear = {way: [] for way in known}
-    wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
-    worse = {way: [arm.name for d, arm in found if d.mean < 0] for way, found in clear.items()}
+    every = [(way, d, arm.name) for way, ds in known.items() for d, arm in ds]
+    tested = [(*each, p) for each, p in zip(every, holm([d.p for _, d, _ in every]), strict=True) if not each[1].covers_zero]
+    few = min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM
+    clear = [] if few else [(way, d, name) for way, d, name, p in tested if p < _ALPHA]
+    wins = [way for way in known if any(w == way and d.mean > 0 for w, d, _ in clear)]
+    worse = {way: [name for w, d, name in clear if w == way and d.mean < 0] for way in known}
     all_worse = all(len(worse[way]) == len(ds) for way, ds in known.items())
     claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
     only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(known) else ""
-    near = [] if few or wins else [p for _, d, _, p in adjusted if d.mean > 0]
+    near = [] if few or wins else [p for _, d, _, p in tested if d.mean > 0]
     after = f" {_near_text(near, len(every))}" if near else ""
     bad = "".join(
         f" With {way} answers, {some(names)} {_are(names)} clearly worse than {tuned.name}."

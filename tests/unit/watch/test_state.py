@@ -199,3 +199,9 @@ def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
     machine = Machine()
     use = machine.look([run for run in look(folder).runs if run.host == "node7"], elsewhere=False)
     assert (use.own_processes, use.note.startswith("The run is on node7, but the load is that of")) == (0, True)
+
+
+def test_a_stage_that_waits_names_the_first_stage_that_needs_attention(folder):
+    folder.run(S1, dead=True, failed={D1: "out of memory"})
+    notes = {stage.key: stage.note for stage in look(folder).stages if stage.note.startswith("waits")}
+    assert notes == dict.fromkeys((E1,), "waits for sft s, seed 1")
