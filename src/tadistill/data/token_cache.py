@@ -16,7 +16,7 @@ from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import Counts, Encoded, encode_parts
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.survey import key_of_rows
+from tadistill.data.training_sets import Lazy
 from tadistill.disk import cache_root, digest, replacing, write_json, writing
 from tadistill.store import key_of
 
@@ -33,32 +34,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class EncodedRows(Seq[Encoded]):
+class EncodedRows(Lazy[Encoded]):
     """The rows of a memory-mapped table, as a sequence. A row is read from the disk when it is accessed. A slice returns a list of rows."""
 
     def __init__(self, table: "pa.Table"):
-        columns = (table.column(name) for name in _COLUMNS)
-        self._row, self._prompt, self._response, self._choices, self._teacher, self._spans = columns
+        self._row, *texts, choices, teacher, spans = (table.column(name) for name in _COLUMNS)
 
-    def __len__(self) -> int:
-        return len(self._row)
+        def read(i: int) -> Encoded:
+            prompt, response = (tuple(column[i].values.to_numpy().tolist()) for column in texts)
+            parts = [tuple(map(tuple, column[i].as_py())) for column in (choices, spans)]
+            own = teacher[i].as_py()
+            return Encoded(self._row[i].as_py(), prompt, response, parts[0], None if own is None else tuple(own), parts[1])
+
+        super().__init__(len(self._row), read)
 
     @property
     def numbers(self) -> np.ndarray:
         """The index of each row in its split."""
         return self._row.to_numpy()
-
-    @overload
-    def __getitem__(self, i: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Encoded]: ...
-    def __getitem__(self, i: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        prompt, response = (tuple(column[i].values.to_numpy().tolist()) for column in (self._prompt, self._response))
-        choices, spans = (tuple(map(tuple, column[i].as_py())) for column in (self._choices, self._spans))
-        own = self._teacher[i].as_py()
-        return Encoded(self._row[i].as_py(), prompt, response, choices, None if own is None else tuple(own), spans)
 
 
 def row_numbers(rows: Seq[Encoded]) -> np.ndarray:

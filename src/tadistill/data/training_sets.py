@@ -70,7 +70,7 @@ class TrainingSets:
         order, found = np.zeros(batch, np.int64), [*before]
         for place, chosen in enumerate(sets):
             epoch, at = divmod(found[chosen], self.sizes[chosen])
-            order[place] = self.starts[chosen] + self._order(chosen, epoch, address)[at]
+            order[place] = self.starts[chosen] + self._order(self.sizes[chosen], *address, "set", chosen, epoch)[at]
             found[chosen] += 1
         # processes and micro-batches get rows at fixed distances in the batch, so the sets must not repeat at such a distance
         return order[rng.generator(*address, "sets of a batch", number).permutation(batch)]
@@ -105,16 +105,9 @@ class TrainingSets:
         return _Draws(self.weights)
 
     @cached_property
-    def _orders(self) -> dict[tuple, np.ndarray]:
-        return {}
-
-    def _order(self, chosen: int, epoch: int, address: tuple[int | str, ...]) -> np.ndarray:
-        key = chosen, epoch, address
-        if key not in self._orders:
-            if len(self._orders) >= 4 * len(self.sizes):  # a batch can need two epochs of each set
-                self._orders.clear()
-            self._orders[key] = rng.generator(*address, "set", chosen, epoch).permutation(self.sizes[chosen])
-        return self._orders[key]
+    def _order(self) -> Callable[..., np.ndarray]:
+        # the order of a set's rows in an epoch; a batch can need two epochs of each set
+        return lru_cache(2 * len(self.sizes))(_permuted)
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
@@ -123,9 +116,11 @@ def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 
 
-@lru_cache(maxsize=4)  # prompts and corpus, each in two epochs
-def _order(rows: int, *address: int | str) -> np.ndarray:
+def _permuted(rows: int, *address: int | str) -> np.ndarray:
     return rng.generator(*address).permutation(rows)
+
+
+_order = lru_cache(maxsize=4)(_permuted)  # prompts and corpus, each in two epochs
 
 
 @dataclass

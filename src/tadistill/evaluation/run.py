@@ -85,9 +85,12 @@ def score(
     the references are measured as well.
     """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
-    per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
-    for seed, scores in per_seed.items():
-        scores |= {name: np.asarray(column) for name, column in text_scores.score_own(own or {}, predictions[seed], data.rows).items()}
+    per_seed: dict[int, dict[str, np.ndarray]] = {}
+    for seed, of_seed in answers.items():
+        scores = text_scores.score_answers(predictions[seed], [a.response for a in of_seed], data.rows)
+        scores["entropy"] = means(entropy(subject, of_seed, batch=settings.batch, temperature=settings.temperature)).tolist()
+        scores |= text_scores.score_own(own or {}, predictions[seed], data.rows)
+        per_seed[seed] = {name: np.asarray(column, float) for name, column in scores.items()}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
     columns |= {name: np.array(values)[:, None] for name, values in text_scores.score_seeds(predictions).items()}
     corpus: dict[str, Any] = {"numbers": text_scores.score_set(predictions)}
@@ -101,14 +104,6 @@ def decode(subject: Subject, answers: Seq[Sequence]) -> list[str]:
     """Decode answers to text. Remove the end token, special tokens, and white space at both ends."""
     tokens = [list(a.response[:-1] if a.response and a.response[-1] in subject.eos else a.response) for a in answers]
     return [t.strip() for t in subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def _answer_scores(
-    subject: Subject, data: EvalSet, settings: Evaluate, answers: Seq[Sequence], predictions: list[str]
-) -> dict[str, np.ndarray]:
-    scores = text_scores.score_answers(predictions, [a.response for a in answers], data.rows)
-    found = {name: np.asarray(column, float) for name, column in scores.items()}
-    return found | {"entropy": means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))}
 
 
 def _read_references(
