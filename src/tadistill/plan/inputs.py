@@ -265,6 +265,8 @@ class RandomWeights(Part):
 Handle: TypeAlias = FromStage | Loaded | BehindApi | PrunedDepth | Pruned | Tempered | RandomWeights
 """The source of a model's weights."""
 INPUTS = (Output, FromStage, Loaded, BehindApi, PrunedDepth, Pruned, Tempered, RandomWeights)
+for _part in (PrunedDepth, Pruned, Tempered, RandomWeights):  # they refer to `Handle`
+    _part.model_rebuild()
 
 
 def stage_of(part: Handle | Output) -> str | None:

@@ -143,7 +143,7 @@ def planned_memory(plan: "Plan", stage: Stage) -> Memory | None:
         ConfigError: as in `layout`.
     """
     wanted, ledger = layout(plan.recipe, stage), Ledger(plan.recipe)
-    memory = stage.cost.memory if stage.cost else _measuring(plan, stage, ledger)
+    memory = _memory(plan, stage, ledger)
     if memory is None:
         return None
     if wanted.parallel == "fsdp" and (size := ledger.size(stage.model)):
@@ -164,7 +164,7 @@ def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:
     wanted, ledger = layout(plan.recipe, stage), Ledger(plan.recipe)
     if not cuda:
         return (process_bytes(plan, stage, cuda=False) or 0.0) * wanted.processes / wanted.nodes
-    memory, size = stage.cost.memory if stage.cost else _measuring(plan, stage, ledger), ledger.size(stage.model)
+    memory, size = _memory(plan, stage, ledger), ledger.size(stage.model)
     if memory is None or size is None:
         return 0.0
     each = max(memory.weights, memory.frozen) + (memory.frozen if wanted.teacher == "offloaded" else 0.0) + memory.rollouts
@@ -172,7 +172,9 @@ def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:
     return each * wanted.processes / wanted.nodes + gathered
 
 
-def _measuring(plan: "Plan", stage: Stage, ledger: Ledger) -> Memory | None:
+def _memory(plan: "Plan", stage: Stage, ledger: Ledger) -> Memory | None:
+    if stage.cost:
+        return stage.cost.memory
     models, dtype = stage.spec.models, DTYPES[plan.recipe.evaluate.precision]
     others = [handle for role, handle in models.items() if role != "model" and not is_served(handle)]
     handles = [handle for i, handle in enumerate(others) if handle not in others[:i]]
