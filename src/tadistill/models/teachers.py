@@ -69,9 +69,8 @@ class Teacher:
 class HiddenTeacher(Teacher):
     """Base class of the teachers whose outputs are their last hidden states. This process applies the output head to these states."""
 
-    @property
-    def head(self) -> Head:
-        raise NotImplementedError
+    head: Head
+    """The output head."""
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the inputs of the output head, of shape (N, H)."""
@@ -105,7 +104,7 @@ class InProcess(HiddenTeacher):
         return self._model.device
 
     @property
-    def head(self) -> Head:
+    def head(self) -> Head:  # type: ignore[override]
         return self.reader.head
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -126,15 +125,11 @@ class ServedHidden(HiddenTeacher):
     """A teacher whose servers send the last hidden states. Its output head is in this process."""
 
     def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, head: Head):
-        self._servers, self._name, self._head, self.config = servers, name, head, config.get_text_config(decoder=True).to_dict()
+        self._servers, self._name, self.head, self.config = servers, name, head, config.get_text_config(decoder=True).to_dict()
         self.device, self.width = head.weight.device, head.weight.shape[0]
 
-    @property
-    def head(self) -> Head:
-        return self._head
-
     def hidden(self, batch: Batch) -> Tensor:
-        rows, weight = sequences(batch, ahead=0), self._head.weight
+        rows, weight = sequences(batch, ahead=0), self.head.weight
 
         def read(number: int, answer: Answer) -> Tensor:
             return hidden_states(answer, len(rows.tokens[number]), weight.shape[1], weight.dtype)

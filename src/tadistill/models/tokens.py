@@ -1,6 +1,7 @@
-"""Special tokens of a model, read from its files: the tokens that end an answer, the token BOS, and the chat template.
+"""Special tokens of a model (the tokens that end an answer, the token BOS, and the chat template), and the vocabularies of tokenizers.
 
-Only JSON files are read, so planning needs no torch. `ends` merges the tokens that end an answer for several models.
+Both are read from JSON files, so planning needs no torch, or from loaded models and tokenizers. `ends` merges the tokens that end an answer
+for several models.
 """
 
 import json
