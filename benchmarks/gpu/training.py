@@ -36,7 +36,6 @@ from tadistill.rollout.engine import Native, sample
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.spans import Vocabularies
 from tadistill.train.step import make_step
 
 CPU, ROWS, NEW = torch.device("cpu"), 8, 12
@@ -165,7 +164,7 @@ class Problem:
         alone = {
             p: Rollout(r.tokens, {name: r.values[name] for name in ("student", "behaviour")}) for p, r in zip(prompts, out, strict=True)
         }
-        return cls(student, teacher, sequences, alone, alone, Vocabularies(again), again)
+        return cls(student, teacher, sequences, alone, alone, again, again)
 
     def update(self, case: Case, device: torch.device, precision: str, steps: int = 1) -> tuple[float, Tensor]:
         """Do updates by the training loop. Returns the loss of the first, and the gradient that AdamW got from it."""
