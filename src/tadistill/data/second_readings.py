@@ -37,7 +37,6 @@ SPELLED, STRIPPED, CHANGED = 0, 1, 2
 """How the bytes that a token has in a text differ from the token's own bytes: not at all, by a missing first space, or in another way."""
 _BYTES = 256
 _KEPT = 50_000  # number of a data set's second readings in memory; one has about 2 KB for an answer of 200 tokens
-_NOTHING: dict[str, int] = dict.fromkeys(("spans", "single", "unspelled", "tokens", "left_out", "lone", "changed", "dropped"), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,13 +268,13 @@ class Aligned:
     def of(cls, sequences: Seq["Sequence"]) -> "Aligned":
         """Number the spans of the sequences of a batch. Each sequence must contain the teacher's tokens of its response (`second`)."""
         each = [_of_row(s) for s in sequences]
-        of_rows = tuple(len(row.follows) for row in each)
+        of_rows = tuple(row.count for row in each)
         starts = np.cumsum([0, *of_rows])
-        at = np.concatenate([np.where(row.at >= 0, row.at + start, NO_SPAN) for row, start in zip(each, starts, strict=False)])
+        at = [torch.where(row.student >= 0, row.student + int(start), NO_SPAN) for row, start in zip(each, starts, strict=False)]
         mine, theirs = (SpannedTokens.joined([row.texts[k] for row in each], starts) for k in range(2))
-        found = {name: sum(row.found[name] for row in each) for name in _NOTHING}
-        student, teacher, ids = (torch.from_numpy(part) for part in (at, theirs.spans, theirs.ids))
-        return cls(student, teacher, ids, of_rows, (mine, theirs), np.concatenate([row.follows for row in each]), found)
+        found = {name: sum(row.found[name] for row in each) for name in each[0].found}
+        follows = np.concatenate([row.follows for row in each])
+        return cls(torch.cat(at), torch.from_numpy(theirs.spans), torch.from_numpy(theirs.ids), of_rows, (mine, theirs), follows, found)
 
     def to(self, device: torch.device) -> "Aligned":
         """Return the spans on `device`."""
@@ -313,17 +312,7 @@ class SpannedTokens:
         return SpannedTokens(self.ids[:count], self.spans[:count], self.marks[:count])
 
 
-@dataclass(frozen=True)
-class _Row:
-    """The spans of one row, for `Aligned`. They are numbered from 0."""
-
-    at: np.ndarray
-    texts: tuple[SpannedTokens, SpannedTokens]
-    follows: np.ndarray
-    found: dict[str, int]
-
-
-def _of_row(s: "Sequence") -> _Row:
+def _of_row(s: "Sequence") -> Aligned:
     mine, theirs = (spans.astype(np.int64) for spans in counted_spans(s))
     second = s.second
     assert second is not None
@@ -334,10 +323,15 @@ def _of_row(s: "Sequence") -> _Row:
         first, after = (np.searchsorted(spans[places], np.arange(len(follows)), side) for side in ("left", "right"))
         follows[1:] &= places[first[1:]] == places[after[:-1] - 1] + 1
     follows[:1] = False
-    found = {"spans": len(follows), "single": int((second.matched & (mine >= 0)).sum()), "tokens": int(counts.sum())}
     parts = (np.array(s.response, np.int64), mine, second.student_marks), (second.ids.astype(np.int64), theirs, second.teacher_marks)
     unspelled = [spans[places][marks[places] == CHANGED] for (_, spans, marks), places in zip(parts, kept, strict=True)]
-    found |= {"unspelled": len(np.unique(np.concatenate(unspelled)))}
-    found |= {"left_out": int((mine[counts] < 0).sum()), "lone": second.lone, "changed": second.changed, "dropped": second.dropped}
-    texts = [SpannedTokens(*(part[places] for part in own)) for own, places in zip(parts, kept, strict=True)]
-    return _Row(mine[counts], (texts[0], texts[1]), follows, found)
+    found = {"spans": len(follows), "single": int((second.matched & (mine >= 0)).sum())}
+    found |= {
+        "unspelled": len(np.unique(np.concatenate(unspelled))),
+        "tokens": int(counts.sum()),
+        "left_out": int((mine[counts] < 0).sum()),
+    }
+    found |= {"lone": second.lone, "changed": second.changed, "dropped": second.dropped}
+    own, other = (SpannedTokens(*(part[places] for part in of_one)) for of_one, places in zip(parts, kept, strict=True))
+    student, teacher, ids = (torch.from_numpy(part) for part in (mine[counts], other.spans, other.ids))
+    return Aligned(student, teacher, ids, (len(follows),), (own, other), follows, found)
