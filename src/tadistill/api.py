@@ -30,9 +30,9 @@ from tadistill.report import read_results, summary_table, write_report
 from tadistill.results.collect import with_passes
 from tadistill.results.study import find_study, load_plan, trained_model
 from tadistill.runner.study import evaluation_recipe, run_study
-from tadistill.safe_text import counted
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

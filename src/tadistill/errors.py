@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from tadistill.safe_text import one_line, shortened
+from tadistill.text import one_line, shortened
 
 
 class TadistillError(Exception):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.disk import digest, read_json, sha256, sync, write_json
 from tadistill.errors import StoreError
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.segment import Segment
 
-from tadistill.safe_text import visible
+from tadistill.text import visible
 
 BROKEN_PIPE = 141
 """Exit code of a command whose output nobody reads any more. Shells use the same code (128 + SIGPIPE)."""

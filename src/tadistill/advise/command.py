@@ -40,10 +40,10 @@ from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models, method_text
-from tadistill.safe_text import counted
 from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 NATS_PER_POINT = 1 / 30
 """Nats of loss that count as one point of a score from 0 to 100. So a margin of 0.3 points becomes 0.01 nats."""

@@ -22,8 +22,8 @@ from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.results.measured import load_reported
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
-from tadistill.safe_text import counted
 from tadistill.store import Store, store_of
+from tadistill.text import counted
 
 
 @dataclass(frozen=True)

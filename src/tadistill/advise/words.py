@@ -17,8 +17,8 @@ from tadistill.config.arm import path_text
 from tadistill.config.method import PARTS
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.number_text import MINUS
-from tadistill.safe_text import counted
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
+from tadistill.text import counted
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)  # `notes` warns about a `Pair.mass` below the first, and about size ratios outside the range
 _NAMES = {

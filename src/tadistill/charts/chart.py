@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from tadistill.charts.axis import Axis
 from tadistill.charts.series import WIDTHS, Label, Look, Mark, glyph, label_column, marker, place_labels, safe, text_width
-from tadistill.safe_text import visible_parts
+from tadistill.text import visible_parts
 
 _ACROSS = 1000  # width of the coordinate system of paths; it is stretched to the width in pixels
 _VISIBLE = 0.004  # share of the width: a point that is moved by less is not counted as moved

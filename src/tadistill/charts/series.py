@@ -9,7 +9,7 @@ from math import hypot
 
 from markupsafe import Markup, escape
 
-from tadistill.safe_text import visible
+from tadistill.text import visible
 
 COLOURS = 12
 """Number of colours; `charts.css` has their values for light and dark pages."""

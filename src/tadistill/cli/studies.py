@@ -24,8 +24,8 @@ from tadistill.cli.shared import (
     report_study,
 )
 from tadistill.errors import ConfigError
-from tadistill.safe_text import counted
 from tadistill.store import Store, runs_directory, store_of
+from tadistill.text import counted
 
 app = typer.Typer()
 

@@ -20,8 +20,8 @@ from rich.table import Table
 from tadistill.cluster.fetch import size
 from tadistill.errors import StoreError
 from tadistill.runner.local import local_runs
-from tadistill.safe_text import counted
 from tadistill.store import Store
+from tadistill.text import counted
 
 _KEY = re.compile(rb"\b[0-9a-f]{16}\b")
 _STORE = "store"

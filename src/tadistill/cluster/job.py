@@ -30,8 +30,8 @@ from tadistill.plan.graph import Stage
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag
-from tadistill.safe_text import visible
 from tadistill.store import FAILURE, RECORD, Store, key_of
+from tadistill.text import visible
 
 _EVERY = 30.0  # seconds between two lines of progress in the log
 

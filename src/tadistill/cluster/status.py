@@ -17,8 +17,8 @@ from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, LocalRun, described, local_runs
-from tadistill.safe_text import counted
 from tadistill.store import FAILURE, Store, command_for
+from tadistill.text import counted
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
 _TAIL = 64 << 10  # bytes at the end of a log, in which the newest line is

@@ -42,9 +42,9 @@ from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.remote import check_asked
 from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
-from tadistill.safe_text import counted
 from tadistill.store import command_for, store_of
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 _WAIT = 120  # seconds to wait for another submission to end
 

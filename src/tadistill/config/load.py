@@ -23,7 +23,7 @@ from tadistill.config.recipe_files import Lines, located, settled, shipped, wher
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
 T = typing.TypeVar("T")

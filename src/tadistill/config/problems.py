@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, tag
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 _WORDS = {
     # our key -> words for it in TRL, transformers, peft, axolotl and ms-swift

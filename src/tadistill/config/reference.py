@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from tadistill.config.common import MOST
 from tadistill.config.recipe import Recipe
 from tadistill.config.shorthand import SHORT_KEYS
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 NAME = "NAME"
 """Placeholder for a name that the user chooses, as in the key `models.NAME.load`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from tadistill.config.data import LongText, Template, Thinking, Turns
 from tadistill.config.method_parts import TeacherContext
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 
 @dataclass(frozen=True)

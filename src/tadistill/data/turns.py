@@ -20,7 +20,7 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.data.prompts import OPEN, before_answer, check_template, in_chat, render
 from tadistill.data.rows import Example
 from tadistill.errors import DataError
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all,
 from tadistill.models.endpoint import Unavailable, check_address, connect, knock
 from tadistill.models.replies import Cache, open_cache
 from tadistill.results.study import find_study
-from tadistill.safe_text import counted
 from tadistill.store import store_of
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -24,8 +24,8 @@ from tadistill.disk import read_json, write_json, write_text
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge.questions import Answers
 from tadistill.judge.scores import Row, pair_rows, rounded, with_mean
-from tadistill.safe_text import guarded, visible_parts
 from tadistill.statistics import macro_interval
+from tadistill.text import guarded, visible_parts
 
 SCALE = (1, 5)
 _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")

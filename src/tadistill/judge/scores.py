@@ -26,8 +26,8 @@ from tadistill.judge.questions import Answers, Question, parse_scores, wordings
 from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
 from tadistill.models.replies import Cache, in_threads
 from tadistill.results.collect import MEAN
-from tadistill.safe_text import counted
 from tadistill.statistics import macro_interval
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from openai import OpenAI

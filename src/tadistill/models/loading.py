@@ -37,7 +37,7 @@ from tadistill.models import sources
 from tadistill.models.architectures import check_architecture, first_line, quiet, scratch_config, scratch_model, wrong_field
 from tadistill.models.model_files import check_files, read_description, read_or_empty
 from tadistill.models.tokens import check_ends, end_tokens
-from tadistill.safe_text import counted, form
+from tadistill.text import counted, form
 
 
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
 from tadistill.models.cost import Cost
 from tadistill.plan.graph import OnTrainingSets, Spec
 from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from tadistill.plan.costs import Ledger

@@ -27,8 +27,8 @@ from tadistill.plan.phases_and_budgets import PlannedPhase
 from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, vllm_stages
 from tadistill.plan.throughput import Speeds
-from tadistill.safe_text import counted
 from tadistill.store import Store
+from tadistill.text import counted
 
 ASKED = "asked"
 """The column of the arms' table with the number of answer tokens that the original teacher writes or scores."""

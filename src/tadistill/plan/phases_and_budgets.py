@@ -33,7 +33,7 @@ from tadistill.plan.inputs import FromStage
 from tadistill.plan.kinds import DistillSpec, TrainingSpec
 from tadistill.plan.paths import given_teachers
 from tadistill.plan.task import original_teacher
-from tadistill.safe_text import counted, form
+from tadistill.text import counted, form
 
 if TYPE_CHECKING:
     from tadistill.plan.arms import PlannedArm

@@ -18,8 +18,8 @@ from tadistill.plan.notes import ASKED, counts_asked, plan_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import process_bytes
 from tadistill.plan.throughput import Speeds
-from tadistill.safe_text import counted
 from tadistill.store import Store
+from tadistill.text import counted
 
 _LARGEST = 3  # number of stages whose parts are shown
 _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels

@@ -25,8 +25,8 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Handle, Loaded
 from tadistill.plan.kinds import AnalyseSpec, AskSpec, DistillSpec, SignalSpec, Spec
 from tadistill.rollout.api_teacher import Request, requests
-from tadistill.safe_text import counted, form
 from tadistill.store import Store
+from tadistill.text import counted, form
 
 if TYPE_CHECKING:
     from tadistill.plan.arms import Plan

@@ -20,7 +20,7 @@ from tadistill.models.tokens import Tokens, Vocabulary
 from tadistill.plan.costs.light_tokenizer import vocabulary
 from tadistill.plan.inputs import Encoding, TokenizerFiles
 from tadistill.plan.paths import contexts_of, with_parents
-from tadistill.safe_text import counted, listed
+from tadistill.text import counted, listed
 
 _SHOWN = 3  # number of tokens that a sentence names
 

@@ -18,8 +18,8 @@ from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, 
 from tadistill.results.number_text import number, span, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import Comparison, by_importance
-from tadistill.safe_text import listed
 from tadistill.statistics import Difference
+from tadistill.text import listed
 
 _MOST_PAIRS = 6  # a study without assistants and with more pairs of arms has no analysis, because it would be too long
 Mark = Literal["better", "worse", "no clear difference", "not measured"]

@@ -20,8 +20,8 @@ from tadistill.results.compare import difference, direct_of, greedy_decoding
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, span, spoken_interval, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
-from tadistill.safe_text import counted, form, listed
 from tadistill.statistics import Difference, holm
+from tadistill.text import counted, form, listed
 
 _ALPHA = 0.05
 Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]

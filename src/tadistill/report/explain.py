@@ -18,8 +18,8 @@ from tadistill.results.number_text import detectable_text, number, p_text, ratio
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
-from tadistill.safe_text import counted, form, listed, one_line, shortened
 from tadistill.store import FAILURE
+from tadistill.text import counted, form, listed, one_line, shortened
 
 _NAMED = 5  # most arms that one sentence names
 

@@ -18,7 +18,7 @@ from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
 from tadistill.results.samples import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
-from tadistill.safe_text import counted, listed
+from tadistill.text import counted, listed
 
 _VERBS = {
     "gain": "is clearly better than",

@@ -30,7 +30,7 @@ from tadistill.results.measured import load_manifest, load_predictions, rows_tex
 from tadistill.results.number_text import interval, number, parameters_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 
 def export(results: Results, arm: str, seed: int | None, target: Path, *, name: str = "") -> Path:

@@ -45,7 +45,7 @@ from tadistill.results.curves import learning_curves
 from tadistill.results.samples import Samples, judgements, samples, shown_first
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import comparisons
-from tadistill.safe_text import counted, visible, visible_parts
+from tadistill.text import counted, visible, visible_parts
 
 
 @dataclass(frozen=True)

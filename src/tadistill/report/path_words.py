@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from tadistill.config.arm import Control, flat, is_route, path_text, teachers_of
 from tadistill.results.collect import Results
 from tadistill.results.study import ArmRecord, PhaseRecord
-from tadistill.safe_text import listed
+from tadistill.text import listed
 
 _TEXTS = {
     "dataset": "the training data",

@@ -23,8 +23,8 @@ from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metri
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
 from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.verdict import Comparison, comparisons, pairs
-from tadistill.safe_text import guarded
 from tadistill.statistics import Difference
+from tadistill.text import guarded
 
 
 def write_results(results: Results) -> None:

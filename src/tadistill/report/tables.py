@@ -21,7 +21,7 @@ from tadistill.results.number_text import (
 )
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import Comparison, comparisons, control_pairs
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from tadistill.errors import StoreError
 from tadistill.metrics import metric_of
 from tadistill.models.cost import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
-from tadistill.safe_text import counted, form
 from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store
+from tadistill.text import counted, form
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 READ = ("scores.json", "corpus.json", "exposure.json", "predictions.jsonl", "metrics.jsonl")

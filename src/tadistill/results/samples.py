@@ -14,7 +14,7 @@ from tadistill.results.collect import Results, once
 from tadistill.results.measured import load_predictions
 from tadistill.results.number_text import number
 from tadistill.results.verdict import by_importance
-from tadistill.safe_text import counted, form
+from tadistill.text import counted, form
 
 _PROMPTS = 50  # maximum number of prompts per set: enough to read and search
 _BYTES = 1_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`

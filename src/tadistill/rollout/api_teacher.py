@@ -24,7 +24,7 @@ from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed
 from tadistill.models.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
 from tadistill.models.replies import Cache, in_threads
-from tadistill.safe_text import counted, form
+from tadistill.text import counted, form
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -38,7 +38,7 @@ from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process
 from tadistill.rollout.draw import Guide, Rollout
 from tadistill.rollout.engine import Prompt, Tick
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 _ALIGNED = 64  # each weight begins at a multiple of this number of bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers

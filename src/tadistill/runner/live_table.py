@@ -24,7 +24,7 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LocalRun, StageProgress
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 SHARED = "shared by arms"
 """Name of the group of stages that several arms need."""

@@ -31,7 +31,7 @@ from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillErr
 from tadistill.models.cost import keep_freed_memory
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag, held, release
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 Message = tuple[int, int, str] | str
 """Progress (done, total, text), or the text of an alarm."""

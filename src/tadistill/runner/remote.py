@@ -33,9 +33,9 @@ from tadistill.plan.remote import Estimate, running, wanted_of
 from tadistill.plan.task import make_task
 from tadistill.rollout.api_teacher import client_of, replies_file, same_model
 from tadistill.runner.processes import run_in_processes
-from tadistill.safe_text import form
 from tadistill.store import Store
 from tadistill.terminal import Terminal
+from tadistill.text import form
 
 if TYPE_CHECKING:
     from tadistill.models.served_model import Checked

@@ -25,9 +25,9 @@ from tadistill.runner.interruption import ENDING, StopFlag, Stopped
 from tadistill.runner.processes import StageProcesses, prepare
 from tadistill.runner.screen import Screen
 from tadistill.runner.trackers import Trackers
-from tadistill.safe_text import counted
 from tadistill.store import Store
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 _POLL = 0.5
 """Largest number of seconds until a signal is noticed, if no stage sends a message."""

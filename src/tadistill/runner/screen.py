@@ -19,9 +19,9 @@ from tadistill.runner.live_table import Board, LiveTable
 from tadistill.runner.local import Journal, StageProgress, described
 from tadistill.runner.processes import Message
 from tadistill.runner.timing import Estimate, workloads
-from tadistill.safe_text import counted
 from tadistill.store import Store
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 _MINUTE = 60.0
 

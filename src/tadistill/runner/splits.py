@@ -22,7 +22,7 @@ from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.paths import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the largest number of positions in transformers' configurations
 

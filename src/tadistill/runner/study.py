@@ -30,9 +30,9 @@ from tadistill.runner.processes import prepared
 from tadistill.runner.remote import announced
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
-from tadistill.safe_text import counted
 from tadistill.store import Store, key_of, store_of
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 """MiniLLM's five test sets."""

@@ -12,9 +12,9 @@ from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
 from tadistill.plan.paths import with_parents
-from tadistill.safe_text import counted
 from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
+from tadistill.text import counted
 
 _SEEDS = 3
 """Minimum number of training seeds in confirm.yaml."""

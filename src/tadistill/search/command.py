@@ -25,12 +25,12 @@ from tadistill.plan.graph import Stage, total_flops, with_ancestors
 from tadistill.plan.paths import with_parents
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models
-from tadistill.safe_text import counted
 from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, write_choice
 from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
+from tadistill.text import counted
 
 MOST_PATHS = 256
 

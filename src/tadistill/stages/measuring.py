@@ -24,8 +24,8 @@ from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
-from tadistill.safe_text import counted
 from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
+from tadistill.text import counted
 
 if TYPE_CHECKING:
     from tadistill.evaluation.harness import TaskResult

@@ -37,8 +37,8 @@ from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSp
 from tadistill.plan.remote import wanted_of
 from tadistill.rollout.api_teacher import Asking, replies_file
 from tadistill.rollout.signals import complete, of_teacher, record
-from tadistill.safe_text import counted, form
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked
+from tadistill.text import counted, form
 from tadistill.tuning import GENERATION_BATCH
 
 _POLL = 0.2  # seconds between two looks at the files of other processes

@@ -35,9 +35,9 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
-from tadistill.safe_text import counted
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context
 from tadistill.store import ROLLOUTS
+from tadistill.text import counted
 from tadistill.train.checkpoint import TrainState
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.step import make_step

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 
-from tadistill.safe_text import counted, form
 from tadistill.statistics.intervals import Difference
+from tadistill.text import counted, form
 
 MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 _MANY_SEEDS = 1_000_000  # largest number of seeds that `seeds_to_detect` returns

@@ -21,7 +21,7 @@ from tadistill import charts
 from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.runner.local import spoken
-from tadistill.safe_text import visible
+from tadistill.text import visible
 from tadistill.watch.logs import Curve, Point, TrainingLog
 from tadistill.watch.machine import Use
 from tadistill.watch.state import BAD, Moment, Rollouts, StageState

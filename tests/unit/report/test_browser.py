@@ -8,7 +8,7 @@ import pytest
 
 from tadistill.report import write_report
 from tadistill.results.number_text import number, signed
-from tadistill.safe_text import visible
+from tadistill.text import visible
 
 from .builder import NASTY, SMALL, ArmSpec, Study, StudySpec, build_study
 

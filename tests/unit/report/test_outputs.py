@@ -18,7 +18,7 @@ from tadistill.report.tables import interval_method
 from tadistill.results.compare import difference
 from tadistill.results.number_text import flops_text, number, parameters_text, signed
 from tadistill.results.verdict import comparisons
-from tadistill.safe_text import visible
+from tadistill.text import visible
 
 from .builder import NASTY, PARAMETERS, SMALL, ArmSpec, StudySpec, build_study, key_of
 

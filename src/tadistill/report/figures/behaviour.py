@@ -12,7 +12,7 @@ from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities
 from tadistill.results.number_text import summary_text
-from tadistill.safe_text import counted
+from tadistill.text import counted
 
 _CALIBRATED = Look(GREY, "circle", "5 4")
 

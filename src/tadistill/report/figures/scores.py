@@ -14,8 +14,8 @@ from tadistill.results.compare import Point as Decoded
 from tadistill.results.number_text import MINUS, gap_text, number, p_text, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, comparisons, control_pairs
-from tadistill.safe_text import counted
 from tadistill.statistics import Difference
+from tadistill.text import counted
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two

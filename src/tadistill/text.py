@@ -1,11 +1,11 @@
-r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal, and nouns in sentences.
+r"""Functions for the texts that people read: untrusted values made safe to print, and the right forms of counted nouns.
 
 visible("a\x1b[2J")     -> shows control characters as escapes, here as `\x1b`
 visible_parts(value)    -> does the same for every text in lists and dicts
 one_line(text)          -> also shows line breaks as escapes
 shortened(sentence)     -> cuts every quoted value at 200 characters
-counted(1, "stage")     -> gives the noun the form that its number needs
-listed(["a", "b"])      -> joins names with commas and `and`
+counted(1, "stage")     -> "1 stage"; counted(3, "stage") -> "3 stages"
+listed(["a", "b"])      -> "a and b"
 """
 
 import re

@@ -21,9 +21,9 @@ from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.judge.people import Sheet, render_sheet
 from tadistill.report import read_results, summary_table, write_report
 from tadistill.report.plain_text import code, escape_markdown, side_by_side
-from tadistill.safe_text import counted, form, guarded, one_line, shortened, visible, visible_parts
 from tadistill.store import Store
 from tadistill.terminal import Terminal
+from tadistill.text import counted, form, guarded, one_line, shortened, visible, visible_parts
 
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")
 EVIL = "a\x1b[2J\x1b]0;title\x07\u202eb\x9b\ud800\u2028c\r\0"
