@@ -6,16 +6,8 @@
 `fused_divergence` computes the same values from hidden states and output heads. It never builds a tensor of shape [tokens, vocabulary].
 """
 
-from tadistill.objectives.alpha_and_adaptive import (
-    TaidSchedule,
-    adaptive_kl,
-    alpha_beta,
-    alpha_mixture,
-    contrastive,
-    contrastive_alpha,
-    taid,
-    taid_target,
-)
+from tadistill.objectives.adaptive import TaidSchedule, adaptive_kl, contrastive, contrastive_alpha, taid, taid_target
+from tadistill.objectives.alpha_divergences import alpha_beta, alpha_mixture
 from tadistill.objectives.divergence import (
     forward_kl,
     jeffreys,
@@ -27,20 +19,8 @@ from tadistill.objectives.divergence import (
     total_variation,
 )
 from tadistill.objectives.fused import fused_divergence, fused_head
-from tadistill.objectives.sampled_and_minillm import (
-    clipped_ratio,
-    cross_entropy,
-    k1,
-    k2,
-    k3,
-    moments,
-    no_teacher,
-    policy_gradient,
-    returns,
-    single_step,
-    token_log_probs,
-    whiten,
-)
+from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
+from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, no_teacher, token_log_probs
 from tadistill.objectives.spans import SpanTokens, fused_span_distance, fused_span_divergence, span_log_probs, span_rewards
 from tadistill.objectives.sparse import Sampled, TopK, sampled_target, top_k, top_k_forward_kl, top_k_reverse_kl
 from tadistill.objectives.targets import Head, Hidden, TargetMixture

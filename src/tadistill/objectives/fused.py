@@ -22,7 +22,7 @@ from torch import Tensor
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
-from tadistill.objectives.sampled_and_minillm import TokenTerm
+from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.sparse import Sampled, TopK
 from tadistill.objectives.targets import (
     Head,

@@ -33,7 +33,7 @@ from tadistill.objectives.divergence import (
     skew_reverse_kl,
     skew_reverse_kl_with_slope,
 )
-from tadistill.objectives.sampled_and_minillm import single_step, single_step_with_slope
+from tadistill.objectives.minillm import single_step, single_step_with_slope
 from tadistill.objectives.sparse import Sampled, TopK
 
 WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {

@@ -31,7 +31,7 @@ from tadistill.plan.inputs import (
     plan_tasks,
 )
 from tadistill.plan.paths import check_like, check_weights, teacher_rules
-from tadistill.plan.phases_and_budgets import Turn
+from tadistill.plan.phases import Turn
 from tadistill.plan.study_texts import StudySets, on_sets, texts
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.text import counted

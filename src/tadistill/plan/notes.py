@@ -23,7 +23,7 @@ from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
 from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
 from tadistill.plan.paths import contexts_of, given_teachers, lossy_steps
-from tadistill.plan.phases_and_budgets import PlannedPhase
+from tadistill.plan.phases import PlannedPhase
 from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, vllm_stages
 from tadistill.plan.throughput import Speeds

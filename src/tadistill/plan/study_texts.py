@@ -26,7 +26,7 @@ from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import kinds
 from tadistill.plan.inputs import BehindApi, Dev, DevSets, Encoding, Handle, HashedData, Output, Split, TokenizerFiles
 from tadistill.plan.paths import check_writer
-from tadistill.plan.phases_and_budgets import Turn
+from tadistill.plan.phases import Turn
 
 if TYPE_CHECKING:
     from tadistill.plan.builder import StageBuilder

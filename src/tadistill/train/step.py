@@ -27,7 +27,7 @@ from tadistill.models.forward import Reader
 from tadistill.models.teachers import MovingAverage, Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture
 from tadistill.objectives.fused import Term, fused_parts, part_of
-from tadistill.objectives.sampled_and_minillm import TokenTerm
+from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans
 
@@ -275,7 +275,7 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
     return TokenTerm(name, torch.neg, batch.counted(batch.targets_BT), weight=weight)
 
 
-# --- MiniLLM: the formulas are in tadistill.objectives.sampled_and_minillm ----------------------------------------------
+# --- MiniLLM: the formulas are in tadistill.objectives.minillm ----------------------------------------------
 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:

@@ -7,7 +7,7 @@ import torch
 
 from tadistill import objectives
 from tadistill.errors import ConfigError
-from tadistill.objectives.sampled_and_minillm import token_loss_with_slope
+from tadistill.objectives.sampled import token_loss_with_slope
 from tadistill.objectives.targets import WITH_SLOPE, TeacherTerm
 
 from .cases import draw
