@@ -104,7 +104,7 @@ def size_of(config: Config) -> Size | None:
         return None
     vocab, shape = size_in(config, "vocab_size"), shape_of(config)
     head = vocab * _embedded(config, shape)
-    matrices = sum(m.inputs * m.outputs * len(m.places) for m in _matrices(config, shape))
+    matrices = sum(m.inputs * m.outputs * m.layers for m in _matrices(config, shape))
     in_layer, outside = _vectors(config, shape)
     total = (1 if tied(config) else 2) * head + matrices + shape.layers * in_layer + outside
     keys = shape.groups * shape.head_dim
@@ -157,7 +157,7 @@ def _vectors(config: Config, shape: Shape) -> tuple[int, int]:
     return found, width
 
 
-_LAYER = 10  # `_Matrix.places` of layer i: from 10 i to 10 i + 9, in the order of use; attention runs between places 0 and 1
+_LAYER = 10  # the places of layer i are 10 i to 10 i + 9, in the order of use; attention runs between its places 0 and 1
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,12 @@ class _Matrix:
     name: str
     inputs: int
     outputs: int
-    places: tuple[int, ...]  # for each layer, a number that grows in the order in which a forward pass uses the matrices
+    first: int  # its place in the first layer; places grow in the order in which a forward pass uses the matrices
+    layers: int  # the number of layers that have this matrix, each at its own place
+
+    def up_to(self, place: int) -> int:
+        # the number of its places that are at most `place`
+        return max(0, min(self.layers, (place - self.first) // _LAYER + 1))
 
 
 def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapters | None:
@@ -197,11 +202,11 @@ def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapt
         if not any(_named(m.name, target) for m in matrices):
             raise ConfigError(f"`{target}` is not a linear layer of this model; choose from {', '.join(m.name for m in matrices)}")
     chosen = [m for m in matrices if not targets or any(_named(m.name, target) for target in targets)]
-    first = min(place for m in chosen for place in m.places)
-    idle = sum(m.inputs * m.outputs for m in matrices for place in m.places if place <= first)
-    idle += sum(rank * m.inputs for m in chosen if first in m.places)
-    trained = sum(rank * (m.inputs + m.outputs) * len(m.places) for m in chosen)
-    return Adapters(trained, idle, sum(first > layer * _LAYER for layer in range(shape.layers)))
+    first = min(m.first for m in chosen)
+    idle = sum(m.inputs * m.outputs * m.up_to(first) for m in matrices)
+    idle += sum(rank * m.inputs for m in chosen if m.first == first)
+    trained = sum(rank * (m.inputs + m.outputs) * m.layers for m in chosen)
+    return Adapters(trained, idle, max(0, min(shape.layers, -(-first // _LAYER))))
 
 
 def _named(name: str, target: str) -> bool:
@@ -235,7 +240,7 @@ def _matrices(config: Config, shape: Shape) -> list[_Matrix]:
     family, queries, keys = config["model_type"], shape.heads * shape.head_dim, shape.groups * shape.head_dim
 
     def matrix(name: str, inputs: int, outputs: int, place: int) -> _Matrix:
-        return _Matrix(name, inputs, outputs, tuple(layer * _LAYER + place for layer in range(shape.layers)))
+        return _Matrix(name, inputs, outputs, place, shape.layers)
 
     if family == "gpt2":
         return [
@@ -250,8 +255,8 @@ def _matrices(config: Config, shape: Shape) -> list[_Matrix]:
     if family == "opt":
         found += [matrix("fc1", shape.hidden, shape.intermediate, 2), matrix("fc2", shape.intermediate, shape.hidden, 3)]
         if (outer := _embedded(config, shape)) != shape.hidden:
-            last = (shape.layers * _LAYER,)
-            found += [_Matrix("project_in", outer, shape.hidden, (-1,)), _Matrix("project_out", shape.hidden, outer, last)]
+            last = shape.layers * _LAYER
+            found += [_Matrix("project_in", outer, shape.hidden, -1, 1), _Matrix("project_out", shape.hidden, outer, last, 1)]
         return found
     gates = [matrix(f"mlp.{name}_proj", shape.hidden, shape.intermediate, 2) for name in ("gate", "up")]
     return [*found, *gates, matrix("mlp.down_proj", shape.intermediate, shape.hidden, 3)]
