@@ -130,7 +130,7 @@ def on_gpu() -> bool:
 
 
 def estimated(memory: Any) -> float:
-    """Return the predicted bytes of a stage on this machine's device. `memory` is a `tadistill.models.cost.Memory`."""
+    """Return the predicted bytes of a stage on this machine's device. `memory` is a `tadistill.models.flops_and_memory.Memory`."""
     import torch
 
     from tadistill.objectives.tiles import tile_bytes
@@ -144,7 +144,7 @@ def measured(task: Any) -> float:
     import torch
 
     import tadistill.runner.preload  # noqa: F401 (the imports of every stage's process)
-    from tadistill.models.cost import keep_freed_memory
+    from tadistill.models.flops_and_memory import keep_freed_memory
     from tadistill.stages.execute import run_stage
 
     torch.set_num_threads(1)

@@ -112,7 +112,7 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     from accelerate import Accelerator
 
     from tadistill.config.method import Method, Optim, Select
-    from tadistill.models.cost import keep_freed_memory
+    from tadistill.models.flops_and_memory import keep_freed_memory
     from tadistill.models.modify import column_major
     from tadistill.train.loop import Hooks, Interrupted, train_stage
     from tadistill.train.step import make_step

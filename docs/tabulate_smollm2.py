@@ -18,7 +18,7 @@ from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
 from tadistill.results.measured import load_manifest, rows_text
 from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text
-from tadistill.results.samples import samples
+from tadistill.results.sample_answers import samples
 from tadistill.results.study import ArmRecord
 
 STUDY = "smollm2-cpu"

@@ -22,12 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.combinations import check_pairing, over_spans
 from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method_rules import check_pairing, over_spans
 from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, MiniLLM, Objective, ObjectiveBase, ReverseKL
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded
-from tadistill.data.second_readings import Rereader
+from tadistill.data.other_tokenizer import Rereader
 from tadistill.data.tinyworld import PIECES, WORDS, tokenizer, world_rows
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import Interrupted

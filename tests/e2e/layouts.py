@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, PartialState
 from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model, rows
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from tadistill.config.combinations import check_pairing
 from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method_rules import check_pairing
 from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
 from tadistill.models.modify import recompute_layers

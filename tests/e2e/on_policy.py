@@ -16,15 +16,15 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tadistill.config import DataRef
-from tadistill.config.combinations import check_pairing, over_spans
 from tadistill.config.data import World
 from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method_rules import check_pairing, over_spans
 from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded, encode
 from tadistill.data.encoding_rules import Rules
-from tadistill.data.second_readings import Behind, Rereader
+from tadistill.data.other_tokenizer import Behind, Rereader
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import TrainingSets

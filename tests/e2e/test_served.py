@@ -35,7 +35,7 @@ from tadistill.models.loading import load_model
 from tadistill.models.served_model import served_teacher
 from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
-from tadistill.rollout import signals
+from tadistill.rollout import teacher_signals
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import Rollouts
 from tadistill.runner.remote import server_command
@@ -238,8 +238,10 @@ def test_recordings_of_a_served_teacher_are_those_of_the_model(teachers, tmp_pat
     """Hidden states from a server that gives these, and top-k tokens from one that gives more of them."""
     for gives, how in (("hidden", HiddenSignal()), ("top_k", TopKSignal(k=4, dtype="float32"))):
         for name in (gives, "local"):
-            signals.record(signals.of_teacher(teachers[name], pad=0), ROWS, how, tmp_path / gives / name, vocab=VOCAB)
-        found, expected = (signals.Signals(tmp_path / gives / name, torch.device("cpu")).target([2, 0]) for name in (gives, "local"))
+            teacher_signals.record(teacher_signals.of_teacher(teachers[name], pad=0), ROWS, how, tmp_path / gives / name, vocab=VOCAB)
+        found, expected = (
+            teacher_signals.Signals(tmp_path / gives / name, torch.device("cpu")).target([2, 0]) for name in (gives, "local")
+        )
         near([getattr(found, part) for part in PARTS[gives]], [getattr(expected, part) for part in PARTS[gives]])
         if gives == "top_k":
             assert torch.equal(found.ids, expected.ids)

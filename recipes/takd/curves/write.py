@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from tadistill.data import fictional_world as parts
 from tadistill.data import tinyworld
-from tadistill.data import tinyworld_world as parts
 
 PEOPLE = 10
 

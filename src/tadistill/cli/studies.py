@@ -281,7 +281,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
 @app.command("list")
 def list_(runs: Runs = None) -> None:
     """List the studies of the runs directory with their date, stages, size and state."""
-    from tadistill.cluster.housekeeping import print_studies
+    from tadistill.cluster.list_and_clean import print_studies
 
     root = runs_directory(runs)
     print_studies(root, store_of(root), console)
@@ -294,7 +294,7 @@ def clean(
     runs: Runs = None,
 ) -> None:
     """Delete stored results that no study needs. Stages that are running are kept."""
-    from tadistill.cluster.housekeeping import clean as clean_store
+    from tadistill.cluster.list_and_clean import clean as clean_store
 
     root = runs_directory(runs)
     confirm = (lambda _: True) if yes else typer.confirm

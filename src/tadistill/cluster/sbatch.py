@@ -20,7 +20,7 @@ from tadistill.cluster.slurm import Cpu, Gpu, Profile
 from tadistill.config.machine import Resources
 from tadistill.disk import cache_root, user_cache
 from tadistill.errors import ConfigError
-from tadistill.models.cost import spans
+from tadistill.models.flops_and_memory import spans
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage

@@ -2,7 +2,7 @@
 
 A method can have phases, which a student passes one after the other, and a published method can be given by its name. `methods.yaml` has
 the settings of these methods. Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`, and all other parts
-in `tadistill.config.method_parts`. `tadistill.config.combinations` refuses settings that do not fit together.
+in `tadistill.config.method_parts`. `tadistill.config.method_rules` refuses settings that do not fit together.
 """
 
 import difflib

@@ -13,12 +13,12 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.added_arms import Budgets, with_controls
 from tadistill.config.arm import Arm, teachers_of
-from tadistill.config.combinations import apply, phases_of
 from tadistill.config.common import MOST, Name, Seeds, Strict
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.machine import Resources, Runtime
 from tadistill.config.method import Method, MethodPatch
+from tadistill.config.method_rules import apply, phases_of
 from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
 from tadistill.config.remote import Api

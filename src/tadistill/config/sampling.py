@@ -1,6 +1,6 @@
 """Settings of the samplers, which provide the training text. A recipe chooses a class by `type`. The defaults are those of the papers.
 
-Any objective works with any sampler, except for the pairs that `tadistill.config.combinations.check_pairing` refuses. A new sampler
+Any objective works with any sampler, except for the pairs that `tadistill.config.method_rules.check_pairing` refuses. A new sampler
 has three parts: a class in this module, which the union `Sampler` also lists; the code in `tadistill.rollout` that draws its batches; and
 its cost in `tadistill.plan.costs.ledger`.
 """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tadistill.data.encoding import Encoded, with_bos
-from tadistill.data.second_readings import Aligned, SecondReading, counted_spans, runs
+from tadistill.data.other_tokenizer import Aligned, SecondReading, counted_spans, runs
 from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import Lazy
 from tadistill.disk import stream_jsonl

@@ -31,8 +31,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from tadistill.data import tinyworld_world as pieces
-from tadistill.data.tinyworld_world import Fact, FictionalWorld, rivals_in, world
+from tadistill.data import fictional_world as pieces
+from tadistill.data.fictional_world import Fact, FictionalWorld, rivals_in, world
 from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:

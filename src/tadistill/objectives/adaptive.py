@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import at_least_float32, both_log_probs, kl
-from tadistill.tuning import LOG_ZERO
 
 _HEAD_GUESS = 256
 

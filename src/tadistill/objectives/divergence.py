@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from tadistill.constants import LOG_ZERO
 from tadistill.objectives import checks
-from tadistill.tuning import LOG_ZERO
 
 # Slopes: with g = dD/dq of a divergence D at constant p, the gradient through the softmax is q (g - sum_v q g), where v is a token.
 # Terms of g that do not depend on v cancel. The tests compare every slope with autograd through the plain function.

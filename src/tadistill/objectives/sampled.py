@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tadistill.constants import LOG_ZERO
 from tadistill.objectives.divergence import log_probs
-from tadistill.tuning import LOG_ZERO
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import at_least_float32, dot, through_softmax
@@ -41,7 +42,6 @@ from tadistill.objectives.next_symbol import LEAST, SpelledPair, symbol_divergen
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.spelling import first_symbols
 from tadistill.objectives.targets import WITH_SLOPE, Hidden
-from tadistill.tuning import LOG_ZERO
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import at_least_float32, forward_kl, log_probs, reverse_kl
-from tadistill.tuning import LOG_ZERO
 
 
 @dataclass(frozen=True)

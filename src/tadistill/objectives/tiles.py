@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tadistill.tuning import OBJECTIVE, TILE_BYTES, TILE_ROWS
+from tadistill.constants import OBJECTIVE, TILE_BYTES, TILE_ROWS
 
 _CACHED = 2**18  # number of logits that stay in a CPU's cache
 _LARGEST = 2**31  # bytes of a tile on a GPU with much free memory

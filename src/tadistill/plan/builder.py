@@ -7,9 +7,9 @@ from typing import Any
 
 from tadistill.config import Evaluate, Method, Recipe, Sft
 from tadistill.config.arm import teachers_of
-from tadistill.config.combinations import over_spans
 from tadistill.config.method import Optim, Select
 from tadistill.config.method_parts import TeacherContext
+from tadistill.config.method_rules import over_spans
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import shapes, sources
@@ -32,8 +32,8 @@ from tadistill.plan.inputs import (
 )
 from tadistill.plan.paths import check_like, check_weights, teacher_rules
 from tadistill.plan.phases import Turn
-from tadistill.plan.study_texts import StudySets, on_sets, texts
 from tadistill.plan.study_tokens import StudyTokens
+from tadistill.plan.training_texts import StudySets, on_sets, texts
 from tadistill.text import counted
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from tadistill.models.cost import Cost
+from tadistill.models.flops_and_memory import Cost
 from tadistill.plan.inputs import INPUTS, Encoding, Handle, Output, Part, Split, stage_of
 from tadistill.store import key_of
 

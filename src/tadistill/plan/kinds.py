@@ -12,7 +12,7 @@ from tadistill.config.method import PARTS, Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
-from tadistill.models.cost import Cost
+from tadistill.models.flops_and_memory import Cost
 from tadistill.plan.graph import OnTrainingSets, Spec
 from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
 from tadistill.text import counted
@@ -183,7 +183,7 @@ class GenerateSpec(OnTrainingSets):
 
 
 class AskSpec(OnTrainingSets):
-    """Answers of a model behind an API to every training prompt, as text (`data.answers_as_text`)."""
+    """Answers of a model behind an API to every training prompt, as text (`data.retokenised_answers`)."""
 
     kind = "ask"
     version = 1
@@ -202,7 +202,7 @@ class AskSpec(OnTrainingSets):
 class RetokeniseSpec(OnTrainingSets):
     """Tokenisation of a model's answers for a student with another tokenizer. `data` has the student's settings.
 
-    The answers pass from one tokenizer to the other as text (`data.answers_as_text`).
+    The answers pass from one tokenizer to the other as text (`data.retokenised_answers`).
     """
 
     kind = "retokenise"

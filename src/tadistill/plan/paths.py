@@ -5,7 +5,7 @@ A path begins with a route if several models teach its first student, each on so
 An edge is one distillation, such as `A > B`. Its method decides which tokenizers the two models may have:
 
     the student trains only on the teacher's text (SeqKD)       any two tokenizers
-    the loss is defined over spans of text                      any two tokenizers (`config.combinations`)
+    the loss is defined over spans of text                      any two tokenizers (`config.method_rules`)
     another loss, a sampler or a metric compares tokens         two tokenizers of one family: their common tokens have the same ids
 
 `Method.by_token` names the setting that compares tokens. Starting from another model's weights, matching its temperature and training on
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import ModelPath, flat, is_route, members, path_text, routed
-from tadistill.config.combinations import apply, check_one_tokenizer, over_spans, phases_of
 from tadistill.config.method_parts import TeacherContext
+from tadistill.config.method_rules import apply, check_one_tokenizer, over_spans, phases_of
 from tadistill.config.objective import MiniLLM
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger

@@ -7,8 +7,8 @@ A distillation without `phases` counts as one phase. Each phase gets its share o
 from typing import TYPE_CHECKING, NamedTuple
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.combinations import apply, phases_of
 from tadistill.config.method import PARTS, MethodPatch
+from tadistill.config.method_rules import apply, phases_of
 from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 from tadistill.text import counted
 

@@ -17,7 +17,7 @@ from tadistill.data import datasets
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
-from tadistill.models.cost import Memory, weight_bytes
+from tadistill.models.flops_and_memory import Memory, weight_bytes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.disk import write_json
-from tadistill.models.cost import Cost, phase, spans
+from tadistill.models.flops_and_memory import Cost, phase, spans
 from tadistill.plan.graph import Stage, longest_chains
 from tadistill.store import Store
 

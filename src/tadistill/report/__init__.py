@@ -12,7 +12,7 @@ from pathlib import Path
 from tadistill.disk import write_text
 from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown, summary_table
-from tadistill.report.record import write_results
+from tadistill.report.results_json import write_results
 from tadistill.results.collect import Results, read_results
 
 __all__ = ["read_results", "summary_table", "write_report"]

@@ -11,12 +11,12 @@ from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
 from tadistill.report.path_words import some, steps, ways_text
 from tadistill.report.tables import stage_rows
-from tadistill.results.budgets import budget_curves
+from tadistill.results.budget_curves import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
-from tadistill.results.samples import Samples, samples
+from tadistill.results.sample_answers import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
 from tadistill.text import counted, listed
 

@@ -42,7 +42,7 @@ from tadistill.report.tables import (
 from tadistill.results import number_text
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
-from tadistill.results.samples import Samples, judgements, samples, shown_first
+from tadistill.results.sample_answers import Samples, judgements, samples, shown_first
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import comparisons
 from tadistill.text import counted, visible, visible_parts

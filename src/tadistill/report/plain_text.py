@@ -29,7 +29,7 @@ from tadistill.report.tables import (
 )
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
 from tadistill.results.number_text import DASH, gap_text, number, ratio_text, summary_text
-from tadistill.results.samples import samples
+from tadistill.results.sample_answers import samples
 from tadistill.text import counted, one_line, visible
 
 

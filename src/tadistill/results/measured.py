@@ -20,7 +20,7 @@ from tadistill.data.encoding_rules import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_of
-from tadistill.models.cost import Cost, CostPart
+from tadistill.models.flops_and_memory import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
 from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
+from tadistill.constants import COMPACT_BELOW
 from tadistill.models.forward import evaluating
 from tadistill.models.modify import in_bfloat16
 from tadistill.objectives.tiles import free_bytes
 from tadistill.rollout import fast_mixture, fixed_shapes
 from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of
 from tadistill.rollout.draw import Guide, Mixture, Record, Rollout, next_tokens, processors, teacher_tap
-from tadistill.tuning import COMPACT_BELOW
 
 
 class _Batch:

@@ -24,7 +24,7 @@ from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate, taught
 from tadistill.data.encoding import Encoded
-from tadistill.data.second_readings import Rereader, at_span_ends
+from tadistill.data.other_tokenizer import Rereader, at_span_ends
 from tadistill.data.training_sets import shuffled
 from tadistill.models.teachers import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden

@@ -20,11 +20,11 @@ from tadistill import rng
 from tadistill.config.method import Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler
 from tadistill.data.batch import Batch, Sequence, collate, taught
-from tadistill.data.second_readings import Rereader, SecondReading
+from tadistill.data.other_tokenizer import Rereader, SecondReading
 from tadistill.data.training_sets import TrainingSets
 from tadistill.objectives import Hidden, Sampled, TopK
 from tadistill.rollout.engine import Engine
-from tadistill.rollout.signals import Signals
+from tadistill.rollout.teacher_signals import Signals
 
 T = TypeVar("T")
 Config = TypeVar("Config", MixSampler, ReplaySampler, PairSampler)

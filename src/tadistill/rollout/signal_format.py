@@ -34,7 +34,7 @@ Axes: T positions of the text, K kept tokens of a position, E entries.
 import numpy as np
 
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
-from tadistill.tuning import LOG_ZERO
+from tadistill.constants import LOG_ZERO
 
 _FIRST, _FIRST_BITS, _OTHER_BITS = 10, 7, 4
 _RANGE_BITS, _PER_NAT, _TAIL_BITS, _HIGHEST, _TAIL_PER_NAT = 8, 8, 16, 16.0, 1024

@@ -32,7 +32,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.machine import Vllm as Settings
 from tadistill.config.machine import vllm_folder
 from tadistill.errors import StageFailed
-from tadistill.models.cost import visible_gpus
+from tadistill.models.flops_and_memory import visible_gpus
 from tadistill.models.forward import evaluating
 from tadistill.models.modify import plain_weights
 from tadistill.rollout import vllm_process

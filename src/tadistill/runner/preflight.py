@@ -17,7 +17,7 @@ from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.models.architectures import check_config, check_scratch, scratch_config
-from tadistill.models.cost import available_memory, check_memory
+from tadistill.models.flops_and_memory import available_memory, check_memory
 from tadistill.models.forward import check_packing
 from tadistill.models.loading import check_model, load_tokenizer
 from tadistill.models.pruning import keep_list
@@ -31,8 +31,8 @@ from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, vllm_stages
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
+from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.runner.remote import check_teachers
-from tadistill.runner.splits import Read, check_readable, check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence
 from tadistill.user_code import load_function
 

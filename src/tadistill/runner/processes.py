@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
-from tadistill.models.cost import keep_freed_memory
+from tadistill.models.flops_and_memory import keep_freed_memory
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag, held, release
 from tadistill.text import counted

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
 from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
-from tadistill.models.cost import visible_gpus
+from tadistill.models.flops_and_memory import visible_gpus
 from tadistill.plan.arms import Plan, Stage
 from tadistill.plan.graph import longest_chains
 from tadistill.plan.task import make_task

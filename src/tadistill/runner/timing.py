@@ -19,11 +19,12 @@ from typing import Any
 
 from tadistill.config import Recipe
 from tadistill.config.sampling import OnPolicy, Rounds
+from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
 from tadistill.data import datasets
 from tadistill.data.survey import survey
 from tadistill.errors import TadistillError
 from tadistill.metrics import names_in
-from tadistill.models.cost import NOT_LEARNING, phase, spans
+from tadistill.models.flops_and_memory import NOT_LEARNING, phase, spans
 from tadistill.models.sizes import Work, forward_flops
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
@@ -47,7 +48,6 @@ from tadistill.plan.kinds import (
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
-from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 _SPEED = 1e11
 """FLOP/s of the assumed machine."""

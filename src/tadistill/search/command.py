@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import path_text
-from tadistill.config.combinations import apply
 from tadistill.config.method import MethodPatch, Optim, Select
+from tadistill.config.method_rules import apply
 from tadistill.config.recipe import Search
 from tadistill.errors import ConfigError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better

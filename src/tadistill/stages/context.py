@@ -24,7 +24,7 @@ from tadistill.disk import write_json
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.token_scores import Subject
 from tadistill.models.architectures import scratch_model
-from tadistill.models.cost import give_back_freed_memory
+from tadistill.models.flops_and_memory import give_back_freed_memory
 from tadistill.models.forward import check_reading
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.modify import column_major, temper_head

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from tadistill.config import Evaluate
-from tadistill.data.answers_as_text import TEXTS, Answer, Retokenised, read_texts, retokenised, said
+from tadistill.constants import GENERATION_BATCH
 from tadistill.data.batch import references, responses
 from tadistill.data.encoding import EvalSet
 from tadistill.data.encoding_rules import Counts, Rules
+from tadistill.data.retokenised_answers import TEXTS, Answer, Retokenised, read_texts, retokenised, said
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.training_sets import joined
 from tadistill.disk import read_json, stream_jsonl, write_rows
@@ -29,17 +30,16 @@ from tadistill.evaluation.token_scores import Subject, entropy, means
 from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
-from tadistill.models.replies import open_cache
+from tadistill.models.server_replies import open_cache
 from tadistill.models.teachers import teacher_of
 from tadistill.models.tokens import shared_vocabulary
 from tadistill.plan.inputs import TokenizerFiles
 from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
 from tadistill.plan.remote import wanted_of
 from tadistill.rollout.api_teacher import Asking, replies_file
-from tadistill.rollout.signals import complete, of_teacher, record
+from tadistill.rollout.teacher_signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked
 from tadistill.text import counted, form
-from tadistill.tuning import GENERATION_BATCH
 
 _POLL = 0.2  # seconds between two looks at the files of other processes
 
@@ -112,7 +112,7 @@ def ask(context: Context[AskSpec]) -> dict[str, Any]:
 def retokenise(context: Context[RetokeniseSpec]) -> dict[str, Any]:
     """Convert a model's answers to token ids of a student with another tokenizer.
 
-    The answers pass from one tokenizer to the other as text (`data.answers_as_text`). The new ids are saved as by a `generate` stage.
+    The answers pass from one tokenizer to the other as text (`data.retokenised_answers`). The new ids are saved as by a `generate` stage.
     """
     spec, file, early = context.spec, context.folder / TEXTS, Counter[str]()
     if spec.writer is None:

@@ -14,7 +14,7 @@ from tadistill import rng
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Batch, Sequence, answered_rows, references, responses
 from tadistill.data.encoding import Encoded, EvalSet
-from tadistill.data.second_readings import Behind, Rereader
+from tadistill.data.other_tokenizer import Behind, Rereader
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import Lazy, TrainingSets, joined
@@ -34,7 +34,7 @@ from tadistill.plan.throughput import machine
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
-from tadistill.rollout.signals import Signals
+from tadistill.rollout.teacher_signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context
 from tadistill.store import ROLLOUTS
 from tadistill.text import counted

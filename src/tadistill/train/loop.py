@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Optim, Select
+from tadistill.constants import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.metrics import higher_is_better, training_text
@@ -28,7 +29,6 @@ from tadistill.train import checkpoint, spans
 from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
 from tadistill.train.monitoring import Alarms, Meter, watch
 from tadistill.train.step import Step, counts
-from tadistill.tuning import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 
 
 @dataclass(frozen=True)

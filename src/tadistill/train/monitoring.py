@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill import objectives
+from tadistill.constants import WATCHED_ROWS
 from tadistill.data.batch import Batch
-from tadistill.models.cost import CostPart
+from tadistill.models.flops_and_memory import CostPart
 from tadistill.models.forward import is_packed
 from tadistill.models.modify import adapters_in
 from tadistill.models.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
@@ -24,7 +25,6 @@ from tadistill.objectives import Head
 from tadistill.objectives.fused import heads_watched
 from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
-from tadistill.tuning import WATCHED_ROWS
 
 _TOP = 10  # `teacher_top_mass` is the probability of this number of tokens
 _GRAM = 4  # number of tokens of a gram in `repetition`
@@ -52,7 +52,7 @@ class Meter:
     Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
     attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes or, with
     LoRA adapters, as `models.sizes` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
-    `models.cost` names the parts of the work.
+    `models.flops_and_memory` names the parts of the work.
     """
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], *, checkpointing: bool = False):

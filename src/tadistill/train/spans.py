@@ -1,7 +1,7 @@
 """The loss of a batch whose teacher has another tokenizer: divergences over spans, and MiniLLM's rewards of spans.
 
 A span is the text between two neighbouring token boundaries that student and teacher have in common. If the student has the tokens `th` and
-`e` where the teacher has `the`, they are one span. `objectives.spans` has the losses, and `data.second_readings` makes the batches. Terms
+`e` where the teacher has `the`, they are one span. `objectives.spans` has the losses, and `data.other_tokenizer` makes the batches. Terms
 without a teacher, such as cross-entropy, are summed over the student's tokens, as in any other batch.
 
 Axes: B sequences, T positions, N tokens of the loss, S spans.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tadistill.data.batch import Batch
-from tadistill.data.second_readings import CHANGED, STRIPPED, Aligned, Rereader
+from tadistill.data.other_tokenizer import CHANGED, STRIPPED, Aligned, Rereader
 from tadistill.objectives import Head, Hidden, SpanTokens, span_rewards
 from tadistill.objectives.fused import Term, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import SpelledPair

@@ -22,7 +22,7 @@ from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
-from tadistill.data.second_readings import Rereader
+from tadistill.data.other_tokenizer import Rereader
 from tadistill.models.forward import Reader
 from tadistill.models.teachers import MovingAverage, Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture

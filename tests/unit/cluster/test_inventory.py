@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tadistill import __version__
 from tadistill.cli import app
-from tadistill.cluster.housekeeping import delete, studies, unneeded
+from tadistill.cluster.list_and_clean import delete, studies, unneeded
 from tadistill.errors import StoreError
 from tadistill.runner.local import Journal
 from tadistill.store import Store

@@ -3,8 +3,8 @@
 import pytest
 
 from tadistill.config import validate
-from tadistill.config.combinations import apply, phases_of
 from tadistill.config.method import METHODS
+from tadistill.config.method_rules import apply, phases_of
 from tadistill.config.objective import JensenShannon, MiniLLM, ReverseKL
 from tadistill.config.sampling import DatasetSampler, MixSampler, StudentSampler, TeacherMixedSampler
 from tadistill.errors import ConfigError

@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tadistill.data.alignment import NO_SPAN, Alignment, align, cells, read_again, shared_tokens
 from tadistill.data.batch import Sequence
-from tadistill.data.second_readings import CHANGED, SPELLED, STRIPPED, Rereader, marks
+from tadistill.data.other_tokenizer import CHANGED, SPELLED, STRIPPED, Rereader, marks
 from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
 from tadistill.errors import DataError
 from tadistill.objectives import Head, Hidden, forward_kl, fused_span_divergence

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from tadistill.data import tinyworld, tinyworld_world
+from tadistill.data import fictional_world, tinyworld
 
 PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits if name not in tinyworld.HALVES]
 ALL = pytest.mark.parametrize(("name", "split"), PARTS, ids=["/".join(p) for p in PARTS])
@@ -76,7 +76,7 @@ def test_callers_cannot_change_the_world():
 def test_world_is_consistent():
     world = tinyworld.world()
     assert len(set(world.names)) == world.people == 120
-    assert len(set(world.places)) == tinyworld_world.PLACES
+    assert len(set(world.places)) == fictional_world.PLACES
     assert len({(f.kind, f.subject) for f in world.facts}) == len(world.facts) >= 600
     for fact in world.facts:
         assert fact.value != fact.subject
@@ -93,7 +93,7 @@ def test_friends_are_a_circle_through_everybody():
     assert met == set(friend)
 
 
-@pytest.mark.parametrize("kind", sorted(tinyworld_world.KINDS))
+@pytest.mark.parametrize("kind", sorted(fictional_world.KINDS))
 def test_values_are_dealt_out_evenly(kind):
     values = [f.value for f in tinyworld.world().facts if f.kind == kind]
     counts = [values.count(v) for v in set(values)]
@@ -102,28 +102,28 @@ def test_values_are_dealt_out_evenly(kind):
 
 def test_value_words_belong_to_one_domain_and_to_no_phrase():
     world = tinyworld.world(people=200)
-    domains = [world.names, world.places, *tinyworld_world.DOMAINS.values(), tinyworld_world.NUMBERS]
+    domains = [world.names, world.places, *fictional_world.DOMAINS.values(), fictional_world.NUMBERS]
     values = [v for domain in domains for v in domain]
     assert len(values) == len(set(values))
-    kinds, skills = tinyworld_world.KINDS.values(), tinyworld_world.SKILLS.values()
+    kinds, skills = fictional_world.KINDS.values(), fictional_world.SKILLS.values()
     phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
-    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*tinyworld_world.OPEN_ASKS, *tinyworld_world.SALES]
+    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*fictional_world.OPEN_ASKS, *fictional_world.SALES]
     assert not set(values) & set(" ".join(phrases).split())
 
 
 def test_every_pool_of_names_is_free_of_other_words():
-    pool = {a + b for a in tinyworld_world.NAME_STARTS for b in tinyworld_world.NAME_ENDS}
-    pool |= {a + b for a in tinyworld_world.PLACE_STARTS for b in tinyworld_world.PLACE_ENDS}
+    pool = {a + b for a in fictional_world.NAME_STARTS for b in fictional_world.NAME_ENDS}
+    pool |= {a + b for a in fictional_world.PLACE_STARTS for b in fictional_world.PLACE_ENDS}
     assert len(pool) == 640 + 90
     world = tinyworld.world()
     assert not pool & (set(tinyworld.words()) - set(world.names) - set(world.places))
 
 
-@pytest.mark.parametrize("kind", sorted(tinyworld_world.KINDS))
+@pytest.mark.parametrize("kind", sorted(fictional_world.KINDS))
 def test_answers_to_one_question_differ_from_the_start(kind):
     fact = next(f for f in tinyworld.world().facts if f.kind == kind)
-    answers = [fact.say(a) for a in tinyworld_world.KINDS[kind].answers]
-    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(tinyworld_world.ANSWER_WEIGHTS)
+    answers = [fact.say(a) for a in fictional_world.KINDS[kind].answers]
+    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(fictional_world.ANSWER_WEIGHTS)
 
 
 # --- rows
@@ -205,7 +205,7 @@ def test_sizes():
     sizes = {f"{name}/{split}": len(tinyworld.world_rows(name, split)) for name, split in PARTS}
     assert 3000 <= sizes.pop("tinyworld/train") <= 6000
     assert all(120 <= size <= 220 for size in sizes.values()), sizes
-    assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_world.PLACES)
+    assert len(tinyworld.corpus()) == 3 * (120 + fictional_world.PLACES)
 
 
 @ALL
@@ -244,12 +244,12 @@ def test_choices_are_the_value_and_its_rivals_in_an_order_that_tells_nothing():
     kinds = {(f.subject, f.value): f.kind for f in tinyworld.world().facts}
     asked_for = [next(kinds[w, row["outputs"][0]] for w in row["instruction"].split() if (w, row["outputs"][0]) in kinds) for row in rows]
     assert len(rows) == 150
-    assert set(asked_for) == set(tinyworld_world.KINDS)
+    assert set(asked_for) == set(fictional_world.KINDS)
 
 
 def test_reworded_instructions_are_new_but_their_words_are_not():
     train = tinyworld.world_rows("tinyworld", "train")
-    pool = {a + b for a in tinyworld_world.NAME_STARTS for b in tinyworld_world.NAME_ENDS} | set(tinyworld.world().places)
+    pool = {a + b for a in fictional_world.NAME_STARTS for b in fictional_world.NAME_ENDS} | set(tinyworld.world().places)
 
     def wording(row: dict) -> str:
         return " ".join("{x}" if word in pool else word for word in row["instruction"].split())

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tadistill.models.cost import kept_by_layer
+from tadistill.models.flops_and_memory import kept_by_layer
 
 ROWS, TOKENS = 3, 16
 LLAMA = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}

@@ -3,7 +3,7 @@
 import pytest
 
 from tadistill.errors import ModelError
-from tadistill.models.cost import available_memory, check_memory, weight_bytes
+from tadistill.models.flops_and_memory import available_memory, check_memory, weight_bytes
 
 
 def test_bytes_of_weights():

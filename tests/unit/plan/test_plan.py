@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
-from tadistill.models.cost import weight_bytes
+from tadistill.models.flops_and_memory import weight_bytes
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger

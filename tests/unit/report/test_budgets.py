@@ -8,7 +8,7 @@ import pytest
 
 from tadistill.report import write_report
 from tadistill.report.figures.compute import curve_sentences
-from tadistill.results.budgets import BudgetPoint, _limit, budget_curves, first_crossing
+from tadistill.results.budget_curves import BudgetPoint, _limit, budget_curves, first_crossing
 from tadistill.results.collect import MEAN, Summary
 from tadistill.results.compare import difference, twin_of
 

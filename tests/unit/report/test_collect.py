@@ -14,7 +14,7 @@ from tadistill.errors import StoreError
 from tadistill.metrics import metric_of
 from tadistill.report import summary_table, write_report
 from tadistill.report.explain import missing_text
-from tadistill.report.record import write_results
+from tadistill.report.results_json import write_results
 from tadistill.results import collect
 from tadistill.results.collect import MEAN, primary_metric, read_results
 from tadistill.results.compare import compare, direct_of, twin_of

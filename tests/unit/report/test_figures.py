@@ -16,7 +16,7 @@ from tadistill.report.figures.paths import budget_figures, lattice, lattice_figu
 from tadistill.report.figures.scores import difference_figure, means_figure
 from tadistill.results.collect import MEAN
 from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
-from tadistill.results.samples import samples, shown_first
+from tadistill.results.sample_answers import samples, shown_first
 from tadistill.statistics import undominated
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of

@@ -13,11 +13,11 @@ from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure
 from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
 from tadistill.report.findings import against, answers, behaviour, learning, paths
 from tadistill.report.path_words import arm_words, steps, taught
-from tadistill.report.record import distillations
+from tadistill.report.results_json import distillations
 from tadistill.results.compare import direct_of
 from tadistill.results.curves import Curve
 from tadistill.results.number_text import number
-from tadistill.results.samples import samples, shown_first
+from tadistill.results.sample_answers import samples, shown_first
 from tadistill.results.verdict import by_importance, comparisons
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study

@@ -11,7 +11,7 @@ from tadistill.data.encoding_rules import Counts
 from tadistill.errors import DataError, ModelError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import process_bytes
-from tadistill.runner import preflight, splits
+from tadistill.runner import data_checks, preflight
 from tadistill.runner.preflight import check_study
 
 
@@ -118,15 +118,15 @@ def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path):
 
 
 def test_models_that_keep_different_rows_are_named():
-    def read(*kept: int) -> splits.Read:
+    def read(*kept: int) -> data_checks.Read:
         counts = Counts(rows=4, long=4 - len(kept), limit=8, max_length=16)
-        return splits.Read(5, {("test", "own"): counts}, {"own": frozenset(kept)})
+        return data_checks.Read(5, {("test", "own"): counts}, {"own": frozenset(kept)})
 
-    found = splits.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
+    found = data_checks.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
     assert found[-1] == "own (test): the models are compared on the 2 rows that are short enough for all of them"
-    assert splits.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
+    assert data_checks.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
     with pytest.raises(DataError, match="no row of own is short enough for all of the models a, b"):
-        splits.rows_notes({"a": read(0), "b": read(1)}, training=False)
+        data_checks.rows_notes({"a": read(0), "b": read(1)}, training=False)
 
 
 def test_references_that_rouge_cannot_read_are_named(tmp_path):

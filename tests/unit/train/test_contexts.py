@@ -9,9 +9,9 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill import objectives
-from tadistill.config.combinations import check_pairing
 from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
+from tadistill.config.method_rules import check_pairing
 from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references
 from tadistill.data.encoding import Encoded
@@ -21,7 +21,7 @@ from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
-from tadistill.rollout.signals import Signals, of_teacher, record
+from tadistill.rollout.teacher_signals import Signals, of_teacher, record
 from tadistill.train.monitoring import watch
 from tadistill.train.step import counts, make_step
 

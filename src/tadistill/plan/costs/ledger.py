@@ -14,14 +14,14 @@ from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding, Divergence
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
-from tadistill.models.cost import Cost, CostPart, Disk, Memory, weight_bytes
+from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
+from tadistill.models.flops_and_memory import Cost, CostPart, Disk, Memory, weight_bytes
 from tadistill.models.sizes import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.sizes_and_lengths import SizesAndLengths
 from tadistill.plan.costs.training import Described, TrainingCost, reading_bytes, sampling_bytes
 from tadistill.store import key_of
-from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 
 class Ledger(SizesAndLengths):

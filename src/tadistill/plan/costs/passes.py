@@ -10,8 +10,8 @@ from functools import lru_cache
 from math import prod
 
 from tadistill.config import Optim
+from tadistill.constants import COMPACT_BELOW
 from tadistill.models.sizes import Work
-from tadistill.tuning import COMPACT_BELOW
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, cast
 from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Turns
 from tadistill.config.method_parts import TeacherContext
+from tadistill.constants import PACKED_FAMILIES
 from tadistill.data import datasets, hub, tinyworld
 from tadistill.data.encoding import Counts, Encoded, encode
 from tadistill.data.encoding_rules import Rules, of_one_turn
@@ -22,7 +23,6 @@ from tadistill.plan.costs import passes
 from tadistill.plan.costs.light_tokenizer import StandIn, vocabulary
 from tadistill.plan.costs.passes import SecondLength, Texts
 from tadistill.plan.costs.training import Described
-from tadistill.tuning import PACKED_FAMILIES
 
 _ENDLESS = 2**31
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")

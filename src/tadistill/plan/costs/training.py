@@ -1,7 +1,7 @@
 """Predict the cost of one training: FLOPs of each part, padding, and the peak memory.
 
 The memory follows from the sizes of the models and the largest batch. Weights, gradients and AdamW's moments are exact. Activations are
-those that autograd stores (`models.cost`), for the longest texts. benchmarks/memory.py compares predictions and measurements.
+those that autograd stores (`models.flops_and_memory`), for the longest texts. benchmarks/memory.py compares predictions and measurements.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,12 +11,12 @@ from typing import Any
 from tadistill.config import Method
 from tadistill.config.common import DTYPES
 from tadistill.config.method import Optim
-from tadistill.models.cost import Cost, CostPart, Memory, kept_by_layer, weight_bytes
+from tadistill.constants import LOG_POINTS, TILE_ROWS, WATCH_EVERY, WATCHED_ROWS
+from tadistill.models.flops_and_memory import Cost, CostPart, Memory, kept_by_layer, weight_bytes
 from tadistill.models.sizes import Adapters, Size, Work, forward_flops, tied, training_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.store import key_of
-from tadistill.tuning import LOG_POINTS, TILE_ROWS, WATCH_EVERY, WATCHED_ROWS
 
 _DRAWN = 12
 """Bytes per logit while a token is sampled: the logits, their softmax and a temporary tensor."""

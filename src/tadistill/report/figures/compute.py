@@ -10,7 +10,7 @@ from itertools import accumulate
 from tadistill.charts import Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import metric_title
 from tadistill.report.figures import MANY, looks, span_axis, titled
-from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
+from tadistill.results.budget_curves import BudgetCurve, BudgetPoint, budget_curves
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import direct_of
 from tadistill.results.number_text import flops_text, number, ratio_text, span, summary_text

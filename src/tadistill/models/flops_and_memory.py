@@ -26,9 +26,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tadistill.constants import OBJECTIVE, TILE_BYTES, TILE_ROWS
 from tadistill.errors import ModelError
 from tadistill.models.shapes import shape_of
-from tadistill.tuning import OBJECTIVE, TILE_BYTES, TILE_ROWS
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HEAP = 1.15  # memory of a CPU's process / bytes in use: the C library keeps freed blocks that do not fit new tensors

@@ -6,8 +6,8 @@ import pytest
 from tests.byte_models import BOS, EOS, IM_END, bpe_tokenizer, byte_tokenizer
 from tests.unit.models.conftest import word_tokenizer
 
-from tadistill.data.answers_as_text import Answer, read_texts, retokenised, said
 from tadistill.data.encoding_rules import Rules
+from tadistill.data.retokenised_answers import Answer, read_texts, retokenised, said
 from tadistill.data.rows import Example
 from tadistill.data.token_bytes import token_bytes
 from tadistill.disk import write_rows

@@ -18,7 +18,7 @@ from tadistill.report.figures.paths import lattice
 from tadistill.report.findings import sections
 from tadistill.report.path_words import arm_words
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
-from tadistill.results.budgets import BudgetCurve, budget_curves
+from tadistill.results.budget_curves import BudgetCurve, budget_curves
 from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
 from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities

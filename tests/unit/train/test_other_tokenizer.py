@@ -21,7 +21,7 @@ from tadistill.config.method import Method, Optim
 from tadistill.data.alignment import cells, shared_tokens
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.encoding import Encoded
-from tadistill.data.second_readings import Rereader, at_span_ends, counted_spans
+from tadistill.data.other_tokenizer import Rereader, at_span_ends, counted_spans
 from tadistill.data.token_bytes import TokenBytes, token_bytes
 from tadistill.errors import DataError
 from tadistill.models.forward import pack_rows

@@ -7,8 +7,8 @@ from tests.byte_models import bpe_tokenizer, byte_tokenizer
 from tadistill.data.alignment import align, read_again
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded
+from tadistill.data.other_tokenizer import Behind
 from tadistill.data.rows import Example
-from tadistill.data.second_readings import Behind
 from tadistill.data.survey import Survey
 from tadistill.data.token_bytes import token_bytes
 from tadistill.plan.costs.passes import Texts

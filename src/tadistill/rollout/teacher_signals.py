@@ -22,13 +22,13 @@ from torch import Tensor
 
 from tadistill import rng
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
+from tadistill.constants import RECORDING_BATCH
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.disk import replacing
 from tadistill.errors import ConfigError, StoreError
 from tadistill.models.teachers import Teacher
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
 from tadistill.rollout import signal_format
-from tadistill.tuning import RECORDING_BATCH
 
 _PART = 256
 _ROWS = 128  # number of tokens whose logits are in memory at the same time
