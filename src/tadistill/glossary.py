@@ -32,7 +32,7 @@ GLOSSARY: dict[str, str] = {
     "patterns whose sum is at least as far from 0 as the observed sum.",
     "detectable": "The smallest true difference that a study of this size would find with a probability of 80 %.",
     "FLOPs": "Floating-point operations of the training of one seed, assistants included; the measure of compute.",
-    "compute": "The FLOPs of all training in this study behind an arm's model, the training of its teachers included. Often "
+    "compute": "The FLOPs of all training that this study needs for an arm's model, including the training of its teachers. Often "
     "given as a multiple of direct distillation of the same model.",
     "nats/token": "The unit of losses and divergences: natural logarithms, per token.",
     "KL(student ‖ teacher)": "The reverse KL divergence of student and teacher on the student's own answers; 0 for equal models.",

@@ -204,8 +204,8 @@ def print_advice(report: Report, console: Console) -> None:
         console.print(Text(text[0].upper() + text[1:]))
     console.print()
     console.print(_models(report))
-    console.print(_pairs(report, "teacher p > learner q on q's own dev answers, ± standard error (measured)", ON_OWN))
-    console.print(_pairs(report, "teacher p > learner q on the dev references (measured)", ON_REFERENCES))
+    console.print(_pairs(report, "teacher and learner compared on the learner's own dev answers, ± standard error (measured)", ON_OWN))
+    console.print(_pairs(report, "teacher and learner compared on the dev references (measured)", ON_REFERENCES))
     console.print(_paths(report))
     for step in report.steps:
         gain = "" if step.gain is None else f", and is expected to improve the chosen path by {step.gain:.3g}"

@@ -285,9 +285,9 @@ def verdict_line(advice: Advice) -> str:
     path = path_text(advice.path)
     if advice.verdict == "chain":
         return f"chain: {path}"
-    return (
-        f"direct: {path}, at a chain's compute" if advice.verdict == "direct" else f"inconclusive: until more is known, run direct, {path}"
-    )
+    if advice.verdict == "direct":
+        return f"direct: {path}, at a chain's compute"
+    return f"inconclusive: until more is known, run direct distillation ({path})"
 
 
 def basis_line(report: Report) -> str:

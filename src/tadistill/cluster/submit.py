@@ -241,7 +241,11 @@ def _check_place(profile: Profile, runs: Path) -> None:
     looked_at = {"the runs directory is": runs.resolve()} | ({"this folder is": Path.cwd()} if profile.home == "no-jobs" else {})
     for what, path in looked_at.items():
         if any(path.is_relative_to(folder) for folder in closed):
-            rule = "home and project folders are read-only in jobs" if profile.home == "read-only" else "jobs cannot be submitted from home"
+            rule = (
+                "home and project folders are read-only in jobs"
+                if profile.home == "read-only"
+                else "jobs cannot be submitted from the home directory"
+            )
             raise ConfigError(f"{what} {path}, but on {profile.name} {rule}; change to $SCRATCH, or set --runs to a folder in $SCRATCH")
 
 

@@ -116,7 +116,8 @@ def _entry(found: _Found) -> Entry:
 
 
 def _places(places: Iterable[str]) -> str:
-    """Return the places of a key as text. Every method can have phases, so one phrase (`and in phases`) replaces all places in phases."""
+    """Return the places of a key as text. Places inside of phases are not listed one by one, because every method can have phases. The text
+    ends with `and in phases` instead."""
     every = [*places]
     whole = [place for place in every if ".phases." not in place]
     return ", ".join([*whole, "and in phases"] if whole and len(whole) < len(every) else every)

@@ -97,7 +97,7 @@ class Places:
 
     @classmethod
     def of(cls, attention_BT: Tensor, mask_BT: Tensor) -> "Places":
-        """Compute the indices from the two masks of a batch. If the loss has no position, `tokens` is the first token of the batch."""
+        """Compute the indices from the two masks of a batch. If `mask_BT` selects no token, `tokens` is the first token of the batch."""
         columns = mask_BT.any(0).nonzero().squeeze(1)
         needed = (mask_BT.flip(1).cumsum(1).flip(1) > 0) & attention_BT.bool()
         if not len(columns):

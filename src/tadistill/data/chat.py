@@ -119,8 +119,9 @@ def marked(
 def unmarked(
     template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]] = (), prompt: bool
 ) -> str:
-    """Return a conversation as text. The tag {% generation %} of a template leaves no marks in it. Unlike `render` and `written`, this
-    function needs only the template and its variables, and no tokenizer.
+    """Return a conversation as text. The template's tags {% generation %} leave nothing in the text.
+
+    Unlike `render` and `written`, this function needs only the template and its variables, and no tokenizer.
 
     Args:
         variables: the texts of special tokens, and further variables of the template.

@@ -45,7 +45,7 @@ class Kept:
     pair: float
     """Bytes per query-key pair that the layer keeps: its attention mask."""
     scores: float
-    """Bytes per query-key pair that the layer keeps on a CPU, in place of `pair`, if attention has dropout. A CPU has no fused kernel for
+    """The value that replaces `pair` on a CPU if attention has dropout, in bytes per query-key pair. A CPU has no fused kernel for
     attention with dropout."""
     running: float
     """Bytes per token position of temporary tensors, while one layer runs forward or backward."""

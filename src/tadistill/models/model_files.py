@@ -199,7 +199,9 @@ def hub_description(name: str, revision: str) -> Path | None:
 
 
 def hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
-    """Download a model of the Hub, and return its folder. Without `weights`, the weights of a whole model are not downloaded.
+    """Download a model of the Hub, and return its folder. If `weights` is False, only the configuration and the tokenizer are downloaded.
+
+    The weights of a LoRA adapter are always downloaded.
 
     Raises:
         ModelError: the model cannot be downloaded, or has no weights.

@@ -49,7 +49,8 @@ class SpelledPair:
 
     @classmethod
     def of(cls, student: SpelledText, teacher: SpelledText, follows: np.ndarray, compared: np.ndarray) -> "SpelledPair":
-        """Return the pair, with `by_cell` of the texts set: the models are compared by cells where a span's first tokens are in one cell.
+        """Return the pair. In both of its texts, `by_cell` is True for the first token of a span if the first tokens of both models are
+        in the same cell. At these tokens the models are compared by cells.
 
         Raises:
             ConfigError: the tokens of a span that is compared spell different texts.
@@ -170,7 +171,8 @@ def _chunks(spans: np.ndarray, most: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Places:
-    """Places in the texts of one model (positions before a byte or another symbol). A place is in the token that has the next symbol."""
+    """Places in the texts of one model. A place is the position before a symbol (a byte or a special token), and belongs to the token
+    that contains the symbol."""
 
     text: SpelledText
     token: np.ndarray
@@ -192,7 +194,7 @@ class Places:
 
     @classmethod
     def of(cls, text: SpelledText, pair: SpelledPair) -> "Places":
-        """Return all places of a text in spans that are compared."""
+        """Return the places of a text that are in the compared spans (`SpelledPair.compared`)."""
         tokens = np.flatnonzero(pair.compared[text.spans])
         count = text.count[tokens]
         token = np.repeat(tokens, count)

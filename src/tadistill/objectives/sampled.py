@@ -112,7 +112,7 @@ class TokenTerm:
         return True
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the values (n,) and their gradients with respect to the logits (n, V)."""
+        """Return the loss of each of the n tokens, of shape (n,), and the gradients of these losses in the logits, of shape (n, V)."""
         value, slope = token_loss_with_slope(self._cooled(logits), self.tokens[rows], lambda log_q: self._loss(log_q, rows))
         return value, slope if self.temperature == 1.0 else slope.div_(self.temperature)
 

@@ -76,8 +76,8 @@ class Spelling:
         self.rank = np.argsort(self.order)
         """The index (V,) of each token in `order`."""
         self.around = lru_cache(_KEPT)(self._around)
-        """`around(token, stripped)` returns the groups around a token. If `stripped` is True, a space at the beginning of a token does not
-        count, for any token of the vocabulary: the first word of a text may be written without it."""
+        """`around(token, stripped)` returns the groups of tokens around a token (`Around`). If `stripped` is True, all tokens are compared
+        without a space at their beginning, because the first word of a text may be written without it."""
         self.longer = lru_cache(_KEPT)(self._longer)
         """`longer(token, stripped)` returns the symbols (n,) that follow the given token's symbols in longer tokens, and (n,) bool: True if
         the given token's symbols and the one symbol together are a whole token."""

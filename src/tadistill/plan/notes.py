@@ -239,12 +239,12 @@ def approximations(plan: Plan, arm: str) -> list[str]:
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
-def _of_stage(plan: Plan, student: str, spec: object) -> Iterator[str]:
+def _of_stage(plan: Plan, model: str, spec: object) -> Iterator[str]:
     if isinstance(spec, AskSpec):
-        yield f"teacher FLOPs unknown: {student} is behind an API, so neither the FLOPs of the arm nor `compute` include its FLOPs"
+        yield f"teacher FLOPs unknown: {model} is behind an API, so its FLOPs are neither in the FLOPs of the arm nor in `compute`"
     if not isinstance(spec, DistillSpec):
         return
-    objective, signal, loss = spec.objective, spec.method.signal, f"the loss `{spec.objective.label}` of {student} is"
+    objective, signal, loss = spec.objective, spec.method.signal, f"the loss `{spec.objective.label}` of {model} is"
     if spec.teacher_data:
         yield f"{loss} {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
         return

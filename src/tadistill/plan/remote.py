@@ -78,8 +78,8 @@ def check_not_run(recipe: Recipe, arm: str, teacher: str | None) -> None:
     for name, model in recipe.models.items():
         if model.temper and model.temper.of in served:
             raise ConfigError(
-                f"models.{name}.temper is of `{model.temper.of}`, which is served, so its logits cannot be changed here; remove `serve` of "
-                f"`{model.temper.of}`"
+                f"models.{name}.temper changes the logits of `{model.temper.of}`, but those of a served model cannot be changed; remove "
+                f"`serve` of `{model.temper.of}`"
             )
     if own := served.intersection((*path.learners, *(path.last if len(path.last) == 1 else ()))):
         what = "trains" if own & {*path.learners} else "measures"

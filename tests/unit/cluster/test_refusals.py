@@ -97,7 +97,7 @@ def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="the runs directory is /project/u/runs, but on trillium"):
         scripts("trillium", runs=Path("/project/u/runs"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"this folder is .*, but on rorqual jobs cannot be submitted from home"):
+    with pytest.raises(ConfigError, match=r"this folder is .*, but on rorqual jobs cannot be submitted from the home directory"):
         scripts("rorqual")
     assert scripts("narval", runs=tmp_path / "runs")
 

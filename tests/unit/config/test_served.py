@@ -109,7 +109,7 @@ def test_a_key_in_place_of_its_variable_is_not_repeated(model):
 def test_a_model_has_either_a_server_or_a_temperature(recipe):
     with pytest.raises(ConfigError, match="needs exactly one of `load`"):
         recipe("models.xl={temper: {of: s, tau: 2}, serve: http://a:1, load: x}")
-    with pytest.raises(ConfigError, match=r"models\.hot\.temper is of `xl`, which is served"):
+    with pytest.raises(ConfigError, match=r"models\.hot\.temper changes the logits of `xl`, but those of a served model"):
         make_plan(recipe("models.hot={temper: {of: xl, tau: 2}}"))
 
 
