@@ -20,6 +20,7 @@ from tadistill.models.shapes import COUNTED, Shape, check_new, shape_of, size_in
 
 Config = Mapping[str, Any]
 _TIED = ("gpt2", "opt", "gemma3_text")  # families whose default in transformers is a head with the embeddings' weights
+_ANY_HEADS = ("gpt2", "opt")  # families whose counts do not depend on the number of heads, so a config.json may lack this number
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,17 @@ def with_layers(config: Config, layers: int) -> dict[str, Any]:
 def size_of(config: Config) -> Size | None:
     """Return the parameter counts of a model from its configuration. Return None for a model family that is not in this module.
 
-    The required fields for gpt2 are vocab_size, n_positions, n_embd, n_layer and n_head. For opt they are vocab_size,
-    max_position_embeddings, hidden_size, ffn_dim, num_hidden_layers and num_attention_heads. For the others they are vocab_size,
-    hidden_size, intermediate_size, num_hidden_layers and num_attention_heads. All other fields have the defaults of transformers.
+    The required fields for gpt2 are vocab_size, n_positions, n_embd and n_layer. For opt they are vocab_size, max_position_embeddings,
+    hidden_size, ffn_dim and num_hidden_layers. For the others they are vocab_size, hidden_size, intermediate_size, num_hidden_layers and
+    num_attention_heads. All other fields have the defaults of transformers.
 
     Raises:
         ConfigError: a required field is missing or is not a positive whole number.
     """
     if config.get("model_type") not in COUNTED:
         return None
+    if config["model_type"] in _ANY_HEADS:
+        config = {"n_head": 1, "num_attention_heads": 1, **config}
     vocab, shape = size_in(config, "vocab_size"), shape_of(config)
     head = vocab * _embedded(config, shape)
     matrices = sum(m.inputs * m.outputs * m.layers for m in _matrices(config, shape))
