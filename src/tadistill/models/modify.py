@@ -51,10 +51,15 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
     `seed` determines the random initial weights of the adapters.
 
     Raises:
+        ConfigError: peft is not installed, for example on the machine of a cluster's job.
         ModelError: `settings.targets` names layers that the model does not have, its head, or its embeddings.
     """
-    import peft
-
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            "a model of the recipe has `lora`, which needs peft; run `pip install 'tadistill[lora]'`, or remove `lora`"
+        ) from error
     _check_ends(model, settings.targets)
     config = peft.LoraConfig(
         r=settings.r,

@@ -1,5 +1,7 @@
 """Adapters: nothing changes before they train, merging gives the adapted model, and the head stays out of it."""
 
+import sys
+
 import pytest
 import torch
 from tests.conftest import tiny_model
@@ -128,3 +130,10 @@ def test_what_does_not_fit_is_one_sentence():
     model.get_output_embeddings = lambda: model.renamed_head
     with pytest.raises(ModelError, match="which is the head or an embedding"):
         adapt(model, Lora.model_construct(r=4, alpha=8, dropout=0.0, targets=("lm_head",)), seed=1)
+
+
+def test_adapters_need_peft(monkeypatch):
+    """The machine of a cluster's job may lack a package that the checks before a submission found."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"`lora`, which needs peft; run `pip install 'tadistill\[lora\]'`"):
+        adapt(tiny_model("gpt2"), Lora(r=2), seed=1)
