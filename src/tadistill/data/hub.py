@@ -120,10 +120,14 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 @contextmanager
 def without_retries_shown() -> Iterator[None]:
-    """If the Hub does not answer, hide the lines that its client prints at each retry while a `with` block runs."""
-    logger = logging.getLogger("huggingface_hub")
+    """If the Hub does not answer, hide the lines that its client prints at each retry while a `with` block runs.
+
+    All other lines of the client are shown. If the user wants to see more than warnings (HF_HUB_VERBOSITY), all lines are shown.
+    """
+    logger = logging.getLogger("huggingface_hub.utils._http")  # of the client's module that sends requests
     level = logger.level
-    logger.setLevel(level if reachable() else logging.ERROR)
+    if not reachable() and logger.getEffectiveLevel() >= logging.WARNING:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
@@ -175,11 +179,8 @@ def rows(repository: str, split: str, revision: str, *, stream: bool) -> Iterato
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants, errors
 
-    path, at = repository, revision
-    if (
-        constants.HF_HUB_OFFLINE
-    ):  # `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
-        path, at = str(download(repository, revision)), None
+    # offline, `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
+    path, at = (str(download(repository, revision)), None) if constants.HF_HUB_OFFLINE else (repository, revision)
     try:
         with without_retries_shown():
             return (dict(row) for row in load_dataset(path, split=split, revision=at, streaming=stream))

@@ -265,6 +265,17 @@ def test_retries_are_shown_only_if_the_hub_answers(monkeypatch, caplog, reachabl
     assert [record.message for record in caplog.records] == ["Retrying in 1s [Retry 1/5]."] * reachable
 
 
+@pytest.mark.parametrize(("verbosity", "shown"), [(logging.WARNING, ["other"]), (logging.DEBUG, ["retry", "other"])])
+def test_only_retries_of_an_unreachable_hub_are_hidden(monkeypatch, caplog, verbosity, shown):
+    """With HF_HUB_VERBOSITY=debug, a user looks for the reason, so nothing is hidden."""
+    monkeypatch.setattr(datasets.hub, "reachable", lambda: False)
+    caplog.set_level(verbosity, "huggingface_hub")
+    with datasets.hub.without_retries_shown():
+        logging.getLogger("huggingface_hub.utils._http").warning("retry")
+        logging.getLogger("huggingface_hub.file_download").warning("other")
+    assert [record.message for record in caplog.records] == shown
+
+
 def test_broken_json_names_the_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"instruction": "a", "output": "b"}\n{broken\n')
     with pytest.raises(DataError, match="line 2 is not JSON"):
