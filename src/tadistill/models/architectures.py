@@ -107,6 +107,8 @@ def _check_type(kind: Any, model: str) -> None:
         raise refusal(model, kind, REFUSED[kind])
 
 
+# --- models with random weights ---------------------------------------------------------------------------------------
+
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
 """Largest number of parameters of a model that is built and run as a check. This takes a fraction of a second."""

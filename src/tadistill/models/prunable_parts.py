@@ -145,6 +145,9 @@ FAMILIES: Mapping[str, Family] = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(se
 """Maps a `model_type` of transformers to the names and axes of its weights."""
 
 
+# --- the importance of the parts --------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Importance:
     """The importance scores of the parts of a model, in float64 on the CPU. Neurons and heads can be compared only within a layer."""

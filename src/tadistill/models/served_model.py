@@ -161,6 +161,8 @@ def _check_logits(config: PreTrainedConfig, load: str) -> None:
     Reader(model)
 
 
+# --- checks of the servers --------------------------------------------------------------------------------------------
+
 _PROBE = "Two readers, naïve or not: 3.14 × 2 = 6.28?\n"
 _ABSENT = (404, 405)  # HTTP statuses of a server that does not have the path of a request
 _UNIT = 1e-3  # hidden states are normalised if their norms differ from 1 by less than this

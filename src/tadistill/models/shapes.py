@@ -6,6 +6,9 @@
     size_of(with_shape(config, want))                            # the parameter counts of the pruned model
 
 `models.pruning.prune` makes the pruned model.
+
+This module also has all rules about types of models that need no torch: the types that cannot be distilled (`REFUSED`), and the check of a
+model with random weights (`check_new`).
 """
 
 import difflib

@@ -289,6 +289,9 @@ def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
     return TopK(ids, log_p.float(), remaining(log_p) if signal.tail == "lump" else None)
 
 
+# --- a teacher that follows its student -------------------------------------------------------------------------------
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a frozen copy of a model, in eval mode. Weights that are frozen in the model are not copied: both models share their memory.
 
