@@ -20,13 +20,13 @@ import matplotlib.pyplot as plt
 from results_page import HERE, RUNS, read_study, table, write_page
 
 from tadistill.report.figures.compute import curve_sentences
-from tadistill.report.path_words import listed
 from tadistill.results.budget_curves import BudgetCurve, BudgetPoint, budget_curves
 from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.compare import difference, reference_at
 from tadistill.results.number_text import DASH, flops_text, gap_text, parameters_text, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference
+from tadistill.text import listed
 
 METRIC = "fact_accuracy"
 STUDIES = {"far": "tinyworld-curves", "near": "tinyworld-curves-near"}

@@ -1,6 +1,8 @@
 """The limits of the house: sizes of files and functions, numbers of parameters, the first words of docstrings."""
 
 import ast
+import re
+import tomllib
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -90,3 +92,11 @@ def test_docstrings_say_what_comes_back():
         for text in docstrings(name):
             assert not text.startswith(RIDDLES), (name, text)
             assert "mports no torch" not in text, name  # the import contract says so
+
+
+def test_contributing_names_the_layers_of_the_import_contract():
+    root = PACKAGE.parents[1]
+    contract = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
+    layers = [name for layer in contract["layers"] for name in layer.split(" | ") if name != "__main__"]
+    table = (root / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| layer |")[2].partition("\n\n")[0]
+    assert [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[0])] == layers

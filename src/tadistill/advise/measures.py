@@ -53,7 +53,7 @@ class Model:
 @dataclass(frozen=True)
 class Pair:
     """Measures of two models before any distillation, as in `EdgeMeasures`. p is the bigger model, a possible teacher. q is the smaller
-    one, the learner. Own answers of q are its samples."""
+    one, the learner."""
 
     teacher: str
     learner: str

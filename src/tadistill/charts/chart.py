@@ -68,18 +68,19 @@ class Chart:
 
         With `label`, the name is written at the right end of the line, or below the figure on a phone.
         """
-        known, path, pen = [], "", "M"
+        known, path, pen = [], [], "M"
         for x, y in zip(xs, ys, strict=True):
             if y is None or not math.isfinite(y):
                 pen = "M"
             else:
                 known.append((x, y))
-                path, pen = f"{path}{pen}{self._place(x, y)}", "L"
+                path.append(f"{pen}{self._place(x, y)}")
+                pen = "L"
         if not known:
             return
         kind = "line faint" if seed is not None else "line"
         dash = f";stroke-dasharray:{look.dash}" if look.dash else ""
-        self._add("paths", f'<path class="{kind}" d="{path}" style="stroke:{look.colour}{dash}"/>', name)
+        self._add("paths", f'<path class="{kind}" d="{"".join(path)}" style="stroke:{look.colour}{dash}"/>', name)
         self._data["lines"].append([name, seed, [round(x, 6) for x, _ in known], [_short(y) for _, y in known]])
         if seed is None:
             for point in _spread_out(known):
@@ -113,8 +114,7 @@ class Chart:
 
     def row(self, name: str, y: float, point: tuple[float, float, float], look: Look, *, dots: Sequence[float] = (), tip: str = "") -> None:
         """Draw a mean with a horizontal interval (mean, low, high) at height `y`. `dots` are single values, drawn below the mean."""
-        mean, low, high = point
-        height = self._top(y)
+        (mean, low, high), height = point, self._top(y)
         ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{height:.1f}" y2="{height:.1f}"'
         self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
         for dot in dots:

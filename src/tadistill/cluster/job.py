@@ -172,8 +172,9 @@ class JobRecord:
 
 def read_record(store: Store, key: str) -> JobRecord | None:
     """Return the record of the job that runs a stage. Return None if the record is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return JobRecord(**json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8"))
+        return JobRecord(found["job"], found["index"], found["name"], found["study"])  # another version may have written more keys
     return None
 
 

@@ -242,10 +242,12 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     finished = results.scores[arm.name]
     key = arm.evaluate[arm.first_seed(finished)] if finished else None
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}
-    template, prompt = spec["data"]["template"], load_predictions(results.store, key)[0]["prompt"] if key else ""
-    if template == "chat" or not prompt:
+    template = spec["data"]["template"]
+    if template == "chat" or key is None:
         return template
-    if split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n"):
+    prompt = load_predictions(results.store, key)[0]["prompt"]
+    written = split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n")
+    if written or not prompt:
         return template
     return "chat" if tokens.read(folder, folder).template else "verbatim"
 

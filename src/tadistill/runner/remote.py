@@ -75,12 +75,9 @@ def check_teachers(recipe: Recipe, stages: Iterable[Stage]) -> None:
 
 def check_model(recipe: Recipe, name: str) -> "list[Checked]":
     """Check the servers of one model of the recipe, and return a description of each server. Raises errors as `check_teachers` does."""
+    # here: these two modules import torch
     from tadistill.models.loading import load_tokenizer
-    from tadistill.models.served_model import (
-        check_servers,
-        fetch_config,  # here: these three modules import torch
-        names_of,
-    )
+    from tadistill.models.served_model import check_servers, fetch_config, names_of
 
     model = recipe.models[name]
     assert model.load is not None

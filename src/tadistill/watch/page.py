@@ -115,7 +115,7 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
     """Return the parts of the page by id.
 
     Args:
-        wanted: ids of the graph's nodes whose curves and samples are shown. If it is empty, a default is shown (`graph.picked`).
+        wanted: ids of the graph's nodes whose curves and samples are shown. If it is empty, a default is shown (`picked`).
         reports: names of files of the study. The page has a link to each of them.
     """
     nodes = nodes_of(moment.stages)

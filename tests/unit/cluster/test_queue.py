@@ -55,6 +55,9 @@ def test_only_the_job_that_was_submitted_counts(tmp_path):
     assert record.live({"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")})
     assert not record.live({"7_1": Entry("7_1", "RUNNING", "0:10", "another")})  # the id was given again
     assert not record.live({"7_1": Entry("7_1", "PENDING", "0:00", "distill-s-abc", "DependencyNeverSatisfied")})
+    content = json.loads((store.folder("ab12") / "job.json").read_text())
+    (store.folder("ab12") / "job.json").write_text(json.dumps(content | {"partition": "gpu"}))
+    assert read_record(store, "ab12") == record  # another version of tadistill wrote it
     for damaged in (b"{}", b"[]", b"3", b"{", b"\xff"):
         (store.folder("ab12") / "job.json").write_bytes(damaged)
         assert read_record(store, "ab12") is None
