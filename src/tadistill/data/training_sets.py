@@ -106,8 +106,8 @@ class TrainingSets:
 
     @cached_property
     def _order(self) -> Callable[..., np.ndarray]:
-        # the order of a set's rows in an epoch; a batch can need two epochs of each set
-        return lru_cache(2 * len(self.sizes))(_permuted)
+        # the order of a set's rows in an epoch; prompts and fixed texts each need two epochs of each set
+        return lru_cache(4 * len(self.sizes))(_permuted)
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:

@@ -24,7 +24,7 @@ from tadistill.disk import write_json
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import Answers, Question, parse_scores, wordings
 from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
-from tadistill.models.server_replies import Cache, in_threads
+from tadistill.models.endpoint_replies import Cache, in_threads
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
 from tadistill.text import counted

@@ -283,7 +283,7 @@ def pack_rows(model: PreTrainedModel) -> None:
     with evaluating(model), rounded(model) as rounding:
         packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **rows(lengths, model.device)).logits[0]
         alone = torch.cat([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0] for row in ids.split(lengths)])
-    if max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) > rounding.largest:
+    if not max(apart(z, expected) for z, expected in zip(packed.float(), alone.float(), strict=True)) <= rounding.largest:  # or NaN
         raise ModelError(f"packed rows change each other's logits in a {kind} model; remove `optim.packed`, or choose another model")
 
 

@@ -23,7 +23,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed
 from tadistill.models.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
-from tadistill.models.server_replies import Cache, in_threads
+from tadistill.models.endpoint_replies import Cache, in_threads
 from tadistill.text import counted, form
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering, ServerFailed, TadistillError
 from tadistill.models import sources
 from tadistill.models.endpoint import Unavailable, knock
-from tadistill.models.server_replies import read_replies
+from tadistill.models.endpoint_replies import read_replies
 from tadistill.models.server_requests import Servers
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.graph import Stage

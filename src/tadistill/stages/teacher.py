@@ -27,10 +27,10 @@ from tadistill.disk import read_json, stream_jsonl, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.token_scores import Subject, entropy, means
+from tadistill.models.endpoint_replies import open_cache
 from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
-from tadistill.models.server_replies import open_cache
 from tadistill.models.teachers import teacher_of
 from tadistill.models.tokens import shared_vocabulary
 from tadistill.plan.inputs import TokenizerFiles

@@ -12,7 +12,7 @@ from tadistill.data import datasets
 from tadistill.data.prompts import messages
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.endpoint import Reply
-from tadistill.models.server_replies import open_cache
+from tadistill.models.endpoint_replies import open_cache
 from tadistill.plan.arms import make_plan
 from tadistill.plan.kinds import AskSpec, RetokeniseSpec
 from tadistill.plan.notes import approximations
