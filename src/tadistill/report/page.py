@@ -4,7 +4,7 @@ The first screen has the question, the answer, one figure and a table of arms. E
 definitions are closed until the reader opens them.
 
 To add a section, add three things: its heading and its entry in `findings.sections`; its block in ``templates/report.html.j2``; and its
-numbers, which `record` collects.
+numbers, which `results_json` collects.
 """
 
 import re
