@@ -38,6 +38,9 @@ def _located(study: str, runs: Path | None) -> tuple[Path, Store]:
     return find_study(study, root), store_of(root)
 
 
+# --- results --------------------------------------------------------------------------------------------------------------
+
+
 @app.command()
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from the finished stages."""
@@ -187,6 +190,9 @@ def human(
     options = {"name": name, "arms": arm or [], "sets": comma_separated(on), "limit": limit, "reference": reference, "seed": seed}
     sheet = read_settings(BlindSheet, options, (), source="tadistill human")
     commands.export_sheet(study, sheet, root=root, console=console)
+
+
+# --- a cluster, and the runs directory ------------------------------------------------------------------------------------
 
 
 Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML file of a cluster profile (default: variable CC_CLUSTER).")]

@@ -21,6 +21,9 @@ _COPIED = ("method", *(part for part in PARTS if part not in ("dense", "ema")), 
 """The keys that a control copies from its arm. `dense` and `ema` are not copied: a control has one teacher, whose weights do not change."""
 
 
+# --- controls -------------------------------------------------------------------------------------------------------------
+
+
 def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe as plain data, in which each control has the path, the settings and the compute of its arm.
 
@@ -196,9 +199,12 @@ class Budgets(Strict):
         chosen = able if self.arms is None else self.arms
         found: dict[str, Arm] = {}
         for name, arm in arms.items():
-            if name not in chosen or name == of:
+            if name not in chosen:
                 found[name] = arm
-            for times in self.times if name in chosen else ():
+                continue
+            if name == of:
+                found[name] = arm
+            for times in self.times:
                 new, compute = at_budget(name, times), f"{times:g}x {of}"
                 if name == of and times == 1:
                     continue
@@ -219,10 +225,11 @@ class BudgetOf(NamedTuple):
 
 def budget_of(name: str, compute: str | None) -> BudgetOf | None:
     """Return the training budget of an arm, given its name and its key `compute`. Return None if `Budgets.expand` did not make the arm."""
-    times, reference = (read_compute(compute) if compute else None) or (None, "")
-    if times is None or not name.endswith(suffix := at_budget("", times)):
+    times, reference = read_compute(compute or "") or (None, "")
+    if times is None:
         return None
-    return BudgetOf(name.removesuffix(suffix), times, reference)
+    suffix = at_budget("", times)
+    return BudgetOf(name.removesuffix(suffix), times, reference) if name.endswith(suffix) else None
 
 
 def at_budget(arm: str, times: float) -> str:

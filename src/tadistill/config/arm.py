@@ -21,6 +21,9 @@ from tadistill.config.sampling import Sampler
 _AND, _ON = " + ", " on "
 
 
+# --- routes ---------------------------------------------------------------------------------------------------------------
+
+
 def is_route(name: str) -> bool:
     """Return True if the text between two `>` of a path is a route, such as `m on maths + xl on chat`."""
     return _ON in name
@@ -67,6 +70,9 @@ def route_problems(path: tuple[str, ...]) -> Iterator[str]:
 
 def _pairs(name: str) -> list[tuple[str, str]]:
     return [(model.strip(), set_.strip()) for part in name.split(_AND) for model, _, set_ in [part.partition(_ON)]]
+
+
+# --- paths ----------------------------------------------------------------------------------------------------------------
 
 
 ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -120,6 +126,9 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
     return next(iter([*same, *(found if any_method else [])]), None)
 
 
+# --- keys that name another arm -------------------------------------------------------------------------------------------
+
+
 _COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 
@@ -165,6 +174,9 @@ _FORMS = {
     "control": (_CONTROL, CONTROLS),
 }
 """Maps each key that names another arm to the form of its value, and to an example for the error message."""
+
+
+# --- arms -----------------------------------------------------------------------------------------------------------------
 
 
 class Published(Strict):

@@ -1,4 +1,5 @@
-"""The base class `Strict` of all parts of a recipe, those of sampling and of objectives (losses), and types for names and numbers."""
+"""The base class `Strict` of all parts of a recipe, the base classes of sampling and of objectives (losses), and types for names and
+numbers."""
 
 import functools
 import re

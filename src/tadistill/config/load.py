@@ -149,9 +149,8 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
         found = problems(error, raw, model)
         sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
         left = len(found) - _SHOWN
-        rest = (
-            [f"{source}: {counted(left, 'more problem is', 'more problems are')} not shown; correct those above first"] if left > 0 else []
-        )
+        more = counted(left, "more problem is", "more problems are")
+        rest = [f"{source}: {more} not shown; correct those above first"] if left > 0 else []
         raise ConfigError(*sentences, *rest) from error
 
 

@@ -20,6 +20,9 @@ from tadistill.errors import ConfigError, DataError, ModelError
 _SUFFIXES = (".yaml", ".yml")
 
 
+# --- recipes of the package -----------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def recipes_folder() -> Path:
     """Return the folder with the recipes of the package."""
@@ -73,6 +76,9 @@ def _named(path: Path) -> Path | None:
     name = name.removeprefix("recipes/")
     ends = [full for full in shipped() if full.rsplit("/", 1)[-1] == name]
     return shipped().get(name) or (shipped()[ends[0]] if len(ends) == 1 else None)
+
+
+# --- places of keys, and relative paths -----------------------------------------------------------------------------------
 
 
 Lines = dict[tuple, int | str]

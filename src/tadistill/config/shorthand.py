@@ -119,12 +119,11 @@ def with_methods(raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arms := raw.get("arms"), dict):
         found["arms"] = {name: names.named(arm, f"arms.{name}", f"arms.{name}.method", "method") for name, arm in arms.items()}
     if isinstance(models := raw.get("models"), dict):
-        found["models"] = {
-            name: model | {"distill": names.named(model["distill"], f"models.{name}.distill", f"models.{name}.distill.name", "name")}
-            if isinstance(model, dict) and "distill" in model
-            else model
-            for name, model in models.items()
-        }
+        found["models"] = {**models}
+        for name, model in models.items():
+            if isinstance(model, dict) and "distill" in model:
+                at = f"models.{name}.distill"
+                found["models"][name] = model | {"distill": names.named(model["distill"], at, f"{at}.name", "name")}
     if names.wrong:
         raise ValueError("\n".join(names.wrong))
     return found

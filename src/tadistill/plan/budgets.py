@@ -177,7 +177,7 @@ class Budgets:
     def _check_patience(self, name: str, arm: Arm, like: "PlannedArm", trial: Trial) -> None:
         # a stage that both arms share stops at the same update in both, so only the other stages matter
         theirs, own = behind(self.graph.stages, like.final[self.recipe.first_seed]), behind(trial.graph.stages, trial.final)
-        stages = [(theirs | own)[key] for key in (theirs | own) if not (key in theirs and key in own)]
+        stages = [stage for key, stage in (theirs | own).items() if key not in theirs or key not in own]
         early = [s.label for s in stages if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
         if early:
             raise ConfigError(

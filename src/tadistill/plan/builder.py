@@ -188,9 +188,8 @@ class StageBuilder:
             lora=self.recipe.models[name].lora,
             **self._texts(name, sft.select, sft.sets, responses=True),
         )
-        return FromStage(
-            stage=self.add(spec, f"sft {name}{on_sets(sft.sets)}{', continued' if continues else ''}, seed {seed}", name, seed)
-        )
+        label = f"sft {name}{on_sets(sft.sets)}{', continued' if continues else ''}, seed {seed}"
+        return FromStage(stage=self.add(spec, label, name, seed))
 
     def distill(
         self,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tadistill.plan.costs import Ledger
 
 
+# --- base classes of the kinds of stages ----------------------------------------------------------------------------------
+
+
 class Spec(Part):
     """Base class of all kinds of stages. A stage is one step of a study, such as one training."""
 
@@ -107,6 +110,9 @@ class OnTrainingSets(Spec):
     def texts(self, ledger: "Ledger", weights: tuple[float, ...] = (), route: tuple[int, ...] = ()) -> "Ledger":
         """Return a ledger that predicts costs for the texts of this stage. `weights` and `route` are attributes of `SizesAndLengths`."""
         return ledger.of_texts(tuple(split.ref.name for split in self.sets), self.data.context, weights, route)
+
+
+# --- the graph ------------------------------------------------------------------------------------------------------------
 
 
 _BRACKETS = re.compile(r" \((?!turn |phase )[^()]*\)")

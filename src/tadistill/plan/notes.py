@@ -1,4 +1,4 @@
-"""The sentences below the tables of `tadistill plan`, and those about numbers of a study that are not exact.
+"""The sentences below the tables of `tadistill plan`, those about numbers of a study that are not exact, and the words for phases.
 
 A loss is not exact if a server or a recording has only a part of a teacher's distribution, or if the teacher has another tokenizer than the
 student. FLOPs are not complete if a teacher is behind an API.
@@ -232,6 +232,9 @@ def counts_asked(plan: Plan) -> bool:
     return any(arm.arm.teacher_budget for arm in plan.arms) or len(plan.tokens.families) > 1
 
 
+# --- numbers that are not exact -------------------------------------------------------------------------------------------
+
+
 def approximations(plan: Plan, arm: str) -> list[str]:
     """Return one sentence for each teacher whose outputs make a loss of the arm inexact, or whose FLOPs are not known. Empty if all numbers
     are exact."""
@@ -272,6 +275,9 @@ def _over_spans(spec: DistillSpec, teacher: str) -> str:
         "(cells); inside a span, it compares the probabilities of the next byte; the loss is exact only if each model gives no probability "
         "to tokenisations that its own tokenizer would not make"
     )
+
+
+# --- phases in words ------------------------------------------------------------------------------------------------------
 
 
 def phases_text(phases: Sequence[PlannedPhase]) -> str:

@@ -11,8 +11,8 @@ An edge is one distillation, such as `A > B`. Its method decides which tokenizer
 `Method.by_token` names the setting that compares tokens. Starting from another model's weights, matching its temperature and training on
 recorded teacher outputs also need tokenizers of one family (`StudyTokens.alike`).
 
-At the end of the module are the teachers that are not as the recipe describes the model: teachers with a prompt of their own (`context`),
-models that teach themselves, and the teacher of a control (`arms.X.control`).
+The second half is about teachers that differ from their model in the recipe: teachers with a prompt of their own (`context`), models that
+teach themselves, and the teacher of a control (`arms.X.control`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -197,6 +197,9 @@ def check_writer(tokens: "StudyTokens", writer: str, learner: str) -> None:
             f"{learner} trains on the recorded text of {writer} (sampler `student` with `recorded: true`), but their tokenizers differ "
             f"({tokens.sizes(writer, learner)}), and the teacher's outputs on this text are recorded token by token; remove `recorded`"
         )
+
+
+# --- teachers that differ from their model in the recipe ------------------------------------------------------------------
 
 
 def check_itself(recipe: Recipe, name: str, arm: Arm, teacher: str, learner: str, method: Method) -> None:

@@ -147,7 +147,8 @@ def _assistants(plan: Plan, arm: PlannedArm) -> str:
     middle = set(arm.arm.learners) - {arm.arm.last[-1]}
     if not middle or key is None:
         return "–"
-    return _flops(total_flops(stage for k in with_ancestors(plan.stages, [key]) if (stage := plan.stages[k]).model in middle))
+    above = [plan.stages[k] for k in with_ancestors(plan.stages, [key])]
+    return _flops(total_flops(stage for stage in above if stage.model in middle))
 
 
 def _largest(plan: Plan, width: int) -> Table:

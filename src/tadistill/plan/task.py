@@ -246,6 +246,9 @@ def original_teacher(recipe: Recipe) -> str | None:
     return heads[0] if heads else None
 
 
+# --- vLLM -----------------------------------------------------------------------------------------------------------------
+
+
 def sampling(spec: Spec) -> Decoding | None:
     """Return the settings with which a stage samples text. Return None if the stage samples no text.
 
