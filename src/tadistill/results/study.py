@@ -255,6 +255,7 @@ def _stage(entry: Mapping[str, Any]) -> StageRecord:
 
 
 def _arm(entry: Mapping[str, Any]) -> ArmRecord:
+    published = entry["published"]
     return ArmRecord(
         name=entry["name"],
         path=tuple(entry["path"]),
@@ -267,7 +268,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         evaluate=_by_seed(entry["evaluate"]),
         analyse=_by_seed(entry["analyse"]),
         also={name: _by_seed(keys) for name, keys in entry["also"].items()},
-        published=Published.model_validate(entry["published"]) if entry["published"] else None,
+        published=Published(source=published["source"], rouge_l=published["rouge_l"]) if published else None,
         final={int(seed): key for seed, key in entry["final"].items()},
         inexact=tuple(entry.get("inexact", ())),
         phases=tuple(PhaseRecord(**phase) for phase in entry.get("phases", ())),  # a plan of an earlier version has none
@@ -339,4 +340,7 @@ def trained_model(plan: StudyPlan, store: Store, name: str, seed: int | None) ->
     if not store.finished(key):
         raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
     store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
-    return store.folder(key) / "model", seed
+    folder = store.folder(key) / "model"
+    if not folder.is_dir():  # the manifest of a stage may not name the files of the model
+        raise StoreError(f"{folder} does not exist; delete {folder.parent} and run `{plan.command}` again")
+    return folder, seed

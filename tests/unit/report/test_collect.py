@@ -168,6 +168,14 @@ def test_an_arm_over_an_undeclared_model_is_damage(study):
         write_results(study.read())
 
 
+def test_a_published_result_without_scores_is_damage(study):
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    plan["arms"][0]["published"] = {"source": "a paper"}
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(StoreError, match=r"plan\.json is damaged \(KeyError: 'rouge_l'\); run `tadistill run RECIPE` to write it again$"):
+        write_results(study.read())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

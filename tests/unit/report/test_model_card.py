@@ -1,6 +1,7 @@
 """Exported students and their model cards."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -109,6 +110,19 @@ def test_what_cannot_be_exported(study, tmp_path):
     ):
         export(study.read(), "chain", 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_folder_was_deleted_is_one_sentence(study, tmp_path):
+    key = key_of("distill", ("xl", "l", "s"), 10, "chain")
+    folder = study.store_dir / key[:2] / key
+    shutil.rmtree(folder / "model")
+    with pytest.raises(StoreError, match=f"arm chain with seed 10 is not trained yet .stage {key}.: run `tadistill run recipes/demo.yaml`"):
+        export(study.read(), "chain", 10, tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": {"metrics.jsonl": ""}}))  # names no file of the model
+    with pytest.raises(StoreError) as caught:
+        export(study.read(), "chain", 10, tmp_path / "out")
+    assert str(caught.value) == f"{folder / 'model'} does not exist; delete {folder} and run `tadistill run recipes/demo.yaml` again"
 
 
 def test_a_model_that_is_loaded_as_it_is_has_nothing_to_export(tmp_path):
