@@ -127,9 +127,8 @@ class Problem:
     sequences: list[Sequence]
     alone: dict[tuple[int, ...], Rollout]
     mixed: dict[tuple[int, ...], Rollout]
-    vocab: Any = VOCAB
     again: Rereader | None = None
-    """Set if the teacher has a tokenizer of its own. `vocab` then holds both vocabularies."""
+    """Set if the teacher has a tokenizer of its own. It has both vocabularies."""
 
     @classmethod
     def of(cls, kind: str) -> "Problem":
@@ -164,7 +163,7 @@ class Problem:
         alone = {
             p: Rollout(r.tokens, {name: r.values[name] for name in ("student", "behaviour")}) for p, r in zip(prompts, out, strict=True)
         }
-        return cls(student, teacher, sequences, alone, alone, again, again)
+        return cls(student, teacher, sequences, alone, alone, again)
 
     def update(self, case: Case, device: torch.device, precision: str, steps: int = 1) -> tuple[float, Tensor]:
         """Do updates by the training loop. Returns the loss of the first, and the gradient that AdamW got from it."""
@@ -182,7 +181,7 @@ class Problem:
         handle = register_optimizer_step_pre_hook(look)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                step = make_step(method, student, teachers, self.vocab, own=case.own)
+                step = make_step(method, student, teachers, self.again or VOCAB, own=case.own)
                 train(Path(folder), accelerator, student, step, self.sampler(method, student, teachers), optim)
                 row = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[0])
         finally:
@@ -192,8 +191,7 @@ class Problem:
     def sampler(self, method: Method, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...]) -> Sampler:
         """Return the method's own sampler. Its engine repeats the known responses."""
         if not method.sampler.on_policy:
-            sequences = self.again.each(self.sequences) if self.again else self.sequences
-            return FixedSequences(sequences, method.optim, pad=0, seed=0)
+            return FixedSequences(self.sequences, method.optim, pad=0, seed=0, again=self.again)
         known = self.mixed if method.objective.needs_rounds else self.alone
         engine = Replayed(student, method.sampler, known)
         prompts = [Encoded(i, s.prompt, s.response, teacher_prompt=s.teacher_prompt) for i, s in enumerate(self.sequences)]

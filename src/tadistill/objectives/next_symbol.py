@@ -12,7 +12,7 @@ Axes: N student's tokens, M teacher's tokens, S spans, X places, width: number o
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,6 @@ from tadistill.objectives.targets import Head, Hidden
 
 LEAST = 1e-15
 """Smallest probability of a cell or a symbol. Smaller ones are raised to it, so that text that a model cannot write has a finite loss."""
-Next = tuple[Tensor, Tensor]
-"""One model's probabilities (X, width) of the next symbol at each place; and (X, width) bool, True for a symbol whose probability is known.
-
-The last column has the probability that a token has ended and the symbol after it is not known. If a symbol is not known, the rest of its
-probability is that the model wrote a shorter token, which ends at the place, and then a token that begins with the symbol."""
-
 _AT_ONCE = {"cpu": 256, "cuda": 4096}  # places whose distributions are in memory at the same time
 
 
@@ -134,7 +128,17 @@ def symbol_divergence(
     return values, walks[0].parts(states[0], slopes)
 
 
-def _of_places(divergence: Callable[..., Tensor], student: Next, teacher: Next, longer: Tensor, places: "Places") -> Tensor:
+class _Next(NamedTuple):
+    """One model's probabilities of the next symbol at each place. Some of these probabilities are known only in part."""
+
+    probs: Tensor
+    """(X, width) probabilities. The last column has the probability that a token has ended and the symbol after it is not known."""
+    known: Tensor
+    """(X, width) bool. False for a symbol whose probability is only partly in `probs`. The other part is the probability that the model
+    wrote a shorter token, which ends at the place, and then a token that begins with the symbol."""
+
+
+def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
     """Return the sum (X,) of two divergences at each place.
 
     A tokenizer with the token `then` does not write `the` before an `n`: the `n` completes a longer token (code 1 in `longer`). The first
@@ -142,7 +146,7 @@ def _of_places(divergence: Callable[..., Tensor], student: Next, teacher: Next, 
     continues with a symbol of code 1. Otherwise it leaves out the symbols of code 1, and has one outcome for each other symbol. At a place
     `by_cell`, it has one outcome for each symbol of code 2 (the symbol continues a longer token), and one outcome for the rest.
     """
-    known, each = student[1] & teacher[1], (student[0], teacher[0].to(student[0].dtype))
+    known, each = student.known & teacher.known, (student.probs, teacher.probs.to(student.probs.dtype))
     makes, begins = longer == 1, longer == 2
     ended = ~makes.gather(1, tensor_of(places.symbol, known.device).unsqueeze(1)).squeeze(1)
     named = known & (begins | ~tensor_of(places.by_cell, known.device).unsqueeze(1))
@@ -233,8 +237,8 @@ class Places:
     def _at(self, places: np.ndarray | slice) -> "Places":
         return replace(self, **{n: getattr(self, n)[places] for n in ("token", "depth", "symbol", "by_cell", "before", "sure")})
 
-    def distributions(self, walk: "_Walk", sums: Tensor) -> Next:
-        """Return the `Next` symbol's probabilities at the places. `sums` (n, K) are the probabilities of the groups around `tokens`.
+    def distributions(self, walk: "_Walk", sums: Tensor) -> _Next:
+        """Return the probabilities of the next symbol at the places. `sums` (n, K) are the probabilities of the groups around `tokens`.
 
         If a shorter token can end at a place inside a token, a symbol is `known` only if it and the token's symbols before it are a token.
         """
@@ -251,7 +255,7 @@ class Places:
             longer = nodes[ends]
             mixed = longer[:, :-1] + longer[:, -1:] * probs[at][:, :-1]
             probs = probs.index_copy(0, at, torch.nn.functional.pad(mixed, (0, 1)))
-        return probs, known
+        return _Next(probs, known)
 
 
 class _Walk:

@@ -1,5 +1,7 @@
-"""Read the measurements of finished stages: the scores of each prompt, the values of each test set as a whole, and the predictions. Also
-read the rows and FLOPs that were really used, because the plan can only predict them, and the differences of the last report.
+"""Read what finished stages measured: the scores of each prompt, the values of each test set as a whole, and the predictions.
+
+The manifests of stages have the rows and FLOPs that were really used, which the plan can only predict. results.json has the differences
+of the last report.
 
 If a file cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
 

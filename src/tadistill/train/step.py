@@ -275,7 +275,7 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
     return TokenTerm(name, torch.neg, batch.counted(batch.targets_BT), weight=weight)
 
 
-# --- MiniLLM: the formulas are in tadistill.objectives.minillm ----------------------------------------------
+# --- MiniLLM: the formulas are in tadistill.objectives.minillm ----------------------------------------------------------
 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
