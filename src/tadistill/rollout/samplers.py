@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Optim
-from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler
+from tadistill.config.sampling import MixSampler, OnPolicy, PairSampler, ReplaySampler
 from tadistill.data.batch import Batch, Sequence, collate, taught
 from tadistill.data.other_tokenizer import Rereader, SecondReading
 from tadistill.data.training_sets import TrainingSets
@@ -27,7 +27,7 @@ from tadistill.rollout.engine import Engine
 from tadistill.rollout.teacher_signals import Signals
 
 T = TypeVar("T")
-Config = TypeVar("Config", MixSampler, ReplaySampler, PairSampler)
+Config = TypeVar("Config", bound=OnPolicy)
 
 
 @dataclass(frozen=True)
