@@ -129,13 +129,10 @@ def symbol_divergence(
 
 
 class _Next(NamedTuple):
-    """One model's probabilities of the next symbol at each place. Some of these probabilities are known only in part."""
+    """One model's probabilities of the next symbol at each place."""
 
-    probs: Tensor
-    """(X, width) probabilities. The last column has the probability that a token has ended and the symbol after it is not known."""
-    known: Tensor
-    """(X, width) bool. False for a symbol whose probability is only partly in `probs`. The other part is the probability that the model
-    wrote a shorter token, which ends at the place, and then a token that begins with the symbol."""
+    probs: Tensor  # (X, width); the last column has the probability that a token has ended and the symbol after it is not known
+    known: Tensor  # (X, width) bool; False if a case is missing: a shorter token ends at the place, and the next one begins with the symbol
 
 
 def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
