@@ -129,10 +129,10 @@ def symbol_divergence(
 
 
 class _Next(NamedTuple):
-    """One model's probabilities of the next symbol at each place."""
+    """One model's probabilities of the next symbol at each place. If `probs` lacks a case of a symbol, the symbol is not `known`."""
 
     probs: Tensor  # (X, width); the last column has the probability that a token has ended and the symbol after it is not known
-    known: Tensor  # (X, width) bool; False if a case is missing: a shorter token ends at the place, and the next one begins with the symbol
+    known: Tensor  # (X, width) bool; False if this case is missing: a shorter token ends at the place, the next begins with the symbol
 
 
 def _of_places(divergence: Callable[..., Tensor], student: _Next, teacher: _Next, longer: Tensor, places: "Places") -> Tensor:
