@@ -129,7 +129,7 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
 # --- keys that name another arm -------------------------------------------------------------------------------------------
 
 
-_COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
+_COMPUTE = re.compile(r"(?:as|(?P<times>(?![0.]+x)\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 
 def read_compute(text: str) -> tuple[float | None, str] | None:
@@ -169,7 +169,7 @@ def read_control(text: str) -> Control | None:
 
 
 _FORMS = {
-    "compute": (_COMPUTE, "`as ARM` or `4x ARM`, where ARM is the name of an arm"),
+    "compute": (_COMPUTE, "`as ARM` or `4x ARM`, where ARM is the name of an arm and the number is above 0"),
     "teacher_budget": (re.compile(r"as \S.*"), "`as ARM`, where ARM is the name of an arm"),
     "control": (_CONTROL, CONTROLS),
 }
@@ -245,6 +245,8 @@ class Arm(WithMethod):
     @field_validator("path", mode="before", json_schema_input_type=str | list[str] | list[list[str]])
     @classmethod
     def _split(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("a path is a text; write the models from the teacher to the student, such as xl > s")
         if not isinstance(value, str):
             return (value,) if isinstance(value, list | tuple) and value and isinstance(value[0], str) else value
         return tuple(tuple(part.strip() for part in chain.split(">")) for chain in value.split(" then "))

@@ -157,7 +157,8 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
 def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str, model: type[BaseModel]) -> Any:
     for item in overrides:
         if item.find("=") < 1:
-            raise ConfigError(f"override `{item}` has no `=`; write key.sub=value, for instance {example}")
+            lacks = "key before the `=`" if "=" in item else "`=`"
+            raise ConfigError(f"override `{item}` has no {lacks}; write key.sub=value, for instance {example}")
         if "${" in item:
             raise ConfigError(f"override `{item}` {_NO_REFERENCES}")
         if item.split("=")[0].count(".") > _DEEPEST:

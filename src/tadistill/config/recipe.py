@@ -240,7 +240,9 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
 
 
 def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:
-    if model is not None and model not in recipe.models:
+    if model == "":
+        yield f"{where} no model on one side of `>`; write a model on both sides, such as xl > s"
+    elif model is not None and model not in recipe.models:
         fix = "write `>` between two models" if re.search(r"[-=–—]$|[→⇒,>]", model) else _choice(model, recipe.models)
         yield f"{where} `{model}`, which is not a model; {fix}"
 

@@ -137,8 +137,16 @@ def groups(model: type[BaseModel], place: str = "") -> Iterator[tuple[type[BaseM
     yield model, place
     for name, field in model.model_fields.items():
         below = dotted(place, field.alias or name)
-        for child in classes(field.annotation):
-            yield from groups(child, f"{below}.{NAME}" if child in named_classes(field.annotation) else below)
+        for child, named in _children(field.annotation):
+            yield from groups(child, f"{below}.{NAME}" if named else below)
+
+
+def _children(annotation: Any, named: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    # the configuration classes in a type annotation; True for those that are values of a dict
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, named
+    for part in typing.get_args(annotation):
+        yield from _children(part, named or typing.get_origin(annotation) is dict)
 
 
 def dotted(*words: str) -> str:

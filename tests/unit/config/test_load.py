@@ -84,7 +84,11 @@ def test_an_empty_mapping_empties(recipe):
         ("seeds=[1,1]", ["contain a seed twice"]),
         ("evaluate.also.greedy.seeds=[3,3]", ["`evaluate.also.greedy.seeds` [3, 3] contain a seed twice"]),
         ("nonsense", ["has no `=`"]),
+        ("=5", ["has no key before the `=`"]),
         ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
+        ("arms.a={path: xl > s, compute: 0x kd}", ["`arms.a.compute` is `0x kd`", "the number is above 0"]),
+        ("arms.a={path: 5}", ["`arms.a.path` is 5", "a path is a text", "xl > s"]),
+        ("arms.a=xl >", ["`arms.a.path` names no model on one side of `>`"]),
     ],
 )
 def test_a_mistake_is_one_sentence(recipe, override, parts):

@@ -57,6 +57,11 @@ def test_a_key_of_some_types_names_them():
     assert ("with type", "taid") in entry.facts
 
 
+def test_a_key_of_two_forms_has_the_places_of_both():
+    entry = explain("data.train.columns")[0]
+    assert dict(entry.facts)["also at"] == "data.dev.columns, data.test.columns, data.corpus.columns, data.dev.NAME.columns"
+
+
 def test_keys_of_two_forms_are_listed_once():
     (entry,) = explain("data.train")
     assert [name for name, _ in entry.below] == ["load", "split", "revision", "columns", "choices", "instruction", "extra", "weight"]
