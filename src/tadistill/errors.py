@@ -36,6 +36,12 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean `{close[0]}`?" if close else otherwise
 
 
+def did_you_mean_then(given: str, known: Iterable[str], rest: str, *, cutoff: float = 0.6) -> str:
+    """Return the end of a sentence about a name that does not exist: the nearest known name, if one is near, and then the text `rest`."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
+    return f"did you mean `{close[0]}`? {rest[0].upper()}{rest[1:]}" if close else rest
+
+
 class Gathering:
     """Collects the errors of several checks, so that the user sees all problems at once. For example:
 

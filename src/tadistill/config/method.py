@@ -5,7 +5,6 @@ the settings of these methods. Objectives are in `tadistill.config.objective`, s
 in `tadistill.config.method_parts`. `tadistill.config.method_rules` refuses settings that do not fit together.
 """
 
-import difflib
 from collections.abc import Iterable
 from importlib import resources
 from typing import Annotated, Any, ClassVar
@@ -17,6 +16,7 @@ from tadistill.config.common import MOST, Strict
 from tadistill.config.method_parts import Dense, Ema, Optim, Select, TeacherContext
 from tadistill.config.objective import ForwardKL, Objective
 from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, Sampler, Signal, StudentSampler
+from tadistill.errors import did_you_mean_then
 
 PARTS = ("objective", "sampler", "optim", "select", "dense", "context", "ema")
 """The keys of a method that a model, an arm or a phase can change."""
@@ -38,9 +38,8 @@ def no_method(name: Any) -> str:
 def not_a_method(name: Any, own: Iterable[str] = ()) -> str:
     """Return the error sentence for an unknown method, without the name at its beginning. `own` has the names of the recipe's methods."""
     names = [*own, *METHODS]
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean `{close[0]}`? The" if close else "the"
-    return f"is not a method; {hint} methods are {', '.join(names)}"
+    hint = did_you_mean_then(str(name).lower(), names, f"the methods are {', '.join(names)}", cutoff=0.5)
+    return f"is not a method; {hint}"
 
 
 class WithMethod(Strict):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, tag
+from tadistill.errors import did_you_mean_then
 from tadistill.text import counted
 
 _WORDS = {
@@ -235,11 +236,10 @@ def _type(given: str, known: list[str], key: tuple) -> str:
     if key[-1] == "objective" and given in METHODS:
         return f" has type {_shown(given)}, which is a method and not an objective; write `method: {given}`."
     if (kind := _TYPES.get(given.lower().replace("-", "_"))) and key[-1] in kind:
-        hint = f"write {kind}. Known types: "
+        hint = f"write {kind}. Known types: {', '.join(known)}"
     else:
-        close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-        hint = f"did you mean `{close[0]}`? Known types: " if close else "known types: "
-    return f" has type {_shown(given)}; {hint}{', '.join(known)}."
+        hint = did_you_mean_then(given, known, f"known types: {', '.join(known)}")
+    return f" has type {_shown(given)}; {hint}."
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,6 @@ A recipe names models, data, a method and arms (paths of models to compare). `ta
 work. Unknown keys are errors. All defaults are in this package.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +22,7 @@ from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
 from tadistill.config.remote import Api
 from tadistill.config.shorthand import with_methods
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, did_you_mean_then
 
 if TYPE_CHECKING:
     from tadistill.config.recipe_files import Origin
@@ -266,5 +265,4 @@ def _kept(recipe: Recipe, name: str) -> tuple[int, ...]:
 
 
 def _choice(given: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(names), n=1)
-    return f"{f'did you mean `{close[0]}`? ' if close else ''}{'Choose' if close else 'choose'} one of {', '.join(names)}"
+    return did_you_mean_then(given, names, f"choose one of {', '.join(names)}")

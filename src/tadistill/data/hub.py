@@ -126,7 +126,7 @@ def without_retries_shown() -> Iterator[None]:
     """
     logger = logging.getLogger("huggingface_hub.utils._http")  # of the client's module that sends requests
     level = logger.level
-    if not reachable() and logger.getEffectiveLevel() >= logging.WARNING:
+    if logger.getEffectiveLevel() >= logging.WARNING and not reachable():
         logger.setLevel(logging.ERROR)
     try:
         yield

@@ -10,7 +10,6 @@ must be equal.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from tadistill.errors import ConfigError, ModelError, did_you_mean
+from tadistill.errors import ConfigError, ModelError, did_you_mean, did_you_mean_then
 from tadistill.models.shapes import BOTH, ENCODERS, REFUSED, check_new, refusal
 
 _KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type": ["default", *ROPE_INIT_FUNCTIONS]}
@@ -86,9 +85,8 @@ def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
     for name, value in _fields(config):
         known = next((values for pattern, values in _KNOWN.items() if re.fullmatch(pattern, name)), None)
         if known and isinstance(error, KeyError) and error.args == (value,):
-            close = difflib.get_close_matches(value, known, n=1)
-            hint = f"did you mean `{close[0]}`? Known" if close else "known"
-            return f"{name} is `{value}`, which transformers does not know; {hint} values are {', '.join(known)}"
+            hint = did_you_mean_then(value, known, f"known values are {', '.join(known)}")
+            return f"{name} is `{value}`, which transformers does not know; {hint}"
     return None
 
 

@@ -3,7 +3,6 @@
 A study has stages. A stage is one step, such as a training.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Container, Iterable, Mapping
@@ -17,7 +16,7 @@ from tadistill.config.evaluate import OwnMetric
 from tadistill.config.load import study_in
 from tadistill.config.recipe_files import located
 from tadistill.disk import read_json
-from tadistill.errors import ConfigError, StoreError
+from tadistill.errors import ConfigError, StoreError, did_you_mean
 from tadistill.metrics import declare
 from tadistill.store import Store
 
@@ -295,8 +294,9 @@ def find_study(study: str, root: Path) -> Path:
             return directory
     if study.endswith((".yaml", ".yml")) and recipe is None:
         raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
-    close = difflib.get_close_matches(name, studies(root), n=1)
-    hint = f"did you mean `{close[0]}`?" if close and not recipe else f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
+    hint = (
+        f"start one with `tadistill run {study}`" if recipe else did_you_mean(name, studies(root), "start one with `tadistill run RECIPE`")
+    )
     raise ConfigError(f"there is no study `{name}` in {root}; {hint}")
 
 
