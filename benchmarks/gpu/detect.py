@@ -12,6 +12,7 @@ CPU waits for the GPU.
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 import tempfile
@@ -151,6 +152,7 @@ def run(text: str, seen: Seen, folder: Path, *, probes: bool) -> list[dict[str, 
                 continue
             before = Counter(seen.mixings), Counter(seen.waits), seen.operations
             AcceleratorState._reset_state(True)  # the next stage may have another precision
+            gc.freeze()  # each stage ends with a collection, which need not look through what is here already
             run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
             kind, mixed, waits = stage.spec.kind, seen.mixings - before[0], seen.waits - before[1]
             rows.append({"stage": stage.label, "kind": kind, "operations": seen.operations - before[2], "mixings": mixed, "waits": waits})

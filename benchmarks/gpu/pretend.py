@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,6 @@ _load_stub()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 DEVICE = torch.device("cuda:0")
 MEMORY = 80 * 10**9
@@ -137,7 +136,7 @@ class _Mode(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = kwargs | {"pin_memory": False}
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [*_tensors(args), *_tensors([*kwargs.values()])]
     on_device = [t for t in tensors if isinstance(t, OnDevice)]
     asked = kwargs.get("device")
     goes = torch.device(asked).type == "cuda" if asked is not None else bool(on_device)
@@ -147,10 +146,23 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._fused_sdp_choice.default:
         return 0  # the plain formula: the other answers lead to CUDA's own kernels
     wrappers = {id(t.held): t for t in on_device}
-    inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
+    inner_args, inner_kwargs = _each(_inside, args), {name: _each(_inside, value) for name, value in kwargs.items()}
     found = _sum(*inner_args, **inner_kwargs) if func in SUMS else func(*inner_args, **inner_kwargs)
     to_host = func is aten.copy_.default and not isinstance(args[0], OnDevice)
-    return found if not goes or to_host else tree_map(lambda x: _outside(x, wrappers), found)
+    return found if not goes or to_host else _each(lambda x: _outside(x, wrappers), found)
+
+
+# torch's own functions for nested values take several times as long as the operations of tiny models
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    return type(value)([_each(change, part) for part in value]) if isinstance(value, list | tuple) else change(value)
 
 
 def _sum(*factors: Any, out: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:

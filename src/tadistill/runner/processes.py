@@ -12,6 +12,7 @@ not use CUDA. A pipe to each process carries its messages, and the request to st
 ends.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -59,9 +60,10 @@ def prepare() -> Any:
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Start the server that forks the stages, and run the `with` block, which checks the input. If the block fails, kill the server,
-    because no stage will run."""
+    """Start the server that forks the stages, and run the `with` block, which imports torch and checks the input. If the block fails, kill
+    the server, because no stage will run."""
     prepare()
+    gc.disable()  # for the imports, as in `runner.preload`
     try:
         yield
     except BaseException:
@@ -70,6 +72,8 @@ def prepared() -> Iterator[None]:
             os.kill(pid, signal.SIGKILL)
             server._stop()
         raise
+    finally:
+        gc.enable()
 
 
 @contextmanager
