@@ -73,12 +73,12 @@ class Optim(Strict):
         if self.micro_batch and self.tokens:
             raise ValueError(
                 f"micro_batch is {self.micro_batch} and tokens is {self.tokens}, but only one of them can set the size of a forward pass; "
-                "remove `micro_batch` or `tokens`"
+                "remove `micro_batch` or `tokens`, or set it to null"
             )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
-                f"steps is {self.steps} and epochs is {self.epochs:g}, but only one of them can set the number of updates; remove `steps` "
-                "or `epochs`"
+                f"steps is {self.steps} and epochs is {self.epochs:g}, but only one of them can set the number of updates; remove "
+                "`steps` or `epochs`, or set it to null"
             )
         given = self.model_fields_set  # an arm's changes can have only one of two numbers; `merge_methods` checks both
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from tadistill.config.common import Strict
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, tag
@@ -120,7 +121,9 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind in ("too_short", "too_long"):
         return _length(kind, value, context, location, root)
     if kind in _MAPPING:
-        return f" is {_shown(value)}, but it must be a group of keys; {_mapping(value, key, location, root)}."
+        texts = sorted({model.text_sets for model in _resolve(location, root)[1] if issubclass(model, Strict) and model.text_sets})
+        wanted = f"a text (the value of `{'` or `'.join(texts)}`) or a group of keys" if texts else "a group of keys"
+        return f" is {_shown(value)}, but it must be {wanted}; {_mapping(value, key, location, root)}."
     fix = _FIXES.get(kind, lambda value, context: problem["msg"][0].lower() + problem["msg"][1:].rstrip("."))
     return f" is {_shown(value)}: {fix(value, context)}."
 
@@ -217,7 +220,8 @@ def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> 
     if not names or (len(key) == 1 and key[0] in ("models", "arms", "resources")):
         return f"write lines of the form NAME: … below {key[-1]}, for instance {_LINES.get(str(key[-1]), 'NAME: …')}"
     few = f"{', '.join(names[:6])} …" if len(names) > 7 else ", ".join(names)
-    return f"write keys below {key[-1]}, or in braces (possible keys: {few})"
+    place = "in braces" if isinstance(key[-1], int) else f"below {key[-1]}, or in braces"
+    return f"write keys {place} (possible keys: {few})"
 
 
 def _first_type(location: tuple, root: type[BaseModel]) -> str:
@@ -270,12 +274,13 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     close = difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7)
     if close and (plain not in _places(root) or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7):
         return close[0], f"did you mean `{close[0]}`?"
+    of = [tag(m) for m, place in groups(root) if len(key) > 1 and place.split(".")[-1] == key[-2] and tag(m) and name in _fields(m)]
+    if of:
+        return "", f"it belongs to another `type` ({', '.join(dict.fromkeys(of))}); the keys of the chosen type are: {', '.join(here)}."
     for other in wanted:
         if found := [other] if other != plain and "." in other else _places(root).get(other, []):
             place = next((p for p in found if other in p.split(".")), found[0])
-            if place != ".".join(map(str, key)):
-                return "", f"did you mean `{place}`{'' if '.' in place else ', at the top level of the recipe'}?"
-            return "", f"it belongs to another `type`; the keys of this type are: {', '.join(here)}."
+            return "", f"did you mean `{place}`{'' if '.' in place else ', at the top level of the recipe'}?"
     return "", f"the known keys here are: {', '.join(here)}."
 
 

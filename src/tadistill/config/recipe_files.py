@@ -81,6 +81,8 @@ def _named(path: Path) -> Path | None:
 # --- places of keys, and relative paths -----------------------------------------------------------------------------------
 
 
+_NAMED = 3
+"""Largest number of overrides that one message shows."""
 Lines = dict[tuple, int | str]
 """Maps each key of a recipe (a tuple of names) to its line number, from 1, or to the text of the override that sets the key."""
 Given = ParamSpec("Given")
@@ -103,13 +105,17 @@ class Origin:
 def where(source: str, lines: Lines, key: tuple) -> str:
     """Return the text that names a key in messages: file, line and key, or the override and the key.
 
-    If the recipe does not contain the key, the text has the line of the closest group of keys around it.
+    If the recipe does not contain the key, the text has the line of the closest group of keys around it. If overrides change a part of the
+    key's value, the text names these overrides too.
     """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{_dotted(key)}`" if key else ""
-    if isinstance(line, str):
-        return f"override `{line}`:{shown}"
-    return f"{source}, line {line}:{shown}" if line else f"{source}:{shown}"
+    inside = [*dict.fromkeys(item for at, item in lines.items() if isinstance(item, str) and at[: len(key)] == key)] if key else []
+    if isinstance(line, str) or (inside and key not in lines):
+        return f"override `{line if isinstance(line, str) else inside[0]}`:{shown}"
+    few = f"`{'`, `'.join(inside)}`" if len(inside) <= _NAMED else f"`{inside[0]}` and {len(inside) - 1} more"
+    changed = f" with {'override' if len(inside) == 1 else 'overrides'} {few}" if inside else ""
+    return f"{source}{f', line {line}' if line else ''}{changed}:{shown}"
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
