@@ -186,7 +186,8 @@ class Budgets(Strict):
         able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
         of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
         if of is None or of not in able:
-            what = f"budgets.of is `{of}`, which defines no budget" if of else "no arm `teacher > student` defines the budget 1x"
+            missing = "the budget 1x is the compute of an arm `teacher > student`, but there is no such arm"
+            what = f"budgets.of is `{of}`, which defines no budget" if of else missing
             raise ValueError(
                 f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
             )

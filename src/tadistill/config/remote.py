@@ -120,7 +120,8 @@ def _check_top_k(name: str, serve: Serve, method: Method) -> None:
     sends = f"{gives}; use `gives: hidden`"
     if method.select.metric == "reverse_kl":
         raise ConfigError(
-            f"select.metric `reverse_kl` needs the teacher's whole distribution, but {sends}, or set `select.metric` to `loss` or `rouge_l`"
+            f"select.metric `reverse_kl` needs the teacher's whole distribution, but {gives}; use `gives: hidden`, or set "
+            "`select.metric` to `loss` or `rouge_l`"
         )
     if not objective.needs_teacher:
         return

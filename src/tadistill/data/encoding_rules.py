@@ -119,7 +119,7 @@ class Counts:
         key = limit_key(self.limit, self.max_length)
         parts = [
             (self.long, f"{self.long} longer than {key}"),
-            (self.answers, f"{self.answers} left out with a reference that is longer than data.max_length ({self.max_length})"),
+            (self.answers, f"{self.answers} left out, with a reference longer than data.max_length ({self.max_length})"),
             (self.empty, f"{self.empty} with an empty prompt"),
             (self.cut, f"{self.cut} with a prompt cut at {key}"),
             (

@@ -123,7 +123,7 @@ def split_prompt(text: str) -> tuple[str, str]:
 
 
 def written_by_template(context: TeacherContext, student: bool) -> bool:
-    """Return True if the chat template writes the teacher's prompt. `student` is True if it writes the student's prompt."""
+    """Return True if the chat template writes the teacher's prompt. `student` says whether it writes the student's prompt."""
     return student or context.system is not None if context.chat is None else context.chat
 
 

@@ -227,8 +227,8 @@ def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
     There is one array for each set, of shape (training seeds, prompts, 2). The last axis has the arm's score and then the score of the
     other answer.
 
-    For each set, the delta method computes one value for each seed and prompt. The mean of these values is the ratio. To first order,
-    the mean also has the variance of the ratio. `macro_interval` therefore computes the interval from these values.
+    For each set, the delta method computes one value for each seed and prompt. The mean of these values equals the ratio, and the
+    variance of their mean is, to first order, the variance of the ratio. `macro_interval` therefore computes the interval from them.
     """
     linear = []
     for values in strata_SN2:

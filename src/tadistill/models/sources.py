@@ -341,5 +341,5 @@ def fetch_part(load: str, revision: str, gives: Gives, *, workers: int = 8) -> P
 
         return fetch_head(load, revision)
     found = fetch(load, revision, weights=not on_hub, workers=workers)
-    assert found is not None, "a model with `serve` cannot be `scratch:TYPE`, so it has a directory"
+    assert found is not None, "a model with `serve` is never `scratch:TYPE`, so its files exist"
     return found

@@ -36,7 +36,7 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def tile_rows(count: int, widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Return two numbers of tokens: those of one matrix product with the heads, and those of one call of the objective.
+    """Return two sizes of a tile, in tokens: for a matrix product with the output heads, and for a call of the objective.
 
     Args:
         count: number of all tokens. They are divided into tiles of nearly equal size.

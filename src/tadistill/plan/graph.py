@@ -48,7 +48,8 @@ class Spec(Part):
 
     @property
     def models(self) -> dict[str, Handle]:
-        """The models that the stage reads, by role. A role is a field's name, such as `teacher`; the first assistant is `assistant 1`."""
+        """The models that the stage reads, by role. A role is the name of a field of `spec`, such as `teacher`. The assistants are
+        `assistant 1`, `assistant 2` and so on."""
         return {role: part for role, part in self._inputs() if not isinstance(part, Output)}
 
     @property

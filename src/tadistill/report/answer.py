@@ -47,9 +47,9 @@ class Answer:
     """The result of a study in sentences. A sentence that does not apply is empty."""
 
     kind: Kind
-    """The verdict. With assistants, it is about their paths: `open` means no evidence or, for several paths, no gain and not only losses.
-    Without assistants, it is `best` if one arm is clearly the best, else `open`. In any study, `measured` means that there is no arm to
-    compare with, and `unfinished` that results are missing."""
+    """The verdict. With assistants, it is about their paths: `gain` if any path is clearly better, `loss` if all paths are clearly worse,
+    else `open` (or, for a single path, `equivalent`). Without assistants, it is `best` if one arm is clearly the best, else `open`. In any
+    study, `measured` means that there is no arm to compare with, and `unfinished` that results are missing."""
     question: str
     answer: str
     against_sft: str

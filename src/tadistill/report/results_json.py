@@ -253,7 +253,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _series(curve: Curve | ExposureBias) -> Iterable[tuple[int | None, Any]]:
-    """Return the mean over seeds (None), and each seed if there are several."""
+    """Return pairs of a seed and its values. The mean over seeds comes first, with None as its seed. A single seed is not repeated."""
     return {None: curve.mean, **(curve.seeds if len(curve.seeds) > 1 else {})}.items()
 
 

@@ -80,7 +80,7 @@ class Drawn:
     """The graph of a study, drawn in two ways: nodes in columns, or nodes in a list. `edges` and `arcs` are the SVG paths of its edges."""
 
     nodes: tuple[tuple[Node, int, int], ...]
-    """Nodes in the order of the list. Each comes with the place of its left top corner in the drawing with columns, in pixels."""
+    """Nodes in the order of the list. Each comes with x and y of its top left corner, in pixels, for the drawing in columns."""
     width: int
     height: int
     edges: tuple[str, ...]

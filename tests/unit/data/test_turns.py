@@ -280,7 +280,7 @@ def test_rows_with_a_long_answer_are_left_out_and_counted():
     length = len(short.prompt) + len(short.response)
     found, counts = encode(rows, tokenizer, Rules(900, length, "cut", "drop", template="chat"))
     assert [e.row for e in found] == [1]
-    assert (counts.used, counts.text) == (1, f"1 of 2 rows; 1 left out with a reference that is longer than data.max_length ({length})")
+    assert (counts.used, counts.text) == (1, f"1 of 2 rows; 1 left out, with a reference longer than data.max_length ({length})")
     with pytest.raises(DataError, match=r"every row of d is too long for data\.max_length"):
         encode(rows, tokenizer, Rules(900, length - 1, "cut", "drop", template="chat"), name="d")
 
