@@ -224,6 +224,12 @@ class Method(WithMethod):
         return isinstance(self.sampler, OnPolicy) and not self.recorded_text
 
     @property
+    def keeps_behaviour(self) -> bool:
+        """True if the loss needs probabilities under the decoding settings, which a pass like that of training in bf16 does not give."""
+        decoded = isinstance(self.sampler, OnPolicy) and not self.sampler.plain
+        return decoded and self.objective.needs_scores and self.optim.precision == "bf16"
+
+    @property
     def trains_with_teacher(self) -> bool:
         """True if the teacher must run during training: the loss needs its outputs, and they are not recorded before training."""
         return self.objective.needs_teacher and self.signal is None

@@ -105,8 +105,7 @@ class DistillSpec(TrainingSpec):
     route: tuple[int, ...] = ()
     """For each training set, the index of its teacher in (teacher, *assistants). Empty if every teacher teaches on all rows."""
     assistant_responses: tuple[Output, ...] = ()  # with a route: answers for the sets of each assistant; `responses` are for `teacher`
-    corpus: HashedData | None = None
-    """Plain text for MiniLLM's language-modelling loss."""
+    corpus: HashedData | None = None  # plain text for MiniLLM's language-modelling loss
     own: OwnCode | None = None  # the function of objective `custom`
     ema: float | None = None
     teacher_data: Encoding | None = None
@@ -133,7 +132,8 @@ class DistillSpec(TrainingSpec):
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""
         found = super().content()
         method = {name: found.pop(name) for name in ("objective", "sampler")}
-        return found | {"method": method} | ({"over_spans": 2} if self.teacher_data else {})  # the version of the losses over spans
+        versions = ({"over_spans": 2} if self.teacher_data else {}) | ({"behaviour": 2} if self.method.keeps_behaviour else {})
+        return found | {"method": method} | versions
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         texts = self.texts(ledger, self.weights, self.route)

@@ -154,7 +154,8 @@ class Rollouts(Sampler):
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
         # bf16 and vLLM round differently when they sample, so the ratio of the student to the sampled distribution would not start at 1.
-        # These log-probabilities come from a pass that rounds as training does. `behaviour` of speculative sampling is not changed.
+        # These log-probabilities come from a pass that rounds as training does. `behaviour` stays as it was sampled if it is not a function
+        # of them: after decoding settings such as a temperature, and in speculative sampling.
         guide, found = self._guide(), []
         with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
             passes = self._passes(sequences, self._student, states=False, scores=True)
@@ -165,7 +166,7 @@ class Rollouts(Sampler):
                 parts = np.array([[1 - guide.alpha], [guide.alpha]], np.float32)
                 with np.errstate(divide="ignore"):
                     behaviour = np.logaddexp.reduce(np.log(parts) + np.stack([log_q, s.values["teacher"]]))
-            elif guide is not None:
+            if isinstance(guide, Speculation) or not self.config.plain:
                 behaviour = s.values["behaviour"]
             found.append(replace(s, values=s.values | {"student": log_q, "behaviour": behaviour}))
         return found

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.machine import vllm_folder
-from tadistill.config.objective import Custom
+from tadistill.config.objective import Custom, TopKForwardKL, TopKReverseKL
 from tadistill.config.recipe import methods
 from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
@@ -104,6 +104,8 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     if teacher:
         check_readable(read)
     shared = {name: min(max(tokenizers[n].get_vocab().values()) for n in family) + 1 for family in families for name in family}
+    with found.about():
+        _check_top_k(recipe, min(shared.values(), default=0))
     for name in used:
         reader = readers[name]
         with found.about(f"models.{name}"):
@@ -124,6 +126,12 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     for note in notes:
         if console:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
+
+
+def _check_top_k(recipe: Recipe, vocab: int) -> None:
+    for method in methods(recipe):
+        if isinstance(method.objective, TopKForwardKL | TopKReverseKL) and method.objective.k > vocab:
+            raise ConfigError(f"objective.k is {method.objective.k}, but the models share only {vocab} tokens; write at most {vocab}")
 
 
 def _used(recipe: Recipe) -> list[str]:

@@ -202,7 +202,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
     weight_min          smallest q_old / behaviour
     weight_max          largest q_old / behaviour
-    clip_fraction       share of tokens with q / behaviour outside the objective's interval [1 - clip, 1 + clip]
+    clip_fraction       share of tokens with the ratio that the objective clips outside its interval [1 - clip, 1 + clip]. The ratio is
+                        q / behaviour, or q / q_old with `clip_weight: false`
 
     If the teacher has another tokenizer, reverse_kl and reward are means over spans (texts between token boundaries that both models have),
     and there is no teacher_top_mass. There is one more metric, over all sequences:
@@ -219,16 +220,16 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     found |= {"weight_min": float(weight.min()), "weight_max": float(weight.max())}
     scored = _scored(step, part)
     log_q, log_p = scored["log_q"], scored.get("log_p")
-    ratio = (log_q - behaviour).exp()
     found["entropy"] = float(scored["entropy"].mean())
     if step.clip is not None:
+        ratio = (log_q - part.counted(part.values[step.clipped_over])).exp()
         found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
     if part.aligned is not None:
         count = spans.counts([b.aligned for b in batches if b.aligned is not None])
         found["left_out"] = count["left_out"] / max(count["tokens"], 1)
         log_q, old, behaviour = (spans.summed(part.aligned, values) for values in (log_q, old, behaviour))
+    if log_p is not None and len(log_p):  # these rows can be without a span
         ratio = (log_q - behaviour).exp()
-    if log_p is not None:
         found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
         found["reward"] = float((log_p - old).mean())
     if "teacher_top_mass" in scored:

@@ -123,7 +123,9 @@ class Step:
     """The teacher that is a moving average of the student. It changes after every update."""
     phase: Phase = nullcontext
     clip: float | None = None
-    """Half the width of the interval [1 - clip, 1 + clip] to which the objective clips the probability ratio. None if it does not clip."""
+    """Half the width of the interval [1 - clip, 1 + clip] to which the objective clips a probability ratio. None if it does not clip."""
+    clipped_over: str = "behaviour"
+    """The denominator of this ratio: the name of its log-probabilities in `Batch.values`. The numerator is the student's probability."""
 
     def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
         """Return the update's micro-batches of this process, with all values that the loss needs.
@@ -221,7 +223,9 @@ def _step(method: Method, models: Models, own: Callable[..., Tensor] | None) -> 
         case config.MiniLLM():
             assert isinstance(method.sampler, Rounds)
             advantages = partial(_advantages, objective, method.sampler.max_new_tokens)
-            return Step(models, partial(_minillm, objective), partial(_corpus, objective), advantages, clip=objective.clip)
+            over = "behaviour" if objective.clip_weight else "student"
+            terms = partial(_minillm, objective), partial(_corpus, objective)
+            return Step(models, *terms, advantages, clip=objective.clip, clipped_over=over)
         case config.Taid():
             schedule = TaidSchedule(start=objective.start, end=objective.end, rate=objective.rate, decay=objective.decay)
             return Step(models, lambda batch: _towards_teacher(objective, batch, objectives.taid, {"t": schedule.t}), schedule=schedule)

@@ -198,6 +198,20 @@ def test_in_half_precision_the_policy_is_the_one_that_training_sees(name):
     torch.testing.assert_close(batch.values["behaviour"][mask], mixed, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["teacher_mixed", "student"])
+def test_in_half_precision_behaviour_keeps_the_decoding_settings(name):
+    """At a temperature, the distribution that was sampled is not the student's own; a pass like that of training does not change it."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        sampler = rollouts(sampler=SAMPLERS[name].model_copy(update={"temperature": 0.5}))
+        sampler.engine.decoding = sampler.config
+        sampler.optim = sampler.optim.model_copy(update={"precision": precision})
+        (batch,) = sampler.micro_batches(0)
+        found[precision] = batch.values["behaviour"][batch.mask_BT]
+        assert (found[precision] - batch.values["student"][batch.mask_BT]).abs().max() > 0.1
+    torch.testing.assert_close(found["bf16"], found["fp32"], atol=0.05, rtol=0)
+
+
 def test_the_teacher_runs_once_over_a_round(monkeypatch):
     sampler, calls = rollouts(sampler=SAMPLERS["student"]), []
     (teacher,) = sampler.teachers

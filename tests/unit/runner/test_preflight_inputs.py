@@ -206,3 +206,12 @@ def test_right_answers_that_select_a_checkpoint_must_be_named_on_dev():
         check_inputs(recipe(load, own, own, **sft))
     named = {"load": own, "columns": {"choice": "output"}, "choices": ["w2 w2 w2", "w1"]}
     check_inputs(recipe(load, own, own, **sft, data=recipe(load, own, own).data.model_dump() | {"dev": named}))
+
+
+def test_an_objective_of_more_tokens_than_there_are_is_refused():
+    load, train = model("llama"), rows("own.jsonl", 5)
+    method = {"objective": {"type": "top_k_reverse_kl", "k": 5000}, "sampler": {"type": "dataset"}, "optim": {"steps": 1, "batch": 2}}
+    models = {"t": {"load": load}, "s": {"load": load}}
+    of = recipe(load, train, train, models=models, method=method | {"select": {"metric": "last"}}, arms={"a": "t > s"})
+    with pytest.raises(ConfigError, match=r"objective.k is 5000, but the models share only \d+ tokens; write at most \d+"):
+        check_inputs(of)

@@ -45,6 +45,21 @@ def test_metrics_are_what_they_say():
         assert found[f"rollout/{name}"] == pytest.approx(float(value), rel=1e-4), name
 
 
+def test_the_clipped_ratio_is_that_of_the_objective():
+    """With `clip_weight: false`, q / q_old is clipped, which is 1 before the first update, and not q / behaviour."""
+    student = tiny_model("llama")
+    batch = sampled({"student": -2.0, "behaviour": -9.0})
+    with torch.no_grad():
+        log_q = response_logits(student, batch, 31).log_softmax(-1).gather(1, batch.targets_BT[batch.mask_BT].unsqueeze(1))[:, 0]
+    values = torch.zeros_like(batch.values["student"])
+    values[batch.mask_BT] = log_q
+    batch.values["student"] = values
+    for clip_weight, expected in ((True, 1.0), (False, 0.0)):
+        objective = MiniLLM(pt_weight=0, clip_weight=clip_weight)
+        step = make_step(Method(objective=objective, sampler=TeacherMixedSampler()), student, (tiny_model("llama", seed=5),), 31)
+        assert watch(step, [batch])["rollout/clip_fraction"] == expected
+
+
 def test_text_that_is_not_the_students_is_not_watched():
     step = make_step(Method(objective=ReverseKL()), tiny_model("llama"), (tiny_model("llama", seed=5),), 31)
     assert watch(step, [collate([Sequence(p, r) for p, r in ROWS], pad=0)]) == {}

@@ -18,6 +18,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from tadistill import objectives
 from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
+from tadistill.config.method_rules import over_spans
+from tadistill.data import tinyworld
 from tadistill.data.alignment import cells, shared_tokens
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.encoding import Encoded
@@ -464,3 +466,17 @@ def test_optim_limits_tokens_by_the_longer_reading():
     for batch in FixedSequences(AGAIN.each(FIXED), optim, pad=0, seed=1).micro_batches(0):
         assert batch.ids_BT.numel() <= 40 or len(batch.ids_BT) == 1
         assert batch.context.ids_BT.numel() <= 40 or len(batch.ids_BT) == 1
+
+
+def test_rows_without_a_span_have_no_reward_and_no_nan():
+    """A response of one byte that is no text: a teacher with tokens of whole words cannot read it."""
+    mine, theirs = (token_bytes(tinyworld.tokenizer(name, seed=0, people=20)) for name in ("tinyworld-bpe", "tinyworld"))
+    sizes = len(mine.tokens), len(theirs.tokens)
+    again, (student, teacher) = Rereader(mine, theirs, sizes), [tiny_model("llama", vocab=size) for size in sizes]
+    values = {name: np.full(1, -3.0, np.float32) for name in ("student", "behaviour")}
+    row = again(Sequence((5, 6), (200,), values, teacher_prompt=(5, 6)))
+    method = over_spans(Method.model_validate({"objective": {"type": "reverse_kl"}, "sampler": {"type": "student"}}))
+    found = watch(make_step(method, student, (teacher,), again), [collate([row], pad=0)])
+    assert all(map(np.isfinite, found.values())), found
+    assert found["rollout/left_out"] == 1
+    assert not {"rollout/reward", "rollout/reverse_kl"} & found.keys()
