@@ -107,7 +107,7 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
     ("override", "words"),
     [
         ("metrics=[nowhere:score]", "there is no file .*nowhere.py, and no module nowhere is installed"),
-        ("metrics=[score]", "use only letters"),
+        ("metrics=[score]", "a function is named as MODULE:FUNCTION"),
         ("metrics=['x:rouge_l']", "tadistill already has a metric `rouge_l`; give your function another name"),
         ("metrics=['x:a', 'y:a']", "`metrics` has two functions with the name `a`"),
         ("metrics=['math:sqrt']", "has no Python source"),

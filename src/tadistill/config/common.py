@@ -47,7 +47,8 @@ Modest = Annotated[float, Field(ge=-100, le=100)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 """A number by which logits are divided. A value below 0.01 would overflow in float32. A value above 100 would make every distribution
 uniform."""
-FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+FunctionName = Annotated[str, Field(pattern=FUNCTION)]
 """A function in the user's own code, written as MODULE:FUNCTION. `tadistill.user_code` imports it."""
 _VARIABLE = "^[A-Za-z_][A-Za-z0-9_]*$"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tadistill.config.common import Strict
+from tadistill.config.common import FUNCTION, Strict
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, tag
@@ -143,6 +143,10 @@ def _choice(value: Any, context: Mapping[str, Any]) -> str:
 def _pattern(value: Any, context: Mapping[str, Any]) -> str:
     if context.get("pattern") == r"\S":
         return "write a name that is not empty"
+    if context.get("pattern") == FUNCTION:
+        module, _, name = str(value).removesuffix(".py").replace(".py:", ":").replace("/", ".").replace(":", ".").rpartition(".")
+        example = f"{module}:{name}" if re.fullmatch(FUNCTION, f"{module}:{name}") else "losses:squared"
+        return f"a function is named as MODULE:FUNCTION, for instance {example}"
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-._")
     example = f", for instance {plain}" if plain else ""
     return f"use only letters (a-z), digits, `.`, `_` and `-`, and begin with a letter or a digit{example}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tadistill.disk import no_file
 from tadistill.errors import DataError, ModelError, TadistillError
 
 _TEST_ONLY: dict[str, tuple[str, int | None, int | None]] = {"test": ("valid.jsonl", None, None)}
@@ -109,7 +110,7 @@ def offline(error: type[TadistillError], kind: str, name: str, revision: str) ->
     """Return the error for a repository that is not in the local cache, if HF_HUB_OFFLINE=1 forbids its download."""
     return error(
         f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
-        "run `tadistill fetch RECIPE` on a machine with network access"
+        f"run `tadistill fetch RECIPE` on a machine with network access{_nor_here(name)}"
     )
 
 
@@ -159,14 +160,21 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
     except errors.RepositoryNotFoundError as cause:
         raise error(
             f"the Hub has no {kind} `{repository}` that you can read; correct the id; if the repository is private, log in with "
-            "`hf auth login`"
+            f"`hf auth login`{_nor_here(repository)}"
         ) from cause
     except errors.RemoteEntryNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
     except (errors.HfHubHTTPError, OSError) as cause:
+        why = "the Hub does not answer" if isinstance(cause, errors.LocalEntryNotFoundError) else type(cause).__name__
         raise error(
-            f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check its name and the network"
+            f"{where} at revision `{revision}` cannot be downloaded ({why}); check its name and the network{_nor_here(repository)}"
         ) from cause
+
+
+def _nor_here(repository: str) -> str:
+    # `models/nope` can be meant as a path
+    folder = Path(repository).parent
+    return f". As a path, {no_file(Path(repository), [folder])}" if folder.name and folder.is_dir() else ""
 
 
 def rows(repository: str, split: str, revision: str, *, stream: bool) -> Iterator[dict[str, Any]]:

@@ -283,7 +283,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     sources = list(models) + ([teacher] if teacher and teacher not in models else [])
     names = _names(sources)
     arms = names[: len(models)]
-    unused = {"load": on[0] if on else "tinyworld_open", "split": "test"}
+    unused = {"load": "tinyworld_open", "split": "test"}
     content: dict[str, Any] = {
         "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{_identity(models)}",
         "seeds": [0],

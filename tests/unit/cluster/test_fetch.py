@@ -273,6 +273,11 @@ def test_an_unreachable_hub_is_one_sentence(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(ModelError, match=r"data set `org/set` at revision `main` cannot be downloaded .*; check its name and the network"):
         run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "student").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"the network\. As a path, there is no `teacher` in \S+/org; correct the path") as caught:
+        run(tmp_path)
+    assert "`org/teacher` at revision `main` cannot be downloaded (the Hub does not answer)" in str(caught.value)
 
 
 def test_a_file_that_is_no_data_set(cache):

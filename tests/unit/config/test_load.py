@@ -85,6 +85,7 @@ def test_an_empty_mapping_empties(recipe):
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("data.test=[5]", ["`data.test.0` is 5, but it must be a text (the value of `load`) or a group of keys; write keys in braces"]),
         ("method.sampler.k=2", ["`method.sampler.k` is not a known key; it belongs to another `type` (speculative); the keys of the"]),
+        ("metrics=[scores.brief]", ["`metrics.0` is 'scores.brief': a function is named as MODULE:FUNCTION, for instance scores:brief"]),
         ("seeds=[1,1]", ["contain a seed twice"]),
         ("evaluate.also.greedy.seeds=[3,3]", ["`evaluate.also.greedy.seeds` [3, 3] contain a seed twice"]),
         ("nonsense", ["has no `=`"]),

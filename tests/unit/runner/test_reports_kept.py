@@ -65,3 +65,9 @@ def test_models_of_one_name_have_studies_of_their_own(tmp_path, monkeypatch):
     assert study("org-a/model") != study("org-b/model")
     assert study("one/final", "two/final") != study("two/final", "one/final")
     assert len(study("org/" + "x" * 300)) <= 80
+
+
+def test_an_evaluation_reads_no_set_but_those_it_tests():
+    """Its recipe needs a train and a dev set, and columns in `--set data.test=…` do not hold for these two."""
+    data = yaml.safe_load(evaluation_recipe(["m"], ["own.jsonl"], seeds=[1]))["data"]
+    assert [data[role]["load"] for role in ("train", "dev")] == ["tinyworld_open"] * 2
