@@ -2,6 +2,7 @@
 Commands for the runs directory: list, clean."""
 
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -31,11 +32,25 @@ app = typer.Typer()
 
 
 def _located(study: str, runs: Path | None) -> tuple[Path, Store]:
-    """Return the directory of a study, and the store of the runs directory."""
+    """Return the directory of a study, and the store of the runs directory. If `study` is a recipe that has changed since the study's last
+    run, print a note."""
+    from tadistill.config.load import read, study_in
+    from tadistill.config.recipe_files import located
     from tadistill.results.study import find_study
 
     root = runs_directory(runs)
-    return find_study(study, root), store_of(root)
+    directory, recipe = find_study(study, root), located(study)
+    if study_in(recipe):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the command itself says what is damaged
+            plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+            if plan["recipe_text"] and plan["recipe_text"] != read(recipe)[0]:
+                console.print(
+                    f"{recipe} has changed since the last run of the study, `{plan['command']}`; the following is about that run",
+                    highlight=False,
+                    soft_wrap=True,
+                    markup=False,
+                )
+    return directory, store_of(root)
 
 
 # --- results --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,22 @@
+"""Commands about a finished study."""
+
+from tests.e2e.inprocess import tadistill
+from tests.unit.runner.small import small
+
+from tadistill.config import parse
+from tadistill.plan.arms import make_plan
+from tadistill.runner.study import save_plan
+
+RECIPE = small("s")
+
+
+def test_a_recipe_that_has_changed_since_the_run_says_so(tmp_path):
+    file, runs = tmp_path / "small.yaml", tmp_path / "runs"
+    file.write_text(RECIPE)
+    save_plan(make_plan(parse(RECIPE, source="small.yaml")), runs, recipe_text=RECIPE, command="tadistill run small.yaml seeds=[3]")
+    same = tadistill("status", str(file), "--runs", str(runs))
+    assert (same.code, "has changed" in same.out) == (0, False)
+    file.write_text(RECIPE + "# another learning rate\n")
+    other = " ".join(tadistill("status", str(file), "--runs", str(runs)).out.split())
+    assert "small.yaml has changed since the last run of the study, `tadistill run small.yaml seeds=[3]`; the following is about" in other
+    assert "has changed" not in tadistill("status", "small", "--runs", str(runs)).out
