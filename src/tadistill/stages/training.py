@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from tadistill import rng
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Batch, Sequence, answered_rows, references, responses
 from tadistill.data.encoding import Encoded, EvalSet
-from tadistill.data.other_tokenizer import Behind, Rereader
+from tadistill.data.other_tokenizer import Behind, Rereader, Row
 from tadistill.data.token_bytes import token_bytes
 from tadistill.data.token_cache import row_numbers
 from tadistill.data.training_sets import Lazy, TrainingSets, joined
@@ -73,25 +74,39 @@ class Across:
         Raises:
             DataError: all rows are left out.
         """
-        found, where = Behind(rows, row_numbers(rows), self._of_teacher(split)), f"data set `{split.ref.name}`"
-        if found.left_out:
-            why = "because the prompt is too long in the teacher's tokens"
-            self.context.alarm(f"{where}: {found.left_out} of {counted(len(rows), 'row is', 'rows are')} left out, {why}")
+        found = _behind(self.context, split, rows, row_numbers(rows), self._of_teacher(split), ("row is", "rows are"))
         if not len(found):
             raise DataError(
-                f"{where}: the teacher can read none of the student's rows, because the prompts are too long; raise data.max_prompt"
+                f"data set `{split.ref.name}`: the teacher can read none of the student's rows, because the prompts are too long; raise "
+                "data.max_prompt"
             )
         return found
 
     def answers(self, file: Path, rows: Seq[Encoded], split: Split) -> Seq[Sequence]:
         """Return the responses in `file` to the prompts of the student's `rows`, with the teacher's prompts added."""
-        return Behind(responses(file), answered_rows(file, rows), self._of_teacher(split))
+        return _answers(self.context, split, file, rows, self._of_teacher(split))
 
     def _of_teacher(self, split: Split) -> Seq[Encoded]:
         counts = dict(self.context.counts)  # the manifest gets the counts of the student's rows
         found = self.context.split(split, self.tokenizer, contexts=True, data=self.data).encoded
         self.context.counts = counts
         return found
+
+
+def _behind(
+    context: Context[Any], split: Split, rows: Seq[Row], numbers: np.ndarray, of_teacher: Seq[Encoded], nouns: tuple[str, str]
+) -> Behind[Row]:
+    # the rows or answers with the teacher's prompts; an alarm gives the number of those that are left out
+    found = Behind(rows, numbers, of_teacher)
+    if found.left_out:
+        why = "because the prompt is too long in the teacher's tokens"
+        context.alarm(f"data set `{split.ref.name}`: {found.left_out} of {counted(len(rows), *nouns)} left out, {why}")
+    return found
+
+
+def _answers(context: Context[Any], split: Split, file: Path, rows: Seq[Encoded], of_teacher: Seq[Encoded]) -> Seq[Sequence]:
+    # a file of retokenised answers leaves out rows, so each answer finds the teacher's prompt by the number of its row
+    return _behind(context, split, responses(file), answered_rows(file, rows), of_teacher, ("answer is", "answers are"))
 
 
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
@@ -215,9 +230,11 @@ def _sampler(
     sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
     route = distill.route if distill and method.uses_teacher else ()
     training = TrainingSets(tuple(map(len, sets)), spec.weights, route)
+    texts = _texts(context, training, sets) if texts is None else texts
+    if len(sets) == 1:  # a row can have no answer, because the answer did not fit into the student's tokens
+        training = replace(training, sizes=(len(texts),))
     again = across and across.again
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training, "again": again}
-    texts = _texts(context, training, sets) if texts is None else texts
     if not (method.samples and isinstance(config, OnPolicy)):
         return FixedSequences(texts, method.optim, signals=signals, **common)
     context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
@@ -237,7 +254,10 @@ def _texts(context: Context[TrainingSpec], training: TrainingSets, sets: list[Se
     answered = (distill.responses, *distill.assistant_responses) if distill and distill.responses else ()
 
     def written(output: Output, encoded: list[Seq[Encoded]]) -> Seq[Sequence]:
-        return responses(context.store.folder(output.stage) / RESPONSES, joined(encoded) if spec.data.context else ())
+        file, rows = context.store.folder(output.stage) / RESPONSES, joined(encoded)
+        if spec.data.context and len(encoded) == 1:
+            return _answers(context, spec.train, file, rows, rows)
+        return responses(file, rows if spec.data.context else ())  # the answers to several sets are those to all their rows
 
     if answered and not training.route:
         return written(answered[0], sets)
