@@ -54,6 +54,9 @@ class Teacher:
     passed: Callable[[Work], None] = staticmethod(nothing)
     """Function that gets the amount of work of every forward pass outside of this process. `train.monitoring` sets it, to count FLOPs."""
 
+    def compare(self, vocab: int) -> None:
+        """Prepare for a comparison of the first `vocab` tokens, which a student has too. By default, the caller cuts the logits."""
+
     def target(self, batch: Batch) -> Hidden | TopK:
         """Return the outputs at the N positions where the batch's mask is True, in row-major order. No gradient flows to them."""
         raise NotImplementedError
@@ -148,6 +151,9 @@ class ServedTopK(Teacher):
         """`vocab` is the number of tokens of the tokenizer. The model may have more logits."""
         self._servers, self._name, self.device, self._vocab = servers, name, device, vocab
         self.config, self.width = config.get_text_config(decoder=True).to_dict(), vocab
+
+    def compare(self, vocab: int) -> None:
+        self._vocab = min(self._vocab, vocab)
 
     def target(self, batch: Batch) -> TopK:
         return self._read(batch)[0]
@@ -277,8 +283,9 @@ def prompt_scores(answer: Answer, tokens: list[int], k: int) -> _Scores:
 def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
     """Return the scores as a target of a loss, from the most to the least probable token.
 
-    Some models have logits for ids that are not tokens of the tokenizer. If a server sends such an id, another token with the probability
-    0 takes its place. The probability of the id then belongs to the tail (all tokens that the target does not list).
+    `vocab` is the number of tokens that are compared. Some models have logits for ids that are not tokens of the tokenizer, or have more
+    tokens than the student. If a server sends such an id, another token with the probability 0 takes its place. The probability of the id
+    then belongs to the tail (all tokens that the target does not list).
     """
     ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
     for row, place in np.argwhere(ids >= vocab):

@@ -264,6 +264,7 @@ class StageBuilder:
             assistants=tuple(m for m in models[:-1] if m != teacher),
             batch=self.recipe.evaluate.batch,
             of_teacher=None if self.tokens.alike(original, name) else self.asking(original, samples=False),
+            tokens=None if served else self.tokens.fewer(name, original),
         )
         return self.add(spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed))
 

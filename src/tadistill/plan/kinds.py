@@ -232,11 +232,10 @@ class SignalSpec(OnTrainingSets):
 
     teacher: Handle
     signal: Signal
-    precision: Precision
-    """Precision of the students' training, on which the teacher's dtype depends."""
-    responses: Output | None = None
-    """The answers on which the outputs are recorded. None for the training set's own responses."""
+    precision: Precision  # of the students' training: the teacher's dtype depends on it
+    responses: Output | None = None  # the answers on which the outputs are recorded; None for the training set's own responses
     text_of: TextOf = None
+    tokens: int | None = None  # number of the student's tokens, if the teacher has more and single tokens are recorded
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         return self.texts(ledger).signal(model, self.signal, self.text_of, limit=self.limit)
@@ -296,6 +295,7 @@ class AnalyseSpec(_OnTestSets):
     of_teacher: Encoding | None = None
     """The settings with which the teacher tokenises texts. None if teacher and model have one tokenizer. If their tokenizers differ, each
     of the two models scores the other's answers as text, and nothing is compared token by token."""
+    tokens: int | None = None  # number of the model's tokens, if the teacher has more: the teacher's answers may contain them
 
     @property
     def saves_memory(self) -> list[str]:

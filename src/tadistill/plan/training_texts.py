@@ -127,8 +127,7 @@ def texts(
     if method.signal is None or not method.objective.needs_teacher:
         return found
     of_text: dict[str, Any] = {"text_of": found["text_of"]} if method.recorded_text else {}
-    place = f" on the text of {writer}" if of_text else ""
-    outputs = []
+    place, outputs = f" on the text of {writer}" if of_text else "", list[Output]()
     for number, (name, teacher) in enumerate(teachers):
         mine = number if route else 0
         spec = kinds.SignalSpec(
@@ -137,6 +136,7 @@ def texts(
             signal=method.signal,
             precision=method.optim.precision,
             responses=answers[mine] if of_text else None,
+            tokens=None if method.signal.type == "hidden" else stages.tokens.fewer(learner[0], name),
             **stages.training(sets[mine]),
             **of_text,
         )

@@ -181,7 +181,10 @@ class Context(Generic[AnySpec]):
         """Return the model as a `Subject`, which is ready for sampling and measuring. The subject's vocabulary is cut to the tokens that
         all `teachers` have too. `data` are the model's rules of encoding (default: those of the stage)."""
         ends = (data or self.spec.data).ends or end_tokens(model, tokenizer)
-        return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, widths=(t.width for t in teachers)), ends)
+        vocab = shared_vocabulary(tokenizer, model, widths=(t.width for t in teachers))
+        for teacher in teachers:
+            teacher.compare(vocab)
+        return Subject(model, tokenizer, vocab, ends)
 
     def engine(self, native: Native) -> Engine:
         """Return the engine that samples the stage's text: `native`, or vLLM with the same model and settings."""

@@ -5,8 +5,9 @@ one value per prompt and metric, so that standard errors can be computed from th
 """
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -116,9 +117,15 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     subject = context.subject(model.eval(), tokenizer, *others)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     own = _read_answers(context, spec.answers, sets)
-    of_teacher = _read_answers(context, spec.teacher_answers, sets) if spec.teacher_answers else {data.name: {} for data in sets}
+    given = _read_answers(context, spec.teacher_answers, sets) if spec.teacher_answers else {}
+    of_teacher, notes = {}, []
+    for data in sets:
+        of_teacher[data.name], note = _known(given.get(data.name, {}), spec.tokens or subject.vocab)
+        notes += [f"{data.name}: {note}"] if note else []
+    for note in notes:
+        context.alarm(note)
     scores, exposure = {}, {}
-    read = {data.name: len(data.encoded) * (1 + len(own[data.name]) + len(of_teacher[data.name])) for data in sets}
+    read = {data.name: len(data.encoded) * (1 + len(own[data.name])) + sum(map(len, of_teacher[data.name].values())) for data in sets}
     done = Done(context, sum(read.values()), "sequences")
     for data in sets:
         part = context.folder / "parts" / f"{data.name}.json"
@@ -127,7 +134,23 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
         scores[data.name], exposure[data.name] = read_json(part)
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
-    return {}
+    return {"notes": notes} if notes else {}
+
+
+def _known(answers: dict[int, list[Sequence]], vocab: int) -> tuple[dict[int, list[Sequence]], str]:
+    # the teacher's answers, each up to its first token that the student does not have, and a sentence about answers that were cut; a
+    # prediction needs only the tokens before it, so the rest of an answer is comparable
+    cut = {
+        seed: [replace(s, response=tuple(takewhile(lambda token: token < vocab, s.response))) for s in of_seed]
+        for seed, of_seed in answers.items()
+    }
+    pairs = [pair for seed, of_seed in answers.items() for pair in zip(of_seed, cut[seed], strict=True)]
+    shorter = sum(len(after.response) < len(before.response) for before, after in pairs)
+    found = {seed: kept for seed, of_seed in cut.items() if (kept := [s for s in of_seed if s.response])}
+    if not shorter:
+        return found, ""
+    what = f"{counted(shorter, 'answer of the teacher contains', 'answers of the teacher contain')} a token that the student does not have"
+    return found, f"{what} (of {len(pairs)}); the exposure bias compares them up to this token"
 
 
 class _Side(NamedTuple):

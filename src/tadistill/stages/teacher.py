@@ -162,7 +162,7 @@ def _losses(early: Counter[str], last: Retokenised) -> Iterator[str]:
             f"of {counted(rows, 'answer')}, {counted(count, 'stops', 'stop')} before {causes[why]}, and {form(count, 'has', 'have')} no "
             "end token"
         )
-    if text := last.counts.text.replace("a reference", "an answer"):
+    if text := last.counts.text.replace("a reference", "an answer").replace("an empty prompt", "an empty prompt or answer"):
         yield f"{text} with the student's tokenizer"
     if 2 * last.unknown > last.tokens or not last.counts.used:
         if not last.counts.used:
@@ -182,8 +182,9 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     reads = spec.sets if spec.data.context or not spec.responses else ()
     encoded = joined([context.split(split, tokenizer, contexts=True).encoded for split in reads]) if reads else ()
     sequences = responses(context.store.artifact(spec.responses.stage, RESPONSES), encoded) if spec.responses else references(encoded)
-    vocab, pad = shared_vocabulary(tokenizer, widths=(teacher.width,)), tokenizer.eos_token_id
+    vocab, pad = shared_vocabulary(tokenizer, widths=(teacher.width, spec.tokens or teacher.width)), tokenizer.eos_token_id
     assert isinstance(pad, int)
+    teacher.compare(vocab)
 
     def tick(done: int) -> None:
         context.progress(done, len(sequences), "sequences")

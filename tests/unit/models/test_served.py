@@ -111,6 +111,16 @@ def test_a_token_outside_the_vocabulary_is_counted_with_the_tail():
     assert float(found.tail.exp()) == pytest.approx(0.4)
 
 
+def test_tokens_that_a_student_lacks_are_counted_with_the_tail(here):
+    teacher = connected(here, "top_k", k=90)
+    teacher.compare(200)
+    found, everything = teacher.target(BATCH), connected(here, "top_k", k=90).target(BATCH)
+    assert int(everything.ids.max()) > 200
+    assert int(found.ids.max()) < 200
+    known = torch.where(everything.ids < 200, everything.log_probs.exp(), 0).sum(-1)
+    torch.testing.assert_close(found.tail.exp(), 1 - known, atol=1e-5, rtol=0)
+
+
 def test_a_tail_is_never_below_the_rounding_of_the_server():
     from tadistill.models.teachers import _Scores
 

@@ -83,6 +83,19 @@ def test_a_context_is_read_by_the_writer_only(planned):
     assert (stage.spec.asked.context is None, stage.spec.data.context is None) == (False, True)
 
 
+@pytest.mark.parametrize("signal", ["top_k", "sampled", "hidden"])
+def test_the_tokens_that_only_the_teacher_has_are_in_no_recording(planned, signal):
+    """Hidden states have no tokens: their head is cut in training. So their recording is the same for all students."""
+    method = {"objective": {"type": "forward_kl"}, "optim": SEQKD["optim"]}
+    method |= {"sampler": {"type": "dataset", "signal": {"type": signal}}}
+    found = kinds(planned({"fewer": "t > s", "same": "t > a"}, t="more", a="more", s="bytes", method=method))
+    tokens = {stage.spec.tokens for stage in found["signal"]}
+    assert tokens == ({None} if signal == "hidden" else {None, 262})
+    assert {stage.spec.tokens for stage in found["analyse"]} == {None, 262}
+    same = kinds(planned({"fewer": "t > s", "same": "t > a"}, s="bytes", method=method))
+    assert {stage.spec.tokens for stage in (*same["signal"], *same["analyse"])} == {None}
+
+
 REFUSED = [
     (
         {"x": {"path": "t > s", "objective": {"type": "top_k_forward_kl"}, "sampler": {"type": "dataset"}}},
