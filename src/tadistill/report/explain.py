@@ -261,11 +261,11 @@ def caution_texts(c: Comparison) -> list[str]:
 
 
 def vocabulary_texts(results: Results) -> list[str]:
-    """Return the cautions about tokenizers. The list is empty if all models share one tokenizer."""
-    if len(results.plan.tokenizers) < 2:
-        return []
-    found = [_undefined_text(results), _budget_text(results), _by_token_text(results), _handed_text(results)]
-    return [text for text in found if text]
+    """Return the cautions about tokenizers. If all models share one tokenizer, they only say which answers were cut or left out on their
+    way to another model."""
+    several = len(results.plan.tokenizers) > 1
+    found = [_undefined_text(results), _budget_text(results), _by_token_text(results)] if several else []
+    return [text for text in (*found, _handed_text(results)) if text]
 
 
 def _family(results: Results, model: str | None) -> tuple[str, ...]:
@@ -312,6 +312,6 @@ def _by_token_text(results: Results) -> str:
 def _handed_text(results: Results) -> str:
     texts = []
     for stage in results.plan.stages:
-        manifest = load_manifest(results.store, stage.key) if stage.kind == "retokenise" else None
+        manifest = load_manifest(results.store, stage.key) if stage.kind in ("retokenise", "analyse") else None
         texts += [f"{stage.label}: {'; '.join(manifest.notes)}"] if manifest and manifest.notes else []
     return f"{'. '.join(texts)}." if texts else ""

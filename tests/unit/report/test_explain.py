@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tadistill.config.sampling import StudentSampler
+from tadistill.report import explain
 from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.report.answer import answer, sft_arm
 from tadistill.report.figures.paths import lattice
@@ -171,3 +173,11 @@ def test_what_was_not_measured_is_said(tmp_path):
 def test_nothing_to_say_of_an_arm_alone(tmp_path):
     _, _, found = analysed(tmp_path, [ArmSpec("direct", ("xl", "s"))])
     assert found == {}
+
+
+def test_what_stages_say_of_cut_answers_is_in_the_report_of_one_tokenizer_too(monkeypatch):
+    notes = {"a": "7 answers are left out", "b": "2 answers contain a token", "c": "of another kind"}
+    monkeypatch.setattr(explain, "load_manifest", lambda store, key: SimpleNamespace(notes=(notes[key],)))
+    stages = [SimpleNamespace(kind=kind, key=key, label=kind) for kind, key in (("retokenise", "a"), ("analyse", "b"), ("distill", "c"))]
+    results = SimpleNamespace(plan=SimpleNamespace(tokenizers=[("t", "s")], stages=stages), store=None)
+    assert explain.vocabulary_texts(results) == ["retokenise: 7 answers are left out. analyse: 2 answers contain a token."]  # type: ignore[arg-type]
