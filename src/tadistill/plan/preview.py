@@ -34,7 +34,7 @@ def preview(plan: Plan, store: Store, width: int, accelerator: str | None = None
     """
     jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
-    parts = [_stages(plan, store, speeds, width), "", _arms(plan), ""]
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan), _DIRECT, ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
     return Group(*parts, *plan_notes(plan, store, speeds, jobs))
@@ -102,10 +102,9 @@ def _arms(plan: Plan) -> Table:
     asks = counts_asked(plan)
     tokens = [ASKED] if asks else []
     table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", *tokens, "compute")
-    table.caption, table.caption_justify = _DIRECT, "left"
-    for column in table.columns[:2]:
+    for column in (*table.columns[:2], table.columns[-1]):
         column.no_wrap, column.overflow = False, "fold"
-    table.columns[0].min_width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # fold the path, not the name
+    table.columns[0].width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # fold the path, not the name
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"

@@ -120,3 +120,13 @@ def test_labels_are_whole_at_80_columns(tmp_path):
     words = " ".join(lines.split())
     assert "skew_reverse_kl" in words
     assert "seed 10" in words
+
+
+def test_the_table_of_arms_is_whole_at_80_columns(tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    preview.print_plan(make_plan(load("recipes/quickstart.yaml", ["seeds=[10]"])), Store(tmp_path), console)
+    shown = console.file.getvalue().split("total training of each arm")[1].split("parts of")[0]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert preview._DIRECT in " ".join(shown.split())
+    assert "asassistant-starts" in "".join(line[65:].strip() for line in shown.splitlines())
