@@ -4,8 +4,9 @@ Most classes also inherit from a built-in exception such as ValueError, so calle
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tadistill.text import one_line, shortened
 
@@ -120,3 +121,34 @@ class Interrupted(Exception):
 
 class JudgeFailed(TadistillError, RuntimeError):
     """The server of a judge (a language model that rates answers) stopped answering. The ratings so far are saved."""
+
+
+# --- inputs that change --------------------------------------------------------------------------------------------------
+
+
+def check_unchanged(what: Path | str, planned: str, found: str) -> None:
+    """Raise StageFailed if the fingerprint `found` of an input is not the one of the plan."""
+    if found != planned:
+        raise StageFailed(f"{what} has changed since this stage was planned; run the same command again, which makes a new plan")
+
+
+@contextmanager
+def unchanged(what: Path | str, planned: str | None, found: Callable[[], str]) -> Iterator[None]:
+    """Raise StageFailed if an input of a stage has changed since the plan, before or while the `with` block reads it.
+
+    A change after that does no harm, so a long stage does not fail at its end.
+
+    Args:
+        planned: the input's fingerprint in the plan. None if there are no files that can change.
+        found: returns the fingerprint now. It must not use the network, which compute nodes may lack.
+    """
+    if planned is None:
+        yield
+        return
+    check_unchanged(what, planned, found())
+    try:
+        yield
+    except Exception:  # a file that is half written cannot be read
+        check_unchanged(what, planned, found())
+        raise
+    check_unchanged(what, planned, found())

@@ -12,20 +12,27 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tadistill.config import Data, DataRef
 from tadistill.config.data import World
 from tadistill.data import hub, tinyworld
 from tadistill.data.hub import NAMED
 from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
-from tadistill.disk import digest, no_file
+from tadistill.disk import no_file, sha256
 from tadistill.errors import DataError, Gathering
 
 _SHOWN = 8
 """Largest number of files that a message names."""
+
+
+class Known(NamedTuple):
+    """The digest of a local file's rows, and the file's size and modification time (in nanoseconds) before it was read."""
+
+    content: str
+    size: int
+    modified: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class SplitRows:
     root: str | None = None
     limit: int | None = None
     """None means all rows."""
+    known: Known | None = None
+    """An earlier digest of the file. It is used while the file has the same size and time, because a large file takes seconds to read."""
 
     @classmethod
     def of(cls, ref: DataRef, role: str, data: Data) -> "SplitRows":
@@ -87,8 +96,29 @@ class SplitRows:
         """Return a digest of all rows of the split. Return None for a data set on the Hub, because its content can change."""
         if self.ref.load in tinyworld.SPLITS:
             return f"{tinyworld.fingerprint(seed=self.world.seed, people=self.world.people)}:{self.ref.load}:{self.split}"
-        file = self.file
-        return f"file:{_digest(file, file.stat().st_mtime_ns)}" if file else None
+        now = self.now()
+        return now.content if now else None
+
+    def now(self) -> Known | None:
+        """Return the digest, size and time of the local file. None for tinyworld, and for a data set on the Hub."""
+        if (file := self.file) is None:
+            return None
+        stat = file.stat()
+        if self.known and self.known[1:] == (stat.st_size, stat.st_mtime_ns):
+            return self.known
+        return Known(f"file:{sha256(file)[:16]}", stat.st_size, stat.st_mtime_ns)
+
+    def fingerprint(self) -> str:
+        """Return a string that changes when the rows change. It becomes a part of the keys of stored results.
+
+        The string is a digest of the local file, the settings of tinyworld, or the Hub id with its revision. Raises DataError if the data
+        set does not exist.
+        """
+        content = self.content()
+        if content is None:
+            _on_hub(self.ref, self.split)
+            return f"hub:{self.ref.load}@{self.ref.revision}:{self.split}"
+        return f"{content}{_ignored(self)}"
 
     def raw(self, *, stream: bool = False) -> Iterator[dict[str, Any]]:
         """Yield all rows of the split as they are. With `stream`, a data set on the Hub is not downloaded first."""
@@ -145,19 +175,6 @@ def _first(ref: DataRef, role: str, data: Data) -> dict[str, Any] | None:
     return next(json_rows(file), None) if file else None
 
 
-def check_corpus(ref: DataRef, data: Data) -> None:
-    """Check a plain-text corpus. A corpus on this disk is read completely. For a corpus on the Hub, only one document is read.
-
-    Raises:
-        DataError: a row has no text, or all documents are empty.
-    """
-    documents = texts(ref, data.world, data.root)
-    if on_hub(ref, "train", data) is not None:
-        documents = itertools.islice(documents, 1)
-    if not sum(bool(document.strip()) for document in documents):
-        raise DataError(f"data.corpus `{ref.load}` contains no text; give a file with at least one document in its column `text`")
-
-
 def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:
     """Yield the documents of a plain-text corpus. Each row is one document."""
     column = ref.columns.get("text", "text")
@@ -170,18 +187,6 @@ def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:
         yield text(row[column], f"column `{column}` of the corpus", where)
 
 
-def fingerprint(ref: DataRef, role: str, data: Data) -> str:
-    """Return a string that changes when the rows of a split change. It becomes a part of the keys of stored results.
-
-    The string is a digest of the local file, the settings of tinyworld, or the Hub id with its revision.
-    """
-    rows = SplitRows.of(ref, role, data)
-    content = rows.content()
-    if content is None:
-        return f"hub:{ref.load}@{ref.revision}:{rows.split}"
-    return f"{content}{_ignored(rows)}"
-
-
 def _ignored(rows: SplitRows) -> str:
     ref, file = rows.ref, rows.file
     try:
@@ -192,11 +197,6 @@ def _ignored(rows: SplitRows) -> str:
     read = {"choices": not ref.choices, "facts": "instruction" in row}
     names = [n for n in OPTIONAL if row.get(n) and read[n] and n not in ref.columns]
     return f":without {' and '.join(names)}" if names else ""
-
-
-@lru_cache
-def _digest(path: Path, mtime_ns: int) -> str:
-    return digest(path)[:16]
 
 
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:

@@ -6,6 +6,7 @@ The result for a large file is stored in the cache folder, in a file named by a 
 again.
 """
 
+import itertools
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,7 +23,7 @@ from tadistill.data import rows as reading
 from tadistill.data.datasets import SplitRows
 from tadistill.data.rows import Example, beyond_ascii
 from tadistill.disk import cache_root, digest, write_json
-from tadistill.errors import StoreError
+from tadistill.errors import DataError, StoreError
 from tadistill.store import key_of
 
 LARGE = 5_000
@@ -92,7 +93,20 @@ def check(recipe: Recipe) -> None:
     for role, ref in data.splits():
         survey(ref, role, data)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
-        datasets.check_corpus(data.corpus, data)
+        check_corpus(data.corpus, data)
+
+
+def check_corpus(ref: DataRef, data: Data) -> None:
+    """Check a plain-text corpus. A corpus on this disk is read completely. For a corpus on the Hub, only one document is read.
+
+    Raises:
+        DataError: a row has no text, or all documents are empty.
+    """
+    documents = datasets.texts(ref, data.world, data.root)
+    if datasets.on_hub(ref, "train", data) is not None:
+        documents = itertools.islice(documents, 1)
+    if not sum(bool(document.strip()) for document in documents):
+        raise DataError(f"data.corpus `{ref.load}` contains no text; give a file with at least one document in its column `text`")
 
 
 def key_of_rows(rows: SplitRows, content: str, *code: Any) -> str:

@@ -10,7 +10,7 @@ digest of the rows, the tokenizer, the limits of lengths, and the code. A file t
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, astuple, dataclass
 from datetime import date
@@ -27,6 +27,7 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.data.survey import key_of_rows
 from tadistill.data.training_sets import Lazy
 from tadistill.disk import cache_root, digest, replacing, write_json, writing
+from tadistill.errors import DataError
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -135,8 +136,14 @@ def keep(
     """
     from filelock import FileLock  # here: it loads asyncio
 
+    def parts() -> Iterator[tuple[list[Encoded], Counts]]:
+        before = rows.content()
+        yield from encode_parts(rows.stream(), tokenizer, rules, name=name)
+        if rows.content() != before:  # the file's name is the digest of the rows
+            raise DataError(f"{name} has changed while it was read; run the same command again")
+
     def write(file: Path) -> Kept:
-        return _write(file, encode_parts(rows.stream(), tokenizer, rules, name=name), tick)
+        return _write(file, parts(), tick)
 
     key = _key(rows, tokenizer, rules)
     if key is None:

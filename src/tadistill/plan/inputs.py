@@ -6,7 +6,7 @@ rename a field: this would change the keys of finished stages.
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, Field
 
@@ -19,6 +19,7 @@ from tadistill.config.method_parts import TeacherContext
 from tadistill.config.objective import Custom, ObjectiveBase
 from tadistill.config.remote import Api, Serve
 from tadistill.config.sampling import StudentSampler, TeacherSampler, TopKSignal
+from tadistill.data.datasets import Known, SplitRows
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, about
 from tadistill.user_code import load_function
@@ -97,6 +98,13 @@ class HashedData(Part):
 
     ref: DataRef
     fingerprint: str
+    known: Known | None = Field(default=None, exclude=True)
+    """Size and time of the file. They are not a part of the key, because the fingerprint identifies the content."""
+
+    @classmethod
+    def of(cls, rows: SplitRows, **more: Any) -> Self:
+        """Return the data set with these rows. `more` are the other fields."""
+        return cls(ref=rows.ref, fingerprint=rows.fingerprint(), known=rows.now(), **more)
 
 
 class OwnCode(Part):
@@ -306,12 +314,17 @@ def plan_tasks(recipe: Recipe) -> Tasks | None:
         raise ConfigError(
             "evaluate.tasks needs lm-eval: `pip install 'tadistill[lm-eval]'`; install it, or remove `evaluate.tasks`"
         ) from error
-    files = [Path(name).expanduser() for name in evaluate.tasks if name.endswith(TASK_FILE)]
-    for file in files:
-        if not file.is_file():
+    for file, found in task_files(evaluate.tasks):
+        if not found:
             raise ConfigError(f"evaluate.tasks names the file {file}, which does not exist; correct the path")
-    digests = tuple(digest(file)[:16] for file in files)
+    digests = tuple(found for _, found in task_files(evaluate.tasks))
     return Tasks(names=evaluate.tasks, lm_eval=installed, files=digests, fewshot=evaluate.fewshot, limit=recipe.data.limit.test)
+
+
+def task_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """Return the YAML files of tasks, each with its digest, which is empty if there is no such file."""
+    files = (Path(name).expanduser() for name in names if name.endswith(TASK_FILE))
+    return [(file, digest(file)[:16] if file.is_file() else "") for file in files]
 
 
 # --- functions of the user's own code ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tadistill.config import DataRef, Method, Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.method_parts import TeacherContext
-from tadistill.data import datasets
+from tadistill.data.datasets import SplitRows
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import kinds
 from tadistill.plan.inputs import BehindApi, Dev, DevSets, Encoding, Handle, HashedData, Output, Split, TokenizerFiles
@@ -79,7 +79,7 @@ class StudySets:
     def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
         key = role, ref.name, limit
         if key not in self._known:
-            self._known[key] = Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.data), role=role, limit=limit)
+            self._known[key] = Split.of(SplitRows.of(ref, role, self.data), role=role, limit=limit)
         return self._known[key]
 
 
@@ -237,4 +237,4 @@ def _corpus(stages: "StageBuilder", method: Method) -> HashedData | None:
     corpus = stages.recipe.data.corpus
     if corpus is None or not method.objective.needs_corpus:
         return None
-    return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", stages.recipe.data))
+    return HashedData.of(SplitRows.of(corpus, "train", stages.recipe.data))

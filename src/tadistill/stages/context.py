@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -21,8 +22,9 @@ from tadistill.data.survey import LARGE
 from tadistill.data.token_cache import keep
 from tadistill.data.turns import without_thinking
 from tadistill.disk import write_json
-from tadistill.errors import Interrupted, StageFailed
+from tadistill.errors import Interrupted, check_unchanged, unchanged
 from tadistill.evaluation.token_scores import Subject
+from tadistill.models import sources
 from tadistill.models.architectures import scratch_model
 from tadistill.models.flops_and_memory import give_back_freed_memory
 from tadistill.models.forward import check_reading
@@ -111,9 +113,10 @@ class Context(Generic[AnySpec]):
                 model = load_model(directory, dtype=dtype)
             case Loaded():
                 revision = handle.tokenizer_revision or handle.revision
-                tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=world)
-                seed, config = rng.torch_seed(handle.seed or 0, "initial weights"), handle.config
-                model = load_model(handle.source, revision=handle.revision, config=config, dtype=dtype, seed=seed, tokenizer=tokenizer)
+                with _unchanged_files(handle):
+                    tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=world)
+                    seed, config = rng.torch_seed(handle.seed or 0, "initial weights"), handle.config
+                    model = load_model(handle.source, revision=handle.revision, config=config, dtype=dtype, seed=seed, tokenizer=tokenizer)
             case PrunedDepth() | Pruned():
                 parent, tokenizer = self.model(handle.of)  # in float32, so that the choice of layers and weights does not depend on `dtype`
                 model = self._pruned(parent, tokenizer, handle).to(dtype)  # type: ignore[arg-type]
@@ -166,14 +169,16 @@ class Context(Generic[AnySpec]):
         if not isinstance(handle, Loaded) or handle.serve is None:
             model, tokenizer = self.frozen(handle, self.dtype)
             return teacher_of(model), tokenizer
-        revision = handle.tokenizer_revision or handle.revision
-        tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=self.spec.data.world.model_dump())
-        where = {"load": handle.source, "revision": handle.revision}
-        return served_teacher(handle.serve, handle.load, tokenizer, dtype=self.dtype, device=self.device, **where), tokenizer
+        revision, where = handle.tokenizer_revision or handle.revision, {"load": handle.source, "revision": handle.revision}
+        with _unchanged_files(handle):
+            tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=self.spec.data.world.model_dump())
+            return served_teacher(handle.serve, handle.load, tokenizer, dtype=self.dtype, device=self.device, **where), tokenizer
 
     def tokenizer(self, files: TokenizerFiles) -> PreTrainedTokenizerBase:
         """Load a tokenizer without its model."""
-        return load_tokenizer(files.at or files.source, revision=files.revision, world=self.spec.data.world.model_dump())
+        load, revision = files.at or files.source, files.revision
+        with unchanged(load, files.fingerprint, lambda: sources.fingerprint(load, revision, weights=False)):
+            return load_tokenizer(load, revision=revision, world=self.spec.data.world.model_dump())
 
     def subject(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *teachers: Teacher, data: Encoding | None = None
@@ -222,13 +227,14 @@ class Context(Generic[AnySpec]):
         self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = data or self.spec.data, split.ref.name
         rules = Rules.of(data, split.role, bos=data.bos, context=data.context if contexts else None)
-        rows, called = self._rows(split), f"data set `{name}`"
-        total = rows.count() if split.role == "train" else 0
-        if total > LARGE:
-            kept = keep(rows, tokenizer, rules, name=called, tick=partial(self._tokenised, total))
-            self.counts[split.role, name] = kept.counts
-            return EvalSet(name, (), kept.rows)
-        examples = rows.read()
+        called = f"data set `{name}`"
+        with self._rows(split, split.role, split.limit) as rows:
+            total = rows.count() if split.role == "train" else 0
+            if total > LARGE:
+                kept = keep(rows, tokenizer, rules, name=called, tick=partial(self._tokenised, total))
+                self.counts[split.role, name] = kept.counts
+                return EvalSet(name, (), kept.rows)
+            examples = rows.read()
         found, self.counts[split.role, name] = encode(examples, tokenizer, rules, name=called)
         return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
 
@@ -241,10 +247,15 @@ class Context(Generic[AnySpec]):
 
     def examples(self, split: Split) -> Iterator[Example]:
         """Yield the rows of a split as text, without encoding them."""
-        return self._rows(split).stream()
+        with self._rows(split, split.role, split.limit) as rows:
+            yield from rows.stream()
 
-    def _rows(self, split: Split) -> SplitRows:
-        return SplitRows(split.ref, split.role, self.spec.data.world, self.task.data_root, split.limit)
+    @contextmanager
+    def _rows(self, data: HashedData, role: str, limit: int | None = None) -> Iterator[SplitRows]:
+        known = getattr(data, "known", None)  # a task that an earlier version pickled for Slurm lacks the field
+        rows = SplitRows(data.ref, role, self.spec.data.world, self.task.data_root, limit, known)
+        with unchanged(rows.file or f"data set `{data.ref.name}`", data.fingerprint, rows.fingerprint):
+            yield rows
 
     def _tokenised(self, total: int, done: int) -> None:
         self.progress(done, total, "rows tokenised")
@@ -253,8 +264,7 @@ class Context(Generic[AnySpec]):
     def own(self, planned: OwnCode) -> OwnFunction:
         """Import a metric or objective of the user. Raises StageFailed if the file of the function has changed since the plan was made."""
         found = load_function(planned.function, self.task.code)
-        if found.digest != planned.source:
-            raise StageFailed(f"{found.file} has changed since this stage was planned; run the same command again, which makes a new plan")
+        check_unchanged(found.file, planned.source, found.digest)
         return found
 
     def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
@@ -262,8 +272,19 @@ class Context(Generic[AnySpec]):
         if source is None:
             return []
         data = self.spec.data
-        documents = texts(source.ref, data.world, self.task.data_root)
-        return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS, bos=data.bos)
+        with self._rows(source, "train"):
+            documents = texts(source.ref, data.world, self.task.data_root)
+            return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS, bos=data.bos)
+
+
+@contextmanager
+def _unchanged_files(of: Loaded) -> Iterator[None]:
+    """Raise StageFailed, as `unchanged` does, if the weights or the tokenizer of a model have changed."""
+    weights = partial(sources.fingerprint, of.source, of.revision)
+    tokenizer = partial(sources.fingerprint, of.tokenizer_source, of.tokenizer_revision or of.revision, weights=False)
+    planned = of.fingerprint if of.seed is None else None  # random weights have no files
+    with unchanged(of.source, planned, weights), unchanged(of.tokenizer_source, of.tokenizer_fingerprint, tokenizer):
+        yield
 
 
 def own_device() -> torch.device:

@@ -17,12 +17,13 @@ from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet, as_one
 from tadistill.data.encoding_rules import Rules
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
+from tadistill.errors import check_unchanged
 from tadistill.evaluation.model_pairs import analyse as analyse_set
 from tadistill.evaluation.model_pairs import cross_read, pair_measures
 from tadistill.evaluation.run import generate_answers, native, score
 from tadistill.evaluation.token_scores import Subject, means, unknown_tokens
 from tadistill.models.teachers import Teacher, teacher_of
-from tadistill.plan.inputs import Encoding, Handle, Output, is_served
+from tadistill.plan.inputs import Encoding, Handle, Output, is_served, task_files
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
 from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
@@ -78,6 +79,8 @@ def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate)
 
     context.progress(0, 1, "loading tasks of lm-eval")
     tasks = harness.load_tasks(planned.names, context.task.data_root)
+    for (file, found), before in zip(task_files(planned.names), planned.files, strict=True):
+        check_unchanged(file, before, found)
     for i, (name, task) in enumerate(tasks.items()):
         part = context.folder / "parts" / f"task-{i}.json"
         if not part.is_file():

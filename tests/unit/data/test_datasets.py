@@ -285,9 +285,10 @@ def test_broken_json_names_the_line(tmp_path):
 def test_fingerprint_follows_the_content(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}])
     settings = data(path)
-    first = datasets.fingerprint(settings.train, "train", settings)
+    rows = datasets.SplitRows.of(settings.train, "train", settings)
+    first = rows.fingerprint()
     write(tmp_path / "x.jsonl", [{"instruction": "a", "output": "c"}])
-    assert datasets.fingerprint(settings.train, "train", settings) != first
+    assert rows.fingerprint() != first
 
 
 ALPACA = (

@@ -6,7 +6,7 @@ import pytest
 from tests.byte_models import BOS, EOS, byte_tokenizer
 
 from tadistill.config import Data, DataRef
-from tadistill.data import datasets
+from tadistill.data import datasets, survey
 from tadistill.data.batch import chunks
 from tadistill.data.prompts import for_people, split_thought, task_of
 from tadistill.data.rows import Example
@@ -231,7 +231,7 @@ def corpus(tmp_path, *texts) -> DataRef:
 def test_a_corpus_is_read_before_any_work(tmp_path, texts, words):
     data = Data.model_validate({"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"]})
     with pytest.raises(DataError, match=words):
-        datasets.check_corpus(corpus(tmp_path, *texts), data)
+        survey.check_corpus(corpus(tmp_path, *texts), data)
 
 
 def test_every_sequence_of_a_corpus_begins_with_bos_once():
