@@ -94,6 +94,8 @@ def test_mistakes_are_found_by_the_plan(study, change, words):
         ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 7\)"),
         (("student - teacher", "teacher - teacher"), "has no gradient to the student's logits"),
         (("student - teacher", "student[:, :99] @ teacher"), "fails on random logits: RuntimeError"),
+        (("return len(prediction)", "raise SystemExit"), "metrics.1: .* for the answer .* failed with SystemExit"),
+        ((".sum(-1)", ".sum(-1) + exit(0)"), "fails on random logits: SystemExit"),
     ],
 )
 def test_functions_that_would_fail_later_are_found_before_work(study, change, words):

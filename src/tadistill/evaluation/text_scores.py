@@ -254,7 +254,7 @@ def _own_score(function: OwnFunction, prediction: str, references: list[str]) ->
     given = f"metric `{function.name}` in {function.file}, for the answer {prediction!r} and the references {references!r},"
     try:
         found = function.call(prediction, references)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(f"{given} failed with {type(error).__name__}: {error}; correct the function") from error
     try:
         value = float(found)

@@ -221,7 +221,7 @@ def _try_objective(objective: Custom, folder: str | None) -> None:
     what = f"objective `{function.name}` in {function.file}"
     try:
         values = own_divergence(function.call)(student, teacher, temperature=objective.temperature, **objective.settings)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(f"{what} fails on random logits: {type(error).__name__}: {error}; correct the function") from error
     if not isinstance(values, torch.Tensor) or values.shape != (5,):
         found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"

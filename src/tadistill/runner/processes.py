@@ -25,13 +25,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
+from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError, TadistillError
 from tadistill.models.flops_and_memory import keep_freed_memory
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag, held, release
+from tadistill.store import Store
 from tadistill.text import counted
 
 Message = tuple[int, int, str] | str
@@ -92,6 +94,7 @@ class StageProcesses:
 
     def __init__(self, task: Task, *, threads: int, gpus: Sequence[str] = ()):
         """`gpus` are the GPUs that the processes may use, at least one for each process. By default, the processes see all GPUs."""
+        self._task = task
         self.ended = False
         self.error: Exception | None = None
         """The cause of a failure. None if the stage succeeded or has not ended."""
@@ -134,9 +137,18 @@ class StageProcesses:
         elif self._deadline == float("inf") and (self._errors or any(codes)):
             self._deadline = time.monotonic() + _LAST_WORDS
         if None not in codes or time.monotonic() > self._deadline:
-            self.error = _judged(codes, self._errors)
+            self.error = _judged(codes, self._errors) or self._unfinished()
             self.end()
         return said
+
+    def _unfinished(self) -> Exception | None:
+        # code of the user or of a library can end a process with exit code 0 in the middle of a stage
+        try:
+            if Store(Path(self._task.store)).finished(self._task.key):
+                return None
+        except StoreError as error:
+            return error
+        return StageFailed("the stage's process ended with exit code 0, but without a result (see its output above)")
 
     def _read(self) -> list[Message]:
         said = []

@@ -7,6 +7,7 @@ continues from the files of that attempt (docs/concepts/interruptions.md). `plan
 import gc
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -155,6 +156,11 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
         raise StageFailed(
             f"{context.device} has too little memory for this stage ({'; '.join(used)}); {advice} a device with more memory, and run the "
             "same command again: finished stages are kept"
+        ) from error
+    except SystemExit as error:  # by the user's own code, or code of a task; the process would end as if the stage were finished
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise StageFailed(
+            f"{last.filename}, line {last.lineno} ends the process (SystemExit: {error}); change this line so that it raises another error"
         ) from error
     finally:
         context.close()

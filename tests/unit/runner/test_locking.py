@@ -1,6 +1,7 @@
 """A stage that two processes run at the same time: the second waits, and finds it finished; or gives up when it is asked to stop. And what
 a stage sets for the whole process."""
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch
 from tadistill.config import DataRef
 from tadistill.config.data import World
 from tadistill.disk import write_json
-from tadistill.errors import Interrupted
+from tadistill.errors import Interrupted, StageFailed
 from tadistill.plan.inputs import Encoding, Loaded, Split
 from tadistill.plan.kinds import TemperSpec
 from tadistill.plan.task import Task
@@ -50,6 +51,12 @@ def work(monkeypatch):
 
     monkeypatch.setattr("tadistill.stages.teacher.temper", slow)
     return started, done
+
+
+def test_a_stage_whose_code_ends_the_process_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tadistill.stages.teacher.temper", lambda context: sys.exit(0))
+    with pytest.raises(StageFailed, match=r"test_locking.py, line \d+ ends the process \(SystemExit: 0\); change this line"):
+        run(tmp_path, [])
 
 
 @pytest.mark.slow

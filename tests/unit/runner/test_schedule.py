@@ -78,9 +78,12 @@ def test_the_environment_of_a_stage_names_its_gpus(monkeypatch, tmp_path):
     task = make_task(found, next(iter(found.stages.values())), Store(tmp_path))
     processes.StageProcesses(task, threads=1, gpus=("3",))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    processes.StageProcesses(task, threads=1)
+    ended = processes.StageProcesses(task, threads=1)
     assert context.environments[0]["CUDA_VISIBLE_DEVICES"] == "3"
     assert "CUDA_VISIBLE_DEVICES" not in context.environments[1]
+    ended._pipes.clear()
+    assert ended.attend() == []
+    assert str(ended.error) == "the stage's process ended with exit code 0, but without a result (see its output above)"
 
 
 def test_stages_at_the_same_time_run_on_different_gpus(claimed, monkeypatch, tmp_path):
