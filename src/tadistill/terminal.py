@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.segment import Segment
@@ -19,6 +19,8 @@ from tadistill.text import visible
 BROKEN_PIPE = 141
 """Exit code of a command whose output nobody reads any more. Shells use the same code (128 + SIGPIPE)."""
 _PLAIN = {"–": "-", "−": "-", "…": ".", "×": "x"}
+_for_events: list[TextIO] = []
+"""The stream for events, if stdout is kept for them."""
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -40,11 +42,23 @@ class Terminal(Console):
         super().__init__(**{**given, "stderr": True} if events else given)
         self.detail, self.events = detail, events
 
+    def keep_stdout(self) -> None:
+        """Keep stdout for the events. All other text that this process and its later children write to stdout goes to stderr, for instance
+        what the user's own code prints."""
+        try:
+            number, there = sys.stdout.fileno(), sys.stderr.fileno()
+        except (OSError, ValueError):  # not files, so no other process writes to them
+            return
+        sys.stdout.flush()
+        _for_events.append(open(os.dup(number), "w", encoding="utf-8"))  # noqa: SIM115  it stays open until the process ends
+        os.dup2(there, number)
+
     def event(self, name: str, **facts: Any) -> None:
         """Write an event as one line of JSON. Without `--log json`, nothing is written."""
         if self.events:
-            sys.stdout.write(json.dumps({"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
-            sys.stdout.flush()
+            stream = _for_events[-1] if _for_events else sys.stdout
+            stream.write(json.dumps({"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+            stream.flush()
 
     def note(self, text: str, *, problem: bool = False) -> None:
         """Print a sentence. With `--quiet`, only problems are printed. With `--log json`, the sentence is an event `note`."""
@@ -101,8 +115,9 @@ def output() -> Iterator[None]:
 
 
 def _silence() -> None:
-    with contextlib.suppress(OSError, ValueError):  # the output is closed, or is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, *_for_events):
+        with contextlib.suppress(OSError, ValueError):  # the output is closed, or is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -163,7 +163,10 @@ def terminal_for(quiet: bool, verbose: bool, log: str) -> Terminal:
         raise ConfigError("--quiet and --verbose cannot be used together; give one of them")
     if not (quiet or verbose or log == "json"):
         return console
-    return Terminal(detail="problems" if quiet else "everything" if verbose else "progress", events=log == "json")
+    terminal = Terminal(detail="problems" if quiet else "everything" if verbose else "progress", events=log == "json")
+    if terminal.events:
+        terminal.keep_stdout()
+    return terminal
 
 
 def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, terminal: Terminal) -> Path:
