@@ -111,6 +111,8 @@ def writing(path: Path) -> Iterator[None]:
         fix = "free some space or check permissions, then run the same command again"
         if isinstance(error, NotADirectoryError | FileExistsError):
             fix = "one of the folders in this path is a file; choose another folder"
+        if path.is_relative_to(cache_root()):
+            fix += " (the variable TADISTILL_CACHE sets the folder of the cache)"
         raise StoreError(f"cannot write {path}: {reason}; {fix}") from error
 
 
@@ -184,20 +186,22 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
 def publishing(target: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
-    Several processes may create the same target at the same time. The first one is kept, and the others are deleted.
+    Several processes may create the same target at the same time. The first one is kept, and the others are deleted. Raises StoreError if
+    the target cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield work / target.name
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            os.replace(work / target.name, target)
-        except OSError:
-            # A folder cannot replace a folder that is not empty: another process was first, with the same content.
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            yield work / target.name
+            try:
+                os.replace(work / target.name, target)
+            except OSError:
+                # A folder cannot replace a folder that is not empty: another process was first, with the same content.
+                if not target.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tadistill.disk import digest, read_json, read_jsonl, sha256, stream_jsonl, write_json, write_rows, write_text
+from tadistill.disk import cache_root, digest, publishing, read_json, read_jsonl, sha256, stream_jsonl, write_json, write_rows, write_text
 from tadistill.errors import StoreError
 
 
@@ -87,3 +87,13 @@ def test_a_file_in_the_place_of_a_folder_is_said(tmp_path):
     for write in (write_text, write_rows):
         with pytest.raises(StoreError, match=r"cannot write .*: .*; one of the folders in this path is a file; choose another folder"):
             write(tmp_path / "runs" / "study" / "a", "x")
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("TADISTILL_CACHE", "/dev/null/x")
+    words = r"cannot write /dev/null/x/gguf/a: Not a directory; .* \(the variable TADISTILL_CACHE sets the folder of the cache\)"
+    with pytest.raises(StoreError, match=words), publishing(cache_root() / "gguf" / "a"):
+        pass
+    with pytest.raises(StoreError, match=r"cannot write .*/b: No space left on device; free some space"), publishing(tmp_path / "b"):
+        raise OSError(28, "No space left on device")
+    assert not os.listdir(tmp_path)
