@@ -229,7 +229,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             command=content["command"],
             recipe_text=content["recipe_text"],
             recipe=content["recipe"],
-            teacher=content["teacher"],
+            teacher=content["teacher"] or content["recipe"].get("teacher"),  # without `analyse`, the plan compares with none
             margin=float(content["recipe"]["margin"]),
             decodings=content["recipe"]["evaluate"]["also"],
             parameters={name: int(model["parameters"]) for name, model in content["models"].items()},

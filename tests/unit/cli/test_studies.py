@@ -5,6 +5,7 @@ from tests.unit.runner.small import small
 
 from tadistill.config import parse
 from tadistill.plan.arms import make_plan
+from tadistill.results.study import load_plan
 from tadistill.runner.study import save_plan
 
 RECIPE = small("s")
@@ -20,3 +21,10 @@ def test_a_recipe_that_has_changed_since_the_run_says_so(tmp_path):
     other = " ".join(tadistill("status", str(file), "--runs", str(runs)).out.split())
     assert "small.yaml has changed since the last run of the study, `tadistill run small.yaml seeds=[3]`; the following is about" in other
     assert "has changed" not in tadistill("status", "small", "--runs", str(runs)).out
+
+
+def test_the_teacher_of_a_recipe_is_known_without_its_analysis(tmp_path):
+    """In `big > s then mid > s`, the last path does not begin with the original teacher."""
+    recipe = RECIPE.replace("study: small", "study: small\nteacher: s\nanalyse: false")
+    study = save_plan(make_plan(parse(recipe, source="small.yaml")), tmp_path, recipe_text=recipe, command="")
+    assert load_plan(study).teacher == "s"
