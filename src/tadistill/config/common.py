@@ -12,14 +12,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from tadistill.errors import ConfigError
 
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_LONGEST_NAME = 80
+LONGEST_NAME = 80
+"""Largest number of characters in the name of a study, a model or an arm."""
 
 
 def _name(value: str) -> str:
     if not value.isprintable() or value != value.strip() or not value:
         raise ValueError("a name must have only visible characters, and no space at its beginning or end")
-    if len(value) > _LONGEST_NAME:
-        raise ValueError(f"a name has at most {_LONGEST_NAME} characters, but this one has {len(value)}; shorten it")
+    if len(value) > LONGEST_NAME:
+        raise ValueError(f"a name has at most {LONGEST_NAME} characters, but this one has {len(value)}; shorten it")
     if re.search(r"[/\\]", value) or value.startswith(("-", ".")) or value.endswith(".") or _DEVICES.fullmatch(value):
         raise ValueError(
             "choose another name: it must not contain a slash, begin with `-` or `.`, end with `.`, or be the name of a Windows device "

@@ -129,7 +129,7 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
         return beside or load
 
     models = {name: m.model_copy(update={"load": found(m.load), "tokenizer": found(m.tokenizer)}) for name, m in recipe.models.items()}
-    for _, ref in _data_sets(recipe):
+    for _, ref in data_sets(recipe):
         ref._folder = folder
     root = _folder_beside(folder, recipe.data.root)
     copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update={"root": root})})
@@ -192,7 +192,8 @@ def _dotted(key: tuple) -> str:
     return ".".join(map(str, key))
 
 
-def _data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
+def data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
+    """Return pairs of the key and the data set, for all data sets of a recipe."""
     data = recipe.data
     named: dict[tuple, DataRef | None] = {("data", "corpus"): data.corpus}
     for role, given in (("train", data.train), ("dev", data.dev)):
@@ -202,6 +203,6 @@ def _data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
-    yield from ((key, ref.load) for key, ref in _data_sets(recipe))
+    yield from ((key, ref.load) for key, ref in data_sets(recipe))
     for name, model in recipe.models.items():
         yield from ((("models", name, key), load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load)

@@ -67,6 +67,12 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
     )
 
 
+def split_entry(name: str) -> tuple[str, str]:
+    """Return the kind and the model in the name of an entry of `resources`, such as `sft xl`. The model is empty if there is none."""
+    kind, _, model = name.partition(" ")
+    return kind, model
+
+
 def check_entries(recipe: Recipe) -> None:
     """Check the recipe's `resources`. An entry's name must be `default`, a kind of stage (`sft`), or a kind and a model (`sft NAME`).
 
@@ -75,7 +81,7 @@ def check_entries(recipe: Recipe) -> None:
     """
     kinds = [kind for kind, spec in KINDS.items() if spec.in_recipes]
     for name, entry in recipe.resources.items():
-        kind, _, model = name.partition(" ")
+        kind, model = split_entry(name)
         if name != "default" and kind not in kinds:
             raise ConfigError(f"resources.{name} is neither `default` nor a kind of stage; the kinds are {', '.join(kinds)}")
         if model and model not in recipe.models:

@@ -1,5 +1,8 @@
 """The result of a search for a path: a table, search.json, and a recipe that tests the chosen path again (confirm.yaml)."""
 
+import functools
+import operator
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,20 @@ from rich.table import Table
 
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
+from tadistill.config.common import LONGEST_NAME
+from tadistill.config.recipe_files import data_sets
+from tadistill.data import tinyworld
+from tadistill.data.hub import NAMED
 from tadistill.disk import write_json, write_text
 from tadistill.plan.paths import with_parents
+from tadistill.plan.task import split_entry
 from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
 from tadistill.text import counted
 
 _SEEDS = 3
 """Minimum number of training seeds in confirm.yaml."""
+_SUFFIX = "-confirm"
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,8 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
         )
     if confirm is None:
         return [*notes, "The direct path is the best on dev, so there is no path with assistants to confirm."]
-    return [*notes, f"Compare the chosen path with direct training of equal compute on new seeds: tadistill run {confirm} --runs {runs}"]
+    command = shlex.join(["tadistill", "run", str(confirm), "--runs", str(runs)])
+    return [*notes, f"Compare the chosen path with direct training of equal compute on new seeds: {command}"]
 
 
 def _record(choice: Choice) -> dict[str, Any]:
@@ -174,8 +184,9 @@ def _record(choice: Choice) -> dict[str, Any]:
 
 
 def _confirmation(choice: Choice, recipe: Recipe) -> str:
-    content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    content.pop("search", None)
+    content = _movable(recipe)
+    for key in ("search", "budgets", "fair"):  # the last two would add arms
+        content.pop(key, None)
     first = max(recipe.seeds) + 1
     direct = f"{choice.path[0]} > {choice.path[-1]}"
     chain = path_text(choice.path)
@@ -183,8 +194,10 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
     if choice.direct is not None:
         arms["twin"] = {"path": direct, "compute": "as chain"}
     models = with_parents(recipe, choice.path)
+    if "resources" in content:
+        content["resources"] = {name: of for name, of in content["resources"].items() if split_entry(name)[1] in ("", *models)}
     content |= {
-        "study": f"{choice.study}-confirm",
+        "study": choice.study[: LONGEST_NAME - len(_SUFFIX)] + _SUFFIX,
         "seeds": list(range(first, first + max(_SEEDS, len(recipe.seeds)))),
         "models": {name: content["models"][name] for name in content["models"] if name in models},
         "teacher": choice.path[0],
@@ -196,3 +209,16 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
         "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
+
+
+def _movable(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain data for a file in another folder.
+
+    A data set beside the recipe gets an absolute path. A path that starts in the working directory stays, because keys of stages contain it.
+    """
+    content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for key, ref in data_sets(recipe):
+        there = next((path for path in ref.paths if path.is_file() or any(path.glob("*.json*"))), None)
+        if there and there != ref.paths[-1] and ref.load not in (*NAMED, *tinyworld.SPLITS):
+            functools.reduce(operator.getitem, key, content)["load"] = str(there)
+    return content
