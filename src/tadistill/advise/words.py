@@ -156,7 +156,7 @@ def steps(
 ) -> tuple[NextRun, ...]:
     """Return the runs that the advice proposes. The first is the run to start now. The others are experiments.
 
-    The commands only add paths to the recipe, so nothing is trained twice.
+    The commands only add paths to the recipe, so nothing is trained twice. They remove `budgets`, which would replace each path by several.
 
     Args:
         recipe: the recipe, with the overrides of the command line.
@@ -169,7 +169,8 @@ def steps(
     def command(arms: list[str], seeds: int) -> str:
         first = max(recipe.seeds) + 1
         chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
-        return shlex.join(["tadistill", "run", source, *overrides, *arms, f"seeds={chosen}".replace(" ", "")])
+        alone = ["budgets=null"] if recipe.budgets else []
+        return shlex.join(["tadistill", "run", source, *overrides, *arms, *alone, f"seeds={chosen}".replace(" ", "")])
 
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]

@@ -105,6 +105,18 @@ def test_commands_are_recipes_that_plan(study):
     assert set(arms) == {"direct", twin}
 
 
+@pytest.mark.parametrize("more", [["budgets=[1,2]"], ["budgets.times=[1,2]", "budgets.arms=[direct]"], ["fair=true"]])
+def test_commands_plan_in_a_recipe_that_adds_arms_itself(more):
+    found = with_search(load(RECIPE, more))
+    priced = costs(found)[1]
+    advice = verdict(priced)
+    now, *others = steps(found, str(RECIPE), more, advice, priced)
+    assert {"direct", f"{'-'.join(advice.next[0].path)}-twin"} == set(arms_of(now.command)[1])
+    for step, experiment in zip(others, advice.next, strict=True):
+        name = "-".join(experiment.path)
+        assert {"direct", name, f"{name}-twin"} <= set(arms_of(step.command)[1])
+
+
 def test_the_direct_run_now_is_the_stage_that_the_chains_twin_will_be(study):
     """Nothing is trained twice when the chain is tried after all."""
     found, _, priced = study
