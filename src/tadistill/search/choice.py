@@ -214,7 +214,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
 def _movable(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain data for a file in another folder.
 
-    A data set beside the recipe gets an absolute path. A path that starts in the working directory stays, because keys of stages contain it.
+    A data set beside the recipe gets an absolute path. One in the working directory keeps its path, which is a part of stage keys.
     """
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     for key, ref in data_sets(recipe):
