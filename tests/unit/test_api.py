@@ -2,6 +2,7 @@
 
 import importlib
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tests.e2e.inprocess import run_here
 
 import tadistill
 from tadistill import api
-from tadistill.config import parse
+from tadistill.config import Evaluate, parse
+from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
 
 RECIPE = """
@@ -110,6 +112,55 @@ def test_a_student_is_loaded_by_study_or_name(study):
     again, _ = tadistill.load_student("api", "trained", runs=study.directory.parent)
     ids = torch.tensor([tokenizer("what is the favourite colour of bavan ?")["input_ids"]])
     assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+# --- a loaded model -----------------------------------------------------------------------------------------------------
+
+
+def evaluated(study, on: Any = "tinyworld", **settings):
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+    (found,) = tadistill.evaluate(model, tokenizer, on, template="plain", settings={"max_new_tokens": 4, **settings}, limit=4).values()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:tinyworld. .* unknown to the tokenizer, so bits_per_byte is too low")
+def test_other_decodings_and_bits_per_byte_are_measured_if_they_are_set(study):
+    plain, greedy = evaluated(study, seeds=[1, 2]), evaluated(study, seeds=[1], temperature=0)
+    found = evaluated(study, seeds=[1, 2], bits_per_byte=True, also={"cold": {"temperature": 0}})
+    assert not any("@" in metric or metric == "bits_per_byte" for metric in plain)
+    assert plain.items() <= found.items()
+    assert found.keys() - plain.keys() >= {"bits_per_byte", "rouge_l@cold", "length@cold", "distinct_1@cold"}
+    assert all(greedy[metric.removesuffix("@cold")] == value for metric, value in found.items() if metric.endswith("@cold"))
+
+
+def test_pass_at_of_a_set_with_right_answers(study, tmp_path):
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"instruction": "what is 1 ?", "output": "1", "answer": 1}\n', encoding="utf-8")
+    right = {"load": str(sums), "columns": {"numeric": "answer"}}
+    assert "numeric/2" in evaluated(study, right, seeds=[1], samples=2, pass_at=[2])
+    with pytest.raises(ConfigError, match="pass_at needs right answers, but no test set names a column"):
+        evaluated(study, str(sums), seeds=[1], samples=2, pass_at=[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tasks": ["arc_easy"]}, "settings.tasks is for lm-eval, which tadistill.evaluate does not run; remove `tasks`"),
+        ({"fewshot": 2}, "settings.fewshot is for lm-eval"),
+        ({"engine": "vllm"}, "settings.engine is `vllm`, but a loaded model is sampled in this process"),
+        ({"also": {"fast": {"engine": "vllm"}}}, "settings.also.fast.engine is `vllm`"),
+        ({"precision": "bf16"}, r"settings.precision is `bf16`, but the weights of the loaded model are float32; convert"),
+    ],
+)
+def test_settings_without_effect_on_a_loaded_model_are_refused(study, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        evaluated(study, **settings)
+
+
+def test_every_setting_of_an_evaluation_is_used_or_refused():
+    """A new key of `evaluate` must be used by `tadistill.evaluate`, or refused in `api._check_call`."""
+    used = {*Decoding.model_fields, "seeds", "samples", "pass_at", "batch", "bits_per_byte", "also"}
+    assert set(Evaluate.model_fields) == used | {"tasks", "fewshot", "precision"}
 
 
 def test_a_plan_says_what_is_finished(study):

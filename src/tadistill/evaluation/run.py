@@ -41,11 +41,11 @@ class Evaluation:
     """One record per answer, with the full prompt, its parts, the model's answer, the references and the scores."""
 
 
-def evaluate(subject: Subject, data: EvalSet, settings: Evaluate) -> Evaluation:
-    """Sample answers to one data set, and return all metrics that need no second model."""
+def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, read_references: bool = True, per_byte: bool = False) -> Evaluation:
+    """Sample answers to one data set, and return all metrics that need no second model. The last two arguments are those of `score`."""
     engine = native(subject, settings)
     answers = {seed: generate_answers(engine, data, seed) for seed in settings.seeds}
-    return score(subject, data, settings, answers)
+    return score(subject, data, settings, answers, read_references=read_references, per_byte=per_byte)
 
 
 def native(subject: Subject, settings: Evaluate, *, adapts: bool | None = None) -> Native:

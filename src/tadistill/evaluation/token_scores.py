@@ -39,6 +39,7 @@ from tadistill.errors import DataError
 from tadistill.models.forward import Reader
 from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
+from tadistill.text import counted
 
 Answers = Mapping[int, Seq[Sequence]]
 """Maps a decoding seed to one answer per prompt."""
@@ -298,7 +299,10 @@ def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq
     return sizes
 
 
-def unknown_tokens(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of unknown tokens in the references. An unknown token can stand for any text, so bits per byte are then too low."""
+def unknown_text(data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a warning if the references have unknown tokens, else an empty text. An unknown token can stand for any text."""
     unknown = unknown_token(tokenizer)
-    return sum(e.response.count(unknown) for e in data.encoded)
+    if not (count := sum(e.response.count(unknown) for e in data.encoded)):
+        return ""
+    tokens = counted(count, "token of the references is", "tokens of the references are")
+    return f"{data.name}: {tokens} unknown to the tokenizer, so bits_per_byte is too low"

@@ -21,7 +21,7 @@ from tadistill.errors import check_unchanged
 from tadistill.evaluation.model_pairs import analyse as analyse_set
 from tadistill.evaluation.model_pairs import cross_read, pair_measures
 from tadistill.evaluation.run import generate_answers, native, score
-from tadistill.evaluation.token_scores import Subject, means, unknown_tokens
+from tadistill.evaluation.token_scores import Subject, means, unknown_text
 from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.plan.inputs import Encoding, Handle, Output, is_served, task_files
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
@@ -45,11 +45,8 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     total = sum(len(of_seed) for of_set in answers.values() for of_seed in of_set.values())
     for data in sets:
         stop_if_asked(context)
-        if spec.per_byte and (unknown := unknown_tokens(data, tokenizer)):
-            context.alarm(
-                f"{data.name}: {counted(unknown, 'token of the references is', 'tokens of the references are')} unknown to the tokenizer, "
-                "so bits_per_byte is too low"
-            )
+        if spec.per_byte and (unknown := unknown_text(data, tokenizer)):
+            context.alarm(unknown)
         context.progress(total, total, f"scoring the answers to {data.name}")
         found = score(subject, data, settings, answers[data.name], own, read_references=spec.references, per_byte=spec.per_byte)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}

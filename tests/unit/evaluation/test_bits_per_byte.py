@@ -15,7 +15,7 @@ from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.encoding_rules import Rules
 from tadistill.evaluation.model_pairs import cross_read
 from tadistill.evaluation.run import score
-from tadistill.evaluation.token_scores import Subject, bits_per_byte, reference_sizes, unknown_tokens
+from tadistill.evaluation.token_scores import Subject, bits_per_byte, reference_sizes, unknown_text
 
 HERE = tinyworld.world(0, 12)
 NAME, PLACE = HERE.names[0], HERE.places[0]
@@ -76,9 +76,9 @@ def test_a_reference_that_was_cut_counts_only_the_bytes_that_are_left():
 
 def test_words_that_a_tokenizer_cannot_read_are_counted():
     subject, data = prepared("tinyworld", ("bodan lives in 猫",))
-    assert unknown_tokens(data, subject.tokenizer) == 2  # `lives` and the cat
+    assert ": 2 tokens of the references are unknown" in unknown_text(data, subject.tokenizer)  # `lives` and the cat
     subject, data = prepared("tinyworld-bpe", ("bodan lives in 猫",))
-    assert unknown_tokens(data, subject.tokenizer) == 0
+    assert unknown_text(data, subject.tokenizer) == ""
 
 
 def test_only_asked_for():
