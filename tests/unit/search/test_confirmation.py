@@ -80,7 +80,9 @@ def confirmation(recipe, path, runs, direct: float | None = 1.0):
     tried = (Tried(path, 1.0, (1.0,)),)
     rounds = ((Round((path,), 1.0), {path: 1.0}),)
     choice = Choice(recipe.study, "exhaustive", "loss", -1, tried, rounds, direct, trained=1.0, discarded=0.0, distillations=2)
-    return choice, write_choice(choice, recipe, runs / recipe.study)
+    file = write_choice(choice, recipe, runs / recipe.study)
+    assert file is not None
+    return choice, file
 
 
 @pytest.mark.parametrize("arms", [BUDGETS, FAIR])
