@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError, did_you_mean, did_you_mean_then
 from tadistill.models.shapes import BOTH, ENCODERS, REFUSED, check_new, refusal
+from tadistill.models.tokens import vocabulary
 
 _KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type": ["default", *ROPE_INIT_FUNCTIONS]}
 """Maps a regular expression for the names of configuration fields to the values that transformers knows for these fields."""
@@ -133,7 +134,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
         _check_number(kind, name, fields[name], getattr(family(), name, None))
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
-        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
+        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": vocabulary(tokenizer).size})
     except Exception as error:  # a wrong field can make transformers raise any error
         raise ConfigError(f"`config` of scratch:{kind} is not valid: {_reason(error, fields)}") from error
     check_architecture(config, f"scratch:{kind}")

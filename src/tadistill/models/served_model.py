@@ -36,6 +36,7 @@ from tadistill.models.teachers import (
     prompt_scores,
     top_k_request,
 )
+from tadistill.models.tokens import vocabulary
 from tadistill.objectives import Head
 
 _INDEX = "model.safetensors.index.json"
@@ -216,7 +217,7 @@ def served_teacher(
     servers, config = Servers(written, serve), fetch_config(load, revision)
     (first, *_) = check_servers(servers, names_of(load, written, revision, serve), tokenizer, config)
     if serve.gives == "top_k":
-        return ServedTopK(servers, first.name, config, device, len(tokenizer))
+        return ServedTopK(servers, first.name, config, device, vocabulary(tokenizer).size)
     head = read_head(load, revision, dtype)
     placed = replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
     return ServedHidden(servers, first.name, config, placed)
@@ -286,7 +287,7 @@ def _check(
             f"`--max-model-len {longest + ahead}`, or lower `data.max_prompt`, `data.max_length` or `sampler.max_new_tokens`"
         )
     compared = _same_tokens(servers, at, name, tokenizer)
-    last = max(tokenizer.get_vocab().values())
+    last = vocabulary(tokenizer).size - 1
     probe = [last // 2, last]
     started = time.monotonic()
     try:

@@ -126,6 +126,12 @@ class Vocabulary:
         """The id of each token."""
         return {**self.words, **self.added}
 
+    @property
+    def size(self) -> int:
+        """The largest id plus 1: the number of logits that a model of these tokens needs. If ids have gaps, it is more than the number of
+        tokens."""
+        return max(self.ids.values(), default=-1) + 1
+
     def extra(self, other: "Vocabulary") -> tuple[dict[str, int], dict[str, int]] | None:
         """Return two mappings from token to id: the tokens that only this tokenizer has, and those that only the other has. Return None if
         the two tokenizers may split text differently.
@@ -234,13 +240,13 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
 
 
 def shared_vocabulary(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrainedModel", widths: Iterable[int] = ()) -> int:
-    """Return the number of tokens that the tokenizer and the output heads of all models have. `widths` are the sizes of further heads.
+    """Return the number of ids that the tokenizer and the output heads of all models have. `widths` are the sizes of further heads.
 
     In some families (Qwen2.5), models have more logits than tokens, and models of different sizes have different numbers of logits. Callers
     must therefore cut the logits to this number (`logits[..., :n]`), and renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
-    return min([len(tokenizer), *(head.weight.shape[0] for head in heads), *widths])
+    return min([vocabulary(tokenizer).size, *(head.weight.shape[0] for head in heads), *widths])
 
 
 # --- reading files --------------------------------------------------------------------------------------------------------

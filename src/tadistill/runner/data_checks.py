@@ -20,6 +20,7 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.data.token_cache import Longest, glance, keep
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
+from tadistill.models.tokens import vocabulary
 from tadistill.plan.paths import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.text import counted
@@ -99,7 +100,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
                     f"{ref.name} (train): its {total.rows} rows are not checked yet; the first training tokenises them, and counts those "
                     "that are too long"
                 )
-                found.append(Texts(Longest(rules.limit, rules.max_length, top=max(tokenizer.get_vocab().values())), where))
+                found.append(Texts(Longest(rules.limit, rules.max_length, top=vocabulary(tokenizer).size - 1), where))
             continue
         encoded, counts[role, ref.name] = encode(datasets.load(ref, role, data), tokenizer, rules, name=where)
         found.append(Texts(Longest.of(encoded), where))

@@ -103,7 +103,7 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
             read[name] = read_splits(recipe, tokenizers[name], plan.tokens, name)
     if teacher:
         check_readable(read)
-    shared = {name: min(max(tokenizers[n].get_vocab().values()) for n in family) + 1 for family in families for name in family}
+    shared = {name: min(vocabulary(tokenizers[n]).size for n in family) for family in families for name in family}
     with found.about():
         _check_top_k(recipe, min(shared.values(), default=0))
     for name in used:

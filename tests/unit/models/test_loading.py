@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.unit.models.conftest import SHAPES, random_model, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import shapes
+from tadistill.models.architectures import scratch_config
 from tadistill.models.loading import load_model, load_tokenizer, save_model
-from tadistill.models.tokens import check_same_tokenizer, shared_vocabulary
+from tadistill.models.tokens import check_same_tokenizer, shared_vocabulary, vocabulary
 
 IDS = torch.tensor([[5, 9, 2, 30, 7]])
 
@@ -217,6 +219,22 @@ def test_shared_vocabulary_is_the_least_width(tokenizer):
     assert shared_vocabulary(tokenizer, wide, wider) == 32
     assert shared_vocabulary(word_tokenizer(60), wide, wider) == 40
     assert shared_vocabulary(tokenizer) == 32
+
+
+def test_ids_with_gaps_are_all_in_the_vocabulary():
+    """EOS has the largest id, 40, and there are 4 tokens: no token may be cut off."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<eos>": 40}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+    assert (len(tokenizer), vocabulary(tokenizer).size, shared_vocabulary(tokenizer)) == (4, 41, 41)
+    assert scratch_config("gpt2", SHAPES["gpt2"], tokenizer).vocab_size == 41
+    tokenizer.add_tokens(["<added>"])
+    assert shared_vocabulary(tokenizer) == vocabulary(tokenizer).size == max(tokenizer.get_vocab().values()) + 1
+
+
+def test_ids_without_gaps_are_as_many_as_tokens(tokenizer):
+    assert vocabulary(tokenizer).size == len(tokenizer)
+    tokenizer.add_tokens(["<more>", "w3"])  # w3 is a word already
+    assert vocabulary(tokenizer).size == len(tokenizer) == 33
 
 
 # --- imports ------------------------------------------------------------------------------------------------------------

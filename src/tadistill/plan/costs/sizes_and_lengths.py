@@ -83,7 +83,7 @@ class SizesAndLengths:
                 return None
             assert model.load is not None
             found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
-            return sizes.read_config(model.load, model.revision, model.config, len(found) if found else None)
+            return sizes.read_config(model.load, model.revision, model.config, found.size if found else None)
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
