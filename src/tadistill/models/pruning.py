@@ -6,26 +6,37 @@
     shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
     student = prune(teacher, shape, measured)
 
-The result is an ordinary model of the same family. Pruning in depth works for any family with a single stack of layers. Pruning in depth
-and width follows Minitron (Muralidharan et al. 2024). `models.prunable_parts` measures the importance of the parts.
+The result is an ordinary model of the same family. Pruning in depth works for any family with a single stack of layers, if the kept layers
+compute in their new places what they computed before. Pruning in depth and width follows Minitron (Muralidharan et al. 2024).
+`models.prunable_parts` measures the importance of the parts.
 """
 
 import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.architectures import quiet
+from tadistill.models.architectures import build_on_meta, first_line, quiet
 from tadistill.models.prunable_parts import FAMILIES, Axis, Family, Importance, keep_important
 from tadistill.models.shapes import Shape, changes, check_shape, shape_of
 
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # configuration lists with one entry per layer
+_PER_LAYER = (
+    *("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "indexer_types", "layers_block_type"),
+    *("layer_rope_theta", "num_attention_heads_per_layer", "activation_sparsity_pattern", "intermediate_size"),
+)
+"""Configuration fields that are lists with one entry per layer, or can be such lists."""
+_CHANGING = ("training", "gradient_checkpointing")
+"""Attributes of a module that can differ although it computes the same."""
+_PLAIN = bool | int | float | str | None
+"""Types of attributes that are compared."""
 
 
 def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
@@ -60,10 +71,27 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         ConfigError: `keep` is empty, not ascending or out of range.
         ModelError: the layers of this model type cannot be removed.
     """
-    total = model.config.num_hidden_layers
+    total = depth(model.config)
     keep = keep_list(tuple(keep), total)
     stack = _stack(model, total)
-    return _assembled(model, _configured(model.config, keep), _renumbered(model.state_dict(), stack, keep))
+    pruned = _assembled(model, _configured(model.config, keep), _renumbered(model.state_dict(), stack, keep))
+    _check_layers(model, pruned, stack, keep)
+    return pruned
+
+
+def check_depth(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
+    """Check that a model with this configuration can be pruned to `layers` (as in `keep_list`), and return the configuration of the pruned
+    model. The check builds both models without memory for their weights. Raises the errors of `prune_depth`."""
+    model = build_on_meta(config)
+    return prune_depth(model, keep_list(layers, depth(model.config))).config
+
+
+def depth(config: PreTrainedConfig) -> int:
+    """Return the number of layers in a configuration. Raises a ModelError if it has no such number."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ModelError(f"a {config.model_type} model has no single stack of layers, so it cannot be pruned; choose another model")
+    return layers
 
 
 def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:
@@ -118,11 +146,18 @@ def _configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConf
             "the model cannot be pruned in depth: its setting scale_attn_by_inverse_layer_idx makes each layer depend on its number; "
             "choose another model"
         )
-    for name in _PER_LAYER:
-        values = getattr(config, name, None)  # only some families have these fields
-        if isinstance(values, list | tuple) and len(values) == total:
-            setattr(config, name, [values[i] for i in keep])
-    config.num_hidden_layers = len(keep)  # gpt2 maps this name to n_layer
+    try:
+        for name in _PER_LAYER:
+            values = getattr(config, name, None)  # only some families have these fields
+            if isinstance(values, list | tuple) and len(values) == total:
+                with suppress(AttributeError):  # the family computes the list from other fields, so nothing can be set
+                    setattr(config, name, [values[i] for i in keep])
+        if isinstance(at := getattr(config, "attn_layer_indices", None), list | tuple):  # Bamba only
+            config.attn_layer_indices = [i for i, kept in enumerate(keep) if kept in at]
+        config.num_hidden_layers = len(keep)  # gpt2 maps this name to n_layer
+        type(config).from_dict(config.to_dict())  # as when the pruned model is loaded
+    except Exception as error:  # the code of a model family can raise any error
+        raise _cannot_prune(config, first_line(error)) from error
     return config
 
 
@@ -140,18 +175,48 @@ def _renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[
 
 
 def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), quiet():  # the random weights are replaced below
-        pruned = AutoModelForCausalLM.from_config(
-            config, dtype=model.dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
-        )
     try:
+        # the random weights are replaced below; the device `meta` has none
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if model.device.type == "meta" else "cpu"), quiet():
+            pruned = AutoModelForCausalLM.from_config(
+                config, dtype=model.dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
+            )
         pruned.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ModelError(
-            f"this {config.model_type} model cannot be pruned; choose another model ({str(error).splitlines()[-1].strip()})"
-        ) from error
+    except Exception as error:  # the code of a model family can raise any error
+        raise _cannot_prune(config, first_line(error)) from error
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.to(model.device).eval()
+
+
+def _cannot_prune(config: PreTrainedConfig, why: str) -> ModelError:
+    return ModelError(
+        f"this {config.model_type} model cannot be pruned to these layers; keep others, or choose another model ({why[:200]})"
+    )
+
+
+def _check_layers(model: PreTrainedModel, pruned: PreTrainedModel, stack: str, keep: Sequence[int]) -> None:
+    # Weights are copies, so a layer computes something else only if an attribute of one of its modules has another value. Two kinds of
+    # attributes may differ: the number of a layer, if it is the new number of the same layer, and copies of configuration fields.
+    def same(old: Any, new: Any) -> bool:
+        if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+            return len(old) == len(new) and all(map(same, old, new))
+        if not (isinstance(old, _PLAIN) and isinstance(new, _PLAIN)):
+            return True  # for instance a configuration, or a function
+        renumbered = isinstance(new, int) and not isinstance(new, bool) and 0 <= new < len(keep) and keep[new] == old
+        return renumbered or old == new
+
+    for i, kept in enumerate(keep):
+        parts = dict(pruned.get_submodule(f"{stack}.{i}").named_modules())
+        for name, module in model.get_submodule(f"{stack}.{kept}").named_modules():
+            if type(part := parts.get(name)) is not type(module):
+                raise _cannot_prune(model.config, f"layer {kept} would become layer {i}, with another part {name}")
+            for field, old in vars(module).items():
+                new = vars(part).get(field, old)
+                if field.startswith("_") or field in _CHANGING or same(old, new):
+                    continue
+                if (getattr(model.config, field, None), getattr(pruned.config, field, None)) != (old, new):
+                    at = f"{name}.{field}".lstrip(".")
+                    raise _cannot_prune(model.config, f"layer {kept} would become layer {i}, and its {at} {new} instead of {old}")
 
 
 def _stack(model: PreTrainedModel, total: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.machine import vllm_folder
@@ -20,7 +20,7 @@ from tadistill.models.architectures import check_config, check_scratch, scratch_
 from tadistill.models.flops_and_memory import available_memory, check_memory
 from tadistill.models.forward import check_packing
 from tadistill.models.loading import check_model, load_tokenizer
-from tadistill.models.pruning import keep_list
+from tadistill.models.pruning import check_depth, depth
 from tadistill.models.served_model import fetch_config, head_shape
 from tadistill.models.tokens import check_same_tokenizer, vocabulary
 from tadistill.plan.arms import Plan, make_plan
@@ -180,11 +180,21 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
             check_config(described, name)
         read: Any = check_model(root.load, root.revision)
         config, rows = read.config, read.get_input_embeddings().weight.shape[0]
-    if model.init:
-        parent = Ledger(recipe).config(model.init.from_) or {}
-        if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
-            keep_list(layers if model.init.layers is None or model.init.layers_by == "influence" else model.init.layers, layers)
+    _pruned(recipe, name, config)
     return rows, config.get_text_config().to_dict()
+
+
+def _pruned(recipe: Recipe, name: str, root: PreTrainedConfig) -> PreTrainedConfig:
+    # Checks all pruning of layers between the root of a model and the model. Returns the configuration with the layers of the model. Other
+    # sizes than the number of layers stay those of the root.
+    model = recipe.models[name]
+    config = _pruned(recipe, model.parent, root) if model.parent else root
+    if model.init is None:
+        return config
+    layers = model.init.layers
+    if layers is None or model.init.layers_by == "influence":  # then training text decides which layers are kept
+        layers = range(model.init.sizes.get("layers", depth(config)))
+    return check_depth(config, layers)
 
 
 def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None:

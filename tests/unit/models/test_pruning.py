@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 from tests.unit.models.conftest import SHAPES, random_model
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, MambaConfig
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.loading import load_model, save_model
-from tadistill.models.pruning import keep_list, prune_depth
+from tadistill.models.pruning import check_depth, depth, keep_list, prune_depth
 
 IDS = torch.tensor([[5, 9, 2, 30, 7, 11, 3]])
 
@@ -149,3 +149,52 @@ def test_a_model_without_one_stack_is_refused():
     model.backbone.layers.append(model.backbone.layers[0])
     with pytest.raises(ModelError, match="a mamba model has 0 stacks of 2 layers"):
         prune_depth(model, (0,))
+
+
+SMALL = {"num_hidden_layers": 4, "hidden_size": 16, "vocab_size": 32}
+ATTENTION = SMALL | {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+LATENT = {"q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+
+
+def config(kind, **fields):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
+    return AutoConfig.for_model(kind, **fields)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "recurrent_gemma"])
+def test_a_list_that_the_family_computes_is_left_alone(kind):
+    own = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1} if kind.startswith("mamba") else {"lru_width": 16}
+    fields = (ATTENTION if kind == "recurrent_gemma" else SMALL) | own
+    of = config(kind, **fields, **({"block_types": ["recurrent", "attention"]} if kind == "recurrent_gemma" else {}))
+    assert check_depth(of, [0, 1]).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "attribute"),
+    [
+        ("diffllama", ATTENTION, "self_attn.lambda_init"),
+        ("minicpm3", ATTENTION | LATENT, "residual_scale"),
+    ],
+)
+def test_a_layer_that_would_compute_something_else_is_refused(kind, fields, attribute):
+    with pytest.raises(ModelError, match=rf"this {kind} model .*layer \d would become layer \d, and its {attribute} .* instead of"):
+        check_depth(config(kind, **fields), [0, 3])
+
+
+def test_entries_of_layers_follow():
+    of = config("laguna", **ATTENTION, num_attention_heads_per_layer=[2, 4, 2, 4], num_experts=2, num_experts_per_tok=1)
+    assert check_depth(of, [1, 2]).num_attention_heads_per_layer == [4, 2]
+    thetas = config("granite_swa", **ATTENTION, layer_rope_theta=[1e4, 5e4, 1e4, 7e4])
+    assert check_depth(thetas, [1, 3]).layer_rope_theta == [5e4, 7e4]
+
+
+def test_a_configuration_that_could_not_be_loaded_is_refused():
+    of = config("gemma4_text", **ATTENTION, num_global_key_value_heads=1, layer_types=["sliding_attention", "full_attention"] * 2)
+    with pytest.raises(ModelError, match="this gemma4_text model cannot be pruned to these layers"):
+        check_depth(of, [0, 1])
+
+
+def test_a_configuration_without_one_number_of_layers_is_refused():
+    with pytest.raises(ModelError, match="a gemma3 model has no single stack of layers"):
+        depth(config("gemma3"))

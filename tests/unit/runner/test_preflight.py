@@ -44,6 +44,19 @@ def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_pat
         check_study(changed)
 
 
+PRUNED = {"init": {"from": "l", "layers": [0, 2, 3]}}
+
+
+@pytest.mark.parametrize("pruned", [{"s": PRUNED}, {"m": PRUNED, "s": {"init": {"from": "m", "layers": 2}}}])
+def test_pruning_that_a_family_does_not_allow_is_refused_before_work(pruned):
+    """Also that of a model from which another one is pruned."""
+    of = recipe().model_dump(mode="json", by_alias=True, exclude_unset=True)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    of["models"] |= pruned | {"l": of["models"]["l"] | {"load": "scratch:diffllama", "config": small, "seed": 1}}
+    with pytest.raises(ModelError, match=r"this diffllama model cannot be pruned to these layers.*self_attn\.lambda_init"):
+        check_study(validate(of))
+
+
 def short(**settings):
     """The recipe with short prompts, so that evaluations need less memory than trainings."""
     found = recipe(**settings)
