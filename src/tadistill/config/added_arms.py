@@ -41,7 +41,7 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
         return raw  # the check of `arms` shows the mistake
     fair = raw.get("fair") is True
     if fair:
-        added = [*_fair(arms)]
+        added = [*_fair(arms, raw.get("teacher"))]
         if problems := _fair_problems(arms, [name for name, _ in added]):
             raise ValueError("\n".join(problems))
         arms = dict(added)
@@ -65,15 +65,17 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"arms": written}
 
 
-def _fair(arms: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _fair(arms: dict[str, Any], teacher: str | None) -> Iterator[tuple[str, Any]]:
     # each chain is followed by its baseline and its controls
     given = {arm["control"] for arm in arms.values() if isinstance(arm.get("control"), str)}
-    equal = {arm.get("compute") for arm in arms.values() if len(_models(arm)) == 2 and not arm.get("control")}
+    equal = [(_models(arm), arm.get("compute")) for arm in arms.values() if not any(arm.get(key) for key in ("control", "init", "context"))]
     for name, arm in arms.items():
         yield name, arm
         if not _is_chain(arm):
             continue
-        if f"as {name}" not in equal:
+        first, *_, student = _models(arm)
+        twins = [([start, student], f"{times} {name}") for start in (first, teacher) for times in ("as", "1x")]
+        if not any(twin in equal for twin in twins):
             yield f"{name}-equal-compute", _copy(arm) | {"path": _ends(arm), "compute": f"as {name}"}
         for kind in get_args(Kind):
             if (control := f"{kind} of {name}") not in given:

@@ -48,6 +48,27 @@ def test_a_fair_study_has_a_baseline_and_all_controls_of_each_chain():
     assert "chain-equal-compute" not in arms(twin, fair=True)
 
 
+@pytest.mark.parametrize(
+    ("other", "added"),
+    [
+        ({"path": "l > s"}, True),
+        ({"path": "xl > l"}, True),
+        ({"path": "xl > s", "init": {"s": "xl"}}, True),
+        ({"path": "xl > s"}, False),
+    ],
+)
+def test_only_direct_distillation_with_the_same_ends_is_a_baseline(other, added):
+    found = arms({"chain": "xl > l > s", "other": other | {"compute": "as chain"}}, fair=True)
+    assert ("chain-equal-compute" in found) == added
+
+
+def test_the_original_teacher_can_teach_the_baseline_of_a_chain_without_it():
+    models = WORLD["models"] | {"m": WORLD["models"]["s"]}
+    given = {"chain": "l > m > s", "other": {"path": "xl > s", "compute": "1x chain"}}
+    assert "chain-equal-compute" not in arms(given, fair=True, teacher="xl", models=models)
+    assert "chain-equal-compute" in arms(given, fair=True, models=models)
+
+
 def test_a_recipe_written_out_is_the_same_recipe():
     recipe = parse(WORLD | {"arms": {"chain": "xl > l > s"}, "fair": True}, source="recipe")
     assert parse(recipe.model_dump(mode="json", by_alias=True), source="recipe") == recipe
