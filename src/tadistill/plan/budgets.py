@@ -23,6 +23,7 @@ from tadistill.config import Arm, Recipe
 from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models.shapes import COUNTED
+from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, behind, with_ancestors
 from tadistill.plan.inputs import FromStage
 from tadistill.plan.kinds import DistillSpec, TrainingSpec
@@ -32,7 +33,6 @@ from tadistill.text import form
 
 if TYPE_CHECKING:
     from tadistill.plan.arms import PlannedArm
-    from tadistill.plan.builder import StageBuilder
 
 
 class Budget(NamedTuple):
@@ -59,7 +59,7 @@ class Trial(NamedTuple):
 class Budgets:
     """Computes the budgets of arms."""
 
-    def __init__(self, recipe: Recipe, stages: "StageBuilder", graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
+    def __init__(self, recipe: Recipe, stages: StageBuilder, graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
         """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
         self.recipe, self.stages, self.graph, self.trial = recipe, stages, graph, trial
         self.ledger = stages.ledger
@@ -141,9 +141,11 @@ class Budgets:
                 "would set the number of updates; remove one of the two keys"
             )
         fixed = total - scaled
-        if given := given_teachers(self.recipe, arm, like.arm):
-            fixed -= self._of_teachers(given, trial.graph, trial.final)
-            target = (times or 1.0) * (target - self._of_teachers(given, self.graph, like.final[self.recipe.first_seed]))
+        given = given_teachers(self.recipe, arm, like.arm)
+        own = self._of_teachers(given, trial.graph, trial.final)
+        theirs = self._of_teachers(given, self.graph, like.final[self.recipe.first_seed])
+        if times is not None or own != theirs:  # with `as`, equal costs cancel
+            fixed, target = fixed - own, (times or 1.0) * (target - theirs)
         if target <= fixed:
             spent = f"the budget of {target:.3g} FLOPs is" if times else f"arm {like.name} costs"
             fix = "raise the budget" if times else "remove `compute`"
@@ -155,7 +157,9 @@ class Budgets:
 
     def _of_teachers(self, names: set[str], graph: Graph, final: str | None) -> float:
         # the FLOPs of these teachers' own training, if this model depends on it
-        handles = [self.stages.trained(name, self.recipe.first_seed) for name in names]
+        at = self.stages
+        apart = StageBuilder(self.recipe, Graph(), at.ledger, at.of_arm, at.tokens)  # the plan may not need these stages
+        handles = [apart.trained(name, self.recipe.first_seed) for name in names]
         own = {handle.stage for handle in handles if isinstance(handle, FromStage)}
         above = own & (with_ancestors(graph.stages, [final]) if final else set())
         flops = (graph.stages[key].flops for key in with_ancestors(graph.stages, above, without="like"))

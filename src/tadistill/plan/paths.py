@@ -60,15 +60,14 @@ def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
 def given_teachers(recipe: Recipe, arm: Arm, like: Arm) -> set[str]:
     """Return the teachers whose own training is left out when the FLOPs of `arm` are matched to those of the arm `like`.
 
-    If a path begins with a route, the two arms can start from different models. Then the original teacher and the models at the start of
-    both arms' paths are returned, except models that one of the arms distils. Without a route, the original teacher is returned for
-    `compute: 2x ARM`, and no model for `compute: as ARM`, because the FLOPs of both arms usually include the original teacher's training.
+    It is the original teacher. If a path begins with a route, the two arms can start from different models. Then the models at the start of
+    both arms' paths are returned too, except models that one of the arms distils.
     """
-    original = original_teacher(recipe)
+    original = {name for name in (original_teacher(recipe),) if name}
     if not routed((*arm.path, *like.path)):
-        return {original} if original and arm.like and arm.like[0] else set()
+        return original
     starts = {name for path in (*arm.path, *like.path) for name in members(path[0])}
-    return {*starts, *([original] if original else [])} - {*arm.learners, *like.learners}
+    return (starts | original) - {*arm.learners, *like.learners}
 
 
 def check_route(tokens: "StudyTokens", arm: str, path: tuple[str, ...], method: Method) -> None:
