@@ -18,6 +18,8 @@ COMPACT_BELOW = 0.8
 step would be slow, because the caches are copied."""
 PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
 """Model families for which sampling from a mixture of two models works on packed sequences, without padding (`rollout.fast_mixture`)."""
+OFF_BUDGET = 0.1
+"""Two arms are not compared at equal compute if their FLOPs differ by more than this share."""
 LOG_POINTS = 100
 """Minimum number of lines in the log of a training stage. A stage with fewer updates logs every update."""
 WATCH_EVERY = 10

@@ -14,6 +14,7 @@ from tadistill.config import Method
 from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
+from tadistill.constants import OFF_BUDGET
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
@@ -21,7 +22,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.costs.sizes_and_lengths import count_first_rows
 from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
-from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
+from tadistill.plan.kinds import AskSpec, DistillSpec, SftSpec, SignalSpec
 from tadistill.plan.paths import contexts_of, given_teachers, lossy_steps
 from tadistill.plan.phases import PlannedPhase
 from tadistill.plan.remote import asked_notes, served_notes
@@ -32,7 +33,6 @@ from tadistill.text import counted
 
 ASKED = "asked"
 """The column of the arms' table with the number of answer tokens that the original teacher writes or scores."""
-_OFF = 0.1  # an arm gets a note if its FLOPs differ from its `compute` by more than this share
 
 
 def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]:
@@ -193,20 +193,34 @@ def _unfair(plan: Plan) -> Iterator[str]:
 
 def off_budget(plan: Plan) -> Iterator[str]:
     """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. The reason is that a training has a whole number of
-    rounds, each of which samples text and makes several updates."""
-    arms = {arm.name: arm for arm in plan.arms}
+    updates, or of rounds, each of which samples text and makes several updates."""
     for arm in plan.arms:
-        if arm.arm.like is None:
-            continue
-        times, other = arm.arm.like[0] or 1.0, arms[arm.arm.like[1]]
-        given = {plan.teacher, *given_teachers(plan.recipe, arm.arm, other.arm)}
-        own, theirs = _without(plan, arm, given), _without(plan, other, given)
-        if own and theirs and abs(own / (times * theirs) - 1) > _OFF:
-            ratio = own / (times * theirs)
+        share = share_of_budget(plan, arm)
+        if share is not None and abs(share - 1) > OFF_BUDGET:
             yield (
-                f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {ratio:.2g} times these FLOPs, because its updates "
-                "come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`) or a larger budget"
+                f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {share:.2g} times these FLOPs, because "
+                f"{_whole(plan, arm)} or a larger budget"
             )
+
+
+def share_of_budget(plan: Plan, arm: PlannedArm) -> float | None:
+    """Return an arm's FLOPs divided by those that its `compute` sets. The original teacher's own training is not counted.
+
+    Return None if the arm has no `compute`, or if FLOPs are not known."""
+    if arm.arm.like is None:
+        return None
+    times, other = arm.arm.like[0] or 1.0, next(each for each in plan.arms if each.name == arm.arm.like[1])
+    given = given_teachers(plan.recipe, arm.arm, other.arm)
+    own, theirs = _without(plan, arm, given), _without(plan, other, given)
+    return own / (times * theirs) if own and theirs else None
+
+
+def _whole(plan: Plan, arm: PlannedArm) -> str:
+    # why an arm misses a budget, and what to change
+    specs = [stage.spec for stage in behind(plan.stages, next(iter(arm.final.values()))).values()]
+    if any(isinstance(spec, DistillSpec) and spec.method.round_updates > 1 for spec in specs):
+        return "the arm's updates come in whole rounds; choose smaller rounds (`sampler.rollouts`, `inner_epochs`)"
+    return "the arm makes a whole number of updates; choose smaller batches (`optim.batch`)"
 
 
 def off_teacher_budget(plan: Plan) -> Iterator[str]:
@@ -214,17 +228,17 @@ def off_teacher_budget(plan: Plan) -> Iterator[str]:
     arms = {arm.name: arm for arm in plan.arms}
     for arm in (arm for arm in plan.arms if arm.arm.asks_like):
         asked, budget = arm.asked, arms[arm.arm.asks_like or ""].asked
-        if asked and budget and abs(asked / budget - 1) > _OFF:
+        if asked and budget and abs(asked / budget - 1) > OFF_BUDGET:
             yield (
                 f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but the teacher writes or scores "
-                f"{asked / budget:.2g} times as many tokens, because the arm's updates come in whole rounds; choose smaller "
-                "rounds (`sampler.rollouts`, `inner_epochs`)"
+                f"{asked / budget:.2g} times as many tokens, because {_whole(plan, arm)}"
             )
 
 
-def _without(plan: Plan, arm: PlannedArm, teachers: set[str | None]) -> float | None:
+def _without(plan: Plan, arm: PlannedArm, teachers: set[str]) -> float | None:
     stages = behind(plan.stages, next(iter(arm.final.values()))).values()
-    return total_flops(s for s in stages if not (s.spec.trains and s.model in teachers))  # the answers of these teachers still count
+    # the answers of these teachers still count
+    return total_flops(s for s in stages if not (isinstance(s.spec, SftSpec) and s.model in teachers))
 
 
 def counts_asked(plan: Plan) -> bool:

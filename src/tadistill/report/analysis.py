@@ -75,9 +75,7 @@ def analyses(results: Results) -> list[Analysis]:
     if len(compared) > _MOST_PAIRS and compared[0].against == "pair":
         return []
     return [
-        Analysis(
-            c.arm, c.other, tuple(_rows(results, c)), tuple(_whole(results, c)), _explanations(results, c), c.against == "plain direct"
-        )
+        Analysis(c.arm, c.other, tuple(_rows(results, c)), tuple(_whole(results, c)), _explanations(results, c), c.unequal)
         for c in compared
     ]
 
@@ -205,6 +203,10 @@ def _compute(results: Results, c: Comparison) -> str:
         return (
             f"The effect of compute is not measured: the study has no arm with `compute: as {c.arm}`, which trains directly at equal cost."
         )
+    if c.against == "off budget":
+        return f"The effect of compute is not measured, because {c.arm} and {c.other} do not have the same FLOPs."
+    if c.other == direct.name:
+        return f"Compute explains no difference, because {c.arm} and {c.other} have the same compute."
     gap = difference(results, c.arm, direct.name, c.metric)
     closed = difference(results, c.other, direct.name, c.metric)
     if gap is None or closed is None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text
+from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, to_equal
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
@@ -192,7 +192,7 @@ def _chain_text(c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
         text = f"{how} {_claim(c)} {other}{margin}: {gap_words(c)}."
     if c.word == "no evidence":
         text += f" {doubt_text(c)}"
-    if c.against == "plain direct":
+    if c.unequal:
         text += " The two arms had different training compute, so nothing is credited to the path."
     if c.credit in _NO_CREDIT:
         text += f" The path is not credited with the gain, because {_NO_CREDIT[c.credit]}."
@@ -343,6 +343,6 @@ def _next(results: Results, kind: Kind) -> str:
         return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept."
     if kind in ("open", "unfinished") and any(c.trained for c in compared):
         first = by_importance(results)[0]
-        fair = f", and a direct arm with `compute: as {first.arm}` for equal compute" if first.against == "plain direct" else ""
+        fair = f", and {to_equal(first)} for equal compute" if first.unequal else ""
         return f"Next: add training seeds or test prompts to decide the question{fair}; finished stages are kept.{needed_text(first)}"
     return ""

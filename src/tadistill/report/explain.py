@@ -7,6 +7,7 @@ sentences.
 from collections.abc import Sequence
 
 from tadistill.config.arm import flat
+from tadistill.constants import OFF_BUDGET
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
@@ -21,6 +22,7 @@ from tadistill.runner.local import local_runs
 from tadistill.store import FAILURE
 from tadistill.text import counted, form, listed, one_line, shortened
 
+_OFF = f"{100 * OFF_BUDGET:.0f} %"
 _NAMED = 5  # most arms that one sentence names
 
 
@@ -39,7 +41,8 @@ def undecided_text(pair: ComparedPair) -> str:
 
 def _other(against: str, name: str) -> str:
     direct = "direct distillation with "
-    return {"equal compute": f"{direct}the same compute", "plain direct": f"{direct}other compute", "pair": "model"}[against] + f" ({name})"
+    other = {"equal compute": f"{direct}the same compute", "pair": "model"}.get(against, f"{direct}other compute")
+    return f"{other} ({name})"
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
@@ -89,6 +92,8 @@ def doubt_text(c: Comparison) -> str:
 
 
 def _credit_text(c: Comparison) -> list[str]:
+    if c.against == "off budget":
+        return [f"The compute of {c.arm} and {c.other} differs by more than {_OFF}, so nothing is credited to the path."]
     if c.against == "plain direct":
         return [f"The arms had different compute: the study has no arm with `compute: as {c.arm}`, so nothing is credited to the path."]
     if c.credit is None or c.mechanism is None:
@@ -180,7 +185,7 @@ def cautions(results: Results) -> list[str]:
     """Return cautions about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
     seeds.
     """
-    about = (rows_text(results.used), _unseen_text(results), _unequal_text(results), _unmeasured_text(results))
+    about = (rows_text(results.used), _unseen_text(results), _unequal_text(results), _off_budget_text(results), _unmeasured_text(results))
     texts = [text for text in about if text]
     texts += vocabulary_texts(results)
     for c in by_importance(results):
@@ -209,6 +214,21 @@ def _unequal_text(results: Results) -> str:
     named = _first([unequal_text(results, c) for c in unequal])
     arm = unequal[0].arm if len(unequal) == 1 else "ARM"
     return f"Not compared at equal compute: {named}. For equal compute, add a direct arm with `compute: as {arm}`."
+
+
+def _off_budget_text(results: Results) -> str:
+    off = [arm for arm in results.plan.arms if arm.of_budget and abs(arm.of_budget - 1) > OFF_BUDGET]
+    if not off:
+        return ""
+    named = _first([f"{arm.name} has {arm.of_budget:.2g} times the FLOPs that `compute: {arm.compute}` sets" for arm in off])
+    return f"A budget is missed by more than {_OFF}: {named}. `tadistill plan RECIPE` says why."
+
+
+def to_equal(c: Comparison) -> str:
+    """Return what would give the two compared arms equal compute: another arm, or other settings."""
+    if c.against == "off budget":
+        return "make rounds or batches smaller"
+    return f"a direct arm with `compute: as {c.arm}`"
 
 
 def unequal_text(results: Results, c: Comparison) -> str:

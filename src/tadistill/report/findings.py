@@ -74,14 +74,14 @@ def against(results: Results) -> str:
 def _decided(results: Results, found: Sequence[Comparison]) -> str:
     if len(found) == 1:
         c = found[0]
-        return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.against == 'plain direct' else ''}"
+        return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.unequal else ''}"
     if all(c.against == "pair" for c in found):
         better = [f"{c.arm} than {c.other}" if c.word == "gain" else f"{c.other} than {c.arm}" for c in found if c.word in ("gain", "loss")]
         which = f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
         return f"{len(better) or 'None'} of {counted(len(found), 'pair')} differ{'' if len(better) > 1 else 's'} clearly{which}"
     arms = {word: [c.arm for c in found if c.word == word] for word in _VERBS}
     clear = [f"{_named(arms[word])} {_VERBS[word].removeprefix('is ')}" for word in ("gain", "loss", "equivalent") if arms[word]]
-    rest, unequal = arms["no evidence"], [c.arm for c in found if c.against == "plain direct"]
+    rest, unequal = arms["no evidence"], [c.arm for c in found if c.unequal]
     if not clear:
         none = "Neither" if len(found) == 2 else "None"
         ways = ways_text([results.arm(c.arm) for c in found])
@@ -109,7 +109,7 @@ def _is_clear(row: ForestRow) -> bool:
 
 
 def over_compute(results: Results) -> str:
-    """Return a sentence that names the arms and budgets with a clear difference from the reference arm at the same compute."""
+    """Return a sentence that names the arms and budgets with a clear difference from the reference arm at the same budget."""
     curves = budget_curves(results)
     gaps = [(curve.name, p.times, p.gap) for curve in curves for p in curve.points if p.gap]
     seeds = min(len(p.summary.per_seed) for curve in curves for p in curve.points)
@@ -121,8 +121,8 @@ def over_compute(results: Results) -> str:
     if metric_of(primary_metric(results)).better == "lower":
         better, worse = worse, better
     if not better and not worse:
-        return f"None of {counted(len(gaps), 'comparison')} with {curves[0].name} at the same compute is clear"
-    against = f"Against {curves[0].name} at the same compute"
+        return f"None of {counted(len(gaps), 'comparison')} with {curves[0].name} at the same budget is clear"
+    against = f"Against {curves[0].name} at the same budget"
     sides = [f"{_named(names)} clearly {side}" for side, names in (("better", better), ("worse", worse)) if names]
     return f"{against}, {'; '.join(sides)}"
 

@@ -82,6 +82,7 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
         "model": arm.model,
         "parameters": results.plan.parameters[arm.model],
         "compute": arm.compute,
+        "of_budget": _rounded(arm.of_budget),
         "across": [list(step) for step in arm.across],
         "teacher_budget": arm.teacher_budget,
         "teacher_tokens": arm.teacher_tokens,

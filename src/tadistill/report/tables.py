@@ -182,7 +182,7 @@ def interval_method(results: Results) -> str:
 
 
 def _pair_title(c: Comparison) -> str:
-    return f"{c.arm} {DASH} {c.other}" + (" (not equal compute)" if c.against == "plain direct" else "")
+    return f"{c.arm} {DASH} {c.other}" + (" (not equal compute)" if c.unequal else "")
 
 
 def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
@@ -294,11 +294,13 @@ def counted_text(results: Results) -> str:
     """Return the end of the sentence "The cost of all training for an arm's final model, …".
 
     The end says that the cost includes the training of teachers and assistants. A second sentence follows if a path begins with several
-    teachers and an arm has the key `compute`. It says that `compute: as ARM` does not count the training of these teachers.
+    teachers and an arm has the key `compute`, or if such an arm does not use the original teacher. It says that `compute: as ARM` does not
+    count the training of these teachers.
     """
-    arms = results.plan.arms
+    arms, teacher = results.plan.arms, results.plan.teacher
     text = "including that of its teachers and teacher assistants in this study."
-    if any(arm.is_routed for arm in arms) and any(arm.compute for arm in arms):
+    without = [arm for arm in arms if arm.compute and teacher and teacher not in arm.models]
+    if without or (any(arm.is_routed for arm in arms) and any(arm.compute for arm in arms)):
         text += " These FLOPs include the training of the first teachers, but the rule `compute: as ARM` does not count it."
     return text
 

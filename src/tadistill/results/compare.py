@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.config.added_arms import at_budget, budget_of
-from tadistill.config.arm import direct_arm
+from tadistill.config.arm import direct_arm, read_compute
+from tadistill.constants import OFF_BUDGET
 from tadistill.metrics import metric_of
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, once, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord
@@ -67,13 +68,46 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
-    """Return the equal-compute baseline of a chain (path with assistants). It is direct distillation with ``compute: as CHAIN``.
+    """Return the equal-compute baseline of a chain (path with assistants). It is direct distillation of the same student with the same
+    budget, such as ``compute: as CHAIN``.
 
-    For a chain with `budgets`, the baseline is the reference arm at the chain's budget, if this reference arm is plain (`is_plain`).
+    The teacher is the original one, or the model at the start of the chain. If there are several such arms, the original teacher comes
+    first, then the chain's method, then a budget that is met, then the reference arm of a study with `budgets`.
     """
-    if (reference := reference_at(results, chain)) and reference.is_plain:
-        return reference
-    return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
+    teacher, start = results.plan.teacher, chain.path[0]
+    teachers = {teacher, start} if start == chain.models[0] else {teacher}  # not if an earlier path of the chain trains the start
+    reference = reference_at(results, chain)
+
+    def order(arm: ArmRecord) -> tuple[bool, ...]:
+        return arm.path[0] != teacher, arm.method != chain.method, not at_equal_compute(chain, arm), arm is not reference
+
+    arms = [arm for arm in results.plan.arms if len(arm.path) == 2 and arm.path[0] in teachers and arm.model == chain.model]
+    return min((arm for arm in arms if arm.is_plain and arm is not chain and relative_compute(chain, arm)), key=order, default=None)
+
+
+def relative_compute(arm: ArmRecord, other: ArmRecord) -> float | None:
+    """Return the FLOPs of one arm divided by those of another that should have the same, without the original teacher's own training.
+
+    Return None if the key `compute` of neither arm says that they have the same FLOPs.
+    """
+    common = _budgets(arm) & _budgets(other)
+    if not common:
+        return None
+    _, reference = min(common)
+    mine, theirs = (1.0 if each.name == reference else each.of_budget or 1.0 for each in (arm, other))
+    return mine / theirs
+
+
+def at_equal_compute(arm: ArmRecord, other: ArmRecord) -> bool:
+    """Return True if two arms have the same budget, and FLOPs that differ by at most 10 %."""
+    ratio = relative_compute(arm, other)
+    return ratio is not None and abs(ratio - 1) <= OFF_BUDGET
+
+
+def _budgets(arm: ArmRecord) -> set[tuple[float, str]]:
+    # the FLOPs of an arm, as factor and arm: 1x itself, and what its `compute` says
+    times, like = read_compute(arm.compute or "") or (None, arm.name)
+    return {(1.0, arm.name), (times or 1.0, like)}
 
 
 def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:

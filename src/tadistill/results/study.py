@@ -93,6 +93,8 @@ class ArmRecord:
     """The recipe's rule for the number of teacher tokens, such as ``as direct``. See `teacher_tokens`."""
     teacher_tokens: float | None = None
     """Number of answer tokens that the original teacher writes or scores for the arm, for one seed. None if it is not known."""
+    of_budget: float | None = None
+    """The arm's FLOPs divided by those that `compute` sets, without the original teacher's own training. None if it is not known."""
 
     @property
     def shown_path(self) -> str:
@@ -274,6 +276,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         across=tuple((above, below) for above, below in entry.get("across", ())),
         teacher_budget=entry.get("teacher_budget"),
         teacher_tokens=entry.get("teacher_tokens"),
+        of_budget=entry.get("of_budget"),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
-from tadistill.results.compare import Mechanism, compare, differences_per_seed, direct_of, mechanism, twin_of
+from tadistill.results.compare import Mechanism, at_equal_compute, compare, differences_per_seed, direct_of, mechanism, twin_of
 from tadistill.results.curves import load_metrics
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, seeds_to_detect, sign_flip
@@ -28,7 +28,14 @@ _ALPHA = 0.05
 _SEEDS_FOR_SIGNS = 6  # from this number of seeds, reports leave out the sign-flip test, because it adds nothing to the t-test
 
 Word = Literal["gain", "loss", "equivalent", "no evidence"]
-Against = Literal["equal compute", "plain direct", "pair"]
+Against = Literal["equal compute", "off budget", "plain direct", "pair"]
+"""The kind of arm that another arm is compared with. A chain (path with assistants) has one of the first three, which are all direct
+distillation:
+
+- `equal compute`: with the chain's budget, and with FLOPs that differ by at most 10 %.
+- `off budget`: with the chain's budget, but with FLOPs that differ by more.
+- `plain direct`: with another budget.
+"""
 Credit = Literal["credited", "sharpening", "farther from the teacher", "not measured"]
 
 
@@ -88,6 +95,11 @@ class Comparison:
     """`credited`, or the reason why a gain over direct distillation with the same compute is not credited to the path. None if there is no
     such gain."""
 
+    @property
+    def unequal(self) -> bool:
+        """True if `arm` is a chain, and the two arms had different compute."""
+        return self.against in ("off budget", "plain direct")
+
 
 @dataclass(frozen=True)
 class ComparedPair:
@@ -128,7 +140,9 @@ def competitors(results: Results) -> list[list[ArmRecord]]:
 
 def _chain_pair(results: Results, chain: ArmRecord) -> ComparedPair:
     twin = twin_of(results, chain)
-    return ComparedPair(chain, twin, "equal compute") if twin else ComparedPair(chain, direct_of(results, chain), "plain direct")
+    if twin is None:
+        return ComparedPair(chain, direct_of(results, chain), "plain direct")
+    return ComparedPair(chain, twin, "equal compute" if at_equal_compute(chain, twin) else "off budget")
 
 
 @once

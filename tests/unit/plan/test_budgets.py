@@ -8,6 +8,7 @@ from tadistill.config.added_arms import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.notes import off_budget
+from tadistill.runner.study import describe
 
 METHOD = {
     "objective": {"type": "reverse_kl"},
@@ -57,6 +58,50 @@ def test_a_budget_that_whole_rounds_cannot_meet_is_said():
     assert len(found) == 1
     assert found[0].startswith("arms.chain-1x has `compute: 1x direct`, but it needs ")
     assert "choose smaller rounds" in found[0]
+
+
+BARE = recipe()["models"] | {"s": model(16, sft=None), "l": model(32, sft=None)}
+
+
+def test_a_missed_budget_of_an_arm_without_rounds_has_another_reason():
+    one = {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}, "optim": {"steps": 2, "batch": 16}}
+    arms = {"direct": "xl > s", "more": {"path": "xl > s", "compute": "1.3x direct"}}
+    found = [*off_budget(plan(method=METHOD | one, arms=arms, models=BARE, budgets=None))]
+    assert len(found) == 1
+    assert found[0].endswith("because the arm makes a whole number of updates; choose smaller batches (`optim.batch`) or a larger budget")
+
+
+def test_plan_json_has_an_arms_share_of_its_budget():
+    rounds = {"sampler": METHOD["sampler"] | {"rollouts": 256}, "optim": METHOD["optim"] | {"steps": 16}}
+    arms = {"direct": "xl > s", "more": {"path": "xl > s", "compute": "1.3x direct"}}
+    found = plan(method=METHOD | rounds, arms=arms, models=BARE, budgets=None)
+    direct, more = describe(found, created="", recipe_text="", command="")["arms"]
+    assert direct["of_budget"] is None
+    assert more["of_budget"] == pytest.approx(1 / 1.3)
+    (sentence,) = off_budget(found)
+    assert sentence.startswith("arms.more has `compute: 1.3x direct`, but it needs 0.77 times these FLOPs, because the arm's updates come")
+
+
+def test_an_arm_without_the_original_teacher_does_not_get_the_budget_of_its_training():
+    arms = {
+        "chain": "xl > l > s",
+        "other": {"path": "l > s", "compute": "as chain"},
+        "back": {"path": "xl > s", "compute": "as l-s"},
+        "l-s": "l > s",
+    }
+    long = recipe()["models"] | {"xl": model(64, sft={"optim": {"steps": 500}})}
+    found = plan(arms=arms, budgets=None, models=long)
+    flops = {arm.name: arm.flops for arm in found.arms}
+    of_teacher = next(stage.flops for stage in found.stages.values() if (stage.kind, stage.model) == ("sft", "xl"))
+    assert flops["other"] == pytest.approx(flops["chain"] - of_teacher, rel=0.05)
+    assert flops["back"] == pytest.approx(flops["l-s"] + of_teacher, rel=0.05)
+    assert not [*off_budget(found)]
+
+
+def test_a_budget_adds_no_stage_that_no_arm_needs():
+    arms = {"l-s": "l > s", "longer": {"path": "l > s", "compute": "2x l-s"}}
+    found = plan(arms=arms, budgets=None, analyse=False, evaluate={"also": {}})
+    assert all(stage.arms for stage in found.stages.values())
 
 
 def test_the_answers_of_the_teacher_are_a_cost_of_the_arm_that_learns_them():

@@ -34,6 +34,8 @@ class ArmSpec:
     """An earlier path, as `xl > l` of `xl > l then xl > s`."""
     text: str = ""
     """The whole path as a recipe writes it, if it is more than `path`."""
+    of_budget: float | None = None
+    """The arm's FLOPs divided by those that `compute` sets."""
 
 
 @dataclass
@@ -142,6 +144,7 @@ def _arm(study: Study, spec: StudySpec, arm: ArmSpec, stages: dict[str, dict]) -
         "method": arm.method,
         "model": arm.path[-1],
         "compute": arm.compute,
+        "of_budget": arm.of_budget,
         "flops": arm.flops,
         "evaluate": evaluate,
         "analyse": analyse,

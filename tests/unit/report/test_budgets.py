@@ -112,7 +112,7 @@ def test_the_page_has_the_curves(study):
     results = study(-12, -12, 12, 12)
     page = write_report(results).read_text(encoding="utf-8")
     finding = (
-        "Against direct at the same compute, chain at 4× and chain at 8× are clearly better; chain at 1× and chain at 2× are clearly worse"
+        "Against direct at the same budget, chain at 4× and chain at 8× are clearly better; chain at 1× and chain at 2× are clearly worse"
     )
     assert finding in page
     assert page.count('id="figure-budgets"') == page.count('id="figure-budget-gaps"') == 1

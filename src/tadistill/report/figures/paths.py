@@ -16,7 +16,7 @@ from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures import looks, rows_axis
 from tadistill.report.path_words import route, some
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
-from tadistill.results.compare import budget_models, twin_of
+from tadistill.results.compare import at_equal_compute, budget_models, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, summary_text
 from tadistill.results.study import ArmRecord, StageRecord
@@ -277,7 +277,7 @@ def budgets(results: Results) -> list[Budget]:
         known = [(name, part) for name, metric in parts if (part := results.summaries.get((arm.name, MEAN, metric)))]
         if len(known) == len(parts):
             twin = twin_of(results, arm)
-            of_twin = results.summaries.get((twin.name, MEAN, "reverse_kl")) if twin else None
+            of_twin = results.summaries.get((twin.name, MEAN, "reverse_kl")) if twin and at_equal_compute(arm, twin) else None
             found.append(Budget(arm, tuple(known[:-1]), known[-1], (twin.name, of_twin) if twin and of_twin else None))
     return found
 

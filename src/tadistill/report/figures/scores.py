@@ -43,7 +43,7 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     """Return the baseline of an arm. Return None for the teacher, and for an arm that would be its own baseline.
 
     The baseline is the first of these arms that the study has:
-    - for an arm with assistants, direct distillation with the same compute (`twin_of`);
+    - for an arm with assistants, direct distillation with the same budget (`twin_of`);
       for another arm, the reference arm with the same budget (`reference_at`)
     - direct distillation (`direct_of`)
     - the first arm of the plan with the same student, or the very first arm if the study has no teacher.
@@ -67,7 +67,7 @@ def differences(results: Results) -> list[ForestRow]:
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
         return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, _word(c)) for c in decided]
-    words = {(c.arm, c.other): (_word(c), c.against == "plain direct") for c in decided}
+    words = {(c.arm, c.other): (_word(c), c.unequal) for c in decided}
     found: list[ForestRow] = []
     compared_arms = [(arm, reference_of(results, arm)) for arm in results.plan.arms if arm.control is None]
     for arm, other in [*compared_arms, *control_pairs(results)]:
