@@ -157,6 +157,15 @@ def test_settings_without_effect_on_a_loaded_model_are_refused(study, settings, 
         evaluated(study, **settings)
 
 
+def test_a_model_that_cannot_read_the_prompts_is_refused(study):
+    with pytest.raises(ConfigError, match=r"positions, but the longest prompt of `tinyworld` \(\d+ tokens\) plus max_new_tokens \(9999\)"):
+        evaluated(study, max_new_tokens=9999)
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+    model.resize_token_embeddings(10)
+    with pytest.raises(ConfigError, match="but the model has only 10 embeddings; use the tokenizer that belongs to the model"):
+        tadistill.evaluate(model, tokenizer, "tinyworld", template="plain", settings={"max_new_tokens": 4}, limit=4)
+
+
 def test_every_setting_of_an_evaluation_is_used_or_refused():
     """A new key of `evaluate` must be used by `tadistill.evaluate`, or refused in `api._check_call`."""
     used = {*Decoding.model_fields, "seeds", "samples", "pass_at", "batch", "bits_per_byte", "also"}

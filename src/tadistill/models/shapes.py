@@ -92,6 +92,12 @@ def shape_of(config: Config) -> Shape:
     return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Return the largest number of positions that a configuration gives to the model. Return None if it names none."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
 def size_in(config: Mapping[str, Any], *names: str) -> int:
     """Return the value of a field of a configuration. The field can have several names. The first name that the configuration has is used.
 

@@ -20,12 +20,11 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.data.token_cache import Longest, glance, keep
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
+from tadistill.models.shapes import positions_of
 from tadistill.models.tokens import vocabulary
 from tadistill.plan.paths import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.text import counted
-
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the largest number of positions in transformers' configurations
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def check_texts(
 
 
 def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) -> None:
-    positions, longest = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None), texts.longest
+    positions, longest = positions_of(config), texts.longest
     by_arm = {name: _longest_sample(recipe.model_copy(update={"arms": {name: arm}})) for name, arm in recipe.arms.items()}
     sampled = max(by_arm.values(), default=0)
     new, of, fix = max(recipe.evaluate.max_new_tokens, sampled), "", "lower data.max_prompt or max_new_tokens"
