@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tadistill.errors import StoreError, did_you_mean
+from tadistill.errors import ConfigError, StoreError, did_you_mean
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
@@ -29,30 +29,50 @@ _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 def cache_root() -> Path:
     """Return the folder for converted models and tokenised data: $TADISTILL_CACHE, or else `tadistill` in the user's cache folder."""
     if given := os.environ.get("TADISTILL_CACHE"):
-        return Path(given).expanduser()
+        return from_home(given, "TADISTILL_CACHE")
     return user_cache() / "tadistill"
 
 
 def user_cache() -> Path:
     """Return the user's cache folder: $XDG_CACHE_HOME, or else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return from_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+
+
+def from_home(path: str | Path, what: str) -> Path:
+    """Return a path in which `~` and `~USER` are replaced by home folders. A shell does not replace them in `--runs=~/x`.
+
+    Raises ConfigError if there is no such user. `what` is what names the path, for the message.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{what} is `{path}`, but there is no home folder of this user; write the whole path") from error
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
     """Return the error sentence for a path that is in none of the `folders`.
 
-    The sentence suggests a similar name from these folders, if there is one. It may be the name of a folder, or of a file with one of the
-    `suffixes`.
+    The sentence names the target of a link that leads nowhere. Otherwise it suggests a similar name from these folders, if there is one.
+    It may be the name of a folder, or of a file with one of the `suffixes`.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:
         there = [folder for folder in searched if folder.is_dir()]
-        names = [p.name for folder in there for p in folder.iterdir() if p.is_dir() or p.suffix in suffixes]
+        if broken := next(filter(None, (leads_nowhere(folder / path.name) for folder in there)), None):
+            return broken
+        names = [p.name for folder in there for p in folder.iterdir() if (p.is_dir() or p.suffix in suffixes) and p.name != path.name]
     except OSError as error:  # a folder that cannot be read
         return f"its folder cannot be read ({error.strerror}); correct the path"
     if not there:
         return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
     return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {did_you_mean(path.name, names, 'correct the path')}"
+
+
+def leads_nowhere(path: Path) -> str:
+    """Return the error sentence for a link whose target does not exist. The text is empty if the path is no such link."""
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {os.readlink(path)}, which does not exist; correct the link"
+    return ""
 
 
 # --- digests ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.disk import digest, read_json, sha256, sync, write_json
+from tadistill.disk import digest, from_home, read_json, sha256, sync, write_json
 from tadistill.errors import StoreError
 from tadistill.text import counted
 
@@ -45,7 +45,8 @@ def key_of(value: Any) -> str:
 
 def runs_directory(given: str | Path | None = None) -> Path:
     """Return the runs directory: `given` (the option --runs), else the environment variable TADISTILL_RUNS, else ./runs."""
-    return Path(given or os.environ.get("TADISTILL_RUNS") or "runs")
+    named = os.environ.get("TADISTILL_RUNS")
+    return from_home(given, "the runs directory") if given else from_home(named or "runs", "TADISTILL_RUNS")
 
 
 def store_of(runs: Path) -> "Store":

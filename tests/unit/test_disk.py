@@ -4,8 +4,22 @@ import os
 
 import pytest
 
-from tadistill.disk import cache_root, digest, publishing, read_json, read_jsonl, sha256, stream_jsonl, write_json, write_rows, write_text
-from tadistill.errors import StoreError
+from tadistill.disk import (
+    cache_root,
+    digest,
+    from_home,
+    no_file,
+    publishing,
+    read_json,
+    read_jsonl,
+    sha256,
+    stream_jsonl,
+    write_json,
+    write_rows,
+    write_text,
+)
+from tadistill.errors import ConfigError, StoreError
+from tadistill.store import runs_directory
 
 
 def test_a_written_file_is_whole_and_nothing_else_is_left(tmp_path):
@@ -97,3 +111,28 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, mon
     with pytest.raises(StoreError, match=r"cannot write .*/b: No space left on device; free some space"), publishing(tmp_path / "b"):
         raise OSError(28, "No space left on device")
     assert not os.listdir(tmp_path)
+
+
+def test_a_missing_file_is_not_suggested_by_its_own_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.symlink_to("gone.jsonl")
+    assert no_file(path, [tmp_path], (".jsonl",)) == f"{path} is a link to gone.jsonl, which does not exist; correct the link"
+    path.unlink()
+    path.mkdir()
+    (tmp_path / "row.jsonl").write_text("")
+    assert no_file(path, [tmp_path], (".jsonl",)).endswith("did you mean `row.jsonl`?")
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_home("~/x", "--runs") == runs_directory("~/x") == tmp_path / "x"
+    for name, read in (("TADISTILL_RUNS", runs_directory), ("TADISTILL_CACHE", cache_root)):
+        monkeypatch.setenv(name, "~/x")
+        assert read() == tmp_path / "x"
+        monkeypatch.setenv(name, "~nobody-here/x")
+        with pytest.raises(
+            ConfigError, match=f"^{name} is `~nobody-here/x`, but there is no home folder of this user; write the whole path$"
+        ):
+            read()
+    with pytest.raises(ConfigError, match=r"^the runs directory is `~nobody-here/x`"):
+        runs_directory("~nobody-here/x")

@@ -1,5 +1,6 @@
 """Commands that run models: plan, run, search and advise with a recipe, eval and compare without one, and serve for a served teacher."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -221,7 +222,7 @@ def _evaluate(
 def _sets(text: str) -> list[str]:
     parts = text.split(",")
     for end in range(len(parts), 1, -1):
-        if Path(",".join(parts[:end])).expanduser().exists():
+        if os.path.exists(os.path.expanduser(",".join(parts[:end]))):
             return [",".join(parts[:end]), *_sets(",".join(parts[end:]))]
     return [*comma_separated(parts[0]), *(_sets(",".join(parts[1:])) if parts[1:] else [])]
 

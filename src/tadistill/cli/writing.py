@@ -133,7 +133,7 @@ def _row(role: str, content: Any, same: bool) -> str:
 
 
 def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.is_dir():
         there = (path / f"{role}.jsonl").is_file()
         return (_moved(data, file), False) if there else ({"load": _moved(data, file), "split": "train"}, role != "train")
@@ -145,7 +145,7 @@ def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
 
 
 def _moved(text: str, file: Path) -> str:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_absolute() or not path.exists():
         return text
     moved = os.path.relpath(path, file.absolute().parent)

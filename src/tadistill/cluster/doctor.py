@@ -224,7 +224,7 @@ def cache(name: str, variable: str, path: Path, site: str | None, environment: M
 
 
 def _existing(path: Path) -> Path:
-    path = path.expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
@@ -270,7 +270,7 @@ def data_root(root: str | None) -> Check:
     """Check that the folder of local data sets exists."""
     if root is None:
         return Check("data", "ok", "TADISTILL_DATA is not set (data sets are then read from the hub or from their paths)")
-    if not Path(root).expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(root)):
         return Check("data", "problem", f"{root} is not a folder", "correct data.root in the recipe or the variable TADISTILL_DATA")
     return Check("data", "ok", root)
 

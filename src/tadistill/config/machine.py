@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tadistill.config.common import MOST, Strict
+from tadistill.disk import from_home
 from tadistill.errors import ConfigError
 
 
@@ -101,7 +102,8 @@ def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: n
     """
     if sys.platform != "linux":
         raise ConfigError(f"{needs_it} runs on Linux only; {instead}")
-    named = os.environ.get("TADISTILL_VLLM")
+    given = os.environ.get("TADISTILL_VLLM")
+    named = given and from_home(given, "TADISTILL_VLLM")
     places = [f"{named}/bin"] if named else [str(Path(sys.executable).parent), os.environ.get("PATH")]
     found = next(filter(None, (shutil.which("vllm", path=place) for place in places)), None)
     if found is None or not Path(found).with_name("python").is_file():

@@ -4,6 +4,7 @@
 rename a field: this would change the keys of finished stages.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -323,7 +324,7 @@ def plan_tasks(recipe: Recipe) -> Tasks | None:
 
 def task_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
     """Return the YAML files of tasks, each with its digest, which is empty if there is no such file."""
-    files = (Path(name).expanduser() for name in names if name.endswith(TASK_FILE))
+    files = (Path(os.path.expanduser(name)) for name in names if name.endswith(TASK_FILE))
     return [(file, digest(file)[:16] if file.is_file() else "") for file in files]
 
 

@@ -301,7 +301,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
 
 
 def _identity(models: Seq[str]) -> str:
-    places = [str(path.resolve()) if (path := Path(model).expanduser()).exists() else model.rstrip("/") for model in models]
+    places = [str(path.resolve()) if (path := Path(os.path.expanduser(model))).exists() else model.rstrip("/") for model in models]
     return key_of(places)[:6]
 
 

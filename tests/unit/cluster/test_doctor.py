@@ -154,6 +154,7 @@ def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch):
 def test_data_root(tmp_path):
     assert doctor.data_root(None).state == doctor.data_root(str(tmp_path)).state == "ok"
     assert doctor.data_root(str(tmp_path / "none")).state == "problem"
+    assert doctor.data_root("~nobody-here/x").state == "problem"
 
 
 def test_fetched(tmp_path, monkeypatch):

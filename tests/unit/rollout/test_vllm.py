@@ -151,6 +151,9 @@ def test_a_named_environment_has_the_program_and_its_python(monkeypatch, tmp_pat
         (tmp_path / "bin" / name).touch(mode=0o755)
     monkeypatch.setenv("TADISTILL_VLLM", str(tmp_path))
     assert vllm_folder() == tmp_path / "bin"
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("TADISTILL_VLLM", f"~/{tmp_path.name}")
+    assert vllm_folder() == tmp_path / "bin"
 
 
 def test_a_stage_asks_for_the_gpus_of_vllm(tmp_path):
