@@ -8,12 +8,13 @@ import difflib
 import re
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.common import Strict
@@ -22,6 +23,7 @@ from tadistill.config.recipe import Recipe, own_functions
 from tadistill.config.recipe_files import Lines, located, settled, shipped, where
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
+from tadistill.disk import leads_nowhere
 from tadistill.errors import ConfigError, about
 from tadistill.text import counted
 
@@ -70,6 +72,8 @@ def read(recipe: str | Path) -> tuple[str, Path]:
     if path.is_dir():
         there = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))[:8])
         raise ConfigError(f"`{path}` is a folder; write the path of a recipe's file{f' in it ({there})' if there else ''}")
+    if broken := leads_nowhere(path):
+        raise ConfigError(f"there is no recipe `{path}`: {broken}")
     if not path.is_file():
         names = [p.name for p in path.absolute().parent.glob("*.y*ml")]
         close = [f"{path.name}.yaml"] if f"{path.name}.yaml" in names else difflib.get_close_matches(path.name, names, n=1)
@@ -156,7 +160,7 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
 
 def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str, model: type[BaseModel]) -> Any:
     for item in overrides:
-        if item.find("=") < 1:
+        if "=" not in item or not _levels(item.partition("=")[0]):
             lacks = "key before the `=`" if "=" in item else "`=`"
             raise ConfigError(f"override `{item}` has no {lacks}; write key.sub=value, for instance {example}")
         if "${" in item:
@@ -167,24 +171,51 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
             _check_depth(item.split("=", 1)[1], "", yaml.SafeLoader)
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(error, f"override `{item}`")) from error
-    try:
+    with _readable(source):
         tree: typing.Any = OmegaConf.create(base)
-        for item in overrides:
-            key, _, value = item.partition("=")
-            _write_out(tree, _levels(key), model)
-            for place, part in _leaves(_levels(key), yaml.safe_load(value)):
-                if part == {}:  # merging an empty mapping would keep the old keys
-                    OmegaConf.update(tree, "".join(f"[{name}]" for name in place), {}, merge=False)
+    for item in overrides:
+        key, _, value = item.partition("=")
+        with _readable(f"override `{item}`"):
+            _write_out(tree, _levels(key), model, item)
+            _make_room(tree, _levels(key), yaml.safe_load(value))
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
-        return OmegaConf.to_container(tree, resolve=False)
+    return OmegaConf.to_container(tree, resolve=False)
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn errors of YAML and OmegaConf in the `with` block into a ConfigError about `what`: the recipe, or one override."""
+    try:
+        yield
     except yaml.YAMLError as error:
-        raise ConfigError(_not_yaml(error, source)) from error
+        raise ConfigError(_not_yaml(error, what)) from error
+    except KeyValidationError as error:
+        raise ConfigError(f"{what} has a key without a name; write its name, or put the value in quotes if it is a text") from error
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{what} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
-def _write_out(tree: Any, levels: tuple[str, ...], root: type[BaseModel]) -> None:
-    """Replace a text that stands for a group of keys (`Strict.text_sets`) by this group, if an override changes one of its keys."""
+def _make_room(tree: Any, place: tuple[str, ...], value: Any) -> None:
+    """Remove what the value of an override replaces, where a merge would keep it (under an empty mapping) or fail (list and mapping)."""
+    at = "".join(f"[{name}]" for name in place)
+    if value == {}:
+        OmegaConf.update(tree, at, {}, merge=False)
+        return
+    old = OmegaConf.select(tree, at)
+    if isinstance(value, dict) and isinstance(old, DictConfig):
+        for name, part in value.items():
+            _make_room(tree, (*place, str(name)), part)
+    elif isinstance(value, dict | list) and isinstance(old, DictConfig | ListConfig):
+        OmegaConf.update(tree, at, None, merge=False)
+
+
+def _write_out(tree: Any, levels: tuple[str, ...], root: type[BaseModel], item: str) -> None:
+    """Replace a text that stands for a group of keys (`Strict.text_sets`) by this group, if an override changes one of its keys.
+
+    Raises a ConfigError if the override `item` changes a part of a list.
+    """
     models, named = [root], False
     for depth, name in enumerate(levels[:-1]):
         if not isinstance(tree, DictConfig):
@@ -198,6 +229,9 @@ def _write_out(tree: Any, levels: tuple[str, ...], root: type[BaseModel]) -> Non
         if isinstance(value := tree.get(name), str) and len(keys) == 1:
             tree[name] = {keys.pop(): value}
         tree = tree.get(name)
+        if isinstance(tree, ListConfig):
+            key = ".".join(levels[: depth + 1])
+            raise ConfigError(f"override `{item}` changes a part of the list `{key}`; write the whole list: {key}=[…]")
 
 
 def _levels(key: str) -> tuple[str, ...]:

@@ -156,6 +156,12 @@ def _list_of(value: Any, context: Mapping[str, Any]) -> str:
     return f"write a list: [{_plain(value)}]" if isinstance(value, (str, int, float, bool)) else "write a list, with [ ]"
 
 
+def _quoted(value: Any) -> str:
+    if isinstance(value, bool):  # what the recipe has is not known
+        return "YAML reads yes, no, on, off, true and false as true or false; put the text in quotes"
+    return f'write it in quotes: "{_plain(value)}"' if isinstance(value, (int, float)) else "write one text, without [ ] or { }"
+
+
 _FIXES: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "tuple_type": _list_of,
     "list_type": _list_of,
@@ -168,9 +174,7 @@ _FIXES: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "finite_number": lambda value, context: "write a finite number",
     "bool_type": lambda value, context: "write true or false",
     "bool_parsing": lambda value, context: "write true or false",
-    "string_type": lambda value, context: (
-        f'write it in quotes: "{_plain(value)}"' if isinstance(value, (int, float, bool)) else "write one text, without [ ] or { }"
-    ),
+    "string_type": lambda value, context: _quoted(value),
     "string_pattern_mismatch": _pattern,
     "literal_error": _choice,
     "greater_than": lambda value, context: f"write a number greater than {_plain(context['gt'])}",

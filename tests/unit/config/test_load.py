@@ -59,6 +59,20 @@ def test_an_override_below_a_text_keeps_the_text(recipe):
     assert parse(short, ["method.optim.lr=0.5", "student.revision=v1"], source="r").models["student"].revision == "v1"
 
 
+def test_a_list_and_a_group_of_keys_replace_each_other(recipe):
+    with pytest.raises(ConfigError, match=r"^override `data.test=\{load: x\}`: `data.test` "):
+        load(recipe, ["data.test={load: x}"])
+    assert [ref.load for ref in load(recipe, ["data.test={load: x}", "data.test=[tinyworld_open]"]).data.test] == ["tinyworld_open"]
+
+
+def test_a_link_that_leads_nowhere_is_no_recipe(tmp_path):
+    (tmp_path / "r.yaml").symlink_to("gone.yaml")
+    with pytest.raises(
+        ConfigError, match=r"there is no recipe `.*`: .*r.yaml is a link to gone.yaml, which does not exist; correct the link"
+    ):
+        load(tmp_path / "r.yaml")
+
+
 def test_an_empty_mapping_empties(recipe):
     recipe.write_text(recipe.read_text() + "evaluate: {also: {hot: {temperature: 2}}}\n")
     assert load(recipe, ["evaluate.also={}"]).evaluate.also == {}
@@ -88,6 +102,15 @@ def test_an_empty_mapping_empties(recipe):
         ("metrics=[scores.brief]", ["`metrics.0` is 'scores.brief': a function is named as MODULE:FUNCTION, for instance scores:brief"]),
         ("seeds=[1,1]", ["contain a seed twice"]),
         ("evaluate.also.greedy.seeds=[3,3]", ["`evaluate.also.greedy.seeds` [3, 3] contain a seed twice"]),
+        ("study=no", ["`study` is False: YAML reads yes, no, on, off, true and false as true or false; put the text in quotes"]),
+        (
+            "data.test[0].load=x",
+            ["override `data.test[0].load=x` changes a part of the list `data.test`; write the whole list: data.test=[…]"],
+        ),
+        ("data.test.0=x", ["override `data.test.0=x` changes a part of the list `data.test`"]),
+        ("data.train=?", ["override `data.train=?` has a key without a name; write its name, or put the value in quotes"]),
+        ("data.train=*a", ["override `data.train=*a`, line 1, column 1, cannot be read as YAML: YAML reads a value that begins with *"]),
+        ("[=1", ["override `[=1` has no key before the `=`"]),
         ("nonsense", ["has no `=`"]),
         ("=5", ["has no key before the `=`"]),
         ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
