@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,9 +67,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return the job's name in Slurm. An array is named after its first job."""
+        """Return the job's name in Slurm. An array is named after its first job.
+
+        Slurm prints other characters differently, or uses them to separate fields. The name would then not be found in the queue.
+        """
         first = self.stages[0]
-        return f"{first.kind}-{first.model}-{first.key[:8]}"
+        return re.sub(r"[^A-Za-z0-9._-]", "-", f"{first.kind}-{first.model}-{first.key[:8]}")
 
 
 def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int, tuple[Stage, ...]]]:

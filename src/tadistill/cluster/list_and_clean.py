@@ -8,7 +8,7 @@ import datetime
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tadistill.cluster import slurm
 from tadistill.cluster.fetch import size
+from tadistill.cluster.job import read_record
 from tadistill.errors import StoreError
 from tadistill.runner.local import local_runs
 from tadistill.store import Store
@@ -41,7 +43,8 @@ class StudyRow:
     bytes: int
     """Size of the study's folder and of all its stages. Studies may share stages."""
     state: str
-    """`running`, `done`, how the newest run ended, `not finished` (no run is known), or `plan.json is damaged`."""
+    """`running`, `done`, `queued` (its Slurm jobs wait), how the newest run without Slurm ended, `not finished` (no such run is known), or
+    `plan.json is damaged`."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,24 @@ class Unneeded:
 
 def studies(runs: Path, store: Store) -> list[StudyRow]:
     """Return the studies of a runs directory. The oldest comes first."""
-    return sorted((_row(path, store) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
+    queue = slurm.queued(strict=False)
+    return sorted((_row(path, store, queue) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
 
 
-def _row(study: Path, store: Store) -> StudyRow:
+def _row(study: Path, store: Store, queue: Mapping[str, slurm.Entry]) -> StudyRow:
     try:
         plan = json.loads((study / "plan.json").read_text(encoding="utf-8"))
         keys, created = [stage["key"] for stage in plan["stages"]], str(plan["created"])
     except (OSError, ValueError, KeyError, TypeError):
         when = datetime.datetime.fromtimestamp(study.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
         return StudyRow(study.name, when, 0, 0, _size(study), "plan.json is damaged")
-    done = sum(store.finished(key) for key in keys)
+    left = [key for key in keys if not store.finished(key)]
     states = [run.state for run in local_runs(study)]
-    state = "running" if "running" in states else "done" if done == len(keys) else states[-1] if states else "not finished"
-    return StudyRow(study.name, created, len(keys), done, _size(study) + sum(_size(store.folder(key)) for key in keys), state)
+    jobs = {e.state for key in left if (record := read_record(store, key)) and (e := record.live(queue))}
+    ended = states[-1] if states else "not finished"
+    state = "running" if "running" in states or "RUNNING" in jobs else "done" if not left else "queued" if jobs else ended
+    used = _size(study) + sum(_size(store.folder(key)) for key in keys)
+    return StudyRow(study.name, created, len(keys), len(keys) - len(left), used, state)
 
 
 def unneeded(runs: Path, store: Store) -> list[Unneeded]:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from tadistill.config.common import Strict
+from tadistill.disk import from_home
 from tadistill.errors import ConfigError, TadistillError
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -107,7 +108,7 @@ def profile_names() -> list[str]:
 
 def load_profile(name: str) -> Profile:
     """Load a profile by its name, or from a YAML file. Raises ConfigError if the file does not exist or is not valid."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    path = from_home(name, "cluster profile") if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(profile_names())
         raise ConfigError(
@@ -116,7 +117,9 @@ def load_profile(name: str) -> Profile:
         )
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cluster profile {path} is not UTF-8; save the file as UTF-8") from error
+    except (yaml.YAMLError, TypeError, OSError) as error:
         raise ConfigError(f"cluster profile {path} cannot be read as YAML; correct it: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -139,7 +142,9 @@ def output_of(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
     except (subprocess.TimeoutExpired, OSError):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -161,9 +166,13 @@ class Entry:
         return self.reason == _NEVER
 
 
-def queued() -> dict[str, Entry]:
-    """Return this user's waiting and running jobs, by id. A job array has one entry per element. Raises ConfigError if squeue fails."""
-    return _squeue("--me")
+def queued(*, strict: bool = True) -> dict[str, Entry]:
+    """Return this user's waiting and running jobs, by id. A job array has one entry per element.
+
+    Raises:
+        ConfigError: squeue fails. With `strict=False`, the result is then empty.
+    """
+    return _squeue("--me", strict=strict)
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
@@ -173,7 +182,7 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
         return {}
     roots = ",".join(sorted({i.partition("_")[0] for i in wanted}))
     out = output_of("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName")
-    lines = [line.split("|") for line in (out or "").splitlines()]
+    lines = [line.split("|", 3) for line in (out or "").splitlines()]
     found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
     if not found:  # if accounting is off, the controller still knows recent jobs
         found = _squeue("--states=all", f"--jobs={roots}", strict=False)
@@ -203,5 +212,10 @@ def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
         if strict:
             raise ConfigError("squeue does not answer, so the state of jobs is unknown; run this command on a login node of the cluster")
         return {}
-    lines = [line.strip().split("|") for line in out.splitlines()]
-    return {f[0]: Entry(*f) for f in lines if len(f) == 5}
+    found = {}
+    for line in out.splitlines():
+        if line.count("|") >= 4:
+            id, state, elapsed, rest = line.strip().split("|", 3)
+            name, _, reason = rest.rpartition("|")  # a name can contain the character
+            found[id] = Entry(id, state, elapsed, name, reason)
+    return found

@@ -1,8 +1,9 @@
 """`tadistill status` shows the state of a study's stages, in Slurm or on this machine. `tadistill cancel` stops its Slurm jobs."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, LocalRun, described, local_runs
-from tadistill.store import FAILURE, Store, command_for
+from tadistill.store import FAILURE, RECORD, Store, command_for
 from tadistill.text import counted
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
@@ -39,6 +40,9 @@ class StatusRow:
     last: str
     """The newest numbers of a training, or the reason why the stage failed or waits. The text ends with the place where the next run
     continues an unfinished stage."""
+    at: float = 0.0
+    """Time to which the row belongs: infinite if the stage runs or its job is in the queue; else the time at which the job was submitted,
+    or at which the run last wrote its state."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -46,12 +50,12 @@ def status_rows(study: Path, store: Store) -> list[StatusRow]:
     stages = planned_stages(study)
     labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in stages)
     done = {s["key"] for s in stages if store.finished(s["key"])}
-    here = {key: row for run in local_runs(study) for key, row in local_rows(run).items() if key not in done}
-    jobs = job_rows(store, [s["key"] for s in stages if s["key"] not in done and s["key"] not in here])
+    here = local_rows(local_runs(study))
+    jobs = job_rows(store, [s["key"] for s in stages if s["key"] not in done], here)
 
     def row(stage: dict[str, Any]) -> StatusRow:
         key = stage["key"]
-        found = _finished(key, store) if key in done else here.get(key) or jobs.get(key) or _NOT_STARTED
+        found = _finished(key, store) if key in done else newest(here.get(key), jobs.get(key)) or _NOT_STARTED
         last = found.last or _metric(store.folder(key), stage)
         state = "stopped" if found is _NOT_STARTED and (last or store.continues(key, stage["steps"])) else found.state
         where = continuation(store, key, stage["steps"], state)
@@ -77,22 +81,33 @@ def continuation(store: Store, key: str, updates: int | None, state: str) -> str
     return "no state was saved, so the next run starts at update 0" if updates and state in ("stopped", "dead") else ""
 
 
-def local_rows(run: LocalRun) -> dict[str, StatusRow]:
-    """Return the status rows of the stages of a run without Slurm, by stage key. The field `label` of the rows is empty."""
-    failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
-    state = run.state
-    if state not in ("running", "dead"):
-        return failed
-    started = {key: StatusRow("", run.name, state, _time(s.seconds), described(s, dead=state == "dead")) for key, s in run.stages.items()}
-    return failed | started
+def newest(*rows: StatusRow | None) -> StatusRow | None:
+    """Return the row with the present state of a stage: one that runs or is in the queue, else the newest. None stands for no row."""
+    return max(filter(None, rows), key=lambda row: row.at, default=None)
 
 
-def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
+def local_rows(runs: Iterable[LocalRun]) -> dict[str, StatusRow]:
+    """Return the status rows of the stages of runs without Slurm, by stage key. The field `label` of the rows is empty."""
+    found: dict[str, StatusRow] = {}
+    for run in runs:
+        rows = {key: StatusRow("", run.name, "failed", "", reason, run.seen) for key, reason in run.failed.items()}
+        state = run.state
+        if state in ("running", "dead"):
+            at = math.inf if state == "running" else run.seen
+            for key, stage in run.stages.items():
+                rows[key] = StatusRow("", run.name, state, _time(stage.seconds), described(stage, dead=state == "dead"), at)
+        found |= {key: newest(row, found.get(key)) or row for key, row in rows.items()}
+    return found
+
+
+def job_rows(store: Store, keys: Iterable[str], here: Mapping[str, StatusRow]) -> dict[str, StatusRow]:
     """Return the status rows of the stages in `keys` that were submitted to Slurm, by stage key. The field `label` of the rows is empty.
 
-    Raises ConfigError if there are such stages, but squeue does not answer.
+    Stages that run on this machine are left out. `here` has the rows of `local_rows`. Raises ConfigError if squeue does not answer but is
+    needed.
     """
-    open_ = {key: record for key in keys if (record := read_record(store, key))}
+    running = {key for key, row in here.items() if row.at == math.inf}
+    open_ = {key: record for key in keys if key not in running and (record := read_record(store, key))}
     queued = slurm.queued() if open_ else {}
     live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
     gone = slurm.ended(str(record.place) for key, record in open_.items() if key not in live)
@@ -102,13 +117,13 @@ def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
 def _job(folder: Path, job: str, live: slurm.Entry | None, gone: slurm.Entry | None) -> StatusRow:
     if live:
         state = live.state.lower()
-        return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason)
-    reason = folder / FAILURE
+        return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason, math.inf)
+    reason, submitted = folder / FAILURE, (folder / RECORD).stat().st_mtime
     if reason.is_file():
-        return StatusRow("", job, "failed", gone.elapsed if gone else "", reason.read_text(encoding="utf-8").strip())
+        return StatusRow("", job, "failed", gone.elapsed if gone else "", reason.read_text(encoding="utf-8").strip(), submitted)
     if gone:
-        return StatusRow("", job, gone.state.lower(), gone.elapsed, "")
-    return StatusRow("", job, "lost", "", "Slurm no longer knows this job; submit the study again")
+        return StatusRow("", job, gone.state.lower(), gone.elapsed, "", submitted)
+    return StatusRow("", job, "lost", "", "Slurm no longer knows this job; submit the study again", submitted)
 
 
 def _finished(key: str, store: Store) -> StatusRow:

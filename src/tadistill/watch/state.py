@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.job import jobs_folder
-from tadistill.cluster.status import continuation, job_rows, local_rows, planned_stages
+from tadistill.cluster.status import StatusRow, continuation, job_rows, local_rows, newest, planned_stages
 from tadistill.disk import damaged
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import distinct_labels
@@ -126,7 +126,7 @@ class Moment:
 
 @dataclass
 class _Slurm:
-    rows: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, StatusRow] = field(default_factory=dict)
     problem: str = ""
     at: float = float("-inf")
 
@@ -188,24 +188,21 @@ class Watched:
         return self._plan[1]
 
     def _states(self, planned: Iterable[StageState], runs: list[LocalRun]) -> Iterable[StageState]:
-        here = {key: (row, run.stages.get(key)) for run in runs for key, row in local_rows(run).items()}
+        here, progresses = local_rows(runs), {(run.name, key): progress for run in runs for key, progress in run.stages.items()}
         stopped = set(runs[-1].stages) if runs and runs[-1].state == "interrupted" else set()
         manifests = {stage.key: self._manifest(stage.key) for stage in planned}
-        jobs = self._jobs([key for key, manifest in manifests.items() if manifest is None and key not in here])
+        jobs = self._jobs([key for key, manifest in manifests.items() if manifest is None], here)
         for stage in planned:
-            manifest = manifests[stage.key]
+            manifest, row = manifests[stage.key], newest(here.get(stage.key), jobs.get(stage.key))
             if manifest is not None:
                 yield replace(stage, state="done", done=manifest.get("steps") or stage.total, seconds=manifest.get("seconds"))
-            elif stage.key in here:
-                row, progress = here[stage.key]
-                names = ("note", "done", "total", "seconds", "left")
-                known = {name: getattr(progress, name) for name in names} if progress else {"note": row.last}
-                yield replace(stage, state=_WORDS.get(row.state, row.state), **known)
-            elif stage.key in jobs:
-                row = jobs[stage.key]
-                yield replace(stage, state=_WORDS.get(row.state, row.state), note=row.last, elapsed=row.elapsed)
-            else:
+            elif row is None:
                 yield replace(stage, state="stopped" if stage.key in stopped else "waiting")
+            else:
+                progress = progresses.get((row.job, stage.key))  # only a run on this machine has it
+                names = ("note", "done", "total", "seconds", "left")
+                known = {name: getattr(progress, name) for name in names} if progress else {"note": row.last, "elapsed": row.elapsed}
+                yield replace(stage, state=_WORDS.get(row.state, row.state), **known)
 
     def _saved(self, stage: StageState) -> StageState:
         updates = stage.total if stage.trains else None
@@ -228,10 +225,10 @@ class Watched:
             self._manifests[key] = changed, {name: content.get(name) for name in ("seconds", "steps", "alarms")}
         return self._manifests[key][1]
 
-    def _jobs(self, keys: list[str]) -> dict[str, Any]:
+    def _jobs(self, keys: list[str], here: dict[str, StatusRow]) -> dict[str, StatusRow]:
         if time.monotonic() - self._slurm.at >= _SLURM_PAUSE:
             try:
-                self._slurm = _Slurm(job_rows(self.store, keys), "", time.monotonic())
+                self._slurm = _Slurm(job_rows(self.store, keys, here), "", time.monotonic())
             except ConfigError as error:
                 self._slurm = replace(self._slurm, problem=str(error), at=time.monotonic())
             running = {row.job for row in self._slurm.rows.values() if row.state in ("running", "completing")}

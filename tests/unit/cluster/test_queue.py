@@ -1,17 +1,23 @@
 """What Slurm says, from commands that only pretend; tests/slurm asks a real one."""
 
 import json
+import os
+import time
+from dataclasses import asdict
 
 import pytest
 from tests.unit.plan.fakes import spec
 
 from tadistill.cluster import slurm
 from tadistill.cluster.job import Job, JobRecord, Place, arrays, read_record
+from tadistill.cluster.list_and_clean import studies
 from tadistill.cluster.sbatch import Request
 from tadistill.cluster.slurm import Entry
 from tadistill.cluster.status import status_rows
+from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.plan.graph import Stage
+from tadistill.runner.local import LocalRun, StageProgress
 from tadistill.store import Store
 
 REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
@@ -35,6 +41,10 @@ def test_squeue_and_sacct_are_read(programs):
     assert {i: e.state for i, e in slurm.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
     programs("sacct", "echo '9_0|COMPLETED|00:10|x'; echo '9_1|FAILED|00:10|x'; echo '9_2|FAILED|00:00|x'")
     assert slurm.ended(["9"])["9"].id == "9_1"  # a chain
+    programs("squeue", "echo '7_1|RUNNING|1:02|distill-a|b-abc|None'")  # as the jobs of earlier versions were called
+    assert slurm.queued() == {"7_1": Entry("7_1", "RUNNING", "1:02", "distill-a|b-abc", "None")}
+    programs("sacct", "echo '3|FAILED|00:10|distill-a|b-abc'")
+    assert slurm.ended(["3"])["3"].name == "distill-a|b-abc"
     programs("sacct", "exit 1")  # accounting is off
     assert slurm.ended(["7_1"])["7_1"].state == "RUNNING"
 
@@ -69,6 +79,11 @@ def test_only_the_job_that_was_submitted_counts(tmp_path):
 
 def stage(key: str, *parents: str) -> Stage:
     return Stage(spec("distill", *parents), key, f"distill {key}", "s", 0, None)
+
+
+def test_the_name_of_a_job_has_only_characters_that_slurm_keeps():
+    member = Stage(spec("distill"), "0123456789abcdef", "distill", "ü|x y", 0, None)
+    assert Job((member,), REQUEST, 0).name == "distill---x-y-01234567"
 
 
 def test_dependencies_of_arrays():
@@ -108,3 +123,36 @@ def test_status_of_every_kind(programs, tmp_path):
     (study / "plan.json").write_text("{")
     with pytest.raises(StoreError, match=r"plan.json cannot be read \(.*\): run or submit the recipe again"):
         status_rows(study, store)
+
+
+def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_path):
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    write_json(study / "plan.json", {"created": "", "stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
+    JobRecord("1", None, "n", "study").write(store, "k")
+    submitted = (store.folder("k") / "job.json").stat().st_mtime
+
+    def local(seen: float, **facts) -> None:
+        run = LocalRun(1, "elsewhere", 1.0, "", "", seen=seen, **facts)
+        write_json(study / "local" / "elsewhere-1.json", asdict(run))
+
+    def state() -> tuple[str, str]:
+        (row,), (listed,) = status_rows(study, store), studies(tmp_path, store)
+        return row.state, listed.state
+
+    for facts in ({"stages": {"k": StageProgress("k")}}, {"ended": "failed", "failed": {"k": "it broke"}}):
+        how = facts.get("ended", "dead")
+        local(submitted - 1000, **facts)
+        programs("squeue", "echo '1|RUNNING|0:05|n|None'")
+        assert state() == ("running", "running")
+        programs("squeue", "echo '1|PENDING|0:00|n|Priority'")
+        assert state() == ("pending", "queued")
+        programs("squeue", "")
+        programs("sacct", "echo '1|TIMEOUT|00:10|n'")
+        assert state() == ("timeout", how)
+        JobRecord("1", None, "n", "study").write(store, "k")
+        os.utime(store.folder("k") / "job.json", (submitted - 2000, submitted - 2000))  # the run was after the job
+        assert state() == (how, how)
+        JobRecord("1", None, "n", "study").write(store, "k")
+    local(time.time(), stages={"k": StageProgress("k")})  # it runs there now
+    programs("squeue", "exit 1")
+    assert state() == ("running", "running")

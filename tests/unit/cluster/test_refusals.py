@@ -112,6 +112,9 @@ def test_profiles(tmp_path):
     own.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         slurm.load_profile(str(own))
+    own.write_bytes(b"about: caf\xe9\nmax_hours: 3\n")
+    with pytest.raises(ConfigError, match=r"own.yaml is not UTF-8; save the file as UTF-8"):
+        slurm.load_profile(str(own))
     own.write_text("about: mine\nmax_hours: 3\n")
     assert slurm.load_profile(str(own)).name == "own"
 

@@ -90,6 +90,7 @@ def test_jobs_of_slurm(folder, monkeypatch):
     folder.log(S1, 1, 40)
     entries = {"7": slurm.Entry("7", "RUNNING", "1:02", "n7"), "8": slurm.Entry("8", "PENDING", "0:00", "n8", "Priority")}
     monkeypatch.setattr(slurm, "queued", lambda: asked.append(1) or entries)
+    folder.run(S1, dead=True, seen=1.0)  # before the job
     (folder.study / "jobs").mkdir()
     (folder.study / "jobs" / "7_0_log.out").write_text("10:00:00 alarm: update 10: collapse\n")
     watched = Watched(folder.study, folder.store)
@@ -109,7 +110,7 @@ def test_jobs_of_slurm(folder, monkeypatch):
     monkeypatch.setattr(slurm, "queued", silent)
     moment = look(folder)
     assert moment.problems == ("squeue does not answer",)
-    assert states(moment)[S1] == "waiting"
+    assert (states(moment)[S1], states(moment)[S2]) == ("killed", "waiting")
 
 
 def test_rollouts_are_read_again_when_they_change(folder):
