@@ -6,6 +6,7 @@
 A record stays after its run has ended. The next run of the study deletes the records of ended runs.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -51,8 +52,9 @@ class LocalRun:
 
     pid: int
     host: str
-    born: float
-    """Start time of the process, which distinguishes it from a later process with the same id."""
+    born: str | float
+    """The boot of the machine and the time from then to the start of the process, as a text. It distinguishes the process from a later one
+    with the same id. Where there is no /proc, and in older records, it is the start time in seconds since the epoch."""
     command: str
     started: str
     """Local date and time at which the run started."""
@@ -82,7 +84,7 @@ class LocalRun:
             return self.ended
         if self.host != platform.node():
             return "running" if time.time() - self.seen < _SILENT else "dead"
-        return "running" if _born(self.pid) == self.born else "dead"
+        return "running" if _born(self.pid, in_epoch=not isinstance(self.born, str)) == self.born else "dead"
 
 
 def local_runs(study: Path) -> list[LocalRun]:
@@ -154,7 +156,12 @@ def _record(study: Path, run: LocalRun) -> Path:
     return study / _RECORDS / f"{run.host}-{run.pid}.json"
 
 
-def _born(pid: int) -> float | None:
+def _born(pid: int, *, in_epoch: bool = False) -> str | float | None:
+    if not in_epoch:  # the kernel counts from the boot, so a step of the clock changes nothing
+        with contextlib.suppress(OSError, IndexError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+            return None if state == b"Z" else f"{boot} {int(rest[18])}"
     import psutil  # not at the top, because only runs and `tadistill status` need it
 
     try:

@@ -10,6 +10,7 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from tests.unit.runner.small import small
@@ -114,6 +115,16 @@ def test_status_of_a_killed_run(plan, study, monkeypatch):
     assert killed.run.state == "running"
     killed.run.seen = time.time() - 1000
     assert killed.run.state == "dead"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="other systems keep the start time itself")
+def test_a_step_of_the_clock_kills_no_run(study, monkeypatch):
+    mine, earlier = journal(study), journal(study)
+    earlier.run.born = psutil.Process().create_time()  # as earlier versions wrote it
+    assert (mine.run.state, earlier.run.state) == ("running", "running")
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: earlier.run.born + 1)
+    mine.save()
+    assert [run.state for run in local_runs(study)] == ["running"]
 
 
 def test_a_new_run_deletes_the_records_of_ended_runs(study):
