@@ -174,11 +174,11 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
     with _readable(source):
         tree: typing.Any = OmegaConf.create(base)
     for item in overrides:
-        key, _, value = item.partition("=")
         with _readable(f"override `{item}`"):
-            _write_out(tree, _levels(key), model, item)
-            _make_room(tree, _levels(key), yaml.safe_load(value))
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+            _write_out(tree, _levels(item.partition("=")[0]), model, item)
+            change = OmegaConf.from_dotlist([item])
+            _make_room(tree, change)
+            tree = OmegaConf.merge(tree, change)
     return OmegaConf.to_container(tree, resolve=False)
 
 
@@ -197,18 +197,14 @@ def _readable(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
-def _make_room(tree: Any, place: tuple[str, ...], value: Any) -> None:
-    """Remove what the value of an override replaces, where a merge would keep it (under an empty mapping) or fail (list and mapping)."""
-    at = "".join(f"[{name}]" for name in place)
-    if value == {}:
-        OmegaConf.update(tree, at, {}, merge=False)
-        return
-    old = OmegaConf.select(tree, at)
-    if isinstance(value, dict) and isinstance(old, DictConfig):
-        for name, part in value.items():
-            _make_room(tree, (*place, str(name)), part)
-    elif isinstance(value, dict | list) and isinstance(old, DictConfig | ListConfig):
-        OmegaConf.update(tree, at, None, merge=False)
+def _make_room(tree: Any, change: DictConfig) -> None:
+    """Remove what an override replaces, where a merge would keep it (an empty mapping) or fail (a list for a mapping, or vice versa)."""
+    for name, value in change.items() if isinstance(tree, DictConfig) else ():
+        old = tree.get(name)
+        if isinstance(value, DictConfig) and value and isinstance(old, DictConfig):
+            _make_room(old, value)
+        elif isinstance(value, DictConfig | ListConfig) and isinstance(old, DictConfig | ListConfig):
+            tree[name] = None
 
 
 def _write_out(tree: Any, levels: tuple[str, ...], root: type[BaseModel], item: str) -> None:

@@ -158,7 +158,7 @@ def _record(study: Path, run: LocalRun) -> Path:
 
 def _born(pid: int, *, in_epoch: bool = False) -> str | float | None:
     if not in_epoch:  # the kernel counts from the boot, so a step of the clock changes nothing
-        with contextlib.suppress(OSError, IndexError):
+        with contextlib.suppress(OSError, ValueError, IndexError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
             return None if state == b"Z" else f"{boot} {int(rest[18])}"
