@@ -4,7 +4,6 @@
 rename a field: this would change the keys of finished stages.
 """
 
-import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -21,7 +20,7 @@ from tadistill.config.objective import Custom, ObjectiveBase
 from tadistill.config.remote import Api, Serve
 from tadistill.config.sampling import StudentSampler, TeacherSampler, TopKSignal
 from tadistill.data.datasets import Known, SplitRows
-from tadistill.disk import digest
+from tadistill.disk import digest, from_home
 from tadistill.errors import ConfigError, about
 from tadistill.user_code import load_function
 
@@ -324,7 +323,7 @@ def plan_tasks(recipe: Recipe) -> Tasks | None:
 
 def task_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
     """Return the YAML files of tasks, each with its digest, which is empty if there is no such file."""
-    files = (Path(os.path.expanduser(name)) for name in names if name.endswith(TASK_FILE))
+    files = (from_home(name, "evaluate.tasks") for name in names if name.endswith(TASK_FILE))
     return [(file, digest(file)[:16] if file.is_file() else "") for file in files]
 
 
