@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tadistill.errors import ConfigError, StoreError, did_you_mean
+from tadistill.errors import ConfigError, StoreError, did_you_mean, leads_nowhere
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
@@ -66,13 +66,6 @@ def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ())
     if not there:
         return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
     return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {did_you_mean(path.name, names, 'correct the path')}"
-
-
-def leads_nowhere(path: Path) -> str:
-    """Return the error sentence for a link whose target does not exist. The text is empty if the path is no such link."""
-    if path.is_symlink() and not path.exists():
-        return f"{path} is a link to {os.readlink(path)}, which does not exist; correct the link"
-    return ""
 
 
 # --- digests ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pathlib import Path
 
 from tadistill.text import one_line, shortened
 
@@ -41,6 +42,13 @@ def did_you_mean_then(given: str, known: Iterable[str], rest: str, *, cutoff: fl
     """Return the end of a sentence about a name that does not exist: the nearest known name, if one is near, and then the text `rest`."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
     return f"did you mean `{close[0]}`? {rest[0].upper()}{rest[1:]}" if close else rest
+
+
+def leads_nowhere(path: Path) -> str:
+    """Return the error sentence for a link whose target does not exist. The text is empty if the path is no such link."""
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {path.readlink()}, which does not exist; correct the link"
+    return ""
 
 
 class Gathering:

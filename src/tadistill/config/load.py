@@ -23,8 +23,7 @@ from tadistill.config.recipe import Recipe, own_functions
 from tadistill.config.recipe_files import Lines, located, settled, shipped, where
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
-from tadistill.disk import leads_nowhere
-from tadistill.errors import ConfigError, about
+from tadistill.errors import ConfigError, about, leads_nowhere
 from tadistill.text import counted
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)

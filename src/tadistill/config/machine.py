@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tadistill.config.common import MOST, Strict
-from tadistill.disk import from_home
 from tadistill.errors import ConfigError
 
 
@@ -103,7 +102,7 @@ def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: n
     if sys.platform != "linux":
         raise ConfigError(f"{needs_it} runs on Linux only; {instead}")
     given = os.environ.get("TADISTILL_VLLM")
-    named = given and from_home(given, "TADISTILL_VLLM")
+    named = given and os.path.expanduser(given)
     places = [f"{named}/bin"] if named else [str(Path(sys.executable).parent), os.environ.get("PATH")]
     found = next(filter(None, (shutil.which("vllm", path=place) for place in places)), None)
     if found is None or not Path(found).with_name("python").is_file():
