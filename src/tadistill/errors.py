@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pathlib import Path
 
 from tadistill.text import one_line, shortened
 
