@@ -66,6 +66,9 @@ def test_minimum_detectable_effect_has_its_power():
         assert np.mean(t > stdtrit(df, 0.975)) == pytest.approx(0.8, abs=0.004)
     assert minimum_detectable_effect(2.0, np.inf) == pytest.approx(2 * (ndtri(0.975) + ndtri(0.8)))
     assert minimum_detectable_effect(2.0, 1e7) == pytest.approx(2 * (ndtri(0.975) + ndtri(0.8)), rel=1e-4)
+    for df, level in ((0.5, 1 - 0.05 / 28), (1.0, 1 - 1e-7)):  # scipy's inverse never returned for such large quantiles
+        large, quantile = minimum_detectable_effect(1.0, df, level=level), stdtrit(df, (1 + level) / 2)
+        assert np.mean(large > quantile * np.sqrt(rng.chisquare(df, size=200_000) / df)) == pytest.approx(0.8, abs=0.004)
     assert minimum_detectable_effect(1.0, 5, power=0.9) > minimum_detectable_effect(1.0, 5) > minimum_detectable_effect(1.0, 5, level=0.9)
 
 

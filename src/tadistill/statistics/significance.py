@@ -6,13 +6,14 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
+from scipy.special import chdtri, nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 
 from tadistill.statistics.intervals import Difference
 from tadistill.text import counted, form
 
 MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 _MANY_SEEDS = 1_000_000  # largest number of seeds that `seeds_to_detect` returns
+_LARGE_T = 1000.0  # scipy's inverse of the non-central t distribution is inexact beyond such quantiles, and may never return
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
     _check_shares(power, level)
     if np.isinf(df):
         return float(se * (ndtri((1 + level) / 2) + ndtri(power)))
-    return float(se * nctdtrinc(df, 1 - power, stdtrit(df, (1 + level) / 2)))
+    quantile = float(stdtrit(df, (1 + level) / 2))
+    if quantile > _LARGE_T:  # the normal part of t is then negligible: only the chi-squared part decides
+        return float(se * quantile * np.sqrt(chdtri(df, 1 - power) / df))
+    return float(se * nctdtrinc(df, 1 - power, quantile))
 
 
 def seeds_to_detect(
