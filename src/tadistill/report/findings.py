@@ -146,19 +146,24 @@ def paths(results: Results) -> str:
 
 
 def learning(results: Results, curves: Iterable[Curve]) -> str:
-    """Return a sentence that says how many arms had their best dev value at the end of training."""
+    """Return a sentence that says how many arms had their best dev value at the end of training. An arm whose dev value never changed has
+    no best value."""
     metric = f"dev/{primary_metric(results)}"
     found = [curve for curve in curves if curve.arm is not None and curve.metric == metric and len(curve.mean[1]) > 1]
     if not found:
         return "How training went"
-    rising = [curve.name for curve in found if int(np.argmax(curve.mean[1])) == len(curve.mean[1]) - 1]
     title = metric_title(primary_metric(results))
+    changing = [curve for curve in found if min(curve.mean[1]) < max(curve.mean[1])]
+    if not changing:
+        return f"{_sentence(title)} on dev did not change during training"
+    rising = [curve.name for curve in changing if int(np.argmax(curve.mean[1])) == len(curve.mean[1]) - 1]
     them = "it" if len(found) == 1 else "them"
     when = f"at the end: more training may still help {them}" if rising else "before the end of training"
     if len(found) == 1:
         return f"{found[0].name} had its best {title} on dev {when}"
+    named = rising or changing
     everyone = "Both" if len(found) == 2 else f"All {len(found)}"
-    arms = everyone if len(rising) in (0, len(found)) else f"{len(rising)} of {len(found)}"
+    arms = everyone if len(named) == len(found) else f"{len(named)} of {len(found)}"
     return f"{arms} arms had their best {title} on dev {when}"
 
 

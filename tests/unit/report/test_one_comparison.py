@@ -112,10 +112,14 @@ def test_the_heading_of_the_comparison_says_better_and_worse(results):
         ([True, True], "Both arms had their best ROUGE-L on dev at the end: more training may still help them"),
         ([True, False, False], "1 of 3 arms had their best ROUGE-L on dev at the end: more training may still help them"),
         ([False, False, False], "All 3 arms had their best ROUGE-L on dev before the end of training"),
+        ([None, False], "1 of 2 arms had their best ROUGE-L on dev before the end of training"),
+        ([None, True, None], "1 of 3 arms had their best ROUGE-L on dev at the end: more training may still help them"),
+        ([None, None], "ROUGE-L on dev did not change during training"),
     ],
 )
 def test_the_heading_of_the_learning_curves_counts_arms(results, rising, said):
-    found = [Curve(f"a{i}", f"a{i}", "dev/rouge_l", ([1, 2, 3], [1.0, 3.0, 4.0 if up else 2.0]), {}) for i, up in enumerate(rising)]
+    last = {True: [3.0, 4.0], False: [3.0, 2.0], None: [1.0, 1.0]}
+    found = [Curve(f"a{i}", f"a{i}", "dev/rouge_l", ([1, 2, 3], [1.0, *last[up]]), {}) for i, up in enumerate(rising)]
     assert learning(results, found) == said
 
 
