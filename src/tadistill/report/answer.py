@@ -12,16 +12,16 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, to_equal
+from tadistill.report.against_sft import against_sft, student_of
+from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, size_text, to_equal
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
-from tadistill.results.compare import difference, direct_of, greedy_decoding
-from tadistill.results.number_text import flops_text, number, parameters_text, signed, span, spoken_interval, with_unit
+from tadistill.results.compare import direct_of
+from tadistill.results.number_text import flops_text, number, parameters_text, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
-from tadistill.statistics import Difference, holm
-from tadistill.text import counted, form, listed
+from tadistill.text import counted, listed
 
 _ALPHA = 0.05
 Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]
@@ -74,16 +74,7 @@ class Answer:
 def answer(results: Results) -> Answer:
     """Return the question that a study asks, and the answer that its results give."""
     kind, text = _answer(results)
-    return Answer(kind, _question(results), text, _against_sft(results), _cost(results), failed_text(results), _next(results, kind))
-
-
-def student_of(results: Results) -> str:
-    """Return the model that the study is about: the one that the first compared arm trains, or else the one that most arms train."""
-    found = pairs(results)
-    if found:
-        return found[0].arm.model
-    models = [arm.model for arm in results.plan.arms if arm.is_trained] or [results.plan.arms[-1].model]
-    return max(dict.fromkeys(models), key=models.count)
+    return Answer(kind, _question(results), text, against_sft(results), _cost(results), failed_text(results), _next(results, kind))
 
 
 def sized(results: Results, model: str, *, words: bool = False) -> str:
@@ -186,7 +177,7 @@ def _chain_text(c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
         f", {within} the margin of ±{with_unit(number(c.margin, c.metric), c.metric)}" if c.equivalent and c.word != "no evidence" else ""
     )
     if best:
-        text = f"The best of them, {c.arm} ({taught(arm)}), differs from {other} by {_size(c.difference, c.metric)}{margin}."
+        text = f"The best of them, {c.arm} ({taught(arm)}), differs from {other} by {size_text(c.difference, c.metric)}{margin}."
     else:
         how = f"Distillation through {listed(arm.path[1:-1])} ({c.arm})" if arm.is_plain else f"{c.arm} ({taught(arm)})"
         text = f"{how} {_claim(c)} {other}{margin}: {gap_words(c)}."
@@ -202,10 +193,6 @@ def _chain_text(c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
 def _claim(c: Comparison) -> str:
     nothing = "is not better than" if c.difference.mean < 0 else "is not clearly better than"
     return {"gain": "is clearly better than", "loss": "is clearly worse than", "equivalent": "is as good as"}.get(c.word, nothing)
-
-
-def _size(d: Difference, metric: str) -> str:
-    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)} ({spoken_interval(d, metric)})"
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -253,62 +240,6 @@ def _score(results: Results, summary: Summary) -> str:
 
 def _unit(metric: str) -> str:
     return f"% {metric_title(metric)}" if metric_unit(metric).startswith("percentage") else metric_title(metric)
-
-
-# --- against fine-tuning ----------------------------------------------------------------------------------------------------
-
-
-def sft_arm(results: Results) -> ArmRecord | None:
-    """Return the arm that fine-tunes the student without a teacher. If there are several, it is the one with the most training compute."""
-    model = student_of(results)
-    tuned = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and not arm.is_taught]
-    return max(tuned, key=lambda arm: arm.flops or 0.0, default=None)
-
-
-def _against_sft(results: Results) -> str:
-    model, tuned = student_of(results), sft_arm(results)
-    distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and arm.is_taught and arm.control is None]
-    if not (distilled and results.summaries):
-        return ""
-    if tuned is None:
-        return f"The study does not compare distillation with plain fine-tuning (SFT), because no arm only fine-tunes {model}."
-    metric, greedy, main = primary_metric(results), greedy_decoding(results), results.plan.recipe["evaluate"].get("temperature", 1.0)
-    ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
-    known = {w: ds for w, m in ways.items() if (ds := [(d, a) for a in distilled if (d := difference(results, a.name, tuned.name, m))])}
-    if not known:
-        return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: no finished training seed is common to both."
-    every = [(way, d, arm.name) for way, ds in known.items() for d, arm in ds]
-    tested = [(*each, p) for each, p in zip(every, holm([d.p for _, d, _ in every]), strict=True) if not each[1].covers_zero]
-    few = min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM
-    clear = [] if few else [(way, d, name) for way, d, name, p in tested if p < _ALPHA]
-    wins = [way for way in known if any(w == way and d.mean > 0 for w, d, _ in clear)]
-    worse = {way: [name for w, d, name in clear if w == way and d.mean < 0] for way in known}
-    all_worse = all(len(worse[way]) == len(ds) for way, ds in known.items())
-    claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
-    only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(known) else ""
-    near = [] if few or wins else [p for _, d, _, p in tested if d.mean > 0]
-    after = f" {_near_text(near, len(every))}" if near else ""
-    bad = "".join(
-        f" With {way} answers, {some(names)} {_are(names)} clearly worse than {tuned.name}."
-        for way, names in worse.items()
-        if names and len(distilled) > 1
-    )
-    differs = " ".join(_way_text(way, ds, metric, first=not i) for i, (way, ds) in enumerate(known.items()))
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}. {differs}{after}{bad}"
-
-
-def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str, *, first: bool) -> str:
-    best, arm = max(found, key=lambda entry: entry[0].mean)
-    who = f"the best of {len(found)} distilled arms ({arm.name})" if first else f"the best of them ({arm.name})"
-    who = who if len(found) > 1 else arm.name
-    return f"With {way} answers, {who} differs by {_size(best, metric) if first else span(best, metric, unit=True)}."
-
-
-def _near_text(p_values: Sequence[float], family: int) -> str:
-    return (
-        f"{len(p_values)} of {family} such intervals (one for each arm and kind of answer) {form(len(p_values), 'lies', 'lie')} above 0. "
-        f"But after correction for {family} comparisons, the smallest p-value is {min(p_values):.3f}, so the advantage may be chance."
-    )
 
 
 # --- the cost and what comes next -------------------------------------------------------------------------------------------

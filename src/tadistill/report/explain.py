@@ -15,10 +15,11 @@ from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
 from tadistill.results.measured import load_manifest, rows_text
-from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, span, with_unit
+from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, signed, span, spoken_interval, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
+from tadistill.statistics import Difference
 from tadistill.store import FAILURE
 from tadistill.text import counted, form, listed, one_line, shortened
 
@@ -58,6 +59,11 @@ def verdict_text(results: Results, c: Comparison) -> str:
 def gap_words(c: Comparison) -> str:
     """Return the difference of a comparison, such as "the difference in ROUGE-L is +0.3 points (95 % interval −0.4 to 1.0)"."""
     return f"the difference in {metric_title(c.metric)} is {span(c.difference, c.metric, unit=True)}"
+
+
+def size_text(d: Difference, metric: str) -> str:
+    """Return the size of a difference, such as "+0.3 points of ROUGE-L (95 % interval −0.4 to 1.0)"."""
+    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)} ({spoken_interval(d, metric)})"
 
 
 def _word_text(c: Comparison) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
+from tadistill.report.against_sft import clear_against_sft
 from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
 from tadistill.report.path_words import some, steps, ways_text
@@ -60,12 +61,12 @@ def against(results: Results) -> str:
         return _sentence(f"{metric_title(primary_metric(results))} by {what} and test set")
     decided = comparisons(results)
     if not decided:
-        clear = [row for row in rows if _is_clear(row)]
+        clear = [row for row in rows if _is_clear(results, row)]
         if len(rows) == 1:
             return f"{rows[0].arm.name} {'differs' if clear else 'does not clearly differ'} from {rows[0].other.name}"
         return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
     named = {(c.arm, c.other) for c in decided}
-    more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(row)]
+    more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(results, row)]
     said = [_decided(results, decided)]
     said += [_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more)]
     return "; ".join(said)
@@ -103,7 +104,10 @@ def _named(names: list[str]) -> str:
     return f"{listed(names) if len(names) <= 4 else some(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _is_clear(row: ForestRow) -> bool:
+def _is_clear(results: Results, row: ForestRow) -> bool:
+    corrected = clear_against_sft(results).get(frozenset((row.arm.name, row.other.name)))  # as in the report's answer
+    if corrected is not None:
+        return corrected
     enough = len(row.per_seed) >= SEEDS_FOR_A_CLAIM or not row.arm.is_trained
     return enough and not row.difference.covers_zero
 

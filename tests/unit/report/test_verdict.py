@@ -9,7 +9,7 @@ from tadistill.report.answer import answer
 from tadistill.report.explain import caution_texts, cautions, sample_text, verdict_text
 from tadistill.report.findings import against
 from tadistill.results.collect import MEAN
-from tadistill.results.compare import Mechanism
+from tadistill.results.compare import Mechanism, compare
 from tadistill.results.verdict import _credit, _word, comparisons
 from tadistill.statistics import Difference, holm, inflation, macro_difference, minimum_detectable_effect, sign_flip
 
@@ -172,3 +172,28 @@ def test_models_alone_are_compared_in_pairs(tmp_path):
     assert said.answer.startswith("b has the highest mean, ")
     assert said.answer.endswith(", and clearly beats all others.")
     assert said.against_sft == ""
+
+
+@pytest.mark.parametrize("open_seeds", [(), (3,), (1, 2, 3)])
+def test_an_unfinished_arm_does_not_hide_that_others_beat_fine_tuning(tmp_path, open_seeds):
+    """The sentence about SFT and the heading of the comparison agree, as each pair counts its own common seeds."""
+    arms = [ArmSpec("sft", ("s",), method="sft"), ArmSpec("kd", ("xl", "s"), gain=12), ArmSpec("bad", ("xl", "s"), gain=1)]
+    spec = StudySpec(arms, seeds=(1, 2, 3), sets={"dolly": 40}, fact_sets=(), unfinished=tuple(("bad", seed) for seed in open_seeds))
+    results = build_study(tmp_path, spec).read()
+    assert answer(results).against_sft.startswith("Distillation is clearly better than plain fine-tuning (SFT, sft).")
+    assert any(text in against(results) for text in ("kd than sft", "kd is clearly better than sft", "sft is clearly worse than kd"))
+
+
+def test_the_correction_counts_unfinished_arms_against_fine_tuning(tmp_path):
+    """And in a study with assistants, whose verdicts are about other pairs, the heading uses the same corrected p-values as the answer."""
+    rest = [ArmSpec(f"a{i}", ("xl", "s")) for i in range(12)]
+    arms = [ArmSpec("sft", ("s",), method="sft"), ArmSpec("direct", ("xl", "s"), gain=4), ArmSpec("chain", ("xl", "l", "s")), *rest]
+    unfinished = tuple((arm.name, seed) for arm in rest for seed in (1, 2, 3))
+    spec = StudySpec(arms, seeds=(1, 2, 3), sets={"dolly": 12}, fact_sets=(), also={}, unfinished=unfinished)
+    results = build_study(tmp_path, spec).read()
+    compared = compare(results, "direct", "sft", "rouge_l")
+    assert compared is not None
+    assert 0.05 / 14 < compared[0].p < 0.05
+    assert "is not clearly better than plain fine-tuning (SFT, sft)" in answer(results).against_sft
+    assert "after correction for 14 comparisons" in answer(results).against_sft
+    assert "sft is clearly" not in against(results)
