@@ -20,6 +20,7 @@ Group = Literal["quality", "text", "language", "divergence"]
 Log = Literal["dev", "train", "rollout"]
 
 POINTS, PERCENT, NATS, BITS = "points", "percentage points", "nats/token", "bits/byte"
+MEAN = "mean"  # in place of the name of a test set: the unweighted mean over the test sets that have the metric
 LAST = "last"  # the value of `Select.metric` for the final weights: no metric selects a checkpoint
 
 

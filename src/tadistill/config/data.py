@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from tadistill.config.common import MOST, Name, Strict
+from tadistill.metrics import MEAN
 
 
 class World(Strict):
@@ -284,6 +285,8 @@ class Data(Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two data sets have the name `{name}`; rename one of the files, or remove one data set")
+        if MEAN in names:
+            raise ValueError(f"a test set cannot be called `{MEAN}`, which means the mean over all test sets; rename the file or folder")
         return test
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.disk import damaged
-from tadistill.metrics import metric_of, sorted_names
+from tadistill.metrics import MEAN, metric_of, sorted_names
 from tadistill.results import measured
 from tadistill.results.measured import READ, Scores, UsedRows, load_corpus, load_scores, places, shared_rows
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
@@ -22,7 +22,6 @@ from tadistill.statistics import macro_interval, pass_at_k
 from tadistill.store import Store
 
 _BLIND = 0.5  # if ROUGE-L ignores more than this share of the references' letters, the primary metric is ROUGE-L for all scripts
-MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
 
 P = ParamSpec("P")
 T = TypeVar("T")

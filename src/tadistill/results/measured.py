@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tadistill.data.encoding_rules import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
-from tadistill.metrics import metric_of
+from tadistill.metrics import MEAN, metric_of
 from tadistill.models.flops_and_memory import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
 from tadistill.statistics import ROUNDING, spread_claimed
@@ -43,6 +43,8 @@ def load_scores(store: Store, key: str) -> Scores:
     content = read_json(path, fix=store.redo(key))
     if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
         raise damaged(path, "the file must map sets to metrics", store.redo(key))
+    if MEAN in content:
+        raise StoreError(f"{path} has a test set called `{MEAN}`, which means the mean over all test sets; rename the set and run it again")
     found: Scores = {name: {} for name in content}
     for name, metrics in content.items():
         for metric, values in metrics.items():

@@ -16,6 +16,7 @@ from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
+from tadistill.metrics import MEAN
 from tadistill.models.architectures import check_config, check_scratch, scratch_config
 from tadistill.models.flops_and_memory import available_memory, check_memory
 from tadistill.models.forward import check_packing
@@ -153,6 +154,8 @@ def _check_tasks(recipe: Recipe) -> None:
         tasks = load_tasks(recipe.evaluate.tasks, recipe.data.root)
         if twice := [ref.name for ref in recipe.data.test if ref.name in tasks]:
             raise ConfigError(f"a task of lm-eval and a test set are both called `{twice[0]}`; remove one of them")
+        if MEAN in tasks:
+            raise ConfigError(f"a task of lm-eval is called `{MEAN}`, which means the mean over all test sets; rename or remove it")
 
 
 def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedTokenizerBase:

@@ -20,6 +20,7 @@ from tadistill.metrics import metric_title
 from tadistill.plan.arms import make_plan
 from tadistill.report import write_report
 from tadistill.results.collect import MEAN, primary_metric
+from tadistill.runner.preflight import _check_tasks
 
 with_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install '.[lm-eval]'")
 CHOICES = """
@@ -141,6 +142,13 @@ def test_a_task_file_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr("tadistill.plan.inputs.version", lambda name: "0.4.13")
     with pytest.raises(ConfigError, match=r"evaluate\.tasks names the file nowhere\.yaml, which does not exist"):
         make_plan(recipe(tasks=["nowhere.yaml"]))
+
+
+def test_a_task_with_the_name_of_the_mean_is_refused(monkeypatch):
+    monkeypatch.setattr("tadistill.plan.inputs.version", lambda name: "0.4.13")
+    monkeypatch.setattr("tadistill.evaluation.harness.load_tasks", lambda names, root: {"mean": None})
+    with pytest.raises(ConfigError, match="a task of lm-eval is called `mean`, which means the mean over all test sets; rename or"):
+        _check_tasks(recipe(tasks=["mean"]))
 
 
 def test_nothing_to_measure_is_refused():

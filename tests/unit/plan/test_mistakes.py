@@ -69,6 +69,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("[chat.jsonl]", "chat.jsonl", 12, "`data.test` is 'chat.jsonl': write a list: [chat.jsonl]"),
         ("[10]", "10", 2, "`seeds` is 10: write a list: [10]"),
         ("[chat.jsonl]", "[chat.jsonl, chat.jsonl]", 12, "`data.test`: two data sets have the name `chat`; rename one of the files"),
+        ("[chat.jsonl]", "[chat.jsonl, sets/mean.jsonl]", 12, "`data.test`: a test set cannot be called `mean`, which means the mean"),
         ("optim:", "sampler: {type: teacher_mixed, recorded: true}\n  optim:", 14, "is not a known key; it belongs to another `type`"),
         ("arms:", "runtime: {trackers: wandb}\narms:", 15, "`runtime.trackers` is 'wandb': write a list: [wandb]"),
         ("arms:", "runtime: {trackers: [wandbb]}\narms:", 15, "did you mean 'wandb'?"),

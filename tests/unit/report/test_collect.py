@@ -240,6 +240,15 @@ def test_a_score_outside_its_bounds_is_an_error(study):
         write_results(study.read())
 
 
+def test_a_set_with_the_name_of_the_mean_is_an_error(study):
+    """A recipe cannot name a set so; earlier versions accepted it, and showed the mean over sets as the set's value."""
+    path = study.store_dir / (key := key_of("evaluate", "chain", 20))[:2] / key / "scores.json"
+    scores = json.loads(path.read_text())
+    path.write_text(json.dumps({"mean": scores.pop("dolly"), **scores}))
+    with pytest.raises(StoreError, match=r"scores\.json has a test set called `mean`, .*; rename the set and run it again"):
+        study.read()
+
+
 def test_different_prompts_cannot_be_compared(study):
     key = key_of("evaluate", "chain", 20)
     path = study.store_dir / key[:2] / key / "scores.json"
