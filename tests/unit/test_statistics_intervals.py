@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit, stdtr, stdtrit
 
-from tadistill.statistics import macro_difference, macro_interval
+from tadistill.statistics import equivalent, macro_difference, macro_interval
 
 
 def crossed(rng, seeds, prompts, of_seed=1.0, of_prompt=3.0, rest=1.0, decodes=2):
@@ -140,6 +140,18 @@ def test_the_level_is_the_width():
 def shares(rng, mean, seeds, prompts):
     """Answers that are right (100) or wrong (0), with a difficulty that seeds share."""
     return 100.0 * (expit(logit(mean) + rng.normal(0, 1, size=(1, prompts, 1))) > rng.uniform(size=(seeds, prompts, 1)))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_set_with_one_prompt_gives_no_interval(seeds):
+    rng = np.random.default_rng(seeds)
+    many, one = rng.uniform(20, 30, (seeds, 40, 2)), rng.uniform(20, 30, (seeds, 1, 2))
+    strata = [many, one]
+    mean = np.mean([many.mean(), one.mean()])
+    assert macro_interval(strata, bounds=(0, 100)) == pytest.approx((mean, mean))
+    found = macro_difference([many + 9, one + 9], strata, bounds=(0, 100))
+    assert (found.p, found.one_prompt, found.covers_zero, equivalent(found, 20)) == (1, True, True, False)
+    assert macro_interval([np.zeros((seeds, 1, 2))], bounds=(0, 100)) == pytest.approx((0, 97.5))  # at a bound, the exact limit is known
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.03, 0.5, 0.97])

@@ -153,7 +153,7 @@ def _table(rows: Sequence[Row], title: str) -> Table:
     ):
         table.add_column(column, justify="left" if column in ("arm", "against", "set") else "right")
     for row in rows:
-        interval = f"[{row['low']:.2f}, {row['high']:.2f}]".replace("[", "\\[")
+        interval = "" if row["low"] == row["high"] else f"\\[{row['low']:.2f}, {row['high']:.2f}]"
         if scores:
             table.add_row(row["arm"], row["set"], f"{row['score']:.2f}", interval, str(row["n"]))
         else:

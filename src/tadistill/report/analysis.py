@@ -150,15 +150,15 @@ def _sharpening(c: Comparison) -> str:
 def _sharpening_verdict(c: Comparison) -> str:
     assert c.mechanism is not None
     m = c.mechanism
-    if c.difference.low <= 0:
+    if not c.difference.above_zero:
         return f"There is no clear gain that sharpening could explain: {gap_words(c)}."
     controls = [d for d in (m.greedy, m.matched) if d is not None]
     if not controls:
         return "Sharpening is not measured."
-    if all(d.low > 0 for d in controls):
+    if all(d.above_zero for d in controls):
         return "Sharpening does not explain the gain: the gain remains under each measured control (greedy decoding, matched entropy)."
     gone = "the gain vanishes with greedy decoding or at matched entropy"
-    if m.entropy is not None and m.entropy.high < 0:
+    if m.entropy is not None and m.entropy.below_zero:
         return f"Sharpening explains the gain: the entropy is lower, and {gone}."
     return f"Sharpening may explain the gain: {gone}, but the entropy is not clearly lower."
 
@@ -178,7 +178,7 @@ def _steps(results: Results, c: Comparison) -> list[str]:
     added = summarise([np.sum([stack(results, arm.name, seeds, n, t) for t in terms[1:]], axis=0) for n in sets], seeds, terms[1])
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
     share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if total.mean > 0 else ""
-    effect = "add" if added.low > 0 else "remove" if added.high < 0 else "make no clear difference:"
+    effect = "add" if 0 < added.low < added.high else "remove" if added.low < added.high < 0 else "make no clear difference:"
     last = arm.path[-2]
     above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
@@ -215,10 +215,10 @@ def _compute(results: Results, c: Comparison) -> str:
         f"The difference in {metric_title(c.metric)} from direct distillation ({direct.name}) is {span(gap, c.metric, unit=True)} "
         f"for {c.arm}, and {span(closed, c.metric)} for its equal-compute baseline {c.other}."
     )
-    if gap.low <= 0:
+    if not gap.above_zero:
         return f"There is no clear gain that compute could explain. {numbers}"
     share = f"{100 * closed.mean / gap.mean:.0f} %" if closed.mean > 0 else "no part"
     share = f"More training without an assistant closes {share} of the gap between {direct.name} and {c.arm}"
-    if closed.low <= 0:
+    if not closed.above_zero:
         return f"Compute is not shown to explain the gain. {numbers} {share}, which may be chance."
     return f"Compute explains a part of the gain. {numbers} {share}."

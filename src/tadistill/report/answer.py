@@ -235,7 +235,8 @@ def _few_seeds(found: Sequence[Comparison]) -> str:
 
 def _score(results: Results, summary: Summary) -> str:
     metric = primary_metric(results)
-    return f"{number(summary.mean, metric)} {_unit(metric)} (95 % interval {number(summary.low, metric)} to {number(summary.high, metric)})"
+    known = "" if summary.low == summary.high else f" (95 % interval {number(summary.low, metric)} to {number(summary.high, metric)})"
+    return f"{number(summary.mean, metric)} {_unit(metric)}{known}"
 
 
 def _unit(metric: str) -> str:

@@ -88,6 +88,8 @@ def doubt_text(c: Comparison) -> str:
     """Return sentences on an undecided comparison: why its difference may be chance, and which difference the study can detect."""
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
         return few_text(len(c.seeds))
+    if c.difference.one_prompt:
+        return "A test set has only one prompt, so the difference cannot be tested."
     if c.difference.se == 0:
         return "The difference does not vary over these prompts, so it cannot be tested."
     why = "The interval contains 0" if c.difference.covers_zero else f"The interval excludes 0, but {_tested(c)}"
@@ -111,14 +113,14 @@ def _credit_text(c: Comparison) -> list[str]:
     worse = [
         f"{metric_title(metric)} {span(d, metric)}"
         for metric, d in (("forward_kl", c.mechanism.forward_kl), ("reverse_kl", c.mechanism.reverse_kl))
-        if d is not None and d.low > 0
+        if d is not None and d.above_zero
     ]
     farther = f"farther from the teacher: {'; '.join(worse)}"
     if c.credit == "farther from the teacher":
         return [f"The gain is not credited to the path, because the student is {farther}."]
     controls = (("with greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
-    gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
-    fell = c.mechanism.entropy is not None and c.mechanism.entropy.high < 0
+    gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and not d.above_zero]
+    fell = c.mechanism.entropy is not None and c.mechanism.entropy.below_zero
     why = "but to sharpening" if fell else "because sharpening cannot be ruled out"
     sharpening = f"The gain is not credited to the path, {why}: {' and '.join(gone)}."
     return [sharpening, f"The student is also {farther}."] if worse else [sharpening]
@@ -188,10 +190,11 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
 
 
 def cautions(results: Results) -> list[str]:
-    """Return cautions about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
-    seeds.
+    """Return cautions about the numbers: rows left out, test sets with one row, letters that the metric ignores, arms that were not treated
+    equally, and too few seeds.
     """
-    about = (rows_text(results.used), _unseen_text(results), _unequal_text(results), _off_budget_text(results), _unmeasured_text(results))
+    known = (rows_text(results.used), _one_row_text(results), _unseen_text(results))
+    about = (*known, _unequal_text(results), _off_budget_text(results), _unmeasured_text(results))
     texts = [text for text in about if text]
     texts += vocabulary_texts(results)
     for c in by_importance(results):
@@ -203,6 +206,18 @@ def cautions(results: Results) -> list[str]:
         said = counted(min(trained.values()), "seed") if same else _first(few, ", ")
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
+
+
+def _one_row_text(results: Results) -> str:
+    sets = [name for name, rows in results.compared.items() if len(rows) == 1]
+    if not sets:
+        return ""
+    common = " that all arms answered" if len(results.plan.arms) > 1 else ""
+    has, it, them = ("has", "it", "it") if len(sets) == 1 else ("have", "each", "them")
+    return (
+        f"{some(sets)} {has} only one row{common}. How scores vary between rows is then unknown, so means with {them} have no interval, "
+        f"and nothing is claimed about them. Give {it} at least two rows, or leave {them} out."
+    )
 
 
 def _unmeasured_text(results: Results) -> str:

@@ -120,8 +120,8 @@ def over_compute(results: Results) -> str:
     if seeds < SEEDS_FOR_A_CLAIM:
         what = f"{metric_title(primary_metric(results))} of {counted(len(curves), 'arm')} over training compute"
         return _sentence(f"{what}; {SEEDS_FOR_A_CLAIM} training seeds are needed for a claim")
-    better = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.low > 0]
-    worse = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.high < 0]
+    better = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.above_zero]
+    worse = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.below_zero]
     if metric_of(primary_metric(results)).better == "lower":
         better, worse = worse, better
     if not better and not worse:

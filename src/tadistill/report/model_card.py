@@ -27,7 +27,7 @@ from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_tab
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
 from tadistill.results.measured import load_manifest, load_predictions, rows_text
-from tadistill.results.number_text import interval, number, parameters_text
+from tadistill.results.number_text import number, parameters_text, summary_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
 from tadistill.text import counted
@@ -171,7 +171,7 @@ def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_
     if not all(metric in results.scores[arm.name][seed].get(name, {}) for name in sets):
         return [Cell().text, mean.text]
     own = summarise([stack(results, arm.name, (seed,), name, metric) for name in sets], (seed,), metric)
-    return [f"{number(own.mean, metric)} {interval(own.low, own.high, metric)}", mean.text]
+    return [summary_text(own, metric), mean.text]
 
 
 def _provenance(results: Results, arm: ArmRecord, seed: int) -> str:

@@ -99,7 +99,7 @@ def means(results: Results) -> list[dict[str, Any]]:
     """Return the means over training seeds that the page shows: one for each test set, and the mean over all sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
-        ends = {name: _rounded(getattr(s, name, None)) for name in ("low", "high")}
+        ends = _ends(getattr(s, "low", None), getattr(s, "high", None))
         found.append({"arm": arm, "set": of_set, "metric": metric, "value": rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
     return found
 
@@ -246,7 +246,11 @@ def calibration(results: Results) -> list[dict[str, Any]]:
 
 
 def _summary(s: Summary) -> dict[str, Any]:
-    return {"value": rounded(s.mean), "low": rounded(s.low), "high": rounded(s.high)}
+    return {"value": rounded(s.mean)} | _ends(s.low, s.high)
+
+
+def _ends(low: float | None, high: float | None) -> dict[str, float | None]:
+    return {name: None if low == high else _rounded(end) for name, end in (("low", low), ("high", high))}
 
 
 def _rounded(value: float | None) -> float | None:
@@ -262,8 +266,9 @@ def _per_seed(values: Mapping[int, float]) -> dict[str, float]:
     return {str(seed): rounded(value) for seed, value in values.items()}
 
 
-def _difference(d: Difference) -> dict[str, float]:
-    return {name: rounded(value) for name, value in (("mean", d.mean), ("low", d.low), ("high", d.high))}
+def _difference(d: Difference) -> dict[str, float | None]:
+    ends = {name: None if d.one_prompt else rounded(end) for name, end in (("low", d.low), ("high", d.high))}
+    return {"mean": rounded(d.mean)} | ends
 
 
 def _csv(results: Results) -> str:

@@ -56,7 +56,7 @@ class Limit:
 class Crossing:
     """The budget at which a curve crosses the reference arm's curve, with its 95 % interval.
 
-    An end of the interval is None if it is outside the budgets of the study.
+    An end of the interval is None if it is outside the budgets of the study, or not known.
     """
 
     times: float
@@ -126,7 +126,8 @@ def _crossing(points: list[BudgetPoint]) -> Crossing | None:
     rises = bool(means[turns[0]] < 0)
     drawn = np.stack([_draws(gap, stream) for stream, (_, gap) in enumerate(known)], axis=1)
     ends = np.quantile(first_crossing(log_times, drawn, rises=rises), [0.025, 0.975], method="nearest")
-    low, high = (float(np.exp(end)) if np.isfinite(end) else None for end in ends)
+    unknown = any(gap.one_prompt for _, gap in known)
+    low, high = (float(np.exp(end)) if np.isfinite(end) and not unknown else None for end in ends)
     return Crossing(float(np.exp(first_crossing(log_times, means[None], rises=rises)[0])), low, high)
 
 
@@ -160,7 +161,7 @@ def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
 
 
 def _limit(points: list[BudgetPoint], bounds: tuple[float, float]) -> Limit | None:
-    if len(points) < BUDGETS_FOR_A_FIT:
+    if len(points) < BUDGETS_FOR_A_FIT or any(point.summary.low == point.summary.high for point in points):
         return None
     times = np.array([point.times for point in points])
     scores = np.array([point.summary.mean for point in points])

@@ -32,7 +32,8 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 class Row:
     """One value in the list `rows` of ``results.json``: an arm's mean of a metric on one test set, for one training seed.
 
-    `low` and `high` are the ends of its 95 % interval over prompts. They are None for a metric that has only one value per test set.
+    `low` and `high` are the ends of its 95 % interval over prompts. They are None if there is none: one value per set, one prompt, or equal
+    scores.
     """
 
     arm: str
@@ -51,7 +52,8 @@ class Row:
 class Summary:
     """The result of an arm (a path of models) on one test set, or the mean over all sets.
 
-    It has the mean over the training seeds, the ends `low` and `high` of its 95 % interval, and the value of each seed.
+    It has the mean over the training seeds, the ends `low` and `high` of its 95 % interval, and the value of each seed. If there is no
+    interval (`macro_interval`), both ends are the mean.
     """
 
     mean: float
@@ -274,8 +276,8 @@ def _rows(results: Results) -> tuple[Row, ...]:
                             set=set_name,
                             metric=metric,
                             value=rounded(value),
-                            low=None if low is None else rounded(low),
-                            high=None if high is None else rounded(high),
+                            low=None if low is None or low == high else rounded(low),
+                            high=None if high is None or low == high else rounded(high),
                             stage=_stage(arm, seed, metric),
                         )
                     )

@@ -305,7 +305,7 @@ def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
         return {
             (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
             for c in content["comparisons"]
-            if c["against"] != "pair"
+            if c["against"] != "pair" and c["low"] is not None
         }
     except (KeyError, TypeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error

@@ -6,6 +6,7 @@ from tadistill.statistics import Difference
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 ALL_ZERO = "all paired differences are 0"
+ONE_PROMPT = "no interval: a test set has only one prompt"
 
 
 def number(value: float, metric: str, *, more: int = 0) -> str:
@@ -15,8 +16,8 @@ def number(value: float, metric: str, *, more: int = 0) -> str:
 
 
 def interval(low: float, high: float, metric: str, *, more: int = 0) -> str:
-    """Return an interval as text: ``[low, high]``."""
-    return f"[{number(low, metric, more=more)}, {number(high, metric, more=more)}]"
+    """Return an interval as text: ``[low, high]``. An interval without a width is unknown, and its text is empty."""
+    return "" if low == high else f"[{number(low, metric, more=more)}, {number(high, metric, more=more)}]"
 
 
 def signed(value: float, metric: str, *, more: int = 0) -> str:
@@ -26,14 +27,20 @@ def signed(value: float, metric: str, *, more: int = 0) -> str:
 
 
 def interval_of(difference: Difference, metric: str, *, more: int = 0) -> str:
-    """Return the 95 % interval of a difference for a table: ``[low, high]``, or ``(all paired differences are 0)``."""
-    return f"({ALL_ZERO})" if difference.all_zero else interval(difference.low, difference.high, metric, more=more)
+    """Return the 95 % interval of a difference for a table: ``[low, high]``, or why there is none, such as ``(all paired differences are
+    0)``."""
+    missing = _no_interval(difference)
+    return f"({missing})" if missing else interval(difference.low, difference.high, metric, more=more)
 
 
 def spoken_interval(difference: Difference, metric: str) -> str:
-    """Return the 95 % interval of a difference for a sentence: ``95 % interval −0.4 to 1.0``, or that all differences are 0."""
+    """Return the 95 % interval of a difference for a sentence: ``95 % interval −0.4 to 1.0``, or why there is none."""
     low, high = (number(bound, metric) for bound in (difference.low, difference.high))
-    return ALL_ZERO if difference.all_zero else f"95 % interval {low} to {high}"
+    return _no_interval(difference) or f"95 % interval {low} to {high}"
+
+
+def _no_interval(difference: Difference) -> str:
+    return ALL_ZERO if difference.all_zero else ONE_PROMPT if difference.one_prompt else ""
 
 
 def span(difference: Difference, metric: str, *, unit: bool = False) -> str:
@@ -44,7 +51,7 @@ def span(difference: Difference, metric: str, *, unit: bool = False) -> str:
 
 def gap_text(difference: Difference, metric: str) -> str:
     """Return a difference with its 95 % interval for a table: ``+0.3 [−0.4, 1.0]``."""
-    return f"{signed(difference.mean, metric)} {interval_of(difference, metric)}"
+    return f"{signed(difference.mean, metric)} {interval_of(difference, metric)}".rstrip()
 
 
 def detectable_text(effect: float | None, metric: str, *, more: int = 0, unit: bool = False) -> str:
@@ -70,8 +77,8 @@ def p_text(p: float) -> str:
 
 
 def summary_text(summary: Summary, metric: str) -> str:
-    """Return a mean with its interval as text: ``24.6 [23.8, 25.4]``."""
-    return f"{number(summary.mean, metric)} {interval(summary.low, summary.high, metric)}"
+    """Return a mean with its interval as text: ``24.6 [23.8, 25.4]``, or only the mean if the interval is unknown."""
+    return f"{number(summary.mean, metric)} {interval(summary.low, summary.high, metric)}".rstrip()
 
 
 def parameters_text(count: int) -> str:

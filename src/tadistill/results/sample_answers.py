@@ -147,4 +147,4 @@ def _score(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _span(row: Mapping[str, Any], what: str) -> tuple[str, str]:
     low, high = row["low"], row["high"]
-    return f"{row[what]:.2f}", "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+    return f"{row[what]:.2f}", "" if low is None or low == high else f"[{low:.2f}, {high:.2f}]"

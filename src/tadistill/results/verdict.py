@@ -246,9 +246,9 @@ def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) 
 
 def _credit(why: Mechanism) -> Credit:
     divergences, controls = (why.forward_kl, why.reverse_kl), [d for d in (why.greedy, why.matched) if d is not None]
-    if any(d.low <= 0 for d in controls):
+    if not all(d.above_zero for d in controls):
         return "sharpening"
-    if any(d is not None and d.low > 0 for d in divergences):
+    if any(d is not None and d.above_zero for d in divergences):
         return "farther from the teacher"
     if None in divergences or not controls:
         return "not measured"

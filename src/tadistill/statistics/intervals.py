@@ -24,6 +24,8 @@ If a score has two bounds, such as 0 and 100, the interval is Wilson's. It conta
 Here p is the mean as a share of the range, se is in the same unit, and n is the effective number of independent answers. Such an interval
 never crosses a bound. Near a bound, it is longer on the other side. If there is only one bound, an interval that would cross it ends there.
 
+If a set has only one prompt, B is not known. Then there is no interval (both ends are the mean), unless the mean is equal to a bound.
+
 Sources: E. B. Wilson, JASA 22 (1927); E. L. Korn and B. I. Graubard, Survey Methodology 24 (1998), for the effective number.
 """
 
@@ -59,7 +61,7 @@ class Difference:
 
     ``low`` and ``high`` are the ends of the confidence interval (by default 95 %). ``low90`` and ``high90`` are the ends of the 90 %
     interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error, and ``df`` is its
-    number of degrees of freedom. ``df`` is infinite if the values do not vary.
+    number of degrees of freedom. If the values do not vary, ``se`` is 0 and ``df`` is infinite.
     """
 
     mean: float
@@ -72,11 +74,24 @@ class Difference:
     high90: float
     all_zero: bool = False
     """True if the two models have exactly the same scores. The interval then has no width, and says nothing about new prompts."""
+    one_prompt: bool = False
+    """True if a test set has only one prompt. The variance between prompts is then unknown, so there is no interval, and nothing can be
+    claimed: ``p`` is 1, ``se`` is 0, and ``df`` is infinite."""
 
     @property
     def covers_zero(self) -> bool:
-        """True if the interval from ``low`` to ``high`` contains 0."""
-        return self.low <= 0.0 <= self.high
+        """True if the interval from ``low`` to ``high`` contains 0, or if there is no interval."""
+        return not (self.above_zero or self.below_zero)
+
+    @property
+    def above_zero(self) -> bool:
+        """True if there is an interval and it lies above 0."""
+        return self.low > 0.0 and not self.one_prompt
+
+    @property
+    def below_zero(self) -> bool:
+        """True if there is an interval and it lies below 0."""
+        return self.high < 0.0 and not self.one_prompt
 
 
 def pass_at_k(right_NK: ArrayLike, k: int) -> Array:
@@ -103,7 +118,8 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDE
     differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval does not show how
     scores vary over trainings. A report must say so.
 
-    If all scores are equal to one of two bounds, the interval goes from this bound to the exact (Clopper-Pearson) limit.
+    If all scores are equal to one of two bounds, the interval goes from this bound to the exact (Clopper-Pearson) limit. Otherwise, if a
+    set has only one prompt or no score varies, there is no interval: both ends are the mean.
     """
     return _Estimate(_prompt_means(strata_SNK), bounds).interval(level)
 
@@ -126,7 +142,8 @@ def macro_difference(
     span = bounds[1] - bounds[0]
     gaps_SN = [a - b for a, b in zip(a_SN, b_SN, strict=True)]
     found, all_zero = _Estimate(gaps_SN, (-span, span)), not any(gaps.any() for gaps in gaps_SN)
-    return Difference(found.mean, *found.interval(level), found.p, found.se, found.df, *found.interval(0.90), all_zero)
+    both = *found.interval(level), found.p, found.se, found.df, *found.interval(0.90)
+    return Difference(found.mean, *both, all_zero, found.one_prompt)
 
 
 class _Estimate:
@@ -144,7 +161,8 @@ class _Estimate:
                 raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}; correct the scores or their bounds")
             mean = min(max(mean, low), high)  # rounding
         self.low, self.high, self.mean = low, high, mean
-        variance, self.df = _variance(strata_SN)
+        self.one_prompt = min(self.prompts) == 1
+        variance, self.df = (0.0, inf) if self.one_prompt else _variance(strata_SN)
         self.se = float(np.sqrt(variance))
 
     def interval(self, level: float) -> tuple[float, float]:
@@ -170,7 +188,7 @@ class _Estimate:
 
         The lower bound of the values must be minus their upper bound.
         """
-        if self.mean == 0:
+        if self.mean == 0 or self.one_prompt:
             return 1.0
         if self.se == 0:
             return min(1.0, 2.0 ** (1 - sum(self.prompts)))  # all differences are equal: a sign test over prompts
@@ -216,8 +234,6 @@ def _variance(strata_SN: list[Array]) -> tuple[float, float]:
         of_seeds = float(np.var(np.mean([values.mean(axis=1) for values in strata_SN], axis=0), ddof=1)) / n_seeds
     for values_SN in strata_SN:
         n_prompts = values_SN.shape[1]
-        if n_prompts == 1:
-            continue  # the variance over a single prompt is unknown
         share = len(strata_SN) ** 2 * n_prompts
         mean_N = values_SN.mean(axis=0)
         of_set = float(np.var(mean_N, ddof=1)) / share

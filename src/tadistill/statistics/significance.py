@@ -72,7 +72,7 @@ def equivalent(difference: Difference, margin: float) -> bool:
     """
     if not margin > 0:
         raise ValueError(f"an equivalence margin must be greater than 0, not {margin}")
-    return -margin < difference.low90 and difference.high90 < margin
+    return -margin < difference.low90 and difference.high90 < margin and not difference.one_prompt
 
 
 T = TypeVar("T")

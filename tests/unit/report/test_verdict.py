@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tadistill.report import write_report
 from tadistill.report.answer import answer
 from tadistill.report.explain import caution_texts, cautions, sample_text, verdict_text
 from tadistill.report.findings import against
@@ -197,3 +198,26 @@ def test_the_correction_counts_unfinished_arms_against_fine_tuning(tmp_path):
     assert "is not clearly better than plain fine-tuning (SFT, sft)" in answer(results).against_sft
     assert "after correction for 14 comparisons" in answer(results).against_sft
     assert "sft is clearly" not in against(results)
+
+
+def test_a_set_with_one_row_has_no_interval_and_decides_nothing(tmp_path):
+    """Its part of the variance used to count as 0, so the interval of the mean over sets became narrower, and a verdict followed."""
+    arms = [ArmSpec("xl", ("xl",), gain=6), ArmSpec("s", ("s",))]
+    spec = StudySpec(arms, seeds=(0,), sets={"dolly": 40, "one": 1}, fact_sets=(), trained=False, teacher=None)
+    study = build_study(tmp_path, spec)
+    results = study.read()
+    said = answer(results)
+    assert said.kind == "open"
+    assert said.answer.endswith("ROUGE-L, but does not clearly beat s.")
+    assert cautions(results) == [
+        "one has only one row that all arms answered. How scores vary between rows is then unknown, so means with it have no interval, and "
+        "nothing is claimed about them. Give it at least two rows, or leave it out."
+    ]
+    (compared,) = comparisons(results)
+    assert "A test set has only one prompt, so the difference cannot be tested." in verdict_text(results, compared)
+    assert "(no interval: a test set has only one prompt)" in verdict_text(results, compared)
+    write_report(results)
+    written = json.loads((study.study_dir / "results.json").read_text())
+    ends = {(m["set"], m["low"] is None) for m in written["means"] if m["arm"] == "xl" and m["metric"] == "rouge_l"}
+    assert ends == {("dolly", False), ("one", True), ("mean", True)}
+    assert [(c["low"], c["p"]) for c in written["comparisons"]] == [(None, 1.0)]
