@@ -55,6 +55,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
         verdicts = _ask(console, questions, settings, cache, client)
     rows = summarise(answers, questions, verdicts, mode=mode, against=against)
     more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": settings.temperature}
+    more["evaluations"] = answers.evaluations
     more |= {"unparsed": len(verdicts.unparsed), "missing": len(verdicts.refused), "unfinished": list(answers.unfinished)}
     write_summary(path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command, **more)
     _conclude(console, verdicts, plan)

@@ -61,7 +61,7 @@ def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) 
         key[f"p{number:03d}"] = {"set": item.set, "index": item.index, "letters": order}
     content = {"study": answers.plan.study, "name": name, "training_seed": answers.seeds[0], "seed": seed, "scale": SCALE, "items": key}
     identity = hashlib.sha256(json.dumps([content, shown], sort_keys=True).encode()).hexdigest()[:12]
-    return Sheet(identity, shown, {"sheet": identity} | content)
+    return Sheet(identity, shown, {"sheet": identity} | content | {"evaluations": answers.evaluations})
 
 
 def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
@@ -198,7 +198,7 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
         "agreement": agreement(ratings, scale=key["scale"]),
         "unparsed": 0,
         "missing": answers * len(raters) - len(ratings),
-    }
+    } | ({"evaluations": key["evaluations"]} if "evaluations" in key else {})  # sheets of earlier versions do not have them
 
 
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:

@@ -40,6 +40,12 @@ class Answers:
     items: tuple[Item, ...]
     unfinished: tuple[str, ...]
 
+    @property
+    def evaluations(self) -> dict[str, list[str]]:
+        """Maps each arm to the keys of the evaluations that wrote its answers, one per training seed. Reports use them to recognise
+        ratings of answers that the study no longer has."""
+        return {arm.name: [arm.evaluate[seed] for seed in self.seeds] for arm in self.plan.arms if arm.name in self.arms}
+
 
 def read_answers(
     study_dir: Path, store: Store, *, arms: Sequence[str] = (), sets: Sequence[str] = (), all_seeds: bool = False, limit: int | None = None

@@ -208,7 +208,7 @@ def _sections(results: Results) -> dict[str, Any]:
     lattice, budgets = paths.lattice_figure(results), paths.budget_figures(results)
     exposure, lengths, plane = behaviour.exposure_figure(results), behaviour.length_figure(results), scores.plane_figure(results)
     over_budgets = compute.curves_figure(results) if measured else None
-    panels, judged = behaviour.curve_figures(learning_curves(results), results), judgements(results.study_dir)
+    panels, judged = behaviour.curve_figures(learning_curves(results), results), judgements(results)
     return {
         "sections": findings.sections(results),
         "differences": markup(scores.difference_figure(results)) if measured else None,

@@ -1,11 +1,11 @@
 """Collect the answers of all arms to the same prompts, and the ratings by judges."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_thought
 from tadistill.disk import read_json
 from tadistill.errors import StoreError
@@ -13,8 +13,9 @@ from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Results, once
 from tadistill.results.measured import load_predictions
 from tadistill.results.number_text import number
+from tadistill.results.study import StudyPlan
 from tadistill.results.verdict import by_importance
-from tadistill.text import counted, form
+from tadistill.text import counted, form, listed
 
 _PROMPTS = 50  # maximum number of prompts per set: enough to read and search
 _BYTES = 1_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`
@@ -98,13 +99,16 @@ class Judgement:
     rows: tuple[tuple[str, ...], ...]
 
 
-def judgements(study_dir: Path) -> list[Judgement]:
-    """Return all judgements of a study, in the order of their file names. In each file, comparisons come before scores."""
+def judgements(results: Results) -> list[Judgement]:
+    """Return all judgements of a study, in the order of their file names. In each file, comparisons come before scores.
+
+    Ratings of answers that the study no longer has are left out, and the note names their arms: an arm was removed or trained again.
+    """
     found: list[Judgement] = []
-    for path in sorted((study_dir / "judge").glob("judge-*.json")):
+    for path in sorted((results.study_dir / "judge").glob("judge-*.json")):
         content = read_json(path)
         try:
-            found += _tables(content)
+            found += _tables(content, _former(content, results.plan))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"{path} is damaged ({type(error).__name__}: {error}); delete the file, and run `tadistill judge` again"
@@ -112,10 +116,26 @@ def judgements(study_dir: Path) -> list[Judgement]:
     return found
 
 
-def _tables(content: Mapping[str, Any]) -> list[Judgement]:
-    pairs = [row for row in content["rows"] if "wins" in row]
-    scores = [row for row in content["rows"] if "score" in row]
-    note = "Intervals are 95 %." + _gaps(content)
+def _former(content: Mapping[str, Any], plan: StudyPlan) -> list[str]:
+    """Return the rated arms whose answers the study no longer has."""
+    now = {arm.name: set(arm.evaluate.values()) for arm in plan.arms}
+    rated = dict.fromkeys(row[name] for row in content["rows"] for name in ("arm", "other") if name in row and row[name] != REFERENCE)
+    keys = content.get("evaluations", {})
+    return [arm for arm in rated if arm not in now or not set(keys.get(arm, ())) <= now[arm]]
+
+
+def _tables(content: Mapping[str, Any], former: Collection[str]) -> list[Judgement]:
+    rows = [row for row in content["rows"] if row["arm"] not in former and row.get("other") not in former]
+    pairs = [row for row in rows if "wins" in row]
+    scores = [row for row in rows if "score" in row]
+    about = _gaps(content)
+    if former:
+        about += f" The ratings of {listed(former)} are left out, because the study no longer has the rated answers."
+        if not rows:
+            return [Judgement(f"Ratings by {content['judge']} ({content['mode']})", about.strip(), (), ())]
+    if "evaluations" not in content:
+        about += " An earlier version wrote this file, so the ratings may be of answers that the study no longer has."
+    note = "Intervals are 95 %." + about
     tables: list[Judgement] = []
     if pairs:
         columns = ("arm against other", "set", "wins – ties – losses", "win rate (%)", "95 % interval", "prompts")
@@ -123,7 +143,7 @@ def _tables(content: Mapping[str, Any]) -> list[Judgement]:
     if scores:
         columns = ("arm", "set", "score", "95 % interval", "prompts")
         tables.append(Judgement(f"Scores by {content['judge']} ({content['mode']})", note, columns, tuple(map(_score, scores))))
-    return tables or [Judgement(f"{content['judge']} ({content['mode']}) gave no usable reply", _gaps(content), (), ())]
+    return tables or [Judgement(f"{content['judge']} ({content['mode']}) gave no usable reply", about.strip(), (), ())]
 
 
 def _gaps(content: Mapping[str, Any]) -> str:

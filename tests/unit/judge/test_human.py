@@ -73,6 +73,20 @@ def test_a_sheet_in_use_is_left_alone(study):
     assert export(study, limit=3, name="second") != page
 
 
+def test_a_sheet_and_its_ratings_name_the_evaluations(study, tmp_path):
+    page = export(study, limit=2)
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    rated = {arm["name"]: [arm["evaluate"]["10"]] for arm in plan["arms"] if arm["name"] != "late"}
+    assert key_of(page)["evaluations"] == rated
+    filled = fill(page, tmp_path / "ann.csv", lambda item, arm: 3)
+    assert read(study, filled)["evaluations"] == rated
+    key = key_of(page)
+    del key["evaluations"]  # a sheet of an earlier version is the same sheet, and can still be read
+    page.with_suffix(".key.json").write_text(json.dumps(key))
+    assert "evaluations" not in read(study, filled)
+    assert key_of(export(study, limit=2))["evaluations"] == rated
+
+
 def test_a_sheet_needs_two_answers(study):
     with pytest.raises(ConfigError, match="2 to 26 answers"):
         export(study, arms=["good"])

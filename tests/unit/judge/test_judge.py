@@ -16,6 +16,7 @@ from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands
 from tadistill.models.endpoint import connect
+from tadistill.results.sample_answers import judgements
 
 from .fake import as_json, completion, error, serve, slow
 
@@ -62,6 +63,36 @@ def test_arm_against_arm_and_scores(judged):
         ("good", 150, 150, 150, 4),
         ("bad", 50, 50, 50, 4),
     ]
+
+
+def test_ratings_of_answers_that_the_study_no_longer_has_are_left_out(judged):
+    with serve(honest) as fake:
+        found = judged(fake.url, sets=["dolly"])
+    plan_path = judged.study.study_dir / "plan.json"
+    plan = json.loads(plan_path.read_text())
+    keys = {arm["name"]: [arm["evaluate"]["10"]] for arm in plan["arms"]}
+    assert found["evaluations"] == {name: keys[name] for name in ("good", "bad")}
+
+    def shown() -> tuple[list[str], str]:
+        (table,) = judgements(judged.study.read())
+        return [row[0] for row in table.rows], table.note
+
+    assert shown() == (["good against reference", "bad against reference"], "Intervals are 95 %.")
+    arms = {arm["name"]: arm for arm in plan["arms"]}
+    arms["bad"]["evaluate"]["10"] = "0" * 16  # trained again with other settings
+    plan_path.write_text(json.dumps(plan))
+    left_out = "The ratings of {} are left out, because the study no longer has the rated answers."
+    assert shown() == (["good against reference"], f"Intervals are 95 %. {left_out.format('bad')}")
+    plan["arms"] = [arm for arm in plan["arms"] if arm["name"] != "good"]
+    plan_path.write_text(json.dumps(plan))
+    assert shown() == ([], left_out.format("good and bad"))
+
+    del found["evaluations"]  # a file of an earlier version
+    (judged.study.study_dir / "judge" / "judge-pair-judge-1.json").write_text(json.dumps(found))
+    rows, note = shown()
+    assert rows == ["bad against reference"]
+    assert left_out.format("good") in note
+    assert note.endswith("An earlier version wrote this file, so the ratings may be of answers that the study no longer has.")
 
 
 def test_position_bias_is_a_tie(judged):
