@@ -1,7 +1,7 @@
 """Collect the answers of all arms to the same prompts, and the ratings by judges."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ def _former(content: Mapping[str, Any], plan: StudyPlan) -> list[str]:
     return [arm for arm in rated if arm not in now or not set(keys.get(arm, ())) <= now[arm]]
 
 
-def _tables(content: Mapping[str, Any], former: Collection[str]) -> list[Judgement]:
+def _tables(content: Mapping[str, Any], former: Sequence[str]) -> list[Judgement]:
     rows = [row for row in content["rows"] if row["arm"] not in former and row.get("other") not in former]
     pairs = [row for row in rows if "wins" in row]
     scores = [row for row in rows if "score" in row]
