@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tadistill.report.explain import size_text
 from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import compare, greedy_decoding
-from tadistill.results.number_text import span
+from tadistill.results.number_text import size_text, span
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons, pairs
 from tadistill.statistics import Difference, holm

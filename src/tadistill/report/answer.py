@@ -13,12 +13,12 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.against_sft import against_sft, student_of
-from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, size_text, to_equal
+from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, to_equal
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
 from tadistill.results.compare import direct_of
-from tadistill.results.number_text import flops_text, number, parameters_text, with_unit
+from tadistill.results.number_text import flops_text, number, parameters_text, size_text, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.text import counted, listed

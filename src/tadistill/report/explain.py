@@ -14,12 +14,11 @@ from tadistill.plan.graph import distinct_labels
 from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
-from tadistill.results.measured import load_manifest, rows_text
-from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, signed, span, spoken_interval, with_unit
+from tadistill.results.measured import load_manifest, one_row_text, rows_text
+from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, span, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
-from tadistill.statistics import Difference
 from tadistill.store import FAILURE
 from tadistill.text import counted, form, listed, one_line, shortened
 
@@ -59,11 +58,6 @@ def verdict_text(results: Results, c: Comparison) -> str:
 def gap_words(c: Comparison) -> str:
     """Return the difference of a comparison, such as "the difference in ROUGE-L is +0.3 points (95 % interval −0.4 to 1.0)"."""
     return f"the difference in {metric_title(c.metric)} is {span(c.difference, c.metric, unit=True)}"
-
-
-def size_text(d: Difference, metric: str) -> str:
-    """Return the size of a difference, such as "+0.3 points of ROUGE-L (95 % interval −0.4 to 1.0)"."""
-    return f"{with_unit(signed(d.mean, metric), metric)} of {metric_title(metric)} ({spoken_interval(d, metric)})"
 
 
 def _word_text(c: Comparison) -> str:
@@ -193,7 +187,7 @@ def cautions(results: Results) -> list[str]:
     """Return cautions about the numbers: rows left out, test sets with one row, letters that the metric ignores, arms that were not treated
     equally, and too few seeds.
     """
-    known = (rows_text(results.used), _one_row_text(results), _unseen_text(results))
+    known = (rows_text(results.used), one_row_text(results.compared, len(results.plan.arms)), _unseen_text(results))
     about = (*known, _unequal_text(results), _off_budget_text(results), _unmeasured_text(results))
     texts = [text for text in about if text]
     texts += vocabulary_texts(results)
@@ -206,18 +200,6 @@ def cautions(results: Results) -> list[str]:
         said = counted(min(trained.values()), "seed") if same else _first(few, ", ")
         texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return texts
-
-
-def _one_row_text(results: Results) -> str:
-    sets = [name for name, rows in results.compared.items() if len(rows) == 1]
-    if not sets:
-        return ""
-    common = " that all arms answered" if len(results.plan.arms) > 1 else ""
-    has, it, them = ("has", "it", "it") if len(sets) == 1 else ("have", "each", "them")
-    return (
-        f"{some(sets)} {has} only one row{common}. How scores vary between rows is then unknown, so means with {them} have no interval, "
-        f"and nothing is claimed about them. Give {it} at least two rows, or leave {them} out."
-    )
 
 
 def _unmeasured_text(results: Results) -> str:

@@ -26,7 +26,7 @@ from tadistill.models.flops_and_memory import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
 from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store
-from tadistill.text import counted, form
+from tadistill.text import counted, form, listed
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 READ = ("scores.json", "corpus.json", "exposure.json", "predictions.jsonl", "metrics.jsonl")
@@ -268,6 +268,18 @@ def rows_text(used: Sequence[UsedRows]) -> str:
     apart = any(split.compared < split.counts.used for split in used)
     whole = " Metrics with one value per set use all rows that a model answered." if apart else ""
     return f"Rows left out, cut or divided: {'. '.join(found)}.{whole}" if found else ""
+
+
+def one_row_text(compared: Mapping[str, NDArray[np.int64]], arms: int) -> str:
+    """Return a caution that names the test sets of which only one row is compared. The result is empty if there is no such set."""
+    sets = [name for name, rows in compared.items() if len(rows) == 1]
+    if not sets:
+        return ""
+    has, it, them = ("has", "it", "it") if len(sets) == 1 else ("have", "each", "them")
+    return (
+        f"{listed(sets)} {has} only one row{' that all arms answered' * (arms > 1)}. How scores vary between rows is then unknown, so "
+        f"means with {them} have no interval, and nothing is claimed about them. Give {it} at least two rows, or leave {them} out."
+    )
 
 
 def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:

@@ -1,6 +1,6 @@
 """Numbers as text, for reports and terminal tables."""
 
-from tadistill.metrics import metric_of, metric_unit
+from tadistill.metrics import metric_of, metric_title, metric_unit
 from tadistill.results.collect import Summary
 from tadistill.statistics import Difference
 
@@ -47,6 +47,11 @@ def span(difference: Difference, metric: str, *, unit: bool = False) -> str:
     """Return a difference with its 95 % interval for a sentence: ``+0.3 (95 % interval −0.4 to 1.0)``. With `unit`, its unit is added."""
     size = signed(difference.mean, metric)
     return f"{with_unit(size, metric) if unit else size} ({spoken_interval(difference, metric)})"
+
+
+def size_text(difference: Difference, metric: str) -> str:
+    """Return the size of a difference, such as "+0.3 points of ROUGE-L (95 % interval −0.4 to 1.0)"."""
+    return f"{with_unit(signed(difference.mean, metric), metric)} of {metric_title(metric)} ({spoken_interval(difference, metric)})"
 
 
 def gap_text(difference: Difference, metric: str) -> str:
