@@ -197,7 +197,7 @@ def report_study(study: Path, store: Store, terminal: Terminal) -> None:
 
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
-    from tadistill.report.against_sft import student_of
+    from tadistill.report.analysis import student_of
     from tadistill.results.collect import MEAN, primary_metric, seeds_of
     from tadistill.results.verdict import comparisons
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.against_sft import against_sft, student_of
+from tadistill.report.analysis import against_sft, student_of
 from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, to_equal
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows

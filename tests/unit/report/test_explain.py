@@ -9,8 +9,7 @@ import pytest
 
 from tadistill.config.sampling import StudentSampler
 from tadistill.report import explain
-from tadistill.report.against_sft import sft_arm
-from tadistill.report.analysis import Row, analyses, hop_text, published
+from tadistill.report.analysis import Row, analyses, hop_text, published, sft_arm
 from tadistill.report.answer import answer
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
