@@ -12,7 +12,7 @@ the whole vocabulary at temperature 1:
 
 With `--mixture` two ways to sample from the mixture are timed instead, on a CPU in CPU time, so run it with OMP_NUM_THREADS=1:
 
-    lazy           `tadistill.rollout.fast_mixture`, in which a model reads several tokens at a time, and only when it has to
+    lazy           `tadistill.rollout.teacher_mixed_fast`, in which a model reads several tokens at a time, and only when it has to
     in step        the loop in which both models read every token; the tokens that it samples must be equal
 
 No token ends a response, so all do equal work. In a round each of them runs once, one after the other. The first round is dropped and the
@@ -32,7 +32,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from tadistill.rollout import fast_mixture
+from tadistill.rollout import teacher_mixed_fast
 from tadistill.rollout.draw import Mixture
 from tadistill.rollout.engine import sample
 
@@ -52,8 +52,8 @@ RATIOS = {"own": "generate", "own mixed": "generate both"}
 MIXTURE_RATIOS = {"lazy": "in step"}
 INTRODUCTION = "This page compares the time of tadistill's sampling loop with that of transformers' `generate`."
 MIXTURE_INTRODUCTION = (
-    "This page compares the times of two ways to sample the same tokens from 0.8 student + 0.2 teacher: `tadistill.rollout.fast_mixture`, "
-    "and the loop in which both models read every token. Times on a CPU are CPU times."
+    "This page compares the times of two ways to sample the same tokens from 0.8 student + 0.2 teacher: "
+    "`tadistill.rollout.teacher_mixed_fast`, and the loop in which both models read every token. Times on a CPU are CPU times."
 )
 
 
@@ -73,12 +73,12 @@ class Problem:
 
     def mixture_ways(self) -> dict[str, Callable[[], None]]:
         """Return what is timed with `--mixture`."""
-        guide, possible, said = Mixture(self.teacher, 0.2), fast_mixture.possible, []
+        guide, possible, said = Mixture(self.teacher, 0.2), teacher_mixed_fast.possible, []
 
         def timed(allowed: bool) -> None:
-            fast_mixture.possible = possible if allowed else lambda *_: False
+            teacher_mixed_fast.possible = possible if allowed else lambda *_: False
             said.append([r.tokens for r in sample(self.student, self.prompts, self.uniforms, eos=(), vocab=self.size.vocab, guide=guide)])
-            fast_mixture.possible = possible
+            teacher_mixed_fast.possible = possible
             assert said[-1] == said[0]
 
         return {"lazy": lambda: timed(True), "in step": lambda: timed(False)}

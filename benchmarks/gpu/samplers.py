@@ -16,7 +16,7 @@ from scipy.stats import chi2
 from transformers import GenerationConfig, PreTrainedModel
 
 from tadistill.models.forward import attention_for_any_shape
-from tadistill.rollout import fixed_shapes as at_fixed_shapes
+from tadistill.rollout import static_cache as at_fixed_shapes
 from tadistill.rollout.draw import Mixture, Rollout, Speculation
 from tadistill.rollout.engine import sample
 

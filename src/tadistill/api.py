@@ -30,7 +30,7 @@ from tadistill.plan.arms import Plan, make_plan
 from tadistill.report import read_results, summary_table, write_report
 from tadistill.results.collect import with_passes
 from tadistill.results.study import find_study, load_plan, trained_model
-from tadistill.runner.study import evaluation_recipe, run_study
+from tadistill.runner.run_study import evaluation_recipe, run_study
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.terminal import Terminal
 from tadistill.text import counted

@@ -3,7 +3,7 @@
 LOG_ZERO = -1e15
 """A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
 TILE_BYTES = 144 * 2**20
-"""Maximum size in bytes of the logits of student and teacher together, in one matrix product of the fused loss (`objectives.fused`)."""
+"""Maximum size in bytes of the logits of student and teacher together, in one matrix product of `objectives.fused_loss`."""
 TILE_ROWS = 384
 """Maximum number of tokens in one matrix product of the fused loss on a CPU. More tokens would need more memory and save no time."""
 OBJECTIVE = 3
@@ -17,7 +17,7 @@ COMPACT_BELOW = 0.8
 """Sampling removes finished rows from its key-value caches when the share of unfinished rows is below this value. Removing them at every
 step would be slow, because the caches are copied."""
 PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
-"""Model families for which sampling from a mixture of two models works on packed sequences, without padding (`rollout.fast_mixture`)."""
+"""Model families for which `rollout.teacher_mixed_fast` samples from two models on packed sequences, without padding."""
 OFF_BUDGET = 0.1
 """Two arms are not compared at equal compute if their FLOPs differ by more than this share."""
 LOG_POINTS = 100

@@ -20,7 +20,7 @@ QUICK = [
     ("import tadistill, tadistill.config, tadistill.plan.arms, tadistill.store, tadistill.report, tadistill.statistics", TORCH),
     # the first work of every run, also of one whose stages are finished
     (
-        "from tadistill.config import load; from tadistill.runner.study import fetch_models; from tadistill.terminal import Terminal; "
+        "from tadistill.config import load; from tadistill.runner.run_study import fetch_models; from tadistill.terminal import Terminal; "
         "fetch_models(load('recipes/quickstart.yaml'), Terminal())",
         TORCH,
     ),

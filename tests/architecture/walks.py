@@ -116,7 +116,7 @@ USE_COUNT = """
 from rich.console import Console
 from tadistill.plan.arms import _Planner
 from tadistill.plan.preview import print_plan
-from tadistill.runner.study import save_plan
+from tadistill.runner.run_study import save_plan
 
 planner = _Planner(recipe("objective: {type: forward_kl}, sampler: {type: dataset}"))
 plan = planner.plan()
@@ -148,7 +148,7 @@ USE_METRIC = """
 import json
 from tadistill.report import read_results, write_report
 from tadistill.report.model_card import model_card
-from tadistill.runner.study import save_plan
+from tadistill.runner.run_study import save_plan
 
 method = "objective: {type: forward_kl}, sampler: {type: dataset}"
 plan = make_plan(recipe(method, "metric: rouge_l", "new: xl > s, old: {path: xl > s, optim: {lr: 1e-3}}"))

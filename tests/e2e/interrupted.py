@@ -26,7 +26,7 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan, make_plan, plan_probes
 from tadistill.plan.graph import with_ancestors
 from tadistill.plan.task import Task, make_task
-from tadistill.rollout import teacher_signals as recorded
+from tadistill.rollout import recorded_signals as recorded
 from tadistill.runner.interruption import StopFlag
 from tadistill.stages import teacher
 from tadistill.stages.execute import run_stage

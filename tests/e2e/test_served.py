@@ -30,12 +30,12 @@ from tadistill.config.remote import Serve
 from tadistill.config.sampling import HiddenSignal, StudentSampler, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.data.encoding import Encoded
-from tadistill.models import server_requests
+from tadistill.models import served_model_requests
 from tadistill.models.loading import load_model
 from tadistill.models.served_model import served_teacher
 from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
-from tadistill.rollout import teacher_signals
+from tadistill.rollout import recorded_signals
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import Rollouts
 from tadistill.runner.remote import server_command
@@ -238,9 +238,9 @@ def test_recordings_of_a_served_teacher_are_those_of_the_model(teachers, tmp_pat
     """Hidden states from a server that gives these, and top-k tokens from one that gives more of them."""
     for gives, how in (("hidden", HiddenSignal()), ("top_k", TopKSignal(k=4, dtype="float32"))):
         for name in (gives, "local"):
-            teacher_signals.record(teacher_signals.of_teacher(teachers[name], pad=0), ROWS, how, tmp_path / gives / name, vocab=VOCAB)
+            recorded_signals.record(recorded_signals.of_teacher(teachers[name], pad=0), ROWS, how, tmp_path / gives / name, vocab=VOCAB)
         found, expected = (
-            teacher_signals.Signals(tmp_path / gives / name, torch.device("cpu")).target([2, 0]) for name in (gives, "local")
+            recorded_signals.Signals(tmp_path / gives / name, torch.device("cpu")).target([2, 0]) for name in (gives, "local")
         )
         near([getattr(found, part) for part in PARTS[gives]], [getattr(expected, part) for part in PARTS[gives]])
         if gives == "top_k":
@@ -253,8 +253,8 @@ PARTS = {"hidden": ("states",), "top_k": ("log_probs", "tail")}
 def test_a_study_survives_the_death_of_its_server(directory, servers, tmp_path, monkeypatch):
     """SFT, on-policy distillation, recording, comparison with the teacher, report. The server dies after some updates; a new one takes its
     address. The weights and the rows of the report are those of an undisturbed run with the teacher in this process, to rounding."""
-    recipe, server, asked, post = tmp_path / "served.yaml", servers["hidden"], [], server_requests.Servers.post
-    monkeypatch.setattr(server_requests, "PAUSES", (0.0,))
+    recipe, server, asked, post = tmp_path / "served.yaml", servers["hidden"], [], served_model_requests.Servers.post
+    monkeypatch.setattr(served_model_requests, "PAUSES", (0.0,))
     recipe.write_text(written(directory, server.at, "hidden", steps=6).replace("rows.jsonl", str(Path(directory).parent / "rows.jsonl")))
 
     def run(name, *changes):
@@ -268,7 +268,7 @@ def test_a_study_survives_the_death_of_its_server(directory, servers, tmp_path, 
             server.kill()
         return post(self, path, bodies, read)
 
-    monkeypatch.setattr(server_requests.Servers, "post", dying)
+    monkeypatch.setattr(served_model_requests.Servers, "post", dying)
     broken = run("broken")
     assert broken.code == 1
     said = broken.out + broken.err

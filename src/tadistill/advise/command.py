@@ -38,8 +38,8 @@ from tadistill.disk import finite, write_json, write_text
 from tadistill.metrics import NOT_COMPARABLE, metric_title
 from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
+from tadistill.runner.run_study import fetch_models, method_text
 from tadistill.runner.schedule import run_stages
-from tadistill.runner.study import fetch_models, method_text
 from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal

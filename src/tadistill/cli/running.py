@@ -50,7 +50,7 @@ def plan(
     loaded = read_recipe(recipe, overrides)
     store, accelerator = store_of(runs_directory(runs)), None
     if measure:
-        from tadistill.runner.study import fetch_models
+        from tadistill.runner.run_study import fetch_models
 
         fetch_models(loaded, console)
     else:
@@ -204,7 +204,7 @@ def _evaluate(
 ) -> Path:
     """Evaluate models, and return the study's directory. `measured` has the values of --on and --tasks."""
     from tadistill.config import parse
-    from tadistill.runner.study import SUITE, evaluation_recipe
+    from tadistill.runner.run_study import SUITE, evaluation_recipe
 
     tasks = measured[1]
     on = measured[0] if measured[0] is not None else "" if tasks else ",".join(SUITE)

@@ -171,7 +171,7 @@ def terminal_for(quiet: bool, verbose: bool, log: str) -> Terminal:
 
 def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, terminal: Terminal) -> Path:
     """Run a study, write its report, print how it ended, and return the study's directory."""
-    from tadistill.runner.study import run_study
+    from tadistill.runner.run_study import run_study
 
     with interruptible(terminal):
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=terminal)

@@ -16,7 +16,7 @@ from tadistill.errors import ConfigError, TadistillError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tadistill.config.lookup import Entry
+    from tadistill.config.key_help import Entry
 
 
 app = typer.Typer()
@@ -210,8 +210,8 @@ def explain(
 
 def _entries(asked: str) -> "list[Entry]":
     """Return the explanations of a word: its sentence in the glossary; then each recipe key and each allowed value that has this name."""
-    from tadistill.config.lookup import Entry
-    from tadistill.config.lookup import explain as in_recipes
+    from tadistill.config.key_help import Entry
+    from tadistill.config.key_help import explain as in_recipes
     from tadistill.glossary import GLOSSARY, metric_text
     from tadistill.metrics import METRICS
 

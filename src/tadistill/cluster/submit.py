@@ -41,7 +41,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.remote import check_asked
 from tadistill.plan.task import make_task
-from tadistill.runner.study import save_plan
+from tadistill.runner.run_study import save_plan
 from tadistill.store import command_for, store_of
 from tadistill.terminal import Terminal
 from tadistill.text import counted

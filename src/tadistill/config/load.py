@@ -18,7 +18,7 @@ from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.common import Strict
-from tadistill.config.problems import problems
+from tadistill.config.error_messages import problems
 from tadistill.config.recipe import Recipe, own_functions
 from tadistill.config.recipe_files import Lines, located, settled, shipped, where
 from tadistill.config.reference import classes, named_classes

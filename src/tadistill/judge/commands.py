@@ -14,8 +14,8 @@ from tadistill.errors import ConfigError, JudgeFailed
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
 from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all, estimate_requests, stopped, summarise, write_summary
-from tadistill.models.endpoint import Unavailable, check_address, connect, knock
-from tadistill.models.endpoint_replies import Cache, open_cache
+from tadistill.models.chat_api import Unavailable, check_address, connect, knock
+from tadistill.models.chat_api_replies import Cache, open_cache
 from tadistill.results.study import find_study
 from tadistill.store import store_of
 from tadistill.text import counted

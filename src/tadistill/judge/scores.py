@@ -23,8 +23,8 @@ from tadistill.config.evaluate import REFERENCE, Judge
 from tadistill.disk import write_json
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import Answers, Question, parse_scores, wordings
-from tadistill.models.endpoint import Refused, Reply, Unavailable, complete, estimated_tokens
-from tadistill.models.endpoint_replies import Cache, in_threads
+from tadistill.models.chat_api import Refused, Reply, Unavailable, complete, estimated_tokens
+from tadistill.models.chat_api_replies import Cache, in_threads
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
 from tadistill.text import counted
@@ -96,7 +96,7 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 
 
 def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
-    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.endpoint.complete` does."""
+    """Send one question to the judge, and return the reply. Raises Refused and Unavailable as `models.chat_api.complete` does."""
     message = {"role": "user", "content": text}
     return complete(
         client,

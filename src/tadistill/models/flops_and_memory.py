@@ -15,8 +15,8 @@ PHASE/MODEL, where MODEL is student or teacher. There are seven phases:
 - watching: computing metrics of sampled text
 
 `Memory` also includes activations and logits, which depend on the batch. `plan.costs` computes it. Activations are those of transformers'
-modules under autocast, for the model families of `models.sizes`. `tests/unit/models/test_activations.py` compares them with the tensors
-that autograd stores.
+modules under autocast, for the model families of `models.parameter_counts`. `tests/unit/models/test_activations.py` compares them with
+the tensors that autograd stores.
 """
 
 import ctypes

@@ -32,7 +32,7 @@ from tadistill.errors import ConfigError, ModelError
 from tadistill.models.architectures import first_line, quiet
 from tadistill.models.loading import read_model, read_tokenizer
 from tadistill.models.model_files import ADAPTER, ADAPTER_WEIGHTS, TOKENIZERS, check_files, read_description
-from tadistill.models.sizes import Adapters, adapters_of
+from tadistill.models.parameter_counts import Adapters, adapters_of
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -108,8 +108,8 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def adapters_in(model: PreTrainedModel) -> Adapters | None:
-    """Return the parameter counts of the adapters in a model. Return None if there are none, or if `models.sizes` does not know the model
-    family."""
+    """Return the parameter counts of the adapters in a model. Return None if there are none, or if
+    `models.parameter_counts` does not know the model family."""
     found = {name.removesuffix(_DOWN): weight.shape[0] for name, weight in model.named_parameters() if name.endswith(_DOWN)}
     if not found:
         return None

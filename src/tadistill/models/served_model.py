@@ -24,7 +24,7 @@ from tadistill.models import sources
 from tadistill.models.architectures import build_on_meta, check_architecture, first_line, quiet, scratch_model
 from tadistill.models.forward import Reader, logit_changes, output_head
 from tadistill.models.model_files import is_adapter, read_description, weight_map
-from tadistill.models.server_requests import Answer, Broken, Refused, Servers
+from tadistill.models.served_model_requests import Answer, Broken, Refused, Servers
 from tadistill.models.teachers import (
     COMPLETIONS,
     POOLING,

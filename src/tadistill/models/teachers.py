@@ -1,7 +1,7 @@
 """Teachers: frozen models whose outputs (hidden states or top-k log-probabilities) are the targets of a student's loss.
 
     teacher = teacher_of(model)                     # a model in this process: whole, sharded or offloaded
-    teacher.target(batch)                           # its outputs at the N tokens of the loss, for `objectives.fused`
+    teacher.target(batch)                           # its outputs at the N tokens of the loss, for `objectives.fused_loss`
     teacher.scored(batch, vocab)                    # these outputs, and the log-probability of the token after each of the N tokens
 
 All other code treats all teachers in the same way, also those that run on servers of vLLM (`ServedHidden`, `ServedTopK`). A server runs the
@@ -28,9 +28,9 @@ from tadistill.config.sampling import TopKSignal
 from tadistill.constants import LOG_ZERO
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
-from tadistill.models.server_requests import Answer, Broken, Servers, read_json
+from tadistill.models.parameter_counts import Work
+from tadistill.models.served_model_requests import Answer, Broken, Servers, read_json
 from tadistill.models.sharding import load_weights, reshard, weights
-from tadistill.models.sizes import Work
 from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
 from tadistill.objectives.sparse import remaining
 

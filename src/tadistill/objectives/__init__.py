@@ -18,7 +18,7 @@ from tadistill.objectives.divergence import (
     skew_reverse_kl,
     total_variation,
 )
-from tadistill.objectives.fused import fused_divergence, fused_head
+from tadistill.objectives.fused_loss import fused_divergence, fused_head
 from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
 from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, no_teacher, token_log_probs
 from tadistill.objectives.spans import SpanTokens, fused_span_distance, fused_span_divergence, span_log_probs, span_rewards

@@ -21,7 +21,7 @@ from torch import Tensor
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import at_least_float32, dot, through_softmax, wide
-from tadistill.objectives.fused import Part, fused_parts
+from tadistill.objectives.fused_loss import Part, fused_parts
 from tadistill.objectives.spelling import SpelledText
 from tadistill.objectives.targets import Head, Hidden
 

@@ -37,7 +37,7 @@ from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import at_least_float32, dot, through_softmax
-from tadistill.objectives.fused import Part, fused_parts, fused_terms, part_of
+from tadistill.objectives.fused_loss import Part, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import LEAST, SpelledPair, symbol_divergence, tensor_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.spelling import first_symbols

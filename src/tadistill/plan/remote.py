@@ -20,7 +20,7 @@ from tadistill.data.rows import Example
 from tadistill.data.survey import survey
 from tadistill.data.turns import without_thinking
 from tadistill.errors import ConfigError, about
-from tadistill.models.endpoint import estimated_tokens
+from tadistill.models.chat_api import estimated_tokens
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Handle, Loaded
 from tadistill.plan.kinds import AnalyseSpec, AskSpec, DistillSpec, SignalSpec, Spec

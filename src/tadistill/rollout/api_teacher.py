@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from tadistill.config.common import Decoding
 from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed
-from tadistill.models.endpoint import PUBLIC, Refused, Reply, Unavailable, complete, connect
-from tadistill.models.endpoint_replies import Cache, in_threads
+from tadistill.models.chat_api import PUBLIC, Refused, Reply, Unavailable, complete, connect
+from tadistill.models.chat_api_replies import Cache, in_threads
 from tadistill.text import counted, form
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
-`Native` is an engine: an object that samples responses to prompts. `rollout.vllm` has the engine that uses vLLM. `sample` is the loop
-over positions. `fast_mixture` samples faster from a mixture of two models, and `fixed_shapes` samples faster on a GPU. Both give the same
-result, but do not support all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The
-caller gives the random numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences
-are removed from the batch.
+`Native` is an engine: an object that samples responses to prompts. `rollout.vllm` has the engine that uses vLLM. `sample` is the loop over
+positions. `teacher_mixed_fast` samples faster from a mixture of two models, and `static_cache` samples faster on a GPU. Both give the same
+result, but do not support all models and settings. `decoder` chooses how each model keeps earlier tokens, usually in a KV cache. The caller
+gives the random numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences are removed
+from the batch.
 
 Axes: B sequences, T positions, V vocabulary size, H hidden size.
 """
@@ -24,7 +24,7 @@ from tadistill.constants import COMPACT_BELOW
 from tadistill.models.forward import evaluating
 from tadistill.models.modify import in_bfloat16
 from tadistill.objectives.tiles import free_bytes
-from tadistill.rollout import fast_mixture, fixed_shapes
+from tadistill.rollout import static_cache, teacher_mixed_fast
 from tadistill.rollout.decoder import WAYS, Decoder, groups, left_padded, way_of
 from tadistill.rollout.draw import Guide, Mixture, Record, Rollout, next_tokens, processors, teacher_tap
 
@@ -97,14 +97,15 @@ def sample(
     record = Record(len(prompts), uniforms_BT.shape[1], eos, models)
     with evaluating(student):
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
-        packed = isinstance(guide, Mixture) and decoding.plain and all(fast_mixture.possible(model, capacity) for model in models.values())
-        # without CUDA graphs, `fast_mixture` starts fewer kernels than `fixed_shapes`, where both models process every token
-        in_step = student.device.type in fixed_shapes.DEVICES and not packed
-        if in_step and all(fixed_shapes.possible(model, capacity, decoding) for model in models.values()):
-            fixed_shapes.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
+        fit = (teacher_mixed_fast.possible(model, capacity) for model in models.values())
+        packed = isinstance(guide, Mixture) and decoding.plain and all(fit)
+        # without CUDA graphs, `teacher_mixed_fast` starts fewer kernels than `static_cache`, where both models process every token
+        in_step = student.device.type in static_cache.DEVICES and not packed
+        if in_step and all(static_cache.possible(model, capacity, decoding) for model in models.values()):
+            static_cache.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
         elif packed:
             assert isinstance(guide, Mixture)
-            fast_mixture.fill(record, student, prompts, uniforms_BT, vocab, guide)
+            teacher_mixed_fast.fill(record, student, prompts, uniforms_BT, vocab, guide)
         else:
             for rows in groups(prompts, all(way_of(model).padded for model in models.values())):
                 batch = _Batch(models, [prompts[row] for row in rows], uniforms_BT[rows], vocab)

@@ -24,7 +24,7 @@ from tadistill.data.other_tokenizer import Rereader, SecondReading
 from tadistill.data.training_sets import TrainingSets
 from tadistill.objectives import Hidden, Sampled, TopK
 from tadistill.rollout.engine import Engine
-from tadistill.rollout.teacher_signals import Signals
+from tadistill.rollout.recorded_signals import Signals
 
 T = TypeVar("T")
 Config = TypeVar("Config", bound=OnPolicy)

@@ -149,7 +149,7 @@ def _check_peft(recipe: Recipe) -> None:
 
 def _check_tasks(recipe: Recipe) -> None:
     if plan_tasks(recipe) is not None:
-        from tadistill.evaluation.harness import load_tasks  # here: it imports lm-eval, which is optional
+        from tadistill.evaluation.lm_eval_tasks import load_tasks  # here: it imports lm-eval, which is optional
 
         tasks = load_tasks(recipe.evaluate.tasks, recipe.data.root)
         if twice := [ref.name for ref in recipe.data.test if ref.name in tasks]:

@@ -22,9 +22,9 @@ from tadistill.config.sampling import OnPolicy
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering, ServerFailed, TadistillError
 from tadistill.models import sources
-from tadistill.models.endpoint import Unavailable, knock
-from tadistill.models.endpoint_replies import read_replies
-from tadistill.models.server_requests import Servers
+from tadistill.models.chat_api import Unavailable, knock
+from tadistill.models.chat_api_replies import read_replies
+from tadistill.models.served_model_requests import Servers
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import Loaded

@@ -25,7 +25,7 @@ from tadistill.data.survey import survey
 from tadistill.errors import TadistillError
 from tadistill.metrics import names_in
 from tadistill.models.flops_and_memory import NOT_LEARNING, phase, spans
-from tadistill.models.sizes import Work, forward_flops
+from tadistill.models.parameter_counts import Work, forward_flops
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger

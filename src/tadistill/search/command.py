@@ -23,8 +23,8 @@ from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, total_flops, with_ancestors
 from tadistill.plan.paths import with_parents
+from tadistill.runner.run_study import fetch_models
 from tadistill.runner.schedule import run_stages
-from tadistill.runner.study import fetch_models
 from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, write_choice
 from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name

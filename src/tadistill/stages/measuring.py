@@ -30,7 +30,7 @@ from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
 from tadistill.text import counted
 
 if TYPE_CHECKING:
-    from tadistill.evaluation.harness import TaskResult
+    from tadistill.evaluation.lm_eval_tasks import TaskResult
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate)
     planned, found = context.spec.tasks, {}
     if planned is None:
         return found
-    from tadistill.evaluation import harness  # here: it imports lm-eval, which is optional
+    from tadistill.evaluation import lm_eval_tasks
 
     context.progress(0, 1, "loading tasks of lm-eval")
-    tasks = harness.load_tasks(planned.names, context.task.data_root)
+    tasks = lm_eval_tasks.load_tasks(planned.names, context.task.data_root)
     for (file, found), before in zip(task_files(planned.names), planned.files, strict=True):
         check_unchanged(file, before, found)
     for i, (name, task) in enumerate(tasks.items()):
@@ -85,9 +85,9 @@ def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate)
             context.progress(i, len(tasks), f"running {name} of lm-eval")
             chat = context.spec.data.template == "chat"
             limits = {"fewshot": planned.fewshot, "limit": planned.limit, "batch": settings.batch, "chat": chat}
-            result = harness.read_samples(name, harness.run_task(name, task, subject, **limits), settings.seeds[0])
+            result = lm_eval_tasks.read_samples(name, lm_eval_tasks.run_task(name, task, subject, **limits), settings.seeds[0])
             write_json(part, asdict(result))
-        found[name] = harness.TaskResult(**read_json(part))
+        found[name] = lm_eval_tasks.TaskResult(**read_json(part))
         if found[name].left_out:
             context.alarm(f"{name}: {', '.join(found[name].left_out)} of lm-eval is left out, because it has no value from 0 to 1 per item")
     return found

@@ -27,7 +27,7 @@ from tadistill.disk import read_json, stream_jsonl, write_rows
 from tadistill.errors import DataError
 from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.token_scores import Subject, entropy, means
-from tadistill.models.endpoint_replies import open_cache
+from tadistill.models.chat_api_replies import open_cache
 from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
@@ -37,7 +37,7 @@ from tadistill.plan.inputs import TokenizerFiles
 from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSpec, TemperSpec
 from tadistill.plan.remote import wanted_of
 from tadistill.rollout.api_teacher import Asking, replies_file
-from tadistill.rollout.teacher_signals import complete, of_teacher, record
+from tadistill.rollout.recorded_signals import complete, of_teacher, record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked
 from tadistill.text import counted, form
 

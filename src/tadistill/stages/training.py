@@ -33,9 +33,9 @@ from tadistill.plan.inputs import Encoding, Output, Split
 from tadistill.plan.kinds import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
 from tadistill.rollout.engine import Native
+from tadistill.rollout.recorded_signals import Signals
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
-from tadistill.rollout.teacher_signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context
 from tadistill.store import ROLLOUTS
 from tadistill.text import counted

@@ -19,10 +19,10 @@ from tadistill.data.batch import Batch
 from tadistill.models.flops_and_memory import CostPart
 from tadistill.models.forward import is_packed
 from tadistill.models.modify import adapters_in
-from tadistill.models.sizes import Size, Work, forward_flops, size_of, training_flops, with_adapters
+from tadistill.models.parameter_counts import Size, Work, forward_flops, size_of, training_flops, with_adapters
 from tadistill.models.teachers import HiddenTeacher, Teacher, nothing
 from tadistill.objectives import Head
-from tadistill.objectives.fused import heads_watched
+from tadistill.objectives.fused_loss import heads_watched
 from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 
@@ -51,7 +51,7 @@ class Meter:
 
     Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
     attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes or, with
-    LoRA adapters, as `models.sizes` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
+    LoRA adapters, as `models.parameter_counts` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
     `models.flops_and_memory` names the parts of the work.
     """
 
@@ -142,7 +142,7 @@ class Meter:
             rows, width = ids.shape
             if packed := kwargs.get("rows"):
                 pairs = sum(length**2 for length in packed)
-            elif mask is not None and mask.ndim == 4:  # in `rollout.fast_mixture` and `rollout.fixed_shapes`: (B, 1, new tokens, columns)
+            elif mask is not None and mask.ndim == 4:  # (B, 1, new tokens, columns), as in `teacher_mixed_fast` and `static_cache`
                 pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
             else:
                 pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))

@@ -18,7 +18,7 @@ from torch import Tensor
 from tadistill.data.batch import Batch
 from tadistill.data.other_tokenizer import CHANGED, STRIPPED, Aligned, Rereader
 from tadistill.objectives import Head, Hidden, SpanTokens, span_rewards
-from tadistill.objectives.fused import Term, fused_parts, fused_terms, part_of
+from tadistill.objectives.fused_loss import Term, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import SpelledPair
 from tadistill.objectives.spans import fused_span_distance, fused_span_divergence, span_log_probs, span_sums
 from tadistill.objectives.spelling import SpelledText, SpelledVocabulary

@@ -1,4 +1,4 @@
-"""The loss of each method. It is a sum of terms, which `objectives.fused` computes without storing all logits.
+"""The loss of each method. It is a sum of terms, which `objectives.fused_loss` computes without storing all logits.
 
 `make_step` turns the configuration of a method into a `Step`, which the training loop calls. The objective becomes a function that returns
 the terms of a batch. A `TeacherTerm` is a divergence from the teacher. A `TokenTerm` is a function of the tokens' log-probabilities.
@@ -26,7 +26,7 @@ from tadistill.data.other_tokenizer import Rereader
 from tadistill.models.forward import Reader
 from tadistill.models.teachers import MovingAverage, Teacher, teacher_of
 from tadistill.objectives import TaidSchedule, TargetMixture
-from tadistill.objectives.fused import Term, fused_parts, part_of
+from tadistill.objectives.fused_loss import Term, fused_parts, part_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Target, TeacherTerm
 from tadistill.train import spans

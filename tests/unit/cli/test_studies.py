@@ -6,7 +6,7 @@ from tests.unit.runner.small import small
 from tadistill.config import parse
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import load_plan
-from tadistill.runner.study import save_plan
+from tadistill.runner.run_study import save_plan
 
 RECIPE = small("s")
 

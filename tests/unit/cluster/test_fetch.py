@@ -22,8 +22,8 @@ from tadistill.config import parse
 from tadistill.data import tinyworld
 from tadistill.errors import DataError, ModelError
 from tadistill.models import sources
+from tadistill.models.parameter_counts import read_config
 from tadistill.models.served_model import read_head
-from tadistill.models.sizes import read_config
 
 ONE, TWO = "1" * 40, "2" * 40
 ROWS = "".join(json.dumps({"instruction": f"say {i}", "output": str(i), "text": f"text {i}"}) + "\n" for i in range(4)).encode()

@@ -20,7 +20,7 @@ from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown
 from tadistill.results.collect import read_results
 from tadistill.runner.remote import examined, longest_text, server_command, start_server
-from tadistill.runner.study import save_plan
+from tadistill.runner.run_study import save_plan
 from tadistill.store import Store
 
 SHAPE = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"

@@ -15,7 +15,7 @@ from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands
-from tadistill.models.endpoint import connect
+from tadistill.models.chat_api import connect
 from tadistill.results.sample_answers import judgements
 
 from .fake import as_json, completion, error, serve, slow

@@ -242,7 +242,7 @@ def test_ids_without_gaps_are_as_many_as_tokens(tokenizer):
 
 def test_the_package_imports_no_torch():
     program = (
-        "import sys; from tadistill.models.sizes import size_of; from tadistill.models.sources import fingerprint; "
+        "import sys; from tadistill.models.parameter_counts import size_of; from tadistill.models.sources import fingerprint; "
         "size_of({}); fingerprint('gpt2'); print({'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTra
 from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.modify import adapt, adapters_in, merged
-from tadistill.models.sizes import adapters_of
+from tadistill.models.parameter_counts import adapters_of
 
 IDS = torch.tensor([[3, 9, 5, 7, 11]])
 TARGETS = {"gpt2": "attn.c_proj", "opt": "out_proj", "llama": "o_proj", "qwen2": "o_proj"}

@@ -15,7 +15,7 @@ from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
 from tadistill.models.forward import PACKABLE, ROWS, Reader, check_packing, is_packed, pack_rows
 from tadistill.models.modify import recompute_layers
-from tadistill.rollout import fast_mixture
+from tadistill.rollout import teacher_mixed_fast
 from tadistill.rollout.engine import sample
 from tadistill.train.monitoring import Meter
 from tadistill.train.step import make_step
@@ -111,7 +111,7 @@ def test_other_passes_do_not_change(tmp_path):
     inputs = {"input_ids": BATCH.ids_BT, "attention_mask": BATCH.attention_BT, "position_ids": BATCH.positions_BT}
     with torch.no_grad():
         assert torch.equal(packed(**inputs).logits, padded(**inputs).logits)
-    assert fast_mixture.possible(packed, 8)
+    assert teacher_mixed_fast.possible(packed, 8)
     uniforms = rng.uniforms(range(2), 6, 1, "test")
     tokens = [[r.tokens for r in sample(m, [(3, 4), (5,)], uniforms, eos=(0,), vocab=31)] for m in (padded, packed)]
     assert tokens[0] == tokens[1]

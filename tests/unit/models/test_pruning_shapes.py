@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.parameter_counts import size_of
 from tadistill.models.pruning import prune
 from tadistill.models.shapes import Shape, check_shape, shape_of, with_shape
-from tadistill.models.sizes import size_of
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tadistill.models.loading import load_model, save_model
+from tadistill.models.parameter_counts import size_of
 from tadistill.models.prunable_parts import Importance
 from tadistill.models.pruning import prune
 from tadistill.models.shapes import shape_of
-from tadistill.models.sizes import size_of
 
 IDS = torch.tensor([[5, 9, 2, 30, 7, 11, 3]])
 ROTARY = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3}

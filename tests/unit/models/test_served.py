@@ -16,9 +16,9 @@ from tadistill.config.sampling import TopKSignal
 from tadistill.constants import LOG_ZERO
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, ModelError, ServerFailed
-from tadistill.models import served_model, server_requests
+from tadistill.models import served_model, served_model_requests
 from tadistill.models.served_model import check_servers, fetch_config, names_of, read_head, served_teacher
-from tadistill.models.server_requests import Servers
+from tadistill.models.served_model_requests import Servers
 from tadistill.models.teachers import teacher_of, top_k_target
 from tadistill.objectives import top_k
 
@@ -41,7 +41,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_new(here, monkeypatch):
-    monkeypatch.setattr(server_requests, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(served_model_requests, "PAUSES", (0.0, 0.0))
     here.fault, here.name, here.longest = (lambda number, path, body, reply: reply), here.directory, 128
     here.asked.clear()
     here.keys.clear()

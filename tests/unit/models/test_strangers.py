@@ -15,7 +15,7 @@ import tadistill
 from tadistill.errors import ModelError
 from tadistill.models import sources
 from tadistill.models.loading import check_model, load_model, load_tokenizer
-from tadistill.models.sizes import read_config
+from tadistill.models.parameter_counts import read_config
 
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('ran')\nclass X: pass\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"

@@ -11,8 +11,8 @@ from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.data.prompts import messages
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.endpoint import Reply
-from tadistill.models.endpoint_replies import open_cache
+from tadistill.models.chat_api import Reply
+from tadistill.models.chat_api_replies import open_cache
 from tadistill.plan.arms import make_plan
 from tadistill.plan.kinds import AskSpec, RetokeniseSpec
 from tadistill.plan.notes import approximations
@@ -21,7 +21,7 @@ from tadistill.plan.task import name_of
 from tadistill.plan.throughput import wall_clock
 from tadistill.rollout.api_teacher import replies_file
 from tadistill.runner.remote import announced, examined
-from tadistill.runner.study import describe
+from tadistill.runner.run_study import describe
 from tadistill.store import Store
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -8,7 +8,7 @@ from tadistill.config.added_arms import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.notes import off_budget
-from tadistill.runner.study import describe
+from tadistill.runner.run_study import describe
 
 METHOD = {
     "objective": {"type": "reverse_kl"},

@@ -162,18 +162,18 @@ def test_predictions_and_the_code_that_runs_read_the_same_constants():
     from tadistill.models import flops_and_memory
     from tadistill.objectives import tiles
     from tadistill.plan.costs import ledger, sizes_and_lengths, training
-    from tadistill.rollout import engine, fast_mixture, teacher_signals
+    from tadistill.rollout import engine, recorded_signals, teacher_mixed_fast
     from tadistill.stages import teacher
     from tadistill.train import loop, monitoring
 
-    assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == fast_mixture.COMPACT_BELOW
-    assert sizes_and_lengths.PACKED_FAMILIES == fast_mixture.PACKED_FAMILIES
+    assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == teacher_mixed_fast.COMPACT_BELOW
+    assert sizes_and_lengths.PACKED_FAMILIES == teacher_mixed_fast.PACKED_FAMILIES
     assert (flops_and_memory.TILE_BYTES, flops_and_memory.TILE_ROWS, flops_and_memory.OBJECTIVE) == (
         tiles.TILE_BYTES,
         tiles.TILE_ROWS,
         tiles.OBJECTIVE,
     )
-    assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, teacher_signals.RECORDING_BATCH)
+    assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, recorded_signals.RECORDING_BATCH)
     assert (training.LOG_POINTS, training.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)
     assert training.WATCHED_ROWS == monitoring.WATCHED_ROWS
 

@@ -11,7 +11,7 @@ from tadistill.errors import ConfigError, TadistillError
 from tadistill.objectives import Head, Hidden, fused_divergence, reverse_kl
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
-from tadistill.runner.study import fetch_models
+from tadistill.runner.run_study import fetch_models
 from tadistill.terminal import Terminal
 
 RECIPE = """\

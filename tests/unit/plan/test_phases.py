@@ -9,7 +9,7 @@ from tests.unit.plan.test_plan import model, plan
 from tadistill.errors import ConfigError
 from tadistill.plan import preview
 from tadistill.plan.inputs import FromStage
-from tadistill.runner.study import describe
+from tadistill.runner.run_study import describe
 from tadistill.store import Store
 
 METHOD = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}, "optim": {"steps": 40, "batch": 8}, "select": {"every": 8}}

@@ -10,7 +10,7 @@ from tests.unit.judge.fake import as_json, error, serve
 from tadistill.config.common import Decoding
 from tadistill.config.remote import Api
 from tadistill.errors import ConfigError, ServerFailed, StoreError
-from tadistill.models.endpoint_replies import open_cache, read_replies
+from tadistill.models.chat_api_replies import open_cache, read_replies
 from tadistill.rollout import api_teacher as module
 from tadistill.rollout.api_teacher import Asking, Pace, replies_file, requests, same_model
 

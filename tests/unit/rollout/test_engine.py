@@ -16,7 +16,7 @@ from tests.unit.rollout.test_generate import EOS, PROMPTS, VOCAB, assert_frequen
 from tadistill.config.common import Decoding
 from tadistill.models.modify import in_bfloat16
 from tadistill.rollout import engine as engines
-from tadistill.rollout import fixed_shapes
+from tadistill.rollout import static_cache
 from tadistill.rollout.draw import Mixture
 from tadistill.rollout.engine import Native, cache_bytes, row_bytes, sample
 
@@ -111,7 +111,7 @@ def in_half():
 
 @pytest.mark.parametrize("in_step", [False, True])
 def test_a_round_is_sampled_from_the_bfloat16_model(prepared, in_step, monkeypatch):
-    monkeypatch.setattr(fixed_shapes, "DEVICES", {"cpu"} if in_step else set())
+    monkeypatch.setattr(static_cache, "DEVICES", {"cpu"} if in_step else set())
     plain = in_half()
     found, _ = respond(prepared, half=True)
     expected, _ = respond(plain)

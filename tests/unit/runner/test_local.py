@@ -22,8 +22,8 @@ from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
 from tadistill.runner import local, processes, screen
 from tadistill.runner.local import Journal, StageProgress, local_runs
+from tadistill.runner.run_study import _beginning, save_plan
 from tadistill.runner.screen import Screen
-from tadistill.runner.study import _beginning, save_plan
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 from tadistill.train.checkpoint import Checkpoints, TrainState

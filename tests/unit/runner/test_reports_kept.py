@@ -7,7 +7,7 @@ import yaml
 
 from tadistill.config import parse
 from tadistill.plan.arms import make_plan
-from tadistill.runner.study import evaluation_recipe, save_plan
+from tadistill.runner.run_study import evaluation_recipe, save_plan
 from tadistill.terminal import Terminal
 
 RECIPE = """

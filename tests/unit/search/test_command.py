@@ -12,7 +12,7 @@ from tadistill.config import load, validate
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
-from tadistill.runner.study import run_study
+from tadistill.runner.run_study import run_study
 from tadistill.search import command as module
 from tadistill.search.choice import write_choice
 from tadistill.search.command import affordable, find_path, path_arms, path_flops

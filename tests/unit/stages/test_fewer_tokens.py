@@ -16,8 +16,8 @@ from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
 from tadistill.plan.inputs import Output
 from tadistill.plan.kinds import DistillSpec, SignalSpec
+from tadistill.rollout.recorded_signals import Signals
 from tadistill.rollout.samplers import Shard
-from tadistill.rollout.teacher_signals import Signals
 from tadistill.stages import measuring, teacher, training
 
 ROWS = [Encoded(row, (3, row), (9, 0), teacher_prompt=(4, 4, row)) for row in range(5, 11)]

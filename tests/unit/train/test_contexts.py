@@ -19,9 +19,9 @@ from tadistill.models.forward import pack_rows
 from tadistill.models.teachers import InProcess, sequences
 from tadistill.objectives import Hidden
 from tadistill.rollout.engine import Native
+from tadistill.rollout.recorded_signals import Signals, of_teacher, record
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
-from tadistill.rollout.teacher_signals import Signals, of_teacher, record
 from tadistill.train.monitoring import watch
 from tadistill.train.step import counts, make_step
 

@@ -15,9 +15,9 @@ from tadistill.data.encoding import Encoded
 from tadistill.data.training_sets import TrainingSets
 from tadistill.models.forward import pack_rows
 from tadistill.rollout.engine import Native
+from tadistill.rollout.recorded_signals import Signals, of_teacher, record
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
-from tadistill.rollout.teacher_signals import Signals, of_teacher, record
 from tadistill.train.monitoring import watch
 from tadistill.train.step import make_step
 

@@ -18,7 +18,7 @@ from tadistill.config.method import Method, Optim
 from tadistill.data.batch import Sequence, collate
 from tadistill.models import forward
 from tadistill.models.forward import pack_rows
-from tadistill.objectives import fused
+from tadistill.objectives import fused_loss
 from tadistill.train.loop import _update, make_optimizer
 from tadistill.train.step import make_step
 
@@ -69,7 +69,7 @@ def waits():
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(forward, "_UNMASKED", {"cpu"})
-    monkeypatch.setattr(fused, "_QUEUED", {"cpu"})
+    monkeypatch.setattr(fused_loss, "_QUEUED", {"cpu"})
 
 
 def sequence(prompt, response):

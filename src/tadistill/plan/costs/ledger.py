@@ -1,6 +1,6 @@
 """Predictions of the cost of a recipe's stages. Every forward and backward pass of a stage is counted.
 
-`plan.costs.passes` gives the lengths of texts and the work of a pass, and `models.sizes.forward_flops` turns work into FLOPs.
+`plan.costs.passes` gives the lengths of texts and the work of a pass, and `models.parameter_counts.forward_flops` turns work into FLOPs.
 A sampled answer is assumed to be as long as the reference answer. If the model that samples has random weights, its answers are assumed
 to have `max_new_tokens` tokens, because such a model never ends an answer.
 """
@@ -16,7 +16,7 @@ from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
 from tadistill.models.flops_and_memory import Cost, CostPart, Disk, Memory, weight_bytes
-from tadistill.models.sizes import Size, Work, forward_flops, with_adapters
+from tadistill.models.parameter_counts import Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.sizes_and_lengths import SizesAndLengths
@@ -76,7 +76,7 @@ class Ledger(SizesAndLengths):
             text_of: the model that wrote the text, and the largest number of tokens of an answer. None for the training set's responses.
             limit: number of rows, if not all of them are used.
         """
-        from tadistill.rollout import signal_format  # not at the top, because numpy is slow to import and few plans need it
+        from tadistill.rollout import recorded_format
 
         model = self.described(name)
         if model is None:
@@ -87,7 +87,7 @@ class Ledger(SizesAndLengths):
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
         memory = self._frozen(model, reading_bytes(model, RECORDING_BATCH, max(texts.totals)))
-        each = signal_format.token_bytes(signal, model.size.hidden, model.size.head // model.size.hidden)
+        each = recorded_format.token_bytes(signal, model.size.hidden, model.size.head // model.size.hidden)
         asked = texts.mean_response * count
         disk = Disk(each, each * asked, exact=not isinstance(signal, samplers.SampledSignal))
         kind = key_of(["signal", asdict(model.size), signal.model_dump()])

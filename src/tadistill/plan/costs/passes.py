@@ -11,7 +11,7 @@ from math import prod
 
 from tadistill.config import Optim
 from tadistill.constants import COMPACT_BELOW
-from tadistill.models.sizes import Work
+from tadistill.models.parameter_counts import Work
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _longest(texts: Texts, rows: int, drawn: float, *, power: int = 1) -> float:
     return found
 
 
-_CALLS = 1.5  # padding factor of attention in `rollout.fast_mixture`: each call pads its rows to the same number of tokens
+_CALLS = 1.5  # padding factor of attention in `rollout.teacher_mixed_fast`: each call pads its rows to the same number of tokens
 
 
 @lru_cache
@@ -263,7 +263,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one of the two models in `rollout.fast_mixture`, which samples from a mixture of student and teacher.
+    """Return the work of one of the two models in `rollout.teacher_mixed_fast`, which samples from a mixture of student and teacher.
 
     Each model reads each token once, and computes logits once per response token.
     """

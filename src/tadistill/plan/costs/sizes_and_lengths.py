@@ -17,8 +17,8 @@ from tadistill.data.encoding import Counts, Encoded, encode
 from tadistill.data.encoding_rules import Rules, of_one_turn
 from tadistill.data.survey import SAMPLE, Survey, survey
 from tadistill.errors import NotHere, about
-from tadistill.models import shapes, sizes
-from tadistill.models.sizes import Adapters, Size, adapters_of
+from tadistill.models import parameter_counts, shapes
+from tadistill.models.parameter_counts import Adapters, Size, adapters_of
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.light_tokenizer import StandIn, vocabulary
 from tadistill.plan.costs.passes import SecondLength, Texts
@@ -57,7 +57,7 @@ class SizesAndLengths:
         """Return the size of a model. Return None if its configuration is not on this disk, or if its family is not supported."""
         config = self.config(name)
         with about(f"models.{name}"):
-            return None if config is None else sizes.size_of(config)
+            return None if config is None else parameter_counts.size_of(config)
 
     def described(self, name: str) -> Described | None:
         """Return a model's size and configuration. Return None if `size` returns None."""
@@ -74,7 +74,7 @@ class SizesAndLengths:
                     return parent
                 if not model.init.measured:
                     shapes.check_layers(parent, model.init.layers, f"models.{name}.init.layers", model.init.from_)
-                    return sizes.with_layers(parent, model.init.sizes["layers"])
+                    return parameter_counts.with_layers(parent, model.init.sizes["layers"])
                 shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
                 with about(f"models.{name}.init"):
                     shapes.check_shape(parent, shape)
@@ -83,7 +83,7 @@ class SizesAndLengths:
                 return None
             assert model.load is not None
             found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
-            return sizes.read_config(model.load, model.revision, model.config, found.size if found else None)
+            return parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.

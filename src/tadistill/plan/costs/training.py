@@ -13,7 +13,7 @@ from tadistill.config.common import DTYPES
 from tadistill.config.method import Optim
 from tadistill.constants import LOG_POINTS, TILE_ROWS, WATCH_EVERY, WATCHED_ROWS
 from tadistill.models.flops_and_memory import Cost, CostPart, Memory, kept_by_layer, weight_bytes
-from tadistill.models.sizes import Adapters, Size, Work, forward_flops, tied, training_flops, with_adapters
+from tadistill.models.parameter_counts import Adapters, Size, Work, forward_flops, tied, training_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.store import key_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tadistill.config.lookup import explain
+from tadistill.config.key_help import explain
 from tadistill.errors import ConfigError
 
 

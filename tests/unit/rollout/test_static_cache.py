@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tadistill.config.common import Decoding
-from tadistill.rollout import fast_mixture, fixed_shapes
+from tadistill.rollout import static_cache, teacher_mixed_fast
 from tadistill.rollout.draw import Mixture, Record, Speculation
 from tadistill.rollout.engine import sample
 
@@ -26,8 +26,8 @@ WARPED = Decoding(**ALL_OPTIONS | {"no_repeat_ngram": None})
 def path(monkeypatch, *, in_step: bool):
     """Sample at fixed shapes, or with the loop over positions."""
     with monkeypatch.context() as patch:
-        patch.setattr(fixed_shapes, "DEVICES", {"cpu"} if in_step else set())
-        patch.setattr(fast_mixture, "possible", lambda *_: False)
+        patch.setattr(static_cache, "DEVICES", {"cpu"} if in_step else set())
+        patch.setattr(teacher_mixed_fast, "possible", lambda *_: False)
         yield
 
 
@@ -78,8 +78,8 @@ def test_what_it_does_not_support_goes_the_usual_way(case, monkeypatch):
         case, lambda: shared_model("llama")
     )()
     decoding = Decoding(no_repeat_ngram=3) if case == "no repeated n-grams" else Decoding()
-    assert not fixed_shapes.possible(model, 32, decoding)
-    monkeypatch.setattr(fixed_shapes, "fill", None)
+    assert not static_cache.possible(model, 32, decoding)
+    monkeypatch.setattr(static_cache, "fill", None)
     with path(monkeypatch, in_step=True):
         rollouts = sample(model, PROMPTS[:3], uniforms(3, 4), eos=(), vocab=VOCAB, decoding=decoding)
     assert [len(r.tokens) for r in rollouts] == [4, 4, 4]
@@ -89,13 +89,13 @@ def test_a_cache_that_models_do_not_read_is_not_used(monkeypatch):
     model = tiny_model("llama")
     forward = model.forward
     model.forward = lambda input_ids=None, attention_mask=None, **kwargs: forward(input_ids=input_ids, **kwargs)
-    assert not fixed_shapes.possible(model, 32, Decoding())
+    assert not static_cache.possible(model, 32, Decoding())
 
 
 def test_a_gpu_samples_a_mixture_with_the_packed_calls(monkeypatch):
     """Until steps are recorded as graphs, these start fewer kernels."""
-    monkeypatch.setattr(fixed_shapes, "DEVICES", {"cpu"})
-    monkeypatch.setattr(fixed_shapes, "fill", None)
+    monkeypatch.setattr(static_cache, "DEVICES", {"cpu"})
+    monkeypatch.setattr(static_cache, "fill", None)
     sample(shared_model("llama"), PROMPTS, uniforms(8, 4), eos=(), vocab=VOCAB, guide=Mixture(shared_model("llama", seed=3), 0.2))
 
 
@@ -166,8 +166,8 @@ class Asks(TorchDispatchMode):
 
 def batch_of(student, guide, decoding=Decoding()):
     models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
-    columns = fixed_shapes.Columns(models, PROMPTS, STEPS, VOCAB)
-    said = fixed_shapes.Said(uniforms(len(PROMPTS), STEPS), np.array(EOS), models, columns.device)
+    columns = static_cache.Columns(models, PROMPTS, STEPS, VOCAB)
+    said = static_cache.Said(uniforms(len(PROMPTS), STEPS), np.array(EOS), models, columns.device)
     return columns, said
 
 
@@ -178,8 +178,8 @@ def test_a_step_recorded_once_and_repeated_says_the_same(family, guide, monkeypa
     student, helper = shared_model(family), GUIDES[guide](shared_model(family, seed=3))
     expected = assert_same(monkeypatch, student, decoding=WARPED, guide=helper)
     columns, said = batch_of(student, helper)
-    with fixed_shapes.teacher_tap(helper) as seen:
-        step = fixed_shapes.Step(columns, said, WARPED, helper, seen)
+    with static_cache.teacher_tap(helper) as seen:
+        step = static_cache.Step(columns, said, WARPED, helper, seen)
         step.say(columns.prompts())
         with Seen() as recorded:
             step()
@@ -197,8 +197,8 @@ def test_a_step_recorded_once_and_repeated_says_the_same(family, guide, monkeypa
 def test_all_steps_are_the_same_operations_and_ask_nothing():
     student, guide = shared_model("qwen2"), Mixture(shared_model("qwen2", seed=3), 0.3)
     columns, said = batch_of(student, guide)
-    with fixed_shapes.teacher_tap(guide) as tap:
-        step = fixed_shapes.Step(columns, said, Decoding(), guide, tap)
+    with static_cache.teacher_tap(guide) as tap:
+        step = static_cache.Step(columns, said, Decoding(), guide, tap)
         step.say(columns.prompts())
         steps = []
         with Asks() as asks:
@@ -279,9 +279,9 @@ def test_a_packed_call_is_one_copy_to_the_device(monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    counting(fast_mixture._Packed, "__call__")
-    counting(fast_mixture._Packed, "keep")
-    counting(fast_mixture, "_say")
+    counting(teacher_mixed_fast._Packed, "__call__")
+    counting(teacher_mixed_fast._Packed, "keep")
+    counting(teacher_mixed_fast, "_say")
     student, guide = shared_model("llama"), Mixture(shared_model("llama", seed=3), 0.2)
     with waits(monkeypatch) as found:
         sample(student, PROMPTS, uniforms(8, 24), eos=(), vocab=VOCAB, guide=guide)

@@ -14,7 +14,7 @@ from tadistill.cli import app
 from tadistill.config import validate
 from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError, StageFailed
-from tadistill.evaluation.harness import load_tasks, read_samples, run_task
+from tadistill.evaluation.lm_eval_tasks import load_tasks, read_samples, run_task
 from tadistill.evaluation.token_scores import Subject
 from tadistill.metrics import metric_title
 from tadistill.plan.arms import make_plan
@@ -146,7 +146,7 @@ def test_a_task_file_that_does_not_exist_is_named(monkeypatch):
 
 def test_a_task_with_the_name_of_the_mean_is_refused(monkeypatch):
     monkeypatch.setattr("tadistill.plan.inputs.version", lambda name: "0.4.13")
-    monkeypatch.setattr("tadistill.evaluation.harness.load_tasks", lambda names, root: {"mean": None})
+    monkeypatch.setattr("tadistill.evaluation.lm_eval_tasks.load_tasks", lambda names, root: {"mean": None})
     with pytest.raises(ConfigError, match="a task of lm-eval is called `mean`, which means the mean over all test sets; rename or"):
         _check_tasks(recipe(tasks=["mean"]))
 

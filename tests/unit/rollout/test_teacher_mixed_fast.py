@@ -9,7 +9,7 @@ from tests.conftest import shared_model, tiny_model
 from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_equal, full_forward, log_probs, uniforms
 
 from tadistill.config.common import Decoding
-from tadistill.rollout import fast_mixture
+from tadistill.rollout import teacher_mixed_fast
 from tadistill.rollout.decoder import way_of
 from tadistill.rollout.draw import Mixture, Speculation
 from tadistill.rollout.engine import sample
@@ -29,7 +29,7 @@ def counted(model):
 def in_step(monkeypatch, *args, **settings):
     """The loop over positions."""
     with monkeypatch.context() as patch:
-        patch.setattr(fast_mixture, "possible", lambda *_: False)
+        patch.setattr(teacher_mixed_fast, "possible", lambda *_: False)
         return sample(*args, **settings)
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_packed_goes_in_step(case, monkeypatch):
     if case == "eager":
         teacher.set_attn_implementation("eager")
     if case == "family":
-        monkeypatch.setattr(fast_mixture, "PACKED_FAMILIES", {"llama"})
+        monkeypatch.setattr(teacher_mixed_fast, "PACKED_FAMILIES", {"llama"})
     decoding = {"warping": Decoding(top_p=0.9), "greedy": GREEDY}.get(case, Decoding())
     guide = Speculation(teacher, 3) if case == "speculation" else Mixture(teacher, 0.2)
     way_of(teacher)  # tries the model once

@@ -7,7 +7,7 @@ import torch
 from tadistill.config.sampling import HiddenSignal, SampledSignal, TopKSignal
 from tadistill.objectives import forward_kl, jensen_shannon, reverse_kl, top_k
 from tadistill.objectives.sparse import TopK
-from tadistill.rollout.signal_format import entry_bytes, pack_entries, pack_top_k, token_bytes, top_k_bytes, unpack_entries, unpack_top_k
+from tadistill.rollout.recorded_format import entry_bytes, pack_entries, pack_top_k, token_bytes, top_k_bytes, unpack_entries, unpack_top_k
 
 FIRST = 10  # tokens with codes of 7 bits
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tadistill.errors import ConfigError
-from tadistill.models.sizes import Work, forward_flops, read_config, size_of, with_layers
+from tadistill.models.parameter_counts import Work, forward_flops, read_config, size_of, with_layers
 
 BASE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 GPT2 = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 20, "vocab_size": 50}

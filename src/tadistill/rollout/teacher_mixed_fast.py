@@ -7,7 +7,8 @@ for the teacher. Then the teacher processes several tokens of every row in one c
 token per row, because every call loads the weights once.
 
 Tokens and probabilities equal those of the usual loop of `sample`, in which both models process every token in turn
-(tests/unit/rollout/test_fast_mixture.py). On a CPU, `fill` takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
+(tests/unit/rollout/test_teacher_mixed_fast.py). On a CPU, `fill` takes 79 to 93 % of the time of that loop
+(docs/benchmarks/mixture-cpu.md).
 
 Axes: N tokens of a call, M tokens of a call whose logits are needed, R all rows, B rows in the batch, w the largest number of tokens
 that a row has in a call, L columns of the cache, V vocabulary size, H hidden size.
@@ -40,7 +41,7 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
     Its family must be one of the tested ones, it must use `sdpa` attention, and no sliding window may be shorter than `capacity` tokens.
     """
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
-    # own attention bias. Add a family to the set only when tests/unit/rollout/test_fast_mixture.py covers it.
+    # own attention bias. Add a family to the set only when tests/unit/rollout/test_teacher_mixed_fast.py covers it.
     known = model.config.model_type in PACKED_FAMILIES and model.config._attn_implementation in ("sdpa", ROWS)
     return known and keeps_all(model.config, capacity)
 

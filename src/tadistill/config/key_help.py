@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from tadistill.config.error_messages import SYNONYMS
 from tadistill.config.method import METHODS
-from tadistill.config.problems import SYNONYMS
 from tadistill.config.reference import NAME, Key, Part, dotted, more_about, page_text, reference
 from tadistill.errors import ConfigError
 

@@ -12,9 +12,9 @@ from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, StoreError
 from tadistill.models.teachers import teacher_of
 from tadistill.objectives import top_k
-from tadistill.rollout import teacher_signals
+from tadistill.rollout import recorded_signals
+from tadistill.rollout.recorded_signals import Signals, of_teacher
 from tadistill.rollout.samplers import FixedSequences
-from tadistill.rollout.teacher_signals import Signals, of_teacher
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(11)]
 ROWS[3] = Sequence((3, 9, 5, 6, 0, 4), (7, 8, 0), spans=((2, 5), (6, 9)))  # two turns
@@ -23,7 +23,7 @@ KINDS = [HiddenSignal(), TopKSignal(k=5), TopKSignal(k=5, dtype="float32"), Samp
 
 
 def record(teacher, rows, config, folder, **more) -> None:
-    teacher_signals.record(of_teacher(teacher_of(teacher), pad=0), rows, config, folder, **more)
+    recorded_signals.record(of_teacher(teacher_of(teacher), pad=0), rows, config, folder, **more)
 
 
 def tensors(target) -> list[torch.Tensor]:
@@ -32,9 +32,9 @@ def tensors(target) -> list[torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(teacher_signals, "_PART", 4)
-    monkeypatch.setattr(teacher_signals, "RECORDING_BATCH", 3)
-    monkeypatch.setattr(teacher_signals, "_ROWS", 5)
+    monkeypatch.setattr(recorded_signals, "_PART", 4)
+    monkeypatch.setattr(recorded_signals, "RECORDING_BATCH", 3)
+    monkeypatch.setattr(recorded_signals, "_ROWS", 5)
 
 
 @pytest.mark.parametrize("wanted", [[0], [10, 3, 3, 7]])
@@ -64,7 +64,7 @@ def test_half_precision_halves_the_files(tmp_path):
     sizes = {}
     for dtype in ("float32", "bfloat16"):
         record(teacher, ROWS, HiddenSignal(dtype=dtype), tmp_path / dtype, vocab=31)
-        hidden = teacher_signals.load_file(tmp_path / dtype / "00000000.safetensors")["hidden"]
+        hidden = recorded_signals.load_file(tmp_path / dtype / "00000000.safetensors")["hidden"]
         sizes[dtype] = hidden.numel() * hidden.element_size()
     assert sizes["float32"] == 2 * sizes["bfloat16"]
     assert Signals(tmp_path / "bfloat16", CPU).target([1]).states.dtype == torch.float32
@@ -83,7 +83,7 @@ def test_packed_top_k_is_near_that_of_the_live_logits(tmp_path):
 def test_drawn_tokens_depend_on_the_seed_and_not_on_the_batch(tmp_path, monkeypatch):
     teacher = tiny_model("llama")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        monkeypatch.setattr(teacher_signals, "RECORDING_BATCH", {"a": 3, "b": 1, "c": 3}[name])
+        monkeypatch.setattr(recorded_signals, "RECORDING_BATCH", {"a": 3, "b": 1, "c": 3}[name])
         record(teacher, ROWS, SampledSignal(draws=7, seed=seed), tmp_path / name, vocab=31)
     a, b, c = (Signals(tmp_path / name, CPU).target(range(len(ROWS))) for name in "abc")
     assert torch.equal(a.ids, b.ids)
@@ -133,13 +133,13 @@ def test_a_teacher_may_give_its_top_k_tokens_only(tmp_path):
         return top_k(hidden.head.logits(hidden.states)[:, :31], 9)
 
     record(teacher, ROWS, config, tmp_path / "local", vocab=31)
-    teacher_signals.record(outputs, ROWS, config, tmp_path / "served", vocab=31)
+    recorded_signals.record(outputs, ROWS, config, tmp_path / "served", vocab=31)
     a, b = (Signals(tmp_path / name, CPU).target(range(len(ROWS))) for name in ("local", "served"))
     assert torch.equal(a.ids, b.ids)
     torch.testing.assert_close(a.log_probs, b.log_probs, atol=1e-3, rtol=0)  # a step of the tail's code
     torch.testing.assert_close(a.tail, b.tail, atol=2e-3, rtol=0)
     with pytest.raises(ConfigError, match=r"gives its 9 most probable tokens, but `signal\.k` is 10; set `signal\.k` to 9 or less"):
-        teacher_signals.record(outputs, ROWS, TopKSignal(k=10), tmp_path / "more", vocab=31)
+        recorded_signals.record(outputs, ROWS, TopKSignal(k=10), tmp_path / "more", vocab=31)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.type} {getattr(c, 'dtype', '')}")
@@ -163,8 +163,8 @@ def test_hidden_states_of_earlier_versions_are_read(tmp_path):
     record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31)
     new = Signals(tmp_path, CPU).target([1, 9])
     for path in tmp_path.glob("0*"):
-        kept = {name: t for name, t in teacher_signals.load_file(path).items() if name != "checks"}
-        teacher_signals.save_file(kept, path, {"settings": "null"})
+        kept = {name: t for name, t in recorded_signals.load_file(path).items() if name != "checks"}
+        recorded_signals.save_file(kept, path, {"settings": "null"})
     assert torch.equal(Signals(tmp_path, CPU).target([1, 9]).states, new.states)
 
 

@@ -28,7 +28,7 @@ from tadistill.disk import replacing
 from tadistill.errors import ConfigError, StoreError
 from tadistill.models.teachers import Teacher
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
-from tadistill.rollout import signal_format
+from tadistill.rollout import recorded_format
 
 _PART = 256
 _ROWS = 128  # number of tokens whose logits are in memory at the same time
@@ -121,7 +121,7 @@ class _Writer:
                 assert kept.tail is not None
                 if config.dtype == "packed":
                     ids, log_p, tail = (t.cpu().numpy() for t in (kept.ids, kept.log_probs.float(), kept.tail.float()))
-                    return {"rows": (torch.from_numpy(signal_format.pack_top_k(ids, log_p, tail, self.vocab)), lengths)}
+                    return {"rows": (torch.from_numpy(recorded_format.pack_top_k(ids, log_p, tail, self.vocab)), lengths)}
                 found = {"ids": (kept.ids.int(), lengths), "log_probs": (kept.log_probs, lengths)}
                 return found if config.tail == "drop" else found | {"tail": (kept.tail, lengths)}
             case SampledSignal() as config:
@@ -147,7 +147,7 @@ class _Writer:
         distinct = torch.cat([(p.shares > 0).sum(1) for p in parts]).cpu()
         ids = torch.cat([p.ids[p.shares > 0] for p in parts]).cpu().numpy()
         counts = torch.cat([(p.shares[p.shares > 0] * config.draws).round().long() for p in parts]).cpu().numpy()
-        entries = torch.from_numpy(signal_format.pack_entries(ids, counts, config.draws, self.vocab))
+        entries = torch.from_numpy(recorded_format.pack_entries(ids, counts, config.draws, self.vocab))
         of_sequences = [int(part.sum()) for part in distinct.split(lengths)]
         entropy = torch.cat([p.entropy for p in parts])
         return {"entries": (entries, of_sequences), "distinct": (distinct.short(), lengths), "entropy": (entropy, lengths)}
@@ -215,7 +215,7 @@ class Signals:
             return Hidden(joined["hidden"].to(self._device, self.head.weight.dtype, non_blocking=True), self.head)
         if "rows" in joined:
             k, vocab = min(settings["k"], settings["vocab"]), settings["vocab"]
-            ids, log_p, tail = map(torch.from_numpy, signal_format.unpack_top_k(joined["rows"].numpy(), k, vocab))
+            ids, log_p, tail = map(torch.from_numpy, recorded_format.unpack_top_k(joined["rows"].numpy(), k, vocab))
             return TopK(ids, log_p, tail if settings["tail"] == "lump" else None).to(self._device)
         if "entries" in joined:
             return _sampled(joined, settings).to(self._device)
@@ -223,7 +223,7 @@ class Signals:
 
 
 def _sampled(joined: dict[str, Tensor], settings: dict) -> Sampled:
-    found_ids, counts = map(torch.from_numpy, signal_format.unpack_entries(joined["entries"].numpy(), settings["vocab"]))
+    found_ids, counts = map(torch.from_numpy, recorded_format.unpack_entries(joined["entries"].numpy(), settings["vocab"]))
     distinct = joined["distinct"].long()
     rows = torch.arange(len(distinct)).repeat_interleave(distinct)
     places = torch.arange(len(rows)) - (distinct.cumsum(0) - distinct)[rows]

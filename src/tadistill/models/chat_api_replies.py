@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from tadistill.errors import StoreError
-from tadistill.models.endpoint import Reply
+from tadistill.models.chat_api import Reply
 
 _LOOK = 0.2  # the longest time between two calls of `look`, in seconds
 Item = TypeVar("Item")

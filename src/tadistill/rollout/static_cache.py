@@ -4,7 +4,7 @@ The usual loop of `sample` copies the tokens to the host after each step, remove
 is best on a CPU. A GPU computes a step faster than the host can start it, so here the host has less to do. Caches, masks and results have
 their full size from the start. Finished rows stay in the batch, and their further tokens are ignored. Student and teacher process a token
 in the same step. A step copies no value to the host. Only before every eighth token, the host asks the device if a row is unfinished. So a
-step can also be recorded once and repeated, as CUDA graphs require (tests/unit/rollout/test_fixed_shapes.py does that on a CPU).
+step can also be recorded once and repeated, as CUDA graphs require (tests/unit/rollout/test_static_cache.py does that on a CPU).
 
 Tokens and probabilities equal those of the usual loop of `sample`, up to rounding.
 
