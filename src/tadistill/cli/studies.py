@@ -35,11 +35,10 @@ def _located(study: str, runs: Path | None) -> tuple[Path, Store]:
     """Return the directory of a study, and the store of the runs directory. If `study` is a recipe that has changed since the study's last
     run, print a note."""
     from tadistill.config.load import read, study_in
-    from tadistill.config.recipe_files import located
     from tadistill.results.study import find_study
 
     root = runs_directory(runs)
-    directory, recipe = find_study(study, root), located(study)
+    directory, recipe = find_study(study, root), Path(study)
     if study_in(recipe):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the command itself says what is damaged
             plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))

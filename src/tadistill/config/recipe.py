@@ -188,6 +188,12 @@ def methods(recipe: Recipe) -> list[Method]:
     return [part for method, arm in found for part, _ in (phases_of(method) if arm.learners else [(method, 1.0)])]
 
 
+def trains(recipe: Recipe) -> bool:
+    """Return True if a recipe trains a model, or has no arms yet (as for `search`). Without training, only its test sets are read."""
+    trained = any(arm.learners or arm.objective for arm in recipe.arms.values())
+    return trained or not recipe.arms or any(model.sft for model in recipe.models.values())
+
+
 def own_functions(recipe: Recipe) -> list[str]:
     """Return the names of all functions in the user's own code that a recipe uses."""
     groups = [recipe.method, *recipe.methods.values(), *recipe.arms.values(), *(model.distill for model in recipe.models.values())]

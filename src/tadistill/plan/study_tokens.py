@@ -11,6 +11,7 @@ from functools import cache, cached_property
 
 from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Data
+from tadistill.config.recipe import trains
 from tadistill.data import chat, datasets
 from tadistill.data.encoding_rules import of_one_turn
 from tadistill.data.tinyworld import TOKENIZERS, check_name
@@ -298,7 +299,7 @@ class StudyTokens:
 
     @property
     def _splits(self) -> list[tuple[DataRef, str]]:
-        return [(ref, role) for role, ref in self.recipe.data.splits()]
+        return [(ref, role) for role, ref in self.recipe.data.splits(trains=trains(self.recipe))]
 
     def _chat(self, name: str) -> bool:
         return "messages" in self._forms or (self.data(name).template == "chat" and "instruction" in self._forms)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tadistill.config import DataRef, Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.method import Select
-from tadistill.config.recipe import methods
+from tadistill.config.recipe import methods, trains
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
@@ -87,7 +87,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
             f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not contain this setting; "
             "save it again with save_pretrained, or set data.bos: never"
         )
-    for role, ref in data.splits():
+    for role, ref in data.splits(trains=trains(recipe)):
         where, rules = f"data set `{ref.name}` ({role})", Rules.of(data, role, bos=bos)
         if role == "train" and (total := survey.survey(ref, role, data)).large:
             read = keep if all_rows or not total.plain(data) else glance
@@ -224,11 +224,6 @@ def check_readable(read: Mapping[str, Read]) -> None:
                     f"models.{name}: its tokenizer cannot read {data} ({role}): {counts.unknown_text}; choose a model whose tokenizer has "
                     "the characters of this text"
                 )
-
-
-def trains(recipe: Recipe) -> bool:
-    """Return True if a recipe trains a model."""
-    return bool(_selects(recipe))
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tadistill.config import Recipe
 from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom, TopKForwardKL, TopKReverseKL
-from tadistill.config.recipe import methods
+from tadistill.config.recipe import methods, trains
 from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
@@ -32,7 +32,7 @@ from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, vllm_stages
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
-from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes, trains
+from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes
 from tadistill.runner.remote import check_teachers
 from tadistill.train.step import own_divergence
 from tadistill.user_code import load_function

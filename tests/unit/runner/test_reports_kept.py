@@ -7,6 +7,7 @@ import yaml
 
 from tadistill.config import parse
 from tadistill.plan.arms import make_plan
+from tadistill.plan.study_tokens import StudyTokens
 from tadistill.runner.run_study import evaluation_recipe, save_plan
 from tadistill.terminal import Terminal
 
@@ -67,7 +68,11 @@ def test_models_of_one_name_have_studies_of_their_own(tmp_path, monkeypatch):
     assert len(study("org/" + "x" * 300)) <= 80
 
 
-def test_an_evaluation_reads_no_set_but_those_it_tests():
-    """Its recipe needs a train and a dev set, and columns in `--set data.test=…` do not hold for these two."""
-    data = yaml.safe_load(evaluation_recipe(["m"], ["own.jsonl"], seeds=[1]))["data"]
-    assert [data[role]["load"] for role in ("train", "dev")] == ["tinyworld_open"] * 2
+def test_an_evaluation_reads_no_set_but_those_it_tests(tmp_path):
+    """Its recipe needs a train and a dev set. Columns in `--set data.test=…` do not hold for these two, and the forms of their rows (here
+    instructions, not conversations) decide nothing."""
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n')
+    text = evaluation_recipe(["m"], [str(rows)], seeds=[1])
+    assert [yaml.safe_load(text)["data"][role]["load"] for role in ("train", "dev")] == ["tinyworld_open"] * 2
+    assert StudyTokens(parse(text, source="eval"), None)._forms == {"messages"}
