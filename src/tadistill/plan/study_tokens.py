@@ -70,12 +70,12 @@ class StudyTokens:
         return mine is None or theirs is None or mine.ids == theirs.ids
 
     def fewer(self, reader: str, writer: str) -> int | None:
-        """Return the number of tokens of a model, if another model of its family has more. Return None if it has not more, or if the number
-        is not known."""
+        """Return the number of token ids of a model (the largest id plus 1), if another model of its family has more. Return None if it has
+        not more, or if the number is not known."""
         if not self.alike(reader, writer):
             return None
         mine, theirs = (self._vocabulary(*self.source(name)) for name in (reader, writer))
-        return len(mine) if mine and theirs and len(mine) < len(theirs) else None
+        return mine.size if mine and theirs and mine.size < theirs.size else None
 
     def family(self, name: str) -> tuple[str, ...]:
         """Return the models that share a model's tokenizer, with the model itself."""

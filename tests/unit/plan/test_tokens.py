@@ -6,7 +6,9 @@ from tests.byte_models import BOS, CHATML, EOS, IM_END, ROWS, byte_model, byte_t
 
 from tadistill.config.recipe import Recipe
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.tokens import Vocabulary
 from tadistill.plan.arms import make_plan
+from tadistill.plan.study_tokens import StudyTokens
 
 OTHER = CHATML.replace("\n{% endfor %}", "{% endfor %}")
 MODELS = {
@@ -237,3 +239,14 @@ def test_models_with_one_tokenizer_read_one_template(across, folder):
     assert {found.tokens.data(name).template for name in ("t", "l")} == {"chat"}
     with pytest.raises(ValidationError, match="a model that is made from another model has the template of that model; remove `template`"):
         across("plain", l={"init": {"from": "t", "layers": 1}, "template": "chat"})
+
+
+@pytest.mark.parametrize(("more", "fewer"), [({"x": 41}, 41), ({"x": 5}, None)], ids=["after the last id", "in a gap of the ids"])
+def test_a_student_with_fewer_token_ids_than_its_teacher(monkeypatch, more, fewer):
+    """The number is one of logits. With the ids 0 to 4 and 40, a model of 6 tokens has 41 logits."""
+    words = {**{str(id): id for id in range(5)}, "eos": 40}
+    found = {"s": Vocabulary(words, {}), "t": Vocabulary(words | more, {})}
+    monkeypatch.setattr(StudyTokens, "__init__", lambda self: setattr(self, "_vocabulary", found.get))
+    monkeypatch.setattr(StudyTokens, "alike", lambda *_: True)
+    monkeypatch.setattr(StudyTokens, "source", lambda self, name: (name,))
+    assert (StudyTokens().fewer("s", "t"), StudyTokens().fewer("t", "s")) == (fewer, None)  # type: ignore[call-arg]
