@@ -111,7 +111,7 @@ def glance(rows: SplitRows, tokenizer: "PreTrainedTokenizerBase", rules: Rules, 
     Raises:
         DataError: no row is short enough.
     """
-    key = _key(rows, tokenizer, rules)
+    key = _key(rows, rows.content(), tokenizer, rules)
     if key and (found := _open(_folder() / f"{key}.arrow")):
         return found
     next(part for part, _ in encode_parts(rows.stream(), tokenizer, rules, name=name) if part)
@@ -137,15 +137,15 @@ def keep(
     from filelock import FileLock  # here: it loads asyncio
 
     def parts() -> Iterator[tuple[list[Encoded], Counts]]:
-        before = rows.content()
         yield from encode_parts(rows.stream(), tokenizer, rules, name=name)
-        if rows.content() != before:  # the file's name is the digest of the rows
+        if rows.content() != content:  # the file's name contains this digest
             raise DataError(f"{name} has changed while it was read; run the same command again")
 
     def write(file: Path) -> Kept:
         return _write(file, parts(), tick)
 
-    key = _key(rows, tokenizer, rules)
+    content = rows.content()
+    key = _key(rows, content, tokenizer, rules)
     if key is None:
         with TemporaryDirectory() as folder:  # the mapped file stays readable after its folder is deleted
             return write(Path(folder) / "rows.arrow")
@@ -162,8 +162,8 @@ def keep(
         lock.release()
 
 
-def _key(rows: SplitRows, tokenizer: "PreTrainedTokenizerBase", rules: Rules) -> str | None:
-    content, tokens = rows.content(), tokenizer_digest(tokenizer)
+def _key(rows: SplitRows, content: str | None, tokenizer: "PreTrainedTokenizerBase", rules: Rules) -> str | None:
+    tokens = tokenizer_digest(tokenizer)
     if content is None or tokens is None:
         return None
     settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
