@@ -107,6 +107,16 @@ class Strict(BaseModel):
                 raise ValueError(f"the largest whole number is {_LARGEST:,}; write a smaller number")
         return value
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        # an earlier version pickled the object, for a Slurm job, when some of the fields did not exist
+        had, fields = state["__dict__"], type(self).model_fields
+        new = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in fields.items()
+            if name not in had and not field.is_required()
+        }
+        super().__setstate__(state | {"__dict__": new | had})
+
 
 def _words(value: Any) -> Any:
     if isinstance(value, list | tuple):

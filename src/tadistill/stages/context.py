@@ -252,8 +252,7 @@ class Context(Generic[AnySpec]):
 
     @contextmanager
     def _rows(self, data: HashedData, role: str, limit: int | None = None) -> Iterator[SplitRows]:
-        known = getattr(data, "known", None)  # a task that an earlier version pickled for Slurm lacks the field
-        rows = SplitRows(data.ref, role, self.spec.data.world, self.task.data_root, limit, known)
+        rows = SplitRows(data.ref, role, self.spec.data.world, self.task.data_root, limit, data.known)
         with unchanged(rows.file or f"data set `{data.ref.name}`", data.fingerprint, rows.fingerprint):
             yield rows
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tests.byte_models import byte_model, byte_tokenizer
 
 from tadistill import disk
@@ -109,3 +110,25 @@ def test_rows_that_change_while_they_are_tokenised_are_not_kept(tmp_path, monkey
     with pytest.raises(DataError, match=r"d has changed while it was read; run the same command again"):
         token_cache.keep(rows, byte_tokenizer(None), Rules(30, 40, template="plain"), name="d", tick=lambda _: write(file, "green"))
     assert not [*(tmp_path / "cache").rglob("*.arrow")]
+
+
+def test_rows_that_change_while_the_lock_is_acquired_are_not_kept(tmp_path, monkeypatch):
+    """Another process may hold the lock for minutes. The file's name is the digest of the former rows."""
+    monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "rows.jsonl", "red")
+    rows, acquire = SplitRows(DataRef(load=str(tmp_path / "rows.jsonl")), "train"), FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", lambda self: (write(tmp_path / "rows.jsonl", "green"), acquire(self)))
+    with pytest.raises(DataError, match=r"d has changed while it was read; run the same command again"):
+        token_cache.keep(rows, byte_tokenizer(None), Rules(30, 40, template="plain"), name="d")
+    assert not [*(tmp_path / "cache").rglob("*.arrow")]
+
+
+def test_fields_that_are_newer_than_a_pickled_task_have_their_defaults(context):
+    train: Split = context.spec.train
+    task = pickle.loads(pickle.dumps(context.task))
+    for part, name in ((task.spec.train, "known"), (task.spec.train.ref, "extra"), (task.spec.optim, "packed"), (task.spec, "lora")):
+        del part.__dict__[name]
+    spec = pickle.loads(pickle.dumps(task)).spec
+    assert spec == context.spec.model_copy(update={"train": train.model_copy(update={"known": None})})
+    del task.spec.__dict__["seed"]  # it has no default
+    assert not hasattr(pickle.loads(pickle.dumps(task)).spec, "seed")
