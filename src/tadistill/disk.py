@@ -7,6 +7,7 @@ A reader never sees an incomplete file. There are three ways to write a file:
     with publishing(target) as temporary:   a file or folder that several processes may create, such as a cache; the first one is kept
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -15,13 +16,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from tadistill.errors import ConfigError, StoreError, did_you_mean, leads_nowhere
+from tadistill.errors import ConfigError, StoreError, TadistillError, did_you_mean, leads_nowhere
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
@@ -83,7 +84,7 @@ def sha256(path: Path) -> str:
     return _remembered(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # the files of a large study
 def _remembered(path: Path, size: int, modified: int) -> str:
     return digest(path)
 
@@ -117,6 +118,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn errors of writing in the `with` block into a StoreError. Its message names `path`, the reason and the fix."""
     try:
         yield
+    except TadistillError:  # some of them are OSErrors or RuntimeErrors, but they already say what is wrong
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
         if type(error).__name__ in _OF_A_GPU:
             raise
@@ -124,8 +127,9 @@ def writing(path: Path) -> Iterator[None]:
         fix = "free some space or check permissions, then run the same command again"
         if isinstance(error, NotADirectoryError | FileExistsError):
             fix = "one of the folders in this path is a file; choose another folder"
-        if path.is_relative_to(cache_root()):
-            fix += " (the variable TADISTILL_CACHE sets the folder of the cache)"
+        with suppress(ConfigError):  # without a home folder, there may be no folder of the cache
+            if path.is_relative_to(cache_root()):
+                fix += " (the variable TADISTILL_CACHE sets the folder of the cache)"
         raise StoreError(f"cannot write {path}: {reason}; {fix}") from error
 
 
@@ -200,21 +204,34 @@ def publishing(target: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
     Several processes may create the same target at the same time. The first one is kept, and the others are deleted. Raises StoreError if
-    the target cannot be written.
+    the target cannot be written. Other errors of the block, such as a source that cannot be read, are raised as they are.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
         try:
             yield work / target.name
+        except OSError as error:
+            if not _of_writing(error, work):
+                raise
+            with writing(target):
+                raise
+        with writing(target):
             try:
                 os.replace(work / target.name, target)
             except OSError:
                 # A folder cannot replace a folder that is not empty: another process was first, with the same content.
                 if not target.is_dir():
                     raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _of_writing(error: OSError, folder: Path) -> bool:
+    # True if the error is one of writing files in the folder; the error of a full disk often names no file
+    known = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    return known and (error.filename is None or Path(str(error.filename)).is_relative_to(folder))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from tadistill.disk import (
     write_json,
     write_rows,
     write_text,
+    writing,
 )
-from tadistill.errors import ConfigError, StoreError
+from tadistill.errors import ConfigError, StageFailed, StoreError
 from tadistill.store import runs_directory
 
 
@@ -110,7 +111,39 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, mon
         pass
     with pytest.raises(StoreError, match=r"cannot write .*/b: No space left on device; free some space"), publishing(tmp_path / "b"):
         raise OSError(28, "No space left on device")
+    with pytest.raises(StoreError, match=r"cannot write .*/b: Permission denied"), publishing(tmp_path / "b") as temporary:
+        raise OSError(13, "Permission denied", str(temporary / "config.json"))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "/data/model.gguf"),
+        OSError(5, "Input/output error"),
+        RuntimeError("a shape is wrong"),
+        StageFailed("rows.jsonl has changed"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_the_source_is_not_one_of_writing_its_copy(tmp_path, error):
+    with pytest.raises(type(error)) as found, publishing(tmp_path / "b"):
+        raise error
+    assert found.value is error
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("error", [StageFailed("rows.jsonl has changed"), StoreError("cannot write /a: no space")], ids=repr)
+def test_an_error_that_says_what_is_wrong_keeps_its_words(tmp_path, error):
+    with pytest.raises(type(error)) as found, writing(tmp_path):
+        raise error
+    assert found.value is error
+
+
+def test_an_unknown_home_folder_does_not_hide_an_error_of_writing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TADISTILL_CACHE", "~nobody-here/x")
+    with pytest.raises(StoreError, match=r"cannot write .*: No space left on device; free some space"), writing(tmp_path):
+        raise OSError(28, "No space left on device")
 
 
 def test_a_missing_file_is_not_suggested_by_its_own_name(tmp_path):

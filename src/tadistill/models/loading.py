@@ -310,9 +310,10 @@ def convert_gguf(file: Path, directory: Path) -> None:
             ) from error
         _check_attention(loaded.config, file)
         plain = _without_quantization(loaded)
-        plain.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        ordinary_permissions(directory)
+        with writing(directory):
+            plain.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            ordinary_permissions(directory)
 
 
 def _check_attention(config: PreTrainedConfig, file: Path) -> None:

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tadistill.config.model import Lora
-from tadistill.disk import ordinary_permissions
+from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.architectures import first_line, quiet
 from tadistill.models.loading import read_model, read_tokenizer
@@ -176,9 +176,10 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
                 f"adapter `{load}` does not fit its base `{base_name}` (one of them lacks the weight {name}); correct "
                 "`base_model_name_or_path` of the adapter"
             )
-        merged.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    ordinary_permissions(target)
+        with writing(target):
+            merged.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+            ordinary_permissions(target)
 
 
 # --- gradient checkpointing ---------------------------------------------------------------------------------------------
