@@ -27,7 +27,7 @@ from tadistill.plan.inputs import Encoding, Handle, Output, is_served, task_file
 from tadistill.plan.kinds import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.rollout.engine import Engine
 from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
-from tadistill.text import counted
+from tadistill.text import counted, form
 
 if TYPE_CHECKING:
     from tadistill.evaluation.lm_eval_tasks import TaskResult
@@ -69,15 +69,15 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
 
 
 def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate) -> "dict[str, TaskResult]":
-    planned, found = context.spec.tasks, {}
+    planned, found = context.spec.tasks, dict[str, "TaskResult"]()
     if planned is None:
         return found
     from tadistill.evaluation import lm_eval_tasks
 
     context.progress(0, 1, "loading tasks of lm-eval")
     tasks = lm_eval_tasks.load_tasks(planned.names, context.task.data_root)
-    for (file, found), before in zip(task_files(planned.names), planned.files, strict=True):
-        check_unchanged(file, before, found)
+    for (file, now), before in zip(task_files(planned.names), planned.files, strict=True):
+        check_unchanged(file, before, now)
     for i, (name, task) in enumerate(tasks.items()):
         part = context.folder / "parts" / f"task-{i}.json"
         if not part.is_file():
@@ -149,8 +149,9 @@ def _known(answers: dict[int, list[Sequence]], vocab: int) -> tuple[dict[int, li
     found = {seed: kept for seed, of_seed in cut.items() if (kept := [s for s in of_seed if s.response])}
     if not shorter:
         return found, ""
-    what = f"{counted(shorter, 'answer of the teacher contains', 'answers of the teacher contain')} a token that the student does not have"
-    return found, f"{what} (of {len(pairs)}); the exposure bias compares them up to this token"
+    which, contain = counted(len(pairs), "answer"), form(shorter, "contains", "contain")
+    what = f"{shorter} of {which} of the teacher {contain} a token that the student does not have"
+    return found, f"{what}; the exposure bias compares {form(shorter, 'it', 'them')} up to this token"
 
 
 class _Side(NamedTuple):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ from tadistill.cli import app
 from tadistill.config import validate
 from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError, StageFailed
-from tadistill.evaluation.lm_eval_tasks import load_tasks, read_samples, run_task
+from tadistill.evaluation import lm_eval_tasks
+from tadistill.evaluation.lm_eval_tasks import TaskResult, load_tasks, read_samples, run_task
 from tadistill.evaluation.token_scores import Subject
 from tadistill.metrics import metric_title
 from tadistill.plan.arms import make_plan
+from tadistill.plan.inputs import Tasks, task_files
 from tadistill.report import write_report
 from tadistill.results.collect import MEAN, primary_metric
 from tadistill.runner.preflight import _check_tasks
+from tadistill.stages import measuring
 
 with_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install '.[lm-eval]'")
 CHOICES = """
@@ -142,6 +146,24 @@ def test_a_task_file_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr("tadistill.plan.inputs.version", lambda name: "0.4.13")
     with pytest.raises(ConfigError, match=r"evaluate\.tasks names the file nowhere\.yaml, which does not exist"):
         make_plan(recipe(tasks=["nowhere.yaml"]))
+
+
+def test_a_task_file_is_compared_with_the_plan_and_measured(tmp_path, monkeypatch):
+    (tmp_path / "sums.yaml").write_text(CHOICES)
+    names = (str(tmp_path / "sums.yaml"),)
+    planned = Tasks(names=names, files=tuple(digest for _, digest in task_files(names)), lm_eval="0")
+    spec = SimpleNamespace(tasks=planned, data=SimpleNamespace(template="plain"))
+    stage = SimpleNamespace(
+        spec=spec, folder=tmp_path, task=SimpleNamespace(data_root=None), progress=lambda *now: None, stop=lambda: False
+    )
+    result = TaskResult(scores={"acc": [1.0]}, rows=[0], records=[], left_out=())
+    for name, found in (("load_tasks", {"sums": None}), ("run_task", None), ("read_samples", result)):
+        monkeypatch.setattr(lm_eval_tasks, name, lambda *_, found=found, **settings: found)
+    found = measuring._tasks(stage, None, SimpleNamespace(batch=2, seeds=(1,)))  # type: ignore[arg-type]
+    assert {name: each.scores for name, each in found.items()} == {"sums": result.scores}
+    (tmp_path / "sums.yaml").write_text(WRITTEN)
+    with pytest.raises(StageFailed, match=r"sums.yaml has changed since this stage was planned"):
+        measuring._tasks(stage, None, SimpleNamespace(batch=2, seeds=(1,)))  # type: ignore[arg-type]
 
 
 def test_a_task_with_the_name_of_the_mean_is_refused(monkeypatch):
