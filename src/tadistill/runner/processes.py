@@ -65,6 +65,7 @@ def prepared() -> Iterator[None]:
     """Start the server that forks the stages, and run the `with` block, which imports torch and checks the input. If the block fails, kill
     the server, because no stage will run."""
     prepare()
+    collects = gc.isenabled()
     gc.disable()  # for the imports, as in `runner.preload`
     try:
         yield
@@ -75,7 +76,8 @@ def prepared() -> Iterator[None]:
             server._stop()
         raise
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 @contextmanager

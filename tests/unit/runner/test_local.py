@@ -9,6 +9,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -296,6 +297,16 @@ def test_a_refused_study_leaves_no_server():
     for pid in (first, second):
         assert pid > 0
         assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_garbage_collector_is_as_it_was_before_the_checks(monkeypatch, collects):
+    monkeypatch.setattr(processes, "prepare", lambda: None)
+    monkeypatch.setattr(processes, "gc", SimpleNamespace(isenabled=lambda: collects, disable=list, enable=lambda: seen.append("enabled")))
+    seen: list[str] = []
+    with processes.prepared():
+        pass
+    assert seen == ["enabled"] * collects
 
 
 def test_an_interrupted_run_says_so(plan, study):
