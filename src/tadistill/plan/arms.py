@@ -47,6 +47,9 @@ class PlannedArm:
     asked: float | None = None
     """Number of answer tokens that the original teacher writes or scores for the final model and all models from which it was made, for one
     seed. None if it is not known."""
+    of_budget: float | None = None
+    """The arm's FLOPs divided by those that its `compute` sets, without the original teacher's own training. None if it has no `compute`,
+    or if FLOPs are not known."""
 
     @property
     def method(self) -> Method:
@@ -150,7 +153,8 @@ class _Planner:
         return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
-        budget = Budgets(self.recipe, self.stages, self.graph, self._trial).of(name, arm, done)
+        budgets = Budgets(self.recipe, self.stages, self.graph, self._trial)
+        budget = budgets.of(name, arm, done)
         made = {seed: self._models(name, arm, seed, budget) for seed in self.recipe.seeds}
         models = {seed: found.path for seed, found in made.items()}
         last, main = arm.last[-1], self.recipe.evaluate
@@ -171,7 +175,8 @@ class _Planner:
         final, first = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}, self.recipe.first_seed
         teacher, key = original_teacher(self.recipe) if self.teacher or arm.teacher_budget else None, final[first]
         asked = self.graph.asked(key, teacher) if teacher else None
-        return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked)
+        share = budgets.share(arm, key, done)
+        return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked, share)
 
     def _comparable(self, teacher: str, model: str) -> bool:
         # a teacher with another tokenizer must score texts, which it cannot do on a server or behind an API

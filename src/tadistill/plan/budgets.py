@@ -74,6 +74,21 @@ class Budgets:
         budget = self._asked(name, arm, done[arm.asks_like]) if arm.asks_like else Budget()
         return budget._replace(updates=self._updates(name, arm, done[arm.like[1]], budget)) if arm.like else budget
 
+    def share(self, arm: Arm, final: str | None, done: Mapping[str, "PlannedArm"]) -> float | None:
+        """Return an arm's FLOPs divided by those that its `compute` sets, once the arm is in the graph. `given_teachers` says whose own
+        training is not counted. `final` is the key of the stage that makes the arm's model.
+
+        Return None if the arm has no `compute`, or if FLOPs are not known."""
+        if arm.like is None:
+            return None
+        times, like = arm.like[0] or 1.0, done[arm.like[1]]
+        given, total = given_teachers(self.recipe, arm, like.arm), self.graph.flops(final)
+        if total is None or like.flops is None:
+            return None
+        own = total - self._of_teachers(given, self.graph, final)
+        theirs = like.flops - self._of_teachers(given, self.graph, like.final[self.recipe.first_seed])
+        return own / (times * theirs) if own > 0 and theirs > 0 else None
+
     # --- the teacher ----------------------------------------------------------------------------------------------------
 
     def _asked(self, name: str, arm: Arm, like: "PlannedArm") -> Budget:

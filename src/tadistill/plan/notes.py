@@ -22,8 +22,8 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.costs.sizes_and_lengths import count_first_rows
 from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
-from tadistill.plan.kinds import AskSpec, DistillSpec, SftSpec, SignalSpec
-from tadistill.plan.paths import contexts_of, given_teachers, lossy_steps
+from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
+from tadistill.plan.paths import contexts_of, lossy_steps
 from tadistill.plan.phases import PlannedPhase
 from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, vllm_stages
@@ -195,24 +195,12 @@ def off_budget(plan: Plan) -> Iterator[str]:
     """Yield a sentence for each arm whose FLOPs differ clearly from its `compute`. The reason is that a training has a whole number of
     updates, or of rounds, each of which samples text and makes several updates."""
     for arm in plan.arms:
-        share = share_of_budget(plan, arm)
+        share = arm.of_budget
         if share is not None and abs(share - 1) > OFF_BUDGET:
             yield (
                 f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {share:.2g} times these FLOPs, because "
                 f"{_whole(plan, arm)} or a larger budget"
             )
-
-
-def share_of_budget(plan: Plan, arm: PlannedArm) -> float | None:
-    """Return an arm's FLOPs divided by those that its `compute` sets. The original teacher's own training is not counted.
-
-    Return None if the arm has no `compute`, or if FLOPs are not known."""
-    if arm.arm.like is None:
-        return None
-    times, other = arm.arm.like[0] or 1.0, next(each for each in plan.arms if each.name == arm.arm.like[1])
-    given = given_teachers(plan.recipe, arm.arm, other.arm)
-    own, theirs = _without(plan, arm, given), _without(plan, other, given)
-    return own / (times * theirs) if own and theirs else None
 
 
 def _whole(plan: Plan, arm: PlannedArm) -> str:
@@ -233,12 +221,6 @@ def off_teacher_budget(plan: Plan) -> Iterator[str]:
                 f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but the teacher writes or scores "
                 f"{asked / budget:.2g} times as many tokens, because {_whole(plan, arm)}"
             )
-
-
-def _without(plan: Plan, arm: PlannedArm, teachers: set[str]) -> float | None:
-    stages = behind(plan.stages, next(iter(arm.final.values()))).values()
-    # the answers of these teachers still count
-    return total_flops(s for s in stages if not (isinstance(s.spec, SftSpec) and s.model in teachers))
 
 
 def counts_asked(plan: Plan) -> bool:

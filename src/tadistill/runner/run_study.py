@@ -23,7 +23,7 @@ from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
-from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text, share_of_budget
+from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepared
@@ -192,7 +192,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "inexact": approximations(plan, a.name),
                 "model": a.arm.last[-1],
                 "compute": a.arm.compute,
-                "of_budget": share_of_budget(plan, a),
+                "of_budget": a.of_budget,
                 "across": lossy_steps(plan.tokens, a.arm.path),
                 "teacher_budget": a.arm.teacher_budget,
                 "teacher_tokens": a.asked,

@@ -168,3 +168,20 @@ def test_the_budget_of_an_arm():
     assert budget_of("chain", "0.5x direct") is None
     assert budget_of("twin", "as chain") is None
     assert budget_of("direct", None) is None
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"checkpoint": {"of": "whole", "step": 5}},
+        {"init": {"from": "whole", "layers": [0]}, "sft": {"optim": {"steps": 10}}},
+    ],
+)
+def test_no_training_behind_the_original_teacher_is_counted(own):
+    whole = model(64)
+    whole["sft"] |= {"optim": {"steps": 500}, "keep": [5], "select": {"metric": "last"}}
+    found = plan(models={"whole": whole, "xl": own, "l": model(32), "s": model(16)})
+    shares = {arm.name: arm.of_budget for arm in found.arms if arm.of_budget is not None}
+    assert set(shares) == {arm.name for arm in found.arms if arm.arm.compute}
+    assert shares == dict.fromkeys(shares, pytest.approx(1, rel=0.03))
+    assert not [*off_budget(found)]
