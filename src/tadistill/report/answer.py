@@ -17,7 +17,7 @@ from tadistill.report.explain import doubt_text, failed_text, few_text, gap_word
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
-from tadistill.results.compare import direct_of
+from tadistill.results.compare import direct_of, teacher_of
 from tadistill.results.number_text import flops_text, number, parameters_text, size_text, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
@@ -100,9 +100,8 @@ def _question(results: Results) -> str:
             return f"Which of {len(trained)} ways to train {student} gives the best model?"
         made = [f" after distillation from {sized(results, arm.path[0])}" if len(arm.path) > 1 else " after fine-tuning" for arm in trained]
         return f"How good is {student}{made[0] if made else ''}?"
-    teacher = sized(results, results.plan.teacher or chains[0].path[0])
-    original = results.plan.teacher
-    assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (original or arm.path[0], arm.model)))
+    teacher = sized(results, teacher_of(results, chains[0]))
+    assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (teacher_of(results, arm), arm.model)))
     through = listed([sized(results, model) for model in assistants])
     found, plain = pairs(results), all(arm.is_plain for arm in chains)
     equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""

@@ -67,6 +67,11 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 # --- the arms to compare with ---------------------------------------------------------------------------------------------------
 
 
+def teacher_of(results: Results, arm: ArmRecord) -> str:
+    """Return the original teacher of an arm. It is that of the study, or else the model (or the route) with which the arm begins."""
+    return results.plan.teacher or (arm.path[0] if arm.is_routed else arm.models[0])
+
+
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants). It is direct distillation of the same student with the same
     budget, such as ``compute: as CHAIN``.
@@ -74,7 +79,7 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     The teacher is the original one, or the model at the start of the chain. If there are several such arms, the original teacher comes
     first, then the chain's method, then a budget that is met, then the reference arm of a study with `budgets`.
     """
-    teacher, start = results.plan.teacher, chain.path[0]
+    teacher, start = teacher_of(results, chain), chain.path[0]
     teachers = {teacher, start} if start == chain.models[0] else {teacher}  # not if an earlier path of the chain trains the start
     reference = reference_at(results, chain)
 
@@ -129,7 +134,7 @@ def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     `compute`, this is the arm's own method. For all other arms, it is the method of the first chain with the same student, so that these
     arms have one direct arm in common.
     """
-    teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
+    teacher = teacher_of(results, arm) if len(arm.path) > 1 else None
     teacher = None if teacher == arm.model else teacher  # a student that teaches itself has no original teacher
     chain = next((other for other in results.plan.arms if other.has_assistant and other.model == arm.model), None)
     like = arm if arm.has_assistant or arm.compute else chain
@@ -139,8 +144,8 @@ def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
     """Return the models of a chain (a path with assistants), from the original teacher to the student."""
-    teacher = results.plan.teacher
-    return arm.path if teacher is None or teacher in arm.path else (teacher, *arm.path)
+    teacher = teacher_of(results, arm)
+    return arm.path if teacher in arm.path else (teacher, *arm.path)
 
 
 # --- by length of the reference ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from tadistill.report.explain import cautions, verdict_text
 from tadistill.report.findings import against
 from tadistill.report.path_words import arm_words
 from tadistill.report.tables import comparison_table
-from tadistill.results.compare import at_equal_compute, relative_compute, twin_of
+from tadistill.results.compare import at_equal_compute, direct_of, relative_compute, twin_of
 from tadistill.results.verdict import comparisons
 
 from .builder import ArmSpec, StudySpec, build_study
@@ -30,6 +30,15 @@ def some(tmp_path_factory):
 
 def twin(some, chain, *arms, teacher="xl"):
     """The name of the chain's baseline, in a study of these arms that has no results."""
+    return found_by(twin_of, some, chain, *arms, teacher=teacher)
+
+
+def direct(some, chain, *arms, teacher="xl"):
+    """The name of the chain's direct arm, in such a study."""
+    return found_by(direct_of, some, chain, *arms, teacher=teacher)
+
+
+def found_by(search, some, chain, *arms, teacher):
     records = [
         replace(
             some.plan.arms[0], name=a.name, path=a.path, models=tuple(dict.fromkeys((*a.before, *a.path))), model=a.path[-1],
@@ -37,7 +46,7 @@ def twin(some, chain, *arms, teacher="xl"):
         )
         for a in (*arms, chain)
     ]  # fmt: skip
-    found = twin_of(replace(some, plan=replace(some.plan, arms=tuple(records), teacher=teacher)), records[-1])
+    found = search(replace(some, plan=replace(some.plan, arms=tuple(records), teacher=teacher)), records[-1])
     return found and found.name
 
 
@@ -126,3 +135,11 @@ def test_a_report_credits_nothing_at_unequal_compute(tmp_path):
     assert "(not at equal compute)" in against(results)
     assert arm_words(results)["twin"].endswith(", with 0.88 times chain's compute")
     assert [title for title, _ in comparison_table(results).rows] == ["chain \N{EN DASH} twin (not equal compute)"]
+
+
+def test_without_an_original_teacher_a_chain_begins_with_its_first_path(some):  # `analyse: false` and no `teacher`
+    chain = ArmSpec("chain", ("l", "s"), text="xl > l then l > s", before=("xl", "l"))
+    others = [ArmSpec("of l", ("l", "s"), compute="as chain"), ArmSpec("twin", XL_S, compute="as chain"), ArmSpec("direct", XL_S)]
+    for teacher in (None, "xl"):
+        assert twin(some, chain, *others, teacher=teacher) == "twin"
+        assert direct(some, chain, *others, teacher=teacher) == "direct"

@@ -16,7 +16,7 @@ from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures import looks, rows_axis
 from tadistill.report.path_words import route, some
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
-from tadistill.results.compare import at_equal_compute, budget_models, twin_of
+from tadistill.results.compare import at_equal_compute, budget_models, teacher_of, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, summary_text
 from tadistill.results.study import ArmRecord, StageRecord
@@ -290,7 +290,7 @@ def budget_text(results: Results, b: Budget) -> str:
     if added <= 0 or total <= 0:
         ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
         return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
-    steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {results.plan.teacher or b.arm.path[0]}"
+    steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {teacher_of(results, b.arm)}"
     ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
     return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
 
