@@ -5,6 +5,7 @@ contains the keys of all stages of a study. `advise` and `search` also write fil
 """
 
 import datetime
+import functools
 import json
 import re
 import shutil
@@ -58,11 +59,11 @@ class Unneeded:
 
 def studies(runs: Path, store: Store) -> list[StudyRow]:
     """Return the studies of a runs directory. The oldest comes first."""
-    queue = slurm.queued(strict=False)
+    queue = functools.cache(lambda: slurm.queued(strict=False))  # only asked for if a job was submitted
     return sorted((_row(path, store, queue) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
 
 
-def _row(study: Path, store: Store, queue: Mapping[str, slurm.Entry]) -> StudyRow:
+def _row(study: Path, store: Store, queue: Callable[[], Mapping[str, slurm.Entry]]) -> StudyRow:
     try:
         plan = json.loads((study / "plan.json").read_text(encoding="utf-8"))
         keys, created = [stage["key"] for stage in plan["stages"]], str(plan["created"])
@@ -71,7 +72,7 @@ def _row(study: Path, store: Store, queue: Mapping[str, slurm.Entry]) -> StudyRo
         return StudyRow(study.name, when, 0, 0, _size(study), "plan.json is damaged")
     left = [key for key in keys if not store.finished(key)]
     states = [run.state for run in local_runs(study)]
-    jobs = {e.state for key in left if (record := read_record(store, key)) and (e := record.live(queue))}
+    jobs = {e.state for key in left if (record := read_record(store, key)) and (e := record.live(queue()))}
     ended = states[-1] if states else "not finished"
     state = "running" if "running" in states or "RUNNING" in jobs else "done" if not left else "queued" if jobs else ended
     used = _size(study) + sum(_size(store.folder(key)) for key in keys)

@@ -41,8 +41,8 @@ class StatusRow:
     """The newest numbers of a training, or the reason why the stage failed or waits. The text ends with the place where the next run
     continues an unfinished stage."""
     at: float = 0.0
-    """Time to which the row belongs: infinite if the stage runs or its job is in the queue; else the time at which the job was submitted,
-    or at which the run last wrote its state."""
+    """Time to which the row belongs: infinite if the stage runs or its job is in the queue; else the time at which the job failed or was
+    submitted, or at which the run last wrote its state."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -103,12 +103,13 @@ def local_rows(runs: Iterable[LocalRun]) -> dict[str, StatusRow]:
 def job_rows(store: Store, keys: Iterable[str], here: Mapping[str, StatusRow]) -> dict[str, StatusRow]:
     """Return the status rows of the stages in `keys` that were submitted to Slurm, by stage key. The field `label` of the rows is empty.
 
-    Stages that run on this machine are left out. `here` has the rows of `local_rows`. Raises ConfigError if squeue does not answer but is
-    needed.
+    Stages that run on this machine are left out. `here` has the rows of `local_rows`. Raises ConfigError if squeue does not answer and the
+    newest state of a stage is that of its job.
     """
     running = {key for key, row in here.items() if row.at == math.inf}
     open_ = {key: record for key in keys if key not in running and (record := read_record(store, key))}
-    queued = slurm.queued() if open_ else {}
+    needed = any(key not in here or _submitted(store.folder(key)) > here[key].at for key in open_)
+    queued = slurm.queued(strict=needed) if open_ else {}
     live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
     gone = slurm.ended(str(record.place) for key, record in open_.items() if key not in live)
     return {key: _job(store.folder(key), str(record.place), live.get(key), gone.get(str(record.place))) for key, record in open_.items()}
@@ -118,12 +119,17 @@ def _job(folder: Path, job: str, live: slurm.Entry | None, gone: slurm.Entry | N
     if live:
         state = live.state.lower()
         return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason, math.inf)
-    reason, submitted = folder / FAILURE, (folder / RECORD).stat().st_mtime
+    reason, submitted = folder / FAILURE, _submitted(folder)
     if reason.is_file():
-        return StatusRow("", job, "failed", gone.elapsed if gone else "", reason.read_text(encoding="utf-8").strip(), submitted)
+        text, at = reason.read_text(encoding="utf-8").strip(), max(submitted, reason.stat().st_mtime)
+        return StatusRow("", job, "failed", gone.elapsed if gone else "", text, at)
     if gone:
         return StatusRow("", job, gone.state.lower(), gone.elapsed, "", submitted)
     return StatusRow("", job, "lost", "", "Slurm no longer knows this job; submit the study again", submitted)
+
+
+def _submitted(folder: Path) -> float:
+    return (folder / RECORD).stat().st_mtime
 
 
 def _finished(key: str, store: Store) -> StatusRow:

@@ -156,3 +156,45 @@ def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_
     local(time.time(), stages={"k": StageProgress("k")})  # it runs there now
     programs("squeue", "exit 1")
     assert state() == ("running", "running")
+
+
+def test_without_slurm_a_run_after_the_last_job_has_the_state(tmp_path):  # no squeue on this machine
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    write_json(study / "plan.json", {"stages": [{"key": key, "kind": "sft", "label": key, "steps": 10} for key in ("k", "new")]})
+    JobRecord("1", None, "n", "study").write(store, "k")
+    submitted = (store.folder("k") / "job.json").stat().st_mtime
+    run = LocalRun(1, "elsewhere", 1.0, "", "", seen=submitted + 5, ended="failed", failed={"k": "it broke"})
+    write_json(study / "local" / "elsewhere-1.json", asdict(run))
+    assert [(row.state, row.last) for row in status_rows(study, store)] == [("failed", "it broke"), ("not started", "")]
+    os.utime(store.folder("k") / "job.json", (submitted + 9, submitted + 9))  # a job was submitted after the run
+    with pytest.raises(ConfigError, match="squeue does not answer"):
+        status_rows(study, store)
+    os.utime(store.folder("k") / "job.json", (submitted, submitted))
+    JobRecord("2", None, "n", "study").write(store, "new")  # only a job has this stage
+    with pytest.raises(ConfigError, match="squeue does not answer"):
+        status_rows(study, store)
+
+
+def test_a_job_that_failed_after_a_run_has_the_state(programs, tmp_path):
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    write_json(study / "plan.json", {"stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
+    JobRecord("1", None, "n", "study").write(store, "k")
+    now = time.time()
+    os.utime(store.folder("k") / "job.json", (now - 9000, now - 9000))
+    run = LocalRun(1, "elsewhere", 1.0, "", "", seen=now - 5000, ended="failed", failed={"k": "the run broke"})
+    write_json(study / "local" / "elsewhere-1.json", asdict(run))
+    (store.folder("k") / "failure.txt").write_text("the job broke\n")
+    programs("squeue", "")
+    programs("sacct", "echo '1|FAILED|00:10|n'")
+    assert [(row.state, row.last) for row in status_rows(study, store)] == [("failed", "the job broke")]
+
+
+def test_list_asks_slurm_only_if_a_job_was_submitted(programs, tmp_path):
+    study, store, asked = tmp_path / "study", Store(tmp_path / "store"), tmp_path / "asked"
+    write_json(study / "plan.json", {"created": "", "stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
+    programs("squeue", f"echo x >> '{asked}'")
+    assert [row.state for row in studies(tmp_path, store)] == ["not finished"]
+    assert not asked.exists()
+    JobRecord("1", None, "n", "study").write(store, "k")
+    studies(tmp_path, store)
+    assert asked.read_text() == "x\n"
