@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from tadistill.config.arm import CONTROLS, Arm, Control, Kind, is_route, read_compute, read_control
 from tadistill.config.common import Strict
@@ -68,13 +68,14 @@ def with_controls(raw: dict[str, Any]) -> dict[str, Any]:
 def _fair(arms: dict[str, Any], teacher: str | None) -> Iterator[tuple[str, Any]]:
     # each chain is followed by its baseline and its controls
     given = {arm["control"] for arm in arms.values() if isinstance(arm.get("control"), str)}
-    equal = [(_models(arm), arm.get("compute")) for arm in arms.values() if not any(arm.get(key) for key in ("control", "init", "context"))]
+    able = [arm for arm in arms.values() if not any(arm.get(key) for key in ("control", "init", "context"))]
+    equal = [(_models(arm), read_compute(arm["compute"])) for arm in able if isinstance(arm.get("compute"), str)]
     for name, arm in arms.items():
         yield name, arm
         if not _is_chain(arm):
             continue
         first, *_, student = _models(arm)
-        twins = [([start, student], f"{times} {name}") for start in (first, teacher) for times in ("as", "1x")]
+        twins = [([start, student], (times, name)) for start in (first, teacher) for times in (None, 1.0)]
         if not any(twin in equal for twin in twins):
             yield f"{name}-equal-compute", _copy(arm) | {"path": _ends(arm), "compute": f"as {name}"}
         for kind in get_args(Kind):
@@ -158,7 +159,7 @@ class Budgets(Strict):
     `direct-2x`, `chain-1x` and `chain-2x`. The arm `direct` defines the budget 1x.
     """
 
-    text_sets: ClassVar[str] = "times"
+    list_sets: ClassVar[str] = "times"
     times: tuple[Annotated[float, Field(ge=0.001, le=1e6)], ...] = Field(min_length=2)
     """The budgets, as multiples of the training FLOPs of the arm in `of`. The original teacher's own training is not counted."""
     of: str | None = None
@@ -166,11 +167,6 @@ class Budgets(Strict):
     `teacher > student`."""
     arms: tuple[str, ...] | None = None
     """Names of the arms that are trained at each budget. The default is all arms that train a model and have no `compute`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_list(cls, value: Any) -> Any:
-        return {"times": value} if isinstance(value, list | tuple) else value
 
     @field_validator("times")
     @classmethod

@@ -91,11 +91,14 @@ class Strict(BaseModel):
     text_sets: ClassVar[str] = ""
     """Name of the key that a text alone sets. For example, with `load`, a recipe can have the text TEXT in place of {load: TEXT}. Empty if
     this part of a recipe has no such short form."""
+    list_sets: ClassVar[str] = ""
+    """Name of the key that a list alone sets, in the same way."""
 
     @model_validator(mode="before")
     @classmethod
     def _converted(cls, given: Any) -> Any:
-        values = {cls.text_sets: given} if isinstance(given, str) and cls.text_sets else given
+        key = cls.text_sets if isinstance(given, str) else cls.list_sets if isinstance(given, list | tuple) else ""
+        values = {key: given} if key else given
         # pydantic would convert `true` to 1; it refuses the text "true" with an error that names the key
         return {k: _words(v) if _numbers_only(cls, k) else v for k, v in values.items()} if isinstance(values, dict) else values
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.common import FUNCTION, Strict
 from tadistill.config.data import ONE, SETS
 from tadistill.config.method import METHODS
-from tadistill.config.reference import classes, dotted, groups, meaning, tag
+from tadistill.config.reference import classes, dotted, groups, meaning, named_classes, tag
 from tadistill.errors import did_you_mean_then
 from tadistill.text import counted
 
@@ -121,11 +121,19 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind in ("too_short", "too_long"):
         return _length(kind, value, context, location, root)
     if kind in _MAPPING:
-        texts = sorted({model.text_sets for model in _resolve(location, root)[1] if issubclass(model, Strict) and model.text_sets})
-        wanted = f"a text (the value of `{'` or `'.join(texts)}`) or a group of keys" if texts else "a group of keys"
+        wanted = " or ".join([*_short_forms(location, root), "a group of keys"])
         return f" is {_shown(value)}, but it must be {wanted}; {_mapping(value, key, location, root)}."
     fix = _FIXES.get(kind, lambda value, context: problem["msg"][0].lower() + problem["msg"][1:].rstrip("."))
     return f" is {_shown(value)}: {fix(value, context)}."
+
+
+def _short_forms(location: tuple, root: type[BaseModel]) -> list[str]:
+    # what can stand for a group of keys here, such as a text
+    if any(named_classes(_fields(model).get(location[-1])) for model in _resolve(location[:-1], root)[1]):
+        return []  # a mapping from names; only its entries have short forms
+    models = [model for model in _resolve(location, root)[1] if issubclass(model, Strict)]
+    forms = {"a text": {model.text_sets for model in models}, "a list": {model.list_sets for model in models}}
+    return [f"{form} (the value of `{'` or `'.join(sorted(keys - {''}))}`)" for form, keys in forms.items() if keys - {""}]
 
 
 # --- values -------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ _SHOWN = 20
 _DEEPEST = 40
 """Largest number of levels in which the keys of a recipe can be nested."""
 _NO_REFERENCES = "contains `${`, but a recipe cannot refer to environment variables or to other keys; write the value itself"
+_NO_VALUE = "which stands for a missing value; write the value itself"
 
 
 def study_in(recipe: Path) -> str | None:
@@ -100,10 +101,8 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
     """
     lines = _lines(given, source) if isinstance(given, str) else {}
     raw = _merged(given, overrides, source, "seeds=[10]", Recipe)
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{source} is not a recipe; write a YAML mapping with the keys study, seeds, models, data and arms")
     lines = _with_overrides(lines, overrides)
-    recipe = _recipe(_string_keys(raw), source, lines)
+    recipe = _recipe(raw, source, lines)
     if is_short(raw):
         lines = lines_of_whole(lines)
     if folder:
@@ -157,7 +156,7 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
         raise ConfigError(*sentences, *rest) from error
 
 
-def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str, model: type[BaseModel]) -> Any:
+def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str, model: type[BaseModel]) -> dict:
     for item in overrides:
         if "=" not in item or not _levels(item.partition("=")[0]):
             lacks = "key before the `=`" if "=" in item else "`=`"
@@ -171,14 +170,16 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(error, f"override `{item}`")) from error
     with _readable(source):
-        tree: typing.Any = OmegaConf.create(base)
+        tree: typing.Any = _string_keys(OmegaConf.create(base), source)
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{source} is not a recipe; write a YAML mapping with the keys study, seeds, models, data and arms")
     for item in overrides:
         with _readable(f"override `{item}`"):
             _write_out(tree, _levels(item.partition("=")[0]), model, item)
-            change = OmegaConf.from_dotlist([item])
+            change = _string_keys(OmegaConf.from_dotlist([item]), f"override `{item}`")
             _make_room(tree, change)
             tree = OmegaConf.merge(tree, change)
-    return OmegaConf.to_container(tree, resolve=False)
+    return OmegaConf.to_container(tree, resolve=False)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -251,11 +252,16 @@ def _leaves(at: tuple, value: Any) -> Iterator[tuple[tuple, Any]]:
         yield at, value
 
 
-def _string_keys(value: Any) -> Any:
-    # YAML reads an arm called 2.1 as a number
-    if isinstance(value, dict):
-        return {str(k): _string_keys(v) for k, v in value.items()}
-    return [_string_keys(v) for v in value] if isinstance(value, list) else value
+def _string_keys(tree: DictConfig | ListConfig, what: str) -> Any:
+    # YAML reads an arm called 2.1 as a number, but an override does not; OmegaConf reads the value ??? as a missing one
+    def walk(value: Any) -> Any:
+        if isinstance(value, str) and value == "???":
+            raise ConfigError(f"{what} contains `???`, {_NO_VALUE}")
+        if isinstance(value, dict):
+            return {str(k): walk(v) for k, v in value.items()}
+        return [walk(v) for v in value] if isinstance(value, list) else value
+
+    return OmegaConf.create(walk(OmegaConf.to_container(tree, resolve=False)))
 
 
 def _lines(text: str, source: str) -> Lines:
@@ -269,6 +275,8 @@ def _lines(text: str, source: str) -> Lines:
         seen.add(id(node))
         if isinstance(node, yaml.ScalarNode) and "${" in node.value:
             raise ConfigError(f"{where(source, lines, at)} is `{node.value}`: it {_NO_REFERENCES}")
+        if isinstance(node, yaml.ScalarNode) and node.value == "???":
+            raise ConfigError(f"{where(source, lines, at)} is `???`, {_NO_VALUE}")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 line = key.start_mark.line + 1

@@ -243,7 +243,7 @@ def _kind(annotation: Any) -> str:
         return f"list of {len(inside)} {kind}" if len(inside) > 1 and inside[-1] is not Ellipsis else f"list of {kind}"
     if origin is dict:
         return f"{_kind(inside[1])} by name"
-    return _PLAIN.get(annotation) or ("text or keys" if annotation.text_sets else "keys")
+    return _PLAIN.get(annotation) or "text or " * bool(annotation.text_sets) + "list or " * bool(annotation.list_sets) + "keys"
 
 
 def _choices(field: FieldInfo) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Serve(Strict):
     """
 
     text_sets: ClassVar[str] = "at"
+    list_sets: ClassVar[str] = "at"
     at: tuple[Address, ...] = Field(min_length=1)
     """Addresses of the servers. Several servers of the same model share the work."""
     gives: Literal["hidden", "top_k"] = "hidden"
@@ -60,11 +61,6 @@ class Serve(Strict):
     """Largest number of seconds to wait for one answer. A request without an answer is sent again, at most four times."""
     requests: int = Field(default=8, ge=1, le=1024)
     """Number of requests that wait for an answer from one server at the same time. A request contains one sequence."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_addresses(cls, value: Any) -> Any:
-        return {cls.text_sets: value} if isinstance(value, list | tuple) else value
 
     @field_validator("at", mode="before", json_schema_input_type=str | list[str])
     @classmethod

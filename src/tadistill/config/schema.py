@@ -47,13 +47,21 @@ class _Generator(GenerateJsonSchema):
         for key in part.keys:
             found["properties"][key.name].pop("title", None)
             found["properties"][key.name]["description"] = key.meaning
-        if not schema["cls"].text_sets:
+        cls = schema["cls"]
+        short = [_text(cls, part)] if cls.text_sets else []
+        if cls.list_sets:
+            short.append(next(form for form in _forms(found["properties"][cls.list_sets]) if form.get("type") == "array"))
+        if not short:
             return found
-        return {"anyOf": [_text(schema["cls"], part), found], "description": found.pop("description"), "title": found.pop("title")}
+        return {"anyOf": [*short, found], "description": found.pop("description"), "title": found.pop("title")}
 
     def tagged_union_schema(self, schema: Any) -> JsonSchemaValue:
         found = super().tagged_union_schema(schema)
         return {"anyOf": found["oneOf"]}  # an arm with `method` may change a key of its objective without the `type`
+
+
+def _forms(value: JsonSchemaValue) -> list[JsonSchemaValue]:
+    return value.get("anyOf", [value])
 
 
 def _text(cls: type[BaseModel], part: Part) -> JsonSchemaValue:

@@ -44,8 +44,9 @@ def test_a_fair_study_has_a_baseline_and_all_controls_of_each_chain():
     assert list(found) == ["direct", "chain", "chain-equal-compute", "chain-tempered", "chain-random-teacher", "own"]
     assert [arm.compute for arm in found.values()] == [None, None, *["as chain"] * 4]
     assert list(arms({"direct": "xl > s"}, fair=True)) == ["direct"]
-    twin = {"chain": "xl > l > s", "twin": {"path": "xl > s", "compute": "as chain"}}
-    assert "chain-equal-compute" not in arms(twin, fair=True)
+    for compute in ("as chain", "1x chain", "1.0x chain"):
+        assert "chain-equal-compute" not in arms({"chain": "xl > l > s", "twin": {"path": "xl > s", "compute": compute}}, fair=True)
+    assert "chain-equal-compute" in arms({"chain": "xl > l > s", "twice": {"path": "xl > s", "compute": "2x chain"}}, fair=True)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,27 @@ def test_a_link_that_leads_nowhere_is_no_recipe(tmp_path):
         load(tmp_path / "r.yaml")
 
 
+def test_a_file_that_is_no_mapping_is_no_recipe(recipe):
+    recipe.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml is not a recipe; write a YAML mapping"):
+        load(recipe, ["study=x"])
+
+
+def test_a_missing_value_of_omegaconf_is_refused_at_its_line(recipe):
+    recipe.write_text(recipe.read_text() + "runtime: {trackers: ['???']}\n")
+    with pytest.raises(ConfigError, match=r"r.yaml, line \d+: `runtime.trackers.0` is `\?\?\?`, which stands for a missing value"):
+        load(recipe)
+
+
+@pytest.mark.parametrize(("name", "written"), [("7", "arms.7"), ("2.1", "arms[2.1]")])
+def test_an_override_finds_a_key_that_yaml_reads_as_a_number(recipe, name, written):
+    for arm in ("xl > s", "{path: xl > s, optim: {batch: 8}}"):
+        found = load(recipe, [f"arms={{{name}: {arm}}}", f"{written}.optim.lr=1e-3"]).arms[name]
+        assert (found.optim.lr, found.text) == (1e-3, "xl > s")
+    recipe.write_text(recipe.read_text().replace("\narms:\n", f"\narms:\n  {name}: xl > s\n"))
+    assert load(recipe, [f"{written}.optim.lr=1e-3"]).arms[name].optim.lr == 1e-3
+
+
 def test_an_empty_mapping_empties(recipe):
     recipe.write_text(recipe.read_text() + "evaluate: {also: {hot: {temperature: 2}}}\n")
     assert load(recipe, ["evaluate.also={}"]).evaluate.also == {}
@@ -98,6 +119,12 @@ def test_an_empty_mapping_empties(recipe):
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("data.test=[5]", ["`data.test.0` is 5, but it must be a text (the value of `load`) or a group of keys; write keys in braces"]),
+        ("arms=[a]", ['`arms` is `["a"]`, but it must be a group of keys; write lines of the form NAME: … below arms']),
+        ("arms.kd=3", ["`arms.kd` is 3, but it must be a text (the value of `path`) or a group of keys; write a path"]),
+        ("methods=3", ["`methods` is 3, but it must be a group of keys; "]),
+        ("budgets=3", ["`budgets` is 3, but it must be a list (the value of `times`) or a group of keys; "]),
+        ("study=???", ["override `study=???` contains `???`, which stands for a missing value; write the value itself"]),
+        ("arms={a: {path: '???'}}", ["contains `???`, which stands for a missing value; write the value itself"]),
         ("method.sampler.k=2", ["`method.sampler.k` is not a known key; it belongs to another `type` (speculative); the keys of the"]),
         ("metrics=[scores.brief]", ["`metrics.0` is 'scores.brief': a function is named as MODULE:FUNCTION, for instance scores:brief"]),
         ("seeds=[1,1]", ["contain a seed twice"]),

@@ -43,7 +43,11 @@ def test_every_recipe_fits_the_schema(path):
     SCHEMA.validate(OmegaConf.to_container(OmegaConf.load(path)))
 
 
-@pytest.mark.parametrize("given", [SHORT, SHORT | {"data": "dolly"}, WHOLE], ids=["short", "short data", "whole"])
+@pytest.mark.parametrize(
+    "given",
+    [SHORT, SHORT | {"data": "dolly"}, WHOLE, WHOLE | {"budgets": [1, 2]}],
+    ids=["short", "short data", "whole", "budgets"],
+)
 def test_what_a_recipe_may_write_shorter_fits_the_schema(given):
     validate(given)
     SCHEMA.validate(given)
@@ -56,6 +60,7 @@ def test_what_a_recipe_may_write_shorter_fits_the_schema(given):
         (SHORT, {"metod": "gkd"}),
         (WHOLE, {"seed": 10}),
         (WHOLE, {"method": 3}),
+        (WHOLE, {"budgets": "1, 2"}),
         (WHOLE, {"method": {"optim": {"lr": 0}}}),
         (WHOLE, {"data": {"train": "dolly", "test": ["dolly"]}}),
         (WHOLE, {"evaluate": {"also": {"cold": {"temperature": "low"}}}}),
