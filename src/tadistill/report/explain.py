@@ -300,7 +300,8 @@ def _measured(results: Results) -> list[ArmRecord]:
 
 
 def _undefined_text(results: Results) -> str:
-    teacher = results.plan.teacher
+    analysed = results.plan.recipe.get("analyse", True)  # otherwise the vocabularies are not the reason
+    teacher = results.plan.teacher if analysed else None
     others = [arm for arm in _measured(results) if teacher and arm.model not in _family(results, teacher)]
     if not others:
         return ""

@@ -170,6 +170,14 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert compute.startswith("The effect of compute is not measured: the study has no arm with `compute: as chain`")
 
 
+def test_divergences_that_the_recipe_turns_off_are_not_undefined(tmp_path):
+    _, results, _ = analysed(tmp_path, SMALL[:2])
+    for analyse in (True, False):
+        plan = replace(results.plan, tokenizers=(("xl",), ("l", "s")), recipe={**results.plan.recipe, "analyse": analyse})
+        found = " ".join(explain.vocabulary_texts(replace(results, plan=plan)))
+        assert ("The divergence from xl, the error budget and the exposure bias are not defined across vocabularies" in found) == analyse
+
+
 def test_nothing_to_say_of_an_arm_alone(tmp_path):
     _, _, found = analysed(tmp_path, [ArmSpec("direct", ("xl", "s"))])
     assert found == {}
