@@ -71,8 +71,10 @@ def test_every_arm_seed_set_and_metric_is_there(finished):
     expected |= {("takd", s, d, f"budget/{j}") for s in (1, 2) for d in SETS for j in (0, 1)}
     assert found == expected
     for row in rows(finished):
-        assert (row["low"] is None) == (row["metric"] in whole_set | {"ece_labels"})
+        assert row["low"] is None or row["metric"] not in whole_set | {"ece_labels"}
+        assert row["low"] is None or row["low"] < row["high"]  # no interval if all answers have the same score
         assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
+    assert all(row["low"] is not None for row in rows(finished) if row["metric"] in ("loss", "entropy", "forward_kl"))
     for name in ("report.html", "report.md", "plan.json"):
         assert (finished / "tiny" / name).is_file()
 

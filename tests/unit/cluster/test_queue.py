@@ -158,7 +158,7 @@ def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_
     assert state() == ("running", "running")
 
 
-def test_without_slurm_a_run_after_the_last_job_has_the_state(tmp_path):  # no squeue on this machine
+def test_without_slurm_a_run_after_the_last_job_has_the_state(programs, tmp_path):  # `programs`: there is no squeue
     study, store = tmp_path / "study", Store(tmp_path / "store")
     write_json(study / "plan.json", {"stages": [{"key": key, "kind": "sft", "label": key, "steps": 10} for key in ("k", "new")]})
     JobRecord("1", None, "n", "study").write(store, "k")

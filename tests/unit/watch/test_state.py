@@ -89,7 +89,7 @@ def test_jobs_of_slurm(folder, monkeypatch):
         write_json(folder.store.folder(key) / "job.json", {"job": job, "index": None, "name": f"n{job}", "study": "small"})
     folder.log(S1, 1, 40)
     entries = {"7": slurm.Entry("7", "RUNNING", "1:02", "n7"), "8": slurm.Entry("8", "PENDING", "0:00", "n8", "Priority")}
-    monkeypatch.setattr(slurm, "queued", lambda: asked.append(1) or entries)
+    monkeypatch.setattr(slurm, "queued", lambda strict: asked.append(1) or entries)
     folder.run(S1, dead=True, seen=1.0)  # before the job
     (folder.study / "jobs").mkdir()
     (folder.study / "jobs" / "7_0_log.out").write_text("10:00:00 alarm: update 10: collapse\n")
@@ -104,7 +104,7 @@ def test_jobs_of_slurm(folder, monkeypatch):
     watched.look()
     assert len(asked) == 1  # all users share Slurm
 
-    def silent():
+    def silent(strict):
         raise ConfigError("squeue does not answer")
 
     monkeypatch.setattr(slurm, "queued", silent)
