@@ -2,7 +2,6 @@
 Commands for the runs directory: list, clean."""
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -24,7 +23,7 @@ from tadistill.cli.shared import (
     read_recipe,
     report_study,
 )
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, TadistillError
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.text import counted
 
@@ -35,16 +34,16 @@ def _located(study: str, runs: Path | None) -> tuple[Path, Store]:
     """Return the directory of a study, and the store of the runs directory. If `study` is a recipe that has changed since the study's last
     run, print a note."""
     from tadistill.config.load import read, study_in
-    from tadistill.results.study import find_study
+    from tadistill.results.study import find_study, load_plan
 
     root = runs_directory(runs)
     directory, recipe = find_study(study, root), Path(study)
     if study_in(recipe):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the command itself says what is damaged
-            plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-            if plan["recipe_text"] and plan["recipe_text"] != read(recipe)[0]:
+        with contextlib.suppress(TadistillError):  # the command itself says what is damaged
+            plan = load_plan(directory)
+            if plan.recipe_text and plan.recipe_text != read(recipe)[0]:
                 console.print(
-                    f"{recipe} has changed since the last run of the study, `{plan['command']}`; the following is about that run",
+                    f"{recipe} has changed since the last run of the study, `{plan.command}`; the following is about that run",
                     highlight=False,
                     soft_wrap=True,
                     markup=False,

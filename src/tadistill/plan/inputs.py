@@ -314,10 +314,10 @@ def plan_tasks(recipe: Recipe) -> Tasks | None:
         raise ConfigError(
             "evaluate.tasks needs lm-eval: `pip install 'tadistill[lm-eval]'`; install it, or remove `evaluate.tasks`"
         ) from error
-    for file, found in task_files(evaluate.tasks):
-        if not found:
-            raise ConfigError(f"evaluate.tasks names the file {file}, which does not exist; correct the path")
-    digests = tuple(found for _, found in task_files(evaluate.tasks))
+    files = task_files(evaluate.tasks)
+    if missing := [file for file, found in files if not found]:
+        raise ConfigError(f"evaluate.tasks names the file {missing[0]}, which does not exist; correct the path")
+    digests = tuple(found for _, found in files)
     return Tasks(names=evaluate.tasks, lm_eval=installed, files=digests, fewshot=evaluate.fewshot, limit=recipe.data.limit.test)
 
 

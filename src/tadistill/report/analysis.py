@@ -28,11 +28,10 @@ from tadistill.results.compare import (
 )
 from tadistill.results.number_text import number, size_text, span, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, pairs
+from tadistill.results.verdict import ALPHA, SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, pairs
 from tadistill.statistics import Difference, holm
 from tadistill.text import form, listed
 
-_ALPHA = 0.05
 _MOST_PAIRS = 6  # a study without assistants and with more pairs of arms has no analysis, because it would be too long
 Mark = Literal["better", "worse", "no clear difference", "not measured"]
 MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference": "○", "not measured": "–"}
@@ -260,7 +259,7 @@ class _Gap:
 
     @property
     def clear(self) -> bool:
-        return self.enough and self.p < _ALPHA and not self.difference.covers_zero
+        return self.enough and self.p < ALPHA and not self.difference.covers_zero
 
 
 def student_of(results: Results) -> str:
@@ -307,6 +306,7 @@ def against_sft(results: Results) -> str:
     return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}. {differs}{after}{bad}"
 
 
+@once
 def clear_against_sft(results: Results) -> dict[frozenset[str], bool]:
     """Map each pair of the fine-tuned arm and a distilled arm to True if they clearly differ in the primary metric."""
     tuned = sft_arm(results)

@@ -23,7 +23,6 @@ from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.text import counted, listed
 
-_ALPHA = 0.05
 Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]
 BADGES: dict[Kind, str] = {
     "gain": "Yes",

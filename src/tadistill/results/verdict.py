@@ -24,7 +24,7 @@ from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum
 from tadistill.statistics import inflation as inflation_of
 
 SEEDS_FOR_A_CLAIM = 3
-_ALPHA = 0.05
+ALPHA = 0.05
 _SEEDS_FOR_SIGNS = 6  # from this number of seeds, reports leave out the sign-flip test, because it adds nothing to the t-test
 
 Word = Literal["gain", "loss", "equivalent", "no evidence"]
@@ -226,20 +226,20 @@ def _comparison(
 
 
 def _detectable(difference: Difference, family: int) -> float | None:
-    return minimum_detectable_effect(difference.se, difference.df, level=1 - _ALPHA / family) if difference.se > 0 else None
+    return minimum_detectable_effect(difference.se, difference.df, level=1 - ALPHA / family) if difference.se > 0 else None
 
 
 def _seeds_needed(difference: Difference, per_seed: dict[int, float], family: int) -> int | None:
     if len(per_seed) < SEEDS_FOR_A_CLAIM or difference.se == 0 or difference.mean == 0:
         return None
     d = difference
-    return seeds_to_detect(abs(d.mean), se=d.se, df=d.df, differences_S=list(per_seed.values()), level=1 - _ALPHA / family)
+    return seeds_to_detect(abs(d.mean), se=d.se, df=d.df, differences_S=list(per_seed.values()), level=1 - ALPHA / family)
 
 
 def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) -> Word:
     if not enough:
         return "no evidence"
-    if p_holm < _ALPHA and not difference.covers_zero:
+    if p_holm < ALPHA and not difference.covers_zero:
         return "gain" if difference.mean > 0 else "loss"
     return "equivalent" if inside else "no evidence"
 

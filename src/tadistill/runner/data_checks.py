@@ -226,7 +226,7 @@ def check_readable(read: Mapping[str, Read]) -> None:
                 )
 
 
-def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
+def rows_notes(read: Mapping[str, Read]) -> list[str]:
     """Return sentences about rows that are left out or cut, and about test sets whose rows are not the same for all models.
 
     Raises:
@@ -238,8 +238,6 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
             who = " and ".join(sorted(each.teachers))
             found.append(f"training with the context of {who}: of {counted(each.counts.rows, 'row')}, {each.counts.of_contexts}")
     for role, name in next(iter(read.values())).counts:
-        if role != "test" and not training:
-            continue
         counts = {model: of_model.counts[role, name] for model, of_model in read.items() if (role, name) in of_model.counts}
         for texts in ({m: c.text for m, c in counts.items()}, {m: c.unknown_text for m, c in counts.items()}):
             alike = len(set(texts.values())) == 1

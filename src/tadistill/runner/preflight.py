@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tadistill.config import Recipe
 from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom, TopKForwardKL, TopKReverseKL
-from tadistill.config.recipe import methods, trains
+from tadistill.config.recipe import methods
 from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
@@ -120,9 +120,8 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
                 read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
                 check_texts(recipe, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
     with found.about():
-        training = trains(recipe)
-        unread = dict.fromkeys(of.unread for of in read.values() if of.unread and training)
-        notes = [*unread, *rows_notes(read, training=training), *script_notes(recipe)]
+        unread = dict.fromkeys(of.unread for of in read.values() if of.unread)
+        notes = [*unread, *rows_notes(read), *script_notes(recipe)]
     found.finish()
     for note in notes:
         if console:

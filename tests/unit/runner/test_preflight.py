@@ -135,11 +135,11 @@ def test_models_that_keep_different_rows_are_named():
         counts = Counts(rows=4, long=4 - len(kept), limit=8, max_length=16)
         return data_checks.Read(5, {("test", "own"): counts}, {"own": frozenset(kept)})
 
-    found = data_checks.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
+    found = data_checks.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)})
     assert found[-1] == "own (test): the models are compared on the 2 rows that are short enough for all of them"
-    assert data_checks.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
+    assert data_checks.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}) == []
     with pytest.raises(DataError, match="no row of own is short enough for all of the models a, b"):
-        data_checks.rows_notes({"a": read(0), "b": read(1)}, training=False)
+        data_checks.rows_notes({"a": read(0), "b": read(1)})
 
 
 def test_references_that_rouge_cannot_read_are_named(tmp_path):
