@@ -102,6 +102,10 @@ class NotHere(ConfigError):
     """A plan needs a model or a data set that is not on this disk. `tadistill plan` then shows only the other parts of the plan."""
 
 
+class NotPlanned(ConfigError):
+    """A study has no plan yet, because a process is just planning it."""
+
+
 class DataError(TadistillError, ValueError):
     """A data set is missing or empty, or it lacks a column that the recipe needs."""
 

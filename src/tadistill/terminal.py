@@ -69,8 +69,9 @@ class Terminal(Console):
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """Show a spinner with a text while the `with` block runs. Nothing is shown if the output is not a terminal."""
-        if not self.is_interactive or self.detail == "problems" or self.events:
+        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text, as `note` does."""
+        if self.events or self.detail == "problems" or not self.is_interactive:
+            self.note(f"{text} …")
             yield
         else:
             with self.status(text):

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from tadistill.cli.shared import (
     read_recipe,
     report_study,
 )
-from tadistill.errors import ConfigError, TadistillError
+from tadistill.errors import ConfigError, NotPlanned, TadistillError
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.text import counted
 
@@ -72,7 +73,17 @@ def watch(
     """
     from tadistill.watch.server import serve
 
-    serve(*_located(study, runs), port, console)
+    told = False
+    while True:
+        try:
+            found = _located(study, runs)
+            break
+        except NotPlanned as early:
+            if not told:
+                console.print(f"{early}; waiting for its stages …", highlight=False, markup=False, soft_wrap=True)
+            told = True
+            time.sleep(0.5)
+    serve(*found, port, console)
 
 
 @app.command()
@@ -294,7 +305,12 @@ def status(study: StudyName, runs: Runs = None) -> None:
     """Show every stage of a study: its process or Slurm job, state, time, newest numbers and time left."""
     from tadistill.cluster.status import print_status
 
-    print_status(*_located(study, runs), console)
+    try:
+        found = _located(study, runs)
+    except NotPlanned as early:  # not a mistake, but the state of the study
+        console.print(str(early), highlight=False, markup=False, soft_wrap=True)
+        return
+    print_status(*found, console)
 
 
 @app.command("list")

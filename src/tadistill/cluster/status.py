@@ -17,7 +17,7 @@ from tadistill.cluster.job import read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
-from tadistill.runner.local import LOG, LocalRun, described, local_runs
+from tadistill.runner.local import LOG, LocalRun, about_planning, described, local_runs
 from tadistill.store import FAILURE, RECORD, Store, command_for
 from tadistill.text import counted
 
@@ -156,6 +156,8 @@ def print_status(study: Path, store: Store, console: Console) -> None:
 
 
 def _about(run: LocalRun) -> str:
+    if run.planning:
+        return about_planning(run)
     left = f"about {spoken(run.left)} left" if run.left is not None else "the time left is not known yet"
     how = {
         "running": f"runs this study: {run.done}/{counted(run.total, 'stage')} done, {left}; `kill {run.pid}` stops it and saves its state",

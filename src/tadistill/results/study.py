@@ -1,7 +1,4 @@
-"""Find a study on this disk, read its plan, and find the models that it trained.
-
-A study has stages. A stage is one step, such as a training.
-"""
+"""Find a study on this disk, read its plan, and find the models that it trained. A stage is one step of a study, such as a training."""
 
 import json
 import math
@@ -18,6 +15,7 @@ from tadistill.config.recipe_files import located
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, did_you_mean
 from tadistill.metrics import declare
+from tadistill.runner.local import not_planned
 from tadistill.store import Store
 
 
@@ -288,19 +286,20 @@ def find_study(study: str, root: Path) -> Path:
     """Return a study's directory. `study` is its name, its directory, or its recipe (a file, or the name of a recipe of the package).
 
     Raises:
-        ConfigError: there is no such study.
+        ConfigError: there is no such study. NotPlanned: a process is just planning it.
     """
     recipe = study_in(located(study))
     name = study_in(Path(study)) or study
-    for directory in (Path(name), root / name, root / (recipe or name)):
-        if (directory / "plan.json").is_file():
-            return directory
+    folders = (Path(name), root / name, root / (recipe or name))
+    early = not_planned(*folders)  # asked first, because the plan may be written in between
+    if found := next((folder for folder in folders if (folder / "plan.json").is_file()), None):
+        return found
+    if early:
+        raise early
     if study.endswith((".yaml", ".yml")) and recipe is None:
         raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
-    hint = (
-        f"start one with `tadistill run {study}`" if recipe else did_you_mean(name, studies(root), "start one with `tadistill run RECIPE`")
-    )
-    raise ConfigError(f"there is no study `{name}` in {root}; {hint}")
+    hint = f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
+    raise ConfigError(f"there is no study `{name}` in {root}; {hint if recipe else did_you_mean(name, studies(root), hint)}")
 
 
 def studies(root: Path) -> list[str]:

@@ -13,13 +13,13 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from tadistill.disk import write_json
-from tadistill.errors import StoreError
+from tadistill.errors import NotPlanned, StoreError
 from tadistill.plan.throughput import spoken
 
 LOG = "run.log"
@@ -78,6 +78,11 @@ class LocalRun:
         return f"{self.host}:{self.pid}"
 
     @property
+    def planning(self) -> bool:
+        """True if the process still plans the study, or checks its models and data, so it has no stages yet."""
+        return self.state == "running" and not self.total
+
+    @property
     def state(self) -> State:
         """How the run ended, or `running`. A run is `dead` if its process no longer exists and has not recorded an end."""
         if self.ended:
@@ -100,14 +105,41 @@ def local_runs(study: Path) -> list[LocalRun]:
     return sorted(found, key=lambda run: run.seen)
 
 
+@contextlib.contextmanager
+def planning(study: Path) -> Iterator[None]:
+    """While the `with` block runs, a record says that this process plans the study, so that `tadistill status` knows of it before plan.json
+    exists. Afterwards, the record is again what it was before: usually, there was none."""
+    run = _this_process()
+    path, folders = _record(study, run), [folder for folder in (study, study / _RECORDS) if not folder.exists()]
+    before = path.read_bytes() if path.is_file() else None
+    with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
+        write_json(path, asdict(run))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder that is not empty has the plan or the record of another run
+            path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+            for folder in reversed(folders):
+                folder.rmdir()
+
+
+def not_planned(*studies: Path) -> NotPlanned | None:
+    """Return an error that says so if a process is just planning one of the studies. Return None if none does."""
+    runs = ((study, run) for study in studies for run in local_runs(study) if run.planning)
+    return next((NotPlanned(f"study {study.name} has no stages yet: {about_planning(run)}") for study, run in runs), None)
+
+
+def about_planning(run: LocalRun) -> str:
+    """Return a clause about a run that has no stages yet."""
+    return f"process {run.pid} on {run.host} (started {run.started}) is planning the study, and checks its models and data"
+
+
 class Journal:
     """Writes run.log and the record of this process's run. If the files cannot be written, this is reported once, and the run goes on."""
 
     def __init__(self, study: Path, *, done: int, total: int, complain: Callable[[str], None], needs: Iterable[str] = ()):
         self.folder, self._complain, self._told = study, complain, False
-        pid = os.getpid()
-        command = shlex.join(["tadistill", *sys.argv[1:]])
-        self.run = LocalRun(pid, platform.node(), _born(pid) or 0.0, command, time.strftime("%Y-%m-%d %H:%M:%S"), done=done, total=total)
+        self.run = _this_process(done=done, total=total)
         self._start, self._written = time.monotonic(), float("-inf")
         self.run.needs = list(needs)
         for old in local_runs(study):
@@ -150,6 +182,12 @@ class Journal:
             self._complain(
                 f"{path} cannot be written ({reason}); check the disk. The run goes on, but its log and its status will be incomplete"
             )
+
+
+def _this_process(*, done: int = 0, total: int = 0) -> LocalRun:
+    pid, command = os.getpid(), shlex.join(["tadistill", *sys.argv[1:]])
+    started, seen = time.strftime("%Y-%m-%d %H:%M:%S"), time.time()
+    return LocalRun(pid, platform.node(), _born(pid) or 0.0, command, started, seen, done=done, total=total)
 
 
 def _record(study: Path, run: LocalRun) -> Path:

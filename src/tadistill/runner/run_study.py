@@ -26,6 +26,7 @@ from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_entries, check_sources
+from tadistill.runner.local import planning
 from tadistill.runner.processes import prepared
 from tadistill.runner.remote import announced
 from tadistill.runner.schedule import run_stages
@@ -49,31 +50,38 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     console = console or Terminal()
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or search for a path with `tadistill search`")
-    check_entries(recipe)  # before models are downloaded
-    check_trackers(recipe)
-    check_sources(recipe)
-    fetch_models(recipe, console)
     store = store_of(runs)
-    with console.working("planning the study"):
-        plan = make_plan(recipe)
-    missing = [s for s in plan.stages.values() if not store.finished(s.key)]
-    jobs = 0
-    if missing:
-        with prepared(), console.working("checking models and data"):
-            from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
-
-            jobs = check_study(recipe, console, missing)
-            asked = [*announced(plan, store, missing)]
-        for sentence in (*plan.tokens.cautions(), *off_budget(plan)):
-            console.note(sentence, problem=True)
-        for sentence in (*asked, _beginning(plan, store, missing, jobs)):
-            console.note(sentence)
-    study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
+    with planning(runs / recipe.study):
+        plan, missing, jobs = _planned(recipe, store, console)
+        study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     else:  # send the values of stages that other processes ran, for instance jobs of a cluster
         Trackers(plan, store, lambda text: console.note(text, problem=True)).close()
     return study
+
+
+def _planned(recipe: Recipe, store: Store, console: Terminal) -> tuple[Plan, list[Stage], int]:
+    # the plan, the stages that are not finished, and how many of them run at a time (0 if all are finished)
+    check_entries(recipe)  # before models are downloaded
+    check_trackers(recipe)
+    check_sources(recipe)
+    fetch_models(recipe, console)
+    with console.working("planning the study"):
+        plan = make_plan(recipe)
+    missing = [s for s in plan.stages.values() if not store.finished(s.key)]
+    if not missing:
+        return plan, missing, 0
+    with prepared(), console.working("checking models and data"):
+        from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
+
+        jobs = check_study(recipe, console, missing)
+        asked = [*announced(plan, store, missing)]
+    for sentence in (*plan.tokens.cautions(), *off_budget(plan)):
+        console.note(sentence, problem=True)
+    for sentence in (*asked, _beginning(plan, store, missing, jobs)):
+        console.note(sentence)
+    return plan, missing, jobs
 
 
 def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:

@@ -14,16 +14,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from rich.console import Console
+from tests.e2e.inprocess import tadistill
 from tests.unit.runner.small import small
 
 from tadistill.cluster.status import print_status, status_rows
-from tadistill.config import parse
-from tadistill.errors import ConfigError, StageFailed
+from tadistill.config import load, parse
+from tadistill.errors import ConfigError, NotPlanned, StageFailed
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
 from tadistill.runner import local, processes, screen
 from tadistill.runner.local import Journal, StageProgress, local_runs
-from tadistill.runner.run_study import _beginning, save_plan
+from tadistill.runner.run_study import _beginning, run_study, save_plan
 from tadistill.runner.screen import Screen
 from tadistill.store import Store
 from tadistill.terminal import Terminal
@@ -316,3 +317,44 @@ def test_an_interrupted_run_says_so(plan, study):
     with pytest.raises(StageFailed), Screen(plan, Store(study.parent / "store"), Terminal(file=io.StringIO()), todo=[], jobs=1):
         raise StageFailed
     assert local_runs(study)[-1].state == "failed"
+
+
+def test_a_study_is_known_while_it_is_planned(study, tmp_path, monkeypatch):
+    """The plan and the checks take seconds, or minutes if models are downloaded."""
+    recipe = tmp_path / "early.yaml"
+    recipe.write_text(RECIPE.replace("study: small", "study: early"))
+    console = Terminal(file=io.StringIO())
+
+    def look(*_):
+        with pytest.raises(NotPlanned, match=rf"study early has no stages yet: process {os.getpid()} on .* is planning the study"):
+            find_study(str(recipe), tmp_path)
+        shown = tadistill("status", "early", "--runs", str(tmp_path))
+        assert (shown.code, "is planning the study" in " ".join(shown.out.split())) == (0, True)
+        raise ConfigError("the models are too large")
+
+    monkeypatch.setattr("tadistill.runner.preflight.check_study", look)
+    with pytest.raises(ConfigError, match="too large"):
+        run_study(load(recipe), runs=tmp_path, console=console)
+    assert "planning the study …\nchecking models and data …\n" in console.file.getvalue()
+    assert not (tmp_path / "early").exists()
+    with pytest.raises(ConfigError, match="there is no study `early`"):
+        find_study("early", tmp_path)
+
+
+def test_a_study_that_is_planned_again_keeps_the_record_of_its_last_run(study):
+    mine = journal(study)
+    mine.run.needs, mine.run.ended = ["a" * 16], "finished"
+    mine.save()
+    with local.planning(study):
+        assert "is planning the study" in status(study)
+    (left,) = local_runs(study)
+    assert (left.needs, left.ended) == (["a" * 16], "finished")
+
+
+def test_watch_waits_for_the_plan(tmp_path, monkeypatch):
+    planned = local.planning(tmp_path / "early")
+    planned.__enter__()
+    monkeypatch.setattr("time.sleep", lambda _: planned.__exit__(None, None, None))
+    shown = tadistill("watch", "early", "--runs", str(tmp_path))
+    assert "waiting for its stages" in shown.out
+    assert "there is no study `early`" in shown.err
