@@ -7,6 +7,7 @@ A profile is a YAML file with the hardware and the rules of one cluster. The pac
 cluster, write a file with the fields below. `squeue` lists jobs in the queue. `sacct` lists jobs that have left the queue.
 """
 
+import datetime
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -159,6 +160,8 @@ class Entry:
     elapsed: str
     name: str
     reason: str = ""
+    ended: float = 0.0
+    """Time at which the job ended, in seconds since the epoch. 0 if it is not known."""
 
     @property
     def hopeless(self) -> bool:
@@ -181,12 +184,21 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
     if not wanted:
         return {}
     roots = ",".join(sorted({i.partition("_")[0] for i in wanted}))
-    out = output_of("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName")
-    lines = [line.split("|", 3) for line in (out or "").splitlines()]
-    found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
+    fields = "--format=JobID,State,Elapsed,End,JobName"  # last the name, which can contain `|`
+    out = output_of("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", fields)
+    lines = [line.split("|", 4) for line in (out or "").splitlines()]
+    found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[4], ended=_seconds(f[3])) for f in lines if len(f) == 5 and f[1]}
     if not found:  # if accounting is off, the controller still knows recent jobs
         found = _squeue("--states=all", f"--jobs={roots}", strict=False)
     return {i: entry for i in wanted if (entry := found.get(i) or _of_segments(i, found))}
+
+
+def _seconds(time: str) -> float:
+    # Slurm's local time in seconds since the epoch; 0 if it is `Unknown`, or has the user's own SLURM_TIME_FORMAT
+    try:
+        return datetime.datetime.fromisoformat(time).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:

@@ -41,8 +41,8 @@ class StatusRow:
     """The newest numbers of a training, or the reason why the stage failed or waits. The text ends with the place where the next run
     continues an unfinished stage."""
     at: float = 0.0
-    """Time to which the row belongs: infinite if the stage runs or its job is in the queue; else the time at which the job failed or was
-    submitted, or at which the run last wrote its state."""
+    """Time to which the row belongs: infinite if the stage runs or its job is in the queue; else the time at which the job ended (if not
+    known, at which it was submitted), or at which the run last wrote its state."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -124,7 +124,7 @@ def _job(folder: Path, job: str, live: slurm.Entry | None, gone: slurm.Entry | N
         text, at = reason.read_text(encoding="utf-8").strip(), max(submitted, reason.stat().st_mtime)
         return StatusRow("", job, "failed", gone.elapsed if gone else "", text, at)
     if gone:
-        return StatusRow("", job, gone.state.lower(), gone.elapsed, "", submitted)
+        return StatusRow("", job, gone.state.lower(), gone.elapsed, "", max(submitted, gone.ended))
     return StatusRow("", job, "lost", "", "Slurm no longer knows this job; submit the study again", submitted)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import asdict
+from datetime import datetime
 
 import pytest
 from tests.unit.plan.fakes import spec
@@ -37,14 +38,20 @@ def test_squeue_and_sacct_are_read(programs):
     found = slurm.queued()
     assert found["7_1"] == Entry("7_1", "RUNNING", "1:02", "distill-s-abc", "None")
     assert found["8"].hopeless
-    programs("sacct", "echo '3|CANCELLED by 0|00:10|a'; echo '4_0|TIMEOUT|01:00|b'")
+    programs("sacct", "echo '3|CANCELLED by 0|00:10|2026-05-01T10:00:00|a'; echo '4_0|TIMEOUT|01:00|2026-05-01T10:00:00|b'")
     assert {i: e.state for i, e in slurm.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
-    programs("sacct", "echo '9_0|COMPLETED|00:10|x'; echo '9_1|FAILED|00:10|x'; echo '9_2|FAILED|00:00|x'")
+    programs(
+        "sacct",
+        "echo '9_0|COMPLETED|00:10|Unknown|x'; echo '9_1|FAILED|00:10|Unknown|x'; echo '9_2|FAILED|00:00|Unknown|x'",
+    )
     assert slurm.ended(["9"])["9"].id == "9_1"  # a chain
     programs("squeue", "echo '7_1|RUNNING|1:02|distill-a|b-abc|None'")  # as the jobs of earlier versions were called
     assert slurm.queued() == {"7_1": Entry("7_1", "RUNNING", "1:02", "distill-a|b-abc", "None")}
-    programs("sacct", "echo '3|FAILED|00:10|distill-a|b-abc'")
+    programs("sacct", "echo '3|FAILED|00:10|2026-05-01T10:00:00|distill-a|b-abc'")
     assert slurm.ended(["3"])["3"].name == "distill-a|b-abc"
+    for end, seconds in (("2026-05-01T10:00:00", datetime(2026, 5, 1, 10).timestamp()), ("Unknown", 0.0), ("tomorrow at ten", 0.0)):
+        programs("sacct", f"echo '3|TIMEOUT|00:10|{end}|n'")
+        assert slurm.ended(["3"])["3"].ended == seconds
     programs("sacct", "exit 1")  # accounting is off
     assert slurm.ended(["7_1"])["7_1"].state == "RUNNING"
 
@@ -113,7 +120,7 @@ def test_status_of_every_kind(programs, tmp_path):
     (store.folder("runs") / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.5, "train/lr": 1}\n{"step": 5, "tra')
     (store.folder("fail") / "failure.txt").write_text("it broke\n")
     programs("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
-    programs("sacct", "echo '4|OUT_OF_MEMORY|00:10|gone'")
+    programs("sacct", "echo '4|OUT_OF_MEMORY|00:10|2026-05-01T10:00:00|gone'")
     found = {row.label: row for row in status_rows(study, store)}
     expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not started"]
     assert {label: row.state for label, row in found.items()} == dict(zip(keys, expected, strict=True))
@@ -147,7 +154,7 @@ def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_
         programs("squeue", "echo '1|PENDING|0:00|n|Priority'")
         assert state() == ("pending", "queued")
         programs("squeue", "")
-        programs("sacct", "echo '1|TIMEOUT|00:10|n'")
+        programs("sacct", "echo '1|TIMEOUT|00:10|2026-05-01T10:00:00|n'")
         assert state() == ("timeout", how)
         JobRecord("1", None, "n", "study").write(store, "k")
         os.utime(store.folder("k") / "job.json", (submitted - 2000, submitted - 2000))  # the run was after the job
@@ -185,8 +192,23 @@ def test_a_job_that_failed_after_a_run_has_the_state(programs, tmp_path):
     write_json(study / "local" / "elsewhere-1.json", asdict(run))
     (store.folder("k") / "failure.txt").write_text("the job broke\n")
     programs("squeue", "")
-    programs("sacct", "echo '1|FAILED|00:10|n'")
+    programs("sacct", "echo '1|FAILED|00:10|2026-05-01T10:00:00|n'")
     assert [(row.state, row.last) for row in status_rows(study, store)] == [("failed", "the job broke")]
+
+
+@pytest.mark.parametrize("how", ["TIMEOUT", "OUT_OF_MEMORY"])
+def test_a_job_that_slurm_ended_after_a_run_has_the_state(how, programs, tmp_path):
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    write_json(study / "plan.json", {"stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
+    JobRecord("1", None, "n", "study").write(store, "k")
+    now = time.time()
+    os.utime(store.folder("k") / "job.json", (now - 9000, now - 9000))
+    run = LocalRun(1, "elsewhere", 1.0, "", "", seen=now - 5000, ended="failed", failed={"k": "the run broke"})
+    write_json(study / "local" / "elsewhere-1.json", asdict(run))
+    programs("squeue", "")
+    for seconds, state in ((1000, how.lower()), (8000, "failed")):
+        programs("sacct", f"echo '1|{how}|00:10|{datetime.fromtimestamp(now - seconds).isoformat(timespec='seconds')}|n'")
+        assert [row.state for row in status_rows(study, store)] == [state]
 
 
 def test_list_asks_slurm_only_if_a_job_was_submitted(programs, tmp_path):
