@@ -37,7 +37,7 @@ BASES = ("recipes/quickstart.yaml", "tests/e2e/recipe.yaml", "tests/e2e/edges.ya
 HANG = 30
 """Seconds after which a recipe counts as a hang."""
 PLACE = re.compile(
-    r"`|line \d|data set|models\.|arms\.|data\.|objective|sampler|scratch:|seed|optim|row \d|stage|more problems|\b(xl|l|s)\b"
+    r"`|line \d|data set|models\.|arms\.|data\.|objective|sampler|scratch:|seed|optim|row \d|stage|more problems? |\b(xl|l|s)\b"
 )
 SMALL = """\
 study: small

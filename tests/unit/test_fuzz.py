@@ -16,6 +16,11 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "s3cr3t")
 
 
+def test_the_last_sentence_of_many_has_no_place():
+    for left in ("1 more problem is", "30 more problems are"):
+        assert FUZZ["PLACE"].search(f"recipe: {left} shown when those above are corrected")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "count", "seed"), [("recipes", 120, 16), ("data", 50, 16)])
 def test_wrong_input_is_refused_before_any_stage(what, count, seed, tmp_path):

@@ -158,7 +158,7 @@ class Data(Strict):
     """The data set on which checkpoints and paths are chosen. If there are several training sets, each may have a dev set of the same name:
     {maths: maths-dev.jsonl, chat: chat-dev.jsonl}. Dev values are then means over these sets, with the weights of the training sets."""
     test: tuple[DataRef, ...]
-    """The data sets on which trained models are measured."""
+    """The data sets on which trained models are measured. A single data set needs no list."""
     corpus: DataRef | None = None
     """Plain text for the language-modelling part of MiniLLM's loss."""
     root: str | None = None
@@ -230,6 +230,11 @@ class Data(Strict):
                 yield "dev", ref
         for ref in self.test:
             yield "test", ref
+
+    @field_validator("test", mode="before", json_schema_input_type=DataRef | list[DataRef])
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | dict | DataRef) else value
 
     @model_validator(mode="before")
     @classmethod

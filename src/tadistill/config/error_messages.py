@@ -167,7 +167,8 @@ def _list_of(value: Any, context: Mapping[str, Any]) -> str:
 def _quoted(value: Any) -> str:
     if isinstance(value, bool):  # what the recipe has is not known
         return "YAML reads yes, no, on, off, true and false as true or false; put the text in quotes"
-    return f'write it in quotes: "{_plain(value)}"' if isinstance(value, (int, float)) else "write one text, without [ ] or { }"
+    number = isinstance(value, (int, float))
+    return "YAML reads this text as a number; put it in quotes" if number else "write one text, without [ ] or { }"
 
 
 _FIXES: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {

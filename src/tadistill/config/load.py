@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.common import Strict
 from tadistill.config.error_messages import problems
 from tadistill.config.recipe import Recipe, own_functions
-from tadistill.config.recipe_files import Lines, located, settled, shipped, where
+from tadistill.config.recipe_files import Lines, check_key, located, settled, shipped, where
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about, leads_nowhere
@@ -41,7 +41,7 @@ def study_in(recipe: Path) -> str | None:
     if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
         return None
     try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        content = yaml.load(recipe.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # `study: 010` stays a text
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return str(content["study"]) if isinstance(content, dict) and content.get("study") else None
@@ -152,7 +152,7 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
         sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
         left = len(found) - _SHOWN
         more = counted(left, "more problem is", "more problems are")
-        rest = [f"{source}: {more} not shown; correct those above first"] if left > 0 else []
+        rest = [f"{source}: {more} shown when those above are corrected"] if left > 0 else []
         raise ConfigError(*sentences, *rest) from error
 
 
@@ -280,10 +280,7 @@ def _lines(text: str, source: str) -> Lines:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 line = key.start_mark.line + 1
-                if key.tag == "tag:yaml.org,2002:null":
-                    raise ConfigError(f"{source}, line {line}: a key has no name; write its name before the colon")
-                if key.tag == "tag:yaml.org,2002:bool":
-                    raise ConfigError(f"{source}, line {line}: YAML reads the key `{key.value}` as true or false; put it in quotes")
+                check_key(key, f"{source}, line {line}")
                 if (*at, str(key.value)) in lines and key.value != "<<":
                     first = lines[(*at, str(key.value))]
                     raise ConfigError(f"{source}, line {line}: the key `{key.value}` is already in line {first}; keep one of the two")

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import yaml
+from omegaconf import OmegaConf
+
 import tadistill
 from tadistill.config.data import DataRef
 from tadistill.config.recipe import Recipe
@@ -116,6 +119,18 @@ def where(source: str, lines: Lines, key: tuple) -> str:
     few = f"`{'`, `'.join(inside)}`" if len(inside) <= _NAMED else f"`{inside[0]}` and {len(inside) - 1} more"
     changed = f" with {'override' if len(inside) == 1 else 'overrides'} {few}" if inside else ""
     return f"{source}{f', line {line}' if line else ''}{changed}:{shown}"
+
+
+def check_key(key: yaml.Node, place: str) -> None:
+    """Raise a ConfigError if YAML would not read a key of a recipe as the text that is written there. `place` is its place in messages."""
+    if key.tag == "tag:yaml.org,2002:null":
+        raise ConfigError(f"{place}: a key has no name; write its name before the colon")
+    if key.tag == "tag:yaml.org,2002:bool":
+        raise ConfigError(f"{place}: YAML reads the key `{key.value}` as true or false; put it in quotes")
+    if isinstance(key, yaml.ScalarNode) and not key.style and key.value[:1] in "+-.0123456789":
+        read = OmegaConf.create(f"- {key.value}")[0]  # as it reads recipes: 1e3 is a number, too
+        if isinstance(read, int | float) and str(read) != key.value:
+            raise ConfigError(f"{place}: YAML reads the key `{key.value}` as the number {read}; put it in quotes")
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:

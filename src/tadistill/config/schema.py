@@ -72,10 +72,6 @@ def _text(cls: type[BaseModel], part: Part) -> JsonSchemaValue:
 
 def _short(recipe: JsonSchemaValue, parts: dict[str, JsonSchemaValue]) -> dict[str, JsonSchemaValue]:
     short, data = copy.deepcopy(recipe), copy.deepcopy(parts["Data"])
-    data["properties"]["test"] = {
-        "anyOf": [{"$ref": "#/$defs/DataRef"}, data["properties"]["test"]],
-        "description": data["properties"]["test"]["description"],
-    }
     data["required"] = [name for name in data["required"] if name != "dev"]
     for name in WHOLE_KEYS:
         del short["properties"][name]

@@ -50,11 +50,12 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS}
     rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
     evaluate = rest.pop("evaluate", None)
-    data, method = _data(rest.pop("data", None)), rest.pop("method", {})
+    data, method = rest.pop("data", None), rest.pop("method", {})
+    data = dict.fromkeys(("train", "dev", "test"), data) if isinstance(data, str) else data
     method = {"name": method} if isinstance(method, str) else method
-    if isinstance(data, dict) and "dev" not in data and isinstance(data.get("test"), list) and data["test"]:
+    if isinstance(data, dict) and "dev" not in data and isinstance(test := data.get("test"), str | dict | list) and test:
         method = _without_dev(method, rest.get("methods"))
-        data = data | {"dev": data["test"][0]}  # a recipe needs a dev set, but this recipe measures nothing on it
+        data = data | {"dev": test[0] if isinstance(test, list) else test}  # needed, but nothing is measured on it
     elif isinstance(data, dict) and data.get("train") and not ("dev" in data or "test" in data):
         data = data | {"dev": data["train"]}  # the only mistake is then that the test set is missing
     return {
@@ -83,14 +84,6 @@ def _selects(value: Any) -> Iterator[dict[str, Any]]:
         if key == "select" and isinstance(part, dict):
             yield part
         yield from _selects(part)
-
-
-def _data(data: Any) -> Any:
-    if isinstance(data, str):
-        return {"train": data, "dev": data, "test": [data]}
-    if isinstance(data, dict) and isinstance(data.get("test"), str | dict):
-        return data | {"test": [data["test"]]}
-    return data
 
 
 def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:

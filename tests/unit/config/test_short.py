@@ -43,6 +43,24 @@ def test_without_dev_the_last_weights_are_kept():
         validate(SHORT | {"data": data, "method": {"name": "gkd", "select": {"patience": 2}}})
 
 
+def test_one_test_set_needs_no_list_in_both_forms():
+    """A recipe that is turned into its long form stays the same study."""
+    dev = {"train": "tinyworld", "dev": "tinyworld", "template": "plain"}
+    rest = {key: value for key, value in SHORT.items() if key not in ("teacher", "student")}
+    long = rest | {
+        "seeds": [10],
+        "analyse": False,
+        "models": {"teacher": MODEL, "student": MODEL},
+        "arms": {"student": "teacher > student"},
+    }
+    long["evaluate"] = {"seeds": [10], "also": {}}
+    tests = ("tinyworld", ["tinyworld"], {"load": "tinyworld"}, [{"load": "tinyworld"}])
+    keys = [[*make_plan(validate(form | {"data": dev | {"test": test}})).stages] for form in (SHORT, long) for test in tests]
+    assert all(found == keys[0] for found in keys)
+    without = [validate(SHORT | {"data": {"train": "tinyworld", "test": test}}) for test in tests]
+    assert all(found == without[0] for found in without)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
