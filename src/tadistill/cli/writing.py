@@ -187,7 +187,7 @@ def explain(
     words: Annotated[
         list[str],
         typer.Argument(
-            help="A key of a recipe (lr, method.optim.lr, arms.X.path), a metric, or a word of reports (error budget).",
+            help="A key of a recipe (lr, method.optim.lr, arms.X.path), a metric, or a word of reports (error budget); or several.",
             metavar="KEY",
             autocompletion=complete_key,
         ),
@@ -200,12 +200,28 @@ def explain(
     from rich.padding import Padding
     from rich.text import Text
 
-    for entry in _entries(" ".join(words)):
+    for entry in _explained(words):
         console.print(Text(entry.title, "bold"))
         console.print(Padding(Text(entry.meaning), (0, 0, 0, 2), expand=False))
         for rows in filter(None, (entry.facts, entry.below)):
             console.print(Padding(_two_columns(rows), (0, 0, 0, 4), expand=False))
         console.print()
+
+
+def _explained(words: Sequence[str]) -> "list[Entry]":
+    """Return the explanations of a term of several words (error budget), or else of each word (lr batch)."""
+    try:
+        return _entries(" ".join(words))
+    except ConfigError as term:
+        found, unknown = [], []
+        for word in words:
+            try:
+                found += _entries(word)
+            except ConfigError as error:
+                unknown.append(error)
+        if unknown:
+            raise (unknown[0] if found and "did you mean" not in str(term) else term) from None
+        return found
 
 
 def _entries(asked: str) -> "list[Entry]":

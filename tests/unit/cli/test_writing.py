@@ -37,6 +37,14 @@ def test_explain_knows_words_of_reports_and_metrics(words, said):
     assert said in " ".join(run("explain", *words).output.split())
 
 
+def test_explain_explains_several_words():
+    text = run("explain", "warmup", "micro_batch").output
+    assert "method.optim.warmup" in text
+    assert "method.optim.micro_batch" in text
+    with pytest.raises(ConfigError, match="neither a key nor a value `kxq`"):
+        CliRunner().invoke(app, ["explain", "warmup", "kxq"], catch_exceptions=False)
+
+
 def test_explain_proposes_a_word():
     with pytest.raises(ConfigError, match="did you mean `error budget`"):
         CliRunner().invoke(app, ["explain", "eror", "budget"], catch_exceptions=False)
