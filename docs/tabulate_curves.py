@@ -117,7 +117,7 @@ def times_text(times: list[float]) -> str:
 def clear_budgets(study: Study, curve: str, metric: str = METRIC) -> tuple[list[float], list[float]]:
     """Return the budgets at which an arm is clearly better than the reference arm, and those at which it is clearly worse."""
     gaps = [(p.times, gap) for p, _, gap in study.points(curve, metric) if gap]
-    return [t for t, gap in gaps if gap.low > 0], [t for t, gap in gaps if gap.high < 0]
+    return [t for t, gap in gaps if gap.above_zero], [t for t, gap in gaps if gap.below_zero]
 
 
 def best_gap(study: Study, curves: tuple[str, ...], times: float | None) -> tuple[str, float, Difference]:

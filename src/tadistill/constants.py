@@ -20,6 +20,13 @@ PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
 """Model families for which `rollout.teacher_mixed_fast` samples from two models on packed sequences, without padding."""
 OFF_BUDGET = 0.1
 """Two arms are not compared at equal compute if their FLOPs differ by more than this share."""
+
+
+def misses_budget(share: float | None) -> bool:
+    """Return True if a part of a budget, such as `of_budget` of an arm, is known and differs from 1 by more than `OFF_BUDGET`."""
+    return share is not None and abs(share - 1) > OFF_BUDGET
+
+
 LOG_POINTS = 100
 """Minimum number of lines in the log of a training stage. A stage with fewer updates logs every update."""
 WATCH_EVERY = 10

@@ -14,7 +14,7 @@ import tadistill
 from tadistill import api
 from tadistill.config import Evaluate, parse
 from tadistill.config.common import Decoding
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, ModelError
 
 RECIPE = """
 study: calls
@@ -162,7 +162,7 @@ def test_a_model_that_cannot_read_the_prompts_is_refused(study):
         evaluated(study, max_new_tokens=9999)
     model, tokenizer = tadistill.load_student(study, "trained", 1)
     model.resize_token_embeddings(10)
-    with pytest.raises(ConfigError, match="but the model has only 10 embeddings; use the tokenizer that belongs to the model"):
+    with pytest.raises(ModelError, match="but the model has only 10 embeddings; use the tokenizer that belongs to the model"):
         tadistill.evaluate(model, tokenizer, "tinyworld", template="plain", settings={"max_new_tokens": 4}, limit=4)
 
 

@@ -17,11 +17,10 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet
 from tadistill.data.prompts import for_people, task_of
-from tadistill.errors import ConfigError
 from tadistill.evaluation import text_scores, token_scores
 from tadistill.evaluation.token_scores import Answers, Subject, bits_per_byte, divergences, entropy, likelihood, means, reference_sizes
 from tadistill.metrics import names_in
-from tadistill.models.shapes import positions_of
+from tadistill.models.shapes import check_ids, check_lengths
 from tadistill.models.teachers import Teacher
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.samplers import Shard
@@ -48,7 +47,7 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, read_refere
     """Sample answers to one data set, and return all metrics that need no second model. The last two arguments are those of `score`.
 
     Raises:
-        ConfigError: the model cannot read a prompt of this set, or has no position for the last new token.
+        ModelError: the model has no embedding for a token of this set. ConfigError: it has no position for the last new token.
     """
     _check_prompts(subject.model, data, settings.max_new_tokens)
     engine = native(subject, settings)
@@ -57,19 +56,11 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, read_refere
 
 
 def _check_prompts(model: Any, data: EvalSet, new: int) -> None:
+    top = max((max(row.prompt, default=0) for row in data.encoded), default=0)
+    check_ids(top, model.get_input_embeddings().weight.shape[0], f"`{data.name}`")
     longest = max((len(row.prompt) for row in data.encoded), default=0)
-    top, rows = max((max(row.prompt, default=0) for row in data.encoded), default=0), model.get_input_embeddings().weight.shape[0]
-    if top >= rows:
-        raise ConfigError(
-            f"the tokenizer gives a token of `{data.name}` the id {top}, but the model has only {rows} embeddings; use the tokenizer that "
-            "belongs to the model"
-        )
-    positions = positions_of(model.config.get_text_config().to_dict())
-    if positions and longest + new > positions:
-        raise ConfigError(
-            f"the model has {positions} positions, but the longest prompt of `{data.name}` ({counted(longest, 'token')}) plus "
-            f"max_new_tokens ({new}) needs {longest + new}; lower max_new_tokens"
-        )
+    what = f"the longest prompt of `{data.name}` ({counted(longest, 'token')}) plus max_new_tokens ({new}) needs"
+    check_lengths(model.config.get_text_config().to_dict(), {what: (longest + new, "lower max_new_tokens")})
 
 
 def native(subject: Subject, settings: Evaluate, *, adapts: bool | None = None) -> Native:

@@ -98,6 +98,29 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
+def check_ids(top: int, embeddings: int, where: str, token: str = "") -> None:
+    """Raise a ModelError if the largest token id of a text is not below the number of a model's embeddings.
+
+    Args:
+        where: the text, for the message.
+        token: the token with this id. Empty if it is not known.
+    """
+    if top >= embeddings:
+        raise ModelError(
+            f"the tokenizer gives {f'the token {token!r}' if token else 'a token'} of {where} the id {top}, but the model has only "
+            f"{embeddings} embeddings; use the tokenizer that belongs to the model, or resize its embeddings and save it again"
+        )
+
+
+def check_lengths(config: Mapping[str, Any], needs: Mapping[str, tuple[int, str]]) -> None:
+    """Raise a ConfigError if a model has fewer positions than its texts need. `needs` maps the beginning of a sentence to a number of
+    positions, and to what lowers it."""
+    positions = positions_of(config)
+    long = [(what, need, fix) for what, (need, fix) in needs.items() if positions and need > positions]
+    if long:
+        raise ConfigError(*(f"the model has {positions} positions, but {what} {need}; {fix}" for what, need, fix in long))
+
+
 def size_in(config: Mapping[str, Any], *names: str) -> int:
     """Return the value of a field of a configuration. The field can have several names. The first name that the configuration has is used.
 

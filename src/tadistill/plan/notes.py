@@ -14,7 +14,7 @@ from tadistill.config import Method
 from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
-from tadistill.constants import OFF_BUDGET
+from tadistill.constants import misses_budget
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
@@ -196,7 +196,7 @@ def off_budget(plan: Plan) -> Iterator[str]:
     updates, or of rounds, each of which samples text and makes several updates."""
     for arm in plan.arms:
         share = arm.of_budget
-        if share is not None and abs(share - 1) > OFF_BUDGET:
+        if misses_budget(share):
             yield (
                 f"arms.{arm.name} has `compute: {arm.arm.compute}`, but it needs {share:.2g} times these FLOPs, because "
                 f"{_whole(plan, arm)} or a larger budget"
@@ -216,7 +216,7 @@ def off_teacher_budget(plan: Plan) -> Iterator[str]:
     arms = {arm.name: arm for arm in plan.arms}
     for arm in (arm for arm in plan.arms if arm.arm.asks_like):
         asked, budget = arm.asked, arms[arm.arm.asks_like or ""].asked
-        if asked and budget and abs(asked / budget - 1) > OFF_BUDGET:
+        if asked and budget and misses_budget(asked / budget):
             yield (
                 f"arms.{arm.name} has `teacher_budget: {arm.arm.teacher_budget}`, but the teacher writes or scores "
                 f"{asked / budget:.2g} times as many tokens, because {_whole(plan, arm)}"

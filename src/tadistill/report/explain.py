@@ -7,7 +7,7 @@ sentences.
 from collections.abc import Sequence
 
 from tadistill.config.arm import flat
-from tadistill.constants import OFF_BUDGET
+from tadistill.constants import OFF_BUDGET, misses_budget
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
@@ -220,7 +220,7 @@ def _unequal_text(results: Results) -> str:
 
 
 def _off_budget_text(results: Results) -> str:
-    off = [arm for arm in results.plan.arms if arm.of_budget and abs(arm.of_budget - 1) > OFF_BUDGET]
+    off = [arm for arm in results.plan.arms if misses_budget(arm.of_budget)]
     if not off:
         return ""
     named = _first([f"{arm.name} has {arm.of_budget:.2g} times the FLOPs that `compute: {arm.compute}` sets" for arm in off])

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tadistill.config.arm import Control, flat, is_route, path_text, teachers_of
-from tadistill.constants import OFF_BUDGET
+from tadistill.constants import misses_budget
 from tadistill.results.collect import Results
 from tadistill.results.study import ArmRecord, PhaseRecord
 from tadistill.text import listed
@@ -163,7 +163,7 @@ def _budget(arm: ArmRecord) -> str:
     if not arm.compute:
         return ""
     times, _, other = arm.compute.partition(" ")
-    if arm.of_budget and abs(arm.of_budget - 1) > OFF_BUDGET:
+    if arm.of_budget and misses_budget(arm.of_budget):
         return f", with {float(times.rstrip('x') if times != 'as' else 1) * arm.of_budget:.2g} times {other}'s compute"
     return f", with {other}'s compute" if times == "as" else f", with {times.rstrip('x')} times {other}'s compute"
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tadistill.config.added_arms import at_budget, budget_of
 from tadistill.config.arm import direct_arm, read_compute
-from tadistill.constants import OFF_BUDGET
+from tadistill.constants import misses_budget
 from tadistill.metrics import metric_of
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, once, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord
@@ -106,7 +106,7 @@ def relative_compute(arm: ArmRecord, other: ArmRecord) -> float | None:
 def at_equal_compute(arm: ArmRecord, other: ArmRecord) -> bool:
     """Return True if two arms have the same budget, and FLOPs that differ by at most 10 %."""
     ratio = relative_compute(arm, other)
-    return ratio is not None and abs(ratio - 1) <= OFF_BUDGET
+    return ratio is not None and not misses_budget(ratio)
 
 
 def _budgets(arm: ArmRecord) -> set[tuple[float, str]]:

@@ -20,7 +20,7 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.data.token_cache import Longest, glance, keep
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN
-from tadistill.models.shapes import positions_of
+from tadistill.models.shapes import check_ids, check_lengths, positions_of
 from tadistill.models.tokens import vocabulary
 from tadistill.plan.paths import contexts_of
 from tadistill.plan.study_tokens import StudyTokens
@@ -162,22 +162,19 @@ def check_texts(
         ModelError, ConfigError: a token has no embedding, a text is too long, or a text has a token that only some of the models have.
     """
     top = texts.longest.top
-    if top >= rows:
-        token = tokenizer.convert_ids_to_tokens(top)
-        raise ModelError(
-            f"the tokenizer gives the token {token!r} of {texts.where} the id {top}, but the model has only {rows} embeddings; use "
-            "the tokenizer that belongs to the model, or resize its embeddings and save it again"
-        )
+    token = str(tokenizer.convert_ids_to_tokens(top))
+    check_ids(top, rows, texts.where, token)
     if top >= shared:
         raise ModelError(
-            f"{texts.where} contains the token {tokenizer.convert_ids_to_tokens(top)!r} ({top}), but some models of the path "
+            f"{texts.where} contains the token {token!r} ({top}), but some models of the path "
             f"have only the first {shared} tokens; remove it from the texts, or set `tokenizer:` of all these models to one tokenizer"
         )
-    _check_positions(recipe, config, texts)
+    check_lengths(config, _needs(recipe, positions_of(config), texts))
 
 
-def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) -> None:
-    positions, longest = positions_of(config), texts.longest
+def _needs(recipe: Recipe, positions: int | None, texts: Texts) -> dict[str, tuple[int, str]]:
+    # the positions that the texts need, as `check_lengths` takes them
+    longest = texts.longest
     by_arm = {name: _longest_sample(recipe.model_copy(update={"arms": {name: arm}})) for name, arm in recipe.arms.items()}
     sampled = max(by_arm.values(), default=0)
     new, of, fix = max(recipe.evaluate.max_new_tokens, sampled), "", "lower data.max_prompt or max_new_tokens"
@@ -186,7 +183,7 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
         name = next(iter(controls))  # `fair: true` gives it a sampler that the recipe does not show
         of = f" of the control {name}"
         fix = f"write arms.{name}: {{control: {recipe.arms[name].control}, sampler: {{max_new_tokens: {positions - longest.prompt}}}}}"
-    needs = {
+    return {
         f"the longest prompt ({counted(longest.prompt, 'token')}) plus max_new_tokens ({new}){of} needs": (longest.prompt + new, fix),
         "the longest prompt with its reference response needs": (longest.whole, "lower data.max_length"),
         f"the teacher's longest prompt ({counted(longest.context, 'token')}, with `context`) and the response need": (
@@ -195,13 +192,6 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
         ),
         "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
     }
-    problems = [
-        f"the model has {positions} positions, but {what} {need}; {fix}"
-        for what, (need, fix) in needs.items()
-        if positions and need > positions
-    ]
-    if problems:
-        raise ConfigError(*problems)
 
 
 def _longest_sample(recipe: Recipe) -> int:
