@@ -3,6 +3,7 @@
 `TAGS` says where each group of numbers comes from: `measured` on dev prompts, `predicted` (a cost or a forecast) or `assumed` (a setting).
 """
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tadistill.advise.decide import Advice, Option
 from tadistill.advise.history import History
 from tadistill.advise.measures import TOP_K, Ladder, Mean, Measures, PathCost, twin_name
 from tadistill.config import Recipe
+from tadistill.config.added_arms import budget_of
 from tadistill.config.arm import path_text
 from tadistill.config.method import PARTS
 from tadistill.metrics import NOT_COMPARABLE
@@ -156,7 +158,8 @@ def steps(
 ) -> tuple[NextRun, ...]:
     """Return the runs that the advice proposes. The first is the run to start now. The others are experiments.
 
-    The commands only add paths to the recipe, so nothing is trained twice. They remove `budgets`, which would replace each path by several.
+    The commands only add paths to the recipe, so nothing is trained twice. `budgets` do not apply to these paths: they would replace
+    each path by several.
 
     Args:
         recipe: the recipe, with the overrides of the command line.
@@ -169,8 +172,7 @@ def steps(
     def command(arms: list[str], seeds: int) -> str:
         first = max(recipe.seeds) + 1
         chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
-        alone = ["budgets=null"] if recipe.budgets else []
-        return shlex.join(["tadistill", "run", source, *overrides, *arms, *alone, f"seeds={chosen}".replace(" ", "")])
+        return shlex.join(["tadistill", "run", source, *overrides, *arms, *_unbudgeted(recipe, arms), f"seeds={chosen}".replace(" ", "")])
 
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]
@@ -186,6 +188,19 @@ def steps(
         text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {counted(e.seeds, 'seed')}"
         found.append(NextRun(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
+
+
+def _unbudgeted(recipe: Recipe, arms: list[str]) -> list[str]:
+    if recipe.budgets is None:
+        return []
+    made = {name: of.arm for name, arm in recipe.arms.items() if (of := budget_of(name, arm.compute))}
+    named = {*(model.temper.like for model in recipe.models.values() if model.temper)}
+    named |= {other for arm in recipe.arms.values() for other in arm.budgets.values()}
+    if not named & made.keys():
+        return ["budgets=null"]
+    own = {setting.split(".path=")[0].removeprefix("arms.").removeprefix("arms[").removesuffix("]") for setting in arms}
+    kept = [name for name in dict.fromkeys(made.values()) if name not in own]  # other arms need their budgets
+    return [f"budgets={json.dumps(recipe.budgets.model_dump(exclude_none=True) | {'arms': kept})}"]
 
 
 def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:

@@ -117,6 +117,18 @@ def test_commands_plan_in_a_recipe_that_adds_arms_itself(more):
         assert {"direct", name, f"{name}-twin"} <= set(arms_of(step.command)[1])
 
 
+@pytest.mark.parametrize("budgets", ["budgets=[1,2]", "budgets={times: [1, 2], of: direct, arms: [direct]}"])
+def test_commands_keep_the_budgets_that_other_arms_need(budgets):
+    more = [budgets, "arms.again.path=xl > s", "arms.again.compute=as direct-2x"]
+    found = with_search(load(RECIPE, more))
+    priced = costs(found)[1]
+    advice = verdict(priced)
+    now, *others = steps(found, str(RECIPE), more, advice, priced)
+    assert {"direct", "direct-2x", "again", f"{'-'.join(advice.next[0].path)}-twin"} == set(arms_of(now.command)[1])
+    name = "-".join(advice.next[0].path)
+    assert {"direct", "direct-2x", "again", name, f"{name}-twin"} == set(arms_of(others[0].command)[1])
+
+
 def test_the_direct_run_now_is_the_stage_that_the_chains_twin_will_be(study):
     """Nothing is trained twice when the chain is tried after all."""
     found, _, priced = study
