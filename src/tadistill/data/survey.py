@@ -6,7 +6,9 @@ The result for a large file is stored in the cache folder, in a file named by a 
 again.
 """
 
+import hashlib
 import itertools
+import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -30,6 +32,8 @@ LARGE = 5_000
 """A training set with more rows is large. The tokens of a large set and the survey of its rows are stored on the disk (`token_cache`)."""
 SAMPLE = 512
 """Largest number of rows in a sample."""
+DIGITS = 12
+"""Number of characters of a prompt's digest. With a million training rows, a new prompt counts as seen with a probability below 1e-8."""
 _known: dict[str, "Survey"] = {}
 
 
@@ -48,6 +52,8 @@ class Survey:
     """True if at least one row has answer choices."""
     beyond_ascii: float
     """Share (0 to 1) of non-ASCII characters among the letters, digits and symbols of the references. It is the mean over the rows."""
+    prompts: str
+    """A digest of each row's prompt, one after the other (`DIGITS` each)."""
 
     @property
     def places(self) -> list[int]:
@@ -80,6 +86,33 @@ def survey(ref: DataRef, role: str, data: Data) -> Survey:
     if key not in _known:
         _known[key] = _stored(rows, cache_root() / "rows" / f"{key}.json")
     return _known[key]
+
+
+def seen_prompts(data: Data) -> dict[str, tuple[int, int] | None]:
+    """Return the test sets with prompts that are also in a training set: how many rows have such a prompt, and the number of rows.
+
+    Only exact copies count. Rows on the Hub are not compared: the value of a test set that is a training set is then None. Raises DataError
+    if a data set is missing, or a row is wrong.
+    """
+    trained, sources = set[str](), set[str]()
+    for ref in data.sets.values():
+        if (rows := SplitRows.of(ref, "train", data)).content() is None:
+            sources.add(rows.fingerprint())
+        else:
+            trained |= {*_each(survey(ref, "train", data))}
+    found: dict[str, tuple[int, int] | None] = {}
+    for ref in data.test:
+        if (rows := SplitRows.of(ref, "test", data)).content() is None:
+            found |= {ref.name: None} if rows.fingerprint() in sources else {}
+            continue
+        prompts = _each(survey(ref, "test", data))
+        if count := sum(prompt in trained for prompt in prompts):
+            found[ref.name] = count, len(prompts)
+    return found
+
+
+def _each(found: Survey) -> list[str]:
+    return [found.prompts[i : i + DIGITS] for i in range(0, len(found.prompts), DIGITS)]
 
 
 def check(recipe: Recipe) -> None:
@@ -139,12 +172,19 @@ def _read(rows: SplitRows) -> Survey:
     places = min(SAMPLE, total)
     wanted = {i * total // places for i in range(places)}
     sample: list[Example] = []
+    prompts: list[str] = []
     conversations, instructions, choices, beyond = False, False, False, 0.0
     for i, found in enumerate(rows.stream()):
         conversations |= bool(found.messages)
         instructions |= not found.verbatim and not found.messages
         choices |= bool(found.choices)
         beyond += beyond_ascii("".join(found.references))
+        prompts.append(_digest(found))
         if i in wanted:
             sample.append(replace(found, answers={}))  # a rule's answer may be an object that JSON lacks
-    return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total)
+    return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total, "".join(prompts))
+
+
+def _digest(row: Example) -> str:
+    prompt = json.dumps([row.instruction, row.input, row.messages, row.tools], default=str)
+    return hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=DIGITS // 2).hexdigest()

@@ -5,16 +5,20 @@ student. FLOPs are not complete if a teacher is behind an API.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
 from rich.markup import escape
 
-from tadistill.config import Method
+from tadistill.config import Method, Recipe
 from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
+from tadistill.config.recipe import trains
 from tadistill.constants import misses_budget
+from tadistill.data.survey import seen_prompts
+from tadistill.errors import TadistillError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
@@ -38,6 +42,7 @@ ASKED = "asked"
 def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]:
     """Yield all sentences of a plan, with the markup of rich. Warnings are yellow. `jobs` stages run at a time."""
     yield from map(_warning, _absent(plan))
+    yield from (_warning(f"{sentence}.") for sentence in seen_notes(plan.recipe))
     yield from map(escape, _phases(plan))
     yield from map(escape, row_notes(plan))
     yield from map(escape, _recordings(plan))
@@ -151,6 +156,17 @@ def row_notes(plan: Plan) -> Iterator[str]:
             if counts and counts.of_contexts:
                 where = f"Rows of {ref.name} (train) with the `context` of {' and '.join(reads)}, among the first {counts.rows}"
                 yield f"{where}: {counts.of_contexts}."
+
+
+def seen_notes(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for each test set with prompts that are also in a training set. Sets that are not on this disk are left out."""
+    found: dict[str, tuple[int, int] | None] = {}
+    if trains(recipe):
+        with suppress(TadistillError):
+            found = seen_prompts(recipe.data)
+    for name, counts in found.items():
+        rows = "all prompts" if counts is None or counts[0] == counts[1] else f"{counts[0]:,} of {counts[1]:,} prompts"
+        yield f"{name} (test): {rows} are also in the training data, so its scores do not show how the models answer new prompts"
 
 
 def _engines(plan: Plan) -> Iterator[str]:

@@ -184,12 +184,12 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
 
 
 def cautions(results: Results) -> list[str]:
-    """Return cautions about the numbers: rows left out, test sets with one row, letters that the metric ignores, arms that were not treated
-    equally, and too few seeds.
+    """Return cautions about the numbers: test sets with training prompts, rows left out, test sets with one row, letters that the metric
+    ignores, arms that were not treated equally, and too few seeds.
     """
     known = (rows_text(results.used), one_row_text(results.compared, len(results.plan.arms)), _unseen_text(results))
     about = (*known, _unequal_text(results), _off_budget_text(results), _unmeasured_text(results))
-    texts = [text for text in about if text]
+    texts = [*(f"{sentence}." for sentence in results.plan.seen), *filter(None, about)]
     texts += vocabulary_texts(results)
     for c in by_importance(results):
         texts += caution_texts(c)

@@ -183,6 +183,7 @@ class StudyPlan:
     arms: tuple[ArmRecord, ...]
     tokenizers: tuple[tuple[str, ...], ...] = ()
     """Groups of models that share a tokenizer. Empty in a plan of an earlier version, in which all models share one."""
+    seen: tuple[str, ...] = ()  # sentences without a full stop: which test sets have prompts of the training sets
 
     def from_big(self, models: Iterable[str]) -> list[str]:
         """Return the models from big to small. A model whose size is not known comes first."""
@@ -237,6 +238,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             stages=tuple(_stage(entry) for entry in content["stages"]),
             arms=tuple(_arm(entry) for entry in content["arms"]),
             tokenizers=tuple(map(tuple, content.get("tokenizers", ()))),
+            seen=tuple(content.get("seen", ())),
         )
         declare(*(OwnMetric.model_validate(entry).row for entry in content["recipe"].get("metrics", ())))
         for name in {name for arm in plan.arms for name in (*flat(arm.path), arm.model)}:

@@ -23,7 +23,7 @@ from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
-from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text
+from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text, seen_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.local import planning
@@ -77,7 +77,7 @@ def _planned(recipe: Recipe, store: Store, console: Terminal) -> tuple[Plan, lis
 
         jobs = check_study(recipe, console, missing)
         asked = [*announced(plan, store, missing)]
-    for sentence in (*plan.tokens.cautions(), *off_budget(plan)):
+    for sentence in (*plan.tokens.cautions(), *off_budget(plan), *seen_notes(recipe)):
         console.note(sentence, problem=True)
     for sentence in (*asked, _beginning(plan, store, missing, jobs)):
         console.note(sentence)
@@ -173,6 +173,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
         "recipe": _as_written(plan.recipe),
         "teacher": plan.teacher,
         "tokenizers": plan.tokens.families,
+        "seen": [*seen_notes(plan.recipe)],
         "models": {name: {"parameters": _parameters(ledger, name), **_base(model)} for name, model in plan.recipe.models.items()},
         "stages": [
             {

@@ -45,7 +45,7 @@ def test_lengths_of_a_plan_are_those_of_the_readings():
     texts = ["the cat", "sat on", "a mat the cat"]
     ids = [tuple(student(text)["input_ids"]) for text in texts]
     sample = [Example("say", "", (text,)) for text in texts]
-    rows = Survey(3, tuple(sample), conversations=False, instructions=True, choices=False, beyond_ascii=0.0)
+    rows = Survey(3, tuple(sample), conversations=False, instructions=True, choices=False, beyond_ascii=0.0, prompts="")
     mine = Texts(tuple((4, len(i) + 1) for i in ids), 3.0, places=(0, 1, 2))
     theirs = Texts(((6, 1), (7, 1)), 2.0, places=(1, 2))
     found = second_lengths(mine, theirs, rows, Cutter(student), Cutter(teacher))  # pyright: ignore[reportArgumentType]

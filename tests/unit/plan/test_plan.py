@@ -13,8 +13,9 @@ from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import HashedData
-from tadistill.plan.notes import row_notes
+from tadistill.plan.notes import plan_notes, row_notes, seen_notes
 from tadistill.plan.task import layout, planned_memory, process_bytes
+from tadistill.runner.run_study import describe
 from tadistill.store import Store
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -413,6 +414,23 @@ def test_the_plan_counts_the_first_rows(tmp_path):
     path.write_text('{"instruction": "name это слово", "output": "cat"}\n')
     first = next(iter(row_notes(plan(data=data))))
     assert first == "Rows of own (train), among the first 1: 2 of 4 tokens of the prompts are unknown to the tokenizer."
+
+
+def test_a_test_set_with_training_prompts_is_named(tmp_path):
+    rows = [f'{{"instruction": "name {n}", "output": "cat"}}\n' for n in range(6)]
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("own", "half", "new")}
+    for path, lines in zip(paths.values(), (rows[:4], rows[2:], rows[4:]), strict=True):
+        path.write_text("".join(lines))
+    own, half, new = map(str, paths.values())
+    data = recipe()["data"] | {"train": own, "dev": new, "test": [half, new, own]}
+    end = "are also in the training data, so its scores do not show how the models answer new prompts"
+    notes = [f"half (test): 2 of 4 prompts {end}", f"own (test): all prompts {end}"]
+    found = plan(data=data)
+    assert [*seen_notes(found.recipe)] == notes
+    assert describe(found, created="", recipe_text="", command="")["seen"] == notes
+    assert f"{notes[0]}." in next(plan_notes(found, Store(tmp_path), {}, 1))
+    assert [*seen_notes(plan(data=data | {"limit": {"train": 2}}).recipe)] == [f"own (test): 2 of 4 prompts {end}"]
+    assert [*seen_notes(plan().recipe)] == []
 
 
 def test_long_prompts_change_keys_only_where_they_are_cut():
