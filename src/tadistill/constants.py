@@ -1,4 +1,5 @@
-"""Constants that are used twice: by the code that trains and samples, and by the plan, which predicts the cost without importing torch."""
+"""Constants that are used twice: by the code that trains and samples, and by the plan, which predicts the cost without importing torch. The
+rule for a missed budget is here too."""
 
 LOG_ZERO = -1e15
 """A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""

@@ -16,7 +16,6 @@ LONG = {"train_stage": 100}
 SHORT = {
     "__main__.py": "the entry point of `python -m tadistill`",
     "runner/preload.py": "imported by its name in the server that stages are forked from",
-    "constants.py": "constants that plan and training share; plan may not import torch",
 }
 MANY = {
     ("cli/running.py", "compare"): "options of a command",

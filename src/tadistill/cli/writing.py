@@ -1,5 +1,6 @@
 """Commands that help to write a recipe: `new` writes one, `recipes` lists those of the package, `explain` explains a key."""
 
+import difflib
 import os
 import re
 import sys
@@ -210,6 +211,8 @@ def explain(
 
 def _explained(words: Sequence[str]) -> "list[Entry]":
     """Return the explanations of a term of several words (error budget), or else of each word (lr batch)."""
+    from tadistill.glossary import GLOSSARY
+
     try:
         return _entries(" ".join(words))
     except ConfigError as term:
@@ -220,7 +223,9 @@ def _explained(words: Sequence[str]) -> "list[Entry]":
             except ConfigError as error:
                 unknown.append(error)
         if unknown:
-            raise (unknown[0] if found and "did you mean" not in str(term) else term) from None
+            terms = [word.lower() for word in GLOSSARY if " " in word]
+            mistyped = difflib.get_close_matches(" ".join(words).lower(), terms, n=1, cutoff=0.8)
+            raise (unknown[0] if found and not mistyped else term) from None
         return found
 
 
