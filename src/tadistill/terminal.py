@@ -69,8 +69,10 @@ class Terminal(Console):
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text, as `note` does."""
-        if self.events or self.detail == "problems" or not self.is_interactive:
+        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text once."""
+        if self.events or self.detail == "problems":
+            yield
+        elif not self.is_interactive:
             self.note(f"{text} …")
             yield
         else:

@@ -51,7 +51,8 @@ def test_the_report_as_an_event(tmp_path, capsys):
     assert event["answer"].startswith("Distillation through")
 
 
-def test_options_that_contradict_each_other():
+def test_options_that_contradict_each_other(monkeypatch):
+    monkeypatch.setattr("tadistill.terminal.Terminal.keep_stdout", lambda _: None)  # it would last for all later tests
     assert terminal_for(quiet=True, verbose=False, log="json").detail == "problems"
     with pytest.raises(ConfigError, match="--quiet and --verbose cannot be used together"):
         terminal_for(quiet=True, verbose=True, log="text")
