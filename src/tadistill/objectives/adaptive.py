@@ -124,6 +124,7 @@ def contrastive(
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    checks.number("alpha", alpha)
     skew = torch.as_tensor(alpha, dtype=log_q.dtype).to(log_q.device, non_blocking=True)
     if not checks.is_deferred() and not bool(((skew >= 0) & (skew <= 1)).all()):
         raise ConfigError(f"`alpha` has values from {float(skew.min())} to {float(skew.max())}; all values must be in [0, 1]")

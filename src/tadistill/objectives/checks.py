@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,23 @@ def is_deferred() -> bool:
     return _deferred.get() or torch.compiler.is_compiling()
 
 
+def tensor(name: str, value: Any) -> None:
+    """Raise a ConfigError unless `value` is a tensor, and not the whole output of a model, for instance."""
+    if not isinstance(value, Tensor):
+        own = "its `logits`" if hasattr(value, "logits") else "a tensor"
+        raise ConfigError(f"`{name}` is a {type(value).__name__}, but it must be a tensor; give {own}")
+
+
+def number(name: str, value: Any) -> None:
+    """Raise a ConfigError unless `value` is a number or a tensor."""
+    if not hasattr(value, "__float__"):
+        raise ConfigError(f"`{name}` is {value!r}; it must be a number")
+
+
 def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise a ConfigError unless both tensors have the same shape (..., V) with V >= 1."""
+    """Raise a ConfigError unless both are tensors of the same shape (..., V) with V >= 1."""
+    tensor("student_logits", student_logits)
+    tensor("teacher_logits", teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(
             f"`student_logits` has shape {tuple(student_logits.shape)}, but `teacher_logits` has shape {tuple(teacher_logits.shape)}; "
@@ -48,18 +64,21 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 def within(name: str, value: float, low: float, high: float) -> None:
     """Raise a ConfigError unless low <= value <= high."""
+    number(name, value)
     if not low <= value <= high:
         raise ConfigError(f"`{name}` is {value}; it must be in [{low:g}, {high:g}]")
 
 
 def positive(name: str, value: float) -> None:
     """Raise a ConfigError unless `value` is finite and above 0."""
+    number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(f"`{name}` is {value}; it must be a finite number above 0")
 
 
 def finite(name: str, value: float) -> None:
     """Raise a ConfigError unless `value` is finite."""
+    number(name, value)
     if not math.isfinite(value):
         raise ConfigError(f"`{name}` is {value}; it must be a finite number")
 

@@ -22,6 +22,8 @@ from tadistill.objectives import checks
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log softmax(logits / temperature) in at least float32. Log-probabilities of -inf become the finite value `LOG_ZERO`."""
+    checks.tensor("logits", logits)
+    checks.number("temperature", temperature)
     finite = at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
 

@@ -78,6 +78,7 @@ def fused_divergence(
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
     """
+    checks.tensor("student_hidden", student_hidden)
     check_head(student_head, "`student_head`")
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     if weights.shape != student_hidden.shape[:-1]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tadistill.objectives.divergence import both_log_probs, log_probs, reverse_kl, reverse_kl_in_place
+from tadistill.objectives.sampled import of_tokens
 
 
 def returns(
@@ -164,5 +165,5 @@ def single_step_with_slope(
 
 
 def _importance(log_q: Tensor, tokens: Tensor, log_behaviour: Tensor, clip: float, weight: Tensor | None) -> Tensor:
-    ratio = clipped_ratio(log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), log_behaviour, clip=clip)
+    ratio = clipped_ratio(of_tokens(log_q, tokens), log_behaviour, clip=clip)
     return ratio if weight is None else weight * ratio

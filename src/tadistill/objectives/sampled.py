@@ -12,12 +12,37 @@ import torch
 from torch import Tensor
 
 from tadistill.constants import LOG_ZERO
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
 from tadistill.objectives.divergence import log_probs
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return log q(token) in nats, of shape (...), for logits (..., V) and token ids (...). q is the model's softmax."""
-    return log_probs(logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return of_tokens(log_probs(logits), tokens)
+
+
+def of_tokens(log_q: Tensor, tokens: Tensor) -> Tensor:
+    """Return the entries (...) of log-probabilities (..., V) at the token ids (...).
+
+    Raises:
+        ConfigError: `tokens` are no int64 tensor of this shape, or an id is outside the vocabulary (a GPU reports this later by itself).
+    """
+    checks.tensor("tokens", tokens)
+    if tokens.shape != log_q.shape[:-1] or tokens.dtype != torch.int64:
+        raise ConfigError(
+            f"`tokens` has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, but the logits have shape {tuple(log_q.shape)}; give one "
+            "int64 id per position"
+        )
+    try:
+        return log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    except (IndexError, RuntimeError) as error:  # the ids are read only after the error, because reading them would delay a GPU
+        if "out of bounds" not in str(error):
+            raise
+        raise ConfigError(
+            f"the ids of `tokens` are from {int(tokens.min())} to {int(tokens.max())}, but they must be in [0, {log_q.shape[-1] - 1}]; "
+            "replace ids such as -100, which mark padding, and give these positions no weight in the loss"
+        ) from error
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class TopK:
             ConfigError: an id is outside the student's vocabulary; or there is a tail (the probability of all other tokens), and
                 `temperature` is not 1. The tail is known at temperature 1 only.
         """
+        checks.tensor("student_logits", student_logits)
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
         _check_shapes(student_logits, self.ids, self.log_probs, "log_probs")
@@ -153,6 +154,8 @@ def check_ids(ids: Tensor, width: int, what: str) -> None:
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
     """Return the k most probable tokens of softmax(teacher_logits / temperature). tail="lump" adds the probability of all other tokens."""
+    checks.tensor("teacher_logits", teacher_logits)
+    checks.number("k", k)
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
         raise ConfigError(f"`k` is {k}; it must be in [1, {width}], because the vocabulary has {width} tokens")

@@ -130,6 +130,8 @@ def _unnormalised(q: Tensor, p: Tensor, beta: float) -> Tensor:
 
 
 def _merged(student: Tensor, teacher: Tensor, before: Sequence[Tensor] | None, temperature: float) -> tuple[Tensor, Tensor]:
+    checks.tensor("student_logits", student)
+    checks.tensor("teacher_logits", teacher)
     shapes = [tuple(logits.shape) for logits in (student, teacher)]
     if shapes[0][:-1] != shapes[1][:-1] or not all(shape and shape[-1] for shape in shapes):
         raise ConfigError(

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from tests.conftest import naming
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import (
@@ -19,14 +20,19 @@ from tadistill.objectives import (
     alpha_mixture,
     contrastive,
     contrastive_alpha,
+    cross_entropy,
     forward_kl,
     fused_divergence,
     jensen_shannon,
+    log_probs,
     reverse_kl,
+    single_step,
     skew_forward_kl,
     skew_reverse_kl,
+    sorted_distance,
     taid,
     taid_target,
+    token_log_probs,
     top_k,
     top_k_forward_kl,
     top_k_reverse_kl,
@@ -39,6 +45,7 @@ ALL = pytest.mark.parametrize("case", LOGITS, ids=name)
 ONE_VOCABULARY = pytest.mark.parametrize("case", [c for c in LOGITS if c.module != "vocabularies"], ids=name)
 S, T = draw(2, 3, 9)
 TEACHERS = torch.tensor([[True], [False]])
+IDS = torch.tensor([[0, 3, 8], [1, 2, 5]])
 IMPOSSIBLE = torch.zeros_like(S).index_fill(-1, torch.tensor([4]), -math.inf)
 NAN = math.nan
 HIDDEN, WEIGHT, TARGET = torch.ones(2, 3, 4), torch.ones(9, 4), Hidden(torch.ones(2, 3, 5), Head(torch.ones(9, 5)))
@@ -145,6 +152,49 @@ def test_negative_beta_meets_a_token_that_the_student_excludes(alpha, beta):
 
 def test_kind_of_pair():
     refused(lambda: alpha_mixture(S, T, pair="pq"), "`pair` is 'pq'", "pr, rp, qr, rq")
+
+
+# --- other types ----------------------------------------------------------------------------------------------------------
+
+
+@ONE_VOCABULARY
+def test_the_output_of_a_model_in_place_of_its_logits(case):
+    refused(lambda: case.run(CausalLMOutput(logits=S), T), "`student_logits` is a CausalLMOutput", "give its `logits`")
+    refused(lambda: case.run(S, CausalLMOutput(logits=T)), "`teacher_logits` is a CausalLMOutput", "give its `logits`")
+    refused(lambda: case.run(S, T, temperature="2"), "`temperature` is '2'; it must be a number")
+
+
+def test_outputs_of_models_elsewhere():
+    output = CausalLMOutput(logits=S)
+    for call in (log_probs, lambda z: cross_entropy(z, IDS)):
+        refused(lambda call=call: call(output), "`logits` is a CausalLMOutput", "give its `logits`")
+    refused(lambda: sorted_distance(S, output), "`teacher_logits` is a CausalLMOutput")
+    refused(lambda: top_k(output, 2), "`teacher_logits` is a CausalLMOutput")
+    refused(lambda: top_k(T, 2).align(output), "`student_logits` is a CausalLMOutput")
+    refused(lambda: fused_divergence(forward_kl, BaseModelOutput(HIDDEN), Head(WEIGHT), TARGET), "`student_hidden` is a BaseModelOutput")
+
+
+@pytest.mark.parametrize("value", ["0.5", None])
+def test_parameters_of_other_types(value):
+    for call, name in (
+        (lambda: jensen_shannon(S, T, beta=value), "beta"),
+        (lambda: alpha_beta(S, T, alpha=value), "alpha"),
+        (lambda: contrastive(S, T, TEACHERS, alpha=value), "alpha"),
+        (lambda: top_k(T, value), "k"),
+    ):
+        refused(call, f"`{name}` is {value!r}; it must be a number")
+
+
+def test_ids_of_tokens():
+    """Ids outside the vocabulary, ids of other positions (which torch accepts, and misreads) and of another type."""
+    for call in (cross_entropy, token_log_probs, lambda z, ids: single_step(z, T, tokens=ids, log_behaviour=S[..., 0], clip=0.2)):
+        for wrong in (-100, 9):
+            ids = IDS.clone()
+            ids[1, 2] = wrong
+            refused(lambda call=call, ids=ids: call(S, ids), f"{wrong}", "[0, 8]", "which mark padding")
+        refused(lambda call=call: call(S, IDS[:, 1:]), "`tokens` has shape (2, 2)", "shape (2, 3, 9)", "one int64 id per position")
+        refused(lambda call=call: call(S, IDS.float()), "dtype torch.float32")
+        refused(lambda call=call: call(S, IDS.tolist()), "`tokens` is a list")
 
 
 # --- top-k --------------------------------------------------------------------------------------------------------------
