@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,11 +215,17 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
 def _movable(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain data for a file in another folder.
 
-    A data set beside the recipe gets an absolute path. One in the working directory keeps its path, which is a part of stage keys.
+    Data sets keep their paths, which are a part of stage keys: those beside the recipe are then found by `data.root`. They get absolute
+    paths only if the recipe has another `data.root`, or if the working directory has files with the same paths.
     """
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    beside = {}
     for key, ref in data_sets(recipe):
         there = next((path for path in ref.paths if path.is_file() or any(path.glob("*.json*"))), None)
         if there and there != ref.paths[-1] and ref.load not in (*NAMED, *tinyworld.SPLITS):
-            functools.reduce(operator.getitem, key, content)["load"] = str(there)
+            beside[key] = ref, there
+    if not (recipe.data.root or os.environ.get("TADISTILL_DATA") or any(ref.paths[-1].exists() for ref, _ in beside.values())):
+        return content | {"data": content["data"] | {"root": str(ref._folder) for ref, _ in beside.values()}}
+    for key, (_, there) in beside.items():
+        functools.reduce(operator.getitem, key, content)["load"] = str(there)
     return content

@@ -99,8 +99,10 @@ def test_every_section_is_kept_and_the_recipe_plans(searched, tmp_path, arms, pa
     assert found.model_dump(include=same) == recipe.model_dump(include=same)
 
 
-def test_a_fixed_teacher_is_not_trained_again(searched, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
+@pytest.mark.parametrize("inside", [True, False], ids=["in the recipe's folder", "elsewhere"])
+def test_a_fixed_teacher_is_not_trained_again(searched, folder, tmp_path, monkeypatch, inside):
+    if inside:
+        monkeypatch.chdir(folder)
     recipe = searched(FAIR)
     _, file = confirmation(recipe, ("t", "b", "s"), tmp_path / "runs")
 
@@ -109,6 +111,14 @@ def test_a_fixed_teacher_is_not_trained_again(searched, folder, tmp_path, monkey
 
     assert teachers(load(file)) == teachers(recipe)
     assert len(teachers(recipe)) == 1
+
+
+def test_another_file_with_the_same_path_is_not_read(searched, folder, tmp_path):
+    recipe = searched(FAIR)
+    (tmp_path / "maths.jsonl").write_text("{}", encoding="utf-8")
+    _, file = confirmation(recipe, ("t", "b", "s"), tmp_path / "runs")
+    assert load(file).data.train["maths"].load == str(folder / "maths.jsonl")
+    check_sources(load(file))
 
 
 def test_a_study_with_the_longest_name_is_confirmed(searched, tmp_path):
