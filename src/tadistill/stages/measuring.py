@@ -122,6 +122,8 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     for data in sets:
         of_teacher[data.name], note = _known(given.get(data.name, {}), spec.tokens or subject.vocab)
         notes += [f"{data.name}: {note}"] if note else []
+        own[data.name], note = _readable(own[data.name], subject.vocab)
+        notes += [f"{data.name}: {note}"] if note else []
     for note in notes:
         context.alarm(note)
     scores, exposure = {}, {}
@@ -135,6 +137,21 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
     return {"notes": notes} if notes else {}
+
+
+def _readable(answers: dict[int, list[Sequence]], vocab: int) -> tuple[dict[int, list[Sequence]], str]:
+    # the model's own answers, each up to its first token that another compared model may not have, and a sentence about answers that were
+    # cut; the distributions before this token are compared, but not the token, so the last id 0 only takes its place
+    cut = {}
+    for seed, of_seed in answers.items():
+        ends = [next((i for i, token in enumerate(s.response) if token >= vocab), None) for s in of_seed]
+        pairs = zip(of_seed, ends, strict=True)
+        cut[seed] = [s if end is None else replace(s, response=(*s.response[:end], 0)) for s, end in pairs]
+    pairs = [pair for seed, of_seed in answers.items() for pair in zip(of_seed, cut[seed], strict=True)]
+    if not (shorter := sum(len(after.response) < len(before.response) for before, after in pairs)):
+        return cut, ""
+    which, contain = counted(len(pairs), "answer"), form(shorter, "contains", "contain")
+    return cut, f"{shorter} of {which} {contain} a token that a bigger model does not have; the models are compared up to this token"
 
 
 def _known(answers: dict[int, list[Sequence]], vocab: int) -> tuple[dict[int, list[Sequence]], str]:
@@ -246,8 +263,10 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     subject = context.subject(model.eval(), tokenizer, teacher)
     dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
     tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(spec.answers.stage) / ANSWERS)}
-    own = [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]
+    answers, note = _readable({0: [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]}, subject.vocab)
+    if note:
+        context.alarm(note)
     stop_if_asked(context)
-    found = pair_measures(subject, teacher, own=own, references=references(dev.encoded), k=spec.k, batch=spec.batch)
+    found = pair_measures(subject, teacher, own=answers[0], references=references(dev.encoded), k=spec.k, batch=spec.batch)
     write_json(context.folder / "scores.json", {name: means(values).tolist() for name, values in found.items()})
     return {"prompts": len(dev.encoded)}

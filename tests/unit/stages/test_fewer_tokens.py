@@ -11,9 +11,10 @@ from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import SampledSignal, TeacherSampler, TopKSignal
 from tadistill.data.batch import Sequence, collate, references
 from tadistill.data.encoding import Encoded, EvalSet
-from tadistill.disk import write_rows
+from tadistill.disk import read_json, write_rows
+from tadistill.evaluation.token_scores import Subject
 from tadistill.models.teachers import teacher_of
-from tadistill.objectives import top_k
+from tadistill.objectives import reverse_kl, top_k
 from tadistill.plan.inputs import Output
 from tadistill.plan.kinds import DistillSpec, SignalSpec
 from tadistill.rollout.recorded_signals import Signals
@@ -111,3 +112,40 @@ def test_the_teachers_answers_are_compared_up_to_a_token_that_the_student_lacks(
     none, note = measuring._known({1: [Sequence((1,), (31,))]}, 31)
     assert none == {}  # then the exposure bias is not measured
     assert note.startswith("1 of 1 answer of the teacher contains a token")
+
+
+def test_a_models_own_answers_are_compared_up_to_a_token_that_another_model_lacks(tmp_path):
+    """The assistant has 12 tokens, and teacher and student have 31. Logits before the student's own tokens are compared, too."""
+    student, big, assistant = (tiny_model("llama", vocab=vocab, seed=seed) for seed, vocab in enumerate((31, 31, 12)))
+    rows = [Encoded(row, (3, row), (9, 0)) for row in (5, 6, 7)]
+    data, answers = EvalSet("rows", (), rows), [(9, 30, 4, 0), (30,), (9, 0)]
+    write_rows(tmp_path / "answers.jsonl", [{"set": "rows", "index": 5 + i, "seed": 1, "tokens": tokens} for i, tokens in enumerate(answers)])
+    alarms = []
+    spec = SimpleNamespace(of_teacher=None, model=student, teacher=big, assistants=[assistant], sets=[data], batch=2, tokens=None,
+                           answers=Output(stage="answers"), teacher_answers=None, dev=data, k=3)  # fmt: skip
+    stage = SimpleNamespace(
+        spec=spec,
+        folder=tmp_path,
+        dtype=None,
+        model=lambda model, dtype: (model, None),
+        teacher=lambda model: (teacher_of(model), None),
+        subject=lambda model, _, *others: Subject(model, SimpleNamespace(eos_token_id=0), min(31, *(t.width for t in others)), (0,)),
+        split=lambda data, _: data,
+        dev=lambda dev, _: {"rows": (1.0, dev)},
+        store=SimpleNamespace(folder=lambda key: tmp_path),
+        alarm=alarms.append,
+        progress=lambda *now: None,
+        stop=lambda: False,
+    )
+    (tmp_path / "parts").mkdir()
+    note = "2 of 3 answers contain a token that a bigger model does not have; the models are compared up to this token"
+    assert measuring.analyse(stage) == {"notes": [f"rows: {note.replace('2 of 3 answers contain', '1 of 3 answers contains')}"]}  # type: ignore[arg-type]
+    found = read_json(tmp_path / "scores.json")["rows"]["reverse_kl"]
+    for (kl,), row, tokens in zip(found, rows, [(9, 0), (0,), (9, 0)], strict=True):
+        batch = collate([Sequence(row.prompt, tokens)], pad=0)
+        q, p = (response_logits(model, batch, 12) for model in (student, big))
+        assert kl == pytest.approx(float(reverse_kl(q, p).mean()), abs=1e-5)
+    write_rows(tmp_path / "answers.jsonl", [{"index": 5 + i, "tokens": tokens} for i, tokens in enumerate(answers)])
+    spec.teacher = assistant
+    assert measuring.pair(stage) == {"prompts": 3}  # type: ignore[arg-type]
+    assert len(alarms) == 2
