@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from tests.families import assert_agrees, tiny, tiny_config
+from tests.conftest import naming
+from tests.families import VOCAB, assert_agrees, deeper, tiny, tiny_config
+from tests.unit.models.conftest import word_tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tadistill.errors import ModelError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.models.architectures import check_architecture, check_config
 from tadistill.models.forward import check_reading
+from tadistill.models.loading import load_model, save_model
+from tadistill.models.pruning import _stack, check_depth, prune_depth
 from tadistill.models.shapes import ENCODERS, REFUSED
 
 torch.set_num_threads(1)
@@ -31,3 +35,73 @@ def test_agrees_or_is_refused_by_name(kind):
         check_architecture(model.config, kind)  # what training saves can be loaded
         check_reading(model)
         assert_agrees(model)
+
+
+PRUNED = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in {*REFUSED, *NEEDS_PACKAGES}]
+IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+READS_EARLIER_LAYERS = ("openai-gpt", "zaya")
+"""Types whose layers get more from the layer before than a hidden state, or return something else: `skipped` cannot leave layers out."""
+NO_STACK = (
+    *(*ENCODER_DECODERS, "fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2", "hrm_text", "longcat_flash"),
+    *("moss_transcribe_diarize", "xlm"),
+)
+"""Types without a single stack of layers that their configuration counts."""
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits[..., 1:]  # without the padding token, whose embedding Youtu clears when it is loaded
+
+
+def skipped(model, keep):
+    """The logits of a model that leaves out all layers but `keep`, each layer in its old place."""
+    layers = model.get_submodule(_stack(model, model.config.num_hidden_layers))
+    outputs = {}
+    hooks = [layer.register_forward_hook(lambda _, __, out, i=i: outputs.update({i: out})) for i, layer in enumerate(layers)]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    left = [i for i in range(len(layers)) if i not in keep]
+    for i in left:
+        rest = outputs[i][1:] if isinstance(outputs[i], tuple) else None
+        layers[i].forward = lambda x, *_, rest=rest, **__: x if rest is None else (x, *rest)
+    found = logits(model)
+    for i in left:
+        del layers[i].forward
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", PRUNED)
+def test_a_pruned_model_is_that_of_its_layers_or_is_refused_before_work(kind, tmp_path):
+    model = tiny(kind, **deeper(kind))
+    logits(model)  # what a forward pass changes in a model is not pruned
+    total, built = getattr(model.config, "num_hidden_layers", None), 0
+    total = total if isinstance(total, int) else 1
+    tokenizer = word_tokenizer(VOCAB - 3)
+    for keep in dict.fromkeys(((0,), (0, total - 1), tuple(range(1, total, 2)), tuple(range(total // 2, total)), tuple(range(total)))):
+        with naming(keep):
+            try:
+                check_depth(model.config, keep)
+            except (ConfigError, ModelError):
+                continue
+            pruned = prune_depth(model, keep)
+            assert_same_weights(model, pruned, keep)
+            expected = logits(pruned)
+            if kind not in READS_EARLIER_LAYERS:
+                torch.testing.assert_close(expected, skipped(model, keep), atol=1e-4, rtol=1e-4)
+            save_model(pruned, tokenizer, tmp_path / str(built))
+            torch.testing.assert_close(logits(load_model(tmp_path / str(built))), expected, atol=1e-5, rtol=1e-5)
+            if not built:
+                assert_agrees(pruned, leaves=False)
+            built += 1
+    assert bool(built) != (kind in NO_STACK)
+
+
+def assert_same_weights(model, pruned, keep):
+    before, stack = model.state_dict(), _stack(model, model.config.num_hidden_layers)
+    for name, weight in pruned.state_dict().items():
+        inside = name.removeprefix(f"{stack}.")
+        number, _, rest = inside.partition(".")
+        assert torch.equal(weight, before[f"{stack}.{keep[int(number)]}.{rest}" if inside != name else name]), name

@@ -87,10 +87,14 @@ def load_model(
     if source.kind == "scratch":
         if tokenizer is None:
             raise ConfigError(f"model `{load}` needs a tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")
-        return scratch_model(scratch_config(source.name, config or {}, tokenizer), seed=seed, dtype=dtype).eval()
-    directory = sources.fetch(load, revision)
-    assert directory is not None
-    return read_model(directory, load, dtype)
+        model = scratch_model(scratch_config(source.name, config or {}, tokenizer), seed=seed, dtype=dtype).eval()
+    else:
+        directory = sources.fetch(load, revision)
+        assert directory is not None
+        model = read_model(directory, load, dtype)
+    if hasattr(model.config, "rescale_every"):  # RWKV would halve the weights of later layers in place, whenever it is in eval mode
+        model.config.rescale_every = 0
+    return model
 
 
 def check_model(load: str, revision: str = "main") -> PreTrainedModel:

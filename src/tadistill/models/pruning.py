@@ -33,6 +33,8 @@ _PER_LAYER = (
     *("layer_rope_theta", "num_attention_heads_per_layer", "activation_sparsity_pattern", "intermediate_size"),
 )
 """Configuration fields that are lists with one entry per layer, or can be such lists."""
+_LAYER_NUMBERS = ("attn_layer_indices", "hybrid_layer_ids", "mlp_only_layers")
+"""Configuration fields that are lists of layers."""
 _CHANGING = ("training", "gradient_checkpointing")
 """Attributes of a module that can differ although it computes the same."""
 _PLAIN = bool | int | float | str | None
@@ -71,19 +73,39 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         ConfigError: `keep` is empty, not ascending or out of range.
         ModelError: the layers of this model type cannot be removed.
     """
-    total = depth(model.config)
-    keep = keep_list(tuple(keep), total)
-    stack = _stack(model, total)
-    pruned = _assembled(model, _configured(model.config, keep), _renumbered(model.state_dict(), stack, keep))
-    _check_layers(model, pruned, stack, keep)
-    return pruned
+    keep = keep_list(tuple(keep), depth(model.config))
+    check_depth(model.config, keep)
+    return _pruned(model, keep)
 
 
 def check_depth(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
     """Check that a model with this configuration can be pruned to `layers` (as in `keep_list`), and return the configuration of the pruned
-    model. The check builds both models without memory for their weights. Raises the errors of `prune_depth`."""
+    model. Raises the errors of `prune_depth`.
+
+    The check builds both models without memory for their weights. It compares new models, because some families change attributes of their
+    modules in a forward pass.
+    """
     model = build_on_meta(config)
-    return prune_depth(model, keep_list(layers, depth(model.config))).config
+    keep = keep_list(layers, depth(model.config))
+    pruned = _pruned(model, keep)
+    _check_layers(model, pruned, _stack(model, depth(model.config)), keep)
+    if (error := _initial_weights(pruned)) and not _initial_weights(model):
+        raise _cannot_prune(config, first_line(error)) from error
+    return pruned.config
+
+
+def _initial_weights(model: PreTrainedModel) -> Exception | None:
+    # computes initial weights on the device `meta`, and returns the error; without them, the pruned model cannot be built or loaded
+    try:
+        model.apply(model._init_weights)
+    except Exception as error:  # the code of a model family can raise any error
+        return error
+    return None
+
+
+def _pruned(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    weights = _renumbered(model.state_dict(), _stack(model, depth(model.config)), keep)
+    return _assembled(model, _configured(model.config, keep), weights)
 
 
 def depth(config: PreTrainedConfig) -> int:
@@ -152,8 +174,9 @@ def _configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConf
             if isinstance(values, list | tuple) and len(values) == total:
                 with suppress(AttributeError):  # the family computes the list from other fields, so nothing can be set
                     setattr(config, name, [values[i] for i in keep])
-        if isinstance(at := getattr(config, "attn_layer_indices", None), list | tuple):  # Bamba only
-            config.attn_layer_indices = [i for i, kept in enumerate(keep) if kept in at]
+        for name in _LAYER_NUMBERS:
+            if isinstance(at := getattr(config, name, None), list | tuple):
+                setattr(config, name, [i for i, kept in enumerate(keep) if kept in at])
         config.num_hidden_layers = len(keep)  # gpt2 maps this name to n_layer
         type(config).from_dict(config.to_dict())  # as when the pruned model is loaded
     except Exception as error:  # the code of a model family can raise any error

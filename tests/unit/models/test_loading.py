@@ -247,3 +247,14 @@ def test_the_package_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_forward_pass_does_not_change_the_weights_of_rwkv(tokenizer, tmp_path):
+    """RWKV of transformers halves the weights of later layers in eval mode; they were saved and pruned so, and read as whole ones."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 16, "rescale_every": 2}
+    model = load_model("scratch:rwkv", config=sizes, tokenizer=tokenizer)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    before = logits(model)
+    save_model(model, tokenizer, tmp_path / "saved")
+    torch.testing.assert_close(logits(load_model(tmp_path / "saved")), before)

@@ -198,3 +198,21 @@ def test_a_configuration_that_could_not_be_loaded_is_refused():
 def test_a_configuration_without_one_number_of_layers_is_refused():
     with pytest.raises(ModelError, match="a gemma3 model has no single stack of layers"):
         depth(config("gemma3"))
+
+
+def test_lists_of_layers_follow():
+    of = config("qwen2_moe", **ATTENTION, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, mlp_only_layers=[0, 2])
+    assert check_depth(of, [1, 2, 3]).mlp_only_layers == [1]
+    hybrid = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 4, "mamba_d_state": 4, "adapter_rank": 2}
+    assert check_depth(config("zamba2", **ATTENTION, **hybrid), [1, 2, 3]).hybrid_layer_ids == [0, 2]
+
+
+def test_what_a_forward_pass_changes_in_the_modules_is_not_compared():
+    model = AutoModelForCausalLM.from_config(config("big_bird", **ATTENTION, is_decoder=True, max_position_embeddings=32)).eval()
+    logits(model)  # short texts turn the sparse attention off, in every layer
+    assert prune_depth(model, [0, 3]).config.num_hidden_layers == 2
+
+
+def test_a_model_that_has_no_initial_weights_is_refused_before_work():
+    with pytest.raises(ModelError, match=r"this rwkv model cannot be pruned to these layers; .*division by zero"):
+        check_depth(config("rwkv", num_hidden_layers=4, hidden_size=16, attention_hidden_size=16, vocab_size=32), [0])
