@@ -24,8 +24,9 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from tadistill.models.forward import apart, evaluating, rounded, taken
 from tadistill.rollout.draw import in_place_cache
 
-# lengths of the prompts on which ways are tried: with padding, with equal lengths, and with more tokens than a small block or window
-_LENGTHS = (14, 10, 10, 7)
+# lengths of the prompts on which ways are tried: with padding, with more tokens than a small block or window, and with equal lengths, of
+# which two are left after one has ended
+_LENGTHS = (14, 10, 10, 10, 7)
 _STEPS = 4  # number of predictions that are compared after each of these prompts
 
 

@@ -14,7 +14,7 @@ WAY = {
     "lfm2": ("ours", True, True),  # states beside keys and values
     "mamba": ("ours", True, True),  # states under another name, and a mask that only the first call may have
     "minimax": ("own", True, True),  # a cache of its own class
-    "rwkv": ("own", False, True),  # no mask: padding would enter the state
+    "rwkv": ("none", False, True),  # its state mixes rows that read one token each, and there is no mask
     "deepseek_v4": ("ours", False, True),  # tokens joined into blocks, which padding shifts
     "recurrent_gemma": ("ours", False, False),  # states inside of the modules
     "openai-gpt": ("none", True, True),
