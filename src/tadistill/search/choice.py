@@ -225,7 +225,8 @@ def _movable(recipe: Recipe) -> dict[str, Any]:
         if there and there != ref.paths[-1] and ref.load not in (*NAMED, *tinyworld.SPLITS):
             beside[key] = ref, there
     if not (recipe.data.root or os.environ.get("TADISTILL_DATA") or any(ref.paths[-1].exists() for ref, _ in beside.values())):
-        return content | {"data": content["data"] | {"root": str(ref._folder) for ref, _ in beside.values()}}
+        folder = next((ref._folder for ref, _ in beside.values()), None)
+        return content | ({"data": content["data"] | {"root": str(folder)}} if folder else {})
     for key, (_, there) in beside.items():
         functools.reduce(operator.getitem, key, content)["load"] = str(there)
     return content

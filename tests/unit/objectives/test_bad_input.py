@@ -176,13 +176,13 @@ def test_outputs_of_models_elsewhere():
 
 @pytest.mark.parametrize("value", ["0.5", None])
 def test_parameters_of_other_types(value):
-    for call, name in (
+    for call, parameter in (
         (lambda: jensen_shannon(S, T, beta=value), "beta"),
         (lambda: alpha_beta(S, T, alpha=value), "alpha"),
         (lambda: contrastive(S, T, TEACHERS, alpha=value), "alpha"),
         (lambda: top_k(T, value), "k"),
     ):
-        refused(call, f"`{name}` is {value!r}; it must be a number")
+        refused(call, f"`{parameter}` is {value!r}; it must be a number")
 
 
 def test_ids_of_tokens():

@@ -119,7 +119,9 @@ def test_a_models_own_answers_are_compared_up_to_a_token_that_another_model_lack
     student, big, assistant = (tiny_model("llama", vocab=vocab, seed=seed) for seed, vocab in enumerate((31, 31, 12)))
     rows = [Encoded(row, (3, row), (9, 0)) for row in (5, 6, 7)]
     data, answers = EvalSet("rows", (), rows), [(9, 30, 4, 0), (30,), (9, 0)]
-    write_rows(tmp_path / "answers.jsonl", [{"set": "rows", "index": 5 + i, "seed": 1, "tokens": tokens} for i, tokens in enumerate(answers)])
+    write_rows(
+        tmp_path / "answers.jsonl", [{"set": "rows", "index": 5 + i, "seed": 1, "tokens": tokens} for i, tokens in enumerate(answers)]
+    )
     alarms = []
     spec = SimpleNamespace(of_teacher=None, model=student, teacher=big, assistants=[assistant], sets=[data], batch=2, tokens=None,
                            answers=Output(stage="answers"), teacher_answers=None, dev=data, k=3)  # fmt: skip
@@ -144,7 +146,7 @@ def test_a_models_own_answers_are_compared_up_to_a_token_that_another_model_lack
     for (kl,), row, tokens in zip(found, rows, [(9, 0), (0,), (9, 0)], strict=True):
         batch = collate([Sequence(row.prompt, tokens)], pad=0)
         q, p = (response_logits(model, batch, 12) for model in (student, big))
-        assert kl == pytest.approx(float(reverse_kl(q, p).mean()), abs=1e-5)
+        assert kl == pytest.approx(reverse_kl(q, p).mean().item(), abs=1e-5)
     write_rows(tmp_path / "answers.jsonl", [{"index": 5 + i, "tokens": tokens} for i, tokens in enumerate(answers)])
     spec.teacher = assistant
     assert measuring.pair(stage) == {"prompts": 3}  # type: ignore[arg-type]
