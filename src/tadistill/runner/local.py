@@ -110,7 +110,8 @@ def planning(study: Path) -> Iterator[None]:
     """While the `with` block runs, a record says that this process plans the study, so that `tadistill status` knows of it before plan.json
     exists. Afterwards, the record is again what it was before: usually, there was none."""
     run = _this_process()
-    path, folders = _record(study, run), [folder for folder in (study, study / _RECORDS) if not folder.exists()]
+    path = _record(study, run)
+    new = [folder for folder in path.parents if not folder.exists()]  # from the lowest to the highest
     before = path.read_bytes() if path.is_file() else None
     with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
         write_json(path, asdict(run))
@@ -119,7 +120,7 @@ def planning(study: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # a folder that is not empty has the plan or the record of another run
             path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
-            for folder in reversed(folders):
+            for folder in new:
                 folder.rmdir()
 
 

@@ -319,26 +319,26 @@ def test_an_interrupted_run_says_so(plan, study):
     assert local_runs(study)[-1].state == "failed"
 
 
-def test_a_study_is_known_while_it_is_planned(study, tmp_path, monkeypatch):
+def test_a_study_is_known_while_it_is_planned(tmp_path, monkeypatch):
     """The plan and the checks take seconds, or minutes if models are downloaded."""
-    recipe = tmp_path / "early.yaml"
+    recipe, runs = tmp_path / "early.yaml", tmp_path / "new" / "runs"
     recipe.write_text(RECIPE.replace("study: small", "study: early"))
     console = Terminal(file=io.StringIO())
 
     def look(*_):
         with pytest.raises(NotPlanned, match=rf"study early has no stages yet: process {os.getpid()} on .* is planning the study"):
-            find_study(str(recipe), tmp_path)
-        shown = tadistill("status", "early", "--runs", str(tmp_path))
+            find_study(str(recipe), runs)
+        shown = tadistill("status", "early", "--runs", str(runs))
         assert (shown.code, "is planning the study" in " ".join(shown.out.split())) == (0, True)
         raise ConfigError("the models are too large")
 
     monkeypatch.setattr("tadistill.runner.preflight.check_study", look)
     with pytest.raises(ConfigError, match="too large"):
-        run_study(load(recipe), runs=tmp_path, console=console)
+        run_study(load(recipe), runs=runs, console=console)
     assert "planning the study …\nchecking models and data …\n" in console.file.getvalue()
-    assert not (tmp_path / "early").exists()
+    assert not runs.parent.exists()
     with pytest.raises(ConfigError, match="there is no study `early`"):
-        find_study("early", tmp_path)
+        find_study("early", runs)
 
 
 def test_a_study_that_is_planned_again_keeps_the_record_of_its_last_run(study):
