@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model, rows
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from tests.families import tiny_config
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tadistill.config.method import Method, Optim, Select
 from tadistill.config.method_rules import check_pairing
@@ -44,17 +45,20 @@ class Case:
     tied: bool = False
     recompute: bool = False
     precision: str = "fp32"
+    kind: str = ""
+    """Type of the student. By default, it is GPT-2 if `tied`, and llama otherwise."""
 
     @property
     def name(self) -> str:
         """Name for folders and test ids."""
         extra = ["tied"] * self.tied + ["recompute"] * self.recompute + ["bf16"] * (self.precision == "bf16")
+        extra += [self.kind] * bool(self.kind)
         return "-".join([self.method, "fsdp" if self.fsdp else "ddp", self.teacher, *extra])
 
     @property
     def alone(self) -> "Case":
         """The same case for one process."""
-        return Case(self.method, tied=self.tied, recompute=self.recompute, precision=self.precision)
+        return Case(self.method, tied=self.tied, recompute=self.recompute, precision=self.precision, kind=self.kind)
 
 
 CASES = [
@@ -67,6 +71,9 @@ CASES = [
     Case("kd", False, "offloaded"),
     Case("minillm", True, "offloaded"),
     Case("minillm", True, "sharded"),
+    *(Case("kd", fsdp, kind="gemma3") for fsdp in (False, True)),  # a vision encoder that no text passes, as deep as the decoder
+    Case("minillm", kind="gemma3"),
+    Case("kd", True, kind="hrm_text"),  # two stacks, which each token passes several times
 ]
 HALF = [Case("on-policy", fsdp, precision="bf16") for fsdp in (False, True)]
 
@@ -97,7 +104,8 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if case.precision == "bf16" else "no")
     tokenizer, _ = rows()
-    student, teacher = _model(1, 16, tokenizer, case.tied), _model(2, 24, tokenizer, False).requires_grad_(False)
+    student = _of_kind(case.kind, tokenizer) if case.kind else _model(1, 16, tokenizer, case.tied)
+    teacher = _model(2, 24, tokenizer, False).requires_grad_(False)
     if case.recompute:
         recompute_layers(student)
         student.train()
@@ -155,6 +163,13 @@ def _model(seed: int, hidden: int, tokenizer: Any, tied: bool) -> PreTrainedMode
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0  # other processes see other dropout
         return GPT2LMHeadModel(config).eval()
     return model(seed, hidden, tokenizer, num_hidden_layers=2, initializer_range=0.3, intermediate_size=2 * hidden + 1)  # odd: cut unevenly
+
+
+def _of_kind(kind: str, tokenizer: Any) -> PreTrainedModel:
+    config = tiny_config(kind)
+    config.get_text_config().update({"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None})
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def interrupted(directory: Path, case: Case) -> Found:

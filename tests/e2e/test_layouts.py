@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from tests.conftest import tiny_model
 from tests.e2e.inprocess import ranks
 from tests.e2e.layouts import CASES, HALF, RESUMED, Case, interrupted, train, train_all
 from transformers import AutoModelForCausalLM
+
+from tadistill.errors import ModelError
+from tadistill.models.sharding import offload
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,14 @@ def test_fsdp_in_bf16_samples_and_trains_as_ddp_does(two):
     torch.testing.assert_close(fsdp, ddp, rtol=1e-3, atol=0)
     ddp, fsdp = (torch.tensor(two[case.name]["dev"]) for case in HALF)
     torch.testing.assert_close(fsdp, ddp, rtol=1e-3, atol=0)
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    """Its training would not change a weight: no layer would start the sums of gradients over the processes."""
+    model = tiny_model("llama")
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(ModelError, match="models of type llama have no list of layers"):
+        offload(model, torch.device("cpu"))
 
 
 def test_one_process_goes_on_from_the_state_of_two(alone, two, folder):

@@ -12,6 +12,7 @@ Weights are float32 and autocast computes in bf16, as with DDP. Results differ f
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,25 +24,29 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from tadistill.errors import ModelError
+from tadistill.models.forward import evaluating
+
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Shard a model in place over all processes. Its decoder layers move to `device` one after the other.
+    """Shard a model in place over all processes. Its layers move to `device` one after the other.
 
     The weights of the embeddings, the last norm and the head are gathered together. They stay gathered from the forward pass to the end
     of the backward pass, because the fused head uses the head's weight between the two passes. Without a backward pass, they stay
     gathered until `reshard` is called.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = _layers(model)
-    for layer in layers:
+    stacks = _stacks(model)
+    for layer in chain(*stacks):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     # By default, a layer prefetches the layer whose forward pass came before its own. That can differ between processes, because they make
     # different numbers of forward passes when they sample.
-    for before, layer in zip([model, *layers], layers, strict=False):
-        layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
+    for layers in stacks:
+        for before, layer in zip([model, *layers], layers, strict=False):
+            layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
-    for part in (*layers, placed):  # buffers that are first made in inference mode could not be used in training
+    for part in (*chain(*stacks), placed):  # buffers that are first made in inference mode could not be used in training
         part.unshard()  # type: ignore[operator]
         part.reshard()  # type: ignore[operator]
     return placed
@@ -86,7 +91,7 @@ def reshard(model: nn.Module) -> None:
 
 def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Keep a frozen model's decoder layers in host memory. Each layer is moved to `device` only while it computes."""
-    layers = _layers(model)
+    layers = [*chain(*_stacks(model))]
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
         if module not in inside:
@@ -157,7 +162,40 @@ def _like(value: Any, own: Tensor | None) -> Any:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    total = model.config.get_text_config().num_hidden_layers
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == total)
-    return [*next(stacks, [])]
+def _stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
+    """Return the layers of each stack of a model: of its decoder and, if it has one, of its vision or audio encoder.
+
+    A stack that the text does not pass through stays sharded. Without the decoder's own stack, no backward pass would sum gradients.
+
+    Raises:
+        ModelError: the model has no stack of layers.
+    """
+
+    def outermost(module: nn.Module) -> Iterator[nn.ModuleList]:
+        for part in module.children():
+            yield from [part] if isinstance(part, nn.ModuleList) else outermost(part)
+
+    stacks = [[layer for layer in stack if next(layer.parameters(), None) is not None] for stack in outermost(model)]
+    if not any(stacks):
+        raise ModelError(
+            f"models of type {model.config.model_type} have no list of layers, so they cannot be sharded or offloaded layer by layer; set "
+            "parallel: ddp and teacher: replicated in `resources`"
+        )
+    return [layers for layers in stacks if layers]
+
+
+def uses_all(model: PreTrainedModel) -> bool:
+    """Return True if the logits of a text of two tokens depend on all trained parameters.
+
+    They do not depend, for example, on a vision encoder, or on experts that no token is sent to.
+    """
+    with torch.enable_grad(), evaluating(model):
+        logits = model(input_ids=torch.arange(2, device=model.device).unsqueeze(0), use_cache=False).logits
+    seen, left = set(), [logits.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    used = {id(node.variable) for node in seen if hasattr(node, "variable")}  # the nodes that add up the gradients of parameters
+    return all(id(parameter) in used for parameter in model.parameters() if parameter.requires_grad)

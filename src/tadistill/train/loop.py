@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, convert_outputs_to_fp32
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, convert_outputs_to_fp32
 from transformers import PreTrainedModel
 
 from tadistill import rng
@@ -103,7 +103,7 @@ def train_stage(
         )
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
     patience = math.inf if select.patience is None else select.patience
-    model = _prepare_sharded(student, accelerator) if sharding.sharded(student) else accelerator.prepare(student)
+    model = _prepare_sharded(student, accelerator) if sharding.sharded(student) else _prepare_whole(student, accelerator)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
     step = replace(step, phase=meter.phase)
@@ -165,6 +165,13 @@ def train_stage(
     student.eval()
     state.alarms, state.ledger = run.alarms.state(), meter.state(accelerator.num_processes)
     return state
+
+
+def _prepare_whole(student: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    # By default, DDP waits for the gradients of all parameters, also of those that no text uses. The other way sends more messages.
+    if accelerator.num_processes > 1 and _anywhere(accelerator, not sharding.uses_all(student))[0]:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return accelerator.prepare(student)
 
 
 def _prepare_sharded(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
@@ -267,6 +274,11 @@ def _update(
         values = torch.stack([loss.total.detach(), *loss.parts.values()])
         names = ["loss", *loss.parts]
         logged = values if i == 0 else logged + values
+    if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
+        raise StageFailed(
+            f"no weight got a gradient in update {done + 1}, so the student would learn nothing; if `resources` has parallel: fsdp, set "
+            "parallel: ddp"
+        )
     logged = logged.cpu()  # only here the host waits for the device
     norm = sharding.number(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
     if not (torch.isfinite(logged).all() and math.isfinite(norm)):

@@ -237,20 +237,22 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     return {f"rollout/{name}": value for name, value in found.items()}
 
 
+@torch.no_grad()
 def _scored(step: Step, batch: Batch) -> dict[str, Tensor]:
+    # one pass for the rows of all teachers: a sharded student makes equally many passes in all processes, but these have other shares
+    hidden = step.models.student.hidden(step.models.student_model, batch)
     if not batch.shares:
-        return _of_teachers(step, batch)
-    parts = [_of_teachers(step, batch.of_share(i)) for i in range(len(batch.shares))]
+        return _of_teachers(step, batch, hidden)
+    parts = [_of_teachers(step, batch.of_share(i), hidden.index_select(0, share.loss)) for i, share in enumerate(batch.shares)]
     order = torch.cat([share.loss for share in batch.shares]).argsort()  # back to the order of the whole batch
     known = [name for name in parts[0] if all(name in part for part in parts)]
     return {name: torch.cat([part[name] for part in parts])[order] for name in known}
 
 
-@torch.no_grad()
-def _of_teachers(step: Step, batch: Batch) -> dict[str, Tensor]:
+def _of_teachers(step: Step, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
     """Return one value per token: `entropy`, `log_q`, and if they are known `teacher_top_mass` and `log_p`.
 
-    If the teacher has another tokenizer, `log_p` has one value per span.
+    `hidden` has the student's last hidden states at these tokens. If the teacher has another tokenizer, `log_p` has one value per span.
     """
     models, tokens = step.models, batch.counted(batch.targets_BT)
     exact = all(isinstance(teacher, HiddenTeacher) for teacher in models.teachers)
@@ -268,7 +270,6 @@ def _of_teachers(step: Step, batch: Batch) -> dict[str, Tensor]:
             found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows])]
         return torch.stack(found)
 
-    hidden = models.student.hidden(models.student_model, batch)
     weights = torch.ones(4 if beside else 2, 1, device=hidden.device)
     _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=beside, vocab=models.vocab)
     scored: dict[str, Tensor] = dict(zip(("entropy", "log_q", "teacher_top_mass", "log_p"), found, strict=False))

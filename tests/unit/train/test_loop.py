@@ -172,6 +172,13 @@ def test_nan_stops_before_the_weights_change(tmp_path):
     assert torch.equal(weights(student).nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+def test_an_update_without_any_gradient_stops_the_stage(tmp_path, monkeypatch):
+    """As with a sharded student whose gradients are not summed: the loss is finite, but no weight would change."""
+    monkeypatch.setattr(Accelerator, "backward", lambda self, loss: None)
+    with pytest.raises(StageFailed, match="no weight got a gradient in update 1"):
+        train(tmp_path)
+
+
 @pytest.mark.parametrize(
     "objective", [ForwardKL(), *(pytest.param(o, marks=pytest.mark.slow) for o in (ReverseKL(), ForwardKL(kd_ratio=0.5)))]
 )

@@ -155,7 +155,10 @@ def made_teacher(model):
 @pytest.mark.parametrize("case", ["student", "student, two epochs", "student, sampled"])
 def test_rollout_metrics_use_the_rows_own_teacher(case):
     made, student, teachers, batches = update(case, step=0)
+    passes = []
+    student.register_forward_pre_hook(lambda *_: passes.append(1))
     found = watch(made, batches)
+    assert len(passes) == 1  # equally many in all processes, as a sharded student needs, however many teachers the rows have
     log_p, log_q = [], []
     for prompt, response in rows_of(batches[0]):
         tokens = torch.tensor(response).unsqueeze(-1)
