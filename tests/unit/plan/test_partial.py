@@ -25,6 +25,7 @@ models:
   s: {{load: "scratch:gpt2", tokenizer: tinyworld, config: {{n_embd: 8, n_layer: 1, n_head: 1, n_positions: 64}}}}
 data: {{train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain}}
 method: {{optim: {{steps: 2, batch: 2}}}}
+evaluate: {{max_new_tokens: 8}}
 arms: {{direct: xl > s}}
 """
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
@@ -101,6 +102,15 @@ def test_sizes_in_the_recipe_are_enough(tmp_path, monkeypatch):
         make_plan(parse(SMALL.format(xl=xl), source="r"), partial=True)
     with pytest.raises(ConfigError, match="has no `model_type`; add this key, or remove `config`"):
         parse(SMALL.format(xl="config: {n_layer: 48}"), source="r")
+
+
+def test_answers_longer_than_a_model_can_read_are_refused_by_the_plan():
+    text = SMALL.format(xl="seed: 1")
+    make_plan(parse(text, ["evaluate.max_new_tokens=63"], source="r"), partial=True)
+    with pytest.raises(
+        ConfigError, match=r"models.s: the model has 64 positions, but a prompt plus evaluate.max_new_tokens .64. needs more"
+    ):
+        make_plan(parse(text, ["evaluate.max_new_tokens=64"], source="r"), partial=True)
 
 
 def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):

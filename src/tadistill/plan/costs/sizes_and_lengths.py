@@ -16,7 +16,7 @@ from tadistill.data import datasets, hub, tinyworld
 from tadistill.data.encoding import Counts, Encoded, encode
 from tadistill.data.encoding_rules import Rules, of_one_turn
 from tadistill.data.survey import SAMPLE, Survey, survey
-from tadistill.errors import NotHere, about
+from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import parameter_counts, shapes
 from tadistill.models.parameter_counts import Adapters, Size, adapters_of
 from tadistill.plan.costs import passes
@@ -83,7 +83,14 @@ class SizesAndLengths:
                 return None
             assert model.load is not None
             found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
-            return parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
+            config = parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
+            positions, new = config and shapes.positions_of(config), self.recipe.evaluate.max_new_tokens
+            if positions and new >= positions:  # `runner.preflight` also counts the tokens of the longest prompt
+                raise ConfigError(
+                    f"the model has {positions} positions, but a prompt plus evaluate.max_new_tokens ({new}) needs more; lower "
+                    "evaluate.max_new_tokens"
+                )
+            return config
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
