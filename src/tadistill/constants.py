@@ -10,6 +10,8 @@ TILE_ROWS = 384
 OBJECTIVE = 3
 """Size of an objective's temporary tensors on a GPU, as a multiple of the logits of student and teacher. Measured on an H200: 1.6 for
 reverse KL and 3.1 for the Jensen-Shannon divergence (docs/benchmarks/gpu.md)."""
+STAGES_PER_GPU = "TADISTILL_STAGES_PER_GPU"
+"""Environment variable of a stage's process: how many stages may use its GPU at the same time. `runner.processes` sets it."""
 GENERATION_BATCH = 64
 """Number of prompts in a batch when a teacher generates answers."""
 RECORDING_BATCH = 16

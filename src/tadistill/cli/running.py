@@ -57,12 +57,11 @@ def plan(
         preview.fetch_descriptions(loaded, console)
     found = make_plan(loaded, partial=not measure)
     if measure:
-        import torch
-
+        from tadistill.runner.schedule import inspect_gpus
         from tadistill.runner.timing import time_stages
 
-        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
+        accelerator = next((gpu.name for gpu in inspect_gpus()), None)  # in a new process, because this one never uses CUDA
         throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
     for sentence in missing_trackers(loaded):
         console.print(sentence, highlight=False, markup=False)

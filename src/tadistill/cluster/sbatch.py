@@ -114,14 +114,16 @@ class Requests:
     # --- memory ---------------------------------------------------------------------------------------------------------
 
     def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
-        needs = max(process_bytes(self.plan, stage, cuda=True) or _UNKNOWN_BYTES for stage in stages)
+        def needs(memory: float) -> float:  # of a GPU with so many GB, of which vLLM takes a share
+            return max(process_bytes(self.plan, stage, cuda=True, of_gpu=memory * 1e9) or _UNKNOWN_BYTES for stage in stages)
+
         usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
-        fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
+        fits = sorted((g.memory, n) for n, g in usable.items() if needs(g.memory) <= _SPARE * g.memory * 1e9)
         if fits:
             return fits[0][1]
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
-            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
+            f"{stages[0].label} needs about {needs(largest) / 1e9:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
             f"{largest:.0f} GB; lower `optim.micro_batch`, set `gradient_checkpointing`, or spread the stage over several GPUs: "
             f"`resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}}` (to spread the teacher too, add "
             "`teacher: sharded`; to keep it in host memory, add `teacher: offloaded`)"

@@ -9,12 +9,13 @@ Axes: N tokens, n tokens of a tile, H hidden size, V vocabulary size.
 """
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tadistill.constants import OBJECTIVE, TILE_BYTES, TILE_ROWS
+from tadistill.constants import OBJECTIVE, STAGES_PER_GPU, TILE_BYTES, TILE_ROWS
 
 _CACHED = 2**18  # number of logits that stay in a CPU's cache
 _LARGEST = 2**31  # bytes of a tile on a GPU with much free memory
@@ -23,10 +24,14 @@ _RETURNS_SUMS = ("cuda",)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the memory of a GPU that this process can still use, including what its allocator holds for later. Return None for a CPU."""
+    """Return the memory of a GPU that this process can still use, including what its allocator holds for later. Return None for a CPU.
+
+    If several stages may use the GPU at the same time, a process can use its share of what is free.
+    """
     if device.type != "cuda":
         return None
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] // int(os.environ.get(STAGES_PER_GPU, 1))
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def tile_bytes(device: torch.device) -> int:

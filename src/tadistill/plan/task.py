@@ -132,13 +132,22 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
         raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from the entries {', '.join(names)}): {reason}") from error
 
 
-def process_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float | None:
+def process_bytes(plan: "Plan", stage: Stage, *, cuda: bool, of_gpu: float = 0.0) -> float | None:
     """Return the estimated peak memory of one process of a stage, in bytes, on a GPU (`cuda`) or on a CPU. Return None if it is not known.
+
+    `of_gpu` is the size of the GPU's memory in bytes. vLLM takes a share of it (`runtime.vllm.memory`), which is counted only with
+    `of_gpu`.
 
     Raises:
         ConfigError: as in `layout`.
     """
-    memory = planned_memory(plan, stage)
+    memory, vllm = planned_memory(plan, stage), plan.recipe.runtime.vllm
+    if memory and cuda and uses_vllm(stage.spec):
+        share = vllm.memory * of_gpu
+        if vllm.sleep and isinstance(stage.spec, TrainingSpec):  # then it has this memory only while it samples
+            memory = replace(memory, sampling=max(memory.sampling, share))
+        else:
+            memory = replace(memory, frozen=memory.frozen + share)
     return memory.peak(cuda=cuda) if memory else None
 
 

@@ -132,7 +132,13 @@ class Vllm:
 
     def _hand_over(self) -> None:
         self._memory.write(self._weights())
+        self._make_room()
         self._order({"order": "load"})
+
+    def _make_room(self) -> None:
+        # vLLM takes its share of the GPU now, but this process's allocator still holds what the last update needed at its peak
+        if self.launch.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _weights(self) -> dict[str, Tensor]:
         ends = [module for module in (self.student.get_input_embeddings(), self.student.get_output_embeddings()) if module is not None]
@@ -175,6 +181,7 @@ class Vllm:
                 text=True,
                 start_new_session=True,  # Ctrl-C then reaches only the command, which decides which processes end
             )
+            self._make_room()
             self.close = weakref.finalize(self, _end, self._process, _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0)
             self.version = self._order({"engine": self._arguments(directory), "weights": self._memory.layout})["version"]
         self._hand_over()

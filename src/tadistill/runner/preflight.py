@@ -29,7 +29,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, vllm_stages
+from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, uses_vllm, vllm_stages
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
 from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes
@@ -41,6 +41,7 @@ _LESS_MEMORY = (
     "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (a teacher then needs half "
     "the memory), or use a machine with more memory"
 )
+_OF_GPU = "memory of a GPU"
 _STARTS = 10
 
 
@@ -255,12 +256,13 @@ def _default_jobs() -> int:
 
 
 def _check_memory(plan: Plan, jobs: int) -> None:
-    gpus, free = schedule.free_memory(), available_memory()
+    gpus, free = schedule.inspect_gpus(), available_memory()
     if not gpus:
         _check_needs(plan, {key: host_bytes(plan, stage, cuda=False) for key, stage in plan.stages.items()}, free, jobs)
         return
-    needs = {key: process_bytes(plan, stage, cuda=True) or 0.0 for key, stage in plan.stages.items()}
-    _check_needs(plan, needs, min(gpus), -(-jobs // len(gpus)), where="memory of a GPU", times=len(gpus))
+    size = min(gpu.memory for gpu in gpus)
+    needs = {key: process_bytes(plan, stage, cuda=True, of_gpu=size) or 0.0 for key, stage in plan.stages.items()}
+    _check_needs(plan, needs, min(gpu.free for gpu in gpus), -(-jobs // len(gpus)), where=_OF_GPU, times=len(gpus))
     needs = {key: host_bytes(plan, stage, cuda=True) for key, stage in plan.stages.items()}
     _check_needs(plan, needs, free, jobs, where="memory of this machine")
 
@@ -270,7 +272,8 @@ def _check_needs(plan: Plan, needs: Mapping[str, float], free: int, jobs: int, *
     if not needs:
         return
     most = max(needs, key=lambda key: needs[key])
-    check_memory({plan.stages[most].label: needs[most]}, free, _LESS_MEMORY, where)
+    less = f"lower runtime.vllm.memory, {_LESS_MEMORY}" if where == _OF_GPU and uses_vllm(plan.stages[most].spec) else _LESS_MEMORY
+    check_memory({plan.stages[most].label: needs[most]}, free, less, where)
     group = _largest_group(plan, needs, jobs)
     if sum(group.values()) > free:
         fits = max(n for n in range(1, jobs) if sum(_largest_group(plan, needs, n).values()) <= free)

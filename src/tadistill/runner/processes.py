@@ -29,6 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tadistill.constants import STAGES_PER_GPU
 from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError, TadistillError
 from tadistill.models.flops_and_memory import keep_freed_memory
 from tadistill.plan.task import Task
@@ -94,8 +95,11 @@ def _without_main() -> Iterator[None]:
 class StageProcesses:
     """The processes of one stage, one for each rank. Together they use `threads` CPU threads. Raises StageFailed if they cannot start."""
 
-    def __init__(self, task: Task, *, threads: int, gpus: Sequence[str] = ()):
-        """`gpus` are the GPUs that the processes may use, at least one for each process. By default, the processes see all GPUs."""
+    def __init__(self, task: Task, *, threads: int, gpus: Sequence[str] = (), share: int = 1):
+        """`gpus` are the GPUs that the processes may use, at least one for each process. By default, the processes see all GPUs.
+
+        `share` is how many stages may use a GPU at the same time. Each of them then takes only a part of the memory that is free.
+        """
         self._task = task
         self.ended = False
         self.error: Exception | None = None
@@ -107,7 +111,7 @@ class StageProcesses:
         world = task.resources.processes
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
         if gpus:  # CUDA reads this variable at its first use, which is in the new process
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), STAGES_PER_GPU: str(share)}
         if world > 1:
             environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         context = prepare()

@@ -13,6 +13,7 @@ The main process never uses CUDA, because a process that uses CUDA occupies a fe
 import contextlib
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
@@ -31,6 +32,8 @@ from tadistill.text import counted
 
 _POLL = 0.5
 """Largest number of seconds until a signal is noticed, if no stage sends a message."""
+_PATIENCE = 120.0
+"""Seconds in which all GPUs must answer. CUDA needs some seconds for each of them."""
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> None:
@@ -93,7 +96,7 @@ class _Schedule:
                 break  # a later stage that needs fewer GPUs would let this one wait longer
             del self.waiting[key]
             self.screen.start(key)
-            self.running[key] = StageProcesses(task, threads=max(1, cores() // self.jobs), gpus=gpus)
+            self.running[key] = StageProcesses(task, threads=max(1, cores() // self.jobs), gpus=gpus, share=self.devices.share)
 
     def _attend(self) -> None:
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
@@ -169,22 +172,50 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def free_memory() -> list[int]:
-    """Return the free bytes of each GPU. Only a new process uses CUDA, not this process."""
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that this process may use. Sizes are in bytes."""
+
+    name: str
+    """Name of its type, such as NVIDIA H200."""
+    free: int
+    memory: int
+
+
+def inspect_gpus() -> list[Gpu]:
+    """Return the GPUs. Only a new process uses CUDA, not this process.
+
+    Raises:
+        ConfigError: a GPU cannot be used now, for instance because it is in exclusive mode and another process uses it.
+    """
     if not gpus():
         return []
     context = prepare()
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(theirs,), name="free GPU memory")
+    process = context.Process(target=_tell, args=(theirs,), name="GPUs")
     process.start()
     theirs.close()
     try:
-        return ours.recv()
-    finally:
+        found = ours.recv() if ours.poll(_PATIENCE) else f"the GPUs did not answer within {_PATIENCE:.0f} seconds"
+    except EOFError:
         process.join()
+        found = f"the process that looks at the GPUs ended with exit code {process.exitcode}"
+    finally:
+        process.kill()  # it has answered, or will not answer
+        process.join()
+    if isinstance(found, str):
+        raise ConfigError(f"{found}; look at `nvidia-smi`, and name the GPUs that can be used in the variable CUDA_VISIBLE_DEVICES")
+    return found
 
 
 def _tell(pipe: Connection) -> None:
     import torch
 
-    pipe.send([torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())])
+    found: list[Gpu] = []
+    for number, name in enumerate(visible_gpus(torch.cuda.device_count())[: torch.cuda.device_count()]):
+        try:
+            found.append(Gpu(torch.cuda.get_device_name(number), *torch.cuda.mem_get_info(number)))
+        except Exception as error:  # torch raises several types, such as AcceleratorError
+            pipe.send(f"GPU {name} cannot be used ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+            return
+    pipe.send(found)

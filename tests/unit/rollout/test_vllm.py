@@ -1,7 +1,9 @@
 """What vLLM is given: a model's weights by their names in a file, in memory that another process maps. tests/e2e/test_vllm.py runs vLLM."""
 
 import subprocess
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,10 +16,11 @@ from tadistill.config.common import Decoding
 from tadistill.config.machine import Vllm as Settings
 from tadistill.config.machine import vllm_folder
 from tadistill.config.model import Lora
-from tadistill.errors import ConfigError, StageFailed
+from tadistill.errors import ConfigError, ModelError, StageFailed
 from tadistill.models.modify import adapt, merged, plain_weights
-from tadistill.plan.task import layout, make_task
+from tadistill.plan.task import layout, make_task, planned_memory, process_bytes
 from tadistill.rollout.vllm import Launch, Vllm, _environment, _SharedMemory
+from tadistill.runner import preflight, schedule
 from tadistill.runner.preflight import check_study
 from tadistill.store import Store
 
@@ -105,6 +108,18 @@ def test_the_copys_vocabulary_is_cut(tmp_path):
     assert student.config.vocab_size > 20
 
 
+def test_this_process_gives_memory_back_before_vllm_wakes_up(tmp_path, monkeypatch):
+    """Without this, the allocator keeps the peak of the last update, and vLLM finds no room."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(Vllm, "_order", lambda self, order: calls.append(order["order"]))
+    monkeypatch.setattr(Vllm, "_sample", lambda self, *rest: [])
+    engine = Vllm(tiny_model("llama"), Decoding(), eos=(1,), vocab=20, launch=launch(tmp_path, device=torch.device("cuda")))
+    engine._process, engine._memory = Mock(), Mock(write=lambda weights: calls.append("written"))
+    engine.respond([(1, 2)], np.zeros((1, 4)))
+    assert calls == ["written", "emptied", "load", "sleep"]
+
+
 # --- plans --------------------------------------------------------------------------------------------------------------
 
 ON_POLICY = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "max_new_tokens": 8}, "optim": {"steps": 16, "batch": 16}}
@@ -154,6 +169,29 @@ def test_a_named_environment_has_the_program_and_its_python(monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     monkeypatch.setenv("TADISTILL_VLLM", f"~/{tmp_path.name}")
     assert vllm_folder() == tmp_path / "bin"
+
+
+@pytest.mark.parametrize(("sleep", "kind"), [(True, "distill"), (False, "distill"), (True, "evaluate")])
+def test_the_share_of_vllm_is_a_part_of_what_a_stage_needs(sleep, kind):
+    """A sleeping vLLM needs its memory only while it samples. It sleeps only in a training."""
+    found, gpu = planned(runtime={"vllm": {"memory": 0.5, "sleep": sleep}}, evaluate={"engine": "vllm"}), 80e9
+    stage = next(stage for stage in found.stages.values() if stage.kind == kind)
+    memory = planned_memory(found, stage)
+    always = memory.weights + memory.moments + memory.frozen
+    expected = always + 40e9 if sleep and kind == "distill" else memory.peak(cuda=True) + 40e9
+    assert process_bytes(found, stage, cuda=True, of_gpu=gpu) == pytest.approx(expected)
+    assert process_bytes(found, stage, cuda=True) == memory.peak(cuda=True)
+    native = planned(None)
+    stage = next(stage for stage in native.stages.values() if stage.kind == kind)
+    assert process_bytes(native, stage, cuda=True, of_gpu=gpu) == process_bytes(native, stage, cuda=True)
+
+
+def test_a_gpu_without_room_for_the_share_of_vllm_is_refused(monkeypatch):
+    found = planned(runtime={"vllm": {"memory": 0.5, "sleep": False}})
+    gpu = schedule.Gpu("card", free=int(39e9), memory=int(80e9))
+    monkeypatch.setattr(schedule, "inspect_gpus", lambda: [gpu])
+    with pytest.raises(ModelError, match=r"need 40\.\d GB of memory of a GPU .* lower runtime\.vllm\.memory, use smaller models"):
+        preflight._check_memory(found, 1)
 
 
 def test_a_stage_asks_for_the_gpus_of_vllm(tmp_path):
