@@ -20,6 +20,7 @@ from tadistill.data.prompts import for_people, task_of
 from tadistill.evaluation import text_scores, token_scores
 from tadistill.evaluation.token_scores import Answers, Subject, bits_per_byte, divergences, entropy, likelihood, means, reference_sizes
 from tadistill.metrics import names_in
+from tadistill.models.forward import attention_for_any_shape
 from tadistill.models.shapes import check_ids, check_lengths
 from tadistill.models.teachers import Teacher
 from tadistill.rollout.engine import Engine, Native
@@ -51,8 +52,9 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, read_refere
     """
     _check_prompts(subject.model, data, settings.max_new_tokens)
     engine = native(subject, settings)
-    answers = {seed: generate_answers(engine, data, seed) for seed in settings.seeds}
-    return score(subject, data, settings, answers, read_references=read_references, per_byte=per_byte)
+    with attention_for_any_shape():
+        answers = {seed: generate_answers(engine, data, seed) for seed in settings.seeds}
+        return score(subject, data, settings, answers, read_references=read_references, per_byte=per_byte)
 
 
 def _check_prompts(model: Any, data: EvalSet, new: int) -> None:

@@ -6,6 +6,7 @@ continues from the files of that attempt (docs/concepts/interruptions.md). `plan
 
 import gc
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +30,15 @@ from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while waiting for another process that runs the same stage"
 _Work = Callable[[Context], dict[str, Any]]
+_FULL = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
+"""Words of the errors that torch raises if memory is full. Only its own allocator of a GPU raises OutOfMemoryError: making CUDA's context,
+the libraries of NVIDIA, NCCL and the allocator of the CPU raise other errors."""
 _PATIENCE = timedelta(hours=1)  # how long a rank waits for another rank, which may be writing a large model
 
 
@@ -50,6 +60,12 @@ def join(processes: int) -> int:
             torch.cuda.set_device(device)
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
     return rank
+
+
+def _choose_allocator() -> None:
+    # Before CUDA is used. Batches of texts have many sizes; with segments that grow, freed memory fits the next size, too.
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def agree(word: str = "") -> str:
@@ -80,6 +96,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         StageFailed: an earlier stage, whose result this stage reads, is not finished. Nothing was written.
         Interrupted: `stop` returned True. Finished work is kept.
     """
+    _choose_allocator()
     spec, store, rank = task.spec, Store(Path(task.store)), join(task.resources.processes)
     work = work_of(type(spec))
     if rank:
@@ -150,8 +167,10 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
     try:
         with attention_for_any_shape():
             return work(context)
-    except torch.OutOfMemoryError as error:
-        used, changes = str(error).split(". ", 2)[:2], context.spec.saves_memory
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _FULL):
+            raise
+        used, changes = (str(error).splitlines() or [""])[0].split(". ", 2)[:2], context.spec.saves_memory
         advice = f"set `{'`, or `'.join(changes)}`, or use" if changes else "use"
         raise StageFailed(
             f"{context.device} has too little memory for this stage ({'; '.join(used)}); {advice} a device with more memory, and run the "
@@ -163,7 +182,15 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
             f"{last.filename}, line {last.lineno} ends the process (SystemExit: {error}); change this line so that it raises another error"
         ) from error
     finally:
+        _forget_values(sys.exception())
         context.close()
         gc.collect()  # models are in reference cycles, for example by accelerate's changed `forward`; the process may run another stage
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _forget_values(error: BaseException | None) -> None:
+    # an error keeps the local variables of all functions that it has passed, so the models could not be freed
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

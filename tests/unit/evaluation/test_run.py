@@ -17,6 +17,7 @@ from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.encoding_rules import Rules
+from tadistill.evaluation import run
 from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
 from tadistill.evaluation.token_scores import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
@@ -173,3 +174,13 @@ def test_ranks_that_divide_the_dev_prompts_have_the_metrics_of_one(tokenizer, da
             assert each["found"][metric] == pytest.approx(alone[metric], rel=1e-6)
     calls = sum(each["read"] for each in found)
     assert max(each["read"] for each in found) < 0.7 * calls
+
+
+def test_an_evaluation_of_a_loaded_model_does_not_use_cudnns_attention(tokenizer, data, monkeypatch):
+    """cuDNN would build a plan for every new shape. A stage switches its attention off; `tadistill.evaluate` is no stage."""
+    seen = []
+    for name in ("generate_answers", "score"):
+        monkeypatch.setattr(run, name, lambda *_, **__: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    evaluate(subject(tokenizer), data, settings(seeds=[1]))
+    assert (seen, torch.backends.cuda.cudnn_sdp_enabled()) == ([False, False], before)

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from tadistill.errors import Interrupted, StageFailed, StoreError
 from tadistill.metrics import training_numbers
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import Task, make_task
-from tadistill.stages.execute import run_stage
+from tadistill.stages.execute import _choose_allocator, run_stage
 from tadistill.store import Store
 
 RECIPE = small("xl")
@@ -261,12 +264,46 @@ def test_what_finished_costs(tmp_path):
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.15 GiB is free. Process 7 has …"
 
 
-def test_a_full_gpu_is_one_sentence_with_the_keys_to_change(tmp_path, monkeypatch):
+FULL_TOO = [
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",  # no room for a context
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "NCCL Error 1: unhandled cuda error (run with NCCL_DEBUG=INFO for details) Cuda failure 2 'out of memory'",
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(torch.OutOfMemoryError(FULL), r"Tried to allocate 2.00 GiB"), *((RuntimeError(text), text.splitlines()[0]) for text in FULL_TOO)],
+)
+def test_a_full_gpu_is_one_sentence_with_the_keys_to_change(error, words, tmp_path, monkeypatch):
+    freed = []
+
     def full(context) -> dict:
-        raise torch.OutOfMemoryError(FULL)
+        model = Mock()
+        freed.append(weakref.ref(model))
+        raise error
 
     monkeypatch.setattr("tadistill.stages.execute.work_of", lambda spec: full)
+    monkeypatch.setattr("tadistill.stages.execute.Context.close", lambda _: freed.append(freed[0]() is None))
     sft, evaluate = tasks(tmp_path)
-    with pytest.raises(StageFailed, match=r"Tried to allocate 2.00 GiB\).*`optim.micro_batch: \d+`, or `optim.grad"):
+    with pytest.raises(StageFailed, match=rf"{re.escape(words)}\).*`optim.micro_batch: \d+`, or `optim.grad"):
         run(sft)
+    assert freed[1]  # before the unused memory of the GPU is given back
     assert evaluate.spec.saves_memory == [f"evaluate.batch: {evaluate.spec.decoding.batch // 2}"]
+
+
+def test_a_gpus_allocator_has_segments_that_grow_unless_the_user_chose_another(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    _choose_allocator()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    _choose_allocator()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    with monkeypatch.context() as inner:
+        inner.setenv("PYTORCH_ALLOC_CONF", "")  # so that the variable is removed at the end
+        del os.environ["PYTORCH_ALLOC_CONF"]
+        _choose_allocator()
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
