@@ -124,12 +124,12 @@ def part_of(
         for term, weight in zip(terms, weights.unsqueeze(-1), strict=True):
             value, own = term.with_slope(logits, targets, rows)
             found.append(value)
-            slope = own.mul_(weight) if slope is None else slope.addcmul_(own, weight)
+            slope = own if alone else own.mul_(weight) if slope is None else slope.addcmul_(own, weight)
         assert slope is not None
         return torch.stack(found), slope
 
-    all_have = all(term.has_slope(teachers) for term in terms)
-    return Part(hidden, values, weights, slopes if all_have else None, teachers)
+    alone, all_have = len(terms) == 1, all(term.has_slope(teachers) for term in terms)
+    return Part(hidden, values, weights, slopes if all_have else None, teachers, weighted=not alone)
 
 
 def _targets(
@@ -190,6 +190,8 @@ class Part:
     teachers: Sequence[Target] = ()
     counts: bool = True
     """False if the part adds only its gradient to the sum, and not its value."""
+    weighted: bool = True
+    """False if `slopes` returns the gradient of the only term without its weight. It is then multiplied while the gradient is written."""
 
 
 def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -213,8 +215,7 @@ def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) 
     return total, found
 
 
-# This is a context variable and not an argument, because the FLOP meter counts every head that a training stage uses. Sampling, metrics and
-# evaluation would all have to pass the argument on.
+# A context variable for the FLOP meter, and not an argument, because sampling, metrics and evaluation would all have to pass it on.
 _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar("the watcher of all heads", default=None)
 
 
@@ -308,6 +309,8 @@ def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients, first:
     operands = [plan.operand(t.states, t.head, width) for t, width in zip(dense, widths[1:], strict=True)]
     # One tensor for all values: small tensors between large freed ones would make the C allocator request new memory again and again.
     values = torch.zeros(weights.shape[0], count, dtype=dtype, device=hidden.device)
+    # A GPU writes the gradient at once in the dtype of the products, over the logits. The gradient of a bias needs all its bits.
+    narrow = hidden.device.type in _QUEUED and small >= rows and operand.dtype.itemsize < dtype.itemsize and grads.bias is None
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
         here = hidden[tile].to(operand.dtype)
@@ -319,26 +322,30 @@ def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients, first:
         for at in range(0, len(here), small):
             inside = slice(at, min(at + small, len(here)))
             place, here_teachers = slice(start + inside.start, start + inside.stop), [select(t, inside) for t in teachers]
-            values[:, place] = _small(plan, weights[:, place].to(dtype), student[inside], here_teachers, place, grads.wanted)
+            out = student.view(-1).view(operand.dtype)[: student.numel()].view(student.shape) if narrow else student[inside]
+            values[:, place] = _small(plan, weights[:, place].to(dtype), student[inside], here_teachers, place, out, grads.wanted)
         if grads.wanted:
-            grads.add(slice(first + tile.start, first + tile.stop), student, here, operand)
+            grads.add(slice(first + tile.start, first + tile.stop), out if narrow else student, here, operand)
     return values
 
 
-def _small(plan: _Plan, weights: Tensor, logits: Tensor, teachers: list[Any], rows: slice, wanted: bool) -> Tensor:
+def _small(plan: _Plan, weights: Tensor, logits: Tensor, teachers: list[Any], rows: slice, out: Tensor, wanted: bool) -> Tensor:
     part = plan.part
     targets = tuple(t.head.shape(own) if isinstance(t, Hidden) else own for t, own in zip(part.teachers, teachers, strict=True))
     if wanted and part.slopes is not None and plan.head.plain:
         with checks.deferred():
             values, slope = part.slopes(logits, targets, rows, weights)
-        logits.copy_(slope)
+        if part.weighted:
+            out.copy_(slope)
+        else:
+            torch.mul(slope, weights[0].unsqueeze(-1), out=out)
         return values
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
         values = part.values(plan.head.shape(leaf), targets, rows)
     if wanted and not values.requires_grad:  # the divergence does not depend on the student, as with a skew of 1
-        logits.zero_()
+        out.zero_()
     elif wanted:
         (slope,) = torch.autograd.grad(values, leaf, weights)
-        logits.copy_(slope)
+        out.copy_(slope)
     return values.detach()

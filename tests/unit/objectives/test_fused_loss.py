@@ -1,6 +1,7 @@
 """The fused head against the plain functions: values and gradients, tied heads, cut vocabularies, mixtures, tiles, precisions."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -15,11 +16,14 @@ from tadistill.objectives import (
     forward_kl,
     fused_divergence,
     fused_head,
+    fused_loss,
     jensen_shannon,
     reverse_kl,
     tiles,
     top_k,
 )
+from tadistill.objectives.fused_loss import fused_terms
+from tadistill.objectives.targets import TeacherTerm
 
 from .cases import CASES, Case, name
 
@@ -350,6 +354,34 @@ def test_logits_of_bf16_products_are_float32_sums_on_a_gpu(returns_sums, monkeyp
     for found, plain, other in zip(gradients, slopes(expected.sum(), leaves), of_cpu, strict=True):
         assert (found - plain).norm() < 0.01 * plain.norm()
         assert (found - plain).norm() <= (other - plain).norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("objective", [reverse_kl, lambda s, t, temperature: forward_kl(s, t), None])
+def test_a_gpu_writes_gradients_at_once_in_half_precision(objective, bias, monkeypatch):
+    """The bits are those of a gradient in float32 that is rounded afterwards. `None` is a sum of two terms; the lambda has no slope."""
+    added, add = [], fused_loss._Gradients.add
+    monkeypatch.setattr(
+        fused_loss._Gradients, "add", lambda self, rows, slope, *more: added.append(slope.dtype) or add(self, rows, slope, *more)
+    )
+
+    def run(devices: set[str]) -> list[torch.Tensor]:
+        monkeypatch.setattr(fused_loss, "_QUEUED", devices)
+        hidden, head, leaves = student()
+        head, leaves = (head, leaves) if bias else (Head(head.weight), leaves[:3])
+        with torch.autocast("cpu", torch.bfloat16):
+            if objective:
+                total, values = fused_divergence(objective, hidden, head, teacher(V), mask=MASK / 7)
+            else:
+                terms = [TeacherTerm(of.__name__, of) for of in (forward_kl, reverse_kl)]
+                flat, target = hidden.flatten(0, -2), teacher(V)
+                weights = torch.stack([MASK.flatten() / 7, MASK.flatten() / 3])
+                total, values = fused_terms(terms, flat, head, weights, teachers=[replace(target, states=target.states.flatten(0, -2))])
+        return [total, values, *slopes(total, leaves)]
+
+    before, after = run(set()), run({"cpu"})
+    assert added == [torch.float32, torch.float32 if bias else torch.bfloat16]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_a_gpu_takes_tiles_as_its_free_memory_allows(monkeypatch):
