@@ -308,7 +308,7 @@ def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients, first:
     operand = plan.operand(hidden, plan.head, width)
     operands = [plan.operand(t.states, t.head, width) for t, width in zip(dense, widths[1:], strict=True)]
     # One tensor for all values: small tensors between large freed ones would make the C allocator request new memory again and again.
-    values = torch.zeros(weights.shape[0], count, dtype=dtype, device=hidden.device)
+    weights, values = weights.to(dtype), torch.zeros(weights.shape[0], count, dtype=dtype, device=hidden.device)
     # A GPU writes the gradient at once in the dtype of the products, over the logits. The gradient of a bias needs all its bits.
     narrow = hidden.device.type in _QUEUED and small >= rows and operand.dtype.itemsize < dtype.itemsize and grads.bias is None
     for start in range(0, count, rows):
@@ -318,20 +318,20 @@ def _run(plan: _Plan, weights: Tensor, hidden: Tensor, grads: _Gradients, first:
         projected = iter(
             project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
         )
+        out = student.view(-1).view(operand.dtype)[: student.numel()].view(student.shape) if narrow else student
         teachers = [next(projected) if isinstance(t, Hidden) else select(t, tile, width) for t in plan.part.teachers]
         for at in range(0, len(here), small):
             inside = slice(at, min(at + small, len(here)))
             place, here_teachers = slice(start + inside.start, start + inside.stop), [select(t, inside) for t in teachers]
-            out = student.view(-1).view(operand.dtype)[: student.numel()].view(student.shape) if narrow else student[inside]
-            values[:, place] = _small(plan, weights[:, place].to(dtype), student[inside], here_teachers, place, out, grads.wanted)
+            values[:, place] = _small(plan, weights[:, place], student[inside], here_teachers, place, out[inside], grads.wanted)
         if grads.wanted:
-            grads.add(slice(first + tile.start, first + tile.stop), out if narrow else student, here, operand)
+            grads.add(slice(first + tile.start, first + tile.stop), out, here, operand)
     return values
 
 
 def _small(plan: _Plan, weights: Tensor, logits: Tensor, teachers: list[Any], rows: slice, out: Tensor, wanted: bool) -> Tensor:
-    part = plan.part
-    targets = tuple(t.head.shape(own) if isinstance(t, Hidden) else own for t, own in zip(part.teachers, teachers, strict=True))
+    part, paired = plan.part, zip(plan.part.teachers, teachers, strict=True)
+    targets = tuple(t.head.shape(own) if isinstance(t, Hidden) else own for t, own in paired)
     if wanted and part.slopes is not None and plan.head.plain:
         with checks.deferred():
             values, slope = part.slopes(logits, targets, rows, weights)
