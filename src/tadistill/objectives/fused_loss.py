@@ -39,8 +39,7 @@ from tadistill.objectives.targets import (
 )
 from tadistill.objectives.tiles import add_product, product, project, tile_rows
 
-# On these devices a comparison waits for all queued work, which takes longer than a multiplication by 1.
-_QUEUED = {"cuda"}
+_QUEUED = {"cuda"}  # on these devices a comparison waits for all queued work, which takes longer than a multiplication by 1
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """A function that returns the values (K, n) of K terms at n tokens. It has three arguments: the student's logits (n, V); a tuple with one
