@@ -19,6 +19,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenize
 _SAFETENSORS = ["model*.safetensors", ADAPTER_WEIGHTS[0]]
 _PICKLES = ["pytorch_model*.bin", ADAPTER_WEIGHTS[1]]
 _TEXTS = (".jinja", ".txt")  # such files may be empty: a tokenizer without merges has an empty merges.txt
+_NOT_IN_JSON = ("NaN", "Infinity", "-Infinity")  # numbers that JSON cannot write
 _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
 """Text for messages about a file that Git LFS has not downloaded yet."""
@@ -73,12 +74,17 @@ def read_description(path: Path, load: str) -> dict[str, Any]:
         ModelError: the file is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} of model `{load}` is damaged ({error}); download or save the model again") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} of model `{load}` is not a JSON object; download or save the model again")
     return found
+
+
+def _number(found: dict[str, Any]) -> Any:
+    # transformers writes infinity as {"__float__": "Infinity"}
+    return float(found["__float__"]) if found.keys() == {"__float__"} and found["__float__"] in _NOT_IN_JSON else found
 
 
 def read_or_empty(path: Path) -> dict[str, Any]:

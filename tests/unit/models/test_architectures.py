@@ -1,10 +1,14 @@
 """Architectures that cannot be distilled: named from their config.json, with the reason."""
 
+import math
+
 import pytest
+from tests.families import tiny_config
 
 from tadistill.errors import ModelError
-from tadistill.models.architectures import check_config, scratch_config
+from tadistill.models.architectures import check_config, count_parameters, scratch_config
 from tadistill.models.loading import load_model
+from tadistill.models.model_files import read_description
 from tadistill.models.shapes import REFUSED
 
 
@@ -38,6 +42,15 @@ def test_the_sentence_names_the_model_and_what_is_wrong(config, what):
 @pytest.mark.parametrize("config", [{"model_type": "bert", "is_decoder": True}, {"model_type": "gpt_neox"}, {"model_type": "mamba"}])
 def test_decoders_pass(config):
     check_config(config, "mine")
+
+
+def test_infinity_is_read_as_transformers_writes_it(tmp_path):
+    tiny_config("mamba2").save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text(encoding="utf-8")
+    config = read_description(tmp_path / "config.json", "mine")
+    assert config["time_step_limit"] == [0.0, math.inf]
+    check_config(config, "mine")
+    assert count_parameters(config) > 0
 
 
 def test_loading_refuses_before_it_reads_weights(tmp_path, tokenizer):
