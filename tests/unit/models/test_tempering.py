@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tests.conftest import tiny_model
+from tests.families import tiny
 from transformers import AutoModelForCausalLM
 
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.models.modify import matching_temperature, temper_head
 
 IDS = torch.tensor([[3, 7, 1, 9, 12]])
@@ -20,6 +21,13 @@ def test_logits_are_divided_by_tau(kind, tied, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_soft_cap_is_refused_however_wide_it_is(tied):
+    model = tiny("gemma2", tie_word_embeddings=tied, final_logit_softcapping=1000.0)
+    with pytest.raises(ModelError, match="models of type gemma2 cannot have a temperature"):
+        temper_head(model, 0.7)
 
 
 def test_the_temperature_that_matches_an_entropy():
