@@ -55,6 +55,7 @@ PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 COUNTED = (*PRUNABLE, "gemma3_text")
 """The model families whose parameters, FLOPs and memory can be computed from a configuration."""
 
+_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "max_target_positions")
 _LARGEST = 10**9  # larger than any size of a model; products of much larger numbers overflow a float
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
 _KV_HEADS = {"gemma3_text": 4, "mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
@@ -93,9 +94,19 @@ def shape_of(config: Config) -> Shape:
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
-    """Return the largest number of positions that a configuration gives to the model. Return None if it names none."""
-    names = ("max_position_embeddings", "n_positions", "n_ctx")
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    """Return the largest number of positions that a configuration gives to the model. Return None if it names none.
+
+    With LongRoPE (Phi-3-128k), this is the number of positions that have the short factors. For a longer text, transformers changes the
+    factors of the whole batch, so that the logits of a text depend on the other texts, and those of a token on its cache.
+    """
+    found = next((config[name] for name in _POSITION_FIELDS if isinstance(config.get(name), int)), None)
+    rope = config.get("rope_parameters") or {}
+    short = [r.get("original_max_position_embeddings") for r in (rope, *rope.values()) if _is_long(r)]
+    return min((n for n in (found, *short) if isinstance(n, int)), default=None)
+
+
+def _is_long(rope: Any) -> bool:
+    return isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
 
 
 def check_ids(top: int, embeddings: int, where: str, token: str = "") -> None:
@@ -118,7 +129,8 @@ def check_lengths(config: Mapping[str, Any], needs: Mapping[str, tuple[int, str]
     positions = positions_of(config)
     long = [(what, need, fix) for what, (need, fix) in needs.items() if positions and need > positions]
     if long:
-        raise ConfigError(*(f"the model has {positions} positions, but {what} {need}; {fix}" for what, need, fix in long))
+        kind = " with the short factors of LongRoPE" if positions != positions_of({**config, "rope_parameters": None}) else ""
+        raise ConfigError(*(f"the model has {positions} positions{kind}, but {what} {need}; {fix}" for what, need, fix in long))
 
 
 def size_in(config: Mapping[str, Any], *names: str) -> int:

@@ -5,12 +5,14 @@ import json
 
 import pytest
 from rich.console import Console
+from tests.families import tiny_config
 from tests.unit.models.conftest import random_model, word_tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
 from tadistill.config import load, validate
 from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
+from tadistill.models.shapes import check_lengths, positions_of
 from tadistill.plan.arms import make_plan
 from tadistill.runner.preflight import check_inputs
 from tadistill.runner.timing import workloads
@@ -90,6 +92,20 @@ def test_prompt_with_reference_must_fit_the_positions(kind, field):
         check_inputs(recipe(load, long, short))
     with pytest.raises(ConfigError, match=r"lower data\.max_length"):  # dev and test references are scored too
         check_inputs(recipe(load, short, long))
+
+
+def test_positions_have_other_names_and_limits_in_other_families():
+    """A text beyond them crashed MPT. With LongRoPE, its logits would depend on the other texts of its batch."""
+    assert positions_of(tiny_config("mpt").to_dict()) == 128
+    assert positions_of(tiny_config("dbrx").to_dict()) == 128
+    assert positions_of(tiny_config("kimi_linear", model_max_length=256).to_dict()) == 256
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 8.0, 16.0]}
+    long = tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, partial_rotary_factor=1.0).to_dict()
+    with pytest.raises(ConfigError, match="the model has 24 positions with the short factors of LongRoPE, but it needs 30; cut it"):
+        check_lengths(long, {"it needs": (30, "cut it")})
+    check_lengths(long, {"it needs": (24, "cut it")})
+    with pytest.raises(ConfigError, match="the model has 128 positions, but it needs 130; cut it"):
+        check_lengths(long | {"original_max_position_embeddings": 24, "rope_parameters": None}, {"it needs": (130, "cut it")})
 
 
 def test_a_control_that_samples_more_than_the_model_can_read_is_named_with_its_key():
