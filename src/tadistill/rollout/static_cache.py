@@ -11,7 +11,9 @@ Tokens and probabilities equal those of the usual loop of `sample`, up to roundi
 Axes: B sequences, W columns of the longest prompt, L columns of the caches, T positions of the response, V vocabulary size, H hidden size.
 """
 
+import sys
 from collections.abc import Iterator
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,21 +29,25 @@ from tadistill.rollout.draw import ASK_EVERY, Guide, InPlaceLayer, Record, keeps
 DEVICES = {"cuda"}
 """Types of devices on which text is sampled at fixed shapes. Tests add the CPU."""
 _ALIGNED = 8  # columns; attention kernels copy a mask whose width is not a multiple of this
-_RIGHT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_RIGHT: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()
+"""Maps a model to the largest number of columns that gave correct logits, and to the smallest one that did not."""
 
 
 def possible(model: PreTrainedModel, capacity: int, decoding: Decoding) -> bool:
     """Return True if `fill` supports the model and the settings.
 
-    The model must keep keys and values of `capacity` tokens, and accept a mask with one entry per column of the cache. The mask is tried
-    once on the loaded model. `decoding` must not forbid repeated n-grams, because the search for them runs on the host.
+    The model must keep keys and values of `capacity` tokens, and accept a mask with one entry per column of the cache. This is tried on the
+    loaded model, and tried again for a larger `capacity`: GPT-Neo computes its window from the size of the cache. `decoding` must not
+    forbid repeated n-grams, because the search for them runs on the host.
     """
     if decoding.no_repeat_ngram is not None or not keeps_all(model.config, capacity):
         return False
-    if model not in _RIGHT:
+    right, wrong = _RIGHT.get(model, (0, sys.maxsize))
+    if right < capacity < wrong:
         with evaluating(model), torch.inference_mode():
-            _RIGHT[model] = way_of(model) == WAYS[0] and Trial(model).agrees(lambda texts, steps: _read(model, texts, steps))
-    return _RIGHT[model]
+            found = way_of(model) == WAYS[0] and Trial(model).agrees(partial(_read, model, capacity))
+        right, wrong = _RIGHT[model] = (capacity, wrong) if found else (right, capacity)
+    return capacity <= right
 
 
 @torch.inference_mode()
@@ -179,9 +185,10 @@ class _Layer(InPlaceLayer):
         return self.keys.index_copy_(2, self.at_1, key_states), self.values.index_copy_(2, self.at_1, value_states)
 
 
-def _read(model: PreTrainedModel, texts: list[Tensor], steps: int) -> Iterator[tuple[int, int, Tensor]]:
+def _read(model: PreTrainedModel, capacity: int, texts: list[Tensor], steps: int) -> Iterator[tuple[int, int, Tensor]]:
     tokens = [text.tolist() for text in texts]
-    columns = Columns({"student": model}, [tuple(t[: len(t) - steps + 1]) for t in tokens], steps, 10**9)
+    prompts = [tuple(t[: len(t) - steps + 1]) for t in tokens]
+    columns = Columns({"student": model}, prompts, max(steps, capacity - max(map(len, prompts))), 10**9)
     logits = columns.prompts()["student"]
     for step in range(steps):
         yield from ((row, step, z) for row, z in enumerate(logits))

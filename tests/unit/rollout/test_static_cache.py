@@ -92,6 +92,15 @@ def test_a_cache_that_models_do_not_read_is_not_used(monkeypatch):
     assert not static_cache.possible(model, 32, Decoding())
 
 
+def test_a_cache_that_hides_the_text_of_a_local_window_is_not_used():
+    """GPT-Neo finds the columns of its window from the size of the cache: one that is wider hides the text."""
+    model = tiny("gpt_neo", window_size=32)
+    assert static_cache.possible(model, 32, Decoding())
+    assert not static_cache.possible(model, 65, Decoding())
+    assert not static_cache.possible(model, 70, Decoding())
+    assert static_cache.possible(model, 24, Decoding())
+
+
 def test_a_gpu_samples_a_mixture_with_the_packed_calls(monkeypatch):
     """Until steps are recorded as graphs, these start fewer kernels."""
     monkeypatch.setattr(static_cache, "DEVICES", {"cpu"})
@@ -237,7 +246,7 @@ def waits(monkeypatch):
 def counts(monkeypatch, steps: int, guide: str, prompts=PROMPTS) -> tuple[int, int, int]:
     student, teacher = shared_model("llama"), shared_model("llama", seed=3)
     settings = {"eos": (), "vocab": VOCAB, "guide": GUIDES[guide](teacher)}
-    sample(student, prompts, uniforms(len(prompts), 2), **settings)  # the models are tried once
+    sample(student, prompts, uniforms(len(prompts), steps), **settings)  # the models are tried once for each larger cache
     with waits(monkeypatch) as found:
         sample(student, prompts, uniforms(len(prompts), steps), **settings)
     return found["up"], found["down"], found["asks"]
