@@ -8,6 +8,7 @@ from tests.unit.models.conftest import word_tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models import forward
 from tadistill.models.architectures import check_architecture, check_config
 from tadistill.models.forward import check_reading
 from tadistill.models.loading import load_model, save_model
@@ -25,7 +26,7 @@ NEEDS_PACKAGES = ("gemma3n",)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-def test_agrees_or_is_refused_by_name(kind):
+def test_agrees_or_is_refused_by_name(kind, monkeypatch):
     if kind in {*REFUSED, *AS_DECODERS, *NEEDS_PACKAGES}:
         with pytest.raises(ModelError, match=f"`my {kind}`"):
             check_config({"model_type": kind}, f"my {kind}")
@@ -35,6 +36,8 @@ def test_agrees_or_is_refused_by_name(kind):
         check_architecture(model.config, kind)  # what training saves can be loaded
         check_reading(model)
         assert_agrees(model)
+        monkeypatch.setattr(forward, "_UNMASKED", {"cpu"})  # as on a GPU
+        check_reading(model)
 
 
 PRUNED = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in {*REFUSED, *NEEDS_PACKAGES}]

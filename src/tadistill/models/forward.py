@@ -25,11 +25,14 @@ from transformers.masking_utils import sdpa_mask
 
 from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
+from tadistill.models.architectures import first_line
 from tadistill.objectives import Head
 
 # In a causal model, no token attends to the padding on its right. So models on these devices get no attention mask, and can use flash
 # attention. Models on a CPU get a mask: without it, grouped-query attention adds up its gradients in another order.
 _UNMASKED = {"cuda"}
+_EACH_ROW = ("qwen4_exp", "qwen4_exp_text", "xlm")
+"""Types of models that need the positions of every row, also if they are the same in all rows."""
 
 
 class Reader:
@@ -59,7 +62,7 @@ class Reader:
         if is_packed(self._model):
             return self._of_rows(model, batch)
         places, end, width = batch.places, batch.places.end, batch.ids_BT.shape[1]
-        inputs = _reading(batch.attention_BT, batch.positions_BT, end) | {"logits_to_keep": places.columns}
+        inputs = _reading(self._model, batch.attention_BT, batch.positions_BT, end) | {"logits_to_keep": places.columns}
         with tapped(self._module, skip=True) as seen:
             model(input_ids=batch.ids_BT[:, :end], use_cache=False, **taken(self._takes, inputs))
         row, column = places.loss // width, places.loss % width
@@ -107,14 +110,14 @@ def check_reading(model: PreTrainedModel) -> None:
     """Check three things on four tokens: padding does not change logits, positions start at 0, and no token depends on later tokens.
 
     Raises:
-        ModelError: one of these three things is not so.
+        ModelError: one of these three things is not so, or the forward pass fails.
     """
     words = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     ids = (words // 2 + torch.arange(4, device=model.device)) % words
     rows, attention = ids.repeat(2, 1), torch.ones(2, 4, dtype=torch.long, device=model.device)
     rows[1, 2:], attention[1, 2:] = 0, 0
-    inputs = _reading(attention, (attention.cumsum(1) - 1).clamp(min=0), 4)
-    with evaluating(model), rounded(model) as rounding:
+    inputs = _reading(model, attention, (attention.cumsum(1) - 1).clamp(min=0), 4)
+    with evaluating(model), trying(model), rounded(model) as rounding:
         alone = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
         padded = model(input_ids=rows, use_cache=False, **taken(inspect.signature(model.forward).parameters, inputs)).logits.float()
     # in half precision, rounding may choose another expert at some positions
@@ -124,9 +127,10 @@ def check_reading(model: PreTrainedModel) -> None:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
 
 
-def _reading(attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, Tensor]:
+def _reading(model: PreTrainedModel, attention_BT: Tensor, positions_BT: Tensor, end: int) -> dict[str, Tensor]:
     if attention_BT.device.type in _UNMASKED:
-        return {"position_ids": torch.arange(end, device=attention_BT.device).unsqueeze(0)}
+        rows = len(attention_BT) if model.config.model_type in _EACH_ROW else 1
+        return {"position_ids": torch.arange(end, device=attention_BT.device).unsqueeze(0).expand(rows, -1)}
     return {"attention_mask": attention_BT[:, :end], "position_ids": positions_BT[:, :end]}
 
 
@@ -158,6 +162,20 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def trying(model: PreTrainedModel) -> Iterator[None]:
+    """Turn an error of the model's first forward passes, which run in the `with` block, into a ModelError with type and number format."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the code of a model family can raise any error
+        raise ModelError(
+            f"models of type {model.config.model_type} cannot process text in {str(model.dtype).removeprefix('torch.')} "
+            f"({first_line(error)}); choose another `precision` or another model"
+        ) from error
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from tadistill.models.forward import apart, evaluating, rounded, taken
+from tadistill.models.forward import apart, evaluating, rounded, taken, trying
 from tadistill.rollout.draw import in_place_cache
 
 # lengths of the prompts on which ways are tried: with padding, with more tokens than a small block or window, and with equal lengths, of
@@ -153,7 +153,7 @@ class Trial:
 
     def __init__(self, model: PreTrainedModel):
         self.texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
-        with rounded(model) as self.rounding:
+        with trying(model), rounded(model) as self.rounding:
             self.expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in self.texts]
 
     def agrees(self, read: Callable[[list[Tensor], int], Iterator[tuple[int, int, Tensor]]]) -> bool:

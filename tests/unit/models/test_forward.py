@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tests.conftest import tiny_model
+from tests.families import tiny
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -23,6 +24,7 @@ from tadistill.errors import ModelError
 from tadistill.models import forward
 from tadistill.models.forward import Reader, check_reading, rounded
 from tadistill.models.teachers import teacher_of
+from tadistill.rollout.decoder import way_of
 
 SHAPE = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
 WIDE = {"intermediate_size": 32, "num_key_value_heads": 1}
@@ -73,6 +75,22 @@ def test_a_gpu_needs_no_mask_and_may_choose_flash_attention(family, monkeypatch)
         assert calls[-1] == ((True, True) if unmasked else (False, False))
     for with_mask, without in zip(*found, strict=True):
         torch.testing.assert_close(without, with_mask, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpu_gives_every_row_its_positions_where_a_family_needs_them(monkeypatch):
+    monkeypatch.setattr(forward, "_UNMASKED", {"cpu"})
+    model = tiny("xlm")
+    check_reading(model)
+    assert Reader(model).hidden(model, BATCH).shape == (10, 32)
+
+
+def test_an_error_of_the_first_pass_names_type_and_number_format():
+    """Some families mix number formats in half precision."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.model.layers[0].mlp.float()
+    for look in (check_reading, way_of):
+        with pytest.raises(ModelError, match=r"^models of type llama cannot process text in bfloat16 \(.*; choose another `precision` or"):
+            look(model)
 
 
 def test_no_logits_are_made():
