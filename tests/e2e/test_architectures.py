@@ -83,20 +83,22 @@ def test_a_pruned_model_is_that_of_its_layers_or_is_refused_before_work(kind, tm
     total, built = getattr(model.config, "num_hidden_layers", None), 0
     total = total if isinstance(total, int) else 1
     tokenizer = word_tokenizer(VOCAB - 3)
-    for keep in dict.fromkeys(((0,), (0, total - 1), tuple(range(1, total, 2)), tuple(range(total // 2, total)), tuple(range(total)))):
+    for keep in dict.fromkeys(((0, total - 1), tuple(range(1, total, 2)), tuple(range(total)))):
         with naming(keep):
             try:
                 check_depth(model.config, keep)
             except (ConfigError, ModelError):
                 continue
+            if built and len(keep) == total:  # the whole model is pruned only where no other list is accepted
+                break
             pruned = prune_depth(model, keep)
             assert_same_weights(model, pruned, keep)
             expected = logits(pruned)
             if kind not in READS_EARLIER_LAYERS:
                 torch.testing.assert_close(expected, skipped(model, keep), atol=1e-4, rtol=1e-4)
-            save_model(pruned, tokenizer, tmp_path / str(built))
-            torch.testing.assert_close(logits(load_model(tmp_path / str(built))), expected, atol=1e-5, rtol=1e-5)
             if not built:
+                save_model(pruned, tokenizer, tmp_path)
+                torch.testing.assert_close(logits(load_model(tmp_path)), expected, atol=1e-5, rtol=1e-5)
                 assert_agrees(pruned, leaves=False)
             built += 1
     assert bool(built) != (kind in NO_STACK)
