@@ -3,8 +3,9 @@
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -112,3 +113,15 @@ def vllm_folder(needs_it: str = "`engine: vllm`", instead: str = "set `engine: n
             f"install vllm`) and set TADISTILL_VLLM to the folder of this environment, or {instead}"
         )
     return Path(found).parent.absolute()
+
+
+def entries_of(resources: Mapping[str, Resources], kind: str, model: str) -> list[str]:
+    """Return the names of the entries of a recipe's `resources` for the stages of a kind that train or run `model`. Later entries override
+    earlier ones."""
+    return [name for name in ("default", kind, f"{kind} {model}") if name in resources]
+
+
+def given_resources(resources: Mapping[str, Resources], kind: str, model: str) -> dict[str, Any]:
+    """Return the settings in these entries, without default values."""
+    entries = [resources[name] for name in entries_of(resources, kind, model)]
+    return {field: getattr(entry, field) for entry in entries for field in entry.model_fields_set}

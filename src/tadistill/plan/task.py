@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tadistill.config import Recipe
 from tadistill.config.arm import members
 from tadistill.config.common import DTYPES, Decoding
-from tadistill.config.machine import Resources, Vllm
+from tadistill.config.machine import Resources, Vllm, entries_of, given_resources
 from tadistill.data import datasets
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
@@ -117,9 +117,7 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     Raises:
         ConfigError: the merged settings contradict each other.
     """
-    entries = recipe.resources
-    names = [name for name in ("default", stage.kind, f"{stage.kind} {stage.model}") if name in entries]
-    given = {f: getattr(entries[n], f) for n in names for f in entries[n].model_fields_set}
+    given, names = given_resources(recipe.resources, stage.kind, stage.model), entries_of(recipe.resources, stage.kind, stage.model)
     if not stage.spec.trains:  # no weights are updated or spread over processes in such a stage, whatever `default` sets
         unused = ("parallel",) if stage.spec.shared else ("processes", "nodes", "parallel")
         given = {f: v for f, v in given.items() if f not in unused and (f, v) != ("teacher", "sharded")}

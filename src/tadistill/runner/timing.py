@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config import Recipe
+from tadistill.config.machine import given_resources
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
 from tadistill.data import datasets
@@ -155,15 +156,17 @@ def _workload(stage: Stage, sizes: _Sizes) -> Workload:
 
 def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
     method, optim, name = spec.method, spec.optim, stage.model
-    steps, micro = optim.steps or 1, optim.micro_batch or optim.batch
+    processes = given_resources(sizes.recipe.resources, stage.kind, name).get("processes", 1)  # they make their passes at the same time
+    steps, batch = optim.steps or 1, optim.batch / processes
+    micro = min(optim.micro_batch or batch, batch)
     if optim.tokens and stage.cost and (read := stage.cost.parts.get("training/student")):
-        micro = min(optim.batch, max(1, int(optim.tokens * optim.batch * steps / read.positions)))
+        micro = min(batch, max(1, int(optim.tokens * optim.batch * steps / read.positions)))
     # passes with gradients take longer than those of sampling, so an update counts as six passes, and the optimizer as two
-    even = sizes.passes(name, steps * (optim.batch / micro * (6 + method.trains_with_teacher) + 2))
+    even = sizes.passes(name, steps * (batch / micro * (6 + method.trains_with_teacher) + 2))
     sampler = method.sampler
     if method.samples and isinstance(sampler, OnPolicy):
         each, updates = (method.round_rollouts, method.round_updates) if isinstance(sampler, Rounds) else (optim.batch, 1)
-        chunks = -(-each // sampler.chunk) * -(-steps // updates)
+        chunks = -(-each // (processes * sampler.chunk)) * -(-steps // updates)
         even += sizes.passes(name, chunks * sampler.max_new_tokens * (1 + sampler.guided))
     looks = 0.0
     if spec.dev and spec.decoding:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -368,6 +369,23 @@ def test_entries_of_resources_that_do_not_fit_together():
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others
 
 
+@pytest.mark.parametrize("size", [{}, {"micro_batch": 16}, {"tokens": 100}])
+@pytest.mark.parametrize("sampler", [{"type": "dataset"}, {"type": "student", "chunk": 32, "max_new_tokens": 8}])
+def test_a_process_needs_memory_for_its_rows_of_a_batch(sampler, size):
+    """Four processes with a batch of 32 need what one process with a batch of 8 does; the FLOPs are those of the whole batch."""
+
+    def found(batch: int, processes: int, size: dict):
+        method = {"objective": {"type": "reverse_kl"}, "sampler": sampler, "optim": {"steps": 4, "batch": batch} | size}
+        made = plan(method=method | {"select": {"metric": "last"}}, resources={"default": {"processes": processes}})
+        stage = next(s for s in made.stages.values() if s.kind == "distill" and s.model == "s")
+        return planned_memory(made, stage), stage.cost.parts
+
+    (memory, flops), (whole, as_whole) = found(32, 4, size), found(32, 1, size)
+    assert flops == as_whole
+    assert memory.rollouts == whole.rollouts  # every process has the states of the whole round
+    assert replace(memory, rollouts=0) == replace(found(8, 1, {} if "micro_batch" in size else size)[0], rollouts=0)
+
+
 def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
     """FSDP divides the student with its gradients and moments; a sharded teacher is divided, an offloaded one is not there."""
 
@@ -384,17 +402,15 @@ def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
     )
     size = {name: Ledger(alone.recipe).size(name).total for name in ("xl", "l", "s")}
     for key, stage in split.stages.items():
-        wanted, one = layout(split.recipe, stage), alone.stages[key]
-        saved = process_bytes(alone, one, cuda=True) - process_bytes(split, stage, cuda=True)
+        wanted, one, now = layout(split.recipe, stage), planned_memory(alone, alone.stages[key]), planned_memory(split, stage)
         if stage.kind == "distill":
-            gathered = planned_memory(split, stage).gathered
-            assert 4 * size[stage.model] >= gathered > 0
-            teacher = "xl" if "xl" in stage.label else "l"
-            of_teacher = 4 * size[teacher] if wanted.teacher == "offloaded" else 3 * size[teacher]
-            # weights and moments are divided by 4; the peak is in the forward pass of a single micro-batch, before there are gradients
-            assert saved == pytest.approx(9 * size[stage.model] + of_teacher - gathered)
+            assert 4 * size[stage.model] >= now.gathered > 0
+            assert 4 * now.weights == one.weights == 4 * size[stage.model]
+            assert (4 * now.gradients, 4 * now.moments) == (one.gradients, one.moments)
+            assert now.frozen == (0 if wanted.teacher == "offloaded" else one.frozen / 4)
+            assert one.frozen == 4 * size["xl" if "xl" in stage.label else "l"]
         else:
-            assert saved == 0
+            assert now == one
     text = said(split)
     assert note in text
     assert note not in said(alone)

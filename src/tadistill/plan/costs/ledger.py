@@ -12,6 +12,7 @@ from functools import cached_property
 from tadistill.config import Method
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding, Divergence
+from tadistill.config.machine import given_resources
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
@@ -36,7 +37,7 @@ class Ledger(SizesAndLengths):
         student = self.described(name)
         if student is None:
             return None
-        cost = TrainingCost(student, (), optim, adapters=self.adapters(name))
+        cost = TrainingCost(student, (), optim, adapters=self.adapters(name), processes=self._processes("sft", name))
         cost.train(self.fixed)
         self._selection(cost, select)
         return cost.total()
@@ -121,7 +122,7 @@ class Ledger(SizesAndLengths):
         drop, adapters = method.dense.drop if method.dense else 0.0, self.adapters(name)
         if method.ema is not None:
             above = (replace(student, size=with_adapters(student.size, adapters)),)
-        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=adapters)
+        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=adapters, processes=self._processes("distill", name))
         cost.memory.average = method.ema is not None
         sampler, objective = method.sampler, method.objective
         cost.dropout = not sampler.on_policy
@@ -134,10 +135,13 @@ class Ledger(SizesAndLengths):
             count(self, cost, method, teachers[0], name)
         if method.samples and isinstance(sampler, samplers.OnPolicy) and sampler.engine == "native":
             drawing = (student, above[0]) if sampler.guided else (student,)
-            rows, longest = min(sampler.chunk, method.round_rollouts), max(prompt for prompt, _ in self.train.rows)
+            rows, longest = min(sampler.chunk, cost.memory.own(method.round_rollouts)), max(prompt for prompt, _ in self.train.rows)
             cost.memory.sampling(*(sampling_bytes(model, rows, longest, sampler.max_new_tokens) for model in drawing))
         self._selection(cost, method.select, extra=sampler.follows_dev)
         return cost.total(method, self._published(cost, objective, sampler, name) if isinstance(objective, MiniLLM) else None)
+
+    def _processes(self, kind: str, name: str) -> int:
+        return given_resources(self.recipe.resources, kind, name).get("processes", 1)
 
     def _answers(self, name: str, decoding: Decoding) -> Texts:
         return self._text_of(name, decoding.max_new_tokens)

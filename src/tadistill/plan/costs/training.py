@@ -51,9 +51,12 @@ class Described:
 class TrainingMemory:
     """Adds up the memory of one training. Its methods add parts, and `total` returns the sum."""
 
-    def __init__(self, student: Described, teachers: tuple[Described, ...], optim: Optim, adapters: Adapters | None):
-        """`student.size` includes the adapters."""
-        self.student, self.teachers, self.optim, self.adapters = student, teachers, optim, adapters
+    def __init__(self, student: Described, teachers: tuple[Described, ...], optim: Optim, adapters: Adapters | None, processes: int = 1):
+        """`student.size` includes the adapters. The memory is that of one of `processes` processes, which share each batch."""
+        self.student, self.teachers, self.adapters, self.processes = student, teachers, adapters, processes
+        batch = self.own(optim.batch)
+        self.optim = optim.model_copy(update={"batch": batch, "micro_batch": min(optim.micro_batch or batch, batch)})
+        """The settings of the training, with the rows of one process."""
         self.bf16 = optim.precision == "bf16"
         self.texts, self.plain = Memory(), Memory()
         self.drawn, self.stored = 0.0, 0.0
@@ -61,6 +64,10 @@ class TrainingMemory:
         """True if the teacher has another tokenizer."""
         self.average = False
         """True if the teacher is a moving average of the student: a float32 copy of the trained weights. All other weights are shared."""
+
+    def own(self, rows: int) -> int:
+        """Return how many of `rows` sequences one process has."""
+        return -(-rows // self.processes)
 
     def batch(self, work: Work, *, heads: int, dropout: bool, corpus: bool = False) -> None:
         """Add the memory of the forward and backward pass of one micro-batch. If batches are added several times, only the largest counts.
@@ -133,7 +140,7 @@ class TrainingMemory:
             cpu=max(self.texts.cpu, self.plain.cpu),
             head=self.texts.head + self.plain.head,
             returned=0 if self.adapters else (8 if self.student.tied else 4) * size.head,
-            several=self.optim.tokens is not None or (self.optim.micro_batch or self.optim.batch) < self.optim.batch,
+            several=self.optim.tokens is not None or (self.optim.micro_batch or 0) < self.optim.batch,
             sampling=self.drawn,
             rollouts=self.stored,
         )
@@ -165,9 +172,19 @@ class TrainingCost:
     """Adds up the cost of one training. Its methods add parts, such as sampling, and `total` returns their sum."""
 
     def __init__(
-        self, student: Described, teachers: tuple[Described, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None
+        self,
+        student: Described,
+        teachers: tuple[Described, ...],
+        optim: Optim,
+        *,
+        drop: float = 0.0,
+        adapters: Adapters | None = None,
+        processes: int = 1,
     ):
-        """With several teachers, an update leaves out each one with probability `drop`. If `adapters` are given, only they are trained."""
+        """With several teachers, an update leaves out each one with probability `drop`. If `adapters` are given, only they are trained.
+
+        The FLOPs are those of all `processes` together. The memory is that of one process.
+        """
         assert optim.steps is not None
         trained = replace(student, size=with_adapters(student.size, adapters))
         self.student, self.adapters = trained.size, adapters
@@ -177,7 +194,7 @@ class TrainingCost:
         self.padding = 0.0  # padding positions in all updates
         self.asked = 0.0
         """Number of answer tokens that the first teacher writes or scores (`Cost.asked`)."""
-        self.memory = TrainingMemory(trained, teachers, optim, adapters)
+        self.memory = TrainingMemory(trained, teachers, optim, adapters, processes)
         self.drawn = float(optim.batch)
         """Number of training sequences that are drawn together. With several training sets, each set has its share in these sequences."""
         self.dropout = True
@@ -229,7 +246,7 @@ class TrainingCost:
         work, padding = passes.training_batch(texts, micro, packed=self.optim.packed, drawn=self.drawn)
         self.padding += padding * batches
         self.memory.across = bool(texts.seconds)
-        largest = passes.largest_batch(self.optim, texts, max(share, 1))  # each prompt of DistiLLM-2 occurs twice
+        largest = passes.largest_batch(self.memory.optim, texts, max(share, 1))  # each prompt of DistiLLM-2 occurs twice
         self.memory.batch(largest, heads=self._heads(teacher or teacher_head), dropout=self.dropout)
         self.add("training/student", work * batches, backward=True)
         if texts.seconds and (teacher or teacher_head):
@@ -246,7 +263,8 @@ class TrainingCost:
             self.asked += first.heads if teacher else 0.0
         if teacher and (texts.contexts or texts.seconds):
             for each in self.memory.teachers:  # they run one after another, before the student
-                self.memory.sampling(reading_bytes(each, micro, max(texts.of_teacher.totals)))
+                rows = passes.rows_in_pass(self.memory.optim, texts)
+                self.memory.sampling(reading_bytes(each, rows, max(texts.of_teacher.totals)))
 
     def _spans(self, texts: Texts, rows: float) -> None:
         """Correct the number of logits for a loss over spans of text. `train` counts logits once at every response token of each model.
@@ -279,8 +297,9 @@ class TrainingCost:
         """Add the cost of MiniLLM's loss on plain text, which is part of each update. A row of plain text has `length` tokens."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
-        rows = max(1, self.optim.tokens // length) if self.optim.tokens else self.optim.micro_batch or self.optim.batch
-        micro = passes.plain_batch(length, min(rows, self.optim.batch))
+        own = self.memory.optim
+        rows = max(1, own.tokens // length) if own.tokens else own.micro_batch or own.batch
+        micro = passes.plain_batch(length, min(rows, own.batch))
         self.memory.batch(micro, heads=self._heads(teacher), dropout=self.dropout, corpus=True)
         if teacher:
             self.add("corpus/teacher", work * self.used)
