@@ -80,11 +80,13 @@ HALF = [Case("on-policy", fsdp, precision="bf16") for fsdp in (False, True)]
 
 @dataclass
 class Found:
-    """Losses of all updates, final weights, and the dev loss of each evaluation."""
+    """Losses of all updates, final weights, the dev loss of each evaluation, and what was metered."""
 
     losses: list[float] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     dev: list[float] = field(default_factory=list)
+    heads: float = 0.0
+    """Number of tokens of the loss in all updates and processes, as metered."""
 
 
 def _losses(directory: Path) -> list[float]:
@@ -133,7 +135,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
 
     try:
         with mock.patch.object(Checkpoints, "due", side_effect=[update == 4 for update in range(STEPS)]):  # one state, half-way
-            train_stage(
+            state = train_stage(
                 student,
                 replace(make_step(method, student, () if case.method == "sft" else (teacher,), len(tokenizer)), average=average),
                 sampler,
@@ -148,6 +150,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
         return found
     finally:
         found.losses = _losses(directory)[before:]
+    found.heads = state.ledger["parts"]["training/student"]["heads"]
     found.weights = weights(student)
     if accelerator.is_main_process:
         save_model(student, tokenizer, directory / "model", found.weights)

@@ -49,6 +49,7 @@ def test_two_processes_have_the_loss_curve_of_one(case, alone, two, folder):
     assert expected.losses[-1] != expected.losses[0]
     _close(found["losses"], expected.losses)
     _close(found["dev"], expected.dev)
+    assert found["heads"] == expected.heads > 0
     model = AutoModelForCausalLM.from_pretrained(folder / case.name / "model")
     for name, value in model.state_dict().items():  # Adam makes up to lr of a gradient near 0
         torch.testing.assert_close(value, expected.weights[name], rtol=0, atol=1e-4)
@@ -73,7 +74,9 @@ def test_a_model_without_a_list_of_layers_is_refused():
 def test_one_process_goes_on_from_the_state_of_two(alone, two, folder):
     found = train(folder / "two-then-one", RESUMED.alone)
     _close(found.losses, alone(RESUMED).losses[5:])
+    assert found.heads == alone(RESUMED).heads
 
 
 def test_two_processes_go_on_from_the_state_of_one(alone, two):
     _close(two["one-then-two"]["losses"], alone(RESUMED).losses[5:])
+    assert two["one-then-two"]["heads"] == alone(RESUMED).heads

@@ -40,7 +40,7 @@ class Optim(Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Schedule of the learning rate after the warmup."""
     lr_min: float = Field(default=0.0, ge=0)
-    """Learning rate at the last update with the schedule `cosine` or `linear`."""
+    """Lowest learning rate of the schedules `cosine` and `linear`. They would reach it one update after the last one."""
     weight_decay: float = Field(default=0.01, ge=0, le=100)
     """AdamW's weight decay, for weight matrices only. The default is torch's."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

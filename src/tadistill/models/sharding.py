@@ -34,9 +34,18 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     The weights of the embeddings, the last norm and the head are gathered together. They stay gathered from the forward pass to the end
     of the backward pass, because the fused head uses the head's weight between the two passes. Without a backward pass, they stay
     gathered until `reshard` is called.
+
+    Raises:
+        ModelError: the model has no list of layers, or its layers share weights.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     stacks = _stacks(model)
+    held = [id(parameter) for layer in chain(*stacks) for parameter in layer.parameters()]
+    if len({*held}) < len(held):
+        raise ModelError(
+            f"a {model.config.model_type} model has layers that share weights, so it cannot be sharded; set parallel: ddp and teacher: "
+            "replicated or offloaded in `resources`"
+        )
     for layer in chain(*stacks):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

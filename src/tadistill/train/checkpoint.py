@@ -23,6 +23,7 @@ from tadistill.errors import StoreError
 from tadistill.store import STATES
 
 _SECONDS = 30.0
+_ALWAYS = ("step", "model", "optimizer", "sampler")  # entries of a state; those of earlier versions may lack others
 _SHARE = 20  # saving takes at most a twentieth of the time
 
 
@@ -48,8 +49,8 @@ class TrainState:
     """The metrics of the updates since the last line of the log. The next line contains their means."""
 
     def release(self) -> None:
-        """Drop the weights and the optimizer's state, which take the most memory. The models and the optimizer have their own copies."""
-        self.model, self.optimizer, self.average = {}, {}, {}
+        """Drop what takes the most memory. The models, the optimizer and the sampler have their own copies of it."""
+        self.model, self.optimizer, self.average, self.sampler = {}, {}, {}, {}
 
 
 class Checkpoints:
@@ -86,7 +87,7 @@ class Checkpoints:
             if not path.exists():
                 continue
             try:
-                state = TrainState(**load(path))
+                state = _state(path)
                 if state.best_step:
                     load(self.best(state.best_step))
             except StoreError as error:
@@ -148,6 +149,17 @@ def load(path: Path) -> dict[str, Any]:
     # the type of the error depends on where the file is cut off
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+
+
+def _state(path: Path) -> TrainState:
+    entries = load(path)
+    try:
+        state, missing = TrainState(**entries), [name for name in _ALWAYS if name not in entries]
+    except TypeError as error:
+        raise StoreError(f"{path} is not a training state of this version of tadistill ({error})") from error
+    if missing:
+        raise StoreError(f"{path} is not a training state of this version of tadistill (it has no {', '.join(missing)})")
+    return state
 
 
 class RunLog:

@@ -10,11 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, convert_outputs_to_fp32
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, convert_outputs_to_fp32, gather_object
 from transformers import PreTrainedModel
 
 from tadistill import rng
@@ -163,14 +165,14 @@ def train_stage(
         accelerator.wait_for_everyone()
         sharding.load_weights(student, checkpoint.load(files.best(state.best_step)))
     student.eval()
-    state.alarms, state.ledger = run.alarms.state(), meter.state(accelerator.num_processes)
+    state.alarms, state.ledger = run.alarms.state(), meter.state(partial(_gather, accelerator))
     return state
 
 
 def _prepare_whole(student: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
     # By default, DDP waits for the gradients of all parameters, also of those that no text uses. The other way sends more messages.
     if accelerator.num_processes > 1 and _anywhere(accelerator, not sharding.uses_all(student))[0]:
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # type: ignore[assignment]
     return accelerator.prepare(student)
 
 
@@ -214,11 +216,12 @@ class _Run:
     def save(self, state: TrainState) -> None:
         model, optimizer = sharding.weights(self.student), sharding.gathered(self.optimizer.state_dict())
         average = self.step.average.state() if self.step.average else {}
+        ledger = self.meter.state(partial(_gather, self.accelerator))
         if not self.accelerator.is_main_process:
             return
         state.model, state.optimizer, state.average, state.sampler = model, optimizer, average, self.sampler.state()
         state.schedule = self.step.schedule.state() if self.step.schedule else {}
-        state.alarms, state.ledger = self.alarms.state(), self.meter.state(self.accelerator.num_processes)
+        state.alarms, state.ledger = self.alarms.state(), ledger
         self.files.save(state)
         state.release()
 
@@ -230,7 +233,7 @@ class _Run:
         sharding.load_optimizer(self.optimizer, state.optimizer)
         self.sampler.restore(state.sampler)
         self.alarms.restore(state.alarms)
-        self.meter.restore(state.ledger, self.accelerator.num_processes)
+        self.meter.restore(state.ledger, counts=self.accelerator.is_main_process)
         if self.step.schedule:
             self.step.schedule.restore(state.schedule)
         if self.step.average:
@@ -304,6 +307,10 @@ def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total
+
+
+def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    return [value] if accelerator.num_processes == 1 else gather_object([value])
 
 
 def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:

@@ -110,22 +110,28 @@ class Meter:
         for batch in () if is_packed(self._sides[0].model) else batches:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
-    def state(self, processes: int = 1) -> dict[str, Any]:
-        """Return counts and seconds as plain numbers. A process counts only its own work, so counts are multiplied by `processes`."""
-        parts = {
-            name: {key: value * processes for key, value in vars(part).items()}
-            for name, part in sorted(self._parts.items())
-            if part.positions or part.heads
-        }
-        return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
+    def state(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, Any]:
+        """Return counts and seconds as plain numbers. The seconds are those of this process.
 
-    def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
-        """Continue from a saved `state`. An empty state sets all counts to zero."""
-        self._parts = {
-            name: CostPart(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
-            for name, part in state.get("parts", {}).items()
-        }
-        self._seconds, self._padding = dict(state.get("seconds", {})), state.get("padding", 0) // processes
+        Each process counts only its own work. `gather` is a function that returns its argument's value in each process, and the counts are
+        summed over the processes.
+        """
+        parts, padding = dict[str, CostPart](), 0
+        for own, own_padding in gather((self._parts, self._padding)):
+            padding += own_padding
+            for name, part in own.items():
+                parts[name] = parts.get(name, CostPart()) + part
+        kept = {name: dict(vars(part)) for name, part in sorted(parts.items()) if part.positions or part.heads}
+        return {"parts": kept, "seconds": dict(self._seconds), "padding": padding}
+
+    def restore(self, state: Mapping[str, Any], *, counts: bool = True) -> None:
+        """Continue from a saved `state`. An empty state sets all counts to zero, as does `counts=False`.
+
+        The counts of a state are those of all processes, so only one process continues with them.
+        """
+        before = state if counts else {}
+        self._parts = {name: CostPart(**part) for name, part in before.get("parts", {}).items()}
+        self._seconds, self._padding = dict(state.get("seconds", {})), before.get("padding", 0)
 
     # --- the hooks ------------------------------------------------------------------------------------------------------
 
@@ -327,4 +333,5 @@ class Alarms:
         return {"first": self.first, "active": self.active, "given": self.given}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.first, self.active, self.given = dict(state["first"]), list(state["active"]), list(state["given"])
+        """Continue from a saved `state`, which may be empty."""
+        self.first, self.active, self.given = dict(state.get("first", {})), list(state.get("active", [])), list(state.get("given", []))

@@ -110,6 +110,12 @@ def test_small_changes_and_unwatched_updates_raise_none():
     assert alarms.check(3, {}) == []
 
 
+def test_a_state_without_alarms_starts_anew():
+    alarms = Alarms(minillm=True)
+    alarms.restore({})
+    assert alarms.state() == Alarms(minillm=True).state()
+
+
 def test_text_without_a_loss_gives_an_alarm():
     alarms, usual = Alarms(minillm=False), {"rollout/length": 5.0, "rollout/repetition": 0.0, "rollout/entropy": 1.0}
     assert alarms.check(0, usual | {"rollout/left_out": 0.04}) == []

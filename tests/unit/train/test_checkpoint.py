@@ -65,6 +65,27 @@ def test_a_damaged_state_does_not_take_the_place_of_the_one_before(tmp_path):
     assert [checkpoint.load(tmp_path / name)["step"] for name in ("state.pt", "state-before.pt")] == [3, 2]
 
 
+@pytest.mark.parametrize(("change", "reason"), [({"speed": 1}, "unexpected keyword argument"), ({"model": None}, "it has no model")])
+def test_a_state_with_other_entries_is_not_read(tmp_path, change, reason):
+    files, heard = Checkpoints(tmp_path), []
+    files.save(state(1))
+    entries = vars(state(2)) | change
+    os.replace(files.newest, files.before)
+    checkpoint.save(files.newest, {name: value for name, value in entries.items() if value is not None or name == "best_value"})
+    found = files.load(heard.append)
+    assert found is not None
+    assert found.step == 1
+    assert reason in heard[0]
+    assert "the previous state, of update 1, is used instead" in heard[0]
+
+
+def test_what_a_saved_state_held_is_freed():
+    """Rollouts carry the teachers' hidden states; without this, those of two rounds are in memory."""
+    kept = TrainState(step=3, model={"w": 1}, optimizer={"w": 1}, average={"w": 1}, sampler={"rollouts": [1]})
+    kept.release()
+    assert kept == TrainState(step=3)
+
+
 def test_a_changed_bit_in_a_weight_is_found(tmp_path):
     files, weight = Checkpoints(tmp_path), torch.full((64,), 1.25)
     files.save(state(1))
