@@ -9,15 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, sorted_names
 from tadistill.report.explain import gap_words
 from tadistill.report.path_words import some
-from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with, stack, summarise
+from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import (
     BUCKETS,
+    added_by_steps,
     bucket_difference,
     bucket_title,
     budget_models,
@@ -177,24 +176,23 @@ def _sharpening_verdict(c: Comparison) -> str:
 def _steps(results: Results, c: Comparison) -> list[str]:
     arm = results.arm(c.arm)
     models = budget_models(results, arm)
-    terms = [f"budget/{j}" for j in range(len(models) - 1)]
-    if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
+    terms, added = [f"budget/{j}" for j in range(len(models) - 1)], added_by_steps(results, arm)
+    if added is None:
         if arm.across:
             steps = listed([marked(path_text(step), [step]) for step in arm.across])
             return [f"The error of each step is not defined across vocabularies ({steps}). See the bits per byte instead."]
         why = "the arm has no error budget" if arm.is_chain else "no assistant teaches the student"
         return [f"The error of each step is not measured, because {why}."]
-    seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
-    sets = sets_with(results, terms[0])
-    added = summarise([np.sum([stack(results, arm.name, seeds, n, t) for t in terms[1:]], axis=0) for n in sets], seeds, terms[1])
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
-    share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if total.mean > 0 else ""
-    effect = "add" if 0 < added.low < added.high else "remove" if added.low < added.high < 0 else "make no clear difference:"
+    effect = "add" if 0 < added.low < added.high else "change the distance by" if added.low < added.high < 0 else "may change nothing:"
+    share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if effect == "add" else ""
     last = arm.path[-2]
+    inside = f"{summary_text(first, terms[0])} of it is the distance to the last assistant {last}, which training minimised."
+    if added.mean < 0:  # the distance to the assistant is not a part of a smaller one
+        inside = f"The distance to the last assistant {last}, which training minimised, is {summary_text(first, terms[0])}."
     above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
-        f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {summary_text(first, terms[0])} of it is the "
-        f"distance to the last assistant {last}, which training minimised. The steps from {models[0]} to {last} {effect} "
+        f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {inside} The steps from {models[0]} to {last} {effect} "
         f"{summary_text(added, terms[1])}{share}: {', '.join(above)}.",
         "In this list, the number of a step is positive if the student is closer to the model that learns in this step than to the model "
         "that teaches in it.",

@@ -259,7 +259,8 @@ def caution_texts(c: Comparison) -> list[str]:
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection
-        text = f"{c.arm} chose its best checkpoint on dev among {s.mine}, {c.other} among {s.theirs}. "
+        theirs = f"those of {c.other} among {s.theirs}" if s.theirs else f"those of {c.other} had no choice"
+        text = f"The trainings of {c.arm} chose among {s.mine} checkpoints on dev, {theirs} (trainings of both arms do not count). "
         if s.inflation is None:
             text += (
                 f"By chance, a choice among more checkpoints may raise the score of {c.arm}. The amount is unknown, because "

@@ -148,6 +148,18 @@ def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
     return arm.path if teacher in arm.path else (teacher, *arm.path)
 
 
+def added_by_steps(results: Results, arm: ArmRecord) -> Summary | None:
+    """Return how much the steps between the original teacher and the last assistant add to KL(student ‖ teacher), in nats/token.
+
+    It is the sum of all parts of the error budget but the first. Return None if a part was not measured.
+    """
+    terms = [f"budget/{j}" for j in range(len(budget_models(results, arm)) - 1)]
+    if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
+        return None
+    seeds, sets = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed), sets_with(results, terms[0])
+    return summarise([np.sum([stack(results, arm.name, seeds, name, t) for t in terms[1:]], axis=0) for name in sets], seeds, terms[1])
+
+
 # --- by length of the reference ---------------------------------------------------------------------------------------------
 
 

@@ -41,9 +41,9 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """The advantage of an arm that chose its best checkpoint on dev among more checkpoints than the other arm.
+    """The advantage of an arm whose trainings chose their best checkpoints on dev among more checkpoints than those of the other arm.
 
-    ``mine`` and ``theirs`` are the numbers of checkpoints. ``inflation`` is an upper bound of the advantage. It is computed from ``sigma``,
+    ``mine`` and ``theirs`` are the numbers of checkpoints (see `checkpoints_chosen_from`). ``inflation`` is an upper bound of the advantage. It is computed from ``sigma``,
     the standard deviation of the primary metric on dev over the later half of the checkpoints. ``inflation`` and ``sigma`` are None if the
     metric was not measured on dev.
     """
@@ -256,7 +256,7 @@ def _credit(why: Mechanism) -> Credit:
 
 
 def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[int, ...], metric: str) -> Selection | None:
-    mine, theirs = (checkpoints_seen(results, a, seeds[0]) for a in (arm, other))
+    mine, theirs = checkpoints_chosen_from(results, arm, other, seeds[0]), checkpoints_chosen_from(results, other, arm, seeds[0])
     if mine <= theirs:
         return None
     sigma = _spread_on_dev(results, (arm, other), seeds, metric)
@@ -264,12 +264,14 @@ def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[
     return Selection(mine, theirs, sigma, best)
 
 
-def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
-    """Return the number of checkpoints from which an arm chose. It is the sum over all its trainings with one training seed.
+def checkpoints_chosen_from(results: Results, arm: ArmRecord, other: ArmRecord, seed: int) -> int:
+    """Return the number of checkpoints from which the trainings of `arm` chose, summed over those that `other` does not share.
 
-    It is 0 if nothing was chosen.
+    A training with one checkpoint chose nothing, so it does not count. The result is 0 if no training chose.
     """
-    return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
+    shared = {stage.key for stage in results.plan.ancestors(other.final[seed])}
+    own = (stage for stage in results.plan.ancestors(arm.final[seed]) if stage.key not in shared)
+    return sum(stage.checkpoints for stage in own if stage.checkpoints > 1)
 
 
 def _spread_on_dev(results: Results, arms: tuple[ArmRecord, ArmRecord], seeds: tuple[int, ...], metric: str) -> float | None:

@@ -12,9 +12,9 @@ from tadistill.report.explain import cautions
 from tadistill.report.figures import looks
 from tadistill.report.figures.behaviour import curve_figures, exposure_figure
 from tadistill.report.figures.compute import cost_figure, cost_points
-from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure, lattice_notes
+from tadistill.report.figures.paths import Budget, budget_figures, budget_text, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import difference_figure, means_figure
-from tadistill.results.collect import MEAN
+from tadistill.results.collect import MEAN, Summary
 from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
 from tadistill.results.sample_answers import samples, shown_first
 from tadistill.statistics import undominated
@@ -53,6 +53,26 @@ def test_exposure_weighs_sets_by_answers_and_marks_few(study):
     assert found.mean == pytest.approx([50.0, 75.0, 100 * (7.5 - 3) / 3])  # (30 x 1 + 10 x 3) / 40 = 1.5 at the first position
     assert found.solid == 2
     assert set(found.seeds) == {10, 20}
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ((0.05, 0.01, 0.09), "8 % of the distance between chain and its teacher comes from the step between l and xl: 0.050 of 0.600 nats/token"),
+        ((-1.2, -8.3, 6.0), "The step between l and xl may add nothing to the distance between chain and its teacher: −1.200 [−8.300, 6.000]"),
+        ((0.05, 0.05, 0.05), "The step between l and xl may add nothing to the distance between chain and its teacher: 0.050"),
+        ((-0.2, -0.3, -0.1), "chain is closer to its teacher than to its last assistant l: 0.600 against 5.500 nats/token"),
+    ],
+)  # fmt: skip
+def test_an_error_budget_stays_in_its_box_and_its_sentence_claims_what_the_interval_shows(study, monkeypatch, step, said):
+    results, added, first, total = read(study), Summary(*step, {}), Summary(5.5, -0.2, 11.3, {}), Summary(0.6, 0.5, 0.7, {})
+    wide = Budget(results.arm("chain"), (("KL(s ‖ l)", first), ("l → xl", added)), added, ("KL(s ‖ xl)", total), None)
+    assert budget_text(results, wide).startswith(said)
+    monkeypatch.setattr("tadistill.report.figures.paths.budgets", lambda results: [wide])
+    (chart,) = budget_figures(results).values()
+    whiskers = re.findall(r'class="whisker" [^>]*y1="([-\d.]+)" y2="([-\d.]+)"', chart.html())
+    assert len(whiskers) == 3
+    assert all(chart.head <= float(end) <= chart.head + chart.height for ends in whiskers for end in ends)
 
 
 def test_an_exposure_that_is_not_measured_is_named(study):

@@ -135,7 +135,7 @@ def test_entropies_that_do_not_overlap_are_said_to_be_apart(tmp_path):
 def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
     study, results = chain_study(tmp_path, *pair_of(0.0))
     (comparison,) = comparisons(results)
-    assert (comparison.selection.mine, comparison.selection.theirs) == (30, 20)  # sft and two hops; sft and one
+    assert (comparison.selection.mine, comparison.selection.theirs) == (20, 10)  # two hops; one; both share the sft
     variances = []
     for path, name in ((("xl", "l", "s"), "chain"), (("xl", "s"), "twin")):
         for seed in SEEDS:
@@ -144,11 +144,20 @@ def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
             values = [json.loads(line)["dev/rouge_l"] for line in log if "dev/rouge_l" in line]
             variances.append(np.var(values[len(values) // 2 :], ddof=1))
     assert comparison.selection.sigma == pytest.approx(np.sqrt(np.mean(variances)))
-    assert comparison.selection.inflation == pytest.approx(inflation(30, 20, comparison.selection.sigma))
+    assert comparison.selection.inflation == pytest.approx(inflation(20, 10, comparison.selection.sigma))
     assert caution_texts(comparison)[0].startswith(
-        "chain chose its best checkpoint on dev among 30, twin among 20. "
+        "The trainings of chain chose among 20 checkpoints on dev, those of twin among 10 (trainings of both arms do not count). "
         "By chance, a choice among more checkpoints raises the score of chain by at most "
     )
+
+
+def test_a_training_with_one_checkpoint_chose_nothing(tmp_path):
+    """A path with assistants has more trainings, but no choice."""
+    study, _ = chain_study(tmp_path, *pair_of(0.0))
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    plan["stages"] = [stage | {"checkpoints": min(stage["checkpoints"], 1)} for stage in plan["stages"]]
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    assert comparisons(study.read())[0].selection is None
 
 
 def test_seeds_that_only_one_side_has_are_named(tmp_path):

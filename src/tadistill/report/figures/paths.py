@@ -16,7 +16,7 @@ from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures import looks, rows_axis
 from tadistill.report.path_words import route, some
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
-from tadistill.results.compare import at_equal_compute, budget_models, teacher_of, twin_of
+from tadistill.results.compare import added_by_steps, at_equal_compute, budget_models, teacher_of, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, summary_text
 from tadistill.results.study import ArmRecord, StageRecord
@@ -252,19 +252,21 @@ def lattice_notes(results: Results) -> list[str]:
 class Budget:
     """The error budget of a path: KL(student ‖ teacher) in nats/token, divided into one part for each step of the path.
 
-    `terms` are the parts, and they add up to the KL. `total` is a direct measurement of the KL.
+    `terms` are the parts, and they add up to the KL. `total` is a direct measurement of the KL. `added` is the sum of the later parts.
     """
 
     arm: ArmRecord
     terms: tuple[tuple[str, Summary], ...]
+    added: Summary
     total: tuple[str, Summary]
     twin: tuple[str, Summary] | None
     """KL(student ‖ teacher) of direct distillation with the same compute. None if it was not measured."""
 
     @property
-    def bases(self) -> list[float]:
-        """The sum of the parts before each part. The last number is the sum of all parts."""
-        return [0.0, *accumulate(term.mean for _, term in self.terms)]
+    def bars(self) -> list[tuple[str, Summary, float]]:
+        """The parts and the total, each with the value at which its bar begins in the figure: the sum of the parts before it."""
+        bases = accumulate((term.mean for _, term in self.terms[:-1]), initial=0.0)
+        return [(*bar, base) for bar, base in zip((*self.terms, self.total), (*bases, 0.0), strict=True)]
 
 
 def budgets(results: Results) -> list[Budget]:
@@ -274,25 +276,29 @@ def budgets(results: Results) -> list[Budget]:
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
         steps = [(f"{a} → {b}", f"budget/{j}") for j, (a, b) in enumerate(pairwise(upwards[1:]), start=1)]
         parts = [(f"KL({upwards[0]} ‖ {upwards[1]})", "budget/0"), *steps, (f"KL({upwards[0]} ‖ {upwards[-1]})", "reverse_kl")]
-        known = [(name, part) for name, metric in parts if (part := results.summaries.get((arm.name, MEAN, metric)))]
-        if len(known) == len(parts):
+        if added := added_by_steps(results, arm):
+            known = [(name, results.summaries[arm.name, MEAN, metric]) for name, metric in parts]
             twin = twin_of(results, arm)
             of_twin = results.summaries.get((twin.name, MEAN, "reverse_kl")) if twin and at_equal_compute(arm, twin) else None
-            found.append(Budget(arm, tuple(known[:-1]), known[-1], (twin.name, of_twin) if twin and of_twin else None))
+            found.append(Budget(arm, tuple(known[:-1]), added, known[-1], (twin.name, of_twin) if twin and of_twin else None))
     return found
 
 
 def budget_text(results: Results, b: Budget) -> str:
     """Return a sentence, without a full stop: how much of the student's divergence from its teacher comes from the steps between this
-    teacher and the last assistant."""
-    added, last = sum(term.mean for _, term in b.terms[1:]), b.arm.path[-2]
+    teacher and the last assistant. The sentence claims no more than the interval of this amount shows."""
+    added, last, name = b.added, b.arm.path[-2], b.arm.name
     first, total = b.terms[0][1].mean, b.total[1].mean
-    if added <= 0 or total <= 0:
+    if added.low < added.high < 0:
         ends = f"{number(total, 'reverse_kl')} against {number(first, 'reverse_kl')} nats/token"
-        return f"{b.arm.name} is closer to its teacher than to its last assistant {last}: {ends}"
+        return f"{name} is closer to its teacher than to its last assistant {last}: {ends}"
     steps = f"the step{'s' if len(b.terms) > 2 else ''} between {last} and {teacher_of(results, b.arm)}"
-    ends = f"{number(added, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
-    return f"{100 * added / total:.0f} % of the distance between {b.arm.name} and its teacher comes from {steps}: {ends}"
+    if not 0 < added.low < added.high:
+        of = f" of {number(total, 'reverse_kl')}" if added.mean > 0 else ""
+        ends = f"{summary_text(added, 'reverse_kl')}{of} nats/token"
+        return f"{steps[0].upper()}{steps[1:]} may add nothing to the distance between {name} and its teacher: {ends}"
+    ends = f"{number(added.mean, 'reverse_kl')} of {number(total, 'reverse_kl')} nats/token"
+    return f"{100 * added.mean / total:.0f} % of the distance between {name} and its teacher comes from {steps}: {ends}"
 
 
 def budget_notes(results: Results) -> list[str]:
@@ -315,30 +321,28 @@ def budget_notes(results: Results) -> list[str]:
 def budget_figures(results: Results) -> Mapping[str, Chart]:
     """Draw one waterfall chart for each path: how much each step of the path adds to the divergence. All charts have the same scale."""
     found = budgets(results)
-    tops = [sum(max(term.mean, 0) for _, term in b.terms) for b in found] + [b.total[1].high for b in found]
-    high = max([*tops, *(b.twin[1].mean for b in found if b.twin), 1e-9])
-    ends = [base + end for b in found for base, (_, term) in zip(b.bases[:-1], b.terms, strict=True) for end in (term.mean, term.low)]
-    low = min([0.0, *ends])
+    ends = [base + end for b in found for _, term, base in b.bars for end in (0.0, term.mean, term.low, term.high)]
+    low, high = min([0.0, *ends]), max([*ends, *(b.twin[1].mean for b in found if b.twin), 1e-9])
     y = Axis(low, high + 0.18 * (high - low), "nats/token")
     return {b.arm.name: _waterfall(results, b, index, y) for index, b in enumerate(found)}
 
 
 def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
-    bars, bases = [*budget.terms, budget.total], budget.bases
-    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, _) in enumerate(bars)]
+    bars = budget.bars
+    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, *_) in enumerate(bars)]
     x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
-    summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term in bars)
+    summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term, _ in bars)
     chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name
     colours = [looks(results)[name], *(_ADDS if term.mean > 0 else _TAKES for _, term in budget.terms[1:]), PLAIN]
     chart.rule(y=0)
-    for i, ((title, term), colour, base) in enumerate(zip(bars, colours, [*bases[:-1], 0.0], strict=True)):
+    for i, ((title, term, base), colour) in enumerate(zip(bars, colours, strict=True)):
         tip = f"{title}: {summary_text(term, 'reverse_kl')} nats/token"
         chart.bar(name, (i - 0.31, i + 0.31), (base, base + term.mean), colour, tip=tip)
         chart.whisker(name, i, base + term.low, base + term.high)
         text = signed(term.mean, "reverse_kl") if 0 < i < len(bars) - 1 else number(term.mean, "reverse_kl")
         chart.text(i, max(base, base + term.mean, base + term.high), text, name=name, kind="name", shift=(0, -6))
-    for i, height in enumerate(bases[1:]):
-        chart.segment((i, height), (i + 1, height), Look(GREY, "circle", "2 3"))
+    for i, (_, term, base) in enumerate(bars[:-1]):
+        chart.segment((i, base + term.mean), (i + 1, base + term.mean), Look(GREY, "circle", "2 3"))
     if budget.twin:
         twin, mean = budget.twin[0], budget.twin[1].mean
         tip = f"{twin}: {summary_text(budget.twin[1], 'reverse_kl')} nats/token"
