@@ -169,10 +169,10 @@ class Chart:
             ends = f'x1="{self._at(x)}" x2="{self._at(x)}" y1="{self.head}" y2="{self.head + self.height}"'
         self._add("back", f'<line class="{kind}" {ends}/>')
 
-    def area(self, low: float, high: float) -> None:
-        """Shade the plot from x = `low` to x = `high`, over its whole height."""
-        left, right = (min(max(self.x.place(end), 0.0), 1.0) for end in (low, high))
-        size = f'x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" y="{self.head}" height="{self.height}"'
+    def area(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
+        """Shade the plot between two values of x and two values of y."""
+        (left, right), (bottom, top) = (min(max(self.x.place(end), 0.0), 1.0) for end in xs), (self._top(y) for y in ys)
+        size = f'x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" y="{top:.1f}" height="{bottom - top:.1f}"'
         self._add("back", f'<rect class="margin" {size}/>')
 
     def text(

@@ -1,6 +1,6 @@
 """The analysis of a study: in which metrics and on which prompts compared arms (paths of models) differ, and why they may differ.
 
-Each difference is marked as better, worse, or not clear. For a path with assistants, three explanations are examined: sharpening (lower
+Each difference is marked as better, worse, or undecided. For a path with assistants, three explanations are examined: sharpening (lower
 entropy), the errors of its steps, and its compute. If a value was not measured, a sentence says so. All distilled arms are compared with
 plain fine-tuning (SFT).
 """
@@ -27,13 +27,13 @@ from tadistill.results.compare import (
 )
 from tadistill.results.number_text import number, size_text, span, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import ALPHA, SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, pairs
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, is_clear, pairs
 from tadistill.statistics import Difference, holm
 from tadistill.text import form, listed
 
 _MOST_PAIRS = 6  # a study without assistants and with more pairs of arms has no analysis, because it would be too long
-Mark = Literal["better", "worse", "no clear difference", "not measured"]
-MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference": "○", "not measured": "–"}
+Mark = Literal["better", "worse", "undecided", "not measured"]
+MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "undecided": "○", "not measured": "–"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Row:
 
     @property
     def mark(self) -> Mark:
-        """The mark (better, worse, or not clear). It uses the 95 % interval of this row, without a correction for the number of rows."""
+        """The mark (better, worse, or undecided). It uses the 95 % interval of this row, without a correction for the number of rows."""
         if self.difference is None:
             return "not measured"
         if self.difference.covers_zero:
-            return "no clear difference"
+            return "undecided"
         return "better" if improves(self.metric, self.difference.mean) else "worse"
 
 
@@ -160,7 +160,7 @@ def _sharpening(c: Comparison) -> str:
 def _sharpening_verdict(c: Comparison) -> str:
     assert c.mechanism is not None
     m = c.mechanism
-    if not c.difference.above_zero:
+    if c.word != "gain":
         return f"There is no clear gain that sharpening could explain: {gap_words(c)}."
     controls = [d for d in (m.greedy, m.matched) if d is not None]
     if not controls:
@@ -170,7 +170,7 @@ def _sharpening_verdict(c: Comparison) -> str:
     gone = "the gain vanishes with greedy decoding or at matched entropy"
     if m.entropy is not None and m.entropy.below_zero:
         return f"Sharpening explains the gain: the entropy is lower, and {gone}."
-    return f"Sharpening may explain the gain: {gone}, but the entropy is not clearly lower."
+    return f"Sharpening may explain the gain: {gone}, but the entropy is not shown to be lower."
 
 
 def _steps(results: Results, c: Comparison) -> list[str]:
@@ -192,8 +192,8 @@ def _steps(results: Results, c: Comparison) -> list[str]:
         inside = f"The distance to the last assistant {last}, which training minimised, is {summary_text(first, terms[0])}."
     above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
-        f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {inside} The steps from {models[0]} to {last} {effect} "
-        f"{summary_text(added, terms[1])}{share}: {', '.join(above)}.",
+        f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {inside} "
+        f"The steps from {models[0]} to {last} {effect} {summary_text(added, terms[1])}{share}: {', '.join(above)}.",
         "In this list, the number of a step is positive if the student is closer to the model that learns in this step than to the model "
         "that teaches in it.",
     ]
@@ -225,7 +225,7 @@ def _compute(results: Results, c: Comparison) -> str:
         f"for {c.arm}, and {span(closed, c.metric)} for its equal-compute baseline {c.other}."
     )
     if not gap.above_zero:
-        return f"There is no clear gain that compute could explain. {numbers}"
+        return f"No gain over direct distillation is shown that compute could explain. {numbers}"
     share = f"{100 * closed.mean / gap.mean:.0f} %" if closed.mean > 0 else "no part"
     share = f"More training without an assistant closes {share} of the gap between {direct.name} and {c.arm}"
     if not closed.above_zero:
@@ -257,7 +257,7 @@ class _Gap:
 
     @property
     def clear(self) -> bool:
-        return self.enough and self.p < ALPHA and not self.difference.covers_zero
+        return is_clear(self.difference, self.p, enough=self.enough)
 
 
 def student_of(results: Results) -> str:

@@ -18,7 +18,8 @@ from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
 from tadistill.results.sample_answers import Samples, samples
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, enough_seeds, is_clear
+from tadistill.statistics import Difference, holm
 from tadistill.text import counted, listed
 
 _VERBS = {
@@ -61,12 +62,12 @@ def against(results: Results) -> str:
         return _sentence(f"{metric_title(primary_metric(results))} by {what} and test set")
     decided = comparisons(results)
     if not decided:
-        clear = [row for row in rows if _is_clear(results, row)]
+        clear = _clear(results, rows)
         if len(rows) == 1:
             return f"{rows[0].arm.name} {'differs' if clear else 'does not clearly differ'} from {rows[0].other.name}"
         return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
     named = {(c.arm, c.other) for c in decided}
-    more = [row for row in rows if (row.arm.name, row.other.name) not in named and _is_clear(results, row)]
+    more = [row for row in _clear(results, rows) if (row.arm.name, row.other.name) not in named]
     said = [_decided(results, decided)]
     said += [_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more)]
     return "; ".join(said)
@@ -104,24 +105,32 @@ def _named(names: list[str]) -> str:
     return f"{listed(names) if len(names) <= 4 else some(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _is_clear(results: Results, row: ForestRow) -> bool:
-    corrected = clear_against_sft(results).get(frozenset((row.arm.name, row.other.name)))  # as in the report's answer
-    if corrected is not None:
-        return corrected
-    enough = len(row.per_seed) >= SEEDS_FOR_A_CLAIM or not row.arm.is_trained
-    return enough and not row.difference.covers_zero
+def _clear(results: Results, rows: Sequence[ForestRow]) -> list[ForestRow]:
+    known = clear_against_sft(results)  # as in the report's answer
+    adjusted = _holm([row.difference for row in rows], missing=sum(not results.scores[arm.name] for arm in results.plan.arms))
+    found = []
+    for row, p in zip(rows, adjusted, strict=True):
+        clear = is_clear(row.difference, p, enough=enough_seeds(row.arm, row.other, len(row.per_seed)))
+        found += [row] if known.get(frozenset((row.arm.name, row.other.name)), clear) else []
+    return found
+
+
+def _holm(differences: Sequence[Difference], missing: int = 0) -> list[float]:
+    # the correction counts missing comparisons too, so that a claim cannot be reversed when they finish
+    return holm([difference.p for difference in differences] + [1.0] * missing)[: len(differences)]
 
 
 def over_compute(results: Results) -> str:
     """Return a sentence that names the arms and budgets with a clear difference from the reference arm at the same budget."""
     curves = budget_curves(results)
-    gaps = [(curve.name, p.times, p.gap) for curve in curves for p in curve.points if p.gap]
+    gaps = [(f"{curve.name} at {p.times:g}×", p.gap) for curve in curves for p in curve.points if p.gap]
     seeds = min(len(p.summary.per_seed) for curve in curves for p in curve.points)
     if seeds < SEEDS_FOR_A_CLAIM:
         what = f"{metric_title(primary_metric(results))} of {counted(len(curves), 'arm')} over training compute"
         return _sentence(f"{what}; {SEEDS_FOR_A_CLAIM} training seeds are needed for a claim")
-    better = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.above_zero]
-    worse = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.below_zero]
+    found = list(zip(gaps, _holm([gap for _, gap in gaps]), strict=True))
+    clear = [(name, gap.mean > 0) for (name, gap), p in found if is_clear(gap, p, enough=True)]
+    better, worse = ([name for name, is_above in clear if is_above == above] for above in (True, False))
     if metric_of(primary_metric(results)).better == "lower":
         better, worse = worse, better
     if not better and not worse:
@@ -190,7 +199,8 @@ def behaviour(results: Results) -> str:
     compared = [(c, c.mechanism.entropy) for c in by_importance(results) if c.mechanism and c.mechanism.entropy]
     if compared:
         c, d = compared[0]
-        word = "not clearly different from" if d.covers_zero else "clearly lower than" if d.mean < 0 else "clearly higher than"
+        clear = is_clear(d, d.p, enough=enough_seeds(results.arm(c.arm), results.arm(c.other), len(c.seeds)))
+        word = "not clearly different from" if not clear else "clearly lower than" if d.mean < 0 else "clearly higher than"
         return f"The entropy of {c.arm} is {word} that of {c.other}: {span(d, 'entropy', unit=True)}"
     curves = entropy_curves(results)
     mains = {name: p.entropy for name, points in curves.items() for p in points if p.decoding == MAIN}

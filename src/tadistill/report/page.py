@@ -44,7 +44,7 @@ from tadistill.results.collect import MEAN, Results, Summary, primary_metric, se
 from tadistill.results.curves import learning_curves
 from tadistill.results.sample_answers import Samples, judgements, samples, shown_first
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import comparisons
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
 from tadistill.text import counted, visible, visible_parts
 
 
@@ -118,6 +118,7 @@ def _first(results: Results) -> dict[str, Any]:
         "seeds": seeds_of(results),
         "many": len(results.plan.arms) > MANY,
         "trained": any(arm.is_trained for arm in results.plan.arms),
+        "seeds_for_a_claim": SEEDS_FOR_A_CLAIM,
         "groups": groups,
         "ruler": _strip(results).ruler() if results.summaries else None,
         "relative": any(row.cost.relative is not None for group in groups for row in group.rows),

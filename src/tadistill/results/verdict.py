@@ -43,9 +43,9 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 class Selection:
     """The advantage of an arm whose trainings chose their best checkpoints on dev among more checkpoints than those of the other arm.
 
-    ``mine`` and ``theirs`` are the numbers of checkpoints (see `checkpoints_chosen_from`). ``inflation`` is an upper bound of the advantage. It is computed from ``sigma``,
-    the standard deviation of the primary metric on dev over the later half of the checkpoints. ``inflation`` and ``sigma`` are None if the
-    metric was not measured on dev.
+    ``mine`` and ``theirs`` are the numbers of checkpoints (see `checkpoints_chosen_from`). ``inflation`` is an upper bound of the
+    advantage. It is computed from ``sigma``, the standard deviation of the primary metric on dev over the later half of the checkpoints.
+    ``inflation`` and ``sigma`` are None if the metric was not measured on dev.
     """
 
     mine: int
@@ -193,7 +193,7 @@ def _comparison(
     trained = arm.is_trained or other.is_trained
     per_seed = differences_per_seed(results, arm.name, other.name, metric)
     inside = equivalent(difference, margin) if margin > 0 else False
-    word = _word(difference, p_holm, inside, enough=difference.se > 0 and (not trained or len(seeds) >= SEEDS_FOR_A_CLAIM))
+    word = _word(difference, p_holm, inside, enough=difference.se > 0 and enough_seeds(arm, other, len(seeds)))
     why = None if pair.against == "pair" else mechanism(results, arm.name, other.name, metric)
     sets = sets_with(results, metric)
     tables = [results.scores[name][seeds[0]] for name in (arm.name, other.name)]
@@ -237,11 +237,20 @@ def _seeds_needed(difference: Difference, per_seed: dict[int, float], family: in
 
 
 def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) -> Word:
-    if not enough:
-        return "no evidence"
-    if p_holm < ALPHA and not difference.covers_zero:
+    if is_clear(difference, p_holm, enough=enough):
         return "gain" if difference.mean > 0 else "loss"
-    return "equivalent" if inside else "no evidence"
+    return "equivalent" if enough and inside else "no evidence"
+
+
+def is_clear(difference: Difference, p: float, *, enough: bool) -> bool:
+    """Return True if reports may call a difference clear: its interval excludes 0, its p-value, corrected for the number of comparisons,
+    is below 0.05, and there are enough training seeds (`enough_seeds`)."""
+    return enough and p < ALPHA and not difference.covers_zero
+
+
+def enough_seeds(arm: ArmRecord, other: ArmRecord, seeds: int) -> bool:
+    """Return True if the number of common training seeds is enough for a claim about two arms, or if neither of them is trained."""
+    return seeds >= SEEDS_FOR_A_CLAIM or not (arm.is_trained or other.is_trained)
 
 
 def _credit(why: Mechanism) -> Credit:

@@ -118,7 +118,7 @@ def test_where_a_chain_helps(tmp_path):
 def test_marks_follow_the_direction_of_the_metric():
     d = Difference(-1.0, -2.0, -0.5, 0.01, 0.4, 9.0, -1.8, -0.6)
     assert [Row(metric, "", d).mark for metric in ("rouge_l", "loss", "entropy")] == ["worse", "better", "worse"]
-    assert Row("loss", "", replace(d, high=0.5)).mark == "no clear difference"
+    assert Row("loss", "", replace(d, high=0.5)).mark == "undecided"
     assert Row("loss", "", None).mark == "not measured"
 
 

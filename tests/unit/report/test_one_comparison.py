@@ -10,8 +10,8 @@ from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
 from tadistill.report.explain import cautions, needed_text
 from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure, lattice_notes
-from tadistill.report.figures.scores import _phone_lines, difference_figure, differences
-from tadistill.report.findings import against, answers, behaviour, learning, paths
+from tadistill.report.figures.scores import ForestRow, _phone_lines, difference_figure, differences
+from tadistill.report.findings import _clear, against, answers, behaviour, learning, paths
 from tadistill.report.path_words import arm_words, steps, taught
 from tadistill.report.results_json import distillations
 from tadistill.results.compare import direct_of
@@ -19,6 +19,7 @@ from tadistill.results.curves import Curve
 from tadistill.results.number_text import number
 from tadistill.results.sample_answers import samples, shown_first
 from tadistill.results.verdict import by_importance, comparisons
+from tadistill.statistics import Difference
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study
 
@@ -95,6 +96,15 @@ def test_the_numbers_and_the_word_of_each_row_are_shown_on_a_phone(results):
     assert [left for left, _ in _phone_lines(long, "rouge_l")][:2] == [f"{long.arm.name} \N{MINUS SIGN}", "equal"]
 
 
+def test_zero_and_margin_are_not_drawn_through_the_texts(results):
+    drawn = difference_figure(results).html()
+    texts = [float(y) for y in re.findall(r'class="(?:name|note)[^"]*" x="[^"]*" y="([\d.]+)"', drawn)]
+    spans = [sorted(map(float, ends)) for ends in re.findall(r'class="zero" [^>]*y1="([\d.]+)" [^>]*y2="([\d.]+)"', drawn)]
+    spans += [(float(y), float(y) + float(high)) for y, high in re.findall(r'class="margin" [^>]*y="([\d.]+)" height="([\d.]+)"', drawn)]
+    assert len(spans) == 2 * len(differences(results))
+    assert not [(y, span) for y in texts for span in spans if y - 10 < span[1] and span[0] < y + 2]
+
+
 def test_the_heading_of_the_comparison_says_better_and_worse(results):
     said = against(results)
     assert said.startswith(
@@ -105,6 +115,19 @@ def test_the_heading_of_the_comparison_says_better_and_worse(results):
         side = "better" if row.difference.mean > 0 else "worse"
         clear = row.word is None and not row.difference.covers_zero
         assert bool(re.search(rf"{row.arm.name}\b[^;]* clearly {side}[^;]* than {row.other.name}", rest)) == clear
+
+
+@pytest.mark.parametrize(
+    ("seeds", "p", "is_clear"),
+    [((1, 2, 3), 0.001, True), ((1, 2), 0.001, False), ((1, 2, 3), 0.04, False)],  # the last one not after correction for two rows
+)
+def test_clear_has_one_meaning(results, seeds, p, is_clear):
+    """Also for an arm that is not trained and a row that the study does not test: three seeds, and a corrected p-value."""
+    d = Difference(-5.0, -9.0, -1.0, p, 1.0, 4.0, -8.0, -2.0)
+    start = replace(results.arm("kd"), final=dict.fromkeys(seeds))
+    row = ForestRow(start, results.arm("direct"), d, dict.fromkeys(seeds, -5.0), None)
+    other = replace(row, difference=replace(d, low=-9.0, high=1.0, p=0.2))
+    assert _clear(results, [row, other]) == [row] * is_clear
 
 
 @pytest.mark.parametrize(

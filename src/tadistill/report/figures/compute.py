@@ -166,8 +166,8 @@ def _gain_text(curve: BudgetCurve, metric: str) -> str:
     if gain is None:
         return ""
     before, last = curve.points[-2].times, curve.points[-1].times
-    word = "may be chance" if gain.covers_zero else "is clear"
-    return f"from {before:g}× to {last:g}× its mean changes by {span(gain, metric)}, which {word}"
+    chance = ", which may be chance" if gain.covers_zero else ""
+    return f"from {before:g}× to {last:g}× its mean changes by {span(gain, metric)}{chance}"
 
 
 def _limit_text(curve: BudgetCurve, metric: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tadistill.charts import Chart, Point
+from tadistill.charts import PLAIN, Chart, Point
 from tadistill.charts.series import text_width
 from tadistill.metrics import metric_title
 from tadistill.report.figures import MANY, looks, rows_axis, span_axis, titled
@@ -104,12 +104,13 @@ def difference_figure(results: Results) -> Chart | None:
     narrow = [_phone_lines(row, metric) for row in rows]
     high = _TALL_ROW + _LINE * (max(map(len, narrow)) - 1)
     chart = Chart("figure-differences", summary, x, rows_axis(len(rows)), height=high * len(rows), head=4)
-    if margin > 0:
-        chart.area(-margin, margin)
-    chart.rule(x=0)
-    for y in range(len(rows) - 1):
-        chart.rule(y=y + 0.5, kind="grid")
+    below = (_LINE * max(map(len, narrow)) + 3) / high  # the texts' share of a row: zero and the margin are marked below them
     for y, (row, lines) in enumerate(zip(rows, narrow, strict=True)):
+        if margin > 0:
+            chart.area((-margin, margin), (y - 0.5, y + 0.5 - below))
+        chart.segment((0, y - 0.5), (0, y + 0.5 - below), PLAIN, width=1.4, kind="zero")
+        if y:
+            chart.rule(y=y - 0.5, kind="grid")
         d, name, top = row.difference, row.arm.name, y + 0.5
         tip = f"{_pair(row)}: {gap_text(d, metric)}"
         chart.row(name, y - 0.5 + _LINE / high, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
