@@ -35,7 +35,7 @@ from tadistill.advise.words import Report
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.disk import finite, write_json, write_text
-from tadistill.metrics import NOT_COMPARABLE, metric_title
+from tadistill.metrics import NOT_COMPARABLE
 from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.run_study import fetch_models, method_text
@@ -99,7 +99,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         rules=words.rules(measures, found, recipe.search.max_assistants if recipe.search else None),
         history=past,
         advice=advice,
-        steps=words.steps(recipe, source, overrides, advice, priced),
+        steps=words.steps(recipe, source, overrides, advice, priced, _finished(limited, store)),
         notes=words.notes(recipe, list(priced), measures, advice, past, metric, prompts),
     )
     write_json(study / MEASURES, record | decided(report))
@@ -123,6 +123,12 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
         f"{counted(len(missing), 'of them still has', 'of them still have')} to run, {jobs} at a time"
     )
     run_stages(probes.plan, store, jobs=jobs, console=console)
+
+
+def _finished(recipe: Recipe, store: Store) -> set[str]:
+    """Return the names of the arms whose models are all trained and evaluated in the store."""
+    keys = {arm.name: [*arm.final.values(), *arm.evaluate.values()] for arm in make_plan(recipe).arms}
+    return {name for name, of_arm in keys.items() if all(key is None or store.finished(key) for key in of_arm)}
 
 
 def _advice(
@@ -208,9 +214,12 @@ def print_advice(report: Report, console: Console) -> None:
     console.print(_pairs(report, "teacher and learner compared on the dev references (measured)", ON_REFERENCES))
     console.print(_paths(report))
     for step in report.steps:
-        gain = "" if step.gain is None else f", and is expected to improve the chosen path by {step.gain:.3g}"
-        console.print(Text(f"{step.text}: costs as much compute as {step.cost:.1f} direct runs{gain}"))
-        console.print(Text(step.command, style="cyan"), soft_wrap=True)
+        unit = words.improvement_unit(report.metric)
+        gain = "" if step.gain is None else f", and is expected to improve the chosen path by {step.gain:.3g} {unit}".rstrip()
+        cost = f": costs as much compute as {step.cost:.1f} direct runs of one seed{gain}" if step.command else ""
+        console.print(Text(f"{step.text}{cost}"))
+        if step.command:
+            console.print(Text(step.command, style="cyan"), soft_wrap=True)
     console.print()
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
@@ -243,7 +252,7 @@ def _pairs(report: Report, title: str, columns: Columns) -> Table:
 
 def _paths(report: Report) -> Table:
     advice = report.advice
-    title = f"paths: difference to direct at equal compute, {metric_title(report.metric)} on dev (predicted)"
+    title = f"paths: {words.improvement(report.metric)} on dev over direct at equal compute (predicted)"
     table = _table(title, "path", "compute", "Δ", f"{100 * advice.level:.0f} %", "P(better)", "basis")
     for option in advice.options:
         path = escape(path_text(option.path))

@@ -23,7 +23,8 @@ Verdict = Literal["direct", "chain", "inconclusive"]
 
 @dataclass(frozen=True)
 class Option:
-    """The forecast for one path: its dev metric minus the dev metric of direct distillation with the same compute."""
+    """The forecast for one path: by how much its student is better on dev than direct distillation with the same compute. For a metric of
+    which lower values are better, such as the loss, it is the negative difference of the metric."""
 
     path: tuple[str, ...]
     cost: float
@@ -31,11 +32,11 @@ class Option:
     expected: float
     low: float
     high: float
-    """`low` and `high` are the ends of an interval that contains the difference with probability `Advice.level`."""
+    """`low` and `high` are the ends of an interval that contains the improvement with probability `Advice.level`."""
     p_better: float
-    """Probability that the difference is above 0."""
+    """Probability that the improvement is above 0."""
     p_matters: float
-    """Probability that the difference is above the margin (the smallest difference that matters)."""
+    """Probability that the improvement is above the margin (the smallest difference that matters)."""
     basis: Literal["reference", "prior", "history"]
     """Source of the forecast. `history`: earlier studies. `prior`: the prior alone. `reference`: there is no forecast, because this is the
     direct path, with which the others are compared."""
@@ -52,7 +53,7 @@ class Experiment:
     cost: float
     """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
     gain: float
-    """Expected gain in the metric, because the experiment may lead to a better choice of path."""
+    """Expected improvement, because the experiment may lead to a better choice of path."""
 
 
 @dataclass(frozen=True)

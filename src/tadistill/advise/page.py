@@ -8,6 +8,8 @@ from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
     Report,
     basis_line,
+    improvement,
+    improvement_unit,
     measure_name,
     option_interval,
     plus_minus,
@@ -19,7 +21,6 @@ from tadistill.advise.words import (
 from tadistill.charts import GREY, PLAIN, Axis, Chart, Look, Point, look, nice_span
 from tadistill.config.arm import path_text
 from tadistill.glossary import GLOSSARY
-from tadistill.metrics import metric_title
 from tadistill.report.page import html_templates, markup
 from tadistill.results import number_text
 
@@ -57,7 +58,8 @@ def render_advice(report: Report) -> str:
         basis=basis_line(report),
         interval=option_interval,
         units=number_text,
-        metric_title=metric_title,
+        improvement=improvement(report.metric),
+        unit=improvement_unit(report.metric),
         columns=_COLUMNS,
         heatmaps=[(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],
         cost=markup(cost_figure(report)),
@@ -116,7 +118,7 @@ def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
 def cost_figure(report: Report) -> Chart | None:
     """Draw one point for each path with assistants. Return None if there is no such path.
 
-    x is the path's compute. y is its predicted score minus the score of direct distillation at the same compute, with an error bar.
+    x is the path's compute. y is its predicted improvement over direct distillation at the same compute, with an error bar.
     """
     advice, looks = report.advice, path_looks(report)
     chains = advice.options[1:]
@@ -124,7 +126,7 @@ def cost_figure(report: Report) -> Chart | None:
         return None
     right = max(o.cost for o in advice.options)
     room = 0.08 * max(right - 1, 0.25)
-    title = f"difference in {metric_title(report.metric)}"
+    title = improvement(report.metric)
     y = Axis(*nice_span([v for o in chains for v in (o.low, o.high, -advice.margin, advice.margin)]), title)
     x = Axis(1 - room, right + room, "training compute, in direct runs")
     texts = {o.path: f"{o.expected:+.2f} [{o.low:+.2f}, {o.high:+.2f}] at {o.cost:.2f} times direct compute, {o.basis}" for o in chains}

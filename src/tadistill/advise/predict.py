@@ -1,7 +1,7 @@
 """Forecast how much a chain (a path with assistants) gains over direct distillation with the same compute.
 
 The forecast comes from a Bayesian ridge regression. Its data are the chains of earlier studies. The gain is the dev metric of the chain
-minus the dev metric of direct distillation. It is modelled as a sum of five parts:
+minus that of direct distillation, or the opposite if lower values are better. It is modelled as a sum of five parts:
 
 - an intercept;
 - the `contrasts` of the chain, each with a slope. They are standardised over the earlier chains;

@@ -5,7 +5,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
@@ -17,7 +17,7 @@ from tadistill.config import Recipe
 from tadistill.config.added_arms import budget_of
 from tadistill.config.arm import path_text
 from tadistill.config.method import PARTS
-from tadistill.metrics import NOT_COMPARABLE
+from tadistill.metrics import NOT_COMPARABLE, higher_is_better, metric_title, metric_unit
 from tadistill.results.number_text import MINUS
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
 from tadistill.text import counted
@@ -143,18 +143,23 @@ def notes(
 
 @dataclass(frozen=True)
 class NextRun:
-    """A run that the advice proposes, as a sentence and as a command."""
+    """A run that the advice proposes, as a sentence and as a command. The command is empty if this run is finished."""
 
     text: str
     command: str
     cost: float
     """Compute divided by the compute of one direct run with one seed."""
     gain: float | None
-    """Expected gain in the metric, because this run may lead to a better choice of path. None for the run to start now."""
+    """Expected improvement, because this run may lead to a better choice of path. None for the run to start now."""
 
 
 def steps(
-    recipe: Recipe, source: str, overrides: Sequence[str], advice: Advice, costs: Mapping[tuple[str, ...], PathCost]
+    recipe: Recipe,
+    source: str,
+    overrides: Sequence[str],
+    advice: Advice,
+    costs: Mapping[tuple[str, ...], PathCost],
+    finished: Container[str] = (),
 ) -> tuple[NextRun, ...]:
     """Return the runs that the advice proposes. The first is the run to start now. The others are experiments.
 
@@ -167,6 +172,7 @@ def steps(
         overrides: the KEY=VALUE arguments of the command line. The commands repeat them.
         advice: the verdict and the experiments.
         costs: the cost of every path.
+        finished: the paths (`path_name`) and equal-compute baselines (`twin_name`) whose stages are all finished.
     """
 
     def command(arms: list[str], seeds: int) -> str:
@@ -174,16 +180,22 @@ def steps(
         chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
         return shlex.join(["tadistill", "run", source, *overrides, *arms, *_unbudgeted(recipe, arms), f"seeds={chosen}".replace(" ", "")])
 
+    def now(what: str, arms: list[str], cost: float, names: list[str], why: str = "") -> NextRun:
+        if all(name in finished for name in names):
+            return NextRun(f"now: nothing, because this is finished: {what}, {over}", "", 0.0, None)
+        return NextRun(f"now: {what}, {over}{why}", command(arms, seeds), cost * seeds, None)
+
     seeds, found = len(recipe.seeds), []
+    over = counted(seeds, "seed")
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
-        text = f"now: {path_text(advice.path)} and direct distillation of equal compute; the chain is useful if it wins on the test sets"
-        found.append(NextRun(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
+        path, twice = advice.path, 2 * costs[advice.path].multiple
+        what, names = f"{path_text(path)} and direct distillation of equal compute", [path_name(path), twin_name(path)]
+        found.append(now(what, _chain(recipe, path), twice, names, "; the chain is useful if it wins on the test sets"))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
-        multiple = costs[wanted].multiple
-        text = f"now: direct distillation with the compute of {path_text(wanted)} ({multiple:.2f} times the recipe's direct run)"
-        found.append(NextRun(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
+        what = f"direct distillation with the compute of {path_text(wanted)}"
+        found.append(now(what, _longer(recipe, wanted, costs[wanted]), costs[wanted].multiple, [twin_name(wanted)]))
     for e in advice.next:
         text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {counted(e.seeds, 'seed')}"
         found.append(NextRun(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
@@ -246,7 +258,7 @@ class Report:
     dev: str
     prompts: int
     metric: str
-    """The dev metric that selects the direct path's student. Differences are in the unit of this metric."""
+    """The dev metric that selects the direct path's student. Improvements are in the unit of this metric."""
     ladder: Ladder
     measures: Measures
     costs: Mapping[tuple[str, ...], PathCost]
@@ -280,14 +292,15 @@ def reason(advice: Advice) -> str:
             if chain is None
             else f"{text} The size law (teachers 2.5 times as big as learners) suggests {path_text(chain)}. This is only a hypothesis."
         )
-    name, range_ = path_text(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
+    name, ends = path_text(best.path), f"{signed_number(best.low)} to {signed_number(best.high)}"
+    range_ = f"{signed_number(best.expected)} ({ends})"
     on = f"from {counted(advice.pairs, 'chain')} of {counted(advice.families, 'family', 'families')}"
     if advice.verdict == "chain":
         return (
             f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; to recommend the best of "
             f"{counted(len(advice.options) - 1, 'chain')}, at least {advice.needed:.3f} is needed. Evidence: {on}."
         )
-    text = f"the most promising chain, {name}, has an expected difference of {range_}"
+    text = f"the most promising chain, {name}, has an expected improvement of {range_}"
     if advice.verdict == "direct":
         return f"No chain is likely to beat direct at equal compute by more than {advice.margin:g}: {text}, {on}."
     return (
@@ -312,11 +325,24 @@ def basis_line(report: Report) -> str:
     if not advice.pairs:
         return "no history: differences come from the prior, which assumes no effect on average"
     chains, families = counted(advice.pairs, "chain"), counted(advice.families, "family", "families")
-    return f"history: {chains} compared with direct at equal compute, of {families} ({', '.join(report.studies)})"
+    studies = ", ".join("this study" if study == report.study else study for study in report.studies)
+    return f"history: {chains} compared with direct at equal compute, of {families} ({studies})"
+
+
+def improvement(metric: str) -> str:
+    """Return what the forecasts predict, such as "improvement in ROUGE-L". It is positive if the path's student is better."""
+    if metric == "last":  # nothing is measured on dev
+        return "improvement"
+    return f"improvement in {metric_title(metric)}{'' if higher_is_better(metric) else ' (positive: lower)'}"
+
+
+def improvement_unit(metric: str) -> str:
+    """Return the unit of an improvement, such as ``nats/token``."""
+    return "" if metric == "last" else metric_unit(metric)
 
 
 def signed_number(value: float) -> str:
-    """Format a difference, such as ``+0.31``, with a real minus sign."""
+    """Format an improvement, such as ``+0.31``, with a real minus sign."""
     return f"{value:+.2f}".replace("-", MINUS)
 
 

@@ -10,8 +10,8 @@ from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
 from tadistill.advise.command import edge_measures, margin_on
 from tadistill.advise.history import History, Observation, path_edges
-from tadistill.advise.measures import Mean, costs, ladder, with_search
-from tadistill.advise.words import lambda_sweeps, notes, rules, steps, sweep_text
+from tadistill.advise.measures import Mean, costs, ladder, twin_name, with_search
+from tadistill.advise.words import improvement, improvement_unit, lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 
@@ -138,6 +138,26 @@ def test_the_direct_run_now_is_the_stage_that_the_chains_twin_will_be(study):
     _, beside = arms_of(first.command)
     name = f"{'-'.join(advice.next[0].path)}-twin"
     assert alone[name].final[1] == beside[name].final[1]
+
+
+def test_a_finished_run_is_not_proposed_again(study):
+    found, _, priced = study
+    advice = verdict(priced)
+    wanted = advice.next[0].path
+    now, *more = steps(found, str(RECIPE), [], advice, priced, {twin_name(wanted)})
+    assert now.text == f"now: nothing, because this is finished: direct distillation with the compute of {' > '.join(wanted)}, 1 seed"
+    assert now.command == ""
+    assert more == list(steps(found, str(RECIPE), [], advice, priced)[1:])
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [("rouge_l", "improvement in ROUGE-L"), ("loss", "improvement in reference loss (positive: lower)"), ("last", "improvement")],
+)
+def test_improvements_say_their_direction(metric, said):
+    """The forecast of a loss is positive if the loss is lower, so it must not be called a difference of the loss."""
+    assert improvement(metric) == said
+    assert improvement_unit(metric) == {"rouge_l": "points", "loss": "nats/token", "last": ""}[metric]
 
 
 def test_a_chain_that_has_proven_itself_is_run_beside_its_twin(study):
