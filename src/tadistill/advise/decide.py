@@ -11,6 +11,7 @@ from scipy.special import ndtr
 
 from tadistill.advise.history import Candidate, Observation, pair_up
 from tadistill.advise.predict import Forecast, Predictions, predict
+from tadistill.metrics import higher_is_better, metric_title, metric_unit
 from tadistill.search.strategies import size_law
 
 SEEDS = 3
@@ -42,6 +43,18 @@ class Option:
     direct path, with which the others are compared."""
     beyond: tuple[str, ...] = ()
     """Measures whose value for this path is outside the range of earlier studies. They make the interval wider."""
+
+
+def improvement(metric: str) -> str:
+    """Return what the forecasts predict, such as "improvement in ROUGE-L". It is positive if the path's student is better."""
+    if metric == "last":  # nothing is measured on dev
+        return "improvement"
+    return f"improvement in {metric_title(metric)}{'' if higher_is_better(metric) else ' (positive: lower)'}"
+
+
+def improvement_unit(metric: str) -> str:
+    """Return the unit of an improvement, such as ``nats/token``."""
+    return "" if metric == "last" else metric_unit(metric)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tadistill import charts
+from tadistill.advise.decide import improvement, improvement_unit
 from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
     Report,
     basis_line,
-    improvement,
-    improvement_unit,
     measure_name,
     option_interval,
     plus_minus,

@@ -17,7 +17,7 @@ from tadistill.config import Recipe
 from tadistill.config.added_arms import budget_of
 from tadistill.config.arm import path_text
 from tadistill.config.method import PARTS
-from tadistill.metrics import NOT_COMPARABLE, higher_is_better, metric_title, metric_unit
+from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.number_text import MINUS
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
 from tadistill.text import counted
@@ -327,18 +327,6 @@ def basis_line(report: Report) -> str:
     chains, families = counted(advice.pairs, "chain"), counted(advice.families, "family", "families")
     studies = ", ".join("this study" if study == report.study else study for study in report.studies)
     return f"history: {chains} compared with direct at equal compute, of {families} ({studies})"
-
-
-def improvement(metric: str) -> str:
-    """Return what the forecasts predict, such as "improvement in ROUGE-L". It is positive if the path's student is better."""
-    if metric == "last":  # nothing is measured on dev
-        return "improvement"
-    return f"improvement in {metric_title(metric)}{'' if higher_is_better(metric) else ' (positive: lower)'}"
-
-
-def improvement_unit(metric: str) -> str:
-    """Return the unit of an improvement, such as ``nats/token``."""
-    return "" if metric == "last" else metric_unit(metric)
 
 
 def signed_number(value: float) -> str:

@@ -9,9 +9,10 @@ import pytest
 from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
 from tadistill.advise.command import edge_measures, margin_on
+from tadistill.advise.decide import improvement, improvement_unit
 from tadistill.advise.history import History, Observation, path_edges
 from tadistill.advise.measures import Mean, costs, ladder, twin_name, with_search
-from tadistill.advise.words import improvement, improvement_unit, lambda_sweeps, notes, rules, steps, sweep_text
+from tadistill.advise.words import lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 
