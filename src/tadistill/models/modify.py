@@ -30,7 +30,7 @@ from tadistill.config.model import Lora
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.architectures import first_line, quiet
-from tadistill.models.forward import logit_changes
+from tadistill.models.forward import evaluating, logit_changes
 from tadistill.models.loading import read_model, read_tokenizer
 from tadistill.models.model_files import ADAPTER, ADAPTER_WEIGHTS, TOKENIZERS, check_files, read_description
 from tadistill.models.parameter_counts import Adapters, adapters_of
@@ -53,7 +53,8 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
 
     Raises:
         ConfigError: peft is not installed, for example on the machine of a cluster's job.
-        ModelError: `settings.targets` names layers that the model does not have, its head, or its embeddings.
+        ModelError: `settings.targets` names layers that the model does not have, its head, its embeddings, layers that share a weight with
+            others, or layers that do not work with adapters.
     """
     try:
         import peft
@@ -72,10 +73,16 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            tuner = peft.LoraModel(model, config, "default")
-        except ValueError as error:
-            raise ModelError(f"lora does not fit a {model.config.model_type} model; correct lora.targets (peft says: {error})") from error
-    model.train(model.training)  # peft adds its modules in training mode, also to a model in eval mode
+            with evaluating(model), torch.no_grad():  # peft adds its modules in training mode, also to a model in eval mode
+                tuner = peft.LoraModel(model, config, "default")
+                model(input_ids=torch.arange(2, device=model.device).unsqueeze(0), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # peft adds adapters to layers that are called in a way of their own, such as routers
+            raise ModelError(
+                f"lora does not fit a {model.config.model_type} model; correct lora.targets ({type(error).__name__}: {first_line(error)})"
+            ) from error
+    _check_shared(model)
     return tuner
 
 
@@ -99,12 +106,14 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     shared = {name for name, _ in model.named_parameters(remove_duplicate=False)} - single
     found: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
-        owner, inside, own = name.rpartition(".base_layer.")
         if name in shared or ".lora_" in name:
             continue
-        if inside and own == "weight":
-            weight = weight + model.get_submodule(owner).get_delta_weight("default")  # type: ignore[operator]
-        found[f"{owner}.{own}" if inside else name] = weight
+        *owners, own = name.split(".base_layer")  # several for the weights of experts, each of which has a module of peft around the others
+        for i in range(len(owners)):
+            adapter: Any = model.get_submodule(".base_layer".join(owners[: i + 1]))
+            if own == f".{getattr(adapter, 'parameter_name', 'weight')}":
+                weight = weight + adapter.get_delta_weight("default")
+        found["".join([*owners, own])] = weight
     return revert_weight_conversion(model, found)
 
 
@@ -124,6 +133,21 @@ def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
         end = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
         if end and any(f".{name}".endswith(f".{target}") for target in targets):
             raise ModelError(f"lora.targets names {name}, which is the head or an embedding and must stay frozen; name other layers")
+
+
+def _check_shared(model: PreTrainedModel) -> None:
+    # the adapters of all these places would be merged into the one weight
+    places: dict[Tensor, dict[nn.Module, str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owner = name.partition(".base_layer.")[0] if ".base_layer." in name else name.rpartition(".")[0]
+        places.setdefault(weight, {})[model.get_submodule(owner)] = owner
+    for owners in places.values():
+        if len(owners) > 1 and any(hasattr(module, "base_layer") for module in owners):
+            first, second, *_ = owners.values()
+            raise ModelError(
+                f"lora does not fit a {model.config.model_type} model: {first} and {second} share a weight, so no adapter of one of them can "
+                "be merged; name other layers in lora.targets"
+            )
 
 
 _USED = (

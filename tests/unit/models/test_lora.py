@@ -5,11 +5,13 @@ import sys
 import pytest
 import torch
 from tests.conftest import tiny_model
+from tests.families import tiny
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.modify import adapt, adapters_in, merged
+from tadistill.models.modify import adapt, adapters_in, merged, plain_weights
 from tadistill.models.parameter_counts import adapters_of
 
 IDS = torch.tensor([[3, 9, 5, 7, 11]])
@@ -44,6 +46,31 @@ def test_merging_gives_the_adapted_model_as_an_ordinary_one(kind, tmp_path):
     assert set(after) == set(before)
     moved_weights = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved_weights == {name for name in before if name.endswith(f"{TARGETS[kind]}.weight")}
+
+
+@pytest.mark.parametrize("kind", [*TARGETS, "mixtral"])
+def test_plain_weights_are_those_of_the_merged_model(kind):
+    model = tiny(kind) if kind == "mixtral" else tiny_model(kind)
+    tuner = moved(model)
+    whole = merged(tuner)
+    expected = revert_weight_conversion(whole, whole.state_dict())
+    tied = {name for name, _ in whole.named_parameters(remove_duplicate=False)} - {name for name, _ in whole.named_parameters()}
+    found = plain_weights(model)
+    assert set(found) == set(expected) - tied
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name])
+
+
+def test_layers_that_share_a_weight_get_no_adapters():
+    """Each would have an adapter of its own, and all would be merged into the one weight."""
+    with pytest.raises(ModelError, match=r"lora does not fit a zamba model: .* and .* share a weight, .*; name other layers in lora.targets"):
+        adapt(tiny("zamba"), Lora(r=2), seed=1)
+    adapt(tiny("zamba"), Lora(r=2, targets=("mamba.in_proj",)), seed=1)
+
+
+def test_layers_that_do_not_work_with_adapters_are_found_at_once():
+    with pytest.raises(ModelError, match=r"lora does not fit a llama4_text model; correct lora.targets \(\w*Error: "):
+        adapt(tiny("llama4_text"), Lora(r=2), seed=1)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
