@@ -145,8 +145,8 @@ def _check_shared(model: PreTrainedModel) -> None:
         if len(owners) > 1 and any(hasattr(module, "base_layer") for module in owners):
             first, second, *_ = owners.values()
             raise ModelError(
-                f"lora does not fit a {model.config.model_type} model: {first} and {second} share a weight, so no adapter of one of them can "
-                "be merged; name other layers in lora.targets"
+                f"lora does not fit a {model.config.model_type} model: {first} and {second} share a weight, so no adapter of one of them "
+                "can be merged; name other layers in lora.targets"
             )
 
 
