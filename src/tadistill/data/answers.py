@@ -15,9 +15,11 @@ import logging
 import re
 import string
 import threading
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any
 
 from tadistill.errors import ConfigError, DataError
@@ -45,9 +47,51 @@ def as_text(value: Any) -> str:
     return str(value) if number or isinstance(value, str) else ""
 
 
+# --- texts ----------------------------------------------------------------------------------------------------------------
+
+_WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+@lru_cache(maxsize=4096)
+def without_spaces(c: str) -> bool:
+    """Return True for a character of a script that writes no spaces between words, such as Chinese or Thai."""
+    return not c.isascii() and unicodedata.name(c, "").startswith(_WITHOUT_SPACES)
+
+
+def named(phrase: str, text: str, flags: int = 0) -> Iterator[re.Match[str]]:
+    """Yield the places where a text has a phrase as words of its own: `Paris` in "(Paris)", but not in "Parisian", and `5` not in "5.5"."""
+    for found in re.finditer(re.escape(phrase), text, flags):
+        if not (_goes_on(text, found.start()) or _goes_on(text, found.end())):
+            yield found
+
+
+_INSIDE_NUMBER = re.compile(r"(?:\d[.,]|[-−])\0\d|\d\0[.,]\d")
+
+
+def _goes_on(text: str, at: int) -> bool:
+    # True if a word or a number goes on from the character before this place to the one after it
+    before, after = text[max(at - 2, 0) : at], text[at : at + 2]
+    return (_in_word(before[-1:]) and _in_word(after[:1])) or bool(_INSIDE_NUMBER.search(f"{before}\0{after}"))
+
+
+def _in_word(c: str) -> bool:
+    return c != "" and (c.isalnum() or unicodedata.category(c)[0] == "M") and not without_spaces(c)
+
+
+def _without_thinking(text: str) -> str:
+    answer = text.rpartition("</think>")[2]
+    return "" if answer.lstrip().startswith("<think>") else answer  # thinking that was cut has no answer after it
+
+
 # --- numbers ------------------------------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"(?<![\w.])([-−+]?)[$€£¥]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)([eE][-+]?\d+)?")
+_NUMBER = re.compile(
+    r"(\\[dt]?frac\s*(?:\d|\{[^{}]*\})\s*(?:\d|\{[^{}]*\})|(?<![\w.])\d[\d.,]*\s*/\s*\d[\d.,]*)|"
+    r"(?<![\w.])([-−+]?)[$€£¥]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)([eE][-+]?\d+)?"
+)
+_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,!;]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # as in 1{,}234
+_UNIT = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*[^\W\d][^{}\d]*\}\s*\^\s*\{?\d\}?|\^\s*\{?\\circ\}?")  # as in \text{cm}^2
+_EXPRESSION = re.compile(r"\\(?!text|mathrm|mathbf|mbox|left|right|quad)[a-zA-Z]+|[\^√π½⅓⅔¼¾]")
 _MARK = "####"
 
 
@@ -55,11 +99,15 @@ def final_number(text: str) -> Decimal | None:
     r"""Return the final number of a text. Return None if there is no number.
 
     Three places are searched in this order: the text after the last ####, the last \boxed{}, and the whole text. After ####, the first
-    number counts. In the other two places, the last number counts. Commas between groups of three digits, and currency signs, are skipped.
+    number counts. A box must have only one number, or one after its last equals sign. In the whole text, the last number counts. Commas
+    between groups of three digits, and currency signs, are skipped. Fractions are not numbers. Thinking up to `</think>` is left out.
     """
-    marked, boxed = text.rpartition(_MARK)[2] if _MARK in text else "", final_box(text) or ""
-    found = _numbers(marked)[:1] or _numbers(boxed)[-1:] or _numbers(text)[-1:]
-    return found[0] if found else None
+    text = _without_thinking(text)
+    marked, boxed = _numbers(text.rpartition(_MARK)[2] if _MARK in text else ""), final_box(text) or ""
+    if not marked and _numbers(boxed):
+        return _only_number(boxed)
+    found = marked[:1] or _numbers(text)[-1:]
+    return found[0] if found and found[0].is_finite() else None
 
 
 def final_box(text: str) -> str | None:
@@ -75,31 +123,58 @@ def final_box(text: str) -> str | None:
 
 
 def _numbers(text: str) -> list[Decimal]:
+    # the numbers of a text; a fraction is NaN, which equals no number
     found = []
-    for sign, digits, exponent in _NUMBER.findall(text):
+    for fraction, sign, digits, exponent in _NUMBER.findall(_GROUPS.sub(",", text)):
         try:
-            found.append(Decimal(f"{sign.replace('−', '-')}{digits.replace(',', '')}{exponent}"))
+            found.append(Decimal("NaN" if fraction else f"{sign.replace('−', '-')}{digits.replace(',', '')}{exponent}"))
         except InvalidOperation:  # an exponent of more than 18 digits
             continue
     return found
 
 
+def _only_number(text: str) -> Decimal | None:
+    # the only number of a text that is no expression; of `x = 5`, the part after the sign
+    text = _UNIT.sub("", re.split(r"=|\\approx", text)[-1])
+    found = _numbers(text)
+    return found[0] if len(found) == 1 and found[0].is_finite() and not _EXPRESSION.search(text) else None
+
+
 def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
     text = as_text(value)
-    alone = _MARK in text or final_box(text) is not None or len(_numbers(text)) == 1
-    number = final_number(text) if alone else None
+    boxed = final_box(text)
+    number = _only_number(text.rpartition(_MARK)[2] if _MARK in text or boxed is None else boxed)
     if number is None:
-        raise _wrong(
-            "numeric", value, where, "write one number, or a text that ends in #### and a number (for expressions, use the column `math`)"
-        )
+        fix = "write one number, or a text that ends in #### and one number (for fractions and other expressions, use the column `math`)"
+        raise _wrong("numeric", value, where, fix)
     return number
 
 
 # --- choices ------------------------------------------------------------------------------------------------------------
 
-_SAID = re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?(.*)", re.IGNORECASE)
 _LETTERS = string.ascii_uppercase
 _A_LETTER = "a letter such as B, or name the column of the choices (columns: {choices: COLUMN})"
+_SAID = re.compile(
+    r"\b(?:answer|(?:correct|right|best|final|my)\s+(?:option|choice))\b(?:\s+(?:to|for)\b[^\n.:]{1,80}?)?[^\w\n]{0,9}?"
+    r"(?:\b(?:is|(?:would|should|must|will)\s+be)\b|[:=>]|\n)"
+    r"|\bI(?:['’]d|['’]ll|\s+would|\s+will|\s+must)?\s+(?:choose|pick|select|go\s+with)\b",
+    re.IGNORECASE,
+)
+_SURELY = r"(?:clearly|definitely|certainly|obviously|actually|indeed|most|likely|probably|therefore|thus)"
+_RIGHT = re.compile(rf"\W{{0,9}}\b(?:is|must\s+be)\s+(?:(?:the|only|one|{_SURELY})\s+)*(?:correct|right|best|answer)\b", re.IGNORECASE)
+_FILLER = re.compile(rf"[\W_]*(?:(?:{_SURELY}|the|only|letter|option|choice|answer|number)\b[\W_]*)*", re.IGNORECASE)
+_UNSURE = re.compile(r"\b(?:nor|or|and|if|whether|not)[^\w\n]*\Z", re.IGNORECASE)  # as in "neither A nor B is correct"
+_JOINED = re.compile(r"[^\w\n]*(?:\band\b|\bor\b|[/&])")
+_SENTENCE = r"\s+(?:is|was|are|has)\b"  # as in "A is wrong"
+_OTHER = r"[^\w\n]*(?:(?:\band\b|\bor\b|[/&])[^\w\n]*[A-HJ-Z]\b|,[^\w\n]*[A-HJ-Z]\b(?!\s+(?!and\b|or\b)[a-z]))"  # as in "A or B", "A, B"
+_AFTER_WORDS = re.compile(rf"([A-Z])(?![\w'’]|{_SENTENCE}|{_OTHER})|([a-z])(?=[).]|[^\w\n]*(?:\n|\Z))")
+_FIRST = re.compile(rf"([A-Z])(?=[*_\"'`’”]*[.):,;\]}}。、】」』]|[*_\"'`’”]*\s*(?:\n|\Z)|\s+[-–—])(?!{_OTHER})|([a-z])(?=\))")
+_LIST = re.compile(r"[\W_]*A[.):].*?\n[\W_]*B[.):]", re.DOTALL)
+_LAST = re.compile(r"(?:\A|[^\w\s]|\n|\b(?i:option|choice|answer|only|that|so|thus|therefore|hence)\b)[^\w\n]*([A-Z])\Z")
+_MARKED = re.compile(
+    r"[(\[]([A-Z])[)\]]|\*\*[(\"'`]*([A-Z])(?:[).:]|\*\*)|\b(?i:option|choice)\s+([A-Z])\b|:[^\w\n]{0,9}([A-Z])[^\w\n]*$", re.M
+)
+_ALONE = re.compile(r"(?<![A-Za-z0-9'’])(?![AI]\s+(?!and\b|or\b)[a-z])([A-Z])(?![A-Za-z0-9'’])([^\w\n]*\Z)?")
 
 
 @dataclass(frozen=True)
@@ -127,36 +202,58 @@ def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
 def chosen(text: str, options: tuple[str, ...]) -> int | None:
     r"""Return the index of the option that a text chooses, by its words or by its letter (A, B, C …). Return None if it chooses none.
 
-    Four places are searched in this order: the last \boxed{}; the text after the last "answer is" or "answer:"; the beginning of the
-    text; and the whole text, which must name exactly one option, or one letter in brackets.
+    Five places are searched in this order: the last \boxed{}; the text after the last "answer is" or "answer:" that an option follows; the
+    text before the last "is correct"; the beginning of the text, unless it lists A, B …; and the whole text, which must name exactly one
+    option, or one letter that is in brackets, in bold print, after "option" or a colon, or at the end. Thinking is left out.
     """
-    boxed, said = final_box(text), _SAID.findall(text)
-    for place, letter_ends in ((boxed or "", r"\b"), (said[-1] if said else "", r"\b"), (text, r"(?=[.):,\]]|\s*$|\n)")):
-        found = _at_start(place.lstrip(" \n\t([{*$\"'`"), options, letter_ends)
-        if found is not None:
-            return found
-    return _only_one(text, options)
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\w*\s*(?=\{)", "", unicodedata.normalize("NFKC", _without_thinking(text)))
+    names = [unicodedata.normalize("NFKC", option).strip(" .\n") or option for option in options]
+    longest_first = sorted(range(len(names)), key=lambda i: -len(names[i]))  # "not good" before "not"
+    words = {i: names[i] for i in longest_first if len(names[i]) > 1 or names[i] not in _LETTERS}
+    after = [final_box(text) or "", *(text[m.end() :] for m in reversed([*_SAID.finditer(text)]))]
+    found = [_at_start(place, options, words, _AFTER_WORDS) for place in after]
+    found += [_at_end(text[: m.start()], options, words) for m in reversed([*_RIGHT.finditer(text)])]
+    found += [] if _LIST.match(text) else [_at_start(text, options, words, _FIRST)]
+    return next((i for i in found if i is not None), _only_one(text, options, words))
 
 
-def _at_start(text: str, options: tuple[str, ...], letter_ends: str) -> int | None:
-    for i in sorted(range(len(options)), key=lambda i: -len(options[i])):  # "not good" before "not"
-        if re.match(rf"{re.escape(options[i])}(?!\w)", text, re.IGNORECASE):
+def _at_start(text: str, options: tuple[str, ...], words: Mapping[int, str], letter: re.Pattern[str]) -> int | None:
+    start = len(text) - len(_FILLER.sub("", text, count=1))
+    for i, name in words.items():
+        for found in named(name, text[: start + len(name) + 2], re.IGNORECASE):
+            rest = text[found.end() :]
+            if found.start() <= start and not re.match(_SENTENCE, rest):
+                joined = _JOINED.match(rest)
+                return None if joined and _at_start(rest[joined.end() :], options, words, letter) is not None else i
+    by_letter = letter.match(text, start)
+    return _index((by_letter[1] or by_letter[2]).upper(), options) if by_letter else None
+
+
+def _at_end(text: str, options: tuple[str, ...], words: Mapping[int, str]) -> int | None:
+    for i, name in words.items():
+        tail = text[-len(name) - 12 :]
+        if any(found.end() == len(tail) and not _UNSURE.search(tail[: found.start()]) for found in named(name, tail, re.IGNORECASE)):
             return i
-    letter = re.match(rf"([A-Z]){letter_ends}", text)
-    return _index(letter[1], options) if letter else None
+    by_letter = _LAST.search(text[-40:])
+    return _index(by_letter[1], options) if by_letter else None
 
 
-def _only_one(text: str, options: tuple[str, ...]) -> int | None:
-    named, rest = set[int | None](), text
-    for i in sorted(range(len(options)), key=lambda i: -len(options[i])):
-        rest, count = re.subn(rf"(?<!\w){re.escape(options[i])}(?!\w)", "\0", rest, flags=re.IGNORECASE)
-        named |= {i} if count else set()
-    named = named or {_index(letter, options) for letter in re.findall(r"\(([A-Z])\)", text)}
-    return next(iter(named)) if len(named) == 1 else None
+def _only_one(text: str, options: tuple[str, ...], words: Mapping[int, str]) -> int | None:
+    said, rest = set[int | None](), text
+    for i, name in words.items():
+        for found in named(name, rest, re.IGNORECASE):
+            said.add(i)
+            rest = rest[: found.start()] + "\0" * len(name) + rest[found.end() :]
+    letters = {_index("".join(groups), options) for groups in _MARKED.findall(text)} - {None}
+    alone = {found[1]: found[2] is not None for found in _ALONE.finditer(text)}  # True for a letter at the end
+    if not letters and len(said) != 1 and len(alone) == 1 and any(alone.values()):
+        letters = {_index(letter, options) for letter in alone}
+    one = said | letters if len(said) < 2 else letters
+    return one.pop() if len(one) == 1 else None
 
 
 def _index(letter: str, options: tuple[str, ...]) -> int | None:
-    index = _LETTERS.index(letter)
+    index = options.index(letter) if letter in options else _LETTERS.index(letter)
     return index if not options or index < len(options) else None
 
 
