@@ -5,7 +5,6 @@ text metric, add a line to one of these functions, and a row to `tadistill.metri
 """
 
 import math
-import re
 import string
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tadistill.data.answers import RULES
+from tadistill.data.answers import RULES, named, without_spaces
 from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
 from tadistill.errors import ConfigError
 from tadistill.user_code import OwnFunction
@@ -103,7 +102,6 @@ def _best_rouge(scorer: "RougeScorer", predictions: Sequence[str], references: S
     return [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
 
 
-_WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 _PRESENTATION = "\ufe0e\ufe0f"  # they choose between the text form and the colour form of a symbol
 
 
@@ -126,9 +124,8 @@ def words(text: str) -> list[str]:
     return found
 
 
-@lru_cache(maxsize=4096)
 def _stands_alone(c: str) -> bool:
-    return not c.isascii() and (is_symbol(c) or unicodedata.name(c, "").startswith(_WITHOUT_SPACES))
+    return is_symbol(c) or without_spaces(c)
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -143,11 +140,12 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[float]:
     """Return one percentage per prediction: the share of its prompt's facts that the prediction states.
 
-    A prediction states a fact if it contains the fact's value and none of the wrong values that are listed with the fact.
+    A prediction states a fact if it contains the fact's value and none of the wrong values that are listed with the fact. It contains a
+    value that stands in it as words of its own: `Paris` is in "(Paris)", but not in "Parisian". Capital and small letters differ.
     """
 
     def says(text: str, phrase: str) -> bool:
-        return phrase in text and re.search(rf"(?<!\S){re.escape(phrase)}(?!\S)", text) is not None
+        return phrase != "" and phrase in text and any(named(phrase, text))
 
     def states(text: str, value: str, rivals: Sequence[str]) -> bool:
         return says(text, value) and not any(says(text, rival) for rival in rivals)

@@ -161,6 +161,18 @@ def test_fact_accuracy(prediction, score):
     assert fact_accuracy([prediction], [[("rat", ("cat", "dog"))]]) == [score]
 
 
+@pytest.mark.parametrize(
+    "text", ["The capital is Paris.", "Paris, in France", "(Paris)", "**Paris**", "“Paris”!", "It is Paris's mayor", "首都是Paris。"]
+)
+def test_a_fact_may_stand_beside_punctuation(text):
+    assert fact_accuracy([text], [[("Paris", ("London",))]]) == [100]
+    assert fact_accuracy([f"{text} No, London."], [[("Paris", ("London",))]]) == [0]
+
+
+def test_an_empty_wrong_value_is_in_no_text():
+    assert fact_accuracy(["Paris, perhaps"], [[("Paris", ("",))]]) == [100]
+
+
 def test_fact_accuracy_is_the_share_of_facts():
     facts = [("rat", ("cat",)), ("blue", ("red",)), ("2 5 9", ())]
     assert fact_accuracy(["a rat , 2 5 9 , red"], [facts]) == [pytest.approx(200 / 3)]
