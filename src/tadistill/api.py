@@ -266,7 +266,7 @@ def evaluate(
     for ref in data.test:
         examples = datasets.load(ref, "test", data)
         encoded, counts = encode(examples, tokenizer, rules, name=ref.name)
-        of_set, per_byte = EvalSet(ref.name, examples, encoded), bool(decoding.bits_per_byte)
+        of_set, per_byte = EvalSet(ref.name, examples, encoded), rules if decoding.bits_per_byte else None
         for text in (f"{ref.name}: {counts.text}" if counts.text else "", unknown_text(of_set, tokenizer) if per_byte else ""):
             if text:
                 warnings.warn(text, stacklevel=2)

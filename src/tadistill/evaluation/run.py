@@ -16,6 +16,7 @@ from tadistill import rng
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import EvalSet
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.prompts import for_people, task_of
 from tadistill.evaluation import text_scores, token_scores
 from tadistill.evaluation.token_scores import Answers, Subject, bits_per_byte, divergences, entropy, likelihood, means, reference_sizes
@@ -44,7 +45,9 @@ class Evaluation:
     """One record per answer, with the full prompt, its parts, the model's answer, the references and the scores."""
 
 
-def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, read_references: bool = True, per_byte: bool = False) -> Evaluation:
+def evaluate(
+    subject: Subject, data: EvalSet, settings: Evaluate, *, read_references: bool = True, per_byte: Rules | None = None
+) -> Evaluation:
     """Sample answers to one data set, and return all metrics that need no second model. The last two arguments are those of `score`.
 
     Raises:
@@ -94,12 +97,12 @@ def score(
     own: Mapping[str, OwnFunction] | None = None,
     *,
     read_references: bool = True,
-    per_byte: bool = False,
+    per_byte: Rules | None = None,
 ) -> Evaluation:
     """Return all scores of sampled answers. `own` maps names to metrics of the user's own code.
 
-    If `read_references` is True, loss and calibration on the references are measured too. If `per_byte` is also True, the bits per byte of
-    the references are measured as well.
+    If `read_references` is True, loss and calibration on the references are measured too. If `per_byte` also has the rules with which the
+    set was encoded, the bits per byte of the references are measured as well.
     """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed: dict[int, dict[str, np.ndarray]] = {}
@@ -124,12 +127,12 @@ def decode(subject: Subject, answers: Seq[Sequence]) -> list[str]:
 
 
 def _read_references(
-    subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any], per_byte: bool
+    subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any], per_byte: Rules | None
 ) -> None:
     found = likelihood(subject, references(data.encoded), batch=batch)
     columns["loss"] = means(found["loss"])[:, None]
     if per_byte:
-        columns["bits_per_byte"] = bits_per_byte(found["loss"], reference_sizes(data, subject.tokenizer, subject.eos))[:, None]
+        columns["bits_per_byte"] = bits_per_byte(found["loss"], reference_sizes(data, subject.tokenizer, subject.eos, per_byte))[:, None]
     bins = {"tokens": token_scores.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
     corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
     if all(r.choices for r in data.rows):

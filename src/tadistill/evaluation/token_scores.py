@@ -34,7 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.data.encoding import EvalSet, unknown_token
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.token_bytes import token_bytes
+from tadistill.data.turns import TurnReader
 from tadistill.errors import DataError
 from tadistill.models.forward import Reader
 from tadistill.models.teachers import Teacher, teacher_of
@@ -280,17 +282,23 @@ def bits_per_byte(nats: Seq[np.ndarray], sizes: Seq[int]) -> np.ndarray:
     return np.array([values.sum() / np.log(2) / max(size, 1) for values, size in zip(nats, sizes, strict=True)])
 
 
-def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq[int]) -> list[int]:
+def reference_sizes(data: EvalSet, tokenizer: PreTrainedTokenizerBase, ends: Seq[int], rules: Rules) -> list[int]:
     """Return the number of bytes of each first reference. Parts of a reference that were cut, or do not count in the loss, are left out.
+
+    With `data.turns: last`, a reference is the whole last message as the chat template writes it, with thinking and tool calls.
+
+    Args:
+        rules: the rules with which the set was encoded.
 
     Raises:
         DataError: a reference was cut, but the tokenizer is not a fast one, so the bytes of its tokens are not known.
     """
-    known = None
+    known, reader = None, TurnReader(rules, tokenizer)
     sizes = []
     for row, encoded in zip(data.rows, data.encoded, strict=True):
         if encoded.response[-1:] and encoded.response[-1] in ends and not encoded.spans:
-            sizes.append(len(row.references[0].encode()))
+            (turn,) = reader.turns(row, f"{data.name}, row {encoded.row + 1}")
+            sizes.append(len(turn.answer.encode()))
             continue
         known = known or token_bytes(tokenizer, ends)
         whole = (*encoded.prompt, *encoded.response)

@@ -41,6 +41,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     sets = [context.split(split, tokenizer) for split in spec.sets]
     answers = _answers(context, context.engine(native(subject, settings)), sets, settings)
     own = {planned.function.partition(":")[2]: context.own(planned) for planned in spec.own}
+    rules = Rules.of(spec.data, "test", bos=spec.data.bos) if spec.per_byte else None
     scores, corpus, predictions = {}, {}, []
     total = sum(len(of_seed) for of_set in answers.values() for of_seed in of_set.values())
     for data in sets:
@@ -48,7 +49,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
         if spec.per_byte and (unknown := unknown_text(data, tokenizer)):
             context.alarm(unknown)
         context.progress(total, total, f"scoring the answers to {data.name}")
-        found = score(subject, data, settings, answers[data.name], own, read_references=spec.references, per_byte=spec.per_byte)
+        found = score(subject, data, settings, answers[data.name], own, read_references=spec.references, per_byte=rules)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
     for name, found in _tasks(context, subject, settings).items():

@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.chat_templates import QWEN3, chat_tokenizer
 from tests.conftest import tiny_model
 
-from tadistill.config import Evaluate
+from tadistill.config import DataRef, Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import EvalSet, encode
 from tadistill.data.encoding_rules import Rules
+from tadistill.data.rows import example
+from tadistill.data.turns import without_thinking
 from tadistill.evaluation.model_pairs import cross_read
 from tadistill.evaluation.run import score
 from tadistill.evaluation.token_scores import Subject, bits_per_byte, reference_sizes, unknown_text
@@ -21,19 +24,20 @@ HERE = tinyworld.world(0, 12)
 NAME, PLACE = HERE.names[0], HERE.places[0]
 TEXTS = ("the home of bodan is kirkham .", "naïve café — 猫 🙂", "z", "")
 SETTINGS = Evaluate(seeds=(1,), max_new_tokens=4, batch=3)
+RULES = Rules(60, 200, template="plain")
 
 
 def prepared(source: str, texts: tuple[str, ...], *, longest: int = 200) -> tuple[Subject, EvalSet]:
     tokenizer: Any = tinyworld.tokenizer(source, people=12)
     examples = [datasets.Example("in which town does bodan live ?", "", (text,)) for text in texts]
-    rules = Rules(60, longest, template="plain")
+    rules = replace(RULES, max_length=longest)
     subject = Subject(tiny_model("llama", vocab=len(tokenizer)), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
     return subject, EvalSet("set", examples, encode(examples, tokenizer, rules)[0])
 
 
 def measured(subject: Subject, data: EvalSet) -> np.ndarray:
     answers = {1: [Sequence(e.prompt, (subject.eos[0],)) for e in data.encoded]}
-    return np.array(score(subject, data, SETTINGS, answers, per_byte=True).scores["bits_per_byte"])[:, 0]
+    return np.array(score(subject, data, SETTINGS, answers, per_byte=RULES).scores["bits_per_byte"])[:, 0]
 
 
 @torch.no_grad()
@@ -68,10 +72,30 @@ def test_a_reference_that_was_cut_counts_only_the_bytes_that_are_left():
     (encoded,) = data.encoded
     kept = subject.tokenizer.decode([*encoded.response])
     assert encoded.response[-1] != subject.eos[0]
-    (size,) = reference_sizes(data, subject.tokenizer, subject.eos)
+    (size,) = reference_sizes(data, subject.tokenizer, subject.eos, RULES)
     assert 0 < size < len("naïve café — 猫 🙂".encode())
     assert "naïve café — 猫 🙂".encode()[:size].decode(errors="replace") == kept
     assert measured(subject, data)[0] == pytest.approx(direct(subject, encoded.prompt, encoded.response, "x" * size), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("turns", "thinking", "text"),
+    [
+        ("answer", "keep", "It's four."),
+        ("last", "keep", "<think>\nTwo and two.\n</think>\n\nIt's four."),
+        ("last", "mask", "It's four."),
+        ("last", "drop", "<think>\n\n</think>\n\nIt's four."),  # the template writes empty thinking
+    ],
+)
+def test_the_bytes_are_those_of_the_text_that_counts(turns, thinking, text):
+    tokenizer = chat_tokenizer(QWEN3, words=False)
+    said = {"role": "assistant", "reasoning_content": "Two and two.", "content": "It's four."}
+    row = example({"messages": [{"role": "user", "content": "2 + 2?"}, said]}, DataRef(load="d"), 0)
+    rules = Rules(600, 900, template="chat", turns=turns, thinking=thinking)
+    rows = [without_thinking(row)] if thinking == "drop" else [row]
+    data = EvalSet("d", rows, encode([row], tokenizer, rules)[0])
+    (size,) = reference_sizes(data, tokenizer, {e.response[-1] for e in data.encoded}, rules)
+    assert size == len(text)
 
 
 def test_words_that_a_tokenizer_cannot_read_are_counted():
