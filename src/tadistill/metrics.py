@@ -105,6 +105,8 @@ _ROWS = (
 METRICS = {row.name: row for row in _ROWS}
 """All metrics by name, in the order of the tables. `declare` adds the metrics of the user's own code."""
 BUILT_IN = frozenset(METRICS)
+RECORD = frozenset({"set", "index", "seed", "prompt", "instruction", "input", "turns", "prediction", "references"})
+"""The keys of a line of predictions.jsonl that are not metrics. No metric can have such a name."""
 
 SELECTABLE = (LAST, *(row.name for row in _ROWS if row.selects))
 """The allowed values of `Select.metric`, the metric that selects a checkpoint."""

@@ -111,6 +111,8 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
         ("metrics=[nowhere:score]", "there is no file .*nowhere.py, and no module nowhere is installed"),
         ("metrics=[score]", "a function is named as MODULE:FUNCTION"),
         ("metrics=['x:rouge_l']", "tadistill already has a metric `rouge_l`; give your function another name"),
+        ("metrics=['x:index']", "predictions.jsonl already has a key `index`, which is not a metric; give your function another name"),
+        ("metrics=['x:turns']", "predictions.jsonl already has a key `turns`"),
         ("metrics=['x:a', 'y:a']", "`metrics` has two functions with the name `a`"),
         ("metrics=['math:sqrt']", "has no Python source"),
         ("runtime.code=nowhere", "`runtime.code` is `nowhere`, which is not a folder"),

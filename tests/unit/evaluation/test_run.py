@@ -20,7 +20,7 @@ from tadistill.data.encoding_rules import Rules
 from tadistill.evaluation import run
 from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, native, score
 from tadistill.evaluation.token_scores import Subject, divergences, entropy, likelihood
-from tadistill.metrics import metric_of
+from tadistill.metrics import BUILT_IN, RECORD, metric_of
 from tadistill.objectives import forward_kl, reverse_kl
 from tadistill.rollout.samplers import Shard
 
@@ -136,6 +136,8 @@ def test_records_hold_the_question_without_its_template(tokenizer):
     ]
     turns = [[{"role": m["role"], "text": m["content"]} for m in example.messages] for example in examples]
     assert [r.get("turns", []) for r in found.records] == turns
+    assert set().union(*found.records) - RECORD <= BUILT_IN
+    assert set().union(*found.records) >= RECORD
     assert found.records[0]["prompt"] == tokenizer.decode(list(encoded[0].prompt), skip_special_tokens=True)  # what the model read
 
 
