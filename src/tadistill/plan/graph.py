@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tadistill.models.flops_and_memory import Cost
 from tadistill.plan.inputs import INPUTS, Encoding, Handle, Output, Part, Split, stage_of
@@ -111,6 +111,12 @@ class OnTrainingSets(Spec):
     def texts(self, ledger: "Ledger", weights: tuple[float, ...] = (), route: tuple[int, ...] = ()) -> "Ledger":
         """Return a ledger that predicts costs for the texts of this stage. `weights` and `route` are attributes of `SizesAndLengths`."""
         return ledger.of_texts(tuple(split.ref.name for split in self.sets), self.data.context, weights, route)
+
+
+def scores_of(*sets: Split) -> dict[str, Any]:
+    """Return the versions of the scores of some sets, as a part of a stage's content. Empty if all scores have their first version."""
+    found = {name: number for split in sets for name, number in split.scores.items()}
+    return {"scores": dict(sorted(found.items()))} if found else {}
 
 
 # --- the graph ------------------------------------------------------------------------------------------------------------

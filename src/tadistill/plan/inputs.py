@@ -120,6 +120,8 @@ class Split(HashedData):
 
     role: Literal["train", "dev", "test"]
     limit: int | None
+    scores: dict[str, int] = Field(default={}, exclude=True)
+    """Versions of scores that were computed otherwise before, by their column. Stages with these scores have them in their content."""
 
     def content(self) -> dict[str, Any]:
         """Return the data set as plain data, without `limit`. The stage stores the limit in an entry of its own, such as `train_limit`."""
@@ -144,8 +146,7 @@ class DevSets(Part):
         return super().content() | {"limits": [split.limit for split in self.splits]}
 
 
-Dev: TypeAlias = Split | DevSets
-"""The dev data of a stage."""
+Dev: TypeAlias = Split | DevSets  # the dev data of a stage
 
 
 # --- models and other outputs of stages ---------------------------------------------------------------------------------
@@ -210,8 +211,7 @@ class Loaded(Part):
 class BehindApi(Part):
     """A model behind an API. It gives only text, so it is never loaded."""
 
-    asks: str
-    """The model's name at the API."""
+    asks: str  # the model's name at the API
     api: Api | None = Field(default=None, exclude=True)
     """The API. Its address, limits and prices are not a part of the key."""
 

@@ -12,8 +12,9 @@ from tadistill.config.method import PARTS, Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal
+from tadistill.metrics import names_in
 from tadistill.models.flops_and_memory import Cost
-from tadistill.plan.graph import OnTrainingSets, Spec
+from tadistill.plan.graph import OnTrainingSets, Spec, scores_of
 from tadistill.plan.inputs import BehindApi, Dev, Encoding, Handle, HashedData, Output, OwnCode, Split, Tasks, TextOf, TokenizerFiles
 from tadistill.text import counted
 
@@ -69,7 +70,7 @@ class TrainingSpec(OnTrainingSets):
         found = super().content()
         if self.select.metric == "loss" and self.decoding:
             found["decoding"] = {"batch": self.decoding.batch}
-        return found
+        return found | (scores_of(*self.dev.splits) if self.dev and self.select.metric in names_in("quality") else {})
 
 
 class SftSpec(TrainingSpec):
@@ -174,8 +175,7 @@ class GenerateSpec(OnTrainingSets):
     """The model that answers: a teacher, or the student whose text is recorded."""
     sampler: Decoding
     seed: int
-    precision: Precision = "fp32"
-    """Number format of the models (`evaluate.precision`)."""
+    precision: Precision = "fp32"  # number format of the models (`evaluate.precision`)
     as_teacher: bool = False  # True if it answers the teacher's own prompts (`data.context`)
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
@@ -191,8 +191,7 @@ class AskSpec(OnTrainingSets):
 
     teacher: BehindApi
     sampler: Decoding
-    seed: int | None
-    """None for greedy decoding."""
+    seed: int | None  # None for greedy decoding
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         """Return a cost with only the number of answer tokens, because the FLOPs of a model behind an API are not known."""
@@ -214,8 +213,7 @@ class RetokeniseSpec(OnTrainingSets):
     """The tokenizer of the answers. None if they are text already, as those of an API."""
     asked: Encoding | None
     """The settings with which the writer's prompts were tokenised. None if the answers are text already."""
-    tokenizer: TokenizerFiles
-    """The student's tokenizer."""
+    tokenizer: TokenizerFiles  # the student's tokenizer
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         """Return an empty cost, because the stage runs no model."""
@@ -249,8 +247,7 @@ class _OnTestSets(Spec):
 
     sets: tuple[Split, ...]
     """The test sets, all with the same limit."""
-    precision: Precision = "fp32"
-    """Number format of the models (`evaluate.precision`)."""
+    precision: Precision = "fp32"  # number format of the models (`evaluate.precision`)
 
     def content(self) -> dict[str, Any]:
         return super().content() | {"limit": self.sets[0].limit if self.sets else None}
@@ -268,14 +265,17 @@ class EvaluateSpec(_OnTestSets):
     references: bool
     """True if the stage also scores the reference answers. One stage per model is enough, because these scores do not depend on the
     decoding."""
-    own: tuple[OwnCode, ...] = ()
-    """The recipe's own metrics."""
+    own: tuple[OwnCode, ...] = ()  # the recipe's own metrics
     tasks: Tasks | None = None  # tasks of lm-eval that are measured too
     per_byte: bool = False  # True if the bits per byte of the references are measured too
 
     @property
     def saves_memory(self) -> list[str]:
         return [f"evaluate.batch: {size // 2}"] if (size := self.decoding.batch) > 1 else []
+
+    def content(self) -> dict[str, Any]:
+        bytes_of_turns = self.per_byte and self.references and self.data.turns != "answer"
+        return super().content() | scores_of(*self.sets) | ({"bits_per_byte": 2} if bytes_of_turns else {})
 
 
 class AnalyseSpec(_OnTestSets):
@@ -287,8 +287,7 @@ class AnalyseSpec(_OnTestSets):
 
     teacher: Handle
     model: Handle
-    answers: Output
-    """The model's own answers."""
+    answers: Output  # the model's own answers
     teacher_answers: Output | None  # None if a server runs the teacher: it writes no text, so the exposure bias is not measured
     assistants: tuple[Handle, ...]
     batch: int
@@ -307,8 +306,7 @@ class _OnDevSet(Spec):
     in_recipes = False
 
     dev: Dev
-    precision: Precision = "fp32"
-    """Number format of the models (`evaluate.precision`)."""
+    precision: Precision = "fp32"  # number format of the models (`evaluate.precision`)
 
 
 class ProbeSpec(_OnDevSet):
@@ -321,6 +319,9 @@ class ProbeSpec(_OnDevSet):
     model: Handle
     decoding: Evaluate
 
+    def content(self) -> dict[str, Any]:
+        return super().content() | scores_of(*self.dev.splits)
+
 
 class PairSpec(_OnDevSet):
     """Comparison of a student with a bigger model on dev prompts, before any distillation."""
@@ -331,10 +332,8 @@ class PairSpec(_OnDevSet):
 
     teacher: Handle
     model: Handle
-    answers: Output
-    """The student's answers from its probe stage."""
-    k: int
-    """Number of most likely tokens that are compared."""
+    answers: Output  # the student's answers from its probe stage
+    k: int  # number of most likely tokens that are compared
     batch: int
 
 

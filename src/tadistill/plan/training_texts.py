@@ -22,6 +22,7 @@ from tadistill.config import DataRef, Method, Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data.datasets import SplitRows
+from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import kinds
 from tadistill.plan.inputs import BehindApi, Dev, DevSets, Encoding, Handle, HashedData, Output, Split, TokenizerFiles
@@ -36,7 +37,7 @@ class StudySets:
     """The training sets, the dev sets and the test sets of a recipe. Hundreds of stages use the same rows, so each set is hashed once."""
 
     def __init__(self, recipe: Recipe):
-        self.data = recipe.data
+        self.recipe, self.data = recipe, recipe.data
         self._known: dict[tuple[str, str, int | None], Split] = {}
 
     def training(self, sets: Sequence[str] = (), *, weights: bool = False, rows: int | None = None) -> dict[str, Any]:
@@ -79,8 +80,13 @@ class StudySets:
     def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
         key = role, ref.name, limit
         if key not in self._known:
-            self._known[key] = Split.of(SplitRows.of(ref, role, self.data), role=role, limit=limit)
+            self._known[key] = Split.of(SplitRows.of(ref, role, self.data), role=role, limit=limit, scores=self._scores(ref))
         return self._known[key]
+
+    def _scores(self, ref: DataRef) -> dict[str, int]:
+        # models of tinyworld learn texts with spaces between words and punctuation, so their facts were found before
+        unspaced = any(model.load and model.tokenizer not in TOKENIZERS for model in self.recipe.models.values())
+        return {name: 2 for name in ("choice", "numeric", *(["facts"] if unspaced else [])) if name in ref.columns}
 
 
 def texts(

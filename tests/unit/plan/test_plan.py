@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from tadistill.config import DataRef, validate
+from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError
 from tadistill.models.flops_and_memory import weight_bytes
 from tadistill.plan import preview
@@ -358,6 +359,38 @@ def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
     assert found == {"ref": {"load": "dolly", "split": None, "revision": "main", "columns": {}}, "fingerprint": "f"}
     chosen = HashedData(ref=DataRef(load="x", choices=("no", "yes"), instruction="do"), fingerprint="f").content()["ref"]
     assert (chosen["choices"], chosen["instruction"]) == (("no", "yes"), "do")
+
+
+@pytest.mark.parametrize(
+    ("columns", "tokenizer", "metric", "scores", "of_training"),
+    [
+        ({"choice": "c"}, "tinyworld", "loss", {"choice": 2}, None),
+        ({"choice": "c", "numeric": "n", "math": "n"}, "tinyworld", "choice", {"choice": 2, "numeric": 2}, {"choice": 2, "numeric": 2}),
+        ({"math": "n"}, "tinyworld", "math", None, None),
+        ({"facts": "f"}, "tinyworld", "fact_accuracy", None, None),  # its texts have spaces between words and punctuation
+        ({"facts": "f"}, "own", "fact_accuracy", {"facts": 2}, {"facts": 2}),
+    ],
+)
+def test_stages_with_scores_that_have_another_version_have_other_keys(tmp_path, columns, tokenizer, metric, scores, of_training):
+    row = {"instruction": "where ?", "output": "here", "c": "A", "n": 1, "f": [["here", ["there"]]]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    ref = {"load": str(tmp_path / "x.jsonl"), "columns": columns}
+    method = recipe()["method"] | {"select": {"metric": metric}}
+    if tokenizer == "own":
+        tokenizer = str(tmp_path / "own")
+        tinyworld.tokenizer("tinyworld").save_pretrained(tokenizer)
+    models = {"xl": model(64, tokenizer=tokenizer), "s": model(16, tokenizer=tokenizer)}
+    found = plan(models=models, arms={"kd": "xl > s"}, method=method, data=recipe()["data"] | {"dev": ref, "test": [ref]})
+    content = {stage.kind: stage.spec.content() for stage in found.stages.values()}
+    assert content["evaluate"].get("scores") == scores
+    assert content["distill"].get("scores") == of_training
+    assert "scores" not in content["analyse"]
+
+
+@pytest.mark.parametrize(("turns", "asked", "version"), [("answer", True, None), ("last", True, 2), ("last", False, None)])
+def test_bits_per_byte_of_whole_messages_have_another_version(turns, asked, version):
+    found = plan(data=recipe()["data"] | {"turns": turns}, evaluate={"bits_per_byte": asked, "also": {}})
+    assert {s.spec.content().get("bits_per_byte") for s in found.stages.values() if s.kind == "evaluate"} == {version}
 
 
 def test_entries_of_resources_that_do_not_fit_together():
