@@ -51,7 +51,8 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
         teacher, student = (total * log_p).exp() * alpha / total, (total * log_q).exp() * beta / total
         terms = (teacher + student - (alpha * log_p + beta * log_q).exp()) / (alpha * beta)
     value = terms.sum(-1)
-    if min(alpha, beta, total) < 0 and bool((~value.isfinite() & ~gap.isnan().any(-1)).any()):
+    read = min(alpha, beta, total) < 0 and not torch.compiler.is_compiling()
+    if read and bool((~value.isfinite() & ~gap.isnan().any(-1)).any()):
         raise ConfigError(
             f"`alpha` is {alpha} and `beta` is {beta}; with a negative value, the divergence is not defined for probabilities near 0; use "
             "values >= 0"

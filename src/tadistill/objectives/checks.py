@@ -5,7 +5,7 @@ per token. So this check takes almost no time on a CPU, and one synchronisation 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -31,7 +31,7 @@ def deferred() -> Iterator[None]:
 
 def is_deferred() -> bool:
     """Return True if checks that read the values of tensors are skipped: inside `deferred()`, and in code that torch compiles."""
-    return _deferred.get() or torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or _deferred.get()  # in this order: torch cannot compile a context variable
 
 
 def tensor(name: str, value: Any) -> None:
@@ -81,6 +81,18 @@ def finite(name: str, value: float) -> None:
     number(name, value)
     if not math.isfinite(value):
         raise ConfigError(f"`{name}` is {value}; it must be a finite number")
+
+
+def not_float16(dtypes: Collection[torch.dtype | None]) -> None:
+    """Raise a ConfigError if `dtypes`, in which gradients are computed or returned, contain float16.
+
+    The fused loss computes the gradient in the forward pass. A loss scale multiplies it only later, when it has underflowed.
+    """
+    if torch.float16 in dtypes:
+        raise ConfigError(
+            "the fused loss has no gradient in float16, because small values become 0 before a loss scale can enlarge them; use bfloat16 "
+            "(`bf16=True` in place of `fp16=True`), or call the objective on logits"
+        )
 
 
 def result(value: Tensor, **arguments: Tensor) -> Tensor:

@@ -69,13 +69,14 @@ def fused_divergence(
         teacher: the teacher's output (`Target`), or a list of several teachers' outputs with a `mixture`. No gradient flows to them.
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: use only the first `vocab` tokens of both heads (or of the teacher's logits), and normalise the probabilities over them.
+        parameters: further arguments of `divergence`. Tensors of shape (...) or (..., 1) have values of tokens, as `from_teacher` has.
 
     Returns:
         Two tensors. The first is the weighted sum, a scalar with gradients to the hidden states and to the head's weight and bias. The
         second has one value per token, of shape (...), without a graph. It is zero where the mask is zero: nothing is computed there.
 
     Raises:
-        ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
+        ConfigError: shapes do not fit, a parameter is out of range, a result is NaN, or the gradient is computed in float16.
     """
     checks.tensor("student_hidden", student_hidden)
     check_head(student_head, "`student_head`")
@@ -87,7 +88,7 @@ def fused_divergence(
         )
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
-    term = TeacherTerm("", divergence, settings=parameters, mixture=mixture, temperature=temperature)
+    term = TeacherTerm.at(counted, divergence, parameters, mixture, temperature)
     total, found = fused_terms(
         [term],
         student_hidden[counted],
@@ -254,6 +255,8 @@ class _FusedHead(torch.autograd.Function):
         totals, found, first = [], [], 0
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
+            if grads.wanted:
+                checks.not_float16({hidden.dtype, *(plan.autocast for plan in plans), *([weight.dtype] if any(needs[1:]) else [])})
             for plan in plans:
                 count = len(plan.part.hidden)
                 weights = plan.part.weights if isinstance(plan.part.weights, Tensor) else plan.part.weights(found[-1])

@@ -203,6 +203,27 @@ class TeacherTerm:
     temperature: float = 1.0
     weight: float = 1.0
 
+    @classmethod
+    def at(
+        cls,
+        counted: Tensor,
+        divergence: Callable[..., Tensor],
+        parameters: Mapping[str, Any],
+        mixture: TargetMixture | None,
+        temperature: float,
+    ) -> "TeacherTerm":
+        """Return the term at the N tokens where the mask `counted` (...) is True. Parameters that are tensors of this shape are cut, too."""
+        axes = counted.shape
+
+        def of_tokens(value: Any) -> bool:
+            if not isinstance(value, Tensor) or value.ndim != len(axes):
+                return False
+            return value.shape == axes or (len(axes) > 1 and all(n in (1, m) for n, m in zip(value.shape, axes, strict=True)))
+
+        per_token = {name: value.expand(axes)[counted] for name, value in parameters.items() if of_tokens(value)}
+        settings = {name: value for name, value in parameters.items() if name not in per_token}
+        return cls("", divergence, per_token, settings, mixture, temperature)
+
     def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK | Sampled], rows: slice) -> Tensor:
         """Return one value per token in `rows`, of shape (n,). `logits` are the student's at these tokens, of shape (n, V)."""
         if isinstance(teachers[0], Sampled):

@@ -9,16 +9,19 @@ import pytest
 import torch
 from tests.conftest import naming
 
+from tadistill.errors import ConfigError
 from tadistill.objectives import (
     Head,
     Hidden,
     TargetMixture,
+    contrastive,
     forward_kl,
     fused_divergence,
     fused_head,
     fused_loss,
     jensen_shannon,
     reverse_kl,
+    single_step,
     tiles,
     top_k,
 )
@@ -177,6 +180,27 @@ def test_a_divergence_with_its_parameters_bound_is_the_same():
         close(found, expected)
 
 
+def test_parameters_with_a_value_per_token_follow_the_mask_and_the_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_BYTES", 3 * 2 * V * 8)
+    monkeypatch.setattr(tiles, "_CACHED", 2 * V)
+    hidden, head, leaves = student()
+    target = teacher(V)
+    ids = torch.randint(V, TOKENS, generator=torch.Generator().manual_seed(6))
+    of_tokens = {"tokens": ids, "log_behaviour": drawn(*TOKENS, seed=7) - 2}
+    for objective, parameters in [
+        (contrastive, {"from_teacher": MASK.flip(1)}),
+        (contrastive, {"from_teacher": MASK[:, :1], "alpha": torch.tensor([[0.1], [0.2], [0.3]])}),  # one value per response
+        (contrastive, {"from_teacher": torch.tensor(True)}),
+        (single_step, {**of_tokens, "clip": 0.2}),
+        (partial(single_step), {**of_tokens, "clip": 0.2}),  # without its slope
+    ]:
+        total, values = fused_divergence(objective, hidden, head, target, mask=MASK, **parameters)
+        plain = objective(head.logits(hidden), target.head.logits(target.states), **parameters) * MASK
+        close(values, plain.detach())
+        for found, expected in zip(slopes(total, leaves), slopes(plain.sum(), leaves), strict=True):
+            close(found, expected)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_backward_twice_gives_the_same_gradient(factor):
     hidden, head, leaves = student()
@@ -301,6 +325,20 @@ def test_bfloat16_hidden_states(objective):
     for found, expected in zip(slopes(total, [narrow, weight]), slopes(plain.sum(), wide), strict=True):
         assert found.dtype == torch.bfloat16
         assert (found.float() - expected).norm() < 0.02 * expected.norm()  # a few times the 1/256 of bfloat16
+
+
+def test_float16_has_no_gradient():
+    """A loss scale comes too late: the gradient is computed in the forward pass."""
+    hidden, head, _ = student()
+    for cast in ("states", "weight", "autocast"):
+        states = hidden.half() if cast == "states" else hidden
+        weight = head.weight.detach().half().requires_grad_() if cast == "weight" else head.weight
+        with torch.autocast("cpu", torch.float16, enabled=cast == "autocast"):
+            with naming(cast), pytest.raises(ConfigError, match=r"no gradient in float16.* use bfloat16"):
+                fused_divergence(forward_kl, states, Head(weight), teacher(V))
+            with torch.no_grad():
+                assert torch.isfinite(fused_divergence(forward_kl, states, Head(weight), teacher(V))[0])
+    fused_divergence(forward_kl, hidden, Head(head.weight.detach().half()), teacher(V))[0].backward()  # a frozen head is converted
 
 
 def test_autocast_takes_the_products_in_bfloat16():
