@@ -7,13 +7,11 @@ model, tokenizer = tadistill.load_student(study, "takd")
 
 import io
 import shlex
-import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,24 +152,12 @@ def plan(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | Non
     return PlannedStudy(make_plan(loaded, partial=True), store_of(runs_directory(runs)))
 
 
-class _PlanPackage(ModuleType):
-    # `tadistill.plan` is the name of a package and of a function, so the package must be callable
-
-    def __call__(self, recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> PlannedStudy:
-        return plan(recipe, overrides, runs=runs)
-
-    __call__.__doc__ = plan.__doc__
-
-
-sys.modules["tadistill.plan"].__class__ = _PlanPackage
-
-
 def compare(
     models: Sequence[str | Path],
-    on: str | Sequence[str] = "dolly",
+    on: str | Path | Sequence[str | Path] = "dolly",
     *,
     seeds: Sequence[int] = (10,),
-    teacher: str | None = None,
+    teacher: str | Path | None = None,
     overrides: Sequence[str] = (),
     runs: str | Path | None = None,
 ) -> Study:
@@ -188,9 +174,11 @@ def compare(
         ConfigError: there are fewer than two models, or a setting is wrong.
         TadistillError: a model or a test set cannot be read.
     """
-    if isinstance(models, str | Path) or len(models) < 2:
+    sources, sets, teacher = _listed("models", models), _listed("on", on), str(teacher) if teacher else None
+    if len(sources) < 2:
         raise ConfigError(f"`models` is {models!r}, but compare needs a list of two models or more; for one model use `tadistill eval`")
-    sources, sets = [str(model) for model in models], [on] if isinstance(on, str) else list(on)
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        raise ConfigError(f"`seeds` is {seeds!r}; give a list of numbers, for instance [10]")
     text = evaluation_recipe(sources, sets, seeds=list(seeds), teacher=teacher)
     chosen = [part for item in _checked(overrides) for part in ("--set", item)] + (["--teacher", teacher] if teacher else [])
     where = ["--runs", str(runs)] if runs else []
@@ -225,9 +213,9 @@ def load_student(
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    on: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    on: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
     *,
-    data_root: str | None = None,
+    data_root: str | Path | None = None,
     template: str = "alpaca",
     settings: Evaluate | Mapping[str, Any] | None = None,
     limit: int | None = None,
@@ -251,29 +239,32 @@ def evaluate(
     from tadistill.data.encoding_rules import Rules
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.token_scores import Subject, unknown_text
+    from tadistill.models.forward import evaluating
     from tadistill.models.tokens import end_tokens, shared_vocabulary
 
-    sets = [on] if isinstance(on, str | Mapping) else list(on)
-    if not sets:
-        raise ConfigError("`on` is empty; give at least one test set, for instance on=['dolly']")
+    sets = _listed("on", on)
     content = {"train": sets[0], "dev": sets[0], "test": sets, "root": data_root, "template": template, "limit": {"test": limit}}
     data = read_settings(Data, content, (), source="tadistill.evaluate")
+    if not isinstance(settings, Evaluate | Mapping | None):
+        raise ConfigError(f"`settings` is {settings!r}; give a dict with keys of `evaluate`, for instance {{'seeds': [10]}}")
     decoding = settings if isinstance(settings, Evaluate) else read_settings(Evaluate, dict(settings or {}), (), source="settings")
     _check_call(model, tokenizer, decoding, data)
-    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
+    model = getattr(model, "_orig_mod", model)  # torch.compile would compile the model again for each shape of a batch
+    subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
     rules = Rules.of(data, "test", bos=adds_bos(tokenizer))
     found = {}
-    for ref in data.test:
-        examples = datasets.load(ref, "test", data)
-        encoded, counts = encode(examples, tokenizer, rules, name=ref.name)
-        of_set, per_byte = EvalSet(ref.name, examples, encoded), rules if decoding.bits_per_byte else None
-        for text in (f"{ref.name}: {counts.text}" if counts.text else "", unknown_text(of_set, tokenizer) if per_byte else ""):
-            if text:
-                warnings.warn(text, stacklevel=2)
-        found[ref.name] = _means(evaluate_set(subject, of_set, decoding, per_byte=per_byte), decoding.pass_at)
-        for name in decoding.also if "also" in decoding.model_fields_set else ():
-            means = _means(evaluate_set(subject, of_set, decoding.other(name), read_references=False))
-            found[ref.name] |= {f"{metric}@{name}": value for metric, value in means.items()}
+    with evaluating(model):
+        for ref in data.test:
+            examples = datasets.load(ref, "test", data)
+            encoded, counts = encode(examples, tokenizer, rules, name=ref.name)
+            of_set, per_byte = EvalSet(ref.name, examples, encoded), rules if decoding.bits_per_byte else None
+            for text in (f"{ref.name}: {counts.text}" if counts.text else "", unknown_text(of_set, tokenizer) if per_byte else ""):
+                if text:
+                    warnings.warn(text, stacklevel=2)
+            found[ref.name] = _means(evaluate_set(subject, of_set, decoding, per_byte=per_byte), decoding.pass_at)
+            for name in decoding.also if "also" in decoding.model_fields_set else ():
+                means = _means(evaluate_set(subject, of_set, decoding.other(name), read_references=False))
+                found[ref.name] |= {f"{metric}@{name}": value for metric, value in means.items()}
     return found
 
 
@@ -333,6 +324,14 @@ def _read(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
         )
     loaded = parse(recipe if isinstance(recipe, str) else dict(recipe), _checked(overrides), source="recipe", folder=Path.cwd())
     return loaded, recipe if isinstance(recipe, str) else _yaml(loaded), "recipe"
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    """Return what was given for the argument `name`, one item or several, as a list in which paths are texts."""
+    items = [given] if isinstance(given, str | Path | Mapping) else list(given) if isinstance(given, Iterable) else []
+    if not items:
+        raise ConfigError(f"`{name}` is {given!r}; give a list of names, paths or hub ids")
+    return [str(item) if isinstance(item, Path) else item for item in items]
 
 
 def _checked(overrides: Sequence[str]) -> Sequence[str]:

@@ -1,12 +1,15 @@
 """The Python API: what it takes, what it returns, what it records, and its mistakes in sentences."""
 
-import importlib
+import logging
+import subprocess
+import sys
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tests.e2e.inprocess import run_here
 
@@ -15,6 +18,7 @@ from tadistill import api
 from tadistill.config import Evaluate, parse
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError, ModelError
+from tadistill.evaluation import text_scores
 
 RECIPE = """
 study: calls
@@ -123,6 +127,48 @@ def evaluated(study, on: Any = "tinyworld", **settings):
     return found
 
 
+def test_a_loaded_model_keeps_the_mode_of_each_module(study):
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+    model.train()
+    model.model.layers[0].eval()  # as a user freezes the dropout of a layer
+    before = [module.training for module in model.modules()]
+    tadistill.evaluate(model, tokenizer, "tinyworld", template="plain", settings={"max_new_tokens": 4, "seeds": [1]}, limit=2)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.slow
+def test_wrapped_models_have_the_scores_of_the_model(study):
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+
+    def scores(wrapped):
+        settings = {"max_new_tokens": 4, "seeds": [1]}
+        return tadistill.evaluate(wrapped, tokenizer, "tinyworld", template="plain", settings=settings, limit=2)
+
+    plain = scores(model)
+    assert scores(torch.compile(model)) == plain
+    assert scores(get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))) == plain  # an adapter that was not trained changes nothing
+
+
+def test_paths_are_given_as_texts_or_as_paths(study, commands, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "what is it ?", "output": "it"}\n', encoding="utf-8")
+    expected = evaluated(study, str(tmp_path / "rows.jsonl"), seeds=[1])
+    for on in (tmp_path / "rows.jsonl", [tmp_path / "rows.jsonl"], {"load": tmp_path / "rows.jsonl"}):
+        assert evaluated(study, on, seeds=[1]) == expected
+    data = {"train": tmp_path / "rows.jsonl", "dev": "tinyworld", "test": [{"load": tmp_path / "rows.jsonl"}]}
+    recipe = yaml.safe_load(RECIPE) | {"data": data}
+    assert parse(recipe, [], source="recipe").data.test[0].load == str(tmp_path / "rows.jsonl")
+    api.compare([tmp_path / "a", tmp_path / "b"], on=tmp_path / "rows.jsonl", teacher=tmp_path / "t")
+    a, b, rows, t = (str(tmp_path / name) for name in ("a", "b", "rows.jsonl", "t"))
+    assert commands == [f"tadistill compare {a} {b} --on {rows} --seeds 10 --teacher {t}"]
+
+
+def test_scoring_adds_no_handler_to_the_root_logger(monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    text_scores._scorer.cache_clear()
+    assert text_scores.rouge_l(["the cats sat"], [["a cat sits"]]) == [pytest.approx(100 / 3)]
+    assert logging.getLogger().handlers == []
+
+
 @pytest.mark.filterwarnings("ignore:tinyworld. .* unknown to the tokenizer, so bits_per_byte is too low")
 def test_other_decodings_and_bits_per_byte_are_measured_if_they_are_set(study):
     plain, greedy = evaluated(study, seeds=[1, 2]), evaluated(study, seeds=[1], temperature=0)
@@ -179,10 +225,11 @@ def test_a_plan_says_what_is_finished(study):
     assert "sft a, seed 1" in planned._repr_html_()
 
 
-def test_plan_can_be_called_when_its_package_is_imported():
-    importlib.import_module("tadistill.plan.arms")
-    assert tadistill.plan(TINY).stages
-    assert "Nothing is run" in (tadistill.plan.__call__.__doc__ or "")
+@pytest.mark.slow
+def test_plan_can_be_called_if_its_package_was_imported_before():
+    """In a process of its own, because one import of the API would be enough."""
+    code = f"import tadistill.report; print(len(tadistill.plan({TINY!r}).stages)); assert 'Nothing is run' in tadistill.plan.__call__.__doc__"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "2\n"
 
 
 def test_the_names_are_offered_and_others_are_not():
@@ -200,6 +247,11 @@ def test_the_names_are_offered_and_others_are_not():
         (lambda: tadistill.plan("quikstart"), "did you mean `quickstart`"),
         (lambda: tadistill.compare("gpt2"), "compare needs a list of two models or more"),
         (lambda: tadistill.compare(["gpt2", "gpt2"]), "gpt2"),
+        (lambda: tadistill.compare(["a", "b"], 3), "`on` is 3; give a list of names, paths or hub ids"),
+        (lambda: tadistill.compare(["a", "b"], [], seeds=[10]), r"`on` is \[\]; give a list of names"),
+        (lambda: tadistill.compare(["a", "b"], seeds=10), r"`seeds` is 10; give a list of numbers, for instance \[10\]"),
+        (lambda: tadistill.evaluate(None, None, 3), "`on` is 3; give a list"),
+        (lambda: tadistill.evaluate(None, None, "dolly", settings="x"), "`settings` is 'x'; give a dict with keys of `evaluate`"),
         (lambda: tadistill.load_student("nothing", "a", runs="nowhere"), "there is no study `nothing` in nowhere"),
         (lambda: tadistill.evaluate("gpt2", None, "tinyworld"), "needs a loaded model and its tokenizer, but got str and NoneType"),
     ],

@@ -259,7 +259,9 @@ def _string_keys(tree: DictConfig | ListConfig, what: str) -> Any:
             raise ConfigError(f"{what} contains `???`, {_NO_VALUE}")
         if isinstance(value, dict):
             return {str(k): walk(v) for k, v in value.items()}
-        return [walk(v) for v in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [walk(v) for v in value]
+        return str(value) if isinstance(value, Path) else value  # a dict from Python may have paths
 
     return OmegaConf.create(walk(OmegaConf.to_container(tree, resolve=False)))
 

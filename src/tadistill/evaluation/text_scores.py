@@ -164,9 +164,10 @@ def _plain(text: str) -> str:
 
 @lru_cache
 def _scorer() -> "RougeScorer":
-    from rouge_score import rouge_scorer  # here: it imports nltk and scipy.stats, which most stages do not need
+    from rouge_score import rouge_scorer, tokenizers  # here: they import nltk and scipy.stats, which most stages do not need
 
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    # Without a tokenizer, RougeScorer makes the same one, and writes a line to the log: absl then adds a handler to the root logger.
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True))
 
 
 @lru_cache

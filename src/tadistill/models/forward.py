@@ -66,7 +66,7 @@ class Reader:
         with tapped(self._module, skip=True) as seen:
             model(input_ids=batch.ids_BT[:, :end], use_cache=False, **taken(self._takes, inputs))
         row, column = places.loss // width, places.loss % width
-        if "logits_to_keep" in self._takes:
+        if seen[0].shape[1] == len(places.columns):  # the model has obeyed `logits_to_keep`, or all columns are kept
             column = torch.searchsorted(places.columns, column)
         return seen[0].flatten(0, 1).index_select(0, row * seen[0].shape[1] + column)
 
@@ -77,13 +77,18 @@ class Reader:
         inputs = {"position_ids": positions, "logits_to_keep": of_loss, **rows(lengths, ids.device)}
         with tapped(self._module, skip=True) as seen:
             model(input_ids=ids, use_cache=False, **taken(self._takes, inputs))
-        return seen[0][0] if "logits_to_keep" in self._takes else seen[0][0].index_select(0, of_loss)
+        return seen[0][0] if seen[0].shape[1] == len(of_loss) else seen[0][0].index_select(0, of_loss)
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
         with tapped(self._module) as seen, rounded(model) as rounding:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
+        if logits.shape[1] != ids.shape[1]:
+            raise ModelError(
+                f"{type(model).__name__} returns logits of {logits.shape[1]} positions for {ids.shape[1]} tokens, as with the virtual "
+                "tokens of prompt tuning, but each token needs one position; use another kind of adapter, such as LoRA"
+            )
         # NaN becomes 0 on both sides: this check accepts broken weights, because the training loop reports them
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
         tolerance = 1e-3 if rounding.precise and model.device.type == "cpu" else 0.02
@@ -155,13 +160,14 @@ def attention_for_any_shape() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode while a `with` block runs. After the block, the model has its old mode again."""
-    training = model.training
+    """Put a model into eval mode while a `with` block runs. After the block, each of its modules has its old mode again."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tests.conftest import tiny_model
 from tests.families import tiny
 from transformers import (
@@ -112,6 +113,30 @@ def test_an_unknown_change_after_the_head_is_refused():
 
     with pytest.raises(ModelError, match="type llama change their logits after the head"):
         Reader(Tripled(tiny_model("llama").config))
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_wrapper_that_accepts_every_argument(obeys):
+    """The hidden states tell if the wrapped model has kept only the columns of the loss."""
+    model = tiny_model("llama")
+
+    class Wrapped(LlamaForCausalLM):
+        def forward(self, **kwargs):
+            return super().forward(**{name: value for name, value in kwargs.items() if obeys or name != "logits_to_keep"})
+
+    wrapped = Wrapped(model.config)
+    wrapped.load_state_dict(model.state_dict())
+    for batch in (BATCH, collate([Sequence((5,), (3, 2, 1, 11, 0))], pad=0)):
+        assert torch.equal(Reader(wrapped).hidden(wrapped, batch), Reader(model).hidden(model, batch))
+
+
+def test_adapters_of_peft():
+    plain = tiny_model("llama")
+    lora = get_peft_model(plain, LoraConfig(target_modules=["q_proj"], r=2))
+    assert torch.equal(Reader(lora).hidden(lora, BATCH), Reader(plain).hidden(plain, BATCH))
+    prompt = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ModelError, match="returns logits of 5 positions for 2 tokens, as with the virtual tokens of prompt tuning"):
+        Reader(prompt)
 
 
 def test_the_gradient_reaches_body_and_head():
