@@ -14,8 +14,9 @@ class Distiller(Trainer):
         passes = [m(**inputs, output_hidden_states=True, logits_to_keep=1) for m in (model, teacher)]  # the loss computes the logits itself
         states = [p.hidden_states[-1][:, :-1] for p in passes]
         heads = [Head(m.get_output_embeddings().weight) for m in (self.model, teacher)]  # add softcap or scale where a model has one
-        weights = counted / (counted.sum() if num_items_in_batch is None else num_items_in_batch)  # dividing the loss would copy a gradient
-        loss, _ = fused_divergence(jensen_shannon, states[0], heads[0], Hidden(states[1], heads[1]), mask=weights, beta=0.5)
+        world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # processes, over which torch averages
+        count = counted.sum() if num_items_in_batch is None else num_items_in_batch.max() / world  # dividing the loss would copy a gradient
+        loss, _ = fused_divergence(jensen_shannon, states[0], heads[0], Hidden(states[1], heads[1]), mask=counted / count, beta=0.5)
         return (loss, passes[0]) if return_outputs else loss
 
 
@@ -33,8 +34,8 @@ options = parser.parse_args()
 set_seed(0)  # fixes the weights of the random models, too
 tokenizer = AutoTokenizer.from_pretrained(options.teacher) if options.teacher else tinyworld.tokenizer()
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"  # left would shift GPT-2's positions
-teacher, student = load(options.teacher, 0.1).eval().requires_grad_(False), load(options.student, 0.02)
+settings = TrainingArguments("runs/hf_trainer", max_steps=options.steps, learning_rate=5e-3, logging_steps=10, report_to=[])
+teacher, student = load(options.teacher, 0.1).eval().requires_grad_(False).to(settings.device), load(options.student, 0.02)
 texts = [[row["instruction"] + "\n", row["outputs"][0] + tokenizer.eos_token] for row in tinyworld.world_rows("tinyworld", "train")]
 data = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in (tokenizer(text)["input_ids"] for text in texts)]
-settings = TrainingArguments("runs/hf_trainer", max_steps=options.steps, learning_rate=5e-3, logging_steps=10, report_to=[])
 Distiller(student, settings, DataCollatorForSeq2Seq(tokenizer), data).train()

@@ -3,11 +3,12 @@
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from tadistill.data import tinyworld
 
@@ -29,10 +30,45 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_objective_in_hf_trainer(run):
-    assert (EXAMPLES / "objective_in_hf_trainer.py").read_text().count("\n") <= 40
+    assert (EXAMPLES / "objective_in_hf_trainer.py").read_text().count("\n") <= 41
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", run("objective_in_hf_trainer.py", "--steps", "60"))]
     assert len(losses) == 6  # one for every ten steps
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path) -> Callable[[], tuple[Trainer, PreTrainedModel]]:
+    """Return a function that runs the example up to the training, and returns the Trainer and the teacher."""
+
+    def run() -> tuple[Trainer, PreTrainedModel]:
+        found = []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(Trainer, "train", lambda self: found.append(self))
+        monkeypatch.setattr(sys, "argv", ["objective_in_hf_trainer.py"])
+        names = runpy.run_path(str(EXAMPLES / "objective_in_hf_trainer.py"), run_name="__main__")
+        return found[0], names["teacher"]
+
+    return run
+
+
+def test_two_processes_have_the_gradient_of_one(made, monkeypatch):
+    """torch averages the gradients of the processes, and Trainer counts the tokens of all of them."""
+    one, _ = made()
+    rows = next(iter(one.get_train_dataloader()))
+    count = (rows["labels"][:, 1:] != -100).sum()
+    expected = one.compute_loss(one.model, dict(rows), num_items_in_batch=count)
+    assert torch.equal(one.compute_loss(one.model, dict(rows)), expected)
+    monkeypatch.setattr(type(one.accelerator), "num_processes", 2)
+    torch.testing.assert_close(one.compute_loss(one.model, dict(rows), num_items_in_batch=2 * count), expected)
+    one.args.average_tokens_across_devices = False  # Trainer then counts the tokens of this process
+    assert torch.equal(one.compute_loss(one.model, dict(rows), num_items_in_batch=count), expected)
+
+
+def test_the_teacher_is_on_the_device_of_the_student(made, monkeypatch):
+    own = TrainingArguments.device.fget
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: own(self) and torch.device("meta")))
+    trainer, teacher = made()
+    assert teacher.device == trainer.model.device == torch.device("meta")
 
 
 # --- minimal_distillation.py --------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ def test_wrapped_models_have_the_scores_of_the_model(study):
 
     plain = scores(model)
     assert scores(torch.compile(model)) == plain
-    assert scores(get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))) == plain  # an adapter that was not trained changes nothing
+    assert (
+        scores(get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))) == plain
+    )  # an adapter that was not trained changes nothing
 
 
 def test_paths_are_given_as_texts_or_as_paths(study, commands, tmp_path):
@@ -228,7 +230,9 @@ def test_a_plan_says_what_is_finished(study):
 @pytest.mark.slow
 def test_plan_can_be_called_if_its_package_was_imported_before():
     """In a process of its own, because one import of the API would be enough."""
-    code = f"import tadistill.report; print(len(tadistill.plan({TINY!r}).stages)); assert 'Nothing is run' in tadistill.plan.__call__.__doc__"
+    code = (
+        f"import tadistill.report; print(len(tadistill.plan({TINY!r}).stages)); assert 'Nothing is run' in tadistill.plan.__call__.__doc__"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "2\n"
 
 

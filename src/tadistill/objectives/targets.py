@@ -212,7 +212,7 @@ class TeacherTerm:
         mixture: TargetMixture | None,
         temperature: float,
     ) -> "TeacherTerm":
-        """Return the term at the N tokens where the mask `counted` (...) is True. Parameters that are tensors of this shape are cut, too."""
+        """Return the term at the N tokens where the mask `counted` (...) is True. Tensors of this shape in `parameters` are cut, too."""
         axes = counted.shape
 
         def of_tokens(value: Any) -> bool:
