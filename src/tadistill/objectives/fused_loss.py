@@ -89,17 +89,11 @@ def fused_divergence(
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
     term = TeacherTerm.at(counted, divergence, parameters, mixture, temperature)
-    total, found = fused_terms(
-        [term],
-        student_hidden[counted],
-        student_head,
-        weights[counted].unsqueeze(0),
-        teachers=[select(t, counted) for t in targets],
-        vocab=vocab,
-    )
+    hidden, teachers = student_hidden[counted], [select(t, counted) for t in targets]
+    total, found = fused_terms([term], hidden, student_head, weights[counted].unsqueeze(0), teachers=teachers, vocab=vocab)
     if bool(found.isnan().any()):
-        teachers = torch.cat([per_token(t)[counted].flatten() for t in targets])
-        checks.result(found, student_hidden=student_hidden[counted], student_head=student_head.weight, teacher=teachers)
+        of_teachers = torch.cat([per_token(t).flatten() for t in teachers])
+        checks.result(found, student_hidden=hidden, student_head=student_head.weight, teacher=of_teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
 
 
