@@ -44,6 +44,8 @@ class Kept:
     """Bytes per token position that the layer keeps for its backward pass."""
     pair: float
     """Bytes per query-key pair that the layer keeps: its attention mask."""
+    on_cpu: float
+    """Bytes per token position that only a CPU keeps. A GPU computes the activation function in one kernel."""
     scores: float
     """The value that replaces `pair` on a CPU if attention has dropout, in bytes per query-key pair. A CPU has no fused kernel for
     attention with dropout."""
@@ -66,11 +68,12 @@ def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Ke
     if family in ("gpt2", "opt"):
         # inputs and outputs of two norms; queries, keys, values and the attention's output
         position = 8 * hidden + 6 * width * hidden + sums + 16
-        position += 5 * width * inner if family == "gpt2" else width * inner + 2 * casts * width * hidden
+        position += 2 * width * inner if family == "gpt2" else width * inner + 2 * casts * width * hidden
+        on_cpu = 3 * width * inner if family == "gpt2" else 0  # GELU, of which `models.modify.fuse_gelu` keeps the input and the result
         residual, attention = (dropout and config.get(name, rate) for name, rate in _DROPOUTS[family].items())
         position += 2 * width * hidden if residual else 0
         scores = 12.0 * shape.heads if attention else 0.0
-        return Kept(position, width, scores, (4 if family == "gpt2" else 2) * width * inner + 12 * hidden)
+        return Kept(position, width, on_cpu, scores, (4 if family == "gpt2" else 2) * width * inner + 12 * hidden)
     # inputs of the norms in two forms; outputs of two norms; queries, keys and values after rotation, attention's output; four tensors of
     # the MLP. Keys and values are repeated for the query heads. A single key-value head is repeated without a copy, but autocast copies
     # the rotated keys.
@@ -80,7 +83,7 @@ def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Ke
     if family in ("qwen3", "gemma3_text"):  # norms of queries and keys
         position += (8 if family == "gemma3_text" else 4 + width) * (queries + keys) + 4 * (shape.heads + shape.groups)
     scores = 12.0 * shape.heads if dropout and config.get("attention_dropout") else 0.0
-    return Kept(position, width, scores, 3 * width * inner + 12 * hidden)
+    return Kept(position, width, 0, scores, 3 * width * inner + 12 * hidden)
 
 
 @dataclass(frozen=True, kw_only=True)

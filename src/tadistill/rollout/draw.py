@@ -182,6 +182,11 @@ def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> T
     return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()
 
 
+def aligned(columns: int) -> int:
+    """Round a number of columns of a cache up: attention kernels copy a mask whose width is not a multiple of 8, in every layer."""
+    return columns + -columns % 8
+
+
 class InPlaceLayer(DynamicLayer):
     """The KV cache of one layer, with memory for `capacity` tokens. The first `length` positions are in use.
 

@@ -24,11 +24,10 @@ from transformers import DynamicCache, PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.models.forward import evaluating
 from tadistill.rollout.decoder import WAYS, Decoder, Trial, left_padded, way_of
-from tadistill.rollout.draw import ASK_EVERY, Guide, InPlaceLayer, Record, keeps_all, next_tokens, processors, teacher_tap
+from tadistill.rollout.draw import ASK_EVERY, Guide, InPlaceLayer, Record, aligned, keeps_all, next_tokens, processors, teacher_tap
 
 DEVICES = {"cuda"}
 """Types of devices on which text is sampled at fixed shapes. Tests add the CPU."""
-_ALIGNED = 8  # columns; attention kernels copy a mask whose width is not a multiple of this
 _RIGHT: WeakKeyDictionary[PreTrainedModel, tuple[int, int]] = WeakKeyDictionary()
 """Maps a model to the largest number of columns that gave correct logits, and to the smallest one that did not."""
 
@@ -100,8 +99,7 @@ class Columns:
 
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], steps: int, vocab: int):
         self.width, self.device = max(map(len, prompts)), models["student"].device
-        capacity = self.width + steps - 1  # no model processes the last token
-        capacity += -capacity % _ALIGNED
+        capacity = aligned(self.width + steps - 1)  # no model processes the last token
         ids, attention, positions = (torch.from_numpy(a).to(self.device) for a in left_padded(prompts, self.width))
         self.ids_BW, self.attention_BW, self.positions_BW = ids, attention, positions
         self.padded = len({len(prompt) for prompt in prompts}) > 1

@@ -28,11 +28,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tadistill.constants import COMPACT_BELOW, PACKED_FAMILIES
 from tadistill.models.forward import ROWS, tapped
-from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
+from tadistill.rollout.draw import Mixture, Record, aligned, draw, keeps_all, log_prob
 
 _BEHIND = 8  # if a row has more tokens than this that a model has not processed, it is called next; this limits the memory of a call
 _WAITING = 0.5  # the teacher is called when this share of the unfinished rows waits for it
 _ATTENTION = "tadistill_packed"
+_ALIGNS = {"cuda"}  # not on a CPU, where hidden columns cost time, and change the order in which numbers are added
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
@@ -167,19 +168,26 @@ class _Call:
     """The random numbers (float64) for the tokens that are drawn after this call. Number i draws the token after `predict_M[i]`."""
 
 
+def columns_of(count: int, device: torch.device) -> int:
+    """Return the number of columns that a call or a cache has on this device."""
+    return aligned(count) if device.type in _ALIGNS else count
+
+
 class _Places:
     def __init__(self, call: _Call, rows: int, capacity: int, device: torch.device):
         rows_N, columns_N = call.rows_N, call.columns_N
         counts = np.bincount(rows_N, minlength=rows)
         slots = np.arange(len(rows_N)) - np.repeat(counts.cumsum() - counts, counts)
         self.shape = rows, int(counts.max())
-        self.length = int(columns_N.max()) + 1
+        self.length = columns_of(int(columns_N.max()) + 1, device)
         self.full = len(rows_N) == rows * self.shape[1]
         in_cache, in_rectangle = rows_N * capacity + columns_N, rows_N * self.shape[1] + slots
-        # one copy to the device instead of six; the bits of a float64 number fit into an int64
-        parts = [call.ids_N, in_cache, in_rectangle, columns_N, call.predict_M, call.next_M, call.uniforms.view(np.int64)]
+        token = np.zeros(rows * self.shape[1], np.int64)  # a place without a token has any token, and `pack` leaves it out
+        token[in_rectangle] = np.arange(len(rows_N))
+        # one copy to the device instead of seven; the bits of a float64 number fit into an int64
+        parts = [token, call.ids_N, in_cache, in_rectangle, columns_N, call.predict_M, call.next_M, call.uniforms.view(np.int64)]
         upload = torch.from_numpy(np.concatenate(parts)).to(device).split([len(part) for part in parts])
-        self.ids_N, self.in_cache_N, self.in_rectangle_N, self.columns_N, self.predict_M, self.next_M = upload[:-1]
+        self.token, self.ids_N, self.in_cache_N, self.in_rectangle_N, self.columns_N, self.predict_M, self.next_M = upload[:-1]
         self.uniforms = upload[-1].view(torch.float64)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -188,10 +196,8 @@ class _Places:
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
     def spread(self, values_N: Tensor) -> Tensor:
-        shape = (*self.shape, *values_N.shape[1:])
-        if self.full:
-            return values_N.reshape(shape)
-        return values_N.new_zeros(shape).flatten(0, 1).index_copy_(0, self.in_rectangle_N, values_N).view(shape)
+        found = values_N if self.full else values_N.index_select(0, self.token)
+        return found.reshape(*self.shape, *values_N.shape[1:])
 
     def pack(self, values_Bw: Tensor) -> Tensor:
         flat = values_Bw.flatten(0, 1)
@@ -262,7 +268,7 @@ class _Packed:
     """
 
     def __init__(self, name: str, model: PreTrainedModel, rows: int, capacity: int):
-        self.name, self.model, self.rows, self.capacity = name, model, rows, capacity
+        self.name, self.model, self.rows, self.capacity = name, model, rows, columns_of(capacity, model.device)
         self.done = np.zeros(rows, np.int64)  # (R,) the next column that the model has to read
         self.device, self.dtype = model.device, model.dtype  # once, because transformers looks through all parameters for them
         self.cache = DynamicCache(config=model.config)

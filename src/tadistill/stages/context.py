@@ -29,7 +29,7 @@ from tadistill.models.architectures import scratch_model
 from tadistill.models.flops_and_memory import give_back_freed_memory
 from tadistill.models.forward import check_reading
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.modify import column_major, temper_head
+from tadistill.models.modify import column_major, fuse_gelu, temper_head
 from tadistill.models.prunable_parts import importance
 from tadistill.models.pruning import keep_list, prune, prune_depth
 from tadistill.models.served_model import served_teacher
@@ -131,6 +131,8 @@ class Context(Generic[AnySpec]):
                     "a model behind an API cannot be loaded, because its weights are not on this machine; only the stage `ask` may use it"
                 )
         placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+        if self.device.type == "cuda":  # only there, because results on a CPU stay the same bit for bit
+            fuse_gelu(placed)
         check_reading(placed)
         return placed, tokenizer
 

@@ -6,6 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tadistill.models.flops_and_memory import kept_by_layer
+from tadistill.models.modify import fuse_gelu
 
 ROWS, TOKENS = 3, 16
 LLAMA = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
@@ -20,11 +21,13 @@ FAMILIES = {
 CASES = [*FAMILIES.items(), *((family, FAMILIES[family] | {"num_key_value_heads": 1}) for family in ("llama", "gemma3_text"))]
 
 
-def stored(family: str, fields: dict, layers: int, *, bf16: bool, dropout: bool) -> int:
+def stored(family: str, fields: dict, layers: int, *, bf16: bool, dropout: bool, fused: bool = False) -> int:
     """Return the bytes that autograd stores in one forward pass, without weights and their copies in bfloat16."""
     name = "n_layer" if family == "gpt2" else "num_hidden_layers"
     config = AutoConfig.for_model(family, vocab_size=50, max_position_embeddings=64, **fields, **{name: layers})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train(dropout)
+    if fused:
+        fuse_gelu(model)
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2} | {tuple(p.t().shape) for p in model.parameters() if p.ndim == 2}
     found = {}
@@ -47,8 +50,9 @@ def stored(family: str, fields: dict, layers: int, *, bf16: bool, dropout: bool)
 @pytest.mark.parametrize(("family", "fields"), CASES)
 def test_a_layer_keeps_the_predicted_bytes(family, fields, bf16):
     kept = kept_by_layer({"model_type": family, **fields} | {"num_hidden_layers": 2, "n_layer": 2}, bf16=bf16, dropout=False)
-    found = (stored(family, fields, 3, bf16=bf16, dropout=False) - stored(family, fields, 1, bf16=bf16, dropout=False)) / 2
-    assert found == kept.position * ROWS * TOKENS + kept.pair * ROWS * TOKENS**2
+    for fused, position in ((False, kept.position + kept.on_cpu), (True, kept.position)):  # on a CPU, and on a GPU
+        few, many = (stored(family, fields, layers, bf16=bf16, dropout=False, fused=fused) for layers in (1, 3))
+        assert (many - few) / 2 == position * ROWS * TOKENS + kept.pair * ROWS * TOKENS**2
 
 
 def test_dropout_in_attention_keeps_the_scores_of_a_cpu():
@@ -56,4 +60,4 @@ def test_dropout_in_attention_keeps_the_scores_of_a_cpu():
     kept = kept_by_layer({"model_type": "gpt2", "n_layer": 2, **fields}, bf16=False, dropout=True)
     found = (stored("gpt2", fields, 3, bf16=False, dropout=True) - stored("gpt2", fields, 1, bf16=False, dropout=True)) / 2
     fused = 4 * 4 * ROWS * TOKENS  # the numbers of the fused kernel, which does not run here
-    assert found == kept.position * ROWS * TOKENS + kept.scores * ROWS * TOKENS**2 - fused
+    assert found == (kept.position + kept.on_cpu) * ROWS * TOKENS + kept.scores * ROWS * TOKENS**2 - fused

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.conftest import shared_model, tiny_model
 from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, assert_equal, full_forward, log_probs, uniforms
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tadistill.config.common import Decoding
 from tadistill.rollout import teacher_mixed_fast
@@ -24,6 +25,18 @@ def counted(model):
     handle = model.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
     yield calls
     handle.remove()
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def in_step(monkeypatch, *args, **settings):
@@ -51,6 +64,34 @@ def test_equals_the_loop_over_positions(family, alpha, monkeypatch):
     assert len(calls) <= len(calls_in_step) + 1
     # nothing is read twice, and no padding: a prompt, and a response but for its last token
     assert sum(calls) == sum(len(p) + len(r.tokens) - 1 for p, r in zip(PROMPTS, found, strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_gpu_has_masks_of_aligned_width(family, monkeypatch):
+    """Otherwise every layer copies the mask. Hidden columns change nothing."""
+    widths, mask = [], teacher_mixed_fast._Places.mask
+    monkeypatch.setattr(teacher_mixed_fast._Places, "mask", lambda *args: (found := mask(*args), widths.append(found.shape[-1]))[0])
+    student, teacher = shared_model(family), shared_model(family, seed=3, layers=3)
+    args, settings = (student, PROMPTS, uniforms(8, STEPS)), {"eos": EOS, "vocab": VOCAB, "guide": Mixture(teacher, 0.2)}
+    expected = sample(*args, **settings)
+    assert any(width % 8 for width in widths)
+    widths.clear()
+    monkeypatch.setattr(teacher_mixed_fast, "_ALIGNS", {"cpu"})
+    assert_equal(sample(*args, **settings), expected)
+    assert not any(width % 8 for width in widths)
+
+
+def test_a_rectangle_of_queries_is_one_operation():
+    """Places without a token have any token. Zeros in these places would need one kernel more in each layer."""
+    rows_N, columns_N = np.array([0, 0, 2]), np.array([3, 4, 1])
+    some = np.zeros(0, np.int64)
+    call = teacher_mixed_fast._Call(np.array([7, 8, 9]), rows_N, columns_N, some, some, np.zeros(0))
+    places, values = teacher_mixed_fast._Places(call, 3, 8, torch.device("cpu")), torch.randn(3, 2, 4)
+    with Operations() as seen:
+        spread = places.spread(values)
+    assert [name for name in seen.names if name != "view"] == ["index_select"]
+    assert spread.shape == (3, 2, 2, 4)
+    torch.testing.assert_close(places.pack(spread), values, rtol=0, atol=0)
 
 
 def test_a_model_may_read_only_prompts_in_a_call(monkeypatch):

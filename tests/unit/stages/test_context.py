@@ -6,9 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.unit.runner.small import small
+from transformers.activations import NewGELUActivation
 
+from tadistill.config import parse
 from tadistill.disk import read_json
+from tadistill.plan.arms import make_plan
+from tadistill.plan.task import make_task
 from tadistill.stages import context
+from tadistill.store import Store
 
 
 def resident() -> int:
@@ -39,3 +45,21 @@ def test_a_saved_part_is_counted_and_not_worked_on_again(tmp_path):
         done.save(tmp_path / "parts" / "0.json", 3, partial(work, done))
         assert read_json(tmp_path / "parts" / "0.json") == ["a"]
     assert shown == 2 * [(0, 5, "answers"), (3, 5, "answers")]
+
+
+def test_only_a_gpu_computes_gelu_in_one_kernel(tmp_path):
+    """transformers starts eight kernels for it in every layer of GPT-2. On a CPU, results stay the same bit for bit."""
+    plan = make_plan(parse(small("s"), [], source="small.yaml"))
+    task = next(make_task(plan, stage, Store(tmp_path)) for stage in plan.stages.values() if stage.spec.kind == "sft")
+    stage = context.Context(task, Store(tmp_path), tmp_path, lambda *_: None, print, lambda: False)
+
+    def loaded() -> tuple[set[type], torch.Tensor]:
+        model, _ = stage.model(task.spec.student, device=torch.device("cpu"))
+        return {type(module) for module in model.modules()}, model(torch.arange(8)[None]).logits
+
+    on_cpu, expected = loaded()
+    stage.device = torch.device("cuda")
+    on_gpu, found = loaded()
+    assert (NewGELUActivation in on_cpu, torch.nn.GELU in on_cpu) == (True, False)
+    assert (NewGELUActivation in on_gpu, torch.nn.GELU in on_gpu) == (False, True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

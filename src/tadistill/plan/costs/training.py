@@ -81,7 +81,7 @@ class TrainingMemory:
         size = self.student.size
         kept = kept_by_layer(self.student.config, bf16=self.bf16, dropout=dropout)
         layer = kept.position * work.positions + kept.pair * work.pairs
-        scores = max(kept.scores - kept.pair, 0) * work.pairs
+        scores = max(kept.scores - kept.pair, 0) * work.pairs + kept.on_cpu * work.positions
         if self.optim.gradient_checkpointing:
             layers = layer + 4 * size.hidden * work.positions * size.layers
         else:
