@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -254,3 +255,15 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+# --- activation functions -----------------------------------------------------------------------------------------------
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Compute the tanh form of GELU in one kernel. The modules of transformers for `gelu_new` and `gelu_fast` start eight kernels, and
+    autograd keeps five tensors instead of two. The values differ by rounding errors."""
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation | FastGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))

@@ -5,7 +5,6 @@ tuner = adapt(model, Lora(r=16), seed=1)         # adds adapters to the linear l
 save_model(merged(tuner), tokenizer, folder)     # an ordinary model with the adapters added to its weights
 recompute_layers(model)                          # same losses and gradients with less memory, but one more forward pass of the layers
 temper_head(teacher, 0.8)                        # below 1 the distributions become sharper, above 1 softer
-fuse_gelu(model)                                 # fewer kernels on a GPU
 """
 
 import copy
@@ -23,7 +22,6 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -44,18 +42,6 @@ if TYPE_CHECKING:
 _NUMBERED = re.compile(r"\.\d+\.")  # the layer's number in a module name
 _DOWN = ".lora_A.default.weight"  # the ending of peft's name for the matrix A of an adapter
 _RANGE = (0.05, 20.0)  # the search range of temperatures
-
-# --- activations --------------------------------------------------------------------------------------------------------
-
-
-def fuse_gelu(model: nn.Module) -> None:
-    """Compute the tanh form of GELU in one kernel. The modules of transformers for `gelu_new` and `gelu_fast` start eight kernels, and
-    autograd keeps five tensors instead of two. The values differ by rounding errors."""
-    for module in [*model.modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation | FastGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
 
 # --- low-rank adapters --------------------------------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ from tadistill.disk import write_json
 from tadistill.errors import Interrupted, check_unchanged, unchanged
 from tadistill.evaluation.token_scores import Subject
 from tadistill.models import sources
-from tadistill.models.architectures import scratch_model
+from tadistill.models.architectures import fuse_gelu, scratch_model
 from tadistill.models.flops_and_memory import give_back_freed_memory
 from tadistill.models.forward import check_reading
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.modify import column_major, fuse_gelu, temper_head
+from tadistill.models.modify import column_major, temper_head
 from tadistill.models.prunable_parts import importance
 from tadistill.models.pruning import keep_list, prune, prune_depth
 from tadistill.models.served_model import served_teacher

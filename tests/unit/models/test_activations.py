@@ -5,8 +5,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tadistill.models.architectures import fuse_gelu
 from tadistill.models.flops_and_memory import kept_by_layer
-from tadistill.models.modify import fuse_gelu
 
 ROWS, TOKENS = 3, 16
 LLAMA = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
