@@ -160,14 +160,15 @@ def attention_for_any_shape() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode while a `with` block runs. After the block, each of its modules has its old mode again."""
-    before = [(module, module.training) for module in model.modules()]
+    """Put a model into eval mode while a `with` block runs. After the block, each of its modules has its old mode again, and modules that
+    were added in the block have the old mode of the model."""
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module in model.modules():
+            module.training = before.get(module, before[model])
 
 
 @contextmanager
