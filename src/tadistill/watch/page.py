@@ -40,9 +40,14 @@ _SENTENCES = {
 }
 WIDTH, HEIGHT, ACROSS, DOWN = 292, 74, 342, 88
 """In columns: width and height of a node, and the horizontal and vertical distance from a node to the next one, in pixels."""
+_GAP = DOWN - HEIGHT
+"""Height of the free space below a node, through which edges pass columns."""
+_LANES = (0, -4, 4)
+"""Distances from the middle of this space at which edges of different nodes pass."""
 ROW, GUTTER = 82, 42
 """In the list: height of a node's row, and width of the margin for the arcs, in pixels."""
 _ROWS = 8
+_At = tuple[int, int]  # x and y of a node's top left corner, in pixels
 _SEED = re.compile(r",?\s*seed \d+")
 _COMMA = re.compile(r", (?![^(]*\))")  # not one between brackets
 
@@ -267,11 +272,12 @@ def draw(nodes: Sequence[Node]) -> Drawn:
         first += -(-len(ordered) // _ROWS)
     pairs = [(parent, node.id) for node in nodes for parent in node.parents if parent in at]
     row = {node.id: number for number, node in enumerate(nodes)}
+    low = max((y for _, y in at.values()), default=0) + HEIGHT
     return Drawn(
         nodes=tuple((node, *at[node.id]) for node in nodes),
         width=max((x for x, _ in at.values()), default=0) + WIDTH,
-        height=max((y for _, y in at.values()), default=0) + HEIGHT,
-        edges=tuple(_edge(at[a], at[b]) for a, b in pairs),
+        height=low + _GAP * any(_columns(at[a], at[b]) > 1 for a, b in pairs),
+        edges=_edges([(at[a], at[b]) for a, b in pairs]),
         arcs=tuple(_arc(row[a], row[b], len(nodes)) for a, b in pairs),
     )
 
@@ -297,11 +303,35 @@ def _about(what: str, count: int) -> str:
     return f"The {what} stages." if count <= _SHOWN else f"{_SHOWN} of the {count} {what} stages; choose others in the graph."
 
 
-def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
-    x, y = start[0] + WIDTH, start[1] + HEIGHT // 2
-    to, down = end[0], end[1] + HEIGHT // 2
-    bend = (ACROSS - WIDTH) // 2 + 20
-    return f"M{x} {y}C{x + bend} {y} {to - bend} {down} {to} {down}"
+def _columns(start: _At, end: _At) -> int:
+    return (end[0] - start[0]) // ACROSS
+
+
+def _edges(ends: Sequence[tuple[_At, _At]]) -> tuple[str, ...]:
+    """Return the SVG paths of edges. An edge over several columns passes below the nodes between its ends, not behind them.
+
+    Edges from different nodes do not share a lane, as long as there is a free one, because they would look like one edge.
+    """
+    taken: dict[int, set[_At]] = {}
+    found = []
+    for start, end in ends:
+        x, y, down = start[0] + WIDTH, start[1] + HEIGHT // 2, end[1] + HEIGHT // 2
+        if _columns(start, end) < 2:
+            found.append(f"M{x} {y}{_bend(x, y, end[0], down)}")
+            continue
+        last = max(start[1], end[1]) // DOWN
+        middles = sorted((row * DOWN + HEIGHT + _GAP // 2 for row in range(last + 1)), key=lambda at: abs(at - y) + abs(at - down))
+        lanes = [middle + shift for middle in middles for shift in _LANES]
+        lane = next((lane for lane in lanes if taken.get(lane, {start}) == {start}), lanes[0])
+        taken.setdefault(lane, set()).add(start)
+        near, far = start[0] + ACROSS, end[0] - ACROSS + WIDTH
+        found.append(f"M{x} {y}{_bend(x, y, near, lane)}H{far}{_bend(far, lane, end[0], down)}")
+    return tuple(found)
+
+
+def _bend(x: int, y: int, to: int, down: int) -> str:
+    by = (ACROSS - WIDTH) // 2 + 20
+    return f"C{x + by} {y} {to - by} {down} {to} {down}"
 
 
 def _arc(start: int, end: int, rows: int) -> str:

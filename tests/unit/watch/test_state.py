@@ -1,6 +1,7 @@
 """The states of stages: from manifests, the record of a run, and Slurm's queue."""
 
 import json
+import re
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.watch.machine import Machine, Use, read_gpus
-from tadistill.watch.page import draw, nodes_of, picked, render
+from tadistill.watch.page import HEIGHT, Node, draw, nodes_of, picked, render
 from tadistill.watch.state import Watched
 
 from .folder import D1, D2, E1, PLAN, S1, S2, XL
@@ -206,3 +207,15 @@ def test_a_stage_that_waits_names_the_first_stage_that_needs_attention(folder):
     folder.run(S1, dead=True, failed={D1: "out of memory"})
     notes = {stage.key: stage.note for stage in look(folder).stages if stage.note.startswith("waits")}
     assert notes == dict.fromkeys((E1,), "waits for sft s, seed 1")
+
+
+def test_an_edge_over_several_columns_passes_no_node():
+    """It passed behind a node and came out on its other side, as if this node were its start."""
+    above = {"a": (), "b": (), "x": ("a",), "y": ("b",), "z": ("a",), "end": ("x", "a", "b"), "last": ("end", "x", "a")}
+    drawn = draw([Node(name, name, "", (), (), parents) for name, parents in above.items()])
+    pairs = [(parent, name) for name, parents in above.items() for parent in parents]
+    lanes = {pair: int(found[1]) for pair, path in zip(pairs, drawn.edges, strict=True) if (found := re.search(r" (\d+)H", path))}
+    assert set(lanes) == {("a", "end"), ("b", "end"), ("x", "last"), ("a", "last")}
+    assert all(not y <= lane <= y + HEIGHT for lane in lanes.values() for _, _, y in drawn.nodes)
+    assert max(lanes.values()) < drawn.height
+    assert len({lanes["a", "end"], lanes["b", "end"], lanes["x", "last"]}) == 3
