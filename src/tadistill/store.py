@@ -32,7 +32,8 @@ FAILURE = "failure.txt"  # the last error of that job
 ROLLOUTS = "rollouts.json"  # the newest text that a student sampled in training, for `tadistill watch`
 _NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE, ROLLOUTS)
 STATES = ("state.pt", "state-before.pt")  # the two newest saved states of a training that is not finished
-_RESUME = (*STATES, "best-*.pt", "*.tmp")
+_SECONDS = "seconds.json"  # the time that a stage has taken so far
+_RESUME = (*STATES, "best-*.pt", "*.tmp", _SECONDS)
 _PARTS = "parts"
 _STAGE = "stage.json"
 
@@ -153,6 +154,19 @@ class Store:
             return f"at update {step} of {updates}" if step else ""
         parts = sum(1 for _ in (self.folder(key) / _PARTS).glob("*.json"))
         return f"after {counted(parts, 'finished part')}" if parts else ""
+
+    def seconds(self, key: str, updates: int | None) -> float:
+        """Return the seconds that earlier attempts of an unfinished stage took, or 0 if it starts from its beginning (`continues`)."""
+        if not self.continues(key, updates):
+            return 0.0
+        try:
+            return float(json.loads((self.folder(key) / _SECONDS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # killed before the first save
+            return 0.0
+
+    def save_seconds(self, key: str, seconds: float) -> None:
+        """Save the seconds that an unfinished stage has taken, with those of earlier attempts, for the next attempt."""
+        write_json(self.folder(key) / _SECONDS, round(seconds, 2))
 
     def lock(self, key: str) -> "FileLock":
         """Return the lock of a stage without acquiring it. The system releases a lock when the process that acquired it ends."""

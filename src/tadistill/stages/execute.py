@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tadistill.errors import ConfigError, Interrupted, StageFailed
+from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
 from tadistill.models.forward import attention_for_any_shape
 from tadistill.plan.kinds import Spec
 from tadistill.plan.task import Task
@@ -39,6 +40,7 @@ _FULL = (
 )
 """Words of the errors that torch raises if memory is full. Only its own allocator of a GPU raises OutOfMemoryError: making CUDA's context,
 the libraries of NVIDIA, NCCL and the allocator of the CPU raise other errors."""
+_SAVE_SECONDS = 10.0
 _PATIENCE = timedelta(hours=1)  # how long a rank waits for another rank, which may be writing a large model
 
 
@@ -122,15 +124,48 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         record = {"kind": spec.kind, "label": task.label, "parents": spec.parents}
         folder = store.begin(task.key, record | {"spec": spec.content()})
         agree(_GO)
-        start = time.monotonic()
-        context = Context(task, store, folder, progress, alarm, stop)
-        facts = _worked(work, context)
+        clock = _Clock(store, task, progress)
+        with clock:
+            context = Context(task, store, folder, clock.progress, alarm, stop)
+            facts = _worked(work, context)
         rows = [{"role": role, "set": name, **asdict(counts)} for (role, name), counts in context.counts.items()]
-        seconds = round(time.monotonic() - start, 2)
         found = versions() | context.versions
-        store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": found, "rows": rows, **facts})
+        store.finish(task.key, {"key": task.key, **record, "seconds": round(clock.seconds, 2), "versions": found, "rows": rows, **facts})
     finally:
         lock.release()
+
+
+class _Clock:
+    """Counts the seconds of a stage. The time of earlier attempts counts too, if the stage continues from what they saved.
+
+    The seconds are saved during the work, at most every ten seconds, and if the work ends with an error.
+    """
+
+    def __init__(self, store: Store, task: Task, progress: Progress):
+        self.store, self.task, self.report = store, task, progress
+        self.start = time.monotonic() - store.seconds(task.key, task.spec.steps)
+        self.saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self.report(done, total, text)
+        if time.monotonic() - self.saved > _SAVE_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        with suppress(TadistillError):  # such as a full disk; the work itself says so, and must not end because of a time
+            self.store.save_seconds(self.task.key, self.seconds)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self._save()
 
 
 @cache

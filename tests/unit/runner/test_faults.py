@@ -126,6 +126,20 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def test_the_time_of_a_stage_includes_earlier_attempts_whose_work_it_continues(tmp_path):
+    task, _ = tasks(tmp_path)
+    store = Store(tmp_path)
+    with pytest.raises(Interrupted):
+        run(task, stop_at=3)
+    assert 0 < store.seconds(task.key, UPDATES) < 100
+    store.save_seconds(task.key, 1000.0)
+    run(task)
+    assert 1000 < store.manifest(task.key)["seconds"] < 1100
+    assert not (store.folder(task.key) / "seconds.json").exists()
+    store.save_seconds(task.key, 1000.0)
+    assert store.seconds(task.key, UPDATES) == 0  # no saved state: the next attempt would begin again
+
+
 @pytest.mark.parametrize("damaged", ["state.pt", "best-4.pt"])
 def test_a_damaged_newest_state_is_named_and_the_one_before_used(damaged, tmp_path, whole):
     task, _ = tasks(tmp_path)
