@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tadistill.constants import OFF_BUDGET
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.analysis import against_sft, student_of
@@ -17,7 +18,7 @@ from tadistill.report.explain import doubt_text, failed_text, few_text, gap_word
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
-from tadistill.results.compare import direct_of, teacher_of
+from tadistill.results.compare import direct_of, relative_compute, teacher_of
 from tadistill.results.number_text import flops_text, number, parameters_text, size_text, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
@@ -33,6 +34,7 @@ BADGES: dict[Kind, str] = {
     "measured": "Measured",
     "unfinished": "Unfinished",
 }
+_NOT_EXACTLY = 0.01  # relative difference of compute from which the sentence on the cost gives it
 _KINDS: dict[Word, Kind] = {"gain": "gain", "loss": "loss", "equivalent": "equivalent", "no evidence": "open"}
 _NO_CREDIT = {
     "sharpening": "sharpening (lower entropy) may explain it",
@@ -258,6 +260,10 @@ def _cost(results: Results) -> str:
     times = ""
     if direct and direct.flops and direct.name != arm.name:
         times = f", {(arm.flops or 0.0) / direct.flops:.2f} times direct distillation ({direct.name})"
+    equal = next((p.other for p in pairs(results) if p.arm is arm and p.other and p.against == "equal compute"), None)
+    if equal and equal.flops and abs((relative_compute(arm, equal) or 1.0) - 1) >= _NOT_EXACTLY:
+        rule = f"up to {100 * OFF_BUDGET:.0f} % more or less counts as the same compute"
+        times += f"{' and' if times else ','} {(arm.flops or 0.0) / equal.flops:.2f} times {equal.name} ({rule})"
     first = f"Training {arm.name} with one seed costs {flops_text(arm.flops)} FLOPs{times}"
     return f"{first}; the study's {spent}." if spent else f"{first}."
 

@@ -120,14 +120,15 @@ def choice_table(choice: Choice) -> Table:
     table = Table(
         title=f"{choice.study}: {choice.strategy}, the best of {counted(choice.compared, 'path')}", title_justify="left", box=None
     )
-    for column in ("path", "trainings", "× direct", f"dev {choice.metric}", "seeds", "front", ""):
+    several = len(choice.tried[0].values) > 1
+    for column in ("path", "trainings", "× direct", f"dev {choice.metric}", *["range over seeds"] * several, "front", ""):
         table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
     front = choice.front()
     for i, tried in enumerate(choice.tried):
         cost = choice.cost(tried)
-        seeds = f"{min(tried.values):.4g} … {max(tried.values):.4g}" if len(tried.values) > 1 else "–"
+        seeds = [f"{min(tried.values):.4g} … {max(tried.values):.4g}"] * several
         marks = ("yes" if tried in front else "", "[bold green]chosen[/]" if i == 0 else "")
-        numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.4g}", seeds)
+        numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.4g}", *seeds)
         table.add_row(path_text(tried.path), *numbers, *marks)
     return table
 

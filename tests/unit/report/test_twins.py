@@ -137,6 +137,15 @@ def test_a_report_credits_nothing_at_unequal_compute(tmp_path):
     assert [title for title, _ in comparison_table(results).rows] == ["chain \N{EN DASH} twin (not equal compute)"]
 
 
+@pytest.mark.parametrize(("of_budget", "said"), [(0.92, True), (0.995, False)])
+def test_the_cost_says_how_equal_equal_compute_is(tmp_path, of_budget, said):
+    arms = [ArmSpec("chain", ("xl", "l", "s"), flops=5e17), ArmSpec("direct", XL_S, flops=2e17)]
+    twin = ArmSpec("twin", XL_S, compute="as chain", flops=5e17 * of_budget, of_budget=of_budget)
+    rule = "and 1.09 times twin (up to 10 % more or less counts as the same compute)"
+    assert (f", 2.50 times direct distillation (direct) {rule}" in answer(read(tmp_path, *arms, twin, also={})).cost) == said
+    assert said or "twin" not in answer(read(tmp_path, *arms, twin, also={})).cost
+
+
 def test_without_an_original_teacher_a_chain_begins_with_its_first_path(some):  # `analyse: false` and no `teacher`
     chain = ArmSpec("chain", ("l", "s"), text="xl > l then l > s", before=("xl", "l"))
     others = [ArmSpec("of l", ("l", "s"), compute="as chain"), ArmSpec("twin", XL_S, compute="as chain"), ArmSpec("direct", XL_S)]

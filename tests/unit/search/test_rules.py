@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.unit.search.tables import TAKD, TAKD_SCRATCH
 
-from tadistill.search.choice import Choice, Tried, choice_notes
+from tadistill.search.choice import Choice, Tried, choice_notes, choice_table
 from tadistill.search.strategies import Chosen, Round, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 GPT2 = {"xl": 1557.6e6, "l": 774.0e6, "m": 354.8e6, "s": 124.4e6}
@@ -77,3 +78,6 @@ def test_a_tie_is_called_a_tie(tmp_path):
     assert said in choice_notes(choice, None, tmp_path)
     alone = Choice(tried=tuple(tried[1:]), direct=1.0, trained=3.0, discarded=1.0, **common)
     assert not any("same dev value" in note for note in choice_notes(alone, None, tmp_path))
+    assert [column.header for column in choice_table(choice).columns][4:6] == ["range over seeds", "front"]
+    first = replace(choice, tried=tuple(replace(each, values=each.values[:1]) for each in tried))
+    assert [column.header for column in choice_table(first).columns][3:] == ["dev rouge_l", "front", ""]  # one seed has no range
