@@ -1,5 +1,5 @@
 """Constants that are used twice: by the code that trains and samples, and by the plan, which predicts the cost without importing torch. The
-rule for a missed budget is here too."""
+rules for a missed budget and for the number of training seeds are here too."""
 
 LOG_ZERO = -1e15
 """A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
@@ -28,6 +28,15 @@ OFF_BUDGET = 0.1
 def misses_budget(share: float | None) -> bool:
     """Return True if a part of a budget, such as `of_budget` of an arm, is known and differs from 1 by more than `OFF_BUDGET`."""
     return share is not None and abs(share - 1) > OFF_BUDGET
+
+
+SEEDS_FOR_A_CLAIM = 3
+"""Minimum number of common training seeds for a claim about two arms, if one of them is trained."""
+
+
+def enough_seeds(seeds: int, *, trained: bool) -> bool:
+    """Return True if a claim about two arms with `seeds` common training seeds is possible. `trained` says if one of them is trained."""
+    return seeds >= SEEDS_FOR_A_CLAIM or not trained
 
 
 LOG_POINTS = 100

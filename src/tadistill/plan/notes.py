@@ -16,14 +16,15 @@ from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.config.recipe import trains
-from tadistill.constants import misses_budget
+from tadistill.constants import SEEDS_FOR_A_CLAIM, enough_seeds, misses_budget
+from tadistill.data.encoding_rules import Counts
 from tadistill.data.survey import seen_prompts
 from tadistill.errors import TadistillError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.costs import Ledger
-from tadistill.plan.costs.sizes_and_lengths import count_first_rows
+from tadistill.plan.costs.sizes_and_lengths import count_first_rows, most_counted
 from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
 from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
@@ -49,7 +50,7 @@ def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[
     yield from (_warning(f"{sentence}.") for sentence in (*off_budget(plan), *off_teacher_budget(plan)))
     yield from map(escape, _across(plan))
     yield from map(escape, _controls(plan))
-    yield from map(_warning, _unfair(plan))
+    yield from map(_warning, (*_few_seeds(plan), *_unfair(plan)))
     yield (
         "FLOPs include all training in this study that an arm's final model needs, also the fine-tuning of its teachers. "
         "FLOPs of dev evaluations, rollout metrics and tests are not included."
@@ -90,8 +91,10 @@ def _times(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if len(takes) < len(todo):
-        unknown = f"{len(todo) - len(takes)} of {counted(len(todo), 'stage')} to run whose FLOPs are counted"
-        yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
+        yield (
+            f"The time of {counted(len(todo) - len(takes), 'stage')} that train a model, or prepare its training, is not known; "
+            "`tadistill plan RECIPE --measure` measures the speed on this machine."
+        )
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
         yield f"Stages with a known time take {total} if {jobs} run at a time. Evaluations and analyses take additional time."
@@ -149,13 +152,17 @@ def row_notes(plan: Plan) -> Iterator[str]:
         for role, ref in data.splits(trains=any(s.spec.trains for s in plan.stages.values())):
             counts = count_first_rows(reading, ref, role)
             texts = filter(None, (counts.text, counts.unknown_text)) if counts else ()
-            yield from (f"Rows of {ref.name} ({role}{who}), among the first {counts.rows}: {text}." for text in texts if counts)
+            yield from (f"Rows of {ref.name} ({role}{who}){_first(role, counts)}: {text}." for text in texts if counts)
         for (context, teachers), ref in product(contexts_of(plan.recipe).items(), data.sets.values()):
             reads = sorted(teachers.intersection(family) if readers else teachers)
             counts = count_first_rows(reading, ref, "train", context) if reads else None
             if counts and counts.of_contexts:
-                where = f"Rows of {ref.name} (train) with the `context` of {' and '.join(reads)}, among the first {counts.rows}"
-                yield f"{where}: {counts.of_contexts}."
+                where = f"Rows of {ref.name} (train) with the `context` of {' and '.join(reads)}"
+                yield f"{where}{_first('train', counts)}: {counts.of_contexts}."
+
+
+def _first(role: str, counts: Counts) -> str:
+    return f", among the first {counts.rows}" if counts.rows == most_counted(role) else ""  # fewer rows are the whole split
 
 
 def seen_notes(recipe: Recipe) -> Iterator[str]:
@@ -204,6 +211,17 @@ def _unfair(plan: Plan) -> Iterator[str]:
         yield (
             "`fair: true` adds no arms, because it needs an arm with a single path through an assistant, such as A > B > C, and with "
             "neither `init` nor `compute`."
+        )
+
+
+def _few_seeds(plan: Plan) -> Iterator[str]:
+    # the number of seeds for which a report makes no claim, whatever the scores are
+    trained = [any(arm.final.values()) for arm in plan.arms]
+    seeds = len(plan.recipe.seeds)
+    if len(trained) > 1 and sum(not of_arm for of_arm in trained) < 2 and not enough_seeds(seeds, trained=True):
+        yield (
+            f"`seeds` has {counted(seeds, 'seed')}, so the report will give no verdict on these arms, only their differences; a verdict "
+            f"needs at least {SEEDS_FOR_A_CLAIM} training seeds."
         )
 
 

@@ -80,7 +80,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     wide = width >= _WIDE
     columns = ["key", "", "FLOPs", "time", "memory", "stage", *(["parents"] if wide else [])]
     table = _table(f"{plan.recipe.study}: {counted(len(plan.stages), 'stage')}", *columns)
-    table.columns[0].min_width, table.columns[1].min_width = 16 if wide else 8, 4
+    table.columns[0].min_width, table.columns[1].min_width = 16 if wide else 8, 6
     table.columns[5].no_wrap, table.columns[5].overflow = False, "fold"  # a cut label could lose the method or the seed
     labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=not wide)
     for stage in plan.stages.values():
@@ -88,11 +88,11 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
         unknown = stage.cost is not None and stage.cost.elsewhere
         flops = "–" if stage.spec.measures else "?" if unknown else _flops(stage.flops)
-        state = "[green]hit[/]" if done else "[yellow]miss[/]"
+        state = "[green]done[/]" if done else "[yellow]to run[/]"
         needs = process_bytes(plan, stage, cuda=throughput.gpus() > 0)
         memory = f"{needs / 1e9:.2g} GB" if needs else "–"
         key = stage.key if wide else stage.key[:8]
-        takes = throughput.seconds(stage.cost, speeds)
+        takes = store.manifest(stage.key).get("seconds") if done else throughput.seconds(stage.cost, speeds)
         cells = [key, state, flops, "–" if takes is None else throughput.spoken(takes), memory, escape(labels[stage.key])]
         table.add_row(*cells, *([parents] if wide else []))
     return table

@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from tadistill import constants
+from tadistill.constants import SEEDS_FOR_A_CLAIM
 from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import Mechanism, at_equal_compute, compare, differences_per_seed, direct_of, mechanism, twin_of
 from tadistill.results.curves import load_metrics
@@ -23,7 +25,6 @@ from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, seeds_to_detect, sign_flip
 from tadistill.statistics import inflation as inflation_of
 
-SEEDS_FOR_A_CLAIM = 3
 ALPHA = 0.05
 _SEEDS_FOR_SIGNS = 6  # from this number of seeds, reports leave out the sign-flip test, because it adds nothing to the t-test
 
@@ -250,7 +251,7 @@ def is_clear(difference: Difference, p: float, *, enough: bool) -> bool:
 
 def enough_seeds(arm: ArmRecord, other: ArmRecord, seeds: int) -> bool:
     """Return True if the number of common training seeds is enough for a claim about two arms, or if neither of them is trained."""
-    return seeds >= SEEDS_FOR_A_CLAIM or not (arm.is_trained or other.is_trained)
+    return constants.enough_seeds(seeds, trained=arm.is_trained or other.is_trained)
 
 
 def _credit(why: Mechanism) -> Credit:

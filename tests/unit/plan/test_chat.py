@@ -91,8 +91,8 @@ def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder
     study = recipe(folder, turns="all", max_prompt=40)
     text = " ".join(row_notes(make_plan(study)))
     assert "rows.jsonl" not in text
-    assert "Rows of rows (train), among the first 8: 8 of 8 rows; 4 turns longer than data.max_prompt (40)" in text
-    assert "Rows of rows (dev), among the first 8: 4 of 8 rows; 4 longer than data.max_prompt (40)" in text
+    assert "Rows of rows (train): 8 of 8 rows; 4 turns longer than data.max_prompt (40)" in text
+    assert "Rows of rows (dev): 4 of 8 rows; 4 longer than data.max_prompt (40)" in text
     with pytest.raises(DataError, match=r"data set `rows` \(train\), row 2: its prompt has \d+ tokens, more than data.max_prompt \(40\)"):
         list(row_notes(make_plan(recipe(folder, turns="all", max_prompt=40, long_prompts="refuse"))))
 

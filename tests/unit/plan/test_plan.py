@@ -13,7 +13,7 @@ from tadistill.errors import ConfigError, DataError
 from tadistill.models.flops_and_memory import weight_bytes
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
-from tadistill.plan.costs import Ledger
+from tadistill.plan.costs import Ledger, sizes_and_lengths
 from tadistill.plan.inputs import HashedData
 from tadistill.plan.notes import plan_notes, row_notes, seen_notes
 from tadistill.plan.task import layout, planned_memory, process_bytes
@@ -451,18 +451,20 @@ def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):
         said(plan(resources={"distill": {"processes": 3}}))
 
 
-def test_the_plan_counts_the_first_rows(tmp_path):
+def test_the_plan_counts_the_first_rows(tmp_path, monkeypatch):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(f'{{"instruction": "{"name " * n}", "output": "cat"}}\n' for n in (3, 300, 3)))
     data = recipe()["data"] | {"train": str(path), "dev": str(path), "test": [str(path)]}
+    monkeypatch.setattr(sizes_and_lengths, "_COUNTED", 3)  # the test set may have more rows, the training set has not
     notes = list(row_notes(plan(data=data)))
     assert notes == [
-        f"Rows of own ({role}), among the first 3: 2 of 3 rows; 1 longer than data.max_prompt (256)." for role in ("train", "dev", "test")
+        f"Rows of own {where}: 2 of 3 rows; 1 longer than data.max_prompt (256)."
+        for where in ("(train)", "(dev), among the first 3", "(test), among the first 3")
     ]
     assert list(row_notes(plan())) == []
     path.write_text('{"instruction": "name это слово", "output": "cat"}\n')
     first = next(iter(row_notes(plan(data=data))))
-    assert first == "Rows of own (train), among the first 1: 2 of 4 tokens of the prompts are unknown to the tokenizer."
+    assert first == "Rows of own (train): 2 of 4 tokens of the prompts are unknown to the tokenizer."
 
 
 def test_a_test_set_with_training_prompts_is_named(tmp_path):
@@ -480,6 +482,41 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path):
     assert f"{notes[0]}." in next(plan_notes(found, Store(tmp_path), {}, 1))
     assert [*seen_notes(plan(data=data | {"limit": {"train": 2}}).recipe)] == [f"own (test): 2 of 4 prompts {end}"]
     assert [*seen_notes(plan().recipe)] == []
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "few"),
+    [
+        ({}, [1, 2], True),
+        ({}, [1, 2, 3], False),
+        ({"arms": {"direct": "xl > s"}}, [1], False),
+        ({"arms": {"a": "xl", "b": "s"}}, [1], False),
+    ],
+)
+def test_a_plan_says_if_the_seeds_are_too_few_for_a_verdict(arms, seeds, few, tmp_path):
+    models = (
+        {name: {k: v for k, v in of.items() if k != "sft"} for name, of in recipe()["models"].items()}
+        if "a" in arms.get("arms", {})
+        else {}
+    )
+    found = plan(seeds=seeds, **arms, **({"models": models} if models else {}))
+    text = " ".join(plan_notes(found, Store(tmp_path), {}, 1))
+    assert ("the report will give no verdict on these arms" in text) == few
+
+
+def test_the_plan_shows_the_time_of_finished_stages(tmp_path):
+    found, store, console = plan(seeds=[1]), Store(tmp_path), Console(file=io.StringIO(), width=200)
+    key = next(key for key, stage in found.stages.items() if stage.kind == "evaluate")
+    store.begin(key, {})
+    store.finish(key, {"key": key, "seconds": 65.4})
+    preview.print_plan(found, store, console)
+    rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if " to run " in line or " done " in line}
+    assert rows.keys() == found.stages.keys()
+    assert [row for row in rows.values() if " done " in row and " 65 s " in row] == [rows[key]]
+    waiting = sum(bool(stage.cost) for stage in found.stages.values())
+    assert f"The time of {waiting} stages that train a model, or prepare its training, is not known" in " ".join(
+        console.file.getvalue().split()
+    )
 
 
 def test_long_prompts_change_keys_only_where_they_are_cut():

@@ -71,7 +71,7 @@ def test_the_plan_shows_the_rows_that_a_context_leaves_out(tmp_path):
     preview.print_plan(found, Store(tmp_path), console)
     text = console.file.getvalue()
     assert "s > s, context" in text
-    assert "with the `context` of s, among the first" in text
+    assert "with the `context` of s" in text
     assert "left out, because the teacher's prompt is longer than context.max_prompt (15)" in text
 
 

@@ -284,11 +284,16 @@ def count_first_rows(
     data, tokenizer = recipe.data, StandIn(recipe)
     if not tokenizer.known or datasets.on_hub(ref, role, data) is not None:
         return None
-    most = SAMPLE if role == "train" else _COUNTED
+    most = most_counted(role)
     rows = datasets.SplitRows(ref, role, data.world, data.root, min(most, getattr(data.limit, role) or most))
     sample = [replace(row, choices=()) for row in rows.read()]
     rules = tokenizer.readable(Rules.of(data, role, bos=False, context=context))
     return encode(sample, cast(Any, tokenizer), rules, name=f"data set `{ref.name}` ({role})")[1]
+
+
+def most_counted(role: str) -> int:
+    """Return the largest number of rows of a split that `count_first_rows` reads."""
+    return SAMPLE if role == "train" else _COUNTED
 
 
 def chunk(recipe: Recipe) -> int:
