@@ -241,6 +241,11 @@ def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     return cache
 
 
+def difference(sampled: Tensor, trained: Tensor) -> float:
+    """Return the mean difference of the tokens' log-probabilities, as a share of their mean size if that is more than 1 nat."""
+    return float((sampled - trained).abs().mean() / trained.abs().mean().clamp(min=1))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A sampled response and the log-probabilities of its tokens. The last token is EOS if EOS was sampled.

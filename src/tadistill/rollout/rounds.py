@@ -28,7 +28,7 @@ from tadistill.data.other_tokenizer import Rereader, at_span_ends
 from tadistill.data.training_sets import shuffled
 from tadistill.models.teachers import HiddenTeacher, InProcess, Teacher, teacher_of
 from tadistill.objectives import Hidden
-from tadistill.rollout.draw import Guide, Mixture, Speculation
+from tadistill.rollout.draw import Guide, Mixture, Speculation, difference
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, length, pack, unpack
 
@@ -169,6 +169,9 @@ class Rollouts(Sampler):
             if isinstance(guide, Speculation) or not self.config.plain:
                 behaviour = s.values["behaviour"]
             found.append(replace(s, values=s.values | {"student": log_q, "behaviour": behaviour}))
+        if all("student" in s.values for s in sequences):
+            sampled, trained = (torch.from_numpy(np.concatenate([s.values["student"] for s in of])) for of in (sequences, found))
+            self.apart = difference(sampled, trained)
         return found
 
     @cached_property

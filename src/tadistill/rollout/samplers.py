@@ -54,6 +54,11 @@ class Shard:
 class Sampler:
     """Base class of the samplers, which make the batches of the training loop."""
 
+    mixes = False
+    """True if an update can have text of earlier students."""
+    apart: float | None = None
+    """The `difference` of new text's log-probabilities between sampling and training. None if the sampler does not compute both."""
+
     def __init__(
         self,
         rows: Seq[Any],
@@ -236,6 +241,8 @@ class Replay(_WithStudent[ReplaySampler]):
 
     Every process stores the whole buffer. `config.sampling.ReplaySampler` explains the settings.
     """
+
+    mixes = True
 
     def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
         super().__init__(sequences, config, optim, **common)

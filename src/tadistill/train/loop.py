@@ -110,7 +110,8 @@ def train_stage(
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
     step = replace(step, phase=meter.phase)
     files = Checkpoints(directory, checkpoint_seconds)
-    run = _Run(student, step, sampler, optimizer, accelerator, files, Alarms(minillm=step.clip is not None), meter)
+    alarms = Alarms(minillm=step.clip is not None, precise=optim.precision == "fp32")
+    run = _Run(student, step, sampler, optimizer, accelerator, files, alarms, meter)
     state = run.resume(hooks.alarm)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
     since = _Averages(state.pending)
@@ -129,14 +130,15 @@ def train_stage(
                 raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)
-            with meter.timed("sampling"), sharding.whole(student, *sampler.guides, when=sampler.samples(state.step)):
+            samples = sampler.samples(state.step)
+            with meter.timed("sampling"), sharding.whole(student, *sampler.guides, when=samples):
                 batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
             meter.saw(batches)
             with meter.timed("watching"):
-                watched = run.watch(batches) if state.step % max(every, WATCH_EVERY) == 0 else {}
+                watched = run.watch(batches, samples) if state.step % max(every, WATCH_EVERY) == 0 else {}
                 if watched:
                     hooks.sampled(state.step, batches[0].first(WATCHED_ROWS))
-            for line in run.alarms.check(state.step, watched):
+            for line in run.alarms.check(state.step, watched, watched.pop("apart", None)):
                 hooks.alarm(line)
             torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *others))
             with meter.timed("training"):
@@ -205,12 +207,15 @@ class _Run:
                 broadcast_object_list(metrics)
             return metrics[0]
 
-    def watch(self, batches: list[Batch]) -> dict[str, float]:
+    def watch(self, batches: list[Batch], samples: bool) -> dict[str, float]:
         main = self.accelerator.is_main_process
         if not main and not any(map(sharding.sharded, self.step.models.here)):  # sharded models need all processes
             return {}
         with self.accelerator.autocast():
-            found = watch(self.step, [b.to(self.accelerator.device) for b in batches])
+            fresh = samples and not self.sampler.mixes and not self.student.training
+            found = watch(self.step, [b.to(self.accelerator.device) for b in batches], fresh=fresh)
+        if found and self.sampler.apart is not None:
+            found["apart"] = self.sampler.apart
         return found if main else {}
 
     def save(self, state: TrainState) -> None:

@@ -23,6 +23,7 @@ from tadistill.models.parameter_counts import Size, Work, forward_flops, size_of
 from tadistill.models.teachers import HiddenTeacher, Teacher, nothing
 from tadistill.objectives import Head
 from tadistill.objectives.fused_loss import heads_watched
+from tadistill.rollout.draw import difference
 from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 
@@ -189,8 +190,10 @@ def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
 # --- the sampled text ---------------------------------------------------------------------------------------------------
 
 
-def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
+def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str, float]:
     """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
+
+    If all text is `fresh`, sampled from the present student, `apart` is the `difference` of log q between sampling and training.
 
     p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
     the distribution from which the text was sampled.
@@ -240,7 +243,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
         found["reward"] = float((log_p - old).mean())
     if "teacher_top_mass" in scored:
         found["teacher_top_mass"] = float(scored["teacher_top_mass"].mean())
-    return {f"rollout/{name}": value for name, value in found.items()}
+    apart = {"apart": difference(part.counted(part.values["student"]), scored["log_q"])} if fresh else {}
+    return {f"rollout/{name}": value for name, value in found.items()} | apart
 
 
 @torch.no_grad()
@@ -302,15 +306,16 @@ class Alarms:
     """Alarms about sampled text. If a metric becomes much worse than at the start, an alarm is given once. It is given again only if the
     metric has recovered in between."""
 
-    def __init__(self, *, minillm: bool) -> None:
+    def __init__(self, *, minillm: bool, precise: bool = True) -> None:
+        self.apart, self.most_apart = 0.0, 0.01 if precise else 0.1  # rounding causes less, as for vLLM (`rollout.vllm`)
         self.first: dict[str, float] = {}
         self.active: list[str] = []
         self.given: list[str] = []
         more = "raise sampler.alpha, keep objective.length_normalisation on, " if minillm else ""
         self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this problem"
 
-    def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Return the alarms that are new at this update, one line each."""
+    def check(self, step: int, metrics: Mapping[str, float], apart: float | None = None) -> list[str]:
+        """Return the alarms that are new at this update, one line each. `apart` is None if no text is new (see `watch`)."""
         if "rollout/length" not in metrics:
             return []
         self.first = self.first or dict(metrics)
@@ -325,7 +330,14 @@ class Alarms:
         if now.get("left_out", 0) > max(0.1, 2 * then.get("left_out", 0)):
             share = f"{now['left_out']:.0%} of the sampled tokens have no loss (at first {then.get('left_out', 0):.0%})"
             found["text that the teacher cannot read"] = f"{share}, because the teacher's tokenizer cannot write their text"
-        new = [f"update {step}: {name}: {text}; {self.advice}" for name, text in found.items() if name not in self.active]
+        found = {name: f"{text}; {self.advice}" for name, text in found.items()}
+        self.apart = self.apart if apart is None else apart
+        if self.apart > self.most_apart:
+            found["sampling and training disagree"] = (
+                f"log-probabilities of new tokens differ by {self.apart:.0%} on average, more than rounding explains, so the student does "
+                "not train on its own text; set `engine: native` and `precision: fp32` if they are not set, or choose another model"
+            )
+        new = [f"update {step}: {name}: {text}" for name, text in found.items() if name not in self.active]
         self.active, self.given = list(found), self.given + new
         return new
 

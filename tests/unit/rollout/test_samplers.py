@@ -185,6 +185,7 @@ def test_in_half_precision_the_policy_is_the_one_that_training_sees(name):
     sampler = rollouts(sampler=SAMPLERS[name])
     sampler.optim = sampler.optim.model_copy(update={"precision": "bf16"})
     (batch,) = sampler.micro_batches(0)
+    assert 0 < sampler.apart < 0.05
     student, mask = sampler.engine.student, batch.mask_BT
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden, head = Reader(student).hidden(student, batch), Reader(student).head

@@ -110,6 +110,30 @@ def test_small_changes_and_unwatched_updates_raise_none():
     assert alarms.check(3, {}) == []
 
 
+def test_new_text_shows_whether_sampling_and_training_agree():
+    student = tiny_model("llama")
+    step, batch = make_step(Method(objective=ReverseKL()), student, (), 31), sampled({"student": -2.0, "behaviour": -2.0})
+    with torch.no_grad():
+        log_q = response_logits(student, batch, 31).log_softmax(-1).gather(1, batch.targets_BT[batch.mask_BT].unsqueeze(1))[:, 0]
+    assert "apart" not in watch(step, [batch])
+    apart = watch(step, [batch], fresh=True)["apart"]
+    assert apart == pytest.approx(float((log_q + 2).abs().mean() / log_q.abs().mean()), rel=1e-4)
+    batch.values["student"][batch.mask_BT] = log_q
+    assert watch(step, [batch], fresh=True)["apart"] < 1e-6
+
+
+def test_a_disagreement_beyond_rounding_is_told_once():
+    for precise, small in ((True, 0.002), (False, 0.05)):
+        alarms = Alarms(minillm=True, precise=precise)
+        assert alarms.check(0, metrics(), small) == []
+        (line,) = alarms.check(10, metrics(), 0.3)
+        assert line.startswith("update 10: sampling and training disagree: log-probabilities of new tokens differ by 30% on average")
+        assert alarms.check(20, metrics(), None) == []  # no new text
+        assert alarms.check(30, metrics(), 0.3) == []
+        assert alarms.check(40, metrics(), small) == []
+        assert len(alarms.check(50, metrics(), 0.3)) == 1
+
+
 def test_a_state_without_alarms_starts_anew():
     alarms = Alarms(minillm=True)
     alarms.restore({})
