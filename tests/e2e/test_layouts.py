@@ -8,7 +8,7 @@ from tests.e2e.layouts import CASES, HALF, RESUMED, Case, interrupted, train, tr
 from transformers import AutoModelForCausalLM
 
 from tadistill.errors import ModelError
-from tadistill.models.sharding import offload
+from tadistill.models.sharding import offload, shard
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,13 @@ def test_a_model_without_a_list_of_layers_is_refused():
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(ModelError, match="models of type llama have no list of layers"):
         offload(model, torch.device("cpu"))
+
+
+def test_layers_that_share_weights_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ModelError, match="a llama model has layers that share weights, so it cannot be sharded"):
+        shard(model, torch.device("cpu"))
 
 
 def test_one_process_goes_on_from_the_state_of_two(alone, two, folder):

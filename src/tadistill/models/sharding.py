@@ -38,7 +38,6 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     Raises:
         ModelError: the model has no list of layers, or its layers share weights.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     stacks = _stacks(model)
     held = [id(parameter) for layer in chain(*stacks) for parameter in layer.parameters()]
     if len({*held}) < len(held):
@@ -46,6 +45,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
             f"a {model.config.model_type} model has layers that share weights, so it cannot be sharded; set parallel: ddp and teacher: "
             "replicated or offloaded in `resources`"
         )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in chain(*stacks):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
