@@ -56,12 +56,13 @@ class Optim(Strict):
     """Store only the input of each layer, and compute the layer again in the backward pass. This saves memory, but costs a third more
     compute."""
 
-    @property
-    def smaller(self) -> str:
-        """A setting that makes forward passes smaller, such as `optim.micro_batch: 4`. Empty if no such setting exists."""
+    def smaller(self, processes: int) -> str:
+        """Return a setting that makes the forward passes of each process smaller, such as `optim.micro_batch: 4`. Return an empty text if
+        there is none."""
         if self.tokens:
             return f"optim.tokens: {self.tokens // 2}" if self.tokens > 1 else ""
-        sizes = [n for n in range(1, (self.micro_batch or self.batch) // 2 + 1) if self.batch % n == 0]
+        rows = min(self.micro_batch or self.batch, self.batch // processes)
+        sizes = [n for n in range(1, rows // 2 + 1) if self.batch % n == 0]
         return f"optim.micro_batch: {sizes[-1]}" if sizes else ""
 
     @model_validator(mode="after")

@@ -75,9 +75,9 @@ class Spec(Part):
         """Number of checkpoints that are evaluated on dev. The best one is selected."""
         return 0
 
-    @property
-    def saves_memory(self) -> list[str]:
-        """Changes of the recipe that save memory in this stage, such as `optim.micro_batch: 4`. The most useful change comes first."""
+    def saves_memory(self, processes: int) -> list[str]:
+        """Return changes of the recipe that save memory in this stage with its number of processes, such as `optim.micro_batch: 4`. The
+        most useful change comes first."""
         return []
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:

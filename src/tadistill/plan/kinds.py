@@ -51,10 +51,9 @@ class TrainingSpec(OnTrainingSets):
     def steps(self) -> int | None:
         return self.optim.steps
 
-    @property
-    def saves_memory(self) -> list[str]:
+    def saves_memory(self, processes: int) -> list[str]:
         optim, sampler = self.optim, self.method.sampler
-        found = [optim.smaller] if optim.smaller else []
+        found = [*filter(None, [optim.smaller(processes)])]
         chunk = sampler.chunk if isinstance(sampler, OnPolicy) and self.method.samples else 1
         found += [f"sampler.chunk: {chunk // 2}"] if chunk > 1 else []
         found += ["optim.gradient_checkpointing: true"] if not optim.gradient_checkpointing else []
@@ -269,8 +268,7 @@ class EvaluateSpec(_OnTestSets):
     tasks: Tasks | None = None  # tasks of lm-eval that are measured too
     per_byte: bool = False  # True if the bits per byte of the references are measured too
 
-    @property
-    def saves_memory(self) -> list[str]:
+    def saves_memory(self, processes: int) -> list[str]:
         return [f"evaluate.batch: {size // 2}"] if (size := self.decoding.batch) > 1 else []
 
     def content(self) -> dict[str, Any]:
@@ -296,8 +294,7 @@ class AnalyseSpec(_OnTestSets):
     of the two models scores the other's answers as text, and nothing is compared token by token."""
     tokens: int | None = None  # number of the model's tokens, if the teacher has more: the teacher's answers may contain them
 
-    @property
-    def saves_memory(self) -> list[str]:
+    def saves_memory(self, processes: int) -> list[str]:
         return [f"evaluate.batch: {self.batch // 2}"] if self.batch > 1 else []
 
 

@@ -205,7 +205,8 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _FULL):
             raise
-        used, changes = (str(error).splitlines() or [""])[0].split(". ", 2)[:2], context.spec.saves_memory
+        used = (str(error).splitlines() or [""])[0].split(". ", 2)[:2]
+        changes = context.spec.saves_memory(context.task.resources.processes)
         advice = f"set `{'`, or `'.join(changes)}`, or use" if changes else "use"
         raise StageFailed(
             f"{context.device} has too little memory for this stage ({'; '.join(used)}); {advice} a device with more memory, and run the "

@@ -235,10 +235,13 @@ def test_patches_change_only_what_they_name():
 def test_one_key_sets_the_size_of_a_forward_pass():
     with pytest.raises(ValueError, match="micro_batch is 4 and tokens is 512, but only one of them can set the size of a forward pass"):
         Optim(micro_batch=4, tokens=512)
-    assert [Optim(batch=12, **size).smaller for size in ({}, {"micro_batch": 1}, {"tokens": 512})] == [
+    assert [Optim(batch=12, **size).smaller(1) for size in ({}, {"micro_batch": 1}, {"tokens": 512})] == [
         "optim.micro_batch: 6",
         "",
         "optim.tokens: 256",
+    ]
+    assert [Optim(batch=12, **size).smaller(4) for size in ({}, {"micro_batch": 6}, {"micro_batch": 1})] == ["optim.micro_batch: 1"] * 2 + [
+        ""
     ]
 
 

@@ -303,7 +303,7 @@ def test_a_full_gpu_is_one_sentence_with_the_keys_to_change(error, words, tmp_pa
     with pytest.raises(StageFailed, match=rf"{re.escape(words)}\).*`optim.micro_batch: \d+`, or `optim.grad"):
         run(sft)
     assert freed[1]  # before the unused memory of the GPU is given back
-    assert evaluate.spec.saves_memory == [f"evaluate.batch: {evaluate.spec.decoding.batch // 2}"]
+    assert evaluate.spec.saves_memory(1) == [f"evaluate.batch: {evaluate.spec.decoding.batch // 2}"]
 
 
 def test_a_gpus_allocator_has_segments_that_grow_unless_the_user_chose_another(monkeypatch):
