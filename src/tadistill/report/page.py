@@ -42,7 +42,7 @@ from tadistill.report.tables import (
 from tadistill.results import number_text
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
-from tadistill.results.sample_answers import Samples, judgements, samples, shown_first
+from tadistill.results.sample_answers import Samples, judgements, references, samples, shown_first
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
 from tadistill.text import counted, visible, visible_parts
@@ -120,6 +120,7 @@ def _first(results: Results) -> dict[str, Any]:
         "trained": any(arm.is_trained for arm in results.plan.arms),
         "seeds_for_a_claim": SEEDS_FOR_A_CLAIM,
         "groups": groups,
+        "beside": _beside(results),
         "ruler": _strip(results).ruler() if results.summaries else None,
         "relative": any(row.cost.relative is not None for group in groups for row in group.rows),
         "looks": looks(results),
@@ -170,8 +171,26 @@ def _arm_row(results: Results, cost: CostRow, words: str, strip: Strip, *, best:
     return ArmRow(cost, s, plot, best, words, "" if done == planned else f"{done}/{counted(planned, 'seed')}")
 
 
+def _beside(results: Results) -> list[tuple[str, Markup, str]]:
+    # name, plot and mean of each model that is no arm
+    metric, strip, beside = primary_metric(results), _strip(results), references(results)
+    found = [(arm.name, beside.summaries.get((arm.name, MEAN, metric))) for arm in beside.plan.arms] if beside else []
+    grey = Look("var(--soft)")
+    return [
+        (
+            name,
+            strip.bar(s.mean, s.low, s.high, grey, tip=f"{name}: {number_text.summary_text(s, metric)}"),
+            number_text.number(s.mean, metric),
+        )
+        for name, s in found
+        if s
+    ]
+
+
 def _strip(results: Results) -> Strip:
-    found = [s for (_, of_set, metric), s in results.summaries.items() if of_set == MEAN and metric == primary_metric(results)]
+    every = (results, beside) if (beside := references(results)) else (results,)
+    shown = MEAN, primary_metric(results)
+    found = [s for of in every for (_, *where), s in of.summaries.items() if (*where,) == shown]
     low, high = nice_span([v for s in found for v in (s.low, s.high)], zero=True, pad=0.02)
     return Strip(Axis(low, high), zero=low < 0)
 

@@ -29,7 +29,7 @@ from tadistill.report.tables import (
 )
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
 from tadistill.results.number_text import DASH, gap_text, number, ratio_text, summary_text
-from tadistill.results.sample_answers import samples
+from tadistill.results.sample_answers import references, samples
 from tadistill.text import counted, one_line, visible
 
 
@@ -196,16 +196,23 @@ def _arm_table(results: Results, metrics: Sequence[str], intervals: int, compute
         table.add_column(metric_title(metric) + ("\nmean [95 %]" if i < intervals else "\nmean"), justify="right", no_wrap=True)
     if compute:
         table.add_column("compute", justify="right", no_wrap=True)
-    for row in cost_rows(results):
-        arm = row.arm
-        summaries = [(results.summaries.get((arm.name, MEAN, metric)), metric) for metric in metrics]
-        cells = [
+
+    def means(of: Results, arm: str) -> list[str]:
+        summaries = [(of.summaries.get((arm, MEAN, metric)), metric) for metric in metrics]
+        return [
             "missing" if s is None else summary_text(s, metric) if i < intervals else number(s.mean, metric)
             for i, (s, metric) in enumerate(summaries)
         ]
+
+    for row in cost_rows(results):
+        arm = row.arm
         done, planned = len(results.scores[arm.name]), len(arm.evaluate)
         name = arm.name if done == planned else f"{arm.name} ({done}/{counted(planned, 'seed')})"
-        table.add_row(*map(escape, (name, *cells, *([ratio_text(row.relative)] if compute else []))))
+        table.add_row(*map(escape, (name, *means(results, arm.name), *([ratio_text(row.relative)] if compute else []))))
+    if beside := references(results):
+        table.add_section()
+        for arm in beside.plan.arms:
+            table.add_row(*map(escape, (arm.name, *means(beside, arm.name), *([DASH] if compute else []))), style="dim")
     return table
 
 

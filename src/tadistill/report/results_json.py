@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tadistill.results.budget_curves import BudgetCurve, budget_curves
 from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
 from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities
+from tadistill.results.sample_answers import references
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 from tadistill.text import guarded
@@ -41,6 +42,7 @@ def write_results(results: Results) -> None:
         "arms": [_arm(results, row, arm_words(results).get(row.arm.name, "")) for row in cost_rows(results)],
         "rows": [vars(row) for row in results.rows],
         "means": means(results),
+        "references": _references(results),
         "differences": differences(results),
         "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
         "verdicts": verdicts(results),
@@ -102,6 +104,13 @@ def means(results: Results) -> list[dict[str, Any]]:
         ends = _ends(getattr(s, "low", None), getattr(s, "high", None))
         found.append({"arm": arm, "set": of_set, "metric": metric, "value": rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
     return found
+
+
+def _references(results: Results) -> list[dict[str, Any]]:
+    # the means of models that the study measured although they are no arms
+    beside = references(results)
+    models = {arm.name: arm.model for arm in beside.plan.arms} if beside else {}
+    return [{"model": models[row.pop("arm")], **row} for row in means(beside)] if beside else []
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
@@ -275,6 +284,7 @@ def _csv(results: Results) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
-    for row in results.rows:
+    beside = references(results)
+    for row in (*results.rows, *(replace(row, arm="") for row in (beside.rows if beside else ()))):
         writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in vars(row).items()})
     return text.getvalue()

@@ -19,6 +19,7 @@ from tadistill.results.number_text import (
     ratio_text,
     signed,
 )
+from tadistill.results.sample_answers import references
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import Comparison, comparisons, control_pairs
 from tadistill.text import counted
@@ -26,7 +27,8 @@ from tadistill.text import counted
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table of one metric. Its rows are arms and its columns are test sets. With several sets, the first column is their mean.
+    """A table of one metric. Its rows are arms, and then models that are no arms (`references`). Its columns are test sets. With several
+    sets, the first column is their mean.
 
     `best` has the names of the best arms of each column. For each model, this is the arm with the best mean. No arm is best if several arms
     share this mean, or if the model has only one arm.
@@ -64,7 +66,8 @@ def score_table(results: Results, metric: str) -> ScoreTable:
     """Return the table of one metric. If an arm has no finished evaluation, its cells are empty."""
     sets = sets_with(results, metric)
     columns = (MEAN, *sets) if len(sets) > 1 else sets
-    rows = tuple((arm, tuple(results.summaries.get((arm.name, column, metric)) for column in columns)) for arm in results.plan.arms)
+    every = [(of, arm) for of in (results, references(results)) if of for arm in of.plan.arms]
+    rows = tuple((arm, tuple(of.summaries.get((arm.name, column, metric)) for column in columns)) for of, arm in every)
     return ScoreTable(metric, columns, rows, tuple(_best(results, column, metric) for column in columns))
 
 

@@ -157,7 +157,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
     unseen: dict[str, float] = {}
     pass_at = plan.recipe["evaluate"].get("pass_at", ())
     finished = {(a.name, seed) for a in plan.arms for seed in a.evaluate if all(store.finished(key) for key in a.measured_by(seed))}
-    read = _Reader(store)
+    read = Reader(store)
     rows = {key: read.rows(key) for arm in plan.arms for seed, key in arm.evaluate.items() if (arm.name, seed) in finished}
     shared = shared_rows(rows, store)
     for arm in plan.arms:
@@ -189,7 +189,7 @@ def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -
     return table | {f"{name}/{k}": 100 * pass_at_k(table[name] > 50, k) for name in verified for k in sorted(pass_at) if k > 1}
 
 
-class _Reader:
+class Reader:
     def __init__(self, store: Store):
         self.store = store
         self.loaded: dict[str, Scores] = {}

@@ -1,19 +1,21 @@
-"""Collect the answers of all arms to the same prompts, and the ratings by judges."""
+"""Collect the answers of all arms to the same prompts, the ratings by judges, and the scores of models that are no arms."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_thought
 from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
-from tadistill.results.collect import Results, once
-from tadistill.results.measured import load_predictions
+from tadistill.results.collect import Numbers, Reader, Results, once, with_passes
+from tadistill.results.measured import Scores, load_predictions, places
 from tadistill.results.number_text import number
-from tadistill.results.study import StudyPlan
+from tadistill.results.study import ArmRecord, StudyPlan
 from tadistill.results.verdict import by_importance
 from tadistill.text import counted, form, listed
 
@@ -60,6 +62,36 @@ def shown_first(results: Results) -> list[str]:
     teacher = [arm.name for arm in results.plan.arms if arm.path == (results.plan.teacher,) and arm.name in names]
     compared = by_importance(results)
     return [*teacher[:1], *([compared[0].arm, compared[0].other] if compared else names[:2])]
+
+
+@once
+def references(results: Results) -> Results | None:
+    """Return the results of models that the study measured although they are no arms, such as the original teacher.
+
+    They take the place of the arms, and nothing is claimed about them. A model is left out if it has not answered all rows on which arms
+    are compared. Return None if no model is left.
+    """
+    of_arms = {key for arm in results.plan.arms for seed in arm.evaluate for key in arm.measured_by(seed)}
+    keys: dict[str, dict[int, str]] = {}
+    for stage in results.plan.stages:
+        if stage.kind == "evaluate" and stage.key not in of_arms and results.store.finished(stage.key):
+            keys.setdefault(stage.model, {})[stage.seed] = stage.key
+    read, pass_at = Reader(results.store), results.plan.recipe["evaluate"].get("pass_at", ())
+    arms, scores, numbers = list[ArmRecord](), dict[str, dict[int, Scores]](), dict[str, dict[int, Numbers]]()
+    for model, by_seed in keys.items():
+        name = f"{model} ({'teacher, ' if model == results.plan.teacher else ''}no arm)"
+        arm = ArmRecord(name, (model,), name, (model,), "", model, None, None, by_seed, {}, {}, dict.fromkeys(by_seed), None)
+        scores[name], numbers[name] = {}, {}
+        for seed, key in by_seed.items():
+            rows, compared = read.rows(key), results.compared
+            if rows.keys() == compared.keys() and all(np.isin(compared[of], rows[of]).all() for of in rows):
+                found = read.scores(arm, seed, {of: places(rows[of], compared[of]) for of in rows})
+                scores[name][seed] = {of: with_passes(table, pass_at) for of, table in found.items()}
+                numbers[name][seed] = {of: corpus["numbers"] for of, corpus in read.corpora[key].items()}
+        arms += [arm] if scores[name] else []
+    measured = {metric for by_seed in scores.values() for tables in by_seed.values() for table in tables.values() for metric in table}
+    metrics, plan = tuple(metric for metric in results.metrics if metric in measured), replace(results.plan, arms=tuple(arms))
+    return replace(results, plan=plan, metrics=metrics, missing=(), scores=scores, numbers=numbers, kept={}) if arms else None
 
 
 def _how_many(found: Samples) -> int:

@@ -1,12 +1,14 @@
 """results.json against numbers computed from the synthetic scores, missing evaluations, and damaged files."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tadistill.config.arm import direct_arm
 from tadistill.disk import digest
@@ -18,6 +20,8 @@ from tadistill.report.results_json import write_results
 from tadistill.results import collect
 from tadistill.results.collect import MEAN, primary_metric, read_results
 from tadistill.results.compare import compare, direct_of, twin_of
+from tadistill.results.number_text import number
+from tadistill.results.sample_answers import references
 from tadistill.results.verdict import comparisons
 from tadistill.statistics import macro_difference, macro_interval
 from tadistill.store import Store
@@ -30,7 +34,7 @@ ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low
 def test_rows_hold_the_scores(shared):
     write_results(shared.results)
     content = json.loads((shared.study_dir / "results.json").read_text())
-    keys = "study created command data answer findings training_shares cautions models arms rows means differences comparisons"
+    keys = "study created command data answer findings training_shares cautions models arms rows means references differences comparisons"
     figures = "verdicts explanations budgets paths lengths curves exposure calibration ledger stages versions"
     assert list(content) == [*keys.split(), *figures.split()]
     page = (Path(__file__).parents[3] / "docs" / "reference" / "results-json.md").read_text(encoding="utf-8")
@@ -61,6 +65,39 @@ def test_csv_holds_the_rows_of_results_json(shared):
     rows = json.loads((shared.study_dir / "results.json").read_text())["rows"]
     with (shared.study_dir / "results.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.DictReader(file)) == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+
+
+def test_a_measured_model_that_is_no_arm_is_a_reference(tmp_path):
+    study = build_study(tmp_path, StudySpec(arms=[*SMALL, ArmSpec("teacher", ("xl",), gain=6.0)]))
+    before = study.read()
+    write_results(before)
+    content = json.loads((study.study_dir / "results.json").read_text())
+    assert content["references"] == []
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    plan["arms"] = [arm for arm in plan["arms"] if arm["name"] != "teacher"]
+    plan["stages"] = [stage for stage in plan["stages"] if stage["arms"] != ["teacher"] or stage["label"].startswith("evaluate teacher, ")]
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    after = study.read()
+    write_report(after)
+    found = json.loads((study.study_dir / "results.json").read_text())
+    measured = [
+        {"model": "xl"} | row for row in content["means"] if row["arm"] == "teacher" and metric_of(row["metric"]).stage != "analyse"
+    ]
+    assert found["references"] == [{k: v for k, v in row.items() if k != "arm"} for row in measured if "@" not in row["metric"]]
+    assert found["rows"] == [row for row in content["rows"] if row["arm"] != "teacher"]
+    with (study.study_dir / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["arm"] for row in rows[: len(found["rows"])]] == [row["arm"] for row in found["rows"]]
+    assert {(row["arm"], row["model"]) for row in rows[len(found["rows"]) :]} == {("", "xl")}
+    mean = next(row["value"] for row in found["references"] if (row["set"], row["metric"]) == ("mean", "rouge_l"))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(summary_table(after))
+    (line,) = (line for line in console.file.getvalue().splitlines() if "xl (teacher, no arm)" in line)
+    assert f" {number(mean, 'rouge_l')} [" in line
+    assert all("xl (teacher, no arm)" in (study.study_dir / name).read_text() for name in ("report.md", "report.html"))
+    key = next(stage["key"] for stage in plan["stages"] if stage["label"].startswith("evaluate teacher, "))
+    (study.store_dir / key[:2] / key / "manifest.json").unlink()
+    assert references(study.read()).plan.arms[0].evaluate.keys() == {20}
 
 
 def test_the_same_files_give_the_same_bytes(study):
