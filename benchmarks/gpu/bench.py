@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel, Qwen2Config
 
 from tadistill.data.batch import Sequence
+from tadistill.models.architectures import fuse_gelu
 
 CONFIGS = {"gpt2": GPT2Config, "llama": LlamaConfig, "opt": OPTConfig, "qwen2": Qwen2Config}
 VOCAB = 97
@@ -32,6 +33,8 @@ class Kit:
     budget: float
     started: float = field(default_factory=time.monotonic)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    said: Callable[[dict[str, Any]], None] = lambda line: None
+    """Called with every line when it is added, so that a run that is killed keeps it."""
 
     @property
     def cuda(self) -> bool:
@@ -55,6 +58,7 @@ class Kit:
 
     def _line(self, name: str, value: Any, rule: str, ok: bool | None) -> None:
         self.lines.append({"name": name, "value": value, "rule": rule, "ok": ok})
+        self.said(self.lines[-1])
 
     # --- the device -----------------------------------------------------------------------------------------------------
 
@@ -149,6 +153,13 @@ def small(kind: str, *, seed: int = 0, layers: int = 2, vocab: int = VOCAB) -> P
 def moved(model: PreTrainedModel, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a copy of a model on a device, with weights of `dtype`."""
     return copy.deepcopy(model).to(device=device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def as_in_a_stage(model: PreTrainedModel) -> PreTrainedModel:
+    """Change a model as a stage does that loads it: on a GPU, GELU is one kernel."""
+    if model.device.type == "cuda":
+        fuse_gelu(model)
+    return model
 
 
 def texts(rows: int, prompt: int, response: int, vocab: int, seed: int = 0) -> list[Sequence]:

@@ -4,9 +4,9 @@
     python benchmarks/gpu/kit.py --device cpu --tiny                    # the same parts on a CPU, in less than two minutes
     python benchmarks/gpu/kit.py --only head,head_speed --budget 120
 
-It writes OUT/gpu.json after every part, so a run that is killed keeps what it has. `page.py` makes docs/benchmarks/gpu.md from it. Each
-line of a part is a number, and some have a rule. The exit status is 1 if a rule of a correctness part is broken, or if such a part
-failed or was left out for want of time. Broken rules of the other parts are printed.
+It prints every line at once and writes it to OUT/gpu.json, so a run that is killed keeps what it has. Parts run in the order of `--only`.
+`page.py` makes docs/benchmarks/gpu.md from it. Each line of a part is a number, and some have a rule. The exit status is 1 if a rule of a
+correctness part is broken, or if such a part failed or was left out for want of time. Broken rules of the other parts are printed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 CORRECT = ("losses", "head", "sampling", "resume", "freed", "study")
-SPEED = ("card", "waits", "head_speed", "updates", "sampling_speed")
+SPEED = ("card", "waits", "head_speed", "updates", "sampling_speed", "graphs")
 PACKAGES = ("torch", "transformers", "accelerate", "huggingface_hub", "numpy", "triton", "trl", "liger_kernel", "vllm")
 RESERVE = 10.0
 """No part starts with fewer seconds left."""
@@ -44,12 +44,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def parts() -> dict[str, Callable[[Any], None]]:
     """Return the functions of all parts, in their order."""
     from card import card
+    from graphs import graphs
     from heads import head, head_speed
     from samplers import sampling, sampling_speed, waits
     from training import freed, losses, resume, study
     from updates import updates
 
-    functions = (losses, head, sampling, resume, freed, study, card, waits, head_speed, updates, sampling_speed)
+    functions = (losses, head, sampling, resume, freed, study, card, waits, head_speed, updates, sampling_speed, graphs)
     return {function.__name__: function for function in functions}
 
 
@@ -67,23 +68,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name() if kit.cuda else "cpu", "tiny": kit.tiny, "budget": kit.budget}
     result |= {"command": " ".join(["python benchmarks/gpu/kit.py", *sys.argv[1:]]), "versions": versions(), "parts": {}}
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, function in parts().items():
-        if name not in options.only:
-            continue
+    functions = parts()
+    for name in options.only:
         start, kit.lines = time.monotonic(), []
-        part: dict[str, Any] = {"title": (function.__doc__ or "").strip(), "correctness": name in CORRECT, "lines": kit.lines}
+        part: dict[str, Any] = {"title": (functions[name].__doc__ or "").strip(), "correctness": name in CORRECT, "lines": kit.lines}
+        part |= {"seconds": 0.0, "error": "the run ended during this part"}
+        result["parts"][name] = part
+
+        def write(part: dict[str, Any] = part, start: float = start) -> None:
+            part["seconds"] = time.monotonic() - start
+            (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+        def said(line: dict[str, Any], write: Callable[[], None] = write) -> None:
+            show(line)
+            write()
+
+        print(f"--- {name}: {part['title']}", flush=True)
+        kit.said = said
         if kit.left() < RESERVE:
             part["error"] = "no time left"
         else:
             try:
-                function(kit)
+                functions[name](kit)
+                del part["error"]
             except Exception:
                 part["error"] = traceback.format_exc()
             kit.free()
-        part["seconds"] = time.monotonic() - start
-        result["parts"][name] = part
-        show(name, part)
-        (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        write()
+        print(f"{f'FAIL {name}: ' + part['error'] if 'error' in part else name} ({part['seconds']:.1f} s)", flush=True)
     return result
 
 
@@ -98,16 +110,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def show(name: str, part: dict[str, Any]) -> None:
-    """Print a part: the rules with `pass` or `FAIL`, and the numbers without a rule."""
-    print(f"--- {name} ({part['seconds']:.1f} s): {part['title']}")
-    for line in part["lines"]:
-        word = {True: "pass", False: "FAIL", None: "    "}[line["ok"]]
-        value = f"{line['value']:.4g}" if isinstance(line["value"], float) else str(line["value"])
-        print(f"{word} {line['name']}: {value}{' (' + line['rule'] + ')' if line['rule'] else ''}")
-    if "error" in part:
-        print(f"FAIL {name}: {part['error']}")
-    sys.stdout.flush()
+def show(line: dict[str, Any]) -> None:
+    """Print a line of a part: a rule with `pass` or `FAIL`, or a number without a rule."""
+    word = {True: "pass", False: "FAIL", None: "    "}[line["ok"]]
+    value = f"{line['value']:.4g}" if isinstance(line["value"], float) else str(line["value"])
+    print(f"{word} {line['name']}: {value}{' (' + line['rule'] + ')' if line['rule'] else ''}", flush=True)
 
 
 def broken(result: dict[str, Any], *, correctness: bool) -> list[str]:
@@ -123,7 +130,7 @@ def broken(result: dict[str, Any], *, correctness: bool) -> list[str]:
 def main() -> int:
     options = arguments()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as stages have it
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     result = run(options)

@@ -1,7 +1,8 @@
 """Turns the result of the kit into docs/benchmarks/gpu.md.
 
 python benchmarks/gpu/page.py gpu-kit/gpu.json      # keeps a copy of the result beside the page, as gpu.json. Of several results of one
-                                                    # kind of GPU, the last one with a part gives this part
+                                                    # kind of GPU, the last one with a part gives this part,
+                                                    # and what earlier ones found stands below it
 python benchmarks/gpu/page.py                       # from that copy, or, without one, a page that says what will be measured
 """
 
@@ -45,12 +46,14 @@ def page(result: dict[str, Any] | None) -> str:
             lines += ["", f"## {name}", "", f"{part['title']} The part took {part['seconds']:.0f} s."]
             if "error" in part:
                 lines += ["", f"The part ended early: `{part['error'].strip().splitlines()[-1]}`"]
-            lines += ["", "| | value | rule | holds |", "|---|---:|---|---|", *map(row, part["lines"])]
+            lines += table(part["lines"])
+            for before in part.get("earlier", ()):
+                lines += ["", "The same part in an earlier call:", *table(before)]
     return "\n".join(["# A GPU: correctness and speed", "", *lines, "", "`benchmarks/gpu/README.md` says what is measured, and how.", ""])
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one result with the parts of several. The last result with a part gives this part.
+    """Return one result with the parts of several. The last result with a part gives this part, with the lines of the former ones.
 
     Raises:
         SystemExit: the results are of different GPUs or versions.
@@ -59,6 +62,9 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         raise SystemExit("the results are of different GPUs or versions; give results of one GPU")
     last = {name: at for at, each in enumerate(results) for name in each["parts"]}
     parts = {name: results[last[name]]["parts"][name] for name in described() if name in last}
+    for name, part in parts.items():
+        if before := [each["parts"][name]["lines"] for each in results[: last[name]] if name in each["parts"]]:
+            parts[name] = part | {"earlier": before}
     options = [each["command"].partition(" --only ")[2] for each in results]
     commands = [f"{COMMAND} --only {option}" if option else COMMAND for option in options]
     return {key: value for key, value in results[-1].items() if key not in ("command", "budget")} | {"commands": commands, "parts": parts}
@@ -69,6 +75,11 @@ def verdict(result: dict[str, Any]) -> str:
     rules = [(name, line) for name, part in result["parts"].items() for line in part["lines"] if line["ok"] is not None]
     wrong = [f"`{name}`: {line['name']}" for name, line in rules if not line["ok"]]
     return f"{len(rules) - len(wrong)} of {len(rules)} rules hold." + (f" These do not: {'; '.join(wrong)}." if wrong else "")
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a part as the lines of a table."""
+    return ["", "| | value | rule | holds |", "|---|---:|---|---|", *map(row, lines)]
 
 
 def row(line: dict[str, Any]) -> str:

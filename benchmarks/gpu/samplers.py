@@ -1,5 +1,6 @@
 """Parts of the kit about sampling: the law of sampled tokens, and tokens a second beside `generate` and vLLM."""
 
+import copy
 import importlib.util
 import tempfile
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import VOCAB, Kit, Pair, moved, pairs, small
+from bench import VOCAB, Kit, Pair, as_in_a_stage, moved, pairs, small
 from scipy.stats import chi2
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -22,6 +23,8 @@ from tadistill.rollout.engine import sample
 
 SMALLEST_P = 1e-4
 """A chi-square test with a smaller p fails. The kit makes a few dozen tests."""
+NEEDED = 15.0
+"""A measurement of speed starts only if so many seconds are left. The slowest ones take 20, and the warm-up is half of it."""
 PROMPT = (5, 17, 9)
 Guide = Mixture | Speculation | None
 
@@ -136,15 +139,14 @@ def _same(a: list[Rollout], b: list[Rollout]) -> float:
 
 def sampling_speed(kit: Kit) -> None:
     """Tokens a second with bf16 weights: the built-in loop, `generate`, vLLM; and with the teacher mixed in."""
-    for pair in pairs(kit):
-        kit.free()
-        student, teacher = pair.make_student(kit.device, torch.bfloat16), pair.make_teacher(kit.device)
-        for rows in (4,) if kit.tiny else (64, 256):
+    for rows in (4,) if kit.tiny else (64, 256):  # all pairs first with few rows, in case the time ends
+        for pair in pairs(kit):
+            kit.free()
+            student, teacher = pair.make_student(kit.device, torch.bfloat16), pair.make_teacher(kit.device)
             _sampling_speed(kit, pair, Work(rows, *((4, 4) if kit.tiny else (128, 128))), student, teacher)
-        del teacher
-        if importlib.util.find_spec("vllm") and kit.cuda:
-            with kit.attempt(f"{pair.name}: vLLM"):
-                _vllm(kit, pair, student)
+    for pair in pairs(kit) if importlib.util.find_spec("vllm") and kit.cuda else ():
+        with kit.attempt(f"{pair.name}: vLLM"):
+            _vllm(kit, pair, pair.make_student(kit.device, torch.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,12 @@ def _sampling_speed(kit: Kit, pair: Pair, work: Work, student: PreTrainedModel, 
     plain: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0}
     settings = GenerationConfig(max_new_tokens=work.new, min_new_tokens=work.new, **plain)
     title, tokens = f"{pair.name}, {work}", work.rows * work.new
+    loaded = {model: as_in_a_stage(copy.deepcopy(model)) for model in (student, teacher)} if pair.kind == "gpt2" else {}
+    mine_student, mine_teacher = (loaded.get(model, model) for model in (student, teacher))
 
     def own(guide: Guide) -> None:
         with attention_for_any_shape():
-            sample(student, [tuple(prompt) for prompt in prompts], uniforms, eos=(), vocab=pair.vocab, guide=guide)
+            sample(mine_student, [tuple(prompt) for prompt in prompts], uniforms, eos=(), vocab=pair.vocab, guide=guide)
 
     def generate(*models: PreTrainedModel) -> None:
         for model in models:
@@ -179,13 +183,16 @@ def _sampling_speed(kit: Kit, pair: Pair, work: Work, student: PreTrainedModel, 
 
     mine = _tokens_a_second(kit, f"{title}: ours", tokens, lambda: own(None))
     theirs = _tokens_a_second(kit, f"{title}: generate", tokens, lambda: generate(student))
-    _tokens_a_second(kit, f"{title}: ours, mixture 0.2", tokens, lambda: own(Mixture(teacher, 0.2)))
+    _tokens_a_second(kit, f"{title}: ours, mixture 0.2", tokens, lambda: own(Mixture(mine_teacher, 0.2)))
     _tokens_a_second(kit, f"{title}: generate, student and then teacher", tokens, lambda: generate(student, teacher))
     if mine and theirs and not kit.tiny:
         kit.at_least(f"{title}: ours, as a multiple of generate", mine / theirs, 1.0)
 
 
 def _tokens_a_second(kit: Kit, name: str, tokens: int, work: Callable[[], Any]) -> float | None:
+    if kit.left() < (0 if kit.tiny else NEEDED):
+        kit.note(name, "no time left")
+        return None
     with kit.attempt(name):
         kit.free()
         found = 1e3 * tokens / kit.milliseconds(work, repeat=1)

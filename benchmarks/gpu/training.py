@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from bench import VOCAB, Kit, cosine, moved, relative, small, texts
+from bench import VOCAB, Kit, as_in_a_stage, cosine, moved, relative, small, texts
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
@@ -170,8 +170,9 @@ class Problem:
         accelerator, method = fresh_accelerator(device, precision), case.method
         optim = Optim(steps=steps, batch=ROWS, micro_batch=ROWS // 2, lr=1e-4, clip=1e9, precision=precision)  # type: ignore[arg-type]
         method = method.model_copy(update={"optim": optim})
-        student = moved(self.student, device)
-        teachers = (moved(self.teacher, device, weights_of(precision)).requires_grad_(False),) if method.objective.needs_teacher else ()
+        student = as_in_a_stage(moved(self.student, device))
+        teacher = as_in_a_stage(moved(self.teacher, device, weights_of(precision))).requires_grad_(False)
+        teachers = (teacher,) if method.objective.needs_teacher else ()
         found: list[Tensor] = []
 
         def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -296,17 +297,25 @@ def freed(kit: Kit) -> None:
         _use_libraries(kit)
         kit.free()
         before, models = torch.cuda.memory_allocated() if kit.cuda else 0, alive()
+        if kit.cuda:
+            kit.note("MB of the device before the first stage", before / 1e6)
+        first: float | None = None  # MB that are kept after the first stage alone
         gc.disable()  # what is freed is freed by the stage, not by chance
         try:
             for stage in plan.stages.values():
                 AcceleratorState._reset_state(True)
                 run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+                if kit.cuda and first is None:
+                    first = (torch.cuda.memory_allocated() - before) / 1e6
+                    kit.note("MB of the device kept after the first stage alone", first)
                 if stage.spec.kind not in kinds:
                     kinds.add(stage.spec.kind)
                     kit.at_most(f"models alive after a stage `{stage.spec.kind}`", alive() - models, 0)
                     if kit.cuda:
                         more = (torch.cuda.memory_allocated() - before) / 1e6
                         kit.at_most(f"MB of the device kept after a stage `{stage.spec.kind}`", more, 1)
+            if kit.cuda and first is not None:
+                kit.note("MB of the device that all later stages add", (torch.cuda.memory_allocated() - before) / 1e6 - first)
         finally:
             gc.enable()
 

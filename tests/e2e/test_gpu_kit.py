@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def test_peers_are_measured_where_they_are_installed(result):
 
 
 @pytest.mark.slow
+def test_steps_of_sampling_are_repeated_as_a_graph_repeats_them(result):
+    """On a CPU without a recording: the tokens are equal."""
+    equal = [line for line in result["parts"]["graphs"]["lines"] if "tokens that are equal" in line["name"]]
+    assert [line["value"] for line in equal] == [1.0, 1.0]
+
+
+@pytest.mark.slow
 def test_the_page_of_a_run(result):
     text = PAGE.page(result | {"device": "a card"})
     assert "one GPU: a card." in text
@@ -130,6 +138,43 @@ def test_a_broken_rule_of_correctness_is_an_error_and_a_slow_part_is_not():
     assert "1 of 2 rules hold. These do not: `updates`: x." in PAGE.page(made)
     made["parts"] |= {"losses": part(True, False), "resume": part(True, True, error="no time left")}
     assert KIT.broken(made, correctness=True) == ["losses: x", "resume: no time left"]
+
+
+def test_a_part_of_several_calls_keeps_what_each_of_them_found():
+    def call(value: float, *names: str) -> dict:
+        part = {"title": "", "seconds": 1.0, "correctness": True, "lines": [{"name": "kept", "value": value, "rule": "", "ok": None}]}
+        return {"device": "a card", "versions": {}, "command": "kit.py --only freed", "parts": dict.fromkeys(names, part)}
+
+    found = PAGE.joined([call(1.0, "freed", "head"), call(2.0, "freed"), call(3.0, "freed")])
+    assert [line["value"] for line in found["parts"]["freed"]["lines"]] == [3.0]
+    assert [[line["value"] for line in lines] for lines in found["parts"]["freed"]["earlier"]] == [[1.0], [2.0]]
+    assert "earlier" not in found["parts"]["head"]
+    assert PAGE.page(found).count("The same part in an earlier call:") == 2
+
+
+def run_cut(out: Path) -> None:
+    """Run a part that ends the process, after a part that stands later in the kit's own list."""
+
+    def cut(kit: Any) -> None:
+        """A part."""
+        kit.note("before the end", 1)
+        os._exit(9)
+
+    sys.path.insert(0, str(FOLDER))
+    options = KIT.arguments(["--device", "cpu", "--tiny", "--only", "card,head", "--out", str(out)])
+    with mock.patch.object(KIT, "parts", return_value={"head": cut, "card": lambda kit: kit.note("first", 2)}):
+        KIT.run(options)
+
+
+def test_a_run_that_is_killed_keeps_every_line(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=run_cut, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    card, head = json.loads((tmp_path / "gpu.json").read_text())["parts"].items()
+    assert (card[0], [line["name"] for line in card[1]["lines"]], "error" in card[1]) == ("card", ["first"], False)
+    assert (head[0], [line["name"] for line in head[1]["lines"]]) == ("head", ["before the end"])
+    assert head[1]["error"] == "the run ended during this part"
 
 
 @pytest.mark.slow

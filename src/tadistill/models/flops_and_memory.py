@@ -69,9 +69,7 @@ def kept_by_layer(config: Mapping[str, Any], *, bf16: bool, dropout: bool) -> Ke
         # inputs and outputs of two norms; queries, keys, values and the attention's output
         position = 8 * hidden + 6 * width * hidden + sums + 16
         position += 2 * width * inner if family == "gpt2" else width * inner + 2 * casts * width * hidden
-        on_cpu = (
-            3 * width * inner if family == "gpt2" else 0
-        )  # GELU, of which `models.architectures.fuse_gelu` keeps the input and the result
+        on_cpu = 3 * width * inner if family == "gpt2" else 0  # `models.architectures.fuse_gelu` makes GELU one kernel on a GPU
         residual, attention = (dropout and config.get(name, rate) for name, rate in _DROPOUTS[family].items())
         position += 2 * width * hidden if residual else 0
         scores = 12.0 * shape.heads if attention else 0.0
