@@ -166,6 +166,7 @@ def run_cut(out: Path) -> None:
         KIT.run(options)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_keeps_every_line(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=run_cut, args=(tmp_path,))
     process.start()
