@@ -6,15 +6,18 @@ one_line(text)          -> also shows line breaks as escapes
 shortened(sentence)     -> cuts every quoted value at 200 characters
 counted(1, "stage")     -> "1 stage"; counted(3, "stage") -> "3 stages"
 listed(["a", "b"])      -> "a and b"
+changes({"lr": 1}, {"lr": 2}) -> yields "lr 1 → 2"
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 LONGEST_VALUE = 200
 """The largest number of characters of a quoted value in a message."""
 _LONGEST_SENTENCE = 3000
+_SHORT = 30
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line feed
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that change the direction of the text around them
@@ -74,3 +77,21 @@ def form(number: int, one: str, many: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """Return names as text, such as "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def changes(old: Any, new: Any, at: str = "", *, named: Sequence[str] = ()) -> Iterator[str]:
+    """Yield a text such as `optim.lr 0.001 → 0.002` for each value that differs in two nested dicts of plain data.
+
+    The dicts at the places `named` have names of the user's choice. Their entries that only one side has are new or removed. Elsewhere, a
+    key that one side lacks is a default of another version, and is left out.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*new, *old]):
+            place = f"{at}.{name}" if at else name
+            if name in old and name in new:
+                yield from changes(old[name], new[name], place, named=named)
+            elif at in named:
+                yield f"{place} ({'new' if name in new else 'removed'})"
+    elif old != new:
+        texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+        yield f"{at} {' → '.join(texts)}" if max(map(len, texts)) <= _SHORT else at

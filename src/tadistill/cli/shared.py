@@ -125,7 +125,8 @@ RecipePath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Values that replace values of the recipe, for instance seeds=[10].",
+        help="Values that replace values of the recipe, for instance seeds=[10]. Keys of {…} are added to those of the recipe; to replace "
+        "all arms, write arms={} before 'arms={…}'.",
         metavar="[KEY=VALUE]…",
         autocompletion=complete_override,
     ),

@@ -88,7 +88,8 @@ class Recipe(Strict):
     metrics: tuple[OwnMetric, ...] = ()
     """Additional metrics of the answers on test sets, computed by functions of your own."""
     arms: dict[Name, Arm] = {}
-    """The paths to compare, each with a name. This key can be left out if `search` is given."""
+    """The paths to compare, each with a name. This key can be left out if `search` is given. On the command line, `arms={new: A > B}` adds
+    an arm to those of the recipe. To replace all arms, write `arms={}` before it."""
     fair: bool = False
     """True adds arms to the study. For every arm with a path through assistants (and no `init`), it adds direct distillation with the same
     compute, and one control of each kind (`arms.X.control`). `tadistill plan` shows their cost."""

@@ -33,11 +33,11 @@ from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
 from tadistill.store import Store, key_of, store_of
 from tadistill.terminal import Terminal
-from tadistill.text import counted
+from tadistill.text import changes, counted, listed
 
 SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 """MiniLLM's five test sets."""
-_NAMED = 3  # stages that are named in one sentence
+_NAMED = 3  # stages or settings that are named in one sentence
 
 
 @placed
@@ -120,19 +120,32 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
     """Write runs/STUDY/plan.json, which reports and other tools read. Its date stays that of the first run.
 
     If the report of an earlier run shows other evaluations than the plan (for instance other seeds), the report is moved to the folder
-    runs/STUDY/earlier/KEY. KEY is a digest of the evaluations that the report shows.
+    runs/STUDY/earlier/KEY. KEY is a digest of the evaluations that the report shows. The settings that differ are named.
     """
     study = runs / plan.recipe.study
-    path = study / "plan.json"
+    path, old = study / "plan.json", dict[str, Any]()
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged plan is written again
-            created = json.loads(path.read_text(encoding="utf-8"))["created"]
+            old = json.loads(path.read_text(encoding="utf-8"))
+            created = old["created"]
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
-    if kept := _keep_report(study, content):
-        (console or Terminal()).note(f"the earlier report shows other evaluations than this run, so the report was moved to {kept}")
+    kept, changed = _keep_report(study, content), _changed(old, content) if old else []
+    sentences = [f"{study.name} has other settings than in its last run: {listed(changed)}"] if changed else []
+    if kept:
+        name = f"{study.name}/{kept.parent.relative_to(study)}"
+        sentences.append(f"the earlier report shows other evaluations, so it was moved to {kept}; `tadistill export {name} ARM` works")
+    if sentences:
+        (console or Terminal()).note(". ".join(sentences))
     write_json(path, content)
     return study
+
+
+def _changed(old: dict, new: dict) -> list[str]:
+    """Return the settings that differ in two plans. Settings of the machine do not count, because they change no numbers."""
+    parts = [{k: v for k, v in plan["recipe"].items() if k not in ("runtime", "resources")} for plan in (old, json.loads(json.dumps(new)))]
+    found = [*changes(*parts, named=("arms", "models", "methods", "evaluate.also"))]
+    return [*found[:_NAMED], *([f"{len(found) - _NAMED} more"] if len(found) > _NAMED else [])]
 
 
 _REPORT = ("report.html", "report.md", "results.json", "results.csv")

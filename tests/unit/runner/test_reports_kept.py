@@ -45,10 +45,26 @@ def test_a_report_of_other_seeds_is_kept(tmp_path):
     assert len(list((tmp_path / "kept" / "earlier").iterdir())) == 2
 
 
+def test_the_settings_that_differ_from_the_last_run_are_named(tmp_path):
+    assert save(tmp_path, "runtime.jobs=1") == ""
+    assert save(tmp_path, "runtime.jobs=2") == ""  # changes no numbers
+    said = save(tmp_path, "evaluate.temperature=0", "arms.b=a")
+    (folder,) = (tmp_path / "kept" / "earlier").iterdir()
+    first = "kept has other settings than in its last run: evaluate.temperature 1.0 → 0.0 and arms.b (new). "
+    assert said.startswith(first)
+    assert said.endswith(f"was moved to {folder / 'report.html'}; `tadistill export kept/earlier/{folder.name} ARM` works\n")
+    assert "seeds [1, 2] → [3], evaluate.temperature 0.0 → 1.0, arms.b (removed) and 1 more. " in save(tmp_path, "margin=0.4", "seeds=[3]")
+    plan = tmp_path / "kept" / "plan.json"
+    content = json.loads(plan.read_text())
+    del content["recipe"]["margin"]  # a plan of another version
+    plan.write_text(json.dumps(content))
+    assert "margin" not in save(tmp_path, "seeds=[3]").partition("report")[0]
+
+
 def test_a_plan_without_a_report_is_replaced(tmp_path):
     save(tmp_path)
     (tmp_path / "kept" / "report.html").unlink()
-    assert save(tmp_path, "seeds=[1]") == ""
+    assert save(tmp_path, "seeds=[1]") == "kept has other settings than in its last run: seeds [1, 2] → [1]\n"
     assert not (tmp_path / "kept" / "earlier").exists()
 
 
