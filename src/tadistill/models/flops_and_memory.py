@@ -115,7 +115,7 @@ class Memory:
     returned: float = 0.0
     """Gradients of the embeddings that the backward pass has computed, but not yet added to `gradients`."""
     several: bool = False
-    """True if an update has several micro-batches. Then the gradients are in memory also during a forward pass."""
+    """True if the gradients are in memory also during a forward pass: if an update has several micro-batches, or with DDP."""
     sampling: float = 0.0
     """Caches and temporary tensors of sampling, or of an evaluation."""
     rollouts: float = 0.0

@@ -159,6 +159,8 @@ def planned_memory(plan: "Plan", stage: Stage) -> Memory | None:
     memory = _memory(plan, stage, ledger)
     if memory is None:
         return None
+    if wanted.processes > 1 and wanted.parallel == "ddp":  # DDP's gradients are in memory all the time
+        memory = replace(memory, several=True, sampling=memory.sampling + memory.gradients)
     if wanted.parallel == "fsdp" and (size := ledger.size(stage.model)):
         layer = (size.matmul - size.head) / size.layers
         memory = memory.sharded(wanted.processes, 4 * (size.total - layer * max(size.layers - 2, 0)))

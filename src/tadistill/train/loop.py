@@ -172,9 +172,11 @@ def train_stage(
 
 
 def _prepare_whole(student: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
-    # By default, DDP waits for the gradients of all parameters, also of those that no text uses. The other way sends more messages.
-    if accelerator.num_processes > 1 and _anywhere(accelerator, not sharding.uses_all(student))[0]:
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # type: ignore[assignment]
+    if accelerator.num_processes > 1:
+        # By default, DDP waits for the gradients of all parameters, also of those that no text uses, and has a copy of all gradients
+        unused = _anywhere(accelerator, not sharding.uses_all(student))[0]
+        settings = DistributedDataParallelKwargs(find_unused_parameters=unused, gradient_as_bucket_view=True)
+        accelerator.ddp_handler = settings  # type: ignore[assignment]
     return accelerator.prepare(student)
 
 

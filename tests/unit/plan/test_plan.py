@@ -416,7 +416,9 @@ def test_a_process_needs_memory_for_its_rows_of_a_batch(sampler, size):
     (memory, flops), (whole, as_whole) = found(32, 4, size), found(32, 1, size)
     assert flops == as_whole
     assert memory.rollouts == whole.rollouts  # every process has the states of the whole round
-    assert replace(memory, rollouts=0) == replace(found(8, 1, {} if "micro_batch" in size else size)[0], rollouts=0)
+    alone = found(8, 1, {} if "micro_batch" in size else size)[0]
+    ddp = {"several": True, "sampling": alone.sampling + alone.gradients}  # its gradients stay in memory
+    assert memory == replace(alone, rollouts=whole.rollouts, **ddp)
 
 
 def test_the_memory_of_a_stage_is_that_of_one_process(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tests.conftest import tiny_model
+from tests.families import tiny
 
 from tadistill.config.method import Method, Optim, Select
 from tadistill.config.objective import CrossEntropy, ForwardKL, ReverseKL, Taid
@@ -170,6 +171,14 @@ def test_nan_stops_before_the_weights_change(tmp_path):
             hooks=Hooks(evaluate=dict, progress=lambda done, text: None),
         )
     assert torch.equal(weights(student).nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("kind", "unused"), [("llama", False), ("gemma3", True)])
+def test_ddp_waits_for_no_unused_weights_and_copies_no_gradients(kind, unused):
+    """The vision encoder of gemma3 has no part in a text."""
+    ranks = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=lambda values, how: 2 * values, prepare=lambda model: model)
+    loop._prepare_whole(tiny(kind), ranks)
+    assert (ranks.ddp_handler.find_unused_parameters, ranks.ddp_handler.gradient_as_bucket_view) == (unused, True)
 
 
 def test_an_update_without_any_gradient_stops_the_stage(tmp_path, monkeypatch):

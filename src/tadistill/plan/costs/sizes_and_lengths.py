@@ -84,7 +84,7 @@ class SizesAndLengths:
             assert model.load is not None
             found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
             config = parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
-            positions, new = config and shapes.positions_of(config), self.recipe.evaluate.max_new_tokens
+            positions, new = shapes.positions_of(config) if config else None, self.recipe.evaluate.max_new_tokens
             if positions and new >= positions:  # `runner.preflight` also counts the tokens of the longest prompt
                 raise ConfigError(
                     f"the model has {positions} positions, but a prompt plus evaluate.max_new_tokens ({new}) needs more; lower "
