@@ -153,7 +153,7 @@ class Data(Strict):
     train: TrainData
     """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set. For several sets,
     choose a name for each set, and write the set's keys below this name: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl,
-    weight: 3}}."""
+    weight: 3}}. To split one file into train, dev and test, use the script in the page "Use your own data" of the documentation."""
     dev: DevData
     """The data set on which checkpoints and paths are chosen. If there are several training sets, each may have a dev set of the same name:
     {maths: maths-dev.jsonl, chat: chat-dev.jsonl}. Dev values are then means over these sets, with the weights of the training sets."""

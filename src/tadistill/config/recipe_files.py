@@ -197,7 +197,8 @@ def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
     named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
     key = max(named, key=len, default=())
     about = {at: problem.find(f"`{load}`") for at, load in _sources(recipe) if at[: len(key)] == key}
-    quoted = min((at for at, place in about.items() if place >= 0), key=lambda at: about[at], default=())  # the first one in the message
+    splits = {at: re.search(rf"(\(split|no file) {re.escape(ref.split or str(at[1]))}\b", problem) for at, ref in data_sets(recipe)}
+    quoted = min((at for at, place in about.items() if place >= 0), key=lambda at: (about[at], not splits.get(at)), default=())  # the first
     if key:
         return f"{where(origin.source, origin.lines, quoted or key).split(': `')[0]}: {problem}"
     return f"{where(origin.source, origin.lines, quoted)}: {problem}" if quoted else problem

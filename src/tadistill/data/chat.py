@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
-_ANSWER = "an answer 7919"  # text that no template contains
+_ANSWER, _DATE = "an answer 7919", "a date 7919"  # texts that no template contains
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag that transformers adds to Jinja; it marks what the model wrote
 _START, _END = "\ufdd0", "\ufdd1"  # around a marked part; Unicode noncharacters, which no text contains
 THINKING = ("reasoning_content", "thinking", "reasoning")
@@ -209,6 +209,12 @@ def opening(template: str | None, variables: Mapping[str, Any]) -> str:
         return ""
     found = whole[len(prompt) :]
     return found.partition(_ANSWER)[0] if _ANSWER in found else ""
+
+
+def dated(template: str | None, variables: Mapping[str, Any]) -> bool:
+    """Return True if a chat template writes the current date into a prompt. `variables` are those of `opening`."""
+    text = _rendered(template, (("user", "hello"),), {**variables, "strftime_now": lambda form: _DATE}, True)
+    return text is not None and _DATE in text
 
 
 def default_template(given: Any) -> str | None:

@@ -19,9 +19,9 @@ from tadistill.config import Data, DataRef
 from tadistill.config.data import World
 from tadistill.data import hub, tinyworld
 from tadistill.data.hub import NAMED
-from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
+from tadistill.data.rows import OPTIONAL, Example, example, where_of
 from tadistill.disk import no_file, sha256
-from tadistill.errors import DataError, Gathering
+from tadistill.errors import DataError
 
 _SHOWN = 8
 """Largest number of files that a message names."""
@@ -76,15 +76,25 @@ class SplitRows:
         return examples
 
     def stream(self) -> Iterator[Example]:
-        """Yield the examples. Raises DataError if the data set is missing, or a row lacks a column."""
-        for i, row in enumerate(itertools.islice(self.raw(), self.limit)):
-            found = example(row, self.ref, i)
-            if self.role != "train" and found.last and found.last.get("content") is None:
-                where = where_of(self.ref, i)
-                raise DataError(
-                    f"{where}: the last message has no text with which an answer can be compared; give it a text, or delete the row"
-                )
-            yield found
+        """Yield the examples. Raises DataError if the data set is missing, or a row is wrong."""
+        return map(right, self.tries())
+
+    def tries(self) -> Iterator[Example | DataError]:
+        """Yield the example of each row, or the error if a row is wrong. Raises DataError if the data set is missing."""
+        for i, (line, row) in enumerate(itertools.islice(self.raw(), self.limit)):
+            try:
+                yield self._example(right(row), i, line)
+            except DataError as error:
+                yield error
+
+    def _example(self, row: dict[str, Any], index: int, line: int | None) -> Example:
+        found = example(row, self.ref, index, line)
+        if self.role != "train" and found.last and found.last.get("content") is None:
+            raise DataError(
+                f"{where_of(self.ref, index, line)}: the last message has no text with which an answer can be compared; give it a text, or "
+                "delete the row"
+            )
+        return found
 
     def count(self) -> int:
         """Return the number of rows. For a local file, only the lines are counted, which is fast."""
@@ -120,15 +130,18 @@ class SplitRows:
             return f"hub:{self.ref.load}@{self.ref.revision}:{self.split}"
         return f"{content}{_ignored(self)}"
 
-    def raw(self, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield all rows of the split as they are. With `stream`, a data set on the Hub is not downloaded first."""
+    def raw(self, *, stream: bool = False) -> Iterator[tuple[int | None, dict[str, Any] | DataError]]:
+        """Yield all rows of the split as they are, each with its line in a local file. With `stream`, a data set on the Hub is not
+        downloaded first."""
         ref, split = self.ref, self.split
-        if split in tinyworld.SPLITS.get(ref.load, ()):
-            return iter(tinyworld.world_rows(ref.load, split, seed=self.world.seed, people=self.world.people))
         if file := self.file:
             return json_rows(file)
-        repository, name = _on_hub(ref, split)
-        return hub.rows(repository, split, ref.revision, stream=stream) if name is None else _hub_file(ref, split, repository, name)
+        if split in tinyworld.SPLITS.get(ref.load, ()):
+            found = iter(tinyworld.world_rows(ref.load, split, seed=self.world.seed, people=self.world.people))
+        else:
+            repository, name = _on_hub(ref, split)
+            found = hub.rows(repository, split, ref.revision, stream=stream) if name is None else _hub_file(ref, split, repository, name)
+        return ((None, row) for row in found)
 
 
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
@@ -142,55 +155,10 @@ def empty(ref: DataRef, role: str) -> DataError:
     return DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
 
 
-def check_sources(data: Data) -> None:
-    """Check that every data set exists on this disk. A name that may be a Hub id is accepted too. No data is read.
-
-    Raises:
-        DataError: some data sets do not exist. The message names all of them.
-    """
-    found = Gathering()
-    for role, ref in data.splits():
-        with found.about():
-            on_hub(ref, role, data)
-    found.finish()
-
-
-def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read, and
-    the form follows from the keys in `ref.columns`."""
-    if (row := _first(ref, role, data)) is not None:
-        return form_of(row, ref)
-    return "messages" if "messages" in ref.columns else "prompt" if "prompt" in ref.columns else "instruction"
-
-
-def has_unread_tools(ref: DataRef, role: str, data: Data) -> bool:
-    """Return True if the first row is a conversation with a column `tools` that the recipe does not name. Return False for a data set on
-    the Hub, whose rows are not read here."""
-    first = _first(ref, role, data)
-    return bool(first and first.get("tools")) and "tools" not in ref.columns and form(ref, role, data) == "messages"
-
-
-def _first(ref: DataRef, role: str, data: Data) -> dict[str, Any] | None:
-    file = SplitRows.of(ref, role, data).file
-    return next(json_rows(file), None) if file else None
-
-
-def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:
-    """Yield the documents of a plain-text corpus. Each row is one document."""
-    column = ref.columns.get("text", "text")
-    own = ref.load == "tinyworld"
-    rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else SplitRows(ref, "train", world, root).raw(stream=True)
-    for i, row in enumerate(rows):
-        where = where_of(ref, i)
-        if column not in row:
-            raise DataError(no_column(row, f"`{column}`", where))
-        yield text(row[column], f"column `{column}` of the corpus", where)
-
-
 def _ignored(rows: SplitRows) -> str:
     ref, file = rows.ref, rows.file
     try:
-        row = next(json_rows(file), {}) if file else {}
+        row = next((right(row) for _, row in json_rows(file)), {}) if file else {}
     except DataError:  # the same error is raised when the rows are read
         return ""
     # earlier versions read these columns without `columns`; with the suffix, results of those versions are not used again
@@ -228,15 +196,21 @@ def _may_be_on_hub(ref: DataRef) -> bool:
 
 
 def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
-    # refuses a folder without a file of the split, unless the name can be that of a data set on the Hub
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    readable = [name for name in names if name.endswith((".jsonl", ".json"))]
-    if not readable and _may_be_on_hub(ref):
+    # refuses a folder without a file of the split, unless it has no data and the name can be that of a data set on the Hub
+    if _may_be_on_hub(ref) and not hub.has_data(folder):
         return
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     holds = f"it contains {', '.join(names[:_SHOWN])}{more}" if names else "it is empty"
     splits = [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
-    fix = f"set `split` of this data set to {' or '.join(splits[:_SHOWN])}, or rename a file" if splits else "write the rows to this file"
+    fix = "write the rows to this file"
+    if splits:
+        fix = f"set `split` of this data set to {' or '.join(splits[:_SHOWN])}, or rename a file"
+    elif (saved := folder.joinpath("state.json").is_file()) or folder.joinpath("dataset_dict.json").is_file():
+        part = "" if saved else f"[{split!r}]"
+        fix = f"write this file, for instance in Python: datasets.load_from_disk({folder.name!r}){part}.to_json('{split}.jsonl')"
+    elif table := next((path for path in sorted(folder.rglob("*")) if path.suffix in _READERS), None):
+        fix = f"write this file, for instance in Python: {_conversion(str(table.relative_to(folder)), split)}"
     raise DataError(f"data set `{ref.load}` is the folder {folder}, which has no file {split}.jsonl ({holds}); {fix}")
 
 
@@ -284,23 +258,44 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
             f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
             f"and it cannot be loaded from the Hub: {error}"
         ) from error
-    return itertools.islice(json_rows(path), first, last)
+    return (right(row) for _, row in itertools.islice(json_rows(path), first, last))
 
 
 # --- JSON Lines files -------------------------------------------------------------------------------------------------------
 
-_READERS = {".csv": "read_csv", ".parquet": "read_parquet", ".xlsx": "read_excel", ".arrow": "read_feather"}
+_READERS = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel", ".arrow": "read_feather"}
 _ONE_A_LINE = "`jq -c '.[]' FILE` writes each of its objects on a line of its own"
 
 
-def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON object of each line of a JSON Lines file. Empty lines are skipped.
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """Yield the JSON object of each line of a JSON Lines file, with its line number from 1. If a line is wrong, yield its error in place
+    of the object. Empty lines are skipped.
 
     Raises:
-        DataError: a line is not one JSON object. The message names the file and the line.
+        DataError: the file as a whole is not a JSON Lines file.
     """
     for number, line in _lines(path):
-        yield _json_row(line, path, number)
+        try:
+            yield number, _json_row(line, path, number)
+        except _OtherFile:
+            raise
+        except DataError as error:
+            yield number, error
+
+
+class _OtherFile(DataError):
+    """A file is not a JSON Lines file."""
+
+
+def right(row: Any) -> Any:
+    """Return a row. If it is an error, raise it."""
+    if isinstance(row, DataError):
+        raise row
+    return row
+
+
+def _conversion(file: str, name: str) -> str:
+    return f"pandas.{_READERS[Path(file).suffix]}({file!r}).to_json('{name}.jsonl', orient='records', lines=True)"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -313,9 +308,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}, line {number}"
+    if line.startswith("\x1f\udc8b"):
+        raise _OtherFile(f"{path} is compressed with gzip; unpack it: `gunzip {path.name}`")
     if path.suffix in _READERS and not line.lstrip().startswith("{"):
-        read = f"pandas.{_READERS[path.suffix]}({path.name!r}).to_json('{path.stem}.jsonl', orient='records', lines=True)"
-        raise DataError(f"{path} is not a JSON Lines file; convert it, for instance in Python: {read}")
+        raise _OtherFile(f"{path} is not a JSON Lines file; convert it, for instance in Python: {_conversion(path.name, path.stem)}")
     try:
         line.encode("utf-8")
     except UnicodeEncodeError as error:  # `surrogateescape` turns a byte that is not UTF-8 into a surrogate
@@ -324,24 +320,28 @@ def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is {_not_json(line, error)}; every line must be one JSON object") from error
+        raise _not_json(line, where, error) from error
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or thousands of nested lists
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
         raise DataError(f"{where} cannot be read ({reason}); correct or delete the row") from error
+    if isinstance(row, list):
+        raise _OtherFile(f"{where} is a JSON array ({_ONE_A_LINE}); every line must be one JSON object")
     if not isinstance(row, dict):
-        what = f"a JSON array ({_ONE_A_LINE})" if isinstance(row, list) else f"a {type(row).__name__}"
-        raise DataError(f"{where} is {what}; every line must be one JSON object")
+        raise DataError(f"{where} is a {type(row).__name__}; every line must be one JSON object")
     return row
 
 
-def _not_json(line: str, error: json.JSONDecodeError) -> str:
-    start = line.strip()
+def _not_json(line: str, where: str, error: json.JSONDecodeError) -> DataError:
+    start, kind = line.strip(), DataError
     if start.startswith("version https://git-lfs"):
-        return "part of a pointer of Git LFS (run `git lfs pull` in its folder to get the file)"
-    if start[0] == "[":
-        return f"the start of a JSON array ({_ONE_A_LINE})"
-    if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):
-        return "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
-    if start[0] != "{":
-        return 'not JSON (write the row as {"instruction": "…", "output": "…"}, for instance)'
-    return f"not JSON ({error.msg} at character {error.pos + 1})"
+        kind, what = _OtherFile, "part of a pointer of Git LFS (run `git lfs pull` in its folder to get the file)"
+    elif start[0] == "[":
+        kind, what = _OtherFile, f"the start of a JSON array ({_ONE_A_LINE})"
+    elif start[0] == "{" and error.pos >= len(line.rstrip()):
+        kind = _OtherFile if start == "{" else DataError  # as `json.dump` with an indent writes it
+        what = "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
+    elif start[0] != "{":
+        what = 'not JSON (write the row as {"instruction": "…", "output": "…"}, for instance)'
+    else:
+        what = f"not JSON ({error.msg} at character {error.pos + 1})"
+    return kind(f"{where} is {what}; every line must be one JSON object")

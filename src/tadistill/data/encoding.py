@@ -11,6 +11,7 @@ so far. Otherwise, the turn begins a new sequence.
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -18,16 +19,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config.method_parts import TeacherContext
+from tadistill.data import chat
 from tadistill.data.encoding_rules import Counts, Rules, limit_key, nothing_left
 from tadistill.data.prompts import in_chat, render_for_teacher, written_by_template
-from tadistill.data.rows import Example
-from tadistill.data.turns import Turn, TurnReader, unlearnt, without_thinking
+from tadistill.data.rows import Example, place
+from tadistill.data.turns import Turn, TurnReader, has_unknown_role, unlearnt, without_thinking
 from tadistill.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PART = 1000  # number of rows that are tokenised in one call
+_MARKS = ("\n", ":", ")")
+"""Texts that are put before a text to get its tokens behind a prompt. With a text that begins with a line break, the first one is joined."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,25 @@ class _Ids:
 class Encoder:
     """Encodes the examples of one split with one tokenizer, part by part."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, name: str):
-        self.tokenizer, self.rules, self.name = tokenizer, rules, name
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", rules: Rules, name: str, *, plain: bool = False):
+        """With `plain`, the text of a special token in an answer, such as `</s>`, is encoded as ordinary text. Otherwise it becomes this
+        token."""
+        self.tokenizer, self.rules, self.name, self.plain = tokenizer, rules, name, plain
         self.reader, self.unknown = TurnReader(rules, tokenizer), unknown_token(tokenizer)
+        self.special = re.compile("|".join(map(re.escape, self.reader.specials)) or "(?!)")
+        self.lines: dict[int, int | None] = {}
+        self.marks = tuple(filter(self._separates, _MARKS))
+
+    def _separates(self, mark: str) -> bool:
+        # Llama 2 writes a space before the first word of a text; a text after the mark has no such space
+        after, begun, alone = _ids(self.tokenizer, [mark, f"{mark}a", "a"])
+        differs = len(begun) > len(after) and begun[: len(after)] == after and begun[len(after) :] != alone
+        return differs and self.unknown not in begun
 
     def part(self, examples: dict[int, Example]) -> tuple[list[Encoded], Counter[str], list[int]]:
         """Encode examples, given by their row numbers. Return the encoded examples, the numbers to add to the fields of `Counts`, and the
         length of each prompt in tokens."""
+        self.lines = {row: example.line for row, example in examples.items()}
         if self.rules.thinking == "drop":
             examples = {row: without_thinking(example) for row, example in examples.items()}
         chats = {row: in_chat(example, self.rules.template) for row, example in examples.items()}
@@ -145,6 +161,9 @@ class Encoder:
                 found = [self._with_choices(found[0], example.choices, ids[row][0])]
             numbers["unopened"] += bool(left["cut"]) and chats[row]
             numbers["unlearnt"] += bool(found) and unlearnt(example, self.rules)
+            numbers["silent"] += bool(found) and any(not turn.response for turn in ids[row])
+            numbers["marked"] += bool(found) and not self.plain and any(map(self.special.search, _texts(example)))
+            numbers["roles"] += bool(found) and has_unknown_role(example, self.tokenizer)
             encoded += found
         numbers.update(rows=len(examples), tokens=sum(len(e.prompt) for e in encoded))
         numbers["unknown"] = sum(e.prompt.count(self.unknown) for e in encoded)
@@ -155,7 +174,7 @@ class Encoder:
         return encoded, numbers, [len(turn.prompt) for of_row in ids.values() for turn in of_row]
 
     def _with_choices(self, encoded: Encoded, labels: Seq[str], turn: _Ids) -> Encoded:
-        choices = _after(self.tokenizer, [turn.turn.prompt] * len(labels), [turn.plain] * len(labels), list(labels))
+        choices = self._after([turn.turn.prompt] * len(labels), [turn.plain] * len(labels), list(labels))
         where, room = self._where(encoded.row), self.rules.max_length - len(encoded.prompt)
         for ids, label in zip(choices, labels, strict=True):
             if not 0 < len(ids) <= room:
@@ -182,8 +201,8 @@ class Encoder:
             )
             for e, c in zip(encoded, chats, strict=True)
         ]
-        for e, ids, chat in zip(encoded, _ids(self.tokenizer, texts), chats, strict=True):
-            prompt = self._begun(ids, chat)
+        for e, ids, written in zip(encoded, _ids(self.tokenizer, texts), chats, strict=True):
+            prompt = self._begun(ids, written)
             if not prompt:
                 raise DataError(f"{self._where(e.row)}: the teacher's prompt is empty; write more than placeholders in context.template")
             if len(prompt) > most and self.rules.long_prompts == "refuse":
@@ -197,12 +216,12 @@ class Encoder:
         return found, over
 
     def _where(self, row: int) -> str:
-        return f"{self.name}, row {row + 1}"
+        return f"{self.name}, {place(row, self.lines.get(row))}"
 
     def _turns(self, turns: list[tuple[int, Turn]], chats: Mapping[int, bool]) -> dict[int, list[_Ids]]:
         texts = [turn.prompt for _, turn in turns]
         plain = _ids(self.tokenizer, texts)
-        responses = _after(self.tokenizer, texts, plain, [turn.hidden + turn.answer for _, turn in turns])
+        responses = self._after(texts, plain, [turn.hidden + turn.answer for _, turn in turns])
         found: dict[int, list[_Ids]] = {row: [] for row in chats}
         for (row, turn), ids, response in zip(turns, plain, responses, strict=True):
             found[row].append(_Ids(turn, ids, self._begun(ids, chats[row]), response, self._hidden(turn, ids, response)))
@@ -219,8 +238,22 @@ class Encoder:
         (answer,) = _ids(self.tokenizer, [turn.answer])
         if answer and response[-len(answer) :] == answer:
             return len(response) - len(answer)
-        (hidden,) = _after(self.tokenizer, [turn.prompt], [prompt], [turn.hidden])
+        (hidden,) = self._after([turn.prompt], [prompt], [turn.hidden])
         return next((i for i, (a, b) in enumerate(zip(hidden, response, strict=False)) if a != b), min(len(hidden), len(response)))
+
+    def _after(self, prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:
+        # prompt and text are encoded together; if this changes the prompt's tokens, the text is encoded alone
+        whole = _ids(self.tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
+        joint = [w[: len(p)] == p and not (self.plain and self.special.search(t)) for w, p, t in zip(whole, ids, texts, strict=True)]
+        return [w[len(p) :] if j else self._alone(t) for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]
+
+    def _alone(self, text: str) -> list[int]:
+        # the token ids of a text that follows a prompt
+        for mark in self.marks:
+            before, whole = _ids(self.tokenizer, [mark, mark + text], plain=self.plain)
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        return _ids(self.tokenizer, [text], plain=self.plain)[0]
 
     def _row(self, turns: list[_Ids], row: int) -> tuple[list[Encoded], Counter[str]]:
         # the sequences of a row, and what was left out or cut
@@ -290,12 +323,15 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
 
-def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:
-    # prompt and text are encoded together; if this changes the prompt's tokens, the text is encoded alone
-    whole = _ids(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
-    joint = [w[: len(p)] == p for w, p in zip(whole, ids, strict=True)]
-    return [w[len(p) :] if j else _ids(tokenizer, [t])[0] for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]
+def _texts(example: Example) -> Iterator[str]:
+    # the texts of an example that are not a whole prompt, which can contain special tokens on purpose
+    yield from () if example.verbatim else (example.instruction, example.input)
+    yield from example.references[:1]
+    for message in (*example.messages, example.last):
+        yield str(message.get("content") or "")
+        yield chat.thinking(message) or ""
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # type: ignore[return-value]
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, plain: bool = False) -> list[list[int]]:
+    split: dict[str, Any] = {"split_special_tokens": True} if plain else {}
+    return tokenizer(texts, add_special_tokens=False, **split)["input_ids"] if texts else []  # type: ignore[return-value]

@@ -98,6 +98,13 @@ class Counts:
     """Number of additional sequences. A row becomes more than one sequence if the chat template rewrites its earlier turns."""
     unlearnt: int = 0
     """Number of rows whose last message has thinking or tool calls that are not learnt."""
+    silent: int = field(default=0, compare=False)
+    """Number of rows with an empty response. Training learns only the token that ends it."""
+    marked: int = field(default=0, compare=False)
+    """Number of rows with the text of a special token, such as `</s>`, in an instruction, a message or a response. The text is encoded as
+    this token."""
+    roles: int = field(default=0, compare=False)
+    """Number of rows with a message whose role is unusual, and which the chat template does not name."""
     unknown: int = field(default=0, compare=False)
     """Number of tokens of the kept prompts that are the tokenizer's unknown token, which replaces text that the tokenizer cannot read."""
     tokens: int = field(default=0, compare=False)
@@ -114,8 +121,8 @@ class Counts:
 
     @property
     def text(self) -> str:
-        """Return text such as ``476 of 500 rows; 24 longer than data.max_prompt (256)``. The text is empty if no row was left out or
-        cut."""
+        """Return text such as ``476 of 500 rows; 24 longer than data.max_prompt (256)``. The text is empty if no row was left out,
+        cut or unusual."""
         key = limit_key(self.limit, self.max_length)
         parts = [
             (self.long, f"{self.long} longer than {key}"),
@@ -138,6 +145,9 @@ class Counts:
                 f"{counted(self.more, 'additional sequence')}, because the chat template rewrites earlier turns (`epochs` counts rows)",
             ),
             (self.unlearnt, f"{self.unlearnt} with thinking or tool calls that are not learnt (data.turns: last learns them)"),
+            (self.silent, f"{self.silent} with an empty answer"),
+            (self.marked, f"{self.marked} with the text of a special token (such as an end token), which the model reads as this token"),
+            (self.roles, f"{self.roles} with a message of an unusual role (not system, developer, user, assistant, tool or function)"),
         ]
         found = [text for count, text in parts if count]
         return "; ".join([f"{self.used} of {counted(self.rows, 'row')}", *found]) if found else ""

@@ -72,6 +72,11 @@ def cached(repository: str, revision: str, file: str | None = None) -> Path | No
     return folder if whole and any(not path.name.endswith(_NOT_DATA) for path in files) else None
 
 
+def has_data(folder: Path) -> bool:
+    """Return True if a folder contains a file that can be data. The files that describe a repository cannot."""
+    return any(path.is_file() and not path.name.endswith(_NOT_DATA) for path in folder.rglob("*"))
+
+
 def download(repository: str, revision: str, file: str | None = None, *, workers: int = 8) -> Path:
     """Download a file, or the whole repository if `file` is None, and return its local path.
 
@@ -187,8 +192,10 @@ def rows(repository: str, split: str, revision: str, *, stream: bool) -> Iterato
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants, errors
 
-    # offline, `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
-    path, at = (str(download(repository, revision)), None) if constants.HF_HUB_OFFLINE else (repository, revision)
+    # offline, `datasets` would use any revision that it once prepared, and it would read a folder of this name in the working directory, so
+    # the snapshot of this revision is read instead
+    kept = constants.HF_HUB_OFFLINE or Path(repository).exists()
+    path, at = (str(download(repository, revision)), None) if kept else (repository, revision)
     try:
         with without_retries_shown():
             return (dict(row) for row in load_dataset(path, split=split, revision=at, streaming=stream))

@@ -121,8 +121,10 @@ def retokenised(
     rules = replace(rules, turns="answer", long_responses="drop" if rules.long_responses == "drop" else "cut", context=None)
     # for answers that were cut: the encoder adds an end token, which is removed afterwards, so one more token fits
     open_rules = replace(rules, max_prompt=rules.limit, max_length=rules.max_length + 1)
-    drops, kept = rules.thinking == "drop", {"thinking": "keep"}
-    encoders = {True: Encoder(tokenizer, replace(rules, **kept), name), False: Encoder(tokenizer, replace(open_rules, **kept), name)}
+    drops, keep = rules.thinking == "drop", {"thinking": "keep"}
+    encoders = {
+        ended: Encoder(tokenizer, replace(of_ended, **keep), name, plain=True) for ended, of_ended in ((True, rules), (False, open_rules))
+    }
     counts, unknown, total = Counts(0, limit=rules.limit, max_length=rules.max_length), 0, 0
     pairs = _joined(map(without_thinking, examples) if drops else examples, answers)
     while part := list(islice(pairs, _PART)):
@@ -132,7 +134,11 @@ def retokenised(
             given = {a.row: replace(example, references=(a.text,), last={}, choices=()) for example, a in written}
             encoded, of_ended, _ = encoder.part(given)
             numbers.update(of_ended)
-            found += encoded if ended else [replace(e, response=e.response[:-1]) for e in encoded]
+            if not ended:
+                kept = [replace(e, response=e.response[:-1]) for e in encoded if len(e.response) > 1]
+                dropped = len(encoded) - len(kept)  # white space that the student's tokenizer drops
+                numbers.update(empty=dropped, silent=-dropped)
+            found += encoded if ended else kept
         silent = sum(not answer.ended and not answer.text for _, answer in part)
         numbers.update(rows=silent, empty=silent)
         counts = counts.plus(**numbers)

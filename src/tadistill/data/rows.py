@@ -53,17 +53,23 @@ class Example:
     """The right answer for each rule of `data.answers` that the recipe names."""
     extra: Mapping[str, str] = field(default_factory=dict)
     """The texts of further columns that the recipe names (`extra`)."""
+    line: int | None = field(default=None, compare=False)
+    """The line of the row in its file, from 1. None if the data set is not a local file."""
 
 
-def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
-    """Return the example that a row contains. `index` is the number of the row in the split, from 0.
+def example(row: dict[str, Any], ref: DataRef, index: int, line: int | None = None) -> Example:
+    """Return the example that a row contains.
+
+    Args:
+        index: the number of the row in the split, from 0.
+        line: the line of the row in its file, from 1.
 
     Raises:
         DataError: a column is missing, or its value is not text.
     """
-    where = where_of(ref, index)
+    where = where_of(ref, index, line)
     choices = _choices(ref.choices or _optional("choices", row, ref, where), where)
-    more: dict[str, Any] = {"choices": choices, "facts": _facts(_optional("facts", row, ref, where), where)}
+    more: dict[str, Any] = {"choices": choices, "facts": _facts(_optional("facts", row, ref, where), where), "line": line}
     ruled = {name: _named(column, f"columns: {{{name}: {column}}}", row, where) for name, column in ref.columns.items() if name in RULES}
     more["answers"] = {name: RULES[name].read(value, choices, where) for name, value in ruled.items()}
     more["extra"] = {name: _extra(name, row, where) for name in ref.extra}
@@ -97,9 +103,15 @@ def form_of(row: dict[str, Any], ref: DataRef) -> Form:
     return "instruction" if instructed else "prompt"
 
 
-def where_of(ref: DataRef, index: int) -> str:
-    """Return the name of a row for messages: the data set and the row number from 1. `index` counts rows from 0."""
-    return f"data set `{ref.load}`, row {index + 1}"
+def where_of(ref: DataRef, index: int, line: int | None) -> str:
+    """Return the name of a row for messages: the data set and the `place` of the row."""
+    return f"data set `{ref.load}`, {place(index, line)}"
+
+
+def place(index: int, line: int | None) -> str:
+    """Return the place of a row for messages: its line in its file, or, without a file, its number in the split. `index` counts rows from
+    0."""
+    return f"row {index + 1}" if line is None else f"line {line}"
 
 
 def no_column(row: dict[str, Any], wanted: str, where: str) -> str:

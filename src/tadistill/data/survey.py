@@ -9,31 +9,40 @@ again.
 import hashlib
 import itertools
 import json
+import re
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
+from tadistill.config.data import World
 from tadistill.config.recipe import methods
-from tadistill.data import datasets
+from tadistill.data import datasets, tinyworld
 from tadistill.data import rows as reading
-from tadistill.data.datasets import SplitRows
-from tadistill.data.rows import Example, beyond_ascii
+from tadistill.data.datasets import SplitRows, json_rows, right
+from tadistill.data.rows import Example, Form, beyond_ascii, form_of, no_column, place, text, where_of
 from tadistill.disk import cache_root, digest, write_json
-from tadistill.errors import DataError, StoreError
+from tadistill.errors import DataError, Gathering, StoreError
 from tadistill.store import key_of
+from tadistill.text import counted, listed
+from tadistill.text import form as form_of_noun
 
+T = TypeVar("T")
 LARGE = 5_000
 """A training set with more rows is large. The tokens of a large set and the survey of its rows are stored on the disk (`token_cache`)."""
 SAMPLE = 512
 """Largest number of rows in a sample."""
 DIGITS = 12
 """Number of characters of a prompt's digest. With a million training rows, a new prompt counts as seen with a probability below 1e-8."""
+_NAMED = 20
+"""Largest number of wrong rows that a message names."""
 _known: dict[str, "Survey"] = {}
 
 
@@ -76,7 +85,7 @@ def survey(ref: DataRef, role: str, data: Data) -> Survey:
     """Read and check all rows of a split that a recipe uses. Return the number of rows, a sample, and other facts.
 
     Raises:
-        DataError: the data set is missing or empty, or a row is wrong. The message names the row.
+        DataError: the data set is missing or empty, or rows are wrong. The message names the rows.
     """
     rows = SplitRows.of(ref, role, data)
     content = rows.content()
@@ -115,6 +124,39 @@ def _each(found: Survey) -> list[str]:
     return [found.prompts[i : i + DIGITS] for i in range(0, len(found.prompts), DIGITS)]
 
 
+def check_sources(data: Data) -> None:
+    """Check that every data set exists on this disk. A name that may be a Hub id is accepted too. No data is read.
+
+    Raises:
+        DataError: some data sets do not exist. The message names all of them.
+    """
+    found = Gathering()
+    for role, ref in data.splits():
+        with found.about():
+            datasets.on_hub(ref, role, data)
+    found.finish()
+
+
+def form(ref: DataRef, role: str, data: Data) -> Form:
+    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read, and
+    the form follows from the keys in `ref.columns`."""
+    if (row := _first(ref, role, data)) is not None:
+        return form_of(row, ref)
+    return "messages" if "messages" in ref.columns else "prompt" if "prompt" in ref.columns else "instruction"
+
+
+def has_unread_tools(ref: DataRef, role: str, data: Data) -> bool:
+    """Return True if the first row is a conversation with a column `tools` that the recipe does not name. Return False for a data set on
+    the Hub, whose rows are not read here."""
+    first = _first(ref, role, data)
+    return bool(first and first.get("tools")) and "tools" not in ref.columns and form(ref, role, data) == "messages"
+
+
+def _first(ref: DataRef, role: str, data: Data) -> dict[str, Any] | None:
+    file = SplitRows.of(ref, role, data).file
+    return next((right(row) for _, row in json_rows(file)), None) if file else None
+
+
 def check(recipe: Recipe) -> None:
     """Read all data sets of a recipe. Mistakes in them are thus found before any training.
 
@@ -133,13 +175,32 @@ def check_corpus(ref: DataRef, data: Data) -> None:
     """Check a plain-text corpus. A corpus on this disk is read completely. For a corpus on the Hub, only one document is read.
 
     Raises:
-        DataError: a row has no text, or all documents are empty.
+        DataError: rows have no text, or all documents are empty.
     """
-    documents = datasets.texts(ref, data.world, data.root)
+    documents = _documents(ref, data.world, data.root)
     if datasets.on_hub(ref, "train", data) is not None:
         documents = itertools.islice(documents, 1)
-    if not sum(bool(document.strip()) for document in documents):
+    if not sum([bool(document.strip()) for document in _all_right(documents, ref)]):
         raise DataError(f"data.corpus `{ref.load}` contains no text; give a file with at least one document in its column `text`")
+
+
+def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:
+    """Yield the documents of a plain-text corpus. Each row is one document."""
+    return map(right, _documents(ref, world, root))
+
+
+def _documents(ref: DataRef, world: World, root: str | None) -> Iterator[str | DataError]:
+    # the text of each row, or the error if a row is wrong
+    column, rows = ref.columns.get("text", "text"), SplitRows(ref, "train", world, root)
+    own = ((None, row) for row in tinyworld.corpus(seed=world.seed, people=world.people)) if ref.load == "tinyworld" else None
+    for i, (line, row) in enumerate(own or rows.raw(stream=True)):
+        where = where_of(ref, i, line)
+        try:
+            if column not in right(row):
+                raise DataError(no_column(right(row), f"`{column}`", where))
+            yield text(right(row)[column], f"column `{column}` of the corpus", where)
+        except DataError as error:
+            yield error
 
 
 def key_of_rows(rows: SplitRows, content: str, *code: Any) -> str:
@@ -174,7 +235,7 @@ def _read(rows: SplitRows) -> Survey:
     sample: list[Example] = []
     prompts: list[str] = []
     conversations, instructions, choices, beyond = False, False, False, 0.0
-    for i, found in enumerate(rows.stream()):
+    for i, found in enumerate(_all_right(rows.tries(), rows.ref)):
         conversations |= bool(found.messages)
         instructions |= not found.verbatim and not found.messages
         choices |= bool(found.choices)
@@ -183,6 +244,32 @@ def _read(rows: SplitRows) -> Survey:
         if i in wanted:
             sample.append(replace(found, answers={}))  # a rule's answer may be an object that JSON lacks
     return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total, "".join(prompts))
+
+
+def _all_right(rows: Iterator[T | DataError], ref: DataRef) -> Iterator[T]:
+    # yields the rows that are right; raises one error about all the others at the end
+    wrong, named = 0, dict[str, list[tuple[str, str]]]()
+    for total, row in enumerate(rows, 1):
+        if not isinstance(row, DataError):
+            yield row
+        elif (wrong := wrong + 1) <= _NAMED:
+            found = _PLACE.search(str(row))
+            at = found[0] if found else place(total - 1, None)
+            named.setdefault(str(row).replace(at, "", 1), []).append((at, str(row)))
+    sentences = [first + (f" (also {_places([at for at, _ in others])})" if others else "") for (_, first), *others in named.values()]
+    if wrong > 1:
+        what = f"the first {_NAMED} are" if wrong > _NAMED else "they are"
+        sentences.insert(0, f"data set `{ref.load}` has {counted(wrong, 'wrong row')} among {total}; {what}:")
+    if wrong:
+        raise DataError(*sentences)
+
+
+def _places(places: Seq[str]) -> str:
+    noun = places[0].split()[0]
+    return f"{form_of_noun(len(places), noun, f'{noun}s')} {listed([place.split()[1] for place in places])}"
+
+
+_PLACE = re.compile(r"\b(line|row) \d+")
 
 
 def _digest(row: Example) -> str:

@@ -25,6 +25,8 @@ from tadistill.text import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""The usual roles of messages."""
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _REST = re.compile(r".*?</think>\s*", re.DOTALL)  # the rest of a thought that begins in the prompt
 
@@ -66,6 +68,13 @@ def unlearnt(example: Example, rules: Rules) -> bool:
     return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(chat.thinking(example.last)))
 
 
+def has_unknown_role(example: Example, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return True if a message has a role that is not among `ROLES` and that the chat template does not name. Most templates write such a
+    role without an error."""
+    unusual = {message["role"] for message in example.messages if message["role"] not in ROLES}
+    return any(re.search(rf"['\"]{re.escape(role)}['\"]", str(tokenizer.chat_template)) is None for role in unusual)
+
+
 class TurnReader:
     """The conversion of examples into turns, for one tokenizer and its chat template."""
 
@@ -74,8 +83,9 @@ class TurnReader:
         self.rules, self.tokenizer = rules, tokenizer
         self.closing, self._eos = chat.closing(tokenizer), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         chat.check_settings(tokenizer, rules.chat_template_kwargs)
-        special: Any = tokenizer.added_tokens_decoder
-        self._ends = {str(token): i for i, token in special.items() if token.special or i in (self.closing, self._eos)}
+        added: Any = tokenizer.added_tokens_decoder
+        self.specials = {str(token): i for i, token in added.items() if str(token) and (token.special or i in (self.closing, self._eos))}
+        """The text and the id of each special token."""
 
     def turns(self, example: Example, where: str) -> list[Turn]:
         """Return the turns that training learns. `where` is the name of the row in messages.
@@ -129,11 +139,11 @@ class TurnReader:
     def _ended(self, answer: str, rest: str = "") -> tuple[str, int]:
         # the answer without its end token, and the end token, which ends the answer or begins the text after it
         text = answer.rstrip()
-        if found := [end for end in self._ends if end and text.endswith(end)]:
+        if found := [end for end in self.specials if text.endswith(end)]:
             end = max(found, key=len)
-            return text.removesuffix(end), self._ends[end]
-        following = [end for end in self._ends if end and rest.startswith(end)]
-        return (answer, self._ends[max(following, key=len)]) if following else (text, self.closing)
+            return text.removesuffix(end), self.specials[end]
+        following = [end for end in self.specials if rest.startswith(end)]
+        return (answer, self.specials[max(following, key=len)]) if following else (text, self.closing)
 
     def _turn(self, prompt: str, answer: str, end: int, hidden: str = "") -> Turn:
         if self.rules.thinking == "mask":

@@ -7,7 +7,7 @@ estimated before the first one is sent: from the number of characters of the pro
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method, Recipe
@@ -16,7 +16,7 @@ from tadistill.config.common import DTYPES, Precision
 from tadistill.config.remote import Api, Serve, check_served, check_text_only
 from tadistill.data import datasets, hub
 from tadistill.data.prompts import messages
-from tadistill.data.rows import Example
+from tadistill.data.rows import Example, place
 from tadistill.data.survey import survey
 from tadistill.data.turns import without_thinking
 from tadistill.errors import ConfigError, about
@@ -159,11 +159,12 @@ def check_only_writes(recipe: Recipe, arm: str) -> None:
 
 def wanted_of(spec: AskSpec, examples: Iterable[Example]) -> list[Request]:
     """Return the request for each row of the training set. Raises DataError if a row has no column for a placeholder of the `context`."""
-    rows = map(without_thinking, examples) if spec.data.thinking == "drop" else examples
+    rows = [without_thinking(each) if spec.data.thinking == "drop" else each for each in examples]
     api, name = spec.teacher.api, f"data set `{spec.train.ref.name}`"
     assert api is not None
-    prompts = (messages(example, spec.data.context, f"{name}, row {row}") for row, example in enumerate(rows, 1))
-    return requests(prompts, api, spec.sampler, seed=spec.seed or 0)
+    prompts = (messages(each, spec.data.context, f"{name}, {place(row, each.line)}") for row, each in enumerate(rows))
+    wanted = requests(prompts, api, spec.sampler, seed=spec.seed or 0)
+    return [replace(request, line=each.line) for request, each in zip(wanted, rows, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from tadistill.config import DataRef, Recipe
 from tadistill.config.data import Data
 from tadistill.config.recipe import trains
-from tadistill.data import chat, datasets
+from tadistill.data import chat, survey
 from tadistill.data.encoding_rules import of_one_turn
 from tadistill.data.tinyworld import TOKENIZERS, check_name
 from tadistill.errors import ModelError, about
@@ -165,7 +165,7 @@ class StudyTokens:
         """Return warnings about tokenizers and templates, such as: a model uses another model's tokenizer, or prompts begin with BOS."""
         found = [sentence for group in self._groups for sentence in self._cautions_of(group)]
         for ref, role in self._splits:
-            if datasets.has_unread_tools(ref, role, self.recipe.data):
+            if survey.has_unread_tools(ref, role, self.recipe.data):
                 found.append(f"Rows of {ref.name} ({role}) have `tools`, which are ignored; to use them, set `columns: {{tools: tools}}`.")
         return found
 
@@ -186,7 +186,17 @@ class StudyTokens:
                 found.append(
                     f"Because of `data.bos: never`, prompts do not begin with {text(first.bos)}, the BOS of the tokenizer of {lead}."
                 )
-        written = chat.opening(first.template, {**first.specials, **data.chat_template_kwargs})
+        variables = {**first.specials, **data.chat_template_kwargs}
+        if self._templated(lead) and chat.dated(first.template, variables):
+            fixed = "{date_string: 26 Jul 2024}"
+            how = f"`data.chat_template_kwargs: {fixed}` sets a fixed date"
+            if chat.dated(first.template, {**variables, "date_string": "26 Jul 2024"}):
+                how = "a tokenizer with a fixed date in its template avoids this"
+            found.append(
+                f"The chat template of {lead} writes the current date into prompts, so stages that run on other days read other prompts; "
+                f"{how}."
+            )
+        written = chat.opening(first.template, variables)
         if self._chat(lead) and data.turns == "answer" and written:
             found.append(
                 f"The chat template of {lead} writes {written!r} before an answer. A student learns to write this text with "
@@ -295,7 +305,7 @@ class StudyTokens:
 
     @cached_property
     def _forms(self) -> frozenset[str]:
-        return frozenset(datasets.form(ref, role, self.recipe.data) for ref, role in self._splits)
+        return frozenset(survey.form(ref, role, self.recipe.data) for ref, role in self._splits)
 
     @property
     def _splits(self) -> list[tuple[DataRef, str]]:

@@ -13,7 +13,7 @@ from tadistill.config import Recipe
 from tadistill.config.arm import members
 from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.machine import Resources, Vllm, entries_of, given_resources
-from tadistill.data import datasets
+from tadistill.data import survey
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
@@ -107,7 +107,7 @@ def check_sources(recipe: Recipe) -> None:
                 with found.about(f"models.{name}"):
                     sources.check_source(source)
     with found.about():
-        datasets.check_sources(recipe.data)
+        survey.check_sources(recipe.data)
     found.finish()
 
 

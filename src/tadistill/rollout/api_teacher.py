@@ -50,6 +50,8 @@ class Request:
     """Number of characters of the messages."""
     row: int
     """Number of the row in its data set, from 1."""
+    line: int | None = None
+    """The line of the row in its file, from 1. None if the data set is not a local file."""
 
 
 def requests(prompts: Iterable[Sequence[dict[str, Any]]], api: Api, decoding: Decoding, *, seed: int) -> list[Request]:
@@ -143,7 +145,8 @@ class Asking:
         self.pace, self.stop, self.lock = Pace(api.requests_per_minute), threading.Event(), threading.Lock()
         self.known, self.answered, self.reason = 0, 0, ""
         self.failed: dict[int, str] = {}
-        """The reason why a row got no usable answer, by the number of the row."""
+        """The reason why a row got no usable answer, by the row's line in its file, or by its number."""
+        self.noun = "row"
         self._digests: dict[str, str] = {}
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
@@ -184,10 +187,10 @@ class Asking:
             return f"the API {self.api.at} of {self.name} failed: {self.reason}; {saved}; run the same command to continue"
         rows = sorted(self.failed)
         named = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        what = form(len(rows), self.noun, f"{self.noun}s")
         return (
-            f"the API {self.api.at} of {self.name} gives no usable answer to {form(len(rows), 'row', 'rows')} {named} of the training set "
-            f"(row {rows[0]}: {self.failed[rows[0]]}); {saved}; run the same command to ask again, or delete the "
-            f"{form(len(rows), 'row', 'rows')}"
+            f"the API {self.api.at} of {self.name} gives no usable answer to {what} {named} of the training set "
+            f"({self.noun} {rows[0]}: {self.failed[rows[0]]}); {saved}; run the same command to ask again, or delete the {what}"
         )
 
     def _settle(self, client: "OpenAI", request: Request) -> None:
@@ -205,7 +208,8 @@ class Asking:
 
     def _refused(self, request: Request, why: str) -> None:
         with self.lock:
-            self.failed[request.row] = why
+            self.failed[request.line or request.row] = why
+            self.noun = "line" if request.line else "row"
             all_refused = not (self.known or self.answered) and len(self.failed) >= _REFUSALS
         if all_refused:
             fix = " (if it does not accept a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""

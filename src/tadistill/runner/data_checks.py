@@ -106,7 +106,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         if role == "test":
             rows[ref.name] = frozenset(e.row for e in encoded)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
-        text = datasets.texts(data.corpus, data.world, data.root)
+        text = survey.texts(data.corpus, data.world, data.root)
         piece = chunks(text, tokenizer, data.max_length, 1, bos=bos)[0].response
         found.append(Texts(Longest(top=max(piece)), "data.corpus", len(piece)))
     _check_selection(recipe)

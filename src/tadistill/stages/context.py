@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill import rng
 from tadistill.config.common import DTYPES
 from tadistill.data.batch import Sequence, chunks, references
-from tadistill.data.datasets import SplitRows, texts
+from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import Counts, EvalSet, encode
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
-from tadistill.data.survey import LARGE
+from tadistill.data.survey import LARGE, texts
 from tadistill.data.token_cache import keep
 from tadistill.data.turns import without_thinking
 from tadistill.disk import write_json

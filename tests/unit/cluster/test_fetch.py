@@ -304,12 +304,12 @@ from tadistill.cluster.fetch import missing
 from tadistill.config import load
 recipe = load("recipe.yaml")
 assert missing(recipe, Path("runs")) == []
-from tadistill.data import datasets
+from tadistill.data import datasets, survey
 from tadistill.models.loading import load_model, load_tokenizer
 print(load_model("org/teacher").config.num_hidden_layers, load_tokenizer("org/teacher").eos_token)
 data = recipe.data
 print([len(datasets.load(ref, role, data)) for ref, role in ((data.train, "train"), (data.dev, "dev"), (data.test[0], "test"))])
-print(next(datasets.texts(data.corpus, data.world, data.root)))
+print(next(survey.texts(data.corpus, data.world, data.root)))
 from tadistill.errors import DataError
 from tadistill.config import DataRef
 for ref in (DataRef(load="org/other"), DataRef(load="vicuna")):

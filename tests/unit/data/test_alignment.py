@@ -18,7 +18,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tadistill.data.alignment import NO_SPAN, Alignment, align, cells, read_again, shared_tokens
 from tadistill.data.batch import Sequence
+from tadistill.data.encoding import encode
+from tadistill.data.encoding_rules import Rules
 from tadistill.data.other_tokenizer import CHANGED, SPELLED, STRIPPED, Rereader, marks
+from tadistill.data.rows import Example
 from tadistill.data.token_bytes import END, Reading, TokenBytes, token_bytes, valid_runs
 from tadistill.errors import DataError
 from tadistill.objectives import Head, Hidden, forward_kl, fused_span_divergence
@@ -83,6 +86,17 @@ def vocabulary(name: str) -> TokenBytes:
 BYTES = ("small", "large", "llama", "gemma")
 ALL = (*BYTES, "nfc", "words")
 UNIGRAM = ("llama", "gemma")  # the characters `▁`, `</s>` and `<0x41>` become tokens that stand for something else, which `exact` says
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("the ", "abc re"), ("the\n", "the"), ("the", " a"), ("a", "\n the")])
+def test_an_answer_behind_a_prompt_has_no_space_of_its_own(prompt, answer):
+    """Llama 2's tokenizer puts a space before a text, also if the answer is encoded alone because it changes the prompt's last token."""
+    example = Example(prompt, "", (answer,), verbatim=True)
+    for name in ("llama", "gemma"):
+        tokenizer = vocabulary(name)
+        (row,), _ = encode([example], tokenizer.tokenizer, Rules(50, 100))
+        pieces = tokenizer.spell(row.response[:-1]).pieces
+        assert b"".join(piece for piece in pieces if isinstance(piece, bytes)) == answer.encode()
 
 
 @cache

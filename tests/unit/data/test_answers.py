@@ -331,13 +331,13 @@ def test_checks(kind, passes, fails):
 )
 def test_a_wrong_answer_of_a_row_is_named_with_file_and_row(read, column, value, words):
     good = {"numeric": 1, "choice": "A", "math": "1", "checks": [{"kind": "json"}]}[column]
-    with pytest.raises(DataError, match=r"x\.jsonl`, row 2: ") as error:
+    with pytest.raises(DataError, match=r"x\.jsonl`, line 2: ") as error:
         read({"a": good}, {"a": value}, columns={column: "a"})
     assert words in str(error.value)
 
 
 def test_a_row_without_an_answer(read):
-    with pytest.raises(DataError, match=r"x\.jsonl`, row 2 has no column `a`, which the recipe reads \(columns: \{numeric: a\}\)"):
+    with pytest.raises(DataError, match=r"x\.jsonl`, line 2 has no column `a`, which the recipe reads \(columns: \{numeric: a\}\)"):
         read({"a": 1}, {}, columns={"numeric": "a"})
 
 

@@ -1,5 +1,6 @@
 """Reading data sets: the local layout, columns, and clear errors."""
 
+import gzip
 import json
 import logging
 
@@ -8,12 +9,14 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import ValidationError
+from tests.byte_models import bpe_tokenizer
 
 from tadistill.config import Data, DataRef
 from tadistill.data import datasets
 from tadistill.data.encoding import encode
 from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.prompts import render
+from tadistill.data.survey import survey
 from tadistill.data.tinyworld import tokenizer as world_tokenizer
 from tadistill.errors import DataError, ModelError
 
@@ -64,7 +67,10 @@ def test_named_set_under_root_and_limit(tmp_path, monkeypatch):
             "no file train.jsonl .it contains notes.txt, other.jsonl, train.json.; set `split`",
         ),
         (["a.jsonl", "b.jsonl"], "set `split` of this data set to a or b, or rename a file"),
-        (["rows.csv"], "it contains rows.csv.; write the rows to this file"),
+        (["rows.csv"], r"it contains rows.csv.; write this file, for instance in Python: pandas.read_csv\('rows.csv'\).to_json\('train"),
+        (["state.json"], r"write this file, .*: datasets.load_from_disk\('mine'\).to_json\('train.jsonl'\)"),
+        (["dataset_dict.json"], r"write this file, .*: datasets.load_from_disk\('mine'\)\['train'\].to_json\('train.jsonl'\)"),
+        (["notes.txt"], "it contains notes.txt.; write the rows to this file"),
         ([f"{i}.jsonl" for i in range(20)], "14.jsonl, 15.jsonl and 12 more.; set"),
         ([], "it is empty.; write the rows to this file"),
     ],
@@ -90,6 +96,28 @@ def test_a_folder_without_rows_does_not_hide_a_set_of_the_hub(tmp_path, monkeypa
     assert datasets.on_hub(DataRef(load="dolly"), "train", data("dolly")) == ("MiniLLM/dolly", "raw.jsonl")
 
 
+@pytest.mark.parametrize("file", ["train.parquet", "data/train-00000.parquet", "train/data.arrow", "rows.json"])
+def test_a_folder_with_data_is_no_set_of_the_hub(tmp_path, monkeypatch, file):
+    """`datasets` would read it under the name of a set on the Hub, whose key does not depend on the content."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name" / file).parent.mkdir(parents=True)
+    (tmp_path / "org" / "name" / file).write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match=r"`org/name` is the folder .*, which has no file train.jsonl"):
+        datasets.on_hub(DataRef(load="org/name"), "train", data("org/name"))
+
+
+def test_a_folder_of_the_working_directory_is_not_read_in_place_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.hub, "reachable", lambda: True)
+    monkeypatch.setattr(datasets.hub, "download", lambda repository, revision: tmp_path / "snapshot")
+    read_at = []
+    monkeypatch.setattr(hub_datasets, "load_dataset", lambda path, **rest: read_at.append(path) or [{"instruction": "a", "output": "b"}])
+    assert len(read("org/set")) == 1
+    assert read_at == [str(tmp_path / "snapshot")]
+
+
 def test_columns_are_mapped(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
     (row,) = read({"load": path, "columns": {"prompt": "question", "completion": "answer"}})
@@ -102,16 +130,16 @@ def test_columns_are_mapped(tmp_path):
         ([], "is empty"),
         (
             [{"instruction": "a", "response": "b"}],
-            r"row 1 has no column `output` \(the response\); its columns are instruction, response. Name .* for instance columns: {",
+            r"line 1 has no column `output` \(the response\); its columns are instruction, response. Name .* for instance columns: {",
         ),
         ([{"text": "a"}], "no column `instruction`, `prompt` or `messages`"),
         ([{"instruction": "a", "output": 3}], "must be a string"),
         ([{"messages": [{"role": "user", "content": "hi"}]}], "must be a list of at least two messages"),
         ([{"messages": "hi"}], "must be a list of at least two messages"),
         ([{"messages": [{"role": "user", "content": "hi"}] * 2}], "has no turn of the role assistant, so there is nothing to learn"),
-        ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}], "row 1: the response is null"),
-        ([{"instruction": "a", "output": None}], "row 1: the response is null; give a string .it may be empty., or delete the row"),
-        ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
+        ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}], "line 1: the response is null"),
+        ([{"instruction": "a", "output": None}], "line 1: the response is null; give a string .it may be empty., or delete the row"),
+        ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "line 2: the response is an empty list"),
         ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
         ([{"instruction": "a", "output": True}], r"the response is True; .* list all labels in `choices` of this data set"),
         ([[1]], r"is a JSON array \(`jq -c .*; every line must be one JSON object"),
@@ -125,7 +153,7 @@ def test_bad_rows(tmp_path, rows, words):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"instruction": "a", "output": "b", "choices": ["b"]}, "row 1: choices are b; give at least two"),
+        ({"instruction": "a", "output": "b", "choices": ["b"]}, "line 1: choices are b; give at least two"),
         ({"instruction": "a", "output": "b", "choices": []}, "choices are an empty list"),
         ({"instruction": "a", "output": "b", "choices": ["b", "b"]}, "at least two different choices"),
         ({"instruction": "a", "output": "b", "choices": {"text": ["b"]}}, "write a list of strings"),
@@ -280,6 +308,69 @@ def test_broken_json_names_the_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"instruction": "a", "output": "b"}\n{broken\n')
     with pytest.raises(DataError, match="line 2 is not JSON"):
         read(str(tmp_path / "x.jsonl"))
+
+
+def test_all_wrong_rows_are_named_with_their_lines(tmp_path):
+    right = '{"instruction": "a", "output": "b"}'
+    lines = [right, "", '{"instruction": "a"}', '{"instruction": "a", "output": 5}', "{broken", right, '{"instruction": "a"}', "5"]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = data(str(tmp_path / "x.jsonl"))
+    with pytest.raises(DataError) as error:
+        survey(settings.train, "train", settings)
+    head, column, number, broken, no_object = error.value.problems
+    assert head.endswith("x.jsonl` has 5 wrong rows among 7; they are:")
+    assert "line 3 has no column `output`" in column
+    assert column.endswith("(also line 7)")
+    assert "line 4: the response is 5" in number
+    assert "line 5 is not JSON" in broken
+    assert "line 8 is a int" in no_object
+    with pytest.raises(DataError, match="line 3 has no column") as first:  # as a stage reads it
+        read(str(tmp_path / "x.jsonl"))
+    assert len(first.value.problems) == 1
+
+
+def test_the_first_20_wrong_rows_are_named(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"instruction": "a", "output": i % 2} for i in range(30)])
+    settings = data(path)
+    with pytest.raises(DataError) as error:
+        survey(settings.train, "train", settings)
+    head, even, odd = error.value.problems
+    assert head.endswith("has 30 wrong rows among 30; the first 20 are:")
+    assert even.endswith("(also lines 3, 5, 7, 9, 11, 13, 15, 17 and 19)")
+    assert odd.endswith("(also lines 4, 6, 8, 10, 12, 14, 16, 18 and 20)")
+
+
+@pytest.mark.parametrize("text", ['[\n{"a": 1},\n{"a": 2}\n]', '{\n"a": 1\n}\n{\n"a": 2\n}', '[{"a": 1}]\n[{"a": 2}]'])
+def test_a_file_that_is_not_json_lines_is_one_problem(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
+    settings = data(str(tmp_path / "x.jsonl"))
+    with pytest.raises(DataError, match=r"line 1 is .*jq -c") as error:
+        survey(settings.train, "train", settings)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "marked"),
+    [
+        ({"instruction": "a", "output": "b<|end|>"}, 1),
+        ({"instruction": "a<|end|>", "output": "b"}, 1),
+        ({"prompt": "<|end|>a", "completion": "b"}, 0),  # a whole prompt may have its own special tokens
+        ({"prompt": "a", "completion": "b<|end|>"}, 1),
+        ({"instruction": "a", "output": "b"}, 0),
+    ],
+)
+def test_rows_with_the_text_of_a_special_token_are_counted(tmp_path, row, marked):
+    rows = read(write(tmp_path / "x.jsonl", [row, {"instruction": "a", "output": ""}]))
+    encoded, counts = encode(rows, bpe_tokenizer(["a b"], 260), Rules(200, 300))
+    assert (len(encoded), counts.marked, counts.silent) == (2, marked, 1)
+    what = "1 with the text of a special token (such as an end token), which the model reads as this token"
+    assert counts.text == "; ".join(["2 of 2 rows", "1 with an empty answer", *[what] * marked])
+
+
+def test_compressed_files_say_how_to_unpack_them(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"instruction": "a", "output": "b"}\n'))
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz is compressed with gzip; unpack it: `gunzip x\.jsonl\.gz`"):
+        read(str(tmp_path / "x.jsonl.gz"))
 
 
 def test_fingerprint_follows_the_content(tmp_path):

@@ -1,6 +1,6 @@
 """Answers that pass as text: the bytes that the model wrote, and the student's own tokens behind its own prompts."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from tests.byte_models import BOS, EOS, IM_END, bpe_tokenizer, byte_tokenizer
@@ -60,6 +60,21 @@ def test_the_student_reads_its_own_prompt_and_ends_only_what_has_ended():
     assert texts == [(0, "ask 0\n", "the cat<|end|>"), (3, "ask 3\n", " sat")]
     assert (found.counts.rows, found.counts.used, found.counts.empty) == (3, 2, 1)
     assert found.tokens == sum(len(e.response) for e in found.encoded)
+
+
+def test_the_text_of_a_special_token_in_an_answer_is_ordinary_text():
+    text = "the <|end|> cat"
+    found = parts([Answer(0, text, True)], replace(RULES, max_length=60))
+    (row,) = found.encoded
+    assert (STUDENT.decode(row.response), row.response.count(STUDENT.eos_token_id)) == (f"{text}<|end|>", 1)
+    assert row.response[-1] == STUDENT.eos_token_id
+    assert found.counts.text == ""
+
+
+def test_white_space_that_the_student_drops_is_an_empty_answer():
+    found = parts([Answer(0, "\n\n", False), Answer(1, "w2", False)], tokenizer=word_tokenizer())
+    assert [e.row for e in found.encoded] == [1]
+    assert (found.counts.rows, found.counts.used, found.counts.empty, found.counts.silent) == (2, 1, 1, 0)
 
 
 @pytest.mark.parametrize("ended", [True, False])

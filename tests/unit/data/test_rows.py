@@ -31,6 +31,7 @@ def read(tmp_path):
     [
         ("x.parquet", b"PAR1\x00\xff", "read_parquet"),
         ("x.csv", b"instruction,output\n", "read_csv"),
+        ("x.tsv", b"instruction\toutput\n", "read_table"),
         ("x.xlsx", b"PK\xff", "read_excel"),
     ],
 )
@@ -48,7 +49,7 @@ def test_conversations_of_sharegpt_say_what_to_write(read):
 
 
 def test_a_missing_column_that_the_recipe_names(read):
-    with pytest.raises(DataError, match=r"row 1 has no column `question` \(the instruction\); its columns are instruction, output"):
+    with pytest.raises(DataError, match=r"line 1 has no column `question` \(the instruction\); its columns are instruction, output"):
         read(OK, columns={"instruction": "question"})
 
 
@@ -64,13 +65,13 @@ def test_columns_are_read_when_they_are_asked_for(read):
     assert (row.facts, row.choices) == ((("hi", ("no",)),), ("hi there", "no"))
     (row,) = read({"messages": [USER, ASSISTANT], "facts": [["yo", []]]}, columns={"facts": "facts"})
     assert row.facts == (("yo", ()),)
-    with pytest.raises(DataError, match="row 1 has no column `known`"):
+    with pytest.raises(DataError, match="line 1 has no column `known`"):
         read(OK, columns={"facts": "known"})
 
 
 @pytest.mark.parametrize("value", [5, "ab", [1], [None], [["a"]], [["a", "b"]], [["a", [1]]], [["a", ["b"], "c"]], {"a": 1}])
 def test_facts_that_are_asked_for_must_be_facts(read, value):
-    with pytest.raises(DataError, match=r"row 2: the column of facts contains .*; write each fact as \[value, \[wrong values\]\]"):
+    with pytest.raises(DataError, match=r"line 2: the column of facts contains .*; write each fact as \[value, \[wrong values\]\]"):
         read(OK | {"facts": [["hi", []]]}, OK | {"facts": value}, columns={"facts": "facts"})
 
 
@@ -149,7 +150,7 @@ def test_thinking_is_split_off(text, prompt, thinking, rest):
     ],
 )
 def test_bad_turns(read, turn, words):
-    with pytest.raises(DataError, match=f"row 2: .*{words}"):
+    with pytest.raises(DataError, match=f"line 2: .*{words}"):
         read({"messages": [USER, ASSISTANT]}, {"messages": [turn, ASSISTANT]})
 
 
@@ -168,7 +169,7 @@ def test_bad_turns(read, turn, words):
     ],
 )
 def test_half_characters_are_refused_in_every_column(read, row, settings):
-    with pytest.raises(DataError, match=r"row 1: .* has half of a surrogate pair \(\\u(d83d|dfff) at character \d+\)"):
+    with pytest.raises(DataError, match=r"line 1: .* has half of a surrogate pair \(\\u(d83d|dfff) at character \d+\)"):
         read(row, **settings)
 
 
@@ -222,9 +223,9 @@ def corpus(tmp_path, *texts) -> DataRef:
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (("hello", None), "row 2: column `text` of the corpus is None; it must be a string"),
-        (("hello", 3), "row 2: column `text` of the corpus is 3"),
-        (("hello", "\ud83d"), "row 2: column `text` of the corpus has half of a surrogate pair"),
+        (("hello", None), "line 2: column `text` of the corpus is None; it must be a string"),
+        (("hello", 3), "line 2: column `text` of the corpus is 3"),
+        (("hello", "\ud83d"), "line 2: column `text` of the corpus has half of a surrogate pair"),
         (("", " "), "contains no text"),
     ],
 )

@@ -202,7 +202,7 @@ def test_a_survey_names_the_wrong_row(tmp_path):
     with path.open("a", encoding="utf-8") as file:
         file.write('{"instruction": "w1"}\n')
     ref = DataRef(load=str(path))
-    with pytest.raises(DataError, match=rf"row {ROWS + 1} has no column `output`"):
+    with pytest.raises(DataError, match=rf"line {ROWS + 1} has no column `output`"):
         survey.survey(ref, "train", Data(train=ref, dev=ref, test=(ref,)))
 
 

@@ -56,6 +56,15 @@ def qwen(*pieces: str) -> tuple[list[int], list[bool]]:
     return by_hand(chat_tokenizer(QWEN3), *pieces)
 
 
+@pytest.mark.parametrize("role", ["bot", "tool", "developer", "observation"])
+def test_unusual_roles_are_counted_unless_the_template_names_them(role):
+    template = CHATML + "{# 'observation' #}"
+    talk = examples(row([TALK[0], ("assistant", "Yes."), (role, "12"), TALK[1]]))
+    counts = encode(talk, chat_tokenizer(template, CHATML), rules("answer"))[1]
+    assert counts.roles == (role == "bot")
+    assert ("1 with a message of an unusual role" in counts.text) == (role == "bot")
+
+
 SYSTEM = ("system", "Be brief.")
 IM = "<|im_end|>\n<|im_start|>"
 HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n".format

@@ -1,5 +1,6 @@
 """Teachers behind an API in recipes and plans: what is asked, what it costs, and one sentence for everything that needs more than text."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -185,7 +186,8 @@ def test_the_api_reads_messages_of_the_context():
     wanted = wanted_of(stage.spec, examples)
     first = examples[0].instruction
     assert wanted[0].body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{first}!"}]
-    assert (wanted[0].row, len(wanted)) == (1, 20)
+    assert (wanted[0].row, wanted[0].line, len(wanted)) == (1, None, 20)
+    assert wanted_of(stage.spec, [replace(examples[0], line=7)])[0].line == 7
 
 
 def test_before_a_run_only_missing_answers_are_counted(tmp_path, monkeypatch):

@@ -26,10 +26,12 @@ ROWS = [{"messages": [{"role": role, "content": text} for role, text in TALK[: 2
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chats")
     write_rows(folder / "rows.jsonl", ROWS)
-    for name, template in (("chatml", CHATML), ("qwen", QWEN3)):
+    dated = "{% if date_string is undefined %}{% set date_string = strftime_now('%d %b') %}{% endif %}Today: {{ date_string }}\n" + CHATML
+    always = "Today: {{ strftime_now('%d %b') }}\n" + CHATML
+    for name, template in (("chatml", CHATML), ("qwen", QWEN3), ("dated", dated), ("always", always)):
         config = AutoConfig.for_model("llama", vocab_size=400, eos_token_id=2, **SHAPE)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        chat_tokenizer(template).save_pretrained(folder / name)
+        chat_tokenizer(template, template if template in (CHATML, QWEN3) else CHATML).save_pretrained(folder / name)
     return folder
 
 
@@ -93,7 +95,7 @@ def test_a_plan_says_what_is_left_out_and_refuses_what_the_recipe_refuses(folder
     assert "rows.jsonl" not in text
     assert "Rows of rows (train): 8 of 8 rows; 4 turns longer than data.max_prompt (40)" in text
     assert "Rows of rows (dev): 4 of 8 rows; 4 longer than data.max_prompt (40)" in text
-    with pytest.raises(DataError, match=r"data set `rows` \(train\), row 2: its prompt has \d+ tokens, more than data.max_prompt \(40\)"):
+    with pytest.raises(DataError, match=r"data set `rows` \(train\), line 2: its prompt has \d+ tokens, more than data.max_prompt \(40\)"):
         list(row_notes(make_plan(recipe(folder, turns="all", max_prompt=40, long_prompts="refuse"))))
 
 
@@ -121,3 +123,18 @@ def test_a_plan_says_which_tools_are_not_read(folder):
     assert "Rows of tools (train) have `tools`, which are ignored; to use them, set `columns: {tools: tools}`." in cautions
     named = make_plan(recipe(folder, "qwen", train={"load": file, "columns": {"tools": "tools"}}, max_prompt=511)).tokens.cautions()
     assert not [text for text in named if "tools" in text]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        ("chatml", {}, None),
+        ("dated", {}, "other prompts; `data.chat_template_kwargs: {date_string: 26 Jul 2024}` sets a fixed date."),
+        ("dated", {"date_string": "1 May"}, None),
+        ("always", {}, "other prompts; a tokenizer with a fixed date in its template avoids this."),
+    ],
+)
+def test_a_plan_says_that_prompts_have_the_date(folder, model, settings, words):
+    """No key of a stage depends on the day."""
+    found = [text for text in make_plan(recipe(folder, model, chat_template_kwargs=settings)).tokens.cautions() if "date" in text]
+    assert [text.endswith(words) for text in found] == [True] * bool(words)

@@ -219,4 +219,13 @@ def test_places_in_the_short_form(folder):
     model = "{" + OWN.replace("scratch", "load: scratch", 1).replace("\n    ", ", ") + "}"
     (folder / "chat.jsonl").write_text('{"question": "a"}\n')
     (problem,) = problems(folder, text.replace("./mydri", model))
-    assert problem.startswith("my.yaml, line 4: `data.train`: data set `chat.jsonl`, row 1 has no column")
+    assert problem.startswith("my.yaml, line 4: `data.train`: data set `chat.jsonl`, line 1 has no column")
+
+
+def test_the_part_of_a_data_set_that_is_wrong_is_named(folder):
+    """One folder is the data set of two keys."""
+    (folder / "mine").mkdir()
+    (folder / "mine" / "train.jsonl").write_text(ROW)
+    text = RECIPE.replace("train: chat.jsonl", "train: mine").replace("dev: chat.jsonl", "dev: mine")
+    (problem,) = problems(folder, text)
+    assert problem.startswith("my.yaml, line 11: `data.dev`: data set `mine` is the folder")

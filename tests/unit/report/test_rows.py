@@ -30,7 +30,18 @@ COUNTS = {
     "limit": 256,
     "max_length": 512,
 }
-COUNTS |= {"long_context": 0, "cut_context": 0, "context_limit": 0, "answers": 0, "more": 0, "turns": 0, "unlearnt": 0}
+COUNTS |= {
+    "long_context": 0,
+    "cut_context": 0,
+    "context_limit": 0,
+    "answers": 0,
+    "more": 0,
+    "turns": 0,
+    "unlearnt": 0,
+    "silent": 0,
+    "marked": 0,
+    "roles": 0,
+}
 
 
 def keep(study: Study, arm: str, seed: int, rows: list[int], numbers: list[int]) -> None:

@@ -66,7 +66,7 @@ def test_a_template_that_refuses_a_row_is_named_with_its_model(checked):
     strict = bpe_tokenizer(["a"], 260)
     strict.chat_template = CHATML.replace("{% for", "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}{% for", 1)
     rows = [{"messages": [{"role": who, "content": "w1"} for who in ("system", "user", "assistant")]}] * 4
-    with pytest.raises(DataError, match=r"models.s: data set `rows` \(train\), row 1: .*no system role"):
+    with pytest.raises(DataError, match=r"models.s: data set `rows` \(train\), line 1: .*no system role"):
         checked(byte_tokenizer(), strict, rows=rows, max_prompt=300, max_length=400)
 
 

@@ -15,7 +15,7 @@ from tadistill.constants import PACKED_FAMILIES
 from tadistill.data import datasets, hub, tinyworld
 from tadistill.data.encoding import Counts, Encoded, encode
 from tadistill.data.encoding_rules import Rules, of_one_turn
-from tadistill.data.survey import SAMPLE, Survey, survey
+from tadistill.data.survey import SAMPLE, Survey, survey, texts
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import parameter_counts, shapes
 from tadistill.models.parameter_counts import Adapters, Size, adapters_of
@@ -303,7 +303,7 @@ def chunk(recipe: Recipe) -> int:
     if data.corpus.load not in tinyworld.SPLITS:
         return data.max_length  # counting its tokens could need the network
     tokenizer, total = StandIn(recipe), 0
-    for text in datasets.texts(data.corpus, data.world, data.root):
+    for text in texts(data.corpus, data.world, data.root):
         total += len(tokenizer.ids([text])[0]) + 1
         if total >= data.max_length:
             return data.max_length
