@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _PART = 1000  # number of rows that are tokenised in one call
 _MARKS = ("\n", ":", ")")
-"""Texts that are put before a text to get its tokens behind a prompt. With a text that begins with a line break, the first one is joined."""
+"""Texts that are put before a text to get its tokens behind a prompt. Several, because a tokenizer may join one with the text."""
 
 
 @dataclass(frozen=True)
