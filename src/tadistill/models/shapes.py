@@ -100,7 +100,8 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     factors of the whole batch, so that the logits of a text depend on the other texts, and those of a token on its cache.
     """
     found = next((config[name] for name in _POSITION_FIELDS if isinstance(config.get(name), int)), None)
-    rope = config.get("rope_parameters") or {}
+    given = config.get("rope_parameters")
+    rope = given if isinstance(given, Mapping) else {}  # transformers says what is wrong with other values
     short = [r.get("original_max_position_embeddings") for r in (rope, *rope.values()) if _is_long(r)]
     return min((n for n in (found, *short) if isinstance(n, int)), default=None)
 
