@@ -5,7 +5,7 @@ The card describes the study. It also shows how to use the model: its prompt for
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
 from tadistill.report.analysis import analyses
 from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
+from tadistill.report.path_words import route
 from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
@@ -85,11 +86,41 @@ def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: s
 def _made(results: Results, arm: ArmRecord, size: str) -> str:
     name, models = arm.model, results.plan.recipe["models"]
     text = f"Model {escape_markdown(name)} ({size} parameters), made by the path {code(arm.shown_path)} with {escape_markdown(arm.method)}."
+    text += "".join(f" {sentence}" for sentence in _beginnings(results, arm))
     for origin in dict.fromkeys(_origin(models, model) for model in (*arm.models, name)):
         if base := results.plan.bases.get(origin):
             adapter = code(models[origin]["load"])
             text += f" Model {escape_markdown(origin)} is the LoRA adapter {adapter}, merged with its base {code(base)}."
     return text
+
+
+def _beginnings(results: Results, arm: ArmRecord) -> Iterator[str]:
+    # what the arm's model, its teachers and the models from which they are made are before any distillation
+    models, starts = results.plan.recipe["models"], route(arm).starts
+    found, todo = set[str](), [arm.model, *arm.models]
+    while todo:
+        if (name := todo.pop(0)) not in found:
+            what, parent = _beginning(models[name], starts.get(name))
+            tuned = ", fine-tuned on the training data" if models[name].get("sft") else ""
+            yield f"Model {escape_markdown(name)} is {what}{tuned}."
+            found.add(name)
+            todo += [parent] if parent else []
+
+
+def _beginning(model: dict[str, Any], pruned_from: str | None) -> tuple[str, str | None]:
+    """Return what a model is before any distillation, and the model from which it is made, if there is one."""
+    if pruned_from:
+        return f"cut out of model {escape_markdown(pruned_from)}", pruned_from
+    if cut := model.get("init"):
+        sizes = ", ".join(f"{name} {cut[name]}" for name in ("layers", "hidden", "intermediate", "heads") if cut.get(name))
+        return f"cut out of model {escape_markdown(cut['from'])} ({sizes})", cut["from"]
+    if kept := model.get("checkpoint"):
+        return f"model {escape_markdown(kept['of'])} after update {kept['step']} of its fine-tuning", kept["of"]
+    if temper := model.get("temper"):
+        return f"model {escape_markdown(temper['of'])} with another temperature", temper["of"]
+    if not (load := model.get("load")):
+        return "behind an API", None
+    return f"{'made with random weights: ' if load.startswith('scratch:') else ''}{code(load)}", None
 
 
 def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:

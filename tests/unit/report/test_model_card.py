@@ -58,23 +58,31 @@ def test_the_first_seed_is_the_recipes_not_the_smallest(tmp_path):
     assert "The exported seed is the recipe's first finished seed, or the seed that the user named." in card
 
 
+KEPT = {"of": "m", "step": 10}
+
+
 @pytest.mark.parametrize(
-    ("models", "base"),
+    ("models", "base", "said"),
     [
-        ({"s": {"checkpoint": {"of": "m", "step": 10}}}, "gpt2-m"),
-        ({"s": {"temper": {"of": "m", "tau": 0.7}}}, "gpt2-m"),
-        ({"s": {"init": {"from": "l", "layers": [0]}}, "l": {"checkpoint": {"of": "m", "step": 10}}}, "gpt2-m"),
-        ({"s": {"load": "scratch:llama"}}, None),
+        ({"s": {"checkpoint": KEPT}}, "gpt2-m", "Model s is model m after update 10 of its fine-tuning. Model xl is `gpt2-xl`."),
+        ({"s": {"temper": {"of": "m", "tau": 0.7}}}, "gpt2-m", "Model s is model m with another temperature. Model xl is"),
+        (
+            {"s": {"init": {"from": "l", "layers": [0]}, "sft": {"optim": {}}}, "l": {"checkpoint": KEPT}},
+            "gpt2-m",
+            "Model s is cut out of model l (layers [0]), fine-tuned on the training data. Model xl is `gpt2-xl`. Model l is model m after",
+        ),
+        ({"s": {"load": "scratch:llama"}, "l": {"api": {}}}, None, "`scratch:llama`. Model xl is `gpt2-xl`. Model l is behind an API."),
     ],
 )
-def test_the_base_model_is_found_through_what_a_model_is_made_from(study, tmp_path, models, base):
+def test_the_base_model_is_found_through_what_a_model_is_made_from(study, tmp_path, models, base, said):
     plan = json.loads((study.study_dir / "plan.json").read_text())
     empty = dict.fromkeys(("load", "init", "checkpoint", "temper"))
     plan["recipe"]["models"] |= {name: empty | model for name, model in models.items()}
     (study.study_dir / "plan.json").write_text(json.dumps(plan))
     target = export(study.read(), "chain", 10, tmp_path / "out")
-    front = yaml.safe_load((target / "README.md").read_text(encoding="utf-8").split("---\n")[1])
-    assert front.get("base_model") == base
+    _, front, text = (target / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(front).get("base_model") == base
+    assert said in text
 
 
 def test_a_card_tells_a_negative_result(tmp_path):
