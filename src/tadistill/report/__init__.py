@@ -1,4 +1,4 @@
-"""Reports on a study: ``results.json`` and ``results.csv``, one self-contained HTML page, Markdown, and a table for the terminal.
+"""Reports on a study: ``results.json`` and two CSV files, one self-contained HTML page, Markdown, and a table for the terminal.
 
     results = read_results(study_dir, store)
     page = write_report(results)
@@ -19,7 +19,7 @@ __all__ = ["read_results", "summary_table", "write_report"]
 
 
 def write_report(results: Results) -> Path:
-    """Write report.html, report.md, ``results.json`` and ``results.csv`` into the study's directory. Return the path of report.html."""
+    """Write report.html, report.md, ``results.json`` and two CSV files into the study's directory. Return the path of report.html."""
     write_results(results)
     page = results.study_dir / "report.html"
     write_text(page, render_page(results))

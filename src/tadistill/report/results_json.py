@@ -1,9 +1,9 @@
-"""The results of a study for programs: ``results.json`` and ``results.csv``. `docs/reference/results-json.md` describes them."""
+"""The results of a study for programs: results.json and two CSV files. `docs/reference/results-json.md` describes them."""
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ def write_results(results: Results) -> None:
     }
     write_text(results.study_dir / "results.json", _json(content))
     write_text(results.study_dir / "results.csv", _csv(results))
+    write_text(results.study_dir / "results-summary.csv", _summary_csv(content))
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -281,10 +282,24 @@ def _difference(d: Difference) -> dict[str, float | None]:
 
 
 def _csv(results: Results) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
     beside = references(results)
-    for row in (*results.rows, *(replace(row, arm="") for row in (beside.rows if beside else ()))):
-        writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in vars(row).items()})
+    rows = (*results.rows, *(replace(row, arm="") for row in (beside.rows if beside else ())))
+    return _table([field.name for field in fields(Row)], map(vars, rows))
+
+
+def _summary_csv(content: Mapping[str, Any]) -> str:
+    # means, and below them differences; with a column for each training seed, a study with more seeds would have other columns
+    names = ("arm", "other", "model", "set", "metric", "value", "low", "high", "seeds")
+    models = {arm["arm"]: arm["model"] for arm in content["arms"]}
+    rows = [row | {"model": row.get("model") or models[row["arm"]]} for row in (*content["means"], *content["references"])]
+    rows += [row | {"model": models[row["arm"]], "set": row["where"], "value": row["mean"]} for row in content["differences"]]
+    return _table(names, ({name: row.get(name) for name in names} | {"seeds": len(row["per_seed"] or ()) or None} for row in rows))
+
+
+def _table(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in row.items()})
     return text.getvalue()

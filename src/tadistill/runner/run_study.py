@@ -148,7 +148,7 @@ def _changed(old: dict, new: dict) -> list[str]:
     return [*found[:_NAMED], *([f"{len(found) - _NAMED} more"] if len(found) > _NAMED else [])]
 
 
-_REPORT = ("report.html", "report.md", "results.json", "results.csv")
+_REPORT = ("report.html", "report.md", "results.json", "results.csv", "results-summary.csv")
 
 
 def _keep_report(study: Path, content: dict) -> Path | None:

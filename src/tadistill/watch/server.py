@@ -39,6 +39,7 @@ FILES = {
     "report.md": "text/plain",
     "results.json": "application/json",
     "results.csv": "text/csv",
+    "results-summary.csv": "text/csv",
     "plan.json": "application/json",
     "run.log": "text/plain",
 }

@@ -67,6 +67,22 @@ def test_csv_holds_the_rows_of_results_json(shared):
         assert list(csv.DictReader(file)) == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
+def test_the_summary_holds_means_and_differences(shared):
+    write_results(shared.results)
+    content = json.loads((shared.study_dir / "results.json").read_text())
+    with (shared.study_dir / "results-summary.csv").open(encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    means, differences = [row for row in rows if not row["other"]], [row for row in rows if row["other"]]
+    ends = ("low", "high")
+    wanted = [[row["arm"], row["set"], row["metric"], row["value"], *(row[end] for end in ends)] for row in content["means"]]
+    assert [
+        [row["arm"], row["set"], row["metric"], float(row["value"]), *(float(row[e]) if row[e] else None for e in ends)] for row in means
+    ] == wanted
+    assert {row["seeds"] for row in means} == {str(len(content["means"][0]["per_seed"]))}
+    wanted = [[row["arm"], row["other"], row["where"], row["mean"]] for row in content["differences"]]
+    assert [[row["arm"], row["other"], row["set"], float(row["value"])] for row in differences] == wanted
+
+
 def test_a_measured_model_that_is_no_arm_is_a_reference(tmp_path):
     study = build_study(tmp_path, StudySpec(arms=[*SMALL, ArmSpec("teacher", ("xl",), gain=6.0)]))
     before = study.read()
@@ -105,7 +121,7 @@ def test_the_same_files_give_the_same_bytes(study):
     first = (study.study_dir / "results.json").read_bytes()
     write_results(study.read())
     assert (study.study_dir / "results.json").read_bytes() == first
-    assert sorted(path.name for path in study.study_dir.iterdir()) == ["plan.json", "results.csv", "results.json"]
+    assert sorted(path.name for path in study.study_dir.iterdir()) == ["plan.json", "results-summary.csv", "results.csv", "results.json"]
 
 
 def test_summaries_average_seeds_and_the_mean_weighs_sets_equally(shared):

@@ -8,7 +8,7 @@ import yaml
 from tadistill.config import parse
 from tadistill.plan.arms import make_plan
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.runner.run_study import evaluation_recipe, save_plan
+from tadistill.runner.run_study import _REPORT, evaluation_recipe, save_plan
 from tadistill.terminal import Terminal
 
 RECIPE = """
@@ -25,7 +25,7 @@ def save(tmp_path, *overrides: str) -> str:
     said = io.StringIO()
     plan = make_plan(parse(RECIPE, list(overrides), source="r.yaml"))
     study = save_plan(plan, tmp_path, recipe_text=RECIPE, command=f"run {' '.join(overrides)}", console=Terminal(file=said, width=300))
-    for name in ("report.html", "report.md", "results.json", "results.csv"):
+    for name in _REPORT:
         (study / name).write_text(f"of {overrides}")
     return said.getvalue()
 
@@ -37,7 +37,7 @@ def test_a_report_of_other_seeds_is_kept(tmp_path):
     said = save(tmp_path, "seeds=[1]")
     (folder,) = (tmp_path / "kept" / "earlier").iterdir()
     assert str(folder / "report.html") in said
-    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "report.html", "report.md", "results.csv", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["plan.json", *_REPORT])
     assert (folder / "report.html").read_text() == "of ('margin=0.3',)"
     assert json.loads((folder / "plan.json").read_text())["command"] == "run margin=0.3"
     assert json.loads((tmp_path / "kept" / "plan.json").read_text())["command"] == "run seeds=[1]"
