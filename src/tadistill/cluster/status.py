@@ -171,7 +171,7 @@ def _about(run: LocalRun) -> str:
 
 def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
     if set(counts) == {"done"}:
-        return f"all stages are done; write the report with {command_for('report', study)}"
+        return f"all stages are done; {report_text(study)}"
     if any(run.state == "running" for run in runs):
         return f"the log of the run is {study / LOG}; {command_for('watch', study)} shows the run in a browser"
     if {"pending", "running", "configuring", "requeued"} & set(counts):
@@ -179,6 +179,12 @@ def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
     if runs:
         return f"nothing is running; continue with `{runs[-1].command}`"
     return f"nothing is queued or running; continue with `{_plan(study).get('command') or 'tadistill run RECIPE'}`"
+
+
+def report_text(study: Path) -> str:
+    """Say where the report of a finished study is, or how to write it."""
+    page, command = study / "report.html", command_for("report", study)
+    return f"the report is {page} ({command} writes it again)" if page.is_file() else f"write the report with {command}"
 
 
 def cancel(study: Path, store: Store) -> int:

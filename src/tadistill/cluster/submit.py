@@ -34,6 +34,7 @@ from tadistill.cluster.job import (
 )
 from tadistill.cluster.sbatch import Request, Requests
 from tadistill.cluster.slurm import Profile
+from tadistill.cluster.status import report_text
 from tadistill.config import Recipe
 from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
@@ -315,7 +316,7 @@ def _next_step(plan: Plan, study: Path, submission: Submission, *, sent: bool, w
 
 
 def _all_done(plan: Plan, study: Path) -> str:
-    return f"all {counted(len(plan.stages), 'stage is', 'stages are')} done; write the report with {command_for('report', study)}"
+    return f"all {counted(len(plan.stages), 'stage is', 'stages are')} done; {report_text(study)}"
 
 
 def _table(sent: list[Sent]) -> Table:

@@ -34,7 +34,7 @@ from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, vllm_stages
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
-from tadistill.text import counted
+from tadistill.text import counted, listed
 
 ASKED = "asked"
 """The column of the arms' table with the number of answer tokens that the original teacher writes or scores."""
@@ -44,7 +44,7 @@ def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[
     """Yield all sentences of a plan, with the markup of rich. Warnings are yellow. `jobs` stages run at a time."""
     yield from map(_warning, _absent(plan))
     yield from (_warning(f"{sentence}.") for sentence in seen_notes(plan.recipe))
-    yield from map(escape, _phases(plan))
+    yield from map(escape, (*_phases(plan), *_scaled(plan)))
     yield from map(escape, row_notes(plan))
     yield from map(escape, _recordings(plan))
     yield from (_warning(f"{sentence}.") for sentence in (*off_budget(plan), *off_teacher_budget(plan)))
@@ -105,6 +105,16 @@ def _phases(plan: Plan) -> Iterator[str]:
         if len(arm.phases) > 1:
             updates = " + ".join(str(phase.method.optim.steps) for phase in arm.phases)
             yield f"arms.{arm.name} has {len(arm.phases)} phases: {phases_text(arm.phases)} ({updates} updates)."
+
+
+def _scaled(plan: Plan) -> Iterator[str]:
+    usual, found = plan.recipe.method.select.every, list[str]()
+    for arm in plan.arms:
+        select, own = arm.method.select, arm.arm.select or arm.arm.method or len(arm.phases) > 1
+        if arm.arm.budgets and not own and select.metric != "last" and select.every != usual:
+            found.append(f"{arm.name} is measured on dev every {select.every} updates")
+    if found:
+        yield f"{listed(found)}, in place of {usual}: with more or fewer updates, an arm still chooses among as many checkpoints."
 
 
 def _across(plan: Plan) -> Iterator[str]:
@@ -215,7 +225,6 @@ def _unfair(plan: Plan) -> Iterator[str]:
 
 
 def _few_seeds(plan: Plan) -> Iterator[str]:
-    # the number of seeds for which a report makes no claim, whatever the scores are
     trained = [any(arm.final.values()) for arm in plan.arms]
     seeds = len(plan.recipe.seeds)
     if len(trained) > 1 and sum(not of_arm for of_arm in trained) < 2 and not enough_seeds(seeds, trained=True):

@@ -158,7 +158,7 @@ def _largest(plan: Plan, width: int) -> Table:
             kinds.setdefault(stage.cost.kind, stage)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     largest = list(kinds.values())[:_LARGEST]
-    labels = distinct_labels(((s.key, s.label, s.arms) for s in largest), short=width < _WIDE)
+    labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=width < _WIDE)
     for stage in largest:
         assert stage.cost is not None
         label = escape(labels[stage.key])

@@ -149,3 +149,8 @@ def test_nothing_to_submit_is_said(monkeypatch, tmp_path, capsys):
         given = {"cluster": str(profiles), "account": None, "runs": tmp_path, "dry_run": dry_run}
         submit(load(RECIPE), text="", command="", console=Terminal(width=300), **given)
         assert "all 87 stages are done; write the report with tadistill report" in capsys.readouterr().out
+    page = tmp_path / load(RECIPE).study / "report.html"
+    page.parent.mkdir(exist_ok=True)
+    page.touch()
+    submit(load(RECIPE), text="", command="", console=Terminal(width=300), **given)
+    assert f"all 87 stages are done; the report is {page} (tadistill report" in capsys.readouterr().out

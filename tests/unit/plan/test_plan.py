@@ -101,6 +101,17 @@ def test_patience_is_part_of_a_key_only_when_it_is_set():
         assert "patience" not in json.dumps(stage.spec.content()), key
 
 
+def test_a_plan_says_how_often_arms_with_a_budget_are_measured(tmp_path):
+    method = recipe()["method"] | {"select": {"every": 5}}
+    found = plan(method=method, arms={"direct": "xl > s", "takd": "xl > l > s", "twin": {"path": "xl > s", "compute": "as takd"}})
+    every = next(arm.method.select.every for arm in found.arms if arm.name == "twin")
+    assert every > 5
+    said = f"twin is measured on dev every {every} updates, in place of 5: with more or fewer updates, an arm still chooses among as many"
+    assert any(sentence.startswith(said) for sentence in plan_notes(found, Store(tmp_path), {}, 1))
+    last = plan(method=method | {"select": {"metric": "last"}}, arms={"a": "xl > l > s", "b": {"path": "xl > s", "compute": "as a"}})
+    assert not any("measured on dev" in sentence for sentence in plan_notes(last, Store(tmp_path), {}, 1))
+
+
 def test_equal_compute_needs_arms_that_do_not_stop_early():
     """What an arm spends is not known before it ran. Stages that both arms share may stop early."""
     arms = {"takd": "xl > l > s", "direct": {"path": "xl > s", "compute": "as takd"}}
