@@ -48,6 +48,13 @@ def test_usual_families_keep_the_first_way(kind, dtype):
     torch.set_rng_state(state)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["roformer", "rwkv", "recurrent_gemma"])
+def test_half_precision_does_not_hide_a_wrong_way(kind):
+    way = way_of(tiny(kind).to(torch.bfloat16))
+    assert (way.memory, way.padded, way.drops) == WAY.get(kind, ("ours", False, True))
+
+
 def test_a_memory_that_forgets_is_not_used():
     """A future family may take a cache under a name that we pass and ignore it, as Mamba does with `past_key_values`."""
     model = tiny_model("llama")
