@@ -329,7 +329,8 @@ def trained_model(plan: StudyPlan, store: Store, name: str, seed: int | None) ->
     """
     arm = next((arm for arm in plan.arms if arm.name == name), None)
     if arm is None:
-        raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}")
+        own = f"; to export model {name} itself, add the arm `{name}: {name}` to the recipe" if name in plan.parameters else ""
+        raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}{own}")
     if seed is None:
         finished = {s for s, key in arm.final.items() if key is not None and store.finished(key)}
         seed = arm.first_seed(finished)
@@ -337,10 +338,8 @@ def trained_model(plan: StudyPlan, store: Store, name: str, seed: int | None) ->
         raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
     key = arm.final[seed]
     if key is None:
-        raise ConfigError(
-            f"arm {name} only uses model {arm.model} and does not train it, so there is nothing to export; "
-            "choose an arm that trains a model"
-        )
+        why = f"arm {name} only uses model {arm.model} and does not train it, so there is nothing to export"
+        raise ConfigError(f"{why}; choose an arm that trains a model")
     if not store.finished(key):
         raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
     store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])

@@ -104,7 +104,8 @@ def test_what_cannot_be_exported(study, tmp_path):
     full.mkdir()
     (full / "file").touch()
     cases = [
-        (("nobody", None, tmp_path / "out"), "no arm `nobody`; its arms are direct, chain, direct-long"),
+        (("nobody", None, tmp_path / "out"), "no arm `nobody`; its arms are direct, chain, direct-long$"),
+        (("xl", None, tmp_path / "out"), "direct-long; to export model xl itself, add the arm `xl: xl` to the recipe"),
         (("chain", 99, tmp_path / "out"), "arm chain has no seed 99; its seeds are 10, 20"),
         (("chain", 10, full), "is not an empty directory"),
     ]
