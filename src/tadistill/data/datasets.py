@@ -203,13 +203,14 @@ def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     holds = f"it contains {', '.join(names[:_SHOWN])}{more}" if names else "it is empty"
     splits = [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
+    of_split = lambda path: (not path.name.startswith(split), str(path))  # noqa: E731
     fix = "write the rows to this file"
     if splits:
         fix = f"set `split` of this data set to {' or '.join(splits[:_SHOWN])}, or rename a file"
     elif (saved := folder.joinpath("state.json").is_file()) or folder.joinpath("dataset_dict.json").is_file():
         part = "" if saved else f"[{split!r}]"
         fix = f"write this file, for instance in Python: datasets.load_from_disk({folder.name!r}){part}.to_json('{split}.jsonl')"
-    elif table := next((path for path in sorted(folder.rglob("*")) if path.suffix in _READERS), None):
+    elif table := min((path for path in folder.rglob("*") if path.suffix in _READERS), key=of_split, default=None):
         fix = f"write this file, for instance in Python: {_conversion(str(table.relative_to(folder)), split)}"
     raise DataError(f"data set `{ref.load}` is the folder {folder}, which has no file {split}.jsonl ({holds}); {fix}")
 

@@ -135,10 +135,11 @@ def retokenised(
             encoded, of_ended, _ = encoder.part(given)
             numbers.update(of_ended)
             if not ended:
-                kept = [replace(e, response=e.response[:-1]) for e in encoded if len(e.response) > 1]
-                dropped = len(encoded) - len(kept)  # white space that the student's tokenizer drops
+                whole = len(encoded)
+                encoded = [replace(e, response=e.response[:-1]) for e in encoded if len(e.response) > 1]
+                dropped = whole - len(encoded)  # white space that the student's tokenizer drops
                 numbers.update(empty=dropped, silent=-dropped)
-            found += encoded if ended else kept
+            found += encoded
         silent = sum(not answer.ended and not answer.text for _, answer in part)
         numbers.update(rows=silent, empty=silent)
         counts = counts.plus(**numbers)

@@ -248,7 +248,7 @@ def _read(rows: SplitRows) -> Survey:
 
 def _all_right(rows: Iterator[T | DataError], ref: DataRef) -> Iterator[T]:
     # yields the rows that are right; raises one error about all the others at the end
-    wrong, named = 0, dict[str, list[tuple[str, str]]]()
+    total, wrong, named = 0, 0, dict[str, list[tuple[str, str]]]()
     for total, row in enumerate(rows, 1):
         if not isinstance(row, DataError):
             yield row

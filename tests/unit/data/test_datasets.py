@@ -68,6 +68,7 @@ def test_named_set_under_root_and_limit(tmp_path, monkeypatch):
         ),
         (["a.jsonl", "b.jsonl"], "set `split` of this data set to a or b, or rename a file"),
         (["rows.csv"], r"it contains rows.csv.; write this file, for instance in Python: pandas.read_csv\('rows.csv'\).to_json\('train"),
+        (["a.csv", "train-0.csv"], r"pandas.read_csv\('train-0.csv'\)"),
         (["state.json"], r"write this file, .*: datasets.load_from_disk\('mine'\).to_json\('train.jsonl'\)"),
         (["dataset_dict.json"], r"write this file, .*: datasets.load_from_disk\('mine'\)\['train'\].to_json\('train.jsonl'\)"),
         (["notes.txt"], "it contains notes.txt.; write the rows to this file"),
