@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,11 +114,25 @@ def planning(study: Path) -> Iterator[None]:
     path = _record(study, run)
     new = [folder for folder in path.parents if not folder.exists()]  # from the lowest to the highest
     before = path.read_bytes() if path.is_file() else None
-    with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
-        write_json(path, asdict(run))
+    ended = threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
+            write_json(path, asdict(run))
+
+    def stay() -> None:  # other machines count a run as dead if its record is old
+        while not ended.wait(_SILENT / 4):
+            run.seen = time.time()
+            write()
+
+    write()
+    writer = threading.Thread(target=stay, daemon=True)
+    writer.start()
     try:
         yield
     finally:
+        ended.set()
+        writer.join()
         with contextlib.suppress(OSError):  # a folder that is not empty has the plan or the record of another run
             path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
             for folder in new:

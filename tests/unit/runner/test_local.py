@@ -351,6 +351,17 @@ def test_a_study_that_is_planned_again_keeps_the_record_of_its_last_run(study):
     assert (left.needs, left.ended) == (["a" * 16], "finished")
 
 
+def test_other_machines_know_of_a_long_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_SILENT", 0.04)
+    with local.planning(tmp_path):
+        (first,) = local_runs(tmp_path)
+        until = time.monotonic() + 10
+        while local_runs(tmp_path)[0].seen == first.seen:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    assert local_runs(tmp_path) == []
+
+
 def test_watch_waits_for_the_plan(tmp_path, monkeypatch):
     planned = local.planning(tmp_path / "early")
     planned.__enter__()
