@@ -60,8 +60,9 @@ def plan(
         from tadistill.runner.schedule import inspect_gpus
         from tadistill.runner.timing import time_stages
 
+        # before the measurements, which would be lost if a GPU cannot be used; in a new process, because this one never uses CUDA
+        accelerator = next((gpu.name for gpu in inspect_gpus()), None)
         speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
-        accelerator = next((gpu.name for gpu in inspect_gpus()), None)  # in a new process, because this one never uses CUDA
         throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
     for sentence in missing_trackers(loaded):
         console.print(sentence, highlight=False, markup=False)
