@@ -127,7 +127,7 @@ def check_key(key: yaml.Node, place: str) -> None:
         raise ConfigError(f"{place}: a key has no name; write its name before the colon")
     if key.tag == "tag:yaml.org,2002:bool":
         raise ConfigError(f"{place}: YAML reads the key `{key.value}` as true or false; put it in quotes")
-    if isinstance(key, yaml.ScalarNode) and not key.style and key.value[:1] in "+-.0123456789":
+    if isinstance(key, yaml.ScalarNode) and not key.style and key.value[:1] in "+-.0123456789" and "${" not in key.value:
         read = OmegaConf.create(f"- {key.value}")[0]  # as it reads recipes: 1e3 is a number, too
         if isinstance(read, int | float) and str(read) != key.value:
             raise ConfigError(f"{place}: YAML reads the key `{key.value}` as the number {read}; put it in quotes")

@@ -88,6 +88,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("  direct:", "  010:", 16, "YAML reads the key `010` as the number 8; put it in quotes"),
         ("  direct:", "  1_000:", 16, "YAML reads the key `1_000` as the number 1000; put it in quotes"),
         ("  direct:", "  1e3:", 16, "YAML reads the key `1e3` as the number 1000.0; put it in quotes"),
+        ("  direct:", "  1 ${x}:", 15, "contains `${`, but a recipe cannot refer to environment variables or to other keys"),
         ("arms:", "evaluate: {seeds: []}\narms:", 15, "`evaluate.seeds` is empty; write at least 1"),
         ("xl > s", "xl > ss", 16, "`arms.direct.path` names `ss`, which is not a model; did you mean `s`?"),
         ("xl > s", "xl -> s", 16, "write `>` between two models"),
