@@ -126,9 +126,10 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
 
 
 def _finished(recipe: Recipe, store: Store) -> set[str]:
-    """Return the names of the arms whose models are all trained and evaluated in the store."""
-    keys = {arm.name: [*arm.final.values(), *arm.evaluate.values()] for arm in make_plan(recipe).arms}
-    return {name for name, of_arm in keys.items() if all(key is None or store.finished(key) for key in of_arm)}
+    """Return the names of the arms whose stages are all in the store."""
+    plan = make_plan(recipe)
+    missing = {name for stage in plan.stages.values() if not store.finished(stage.key) for name in stage.arms}
+    return {arm.name for arm in plan.arms} - missing
 
 
 def _advice(
@@ -252,7 +253,7 @@ def _pairs(report: Report, title: str, columns: Columns) -> Table:
 
 def _paths(report: Report) -> Table:
     advice = report.advice
-    title = f"paths: {improvement(report.metric)} on dev over direct at equal compute (predicted)"
+    title = f"paths: {improvement(report.metric)} on dev, compared with direct at equal compute (predicted)"
     table = _table(title, "path", "compute", "Δ", f"{100 * advice.level:.0f} %", "P(better)", "basis")
     for option in advice.options:
         path = escape(path_text(option.path))

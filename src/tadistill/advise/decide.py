@@ -46,10 +46,11 @@ class Option:
 
 
 def improvement(metric: str) -> str:
-    """Return what the forecasts predict, such as "improvement in ROUGE-L". It is positive if the path's student is better."""
+    """Return what the forecasts predict, such as "improvement in ROUGE-L" or "decrease of the reference loss". It is positive if the path's
+    student is better."""
     if metric == "last":  # nothing is measured on dev
         return "improvement"
-    return f"improvement in {metric_title(metric)}{'' if higher_is_better(metric) else ' (positive: lower)'}"
+    return f"{'improvement in' if higher_is_better(metric) else 'decrease of the'} {metric_title(metric)}"
 
 
 def improvement_unit(metric: str) -> str:

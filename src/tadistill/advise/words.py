@@ -182,7 +182,7 @@ def steps(
 
     def now(what: str, arms: list[str], cost: float, names: list[str], why: str = "") -> NextRun:
         if all(name in finished for name in names):
-            return NextRun(f"now: nothing, because this is finished: {what}, {over}", "", 0.0, None)
+            return NextRun(f"now: nothing to run; {what} ({over}) {'are' if len(names) > 1 else 'is'} finished", "", 0.0, None)
         return NextRun(f"now: {what}, {over}{why}", command(arms, seeds), cost * seeds, None)
 
     seeds, found = len(recipe.seeds), []

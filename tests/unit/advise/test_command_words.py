@@ -3,12 +3,13 @@
 import shlex
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
-from tadistill.advise.command import edge_measures, margin_on
+from tadistill.advise.command import _finished, edge_measures, margin_on
 from tadistill.advise.decide import improvement, improvement_unit
 from tadistill.advise.history import History, Observation, path_edges
 from tadistill.advise.measures import Mean, costs, ladder, twin_name, with_search
@@ -146,14 +147,23 @@ def test_a_finished_run_is_not_proposed_again(study):
     advice = verdict(priced)
     wanted = advice.next[0].path
     now, *more = steps(found, str(RECIPE), [], advice, priced, {twin_name(wanted)})
-    assert now.text == f"now: nothing, because this is finished: direct distillation with the compute of {' > '.join(wanted)}, 1 seed"
+    assert now.text == f"now: nothing to run; direct distillation with the compute of {' > '.join(wanted)} (1 seed) is finished"
     assert now.command == ""
     assert more == list(steps(found, str(RECIPE), [], advice, priced)[1:])
 
 
+def test_a_run_is_finished_with_all_stages_of_its_arms(study):
+    limited = costs(study[0])[0]
+    plan = make_plan(limited)
+    last = {stage.kind: stage for stage in plan.stages.values() if stage.arms}
+    for kind in ("distill", "evaluate", "analyse"):
+        others = SimpleNamespace(finished=lambda key, missing=last[kind].key: key != missing)
+        assert _finished(limited, others) == {arm.name for arm in plan.arms} - last[kind].arms
+
+
 @pytest.mark.parametrize(
     ("metric", "said"),
-    [("rouge_l", "improvement in ROUGE-L"), ("loss", "improvement in reference loss (positive: lower)"), ("last", "improvement")],
+    [("rouge_l", "improvement in ROUGE-L"), ("loss", "decrease of the reference loss"), ("last", "improvement")],
 )
 def test_improvements_say_their_direction(metric, said):
     """The forecast of a loss is positive if the loss is lower, so it must not be called a difference of the loss."""
