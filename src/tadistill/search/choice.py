@@ -209,6 +209,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
         f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
         f"{counted(choice.compared, 'path')}.\n"
         "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
+        "# Run it where the search ran: relative paths of data sets are looked for in the working directory first, then in `data.root`.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
 

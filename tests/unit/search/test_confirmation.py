@@ -134,5 +134,6 @@ def test_without_flops_there_is_no_arm_of_equal_compute(searched, tmp_path):
 
 def test_the_printed_command_can_be_pasted(searched, tmp_path):
     choice, file = confirmation(searched(BUDGETS), ("t", "b", "s"), tmp_path / "my runs")
+    assert "# Run it where the search ran: relative paths" in file.read_text(encoding="utf-8")
     assert choice_notes(choice, file, tmp_path / "my runs")[-1].endswith(f"tadistill run '{file}' --runs '{tmp_path / 'my runs'}'")
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["study"] == "lattice-confirm"
