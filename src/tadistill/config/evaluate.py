@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Seeds, Strict
 from tadistill.errors import ConfigError
-from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, RECORD, Metric
+from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
 
 TASK_FILE = (".yaml", ".yml")
 """Endings of files that define a task of lm-eval."""
@@ -132,8 +132,6 @@ class OwnMetric(Strict):
     def _new_name(cls, function: str) -> str:
         if (name := function.partition(":")[2]) in BUILT_IN:
             raise ValueError(f"tadistill already has a metric `{name}`; give your function another name")
-        if name in RECORD:
-            raise ValueError(f"predictions.jsonl already has a key `{name}`, which is not a metric; give your function another name")
         return function
 
     @property

@@ -23,6 +23,7 @@ from tadistill.config.objective import Custom
 from tadistill.config.remote import Api
 from tadistill.config.shorthand import with_methods
 from tadistill.errors import ConfigError, did_you_mean_then
+from tadistill.metrics import RECORD
 
 if TYPE_CHECKING:
     from tadistill.config.recipe_files import Origin
@@ -127,6 +128,10 @@ class Recipe(Strict):
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions with the name `{twice[0]}`; rename one of them")
+        if taken := [name for name in names if name in RECORD]:  # not in OwnMetric, because plan.json of an older study may have this name
+            raise ValueError(
+                f"metrics: predictions.jsonl already has a key `{taken[0]}`, which is not a metric; give your function another name"
+            )
         if wrong := [*_wrong_names(self)]:
             raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")

@@ -1,9 +1,12 @@
 """Commands about a finished study."""
 
+import json
+
 from tests.e2e.inprocess import tadistill
 from tests.unit.runner.small import small
 
 from tadistill.config import parse
+from tadistill.metrics import METRICS
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import load_plan
 from tadistill.runner.run_study import save_plan
@@ -28,3 +31,13 @@ def test_the_teacher_of_a_recipe_is_known_without_its_analysis(tmp_path):
     recipe = RECIPE.replace("study: small", "study: small\nteacher: s\nanalyse: false")
     study = save_plan(make_plan(parse(recipe, source="small.yaml")), tmp_path, recipe_text=recipe, command="")
     assert load_plan(study).teacher == "s"
+
+
+def test_a_study_whose_metric_has_a_name_that_is_refused_today_can_be_read(tmp_path, monkeypatch):
+    """Names become keys of predictions.jsonl in later versions."""
+    monkeypatch.setattr("tadistill.metrics.METRICS", dict(METRICS))
+    study = save_plan(make_plan(parse(RECIPE, source="small.yaml")), tmp_path, recipe_text=RECIPE, command="")
+    content = json.loads((study / "plan.json").read_text())
+    content["recipe"]["metrics"] = [{"function": "own:turns"}]
+    (study / "plan.json").write_text(json.dumps(content))
+    assert load_plan(study).study == "small"
