@@ -182,8 +182,12 @@ def seen_notes(recipe: Recipe) -> Iterator[str]:
         with suppress(TadistillError):
             found = seen_prompts(recipe.data)
     for name, counts in found.items():
-        rows = "all prompts" if counts is None or counts[0] == counts[1] else f"{counts[0]:,} of {counts[1]:,} prompts"
-        yield f"{name} (test): {rows} are also in the training data, so its scores do not show how the models answer new prompts"
+        if counts is None:  # a set on the Hub
+            what = " is a training set"
+        else:
+            rows = "all prompts" if counts[0] == counts[1] else f"{counts[0]:,} of {counts[1]:,} prompts"
+            what = f": {rows} {'is' if counts[0] == 1 < counts[1] else 'are'} also in the training data"
+        yield f"{name} (test){what}, so its scores do not show how the models answer new prompts"
 
 
 def _engines(plan: Plan) -> Iterator[str]:

@@ -184,8 +184,10 @@ def _steps(results: Results, c: Comparison) -> list[str]:
         why = "the arm has no error budget" if arm.is_chain else "no assistant teaches the student"
         return [f"The error of each step is not measured, because {why}."]
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
-    effect = "add" if 0 < added.low < added.high else "change the distance by" if added.low < added.high < 0 else "may change nothing:"
-    share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if effect == "add" else ""
+    amount = summary_text(added, terms[1])
+    effect = f"change the distance by {amount}" if added.low < added.high < 0 else f"may change nothing ({amount})"
+    if 0 < added.low < added.high:
+        effect = f"add {amount} ({100 * added.mean / total.mean:.0f} % of the total)"
     last = arm.path[-2]
     inside = f"{summary_text(first, terms[0])} of it is the distance to the last assistant {last}, which training minimised."
     if added.mean < 0:  # the distance to the assistant is not a part of a smaller one
@@ -193,7 +195,7 @@ def _steps(results: Results, c: Comparison) -> list[str]:
     above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
         f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {inside} "
-        f"The steps from {models[0]} to {last} {effect} {summary_text(added, terms[1])}{share}: {', '.join(above)}.",
+        f"The steps from {models[0]} to {last} {effect}: {', '.join(above)}.",
         "In this list, the number of a step is positive if the student is closer to the model that learns in this step than to the model "
         "that teaches in it.",
     ]
@@ -225,7 +227,7 @@ def _compute(results: Results, c: Comparison) -> str:
         f"for {c.arm}, and {span(closed, c.metric)} for its equal-compute baseline {c.other}."
     )
     if not gap.above_zero:
-        return f"No gain over direct distillation is shown that compute could explain. {numbers}"
+        return f"No gain over direct distillation is shown, so there is nothing that compute could explain. {numbers}"
     share = f"{100 * closed.mean / gap.mean:.0f} %" if closed.mean > 0 else "no part"
     share = f"More training without an assistant closes {share} of the gap between {direct.name} and {c.arm}"
     if not closed.above_zero:

@@ -263,7 +263,7 @@ def _cost(results: Results) -> str:
     equal = next((p.other for p in pairs(results) if p.arm is arm and p.other and p.against == "equal compute"), None)
     if equal and equal.flops and abs((relative_compute(arm, equal) or 1.0) - 1) >= _NOT_EXACTLY:
         rule = f"up to {100 * OFF_BUDGET:.0f} % more or less counts as the same compute"
-        times += f"{' and' if times else ','} {(arm.flops or 0.0) / equal.flops:.2f} times {equal.name} ({rule})"
+        times += f"{' and' if times else ','} {(arm.flops or 0.0) / equal.flops:.2f} times the compute of {equal.name} ({rule})"
     first = f"Training {arm.name} with one seed costs {flops_text(arm.flops)} FLOPs{times}"
     return f"{first}; the study's {spent}." if spent else f"{first}."
 

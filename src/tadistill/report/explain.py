@@ -260,7 +260,8 @@ def caution_texts(c: Comparison) -> list[str]:
     if c.selection is not None:
         s = c.selection
         theirs = f"those of {c.other} among {s.theirs}" if s.theirs else f"those of {c.other} had no choice"
-        text = f"The trainings of {c.arm} chose among {s.mine} checkpoints on dev, {theirs} (trainings of both arms do not count). "
+        shared = "trainings that both arms share are not counted"
+        text = f"The trainings of {c.arm} chose among {s.mine} checkpoints on dev, {theirs} ({shared}). "
         if s.inflation is None:
             text += (
                 f"By chance, a choice among more checkpoints may raise the score of {c.arm}. The amount is unknown, because "

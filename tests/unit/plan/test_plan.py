@@ -480,7 +480,7 @@ def test_the_plan_counts_the_first_rows(tmp_path, monkeypatch):
     assert first == "Rows of own (train): 2 of 4 tokens of the prompts are unknown to the tokenizer."
 
 
-def test_a_test_set_with_training_prompts_is_named(tmp_path):
+def test_a_test_set_with_training_prompts_is_named(tmp_path, monkeypatch):
     rows = [f'{{"instruction": "name {n}", "output": "cat"}}\n' for n in range(6)]
     paths = {name: tmp_path / f"{name}.jsonl" for name in ("own", "half", "new")}
     for path, lines in zip(paths.values(), (rows[:4], rows[2:], rows[4:]), strict=True):
@@ -495,6 +495,11 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path):
     assert f"{notes[0]}." in next(plan_notes(found, Store(tmp_path), {}, 1))
     assert [*seen_notes(plan(data=data | {"limit": {"train": 2}}).recipe)] == [f"own (test): 2 of 4 prompts {end}"]
     assert [*seen_notes(plan().recipe)] == []
+    monkeypatch.setattr("tadistill.plan.notes.seen_prompts", lambda _: {"dolly": None})
+    assert next(seen_notes(found.recipe)).startswith("dolly (test) is a training set, so its scores")
+    monkeypatch.undo()
+    own = "own (test): 1 of 4 prompts is also in the training data, so"
+    assert next(seen_notes(plan(data=data | {"limit": {"train": 1}}).recipe)).startswith(own)
 
 
 @pytest.mark.parametrize(

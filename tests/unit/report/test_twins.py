@@ -141,7 +141,7 @@ def test_a_report_credits_nothing_at_unequal_compute(tmp_path):
 def test_the_cost_says_how_equal_equal_compute_is(tmp_path, of_budget, said):
     arms = [ArmSpec("chain", ("xl", "l", "s"), flops=5e17), ArmSpec("direct", XL_S, flops=2e17)]
     twin = ArmSpec("twin", XL_S, compute="as chain", flops=5e17 * of_budget, of_budget=of_budget)
-    rule = "and 1.09 times twin (up to 10 % more or less counts as the same compute)"
+    rule = "and 1.09 times the compute of twin (up to 10 % more or less counts as the same compute)"
     cost = answer(read(tmp_path, *arms, twin, also={})).cost
     assert (f", 2.50 times direct distillation (direct) {rule}" in cost) == ("twin" in cost) == said
 

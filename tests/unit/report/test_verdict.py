@@ -146,7 +146,8 @@ def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
     assert comparison.selection.sigma == pytest.approx(np.sqrt(np.mean(variances)))
     assert comparison.selection.inflation == pytest.approx(inflation(20, 10, comparison.selection.sigma))
     assert caution_texts(comparison)[0].startswith(
-        "The trainings of chain chose among 20 checkpoints on dev, those of twin among 10 (trainings of both arms do not count). "
+        "The trainings of chain chose among 20 checkpoints on dev, those of twin among 10 (trainings that both arms "
+        "share are not counted). "
         "By chance, a choice among more checkpoints raises the score of chain by at most "
     )
 
