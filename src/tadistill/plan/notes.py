@@ -182,12 +182,9 @@ def seen_notes(recipe: Recipe) -> Iterator[str]:
         with suppress(TadistillError):
             found = seen_prompts(recipe.data)
     for name, counts in found.items():
-        if counts is None:  # a set on the Hub
-            what = " is a training set"
-        else:
-            rows = "all prompts" if counts[0] == counts[1] else f"{counts[0]:,} of {counts[1]:,} prompts"
-            what = f": {rows} {'is' if counts[0] == 1 < counts[1] else 'are'} also in the training data"
-        yield f"{name} (test){what}, so its scores do not show how the models answer new prompts"
+        part = counts and ("all" if counts[0] == counts[1] else f"{counts[0]:,} of {counts[1]:,}")
+        what = f"shares {part} prompts with the training data" if part else "is a training set"
+        yield f"{name} (test) {what}, so its scores do not show how the models answer new prompts"
 
 
 def _engines(plan: Plan) -> Iterator[str]:

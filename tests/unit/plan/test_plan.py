@@ -487,19 +487,16 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path, monkeypatch):
         path.write_text("".join(lines))
     own, half, new = map(str, paths.values())
     data = recipe()["data"] | {"train": own, "dev": new, "test": [half, new, own]}
-    end = "are also in the training data, so its scores do not show how the models answer new prompts"
-    notes = [f"half (test): 2 of 4 prompts {end}", f"own (test): all prompts {end}"]
+    end = "prompts with the training data, so its scores do not show how the models answer new prompts"
+    notes = [f"half (test) shares 2 of 4 {end}", f"own (test) shares all {end}"]
     found = plan(data=data)
     assert [*seen_notes(found.recipe)] == notes
     assert describe(found, created="", recipe_text="", command="")["seen"] == notes
     assert f"{notes[0]}." in next(plan_notes(found, Store(tmp_path), {}, 1))
-    assert [*seen_notes(plan(data=data | {"limit": {"train": 2}}).recipe)] == [f"own (test): 2 of 4 prompts {end}"]
+    assert [*seen_notes(plan(data=data | {"limit": {"train": 2}}).recipe)] == [f"own (test) shares 2 of 4 {end}"]
     assert [*seen_notes(plan().recipe)] == []
     monkeypatch.setattr("tadistill.plan.notes.seen_prompts", lambda _: {"dolly": None})
     assert next(seen_notes(found.recipe)).startswith("dolly (test) is a training set, so its scores")
-    monkeypatch.undo()
-    own = "own (test): 1 of 4 prompts is also in the training data, so"
-    assert next(seen_notes(plan(data=data | {"limit": {"train": 1}}).recipe)).startswith(own)
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def test_other_compute_is_said(results):
         "Not compared at equal compute: teaches has 1.50× the compute of direct. "
         "For equal compute, add a direct arm with `compute: as teaches`."
     )
-    seen = replace(results, plan=replace(results.plan, seen=("dolly (test): all prompts are also in the training data",)))
-    assert cautions(seen)[0] == "dolly (test): all prompts are also in the training data."
+    seen = replace(results, plan=replace(results.plan, seen=("dolly (test) shares all prompts with the training data",)))
+    assert cautions(seen)[0] == "dolly (test) shares all prompts with the training data."
     texts = re.findall(r"<text [^>]*>([^<]*)</text>", difference_figure(results).html())
     assert any(re.search(r"\] · loss · not equal compute$", text) for text in texts)
     assert any(re.search(r"\] · not clear, p = 0\.\d{3}$", text) for text in texts)  # results.json has the word `no evidence`
