@@ -143,8 +143,10 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
 
 def _changed(old: dict, new: dict) -> list[str]:
     """Return the settings that differ in two plans. Settings of the machine do not count, because they change no numbers."""
-    parts = [{k: v for k, v in plan["recipe"].items() if k not in ("runtime", "resources")} for plan in (old, json.loads(json.dumps(new)))]
-    found = [*changes(*parts, named=("arms", "models", "methods", "evaluate.also"))]
+    before, after = (
+        {k: v for k, v in plan["recipe"].items() if k not in ("runtime", "resources")} for plan in (old, json.loads(json.dumps(new)))
+    )
+    found = [*changes(before, after, named=("arms", "models", "methods", "evaluate.also"))]
     return [*found[:_NAMED], *([f"{len(found) - _NAMED} more"] if len(found) > _NAMED else [])]
 
 
