@@ -127,8 +127,8 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged plan is written again
-            old = json.loads(path.read_text(encoding="utf-8"))
-            created = old["created"]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            created, old = found["created"], {"recipe": dict(found["recipe"])}
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
     kept, changed = _keep_report(study, content), _changed(old, content) if old else []
     sentences = [f"{study.name} has other settings than in its last run: {listed(changed)}"] if changed else []

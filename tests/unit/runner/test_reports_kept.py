@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 import yaml
 
 from tadistill.config import parse
@@ -59,6 +60,14 @@ def test_the_settings_that_differ_from_the_last_run_are_named(tmp_path):
     del content["recipe"]["margin"]  # a plan of another version
     plan.write_text(json.dumps(content))
     assert "margin" not in save(tmp_path, "seeds=[3]").partition("report")[0]
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", "{}", '{"created": "today"}', '{"created": "today", "recipe": 3}'])
+def test_a_damaged_plan_is_written_again(damaged, tmp_path):
+    save(tmp_path)
+    (tmp_path / "kept" / "plan.json").write_text(damaged)
+    assert "other settings" not in save(tmp_path)
+    assert json.loads((tmp_path / "kept" / "plan.json").read_text())["study"] == "kept"
 
 
 def test_a_plan_without_a_report_is_replaced(tmp_path):
