@@ -247,7 +247,7 @@ class StageBuilder:
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets. `other` is the decoding's key in `evaluate.also`, empty for the main one."""
         more = {"references": not other, **self._measured, **({"tasks": None, "per_byte": False} if other else {})}
-        spec = kinds.EvaluateSpec(**self.only_runs(name), sets=self.sets.test(), model=model, decoding=decoding, **more)
+        spec = kinds.EvaluateSpec(**self.only_runs(name), sets=self.sets.test(name), model=model, decoding=decoding, **more)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
@@ -272,7 +272,7 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = kinds.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts=prompts))
+        spec = kinds.ProbeSpec(**self.only_runs(name), model=model, decoding=own, dev=self.sets.dev(prompts=prompts, model=name))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
@@ -327,7 +327,7 @@ class StageBuilder:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
         found: dict[str, Any] = {"data": self.encoding(name, responses=responses, context=context), "select": select}
         if select.metric != "last":
-            found |= {"dev": self.sets.dev(sets), "decoding": self.recipe.evaluate.during_training}
+            found |= {"dev": self.sets.dev(sets, model=name), "decoding": self.recipe.evaluate.during_training}
         return found | self.training(sets, weights=True)
 
     def with_steps(self, optim: Optim, sets: Sequence[str] = ()) -> Optim:

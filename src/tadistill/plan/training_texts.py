@@ -22,7 +22,7 @@ from tadistill.config import DataRef, Method, Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data.datasets import SplitRows
-from tadistill.data.tinyworld import TOKENIZERS
+from tadistill.data.tinyworld import SPLITS, TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.plan import kinds
 from tadistill.plan.inputs import BehindApi, Dev, DevSets, Encoding, Handle, HashedData, Output, Split, TokenizerFiles
@@ -38,7 +38,7 @@ class StudySets:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.data = recipe, recipe.data
-        self._known: dict[tuple[str, str, int | None], Split] = {}
+        self._known: dict[tuple[str, str, int | None, str], Split] = {}
 
     def training(self, sets: Sequence[str] = (), *, weights: bool = False, rows: int | None = None) -> dict[str, Any]:
         """Return the fields of a stage that name its training sets.
@@ -53,40 +53,44 @@ class StudySets:
         found: dict[str, Any] = {"train": train, "more": tuple(more)}
         return found | {"weights": self._shares(names)} if weights and more else found
 
-    def dev(self, sets: Sequence[str] = (), *, prompts: int | None = None) -> Dev:
+    def dev(self, sets: Sequence[str] = (), *, prompts: int | None = None, model: str = "") -> Dev:
         """Return the dev set, or the dev sets of some training sets.
 
         Args:
             sets: the names of the training sets. By default, they are all sets of the recipe.
             prompts: the number of rows to use, divided among the sets by their shares. By default, each set has `data.limit.dev` rows.
+            model: name of the model whose texts the stage scores, if it scores any.
         """
         refs = self.data.dev_sets(sets)
         if len(refs) == 1:
             (ref,) = refs.values()
-            return self._split(ref, "dev", prompts or self.data.limit.dev)
+            return self._split(ref, "dev", prompts or self.data.limit.dev, model)
         shares = self._shares(refs)
         limits = [self.data.limit.dev if prompts is None else max(1, round(prompts * share)) for share in shares]
-        splits = tuple(self._split(ref, "dev", limit) for ref, limit in zip(refs.values(), limits, strict=True))
+        splits = tuple(self._split(ref, "dev", limit, model) for ref, limit in zip(refs.values(), limits, strict=True))
         return DevSets(names=tuple(refs), splits=splits, shares=shares)
 
     def _shares(self, names: Collection[str]) -> tuple[float, ...]:
         total = sum(self.data.shares[name] for name in names)
         return tuple(self.data.shares[name] / total for name in names)
 
-    def test(self) -> tuple[Split, ...]:
-        """Return all test sets."""
-        return tuple(self._split(ref, "test", self.data.limit.test) for ref in self.data.test)
+    def test(self, model: str = "") -> tuple[Split, ...]:
+        """Return all test sets. `model` is the name of the model whose texts the stage scores, if it scores any."""
+        return tuple(self._split(ref, "test", self.data.limit.test, model) for ref in self.data.test)
 
-    def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
-        key = role, ref.name, limit
+    def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None, model: str = "") -> Split:
+        key = role, ref.name, limit, model
         if key not in self._known:
-            self._known[key] = Split.of(SplitRows.of(ref, role, self.data), role=role, limit=limit, scores=self._scores(ref))
+            self._known[key] = Split.of(SplitRows.of(ref, role, self.data), role=role, limit=limit, scores=self._scores(ref, model))
         return self._known[key]
 
-    def _scores(self, ref: DataRef) -> dict[str, int]:
+    def _scores(self, ref: DataRef, model: str) -> dict[str, int]:
         # models of tinyworld learn texts with spaces between words and punctuation, so their facts were found before
-        unspaced = any(model.load and model.tokenizer not in TOKENIZERS for model in self.recipe.models.values())
-        return {name: 2 for name in ("choice", "numeric", *(["facts"] if unspaced else [])) if name in ref.columns}
+        models = self.recipe.models
+        scored = [models[model]] if model and models[model].load else models.values()  # without `load`, the tokenizer is another model's
+        unspaced = any(each.load and each.tokenizer not in TOKENIZERS for each in scored)
+        found = {name for name in ("choice", "numeric") if name in ref.columns}
+        return dict.fromkeys(sorted(found | ({"facts"} if unspaced and ("facts" in ref.columns or ref.load in SPLITS) else set())), 2)
 
 
 def texts(

@@ -398,6 +398,15 @@ def test_stages_with_scores_that_have_another_version_have_other_keys(tmp_path, 
     assert "scores" not in content["analyse"]
 
 
+def test_facts_of_tinyworld_have_another_version_for_models_with_other_tokenizers(tmp_path):
+    own = str(tmp_path / "own")
+    tinyworld.tokenizer("tinyworld").save_pretrained(own)
+    arms = {"kd": "xl > s", "other": "xl > o"}
+    found = plan(models={"xl": model(64), "s": model(16), "o": model(16, tokenizer=own)}, arms=arms)
+    scores = {s.model: s.spec.content().get("scores") for s in found.stages.values() if s.kind == "evaluate"}
+    assert scores == {"xl": None, "s": None, "o": {"facts": 2}}
+
+
 @pytest.mark.parametrize(("turns", "asked", "version"), [("answer", True, None), ("last", True, 2), ("last", False, None)])
 def test_bits_per_byte_of_whole_messages_have_another_version(turns, asked, version):
     found = plan(data=recipe()["data"] | {"turns": turns}, evaluate={"bits_per_byte": asked, "also": {}})
