@@ -1,4 +1,5 @@
-r"""Functions for the texts that people read: untrusted values made safe to print, and the right forms of counted nouns.
+r"""Functions for the texts that people read: untrusted values made safe to print, the right forms of counted nouns, and the words and
+numbers in a text.
 
 visible("a\x1b[2J")     -> shows control characters as escapes, here as `\x1b`
 visible_parts(value)    -> does the same for every text in lists and dicts
@@ -7,11 +8,16 @@ shortened(sentence)     -> cuts every quoted value at 200 characters
 counted(1, "stage")     -> "1 stage"; counted(3, "stage") -> "3 stages"
 listed(["a", "b"])      -> "a and b"
 changes({"lr": 1}, {"lr": 2}) -> yields "lr 1 → 2"
+named("Paris", text)  -> yields the places where a text has these words
+numbers("2 or 1,000") -> [Decimal(2), Decimal(1000)]
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any
 
 LONGEST_VALUE = 200
@@ -95,3 +101,74 @@ def changes(old: Any, new: Any, at: str = "", *, named: Sequence[str] = ()) -> I
     elif old != new:
         texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
         yield f"{at} {' → '.join(texts)}" if max(map(len, texts)) <= _SHORT else at
+
+
+# --- words in a text ---
+
+_WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+@lru_cache(maxsize=4096)
+def without_spaces(c: str) -> bool:
+    """Return True for a character of a script that writes no spaces between words, such as Chinese or Thai."""
+    return not c.isascii() and unicodedata.name(c, "").startswith(_WITHOUT_SPACES)
+
+
+def named(phrase: str, text: str, flags: int = 0) -> Iterator[re.Match[str]]:
+    """Yield the places where a text has a phrase as words of its own: `Paris` in "(Paris)", but not in "Parisian", and `5` not in "5.5"."""
+    yield from whole(re.escape(phrase), text, flags)
+
+
+def whole(pattern: str, text: str, flags: int = 0) -> Iterator[re.Match[str]]:
+    """Yield the matches of a pattern that are words of their own, as in `named`."""
+    for found in re.finditer(pattern, text, flags):
+        if not (_goes_on(text, found.start()) or _goes_on(text, found.end())):
+            yield found
+
+
+_INSIDE_NUMBER = re.compile(r"(?:\d[.,]|[-−])\0\d|\d\0[.,]\d")
+
+
+def _goes_on(text: str, at: int) -> bool:
+    # True if a word or a number goes on from the character before this place to the one after it
+    before, after = text[max(at - 2, 0) : at], text[at : at + 2]
+    return (_in_word(before[-1:]) and _in_word(after[:1])) or bool(_INSIDE_NUMBER.search(f"{before}\0{after}"))
+
+
+def _in_word(c: str) -> bool:
+    return c != "" and (c.isalnum() or unicodedata.category(c)[0] == "M") and not without_spaces(c)
+
+
+# --- numbers in a text ---
+
+_NUMBER = re.compile(
+    r"(\\[dt]?frac\s*(?:\d|\{[^{}]*\})\s*(?:\d|\{[^{}]*\})|"  # fractions, powers, and products with roots and pi
+    r"(?<![\w.,])[-−+]?[$€£¥]?\d[\d.,]*\s*(?:/\s*\d[\d.,]*|\^\s*\{?[-−+]?\d+|(?:\\sqrt|√)\s*\{?\s*\d*|\\pi\b|π)|(?:\\sqrt|√)\s*\{?\s*\d[\d.,]*)|"
+    r"(?<![\w.^])(?<!\^\{)([-−+]?)[$€£¥]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)([eE][-+]?\d+)?"
+)
+_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,!;]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # as in 1{,}234
+_UNIT = re.compile(  # as in \text{cm}^2, m^2, ^\circ, ^{\text{th}}
+    r"(?:\\(?:text|mathrm)\s*\{[^{}]*[^\W\d][^{}\d]*\}|(?<![A-Za-z])(?:[cdkm]?m|in|ft|yd|mi|units?))\s*\^\s*\{?[23]\}?|"
+    r"\^\s*\{?\s*(?:\\circ|°|\\text\s*\{\s*(?:st|nd|rd|th)\s*\})\s*\}?"
+)
+_FORM = r"text\w*|math(?:rm|bf|bb|it|sf)|mbox|bf|rm|left|right|q?quad|large|Large|displaystyle|ensuremath|dots|ldots|degree|circ"
+_EXPRESSION = re.compile(rf"\\(?!(?:{_FORM})(?![a-zA-Z]))[a-zA-Z]+|[\^√π½⅓⅔¼¾]")
+
+
+def numbers(text: str) -> list[Decimal]:
+    """Return the numbers of a text. Fractions, powers and roots are NaN, which equals no number."""
+    found = []
+    for fraction, sign, digits, exponent in _NUMBER.findall(_GROUPS.sub(",", text)):
+        try:
+            found.append(Decimal("NaN" if fraction else f"{sign.replace('−', '-')}{digits.replace(',', '')}{exponent}"))
+        except InvalidOperation:  # an exponent of more than 18 digits
+            continue
+    return found
+
+
+def only_number(text: str) -> Decimal | None:
+    """Return the only number of a text, or None if the text is an expression. Of `x = 5` and `5 = x`, the last side with a number."""
+    sides = [_UNIT.sub("", side) for side in re.split(r"=|\\approx", text)]
+    text = next((side for side in reversed(sides) if numbers(side)), "")
+    found = numbers(text)
+    return found[0] if len(found) == 1 and found[0].is_finite() and not _EXPRESSION.search(text) else None

@@ -16,13 +16,15 @@ import re
 import string
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 from tadistill.errors import ConfigError, DataError
+from tadistill.text import numbers, only_number, whole
 
 
 @dataclass(frozen=True)
@@ -47,35 +49,13 @@ def as_text(value: Any) -> str:
     return str(value) if number or isinstance(value, str) else ""
 
 
-# --- texts ----------------------------------------------------------------------------------------------------------------
-
-_WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+_NEXT = re.compile(r"\n[^\w\n]{0,9}(?:Question|Q|User|Human|Instruction)\b[^\w\n]{0,9}?:")
 
 
-@lru_cache(maxsize=4096)
-def without_spaces(c: str) -> bool:
-    """Return True for a character of a script that writes no spaces between words, such as Chinese or Thai."""
-    return not c.isascii() and unicodedata.name(c, "").startswith(_WITHOUT_SPACES)
-
-
-def named(phrase: str, text: str, flags: int = 0) -> Iterator[re.Match[str]]:
-    """Yield the places where a text has a phrase as words of its own: `Paris` in "(Paris)", but not in "Parisian", and `5` not in "5.5"."""
-    for found in re.finditer(re.escape(phrase), text, flags):
-        if not (_goes_on(text, found.start()) or _goes_on(text, found.end())):
-            yield found
-
-
-_INSIDE_NUMBER = re.compile(r"(?:\d[.,]|[-−])\0\d|\d\0[.,]\d")
-
-
-def _goes_on(text: str, at: int) -> bool:
-    # True if a word or a number goes on from the character before this place to the one after it
-    before, after = text[max(at - 2, 0) : at], text[at : at + 2]
-    return (_in_word(before[-1:]) and _in_word(after[:1])) or bool(_INSIDE_NUMBER.search(f"{before}\0{after}"))
-
-
-def _in_word(c: str) -> bool:
-    return c != "" and (c.isalnum() or unicodedata.category(c)[0] == "M") and not without_spaces(c)
+def _before_next(text: str) -> list[str]:
+    # the text before a next question, as base models write it
+    following = _NEXT.search(text.lstrip())
+    return [text.lstrip()[: following.start()]] if following else []
 
 
 def _without_thinking(text: str) -> str:
@@ -85,13 +65,6 @@ def _without_thinking(text: str) -> str:
 
 # --- numbers ------------------------------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(
-    r"(\\[dt]?frac\s*(?:\d|\{[^{}]*\})\s*(?:\d|\{[^{}]*\})|(?<![\w.])\d[\d.,]*\s*/\s*\d[\d.,]*)|"
-    r"(?<![\w.])([-−+]?)[$€£¥]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\d)([eE][-+]?\d+)?"
-)
-_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,!;]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # as in 1{,}234
-_UNIT = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*[^\W\d][^{}\d]*\}\s*\^\s*\{?\d\}?|\^\s*\{?\\circ\}?")  # as in \text{cm}^2
-_EXPRESSION = re.compile(r"\\(?!text|mathrm|mathbf|mbox|left|right|quad)[a-zA-Z]+|[\^√π½⅓⅔¼¾]")
 _MARK = "####"
 
 
@@ -100,13 +73,15 @@ def final_number(text: str) -> Decimal | None:
 
     Three places are searched in this order: the text after the last ####, the last \boxed{}, and the whole text. After ####, the first
     number counts. A box must have only one number, or one after its last equals sign. In the whole text, the last number counts. Commas
-    between groups of three digits, and currency signs, are skipped. Fractions are not numbers. Thinking up to `</think>` is left out.
+    between groups of three digits, and currency signs, are skipped. Fractions, powers and roots are not numbers. Thinking up to `</think>`
+    is left out, and a next question after a #### or \boxed{}.
     """
     text = _without_thinking(text)
-    marked, boxed = _numbers(text.rpartition(_MARK)[2] if _MARK in text else ""), final_box(text) or ""
-    if not marked and _numbers(boxed):
-        return _only_number(boxed)
-    found = marked[:1] or _numbers(text)[-1:]
+    text = next((part for part in _before_next(text) if _MARK in part or "\\boxed{" in part), text)
+    marked, boxed = numbers(text.rpartition(_MARK)[2] if _MARK in text else ""), final_box(text) or ""
+    if not marked and numbers(boxed):
+        return only_number(boxed)
+    found = marked[:1] or numbers(text)[-1:]
     return found[0] if found and found[0].is_finite() else None
 
 
@@ -122,28 +97,10 @@ def final_box(text: str) -> str | None:
     return text[start:]
 
 
-def _numbers(text: str) -> list[Decimal]:
-    # the numbers of a text; a fraction is NaN, which equals no number
-    found = []
-    for fraction, sign, digits, exponent in _NUMBER.findall(_GROUPS.sub(",", text)):
-        try:
-            found.append(Decimal("NaN" if fraction else f"{sign.replace('−', '-')}{digits.replace(',', '')}{exponent}"))
-        except InvalidOperation:  # an exponent of more than 18 digits
-            continue
-    return found
-
-
-def _only_number(text: str) -> Decimal | None:
-    # the only number of a text that is no expression; of `x = 5`, the part after the sign
-    text = _UNIT.sub("", re.split(r"=|\\approx", text)[-1])
-    found = _numbers(text)
-    return found[0] if len(found) == 1 and found[0].is_finite() and not _EXPRESSION.search(text) else None
-
-
 def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
     text = as_text(value)
     boxed = final_box(text)
-    number = _only_number(text.rpartition(_MARK)[2] if _MARK in text or boxed is None else boxed)
+    number = only_number(text.rpartition(_MARK)[2] if _MARK in text or boxed is None else boxed)
     if number is None:
         fix = "write one number, or a text that ends in #### and one number (for fractions and other expressions, use the column `math`)"
         raise _wrong("numeric", value, where, fix)
@@ -153,28 +110,42 @@ def _read_number(value: Any, choices: tuple[str, ...], where: str) -> Decimal:
 # --- choices ------------------------------------------------------------------------------------------------------------
 
 _LETTERS = string.ascii_uppercase
-_A_LETTER = "a letter such as B, or name the column of the choices (columns: {choices: COLUMN})"
+_SURELY = r"clearly|definitely|certainly|obviously|actually|indeed|most|likely|probably|therefore|thus|the|only"
 _SAID = re.compile(
     r"\b(?:answer|(?:correct|right|best|final|my)\s+(?:option|choice))\b(?:\s+(?:to|for)\b[^\n.:]{1,80}?)?[^\w\n]{0,9}?"
     r"(?:\b(?:is|(?:would|should|must|will)\s+be)\b|[:=>]|\n)"
     r"|\bI(?:['’]d|['’]ll|\s+would|\s+will|\s+must)?\s+(?:choose|pick|select|go\s+with)\b",
     re.IGNORECASE,
 )
-_SURELY = r"(?:clearly|definitely|certainly|obviously|actually|indeed|most|likely|probably|therefore|thus)"
-_RIGHT = re.compile(rf"\W{{0,9}}\b(?:is|must\s+be)\s+(?:(?:the|only|one|{_SURELY})\s+)*(?:correct|right|best|answer)\b", re.IGNORECASE)
-_FILLER = re.compile(rf"[\W_]*(?:(?:{_SURELY}|the|only|letter|option|choice|answer|number)\b[\W_]*)*", re.IGNORECASE)
-_UNSURE = re.compile(r"\b(?:nor|or|and|if|whether|not)[^\w\n]*\Z", re.IGNORECASE)  # as in "neither A nor B is correct"
-_JOINED = re.compile(r"[^\w\n]*(?:\band\b|\bor\b|[/&])")
-_SENTENCE = r"\s+(?:is|was|are|has)\b"  # as in "A is wrong"
-_OTHER = r"[^\w\n]*(?:(?:\band\b|\bor\b|[/&])[^\w\n]*[A-HJ-Z]\b|,[^\w\n]*[A-HJ-Z]\b(?!\s+(?!and\b|or\b)[a-z]))"  # as in "A or B", "A, B"
-_AFTER_WORDS = re.compile(rf"([A-Z])(?![\w'’]|{_SENTENCE}|{_OTHER})|([a-z])(?=[).]|[^\w\n]*(?:\n|\Z))")
-_FIRST = re.compile(rf"([A-Z])(?=[*_\"'`’”]*[.):,;\]}}。、】」』]|[*_\"'`’”]*\s*(?:\n|\Z)|\s+[-–—])(?!{_OTHER})|([a-z])(?=\))")
-_LIST = re.compile(r"[\W_]*A[.):].*?\n[\W_]*B[.):]", re.DOTALL)
-_LAST = re.compile(r"(?:\A|[^\w\s]|\n|\b(?i:option|choice|answer|only|that|so|thus|therefore|hence)\b)[^\w\n]*([A-Z])\Z")
-_MARKED = re.compile(
-    r"[(\[]([A-Z])[)\]]|\*\*[(\"'`]*([A-Z])(?:[).:]|\*\*)|\b(?i:option|choice)\s+([A-Z])\b|:[^\w\n]{0,9}([A-Z])[^\w\n]*$", re.M
+_FILLER = re.compile(rf"[\W_]*(?:(?:{_SURELY}|letter|option|choice|answer|number)\b[\W_]*)*", re.IGNORECASE)
+_RIGHT = re.compile(
+    rf"[^\w\n]{{0,9}}\b(?:is|(?:must|could|may|might) be) (?:(?:{_SURELY}|one) )*"
+    r"(?:correct|right|answer|best(?! (?!answer|option|choice|fit)\w))\b"
 )
-_ALONE = re.compile(r"(?<![A-Za-z0-9'’])(?![AI]\s+(?!and\b|or\b)[a-z])([A-Z])(?![A-Za-z0-9'’])([^\w\n]*\Z)?")
+_WRONG = re.compile(
+    r"[^\w\n,.]{0,4}(?:wrong\b|incorrect\b|no(?=[.\n]|\Z))|"
+    r"[^\w\n,]{0,5}\b(?:(?:is|are|was|were|seems) (?:also |clearly |both )?(?:wrong|incorrect|false|partly)|"
+    r"(?:is|are)(?: not|n['’]t) (?:the )?(?:correct|right|best|answer|true))\b"
+)
+_DENIED = re.compile(
+    r"(?:\b(?:if|whether|not|cannot|never|neither|nor|false|please|missing|exclude|eliminate|rule out)\b|n['’]t\b|"
+    r"(?<!\bI )\b(?:would|might|may|could) (?:say|think)\b)(?:(?!\bbut\b)[^.,;:!?\n])*\Z",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(
+    r"(?<![A-Za-z0-9À-\u0dff])(?<![A-Za-z][-.'’])(?:(?![AI][^\S\n]+(?!(?:is|could|might|and|or|nor|because|since|as)\b)[a-z])([A-Z])"
+    r"(?![A-Za-z0-9À-\u0dff+]|['’]\w|\.[A-Za-z]\b|-[a-z])|([a-z])(?=\)|[^\w\n]{0,9}(?:\n|\Z)))"
+)
+_MARK_BEFORE = re.compile(
+    r"(?:\A|[^A-Za-z0-9\s]|\n|['’]s|\b(?:option|choice|letter|answer|that|but|so|hence|is|be|ist|est|es|say|think|choose|select|pick|"
+    rf"with|leaves|{_SURELY})\b)[^\w\n]*\Z",
+    re.IGNORECASE,
+)
+_JOINED = re.compile(r"[^\w\n.]*(?:,|,? (?:and|or|nor|vs)\b|[/&])[^\w\n]*(?:option |choice )?[^\w\n]*", re.IGNORECASE)
+_VERB = re.compile(r" (?:is|was|has|could|might)\b")
+_CLOSED = re.compile(r"_*(?!['’]\w)(?:\s*(?:\Z|[^\w\s])|[^\S\n]*\n)")
+_LIST = re.compile(r"[\W_]{0,9}A\b(?=.*(?:\n|[.;,\]])[^\w\n]{0,9}B[.):\n])", re.DOTALL)
+_NO = "no(?! (?:idea|doubt|longer|evidence|need|other|one|way|more|matter|problem|reason|such|information)\\b)"
 
 
 @dataclass(frozen=True)
@@ -195,61 +166,89 @@ def _read_choice(value: Any, choices: tuple[str, ...], where: str) -> Choice:
     letter = value.strip("(). \n") if isinstance(value, str) else ""
     if len(letter) == 1 and letter in letters:
         return Choice(choices, letters.index(letter))
-    of_row = f"one of the choices {', '.join(choices)}, its letter or its number from 0"
-    raise _wrong("choice", value, where, f"write {of_row if choices else _A_LETTER}")
+    fix = f"one of the choices {', '.join(choices)}, its letter or its number from 0"
+    fix = fix if choices else "a letter such as B, or name the column of the choices (columns: {choices: COLUMN})"
+    raise _wrong("choice", value, where, f"write {fix}")
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """A place where a text names an option by its letter, its words or both, as in "B. London"."""
+
+    start: int
+    end: int
+    option: int | None
+    letter: bool  # True for a capital letter that surely names an option, unlike the one in "vitamin C"
+    words: bool
+    stop: int  # the end of its first part, such as B in "B. London"
 
 
 def chosen(text: str, options: tuple[str, ...]) -> int | None:
     r"""Return the index of the option that a text chooses, by its words or by its letter (A, B, C …). Return None if it chooses none.
 
-    Five places are searched in this order: the last \boxed{}; the text after the last "answer is" or "answer:" that an option follows; the
-    text before the last "is correct"; the beginning of the text, unless it lists A, B …; and the whole text, which must name exactly one
-    option, or one letter that is in brackets, in bold print, after "option" or a colon, or at the end. Thinking is left out.
+    These places are searched in this order: the last \boxed{}; the option after the last "answer is", "answer:" or "I choose"; the one
+    before "is correct"; the one at the beginning, unless it lists A, B …; and the whole text, which must name one option. Options as in
+    "A or B", "not A" and "if A" do not count. Thinking is left out. If a next question follows, the text before it is searched first.
     """
     text = re.sub(r"\\(?:text|mathrm|mathbf)\w*\s*(?=\{)", "", unicodedata.normalize("NFKC", _without_thinking(text)))
-    names = [unicodedata.normalize("NFKC", option).strip(" .\n") or option for option in options]
-    longest_first = sorted(range(len(names)), key=lambda i: -len(names[i]))  # "not good" before "not"
-    words = {i: names[i] for i in longest_first if len(names[i]) > 1 or names[i] not in _LETTERS}
-    after = [final_box(text) or "", *(text[m.end() :] for m in reversed([*_SAID.finditer(text)]))]
-    found = [_at_start(place, options, words, _AFTER_WORDS) for place in after]
-    found += [_at_end(text[: m.start()], options, words) for m in reversed([*_RIGHT.finditer(text)])]
-    found += [] if _LIST.match(text) else [_at_start(text, options, words, _FIRST)]
-    return next((i for i in found if i is not None), _only_one(text, options, words))
+    parts = [part for whole in (*_before_next(text), text) for part in (final_box(whole) or "", whole)]
+    return next((found for part in parts if (found := _choice(part, options)) is not None), None)
 
 
-def _at_start(text: str, options: tuple[str, ...], words: Mapping[int, str], letter: re.Pattern[str]) -> int | None:
-    start = len(text) - len(_FILLER.sub("", text, count=1))
-    for i, name in words.items():
-        for found in named(name, text[: start + len(name) + 2], re.IGNORECASE):
-            rest = text[found.end() :]
-            if found.start() <= start and not re.match(_SENTENCE, rest):
-                joined = _JOINED.match(rest)
-                return None if joined and _at_start(rest[joined.end() :], options, words, letter) is not None else i
-    by_letter = letter.match(text, start)
-    return _index((by_letter[1] or by_letter[2]).upper(), options) if by_letter else None
-
-
-def _at_end(text: str, options: tuple[str, ...], words: Mapping[int, str]) -> int | None:
-    for i, name in words.items():
-        tail = text[-len(name) - 12 :]
-        if any(found.end() == len(tail) and not _UNSURE.search(tail[: found.start()]) for found in named(name, tail, re.IGNORECASE)):
-            return i
-    by_letter = _LAST.search(text[-40:])
-    return _index(by_letter[1], options) if by_letter else None
-
-
-def _only_one(text: str, options: tuple[str, ...], words: Mapping[int, str]) -> int | None:
-    said, rest = set[int | None](), text
-    for i, name in words.items():
-        for found in named(name, rest, re.IGNORECASE):
-            said.add(i)
-            rest = rest[: found.start()] + "\0" * len(name) + rest[found.end() :]
-    letters = {_index("".join(groups), options) for groups in _MARKED.findall(text)} - {None}
-    alone = {found[1]: found[2] is not None for found in _ALONE.finditer(text)}  # True for a letter at the end
-    if not letters and len(said) != 1 and len(alone) == 1 and any(alone.values()):
-        letters = {_index(letter, options) for letter in alone}
-    one = said | letters if len(said) < 2 else letters
+def _choice(text: str, options: tuple[str, ...]) -> int | None:
+    mentions = _claimed(text, _mentions(text, options))
+    said = [m for cue in _SAID.finditer(text) for m in _at(text, cue.end(), mentions) if not _VERB.match(text, m.stop)]
+    right = [m for m in mentions if _RIGHT.match(text, m.end) and (m.letter or m.words)]
+    first = [m for m in _at(text, 0, mentions) if _CLOSED.match(text, m.stop) and not _LIST.match(text)]
+    for place in (said, right if len({m.option for m in right}) == 1 else [], first):
+        if place:
+            return place[-1].option
+    letters = {m.option for m in mentions if m.letter} - {None}
+    words = {m.option for m in mentions if m.words and not m.letter}
+    one = words | letters if len(words) < 2 else letters
     return one.pop() if len(one) == 1 else None
+
+
+def _at(text: str, start: int, mentions: Sequence[_Mention]) -> Sequence[_Mention]:
+    # the mention that begins here, perhaps after a few words such as "the option"
+    at = bisect_left(mentions, start, key=lambda m: m.start)
+    filler = _FILLER.match(text, start, start + 200)
+    return [m for m in mentions[at : at + 1] if filler and m.start <= filler.end()]
+
+
+def _mentions(text: str, options: tuple[str, ...]) -> list[_Mention]:
+    # all mentions in order; a letter next to the words of its option makes one mention with them
+    names = [unicodedata.normalize("NFKC", option).strip(" .\n") or option for option in options]
+    words = {name.lower(): i for i, name in reversed([*enumerate(names)]) if len(name) > 1 or name not in _LETTERS}
+    found = []
+    pattern = "|".join(_NO if name == "no" else re.escape(name) for name in sorted(words, key=len, reverse=True))  # longest first
+    for place in whole(pattern, text, re.IGNORECASE) if words else ():
+        found += [_Mention(*place.span(), i, False, True, place.end()) for i in [words.get(place[0].lower())] if i is not None]
+    taken = {at for m in found for at in range(m.start, m.end)}
+    for place in _LETTER.finditer(text):
+        if place.start() not in taken:
+            marked = _MARK_BEFORE.search(text[max(place.start() - 24, 0) : place.start()])
+            found.append(_Mention(*place.span(), _index(place[0].upper(), options), bool(place[1] and marked), False, place.end()))
+    merged = list[_Mention]()
+    for m in sorted(found, key=lambda m: m.start):
+        last = merged[-1] if merged else m
+        if m.option == last.option and m.words != last.words and re.fullmatch(r"[^\w\n]{0,4}", text[last.end : m.start]):
+            merged[-1] = replace(last, end=m.end, letter=last.letter or m.letter, words=last.words or m.words)
+        else:
+            merged.append(m)
+    return merged
+
+
+def _claimed(text: str, mentions: list[_Mention]) -> list[_Mention]:
+    # the mentions without those as in "A or B", "not A", "if A", "A is wrong"
+    joined = {m.start for pair in pairwise(mentions) if _are_joined(text, *pair) for m in pair}
+    denied = (_DENIED.search(text[max(m.start - 80, 0) : m.start]) or _WRONG.match(text, m.end) for m in mentions)
+    return [m for m, no in zip(mentions, denied, strict=True) if not no and m.start not in joined]
+
+
+def _are_joined(text: str, one: _Mention, other: _Mention) -> bool:
+    between = text[one.end : other.start] if other.start < one.end + 20 and one.option != other.option is not None else "."
+    return bool(_JOINED.fullmatch(between)) and not ("," in between and _VERB.match(text, other.stop))  # not "A, B is wrong"
 
 
 def _index(letter: str, options: tuple[str, ...]) -> int | None:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tadistill.data.answers import RULES, named, without_spaces
+from tadistill.data.answers import RULES
 from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
 from tadistill.errors import ConfigError
+from tadistill.text import named, without_spaces
 from tadistill.user_code import OwnFunction
 
 if TYPE_CHECKING:

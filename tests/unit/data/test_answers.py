@@ -3,15 +3,17 @@
 import builtins
 import json
 import threading
+import time
 from decimal import Decimal
 
 import pytest
 
 from tadistill.config import Data, DataRef
 from tadistill.data import answers, datasets
-from tadistill.data.answers import RULES, chosen, final_number, named
+from tadistill.data.answers import RULES, chosen, final_number
 from tadistill.errors import ConfigError, DataError
 from tadistill.evaluation.text_scores import score_quality
+from tadistill.text import named
 
 NAMES = ["fine", "not fine"]
 CITIES = ("Paris", "London", "Rome", "Berlin")
@@ -54,6 +56,21 @@ CITIES = ("Paris", "London", "Rome", "Berlin")
         (r"<think>\boxed{5}? No.</think>The answer is 6.", "6"),
         ("<think>Is it 5", None),
         ("٣", "3"),
+        ("the answer is 2^{10}", None),
+        (r"It is $3\sqrt{2}$", None),
+        (r"It is $2\pi$", None),
+        ("2^{10} = 1024", "1024"),
+        ("3 apples and x^2", "3"),
+        (r"\boxed{\bf 18}", "18"),
+        (r"\boxed{\displaystyle 18}", "18"),
+        (r"\boxed{18\dots}", "18"),
+        (r"\boxed{18\degree}", "18"),
+        (r"\boxed{18^{\text{th}}}", "18"),
+        (r"\boxed{18 m^2}", "18"),
+        (r"\boxed{3x^2}", None),
+        (r"\boxed{5 = x}", "5"),
+        ("#### 18\n\nQuestion: How many?\n#### 5", "18"),
+        ("Question: How many? 5\nQuestion: And now? 18", "18"),  # without a mark, the last one
         ("", None),
         ("1e99999999999999999999", None),
     ],
@@ -137,7 +154,15 @@ CHATS = {
         "The answer is C. A and B are in other countries.", "The answer is C (A and B are wrong).", "\\boxed{C}\n\nNot A.", "So, C.",
         "The answer is I think C", "I would say Rome.", "I'd say it is C", "*C*", "_C_", "__C__", "# C", "- C", "C,", "C;", "C!", "C?",
         "“C”", "c)", r"\boxed{C}.", "C\n", "Answer: C\n\nQuestion: and Spain?", "I'll go with C, since A and B are not in Italy.",
-        "Well, C", "C is the most likely answer.",
+        "Well, C", "C is the most likely answer.", "c", "c.", "The correct choice among A, B, C, and D is C.",
+        "C. Rome\n\nQuestion: What is the capital of Spain?\nAnswer: A", "Answer: C\n\nQ: And of the UK?\nAnswer: B",
+        " C\n\n### Instruction:\nWhich is in France?\n\n### Response:\nA", "The answer is C.\nUser: why not A?\nAssistant: A is correct.",
+        "It is false that A is correct, C", "It isn't true that Paris is the best answer. Rome",
+        "I don't think A is correct. I think C is.",
+        "Many would say Paris is the answer, but it's Rome.", "If the answer is A, then x = 2, which is impossible. So C.",
+        "The final answer is C. Is there anything else? If my answer is A mistake, tell me.", "The answer is not A but C.",
+        "The correct answer is therefore not A, B or D, but C.", "I'd rule out A, B and D. That leaves C.",
+        "Not A, not B, not D: C", "Some might think A is correct. C is right.", "A: Paris - no. B: London - no. C: Rome - yes.\n\nSo C.",
     ),
     3: (
         "Based on the information, the most accurate answer is **D**.", "Looking at the choices, D is the best fit.",
@@ -149,10 +174,16 @@ CHATS = {
         "A good question! It depends.", "The answer is E.", "I cannot answer: information is missing.",
         "Which option is correct? I am not sure.", "What is the correct answer? Hard to say.",
         "A. Paris is not in Italy.\nB. London is not in Italy.\nC. Rome is in Italy.\nD. Berlin is not in Italy.",
-        "The correct choice among A, B, C, and D is C.", "The answer is C & D.", "I think it's C, but it could be D.", r"\boxed{A and C}",
-        "Statement A is correct, but statement B is not.", "c", "c.", "USA and vitamin C in the USA",
+        "The answer is C & D.", "I think it's C, but it could be D.", r"\boxed{A and C}",
+        "Statement A is correct, but statement B is not.", "USA and vitamin C in the USA",
         "Neither Paris nor London is correct.", "Answer: Paris or London", "A is partly right, but the answer is unclear.",
-        "If London is correct, then Paris is wrong.", "The answer is Rome/Berlin",
+        "If London is correct, then Paris is wrong.", "The answer is Rome/Berlin", "It is not A.", "It can't be B.", "The answer isn't A",
+        "The answer can't be C.", "Definitely not C", "I can't choose A.", "I would rule out D", "See appendix A",
+        "The answer is vitamin C",
+        "I need more information about vitamin C.", "I cannot answer this. Please provide option B.", "The question is missing option D",
+        "Option A is wrong.", "(B) is wrong.", "We can exclude (C).", "Paris is wrong.", "It is certainly not Paris.",
+        "A - wrong. B - wrong.",
+        "I think that B is correct, but A could be correct too.", "Vitamin C is the answer.",
     ),
 }
 """Answers of chat models to the question which of the four cities is meant, by the index of the choice that a person reads in them."""
@@ -181,15 +212,34 @@ def test_a_letter_is_read_without_the_choices():
         (("B", "A"), "The answer is A.", 1),  # letters in another order
         (("O", "A", "AB"), "The answer is AB.", 2),
         (("Scurvy", "Rickets", "Gout"), "Scurvy comes from a lack of vitamin C.", 0),
+        (("positive", "negative"), "The answer is not positive.", None),
+        (("positive", "negative"), "Not positive", None),
+        (("positive", "negative"), "It isn't negative.", None),
+        (("positive", "negative"), "It is not positive, it is negative.", 1),
+        (("true", "false"), "It is not true.", None),
+        (("true", "false"), "This is false.", 1),
+        (("yes", "no"), "I have no idea.", None),
+        (("yes", "no"), "No doubt about it: yes.", 0),
+        (("yes", "no"), "The answer is no longer unclear: yes.", 0),
     ],
 )
 def test_choices_of_many_kinds(options, text, index):
     assert chosen(text, options) == index
 
 
-def test_long_answers_are_read_in_time():
-    for part in ("-", ": ", "answer is ", "the ", "A. ", "Paris is the best "):
-        assert chosen(part * (6000 // len(part)), CITIES) in (0, None)
+@pytest.mark.slow
+def test_looped_answers_are_read_in_linear_time():
+    parts = ("-", ": ", "answer is ", "answer\n", "The answer\n\n", "the ", "A. ", "A or ", "Paris is the best ", "1,", "1/", "Question:\n")
+    for part in parts:
+        for read in (lambda text: chosen(text, CITIES), final_number):
+            short, long = (min(_seconds(read, part * (size // len(part))) for _ in range(3)) for size in (2000, 16000))
+            assert long < 24 * short + 0.02, part  # 64 times, if the work were quadratic
+
+
+def _seconds(read, text):
+    start = time.process_time()
+    read(text)
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize(
