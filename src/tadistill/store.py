@@ -35,6 +35,8 @@ STATES = ("state.pt", "state-before.pt")  # the two newest saved states of a tra
 _SECONDS = "seconds.json"  # the time that a stage has taken so far
 _RESUME = (*STATES, "best-*.pt", "*.tmp", _SECONDS)
 _PARTS = "parts"
+SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
+_FINISHED_PARTS = (f"{_PARTS}/*.json", f"{SIGNAL}/[0-9]*.safetensors")
 _STAGE = "stage.json"
 
 
@@ -152,7 +154,7 @@ class Store:
         if updates:
             step = self.saved_update(key)
             return f"at update {step} of {updates}" if step else ""
-        parts = sum(1 for _ in (self.folder(key) / _PARTS).glob("*.json"))
+        parts = sum(1 for pattern in _FINISHED_PARTS for _ in self.folder(key).glob(pattern))
         return f"after {counted(parts, 'finished part')}" if parts else ""
 
     def seconds(self, key: str, updates: int | None) -> float:

@@ -61,7 +61,6 @@ from tadistill.rollout.vllm import Launch, Vllm
 from tadistill.store import Store
 from tadistill.user_code import OwnFunction, load_function
 
-SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
 MODEL = "model"  # sub-folder of a training stage, in the Hugging Face format
 RESPONSES = "responses.jsonl"  # in the folder of a `generate` or `retokenise` stage
 VLLM_LOG = "vllm.log"  # what vLLM prints, if it samples the stage's text

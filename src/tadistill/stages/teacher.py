@@ -38,7 +38,8 @@ from tadistill.plan.kinds import AskSpec, GenerateSpec, RetokeniseSpec, SignalSp
 from tadistill.plan.remote import wanted_of
 from tadistill.rollout.api_teacher import Asking, replies_file
 from tadistill.rollout.recorded_signals import complete, of_teacher, record
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked
+from tadistill.stages.context import MODEL, RESPONSES, Context, Done, stop_if_asked
+from tadistill.store import SIGNAL
 from tadistill.text import counted, form
 
 _POLL = 0.2  # seconds between two looks at the files of other processes

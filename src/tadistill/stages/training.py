@@ -36,8 +36,8 @@ from tadistill.rollout.engine import Native
 from tadistill.rollout.recorded_signals import Signals
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context
-from tadistill.store import ROLLOUTS
+from tadistill.stages.context import MODEL, RESPONSES, Context
+from tadistill.store import ROLLOUTS, SIGNAL
 from tadistill.text import counted
 from tadistill.train.checkpoint import TrainState
 from tadistill.train.loop import Hooks, train_stage

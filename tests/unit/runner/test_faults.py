@@ -140,6 +140,18 @@ def test_the_time_of_a_stage_includes_earlier_attempts_whose_work_it_continues(t
     assert store.seconds(task.key, UPDATES) == 0  # no saved state: the next attempt would begin again
 
 
+def test_the_time_of_a_recording_includes_earlier_attempts(tmp_path):
+    """Its finished parts are not in the folder of the other stages' parts."""
+    store = Store(tmp_path)
+    folder = store.folder("abcd") / "signal"
+    folder.mkdir(parents=True)
+    (folder / "head.safetensors").touch()
+    store.save_seconds("abcd", 100.0)
+    assert (store.continues("abcd", None), store.seconds("abcd", None)) == ("", 0)
+    (folder / "00000000.safetensors").touch()
+    assert (store.continues("abcd", None), store.seconds("abcd", None)) == ("after 1 finished part", 100)
+
+
 @pytest.mark.parametrize("damaged", ["state.pt", "best-4.pt"])
 def test_a_damaged_newest_state_is_named_and_the_one_before_used(damaged, tmp_path, whole):
     task, _ = tasks(tmp_path)
