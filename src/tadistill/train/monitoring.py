@@ -342,8 +342,9 @@ class Alarms:
         return new
 
     def state(self) -> dict[str, Any]:
-        return {"first": self.first, "active": self.active, "given": self.given}
+        return {"first": self.first, "active": self.active, "given": self.given, "apart": self.apart}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved `state`, which may be empty."""
         self.first, self.active, self.given = dict(state.get("first", {})), list(state.get("active", [])), list(state.get("given", []))
+        self.apart = float(state.get("apart", 0.0))

@@ -134,6 +134,14 @@ def test_a_disagreement_beyond_rounding_is_told_once():
         assert len(alarms.check(50, metrics(), 0.3)) == 1
 
 
+def test_a_disagreement_is_not_told_again_after_an_interruption_within_a_round():
+    before, resumed = Alarms(minillm=True), Alarms(minillm=True)
+    assert len(before.check(10, metrics(), 0.3)) == 1
+    resumed.restore(before.state())
+    assert resumed.check(20, metrics(), None) == []  # no new text
+    assert resumed.check(30, metrics(), 0.3) == []
+
+
 def test_a_state_without_alarms_starts_anew():
     alarms = Alarms(minillm=True)
     alarms.restore({})
