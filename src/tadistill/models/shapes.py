@@ -56,6 +56,8 @@ COUNTED = (*PRUNABLE, "gemma3_text")
 """The model families whose parameters, FLOPs and memory can be computed from a configuration."""
 
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "max_target_positions")
+_ROPE_FIELDS = ("rope_scaling", "rope_parameters")  # in a published config.json, and in transformers' own object; the first one counts
+_SHORT = "original_max_position_embeddings"  # Phi-3 has it beside the rope fields, and there it counts
 _LARGEST = 10**9  # larger than any size of a model; products of much larger numbers overflow a float
 _FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
 _KV_HEADS = {"gemma3_text": 4, "mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
@@ -100,14 +102,14 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     factors of the whole batch, so that the logits of a text depend on the other texts, and those of a token on its cache.
     """
     found = next((config[name] for name in _POSITION_FIELDS if isinstance(config.get(name), int)), None)
-    given = config.get("rope_parameters")
+    given = next((config[name] for name in _ROPE_FIELDS if config.get(name)), None)
     rope = given if isinstance(given, Mapping) else {}  # transformers says what is wrong with other values
-    short = [r.get("original_max_position_embeddings") for r in (rope, *rope.values()) if _is_long(r)]
+    short = [config.get(_SHORT) or r.get(_SHORT) for r in (rope, *rope.values()) if _is_long(r)]
     return min((n for n in (found, *short) if isinstance(n, int)), default=None)
 
 
 def _is_long(rope: Any) -> bool:
-    return isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
+    return isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) in ("longrope", "su")
 
 
 def check_ids(top: int, embeddings: int, where: str, token: str = "") -> None:
@@ -130,7 +132,7 @@ def check_lengths(config: Mapping[str, Any], needs: Mapping[str, tuple[int, str]
     positions = positions_of(config)
     long = [(what, need, fix) for what, (need, fix) in needs.items() if positions and need > positions]
     if long:
-        kind = " with the short factors of LongRoPE" if positions != positions_of({**config, "rope_parameters": None}) else ""
+        kind = " with the short factors of LongRoPE" if positions != positions_of({**config, **dict.fromkeys(_ROPE_FIELDS)}) else ""
         raise ConfigError(*(f"the model has {positions} positions{kind}, but {what} {need}; {fix}" for what, need, fix in long))
 
 

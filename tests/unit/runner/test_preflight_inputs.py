@@ -108,6 +108,17 @@ def test_positions_have_other_names_and_limits_in_other_families():
         check_lengths(long | {"original_max_position_embeddings": 24, "rope_parameters": None}, {"it needs": (130, "cut it")})
 
 
+@pytest.mark.parametrize("kind", [{"type": "longrope"}, {"type": "su"}, {"rope_type": "longrope"}])
+def test_a_published_file_has_longrope_in_other_fields(kind):
+    """The plan reads a config.json as it is; Phi-3 has the number beside the rope fields."""
+    file = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_scaling": kind | {"short_factor": [1.0]}}
+    assert positions_of(file) == 4096
+    with pytest.raises(ConfigError, match="the model has 4096 positions with the short factors of LongRoPE, but it needs 5000; cut it"):
+        check_lengths(file, {"it needs": (5000, "cut it")})
+    assert positions_of(file | {"rope_scaling": {"type": "linear"}}) == 131072
+    assert positions_of(file | {"rope_scaling": None}) == 131072
+
+
 def test_a_control_that_samples_more_than_the_model_can_read_is_named_with_its_key():
     load, short = model("llama", max_position_embeddings=32), rows("short.jsonl", 4)
     models = {"t": {"load": load}, "a": {"init": {"from": "t", "layers": 3}}, "s": {"init": {"from": "t", "layers": 2}}}
