@@ -22,6 +22,7 @@ import torch
 from tadistill.config.evaluate import TASK_FILE
 from tadistill.errors import ConfigError, DataError, StageFailed
 from tadistill.evaluation.token_scores import Subject
+from tadistill.models.architectures import is_full
 
 Task = Any
 """A task of the class `lm_eval.api.task.Task`, which is not imported here, because lm-eval is optional."""
@@ -121,6 +122,8 @@ def run_task(
             model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch)  # type: ignore[arg-type]
             found = evaluate(model, {"tasks": {name: task}}, limit=limit, apply_chat_template=chat, bootstrap_iters=0)  # type: ignore[arg-type]
     except Exception as error:  # any error of lm-eval, or of a task's own code
+        if is_full(error):
+            raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise StageFailed(f"task `{name}` of lm-eval failed with {type(error).__name__}: {reason}; correct or remove the task") from error
     assert found is not None  # lm-eval returns None only in other processes than the first

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from tadistill.errors import ConfigError, ModelError, did_you_mean, did_you_mean_then
+from tadistill.errors import ConfigError, ModelError, TadistillError, did_you_mean, did_you_mean_then
 from tadistill.models.shapes import BOTH, ENCODERS, REFUSED, check_new, refusal
 from tadistill.models.tokens import vocabulary
 
@@ -32,6 +32,15 @@ _KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type"
 """Maps a regular expression for the names of configuration fields to the values that transformers knows for these fields."""
 _MOST_LAYERS = 10_000
 """Largest number of layers. A model with more layers would take minutes to build, even without weights."""
+_FULL = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
+"""Words of the errors that torch raises if memory is full. Only its own allocator of a GPU raises OutOfMemoryError: making CUDA's context,
+the libraries of NVIDIA, NCCL and the allocator of the CPU raise other errors."""
 
 
 def check_architecture(config: PreTrainedConfig, model: str) -> None:
@@ -232,7 +241,7 @@ def _reason(error: Exception, fields: Mapping[str, Any]) -> str:
     return wrong_field(error, fields) or f"{last}; correct it"
 
 
-# --- what transformers says ---------------------------------------------------------------------------------------------
+# --- what transformers and torch say ------------------------------------------------------------------------------------
 
 
 def first_line(error: Exception) -> str:
@@ -240,6 +249,17 @@ def first_line(error: Exception) -> str:
     class if the error has no text."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")
+
+
+def is_full(error: BaseException) -> bool:
+    """Return True if torch raised the error because the memory of a device is full.
+
+    Code that runs or loads a model must not turn such an error into an error of the model: `stages.execute` says which keys to change. An
+    error of tadistill is never such an error, also if it quotes one.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, TadistillError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _FULL)
 
 
 @contextmanager

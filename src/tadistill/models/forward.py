@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tadistill.data.batch import Batch
 from tadistill.errors import ModelError
-from tadistill.models.architectures import first_line
+from tadistill.models.architectures import first_line, is_full
 from tadistill.objectives import Head
 
 # In a causal model, no token attends to the padding on its right. So models on these devices get no attention mask, and can use flash
@@ -176,9 +176,9 @@ def trying(model: PreTrainedModel) -> Iterator[None]:
     """Turn an error of the model's first forward passes, which run in the `with` block, into a ModelError with type and number format."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the code of a model family can raise any error
+        if is_full(error):
+            raise
         raise ModelError(
             f"models of type {model.config.model_type} cannot process text in {str(model.dtype).removeprefix('torch.')} "
             f"({first_line(error)}); choose another `precision` or another model"

@@ -34,7 +34,7 @@ from tadistill.data import tinyworld
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.architectures import check_architecture, first_line, quiet, scratch_config, scratch_model, wrong_field
+from tadistill.models.architectures import check_architecture, first_line, is_full, quiet, scratch_config, scratch_model, wrong_field
 from tadistill.models.model_files import check_files, read_description, read_or_empty
 from tadistill.models.tokens import check_ends, end_tokens
 from tadistill.text import counted, form
@@ -206,6 +206,8 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
         except ModelError:
             raise
         except Exception as error:  # a damaged file can make transformers raise any error
+            if is_full(error):
+                raise
             _refuse_code(directory, load, error)
             _refuse_field(directory, load, error)
             fix = "install it" if isinstance(error, ImportError) else "download it again"

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from tadistill.config.model import Lora
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.architectures import first_line, quiet
+from tadistill.models.architectures import first_line, is_full, quiet
 from tadistill.models.forward import evaluating, logit_changes
 from tadistill.models.loading import read_model, read_tokenizer
 from tadistill.models.model_files import ADAPTER, ADAPTER_WEIGHTS, TOKENIZERS, check_files, read_description
@@ -76,9 +76,9 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
             with evaluating(model), torch.no_grad():  # peft adds its modules in training mode, also to a model in eval mode
                 tuner = peft.LoraModel(model, config, "default")
                 model(input_ids=torch.arange(2, device=model.device).unsqueeze(0), use_cache=False)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # peft adds adapters to layers that are called in a way of their own, such as routers
+            if is_full(error):
+                raise
             raise ModelError(
                 f"lora does not fit a {model.config.model_type} model; correct lora.targets ({type(error).__name__}: {first_line(error)})"
             ) from error

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.architectures import build_on_meta, first_line, quiet
+from tadistill.models.architectures import build_on_meta, first_line, is_full, quiet
 from tadistill.models.prunable_parts import FAMILIES, Axis, Family, Importance, keep_important
 from tadistill.models.shapes import Shape, changes, check_shape, shape_of
 
@@ -206,6 +206,8 @@ def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mappin
             )
         pruned.load_state_dict(weights)
     except Exception as error:  # the code of a model family can raise any error
+        if is_full(error):
+            raise
         raise _cannot_prune(config, first_line(error)) from error
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.to(model.device).eval()

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from tadistill.models.architectures import is_full
 from tadistill.models.forward import apart, evaluating, rounded, taken, trying
 from tadistill.rollout.draw import in_place_cache
 
@@ -165,7 +166,7 @@ class Trial:
 
     def errors(self, read: "_Reads") -> tuple[float, float]:
         """Return how far the logits of `read`, another way to process the texts, are from the correct ones: over all texts, and for the
-        worst text. Both are infinite if `read` raises an exception.
+        worst text. Both are infinite if `read` raises an exception. Only the exception of full memory is not caught (`is_full`).
 
         In float32, this is the largest error. In half precision, it is the median, because rounding can make a router choose another
         expert, which changes one or two positions. A wrong memory changes most.
@@ -179,7 +180,9 @@ class Trial:
         try:
             for row, step, z in read(self.texts, _STEPS):
                 errors[row].append(apart(z, self.expected[row][step]))
-        except Exception:
+        except Exception as error:
+            if is_full(error):
+                raise
             return math.inf, math.inf  # the model does not accept this memory
         if self.rounding.precise:
             return (largest := max(map(max, errors))), largest

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
+from tadistill.models.architectures import is_full
 from tadistill.models.forward import attention_for_any_shape
 from tadistill.plan.kinds import Spec
 from tadistill.plan.task import Task
@@ -31,15 +32,6 @@ from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while waiting for another process that runs the same stage"
 _Work = Callable[[Context], dict[str, Any]]
-_FULL = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "can't allocate memory",
-)
-"""Words of the errors that torch raises if memory is full. Only its own allocator of a GPU raises OutOfMemoryError: making CUDA's context,
-the libraries of NVIDIA, NCCL and the allocator of the CPU raise other errors."""
 _SAVE_SECONDS = 10.0
 _PATIENCE = timedelta(hours=1)  # how long a rank waits for another rank, which may be writing a large model
 
@@ -203,7 +195,7 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
         with attention_for_any_shape():
             return work(context)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _FULL):
+        if not is_full(error):
             raise
         used = (str(error).splitlines() or [""])[0].split(". ", 2)[:2]
         changes = context.spec.saves_memory(context.task.resources.processes)

@@ -1,5 +1,7 @@
 """Body and head taken apart: the same logits for families that bias, scale or cap theirs, and an error for those not known."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,10 +22,12 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from tadistill.config.model import Lora
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
 from tadistill.models import forward
 from tadistill.models.forward import Reader, check_reading, rounded
+from tadistill.models.modify import adapt
 from tadistill.models.teachers import teacher_of
 from tadistill.rollout.decoder import way_of
 
@@ -92,6 +96,17 @@ def test_an_error_of_the_first_pass_names_type_and_number_format():
     for look in (check_reading, way_of):
         with pytest.raises(ModelError, match=r"^models of type llama cannot process text in bfloat16 \(.*; choose another `precision` or"):
             look(model)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
+def test_full_memory_is_no_error_of_the_model(error, monkeypatch):
+    """Another precision does not help, and the stage says which keys do."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", Mock(side_effect=error))
+    for look in (check_reading, way_of, lambda model: adapt(model, Lora(r=2), seed=1)):
+        with pytest.raises(type(error)) as found:
+            look(model)
+        assert found.value is error
 
 
 def test_no_logits_are_made():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -134,6 +135,14 @@ def test_damaged_weights_are_one_sentence(model_directory, content):
     (model_directory / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=f"model `{model_directory}` (cannot be loaded|is empty)"):
         load_model(model_directory)
+
+
+def test_full_memory_is_no_damage(model_directory, monkeypatch):
+    full = RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=full))
+    with pytest.raises(RuntimeError) as found:
+        load_model(str(model_directory))
+    assert found.value is full
 
 
 def test_not_a_causal_language_model(model_directory):

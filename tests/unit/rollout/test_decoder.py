@@ -7,7 +7,7 @@ from tests.families import assert_agrees, tiny
 
 from tadistill.errors import ModelError
 from tadistill.models.forward import check_reading
-from tadistill.rollout.decoder import WAYS, Way, slower, way_of
+from tadistill.rollout.decoder import WAYS, Trial, Way, slower, way_of
 
 WAY = {
     "qwen3": ("ours", True, True),
@@ -30,6 +30,14 @@ def test_tokens_and_logits_are_those_of_whole_forward_passes(kind):
     assert (way.memory, way.padded, way.drops) == WAY[kind]
     assert (slower(model) is None) == (way.padded and way.memory != "none")
     assert_agrees(model)
+
+
+def test_full_memory_does_not_choose_a_slower_way():
+    def full(texts, steps):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Trial(tiny_model("llama")).agrees(full)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "qwen2", "mistral"])

@@ -318,6 +318,14 @@ def test_a_full_gpu_is_one_sentence_with_the_keys_to_change(error, words, tmp_pa
     assert evaluate.spec.saves_memory(1) == [f"evaluate.batch: {evaluate.spec.decoding.batch // 2}"]
 
 
+def test_an_error_of_tadistill_that_quotes_full_memory_keeps_its_advice(tmp_path, monkeypatch):
+    """The process of vLLM has its own memory; the keys of the training do not help it."""
+    sentence = f"the process of vLLM has ended ({FULL}); mend the cause, or set `engine: native`"
+    monkeypatch.setattr("tadistill.stages.execute.work_of", lambda spec: Mock(side_effect=StageFailed(sentence)))
+    with pytest.raises(StageFailed, match=rf"^{re.escape(sentence)}$"):
+        run(tasks(tmp_path)[0])
+
+
 def test_a_gpus_allocator_has_segments_that_grow_unless_the_user_chose_another(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
