@@ -92,8 +92,8 @@ def _times(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if len(takes) < len(todo):
         yield (
-            f"The time of {counted(len(todo) - len(takes), 'stage')} that train a model, or prepare its training, is not known; "
-            "`tadistill plan RECIPE --measure` measures the speed on this machine."
+            f"The time is not known for {len(todo) - len(takes)} of {counted(len(todo), 'unfinished stage')} of training or "
+            "its preparation; `tadistill plan RECIPE --measure` measures the speed on this machine."
         )
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))

@@ -538,9 +538,18 @@ def test_the_plan_shows_the_time_of_finished_stages(tmp_path):
     assert rows.keys() == found.stages.keys()
     assert [row for row in rows.values() if " done " in row and " 65 s " in row] == [rows[key]]
     waiting = sum(bool(stage.cost) for stage in found.stages.values())
-    assert f"The time of {waiting} stages that train a model, or prepare its training, is not known" in " ".join(
+    assert f"The time is not known for {waiting} of {waiting} unfinished stages of training or its preparation;" in " ".join(
         console.file.getvalue().split()
     )
+
+
+def test_a_plan_counts_the_stages_without_a_known_time(tmp_path, monkeypatch):
+    found = plan(seeds=[1])
+    todo = [stage.cost for stage in found.stages.values() if stage.cost and stage.cost.parts]
+    monkeypatch.setattr("tadistill.plan.notes.throughput.seconds", lambda cost, _: 60.0 if cost is todo[0] else None)
+    notes = " ".join(plan_notes(found, Store(tmp_path), {}, 1))
+    assert f"The time is not known for {len(todo) - 1} of {len(todo)} unfinished stages of training" in notes
+    assert "Stages with a known time take" in notes
 
 
 def test_long_prompts_change_keys_only_where_they_are_cut():
