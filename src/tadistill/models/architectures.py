@@ -282,7 +282,10 @@ def quiet() -> Iterator[None]:
 
 def fuse_gelu(model: nn.Module) -> None:
     """Compute the tanh form of GELU in one kernel. The modules of transformers for `gelu_new` and `gelu_fast` start eight kernels, and
-    autograd keeps five tensors instead of two. The values differ by rounding errors."""
+    autograd keeps five tensors instead of two. The values differ by rounding errors.
+
+    This changes the model lastingly. So only stages do it, and `tadistill.evaluate` does not do it to the user's model.
+    """
     for module in [*model.modules()]:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation | FastGELUActivation):
