@@ -156,13 +156,23 @@ class Trial:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
+        self.model, self.texts, last = model, _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
         with trying(model), rounded(model) as self.rounding:
             self.expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in self.texts]
 
-    def agrees(self, read: "_Reads") -> bool:
-        """Return True if `read`, another way to process the texts, gives the same logits. Return False if it raises an exception."""
-        return self.errors(read)[0] <= self.rounding.largest
+    def agrees(self, read: "_Reads", way: Way) -> bool:
+        """Return True if `read`, another way to process the texts, gives the same logits. Return False if it raises an exception.
+
+        `way` is the way that `read` uses.
+        """
+        (error, worst), rounding = self.errors(read), self.rounding
+        if rounding.precise or error > rounding.largest or (error <= rounding.eps and worst <= rounding.largest):
+            return error <= rounding.largest
+        # In half precision, errors of this size can be rounding, or come from padding or from other texts in the call. If they are
+        # rounding, the same texts one by one, or together without a memory, have such errors, too. A model may refuse one of these two.
+        usual = self.errors(partial(_read, self.model, way, alone=True)), self.errors(partial(_together, self.model))
+        of_all, of_one = (_TIMES * sum(filter(math.isfinite, errors)) for errors in zip(*usual, strict=True))
+        return error <= of_all + rounding.eps and worst <= max(of_one, rounding.largest)
 
     def errors(self, read: "_Reads") -> tuple[float, float]:
         """Return how far the logits of `read`, another way to process the texts, are from the correct ones: over all texts, and for the
@@ -196,18 +206,7 @@ _Reads = Callable[[list[Tensor], int], Iterator[tuple[int, int, Tensor]]]
 @torch.inference_mode()
 def _first_right(model: PreTrainedModel) -> Way:
     trial = Trial(model)
-    return next((way for way in WAYS[:-1] if _right(model, trial, way)), WAYS[-1])
-
-
-def _right(model: PreTrainedModel, trial: Trial, way: Way) -> bool:
-    (error, worst), rounding = trial.errors(partial(_read, model, way)), trial.rounding
-    if rounding.precise or error > rounding.largest or (error <= rounding.eps and worst <= rounding.largest):
-        return error <= rounding.largest
-    # In half precision, errors of this size can be rounding, or come from padding or from other texts in the call. If they are rounding,
-    # the same texts one by one, or together without a memory, have such errors, too.
-    usual = trial.errors(partial(_read, model, way, alone=True)), trial.errors(partial(_together, model))
-    of_all, of_one = (_TIMES * sum(errors) for errors in zip(*usual, strict=True))
-    return error <= of_all + rounding.eps and worst <= max(of_one, rounding.largest)
+    return next((way for way in WAYS[:-1] if trial.agrees(partial(_read, model, way), way)), WAYS[-1])
 
 
 def _texts(model: PreTrainedModel) -> list[Tensor]:

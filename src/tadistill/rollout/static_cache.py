@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from tadistill.config.common import Decoding
+from tadistill.models.architectures import is_full
 from tadistill.models.forward import evaluating
+from tadistill.models.shapes import positions_of
 from tadistill.rollout.decoder import WAYS, Decoder, Trial, left_padded, way_of
 from tadistill.rollout.draw import ASK_EVERY, Guide, InPlaceLayer, Record, aligned, keeps_all, next_tokens, processors, teacher_tap
 
@@ -36,17 +38,28 @@ def possible(model: PreTrainedModel, capacity: int, decoding: Decoding) -> bool:
     """Return True if `fill` supports the model and the settings.
 
     The model must keep keys and values of `capacity` tokens, and accept a mask with one entry per column of the cache. This is tried on the
-    loaded model, and tried again for a larger `capacity`: GPT-Neo computes its window from the size of the cache. `decoding` must not
+    loaded model, and tried again for a larger cache: GPT-Neo computes its window from the size of the cache. `decoding` must not
     forbid repeated n-grams, because the search for them runs on the host.
     """
     if decoding.no_repeat_ngram is not None or not keeps_all(model.config, capacity):
         return False
     right, wrong = _RIGHT.get(model, (0, sys.maxsize))
-    if right < capacity < wrong:
-        with evaluating(model), torch.inference_mode():
-            found = way_of(model) == WAYS[0] and Trial(model).agrees(partial(_read, model, capacity))
-        right, wrong = _RIGHT[model] = (capacity, wrong) if found else (right, capacity)
+    if right < capacity < wrong and (tried := _tried(model, capacity)) < wrong:
+        try:
+            with evaluating(model), torch.inference_mode():
+                found = way_of(model) == WAYS[0] and Trial(model).agrees(partial(_read, model, tried), WAYS[0])
+        except Exception as error:
+            if is_full(error):
+                return False  # the trial may need more memory than the batch, which then decides
+            raise
+        right, wrong = _RIGHT[model] = (tried, wrong) if found else (right, tried)
     return capacity <= right
+
+
+def _tried(model: PreTrainedModel, capacity: int) -> int:
+    # a power of two, so that batches of rising lengths need few trials
+    positions = positions_of(model.config.get_text_config(decoder=True).to_dict()) or sys.maxsize
+    return max(capacity, min(1 << (capacity - 1).bit_length(), positions))
 
 
 @torch.inference_mode()

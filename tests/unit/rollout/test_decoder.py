@@ -37,7 +37,7 @@ def test_full_memory_does_not_choose_a_slower_way():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Trial(tiny_model("llama")).agrees(full)
+        Trial(tiny_model("llama")).agrees(full, WAYS[0])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "qwen2", "mistral"])
@@ -61,6 +61,23 @@ def test_usual_families_keep_the_first_way(kind, dtype):
 def test_half_precision_does_not_hide_a_wrong_way(kind):
     way = way_of(tiny(kind).to(torch.bfloat16))
     assert (way.memory, way.padded, way.drops) == WAY.get(kind, ("ours", False, True))
+
+
+def test_half_precision_does_not_hide_a_wrong_way_if_the_model_refuses_padding_on_the_right():
+    """Rounding could explain an error of 7 % in bfloat16, but the same texts one by one have no such errors."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    forward = model.forward
+
+    def refuses(input_ids=None, attention_mask=None, **kwargs):
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("padding on the right")
+        out = forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and not attention_mask.all():
+            out.logits = out.logits + 0.07 * out.logits.roll(1, -1)
+        return out
+
+    model.forward = refuses
+    assert way_of(model) == Way("ours", padded=False, slower=WAYS[3].slower)
 
 
 def test_a_memory_that_forgets_is_not_used():

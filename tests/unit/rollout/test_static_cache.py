@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tadistill.config.common import Decoding
 from tadistill.rollout import static_cache, teacher_mixed_fast
+from tadistill.rollout.decoder import Trial, way_of
 from tadistill.rollout.draw import Mixture, Record, Speculation
-from tadistill.rollout.engine import sample
+from tadistill.rollout.engine import Native, sample
 
 STEPS = 12
 EQUAL = [(5, 6, 7), (9, 8, 7), (3, 4, 5)]
@@ -92,6 +94,23 @@ def test_a_cache_that_models_do_not_read_is_not_used(monkeypatch):
     assert not static_cache.possible(model, 32, Decoding())
 
 
+def test_half_precision_does_not_hide_a_wrong_cache():
+    """Rounding could explain an error of 7 % in bfloat16, but the model's other ways have no such errors."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    forward = model.forward
+
+    def wrong(input_ids=None, attention_mask=None, **kwargs):
+        out = forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            out.logits = out.logits + 0.07 * out.logits.roll(1, -1)
+        return out
+
+    assert static_cache.possible(model, 32, Decoding())
+    model.forward = wrong
+    static_cache._RIGHT.pop(model)
+    assert not static_cache.possible(model, 32, Decoding())
+
+
 def test_a_cache_that_hides_the_text_of_a_local_window_is_not_used():
     """GPT-Neo finds the columns of its window from the size of the cache: one that is wider hides the text."""
     model = tiny("gpt_neo", window_size=32)
@@ -99,6 +118,34 @@ def test_a_cache_that_hides_the_text_of_a_local_window_is_not_used():
     assert not static_cache.possible(model, 65, Decoding())
     assert not static_cache.possible(model, 70, Decoding())
     assert static_cache.possible(model, 24, Decoding())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
+def test_prompts_of_rising_lengths_need_few_trials(family, monkeypatch):
+    """With GPT-Neo, caches above the window fail."""
+    model = tiny("gpt_neo", window_size=32) if family == "gpt_neo" else shared_model(family)
+    way_of(model)
+    tried = []
+    monkeypatch.setattr(static_cache, "_RIGHT", WeakKeyDictionary())
+    monkeypatch.setattr(static_cache, "Trial", lambda model: tried.append(model) or Trial(model))
+    engine = Native(model, Decoding(), eos=(), vocab=VOCAB, chunk=1)
+    with path(monkeypatch, in_step=True):
+        engine.respond([(5,) * n for n in range(12, 42, 2)], uniforms(15, 4))
+    assert len(tried) == 3  # with 16, 32 and 64 columns
+
+
+def test_a_trial_without_memory_does_not_end_the_sampling(monkeypatch):
+    """A trial has a larger cache than the batch, and perhaps more rows. The next batch tries again."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model("llama")
+    assert static_cache.possible(model, 16, Decoding())
+    with monkeypatch.context() as patch:
+        patch.setattr(static_cache, "_read", full)
+        assert not static_cache.possible(model, 32, Decoding())
+    assert static_cache.possible(model, 32, Decoding())
 
 
 def test_a_gpu_samples_a_mixture_with_the_packed_calls(monkeypatch):
