@@ -190,6 +190,7 @@ def test_is_read_and_planned_without_network(path, data, stand_in):
     changes = [f"models.{n}.load={stand_in('llama', 'deep' if pruned else 'base')}" for n in packaged]
     kept = {n: max(m.sft.keep) for n, m in given.models.items() if m.sft and m.sft.keep}
     changes += ["data.template=plain"] if given.data.template == "chat" and packaged else []  # the stand-ins have no chat template
+    changes += ["evaluate.max_new_tokens=32"] if packaged else []  # the stand-ins have 160 positions
     changes += [f"models.{n}.sft.optim.{s}" for n, steps in kept.items() for s in ("epochs=null", f"steps={steps}")]
     recipe = load(path, [f"data.root={data}", *changes])
     plan = make_plan(recipe)
