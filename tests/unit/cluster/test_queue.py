@@ -182,7 +182,8 @@ def test_without_slurm_a_run_after_the_last_job_has_the_state(programs, tmp_path
         status_rows(study, store)
 
 
-def test_a_job_that_failed_after_a_run_has_the_state(programs, tmp_path):
+def a_run_that_failed_after_a_submission(tmp_path):
+    """A study whose job was submitted 9,000 seconds before now, and whose run on another machine failed 5,000 seconds before now."""
     study, store = tmp_path / "study", Store(tmp_path / "store")
     write_json(study / "plan.json", {"stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
     JobRecord("1", None, "n", "study").write(store, "k")
@@ -190,6 +191,11 @@ def test_a_job_that_failed_after_a_run_has_the_state(programs, tmp_path):
     os.utime(store.folder("k") / "job.json", (now - 9000, now - 9000))
     run = LocalRun(1, "elsewhere", 1.0, "", "", seen=now - 5000, ended="failed", failed={"k": "the run broke"})
     write_json(study / "local" / "elsewhere-1.json", asdict(run))
+    return study, store, now
+
+
+def test_a_job_that_failed_after_a_run_has_the_state(programs, tmp_path):
+    study, store, _ = a_run_that_failed_after_a_submission(tmp_path)
     (store.folder("k") / "failure.txt").write_text("the job broke\n")
     programs("squeue", "")
     programs("sacct", "echo '1|FAILED|00:10|2026-05-01T10:00:00|n'")
@@ -198,13 +204,7 @@ def test_a_job_that_failed_after_a_run_has_the_state(programs, tmp_path):
 
 @pytest.mark.parametrize("how", ["TIMEOUT", "OUT_OF_MEMORY"])
 def test_a_job_that_slurm_ended_after_a_run_has_the_state(how, programs, tmp_path):
-    study, store = tmp_path / "study", Store(tmp_path / "store")
-    write_json(study / "plan.json", {"stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
-    JobRecord("1", None, "n", "study").write(store, "k")
-    now = time.time()
-    os.utime(store.folder("k") / "job.json", (now - 9000, now - 9000))
-    run = LocalRun(1, "elsewhere", 1.0, "", "", seen=now - 5000, ended="failed", failed={"k": "the run broke"})
-    write_json(study / "local" / "elsewhere-1.json", asdict(run))
+    study, store, now = a_run_that_failed_after_a_submission(tmp_path)
     programs("squeue", "")
     for seconds, state in ((1000, how.lower()), (8000, "failed")):
         programs("sacct", f"echo '1|{how}|00:10|{datetime.fromtimestamp(now - seconds).isoformat(timespec='seconds')}|n'")
