@@ -39,7 +39,7 @@ class Terminal(Console):
     """
 
     def __init__(self, *, detail: Detail = "progress", events: bool = False, **given: Any):
-        super().__init__(**{**given, "stderr": True} if events else given)
+        super().__init__(emoji=False, **{**given, "stderr": True} if events else given)
         self.detail, self.events = detail, events
 
     def keep_stdout(self) -> None:
@@ -65,7 +65,11 @@ class Terminal(Console):
         if self.events:
             self.event("note", text=text)
         elif problem or self.detail != "problems":
-            self.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.say(text)
+
+    def say(self, text: str, *, style: str = "") -> None:
+        """Print a sentence as it is: square brackets are no markup, and no line is broken."""
+        self.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:

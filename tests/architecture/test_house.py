@@ -1,4 +1,4 @@
-"""The limits of the house: sizes of files and functions, numbers of parameters, the first words of docstrings."""
+"""The limits of the house: sizes of files and functions, numbers of parameters, first words of docstrings, how sentences are printed."""
 
 import ast
 import re
@@ -91,6 +91,17 @@ def test_docstrings_say_what_comes_back():
         for text in docstrings(name):
             assert not text.startswith(RIDDLES), (name, text)
             assert "mports no torch" not in text, name  # the import contract says so
+
+
+def test_plain_sentences_are_printed_by_say():
+    """A value in square brackets is no markup: `say` prints sentences, and an f-string with markup escapes its values."""
+    for name in SOURCES:
+        for call in nodes(name):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "print" and call.args:
+                assert name == "terminal.py" or "markup" not in {keyword.arg for keyword in call.keywords}, (name, call.lineno)
+                values = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else []
+                for value in (part.value for part in values if isinstance(part, ast.FormattedValue)):
+                    assert getattr(getattr(value, "func", None), "id", "") == "escape", (name, call.lineno)
 
 
 def test_contributing_names_the_layers_of_the_import_contract():

@@ -15,7 +15,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tests.conftest import tiny_model
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
@@ -23,6 +22,7 @@ from tadistill.config.evaluate import Judge
 from tadistill.data import tinyworld
 from tadistill.errors import JudgeFailed
 from tadistill.judge.commands import judge
+from tadistill.terminal import Terminal
 
 SECONDS_TO_START = 90
 CHAT = "{% for message in messages %}{{ message['content'] }} \n {% endfor %}"
@@ -75,7 +75,7 @@ def test_real_server(served, tmp_path):
 
     def run(limit: int) -> dict:
         settings = Judge(model=model, base_url=url, limit=limit, max_tokens=8, jobs=2, timeout=60, name="real")
-        console = Console(file=said, width=200)
+        console = Terminal(file=said, width=200)
         path = judge("demo", settings, root=tmp_path / "runs", console=console, confirm=lambda _: True, command="test")
         assert path is not None
         return json.loads(path.read_text())

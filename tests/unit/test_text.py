@@ -112,6 +112,12 @@ def test_sheets_and_advice_show_what_is_hidden():
     assert r"a\x1b[2J" in advice
 
 
+def test_a_sentence_is_printed_as_it_is():
+    console = Terminal(file=(printed := io.StringIO()), width=20, force_terminal=True)
+    console.say(sentence := "wrote out[a]/x[/b] and :warning:/2.csv, with more than 20 characters")
+    assert printed.getvalue() == f"{sentence}\n"
+
+
 def test_the_parts_of_a_value_become_visible():
     assert visible_parts({"a\x1b": ["\u202eb", ("c", 1)], "d": None}) == {r"a\x1b": [r"\u202eb", ["c", 1]], "d": None}
     assert visible_parts(Markup("<b>\u200f</b>")) == "<b>\u200f</b>"

@@ -107,7 +107,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     write_text(page, render_advice(report))
     print_advice(report, console)
     for path in (study / MEASURES, page):
-        console.print(f"{'page' if path == page else 'data'}: {path}", soft_wrap=True, highlight=False)
+        console.say(f"{'page' if path == page else 'data'}: {path}")
     return page
 
 

@@ -5,6 +5,7 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from tadistill import __version__
 from tadistill.cli import running, studies, writing
@@ -43,6 +44,5 @@ def main() -> None:
         kind, errors = "failed" if isinstance(error, StageFailed | JudgeFailed | ServerFailed) else "error", Terminal(stderr=True)
         with contextlib.suppress(SystemExit), output():
             for problem in error.problems:
-                errors.print(f"[bold red]{kind}[/]: ", end="")
-                errors.print(problem, markup=False, highlight=False, soft_wrap=True)
+                errors.print(Text.assemble((kind, "bold red"), f": {problem}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1)

@@ -62,10 +62,10 @@ def plan(
 
         # before the measurements, which would be lost if a GPU cannot be used; in a new process, because this one never uses CUDA
         accelerator = next((gpu.name for gpu in inspect_gpus()), None)
-        speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
+        speeds = time_stages(found, preview.threads(found), lambda text: console.say(f"timing {text}"))
         throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
     for sentence in missing_trackers(loaded):
-        console.print(sentence, highlight=False, markup=False)
+        console.say(sentence)
     preview.print_plan(found, store, console, accelerator)
 
 
@@ -244,6 +244,6 @@ def serve(
 
     loaded = read_recipe(recipe, None)
     command = server_command(loaded, model, host=host, port=port, more=context.args)
-    console.print(shlex.join(command), markup=False, highlight=False, soft_wrap=True)
+    console.say(shlex.join(command))
     if not dry_run:
         start_server(loaded, model, command)

@@ -154,7 +154,7 @@ def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
     from tadistill.config.recipe_files import remark
 
     if said := remark(recipe):
-        Terminal(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+        Terminal(stderr=True).say(said)
     return load(recipe, overrides or [])
 
 
@@ -192,9 +192,9 @@ def report_study(study: Path, store: Store, terminal: Terminal) -> None:
         terminal.event("report", page=str(page.resolve()), answer=answer(results).answer)
         return
     terminal.print(summary_table(results))
-    terminal.print(f"report: {page}", soft_wrap=True, highlight=False, style=f"link {page.resolve().as_uri()}")
+    terminal.say(f"report: {page}", style=f"link {page.resolve().as_uri()}")
     for command, why in _next_commands(results, study):
-        terminal.print(f"[dim]{why}:[/]\n  {escape(command)}", soft_wrap=True, highlight=False)
+        terminal.print(f"[dim]{escape(why)}:[/]\n  {escape(command)}", soft_wrap=True, highlight=False)
 
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
@@ -235,7 +235,7 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
         with raising():
             yield
     except KeyboardInterrupt as asked:
-        terminal.print("interrupted; run the same command again to continue")
+        terminal.say("interrupted; run the same command again to continue")
         received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
         raise typer.Exit(128 + received) from None
 

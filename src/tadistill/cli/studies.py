@@ -43,12 +43,7 @@ def _located(study: str, runs: Path | None) -> tuple[Path, Store]:
         with contextlib.suppress(TadistillError):  # the command itself says what is damaged
             plan = load_plan(directory)
             if plan.recipe_text and plan.recipe_text != read(recipe)[0]:
-                console.print(
-                    f"{recipe} has changed since the last run of the study, `{plan.command}`; the following is about that run",
-                    highlight=False,
-                    soft_wrap=True,
-                    markup=False,
-                )
+                console.say(f"{recipe} has changed since the last run of the study, `{plan.command}`; the following is about that run")
     return directory, store_of(root)
 
 
@@ -80,7 +75,7 @@ def watch(
             break
         except NotPlanned as early:
             if not told:
-                console.print(f"{early}; waiting for its stages …", highlight=False, markup=False, soft_wrap=True)
+                console.say(f"{early}; waiting for its stages …")
             told = True
             time.sleep(0.5)
     serve(*found, port, console)
@@ -112,12 +107,10 @@ def export(
     with contextlib.nullcontext(target) if target else tempfile.TemporaryDirectory() as folder:
         copied = export_model(results, arm, seed, Path(folder), name=name)
         if target:
-            console.print(
-                f"{target} contains the model; load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False
-            )
+            console.say(f"{target} contains the model; load it with AutoModelForCausalLM.from_pretrained")
         if push:
             page = hub.push(copied, name, private=not public, message=f"{arm} of study {results.plan.study}")
-            console.print(f"uploaded to {page}", soft_wrap=True, highlight=False)
+            console.say(f"uploaded to {page}")
 
 
 Arms = Annotated[
@@ -179,7 +172,7 @@ def judge(
     try:
         commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
     except KeyboardInterrupt:
-        console.print("interrupted; the replies are kept. Run the same command again to continue")
+        console.say("interrupted; the replies are kept. Run the same command again to continue")
         raise typer.Exit(130) from None
 
 
@@ -296,7 +289,7 @@ def submit(
             console=console,
         )
     except KeyboardInterrupt:
-        console.print("interrupted; the jobs that were submitted continue. Run the same command again to submit the rest")
+        console.say("interrupted; the jobs that were submitted continue. Run the same command again to submit the rest")
         raise typer.Exit(130) from None
 
 
@@ -308,7 +301,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
     try:
         found = _located(study, runs)
     except NotPlanned as early:  # not a mistake, but the state of the study
-        console.print(str(early), highlight=False, markup=False, soft_wrap=True)
+        console.say(str(early))
         return
     print_status(*found, console)
 
@@ -341,4 +334,4 @@ def cancel(study: StudyName, runs: Runs = None) -> None:
     """Cancel a study's Slurm jobs. Running stages save their state first. If you submit the study again, they continue from it."""
     from tadistill.cluster.status import cancel as cancel_jobs
 
-    console.print(f"{counted(cancel_jobs(*_located(study, runs)), 'job')} cancelled", highlight=False)
+    console.say(f"{counted(cancel_jobs(*_located(study, runs)), 'job')} cancelled")

@@ -62,8 +62,8 @@ def new(
         raise ConfigError(
             f"{file} cannot be written ({error.strerror}); give a file in an existing folder with write permission"
         ) from error
-    console.print(f"wrote {file}", soft_wrap=True, highlight=False)
-    console.print(f"next: tadistill plan {file}", soft_wrap=True, highlight=False)
+    console.say(f"wrote {file}")
+    console.say(f"next: tadistill plan {file}")
 
 
 def _at_terminal() -> bool:
@@ -75,9 +75,9 @@ def _asked(name: str) -> str:
 
     if name != "method":
         return typer.prompt(_QUESTIONS[name])
-    console.print(f"Methods: {', '.join(METHODS)}", highlight=False)
+    console.say(f"Methods: {', '.join(METHODS)}")
     while (answer := typer.prompt(_QUESTIONS[name], default="kd")) not in METHODS:
-        console.print(no_method(answer), highlight=False, markup=False)
+        console.say(no_method(answer))
     return answer
 
 
@@ -178,7 +178,7 @@ def recipes() -> None:
     if not console.is_terminal:
         width = max(len(name) for name, _ in listed)
         for name, text in listed:
-            console.print(f"{name:<{width}}  {text}", soft_wrap=True, highlight=False, markup=False)
+            console.say(f"{name:<{width}}  {text}")
         return
     console.print(_two_columns(listed))
 

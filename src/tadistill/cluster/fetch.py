@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tadistill.config import Recipe
@@ -28,6 +28,7 @@ from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
 from tadistill.models import sources
 from tadistill.models.sources import Gives, fetch_part, locate_part, needed_part
+from tadistill.terminal import Terminal
 
 _RECORD = "fetched.json"
 _WORKERS = 1
@@ -152,7 +153,7 @@ def _found(path: Path) -> Found:
 
 
 @placed
-def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
+def fetch_recipe(recipe: Recipe, runs: Path, console: Terminal) -> None:
     """Download the models and data sets of a recipe, convert its GGUF files, print a table and record the commits.
 
     If a download fails, the other downloads are still made. Then a TadistillError is raised.
@@ -161,7 +162,7 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = [*needs(recipe), *conversions(recipe)], _read(runs), []
     if not wanted:
-        console.print(f"study {recipe.study} needs no downloads", highlight=False)
+        console.say(f"study {recipe.study} needs no downloads")
         return
     after, changes = dict(before), []
     table = Table(title=f"{recipe.study}: models and data", title_justify="left", box=None)
@@ -172,26 +173,26 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
             found, state = _fetch(need, before, console)
         except TadistillError as error:
             failures.append(error)
-            table.add_row(need.kind, need.shown, need.revision, "", "", "missing")
+            table.add_row(need.kind, escape(need.shown), escape(need.revision), "", "", "missing")
             continue
         if change := _change(need, found, before):
             changes.append(change)
         after[need.key] = {**asdict(found), "files": list(found.files)}
-        table.add_row(need.kind, need.shown, need.revision, (found.commit or "")[:12], size(found.bytes), state)
+        table.add_row(need.kind, escape(need.shown), escape(need.revision), (found.commit or "")[:12], size(found.bytes), state)
     console.print(table)
     for change in changes:
-        console.print(change, highlight=False, soft_wrap=True)
+        console.say(change)
     if after != before:
         write_json(runs / _RECORD, after)
     if failures:
         raise type(failures[0])(*(problem for failure in failures for problem in failure.problems))
 
 
-def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:
+def _fetch(need: Need, record: Mapping[str, Any], console: Terminal) -> tuple[Found, str]:
     known = need.file is not None or need.key in record or (need.kind != "data set" and need.gives is None)
     if known and (found := look(need, record)):
         return found, "already here"
-    console.print(f"fetching {need.kind} {need.shown} …", highlight=False)
+    console.say(f"fetching {need.kind} {need.shown} …")
     if need.kind == "data set":
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
     if need.gives:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from tadistill.cluster.job import read_record
 from tadistill.errors import StoreError
 from tadistill.runner.local import local_runs
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 from tadistill.text import counted
 
 _KEY = re.compile(rb"\b[0-9a-f]{16}\b")
@@ -167,11 +167,11 @@ def _size(folder: Path) -> int:
     return total
 
 
-def print_studies(runs: Path, store: Store, console: Console) -> None:
+def print_studies(runs: Path, store: Store, console: Terminal) -> None:
     """Print a table of the studies in a runs directory, and the size of the stored results that no study needs."""
     rows, loose = studies(runs, store), unneeded(runs, store)
     if not rows:
-        console.print(f"there is no study in {runs}; start one with `tadistill run RECIPE`", highlight=False, markup=False, soft_wrap=True)
+        console.say(f"there is no study in {runs}; start one with `tadistill run RECIPE`")
     else:
         table = Table(box=None)
         for column in ("study", "started", "stages done", "size", "state"):
@@ -183,10 +183,10 @@ def print_studies(runs: Path, store: Store, console: Console) -> None:
         console.print(table, crop=False)
     if loose:
         text = f"no study needs {_counted(loose)} in the store; free the space with `tadistill clean`"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.say(text)
 
 
-def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm: Callable[[str], bool]) -> None:
+def clean(runs: Path, store: Store, console: Terminal, *, dry_run: bool, confirm: Callable[[str], bool]) -> None:
     """Delete the stages that no study needs, after the user has agreed. With `dry_run`, only print them.
 
     Raises:
@@ -194,7 +194,7 @@ def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm:
     """
     loose = unneeded(runs, store)
     if not loose:
-        console.print("nothing to delete: every stage in the store belongs to a study", highlight=False)
+        console.say("nothing to delete: every stage in the store belongs to a study")
         return
     shown = loose if dry_run else loose[:_SHOWN]
     table = Table(box=None)
@@ -204,17 +204,17 @@ def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm:
         table.add_row(each.key[:8], size(each.bytes), escape(each.label))
     console.print(table)
     if len(loose) > len(shown):
-        console.print(f"and {len(loose) - len(shown)} smaller ones; --dry-run shows all", highlight=False)
+        console.say(f"and {len(loose) - len(shown)} smaller ones; --dry-run shows all")
     if dry_run:
-        console.print(f"{_counted(loose)} would be deleted", highlight=False)
+        console.say(f"{_counted(loose)} would be deleted")
         return
     if not confirm(f"Delete {_counted(loose)}, which no study needs?"):
-        console.print("nothing was deleted")
+        console.say("nothing was deleted")
         return
     still = {each.key for each in unneeded(runs, store)}  # a study may have started during the question
     keys = [each.key for each in loose if each.key in still]
-    freed = delete(store, keys, lambda text: console.print(text, highlight=False, markup=False))
-    console.print(f"deleted {size(freed)}", highlight=False)
+    freed = delete(store, keys, lambda text: console.say(text))
+    console.say(f"deleted {size(freed)}")
 
 
 def _counted(loose: list[Unneeded]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, LocalRun, about_planning, described, local_runs
 from tadistill.store import FAILURE, RECORD, Store, command_for
+from tadistill.terminal import Terminal
 from tadistill.text import counted
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
@@ -137,7 +137,7 @@ def _finished(key: str, store: Store) -> StatusRow:
     return StatusRow("", str(record.place) if record else "", "done", _time(store.manifest(key).get("seconds")), "")
 
 
-def print_status(study: Path, store: Store, console: Console) -> None:
+def print_status(study: Path, store: Store, console: Terminal) -> None:
     """Print the table of stages, the number of stages in each state, the runs of the study, and the command to run next."""
     found, runs = status_rows(study, store), local_runs(study)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
@@ -152,7 +152,7 @@ def print_status(study: Path, store: Store, console: Console) -> None:
     summary = ", ".join(f"{n} {state}" for state, n in counts.most_common())
     console.print(table)
     for line in ("", summary, *map(_about, runs), _advice(counts, study, runs)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.say(line)
 
 
 def _about(run: LocalRun) -> str:

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import sbatch, slurm
@@ -270,7 +271,7 @@ def submit(
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
     for change in moved(recipe, runs):
-        console.print(change, highlight=False, soft_wrap=True)
+        console.say(change)
     check(recipe)
     plan = make_plan(recipe)
     check_asked(plan, store_of(runs))
@@ -278,10 +279,10 @@ def submit(
     study = runs / recipe.study
     if dry_run:
         if not submission.todo:
-            console.print(f"nothing to submit: {_all_done(plan, study)}", highlight=False, soft_wrap=True)
+            console.say(f"nothing to submit: {_all_done(plan, study)}")
         for sent, script in submission.scripts():
-            console.print(f"# {sent.id}: {sent.text}", soft_wrap=True, highlight=False, markup=False)
-            console.print(f"{script}\n", soft_wrap=True, highlight=False, markup=False)
+            console.say(f"# {sent.id}: {sent.text}")
+            console.say(f"{script}\n")
         return
 
     def ready(anything: bool) -> None:
@@ -296,12 +297,11 @@ def submit(
         console.print(_table(sent))
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
     done = len(plan.stages) - waiting - stages
-    console.print(
+    console.say(
         f"{recipe.study} on {profile.name}: {counted(len(plan.stages), 'stage')}; {counted(done, 'is', 'are')} done, "
-        f"{counted(waiting, 'is', 'are')} already queued, and {counted(stages, 'was', 'were')} submitted now as {counted(jobs, 'job')}",
-        highlight=False,
+        f"{counted(waiting, 'is', 'are')} already queued, and {counted(stages, 'was', 'were')} submitted now as {counted(jobs, 'job')}"
     )
-    console.print(_next_step(plan, study, submission, sent=bool(sent), waiting=waiting), highlight=False, soft_wrap=True)
+    console.say(_next_step(plan, study, submission, sent=bool(sent), waiting=waiting))
 
 
 def _next_step(plan: Plan, study: Path, submission: Submission, *, sent: bool, waiting: int) -> str:
@@ -327,7 +327,7 @@ def _table(sent: list[Sent]) -> Table:
         request = each.request
         gpu = f"{request.nodes * request.gpus} x {request.gpu}" if request.gpu else "–"
         job = f"{each.id}_[0-{len(each.jobs) - 1}]" if len(each.jobs) > 1 else each.id
-        table.add_row(job, gpu, f"{request.minutes / 60:.3g}", each.settings.get("dependency", ""), each.text)
+        table.add_row(job, gpu, f"{request.minutes / 60:.3g}", each.settings.get("dependency", ""), escape(each.text))
     return table
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,13 +18,14 @@ from tadistill.models.chat_api import Unavailable, check_address, connect, knock
 from tadistill.models.chat_api_replies import Cache, open_cache
 from tadistill.results.study import find_study
 from tadistill.store import store_of
+from tadistill.terminal import Terminal
 from tadistill.text import counted
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 
-def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm: Callable[[str], bool], command: str) -> Path | None:
+def judge(study: str, settings: Judge, *, root: Path, console: Terminal, confirm: Callable[[str], bool], command: str) -> Path | None:
     """Let a model rate the answers of a study. Return the path of the summary, or None if the user does not confirm.
 
     `root` is the directory of all studies (`--runs`). `confirm` asks the user before the first request is sent.
@@ -61,11 +62,11 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
     _conclude(console, verdicts, plan)
     if rows:
         console.print(_table(rows, f"{mode}, judged by {model}"))
-    console.print(f"summary: {path}", soft_wrap=True, highlight=False)
+    console.say(f"summary: {path}")
     return path
 
 
-def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console) -> Path:
+def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Terminal) -> Path:
     """Write a sheet (page, CSV and key) for raters who do not see which arm wrote an answer. Return the path of the page."""
     directory = find_study(study, root)
     answers = read_answers(directory, store_of(root), arms=sheet.arms, sets=sheet.sets, limit=sheet.limit)
@@ -74,13 +75,13 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
     page = write_sheet(directory / "judge", made, name=name)
     _name_unfinished(console, answers)
     each = counted(len(answers.arms) + sheet.reference, "answer")
-    console.print(f"{counted(len(answers.items), 'prompt')}, {each} each", highlight=False)
+    console.say(f"{counted(len(answers.items), 'prompt')}, {each} each")
     for text in (f"send to the raters: {page} (or {page.with_suffix('.csv')})", f"keep from the raters: {page.with_suffix('.key.json')}"):
-        console.print(text, soft_wrap=True, highlight=False)
+        console.say(text)
     return page
 
 
-def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Console, command: str, name: str = "blind") -> Path:
+def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Terminal, command: str, name: str = "blind") -> Path:
     """Read the sheets that raters filled in, write a summary of the ratings to ``judge-human-NAME.json``, and return its path."""
     directory, name = find_study(study, root) / "judge", _file_name(name)
     key = load_key(directory / f"sheet-{name}.key.json")
@@ -91,52 +92,46 @@ def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Conso
     console.print(_table([row for row in summary["rows"] if "score" not in row], "arms compared"))
     found = summary["agreement"]
     value = "not defined" if found["value"] is None else f"{found['value']:.2f}"
-    console.print(
-        f"{found['measure']}: {value} ({counted(found['raters'], 'rater')}, {counted(found['shared'], 'answer')} with several ratings)",
-        highlight=False,
-    )
-    console.print(f"summary: {path}", soft_wrap=True, highlight=False)
+    several = f"{counted(found['raters'], 'rater')}, {counted(found['shared'], 'answer')} with several ratings"
+    console.say(f"{found['measure']}: {value} ({several})")
+    console.say(f"summary: {path}")
     return path
 
 
-def _ask(console: Console, questions: Sequence[Question], settings: Judge, cache: Cache, client: "OpenAI") -> Verdicts:
+def _ask(console: Terminal, questions: Sequence[Question], settings: Judge, cache: Cache, client: "OpenAI") -> Verdicts:
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len({question.text for question in questions}))
         return ask_all(questions, settings, cache, lambda text: ask(client, settings, text), tick=lambda: progress.advance(task))
 
 
-def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: str) -> None:
+def _announce(console: Terminal, answers: Answers, plan: RequestEstimate, model: str) -> None:
     _name_unfinished(console, answers)
-    console.print(
+    console.say(
         f"{model}: {counted(plan.questions, 'question')} ({counted(len(answers.arms), 'arm')}, {counted(len(answers.items), 'prompt')}, "
         f"training seed {', '.join(map(str, answers.seeds))}, each pair in both orders); {counted(plan.cached, 'is', 'are')} already "
-        f"answered, and {counted(plan.requests, 'request')} will be sent",
-        highlight=False,
+        f"answered, and {counted(plan.requests, 'request')} will be sent"
     )
     if plan.requests:
         out = f"{plan.tokens_out:,} output tokens (at most {plan.most_out:,})"
-        console.print(
-            f"estimate: {plan.tokens_in:,} input tokens, {out}. If no scores can be read from a reply, its question is asked again",
-            highlight=False,
-        )
+        console.say(f"estimate: {plan.tokens_in:,} input tokens, {out}. If no scores can be read from a reply, its question is asked again")
 
 
-def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
+def _conclude(console: Terminal, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
         count = f"{len(verdicts.unparsed)} of {counted(plan.questions, 'question')}"
-        console.print(f"no scores can be read from the replies to {count}; these questions are left out")
+        console.say(f"no scores can be read from the replies to {count}; these questions are left out")
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))
-        console.print(
+        console.say(
             f"the endpoint refused {len(verdicts.refused)} of {counted(plan.questions, 'question')} ({reason}); these questions are left "
             "out"
         )
 
 
-def _name_unfinished(console: Console, answers: Answers) -> None:
+def _name_unfinished(console: Terminal, answers: Answers) -> None:
     if answers.unfinished:
-        console.print(f"these arms are not evaluated yet and are left out: {', '.join(answers.unfinished)}", highlight=False)
+        console.say(f"these arms are not evaluated yet and are left out: {', '.join(answers.unfinished)}")
 
 
 def _file_name(name: str) -> str:
@@ -147,17 +142,18 @@ def _file_name(name: str) -> str:
 
 
 def _table(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None)
+    table = Table(title=escape(title), title_justify="left", box=None)
     scores = bool(rows) and "score" in rows[0]
     for column in (
         ("arm", "set", "score", "95 %", "n") if scores else ("arm", "against", "set", "win rate", "95 %", "wins/ties/losses", "n")
     ):
         table.add_column(column, justify="left" if column in ("arm", "against", "set") else "right")
     for row in rows:
+        arm, dataset = escape(row["arm"]), escape(row["set"])
         interval = "" if row["low"] == row["high"] else f"\\[{row['low']:.2f}, {row['high']:.2f}]"
         if scores:
-            table.add_row(row["arm"], row["set"], f"{row['score']:.2f}", interval, str(row["n"]))
+            table.add_row(arm, dataset, f"{row['score']:.2f}", interval, str(row["n"]))
         else:
             counts = "/".join(str(row[field]) for field in ("wins", "ties", "losses"))
-            table.add_row(row["arm"], row["other"], row["set"], f"{row['win_rate']:.2f}", interval, counts, str(row["n"]))
+            table.add_row(arm, escape(row["other"]), dataset, f"{row['win_rate']:.2f}", interval, counts, str(row["n"]))
     return table

@@ -19,6 +19,7 @@ from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import process_bytes
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 from tadistill.text import counted
 
 _LARGEST = 3  # number of stages whose parts are shown
@@ -45,7 +46,7 @@ def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | No
     console.print(preview(plan, store, console.width, accelerator))
 
 
-def fetch_descriptions(recipe: Recipe, console: Console) -> None:
+def fetch_descriptions(recipe: Recipe, console: Terminal) -> None:
     """Download the missing config.json of each hub model, if the Hub can be reached. A plan needs no other file of a model."""
     for name, model in recipe.models.items():
         if not model.load or sources.parse_source(model.load).kind not in ("hub", "adapter"):
@@ -54,7 +55,7 @@ def fetch_descriptions(recipe: Recipe, console: Console) -> None:
             try:
                 sources.description_file(model.load, model.revision, download=True)
             except ModelError as error:
-                console.print(f"models.{name}: {error}", highlight=False, markup=False, soft_wrap=True)
+                console.say(f"models.{name}: {error}")
 
 
 def threads(plan: Plan) -> int:
@@ -115,7 +116,7 @@ def _arms(plan: Plan) -> Table:
         path += f", {arm.arm.controls.words}" if arm.arm.controls else ""
         asked = ["–" if arm.asked is None else f"{arm.asked:.2e}"] if asks else []
         rule = "\n".join(filter(None, (arm.arm.compute, arm.arm.teacher_budget and f"teacher {arm.arm.teacher_budget}")))
-        table.add_row(arm.name, path, _flops(arm.flops), ratio, _assistants(plan, arm), *asked, rule)
+        table.add_row(escape(arm.name), escape(path), _flops(arm.flops), ratio, _assistants(plan, arm), *asked, rule)
     return table
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
@@ -34,6 +33,7 @@ from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
 from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes
 from tadistill.runner.remote import check_teachers
+from tadistill.terminal import Terminal
 from tadistill.train.step import own_divergence
 from tadistill.user_code import load_function
 
@@ -46,7 +46,7 @@ _STARTS = 10
 
 
 @placed
-def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable[Stage] | None = None) -> int:
+def check_study(recipe: Recipe, console: Terminal | None = None, stages: Iterable[Stage] | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
     Notes on the data are printed: how many rows will be left out or cut, and how much of the references ROUGE-L ignores.
@@ -71,7 +71,7 @@ def check_study(recipe: Recipe, console: Console | None = None, stages: Iterable
 
 
 @placed
-def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
+def check_inputs(recipe: Recipe, console: Terminal | None = None) -> None:
     """Check everything that does not depend on the machine: data, tokenizers and models. Raises the same errors as `check_study`."""
     found = Gathering()
     with found.about():
@@ -126,7 +126,7 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     found.finish()
     for note in notes:
         if console:
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+            console.say(note)
 
 
 def _check_top_k(recipe: Recipe, vocab: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from tadistill.config import Recipe
@@ -129,7 +130,7 @@ def choice_table(choice: Choice) -> Table:
         seeds = [f"{min(tried.values):.4g} … {max(tried.values):.4g}"] * several
         marks = ("yes" if tried in front else "", "[bold green]chosen[/]" if i == 0 else "")
         numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.4g}", *seeds)
-        table.add_row(path_text(tried.path), *numbers, *marks)
+        table.add_row(escape(path_text(tried.path)), *numbers, *marks)
     return table
 
 

@@ -74,7 +74,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
     confirm = write_choice(choice, recipe, runs / recipe.study)
     console.print(choice_table(choice))
     for note in choice_notes(choice, confirm, runs):
-        console.print(note, highlight=False, soft_wrap=True)
+        console.say(note)
     return choice
 
 

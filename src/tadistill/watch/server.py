@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from rich.console import Console
-
 from tadistill.errors import ConfigError, TadistillError
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 from tadistill.watch import page
 from tadistill.watch.machine import Machine
 from tadistill.watch.state import Watched
@@ -103,15 +102,13 @@ def make_server(study: Path, store: Store, *, port: int) -> Server:
     return server
 
 
-def serve(study: Path, store: Store, port: int, console: Console) -> None:
+def serve(study: Path, store: Store, port: int, console: Terminal) -> None:
     """Print the address of the page, and serve the page until Ctrl-C."""
     with make_server(study, store, port=port) as server:
         number = server.server_address[1]
-        console.print(f"{study.resolve().name}: {server.url} (Ctrl-C ends the page, but not the study)", highlight=False, soft_wrap=True)
+        console.say(f"{study.resolve().name}: {server.url} (Ctrl-C ends the page, but not the study)")
         tunnel = f"ssh -L {number}:localhost:{number} {platform.node()}"
-        console.print(
-            f"from another machine: run `{tunnel}`, then open the same address there", highlight=False, markup=False, soft_wrap=True
-        )
+        console.say(f"from another machine: run `{tunnel}`, then open the same address there")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 

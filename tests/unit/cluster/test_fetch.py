@@ -13,7 +13,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
-from rich.console import Console
 from tests.conftest import tiny_model
 from tests.unit.models.conftest import write_gguf
 
@@ -24,6 +23,7 @@ from tadistill.errors import DataError, ModelError
 from tadistill.models import sources
 from tadistill.models.parameter_counts import read_config
 from tadistill.models.served_model import read_head
+from tadistill.terminal import Terminal
 
 ONE, TWO = "1" * 40, "2" * 40
 ROWS = "".join(json.dumps({"instruction": f"say {i}", "output": str(i), "text": f"text {i}"}) + "\n" for i in range(4)).encode()
@@ -95,7 +95,7 @@ def recipe(text: str = RECIPE):
 def run(runs: Path, text: str = RECIPE) -> str:
     """What `tadistill fetch` prints."""
     screen = StringIO()
-    fetch.fetch_recipe(recipe(text), runs, Console(file=screen, width=200))
+    fetch.fetch_recipe(recipe(text), runs, Terminal(file=screen, width=200))
     return screen.getvalue()
 
 

@@ -6,7 +6,6 @@ import os
 import re
 
 import pytest
-from rich.console import Console
 
 from tadistill.config import parse
 from tadistill.config.remote import Serve
@@ -22,6 +21,7 @@ from tadistill.results.collect import read_results
 from tadistill.runner.remote import examined, longest_text, server_command, start_server
 from tadistill.runner.run_study import save_plan
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 SHAPE = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"
 RECIPE = f"""
@@ -201,7 +201,7 @@ def test_an_inexact_loss_is_named_in_the_plan_the_report_and_the_model_card(over
 
 
 def notes(plan, folder):
-    console = Console(width=400, record=True, file=io.StringIO())
+    console = Terminal(width=400, record=True, file=io.StringIO())
     console.print(preview(plan, Store(folder), 200))
     return console.export_text()
 

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tests.unit.report.builder import ArmSpec, Study, StudySpec, build_study
 
 from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.judge import commands
+from tadistill.terminal import Terminal
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ class Judged:
         self.study, self.said = study, ""
 
     def __call__(self, url: str, **options):
-        console = Console(file=(text := io.StringIO()), width=200)
+        console = Terminal(file=(text := io.StringIO()), width=200)
         yes = options.pop("yes", True)
         given = {"model": "judge-1", "base_url": url, "timeout": 20.0, "jobs": 3} | options
         settings = read_settings(Judge, given, (), source="tadistill judge")

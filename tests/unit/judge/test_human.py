@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from tadistill.cli import app
@@ -14,14 +13,15 @@ from tadistill.config.evaluate import BlindSheet
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge import commands
 from tadistill.judge.people import Rating, agreement
+from tadistill.terminal import Terminal
 
 
 def export(study, **options) -> Path:
-    return commands.export_sheet("demo", BlindSheet(**options), root=study.study_dir.parent, console=Console(file=io.StringIO()))
+    return commands.export_sheet("demo", BlindSheet(**options), root=study.study_dir.parent, console=Terminal(file=io.StringIO()))
 
 
 def read(study, *files: Path, **options) -> dict:
-    console = Console(file=io.StringIO(), width=120)
+    console = Terminal(file=io.StringIO(), width=120)
     path = commands.read_sheets("demo", files, root=study.study_dir.parent, console=console, command="tadistill human demo", **options)
     return json.loads(path.read_text())
 

@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-from rich.console import Console
 
 from tadistill.config import load, parse
 from tadistill.data import hub
@@ -15,6 +14,7 @@ from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import name_of
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 RECIPE = "recipes/takd/gpt2-takd.yaml"
 SMALL = """
@@ -41,7 +41,7 @@ def nothing_here(monkeypatch, tmp_path):
 
 
 def shown(plan, tmp_path):
-    console = Console(file=io.StringIO(), width=300)
+    console = Terminal(file=io.StringIO(), width=300)
     preview.print_plan(plan, Store(tmp_path), console)
     return console.file.getvalue()
 
@@ -117,12 +117,12 @@ def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):
     asked = []
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(sources, "description_file", lambda load, revision, *, download=False: asked.append(load) if download else None)
-    preview.fetch_descriptions(load(RECIPE), Console(file=io.StringIO()))
+    preview.fetch_descriptions(load(RECIPE), Terminal(file=io.StringIO()))
     assert len(asked) == 5
 
 
 def test_labels_are_whole_at_80_columns(tmp_path):
-    console = Console(file=io.StringIO(), width=80)
+    console = Terminal(file=io.StringIO(), width=80)
     preview.print_plan(make_plan(load("recipes/methods/all.yaml")), Store(tmp_path), console)
     lines = console.file.getvalue().split("total training of each arm")[0]
     assert "…" not in lines
@@ -133,7 +133,7 @@ def test_labels_are_whole_at_80_columns(tmp_path):
 
 
 def test_the_table_of_arms_is_whole_at_80_columns(tmp_path):
-    console = Console(file=io.StringIO(), width=80)
+    console = Terminal(file=io.StringIO(), width=80)
     preview.print_plan(make_plan(load("recipes/quickstart.yaml", ["seeds=[10]"])), Store(tmp_path), console)
     shown = console.file.getvalue().split("total training of each arm")[1].split("parts of")[0]
     assert "…" not in shown

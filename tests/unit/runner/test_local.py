@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from rich.console import Console
 from tests.e2e.inprocess import tadistill
 from tests.unit.runner.small import small
 
@@ -44,7 +43,7 @@ def study(plan, tmp_path):
 
 
 def status(study):
-    console = Console(file=io.StringIO(), width=120)
+    console = Terminal(file=io.StringIO(), width=120)
     print_status(study, Store(study.parent / "store"), console)
     return console.file.getvalue()
 

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from rich.console import Console
 
 from tadistill.config import validate
 from tadistill.data.encoding_rules import Counts
@@ -13,6 +12,7 @@ from tadistill.plan.arms import make_plan
 from tadistill.plan.task import process_bytes
 from tadistill.runner import data_checks, preflight
 from tadistill.runner.preflight import check_study
+from tadistill.terminal import Terminal
 
 
 def recipe(jobs: int = 1, precision: str = "fp32"):
@@ -100,7 +100,7 @@ def test_stages_that_wait_for_each_other_are_not():
 
 
 def said(of) -> str:
-    console = Console(width=400)
+    console = Terminal(width=400)
     with console.capture() as capture:
         check_study(of, console)
     return capture.get()

@@ -4,7 +4,6 @@ import io
 import json
 
 import pytest
-from rich.console import Console
 from tests.families import tiny_config
 from tests.unit.models.conftest import random_model, word_tokenizer
 from transformers import BloomConfig, BloomForCausalLM
@@ -16,6 +15,7 @@ from tadistill.models.shapes import check_lengths, positions_of
 from tadistill.plan.arms import make_plan
 from tadistill.runner.preflight import check_inputs
 from tadistill.runner.timing import workloads
+from tadistill.terminal import Terminal
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_a_large_training_set_is_tokenised_only_if_its_limits_exceed_the_model(t
     monkeypatch.setattr(survey, "LARGE", 3)
     short, long, large = rows("short.jsonl", 4), rows("long.jsonl", 60), rows("large.jsonl", 5)
     survey._known.clear()
-    check_inputs(recipe(model("llama", max_position_embeddings=64), large, short), console := Console(file=io.StringIO(), width=200))
+    check_inputs(recipe(model("llama", max_position_embeddings=64), large, short), console := Terminal(file=io.StringIO(), width=200))
     note = "large (train): its 4 rows are not checked yet; the first training tokenises them, and counts those that are too long"
     assert note in console.file.getvalue()
     assert not (tmp_path / "cache" / "encoded").exists()

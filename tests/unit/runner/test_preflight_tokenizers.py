@@ -17,7 +17,7 @@ ROW = {"instruction": "say w1", "output": "w2 w3"}
 @pytest.fixture
 def checked(tmp_path, capsys):
     """A function that checks a study in which `t` teaches `s`, and returns the notes that it prints."""
-    from rich.console import Console
+    from tadistill.terminal import Terminal
 
     def check(t, s, rows=(ROW,) * 4, method="seqkd", more=None, **data) -> str:
         file = tmp_path / "rows.jsonl"
@@ -37,7 +37,7 @@ def checked(tmp_path, capsys):
             "evaluate": {"max_new_tokens": 8},
             "arms": {"x": "t > s"},
         }
-        check_inputs(validate(recipe | (more or {})), Console(width=300))
+        check_inputs(validate(recipe | (more or {})), Terminal(width=300))
         return capsys.readouterr().out
 
     return check
