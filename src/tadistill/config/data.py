@@ -140,11 +140,8 @@ Turns = Literal["answer", "last", "all"]
 Thinking = Literal["keep", "drop", "mask"]
 
 
-_OWN_VARIABLES = frozenset(("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
-    "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs"))  # fmt: skip
-"""Arguments of `apply_chat_template` that `chat_template_kwargs` must not set. Some are set by tadistill, and the others are not variables
-of a chat template."""
+_OWN_VARIABLES = frozenset(("messages", "tools", "add_generation_prompt"))
+"""Variables of a chat template that tadistill sets, so `chat_template_kwargs` must not set them."""
 
 
 class Data(Strict):
@@ -262,9 +259,7 @@ class Data(Strict):
     def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items():
             if name in _OWN_VARIABLES:
-                raise ValueError(
-                    f"`{name}` is reserved for transformers' `apply_chat_template`, so a recipe cannot set it; remove this key"
-                )
+                raise ValueError(f"tadistill sets `{name}` for each row, so a recipe cannot set it; remove this key")
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:

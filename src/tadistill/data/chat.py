@@ -77,10 +77,8 @@ def written(
     from jinja2 import TemplateError, TemplateSyntaxError  # here: most data sets need no chat template
 
     roles = tuple(str(m.get("role")) for m in messages)
-    more: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
-    more |= settings or {}
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **more))
+        return _text(_of_tools(tokenizer, tools), messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, prompt=prompt)
     except TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
@@ -107,30 +105,13 @@ def marked(
     if not _GENERATION.search(template):
         return None
     found, length = list[tuple[int, int]](), 0
-    text = _text(template, messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools=tools, prompt=False)
+    text = _text(template, messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, marks=(_START, _END))
     for piece in re.split(f"({_START}.*?{_END})", text, flags=re.DOTALL):
         inside = piece.startswith(_START)
         size = len(piece) - 2 * inside
         found += [(length, length + size)] if inside else []
         length += size
     return found
-
-
-def unmarked(
-    template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]] = (), prompt: bool
-) -> str:
-    """Return a conversation as text. The template's tags {% generation %} leave nothing in the text.
-
-    Unlike `render` and `written`, this function needs only the template and its variables, and no tokenizer.
-
-    Args:
-        variables: the texts of special tokens, and further variables of the template.
-        prompt: write the start of an answer at the end.
-
-    Raises:
-        jinja2.TemplateError: the template refuses the conversation. A template can raise other errors too.
-    """
-    return _text(template, messages, variables, tools=tools, prompt=prompt).replace(_START, "").replace(_END, "")
 
 
 def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, Any]) -> None:
@@ -250,7 +231,7 @@ def _left_out(template: str | None, roles: tuple[str, ...], specials: tuple[tupl
 def _rendered(template: str | None, turns: Seq[tuple[str, str]], variables: Mapping[str, Any], prompt: bool) -> str | None:
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        return unmarked(template or "", messages, variables, prompt=prompt)
+        return _text(template or "", messages, variables, prompt=prompt)
     except Exception:  # a template may raise any error; `render` reports it for a row of the data
         return None
 
@@ -267,19 +248,25 @@ def _variables(template: str) -> frozenset[str]:
     from jinja2 import TemplateError, meta
 
     try:
-        environment = _compiled("").environment
+        environment = _compiled("", ("", "")).environment
         return frozenset(meta.find_undeclared_variables(environment.parse(template)))
     except TemplateError:  # `render` reports the error
         return frozenset()
 
 
 def _text(
-    template: str, messages: Seq[Mapping[str, Any]], variables: Mapping[str, Any], *, tools: Seq[Mapping[str, Any]], prompt: bool
+    template: str,
+    messages: Seq[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    tools: Seq[Mapping[str, Any]] = (),
+    *,
+    prompt: bool = False,
+    marks: tuple[str, str] = ("", ""),
 ) -> str:
-    # the same text as from `apply_chat_template` of transformers, which returns marked parts only together with token ids
+    # the same text as from `apply_chat_template` of transformers, with `marks` around each part that the template marks
     plain = [_with_thinking({name: value for name, value in message.items() if value is not None}) for message in messages]
     given: dict[str, Any] = {"tools": [*tools] or None, "documents": None, **variables}
-    return _compiled(template).render(messages=plain, add_generation_prompt=prompt, **given)
+    return _compiled(template, marks).render(messages=plain, add_generation_prompt=prompt, **given)
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +275,7 @@ def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache
-def _compiled(template: str) -> "Template":
+def _compiled(template: str, marks: tuple[str, str]) -> "Template":
     import jinja2.ext  # not transformers: planning must start quickly
     from jinja2.nodes import CallBlock
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -302,13 +289,13 @@ def _compiled(template: str) -> "Template":
             return CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
         def mark(self, caller: Callable[[], str]) -> str:
-            return f"{_START}{caller()}{_END}"
+            return f"{marks[0]}{caller()}{marks[1]}"
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+    def as_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, jinja2.ext.loopcontrols])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}

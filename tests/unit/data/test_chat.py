@@ -2,6 +2,7 @@
 
 import pytest
 from tests.byte_models import BOS, CHATML, EOS, IM_END, LLAMA2, TURNS, byte_tokenizer
+from tests.chat_templates import QWEN3
 
 from tadistill.data import chat
 from tadistill.data.encoding import encode
@@ -37,6 +38,25 @@ def test_prompt_and_end_of_a_template(template, prompt, end):
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        {"default": MARKED, "tool_use": QWEN3},
+        "{% filter trim %}" + MARKED + "{% endfilter %}{{ bos_token }}{{ documents | tojson }}{{ enable_thinking }}",
+        "{{ tools | tojson(true, 2) }}{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}{{ strftime_now('%Y') }}",
+    ],
+)
+@pytest.mark.parametrize("tools", [(), ({"type": "function", "function": {"name": "f", "description": "<é>"}},)])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_text_is_that_of_transformers(template, tools, prompt):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"é": [1.5e-7, None]}}}
+    answer = {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [call]}
+    messages = [SYSTEM, USER, answer, {"role": "tool", "content": "<é>"}, {"role": "assistant", "content": " ok\ufdd0 "}]
+    tokenizer, settings = byte_tokenizer(template), {"enable_thinking": False, "documents": [{"title": "t"}], "bos_token": "<b>"}
+    theirs = tokenizer.apply_chat_template(messages, tools=[*tools] or None, add_generation_prompt=prompt, tokenize=False, **settings)
+    assert chat.written(messages, tokenizer, "row 1", tools, settings, prompt=prompt) == theirs
+
+
+@pytest.mark.parametrize(
     ("template", "messages", "error", "words"),
     [
         (
@@ -63,10 +83,11 @@ def test_a_row_is_named_with_the_templates_own_words():
         encode(rows, byte_tokenizer(STRICT), Rules(99, 199, template="chat"), name="data set `d`")
 
 
-def test_conversations_need_a_chat_template():
+@pytest.mark.parametrize("template", [None, {"rag": CHATML}])
+def test_conversations_need_a_chat_template(template):
     row = [Example("", "", ("yo",), messages=(USER,))]
     with pytest.raises(ModelError, match="row 1: its rows are conversations, but the tokenizer has no chat template; set `tokenizer:`"):
-        encode(row, byte_tokenizer(None), Rules(99, 199, template="plain"))
+        encode(row, byte_tokenizer(template), Rules(99, 199, template="plain"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.data import World
-from tadistill.data import chat, tinyworld
+from tadistill.data import tinyworld
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.tinyworld import TOKENIZERS, WORDS, backend
 from tadistill.models import sources, tokens
@@ -84,18 +84,6 @@ class StandIn:
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
         return {"input_ids": self.ids(texts)}
-
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tokenize: bool,
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] = (),
-        **variables: Any,
-    ) -> str:
-        known = {**self.special_tokens_map, **variables}
-        return chat.unmarked(self.chat_template, messages, known, tools=tools, prompt=add_generation_prompt)
 
 
 @lru_cache
