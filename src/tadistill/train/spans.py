@@ -2,7 +2,7 @@
 
 A span is the text between two neighbouring token boundaries that student and teacher have in common. If the student has the tokens `th` and
 `e` where the teacher has `the`, they are one span. `objectives.spans` has the losses, and `data.other_tokenizer` makes the batches. Terms
-without a teacher, such as cross-entropy, are summed over the student's tokens, as in any other batch.
+without a teacher, such as cross-entropy, are summed over the student's tokens, as in any other batch (`train.step`).
 
 Axes: B sequences, T positions, N tokens of the loss, S spans.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from tadistill.data.batch import Batch
 from tadistill.data.other_tokenizer import CHANGED, STRIPPED, Aligned, Rereader
 from tadistill.objectives import Head, Hidden, SpanTokens, span_rewards
-from tadistill.objectives.fused_loss import Term, fused_parts, fused_terms, part_of
+from tadistill.objectives.fused_loss import fused_parts, part_of
 from tadistill.objectives.next_symbol import SpelledPair
 from tadistill.objectives.spans import fused_span_distance, fused_span_divergence, span_log_probs, span_sums
 from tadistill.objectives.spelling import SpelledText, SpelledVocabulary
@@ -35,33 +35,14 @@ class Sides:
     student: Tensor
     """(N, H) the student's hidden states, with a graph."""
     head: Head
-    teacher: Target | None
-    """The teacher's hidden states that predict its own tokens (`Aligned.tokens`). None if no term needs them."""
+    teacher: Target
+    """The teacher's hidden states that predict its own tokens (`Aligned.tokens`)."""
     again: Rereader
     """The function that encoded the responses with the teacher's tokenizer. It has both vocabularies."""
 
 
-def loss(sides: Sides, batch: Batch, terms: Sequence[Term], per: float, per_span: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a batch, and the value of each term by name.
-
-    Args:
-        per: the divisor of sums over the student's tokens.
-        per_span: the divisor of sums over spans.
-    """
-    total, parts = sides.student.new_zeros(()), dict[str, Tensor]()
-    of_tokens = [term for term in terms if not isinstance(term, TeacherTerm)]
-    if of_tokens:
-        weights = torch.tensor([[t.weight / per] for t in of_tokens], dtype=torch.float32).to(sides.student.device, non_blocking=True)
-        total, found = fused_terms(of_tokens, sides.student, sides.head, weights, vocab=sides.again.sizes[0])
-        parts = dict(zip((t.name for t in of_tokens), (found * weights.to(found.dtype)).sum(1), strict=True))
-    for term in terms:
-        if isinstance(term, TeacherTerm):
-            more = _over_spans(sides, batch, term, per_span)
-            total, parts = total + more if of_tokens else more, {term.name: more.detach(), **parts}
-    return total, parts
-
-
-def _over_spans(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -> Tensor:
+def divergence(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -> Tensor:
+    """Return the sum of a term with the teacher over a batch's spans, divided by `per_span`."""
     aligned = batch.aligned
     assert aligned is not None
     assert isinstance(sides.teacher, Hidden), "a teacher with another tokenizer must give hidden states; `tadistill plan` refuses others"

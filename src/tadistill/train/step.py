@@ -79,11 +79,20 @@ class Models:
         read = [batch.of_share(i) for i in range(len(batch.shares))] or [batch]
         each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
         hidden = self.student.hidden(model, batch)
-        if batch.aligned is not None:
-            assert self.again is not None, "the batch has spans, so `vocab` of `make_step` must be a `Rereader`"
-            (own, teachers) = each[0]
-            sides = spans.Sides(hidden, self.student.head, teachers[0] if teachers else None, self.again)
-            return Loss(*spans.loss(sides, batch, own, per, per_span))
+        if batch.aligned is None:
+            return self._over_tokens(hidden, batch, each, per)
+        assert self.again is not None, "the batch has spans, so `vocab` of `make_step` must be a `Rereader`"
+        ((own, teachers),) = each
+        of_tokens = [term for term in own if not isinstance(term, TeacherTerm)]
+        found = self._over_tokens(hidden, batch, [(of_tokens, ())], per) if of_tokens else Loss(hidden.new_zeros(()), {})
+        for term in own:
+            if isinstance(term, TeacherTerm):
+                more = spans.divergence(spans.Sides(hidden, self.student.head, teachers[0], self.again), batch, term, per_span)
+                found = Loss(found.total + more, {term.name: more.detach(), **found.parts})
+        return found
+
+    def _over_tokens(self, hidden: Tensor, batch: Batch, each: Sequence[tuple[Sequence[Term], Sequence[Target]]], per: float) -> Loss:
+        # the sum of the terms over the tokens of the loss; `each` has the terms and the teachers' outputs of each share of the batch
         rows = [torch.tensor([[t.weight / per] for t in own], dtype=torch.float32) for own, _ in each]
         weights = [row.to(hidden.device, non_blocking=True) for row in rows]
         states = [hidden.index_select(0, share.loss) for share in batch.shares] or [hidden]
