@@ -108,8 +108,8 @@ class Spelling:
         return [(low, high, 1, 1)]
 
     def _around(self, token: int, stripped: bool) -> Around:
-        path, ranges = self._path(token, stripped), self._ranges(token, stripped)
-        walks = [self._walk(path, *part) for part in ranges]
+        ranges = self._ranges(token, stripped)
+        walks = [self._walk(token, stripped, part) for part in ranges]
         if self._of_cell is not None:
             # the groups at depth 0 have all tokens of other cells, also of cells with the same first symbol
             low, high, _, _ = ranges[0]
@@ -175,19 +175,15 @@ class Spelling:
         edges = np.flatnonzero(np.diff(here, prepend=-2))
         return low + edges, here[edges]
 
-    def _walk(self, path: np.ndarray, low: int, high: int, column: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return `starts`, `slots` and `closed` (`Around`) of the groups around a token with the symbols `path`, among the tokens
-        `order[low:high]`. The symbol of these tokens at depth `first` is in `column` of the table."""
-        found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
-        for depth in range(first, len(path) + 1):
-            edges, symbols = self._branches(low, high, column + depth - first)
-            own = np.flatnonzero(symbols == path[depth]) if depth < len(path) else np.zeros(0, np.int64)
-            away = np.ones(len(edges), bool)
-            away[own] = False
-            found.append(self._groups(edges[away], symbols[away], depth, column + depth - first))
-            if not len(own):
+    def _walk(self, token: int, stripped: bool, part: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return `starts`, `slots` and `closed` (`Around`) of the groups around a token among the tokens in the range `part`."""
+        path, found = self._path(token, stripped), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
+        for depth, low, high, column in self._nodes(token, stripped, part):
+            edges, symbols = self._branches(low, high, column)
+            away = symbols != path[depth] if depth < len(path) else np.ones(len(symbols), bool)
+            found.append(self._groups(edges[away], symbols[away], depth, column))
+            if depth < len(path) and away.all():
                 break
-            low, high = int(edges[own[0]]), int(edges[own[0] + 1]) if own[0] + 1 < len(edges) else high
         starts, slots, closed = (np.concatenate(part) for part in zip(*found, strict=True))
         return starts, slots, closed
 
