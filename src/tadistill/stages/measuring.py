@@ -143,33 +143,31 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
 def _readable(answers: dict[int, list[Sequence]], vocab: int) -> tuple[dict[int, list[Sequence]], str]:
     # the model's own answers, each up to its first token that another compared model may not have, and a sentence about answers that were
     # cut; the distributions before this token are compared, but not the token, so the last id 0 only takes its place
-    cut = {}
-    for seed, of_seed in answers.items():
-        ends = [next((i for i, token in enumerate(s.response) if token >= vocab), None) for s in of_seed]
-        pairs = zip(of_seed, ends, strict=True)
-        cut[seed] = [s if end is None else replace(s, response=(*s.response[:end], 0)) for s, end in pairs]
-    pairs = [pair for seed, of_seed in answers.items() for pair in zip(of_seed, cut[seed], strict=True)]
-    if not (shorter := sum(len(after.response) < len(before.response) for before, after in pairs)):
-        return cut, ""
-    which, contain = counted(len(pairs), "answer"), form(shorter, "contains", "contain")
-    return cut, f"{shorter} of {which} {contain} a token that a bigger model does not have; the models are compared up to this token"
+    cut, shorter, which = _up_to(answers, vocab, (0,))
+    contain = form(shorter, "contains", "contain")
+    return cut, f"{which} {contain} a token that a bigger model does not have; the models are compared up to this token" if shorter else ""
 
 
 def _known(answers: dict[int, list[Sequence]], vocab: int) -> tuple[dict[int, list[Sequence]], str]:
     # the teacher's answers, each up to its first token that the student does not have, and a sentence about answers that were cut; a
     # prediction needs only the tokens before it, so the rest of an answer is comparable
-    cut = {
-        seed: [replace(s, response=tuple(takewhile(lambda token: token < vocab, s.response))) for s in of_seed]
-        for seed, of_seed in answers.items()
-    }
+    cut, shorter, which = _up_to(answers, vocab)
+    found = {seed: kept for seed, of_seed in cut.items() if (kept := [s for s in of_seed if s.response])}
+    what = f"{which} of the teacher {form(shorter, 'contains', 'contain')} a token that the student does not have"
+    return found, f"{what}; the exposure bias compares {form(shorter, 'it', 'them')} up to this token" if shorter else ""
+
+
+def _up_to(answers: dict[int, list[Sequence]], vocab: int, last: tuple[int, ...] = ()) -> tuple[dict[int, list[Sequence]], int, str]:
+    # answers up to their first token that is not below `vocab`, with `last` in its place; the number of answers that are now shorter, and
+    # this number for a sentence, as in "1 of 3 answers"
+    def start(s: Sequence) -> Sequence:
+        kept = tuple(takewhile(lambda token: token < vocab, s.response))
+        return s if len(kept) == len(s.response) else replace(s, response=(*kept, *last))
+
+    cut = {seed: [start(s) for s in of_seed] for seed, of_seed in answers.items()}
     pairs = [pair for seed, of_seed in answers.items() for pair in zip(of_seed, cut[seed], strict=True)]
     shorter = sum(len(after.response) < len(before.response) for before, after in pairs)
-    found = {seed: kept for seed, of_seed in cut.items() if (kept := [s for s in of_seed if s.response])}
-    if not shorter:
-        return found, ""
-    which, contain = counted(len(pairs), "answer"), form(shorter, "contains", "contain")
-    what = f"{shorter} of {which} of the teacher {contain} a token that the student does not have"
-    return found, f"{what}; the exposure bias compares {form(shorter, 'it', 'them')} up to this token"
+    return cut, shorter, f"{shorter} of {counted(len(pairs), 'answer')}"
 
 
 class _Side(NamedTuple):
