@@ -188,12 +188,12 @@ def _unicode_scorer() -> "RougeScorer":
 # --- repetition and variety -------------------------------------------------------------------------------------------------
 
 
-def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
-    """Return the percentage of each answer's token n-grams that occurred earlier in the same answer.
+def repetition(responses: Sequence[Sequence[int]]) -> list[float]:
+    """Return the percentage of each answer's 4-grams of tokens that occurred earlier in the same answer.
 
-    It is 0 for an answer with fewer than n tokens.
+    It is 0 for an answer with fewer than 4 tokens.
     """
-    of_answers = ([tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in responses)
+    of_answers = ([tuple(ids[i : i + 4]) for i in range(len(ids) - 3)] for ids in responses)
     return [100 * (1 - len(set(grams)) / len(grams)) if grams else 0.0 for grams in of_answers]
 
 

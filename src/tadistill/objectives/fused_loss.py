@@ -150,7 +150,6 @@ def fused_head(
     values: Values,
     weights: Tensor,
     *,
-    slopes: Slopes | None = None,
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -160,27 +159,27 @@ def fused_head(
         hidden: (N, H).
         values: a function that computes the K terms of a few tokens.
         weights: (K, N) or (K, 1). Include the factor 1 / count in the weights: then the backward pass need not scale the gradient.
-        slopes: a function that computes the terms and their gradient. It is used instead of `values` and autograd, if a gradient is
-            needed and the head has no scale or softcap.
         teachers: the teachers' outputs at the same N tokens.
         vocab: as in `fused_divergence`.
 
     Returns:
         The scalar sum, with an autograd graph; and the values (K, N), without a graph. A NaN is returned and raises no error.
     """
-    total, found = fused_parts([Part(hidden, values, weights, slopes, teachers)], head, vocab=vocab)
+    total, found = fused_parts([Part(hidden, values, weights, teachers=teachers)], head, vocab=vocab)
     return total, found[0]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Loss terms at some tokens, for `fused_parts`. The first five fields are arguments of `fused_head`."""
+    """Loss terms at some tokens, for `fused_parts`. `hidden`, `values`, `weights` and `teachers` are arguments of `fused_head`."""
 
     hidden: Tensor
     values: Values
     weights: Tensor | Callable[[Tensor], Tensor]
     """Weights, or a function that computes them from the values of the previous part."""
     slopes: Slopes | None = None
+    """A function that computes the terms and their gradient. It is used instead of `values` and autograd, if a gradient is needed and the
+    head has no scale or softcap."""
     teachers: Sequence[Target] = ()
     counts: bool = True
     """False if the part adds only its gradient to the sum, and not its value."""

@@ -259,9 +259,9 @@ def _cell_sums(logits: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tenso
     return probs, torch.zeros(len(probs), count, dtype=probs.dtype, device=probs.device).index_add(1, cells, probs)
 
 
-def span_log_probs(side: SpanTokens, vocab: int, *, temperature: float = 1.0) -> Tensor:
+def span_log_probs(side: SpanTokens, vocab: int) -> Tensor:
     """Return the log-probability (S,) of each span, without a graph. `vocab` is the size of the model's vocabulary."""
-    return span_sums(_log_probs(side, vocab, temperature), side.spans, int(side.spans[-1]) + 1 if len(side.spans) else 0)
+    return span_sums(_log_probs(side, vocab, 1.0), side.spans, int(side.spans[-1]) + 1 if len(side.spans) else 0)
 
 
 @torch.no_grad()

@@ -144,7 +144,6 @@ def test_repetition(ids, score):
 
 def test_repetition_is_counted_within_an_answer():
     assert repetition([[1, 2, 3, 4], [1, 2, 3, 4]]) == [0, 0]
-    assert repetition([[5, 5, 5]], n=1) == [pytest.approx(200 / 3)]
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,10 @@ def summed(side: SpanTokens, size: int, temperature: float) -> torch.Tensor:
     return torch.stack([sum(log_probs[k, side.tokens[k]] for k in own) for own in rows])  # pyright: ignore[reportArgumentType,reportCallIssue]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.6])
-def test_log_probabilities_of_spans_are_sums(temperature):
+def test_log_probabilities_of_spans_are_sums():
     student, teacher, _ = models()
-    torch.testing.assert_close(span_log_probs(student, V, temperature=temperature), summed(student, V, temperature), atol=1e-12, rtol=0)
-    torch.testing.assert_close(span_log_probs(teacher, W, temperature=temperature), summed(teacher, W, temperature), atol=1e-12, rtol=0)
+    torch.testing.assert_close(span_log_probs(student, V), summed(student, V, 1.0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(span_log_probs(teacher, W), summed(teacher, W, 1.0), atol=1e-12, rtol=0)
 
 
 def test_no_spans_give_zero_with_a_graph():
