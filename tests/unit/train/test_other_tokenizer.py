@@ -151,9 +151,7 @@ def gradient(loss, student):
 OBJECTIVES = [
     {"type": "forward_kl", "kd_ratio": 0.7},
     {"type": "reverse_kl", "temperature": 1.5},
-    {"type": "jensen_shannon", "beta": 0.3},
-    {"type": "adaptive_kl"},
-    {"type": "alpha_beta"},
+    {"type": "adaptive_kl", "mu": 0.3},
 ]
 WAYS = {"whole": {}, "micro": {"micro_batch": 3}, "tokens": {"tokens": 60}, "packed": {"tokens": 60, "packed": True}}
 
