@@ -239,7 +239,10 @@ def temperature_divides_both_logits(c: Case) -> None:
 
 
 def one_graph_is_compiled(c: Case) -> None:
-    if "hybrid" in c.name:
+    function = c.name.partition("(")[0]
+    if c.name != max((other.name for other in CASES if other.name.startswith(f"{function}(")), key=len, default=c.name):
+        return  # one setting of each function, the one with the longest name: numbers such as 0 and 1 are special cases
+    if function == "hybrid":
         return  # torch cannot compile the cached properties of `SharedVocabulary` before they have their value
     student, teacher = draw(3, 9)
     torch._dynamo.reset()
