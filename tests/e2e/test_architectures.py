@@ -12,7 +12,7 @@ from tadistill.models import forward
 from tadistill.models.architectures import check_architecture, check_config
 from tadistill.models.forward import check_reading
 from tadistill.models.loading import load_model, save_model
-from tadistill.models.pruning import _stack, check_depth, prune_depth
+from tadistill.models.pruning import _pruned, _stack, check_depth
 from tadistill.models.shapes import ENCODERS, REFUSED
 
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def test_a_pruned_model_is_that_of_its_layers_or_is_refused_before_work(kind, tm
                 continue
             if built and len(keep) == total:  # the whole model is pruned only where no other list is accepted
                 break
-            pruned = prune_depth(model, keep)
+            pruned = _pruned(model, keep)  # what `prune_depth` does after `check_depth`
             assert_same_weights(model, pruned, keep)
             expected = logits(pruned)
             if kind not in READS_EARLIER_LAYERS:
