@@ -199,13 +199,14 @@ def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
     # refuses a folder without a file of the split, unless it has no data and the name can be that of a data set on the Hub
     if _may_be_on_hub(ref) and not hub.has_data(folder):
         return
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    names = sorted(f"{path.name}{'/' * path.is_dir()}" for path in folder.iterdir())
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     holds = f"it contains {', '.join(names[:_SHOWN])}{more}" if names else "it is empty"
-    splits = [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
     of_split = lambda path: (not path.name.startswith(split), str(path))  # noqa: E731
     fix = "write the rows to this file"
-    if splits:
+    if named := next((name for name, of in NAMED.items() if (folder / of.folder / f"{split}.jsonl").is_file()), None):
+        fix = f"to use the data sets in it, set data.root: {ref.load}, and write their names, such as {named}"
+    elif splits := [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]:
         fix = f"set `split` of this data set to {' or '.join(splits[:_SHOWN])}, or rename a file"
     elif (saved := folder.joinpath("state.json").is_file()) or folder.joinpath("dataset_dict.json").is_file():
         part = "" if saved else f"[{split!r}]"

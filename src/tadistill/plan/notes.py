@@ -91,10 +91,9 @@ def _times(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if len(takes) < len(todo):
-        yield (
-            f"The time is not known for {len(todo) - len(takes)} of {counted(len(todo), 'unfinished stage')} of training or "
-            "its preparation; `tadistill plan RECIPE --measure` measures the speed on this machine."
-        )
+        of = f" for {len(todo) - len(takes)} of {len(todo)} unfinished stages of training or its preparation" if takes else ""
+        known = f"The time is not known{of}" if takes else "No time is known yet"
+        yield f"{known}. `tadistill plan RECIPE --measure` measures the speed of this machine."
     if takes:
         total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
         yield f"Stages with a known time take {total} if {jobs} run at a time. Evaluations and analyses take additional time."
@@ -112,9 +111,9 @@ def _scaled(plan: Plan) -> Iterator[str]:
     for arm in plan.arms:
         select, own = arm.method.select, arm.arm.select or arm.arm.method or len(arm.phases) > 1
         if arm.arm.budgets and not own and select.metric != "last" and select.every != usual:
-            found.append(f"{arm.name} is measured on dev every {select.every} updates")
+            found.append(f"every {select.every} updates for {arm.name}")
     if found:
-        yield f"{listed(found)}, in place of {usual}: with more or fewer updates, an arm still chooses among as many checkpoints."
+        yield f"Dev is measured {listed(found)}, not every {usual}, so that all arms choose among as many checkpoints."
 
 
 def _across(plan: Plan) -> Iterator[str]:

@@ -33,9 +33,12 @@ def preview(plan: Plan, store: Store, width: int, accelerator: str | None = None
         width: the screen's number of columns. A narrow screen gets shorter labels.
         accelerator: the name of the machine's GPUs, if it is known.
     """
+    if not plan.recipe.arms:
+        name = escape(plan.recipe.study)
+        return Group(f"{name} has no arms to plan. Its section `search` is for `tadistill search` and `tadistill advise`.")
     jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
-    parts = [_stages(plan, store, speeds, width), "", _arms(plan), _DIRECT, ""]
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan), *_base(plan), ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
     return Group(*parts, *plan_notes(plan, store, speeds, jobs))
@@ -65,7 +68,7 @@ def threads(plan: Plan) -> int:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None)
+    table = Table(title=title, title_justify="left", box=None, min_width=min(len(title) + 2, 60))
     for column in columns:
         number = column in _NUMBERS
         table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", min_width=8 if number else None)
@@ -73,7 +76,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 _NAME = 24
-_DIRECT = "x direct: FLOPs relative to the direct arm with the same method. The report may use another direct arm, named in its table Cost."
+_ARM_COLUMNS = ("arm", "path", "FLOPs", "x direct", "assistants", ASKED, "compute")
 _NUMBERS = (ASKED, "FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
 
@@ -100,35 +103,54 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
 
 
 def _arms(plan: Plan) -> Table:
-    asks = counts_asked(plan)
-    tokens = [ASKED] if asks else []
-    table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", *tokens, "compute")
-    for column in (*table.columns[:2], table.columns[-1]):
-        column.no_wrap, column.overflow = False, "fold"
-    table.columns[0].width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=1))  # fold the path, not the name
-    for arm in plan.arms:
-        direct = _direct(plan, arm)
-        ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
-        path = marked(arm.arm.text, lossy_steps(plan.tokens, arm.arm.path))
-        if arm.arm.learners:  # without a teacher, these settings have no effect
-            path += ", context" if arm.method.context else ""
-            path += f", EMA {arm.method.ema:g}" if arm.method.ema is not None else ""
-        path += f", {arm.arm.controls.words}" if arm.arm.controls else ""
-        asked = ["–" if arm.asked is None else f"{arm.asked:.2e}"] if asks else []
-        rule = "\n".join(filter(None, (arm.arm.compute, arm.arm.teacher_budget and f"teacher {arm.arm.teacher_budget}")))
-        table.add_row(escape(arm.name), escape(path), _flops(arm.flops), ratio, _assistants(plan, arm), *asked, rule)
+    cells = {arm.name: _cells(plan, arm) for arm in plan.arms}
+    columns = [name for name in _ARM_COLUMNS if name in ("arm", "path", "FLOPs") or any(of[name] not in ("", "–") for of in cells.values())]
+    table = _table("total training of each arm, for one seed", *columns)
+    for name, column in zip(columns, table.columns, strict=True):
+        if name in ("arm", "path", "compute"):
+            column.no_wrap, column.overflow = False, "fold"
+    table.columns[0].width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=len("arm")))  # fold the path, not the name
+    for of in cells.values():
+        table.add_row(*(of[name] for name in columns))
     return table
 
 
-def _direct(plan: Plan, arm: PlannedArm) -> float | None:
-    # FLOPs of the arm from the original teacher directly to the same student, with the same method and its own number of updates
-    if not arm.arm.learners or plan.teacher is None:
+def _cells(plan: Plan, arm: PlannedArm) -> dict[str, str]:
+    # the cell of an arm in each of the columns _ARM_COLUMNS; a column with nothing in it is not shown
+    direct = _direct(plan, arm)
+    path = marked(arm.arm.text, lossy_steps(plan.tokens, arm.arm.path))
+    if arm.arm.learners:  # without a teacher, these settings have no effect
+        path += ", context" if arm.method.context else ""
+        path += f", EMA {arm.method.ema:g}" if arm.method.ema is not None else ""
+    path += f", {arm.arm.controls.words}" if arm.arm.controls else ""
+    return {
+        "arm": escape(arm.name),
+        "path": escape(path),
+        "FLOPs": _flops(arm.flops),
+        "x direct": f"{arm.flops / direct.flops:.2f}" if arm.flops and direct and direct.flops else "–",
+        "assistants": _assistants(plan, arm),
+        ASKED: "–" if arm.asked is None or not counts_asked(plan) else f"{arm.asked:.2e}",
+        "compute": "\n".join(filter(None, (arm.arm.compute, arm.arm.teacher_budget and f"teacher {arm.arm.teacher_budget}"))),
+    }
+
+
+def _base(plan: Plan) -> list[str]:
+    # the sentence that names the arms whose `x direct` is 1
+    found = [*dict.fromkeys(direct.name for arm in plan.arms if arm.flops and (direct := _direct(plan, arm)) and direct.flops)]
+    if len(found) < 2:
+        return [f"x direct: FLOPs relative to arm {escape(found[0])}."] if found else []
+    return [f"x direct: FLOPs relative to the direct arm with the same student and method, one of {escape(', '.join(found))}."]
+
+
+def _direct(plan: Plan, arm: PlannedArm) -> "_Candidate | None":
+    # the arm from the original teacher directly to the same student, with the same method and its own number of updates
+    if not arm.arm.learners or plan.teacher is None or len(plan.arms) < 2:
         return None
-    found = direct_arm(map(_candidate, plan.arms), plan.teacher, arm.arm.last[-1], arm.taught_with)
-    return found.flops if found else None
+    return direct_arm(map(_candidate, plan.arms), plan.teacher, arm.arm.last[-1], arm.taught_with)
 
 
 class _Candidate(NamedTuple):
+    name: str
     path: tuple[str, ...]
     is_plain: bool
     compute: str | None
@@ -139,7 +161,7 @@ class _Candidate(NamedTuple):
 def _candidate(arm: PlannedArm) -> _Candidate:
     context = any(phase.method.context for phase in arm.phases)
     is_plain = len(arm.arm.path) == 1 and not (arm.arm.init or context or arm.arm.control or routed(arm.arm.path))
-    return _Candidate(arm.arm.last, is_plain, arm.arm.compute, arm.taught_with, arm.flops)
+    return _Candidate(arm.name, arm.arm.last, is_plain, arm.arm.compute, arm.taught_with, arm.flops)
 
 
 def _assistants(plan: Plan, arm: PlannedArm) -> str:

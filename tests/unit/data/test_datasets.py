@@ -74,12 +74,18 @@ def test_named_set_under_root_and_limit(tmp_path, monkeypatch):
         (["notes.txt"], "it contains notes.txt.; write the rows to this file"),
         ([f"{i}.jsonl" for i in range(20)], "14.jsonl, 15.jsonl and 12 more.; set"),
         ([], "it is empty.; write the rows to this file"),
+        (["maths/train.jsonl"], "it contains maths/.; write the rows to this file"),
+        (
+            ["minillm_dolly/train.jsonl"],
+            "it contains minillm_dolly/.; to use .*, set data.root: .*mine, and write their names, such as dolly",
+        ),
     ],
 )
 def test_a_folder_without_the_split_says_what_it_holds(tmp_path, monkeypatch, files, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name in files:
+        (tmp_path / "mine" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "mine" / name).write_text("{}\n", encoding="utf-8")
     for load in ("mine", "./mine"):
         with pytest.raises(DataError, match=f"data set `{load}` is the folder .*mine, .*{words}"):

@@ -106,10 +106,10 @@ def test_a_plan_says_how_often_arms_with_a_budget_are_measured(tmp_path):
     found = plan(method=method, arms={"direct": "xl > s", "takd": "xl > l > s", "twin": {"path": "xl > s", "compute": "as takd"}})
     every = next(arm.method.select.every for arm in found.arms if arm.name == "twin")
     assert every > 5
-    said = f"twin is measured on dev every {every} updates, in place of 5: with more or fewer updates, an arm still chooses among as many"
-    assert any(sentence.startswith(said) for sentence in plan_notes(found, Store(tmp_path), {}, 1))
+    said = f"Dev is measured every {every} updates for twin, not every 5, so that all arms choose among as many checkpoints."
+    assert any(sentence == said for sentence in plan_notes(found, Store(tmp_path), {}, 1))
     last = plan(method=method | {"select": {"metric": "last"}}, arms={"a": "xl > l > s", "b": {"path": "xl > s", "compute": "as a"}})
-    assert not any("measured on dev" in sentence for sentence in plan_notes(last, Store(tmp_path), {}, 1))
+    assert not any("Dev is measured" in sentence for sentence in plan_notes(last, Store(tmp_path), {}, 1))
 
 
 def test_equal_compute_needs_arms_that_do_not_stop_early():
@@ -537,10 +537,7 @@ def test_the_plan_shows_the_time_of_finished_stages(tmp_path):
     rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if " to run " in line or " done " in line}
     assert rows.keys() == found.stages.keys()
     assert [row for row in rows.values() if " done " in row and " 65 s " in row] == [rows[key]]
-    waiting = sum(bool(stage.cost) for stage in found.stages.values())
-    assert f"The time is not known for {waiting} of {waiting} unfinished stages of training or its preparation;" in " ".join(
-        console.file.getvalue().split()
-    )
+    assert "No time is known yet. `tadistill plan RECIPE --measure` measures the speed" in " ".join(console.file.getvalue().split())
 
 
 def test_a_plan_counts_the_stages_without_a_known_time(tmp_path, monkeypatch):
@@ -557,3 +554,30 @@ def test_long_prompts_change_keys_only_where_they_are_cut():
     cut = plan(data=recipe()["data"] | {"long_prompts": "cut"})
     assert cut.stages.popitem()[1].spec.content()["data"]["long_prompts"] == "cut"
     assert not set(cut.stages) & set(plan().stages)
+
+
+@pytest.mark.parametrize(
+    ("arms", "columns", "said"),
+    [
+        ({"direct": "xl > s"}, ["arm", "path", "FLOPs"], []),
+        ({"sft": "s", "direct": "xl > s"}, ["arm", "path", "FLOPs", "x", "direct"], ["x direct: FLOPs relative to arm direct."]),
+        (
+            {"direct": "xl > s", "takd": "xl > l > s", "twin": {"path": "xl > s", "compute": "as takd"}},
+            ["arm", "path", "FLOPs", "x", "direct", "assistants", "compute"],
+            ["x direct: FLOPs relative to arm direct."],
+        ),
+    ],
+)
+def test_a_plan_shows_only_columns_with_content(arms, columns, said, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    preview.print_plan(plan(seeds=[1], arms=arms), Store(tmp_path), console)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert next(line.split() for line in lines if line.startswith("arm ")) == columns
+    assert [line for line in lines if line.startswith("x direct: ")] == said
+
+
+def test_the_plan_of_a_search_names_the_commands_for_it(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    preview.print_plan(plan(arms={}, search={"teacher": "xl", "assistants": ["l"], "student": "s"}), Store(tmp_path), console)
+    said = "t has no arms to plan. Its section `search` is for `tadistill search` and `tadistill advise`."
+    assert console.file.getvalue().strip() == said
