@@ -15,6 +15,6 @@ version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/tadistill/__init__.py)
 mkdir -p "$site/tadistill-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: tadistill\nVersion: %s\n' "$version" >"$site/tadistill-$version.dist-info/METADATA"
 export PYTHONPATH="$PWD/src:$site${PYTHONPATH:+:$PYTHONPATH}"
-python3 -c 'import httpx2, nltk, omegaconf, pydantic, rouge_score' || { echo "packages are missing; see benchmarks/gpu/README.md"; exit 1; }
+python3 -c 'import httpx2, nltk, pydantic, rouge_score' || { echo "packages are missing; see benchmarks/gpu/README.md"; exit 1; }
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 python3 benchmarks/gpu/kit.py --out "$OUT" "$@" 2>&1 | tee "$OUT/log"

@@ -1,19 +1,19 @@
-"""The files of recipes: those that come with the package, the line of a key for error messages, and the files that relative paths mean.
+"""The files of recipes: those that come with the package, their YAML and its lines, and the files that relative paths mean.
 
 Each recipe of the package has a name, such as `quickstart` or `methods/gkd`. These recipes are in `recipes/` of the repository, and in the
 folder `recipes` of an installed package. Relative paths in a recipe start in the folder of the recipe.
 """
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
 
 import tadistill
 from tadistill.config.data import DataRef
@@ -81,7 +81,7 @@ def _named(path: Path) -> Path | None:
     return shipped().get(name) or (shipped()[ends[0]] if len(ends) == 1 else None)
 
 
-# --- places of keys, and relative paths -----------------------------------------------------------------------------------
+# --- places of keys -------------------------------------------------------------------------------------------------------
 
 
 _NAMED = 3
@@ -98,7 +98,6 @@ class Origin:
 
     source: str
     """The file's path, as messages show it."""
-    folder: Path
     lines: Lines
     written: dict[str, str] = field(default_factory=dict)
     """Maps a resolved path of a model to the path as the recipe has it. The keys of stored results are made from the recipe's text, so they
@@ -121,16 +120,138 @@ def where(source: str, lines: Lines, key: tuple) -> str:
     return f"{source}{f', line {line}' if line else ''}{changed}:{shown}"
 
 
-def check_key(key: yaml.Node, place: str) -> None:
-    """Raise a ConfigError if YAML would not read a key of a recipe as the text that is written there. `place` is its place in messages."""
+# --- YAML -----------------------------------------------------------------------------------------------------------------
+
+
+DEEPEST = 40
+"""Largest number of levels in which the keys of a recipe can be nested."""
+_MOST = 10_000
+"""Largest number of keys and values of a recipe. YAML's references can make a few lines expand to billions."""
+NO_REFERENCES = "contains `${`, but a recipe cannot refer to environment variables or to other keys; write the value itself"
+
+
+def _loader(base: Any) -> Any:
+    # PyYAML reads 1e-3 as a text, and texts such as 2026-01-31 as dates
+    rules = {first: [rule for rule in some if not rule[0].endswith(":timestamp")] for first, some in base.yaml_implicit_resolvers.items()}
+    loader = type("RecipeLoader", (base,), {"yaml_implicit_resolvers": rules})
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+$", re.A), [*"-+0123456789"])
+    return loader
+
+
+_FAST = _loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml takes a tenth of the time
+_CLEAR = _loader(yaml.SafeLoader)  # its messages say more
+
+
+def contents(text: str, what: str, *, check_keys: bool = True) -> tuple[Any, Lines]:
+    """Return what a YAML text contains, and the line of each of its keys.
+
+    Args:
+        what: the name of the text in messages: a file, or an override.
+        check_keys: refuse keys that YAML does not read as the text that is written there, such as 010.
+
+    Raises:
+        ConfigError: the text is not YAML, has a key twice, refers to something outside it, or is too deep or too large.
+    """
+    try:
+        try:
+            return _read(_FAST, text, what, check_keys)
+        except yaml.YAMLError:
+            return _read(_CLEAR, text, what, check_keys)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with thousands of digits
+        raise ConfigError(_not_yaml(error, what)) from error
+
+
+def _read(kind: Any, text: str, what: str, check_keys: bool) -> tuple[Any, Lines]:
+    lines: Lines = {}
+    sizes: dict[int, float] = {}  # an alias is the same node as its anchor
+
+    def walk(node: yaml.Node, at: tuple) -> float:
+        # returns the number of values in a node, with its aliases written out
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = math.inf  # for an alias within its own anchor
+        size = 1.0
+        if isinstance(node, yaml.ScalarNode) and "${" in node.value:
+            raise ConfigError(f"{where(what, lines, at)} is `{node.value}`: it {NO_REFERENCES}")
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                line, inside = key.start_mark.line + 1, (*at, str(key.value))
+                if check_keys:
+                    _check_key(key, loader, f"{what}, line {line}")
+                if inside in lines and key.value != "<<":
+                    raise ConfigError(f"{what}, line {line}: the key `{key.value}` is already in line {lines[inside]}; keep one of the two")
+                lines[inside] = line
+                size += walk(key, at) + walk(value, inside)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                lines[(*at, i)] = value.start_mark.line + 1
+                size += walk(value, (*at, i))
+        sizes[id(node)] = size
+        return size
+
+    _check_depth(text, what, kind)
+    loader = kind(text)
+    node = loader.get_single_node()
+    if node and walk(node, ()) > _MOST:
+        raise ConfigError(
+            f"{what} has more than {_MOST:,} keys and values, counted with what its references `*NAME` stand for; no recipe needs so many, "
+            "so write fewer"
+        )
+    return node and loader.construct_document(node), lines
+
+
+def _check_key(key: yaml.Node, loader: yaml.SafeLoader, place: str) -> None:
+    """Raise a ConfigError if `loader` does not read a key as the text that is written there. `place` is its place in messages."""
     if key.tag == "tag:yaml.org,2002:null":
         raise ConfigError(f"{place}: a key has no name; write its name before the colon")
     if key.tag == "tag:yaml.org,2002:bool":
         raise ConfigError(f"{place}: YAML reads the key `{key.value}` as true or false; put it in quotes")
-    if isinstance(key, yaml.ScalarNode) and not key.style and key.value[:1] in "+-.0123456789" and "${" not in key.value:
-        read = OmegaConf.create(f"- {key.value}")[0]  # as it reads recipes: 1e3 is a number, too
-        if isinstance(read, int | float) and str(read) != key.value:
-            raise ConfigError(f"{place}: YAML reads the key `{key.value}` as the number {read}; put it in quotes")
+    if key.tag.endswith((":int", ":float")) and str(read := loader.construct_object(key)) != key.value:
+        raise ConfigError(f"{place}: YAML reads the key `{key.value}` as the number {read}; put it in quotes")
+
+
+_IN_WORDS = (
+    # a part of PyYAML's message -> what is wrong, and how to mend it
+    ("found character '\\t'", "a tab is used for indentation; indent with spaces only"),
+    ("mapping values are not allowed here", "a colon is not allowed here; put the text in quotes, or correct the indentation"),
+    ("while scanning a quoted scalar", "the quote that opens here is never closed; add the closing quote, or remove the opening quote"),
+    ("while parsing a flow sequence", "the list that opens here is never closed; close it with ], and put a comma between its items"),
+    ("while parsing a flow mapping", "the braces that open here are never closed; close them with }, and put a comma between the items"),
+    ("found undefined alias", "YAML reads a value that begins with * as a reference; put the text in quotes"),
+    ("that cannot start any token", "a value cannot begin with this character; put the text in quotes"),
+    ("could not find expected ':'", "a key has no colon; write `key: value`"),
+    (
+        "expected <block end>",
+        "this line does not fit the lines above it; indent it like them, or close a quote that is still open above",
+    ),
+    ("expected '<document start>'", "the file is not a YAML mapping; write a mapping with the keys study, seeds, models, data and arms"),
+    ("expected a single document", "a second YAML document begins here, but a recipe is only one document; remove the line `---`"),
+)
+
+
+def _not_yaml(error: Exception, source: str) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{source} cannot be read as YAML: {' '.join(str(error).split())}"
+    text = " ".join(filter(None, (error.context, error.problem)))
+    what = next((ours for theirs, ours in _IN_WORDS if theirs in text), text)
+    opening = "opens here" in what or "open here" in what or "no colon" in what
+    mark = (error.context_mark if opening else None) or error.problem_mark or error.context_mark
+    where = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+    return f"{source}{where} cannot be read as YAML: {what}"
+
+
+def _check_depth(text: str, what: str, loader: Any) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):  # yaml.parse does not recurse, unlike the steps after this check
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            place = f"{what}, line {event.start_mark.line + 1}"
+            raise ConfigError(f"{place}: keys are nested in more than {DEEPEST} levels, which no recipe needs; correct the brackets")
+
+
+# --- relative paths -------------------------------------------------------------------------------------------------------
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
@@ -148,7 +269,7 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
         ref._folder = folder
     root = _folder_beside(folder, recipe.data.root)
     copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update={"root": root})})
-    copy._origin = Origin(source, folder, lines, written)
+    copy._origin = Origin(source, lines, written)
     return copy
 
 

@@ -1,5 +1,6 @@
 """Recipes: overrides, and one clear sentence for every kind of mistake."""
 
+import math
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tadistill.config.method_parts import TeacherContext
 from tadistill.config.method_rules import apply, merge_methods
 from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
 from tadistill.config.recipe import methods
+from tadistill.config.recipe_files import contents
 from tadistill.config.sampling import TeacherMixedSampler
 from tadistill.errors import ConfigError, TadistillError
 from tadistill.plan.arms import make_plan
@@ -79,10 +81,41 @@ def test_a_file_that_is_no_mapping_is_no_recipe(recipe):
         load(recipe, ["study=x"])
 
 
-def test_a_missing_value_of_omegaconf_is_refused_at_its_line(recipe):
-    recipe.write_text(recipe.read_text() + "runtime: {trackers: ['???']}\n")
-    with pytest.raises(ConfigError, match=r"r.yaml, line \d+: `runtime.trackers.0` is `\?\?\?`, which stands for a missing value"):
-        load(recipe)
+def test_references_of_yaml_stay_small():
+    found = parse(RECIPE.replace("a: xl > s", "a: &a {path: xl > s, optim: {batch: 8}}\n  c: {<<: *a, optim: {lr: 1e-3}}"), source="r.yaml")
+    assert (found.arms["c"].text, found.arms["c"].optim.model_dump(exclude_unset=True)) == ("xl > s", {"lr": 1e-3})
+    bomb = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    for text in ("x0: &x0 1\n" + bomb, "x: &x [*x]\n"):
+        with pytest.raises(ConfigError, match=r"r.yaml has more than 10,000 keys and values, counted with what its references"):
+            parse(RECIPE + text, source="r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        *(("1e-3", 1e-3), ("1e3", 1e3), ("1.5E+3", 1500.0), ("1_000e3", 1e6), (".5e+3", 500.0), ("-.inf", -math.inf)),
+        *(("010", 8), ("0x1F", 31), ("1_000", 1000), ("1:30", 90), ("12345678901234567890", 12345678901234567890)),
+        *(("2026-01-31", "2026-01-31"), ("2026-01-31T10:00:00Z", "2026-01-31T10:00:00Z"), ("???", "???"), ("1e", "1e"), ("nan", "nan")),
+        *(("yes", True), ("Off", False), ("y", "y"), ("~", None), ("", None), ("[a, {b: 2.10}]", ["a", {"b": 2.1}])),
+    ],
+)
+def test_values_are_read_as_in_yaml_with_powers_of_ten_and_without_dates(written, read):
+    assert contents(f"a: {written}", "r.yaml")[0] == {"a": read}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("arms={c: xl > s, c: xl > s}", "line 1: the key `c` is already in line 1; keep one of the two"),
+        (f"seeds=[{'9' * 5000}]", "cannot be read as YAML: Exceeds the limit"),
+        ("seeds=!!set {1, 2}", "contains {1, 2}, but a value is a text, a number, true, false, a list or a group of keys"),
+    ],
+)
+def test_an_override_that_is_no_value_is_refused(recipe, override, words):
+    with pytest.raises(ConfigError) as error:
+        load(recipe, [override])
+    assert words in str(error.value)
+    assert str(error.value).startswith("override `")
 
 
 @pytest.mark.parametrize(("name", "written"), [("7", "arms.7"), ("2.1", "arms[2.1]")])
@@ -123,8 +156,6 @@ def test_an_empty_mapping_empties(recipe):
         ("arms.kd=3", ["`arms.kd` is 3, but it must be a text (the value of `path`) or a group of keys; write a path"]),
         ("methods=3", ["`methods` is 3, but it must be a group of keys; "]),
         ("budgets=3", ["`budgets` is 3, but it must be a list (the value of `times`) or a group of keys; "]),
-        ("study=???", ["override `study=???` contains `???`, which stands for a missing value; write the value itself"]),
-        ("arms={a: {path: '???'}}", ["contains `???`, which stands for a missing value; write the value itself"]),
         ("method.sampler.k=2", ["`method.sampler.k` is not a known key; it belongs to another `type` (speculative); the keys of the"]),
         ("metrics=[scores.brief]", ["`metrics.0` is 'scores.brief': a function is named as MODULE:FUNCTION, for instance scores:brief"]),
         ("seeds=[1,1]", ["contain a seed twice"]),
