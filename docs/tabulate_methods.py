@@ -12,7 +12,7 @@ from tadistill.results.collect import MEAN, Results
 from tadistill.results.compare import difference
 
 BASE = "kd"
-METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "reverse_kl": "KL(student ‖ teacher)"}
+METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "ROUGE-L", "reverse_kl": "KL(student ‖ teacher)"}
 NO_STUDENT = "teacher"
 METHODS = {
     "teacher": "the teacher",
@@ -117,7 +117,7 @@ def answer(results: Results) -> str:
     facts, rouge = higher("fact_accuracy"), higher("rouge_l")
     return (
         f"**Compared with plain KD, which trains on the data set's text, {facts or 'no method'} ends with a higher fact accuracy on "
-        f"tinyworld. A higher Rouge-L is reached by {rouge or 'none'} ({len(results.plan.recipe['seeds'])} training seeds, 240 updates).**"
+        f"tinyworld. A higher ROUGE-L is reached by {rouge or 'none'} ({len(results.plan.recipe['seeds'])} training seeds, 240 updates).**"
     )
 
 

@@ -15,6 +15,7 @@ from results_page import HERE, cell, gap, read_study, table, write_page
 from rich.console import Console
 
 from tadistill.report import summary_table
+from tadistill.report.analysis import against_sft
 from tadistill.report.tables import cost_rows
 from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.number_text import ratio_text
@@ -59,15 +60,18 @@ def distilled(runs: Sequence[Results]) -> list[str]:
 
 
 def answer(runs: Sequence[Results]) -> str:
-    """Return the first paragraph: which distilled arms have an interval above that of the fine-tuned student in all runs."""
+    """Return the first paragraph: which distilled arms have an interval above that of the fine-tuned student in all runs, and what is left
+    of this gain if the student is fine-tuned with as many updates."""
     names = distilled(runs)
     always = [name for name in names if all(summary(run, name).low > summary(run, START).high for run in runs)]
     best = max(distilled(runs[:1]), key=lambda name: summary(runs[0], name).mean)
     start, longer, teacher, first = (cell(runs[0], name, METRIC) for name in (START, LONGER, TEACHER, best))
+    left = "a clear gain is left" if "is clearly better than" in against_sft(runs[0]) else "no clear gain is left"
     return (
-        f"**{'Yes' if always else 'No'}: in all {len(runs)} runs the 95 % intervals of {len(always)} of {len(names)} distilled students "
-        f"lie above that of the fine-tuned student from which they start ({', '.join(f'`{name}`' for name in always) or 'none'}).** In the "
-        f"example itself (run 1), the fine-tuned student states {start} % of the facts. The best distilled student "
+        f"**{'Yes' if always else 'No'}, compared with the short fine-tuning from which the distilled students start (`{START}`): in all "
+        f"{len(runs)} runs the 95 % intervals of {len(always)} of {len(names)} distilled students lie above that of `{START}` "
+        f"({', '.join(f'`{name}`' for name in always) or 'none'}). Compared with fine-tuning with as many updates (`{LONGER}`), {left} in "
+        f"the example.** In the example (run 1), the fine-tuned student states {start} % of the facts. The best distilled student "
         f"(`{best}`) states {first} %, and the teacher {teacher} %. "
         f"Fine-tuning with as many updates (`{LONGER}`) reaches {longer} %: most of the gain of KD is that of more updates."
     )

@@ -24,8 +24,8 @@ from tadistill.results.study import ArmRecord
 STUDY = "smollm2-cpu"
 LOSS, ROUGE = "loss", "rouge_l"
 METRICS = {
-    ROUGE: "Rouge-L",
-    f"{ROUGE}@greedy": "Rouge-L, greedy",
+    ROUGE: "ROUGE-L",
+    f"{ROUGE}@greedy": "ROUGE-L, greedy",
     LOSS: "loss",
     "reverse_kl": "KL(q‖T)",
     "forward_kl": "KL(T‖q)",
@@ -80,7 +80,7 @@ def arms_table(results: Results) -> str:
 
 
 def sets_table(results: Results) -> str:
-    """Return one row per arm with Rouge-L and the loss on each test set."""
+    """Return one row per arm with ROUGE-L and the loss on each test set."""
     columns = [(metric, name) for metric in (ROUGE, LOSS) for name in results.sets]
     rows = [[f"`{arm.name}`", *(cell(results, arm.name, metric, name) for metric, name in columns)] for arm in results.plan.arms]
     return table(["arm", *(f"{METRICS[metric]}, {name}" for metric, name in columns)], rows, left=("arm",))
@@ -134,7 +134,7 @@ def _inline(text: str, longest: int = 110) -> str:
 
 
 def draw(results: Results, target: Path) -> None:
-    """Draw the dev loss of each distillation over its updates, and the arms' test loss and Rouge-L with intervals."""
+    """Draw the dev loss of each distillation over its updates, and the arms' test loss and ROUGE-L with intervals."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), width_ratios=(5, 3, 3))
     for curve in learning_curves(results):
         if curve.metric == "dev/loss" and curve.arm in COLOURS:
@@ -143,7 +143,7 @@ def draw(results: Results, target: Path) -> None:
     left.set_ylabel("loss on dev, nats per token")
     left.legend(frameon=False, fontsize=9)
     arms = [arm.name for arm in results.plan.arms if (arm.name, MEAN, LOSS) in results.summaries]
-    for axis, metric, title in ((middle, LOSS, "loss on the test sets"), (right, ROUGE, "Rouge-L, sampled, %")):
+    for axis, metric, title in ((middle, LOSS, "loss on the test sets"), (right, ROUGE, "ROUGE-L, sampled, %")):
         for place, arm in enumerate(reversed(arms)):
             found = results.summaries[arm, MEAN, metric]
             error = [[found.mean - found.low], [found.high - found.mean]]

@@ -73,7 +73,7 @@ def _comparison(results: Results, arm: str) -> Comparison:
 
 def arms_table(results: Results) -> str:
     """Return one row per arm: its scores, its distance from the teacher, and its cost."""
-    metrics = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "fact_accuracy@greedy": "greedy", "loss": "loss"}
+    metrics = {"fact_accuracy": "fact accuracy", "rouge_l": "ROUGE-L", "fact_accuracy@greedy": "greedy", "loss": "loss"}
     metrics |= {"reverse_kl": "KL(q‖T)", "forward_kl": "KL(T‖q)", "entropy": "entropy"}
     direct = results.arm(DIRECT).flops
     rows = []
@@ -94,13 +94,13 @@ def chains_table(results: Results) -> str:
         against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
         numbers = [gap_text(c.difference, metric), f"{c.p_holm:.3f}", c.word]
         rows.append([f"`{c.arm}`", against, *numbers, *others, gap(results, c.arm, DIRECT, metric)])
-    columns = ["arm", "against", "fact accuracy", "Holm p", "verdict", "greedy", "Rouge-L", "KL(q‖T)"]
+    columns = ["arm", "against", "fact accuracy", "Holm p", "verdict", "greedy", "ROUGE-L", "KL(q‖T)"]
     return table([*columns, f"against `{DIRECT}`, as if the TA were free"], rows, left=("arm", "against", "verdict"))
 
 
 def controls_table(results: Results) -> str:
     """Compare the controls that have the compute of direct with direct."""
-    metrics = {"fact_accuracy": "fact accuracy", "fact_accuracy@greedy": "greedy", "rouge_l": "Rouge-L", "reverse_kl": "KL(q‖T)"}
+    metrics = {"fact_accuracy": "fact accuracy", "fact_accuracy@greedy": "greedy", "rouge_l": "ROUGE-L", "reverse_kl": "KL(q‖T)"}
     metrics |= {"entropy": "entropy"}
     names = ("sft-only-ta", "tempered", "early", "taid")
     return table(
@@ -143,7 +143,7 @@ def take_pictures(report: Path) -> None:
 
 
 def draw_plane(results: Results) -> None:
-    """Draw Rouge-L and fact accuracy over entropy, for a few arms."""
+    """Draw ROUGE-L and fact accuracy over entropy, for a few arms."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
     for axis, metric in zip(axes, ("rouge_l", "fact_accuracy"), strict=True):
         for arm, marker in zip(PLANE, "os^vDP", strict=True):
@@ -151,7 +151,7 @@ def draw_plane(results: Results) -> None:
             x, y = ([results.summaries[arm, MEAN, pair[k]].mean for pair in points] for k in (0, 1))
             axis.plot(x, y, marker=marker, label=arm)
         axis.set_xlabel("entropy of the decoding (nats a token)")
-        axis.set_title({"rouge_l": "Rouge-L", "fact_accuracy": "fact accuracy"}[metric])
+        axis.set_title({"rouge_l": "ROUGE-L", "fact_accuracy": "fact accuracy"}[metric])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.tight_layout()

@@ -80,7 +80,7 @@ def test_every_arm_seed_set_and_metric_is_there(finished):
 
 
 def test_the_error_budget_telescopes(finished):
-    """KL(q ‖ p_T) of a chain's student is what training minimised plus what each hop adds."""
+    """KL(q ‖ p_T) of a chain's student is its distance to the last assistant plus what each hop adds."""
     values = {(r["seed"], r["set"], r["metric"]): r["value"] for r in rows(finished) if r["arm"] == "takd"}
     for seed in (1, 2):
         for name in SETS:

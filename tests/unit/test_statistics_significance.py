@@ -82,7 +82,7 @@ MDE80 = {  # training seeds: (prompts, s_seed) in the order (500, .3), (500, .5)
 
 @pytest.mark.parametrize(("seeds", "expected"), MDE80.items())
 def test_the_planning_table(seeds, expected):
-    """Points of Rouge-L for 80 % power, s_prompt 12, five decoding seeds of s_decode 1; normal quantiles."""
+    """Points of ROUGE-L for 80 % power, s_prompt 12, five decoding seeds of s_decode 1; normal quantiles."""
     found = [
         detectable(s_prompt=12, s_seed=s_seed, s_decode=1, prompts=prompts, seeds=seeds, decodes=5)
         for prompts in (500, 2500)

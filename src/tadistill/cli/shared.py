@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tadistill.results.collect import Results
 
 console = Terminal()
+_MOST_SEEDS = 50  # largest number of seeds for which a run is proposed as a command
 
 
 # --- completion -------------------------------------------------------------------------------------------------------------
@@ -199,8 +200,8 @@ def report_study(study: Path, store: Store, terminal: Terminal) -> None:
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
     from tadistill.report.analysis import student_of
+    from tadistill.report.answer import next_seeds
     from tadistill.results.collect import MEAN, primary_metric, seeds_of
-    from tadistill.results.verdict import comparisons
 
     if results.missing:
         yield results.plan.command, "Run what is missing"
@@ -214,15 +215,17 @@ def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]
     yield command_for("watch", study), "Look at curves, samples and stages in a browser"
     if means:
         best = max(means, key=lambda name: means[name])
-        yield command_for("export", study, best, f"./{best}"), "Copy the model with the highest mean"
-    if any(c.word == "no evidence" for c in comparisons(results)) and results.plan.command.startswith("tadistill run "):
-        yield _with_more_seeds(results.plan.command, seeds_of(results)), "Narrow the intervals with two more seeds"
+        which = " with the highest mean" if len(means) > 1 else ""
+        yield command_for("export", study, best, f"./{best}"), f"Copy the model{which}"
+    seeds, wanted = seeds_of(results), next_seeds(results) or 0
+    if len(seeds) < wanted <= _MOST_SEEDS and results.plan.command.startswith("tadistill run "):
+        yield _with_seeds(results.plan.command, seeds, wanted), f"Train {wanted} seeds"
 
 
-def _with_more_seeds(command: str, seeds: Sequence[int]) -> str:
+def _with_seeds(command: str, seeds: Sequence[int], count: int) -> str:
     words = [word for word in shlex.split(command) if not word.startswith("seeds=")]
     step = seeds[-1] - seeds[-2] if len(seeds) > 1 else 10 if seeds[0] % 10 == 0 else 1
-    more = [*seeds, seeds[-1] + step, seeds[-1] + 2 * step]
+    more = [*seeds, *(seeds[-1] + step * i for i in range(1, count - len(seeds) + 1))]
     return shlex.join([*words[:3], f"seeds=[{','.join(map(str, more))}]", *words[3:]])
 
 

@@ -185,7 +185,7 @@ class Published(Strict):
     source: str
     """Name of the publication, which the report shows."""
     rouge_l: dict[str, float]
-    """Maps the name of a test set to the published Rouge-L."""
+    """Maps the name of a test set to the published ROUGE-L."""
 
 
 class Arm(WithMethod):

@@ -7,8 +7,9 @@ with k assistants:
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-The student's training minimised the first term. Each other term compares two neighbours of the path: a (nearer to T) and b (nearer to q).
-Such a term is KL(q ‖ p_a) - KL(q ‖ p_b), and may be negative. All terms are means over the tokens of the student's own answers.
+The first term is the distance to the last assistant, which taught the student. Each other term compares two neighbours of the path: a
+(nearer to T) and b (nearer to q). Such a term is KL(q ‖ p_a) - KL(q ‖ p_b), and may be negative. All terms are means over the tokens of
+the student's own answers.
 
 Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares KL(p ‖ q) after text that the student sampled with KL(p ‖ q)
 after text that the teacher sampled. The value at a position is the mean over the answers that are long enough. MiniLLM's released code

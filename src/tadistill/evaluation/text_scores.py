@@ -67,7 +67,7 @@ def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return Rouge-L of each prediction as MiniLLM computes it: the F-measure with Porter stemming, times 100.
+    """Return ROUGE-L of each prediction as MiniLLM computes it: the F-measure with Porter stemming, times 100.
 
     If a prediction has several references, the best score counts.
     """
@@ -89,7 +89,7 @@ def unseen(references: Sequence[Sequence[str]]) -> float:
 
 
 def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return Rouge-L over words of any script, times 100. If there are several references, the best score counts. On ASCII text it equals
+    """Return ROUGE-L over words of any script, times 100. If there are several references, the best score counts. On ASCII text it equals
     `rouge_l`.
 
     Texts are first normalised (Unicode NFKC) and converted to lower case. A word is then a run of letters, marks and digits. There are two

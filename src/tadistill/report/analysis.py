@@ -11,13 +11,13 @@ from typing import Literal
 
 from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, sorted_names
-from tadistill.report.explain import gap_words
+from tadistill.report.explain import few_text, gap_words
 from tadistill.report.path_words import some
 from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import (
-    BUCKETS,
     added_by_steps,
     bucket_difference,
+    bucket_sizes,
     bucket_title,
     budget_models,
     compare,
@@ -97,7 +97,7 @@ def _rows(results: Results, c: Comparison) -> Iterable[Row]:
         for name in (MEAN, *sets) if len(sets) > 1 else sets:
             yield Row(metric, name, difference(results, c.arm, c.other, metric, name))
     if "rouge_l" in main:
-        for bucket in BUCKETS:
+        for bucket in bucket_sizes(results, "rouge_l"):
             where = f"references of {bucket_title(bucket)} tokens"
             yield Row("rouge_l", where, bucket_difference(results, c.arm, c.other, "rouge_l", bucket))
     for metric in (m for m in sorted_names(results.metrics, lambda metric: bool(metric.better)) if m not in main):
@@ -161,7 +161,7 @@ def _sharpening_verdict(c: Comparison) -> str:
     assert c.mechanism is not None
     m = c.mechanism
     if c.word != "gain":
-        return f"There is no clear gain that sharpening could explain: {gap_words(c)}."
+        return f"Sharpening explains nothing here, because there is no clear gain: {gap_words(c)}."
     controls = [d for d in (m.greedy, m.matched) if d is not None]
     if not controls:
         return "Sharpening is not measured."
@@ -189,15 +189,14 @@ def _steps(results: Results, c: Comparison) -> list[str]:
     if 0 < added.low < added.high:
         effect = f"add {amount} ({100 * added.mean / total.mean:.0f} % of the total)"
     last = arm.path[-2]
-    inside = f"{summary_text(first, terms[0])} of it is the distance to the last assistant {last}, which training minimised."
+    inside = f"{summary_text(first, terms[0])} of it is the distance to the last assistant {last}, which taught {models[-1]}."
     if added.mean < 0:  # the distance to the assistant is not a part of a smaller one
-        inside = f"The distance to the last assistant {last}, which training minimised, is {summary_text(first, terms[0])}."
+        inside = f"The distance to the last assistant {last}, which taught {models[-1]}, is {summary_text(first, terms[0])}."
     above = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
         f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {inside} "
         f"The steps from {models[0]} to {last} {effect}: {', '.join(above)}.",
-        "In this list, the number of a step is positive if the student is closer to the model that learns in this step than to the model "
-        "that teaches in it.",
+        f"A step such as {hop_text(models, 1)} is positive if {models[-1]} is closer to {models[-2]} than to {models[-3]}.",
     ]
 
 
@@ -227,7 +226,7 @@ def _compute(results: Results, c: Comparison) -> str:
         f"for {c.arm}, and {span(closed, c.metric)} for its equal-compute baseline {c.other}."
     )
     if not gap.above_zero:
-        return f"No gain over direct distillation is shown, so there is nothing that compute could explain. {numbers}"
+        return f"Compute explains nothing here, because no gain over direct distillation is shown. {numbers}"
     share = f"{100 * closed.mean / gap.mean:.0f} %" if closed.mean > 0 else "no part"
     share = f"More training without an assistant closes {share} of the gap between {direct.name} and {c.arm}"
     if not closed.above_zero:
@@ -295,6 +294,7 @@ def against_sft(results: Results) -> str:
     all_worse = all(len(worse[way]) == len(distilled) for way in known)
     claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
     only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(known) else ""
+    few = "" if any(gap.enough for gap in gaps) else f": {few_text(max(gap.seeds for gap in gaps)).removesuffix('.')}"
     near = [] if wins else [gap for gap in gaps if gap.enough and gap.difference.mean > 0 and not gap.difference.covers_zero]
     after = f" {_near_text(near, len(gaps))}" if near else ""
     bad = "".join(
@@ -303,7 +303,7 @@ def against_sft(results: Results) -> str:
         if names and len(distilled) > 1
     )
     differs = " ".join(_way_text(of_way, primary_metric(results), first=not i) for i, of_way in enumerate(known.values()))
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}. {differs}{after}{bad}"
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}{few}. {differs}{after}{bad}"
 
 
 @once
@@ -345,6 +345,6 @@ def _near_text(near: Iterable[_Gap], count: int) -> str:
     above = list(near)
     first = min(above, key=lambda gap: gap.p)
     return (
-        f"{len(above)} of {count} such intervals (one for each arm and kind of answer) {form(len(above), 'lies', 'lie')} above 0. "
-        f"But after correction for {first.family} comparisons, the smallest p-value is {first.p:.3f}, so the advantage may be chance."
+        f"Of {count} such differences (one for each arm and kind of answer), {len(above)} {form(len(above), 'has', 'have')} an interval "
+        f"above 0, but none is clear after correction for {first.family} comparisons (smallest p = {first.p:.3f})."
     )

@@ -14,12 +14,12 @@ from tadistill.constants import OFF_BUDGET
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.analysis import against_sft, student_of
-from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_text, to_equal
+from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_seeds, needed_text, to_equal
 from tadistill.report.path_words import in_words, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
-from tadistill.results.compare import direct_of, relative_compute, teacher_of
-from tadistill.results.number_text import flops_text, number, parameters_text, size_text, with_unit
+from tadistill.results.compare import compare, direct_of, relative_compute, teacher_of
+from tadistill.results.number_text import flops_text, number, parameters_text, size_text, span, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.text import counted, listed
@@ -33,6 +33,12 @@ BADGES: dict[Kind, str] = {
     "best": "Clear",
     "measured": "Measured",
     "unfinished": "Unfinished",
+}
+VERBS: dict[Word, str] = {
+    "gain": "is clearly better than",
+    "loss": "is clearly worse than",
+    "equivalent": "is as good as",
+    "no evidence": "is not clearly better or worse than",
 }
 _NOT_EXACTLY = 0.01  # relative difference of compute from which the sentence on the cost gives it
 _KINDS: dict[Word, Kind] = {"gain": "gain", "loss": "loss", "equivalent": "equivalent", "no evidence": "open"}
@@ -75,7 +81,12 @@ class Answer:
 def answer(results: Results) -> Answer:
     """Return the question that a study asks, and the answer that its results give."""
     kind, text = _answer(results)
-    return Answer(kind, _question(results), text, against_sft(results), _cost(results), failed_text(results), _next(results, kind))
+    return Answer(kind, _question(results), text, against_sft(results), _cost(results), failed_text(results), _next(results, kind)[0])
+
+
+def next_seeds(results: Results) -> int | None:
+    """Return the number of training seeds that `Answer.next` names. None if it names none."""
+    return _next(results, answer(results).kind)[1]
 
 
 def sized(results: Results, model: str, *, words: bool = False) -> str:
@@ -93,12 +104,12 @@ def _question(results: Results) -> str:
     arms = results.plan.arms
     chains = [arm for arm in arms if arm.has_assistant]
     if not any(arm.is_trained for arm in arms):
-        return f"How good is {arms[0].name}?" if len(arms) == 1 else f"Which of {len(arms)} models is the best?"
+        return f"How good is {arms[0].name}?" if len(arms) == 1 else f"Which of {len(arms)} models is {_best(arms, 'better', 'the best')}?"
     student = sized(results, student_of(results), words=True)
     if not chains:
         trained = [arm for arm in arms if arm.is_trained and arm.model == student_of(results)]
         if len(trained) > 1:
-            return f"Which of {len(trained)} ways to train {student} gives the best model?"
+            return f"Which of {len(trained)} ways to train {student} gives the {_best(trained, 'better', 'best')} model?"
         made = [f" after distillation from {sized(results, arm.path[0])}" if len(arm.path) > 1 else " after fine-tuning" for arm in trained]
         return f"How good is {student}{made[0] if made else ''}?"
     teacher = sized(results, teacher_of(results, chains[0]))
@@ -115,6 +126,10 @@ def _question(results: Results) -> str:
     if not any(pair.other for pair in found):
         return f"How good is {student} when {teacher} teaches it {with_assistants}?"
     return f"Is {student} better when {teacher} teaches it {with_assistants} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
+
+
+def _best(compared: Sequence[object], of_two: str, of_many: str) -> str:
+    return of_two if len(compared) == 2 else of_many
 
 
 # --- the answer -----------------------------------------------------------------------------------------------------------
@@ -180,7 +195,7 @@ def _chain_text(c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
         text = f"The best of them, {c.arm} ({taught(arm)}), differs from {other} by {size_text(c.difference, c.metric)}{margin}."
     else:
         how = f"Distillation through {listed(arm.path[1:-1])} ({c.arm})" if arm.is_plain else f"{c.arm} ({taught(arm)})"
-        text = f"{how} {_claim(c)} {other}{margin}: {gap_words(c)}."
+        text = f"{how} {VERBS[c.word]} {other}{margin}: {gap_words(c)}."
     if c.word == "no evidence":
         text += f" {doubt_text(c)}"
     if c.unequal:
@@ -188,11 +203,6 @@ def _chain_text(c: Comparison, arm: ArmRecord, *, best: bool = False) -> str:
     if c.credit in _NO_CREDIT:
         text += f" The path is not credited with the gain, because {_NO_CREDIT[c.credit]}."
     return text
-
-
-def _claim(c: Comparison) -> str:
-    nothing = "is not better than" if c.difference.mean < 0 else "is not clearly better than"
-    return {"gain": "is clearly better than", "loss": "is clearly worse than", "equivalent": "is as good as"}.get(c.word, nothing)
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -219,12 +229,16 @@ def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided:
     score = f"{first.name} has the highest mean, {_score(results, summary)}"
     if not mine:
         return "open", f"{score}, but has no finished training seed in common with another arm."
-    rival = mine[0].other if mine[0].arm == first.name else mine[0].arm
-    if len(beaten) == len(mine):
-        return "best", f"{score}, and clearly beats {'all others' if len(mine) > 1 else rival}."
     few = _few_seeds(mine)
     if len(mine) == 1:
-        return "open", f"{score}, but does not clearly beat {rival}.{few}"
+        rival = mine[0].other if mine[0].arm == first.name else mine[0].arm
+        found = compare(results, first.name, rival, metric)
+        ahead = f"the difference is {span(found[0], metric, unit=True)}." if found else ""
+        if beaten:
+            return "best", f"{score}, and clearly beats {rival}: {ahead}"
+        return "open", f"{score}, but does not clearly beat {rival}: {ahead}{few}"
+    if len(beaten) == len(mine):
+        return "best", f"{score}, and clearly beats all others."
     return "open", f"{score}, but clearly beats {f'only {len(beaten)}' if beaten else 'none'} of the {len(mine)} others.{few}"
 
 
@@ -268,17 +282,19 @@ def _cost(results: Results) -> str:
     return f"{first}; the study's {spent}." if spent else f"{first}."
 
 
-def _next(results: Results, kind: Kind) -> str:
+def _next(results: Results, kind: Kind) -> tuple[str, int | None]:
+    """Return the sentence on what to do next, and the number of training seeds that it names, if it names one."""
     if results.missing:
-        return missing_text(results)
+        return missing_text(results), None
     compared = comparisons(results)
-    few = any(c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM for c in compared)
     if any(pair.other is None for pair in pairs(results)):
-        return "Next: add the arm to compare with, and run the recipe again; finished stages are kept."
-    if few:
-        return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept."
-    if kind in ("open", "unfinished") and any(c.trained for c in compared):
-        first = by_importance(results)[0]
-        fair = f", and {to_equal(first)} for equal compute" if first.unequal else ""
-        return f"Next: add training seeds or test prompts to decide the question{fair}; finished stages are kept.{needed_text(first)}"
-    return ""
+        return "Next: add the arm to compare with, and run the recipe again; finished stages are kept.", None
+    if any(c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM for c in compared):
+        return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept.", SEEDS_FOR_A_CLAIM
+    if kind not in ("open", "unfinished") or not any(c.trained for c in compared):
+        return "", None
+    first = by_importance(results)[0]
+    seeds, needed = needed_seeds(first), needed_text(first)
+    more = "test prompts" if needed and seeds is None else "training seeds or test prompts"
+    fair = f", and {to_equal(first)} for equal compute" if first.unequal else ""
+    return f"Next: add {more} to decide the question{fair}; finished stages are kept.{needed}", seeds

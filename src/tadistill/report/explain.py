@@ -15,9 +15,9 @@ from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
 from tadistill.results.measured import load_manifest, one_row_text, rows_text
-from tadistill.results.number_text import detectable_text, number, p_text, ratio_text, span, with_unit
+from tadistill.results.number_text import number, p_text, ratio_text, span, with_unit
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, by_importance
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
 from tadistill.store import FAILURE
 from tadistill.text import counted, form, listed, one_line, shortened
@@ -63,7 +63,7 @@ def gap_words(c: Comparison) -> str:
 def _word_text(c: Comparison) -> str:
     if c.word in ("gain", "loss"):
         small = f"; the difference is smaller than the margin of {number(c.margin, c.metric)}" if c.equivalent else ""
-        return f"{c.word} ({_tested(c)}{small})."
+        return f"{SHOWN[c.word]} ({_tested(c)}{small})."
     if c.word == "equivalent":
         return f"equivalent, within the margin of ±{number(c.margin, c.metric)}."
     return f"no evidence of a {'difference' if c.against == 'pair' else 'gain'}. {doubt_text(c)}"
@@ -79,7 +79,7 @@ def few_text(seeds: int) -> str:
 
 
 def doubt_text(c: Comparison) -> str:
-    """Return sentences on an undecided comparison: why its difference may be chance, and which difference the study can detect."""
+    """Return sentences on an undecided comparison: why its difference may be chance, and which differences the study may miss."""
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
         return few_text(len(c.seeds))
     if c.difference.one_prompt:
@@ -88,9 +88,9 @@ def doubt_text(c: Comparison) -> str:
         return "The difference does not vary over these prompts, so it cannot be tested."
     why = "The interval contains 0" if c.difference.covers_zero else f"The interval excludes 0, but {_tested(c)}"
     chance = f"{why}, so the difference may be chance."
-    if c.detectable is None:
+    if c.detectable is None or not float(size := number(c.detectable, c.metric)):
         return chance
-    return f"{chance} The study has an 80 % chance of detecting a true difference of {detectable_text(c.detectable, c.metric, unit=True)}."
+    return f"{chance} A true difference below {with_unit(size, c.metric)} would often be missed (power below 80 %)."
 
 
 def _credit_text(c: Comparison) -> list[str]:
@@ -120,6 +120,14 @@ def _credit_text(c: Comparison) -> list[str]:
     return [sharpening, f"The student is also {farther}."] if worse else [sharpening]
 
 
+def needed_seeds(c: Comparison) -> int | None:
+    """Return `Comparison.seeds_needed`, rounded up to two digits, as it is an estimate. None also if the difference is shown as 0."""
+    if c.seeds_needed is None or not float(number(abs(c.difference.mean), c.metric)):
+        return None
+    digits = 10 ** max(0, len(str(c.seeds_needed)) - 2)
+    return -(-c.seeds_needed // digits) * digits
+
+
 def needed_text(c: Comparison) -> str:
     """Return a sentence, after a space, that says how many training seeds would detect a difference of the observed size.
 
@@ -128,14 +136,10 @@ def needed_text(c: Comparison) -> str:
     size = number(abs(c.difference.mean), c.metric)
     if c.word != "no evidence" or c.detectable is None or len(c.seeds) < SEEDS_FOR_A_CLAIM or not float(size):
         return ""
+    who = "More training seeds alone would not" if (seeds := needed_seeds(c)) is None else f"About {seeds:,} training seeds would"
     between = f" between {c.arm} and {c.other}" if c.against == "pair" else ""
     found = f"a true difference of the observed size{between} ({with_unit(size, c.metric)})"
-    spread = "if scores vary between seeds and between prompts as they do here"
-    if c.seeds_needed is None:
-        return f" More training seeds alone would not give an 80 % chance of detecting {found}, {spread}; more test prompts are needed."
-    digits = 10 ** max(0, len(str(c.seeds_needed)) - 2)  # two digits are enough for an estimate from few seeds
-    seeds = f"{-(-c.seeds_needed // digits) * digits:,}"
-    return f" With about {seeds} training seeds, the study would have an 80 % chance of detecting {found}, {spread}."
+    return f" {who} detect {found} with 80 % power, if the true variances are the observed ones."
 
 
 def missing_text(results: Results) -> str:
@@ -146,7 +150,8 @@ def missing_text(results: Results) -> str:
     total = sum(len(arm.evaluate) for arm in results.plan.arms)
     named = [f"{arm} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items()]
     listed = f"{len(results.missing)} of {total} evaluations are not finished: {_first(named)}."
-    left = listed if len(results.missing) < total else f"None of {total} evaluations is finished."
+    none = f"None of {total} evaluations is finished." if total > 1 else "The evaluation is not finished."
+    left = listed if len(results.missing) < total else none
     return f"{left} `{results.plan.command}` continues where it stopped."
 
 
@@ -198,7 +203,8 @@ def cautions(results: Results) -> list[str]:
     if few:
         same = len(few) == len(trained) and len(set(trained.values())) == 1
         said = counted(min(trained.values()), "seed") if same else _first(few, ", ")
-        texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
+        only = "" if max(trained.values()) > 1 else " The intervals cover prompts only, not the variation between trainings."
+        texts.append(f"{said}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).{only}")
     return texts
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from tadistill.metrics import metric_of, metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.analysis import clear_against_sft
+from tadistill.report.answer import VERBS
 from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves
 from tadistill.report.path_words import some, steps, ways_text
@@ -21,13 +22,6 @@ from tadistill.results.sample_answers import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, enough_seeds, is_clear
 from tadistill.statistics import Difference, holm
 from tadistill.text import counted, listed
-
-_VERBS = {
-    "gain": "is clearly better than",
-    "loss": "is clearly worse than",
-    "equivalent": "is as good as",
-    "no evidence": "is not clearly better or worse than",
-}
 
 
 @dataclass(frozen=True)
@@ -76,13 +70,13 @@ def against(results: Results) -> str:
 def _decided(results: Results, found: Sequence[Comparison]) -> str:
     if len(found) == 1:
         c = found[0]
-        return f"{c.arm} {_VERBS[c.word]} {c.other}{' (not at equal compute)' if c.unequal else ''}"
+        return f"{c.arm} {VERBS[c.word]} {c.other}{' (not at equal compute)' if c.unequal else ''}"
     if all(c.against == "pair" for c in found):
         better = [f"{c.arm} than {c.other}" if c.word == "gain" else f"{c.other} than {c.arm}" for c in found if c.word in ("gain", "loss")]
         which = f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
         return f"{len(better) or 'None'} of {counted(len(found), 'pair')} differ{'' if len(better) > 1 else 's'} clearly{which}"
-    arms = {word: [c.arm for c in found if c.word == word] for word in _VERBS}
-    clear = [f"{_named(arms[word])} {_VERBS[word].removeprefix('is ')}" for word in ("gain", "loss", "equivalent") if arms[word]]
+    arms = {word: [c.arm for c in found if c.word == word] for word in VERBS}
+    clear = [f"{_named(arms[word])} {VERBS[word].removeprefix('is ')}" for word in ("gain", "loss", "equivalent") if arms[word]]
     rest, unequal = arms["no evidence"], [c.arm for c in found if c.unequal]
     if not clear:
         none = "Neither" if len(found) == 2 else "None"

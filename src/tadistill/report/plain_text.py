@@ -129,9 +129,15 @@ def bullets(sentences: Iterable[str]) -> str:
 
 
 def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table. Its first column is aligned left, and the other columns right."""
-    lines = [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
+    """Return a Markdown table. Columns of numbers are aligned right, and the first column and columns of text left."""
+    rows = [[*row] for row in body]
+    columns = [*zip(*rows, strict=True)][1:] or [()] * len(header[1:])
+    lines = [_line(header), _line(["---", *("---:" if any(map(_is_number, c)) else "---" for c in columns)]), *map(_line, rows)]
     return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.match(r"[\W_]*\d", cell)) and not cell.startswith("`")
 
 
 def _line(cells: Sequence[str]) -> str:

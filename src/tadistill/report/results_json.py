@@ -20,7 +20,7 @@ from tadistill.report.path_words import arm_words
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
 from tadistill.results.budget_curves import BudgetCurve, budget_curves
 from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
-from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
+from tadistill.results.compare import bucket_sizes, bucket_summary
 from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.sample_answers import references
 from tadistill.results.verdict import Comparison, comparisons, pairs
@@ -218,9 +218,9 @@ def lengths(results: Results) -> list[dict[str, Any]]:
     """
     metric = "rouge_l"
     return [
-        {"arm": arm.name, "metric": metric, "first": b[0], "last": b[1], "prompts": bucket_size(results, metric, b)} | _summary(s)
+        {"arm": arm.name, "metric": metric, "first": b[0], "last": b[1], "prompts": size} | _summary(s)
         for arm in results.plan.arms
-        for b in BUCKETS
+        for b, size in bucket_sizes(results, metric).items()
         if (s := bucket_summary(results, arm.name, metric, b))
     ]
 

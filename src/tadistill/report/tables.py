@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric, sets_with
-from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, difference, direct_of
+from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.measured import StageManifest, load_manifest
 from tadistill.results.number_text import (
     DASH,
@@ -21,7 +21,7 @@ from tadistill.results.number_text import (
 )
 from tadistill.results.sample_answers import references
 from tadistill.results.study import ArmRecord, StageRecord
-from tadistill.results.verdict import Comparison, comparisons, control_pairs
+from tadistill.results.verdict import SHOWN, Comparison, comparisons, control_pairs
 from tadistill.text import counted
 
 
@@ -179,9 +179,9 @@ def _control_rows(results: Results, metric: str, tested: set[tuple[str, str]]) -
 
 def interval_method(results: Results) -> str:
     """Return a sentence that explains how the 95 % intervals are computed."""
-    if not any(arm.is_trained for arm in results.plan.arms):
-        return "The 95 % intervals are t intervals over prompts. They stay inside the bounds of their metric."
-    return "The 95 % intervals are t intervals over training seeds and prompts. They stay inside the bounds of their metric."
+    seeds = max((len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained), default=0)
+    over = "training seeds and prompts" if seeds > 1 else f"prompts{', not over training seeds, of which there is one' * seeds}"
+    return f"The 95 % intervals are t intervals over {over}. They stay inside the bounds of their metric."
 
 
 def _pair_title(c: Comparison) -> str:
@@ -192,7 +192,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
     d = c.difference
     value = Cell(signed(d.mean, c.metric, more=1), interval_of(d, c.metric, more=1))
     signs = Cell(f"{c.sign_flip.p:.3f}", f"[{c.sign_flip.smallest:.3f}]") if c.sign_flip else Cell()
-    verdict = Cell(c.word, f"({c.credit})" if c.credit else "")
+    verdict = Cell(SHOWN[c.word], f"({c.credit})" if c.credit else "")
     return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(detectable_text(c.detectable, c.metric, more=1)), verdict
 
 
@@ -247,14 +247,13 @@ def _changes(decoding: Mapping[str, object]) -> str:
 
 def _buckets(results: Results) -> Table | None:
     metric = "rouge_l"
-    shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
-    shown = [(bucket, size) for bucket, size in shown if size]
-    columns = tuple(Column(f"{bucket_title(bucket)} tokens", counted(size, "prompt")) for bucket, size in shown)
+    shown = bucket_sizes(results, metric)
+    columns = tuple(Column(f"{bucket_title(bucket)} tokens", counted(size, "prompt")) for bucket, size in shown.items())
     title = f"{metric_title(metric)} by length of the reference"
     note = "Prompts of all sets, grouped by their first reference's length."
 
     def cells(arm: str) -> list[Cell]:
-        return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket, _ in shown]
+        return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket in shown]
 
     return _by_arm(results, "buckets", title, note, columns, cells)
 

@@ -232,9 +232,9 @@ class Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the metric for verdicts and main figures: the first quality metric that was measured, or else Rouge-L.
+    """Return the metric for verdicts and main figures: the first quality metric that was measured, or else ROUGE-L.
 
-    Rouge-L uses only a-z, A-Z and 0-9. If it ignores most letters of the references, the metric is Rouge-L for all scripts.
+    ROUGE-L uses only a-z, A-Z and 0-9. If it ignores most letters of the references, the metric is ROUGE-L for all scripts.
     """
     first = next(iter(sorted_names(results.metrics, lambda metric: metric.group == "quality")), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]

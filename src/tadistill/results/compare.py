@@ -169,8 +169,10 @@ def bucket_title(bucket: Bucket) -> str:
     return f"[{first}, ∞)" if last is None else f"[{first}, {last}]"
 
 
-def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
-    return sum(len(rows) for _, rows in _rows(results, metric, bucket))
+def bucket_sizes(results: Results, metric: str) -> dict[Bucket, int]:
+    """Map each range of `BUCKETS` to its number of prompts. Ranges without prompts are left out."""
+    sizes = {bucket: sum(len(rows) for _, rows in _rows(results, metric, bucket)) for bucket in BUCKETS}
+    return {bucket: size for bucket, size in sizes.items() if size}
 
 
 @once

@@ -59,16 +59,12 @@ def gap_text(difference: Difference, metric: str) -> str:
     return f"{signed(difference.mean, metric)} {interval_of(difference, metric)}".rstrip()
 
 
-def detectable_text(effect: float | None, metric: str, *, more: int = 0, unit: bool = False) -> str:
-    """Return the smallest detectable difference as text, such as ``0.3`` or ``< 0.1``. None becomes a dash.
-
-    With `unit`, the unit of the metric is added.
-    """
+def detectable_text(effect: float | None, metric: str, *, more: int = 0) -> str:
+    """Return the smallest detectable difference as text, such as ``0.3`` or ``< 0.1``. None becomes a dash."""
     if effect is None:
         return DASH
     text = number(effect, metric, more=more)
-    text = text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + more):g}"
-    return with_unit(text, metric) if unit else text
+    return text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + more):g}"
 
 
 def with_unit(text: str, metric: str) -> str:

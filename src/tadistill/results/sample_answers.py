@@ -30,10 +30,12 @@ Samples = dict[str, list[dict[str, Any]]]
 def samples(results: Results) -> Samples:
     """Return the first prompts of each test set, with their references and the answer of every arm.
 
-    A prompt of a conversation also has `turns`, each with a `role`, a `text` and perhaps `thinking`. An answer has `text` and `thinking`.
+    A prompt that a chat template wrote also has `turns`, each with a `role`, a `text` and perhaps `thinking`. An answer has `text` and
+    `thinking`.
     Answers are not chosen by quality. They come from the first finished training seed and the first decoding seed.
     """
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
+    chat = results.plan.recipe["data"].get("template") == "chat"
     shared = {name: set(rows.tolist()) for name, rows in results.compared.items()}
     for arm in results.plan.arms:
         finished = results.scores[arm.name]
@@ -41,13 +43,20 @@ def samples(results: Results) -> Samples:
             continue
         rows = load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])
         for row in _first_answers([row for row in rows if row["set"] in shared and row["index"] in shared[row["set"]]]):
-            kept = {name: row[name] for name in ("index", "prompt", "references")} | {"turns": row.get("turns", []), "answers": {}}
+            kept = {name: row[name] for name in ("index", "prompt", "references")} | {"turns": _turns(row, chat), "answers": {}}
             prompt = by_set[row["set"]].setdefault(row["index"], kept)
             thinking, text = split_thought(row["prediction"], row["prompt"])
             prompt["answers"][arm.name] = {"text": text, "thinking": thinking, "scores": _scores(row)}
     found = {name: [prompts[index] for index in sorted(prompts)] for name, prompts in by_set.items() if prompts}
     count = _how_many(found)
     return {name: prompts[:count] for name, prompts in found.items()}
+
+
+def _turns(row: Mapping[str, Any], chat: bool) -> list[dict[str, str]]:
+    # an instruction is stored without turns; a prompt that is stored as it is in the data has no template
+    asked = row.get("instruction", row["prompt"])
+    text = "\n\n".join(filter(None, (asked, row.get("input"))))
+    return row.get("turns", [{"role": "user", "text": text}] if chat and asked != row["prompt"] else [])
 
 
 def shown_first(results: Results) -> list[str]:

@@ -134,7 +134,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
     sentences = [f"{study.name} has other settings than in its last run: {listed(changed)}"] if changed else []
     if kept:
         name = f"{study.name}/{kept.parent.relative_to(study)}"
-        sentences.append(f"the earlier report shows other evaluations, so it was moved to {kept}; `tadistill export {name} ARM` works")
+        sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; `tadistill export {name} ARM` works")
     if sentences:
         (console or Terminal()).note(". ".join(sentences))
     write_json(path, content)

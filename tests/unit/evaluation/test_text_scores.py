@@ -1,4 +1,4 @@
-"""Scores of text: Rouge-L equals the library's, the others by hand, errors."""
+"""Scores of text: ROUGE-L equals the library's, the others by hand, errors."""
 
 import json
 import random

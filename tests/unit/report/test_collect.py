@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -257,6 +258,8 @@ def test_a_stage_that_lost_a_file_is_missing(study, name):
     assert not results.store.finished(key)
     assert [(entry.arm, entry.seed, entry.stage) for entry in results.missing] == [("chain", 20, key)]
     assert "1 of 6 evaluations are not finished: chain (seed 20)." in missing_text(results)
+    alone = replace(results, plan=replace(results.plan, arms=(replace(results.plan.arms[0], evaluate={20: key}),)))
+    assert missing_text(alone).startswith("The evaluation is not finished. `tadistill run ")
 
 
 def test_an_unknown_metric_is_an_error(study):

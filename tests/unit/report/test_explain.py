@@ -15,7 +15,7 @@ from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
 from tadistill.report.path_words import arm_words, steps
 from tadistill.results.collect import MEAN
-from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
+from tadistill.results.compare import BUCKETS, bucket_difference, bucket_sizes, bucket_title, difference
 from tadistill.results.number_text import number, summary_text
 from tadistill.results.verdict import comparisons
 from tadistill.statistics import Difference, macro_difference
@@ -115,6 +115,13 @@ def test_where_a_chain_helps(tmp_path):
     assert ("perplexity", "9.00", "11.80") in found["chain"].whole
 
 
+def test_a_range_of_lengths_without_references_has_no_row(tmp_path):
+    _, results, found = analysed(tmp_path, SMALL)
+    short = replace(results, reference_length={name: np.minimum(n, 10) for name, n in results.reference_length.items()}, kept={})
+    assert [row.where for row in found["chain"].rows if "∞" in row.where] == ["references of [11, ∞) tokens"]
+    assert [row.where for entry in analyses(short) for row in entry.rows if "∞" in row.where] == []
+
+
 def test_marks_follow_the_direction_of_the_metric():
     d = Difference(-1.0, -2.0, -0.5, 0.01, 0.4, 9.0, -1.8, -0.6)
     assert [Row(metric, "", d).mark for metric in ("rouge_l", "loss", "entropy")] == ["worse", "better", "worse"]
@@ -125,7 +132,7 @@ def test_marks_follow_the_direction_of_the_metric():
 def test_buckets_hold_the_prompts_of_their_lengths(tmp_path):
     study, results, _ = analysed(tmp_path, SMALL)
     lengths = results.reference_length
-    assert sum(bucket_size(results, "rouge_l", bucket) for bucket in BUCKETS) == 90
+    assert sum(bucket_sizes(results, "rouge_l").values()) == 90
     chosen = {name: np.flatnonzero((n >= 6) & (n <= 10)) for name, n in lengths.items()}
     pooled = []
     for arm in ("chain", "direct"):
@@ -145,7 +152,10 @@ def test_the_error_budget_in_words(tmp_path):
     assert means["reverse_kl"] == pytest.approx(means["budget/0"] + means["budget/1"] + means["budget/2"])
     added = means["budget/1"] + means["budget/2"]
     assert hops.startswith(f"KL(student ‖ teacher) is {means['reverse_kl']:.3f} [")
-    assert re.search(rf"nats/token\. {means['budget/0']:.3f} \[\S+ \S+\] of it is the distance to the last assistant m", hops)
+    assert re.search(
+        rf"nats/token\. {means['budget/0']:.3f} \[\S+ \S+\] of it is the distance to the last assistant m, which taught s\.", hops
+    )
+    assert found["long"].explanations["error of each step"][1] == "A step such as l > m is positive if s is closer to m than to l."
     assert f"The steps from xl to m add {added:.3f} [" in hops
     assert f"({100 * added / means['reverse_kl']:.0f} % of the total)" in hops
     assert [hop_text(results.arm("long").path, j) for j in (1, 2)] == ["l > m", "xl > l"]

@@ -90,7 +90,7 @@ def test_a_card_tells_a_negative_result(tmp_path):
     study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
     card = model_card(study.read(), "chain", 1, tmp_path, "out")
     assert " against direct distillation with the same compute (twin): the difference in ROUGE-L is −" in card
-    assert " Verdict: loss (p " in card
+    assert " Verdict: clearly worse (p " in card
 
 
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):

@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 
 from tadistill.charts.series import text_width
+from tadistill.cli.shared import _next_commands
 from tadistill.report.analysis import analyses
-from tadistill.report.answer import answer
-from tadistill.report.explain import cautions, needed_text
+from tadistill.report.answer import answer, next_seeds
+from tadistill.report.explain import cautions, needed_seeds, needed_text
 from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import ForestRow, _phone_lines, difference_figure, differences
 from tadistill.report.findings import _clear, against, answers, behaviour, learning, paths
 from tadistill.report.path_words import arm_words, steps, taught
 from tadistill.report.results_json import distillations
+from tadistill.report.tables import interval_method
 from tadistill.results.compare import direct_of
 from tadistill.results.curves import Curve
 from tadistill.results.number_text import number
@@ -48,7 +50,7 @@ def test_question_answer_and_headings_are_about_the_same_arm(results):
     assert re.search(
         r" The best of them, starts \(pruned from l, then taught by xl\), differs from direct distillation with the same "
         r"compute \(equal\) by \S+ points of ROUGE-L \(95 % interval \S+ to \S+\)\. The interval contains 0, so the "
-        r"difference may be chance\. The study has an 80 % chance of detecting a true difference of [\d.]+ points\.$",
+        r"difference may be chance\. A true difference below [\d.]+ points would often be missed \(power below 80 %\)\.$",
         found.answer,
     )
     assert by_importance(results)[0].arm == "starts" != comparisons(results)[0].arm
@@ -76,7 +78,7 @@ def test_other_compute_is_said(results):
     seen = replace(results, plan=replace(results.plan, seen=("dolly (test) shares all prompts with the training data",)))
     assert cautions(seen)[0] == "dolly (test) shares all prompts with the training data."
     texts = re.findall(r"<text [^>]*>([^<]*)</text>", difference_figure(results).html())
-    assert any(re.search(r"\] · loss · not equal compute$", text) for text in texts)
+    assert any(re.search(r"\] · clearly worse · not equal compute$", text) for text in texts)
     assert any(re.search(r"\] · not clear, p = 0\.\d{3}$", text) for text in texts)  # results.json has the word `no evidence`
 
 
@@ -209,10 +211,45 @@ def test_the_number_of_seeds_is_of_the_observed_size(results):
     found, (c, *_) = answer(results), by_importance(results)
     assert c.seeds_needed > 3
     size = f"a true difference of the observed size ({number(abs(c.difference.mean), 'rouge_l')} points)"
-    assert f" training seeds, the study would have an 80 % chance of detecting {size}, if scores vary between seeds" in found.next
-    shown = int(re.search(r"With about ([\d,]+) training", found.next)[1].replace(",", ""))
-    assert c.seeds_needed <= shown < 1.1 * c.seeds_needed + 1
+    assert f" training seeds would detect {size} with 80 % power, if the true variances are the observed ones." in found.next
+    shown = int(re.search(r"About ([\d,]+) training", found.next)[1].replace(",", ""))
+    assert c.seeds_needed <= shown == next_seeds(results) < 1.1 * c.seeds_needed + 1
     assert {needed_text(other) for other in comparisons(results) if other.word != "no evidence"} <= {""}
+
+
+@pytest.mark.parametrize(("gain", "seeds", "decided"), [(9.0, (1,), False), (1.0, (1, 2, 3), False), (9.0, (1, 2, 3), True)])
+def test_the_command_with_more_seeds_is_that_of_the_sentence(tmp_path, gain, seeds, decided):
+    """It used to add two seeds to any number, also if the sentence asked for another number, or for test prompts."""
+    arms = [ArmSpec("direct", ("xl", "s")), ArmSpec("chain", ("xl", "l", "s"), gain=gain, compute="1x direct")]
+    study = build_study(tmp_path, StudySpec(arms, seeds=seeds, sets={"dolly": 40}, fact_sets=()))
+    said = re.search(r"(?:at least|About) (\d+) training seeds", answer(study.read()).next)
+    assert (said is None) == decided
+    offered = [command.count(",") + 1 for command, why in _next_commands(study.read(), study.study_dir) if re.match(r"Train \d", why)]
+    assert offered == ([int(said[1])] if said else [])
+
+
+def test_more_seeds_are_not_asked_for_if_they_cannot_help(results):
+    (c, *_) = by_importance(results)
+    assert needed_seeds(replace(c, seeds_needed=None)) is None
+    assert needed_text(replace(c, seeds_needed=None)).startswith(" More training seeds alone would not detect a true difference of the ")
+    assert needed_seeds(replace(c, seeds_needed=1234)) == 1300
+
+
+def test_with_one_seed_the_report_says_that_intervals_cover_prompts_only(tmp_path):
+    arms = [ArmSpec("sft", ("s",), method="sft"), ArmSpec("kd", ("xl", "s"), gain=12)]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1,), sets={"dolly": 40}, fact_sets=())).read()
+    few = "1 seed is too few for a claim (at least 3 are needed)."
+    assert answer(results).against_sft.startswith(f"Distillation is not clearly better than plain fine-tuning (SFT, sft): {few} With ")
+    assert cautions(results)[-1].endswith("The intervals cover prompts only, not the variation between trainings.")
+    assert "t intervals over prompts, not over training seeds, of which there is one." in interval_method(results)
+
+
+def test_two_arms_have_a_difference_in_the_answer(tmp_path):
+    arms = [ArmSpec("a", ("s",), gain=-9), ArmSpec("b", ("l",))]
+    spec = StudySpec(arms, seeds=(0,), sets={"dolly": 40}, fact_sets=(), trained=False, teacher=None)
+    found = answer(build_study(tmp_path, spec).read())
+    assert found.question == "Which of 2 models is better?"
+    assert re.search(r", and clearly beats a: the difference is \+\S+ points \(95 % interval \d\S+ to \d\S+\)\.$", found.answer)
 
 
 def test_a_gain_over_fine_tuning_that_only_the_correction_removes_is_said(tmp_path):
@@ -224,7 +261,7 @@ def test_a_gain_over_fine_tuning_that_only_the_correction_removes_is_said(tmp_pa
         found,
     )
     assert re.search(
-        r" 2 of 8 such intervals \(one for each arm and kind of answer\) lie above 0\. But after correction for 8 comparisons, the "
-        r"smallest p-value is 0\.\d+, so the advantage may be chance\.$",
+        r" Of 8 such differences \(one for each arm and kind of answer\), 2 have an interval above 0, but none is clear after "
+        r"correction for 8 comparisons \(smallest p = 0\.\d+\)\.$",
         found,
     )

@@ -13,10 +13,11 @@ from tadistill.report import summary_table, write_report
 from tadistill.report.answer import answer
 from tadistill.report.explain import verdict_text
 from tadistill.report.page import arm_groups
-from tadistill.report.plain_text import side_by_side
+from tadistill.report.plain_text import pipe_table, side_by_side
 from tadistill.report.tables import interval_method
 from tadistill.results.compare import difference
 from tadistill.results.number_text import flops_text, number, parameters_text, signed
+from tadistill.results.sample_answers import samples
 from tadistill.results.verdict import comparisons
 from tadistill.text import visible
 
@@ -165,7 +166,7 @@ def test_the_answer_comes_first_everywhere(shared):
     )
     assert found.kind == "open"
     assert re.fullmatch(
-        r"Distillation through l \(chain\) is not( clearly)? better than direct distillation with the same compute \(direct-long\): "
+        r"Distillation through l \(chain\) is not clearly better or worse than direct distillation with the same compute \(direct-long\): "
         r"the difference in fact accuracy is \S+ percentage points \(95 % interval \S+ to \S+\)\. "
         r"2 seeds are too few for a claim \(at least 3 are needed\)\.",
         found.answer,
@@ -211,6 +212,26 @@ def test_conversations_side_by_side(tmp_path):
     text = " ".join(render(side_by_side(study.read(), 1), 200).split())
     assert "user: [thinking: hmm] hi" in text
     assert "[thinking: so] thus" in text
+
+
+@pytest.mark.parametrize(("template", "asked", "shown"), [("chat", "add", ["add\n\n5 + 5"]), ("chat", "", []), ("alpaca", "add", [])])
+def test_an_instruction_in_a_chat_template_is_shown_as_a_turn(tmp_path, template, asked, shown):
+    """Predictions have turns only for conversations. A row that has only a prompt is in no template."""
+    study = build_study(tmp_path, StudySpec(SMALL[:1], seeds=(1,), sets={"sums": 5}, fact_sets=()))
+    for file in study.store_dir.glob("*/*/predictions.jsonl"):
+        rows = map(json.loads, file.read_text().strip().split("\n"))
+        more = [row | {"instruction": asked or row["prompt"], "input": "5 + 5" if asked else ""} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in more))
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    plan["recipe"]["data"]["template"] = template
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    assert [turn["text"] for turn in samples(study.read())["sums"][0]["turns"]] == shown
+
+
+def test_columns_of_numbers_are_aligned_right_and_text_left():
+    body = [["a", "dolly", "▲ better", "**+0.3 [−0.1, 0.7]**", "`3f2a`", "12 s"], ["b", "mean", "○ undecided", "–", "`a1`", "not finished"]]
+    line = pipe_table(["arm", "where", "is", "difference", "stage", "time"], body).split("\n")[1]
+    assert line == "| --- | --- | --- | ---: | --- | ---: |"
 
 
 def test_models_alone_in_every_output(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from tadistill.metrics import names_in
 from tadistill.report import write_report
 from tadistill.results.number_text import DASH, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
+from tadistill.results.verdict import SHOWN
 
 from .builder import ArmSpec, StudySpec, build_study
 from .test_browser import Opened, results_of
@@ -135,7 +136,7 @@ class Numbers:
         for row in self.content["comparisons"]:
             value = f"{signed(row['mean'], self.metric, more=1)} {interval(row['low'], row['high'], self.metric, more=1)}"
             signs = f"{row['sign_flip']['p']:.3f} [{row['sign_flip']['smallest']:.3f}]"
-            verdict = f"{row['verdict']} ({row['credit']})" if row["credit"] else row["verdict"]
+            verdict = f"{SHOWN[row['verdict']]} ({row['credit']})" if row["credit"] else SHOWN[row["verdict"]]
             tests = [f"{row['p']:.4f}", f"{row['p_holm']:.4f}", signs, detectable_text(row["detectable"], self.metric, more=1)]
             found.append([f"{row['arm']} {DASH} {row['other']}", value, *tests, verdict])
         return found

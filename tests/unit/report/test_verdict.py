@@ -55,15 +55,15 @@ def test_the_numbers_of_a_comparison(tmp_path):
 @pytest.mark.parametrize(
     ("gain", "margin", "seeds", "word", "phrase"),
     [
-        (4.0, 0.3, SEEDS, "gain", "Verdict: gain (p"),
-        (-4.0, 0.3, SEEDS, "loss", "Verdict: loss (p"),
+        (4.0, 0.3, SEEDS, "gain", "Verdict: clearly better (p"),
+        (-4.0, 0.3, SEEDS, "loss", "Verdict: clearly worse (p"),
         (0.0, 4.0, SEEDS, "equivalent", "Verdict: equivalent, within the margin of ±4.0."),
         (
             0.0,
             0.01,
             SEEDS,
             "no evidence",
-            "no evidence of a gain. The interval contains 0, so the difference may be chance. The study",
+            "no evidence of a gain. The interval contains 0, so the difference may be chance. A true",
         ),
         (
             4.0,
@@ -84,7 +84,7 @@ def test_words(tmp_path, gain, margin, seeds, word, phrase):
     assert sentence.startswith(start)
     assert " points (95 % interval " in sentence
     assert phrase in sentence
-    assert "The study has an 80 % chance" not in sentence or word == "no evidence"
+    assert "would often be missed" not in sentence or word == "no evidence"
 
 
 def difference(mean, half=0.5, p=0.001):
@@ -218,7 +218,9 @@ def test_a_set_with_one_row_has_no_interval_and_decides_nothing(tmp_path):
     results = study.read()
     said = answer(results)
     assert said.kind == "open"
-    assert said.answer.endswith("ROUGE-L, but does not clearly beat s.")
+    assert said.answer.endswith(
+        "ROUGE-L, but does not clearly beat s: the difference is +3.0 points (no interval: a test set has only one prompt)."
+    )
     assert cautions(results) == [
         "one has only one row that all arms answered. How scores vary between rows is then unknown, so means with it have no interval, and "
         "nothing is claimed about them. Give it at least two rows, or leave it out."

@@ -9,7 +9,7 @@ from tadistill.charts import GREY, Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.report.figures import MANY, looks, span_axis, titled
 from tadistill.results.collect import Results, primary_metric
-from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
+from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities
 from tadistill.results.number_text import summary_text
 from tadistill.text import counted
@@ -70,12 +70,12 @@ def calibration_figures(results: Results) -> Mapping[str, Chart]:
 def length_figure(results: Results) -> Chart | None:
     """Draw ROUGE-L by the length of the reference, with 95 % intervals. For each range of lengths, the arms are side by side."""
     metric, styles = "rouge_l", looks(results)
-    buckets = [bucket for bucket in BUCKETS if bucket_size(results, metric, bucket)]
+    buckets = bucket_sizes(results, metric)
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(buckets) < 2 or not names:
         return None
     found = {name: [(i, s) for i, b in enumerate(buckets) if (s := bucket_summary(results, name, metric, b))] for name in names}
-    marks = {float(i): f"{bucket_title(b)}\n{counted(bucket_size(results, metric, b), 'prompt')}" for i, b in enumerate(buckets)}
+    marks = {float(i): f"{bucket_title(b)}\n{counted(size, 'prompt')}" for i, (b, size) in enumerate(buckets.items())}
     x = Axis(-0.5, len(buckets) - 0.5, "length of the first reference (tokens)", marks=marks, grid=False)
     y = span_axis([v for entries in found.values() for _, s in entries for v in (s.low, s.high)], titled(metric), zero=True)
     chart = Chart("figure-lengths", f"{metric_title(metric)} by length of the reference", x, y, height=260, head=24)

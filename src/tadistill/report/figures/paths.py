@@ -329,7 +329,7 @@ def budget_figures(results: Results) -> Mapping[str, Chart]:
 
 def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
     bars = budget.bars
-    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, *_) in enumerate(bars)]
+    names = [f"{name}\n{'last step' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, *_) in enumerate(bars)]
     x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
     summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term, _ in bars)
     chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name
