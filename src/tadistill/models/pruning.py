@@ -16,7 +16,6 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +115,7 @@ def depth(config: PreTrainedConfig) -> int:
     return layers
 
 
-def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:
+def prune(model: PreTrainedModel, shape: Shape, importance: Importance, layers: Sequence[int] | None = None) -> PreTrainedModel:
     """Return a new, ordinary model of the same family with the sizes of `shape`. It has copies of the kept weights. `model` is not changed.
 
     All layers keep the same channels, but each layer keeps its own neurons and heads. Kept weights keep their order and their values. As in
@@ -125,21 +124,17 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
     are kept. The new model has the same dtype and device, and is in eval mode.
 
     Args:
-        importance: the importance scores of this model. They can be None if the width stays the same.
-        layers: the layers to keep. None means the layers with the highest block influence or, without `importance`, evenly spaced layers.
+        importance: the importance scores of this model.
+        layers: the layers to keep, as many as `shape.layers`. None means the layers with the highest block influence.
 
     Raises:
-        ConfigError: the model cannot have this shape, `layers` does not have `shape.layers` entries, the shape is narrower but
-            `importance` is None, or `importance` is from another model.
+        ConfigError: the model cannot have this shape.
         ModelError: the family of the model, or one of its weights, is not supported.
     """
     check_shape(model.config, shape)
     family, have = FAMILIES[model.config.model_type], shape_of(model.config)
-    if importance is None and changes(model.config, replace(shape, layers=have.layers)) != changes(model.config, have):
-        raise ConfigError(f"pruning the width to {shape} needs importance scores; measure them on a calibration set")
-    if importance is not None:
-        _check_importance(importance, have)
-    keep = _layers(shape.layers, have.layers, importance, layers)
+    keep = keep_important(shape.layers, importance.layers) if layers is None else tuple(layers)
+    assert len(keep) == shape.layers
     config = _configured(model.config, keep)
     for name, value in changes(model.config, shape).items():
         setattr(config, name, value)
@@ -151,7 +146,7 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
         if layer is not None and layer not in keep:
             continue
         for dim, axis in enumerate(axes):
-            if importance is None or (axis == "words" and projected):
+            if axis == "words" and projected:
                 continue
             if (axis, layer) not in known:
                 known[axis, layer] = _kept(axis, layer, shape, have, importance)
@@ -278,23 +273,6 @@ def _heads(scores: Tensor, shape: Shape, have: Shape) -> tuple[Tensor, Tensor]:
     queries = [key * size + head for key in keys for head in keep_important(keep, groups[key])]
     kept_queries, kept_keys = ((torch.tensor(heads).unsqueeze(1) * shape.head_dim + inside).flatten() for heads in (queries, keys))
     return kept_queries, kept_keys
-
-
-def _layers(count: int, total: int, importance: Importance | None, layers: Sequence[int] | None) -> tuple[int, ...]:
-    if layers is not None:
-        keep = keep_list(tuple(layers), total)
-        if len(keep) != count:
-            raise ConfigError(
-                f"layers is {list(keep)} ({len(keep)} layers), but the shape has {count} layers; list {count} layers, or change the shape"
-            )
-        return keep
-    return keep_list(count, total) if importance is None else keep_important(count, importance.layers)
-
-
-def _check_importance(importance: Importance, have: Shape) -> None:
-    found = [tuple(s.shape) for s in (importance.hidden, importance.neurons, importance.heads, importance.layers)]
-    if found != [(have.hidden,), (have.layers, have.intermediate), (have.layers, have.heads), (have.layers,)]:
-        raise ConfigError("the importance scores are from a model of another shape; measure them on the model that is pruned")
 
 
 def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis, ...]]:

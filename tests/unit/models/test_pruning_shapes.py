@@ -102,23 +102,6 @@ def test_opt_whose_projections_would_vanish():
         prune(model, target("opt-350m", model), scores(model))
 
 
-def test_narrower_without_importance():
-    model = tiny("llama")
-    with pytest.raises(ConfigError, match="needs importance scores"):
-        prune(model, target("llama", model), None)
-
-
-def test_importance_of_another_model():
-    with pytest.raises(ConfigError, match="are from a model of another shape"):
-        prune(tiny("llama"), target("llama", tiny("llama")), scores(tiny("gpt2")))
-
-
-def test_layers_and_shape_disagree():
-    model = tiny("llama")
-    with pytest.raises(ConfigError, match=r"layers is \[0, 1\] \(2 layers\), but the shape has 3 layers"):
-        prune(model, shape_of(model.config), scores(model), (0, 1))
-
-
 def test_other_families_and_unknown_weights_are_refused():
     config = AutoConfig.for_model(
         "gpt_neox", vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tadistill.models.loading import load_model, save_model
 from tadistill.models.parameter_counts import size_of
 from tadistill.models.prunable_parts import Importance
-from tadistill.models.pruning import prune
+from tadistill.models.pruning import prune, prune_depth
 from tadistill.models.shapes import shape_of
 
 IDS = torch.tensor([[5, 9, 2, 30, 7, 11, 3]])
@@ -234,20 +234,19 @@ def test_one_dimension_at_a_time(kind):
 
 def test_the_full_shape_is_the_same_model(kind):
     model = tiny(kind)
-    for by in (scores(model), None):
-        pruned = prune(model, shape_of(model.config), by)
-        assert {**pruned.config.to_dict(), "dtype": None} == {**model.config.to_dict(), "dtype": None}
-        assert all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), model.state_dict().values(), strict=True))
-        assert torch.equal(logits(pruned), logits(model))
-        assert not {p.data_ptr() for p in pruned.parameters()} & {p.data_ptr() for p in model.parameters()}
+    pruned = prune(model, shape_of(model.config), scores(model))
+    assert {**pruned.config.to_dict(), "dtype": None} == {**model.config.to_dict(), "dtype": None}
+    assert all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), model.state_dict().values(), strict=True))
+    assert torch.equal(logits(pruned), logits(model))
+    assert not {p.data_ptr() for p in pruned.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
-def test_layers_are_the_most_important_or_evenly_spaced_or_those_asked_for(kind):
+def test_layers_are_the_most_important_or_those_asked_for(kind):
     model = tiny(kind)
     by = dataclasses.replace(scores(model), layers=torch.tensor([0.1, 0.9, 0.5], dtype=torch.float64))
     want = dataclasses.replace(shape_of(model.config), layers=2)
-    for measured, layers, kept in ((by, None, (1, 2)), (None, None, (0, 2)), (by, (0, 1), (0, 1))):
-        assert torch.equal(logits(prune(model, want, measured, layers)), logits(prune(model, want, None, kept)))
+    for layers, kept in ((None, (1, 2)), ((0, 1), (0, 1))):
+        assert torch.equal(logits(prune(model, want, by, layers)), logits(prune_depth(model, kept)))
 
 
 def test_ties_stay(kind):
