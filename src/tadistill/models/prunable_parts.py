@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from tadistill.errors import ConfigError, DataError, ModelError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.models.forward import evaluating
 from tadistill.models.shapes import PRUNABLE, shape_of
 
@@ -168,10 +168,8 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
 
     Raises:
         ModelError: the model's family cannot be pruned in width, or its activations are not finite.
-        DataError: there are no sequences, or a sequence is empty, too long, or has ids outside the vocabulary.
     """
     shape = shape_of(model.config)
-    _check_sequences(model, sequences)
     ordered = sorted(sequences, key=len)  # puts sequences of similar length into one batch
     sums = _Sums(shape.layers, shape.heads)
     with torch.no_grad(), evaluating(model), _recorded(model, sums):
@@ -252,16 +250,3 @@ def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
                 hooks.callback(layer.get_submodule(name).register_forward_pre_hook(partial(sums.inputs_of, kind, i)).remove)
             hooks.callback(layer.register_forward_hook(partial(sums.block, i)).remove)
         yield
-
-
-def _check_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
-    if not sequences:
-        raise DataError("the calibration set has no sequences; give at least one sequence, or some hundreds for a stable ranking")
-    positions, words = model.config.max_position_embeddings, model.config.vocab_size
-    for number, row in enumerate(sequences):
-        if not 1 <= len(row) <= positions:
-            raise DataError(f"sequence {number} of the calibration set has {len(row)} tokens; give it 1 to {positions} tokens")
-        if min(row) < 0 or max(row) >= words:
-            raise DataError(
-                f"sequence {number} of the calibration set has token ids outside 0 to {words - 1}; use the model's own tokenizer"
-            )

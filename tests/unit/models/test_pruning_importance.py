@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.unit.models.test_pruning_width import KINDS, logits, tiny
 
-from tadistill.errors import ConfigError, DataError, ModelError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.models.prunable_parts import importance, keep_important
 from tadistill.models.pruning import prune
 from tadistill.models.shapes import shape_of
@@ -177,21 +177,6 @@ def test_highest_scores_in_ascending_order_and_of_equals_the_first():
     for count in (0, 4):
         with pytest.raises(ConfigError, match=f"pruning cannot keep {count} of 3 parts; write a number from 1 to 3"):
             keep_important(count, torch.ones(3))
-
-
-@pytest.mark.parametrize(
-    ("sequences", "message"),
-    [
-        ([], "the calibration set has no sequences"),
-        ([[1], []], "sequence 1 of the calibration set has 0 tokens; give it 1 to 32 tokens"),
-        ([[1] * 33], "sequence 0 of the calibration set has 33 tokens"),
-        ([[1, 32]], "sequence 0 of the calibration set has token ids outside 0 to 31"),
-        ([[-1]], "token ids outside 0 to 31"),
-    ],
-)
-def test_bad_calibration_sets(sequences, message):
-    with pytest.raises(DataError, match=message):
-        importance(tiny("llama"), sequences)
 
 
 def test_activations_that_are_not_finite():
