@@ -43,10 +43,18 @@ _FULL = (
 the libraries of NVIDIA, NCCL and the allocator of the CPU raise other errors."""
 
 
+def check_type(kind: Any, model: str) -> None:
+    """Raise a ModelError if a type of transformers, as config.json names it, is not one of the models that can be distilled."""
+    if str(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refusal(model, kind, "is not a causal language model of this version of transformers")
+    if kind in REFUSED:
+        raise refusal(model, kind, REFUSED[kind])
+
+
 def check_architecture(config: PreTrainedConfig, model: str) -> None:
     """Raise a ModelError if models with this configuration cannot be distilled. The message names the model and its type."""
     kind = config.model_type
-    _check_type(kind, model)
+    check_type(kind, model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ModelError(f"the configuration of model `{model}` has {layers} layers; write at most {_MOST_LAYERS}")
@@ -58,34 +66,6 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
     if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):
         flag = "causal" if hasattr(config, "causal") else "is_decoder"
         raise refusal(model, kind, f'{BOTH} unless its config.json has "{flag}": true')
-
-
-def check_config(config: Mapping[str, Any], model: str) -> None:
-    """Check the content of a config.json as `check_architecture` does, and check that transformers can build a model from it.
-
-    Raises:
-        ModelError: the architecture cannot be distilled, the content is not valid, or a package that the model needs is missing.
-    """
-    if config.get("auto_map") and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"model `{model}` needs Python code of its own (auto_map in config.json), which tadistill never runs; use a model with an "
-            "architecture of transformers"
-        )
-    _check_type(config.get("model_type"), model)
-    with quiet():
-        try:
-            read = AutoConfig.for_model(**config)
-            check_architecture(read, model)
-            build_on_meta(read)
-        except ModelError:
-            raise
-        except Exception as error:  # the code of a model family can raise any error
-            if why := wrong_field(error, config):
-                raise ModelError(f"config.json of model `{model}`: {why}") from error
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"transformers cannot build model `{model}` from its config.json ({reason or type(error).__name__}); correct config.json"
-            ) from error
 
 
 def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
@@ -107,13 +87,6 @@ def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((f"{name}.{inner}", found) for inner, found in _fields(value))
         elif isinstance(value, str):
             yield name, value
-
-
-def _check_type(kind: Any, model: str) -> None:
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise refusal(model, kind, "is not a causal language model of this version of transformers")
-    if kind in REFUSED:
-        raise refusal(model, kind, REFUSED[kind])
 
 
 # --- models with random weights ---------------------------------------------------------------------------------------

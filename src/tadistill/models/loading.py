@@ -34,7 +34,16 @@ from tadistill.data import tinyworld
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.architectures import check_architecture, first_line, is_full, quiet, scratch_config, scratch_model, wrong_field
+from tadistill.models.architectures import (
+    check_architecture,
+    check_type,
+    first_line,
+    is_full,
+    quiet,
+    scratch_config,
+    scratch_model,
+    wrong_field,
+)
 from tadistill.models.model_files import check_files, read_description, read_or_empty
 from tadistill.models.tokens import check_ends, end_tokens
 from tadistill.text import counted, form
@@ -160,7 +169,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
         except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
             _refuse_code(directory, load, error)
             if (directory / "config.json").is_file():
-                _check_config(directory, load)
+                read_config(directory, load)
             if not any((directory / name).is_file() for name in _VOCABULARIES):
                 raise ModelError(
                     f"model `{load}` has no tokenizer (tokenizer.json); save its tokenizer into the same directory, or set `tokenizer:`"
@@ -195,21 +204,18 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
             distilled.
     """
     check_files(directory, load)
+    config = read_config(directory, load)
     options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
     with quiet():
         try:
-            check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
             # returns weights of a wrong size in a list. By default, transformers only logs them, and `quiet` hides this log
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(directory), trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-        except ModelError:
-            raise
         except Exception as error:  # a damaged file can make transformers raise any error
             if is_full(error):
                 raise
-            _refuse_code(directory, load, error)
-            _refuse_field(directory, load, error)
+            _refuse_field(config.to_dict(), load, error)
             fix = "install it" if isinstance(error, ImportError) else "download it again"
             raise ModelError(f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); {fix}") from error
     model, info = loaded
@@ -257,22 +263,29 @@ def _layers(unexpected: Collection[str]) -> list[str]:
     return sorted(key for key in unexpected if (found := _LAYER.fullmatch(key)) and re.search(r"(layers|h|blocks?)\.$", found[1]))
 
 
-def _check_config(directory: Path, load: str) -> None:
+def read_config(directory: Path, load: str) -> PreTrainedConfig:
+    """Read the config.json of a model. `load` is the name of the model in error messages.
+
+    Raises:
+        ModelError: the file cannot be read, or models of its type need code of their own or cannot be distilled.
+    """
+    described = read_description(directory / "config.json", load)
     try:
-        AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        with quiet():
+            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # any error, as in `read_model`
-        _refuse_field(directory, load, error)
+        _refuse_code(directory, load, error)
+        _refuse_field(described, load, error)
+        check_type(described.get("model_type"), load)
         raise ModelError(
             f"config.json of model `{load}` cannot be read ({first_line(error)}); correct the file, or download the model again"
         ) from error
+    check_architecture(config, load)
+    return config
 
 
-def _refuse_field(directory: Path, load: str, error: Exception) -> None:
-    try:
-        why = wrong_field(error, read_description(directory / "config.json", load))
-    except ModelError:  # the file is damaged, as `error` says
-        return
-    if why:
+def _refuse_field(config: Mapping[str, Any], load: str, error: Exception) -> None:
+    if why := wrong_field(error, config):
         raise ModelError(f"config.json of model `{load}`: {why}") from error
 
 

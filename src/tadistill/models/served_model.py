@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tadistill.config.remote import Serve
 from tadistill.data import hub
 from tadistill.errors import ModelError, ServerFailed
 from tadistill.models import sources
-from tadistill.models.architectures import build_on_meta, check_architecture, first_line, quiet, scratch_model
+from tadistill.models.architectures import build_on_meta, first_line, quiet, scratch_model
 from tadistill.models.forward import Reader, logit_changes, output_head
-from tadistill.models.model_files import is_adapter, read_description, weight_map
+from tadistill.models.loading import read_config
+from tadistill.models.model_files import is_adapter, weight_map
 from tadistill.models.served_model_requests import Answer, Broken, Refused, Servers
 from tadistill.models.teachers import (
     COMPLETIONS,
@@ -85,14 +86,7 @@ def fetch_config(load: str, revision: str) -> PreTrainedConfig:
     """
     directory = sources.fetch(load, revision, weights=False)
     assert directory is not None
-    read_description(directory / "config.json", load)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # a damaged file can make transformers raise any error
-        raise ModelError(f"config.json of model `{load}` cannot be read ({first_line(error)}); correct it") from error
-    check_architecture(config, load)
-    return config
+    return read_config(directory, load)
 
 
 def fetch_head(load: str, revision: str) -> Path:

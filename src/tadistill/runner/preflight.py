@@ -16,15 +16,15 @@ from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import MEAN
-from tadistill.models.architectures import check_config, check_scratch, scratch_config
+from tadistill.models.architectures import check_scratch, scratch_config
 from tadistill.models.flops_and_memory import available_memory, check_memory
 from tadistill.models.forward import check_packing
-from tadistill.models.loading import check_model, load_tokenizer
+from tadistill.models.loading import check_model, load_tokenizer, read_config
 from tadistill.models.pruning import check_depth, depth
 from tadistill.models.served_model import fetch_config, head_shape
+from tadistill.models.sources import description_file
 from tadistill.models.tokens import check_same_tokenizer, vocabulary
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
@@ -179,8 +179,8 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
         config = fetch_config(root.load, root.revision)
         rows = head_shape(config)[0]
     else:
-        if described := Ledger(recipe).config(_root(recipe, name)):
-            check_config(described, name)
+        if described := description_file(root.load, root.revision):
+            read_config(described.parent, root.load)  # before its weights are downloaded
         read: Any = check_model(root.load, root.revision)
         config, rows = read.config, read.get_input_embeddings().weight.shape[0]
     _pruned(recipe, name, config)
