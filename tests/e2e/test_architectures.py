@@ -10,9 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import forward
-from tadistill.models.architectures import build_on_meta, check_architecture
+from tadistill.models.architectures import build_on_meta, check_architecture, read_config
 from tadistill.models.forward import check_reading
-from tadistill.models.loading import load_model, read_config, save_model
+from tadistill.models.loading import load_model, save_model
 from tadistill.models.pruning import _pruned, _stack, check_depth
 from tadistill.models.shapes import ENCODERS, REFUSED
 

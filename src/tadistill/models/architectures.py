@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from tadistill.errors import ConfigError, ModelError, TadistillError, did_you_mean, did_you_mean_then
+from tadistill.models.model_files import read_description
 from tadistill.models.shapes import BOTH, ENCODERS, REFUSED, check_new, refusal
 from tadistill.models.tokens import vocabulary
 
@@ -43,18 +45,10 @@ _FULL = (
 the libraries of NVIDIA, NCCL and the allocator of the CPU raise other errors."""
 
 
-def check_type(kind: Any, model: str) -> None:
-    """Raise a ModelError if a type of transformers, as config.json names it, is not one of the models that can be distilled."""
-    if str(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise refusal(model, kind, "is not a causal language model of this version of transformers")
-    if kind in REFUSED:
-        raise refusal(model, kind, REFUSED[kind])
-
-
 def check_architecture(config: PreTrainedConfig, model: str) -> None:
     """Raise a ModelError if models with this configuration cannot be distilled. The message names the model and its type."""
     kind = config.model_type
-    check_type(kind, model)
+    _check_type(kind, model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ModelError(f"the configuration of model `{model}` has {layers} layers; write at most {_MOST_LAYERS}")
@@ -68,7 +62,48 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
         raise refusal(model, kind, f'{BOTH} unless its config.json has "{flag}": true')
 
 
-def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
+def read_config(directory: Path, load: str) -> PreTrainedConfig:
+    """Read the config.json of a model. `load` is the name of the model in error messages.
+
+    Raises:
+        ModelError: the file cannot be read, or models of its type need code of their own or cannot be distilled.
+    """
+    described = read_description(directory / "config.json", load)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # a damaged file can make transformers raise any error
+        refuse_code(directory, load, error)
+        refuse_field(described, load, error)
+        _check_type(described.get("model_type"), load)
+        raise ModelError(
+            f"config.json of model `{load}` cannot be read ({first_line(error)}); correct the file, or download the model again"
+        ) from error
+    check_architecture(config, load)
+    return config
+
+
+def refuse_field(config: Mapping[str, Any], load: str, error: Exception) -> None:
+    """Raise a ModelError if a field of the configuration caused an error of transformers."""
+    if why := _wrong_field(error, config):
+        raise ModelError(f"config.json of model `{load}`: {why}") from error
+
+
+def refuse_code(directory: Path, load: str, error: Exception) -> None:
+    """Raise a ModelError if an error of transformers says that the files of a model need code of their own."""
+    if "trust_remote_code" not in str(error):
+        return
+    found = [read_description(directory / name, load).get("auto_map") for name in ("config.json", "tokenizer_config.json")
+             if (directory / name).is_file()]  # fmt: skip
+    parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
+    named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
+    raise ModelError(
+        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which tadistill never runs; use a model with an "
+        "architecture of transformers, or check this code, and register it with transformers in a package of your own"
+    ) from error
+
+
+def _wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
     """Return a sentence about the configuration field that caused an error of transformers, with the fix. Return None if the field is not
     known."""
     if found := re.search(r"Field '(\w+)' with value (.{1,80}) doesn't match any type", str(error)):
@@ -87,6 +122,13 @@ def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((f"{name}.{inner}", found) for inner, found in _fields(value))
         elif isinstance(value, str):
             yield name, value
+
+
+def _check_type(kind: Any, model: str) -> None:
+    if str(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refusal(model, kind, "is not a causal language model of this version of transformers")
+    if kind in REFUSED:
+        raise refusal(model, kind, REFUSED[kind])
 
 
 # --- models with random weights ---------------------------------------------------------------------------------------
@@ -211,7 +253,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 def _reason(error: Exception, fields: Mapping[str, Any]) -> str:
     # errors of strict dataclasses have two lines, and the second line is the reason
     last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
-    return wrong_field(error, fields) or f"{last}; correct it"
+    return _wrong_field(error, fields) or f"{last}; correct it"
 
 
 # --- what transformers and torch say ------------------------------------------------------------------------------------

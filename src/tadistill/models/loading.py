@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -34,17 +33,8 @@ from tadistill.data import tinyworld
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.architectures import (
-    check_architecture,
-    check_type,
-    first_line,
-    is_full,
-    quiet,
-    scratch_config,
-    scratch_model,
-    wrong_field,
-)
-from tadistill.models.model_files import check_files, read_description, read_or_empty
+from tadistill.models.architectures import first_line, is_full, quiet, read_config, refuse_code, refuse_field, scratch_config, scratch_model
+from tadistill.models.model_files import check_files, read_or_empty
 from tadistill.models.tokens import check_ends, end_tokens
 from tadistill.text import counted, form
 
@@ -167,7 +157,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
         try:
             tokenizer = _tokenizer_of(directory)
         except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
-            _refuse_code(directory, load, error)
+            refuse_code(directory, load, error)
             if (directory / "config.json").is_file():
                 read_config(directory, load)
             if not any((directory / name).is_file() for name in _VOCABULARIES):
@@ -215,7 +205,7 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
         except Exception as error:  # a damaged file can make transformers raise any error
             if is_full(error):
                 raise
-            _refuse_field(config.to_dict(), load, error)
+            refuse_field(config.to_dict(), load, error)
             fix = "install it" if isinstance(error, ImportError) else "download it again"
             raise ModelError(f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); {fix}") from error
     model, info = loaded
@@ -261,45 +251,6 @@ def _check_finite(model: PreTrainedModel, load: str) -> None:
 
 def _layers(unexpected: Collection[str]) -> list[str]:
     return sorted(key for key in unexpected if (found := _LAYER.fullmatch(key)) and re.search(r"(layers|h|blocks?)\.$", found[1]))
-
-
-def read_config(directory: Path, load: str) -> PreTrainedConfig:
-    """Read the config.json of a model. `load` is the name of the model in error messages.
-
-    Raises:
-        ModelError: the file cannot be read, or models of its type need code of their own or cannot be distilled.
-    """
-    described = read_description(directory / "config.json", load)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # any error, as in `read_model`
-        _refuse_code(directory, load, error)
-        _refuse_field(described, load, error)
-        check_type(described.get("model_type"), load)
-        raise ModelError(
-            f"config.json of model `{load}` cannot be read ({first_line(error)}); correct the file, or download the model again"
-        ) from error
-    check_architecture(config, load)
-    return config
-
-
-def _refuse_field(config: Mapping[str, Any], load: str, error: Exception) -> None:
-    if why := wrong_field(error, config):
-        raise ModelError(f"config.json of model `{load}`: {why}") from error
-
-
-def _refuse_code(directory: Path, load: str, error: Exception) -> None:
-    if "trust_remote_code" not in str(error):
-        return
-    found = [read_description(directory / name, load).get("auto_map") for name in ("config.json", "tokenizer_config.json")
-             if (directory / name).is_file()]  # fmt: skip
-    parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
-    named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
-    raise ModelError(
-        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which tadistill never runs; use a model with an "
-        "architecture of transformers, or check this code, and register it with transformers in a package of your own"
-    ) from error
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------------------

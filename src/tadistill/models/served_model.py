@@ -21,9 +21,8 @@ from tadistill.config.remote import Serve
 from tadistill.data import hub
 from tadistill.errors import ModelError, ServerFailed
 from tadistill.models import sources
-from tadistill.models.architectures import build_on_meta, first_line, quiet, scratch_model
+from tadistill.models.architectures import build_on_meta, first_line, quiet, read_config, scratch_model
 from tadistill.models.forward import Reader, logit_changes, output_head
-from tadistill.models.loading import read_config
 from tadistill.models.model_files import is_adapter, weight_map
 from tadistill.models.served_model_requests import Answer, Broken, Refused, Servers
 from tadistill.models.teachers import (

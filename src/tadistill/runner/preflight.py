@@ -16,10 +16,10 @@ from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import MEAN
-from tadistill.models.architectures import check_scratch, scratch_config
+from tadistill.models.architectures import check_scratch, read_config, scratch_config
 from tadistill.models.flops_and_memory import available_memory, check_memory
 from tadistill.models.forward import check_packing
-from tadistill.models.loading import check_model, load_tokenizer, read_config
+from tadistill.models.loading import check_model, load_tokenizer
 from tadistill.models.pruning import check_depth, depth
 from tadistill.models.served_model import fetch_config, head_shape
 from tadistill.models.sources import description_file

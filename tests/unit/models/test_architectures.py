@@ -7,8 +7,8 @@ import pytest
 from tests.families import tiny_config
 
 from tadistill.errors import ModelError
-from tadistill.models.architectures import count_parameters, scratch_config
-from tadistill.models.loading import check_model, load_model, read_config
+from tadistill.models.architectures import count_parameters, read_config, scratch_config
+from tadistill.models.loading import check_model, load_model
 from tadistill.models.model_files import read_description
 from tadistill.models.shapes import REFUSED
 
