@@ -13,10 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Type
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tadistill.config.common import Strict
-from tadistill.config.method import PARTS, MethodName, MethodPatch, Phases, WithMethod
-from tadistill.config.method_parts import Dense, Ema, Optim, Select, TeacherContext
-from tadistill.config.objective import Objective
-from tadistill.config.sampling import Sampler
+from tadistill.config.method import Changes, MethodName, Phases
 
 _AND, _ON = " + ", " on "
 
@@ -188,7 +185,7 @@ class Published(Strict):
     """Maps the name of a test set to the published ROUGE-L."""
 
 
-class Arm(WithMethod):
+class Arm(Changes):
     """A path of models in which each model teaches the next one, with the training method.
 
     `xl > l > s` means two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` means that s first learns from l, and then
@@ -209,20 +206,6 @@ class Arm(WithMethod):
     method: MethodName | None = Field(default=None, exclude=True)
     """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler of this arm."""
     # None once it is applied
-    objective: Objective | None = None
-    """Changes to the recipe's `method.objective` for this arm. If the `type` differs, this objective replaces the recipe's objective."""
-    sampler: Sampler | None = None
-    """Changes to the recipe's `method.sampler` for this arm. If the `type` differs, this sampler replaces the recipe's sampler."""
-    optim: Optim | None = None
-    """Changes to the recipe's `method.optim` for this arm."""
-    select: Select | None = None
-    """Changes to the recipe's `method.select` for this arm."""
-    dense: Dense | None = None
-    """Changes to the recipe's `method.dense` for this arm."""
-    context: TeacherContext | None = None
-    """Changes to the recipe's `method.context` for this arm. A path such as `s > s`, in which a model teaches itself, needs a context."""
-    ema: Ema | None = None
-    """Replaces the recipe's `method.ema` for this arm."""
     phases: Phases | None = None
     """Phases of each distillation of this arm, one after the other. They replace the phases of the recipe's `method`. `[]` means no
     phases."""
@@ -338,8 +321,3 @@ class Arm(WithMethod):
     @property
     def text(self) -> str:
         return " then ".join(map(path_text, self.path))
-
-    @property
-    def patch(self) -> MethodPatch:
-        """This arm's changes to the recipe's method."""
-        return MethodPatch(**{part: getattr(self, part) for part in PARTS}, phases=self.phases)

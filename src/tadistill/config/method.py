@@ -89,7 +89,31 @@ class Sft(Strict):
     are used."""
 
 
-class Phase(WithMethod):
+class Changes(WithMethod):
+    """Base class of the parts of a recipe that change its method."""
+
+    objective: Objective | None = None
+    """Changes to `method.objective`. If the `type` differs, this objective replaces that of `method`."""
+    sampler: Sampler | None = None
+    """Changes to `method.sampler`. If the `type` differs, this sampler replaces that of `method`."""
+    optim: Optim | None = None
+    """Changes to `method.optim`. A phase cannot change `steps` and `epochs`."""
+    select: Select | None = None
+    """Changes to `method.select`."""
+    dense: Dense | None = None
+    """Changes to `method.dense`."""
+    context: TeacherContext | None = None
+    """Changes to `method.context`. A path such as `s > s`, in which a model teaches itself, needs a context."""
+    ema: Ema | None = None
+    """Replaces `method.ema`. In a phase, the average begins with the student's weights at the start of the phase."""
+
+    @property
+    def patch(self) -> "MethodPatch":
+        """The changes alone, without other keys of an arm or a phase."""
+        return MethodPatch(**{part: getattr(self, part) for part in (*PARTS, "phases") if part in type(self).model_fields})
+
+
+class Phase(Changes):
     """A part of a distillation with its own method and its own share of the updates. `NAME` is short for `{method: NAME}`.
 
     A student passes the phases one after the other. Each phase starts from the final weights of the phase before, with a new optimizer and
@@ -102,20 +126,6 @@ class Phase(WithMethod):
     """Name of a published method, such as `seqkd`, or of an entry of `methods`."""  # None once it is applied
     share: float | None = Field(default=None, gt=0, le=1)
     """Share of the updates of the whole distillation. The shares of all phases add up to 1. By default, all phases have equal shares."""
-    objective: Objective | None = None
-    """Changes to `objective` in this phase. If the `type` differs, this objective replaces that of the whole distillation."""
-    sampler: Sampler | None = None
-    """Changes to `sampler` in this phase. If the `type` differs, this sampler replaces that of the whole distillation."""
-    optim: Optim | None = None
-    """Changes to `optim` in this phase, without `steps` and `epochs`."""
-    select: Select | None = None
-    """Changes to `select` in this phase."""
-    dense: Dense | None = None
-    """Changes to `dense` in this phase."""
-    context: TeacherContext | None = None
-    """Changes to `context` in this phase."""
-    ema: Ema | None = None
-    """Replaces `ema` in this phase. The average begins with the student's weights at the start of the phase."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -125,11 +135,6 @@ class Phase(WithMethod):
                 "the `share` of the phase"
             )
         return self
-
-    @property
-    def patch(self) -> "MethodPatch":
-        """This phase's changes to the settings of the whole distillation."""
-        return MethodPatch(**{part: getattr(self, part) for part in PARTS})
 
 
 def _whole(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
@@ -151,7 +156,7 @@ Phases = Annotated[tuple[Phase, ...], AfterValidator(_whole)]
 """Phases of a distillation, whose shares add up to 1."""
 
 
-class MethodPatch(WithMethod):
+class MethodPatch(Changes):
     """Settings of a method, all optional. They change the recipe's method for one model, or define a method with a name of your own
     (`methods`). `NAME` is short for `{name: NAME}`."""
 
@@ -159,20 +164,6 @@ class MethodPatch(WithMethod):
     name: MethodName | None = Field(default=None, exclude=True)
     """Name of a published method, such as `gkd`, or of an entry of `methods`. It sets the objective and the sampler. Other keys beside
     `name` change these settings."""  # None once it is applied
-    objective: Objective | None = None
-    """Changes to the recipe's `method.objective`. If the `type` differs, this objective replaces the recipe's objective."""
-    sampler: Sampler | None = None
-    """Changes to the recipe's `method.sampler`. If the `type` differs, this sampler replaces the recipe's sampler."""
-    optim: Optim | None = None
-    """Changes to the recipe's `method.optim`."""
-    select: Select | None = None
-    """Changes to the recipe's `method.select`."""
-    dense: Dense | None = None
-    """Changes to the recipe's `method.dense`."""
-    context: TeacherContext | None = None
-    """Changes to the recipe's `method.context`."""
-    ema: Ema | None = None
-    """Replaces the recipe's `method.ema`."""
     phases: Phases | None = None
     """Phases of the distillation, one after the other. They replace the phases of the recipe's `method`. `[]` means no phases."""
 
