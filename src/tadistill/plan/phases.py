@@ -72,9 +72,8 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
                 raise ValueError(
                     "objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`"
                 )
-        if not method.phases:
-            return [PlannedPhase(_scaled(stages, method, scale, arm), 1.0)]
-        _check_effects(recipe, model, arm, method)
+        if method.phases:
+            _check_effects(recipe, model, arm, method)
         return _divided(stages, method, scale, arm)
     except (NotHere, DataError, ModelError):  # not an error of this arm alone
         raise
@@ -82,35 +81,25 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
         raise ConfigError(f"arms.{name}: {error}") from error
 
 
-def _scaled(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> Method:
-    optim = stages.with_steps(method.optim)
-    assert optim.steps is not None
-    steps, every, warmup = optim.steps, method.select.every, optim.warmup
-    if scale != 1.0:
-        unit = method.round_updates
-        steps = max(unit, round(optim.steps * scale / unit) * unit)
-        every = max(1, round(every * steps / optim.steps))  # a longer run must not have more checkpoints to select from
-        if arm.like and arm.like[0]:
-            warmup = round(warmup * steps / optim.steps)
-    return _with_updates(method, steps, every, warmup)
-
-
 def _divided(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> list[PlannedPhase]:
     whole = stages.with_steps(method.optim).steps
     assert whole is not None
-    if len(method.phases or ()) > whole:
+    parts = phases_of(method)
+    if len(parts) > whole:
         raise ConfigError(
-            f"`phases` has {len(method.phases or ())} phases, but the training has {counted(whole, 'update')}, so a phase would have no "
+            f"`phases` has {len(parts)} phases, but the training has {counted(whole, 'update')}, so a phase would have no "
             "update; raise `optim.steps`, or remove phases"
         )
     found: list[PlannedPhase] = []
     wanted, done = 0.0, 0
-    for phase, (of_phase, share) in zip(method.phases or (), phases_of(method), strict=True):
+    for phase, (of_phase, share) in zip(method.phases or (None,), parts, strict=True):
         wanted += whole * scale * share
         unit = of_phase.round_updates
         steps = max(unit, round((wanted - done) / unit) * unit)
+        if phase is None and scale == 1.0:
+            steps = whole  # which may end within a round
         done += steps
-        own = phase.select is not None and "every" in phase.select.model_fields_set
+        own = phase is not None and phase.select is not None and "every" in phase.select.model_fields_set
         every = max(1, round(of_phase.select.every * steps / (whole * share if own else whole)))  # as many checkpoints as without phases
         warmup = of_phase.optim.warmup
         if arm.like and arm.like[0]:
