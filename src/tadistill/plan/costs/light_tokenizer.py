@@ -4,7 +4,6 @@ Texts are split into tokens with tokenizer.json. If this file is not on the disk
 are written with the model's chat template if it is on the disk, or else as ChatML.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.data import World
-from tadistill.data import tinyworld
 from tadistill.data.encoding_rules import Rules
-from tadistill.data.tinyworld import TOKENIZERS, WORDS, backend
+from tadistill.data.tinyworld import TOKENIZERS, backend
 from tadistill.models import sources, tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNKNOWN = -2
-_WORD = r"\S+|\n"  # a token of tinyworld's words
 _CHATML = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['reasoning_content'] }}"
     "{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
@@ -39,11 +36,8 @@ class StandIn:
         loaded = [model for model in recipe.models.values() if model.load]  # models that teach each other share their tokenizer
         first, world = loaded[0], recipe.data.world
         self._source = first.load, first.tokenizer_source, first.revision, world.seed, world.people
-        self._words: set[str] | None = None  # splits texts without `tokenizers`, which loads slowly
-        if first.tokenizer_source == WORDS:
-            self._words = {*tinyworld.words(seed=world.seed, people=world.people), *tinyworld.SPECIALS}
         self._backend = backend = _backend(first, world)
-        self.known = backend is not None or self._words is not None
+        self.known = backend is not None
         """True if the study's tokenizer is on this disk."""
         unknown = getattr(backend.model, "unk_token", None) if backend else None
         self._unknown = backend.token_to_id(unknown) if backend and unknown else None
@@ -67,8 +61,6 @@ class StandIn:
     def ids(self, texts: list[str]) -> list[list[Any]]:
         """Split each text into tokens. Their type does not matter, because they are only counted and compared. A piece of text that has no
         token becomes UNKNOWN."""
-        if self._words is not None:
-            return [[word if word in self._words else UNKNOWN for word in re.findall(_WORD, text)] for text in texts]
         if self._backend is None:
             return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]
         found = self._backend.encode_batch(texts, add_special_tokens=False)
@@ -78,8 +70,6 @@ class StandIn:
         """Return the position at which each token of a text ends, in characters from the start of the text."""
         if self._backend:
             return [end for _, end in self._backend.encode(text, add_special_tokens=False).offsets]
-        if self.known:
-            return [match.end() for match in re.finditer(_WORD, text)]
         return [min(k + 4, len(text)) for k in range(0, len(text), 4)]
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
@@ -97,7 +87,7 @@ def _backend(model: ModelConfig, world: World) -> "Tokenizer | None":
     source = model.tokenizer_source
     assert source is not None
     if source in TOKENIZERS:
-        return None if source == WORDS else backend(source, seed=world.seed, people=world.people)
+        return backend(source, seed=world.seed, people=world.people)
     directory = sources.locate(source, model.revision, weights=False)
     return _from_file(directory / "tokenizer.json") if directory and (directory / "tokenizer.json").is_file() else None
 
