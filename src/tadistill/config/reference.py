@@ -165,17 +165,13 @@ def meaning(model: type[BaseModel], field: str) -> str:
 
 def classes(annotation: Any) -> list[type[BaseModel]]:
     """Return the configuration classes that the type annotation of a field contains."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [cls for part in typing.get_args(annotation) for cls in classes(part)]
+    return [cls for cls, _ in _children(annotation)]
 
 
 def named_classes(annotation: Any) -> list[type[BaseModel]]:
     """Return the configuration classes in a type annotation that are values of a dict. In a recipe, each object of such a class has a name,
     which is its key in the dict. For example, each model in `models` has a name."""
-    if typing.get_origin(annotation) is dict:
-        return classes(annotation)
-    return [cls for part in typing.get_args(annotation) for cls in named_classes(part)]
+    return [cls for cls, named in _children(annotation) if named]
 
 
 def tag(model: type[BaseModel]) -> str:
