@@ -248,7 +248,7 @@ class Data(Strict):
         if isinstance(train, dict) and len(train) == 1:
             raise ValueError(f"`{next(iter(train))}` is the only set; write its keys directly below `train`, without a name and a weight")
         for name in train if isinstance(train, dict) else ():
-            if f" {name} ".strip() != name or any(sign in f" {name} " for sign in (" + ", ">", " then ")):
+            if any(sign in f" {name} " for sign in (" + ", ">", " then ")):
                 raise ValueError(
                     f"`{name}` cannot be used in a path, because paths are written with `+`, `>` and `then`; choose another name"
                 )

@@ -3,7 +3,7 @@
 import runpy
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import pytest
 import tokenizers
@@ -156,39 +156,6 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
     assert work.pairs == 2 * 25 + 6 + 7 + 8
     lazy = passes.lazy_sampling(Texts(((3, 1), (5, 4)), 2), chunk=2, count=2)
     assert (lazy.positions, lazy.heads) == (3 + 5 + 3, 5)
-
-
-def test_predictions_and_the_code_that_runs_read_the_same_constants():
-    from tadistill.models import flops_and_memory
-    from tadistill.objectives import tiles
-    from tadistill.plan.costs import ledger, sizes_and_lengths, training
-    from tadistill.rollout import engine, recorded_signals, teacher_mixed_fast
-    from tadistill.stages import teacher
-    from tadistill.train import loop, monitoring
-
-    assert passes.COMPACT_BELOW == engine.COMPACT_BELOW == teacher_mixed_fast.COMPACT_BELOW
-    assert sizes_and_lengths.PACKED_FAMILIES == teacher_mixed_fast.PACKED_FAMILIES
-    assert (flops_and_memory.TILE_BYTES, flops_and_memory.TILE_ROWS, flops_and_memory.OBJECTIVE) == (
-        tiles.TILE_BYTES,
-        tiles.TILE_ROWS,
-        tiles.OBJECTIVE,
-    )
-    assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, recorded_signals.RECORDING_BATCH)
-    assert (training.LOG_POINTS, training.WATCH_EVERY) == (loop.LOG_POINTS, loop.WATCH_EVERY)
-    assert training.WATCHED_ROWS == monitoring.WATCHED_ROWS
-
-
-class Invented(StudentSampler):
-    """A sampler that nobody has counted."""
-
-    type: Literal["invented"] = "invented"
-
-
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-def test_a_sampler_without_a_cost_cannot_be_planned():
-    method = Method.model_construct(sampler=Invented(), optim=Optim(steps=4, batch=16))
-    with pytest.raises(AssertionError, match="sampler invented has no predicted cost; add it to _SAMPLERS"):
-        Ledger(validate(recipe("llama"))).distill(("t",), "s", method)
 
 
 @pytest.mark.parametrize("sampler", get_args(get_args(Sampler)[0]))

@@ -127,12 +127,10 @@ class Ledger(SizesAndLengths):
         sampler, objective = method.sampler, method.objective
         cost.dropout = not sampler.on_policy
         cost.distance, cost.two_losses = isinstance(objective, Uld | Gold), isinstance(objective, Divergence) and 0 < objective.kd_ratio < 1
-        count = _SAMPLERS.get(type(sampler))
-        assert count is not None, f"sampler {sampler.type} has no predicted cost; add it to _SAMPLERS in tadistill.plan.costs.ledger"
         if text_of:
             self._recorded(cost, method, self._text_of(*text_of))
         else:
-            count(self, cost, method, teachers[0], name)
+            _SAMPLERS[type(sampler)](self, cost, method, teachers[0], name)
         if method.samples and isinstance(sampler, samplers.OnPolicy) and sampler.engine == "native":
             drawing = (student, above[0]) if sampler.guided else (student,)
             rows, longest = min(sampler.chunk, cost.memory.own(method.round_rollouts)), max(prompt for prompt, _ in self.train.rows)
