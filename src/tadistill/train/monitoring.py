@@ -199,25 +199,23 @@ def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str,
     the distribution from which the text was sampled.
 
     Over all sequences:
-
     length              tokens per response
     repetition          share of 4-grams that occurred earlier in the same response
+    left_out            share of the student's tokens that are in no span (see below), so no loss compares them with the teacher
 
     Over the first 8 sequences:
-
     reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
     reward              mean of log p - log q_old over tokens (nats)
     entropy             entropy of the student's next token (nats)
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
+    teacher_entropy     entropy of the teacher's next token (nats)
     weight_min          smallest q_old / behaviour
     weight_max          largest q_old / behaviour
     clip_fraction       share of tokens with the ratio that the objective clips outside its interval [1 - clip, 1 + clip]. The ratio is
                         q / behaviour, or q / q_old with `clip_weight: false`
 
     If the teacher has another tokenizer, reverse_kl and reward are means over spans (texts between token boundaries that both models have),
-    and there is no teacher_top_mass. There is one more metric, over all sequences:
-
-    left_out            share of the student's tokens that are in no span, so no loss compares them with the teacher
+    and there are no values of the teacher's tokens. Only then is there `left_out`.
     """
     if "student" not in batches[0].values:
         return {}
@@ -241,8 +239,7 @@ def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str,
         ratio = (log_q - behaviour).exp()
         found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
         found["reward"] = float((log_p - old).mean())
-    if "teacher_top_mass" in scored:
-        found["teacher_top_mass"] = float(scored["teacher_top_mass"].mean())
+    found |= {name: float(scored[name].mean()) for name in ("teacher_top_mass", "teacher_entropy") if name in scored}
     apart = {"apart": difference(part.counted(part.values["student"]), scored["log_q"])} if fresh else {}
     return {f"rollout/{name}": value for name, value in found.items()} | apart
 
@@ -260,7 +257,7 @@ def _scored(step: Step, batch: Batch) -> dict[str, Tensor]:
 
 
 def _of_teachers(step: Step, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
-    """Return one value per token: `entropy`, `log_q`, and if they are known `teacher_top_mass` and `log_p`.
+    """Return one value per token: `entropy`, `log_q`, and if they are known `teacher_top_mass`, `log_p` and `teacher_entropy`.
 
     `hidden` has the student's last hidden states at these tokens. If the teacher has another tokenizer, `log_p` has one value per span.
     """
@@ -276,13 +273,13 @@ def _of_teachers(step: Step, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
         found = [-(q.exp() * q).sum(-1), objectives.token_log_probs(logits, tokens[rows])]
         if targets:
             target = targets[0] if mixture is None else mixture.logits(targets)
-            top = target.topk(min(_TOP, target.shape[-1]), dim=-1).indices
-            found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows])]
+            top, p = target.topk(min(_TOP, target.shape[-1]), dim=-1).indices, objectives.log_probs(target)
+            found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows]), -(p.exp() * p).sum(-1)]
         return torch.stack(found)
 
-    weights = torch.ones(4 if beside else 2, 1, device=hidden.device)
+    weights = torch.ones(5 if beside else 2, 1, device=hidden.device)
     _, found = objectives.fused_head(hidden, models.student.head, values, weights, teachers=beside, vocab=models.vocab)
-    scored: dict[str, Tensor] = dict(zip(("entropy", "log_q", "teacher_top_mass", "log_p"), found, strict=False))
+    scored: dict[str, Tensor] = dict(zip(("entropy", "log_q", "teacher_top_mass", "log_p", "teacher_entropy"), found, strict=False))
     if batch.aligned is not None:
         return scored | {"log_p": spans.teacher_log_probs(models.again, batch, teachers)}
     if not beside and "teacher" in batch.values:
@@ -303,14 +300,11 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Alarms about sampled text. If a metric becomes much worse than at the start, an alarm is given once. It is given again only if the
-    metric has recovered in between."""
+    """Alarms about sampled text, which compare with the first watched update. Each alarm is given once in a training."""
 
     def __init__(self, *, minillm: bool, precise: bool = True) -> None:
-        self.apart, self.most_apart = 0.0, 0.01 if precise else 0.1  # rounding causes less, as for vLLM (`rollout.vllm`)
-        self.first: dict[str, float] = {}
-        self.active: list[str] = []
-        self.given: list[str] = []
+        self.most_apart = 0.01 if precise else 0.1  # rounding causes less, as for vLLM (`rollout.vllm`)
+        self.restore({})
         more = "raise sampler.alpha, keep objective.length_normalisation on, " if minillm else ""
         self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this problem"
 
@@ -325,26 +319,31 @@ class Alarms:
             found["collapse"] = f"{now['repetition']:.0%} of 4-grams repeat within a response (at first {then['repetition']:.0%})"
         if not 0.5 * then["length"] <= now["length"] <= 2 * then["length"]:
             found["length drift"] = f"responses have {now['length']:.0f} tokens (at first {then['length']:.0f})"
-        if now["entropy"] < 0.3 * then["entropy"]:
-            found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f})"
+        if now["entropy"] < 0.3 * then["entropy"] and (beside := _below_the_teacher(now, then)):
+            found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f}{beside})"
         if now.get("left_out", 0) > max(0.1, 2 * then.get("left_out", 0)):
             share = f"{now['left_out']:.0%} of the sampled tokens have no loss (at first {then.get('left_out', 0):.0%})"
             found["text that the teacher cannot read"] = f"{share}, because the teacher's tokenizer cannot write their text"
         found = {name: f"{text}; {self.advice}" for name, text in found.items()}
-        self.apart = self.apart if apart is None else apart
-        if self.apart > self.most_apart:
+        if (apart or 0) > self.most_apart:
             found["sampling and training disagree"] = (
-                f"log-probabilities of new tokens differ by {self.apart:.0%} on average, more than rounding explains, so the student does "
+                f"log-probabilities of new tokens differ by {apart:.0%} on average, more than rounding explains, so the student does "
                 "not train on its own text; set `engine: native` and `precision: fp32` if they are not set, or choose another model"
             )
-        new = [f"update {step}: {name}: {text}" for name, text in found.items() if name not in self.active]
-        self.active, self.given = list(found), self.given + new
+        new = [f"update {step}: {name}: {text}" for name, text in found.items() if not any(f": {name}: " in line for line in self.given)]
+        self.given += new
         return new
 
     def state(self) -> dict[str, Any]:
-        return {"first": self.first, "active": self.active, "given": self.given, "apart": self.apart}
+        return {"first": self.first, "given": [*self.given]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved `state`, which may be empty."""
-        self.first, self.active, self.given = dict(state.get("first", {})), list(state.get("active", [])), list(state.get("given", []))
-        self.apart = float(state.get("apart", 0.0))
+        self.first, self.given = dict[str, float](state.get("first", {})), list[str](state.get("given", []))
+
+
+def _below_the_teacher(now: Mapping[str, float], then: Mapping[str, float]) -> str:
+    # an untrained student must lose entropy, down to the teacher's; it then comes closer to the teacher
+    if "teacher_entropy" in now:
+        return f", the teacher's is {now['teacher_entropy']:.2f}" if now["entropy"] < 0.5 * now["teacher_entropy"] else ""
+    return ", and the reverse KL has risen" if now.get("reverse_kl", 0) > then.get("reverse_kl", 0) else ""
