@@ -9,7 +9,9 @@ from rich.text import Text
 
 from tadistill import __version__
 from tadistill.cli import running, studies, writing
+from tadistill.cli.shared import Told
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, ServerFailed, StageFailed, TadistillError
+from tadistill.runner.interruption import end_at_once, raising
 from tadistill.terminal import Terminal, output
 
 app = typer.Typer(
@@ -36,13 +38,26 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. An error is printed as one sentence. The exit code is then 1 (a run failed) or 2 (the input is wrong)."""
+    """Run the command line. An error is printed as one sentence. The exit code is then 1 (a run failed) or 2 (the input is wrong). A signal
+    that asks the command to stop is no error, whatever a library made of it. The exit code is then 128 + signal number."""
     try:
-        with output():
-            app()
+        with raising() as received:
+            try:
+                with output():
+                    app()
+            except Told:
+                raise
+            except BaseException as error:
+                if not received or (isinstance(error, SystemExit) and not error.code):
+                    raise
+                with contextlib.suppress(SystemExit), output():
+                    Terminal(stderr=True).say("interrupted")
+                sys.exit(128 + received[0])
     except TadistillError as error:
         kind, errors = "failed" if isinstance(error, StageFailed | JudgeFailed | ServerFailed) else "error", Terminal(stderr=True)
         with contextlib.suppress(SystemExit), output():
             for problem in error.problems:
                 errors.print(Text.assemble((kind, "bold red"), f": {problem}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1)
+    finally:
+        end_at_once()  # also while Python ends

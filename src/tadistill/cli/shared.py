@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from tadistill.errors import ConfigError
+from tadistill.runner.interruption import Stopped, ignore
 from tadistill.store import Store, command_for, runs_directory, store_of
 from tadistill.terminal import Terminal
 
@@ -229,18 +230,19 @@ def _with_seeds(command: str, seeds: Sequence[int], count: int) -> str:
     return shlex.join([*words[:3], f"seeds=[{','.join(map(str, more))}]", *words[3:]])
 
 
-@contextmanager
-def interruptible(terminal: Terminal = console) -> Iterator[None]:
-    """Run the `with` block. On Ctrl-C, SIGTERM or SIGUSR2, print a message and exit with code 128 + signal number."""
-    from tadistill.runner.interruption import Stopped, raising
+class Told(SystemExit):
+    """The end of a command that has said why it ends."""
 
+
+@contextmanager
+def interruptible(terminal: Terminal = console, kept: str = "run the same command again to continue") -> Iterator[None]:
+    """Run the `with` block. If a signal interrupts it, print what is kept, and exit with code 128 + signal number."""
     try:
-        with raising():
-            yield
+        yield
     except KeyboardInterrupt as asked:
-        terminal.say("interrupted; run the same command again to continue")
-        received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
-        raise typer.Exit(128 + received) from None
+        ignore()
+        terminal.say(f"interrupted; {kept}")
+        raise Told(128 + (asked.received if isinstance(asked, Stopped) else signal.SIGINT)) from None
 
 
 def runs_option(runs: Path | None) -> list[str]:

@@ -21,6 +21,7 @@ from tadistill.cli.shared import (
     complete_arm,
     complete_recipe,
     console,
+    interruptible,
     read_recipe,
     report_study,
 )
@@ -169,11 +170,8 @@ def judge(
     }
     chosen = read_settings(Judge, options, settings or [], source="tadistill judge")
     confirm, command = (lambda _: True) if yes else typer.confirm, shlex.join(["tadistill", *sys.argv[1:]])
-    try:
+    with interruptible(kept="the replies are kept. Run the same command again to continue"):
         commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
-    except KeyboardInterrupt:
-        console.say("interrupted; the replies are kept. Run the same command again to continue")
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -277,7 +275,7 @@ def submit(
     from tadistill.cluster.submit import submit as submit_recipe
     from tadistill.config.load import read
 
-    try:
+    with interruptible(kept="the jobs that were submitted continue. Run the same command again to submit the rest"):
         submit_recipe(
             read_recipe(recipe, overrides),
             text=read(recipe)[0],
@@ -288,9 +286,6 @@ def submit(
             dry_run=dry_run,
             console=console,
         )
-    except KeyboardInterrupt:
-        console.say("interrupted; the jobs that were submitted continue. Run the same command again to submit the rest")
-        raise typer.Exit(130) from None
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""Handle signals that ask a run to stop. Code that must save a state polls a `StopFlag`. Other code gets an exception (`raising`).
+"""Handle signals that ask a run to stop. Code that must save a state polls a `StopFlag`. Other code gets an exception (`raising`). While a
+command starts, imports or ends, a signal ends it at once (`end_at_once`).
 
     stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # installs handlers that only set the flag
     run_stage(task, progress=…, alarm=…, stop=stop)     # calls `stop` between two updates; if it is True, saves and raises Interrupted
@@ -7,11 +8,13 @@
 Before Slurm ends a job, it sends SIGTERM to all processes, and also SIGUSR2 if the job asks for it. A shutdown sends SIGTERM.
 """
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -63,30 +66,70 @@ class StopFlag:
 
 
 @contextmanager
-def raising() -> Iterator[None]:
-    """Inside the `with` block, SIGTERM and SIGUSR2 raise `Stopped`. After the first signal, all later ones are ignored."""
-    before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
-    ending = False
+def raising() -> Iterator[list[signal.Signals]]:
+    """Inside the `with` block, a signal raises `Stopped`. After the first signal, all later ones are ignored. `yield` returns a list that
+    then contains the signal, because a library may have turned the exception into another one.
+
+    In an import, a library may also lose the exception. So a signal then ends the process, and nothing is lost: files are written at other
+    times, and renamed into place at their ends.
+    """
+    received: list[signal.Signals] = []
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        if _importing(frame):
+            _end(number, frame)
+        ignore()
+        received.append(signal.Signals(number))
+        raise Stopped(received[0])
+
+    before = _handle(stop)
     try:
-        yield
-    except KeyboardInterrupt:
-        _ignore()
-        ending = True
-        raise
+        yield received
     finally:
-        if not ending:
-            for number, handler in before.items():
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
                 signal.signal(number, handler)
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    _ignore()
-    raise Stopped(signal.Signals(number))
+def ignore() -> None:
+    """Ignore all later signals, because the process is ending."""
+    _handle(signal.SIG_IGN)
 
 
-def _ignore() -> None:
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
+def end_at_once() -> None:
+    """From now on, a signal ends the process with the word `interrupted`. Python's own handlers would print where it was."""
+    _handle(_end)
+
+
+def _handle(handler: Any) -> dict[signal.Signals, Any]:
+    """Install a handler of the signals in `ENDING` that the process does not ignore. Return the former handlers."""
+    return {number: signal.signal(number, handler) for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    ignore()
+    with suppress(Exception):  # the process may be in the middle of a write
+        sys.stdout.flush()
+    with suppress(OSError):
+        # on a terminal, remove a spinner and show the cursor, which the spinner hides
+        os.write(2, b"\r\x1b[2K\x1b[?25hinterrupted\n" if os.isatty(2) else b"interrupted\n")
+    kill_server()
+    os._exit(128 + number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
+def kill_server() -> None:
+    """Kill the server process that forks the stages (`runner.processes`), if this process has started one. Without this, the server ends
+    only after its imports."""
+    server: Any = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if pid := getattr(server, "_forkserver_pid", None):
+        os.kill(pid, signal.SIGKILL)
+        server._stop()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from tadistill.constants import STAGES_PER_GPU
 from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError, TadistillError
 from tadistill.models.flops_and_memory import keep_freed_memory
 from tadistill.plan.task import Task
-from tadistill.runner.interruption import StopFlag, held, release
+from tadistill.runner.interruption import StopFlag, held, kill_server, release
 from tadistill.store import Store
 from tadistill.text import counted
 
@@ -71,10 +71,7 @@ def prepared() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        server: Any = getattr(forkserver, "_forkserver", None)
-        if pid := getattr(server, "_forkserver_pid", None):
-            os.kill(pid, signal.SIGKILL)
-            server._stop()
+        kill_server()
         raise
     finally:
         if collects:
