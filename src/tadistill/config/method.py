@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.method_parts import Dense, Ema, Optim, Select, TeacherContext
@@ -59,11 +59,19 @@ class WithMethod(Strict):
         if not isinstance(given, dict) or (name := given.get(cls.names_method)) is None:
             return given
         if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(no_method(name))
+            # `_known` refuses the name, so that the mistakes in other keys are shown too; the rest of these two depends on the method
+            return {key: part for key, part in given.items() if key not in _NAMED}
         rest = {key: part for key, part in given.items() if key != cls.names_method}
         settings = {"sampler": {"type": "dataset"}} | METHODS[name]
         phases: dict[str, Any] = {"phases": []} if "phases" in cls.model_fields else {}
         return phases | rest | {part: _merged(part, settings[part], rest.get(part)) for part in _NAMED}
+
+    @field_validator("name", "method", mode="before", json_schema_input_type=MethodName | None, check_fields=False)
+    @classmethod
+    def _known(cls, name: Any) -> Any:
+        if name is not None:
+            raise ValueError(no_method(name))
+        return name
 
 
 def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:

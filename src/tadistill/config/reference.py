@@ -63,8 +63,8 @@ _TITLES = {
 }
 
 _SHORT_FORM = (
-    "A recipe of one distillation. The keys `teacher` and `student` replace `models` and `arms`. The student is not compared with the "
-    "teacher."
+    "A recipe of one distillation, or of one fine-tuning (`student` and `method: sft`). The keys `teacher` and `student` replace `models` "
+    "and `arms`. The student is not compared with the teacher."
 )
 
 
@@ -126,8 +126,8 @@ def reference() -> tuple[Part, ...]:
     found: dict[type[BaseModel], list[str]] = {}
     for model, place in groups(Recipe):
         found.setdefault(model, []).append(place)
-    parts = [_part(model, tuple(sorted(places, key=lambda place: place.count(".")))) for model, places in found.items()]
-    keys = tuple(Key(name, text, "text or keys", "", "required") for name, text in SHORT_KEYS.items())
+    parts = [_part(model, tuple(sorted(dict.fromkeys(places), key=lambda place: place.count(".")))) for model, places in found.items()]
+    keys = tuple(Key(name, text, "text or keys", "", "required" if name == "student" else "none") for name, text in SHORT_KEYS.items())
     return (*parts, Part("Short form", "", _SHORT_FORM, ("",), keys, "reference/recipe.md#the-short-form"))
 
 

@@ -79,7 +79,7 @@ def _short(recipe: JsonSchemaValue, parts: dict[str, JsonSchemaValue]) -> dict[s
         short["properties"][name] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/ModelConfig"}], "description": meaning}
     short["properties"]["data"]["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/ShortData"}]
     del short["properties"]["data"]["$ref"]
-    short["required"] = ["study", *SHORT_KEYS, "data"]
+    short["required"] = ["study", "student", "data"]  # `method: sft` needs no teacher
     return {"ShortRecipe": short, "ShortData": data}
 
 

@@ -1,7 +1,8 @@
 """Shorter ways to write a recipe. They are turned into the long form before any check.
 
 The short form of a whole recipe has one teacher, one student, one method and one evaluation of the trained student. It becomes a recipe
-with two models, one arm, one training seed and one way of sampling responses. The student is not compared with the teacher.
+with two models, one arm, one training seed and one way of sampling responses. The student is not compared with the teacher. With the method
+`sft`, the teacher can be left out: the recipe then fine-tunes one model.
 
 Methods with names of the user's own are in the key `methods` of a recipe. Such a name can be used wherever a recipe accepts the name of a
 published method: in `method`, in an arm, in `models.X.distill` and in a phase. The name is replaced by the keys of the method. Other keys
@@ -19,7 +20,8 @@ from tadistill.errors import ConfigError
 
 WHOLE_KEYS = ("models", "arms", "search")
 SHORT_KEYS = {
-    "teacher": "The teacher, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model.",
+    "teacher": "The teacher, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model. Only "
+    "`method: sft` works without it.",
     "student": "The student, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model.",
 }
 """The keys of the short form that name models, with their meanings."""
@@ -42,12 +44,14 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     """
     if both := [key for key in WHOLE_KEYS if key in raw]:
         raise ConfigError(f"the recipe has `student` (a key of the short form) and also `{both[0]}`; remove one of these two keys")
-    if missing := [key for key in ("teacher", "student") if key not in raw]:
+    alone = "teacher" not in raw and _is_sft(raw.get("method"))
+    if missing := [key for key in SHORT_KEYS if key not in raw and not (alone and key == "teacher")]:
         other = "student" if missing == ["teacher"] else "teacher"
         close = difflib.get_close_matches(missing[0], [key for key in raw if key not in SHORT_KEYS], n=1, cutoff=0.8)
         fix = f"did you mean it with `{close[0]}`?" if close else f"add the key `{missing[0]}` with a model"
+        fix += ", or write `method: sft` to fine-tune the student without a teacher" if missing == ["teacher"] and not close else ""
         raise ConfigError(f"the recipe has a `{other}` but no `{missing[0]}`; {fix}")
-    models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS}
+    models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS if name in raw}
     rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
     evaluate = rest.pop("evaluate", None)
     data, method = rest.pop("data", None), rest.pop("method", {})
@@ -66,8 +70,12 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
         **({} if data is None else {"data": data}),
         "method": method,
         "evaluate": {"seeds": [10], "also": {}} | evaluate if isinstance(evaluate, dict) else evaluate or {"seeds": [10], "also": {}},
-        "arms": {"student": "teacher > student"},
+        "arms": {"student": {"path": "student", "method": "sft"} if alone else "teacher > student"},
     }
+
+
+def _is_sft(method: Any) -> bool:
+    return method == "sft" or (isinstance(method, dict) and method.get("name") == "sft" and not method.get("phases"))
 
 
 def _without_dev(method: Any, methods: Any) -> Any:

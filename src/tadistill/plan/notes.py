@@ -36,7 +36,7 @@ from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 from tadistill.text import counted, listed
 
-ASKED = "asked"
+ASKED = "teacher tokens"
 """The column of the arms' table with the number of answer tokens that the original teacher writes or scores."""
 
 
@@ -122,7 +122,7 @@ def _across(plan: Plan) -> Iterator[str]:
         named = ", ".join(f"{above} and {below}" for above, below in steps)
         yield f"`~>` is a step between two models with different tokenizers ({named})."
     if plan.teacher and counts_asked(plan):
-        yield f"`{ASKED}`: number of answer tokens that {plan.teacher} writes or scores for an arm, for one seed."
+        yield f"{ASKED}: number of answer tokens that {plan.teacher} writes or scores for an arm, for one seed."
 
 
 def _recordings(plan: Plan) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import pytest
 
 from tadistill.config.key_help import explain
+from tadistill.config.reference import reference
 from tadistill.errors import ConfigError
 
 
@@ -60,6 +61,10 @@ def test_a_key_of_some_types_names_them():
 def test_a_key_of_two_forms_has_the_places_of_both():
     entry = explain("data.train.columns")[0]
     assert dict(entry.facts)["also at"] == "data.dev.columns, data.test.columns, data.corpus.columns, data.dev.NAME.columns"
+
+
+def test_each_place_of_a_key_is_listed_once():
+    assert all(len(part.places) == len(set(part.places)) for part in reference())
 
 
 def test_keys_of_two_forms_are_listed_once():

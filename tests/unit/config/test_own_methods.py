@@ -119,6 +119,17 @@ def test_a_recipe_that_was_read_can_be_read_again():
     assert trained_with(again) == trained_with(found)
 
 
+def test_mistakes_beside_the_name_of_a_method_are_shown_with_it():
+    method = {"name": "gkdd", "sampler": {"fraction": 1}, "optim": {"learning_rate": 1}}
+    with pytest.raises(ConfigError) as error:
+        recipe(method, {"path": "xl > s", "method": "kdd"})
+    assert [problem.split("; ")[0] for problem in error.value.problems] == [
+        "recipe: `method.optim.learning_rate` is not a known key",
+        "recipe: `method.name`: `gkdd` is not a method",
+        "recipe: `arms.a.method`: `kdd` is not a method",
+    ]
+
+
 def test_the_short_form_has_phases():
     short = {"study": "t", "teacher": "gpt2-xl", "student": "gpt2", "data": "dolly", "methods": OWN, "method": "both"}
     assert [share for _, share in phases_of(validate(short).method)] == [0.25, 0.75]

@@ -29,6 +29,20 @@ def test_it_trains_once_and_evaluates_once(method, more):
     assert [stage.kind for stage in plan.stages.values()] == [*more, "distill", "evaluate"]
 
 
+@pytest.mark.parametrize("method", ["sft", {"name": "sft", "optim": {"steps": 2}}])
+def test_sft_needs_no_teacher(method):
+    """It is the fine-tuning of a teacher of another study, with the same key."""
+    rest = {key: value for key, value in SHORT.items() if key != "teacher"}
+    found = validate(rest | {"method": method})
+    (trained, _) = make_plan(found).stages.values()
+    assert ([*found.models], found.arms["student"].text, trained.kind) == (["student"], "student", "sft")
+    sft = {} if method == "sft" else {"sft": {"optim": method["optim"]}}
+    other = make_plan(validate(SHORT | {"teacher": MODEL | (sft or {"sft": {}})}))
+    assert trained.key in other.stages
+    with pytest.raises(ConfigError, match="has a `student` but no `teacher`"):
+        validate(rest | {"method": {"name": "sft", "phases": ["kd"]}})
+
+
 def test_one_name_is_all_sets_and_settings_may_be_added():
     found = validate(SHORT | {"data": "tinyworld", "seeds": [3], "evaluate": {"temperature": 0}, "student": MODEL | {"seed": 4}})
     assert {found.data.train.load, found.data.dev.load, found.data.test[0].load} == {"tinyworld"}
@@ -83,7 +97,13 @@ def test_mistakes(change, words):
     [
         ({"student": None, "studnet": MODEL}, ["recipe: the recipe has a `teacher` but no `student`; did you mean it with `studnet`?"]),
         ({"student": None}, ["recipe: the recipe has a `teacher` but no `student`; add the key `student` with a model"]),
-        ({"teacher": None}, ["recipe: the recipe has a `student` but no `teacher`; add the key `teacher` with a model"]),
+        (
+            {"teacher": None},
+            [
+                "recipe: the recipe has a `student` but no `teacher`; add the key `teacher` with a model, or write "
+                "`method: sft` to fine-tune the student without a teacher"
+            ],
+        ),
         ({"data": {"train": "tinyworld"}}, ["recipe: `data.test` is missing; add it."]),
     ],
 )

@@ -10,12 +10,13 @@ from rich.console import Console
 from tadistill.config import DataRef, validate
 from tadistill.data import tinyworld
 from tadistill.errors import ConfigError, DataError
+from tadistill.glossary import GLOSSARY
 from tadistill.models.flops_and_memory import weight_bytes
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger, sizes_and_lengths
 from tadistill.plan.inputs import HashedData
-from tadistill.plan.notes import plan_notes, row_notes, seen_notes
+from tadistill.plan.notes import ASKED, plan_notes, row_notes, seen_notes
 from tadistill.plan.task import layout, planned_memory, process_bytes
 from tadistill.runner.run_study import describe
 from tadistill.store import Store
@@ -574,6 +575,7 @@ def test_a_plan_shows_only_columns_with_content(arms, columns, said, tmp_path):
     lines = [line.strip() for line in console.file.getvalue().splitlines()]
     assert next(line.split() for line in lines if line.startswith("arm ")) == columns
     assert [line for line in lines if line.startswith("x direct: ")] == said
+    assert {"x direct", ASKED} <= GLOSSARY.keys()
 
 
 def test_the_plan_of_a_search_names_the_commands_for_it(tmp_path):
