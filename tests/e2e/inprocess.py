@@ -53,7 +53,7 @@ def tadistill(*arguments: str) -> Done:
     """Run a command of the command line to its end."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("tadistill.runner.run_study.prepared"))  # starts the server that stages are forked from
+        stack.enter_context(mock.patch("tadistill.runner.schedule.prepared"))  # starts the server that stages are forked from
         for module in CALLERS:
             stack.enter_context(mock.patch(f"{module}.run_stages", run_here))
         stack.enter_context(mock.patch.object(sys, "argv", ["tadistill", *arguments]))

@@ -18,13 +18,17 @@ from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError
 from tadistill.metrics import training_numbers
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
-from tadistill.runner.preflight import check_study
+from tadistill.runner import preflight
 from tadistill.runner.processes import StageProcesses, _judged, run_in_processes
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
 STEPS = 20
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def check_study(recipe, *given):
+    return preflight.check_study(make_plan(recipe), *given)
 
 
 def recipe(resources: dict, **method) -> dict:

@@ -276,7 +276,7 @@ PATHS = {
 @pytest.mark.parametrize("recipe", CONTEXTS, ids=name)
 def test_a_model_teaches_itself_end_to_end(recipe, data, tmp_path, monkeypatch):
     monkeypatch.setattr("tadistill.runner.run_study.run_stages", run_here)
-    monkeypatch.setattr("tadistill.runner.run_study.prepared", nullcontext)
+    monkeypatch.setattr("tadistill.runner.schedule.prepared", nullcontext)
     model = save(tmp_path / "model", byte_model(max_position_embeddings=640), byte_tokenizer())
     small = ["method.optim.steps=2", "method.optim.batch=4", "method.optim.micro_batch=2", "method.sampler.max_new_tokens=4"]
     small += ["evaluate.seeds=[10]", "evaluate.max_new_tokens=3", "evaluate.also={}", "data.limit={train: 8, dev: 2, test: 2}"]
@@ -313,7 +313,7 @@ def test_sizes_of_a_family_differ_only_in_models_and_numbers(path):
 @pytest.mark.parametrize("path", [path for path in MINILLM if path.stem in RUN], ids=lambda path: path.stem)
 def test_runs_end_to_end(path, data, stand_in, runs, monkeypatch):
     monkeypatch.setattr("tadistill.runner.run_study.run_stages", run_here)
-    monkeypatch.setattr("tadistill.runner.run_study.prepared", nullcontext)
+    monkeypatch.setattr("tadistill.runner.schedule.prepared", nullcontext)
     kind = next(k for k in FAMILIES if path.stem.startswith(k.removesuffix("2")))
     recipe = load(path)
     overrides = [*SMALL, f"data.root={data}"]
@@ -342,7 +342,7 @@ TINY = [
 @pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
 def test_recipes_on_policy_run_end_to_end_and_have_few_lines(path, runs, monkeypatch):
     monkeypatch.setattr("tadistill.runner.run_study.run_stages", run_here)
-    monkeypatch.setattr("tadistill.runner.run_study.prepared", nullcontext)
+    monkeypatch.setattr("tadistill.runner.schedule.prepared", nullcontext)
     assert path.read_text().count("\n") <= 40
     recipe = load(path)
     short = [f"models.{model}.sft.optim.{setting}" for model in recipe.models for setting in ("steps=2", "batch=4", "warmup=1")]

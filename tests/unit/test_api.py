@@ -88,7 +88,7 @@ arms: {trained: a}
 def study(tmp_path_factory):
     """A study of one stage and its evaluation, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tadistill.runner.run_study.prepared", nullcontext)
+        patch.setattr("tadistill.runner.schedule.prepared", nullcontext)
         patch.setattr("tadistill.runner.run_study.run_stages", run_here)
         return tadistill.run(TINY, ["study=api"], runs=tmp_path_factory.mktemp("runs"))
 

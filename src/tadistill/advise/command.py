@@ -34,12 +34,13 @@ from tadistill.advise.page import render_advice
 from tadistill.advise.words import Report
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
+from tadistill.config.recipe_files import placed
 from tadistill.disk import finite, write_json, write_text
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.run_study import fetch_models, method_text
-from tadistill.runner.schedule import run_stages
+from tadistill.runner.schedule import check_first, run_stages
 from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
@@ -56,6 +57,7 @@ ON_OWN: Columns = (
 ON_REFERENCES: Columns = (("KL(p‖q)", "forward_kl", 3), ("loss p/q", "loss_ratio", 3), ("advantage", "advantage", 3))
 
 
+@placed
 def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs: Path, prompts: int, console: Terminal) -> Path:
     """Measure the models, print the advice, and write RUNS/STUDY/advice.json and advice.html. Return the path of the HTML page.
 
@@ -115,9 +117,8 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    from tadistill.runner.preflight import check_study  # imports transformers, which is not needed if all measurements are in the store
-
-    jobs = check_study(recipe, console)
+    plan = make_plan(recipe)
+    jobs = check_first(plan, store, console, [*plan.stages.values()])
     console.note(
         f"{recipe.study}: {counted(len(probes.plan.stages), 'stage measures', 'stages measure')} models; "
         f"{counted(len(missing), 'of them still has', 'of them still have')} to run, {jobs} at a time"

@@ -37,6 +37,7 @@ from tadistill.cluster.sbatch import Request, Requests
 from tadistill.cluster.slurm import Profile
 from tadistill.cluster.status import report_text
 from tadistill.config import Recipe
+from tadistill.config.recipe_files import placed
 from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan import throughput
@@ -254,6 +255,7 @@ def _check_place(profile: Profile, runs: Path) -> None:
 # --- the command -------------------------------------------------------------------------------------------------------
 
 
+@placed
 def submit(
     recipe: Recipe, *, text: str, command: str, cluster: str | None, account: str | None, runs: Path, dry_run: bool, console: Terminal
 ) -> None:
@@ -289,7 +291,7 @@ def submit(
         if anything:
             from tadistill.runner.preflight import check_inputs  # imports transformers
 
-            check_inputs(recipe, console)
+            check_inputs(plan, console)
         save_plan(plan, runs, recipe_text=text, command=command, console=console)
 
     sent, waiting = submission.run(ready)

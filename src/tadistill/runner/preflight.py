@@ -11,7 +11,6 @@ from tadistill.config import Recipe
 from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom, TopKForwardKL, TopKReverseKL
 from tadistill.config.recipe import methods
-from tadistill.config.recipe_files import placed
 from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
@@ -24,7 +23,7 @@ from tadistill.models.pruning import check_depth, depth
 from tadistill.models.served_model import fetch_config, head_shape
 from tadistill.models.sources import description_file
 from tadistill.models.tokens import check_same_tokenizer, vocabulary
-from tadistill.plan.arms import Plan, make_plan
+from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
 from tadistill.plan.study_tokens import StudyTokens
@@ -45,35 +44,32 @@ _OF_GPU = "memory of a GPU"
 _STARTS = 10
 
 
-@placed
-def check_study(recipe: Recipe, console: Terminal | None = None, stages: Iterable[Stage] | None = None) -> int:
-    """Check that a recipe can run on this machine. Return how many stages may run at the same time.
+def check_study(plan: Plan, console: Terminal | None = None, stages: Iterable[Stage] | None = None) -> int:
+    """Check that a plan can run on this machine. Return how many stages may run at the same time.
 
     Notes on the data are printed: how many rows will be left out or cut, and how much of the references ROUGE-L ignores.
 
     Args:
-        stages: the stages to run (default: all stages of the recipe). A teacher's server is checked only if one of these stages
+        stages: the stages to run (default: all stages of the plan). A teacher's server is checked only if one of these stages
             uses it.
 
     Raises:
-        ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.
+        ConfigError, DataError, ModelError: the plan cannot run here. Nothing has been written yet.
         ServerFailed: a server of a teacher does not answer, or runs another model.
     """
-    check_inputs(recipe, console)
-    plan = make_plan(recipe)
+    check_inputs(plan, console)
     stages = [*(plan.stages.values() if stages is None else stages)]
     if vllm_stages(stages):
         vllm_folder()
-    check_teachers(recipe, stages)
-    jobs = recipe.runtime.jobs or _default_jobs()
+    check_teachers(plan.recipe, stages)
+    jobs = plan.recipe.runtime.jobs or _default_jobs()
     _check_memory(plan, jobs)
     return jobs
 
 
-@placed
-def check_inputs(recipe: Recipe, console: Terminal | None = None) -> None:
+def check_inputs(plan: Plan, console: Terminal | None = None) -> None:
     """Check everything that does not depend on the machine: data, tokenizers and models. Raises the same errors as `check_study`."""
-    found = Gathering()
+    found, recipe = Gathering(), plan.recipe
     with found.about():
         survey.check(recipe)
     with found.about():
@@ -82,7 +78,6 @@ def check_inputs(recipe: Recipe, console: Terminal | None = None) -> None:
         _try_own_code(recipe)
     with found.about("evaluate.tasks"):
         _check_tasks(recipe)
-    plan = make_plan(recipe)
     for stage in plan.stages.values() if recipe.resources else vllm_stages(plan.stages.values()):
         with found.about():
             layout(recipe, stage)

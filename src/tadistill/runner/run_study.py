@@ -23,13 +23,11 @@ from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, distinct_labels
-from tadistill.plan.notes import approximations, off_budget, own_settings, phases_text, seen_notes
+from tadistill.plan.notes import approximations, own_settings, phases_text, seen_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.local import planning
-from tadistill.runner.processes import prepared
-from tadistill.runner.remote import announced
-from tadistill.runner.schedule import run_stages
+from tadistill.runner.schedule import check_first, run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
 from tadistill.store import Store, key_of, store_of
 from tadistill.terminal import Terminal
@@ -72,15 +70,8 @@ def _planned(recipe: Recipe, store: Store, console: Terminal) -> tuple[Plan, lis
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return plan, missing, 0
-    with prepared(), console.working("checking models and data"):
-        from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
-
-        jobs = check_study(recipe, console, missing)
-        asked = [*announced(plan, store, missing)]
-    for sentence in (*plan.tokens.cautions(), *off_budget(plan), *seen_notes(recipe)):
-        console.note(sentence, problem=True)
-    for sentence in (*asked, _beginning(plan, store, missing, jobs)):
-        console.note(sentence)
+    jobs = check_first(plan, store, console, missing)
+    console.note(_beginning(plan, store, missing, jobs))
     return plan, missing, jobs
 
 

@@ -3,6 +3,8 @@
 A small model cannot use many cores, so several stages run at the same time. A crash ends only one stage. If a signal asks to stop, all
 running stages save their state and end.
 
+    jobs = check_first(plan, store, console, stages)
+    run_stages(plan, store, jobs=jobs, console=console)
     devices = Devices.visible(jobs)
     devices.take(key, 1)                    # ("3",): the value of CUDA_VISIBLE_DEVICES for the stage's processes
     devices.free(key)
@@ -20,10 +22,12 @@ from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, St
 from tadistill.models.flops_and_memory import visible_gpus
 from tadistill.plan.arms import Plan, Stage
 from tadistill.plan.graph import longest_chains
+from tadistill.plan.notes import off_budget, seen_notes
 from tadistill.plan.task import make_task
 from tadistill.plan.throughput import cores
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped
-from tadistill.runner.processes import StageProcesses, prepare
+from tadistill.runner.processes import StageProcesses, prepare, prepared
+from tadistill.runner.remote import announced
 from tadistill.runner.screen import Screen
 from tadistill.runner.trackers import Trackers
 from tadistill.store import Store
@@ -34,6 +38,25 @@ _POLL = 0.5
 """Largest number of seconds until a signal is noticed, if no stage sends a message."""
 _PATIENCE = 120.0
 """Seconds in which all GPUs must answer. CUDA needs some seconds for each of them."""
+
+
+def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[Stage]) -> int:
+    """Check that stages can run on this machine, and return how many may run at the same time. Print what a user must know before: cautions
+    about the plan, and the number and the price of requests to APIs.
+
+    Raises:
+        TadistillError: as `preflight.check_study` and `remote.announced`.
+    """
+    with prepared(), console.working("checking models and data"):
+        from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
+
+        jobs = check_study(plan, console, stages)
+        asked = [*announced(plan, store, (s for s in stages if not store.finished(s.key)))]
+    for sentence in (*plan.tokens.cautions(), *off_budget(plan), *seen_notes(plan.recipe)):
+        console.note(sentence, problem=True)
+    for sentence in asked:
+        console.note(sentence)
+    return jobs
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> None:

@@ -16,6 +16,7 @@ from tadistill.config.arm import path_text
 from tadistill.config.method import MethodPatch, Optim, Select
 from tadistill.config.method_rules import apply
 from tadistill.config.recipe import Search
+from tadistill.config.recipe_files import placed
 from tadistill.errors import ConfigError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.models.shapes import COUNTED
@@ -24,7 +25,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, total_flops, with_ancestors
 from tadistill.plan.paths import with_parents
 from tadistill.runner.run_study import fetch_models
-from tadistill.runner.schedule import run_stages
+from tadistill.runner.schedule import check_first, run_stages
 from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, write_choice
 from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name
@@ -35,6 +36,7 @@ from tadistill.text import counted
 MOST_PATHS = 256
 
 
+@placed
 def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
     """Search for the best path of a recipe, print the paths that were tried, and write RUNS/STUDY/search.json and confirm.yaml.
 
@@ -226,9 +228,9 @@ class _Training:
     @cached_property
     def jobs(self) -> int:
         """Number of stages that run at the same time. The first access also checks all paths, before any stage runs."""
-        from tadistill.runner.preflight import check_study  # imports transformers; not needed if all stages are in the store
-
-        return check_study(_round_recipe(self.recipe, self.lattice.paths), self.console)
+        plan = make_plan(_round_recipe(self.recipe, self.lattice.paths))
+        stages = [stage for stage in plan.stages.values() if not stage.spec.measures]
+        return check_first(plan, self.store, self.console, stages)
 
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))

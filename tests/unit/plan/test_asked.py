@@ -1,17 +1,21 @@
 """Teachers behind an API in recipes and plans: what is asked, what it costs, and one sentence for everything that needs more than text."""
 
+import io
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tests.unit.judge.fake import as_json, error, serve
 
 from tadistill.config import validate
 from tadistill.config.common import Decoding
+from tadistill.config.recipe import Search
 from tadistill.config.remote import Api
 from tadistill.data import datasets
 from tadistill.data.prompts import messages
-from tadistill.errors import ConfigError, ModelError
+from tadistill.errors import ConfigError, Interrupted, ModelError
 from tadistill.models.chat_api import Reply
 from tadistill.models.chat_api_replies import open_cache
 from tadistill.plan.arms import make_plan
@@ -23,7 +27,9 @@ from tadistill.plan.throughput import wall_clock
 from tadistill.rollout.api_teacher import replies_file
 from tadistill.runner.remote import announced, examined
 from tadistill.runner.run_study import describe
+from tadistill.search.command import find_path
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 HERE = {"load": "scratch:llama", "tokenizer": "tinyworld"}
@@ -231,3 +237,18 @@ def test_a_teacher_budget_counts_the_tokens_that_are_asked():
     limits = {arm: stage.spec.train.limit for stage in of_kind(plan, AskSpec) for arm in stage.arms}
     assert limits == {"short": 20, "direct": round(20 * short / (direct / 4 * 20))}
     assert direct == pytest.approx(short, abs=direct / 4)  # less than one row
+
+
+def test_a_search_says_what_it_costs_before_it_asks(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_KEY", "k")
+    monkeypatch.setattr("tadistill.runner.schedule.prepared", nullcontext)
+    monkeypatch.setattr("tadistill.runner.preflight.check_study", lambda *_: 1)
+    monkeypatch.setattr("tadistill.search.command.run_stages", Mock(side_effect=Interrupted))
+    console = Terminal(file=(said := io.StringIO()))
+    method = {"name": "seqkd", "sampler": {"max_new_tokens": 32}, "select": {"metric": "loss"}}
+    with serve(lambda number, text: error(500, "not asked")) as fake:
+        wanted = {"arms": {}, "search": Search(teacher="api", assistants=("l",), student="s")}
+        of = recipe(api=API | {"at": fake.url}, method=method).model_copy(update=wanted)
+        with pytest.raises(Interrupted):
+            find_path(of, runs=tmp_path, console=console)
+    assert f"api (big): 0 of 40 answers are in the store; 40 requests will be sent to {fake.url}: about " in said.getvalue()

@@ -18,11 +18,15 @@ from tadistill.config.machine import vllm_folder
 from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError, StageFailed
 from tadistill.models.modify import adapt, merged, plain_weights
+from tadistill.plan.arms import make_plan
 from tadistill.plan.task import layout, make_task, planned_memory, process_bytes
 from tadistill.rollout.vllm import Launch, Vllm, _environment, _SharedMemory
 from tadistill.runner import preflight, schedule
-from tadistill.runner.preflight import check_study
 from tadistill.store import Store
+
+
+def check_study(recipe, *given):
+    return preflight.check_study(make_plan(recipe), *given)
 
 
 def equal(found, expected):

@@ -11,8 +11,11 @@ from tadistill.errors import DataError, ModelError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import process_bytes
 from tadistill.runner import data_checks, preflight
-from tadistill.runner.preflight import check_study
 from tadistill.terminal import Terminal
+
+
+def check_study(recipe, *given):
+    return preflight.check_study(make_plan(recipe), *given)
 
 
 def recipe(jobs: int = 1, precision: str = "fp32"):

@@ -13,9 +13,13 @@ from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
 from tadistill.models.shapes import check_lengths, positions_of
 from tadistill.plan.arms import make_plan
-from tadistill.runner.preflight import check_inputs
+from tadistill.runner import preflight
 from tadistill.runner.timing import workloads
 from tadistill.terminal import Terminal
+
+
+def check_inputs(recipe, *given):
+    return preflight.check_inputs(make_plan(recipe), *given)
 
 
 @pytest.fixture(autouse=True)

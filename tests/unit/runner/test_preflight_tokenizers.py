@@ -8,6 +8,7 @@ from tests.unit.models.conftest import word_tokenizer
 
 from tadistill.config import validate
 from tadistill.errors import DataError, ModelError
+from tadistill.plan.arms import make_plan
 from tadistill.runner.preflight import check_inputs
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -37,7 +38,7 @@ def checked(tmp_path, capsys):
             "evaluate": {"max_new_tokens": 8},
             "arms": {"x": "t > s"},
         }
-        check_inputs(validate(recipe | (more or {})), Terminal(width=300))
+        check_inputs(make_plan(validate(recipe | (more or {}))), Terminal(width=300))
         return capsys.readouterr().out
 
     return check

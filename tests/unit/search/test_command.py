@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def run_here(plan, store, *, jobs, console):
 def _without_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run_stages", run_here)
+        patch.setattr("tadistill.runner.schedule.prepared", nullcontext)
         yield
 
 
