@@ -4,8 +4,8 @@ A stage is needed in two cases: a JSON file in a study's folder contains its key
 contains the keys of all stages of a study. `advise` and `search` also write files with keys.
 """
 
+import contextlib
 import datetime
-import functools
 import json
 import re
 import shutil
@@ -19,8 +19,8 @@ from rich.table import Table
 
 from tadistill.cluster import slurm
 from tadistill.cluster.fetch import size
-from tadistill.cluster.job import read_record
-from tadistill.errors import StoreError
+from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, study_state, unfinished
+from tadistill.errors import ConfigError, StoreError
 from tadistill.runner.local import local_runs
 from tadistill.store import Store
 from tadistill.terminal import Terminal
@@ -44,8 +44,7 @@ class StudyRow:
     bytes: int
     """Size of the study's folder and of all its stages. Studies may share stages."""
     state: str
-    """`running`, `done`, `queued` (its Slurm jobs wait), how the newest run without Slurm ended, `not finished` (no such run is known), or
-    `plan.json is damaged`."""
+    """As `study_state` returns it, or `plan.json is damaged`."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,35 @@ class Unneeded:
 
 def studies(runs: Path, store: Store) -> list[StudyRow]:
     """Return the studies of a runs directory. The oldest comes first."""
-    queue = functools.cache(lambda: slurm.queued(strict=False))  # only asked for if a job was submitted
+    asked: list[Mapping[str, slurm.Entry] | ConfigError] = []
+
+    def queue(*, strict: bool) -> Mapping[str, slurm.Entry]:  # asks Slurm once for all studies
+        if not asked:
+            try:
+                asked.append(slurm.queued())
+            except ConfigError as error:
+                asked.append(error)
+        if isinstance(asked[0], ConfigError):
+            raise asked[0]
+        return asked[0]
+
     return sorted((_row(path, store, queue) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
 
 
-def _row(study: Path, store: Store, queue: Callable[[], Mapping[str, slurm.Entry]]) -> StudyRow:
+def _row(study: Path, store: Store, queue: Queue) -> StudyRow:
     try:
-        plan = json.loads((study / "plan.json").read_text(encoding="utf-8"))
-        keys, created = [stage["key"] for stage in plan["stages"]], str(plan["created"])
-    except (OSError, ValueError, KeyError, TypeError):
+        plan = read_plan(study)
+        updates, created = {stage["key"]: stage.get("steps") for stage in plan["stages"]}, str(plan["created"])
+    except (StoreError, KeyError, TypeError, AttributeError):
         when = datetime.datetime.fromtimestamp(study.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
         return StudyRow(study.name, when, 0, 0, _size(study), "plan.json is damaged")
-    left = [key for key in keys if not store.finished(key)]
-    states = [run.state for run in local_runs(study)]
-    jobs = {e.state for key in left if (record := read_record(store, key)) and (e := record.live(queue()))}
-    ended = states[-1] if states else "not finished"
-    state = "running" if "running" in states or "RUNNING" in jobs else "done" if not left else "queued" if jobs else ended
-    used = _size(study) + sum(_size(store.folder(key)) for key in keys)
-    return StudyRow(study.name, created, len(keys), len(keys) - len(left), used, state)
+    left, runs = [key for key in updates if not store.finished(key)], local_runs(study)
+    here, jobs = local_rows(runs), dict[str, StatusRow]()
+    with contextlib.suppress(ConfigError):  # squeue does not answer
+        jobs = job_rows(store, left, here, queue)
+    states = [unfinished(store, key, updates[key], newest(here.get(key), jobs.get(key))).state for key in left]
+    used = _size(study) + sum(_size(store.folder(key)) for key in updates)
+    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, study_state(states, runs))
 
 
 def unneeded(runs: Path, store: Store) -> list[Unneeded]:

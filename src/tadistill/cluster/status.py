@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,20 @@ from tadistill.cluster.job import read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
-from tadistill.runner.local import LOG, LocalRun, about_planning, described, local_runs
+from tadistill.runner.local import LOG, LocalRun, StageProgress, about_planning, described, local_runs
 from tadistill.store import FAILURE, RECORD, Store, command_for
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
-_COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
+BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_memory", "node_fail", "preempted", "boot_fail", "deadline"})
+"""States in which a stage needs the user's attention."""
+_COLOUR = {"done": "green", "running": "cyan", "queued": "yellow", **dict.fromkeys(BAD, "red")}
+_OF_SLURM = {"pending": "queued", "configuring": "queued", "requeued": "queued", "completing": "running"}
+_METRICS = "metrics.jsonl"
 _TAIL = 64 << 10  # bytes at the end of a log, in which the newest line is
 _NARROW = 100  # columns; on a narrower screen a stage has two lines
+Queue = Callable[..., Mapping[str, slurm.Entry]]
+"""A function with the parameters and the result of `slurm.queued`."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,18 @@ class StatusRow:
     job: str
     """The id of the stage's Slurm job. For a run without Slurm, it is HOST:PID."""
     state: str
-    """One of done, running, failed, stopped, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another
+    """One of done, running, queued, waiting (not started yet), stopped, failed, killed, `lost` (Slurm no longer knows the job), or another
     state of Slurm in lower case."""
     elapsed: str
     last: str
-    """The newest numbers of a training, or the reason why the stage failed or waits. The text ends with the place where the next run
-    continues an unfinished stage."""
+    """The newest numbers of a training, or the reason why the stage failed or waits."""
     at: float = 0.0
     """Time to which the row belongs: infinite if the stage runs or its job is in the queue; else the time at which the job ended (if not
     known, at which it was submitted), or at which the run last wrote its state."""
+    progress: StageProgress | None = None
+    """The progress of a stage of a run without Slurm."""
+    where: str = ""
+    """A clause that says where the next run continues an unfinished stage. It is empty if no clause is needed."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -54,31 +63,48 @@ def status_rows(study: Path, store: Store) -> list[StatusRow]:
     jobs = job_rows(store, [s["key"] for s in stages if s["key"] not in done], here)
 
     def row(stage: dict[str, Any]) -> StatusRow:
-        key = stage["key"]
-        found = _finished(key, store) if key in done else newest(here.get(key), jobs.get(key)) or _NOT_STARTED
-        last = found.last or _metric(store.folder(key), stage)
-        state = "stopped" if found is _NOT_STARTED and (last or store.continues(key, stage["steps"])) else found.state
-        where = continuation(store, key, stage["steps"], state)
-        return replace(found, label=labels[key], state=state, last="; ".join(filter(None, (last, where))))
+        key, updates = stage["key"], stage.get("steps")
+        row = newest(here.get(key), jobs.get(key))
+        found = _finished(key, store) if key in done else unfinished(store, key, updates, row)
+        last = found.last or _metric(store.folder(key), updates)
+        return replace(found, label=labels[key], last="; ".join(filter(None, (last, found.where))))
 
     return [row(stage) for stage in stages]
 
 
-_NOT_STARTED = StatusRow("", "", "not started", "", "")
-
-
-def continuation(store: Store, key: str, updates: int | None, state: str) -> str:
-    """Return a short sentence that says where the next run continues an unfinished stage. It is empty if no sentence is needed.
+def unfinished(store: Store, key: str, updates: int | None, row: StatusRow | None) -> StatusRow:
+    """Return the row of a stage that is not finished.
 
     Args:
         updates: the number of updates of a training, and None for other stages.
-        state: the stage's state, as in `StatusRow`.
+        row: the newest row of its runs and jobs, or None if there is none.
     """
-    if state in ("done", "running", "completing"):
-        return ""
-    if where := store.continues(key, updates):
-        return f"the next run continues {where}"
-    return "no state was saved, so the next run starts at update 0" if updates and state in ("stopped", "dead") else ""
+    if row and row.state == "running":
+        return row
+    where = store.continues(key, updates)
+    if row is None:
+        began = where or (store.folder(key) / _METRICS).is_file()
+        row = StatusRow("", "", "stopped" if began else "waiting", "", "")
+    nothing = "no state was saved, so the next run starts at update 0" if updates and row.state in ("stopped", "killed") else ""
+    return replace(row, where=f"the next run continues {where}" if where else nothing)
+
+
+def study_state(states: Iterable[str], runs: Sequence[LocalRun]) -> str:
+    """Return the state of a study, from those of its stages and its runs without Slurm, the newest of them last.
+
+    It is one of finished, running, queued, killed, failed, interrupted and `not running`.
+    """
+    found = {*states}
+    if found <= {"done"}:
+        return "finished"
+    if "running" in found or any(run.state == "running" for run in runs):
+        return "running"
+    if "queued" in found:
+        return "queued"
+    newest = runs[-1].state if runs else ""
+    if newest == "killed" or "killed" in found:
+        return "killed"
+    return newest if newest in ("failed", "interrupted") else "failed" if found & BAD else "not running"
 
 
 def newest(*rows: StatusRow | None) -> StatusRow | None:
@@ -91,33 +117,35 @@ def local_rows(runs: Iterable[LocalRun]) -> dict[str, StatusRow]:
     found: dict[str, StatusRow] = {}
     for run in runs:
         rows = {key: StatusRow("", run.name, "failed", "", reason, run.seen) for key, reason in run.failed.items()}
-        state = run.state
-        if state in ("running", "dead"):
+        state = {"interrupted": "stopped"}.get(run.state, run.state)
+        if state in ("running", "killed", "stopped"):
             at = math.inf if state == "running" else run.seen
             for key, stage in run.stages.items():
-                rows[key] = StatusRow("", run.name, state, _time(stage.seconds), described(stage, dead=state == "dead"), at)
+                last = described(stage, ended=state != "running")
+                rows[key] = StatusRow("", run.name, state, _time(stage.seconds), last, at, stage)
         found |= {key: newest(row, found.get(key)) or row for key, row in rows.items()}
     return found
 
 
-def job_rows(store: Store, keys: Iterable[str], here: Mapping[str, StatusRow]) -> dict[str, StatusRow]:
+def job_rows(store: Store, keys: Iterable[str], here: Mapping[str, StatusRow], queue: Queue | None = None) -> dict[str, StatusRow]:
     """Return the status rows of the stages in `keys` that were submitted to Slurm, by stage key. The field `label` of the rows is empty.
 
-    Stages that run on this machine are left out. `here` has the rows of `local_rows`. Raises ConfigError if squeue does not answer and the
-    newest state of a stage is that of its job.
+    Stages that run on this machine are left out. `here` has the rows of `local_rows`. If `queue` is given, it is called in place of
+    `slurm.queued`, and Slurm is not asked how jobs ended. Raises ConfigError if squeue does not answer and the newest state of a stage is
+    that of its job.
     """
     running = {key for key, row in here.items() if row.at == math.inf}
     open_ = {key: record for key in keys if key not in running and (record := read_record(store, key))}
     needed = any(key not in here or _submitted(store.folder(key)) > here[key].at for key in open_)
-    queued = slurm.queued(strict=needed) if open_ else {}
+    queued = (queue or slurm.queued)(strict=needed) if open_ else {}
     live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
-    gone = slurm.ended(str(record.place) for key, record in open_.items() if key not in live)
+    gone = {} if queue else slurm.ended(str(record.place) for key, record in open_.items() if key not in live)
     return {key: _job(store.folder(key), str(record.place), live.get(key), gone.get(str(record.place))) for key, record in open_.items()}
 
 
 def _job(folder: Path, job: str, live: slurm.Entry | None, gone: slurm.Entry | None) -> StatusRow:
     if live:
-        state = live.state.lower()
+        state = _OF_SLURM.get(live.state.lower(), live.state.lower())
         return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason, math.inf)
     reason, submitted = folder / FAILURE, _submitted(folder)
     if reason.is_file():
@@ -161,7 +189,7 @@ def _about(run: LocalRun) -> str:
     left = f"about {spoken(run.left)} left" if run.left is not None else "the time left is not known yet"
     how = {
         "running": f"runs this study: {run.done}/{counted(run.total, 'stage')} done, {left}; `kill {run.pid}` stops it and saves its state",
-        "dead": f"no longer runs: it was killed, or its machine stopped, after {spoken(run.seconds)}",
+        "killed": f"no longer runs: it was killed, or its machine stopped, after {spoken(run.seconds)}",
         "finished": f"finished after {spoken(run.seconds)}",
         "failed": "ended because a stage failed",
         "interrupted": "was interrupted; its stages saved their state",
@@ -174,11 +202,11 @@ def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
         return f"all stages are done; {report_text(study)}"
     if any(run.state == "running" for run in runs):
         return f"the log of the run is {study / LOG}; {command_for('watch', study)} shows the run in a browser"
-    if {"pending", "running", "configuring", "requeued"} & set(counts):
+    if {"queued", "running"} & set(counts):
         return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
     if runs:
         return f"nothing is running; continue with `{runs[-1].command}`"
-    return f"nothing is queued or running; continue with `{_plan(study).get('command') or 'tadistill run RECIPE'}`"
+    return f"nothing is queued or running; continue with `{read_plan(study).get('command') or 'tadistill run RECIPE'}`"
 
 
 def report_text(study: Path) -> str:
@@ -203,10 +231,11 @@ def cancel(study: Path, store: Store) -> int:
 
 def planned_stages(study: Path) -> list[dict[str, Any]]:
     """Return the stages of plan.json. Raises StoreError if the file is missing or damaged."""
-    return _plan(study)["stages"]
+    return read_plan(study)["stages"]
 
 
-def _plan(study: Path) -> dict[str, Any]:
+def read_plan(study: Path) -> dict[str, Any]:
+    """Return plan.json, which has a list of stages with their keys. Raises StoreError if the file is missing or damaged."""
     path = study / "plan.json"
     fix = "run or submit the recipe again to rewrite it"
     content = read_json(path, fix=fix)
@@ -215,8 +244,8 @@ def _plan(study: Path) -> dict[str, Any]:
     return content
 
 
-def _metric(folder: Path, stage: dict[str, Any]) -> str:
-    path = folder / "metrics.jsonl"
+def _metric(folder: Path, updates: int | None) -> str:
+    path = folder / _METRICS
     if not path.is_file():
         return ""
     with path.open("rb") as file:  # a long run's log has many lines; the newest is at the end
@@ -228,7 +257,7 @@ def _metric(folder: Path, stage: dict[str, Any]) -> str:
         except json.JSONDecodeError:
             continue
         values = {name: value for name, value in row.items() if name == "train/loss" or name.startswith("dev/")}
-        return " ".join([f"{row['step']}/{stage['steps']}", *(f"{name} {value:.3g}" for name, value in values.items())])
+        return " ".join([f"{row['step']}/{updates}", *(f"{name} {value:.3g}" for name, value in values.items())])
     return ""
 
 

@@ -28,8 +28,8 @@ _RECORDS = "local"
 _EVERY = 5.0
 """The record is written again after this number of seconds, even if no stage has started or ended."""
 _SILENT = 120.0
-"""A run on another machine counts as dead if its record is older than this number of seconds."""
-State = Literal["running", "dead", "finished", "failed", "interrupted"]
+"""A run on another machine counts as killed if its record is older than this number of seconds."""
+State = Literal["running", "killed", "finished", "failed", "interrupted"]
 
 
 @dataclass
@@ -85,12 +85,12 @@ class LocalRun:
 
     @property
     def state(self) -> State:
-        """How the run ended, or `running`. A run is `dead` if its process no longer exists and has not recorded an end."""
+        """How the run ended, or `running`. A run is `killed` if its process no longer exists and has not recorded an end."""
         if self.ended:
             return self.ended
         if self.host != platform.node():
-            return "running" if time.time() - self.seen < _SILENT else "dead"
-        return "running" if _born(self.pid, in_epoch=not isinstance(self.born, str)) == self.born else "dead"
+            return "running" if time.time() - self.seen < _SILENT else "killed"
+        return "running" if _born(self.pid, in_epoch=not isinstance(self.born, str)) == self.born else "killed"
 
 
 def local_runs(study: Path) -> list[LocalRun]:
@@ -120,7 +120,7 @@ def planning(study: Path) -> Iterator[None]:
         with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
             write_json(path, asdict(run))
 
-    def stay() -> None:  # other machines count a run as dead if its record is old
+    def stay() -> None:  # other machines count a run as killed if its record is old
         while not ended.wait(_SILENT / 4):
             run.seen = time.time()
             write()
@@ -225,7 +225,7 @@ def _born(pid: int, *, in_epoch: bool = False) -> str | float | None:
         return None
 
 
-def described(stage: StageProgress, *, dead: bool = False) -> str:
-    """Return a stage's progress in one line: how much is done, the newest note, and the time left (except for a dead run)."""
-    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None and not dead else ""]
+def described(stage: StageProgress, *, ended: bool = False) -> str:
+    """Return a stage's progress in one line: how much is done, the newest note, and the time left (except for a run that has ended)."""
+    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None and not ended else ""]
     return ", ".join(part for part in parts if part)

@@ -18,13 +18,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tadistill import charts
+from tadistill.cluster.status import BAD
 from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.runner.local import spoken
 from tadistill.text import visible
 from tadistill.watch.logs import Curve, Point, TrainingLog
 from tadistill.watch.machine import Use
-from tadistill.watch.state import BAD, Moment, Rollouts, StageState
+from tadistill.watch.state import Moment, Rollouts, StageState
 
 PARTS = ("head", "alerts", "now", "graph", "curves", "samples", "machine", "stages", "log")
 """The ids of the parts, in the order of the page."""

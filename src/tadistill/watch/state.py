@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.job import jobs_folder
-from tadistill.cluster.status import StatusRow, continuation, job_rows, local_rows, newest, planned_stages
+from tadistill.cluster.status import BAD, StatusRow, job_rows, local_rows, newest, planned_stages, study_state, unfinished
 from tadistill.disk import damaged
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import distinct_labels
@@ -29,16 +29,6 @@ _SLURM_PAUSE = 15.0
 """Seconds between two queries to Slurm. All users of a cluster share Slurm, so queries must be rare."""
 _READING = 0.2
 """Seconds that one call of `Watched.look` may spend on reading logs."""
-_WORDS = {
-    "dead": "killed",
-    "not started": "waiting",
-    "pending": "queued",
-    "configuring": "queued",
-    "requeued": "queued",
-    "completing": "running",
-}
-BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_memory", "node_fail", "preempted", "boot_fail", "deadline"})
-"""States in which a stage needs the user's attention."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class StageState:
     total: int
     """The amount of work: updates of a training, rows of another stage, or 1 if the stage's progress is not counted."""
     state: str = "waiting"
-    """One of done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
+    """As in `StatusRow`."""
     note: str = ""
     """The newest numbers, or the reason why the stage failed or waits."""
     done: int = 0
@@ -69,6 +59,11 @@ class StageState:
     @property
     def trains(self) -> bool:
         return self.kind in TRAINING
+
+    @property
+    def updates(self) -> int | None:
+        """The number of updates of a training, and None for other stages."""
+        return self.total if self.trains else None
 
     @property
     def measures(self) -> bool:
@@ -94,7 +89,7 @@ class Moment:
     at: float
     """Time of the moment, in seconds since 1970."""
     state: str
-    """One of running, queued, finished, killed, failed, interrupted and `not running`."""
+    """As `study_state` returns it."""
     stages: tuple[StageState, ...]
     runs: tuple[LocalRun, ...]
     left: float | None
@@ -156,13 +151,13 @@ class Watched:
 
     def _look(self) -> Moment:
         planned, runs = self._planned(), local_runs(self.study)
-        stages = _ready(tuple(map(self._saved, self._states(planned, runs))))
+        stages = _ready(tuple(self._states(planned, runs)))
         self._follow(stages)
         stages = tuple(_progress(stage, self._logs.get(stage.key)) for stage in stages)
         self._sample(stages)
         logs = list(self._logs.values())
         unread, size = sum(log.file.unread for log in logs), sum(log.file.size for log in logs)
-        state = _state(stages, runs)
+        state = study_state((stage.state for stage in stages), runs)
         alarms = (*self._recorded(stages), *self._run_log.alarms, *(line for log in self._job_logs.values() for line in log.alarms))
         return Moment(
             name=self.study.resolve().name,
@@ -188,28 +183,18 @@ class Watched:
         return self._plan[1]
 
     def _states(self, planned: Iterable[StageState], runs: list[LocalRun]) -> Iterable[StageState]:
-        here, progresses = local_rows(runs), {(run.name, key): progress for run in runs for key, progress in run.stages.items()}
-        stopped = set(runs[-1].stages) if runs and runs[-1].state == "interrupted" else set()
-        manifests = {stage.key: self._manifest(stage.key) for stage in planned}
+        here, manifests = local_rows(runs), {stage.key: self._manifest(stage.key) for stage in planned}
         jobs = self._jobs([key for key, manifest in manifests.items() if manifest is None], here)
         for stage in planned:
-            manifest, row = manifests[stage.key], newest(here.get(stage.key), jobs.get(stage.key))
-            if manifest is not None:
+            if (manifest := manifests[stage.key]) is not None:
                 yield replace(stage, state="done", done=manifest.get("steps") or stage.total, seconds=manifest.get("seconds"))
-            elif row is None:
-                yield replace(stage, state="stopped" if stage.key in stopped else "waiting")
-            else:
-                progress = progresses.get((row.job, stage.key))  # only a run on this machine has it
-                names = ("note", "done", "total", "seconds", "left")
-                known = {name: getattr(progress, name) for name in names} if progress else {"note": row.last, "elapsed": row.elapsed}
-                yield replace(stage, state=_WORDS.get(row.state, row.state), **known)
-
-    def _saved(self, stage: StageState) -> StageState:
-        updates = stage.total if stage.trains else None
-        where = continuation(self.store, stage.key, updates, "dead" if stage.state == "killed" else stage.state)
-        done = self.store.saved_update(stage.key) if where and updates else None
-        state = "stopped" if where and stage.state == "waiting" else stage.state
-        return replace(stage, state=state, note="; ".join(filter(None, (stage.note, where))), done=done or stage.done)
+                continue
+            row = unfinished(self.store, stage.key, stage.updates, newest(here.get(stage.key), jobs.get(stage.key)))
+            names = ("done", "total", "seconds", "left")
+            known = {name: getattr(row.progress, name) for name in names} if row.progress else {"elapsed": row.elapsed}
+            note = "; ".join(filter(None, (row.progress.note if row.progress else row.last, row.where)))
+            saved = self.store.saved_update(stage.key) if row.where and stage.updates else None
+            yield replace(stage, state=row.state, note=note, **known | ({"done": saved} if saved else {}))
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
         path = self.store.folder(key) / MANIFEST
@@ -231,7 +216,7 @@ class Watched:
                 self._slurm = _Slurm(job_rows(self.store, keys, here), "", time.monotonic())
             except ConfigError as error:
                 self._slurm = replace(self._slurm, problem=str(error), at=time.monotonic())
-            running = {row.job for row in self._slurm.rows.values() if row.state in ("running", "completing")}
+            running = {row.job for row in self._slurm.rows.values() if row.state == "running"}
             paths = [path for job in running for path in jobs_folder(self.study).glob(f"{job}_*log.out")]
             self._job_logs = {path: self._job_logs.get(path) or RunLog(path) for path in paths}
             if not self._slurm.rows and not self._slurm.problem:
@@ -311,20 +296,6 @@ def _progress(stage: StageState, log: TrainingLog | None) -> StageState:
     texts = [form.format(log.newest[name]) for name, form in forms.items() if name in log.newest]
     left = log.left(stage.total) if stage.state == "running" else None
     return replace(stage, done=min(log.step, stage.total), note=stage.note or ", ".join(texts), left=left)
-
-
-def _state(stages: tuple[StageState, ...], runs: list[LocalRun]) -> str:
-    states = {stage.state for stage in stages}
-    if states <= {"done"}:
-        return "finished"
-    if "running" in states or any(run.state == "running" for run in runs):
-        return "running"
-    if "queued" in states:
-        return "queued"
-    newest = runs[-1].state if runs else ""
-    if newest == "dead" or "killed" in states:
-        return "killed"
-    return newest if newest in ("failed", "interrupted") else "failed" if states & BAD else "not running"
 
 
 def _left(runs: list[LocalRun]) -> float | None:

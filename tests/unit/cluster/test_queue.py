@@ -122,7 +122,7 @@ def test_status_of_every_kind(programs, tmp_path):
     programs("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
     programs("sacct", "echo '4|OUT_OF_MEMORY|00:10|2026-05-01T10:00:00|gone'")
     found = {row.label: row for row in status_rows(study, store)}
-    expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not started"]
+    expected = ["done", "running", "queued", "failed", "out_of_memory", "lost", "waiting"]
     assert {label: row.state for label, row in found.items()} == dict(zip(keys, expected, strict=True))
     assert found["done"].elapsed == "1:01:40"
     assert found["runs"].last == "4/10 train/loss 1.5"
@@ -147,12 +147,12 @@ def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_
         return row.state, listed.state
 
     for facts in ({"stages": {"k": StageProgress("k")}}, {"ended": "failed", "failed": {"k": "it broke"}}):
-        how = facts.get("ended", "dead")
+        how = facts.get("ended", "killed")
         local(submitted - 1000, **facts)
         programs("squeue", "echo '1|RUNNING|0:05|n|None'")
         assert state() == ("running", "running")
         programs("squeue", "echo '1|PENDING|0:00|n|Priority'")
-        assert state() == ("pending", "queued")
+        assert state() == ("queued", "queued")
         programs("squeue", "")
         programs("sacct", "echo '1|TIMEOUT|00:10|2026-05-01T10:00:00|n'")
         assert state() == ("timeout", how)
@@ -172,7 +172,7 @@ def test_without_slurm_a_run_after_the_last_job_has_the_state(programs, tmp_path
     submitted = (store.folder("k") / "job.json").stat().st_mtime
     run = LocalRun(1, "elsewhere", 1.0, "", "", seen=submitted + 5, ended="failed", failed={"k": "it broke"})
     write_json(study / "local" / "elsewhere-1.json", asdict(run))
-    assert [(row.state, row.last) for row in status_rows(study, store)] == [("failed", "it broke"), ("not started", "")]
+    assert [(row.state, row.last) for row in status_rows(study, store)] == [("failed", "it broke"), ("waiting", "")]
     os.utime(store.folder("k") / "job.json", (submitted + 9, submitted + 9))  # a job was submitted after the run
     with pytest.raises(ConfigError, match="squeue does not answer"):
         status_rows(study, store)
@@ -215,7 +215,7 @@ def test_list_asks_slurm_only_if_a_job_was_submitted(programs, tmp_path):
     study, store, asked = tmp_path / "study", Store(tmp_path / "store"), tmp_path / "asked"
     write_json(study / "plan.json", {"created": "", "stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
     programs("squeue", f"echo x >> '{asked}'")
-    assert [row.state for row in studies(tmp_path, store)] == ["not finished"]
+    assert [row.state for row in studies(tmp_path, store)] == ["not running"]
     assert not asked.exists()
     JobRecord("1", None, "n", "study").write(store, "k")
     studies(tmp_path, store)

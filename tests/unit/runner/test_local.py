@@ -71,7 +71,7 @@ def test_status_of_a_stage_that_stopped(plan, study):
     folder = store.folder(next(iter(plan.stages)))
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 3, "train/loss": 5.01}\n')
-    assert [row.state for row in status_rows(study, store)] == ["stopped", "not started"]
+    assert [row.state for row in status_rows(study, store)] == ["stopped", "waiting"]
 
 
 def save_state(study, key, step):
@@ -105,17 +105,17 @@ def test_status_of_a_killed_run(plan, study, monkeypatch):
     killed.run.stages[next(iter(plan.stages))] = StageProgress("x")
     killed.run.pid = ended.pid
     killed.save()
-    assert [row.state for row in status_rows(study, Store(study.parent / "store"))] == ["dead", "not started"]
+    assert [row.state for row in status_rows(study, Store(study.parent / "store"))] == ["killed", "waiting"]
     assert "it was killed" in status(study)
     assert "nothing is running; continue with `" in status(study)
     # a later process with the same id is another process
     killed.run.pid, killed.run.born = os.getpid(), 1.0
-    assert killed.run.state == "dead"
+    assert killed.run.state == "killed"
     # another machine: only the age of the record is known
     killed.run.host = "elsewhere"
     assert killed.run.state == "running"
     killed.run.seen = time.time() - 1000
-    assert killed.run.state == "dead"
+    assert killed.run.state == "killed"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="other systems keep the start time itself")

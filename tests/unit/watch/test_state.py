@@ -7,6 +7,8 @@ import time
 import pytest
 
 from tadistill.cluster import slurm
+from tadistill.cluster.list_and_clean import studies
+from tadistill.cluster.status import status_rows
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.train.checkpoint import Checkpoints, TrainState
@@ -59,7 +61,7 @@ def test_a_stage_shows_the_update_at_which_the_next_run_continues_it(folder):
     assert killed.note == "loss 2.000, 120 tokens/s; the next run continues at update 52 of 100"
     folder.run(S1, ended="interrupted")
     stopped = look(folder).stages[1]
-    assert (stopped.state, stopped.done, stopped.note) == ("stopped", 52, "the next run continues at update 52 of 100")
+    assert (stopped.state, stopped.done, stopped.note) == ("stopped", 52, killed.note)
     folder.run()  # another run works on other stages
     assert look(folder).stages[1].state == "stopped"
     alerts = render(look(folder), Use("here", 1, 0.0, 1, 1, 0, 0.0, 0, (), ""), (), ())["alerts"]
@@ -74,6 +76,26 @@ def test_other_ends_of_a_run(folder):
     assert (moment.state, moment.stages[1].state, moment.stages[1].note) == ("failed", "failed", "the loss is not finite")
     folder.finish(*(key for key, *_ in PLAN.values()))
     assert look(folder).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "of_stage"),
+    [
+        ({}, "running", "running"),
+        ({"dead": True}, "killed", "killed"),
+        ({"ended": "interrupted"}, "interrupted", "stopped"),
+        ({"ended": "failed", "failed": {S1: "it broke"}}, "failed", "failed"),
+        ({"ended": "finished"}, "not running", "waiting"),
+    ],
+)
+def test_all_commands_tell_the_same(folder, how, state, of_stage):
+    folder.finish(XL)
+    folder.run(*(S1,) if "failed" not in how and of_stage != "waiting" else (), **how)
+    plan = json.loads((folder.study / "plan.json").read_text())
+    write_json(folder.study / "plan.json", plan | {"created": "2026"})
+    moment, (listed,), rows = look(folder), studies(folder.runs, folder.store), status_rows(folder.study, folder.store)
+    assert (moment.state, listed.state, moment.stages[1].state) == (state, state, of_stage)
+    assert [row.state for row in rows] == [stage.state for stage in moment.stages]
 
 
 def test_a_study_that_was_never_run_and_a_damaged_plan(folder):
@@ -169,8 +191,8 @@ def test_the_choice_of_curves(folder):
     assert [s.key for s in picked(nodes, moment.logs, [S1])[0]] == [S1, S2]
     folder.run(S2, ended="interrupted")
     moment = look(folder)
-    assert [s.key for s in picked(nodes_of(moment.stages), moment.logs, ())[0]] == [S2]
-    folder.run(ended="interrupted")
+    assert [s.key for s in picked(nodes_of(moment.stages), moment.logs, ())[0]] == [S1, S2]  # S1 has begun too
+    folder.finish(S1, S2)
     moment = look(folder)
     assert {s.key for s in picked(nodes_of(moment.stages), moment.logs, ())[0]} == {XL, S1, S2}
 
