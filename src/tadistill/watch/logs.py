@@ -1,91 +1,125 @@
-"""Follow logs that grow. The newest lines are read first, then older lines in pieces, so that no call takes long.
+"""Follow logs that grow: the metrics.jsonl of a training, and run.log. Each call of `forward` reads the lines since the last call.
 
-    log = TrainingLog(folder / "metrics.jsonl")
-    log.file.forward()                # the lines since the last call; the first call starts near the end of the file
-    while log.file.unread: log.file.backward()
-    log.curves["train/loss"].points()
-
-Lines of a training log are not kept. A curve has at most `BUCKETS` ranges of steps, each with its lowest, mean and highest value.
+log = TrainingLog(folder / "metrics.jsonl")
+log.forward()
+log.curves["train/loss"]          # pairs of step and value
+thinned(log.curves["train/loss"])
 """
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from tadistill.metrics import LOGS
 
-BUCKETS = 120
-"""Largest number of points in a curve."""
-_PIECE = 64 << 10
+POINTS = 120
+"""Largest number of points in a drawn curve."""
 _KEPT = 200  # number of alarms, and number of last lines, that are kept
+_LARGEST = 1 << 20  # of more new bytes in run.log, only the last are read
 _ALARM = re.compile(r"^(?P<time>[\d: -]*\d:\d\d)(?: \d+)? alarm: (?P<text>.*)$")
 
 
-class Follower:
-    """Reads each line of a growing file once. If the file is replaced or becomes shorter, reading starts again near its end."""
+class _Log:
+    """A growing file. If it is replaced or becomes shorter, it is read again."""
 
-    def __init__(self, path: Path, take: Callable[[int, bytes], None], forget: Callable[[], None]):
-        """Call `take` for each line, with its offset and its bytes. Call `forget` if the file was replaced or became shorter."""
-        self.path, self._take, self._forget = path, take, forget
-        self._file: int | None = None
-        self._low = self._high = 0
+    most = math.inf
+    """Largest number of new bytes that are read at a time. If there are more, the first of them are left out."""
+
+    def __init__(self, path: Path):
+        self.path, self._file, self._read = path, 0, 0
         self.changed = 0.0
         """Modification time of the file; 0 if there is none."""
+        self._forget()
 
-    @property
-    def unread(self) -> int:
-        """The number of bytes at the beginning of the file that have not been read yet."""
-        return self._low
-
-    @property
-    def size(self) -> int:
-        return self._high
-
-    def forward(self) -> bool:
-        """Read the next piece of new lines. Return True if more of them are left."""
+    def forward(self) -> None:
+        """Read the new lines."""
         try:
             stat = self.path.stat()
-            if stat.st_ino != self._file or stat.st_size < self._high:
-                if self._file is not None:
-                    self._forget()
-                self._file = stat.st_ino
-                self._low = self._high = max(stat.st_size - _PIECE, 0)
-                if self._low:  # the piece begins inside a line, which `backward` reads
-                    self._low = self._high = self._low + self._read(self._low, _PIECE).find(b"\n") + 1
+            if stat.st_ino != self._file or stat.st_size < self._read:
+                self._forget()
+                self._file, self._read = stat.st_ino, 0
             self.changed = stat.st_mtime
-            if stat.st_size == self._high:
-                return False
-            self._high += self._lines(self._high, self._read(self._high, _PIECE))
-            return stat.st_size - self._high > _PIECE
+            lines = self._new_lines() if stat.st_size > self._read else []
         except OSError:  # not there yet, or replaced at this moment
-            return False
-
-    def backward(self) -> None:
-        """Read another piece of the file: the lines before those that have been read so far."""
-        start = max(self._low - _PIECE, 0)
-        try:
-            piece = self._read(start, self._low - start)
-        except OSError:
             return
-        skipped = piece.find(b"\n") + 1 if start else 0  # the rest of a line that begins before the piece
-        self._lines(start + skipped, piece[skipped:])
-        self._low = start if skipped == len(piece) else start + skipped  # a line longer than a piece is left out
-
-    def _read(self, start: int, size: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(size)
-
-    def _lines(self, at: int, piece: bytes) -> int:
-        *lines, rest = piece.split(b"\n")
-        start = at
         for line in lines:
-            self._take(start, line)
-            start += len(line) + 1
-        return len(piece) if not lines and len(rest) == _PIECE else len(piece) - len(rest)
+            self._take(line.decode(errors="replace").strip())
+
+    def _new_lines(self) -> list[bytes]:
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size - self._read > self.most:
+                file.seek(int(size - self.most))
+                file.readline()  # the rest of a line
+                self._read = file.tell()
+            file.seek(self._read)
+            *lines, _ = file.read().split(b"\n")  # the last line may be incomplete
+        self._read += sum(len(line) + 1 for line in lines)
+        return lines
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    def _take(self, line: str) -> None:
+        raise NotImplementedError
+
+
+class TrainingLog(_Log):
+    """The metrics.jsonl of one training: its curves by metric, as pairs of step and value, and the newest value of every entry."""
+
+    def forward(self) -> None:
+        super().forward()
+        if self._first is None and self.rows:
+            self._first = self.changed, self.step
+
+    def left(self, total: int) -> float | None:
+        """Return the predicted seconds until update `total`, from the speed at which the log grows. Return None until the log has grown."""
+        then, step = self._first or (0.0, self.step)
+        seconds, updates = self.changed - then, self.step - step
+        return (total - self.step) * seconds / updates if updates > 0 and seconds > 0 else None
+
+    def _forget(self) -> None:
+        self.curves: dict[str, list[tuple[int, float]]] = {}
+        self.step, self.rows, self.damaged = 0, 0, 0
+        self.newest: dict[str, float] = {}
+        self._first: tuple[float, int] | None = None
+
+    def _take(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.damaged += bool(line)
+            return
+        if type(step) is not int or step < 0:
+            self.damaged += 1
+            return
+        self.rows, self.step = self.rows + 1, step
+        for name, value in row.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self.newest[name] = value
+                if name in LOGS or name.startswith("dev/"):
+                    self.curves.setdefault(name, []).append((step, value))
+
+
+class RunLog(_Log):
+    """The newest lines and alarms of a log: the run.log of a study, or the log of a Slurm job. An alarm has its time in brackets."""
+
+    most = _LARGEST
+
+    def _forget(self) -> None:
+        self.alarms, self.lines = deque[str](maxlen=_KEPT), deque[str](maxlen=_KEPT)
+
+    def _take(self, line: str) -> None:
+        self.lines.append(line)
+        if alarm := _ALARM.search(line):
+            self.alarms.append(f"{alarm['text']} ({alarm['time']})")
 
 
 class Point(NamedTuple):
@@ -97,113 +131,14 @@ class Point(NamedTuple):
     high: float
 
 
-class Curve:
-    """A curve in at most `BUCKETS` ranges of steps. If a step is beyond the last range, all ranges become twice as wide."""
-
-    def __init__(self) -> None:
-        self.width = 1
-        self._buckets: dict[int, list[float]] = {}  # lowest, highest, sum and count of the values, sum of the steps
-
-    def add(self, step: int, value: float) -> None:
-        number = step // self.width
-        if number >= BUCKETS:
-            self._widen()
-            self.add(step, value)
-        elif (there := self._buckets.get(number)) is None:
-            self._buckets[number] = [value, value, value, 1, step]
-        else:
-            there[0], there[1] = min(there[0], value), max(there[1], value)
-            there[2] += value
-            there[3] += 1
-            there[4] += step
-
-    def _widen(self) -> None:
-        self.width *= 2
-        old, self._buckets = self._buckets, {}
-        for number, found in old.items():
-            there = self._buckets.setdefault(number // 2, found)
-            if there is not found:
-                there[0], there[1] = min(there[0], found[0]), max(there[1], found[1])
-                there[2:] = [a + b for a, b in zip(there[2:], found[2:], strict=True)]
-
-    def points(self) -> list[Point]:
-        return [Point(at / n, low, total / n, high) for _, (low, high, total, n, at) in sorted(self._buckets.items())]
+def thinned(curve: Sequence[tuple[int, float]]) -> list[Point]:
+    """Return at most `POINTS` points. Each stands for an equal range of steps."""
+    width = 1 << (max((step for step, _ in curve), default=0) // POINTS).bit_length()  # it rarely changes while the curve grows
+    ranges: dict[int, list[tuple[int, float]]] = {}
+    for step, value in curve:
+        ranges.setdefault(step // width, []).append((step, value))
+    return [_point(*zip(*found, strict=True)) for _, found in sorted(ranges.items())]
 
 
-class TrainingLog:
-    """The metrics.jsonl of one training: its curves by metric, and the newest value of every entry."""
-
-    def __init__(self, path: Path):
-        self.file = Follower(path, self._take, self._forget)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.curves: dict[str, Curve] = {}
-        self.step, self.rows, self.damaged = 0, 0, 0
-        self.newest: dict[str, float] = {}
-        self._first: tuple[float, int] | None = None
-
-    def forward(self) -> bool:
-        more = self.file.forward()
-        if self._first is None and self.rows:
-            self._first = self.file.changed, self.step
-        return more
-
-    def left(self, total: int) -> float | None:
-        """Return the predicted seconds until update `total`, from the speed at which the log grows. Return None until the log has grown."""
-        then, step = self._first or (0.0, self.step)
-        seconds, updates = self.file.changed - then, self.step - step
-        return (total - self.step) * seconds / updates if updates > 0 and seconds > 0 else None
-
-    def _take(self, at: int, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            self.damaged += bool(line.strip())
-            return
-        if type(step) is not int or step < 0:
-            self.damaged += 1
-            return
-        self.rows += 1
-        newest, self.step = step >= self.step, max(step, self.step)
-        for name, value in row.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            if newest:
-                self.newest[name] = value
-            curve = self.curves.get(name)
-            if curve is None and (name in LOGS or name.startswith("dev/")):
-                curve = self.curves[name] = Curve()
-            if curve is not None:
-                curve.add(step, value)
-
-
-class RunLog:
-    """The last lines and the alarms of a log: the run.log of a study, or the log of a Slurm job."""
-
-    def __init__(self, path: Path):
-        self.file = Follower(path, self._take, self._forget)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._alarms: dict[int, str] = {}
-        self._last: dict[int, str] = {}
-
-    def _take(self, at: int, line: bytes) -> None:
-        text = line.decode(errors="replace").strip()
-        for found in (self._last, self._alarms) if _ALARM.search(text) else (self._last,):
-            found[at] = text
-            if len(found) > _KEPT:
-                del found[min(found)]
-
-    @property
-    def alarms(self) -> list[str]:
-        """The newest 200 alarms (warnings of a training), each with its time in brackets. The oldest comes first."""
-        found = (_ALARM.search(text) for _, text in sorted(self._alarms.items()))
-        return [f"{alarm['text']} ({alarm['time']})" for alarm in found if alarm]
-
-    @property
-    def lines(self) -> list[str]:
-        """The newest 200 lines."""
-        return [text for _, text in sorted(self._last.items())]
+def _point(steps: Iterable[int], values: Sequence[float]) -> Point:
+    return Point(fmean(steps), min(values), fmean(values), max(values))

@@ -23,7 +23,7 @@ from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.runner.local import spoken
 from tadistill.text import visible
-from tadistill.watch.logs import Curve, Point, TrainingLog
+from tadistill.watch.logs import Point, TrainingLog, thinned
 from tadistill.watch.machine import Use
 from tadistill.watch.state import Moment, Rollouts, StageState
 
@@ -170,7 +170,7 @@ def _panels(moment: Moment, looks: Sequence[tuple[StageState, charts.Look]]) -> 
     for kind in kinds:
         for name in (name for name in dict.fromkeys(("train/loss", *in_order(names), *names)) if name in names):
             lines = [(s, look, moment.logs[s.key].curves.get(name)) for s, look in looks if s.kind == kind]
-            drawn = [(s, look, points) for s, look, curve in lines if curve and (points := curve.points())]
+            drawn = [(s, look, points) for s, look, curve in lines if curve and (points := thinned(curve))]
             if drawn:
                 title, unit = _title_and_unit(name)
                 title += f" ({kind})" if len(kinds) > 1 else ""
@@ -205,7 +205,7 @@ def _title_and_unit(name: str) -> tuple[str, str]:
 
 def _spark(moment: Moment, stage: StageState) -> Markup:
     log = moment.logs.get(stage.key)
-    points = log.curves.get("train/loss", Curve()).points() if log else []
+    points = thinned(log.curves.get("train/loss", ())) if log else []
     if len(points) < 2:
         return Markup("")
     low, high = min(p.mean for p in points), max(p.mean for p in points)
@@ -296,7 +296,7 @@ def picked(nodes: Sequence[Node], logs: Mapping[str, TrainingLog], wanted: Conta
     for what, states in (("running", {"running"}), ("interrupted", {"stopped"} | BAD)):
         if found := [s for s in every if s.state in states]:
             return found[:_SHOWN], _about(what, len(found))
-    newest = sorted(every, key=lambda s: -logs[s.key].file.changed)
+    newest = sorted(every, key=lambda s: -logs[s.key].changed)
     return newest[:6], "The stages with the newest logs." if newest else ""
 
 

@@ -27,8 +27,6 @@ from tadistill.watch.logs import RunLog, TrainingLog
 _PAUSE = 1.0
 _SLURM_PAUSE = 15.0
 """Seconds between two queries to Slurm. All users of a cluster share Slurm, so queries must be rare."""
-_READING = 0.2
-"""Seconds that one call of `Watched.look` may spend on reading logs."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ class Moment:
     """The warnings of all trainings."""
     lines: tuple[str, ...]
     """The last lines of run.log, the log of the study."""
-    unread: float
-    """The share of the bytes in logs that has not been read yet, from 0 to 1."""
     damaged: int
     """The number of lines of training logs that cannot be parsed."""
     problems: tuple[str, ...] = ()
@@ -136,7 +132,6 @@ class Watched:
         self._plan: tuple[float, tuple[StageState, ...]] = (0.0, ())
         self._manifests: dict[str, tuple[int, dict[str, Any]]] = {}
         self._logs: dict[str, TrainingLog] = {}
-        self._read: set[str] = set()
         self._rollouts: dict[str, Rollouts] = {}
         self._slurm = _Slurm()
         self._run_log = RunLog(study / LOG)
@@ -155,8 +150,6 @@ class Watched:
         self._follow(stages)
         stages = tuple(_progress(stage, self._logs.get(stage.key)) for stage in stages)
         self._sample(stages)
-        logs = list(self._logs.values())
-        unread, size = sum(log.file.unread for log in logs), sum(log.file.size for log in logs)
         state = study_state((stage.state for stage in stages), runs)
         alarms = (*self._recorded(stages), *self._run_log.alarms, *(line for log in self._job_logs.values() for line in log.alarms))
         return Moment(
@@ -170,8 +163,7 @@ class Watched:
             rollouts=dict(self._rollouts),
             alarms=tuple(dict.fromkeys(alarms)),
             lines=tuple(self._run_log.lines),
-            unread=unread / size if size else 0.0,
-            damaged=sum(log.damaged for log in logs),
+            damaged=sum(log.damaged for log in self._logs.values()),
             problems=(self._slurm.problem,) if self._slurm.problem else (),
         )
 
@@ -226,25 +218,10 @@ class Watched:
     # --- logs and samples -----------------------------------------------------------------------------------------------
 
     def _follow(self, stages: Iterable[StageState]) -> None:
-        deadline = time.monotonic() + _READING
-        training = [stage for stage in stages if stage.trains]
-        for stage in sorted(training, key=lambda stage: stage.state != "running"):
-            log = self._logs.setdefault(stage.key, TrainingLog(self.store.folder(stage.key) / "metrics.jsonl"))
-            if stage.key in self._read and stage.state == "done":
-                continue
-            self._read.discard(stage.key)
-            while log.forward() and time.monotonic() < deadline:
-                pass
-            if stage.state == "done":
-                self._read.add(stage.key)
-            if time.monotonic() > deadline:
-                break
-        others = [self._run_log, *self._job_logs.values()]
-        for log in others:
-            log.file.forward()
-        for log in (*others, *(self._logs[stage.key] for stage in training if stage.key in self._logs)):
-            while log.file.unread and time.monotonic() < deadline:
-                log.file.backward()
+        for stage in (stage for stage in stages if stage.trains):
+            self._logs.setdefault(stage.key, TrainingLog(self.store.folder(stage.key) / "metrics.jsonl")).forward()
+        for log in (self._run_log, *self._job_logs.values()):
+            log.forward()
 
     def _sample(self, stages: Iterable[StageState]) -> None:
         for stage in (stage for stage in stages if stage.trains):
