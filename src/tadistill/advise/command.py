@@ -195,7 +195,6 @@ def decided(report: Report) -> dict[str, Any]:
             "steps": [asdict(step) for step in report.steps],
             "history": {"studies": report.studies, "left_out": report.history.left_out},
             "notes": report.notes,
-            "tags": words.TAGS,
         }
     )
 

@@ -86,8 +86,6 @@ class Advice:
     """Proposed experiments. The one with the largest `gain / cost` comes first."""
     level: float
     margin: float
-    scale: str | None
-    """The metric of the earlier studies. None if they have no chain that can be compared with direct distillation (`pairs` is 0)."""
     families: int
     """Number of families in the earlier studies. Runs of one family share teacher, data and method."""
     pairs: int
@@ -131,10 +129,10 @@ def advise(
     direct, *chains = candidates
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
-    return decide(candidates, found, scale=history[0].scale if pairs else None, margin=margin, level=level)
+    return decide(candidates, found, margin=margin, level=level)
 
 
-def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | None, margin: float, level: float) -> Advice:
+def decide(candidates: Sequence[Candidate], found: Predictions, *, margin: float, level: float) -> Advice:
     """Turn forecasts into advice. `advise` explains the rule and the arguments."""
     direct, chains = candidates[0], candidates[1:]
     options = [Option(direct.path, direct.cost, 0.0, 0.0, 0.0, 0.0, 0.0, "reference")]
@@ -152,7 +150,6 @@ def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | 
         next=() if verdict == "chain" else _experiments(chains, found),
         level=level,
         margin=margin,
-        scale=scale,
         families=found.families,
         pairs=found.pairs,
         used=found.used,

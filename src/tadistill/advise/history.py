@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from tadistill.config import ModelConfig
-from tadistill.config.arm import direct_arm, path_text
+from tadistill.config.arm import direct_arm
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
@@ -96,13 +96,6 @@ class Observation:
     study: str = ""
     reported: float = 0.0
     """Standard deviation of the arm's difference to its baseline on the test sets, from the study's report. It is 0 without a report."""
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.cost) and self.cost > 0 and isfinite(self.quality)):
-            raise ConfigError(
-                f"the observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite, and the "
-                "cost must be positive"
-            )
 
 
 # --- reading studies ----------------------------------------------------------------------------------------------------

@@ -28,12 +28,11 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, TwinPair
+from tadistill.search.strategies import SIZE_LAW
 from tadistill.statistics import seeds_spread
 
 Array = NDArray[np.float64]
 
-SIZE_LAW = 2.5
-"""Ratio of teacher to learner parameters that the law of capacity gap recommends (Zhang et al. 2025, arXiv 2311.07052)."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
 """Prior probability of each possible value of `carry`, the ratio (weight of a hop / weight of the next hop)."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)

@@ -1,7 +1,4 @@
-"""The texts of the advice, and the `Report` that the terminal, the page and advice.json show.
-
-`TAGS` says where each group of numbers comes from: `measured` on dev prompts, `predicted` (a cost or a forecast) or `assumed` (a setting).
-"""
+"""The texts of the advice, and the `Report` that the terminal, the page and advice.json show."""
 
 import json
 import shlex
@@ -238,13 +235,6 @@ def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
 
 def _key(arm: str) -> str:
     return f"arms[{arm}]" if "." in arm else f"arms.{arm}"
-
-
-TAGS = {
-    **dict.fromkeys(("models", "pairs", "lambda_sweeps", "rules"), "measured"),
-    **dict.fromkeys(("paths.flops", "paths.multiple", "options"), "predicted"),
-    **dict.fromkeys(("margin", "level", "top_k"), "assumed"),
-}
 
 
 @dataclass(frozen=True)

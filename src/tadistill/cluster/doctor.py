@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 from rich.markup import escape
 from rich.table import Table
 
-from tadistill.cluster.fetch import missing, moved, size
+from tadistill.cluster.fetch import compare, size
 from tadistill.cluster.slurm import Profile, accounts_in, output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
@@ -278,7 +278,7 @@ def data_root(root: str | None) -> Check:
 def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
     """Check that every model and data set of the recipe is on this disk, because jobs have no network."""
     try:
-        absent, changed = missing(recipe, runs), moved(recipe, runs)
+        absent, changed = compare(recipe, runs)
     except TadistillError as error:
         return Check("fetched", "problem", str(error), "correct the recipe or the file named in this message")
     if absent:

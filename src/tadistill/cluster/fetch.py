@@ -1,7 +1,7 @@
 """`tadistill fetch`: download the models and data sets of a recipe, so that jobs need no network. GGUF files are converted.
 
     fetch_recipe(recipe, runs, console)   -> downloads and converts what is missing, prints a table, records commits in RUNS/fetched.json
-    missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
+    compare(recipe, runs)                 -> what a job with HF_HUB_OFFLINE=1 would not find, and what has another commit than in this file
 
 A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set does not say which files are needed, so
 fetched.json lists them. Without this list, a data set counts as complete if some of its files are there.
@@ -101,28 +101,21 @@ def conversions(recipe: Recipe) -> list[Need]:
     return [n for n in dict.fromkeys(named) if n.name not in TOKENIZERS and sources.parse_source(n.name).kind == "gguf"]
 
 
-def missing(recipe: Recipe, runs: Path) -> list[str]:
-    """Return one sentence for each model, tokenizer or data set of the recipe that is not on this disk. No network is used.
+def compare(recipe: Recipe, runs: Path) -> tuple[list[str], list[str]]:
+    """Return a sentence for each model, tokenizer or data set of the recipe that is not on this disk, and a warning for each whose commit
+    differs from that in fetched.json, which finished stages used. No network is used.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
     """
-    record = _read(runs)
-    return [
-        f"{need.kind} `{need.shown}` at revision `{need.revision}` is not on this disk; run `tadistill fetch RECIPE` with network access"
-        for need in needs(recipe)
-        if look(need, record) is None
-    ]
-
-
-def moved(recipe: Recipe, runs: Path) -> list[str]:
-    """Return a warning for each model, tokenizer or data set whose commit on this disk differs from its commit in fetched.json.
-
-    Finished stages used the commit in fetched.json. No network is used.
-    """
-    record = _read(runs)
-    pairs = [(need, look(need, record)) for need in needs(recipe)]
-    return [change for need, found in pairs if found and (change := _change(need, found, record))]
+    record, missing, moved = _read(runs), list[str](), list[str]()
+    for need in needs(recipe):
+        if (found := look(need, record)) is None:
+            at = f"{need.kind} `{need.shown}` at revision `{need.revision}`"
+            missing.append(f"{at} is not on this disk; run `tadistill fetch RECIPE` with network access")
+        elif change := _change(need, found, record):
+            moved.append(change)
+    return missing, moved
 
 
 def look(need: Need, record: Mapping[str, Any]) -> Found | None:

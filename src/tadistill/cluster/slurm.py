@@ -138,13 +138,13 @@ def accounts_in(environment: Mapping[str, str]) -> dict[str, str]:
 # --- the queue ----------------------------------------------------------------------------------------------------------
 
 
-def output_of(*command: str) -> str | None:
-    """Run a program and return its output. Return None if it is not on PATH, fails, or runs longer than 30 seconds."""
+def output_of(*command: str, seconds: float | None = None) -> str | None:
+    """Run a program and return its output. Return None if it is not on PATH, fails, or runs longer than `seconds` (30)."""
     if shutil.which(command[0]) is None:
         return None
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, errors="replace", timeout=seconds or _SECONDS, check=False, stdin=subprocess.DEVNULL
         )
     except (subprocess.TimeoutExpired, OSError):
         return None

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import sbatch, slurm
-from tadistill.cluster.fetch import missing, moved
+from tadistill.cluster.fetch import compare
 from tadistill.cluster.job import (
     Job,
     JobRecord,
@@ -269,10 +269,11 @@ def submit(
     profile = slurm.load_profile(_cluster(cluster))
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or use `tadistill search`")
-    if absent := missing(recipe, runs):
+    absent, changes = compare(recipe, runs)
+    if absent:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
-    for change in moved(recipe, runs):
+    for change in changes:
         console.say(change)
     check(recipe)
     plan = make_plan(recipe)

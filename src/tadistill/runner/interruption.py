@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -40,8 +39,6 @@ class StopFlag:
 
     def __init__(self, *signals: signal.Signals, told: Callable[[], None] = lambda: None):
         self.received: signal.Signals | None = None
-        self.at: float | None = None
-        """Time of the first signal, in seconds since the epoch. None before it."""
         self.replaced: dict[signal.Signals, Any] = {}
         """For each signal, the handler that was installed before."""
         self._told = told
@@ -52,7 +49,7 @@ class StopFlag:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received, self.at = signal.Signals(number), time.time()
+            self.received = signal.Signals(number)
         else:
             self._told()
 

@@ -254,24 +254,27 @@ def _ranked(lattice: Lattice, paths: Sequence[ModelPath], quality: Quality) -> l
 # `assistants`: candidates, from big to small. `sizes` (parameters or another capacity) and `scores` (higher is better): a value per model
 
 
+SIZE_LAW = 2.5
+"""Ratio of teacher to learner parameters that the law of capacity gap recommends (Zhang et al. 2025, arXiv 2311.07052)."""
+
+
 def size_law(
     teacher: str,
     assistants: Sequence[str],
     student: str,
     sizes: Mapping[str, float],
     *,
-    ratio: float = 2.5,
     max_assistants: int | None = None,
 ) -> ModelPath:
-    """Choose a path in which each teacher is about `ratio` times as big as its learner.
+    """Choose a path in which each teacher is about `SIZE_LAW` times as big as its learner.
 
-    The path is built from the student upwards: the next model is the bigger one whose size is nearest to `ratio` times the current size.
-    The ratio of 2.5 is from Zhang et al. 2025 (arXiv 2311.07052). With `max_assistants`, only the smallest assistants are kept.
+    The path is built from the student upwards: the next model is the bigger one whose size is nearest to `SIZE_LAW` times the current size.
+    With `max_assistants`, only the smallest assistants are kept.
     """
     path, above = [student], [teacher, *assistants]
     while path[0] != teacher:
         bigger = [name for name in above if sizes[name] > sizes[path[0]]] or [teacher]
-        path.insert(0, min(bigger, key=lambda name: abs(sizes[name] - ratio * sizes[path[0]])))
+        path.insert(0, min(bigger, key=lambda name: abs(sizes[name] - SIZE_LAW * sizes[path[0]])))
     middle = path[1:-1]
     kept = middle if max_assistants is None else middle[len(middle) - min(max_assistants, len(middle)) :]
     return (teacher, *kept, student)

@@ -1,8 +1,6 @@
 """The load of this machine: CPU, memory and GPUs, and how much of it the processes of a run cause."""
 
 import platform
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterable
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from tadistill.cluster.slurm import output_of
 from tadistill.runner.local import LocalRun
 
 _PAUSE, _CARDS_PAUSE = 1.0, 5.0
@@ -114,22 +113,9 @@ class Machine:
 
     def _cards(self) -> tuple[Gpu, ...] | None:
         if time.monotonic() - self._gpus[0] >= _CARDS_PAUSE:
-            self._gpus = time.monotonic(), _nvidia()
+            out = output_of("nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits", seconds=_CARDS_PAUSE)
+            self._gpus = time.monotonic(), read_gpus(out or "") or None
         return self._gpus[1]
-
-
-def _nvidia() -> tuple[Gpu, ...] | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    try:
-        out = subprocess.run(
-            [program, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=_CARDS_PAUSE, check=True, stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return read_gpus(out) or None
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:

@@ -140,14 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("do_"):  # any other method
-            return self._not_allowed
-        raise AttributeError(name)
-
-    def _not_allowed(self) -> None:
-        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "this server changes nothing; use GET", {"Allow": "GET, HEAD"})
-
     def _allowed(self) -> bool:
         host = self.headers.get("Host", "")
         if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
@@ -158,13 +150,13 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _refuse(self, status: HTTPStatus, reason: str, headers: dict[str, str] | None = None) -> None:
-        self._send(f"{reason}\n".encode(), "text/plain", status, headers)
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        self._send(f"{reason}\n".encode(), "text/plain", status)
 
-    def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
+    def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         smaller = {"Content-Encoding": "gzip"} if "gzip" in self.headers.get("Accept-Encoding", "") else {}
         content = gzip.compress(content, 3) if smaller else content  # a tunnel may be slow
-        common = smaller | {
+        headers = smaller | {
             "Content-Type": f"{kind}; charset=utf-8",
             "Content-Length": str(len(content)),
             "Cache-Control": "no-store",
@@ -174,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         with contextlib.suppress(ConnectionError, TimeoutError):  # the reader has gone
             self.send_response(status)
-            for name, value in (common | (headers or {})).items():
+            for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":

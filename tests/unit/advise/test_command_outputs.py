@@ -11,7 +11,7 @@ from tests.unit.advise.example import report
 from tadistill.advise.command import decided, edge_measures, measured, print_advice
 from tadistill.advise.history import load_measures
 from tadistill.advise.page import render_advice
-from tadistill.advise.words import TAGS, reason
+from tadistill.advise.words import reason
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,5 @@ def test_what_is_written_is_what_history_reads(tmp_path):
     record = measured("s", "c", found.measures, edges) | decided(found)
     (tmp_path / "advice.json").write_text(json.dumps(record, allow_nan=False))
     assert load_measures(tmp_path) == edges
-    assert record["tags"] == TAGS
     assert record["advice"]["reason"] == reason(found.advice)
     assert record["lambda_sweeps"]["exp(−loss)"][-1]["high"] is None

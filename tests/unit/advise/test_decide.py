@@ -41,13 +41,12 @@ def test_without_history_direct_with_the_size_law_as_a_hypothesis():
     assert chain.high > 0.9
     (experiment,) = advice.next
     assert (experiment.path, experiment.cost) == (("t", "a", "s"), 2 * SEEDS * 2.0)
-    assert advice.scale is None
 
 
 def test_history_without_a_twin_is_no_history():
     runs = [o for o in study("f", 3.0, np.random.default_rng(0)) if len(o.path) > 2]
     advice = advise([DIRECT, CHAIN], runs, margin=0.3)
-    assert (advice.verdict, advice.pairs, advice.scale) == ("direct", 0, None)
+    assert (advice.verdict, advice.pairs) == ("direct", 0)
 
 
 def test_many_families_decide_and_one_does_not():
@@ -56,7 +55,7 @@ def test_many_families_decide_and_one_does_not():
     advice = advise([DIRECT, CHAIN], many, margin=0.3)
     assert (advice.verdict, advice.path, advice.next) == ("chain", ("t", "a", "s"), ())
     assert advice.options[1].low > 0
-    assert (advice.families, advice.pairs, advice.scale) == (8, 8, "rouge_l")
+    assert (advice.families, advice.pairs) == (8, 8)
     one = advise([DIRECT, CHAIN], many[:6], margin=0.3)
     assert (one.verdict, one.path) == ("inconclusive", ("t", "s"))
     assert "Until more is known, run direct" in reason(one)

@@ -158,15 +158,15 @@ def test_data_root(tmp_path):
 
 
 def test_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "missing", lambda recipe, runs: ["model `gpt2` at revision `main` is not on this disk; run it"])
+    monkeypatch.setattr(doctor, "compare", lambda recipe, runs: (["model `gpt2` at revision `main` is not on this disk; run it"], []))
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     recipe = parse(text, source="recipe")
     asked = doctor.fetched(recipe, tmp_path, "narval")
     assert (asked.state, asked.found) == ("problem", "not on this disk: model `gpt2` at revision `main`")
     assert doctor.fetched(recipe, tmp_path, None).state == "warning"
-    monkeypatch.setattr(doctor, "missing", lambda recipe, runs: [])
+    monkeypatch.setattr(doctor, "compare", lambda recipe, runs: ([], []))
     assert doctor.fetched(recipe, tmp_path, "narval").state == "ok"
-    monkeypatch.setattr(doctor, "moved", lambda recipe, runs: ["it moved"])
+    monkeypatch.setattr(doctor, "compare", lambda recipe, runs: ([], ["it moved"]))
     assert doctor.fetched(recipe, tmp_path, None).found == "it moved"
 
 

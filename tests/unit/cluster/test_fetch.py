@@ -109,7 +109,7 @@ def test_everything_is_named_once():
 
 def test_embedded_and_random_sources_need_nothing(tmp_path):
     text = (Path(__file__).parents[3] / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
-    assert fetch.missing(recipe(text), tmp_path) == []
+    assert fetch.compare(recipe(text), tmp_path)[0] == []
     assert "needs no downloads" in run(tmp_path, text)
 
 
@@ -119,7 +119,7 @@ def test_gguf_files_are_converted_so_that_a_plan_knows_their_sizes(tmp_path, mon
     text = RECIPE.replace("t: {load: org/teacher}", f"t: {{load: {file}}}").replace("org/teacher", f"scratch:llama, tokenizer: {file}")
     found = recipe(text)
     assert [need.kind for need in fetch.conversions(found)] == ["model", "tokenizer"]
-    assert all("tiny.gguf" not in sentence for sentence in fetch.missing(found, tmp_path))
+    assert all("tiny.gguf" not in sentence for sentence in fetch.compare(found, tmp_path)[0])
     monkeypatch.setattr(fetch, "needs", lambda recipe: [])
     assert read_config(str(file)) is None
     assert "converted" in run(tmp_path, text)
@@ -128,12 +128,12 @@ def test_gguf_files_are_converted_so_that_a_plan_knows_their_sizes(tmp_path, mon
 
 
 def test_missing_names_what_revision_and_command(cache, tmp_path, model_files):
-    model, rows, dolly = fetch.missing(recipe(), tmp_path)
+    model, rows, dolly = fetch.compare(recipe(), tmp_path)[0]
     assert model == "model `org/teacher` at revision `main` is not on this disk; run `tadistill fetch RECIPE` with network access"
     assert rows.startswith("data set `org/set` at revision `main`")
     assert dolly.startswith("data set `MiniLLM/dolly/valid.jsonl` at revision `main`")
     lay_all(cache, model_files)
-    assert fetch.missing(recipe(), tmp_path) == []
+    assert fetch.compare(recipe(), tmp_path)[0] == []
 
 
 @pytest.mark.parametrize("lost", ["model-00002-of", "config.json", "tokenizer"])
@@ -143,16 +143,16 @@ def test_a_snapshot_without_a_shard_or_its_tokenizer_is_missing(cache, tmp_path,
     assert gone
     for path in gone:
         path.unlink()
-    assert ["org/teacher" in line for line in fetch.missing(recipe(), tmp_path)] == [True]
+    assert ["org/teacher" in line for line in fetch.compare(recipe(), tmp_path)[0]] == [True]
 
 
 def test_a_tokenizer_from_elsewhere_is_not_asked_of_the_model(cache, tmp_path, model_files):
     lay_all(cache, {name: content for name, content in model_files.items() if "tokenizer" not in name})
     text = RECIPE.replace("{load: org/teacher}", "{load: org/teacher, tokenizer: org/words}")
-    assert [line[:25] for line in fetch.missing(recipe(text), tmp_path)] == ["tokenizer `org/words` at "]
+    assert [line[:25] for line in fetch.compare(recipe(text), tmp_path)[0]] == ["tokenizer `org/words` at "]
     lay(cache, "org/words", {name: content for name, content in model_files.items() if "tokenizer" in name}, kind="models")
     lay(cache, "org/words", {"config.json": b"{}"}, kind="models")
-    assert fetch.missing(recipe(text), tmp_path) == []
+    assert fetch.compare(recipe(text), tmp_path)[0] == []
 
 
 SERVED = RECIPE.replace("t: {load: org/teacher}", "t: {load: org/teacher, serve: http://127.0.0.1:8001}").replace(
@@ -176,18 +176,18 @@ def test_of_a_served_teacher_only_the_output_head_and_the_tokenizer_are_fetched(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert ["org/teacher" in line for line in fetch.missing(recipe(text), tmp_path)] == [True]
+    assert ["org/teacher" in line for line in fetch.compare(recipe(text), tmp_path)[0]] == [True]
     assert "fetched" in run(tmp_path, text)
     snapshot = sources.locate("org/teacher", weights=False)
     assert len(weights) > 2
     assert len([*snapshot.glob("*.safetensors")]) == shards
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch.missing(recipe(text), tmp_path) == []
+    assert fetch.compare(recipe(text), tmp_path)[0] == []
     assert "already here" in run(tmp_path, text)
     if shards:
         assert read_head("org/teacher", "main", torch.float32).weight.shape[0] > 100
         next(snapshot.glob("*.safetensors")).unlink()
-        assert len(fetch.missing(recipe(text), tmp_path)) == 1
+        assert len(fetch.compare(recipe(text), tmp_path)[0]) == 1
 
 
 def test_a_served_teacher_from_a_python_package_is_found_before_it_was_recorded(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_served_teacher_that_is_pruned_to_the_student_is_fetched_whole():
 def test_a_data_set_whose_link_points_nowhere_is_missing(cache, tmp_path, model_files):
     lay_all(cache, model_files)
     (cache / "datasets--org--set" / "snapshots" / ONE / "train.jsonl").resolve().unlink()
-    assert [line[:18] for line in fetch.missing(recipe(), tmp_path)] == ["data set `org/set`"]
+    assert [line[:18] for line in fetch.compare(recipe(), tmp_path)[0]] == ["data set `org/set`"]
 
 
 def test_fetch_records_commits_and_then_needs_no_network(cache, tmp_path, model_files, monkeypatch):
@@ -239,19 +239,19 @@ def test_fetch_records_commits_and_then_needs_no_network(cache, tmp_path, model_
     assert run(tmp_path / "runs").count("already here") == 3
     assert asked == []
     (cache / "datasets--org--set" / "snapshots" / ONE / "README.md").unlink()  # the record knows what belongs to it
-    assert [line[:18] for line in fetch.missing(recipe(), tmp_path / "runs")] == ["data set `org/set`"]
+    assert [line[:18] for line in fetch.compare(recipe(), tmp_path / "runs")[0]] == ["data set `org/set`"]
 
 
 def test_a_revision_that_moved_is_told(cache, tmp_path, model_files):
     lay_all(cache, model_files)
     run(tmp_path)
-    assert fetch.moved(recipe(), tmp_path) == []
+    assert fetch.compare(recipe(), tmp_path)[1] == []
     lay_all(cache, model_files, TWO)
-    told = fetch.moved(recipe(), tmp_path)
+    told = fetch.compare(recipe(), tmp_path)[1]
     assert len(told) == 3
     assert told[0].startswith("model org/teacher: revision `main` has moved from commit 111111111111 to 222222222222; ")
     assert told[0] in run(tmp_path).splitlines()
-    assert fetch.moved(recipe(), tmp_path) == []  # told once, and recorded
+    assert fetch.compare(recipe(), tmp_path)[1] == []  # told once, and recorded
 
 
 def test_all_failures_are_told_at_once(cache, tmp_path, model_files):
@@ -300,10 +300,10 @@ def test_everything_loads_from_the_cache_without_network(cache, tmp_path, model_
     (cache.parent / "recipe.yaml").write_text(RECIPE)
     code = """
 from pathlib import Path
-from tadistill.cluster.fetch import missing
+from tadistill.cluster.fetch import compare
 from tadistill.config import load
 recipe = load("recipe.yaml")
-assert missing(recipe, Path("runs")) == []
+assert compare(recipe, Path("runs")) == ([], [])
 from tadistill.data import datasets, survey
 from tadistill.models.loading import load_model, load_tokenizer
 print(load_model("org/teacher").config.num_hidden_layers, load_tokenizer("org/teacher").eos_token)
@@ -336,4 +336,4 @@ def test_the_base_of_an_adapter_is_fetched_too(cache, tmp_path):
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
     recipe = parse(RECIPE.replace("t: {load: org/teacher}", "t: {load: ./lora}"), source="r", folder=tmp_path)
     assert fetch.Need("model", "org/base", "v2") in fetch.needs(recipe)
-    assert any("model `org/base` at revision `v2` is not on this disk" in sentence for sentence in fetch.missing(recipe, tmp_path))
+    assert any("model `org/base` at revision `v2` is not on this disk" in sentence for sentence in fetch.compare(recipe, tmp_path)[0])
