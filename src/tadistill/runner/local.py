@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,8 +26,9 @@ LOG = "run.log"
 _RECORDS = "local"
 _EVERY = 5.0
 """The record is written again after this number of seconds, even if no stage has started or ended."""
-_SILENT = 120.0
-"""A run on another machine counts as killed if its record is older than this number of seconds."""
+_SILENT, _PLANNING = 120.0, 3600.0
+"""A run on another machine counts as killed if its record is older than this number of seconds. The record of a run that plans its study,
+and may download models, is not written again."""
 State = Literal["running", "killed", "finished", "failed", "interrupted"]
 
 
@@ -89,7 +89,7 @@ class LocalRun:
         if self.ended:
             return self.ended
         if self.host != platform.node():
-            return "running" if time.time() - self.seen < _SILENT else "killed"
+            return "running" if time.time() - self.seen < (_SILENT if self.total else _PLANNING) else "killed"
         return "running" if _born(self.pid, in_epoch=not isinstance(self.born, str)) == self.born else "killed"
 
 
@@ -109,32 +109,17 @@ def local_runs(study: Path) -> list[LocalRun]:
 @contextlib.contextmanager
 def planning(study: Path) -> Iterator[None]:
     """While the `with` block runs, a record says that this process plans the study, so that `tadistill status` knows of it before plan.json
-    exists. Afterwards, the record is again what it was before: usually, there was none."""
+    exists. Folders that are empty afterwards are removed."""
     run = _this_process()
     path = _record(study, run)
     new = [folder for folder in path.parents if not folder.exists()]  # from the lowest to the highest
-    before = path.read_bytes() if path.is_file() else None
-    ended = threading.Event()
-
-    def write() -> None:
-        with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
-            write_json(path, asdict(run))
-
-    def stay() -> None:  # other machines count a run as killed if its record is old
-        while not ended.wait(_SILENT / 4):
-            run.seen = time.time()
-            write()
-
-    write()
-    writer = threading.Thread(target=stay, daemon=True)
-    writer.start()
+    with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
+        write_json(path, asdict(run))
     try:
         yield
     finally:
-        ended.set()
-        writer.join()
         with contextlib.suppress(OSError):  # a folder that is not empty has the plan or the record of another run
-            path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+            path.unlink(missing_ok=True)
             for folder in new:
                 folder.rmdir()
 

@@ -139,7 +139,7 @@ def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_
     submitted = (store.folder("k") / "job.json").stat().st_mtime
 
     def local(seen: float, **facts) -> None:
-        run = LocalRun(1, "elsewhere", 1.0, "", "", seen=seen, **facts)
+        run = LocalRun(1, "elsewhere", 1.0, "", "", seen=seen, total=1, **facts)
         write_json(study / "local" / "elsewhere-1.json", asdict(run))
 
     def state() -> tuple[str, str]:
