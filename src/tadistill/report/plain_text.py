@@ -45,7 +45,7 @@ def render_markdown(results: Results) -> str:
     if results.summaries and (limits := cautions(results)):
         blocks.append(bullets(limits))
     if results.summaries:
-        over = "training seeds, prompts and decoding seeds" if trained else "prompts and decoding seeds"
+        over = f"{'training seeds, ' * (trained and len(seeds_of(results)) > 1)}prompts and decoding seeds"
         blocks += ["## Results", f"Mean over {over}, with its 95 % interval. {interval_method(results)}"]
         for metric in main_metrics(results):
             blocks += [f"### {metric_title(metric)}", _scores(score_table(results, metric))]

@@ -14,6 +14,7 @@ from tadistill.report.figures.paths import budget_notes, lattice, lattice_figure
 from tadistill.report.figures.scores import ForestRow, _phone_lines, difference_figure, differences
 from tadistill.report.findings import _clear, against, answers, behaviour, learning, paths
 from tadistill.report.path_words import arm_words, steps, taught
+from tadistill.report.plain_text import render_markdown
 from tadistill.report.results_json import distillations
 from tadistill.report.tables import interval_method
 from tadistill.results.compare import direct_of
@@ -242,6 +243,7 @@ def test_with_one_seed_the_report_says_that_intervals_cover_prompts_only(tmp_pat
     assert answer(results).against_sft.startswith(f"Distillation is not clearly better than plain fine-tuning (SFT, sft): {few} With ")
     assert cautions(results)[-1].endswith("The intervals cover prompts only, not the variation between trainings.")
     assert "t intervals over prompts, not over training seeds, of which there is one." in interval_method(results)
+    assert "\n\nMean over prompts and decoding seeds, with its 95 % interval. " in render_markdown(results)
 
 
 def test_two_arms_have_a_difference_in_the_answer(tmp_path):
