@@ -197,30 +197,19 @@ class Reader:
 
     def rows(self, key: str) -> dict[str, NDArray[np.int64]]:
         self.corpora[key] = load_corpus(self.store, key)
-        found, scores = measured.load_rows(self.store, key, self.corpora[key]), self._of(key)
-        for name in {*found, *self.corpora[key], *scores}:
-            if not (name in found and name in self.corpora[key] and name in scores):
-                raise damaged(self.store.folder(key), f"some files of the evaluation do not have the set {name}", self.store.redo(key))
-            count, lengths = len(found[name]), self.corpora[key][name]["reference_length"]
-            if len(np.unique(found[name])) != count or len(lengths) != count:
-                raise damaged(self.store.folder(key), f"the files of the evaluation have different prompts of {name}", self.store.redo(key))
-        return found
+        return measured.load_rows(self.store, key, self.corpora[key])
 
     def scores(self, arm: ArmRecord, seed: int, chosen: Mapping[str, NDArray[np.intp]]) -> Scores:
         corpus = self.corpora[arm.evaluate[seed]]
-        answered = {name: len(of_set["reference_length"]) for name, of_set in corpus.items()}
         keys = {arm.evaluate[seed]: "", **({arm.analyse[seed]: ""} if seed in arm.analyse else {})}
         keys |= {of_seed[seed]: f"@{decoding}" for decoding, of_seed in arm.also.items()}
         found: Scores = {name: {} for name in chosen}
         for key, suffix in keys.items():
-            wanted = answered if key == arm.evaluate[seed] else [name for name, of_set in corpus.items() if not of_set.get("task")]
-            if set(self._of(key)) != set(wanted):
-                reason = f"the file has the sets {', '.join(self._of(key)) or 'none'}, but the evaluation answered {', '.join(answered)}"
-                raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
             for name, table in self._of(key).items():
+                answered = len(corpus[name]["reference_length"])
                 for metric, values_NK in table.items():
-                    if len(values_NK) != answered.get(name):
-                        reason = f"{name}/{metric} has {len(values_NK)} prompts, but the evaluation answered {answered.get(name, 0)}"
+                    if len(values_NK) != answered:
+                        reason = f"{name}/{metric} has {len(values_NK)} prompts, but the evaluation answered {answered}"
                         raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
                     found[name][f"{metric}{suffix}"] = values_NK[chosen[name]]
         return found

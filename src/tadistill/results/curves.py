@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.disk import damaged, read_json, read_jsonl
+from tadistill.disk import read_json, read_jsonl
 from tadistill.metrics import in_order
 from tadistill.plan.kinds import TRAINING
 from tadistill.results.collect import Results, once
@@ -39,11 +39,8 @@ class Curve:
 
 def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
     """Read the log of one training as {metric: {step: value}}. If a step has two lines, the later line counts."""
-    path = store.artifact(key, "metrics.jsonl")
     series: dict[str, dict[int, float]] = {}
-    for line in read_jsonl(path, fix=store.redo(key)):
-        if not isinstance(line.get("step"), int):
-            raise damaged(path, "a line has no integer `step`", store.redo(key))
+    for line in read_jsonl(store.artifact(key, "metrics.jsonl"), fix=store.redo(key)):
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 series.setdefault(name, {})[line["step"]] = float(value)
@@ -129,18 +126,8 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
     The result maps a set to the curves `student` and `teacher`. In a curve, `kl` has the values, and `count` has the number of answers that
     reach each position. A set is left out if exposure bias is not measured on it.
     """
-    path = store.artifact(key, "exposure.json")
-    content = read_json(path, fix=store.redo(key))
-    try:
-        measured = {name: sides for name, sides in content.items() if sides is not None}
-        curves = [sides[side] for sides in measured.values() for side in ("student", "teacher")]
-        if not content or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
-            raise ValueError("the file has no set, or `kl` and `count` of a set have different lengths")
-        for curve in curves:
-            np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"the file must map sets to two curves: {type(error).__name__} {error}", store.redo(key)) from error
-    return measured
+    content = read_json(store.artifact(key, "exposure.json"), fix=store.redo(key))
+    return {name: sides for name, sides in content.items() if sides is not None}
 
 
 @once
