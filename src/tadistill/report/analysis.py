@@ -106,7 +106,7 @@ def _rows(results: Results, c: Comparison) -> Iterable[Row]:
 
 def _whole(results: Results, c: Comparison) -> Iterable[tuple[str, str, str]]:
     for metric in (m.name for m in METRICS.values() if m.whole_set):
-        mine, theirs = (results.averages.get((arm, MEAN, metric)) for arm in (c.arm, c.other))
+        mine, theirs = (results.summaries.get((arm, MEAN, metric)) for arm in (c.arm, c.other))
         if mine and theirs:
             yield metric_title(metric), number(mine.mean, metric), number(theirs.mean, metric)
 

@@ -132,7 +132,7 @@ def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
     datasets = _datasets(plan.recipe["data"])
     if datasets:
         content["datasets"] = datasets
-    present = {metric for name, _, metric in (*results.summaries, *results.averages) if name == arm.name}
+    present = {metric for name, _, metric in results.summaries if name == arm.name}
     metrics = list(dict.fromkeys(m.hub for m in METRICS.values() if m.hub and m.name in present))
     return content | {"metrics": metrics, "tags": ["distillation", "tadistill"]}
 
@@ -179,7 +179,7 @@ def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
     for metric in main:
         sets = sets_with(results, metric)
         shown += [(metric, name) for name in ((*sets, MEAN) if len(sets) > 1 else sets)]
-    present = [metric for name, _, metric in (*results.summaries, *results.averages) if name == arm.name]
+    present = [metric for name, _, metric in results.summaries if name == arm.name]
     others = [metric for metric in sorted_names(present, lambda metric: metric.on_card) if metric not in main]
     body: list[list[str]] = []
     for metric, name in [*shown, *((metric, MEAN) for metric in others)]:
@@ -192,12 +192,11 @@ def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
 
 
 def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_name: str) -> list[str]:
-    mean = mean_cell(results, arm.name, metric, set_name)
-    if mean == Cell():
+    if (summary := results.summaries.get((arm.name, set_name, metric))) is None:
         return []
-    average = results.averages.get((arm.name, set_name, metric))
-    if average is not None:
-        return [number(average.per_seed[seed], metric) if seed in average.per_seed else Cell().text, mean.text]
+    mean = mean_cell(results, arm.name, metric, set_name)
+    if metric not in results.metrics:  # one value per set
+        return [number(summary.per_seed[seed], metric) if seed in summary.per_seed else Cell().text, mean.text]
     sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
     if not all(metric in results.scores[arm.name][seed].get(name, {}) for name in sets):
         return [Cell().text, mean.text]

@@ -100,11 +100,10 @@ def _arm(results: Results, row: CostRow, words: str) -> dict[str, Any]:
 
 def means(results: Results) -> list[dict[str, Any]]:
     """Return the means over training seeds that the page shows: one for each test set, and the mean over all sets (the set `mean`)."""
-    found: list[dict[str, Any]] = []
-    for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
-        ends = _ends(getattr(s, "low", None), getattr(s, "high", None))
-        found.append({"arm": arm, "set": of_set, "metric": metric, "value": rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
-    return found
+    return [
+        {"arm": arm, "set": of_set, "metric": metric} | _summary(s) | {"per_seed": _per_seed(s.per_seed)}
+        for (arm, of_set, metric), s in results.summaries.items()
+    ]
 
 
 def _references(results: Results) -> list[dict[str, Any]]:
@@ -256,11 +255,8 @@ def calibration(results: Results) -> list[dict[str, Any]]:
 
 
 def _summary(s: Summary) -> dict[str, Any]:
-    return {"value": rounded(s.mean)} | _ends(s.low, s.high)
-
-
-def _ends(low: float | None, high: float | None) -> dict[str, float | None]:
-    return {name: None if low == high else _rounded(end) for name, end in (("low", low), ("high", high))}
+    low, high = (None, None) if s.low == s.high else (rounded(s.low), rounded(s.high))
+    return {"value": rounded(s.mean), "low": low, "high": high}
 
 
 def _rounded(value: float | None) -> float | None:

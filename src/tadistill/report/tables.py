@@ -213,7 +213,7 @@ def detail_tables(results: Results) -> list[Table]:
 
 
 def _group(results: Results, name: str, title: str) -> Table | None:
-    having = sorted_names((metric for _, _, metric in (*results.summaries, *results.averages)), lambda metric: metric.group == name)
+    having = sorted_names((metric for _, _, metric in results.summaries), lambda metric: metric.group == name)
     columns = tuple(Column(metric_title(metric), metric_unit(metric)) for metric in having)
     note = "Means over the test sets that have the metric, with 95 % intervals. Metrics with one value per set have no interval."
     return _by_arm(results, name, title, note, columns, lambda arm: [mean_cell(results, arm, metric) for metric in having])
@@ -221,8 +221,7 @@ def _group(results: Results, name: str, title: str) -> Table | None:
 
 def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
     """Return a table cell with an arm's value of a metric: on one test set, or the mean over all sets."""
-    average = results.averages.get((arm, set_name, metric))
-    return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
+    return _cell(results.summaries.get((arm, set_name, metric)), metric)
 
 
 def _cell(summary: Summary | None, metric: str) -> Cell:

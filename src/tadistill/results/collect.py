@@ -53,22 +53,13 @@ class Summary:
     """The result of an arm (a path of models) on one test set, or the mean over all sets.
 
     It has the mean over the training seeds, the ends `low` and `high` of its 95 % interval, and the value of each seed. If there is no
-    interval (`macro_interval`), both ends are the mean.
+    interval (`macro_interval`), both ends are the mean. A metric with one value per test set, such as perplexity, has none, because there
+    are no values per prompt.
     """
 
     mean: float
     low: float
     high: float
-    per_seed: Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Average:
-    """An arm's mean of a metric with one value per test set, such as perplexity. It has no interval, because there are no values per
-    prompt.
-    """
-
-    mean: float
     per_seed: Mapping[int, float]
 
 
@@ -83,7 +74,7 @@ class Missing:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The scores of a study. The properties `rows`, `summaries` and `averages` are computed when they are first used."""
+    """The scores of a study. The properties `rows` and `summaries` are computed when they are first used."""
 
     study_dir: Path
     plan: StudyPlan
@@ -114,13 +105,8 @@ class Results:
 
     @cached_property
     def summaries(self) -> Mapping[tuple[str, str, str], Summary]:
-        """The summary of each (arm, set, metric)."""
-        return _summaries(self)
-
-    @cached_property
-    def averages(self) -> Mapping[tuple[str, str, str], Average]:
-        """The average of each (arm, set, metric), for metrics with one value per set."""
-        return _averages(self.sets, self.numbers)
+        """The summary of each (arm, set, metric). Metrics with one value per set come last."""
+        return _summaries(self) | _averages(self.sets, self.numbers)
 
     def arm(self, name: str) -> ArmRecord:
         return next(arm for arm in self.plan.arms if arm.name == name)
@@ -313,8 +299,8 @@ def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], m
     return Summary(float(means_S.mean()), low, high, per_seed)
 
 
-def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
-    averages: dict[tuple[str, str, str], Average] = {}
+def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Summary]:
+    averages: dict[tuple[str, str, str], Summary] = {}
     tables = [of_seed for by_seed in numbers.values() for of_seed in by_seed.values()]
     for metric in dict.fromkeys(metric for of_seed in tables for table in of_seed.values() for metric in table):
         having = [name for name in sets if any(metric in of_seed.get(name, {}) for of_seed in tables)]
@@ -323,7 +309,8 @@ def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]
                 complete = {seed: n for seed, n in sorted(by_seed.items()) if all(metric in n.get(m, {}) for m in members)}
                 per_seed = {seed: float(np.mean([n[m][metric] for m in members])) for seed, n in complete.items()}
                 if per_seed:
-                    averages[arm, name, metric] = Average(float(np.mean(list(per_seed.values()))), per_seed)
+                    mean = float(np.mean(list(per_seed.values())))
+                    averages[arm, name, metric] = Summary(mean, mean, mean, per_seed)
     return averages
 
 
