@@ -24,7 +24,6 @@ MANY = {
     ("cli/studies.py", "judge"): "options of a command",
     ("cluster/submit.py", "submit"): "options of a command",
     ("objectives/fused_loss.py", "fused_divergence"): "both models and the settings of the loss, all public",
-    ("statistics/significance.py", "detectable"): "the planning values of a formula",
     ("train/loop.py", "train_stage"): "everything that differs between training stages",
 }
 

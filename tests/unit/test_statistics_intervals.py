@@ -130,13 +130,6 @@ def test_p_and_intervals_tell_the_same():
         assert difference.p > 0
 
 
-def test_the_level_is_the_width():
-    a = crossed(np.random.default_rng(13), 5, 60)
-    at = {level: macro_difference([a], [np.zeros_like(a)], level=level) for level in (0.5, 0.9, 0.99)}
-    assert at[0.5].low > at[0.9].low > at[0.99].low
-    assert (at[0.9].low, at[0.9].high) == (at[0.9].low90, at[0.9].high90) == (at[0.5].low90, at[0.5].high90)
-
-
 def shares(rng, mean, seeds, prompts):
     """Answers that are right (100) or wrong (0), with a difficulty that seeds share."""
     return 100.0 * (expit(logit(mean) + rng.normal(0, 1, size=(1, prompts, 1))) > rng.uniform(size=(seeds, prompts, 1)))
@@ -227,7 +220,6 @@ def test_p_is_students_and_as_small_as_the_data_say():
         (lambda: macro_difference([np.zeros((2, 3, 1))], [np.zeros((2, 4, 1))]), "scores for the same seeds and prompts"),
         (lambda: macro_interval([]), "no scores"),
         (lambda: macro_interval([np.zeros((2, 3, 1)), np.zeros((1, 3, 1))]), "2 and 1 training seeds"),
-        (lambda: prompt_interval([[1.0]], level=95), "`level` is 95; it must lie between 0 and 1"),
         (lambda: macro_interval([np.full((1, 3, 1), 101.0)], bounds=(0, 100)), "between 0 and 100 cannot have the mean 101"),
     ],
 )

@@ -9,7 +9,6 @@ from scipy.special import ndtri, stdtrit
 
 from tadistill.statistics import (
     Difference,
-    detectable,
     equivalent,
     expected_best_of,
     holm,
@@ -72,25 +71,6 @@ def test_minimum_detectable_effect_has_its_power():
     assert minimum_detectable_effect(1.0, 5, power=0.9) > minimum_detectable_effect(1.0, 5) > minimum_detectable_effect(1.0, 5, level=0.9)
 
 
-MDE80 = {  # training seeds: (prompts, s_seed) in the order (500, .3), (500, .5), (2500, .3), (2500, .5)
-    1: (1.9, 2.5, 1.4, 2.1),
-    3: (1.7, 1.9, 1.0, 1.3),
-    5: (1.6, 1.7, 0.9, 1.1),
-    10: (1.6, 1.6, 0.8, 0.9),
-}
-
-
-@pytest.mark.parametrize(("seeds", "expected"), MDE80.items())
-def test_the_planning_table(seeds, expected):
-    """Points of ROUGE-L for 80 % power, s_prompt 12, five decoding seeds of s_decode 1; normal quantiles."""
-    found = [
-        detectable(s_prompt=12, s_seed=s_seed, s_decode=1, prompts=prompts, seeds=seeds, decodes=5)
-        for prompts in (500, 2500)
-        for s_seed in (0.3, 0.5)
-    ]
-    assert [round(value, 1) for value in found] == list(expected)
-
-
 def test_the_best_of_k_draws():
     rng = np.random.default_rng(1)
     for k in (1, 2, 10, 30, 120):
@@ -121,8 +101,6 @@ def test_inflation_is_the_difference_of_two_choices():
         (lambda: minimum_detectable_effect(1.0, 0), "`df` is 0; .*`df` must be greater than 0"),
         (lambda: minimum_detectable_effect(1.0, 3, power=1.0), "`power` is 1.0; it must lie between 0 and 1"),
         (lambda: minimum_detectable_effect(1.0, 3, level=95), "`level` is 95; it must lie between 0 and 1"),
-        (lambda: detectable(s_prompt=1, s_seed=1, s_decode=1, prompts=0, seeds=1, decodes=1), "are 0, 1 and 1; each must be at least 1"),
-        (lambda: detectable(s_prompt=1, s_seed=-1, s_decode=1, prompts=1, seeds=1, decodes=1), "none may be negative"),
         (lambda: expected_best_of(0), "`k`, the number of draws, is 0; it must be at least 1"),
         (lambda: inflation(1, 2, -1.0), "sigma"),
     ],

@@ -3,7 +3,6 @@
 from tadistill.statistics.intervals import ROUNDING, Difference, macro_difference, macro_interval, pass_at_k
 from tadistill.statistics.significance import (
     SignFlip,
-    detectable,
     equivalent,
     expected_best_of,
     holm,
@@ -20,7 +19,6 @@ __all__ = [
     "ROUNDING",
     "Difference",
     "SignFlip",
-    "detectable",
     "equivalent",
     "expected_best_of",
     "holm",

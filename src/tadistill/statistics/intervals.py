@@ -59,7 +59,7 @@ ROUNDING = 1e-6
 class Difference:
     """The mean of a paired difference ``a - b`` and its uncertainty.
 
-    ``low`` and ``high`` are the ends of the confidence interval (by default 95 %). ``low90`` and ``high90`` are the ends of the 90 %
+    ``low`` and ``high`` are the ends of the 95 % confidence interval. ``low90`` and ``high90`` are the ends of the 90 %
     interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error, and ``df`` is its
     number of degrees of freedom. If the values do not vary, ``se`` is 0 and ``df`` is infinite.
     """
@@ -111,8 +111,8 @@ def pass_at_k(right_NK: ArrayLike, k: int) -> Array:
     return 1 - factors.prod(axis=1, keepdims=True)
 
 
-def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval (low, high) of a macro mean: the mean over test sets of their mean scores.
+def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED) -> tuple[float, float]:
+    """Return the 95 % confidence interval (low, high) of a macro mean: the mean over test sets of their mean scores.
 
     ``strata_SNK`` has one array of scores per set, with the shape (training seeds, prompts, decoding seeds). The number of prompts may
     differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval does not show how
@@ -121,12 +121,10 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDE
     If all scores are equal to one of two bounds, the interval goes from this bound to the exact (Clopper-Pearson) limit. Otherwise, if a
     set has only one prompt or no score varies, there is no interval: both ends are the mean.
     """
-    return _Estimate(_prompt_means(strata_SNK), bounds).interval(level)
+    return _Estimate(_prompt_means(strata_SNK), bounds).interval(0.95)
 
 
-def macro_difference(
-    a_SNK: Sequence[ArrayLike], b_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95
-) -> Difference:
+def macro_difference(a_SNK: Sequence[ArrayLike], b_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED) -> Difference:
     """Return the mean of ``a - b`` over test sets, with its confidence intervals. Scores are paired by training seed and prompt.
 
     Each set has the same weight. ``bounds`` are the bounds (low, high) of a score. A difference is then between -(high - low) and high -
@@ -142,7 +140,7 @@ def macro_difference(
     span = bounds[1] - bounds[0]
     gaps_SN = [a - b for a, b in zip(a_SN, b_SN, strict=True)]
     found, all_zero = _Estimate(gaps_SN, (-span, span)), not any(gaps.any() for gaps in gaps_SN)
-    both = *found.interval(level), found.p, found.se, found.df, *found.interval(0.90)
+    both = *found.interval(0.95), found.p, found.se, found.df, *found.interval(0.90)
     return Difference(found.mean, *both, all_zero, found.one_prompt)
 
 
@@ -166,8 +164,6 @@ class _Estimate:
         self.se = float(np.sqrt(variance))
 
     def interval(self, level: float) -> tuple[float, float]:
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"`level` is {level}; it must lie between 0 and 1")
         if self.se == 0 or self.mean in (self.low, self.high):
             return self._without_variance(level)
         half = _quantile(self.df, (1 + level) / 2) * self.se

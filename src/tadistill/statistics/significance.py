@@ -87,7 +87,9 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
     """
     if not (se >= 0 and df > 0):
         raise ValueError(f"`se` is {se} and `df` is {df}; `se` cannot be negative, and `df` must be greater than 0")
-    _check_shares(power, level)
+    for name, value in (("power", power), ("level", level)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1")
     if np.isinf(df):
         return float(se * (ndtri((1 + level) / 2) + ndtri(power)))
     quantile = float(stdtrit(df, (1 + level) / 2))
@@ -96,10 +98,8 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
     return float(se * nctdtrinc(df, 1 - power, quantile))
 
 
-def seeds_to_detect(
-    effect: float, *, se: float, df: float, differences_S: ArrayLike, power: float = 0.8, level: float = 0.95
-) -> int | None:
-    """Return the number of training seeds with which a comparison on the same prompts detects ``effect`` with probability ``power``.
+def seeds_to_detect(effect: float, *, se: float, df: float, differences_S: ArrayLike, level: float = 0.95) -> int | None:
+    """Return the number of training seeds with which a comparison on the same prompts detects ``effect`` with a probability of 80 %.
 
     ``se`` and ``df`` are fields of the `Difference` of this study, and ``differences_S`` has the mean difference of each training seed.
     Both parts of the variance, between seeds and between prompts, are treated as exact. Only the part between seeds becomes smaller with
@@ -112,7 +112,6 @@ def seeds_to_detect(
             f"there {form(n, 'is', 'are')} {counted(n, 'training seed')} and `effect` is {effect}; give at least 2 seeds and an effect "
             "greater than 0"
         )
-    _check_shares(power, level)
     of_seeds = min(float(differences.var(ddof=1)) / n, se**2)  # se^2 = of_seeds + alone, as in `intervals`
     alone = se**2 - of_seeds if of_seeds < (1 - 1e-9) * se**2 else 0.0
     df_alone = alone / se**2 / inverse if alone and (inverse := 1 / df - of_seeds / se**2 / (n - 1)) > 0 else np.inf
@@ -121,7 +120,7 @@ def seeds_to_detect(
         variance = of_seeds * n / seeds + alone
         share = of_seeds * n / seeds / variance if variance else 0.0
         inverse = share / (seeds - 1) + (1 - share) / df_alone
-        return minimum_detectable_effect(float(np.sqrt(variance)), 1 / inverse if inverse else np.inf, power, level)
+        return minimum_detectable_effect(float(np.sqrt(variance)), 1 / inverse if inverse else np.inf, level=level)
 
     if smallest(_MANY_SEEDS) > effect:
         return None
@@ -130,27 +129,6 @@ def seeds_to_detect(
         middle = (low + high) // 2
         low, high = (low, middle) if smallest(middle) <= effect else (middle, high)
     return high
-
-
-def detectable(
-    *, s_prompt: float, s_seed: float, s_decode: float, prompts: int, seeds: int, decodes: int, power: float = 0.8, level: float = 0.95
-) -> float:
-    """Return the smallest true difference that a planned comparison of two models detects with probability ``power``.
-
-    The difference has this variance:
-
-        s_prompt^2 / prompts + 2 s_seed^2 / seeds + 2 s_decode^2 / (prompts * decodes)
-
-    ``s_prompt`` is the standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of the
-    score of one model, over training seeds and over decoding seeds. They are treated as exact, so the result is too small if there are only
-    3 seeds.
-    """
-    if min(prompts, seeds, decodes) < 1:
-        raise ValueError(f"`prompts`, `seeds` and `decodes` are {prompts}, {seeds} and {decodes}; each must be at least 1")
-    if min(s_prompt, s_seed, s_decode) < 0:
-        raise ValueError(f"`s_prompt`, `s_seed` and `s_decode` are {s_prompt}, {s_seed} and {s_decode}; none may be negative")
-    variance = s_prompt**2 / prompts + 2 * s_seed**2 / seeds + 2 * s_decode**2 / (prompts * decodes)
-    return minimum_detectable_effect(float(np.sqrt(variance)), np.inf, power, level)
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
@@ -212,9 +190,3 @@ def undominated(options: Iterable[T], losses: Callable[[T], tuple[float, ...]]) 
         if not any(all(a <= b for a, b in zip(other, vector, strict=True)) for other, _ in kept):
             kept.append((vector, option))
     return [option for _, option in kept]
-
-
-def _check_shares(power: float, level: float) -> None:
-    for name, value in (("power", power), ("level", level)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1")
