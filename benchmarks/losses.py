@@ -11,8 +11,8 @@ tokens (to load libraries and thread pools), and resets the peak. It reports
     extra = peak resident set - resident set before the call - one gradient of the student's head and of its hidden states
 
 which is everything above weights, hidden states and the gradients that training needs anyway. The peak is VmHWM after writing 5 to
-/proc/self/clear_refs; on CUDA it is torch.cuda.max_memory_allocated with memory_allocated. The plain function on whole logits would
-need several tensors of [tokens, vocabulary], so it is measured on a sixteenth of the tokens and multiplied by 16.
+/proc/self/clear_refs. The plain function on whole logits would need several tensors of [tokens, vocabulary], so it is measured on a
+sixteenth of the tokens and multiplied by 16.
 
 The factor 1/tokens is part of the weights of the fused objective, so backward has nothing to scale and makes no copy of the head's
 gradient. Megabytes are 10^6 bytes. Everything is float32. TRL is optional; its kernel has only the forward KL, the reverse KL and the JSD.
@@ -76,18 +76,18 @@ MEMORY_COLUMNS = ["divergence", "fused MB", "TRL MB", "full MB (scaled)", "fused
 class Problem:
     """Random hidden states and heads of one size; the student's are leaves with gradients."""
 
-    def __init__(self, size: Size, device: str):
-        generator = torch.Generator(device).manual_seed(0)
+    def __init__(self, size: Size):
+        generator = torch.Generator().manual_seed(0)
 
         def normal(rows: int, scale: float) -> Tensor:
-            return torch.empty(rows, size.hidden, device=device).normal_(0, scale, generator=generator)
+            return torch.empty(rows, size.hidden).normal_(0, scale, generator=generator)
 
         self.size = size
         self.hidden, self.teacher_hidden = normal(size.tokens, 1).requires_grad_(), normal(size.tokens, 1)
         spread = 2 / size.hidden**0.5  # logits of standard deviation 2
         self.weight, self.teacher_weight = normal(size.vocab, spread).requires_grad_(), normal(size.vocab, spread)
-        self.tokens = torch.randint(size.vocab, (size.tokens,), device=device, generator=generator)
-        self.share = torch.full((size.tokens,), 1 / size.tokens, device=device)
+        self.tokens = torch.randint(size.vocab, (size.tokens,), generator=generator)
+        self.share = torch.full((size.tokens,), 1 / size.tokens)
 
     def gradient_bytes(self) -> int:
         """Return the size of one gradient of the student's head and of its hidden states."""
@@ -128,16 +128,14 @@ class Problem:
 # --- time ---------------------------------------------------------------------------------------------------------------
 
 
-def time_row(problem: Problem, name: str, ways: list[str], rounds: int, device: str) -> dict[str, Any]:
+def time_row(problem: Problem, name: str, ways: list[str], rounds: int) -> dict[str, Any]:
     """Return the median milliseconds of each way, the ratios, and the largest difference of the losses."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     losses = {}
     for _ in range(rounds + 1):
         for way in ways:
-            synchronise(device)
             start = time.perf_counter()
             losses[way] = problem.step(name, way)
-            synchronise(device)
             taken[way].append(1000 * (time.perf_counter() - start))
     kept = {way: values[1:] for way, values in taken.items()}
     row: dict[str, Any] = {"divergence": name, **{f"{way}_ms": statistics.median(values) for way, values in kept.items()}}
@@ -147,47 +145,34 @@ def time_row(problem: Problem, name: str, ways: list[str], rounds: int, device: 
     return row
 
 
-def synchronise(device: str) -> None:
-    """Wait for the device, so that the clock includes its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 
-def memory_row(name: str, size: Size, device: str, trl: bool) -> dict[str, Any]:
+def memory_row(name: str, size: Size, trl: bool) -> dict[str, Any]:
     """Return the extra megabytes of each way, each measured in its own process."""
-    row: dict[str, Any] = {"divergence": name, "fused_mb": in_fresh_process(name, "fused", size, device)}
+    row: dict[str, Any] = {"divergence": name, "fused_mb": in_fresh_process(name, "fused", size)}
     if trl and name in TRL_BETA:
-        row["trl_mb"] = in_fresh_process(name, "trl", size, device)
+        row["trl_mb"] = in_fresh_process(name, "trl", size)
     part = size._replace(tokens=size.tokens // FULL_SHARE)
-    row["full_mb_scaled"] = FULL_SHARE * in_fresh_process(name, "full", part, device)
+    row["full_mb_scaled"] = FULL_SHARE * in_fresh_process(name, "full", part)
     row["holds"] = row["fused_mb"] <= BOUND_MB
     return row
 
 
-def in_fresh_process(name: str, way: str, size: Size, device: str) -> float:
+def in_fresh_process(name: str, way: str, size: Size) -> float:
     """Run `extra_mb` in a new interpreter."""
-    command = [sys.executable, __file__, "--one", json.dumps([name, way, size, device])]
+    command = [sys.executable, __file__, "--one", json.dumps([name, way, size])]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def extra_mb(name: str, way: str, size: Size, device: str) -> float:
+def extra_mb(name: str, way: str, size: Size) -> float:
     """Return the peak of one step above weights, hidden states and one set of gradients."""
-    Problem(WARM_UP, device).step(name, way)
-    problem = Problem(size, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        problem.step(name, way)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        page.reset_peak()
-        before = page.resident("VmRSS")
-        problem.step(name, way)
-        peak = page.resident("VmHWM")
-    return (peak - before - problem.gradient_bytes()) / 1e6
+    Problem(WARM_UP).step(name, way)
+    problem = Problem(size)
+    page.reset_peak()
+    before = page.resident("VmRSS")
+    problem.step(name, way)
+    return (page.resident("VmHWM") - before - problem.gradient_bytes()) / 1e6
 
 
 # --- report -------------------------------------------------------------------------------------------------------------
@@ -235,7 +220,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"```\n{commands}\n```",
         "",
-        f"Device: {result['device']}; {environment(result)}; float32.",
+        f"Device: cpu; {environment(result)}; float32.",
     ]
     for part, title in headings(result).items():
         columns = TIME_COLUMNS if part == "time" else MEMORY_COLUMNS
@@ -265,15 +250,13 @@ def main() -> None:
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what a fresh process measures
     options = parser.parse_args()
     if options.one:
-        name, way, size, device = options.one
-        print(extra_mb(name, way, Size(*size), device))
+        name, way, size = options.one
+        print(extra_mb(name, way, Size(*size)))
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     trl = trl_version()
     sizes = {"time": QUICK_TIME, "memory": QUICK_MEMORY} if options.quick else {"time": TIME, "memory": MEMORY}
     old = json.loads(options.json.read_text()) if options.part and options.json and options.json.exists() else {}
     result = old | {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "trl": trl,
         "threads": torch.get_num_threads(),
@@ -284,13 +267,13 @@ def main() -> None:
     for part in [options.part] if options.part else ["time", "memory"]:
         result["commands"][part] = page.command()
         result[part] = []
-        problem = Problem(sizes["time"], device) if part == "time" else None
+        problem = Problem(sizes["time"]) if part == "time" else None
         for name in ["jensen_shannon"] if options.quick and part == "memory" else NAMES:
             ways = ["fused", "full", *(["trl"] if trl and name in TRL_BETA else [])]
             if problem is not None:
-                row = time_row(problem, name, ways, options.rounds, device)
+                row = time_row(problem, name, ways, options.rounds)
             else:
-                row = memory_row(name, sizes["memory"], device, trl is not None)
+                row = memory_row(name, sizes["memory"], trl is not None)
             result[part].append(row)
             print(f"{part}: {', '.join(c for c in cells(part, row) if c)}", file=sys.stderr)
             page.keep(options, result)

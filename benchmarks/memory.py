@@ -3,14 +3,15 @@
     python benchmarks/memory.py [--only minillm/gpt2-120M] [--folder DIR] [--markdown PATH]
 
 A small form has the recipe's methods, precisions and model families, and its vocabulary sizes. Its models are narrower, have fewer layers
-and random weights. Texts are random words. Batches are small, and there are two updates. The measured stage has a process of its own. On a
-CPU, its memory is the largest resident anonymous memory, sampled every few milliseconds, minus that at the stage's start, when everything
-is imported. On a GPU it is `torch.cuda.max_memory_allocated`.
+and random weights. Texts are random words. Batches are small, and there are two updates. The measured stage has a process of its own, which
+sees no GPU. Its memory is the largest resident anonymous memory, sampled every few milliseconds, minus that at the stage's start, when
+everything is imported.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -118,25 +119,18 @@ def compare(name: str, folder: Path) -> Row:
 def _in_process(task: bytes, folder: Path) -> float:
     file = folder / "task.pkl"
     file.write_bytes(task)
-    done = subprocess.run([sys.executable, __file__, "--stage", str(file)], stdout=subprocess.PIPE, text=True, check=True)
+    command, hidden = [sys.executable, __file__, "--stage", str(file)], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=hidden)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def on_gpu() -> bool:
-    """Return True if stages run on a GPU of this machine."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def estimated(memory: Any) -> float:
-    """Return the predicted bytes of a stage on this machine's device. `memory` is a `tadistill.models.flops_and_memory.Memory`."""
+    """Return the predicted bytes of a stage on a CPU. `memory` is a `tadistill.models.flops_and_memory.Memory`."""
     import torch
 
     from tadistill.objectives.tiles import tile_bytes
 
-    cuda = on_gpu()
-    return memory.peak(cuda=cuda, tile=tile_bytes(torch.device("cuda" if cuda else "cpu")))
+    return memory.peak(cuda=False, tile=tile_bytes(torch.device("cpu")))
 
 
 def measured(task: Any) -> float:
@@ -149,11 +143,6 @@ def measured(task: Any) -> float:
 
     torch.set_num_threads(1)
     quiet: dict[str, Any] = {"progress": lambda *_: None, "alarm": lambda text: print(text, file=sys.stderr), "stop": lambda: False}
-    if on_gpu():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run_stage(task, **quiet)
-        return float(torch.cuda.max_memory_allocated() - before)
     keep_freed_memory()
     with _sampled() as most:
         before = most[0]
