@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from tadistill.data import datasets, tinyworld
 from tadistill.data import rows as reading
 from tadistill.data.datasets import SplitRows, json_rows, right
 from tadistill.data.rows import Example, Form, beyond_ascii, form_of, no_column, place, text, where_of
-from tadistill.disk import cache_root, digest, write_json
+from tadistill.disk import cache_root, sha256, write_json
 from tadistill.errors import DataError, Gathering, StoreError
 from tadistill.store import key_of
 from tadistill.text import counted, listed
@@ -208,12 +207,7 @@ def key_of_rows(rows: SplitRows, content: str, *code: Any) -> str:
     the rows. `content` is the digest of the rows."""
     ref, scored = rows.ref, rows.role != "train"  # a row with which answers are compared must have a text
     settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction, "extra": ref.extra, "scored": scored}
-    return key_of([__version__, content, settings, rows.limit, *_digests(*(module.__file__ for module in (reading, *code)))])
-
-
-@lru_cache
-def _digests(*files: str) -> tuple[str, ...]:
-    return tuple(digest(Path(file)) for file in files)
+    return key_of([__version__, content, settings, rows.limit, *(sha256(Path(module.__file__)) for module in (reading, *code))])
 
 
 def _stored(rows: SplitRows, file: Path) -> Survey:

@@ -161,8 +161,6 @@ def of_tinyworld(source: str, *, seed: int, people: int) -> Vocabulary:
 def vocabulary_of(directory: Path) -> Vocabulary | None:
     """Return the tokens of the tokenizer in a directory. Return None if no JSON file has them, as for a SentencePiece file."""
     _, added, words, _ = _tokenizer(directory)
-    if not words and (file := directory / "tokenizer.json").is_file():
-        words = _pieces(file, file.stat().st_mtime_ns)
     return Vocabulary(words, added) if words else None
 
 
@@ -259,17 +257,10 @@ def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str
     added = {text: t["id"] for t in entries if (text := _content(t)) and isinstance(t.get("id"), int)}
     model = content.get("model")
     words = model.get("vocab") if isinstance(model, dict) else None
-    vocabulary = words if isinstance(words, dict) else {}
+    pairs = enumerate(words) if isinstance(words, list) else ()  # of a Unigram model: each token with its score
+    listed = {pair[0]: i for i, pair in pairs if isinstance(pair, list) and pair and isinstance(pair[0], str)}
+    vocabulary = words if isinstance(words, dict) else listed
     return added, vocabulary, _put_first(content.get("post_processor"))
-
-
-@lru_cache
-def _pieces(file: Path, mtime_ns: int) -> dict[str, int]:
-    # the tokens of a Unigram model, which are a list of pairs (token, score)
-    model = read_or_empty(file).get("model")
-    pairs = model.get("vocab") if isinstance(model, dict) else None
-    listed = enumerate(pairs) if isinstance(pairs, list) else ()
-    return {pair[0]: i for i, pair in listed if isinstance(pair, list) and pair and isinstance(pair[0], str)}
 
 
 def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, int], str | None]:

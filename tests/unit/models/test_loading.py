@@ -1,8 +1,6 @@
 """Loading, saving and comparing models and tokenizers."""
 
 import json
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -244,18 +242,6 @@ def test_ids_without_gaps_are_as_many_as_tokens(tokenizer):
     assert vocabulary(tokenizer).size == len(tokenizer)
     tokenizer.add_tokens(["<more>", "w3"])  # w3 is a word already
     assert vocabulary(tokenizer).size == len(tokenizer) == 33
-
-
-# --- imports ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_package_imports_no_torch():
-    program = (
-        "import sys; from tadistill.models.parameter_counts import size_of; from tadistill.models.sources import fingerprint; "
-        "size_of({}); fingerprint('gpt2'); print({'torch', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def test_a_forward_pass_does_not_change_the_weights_of_rwkv(tokenizer, tmp_path):
