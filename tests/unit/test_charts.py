@@ -109,6 +109,27 @@ def test_labels_avoid_intervals_if_there_is_room_beside_them():
     assert place_labels([label], 560, (0, 300), crowd) == [alone]
 
 
+def test_labels_avoid_horizontal_lines():
+    """The line at 0 ran through the name of the only path of an advice."""
+    found = chart(height=200)
+    found.segment((0, 2), (10, 2), look(1))
+    found.points("a > b", [Point(5, 2, 1, 3)], look(0), label="a > b")
+    heights = [float(node.get("y")) - 4 for node in parsed(found.html()).iter() if node.get("class") == "label"]
+    assert len(heights) == len(WIDTHS)
+    line = found._top(2)
+    assert all(abs(y - line) > 8 for y in heights)
+
+
+def test_an_axis_of_zeros_begins_at_zero():
+    assert nice_span([0.0, 0.0]) == nice_span([0.0], zero=True) == nice_span([]) == (0.0, 1.0)
+
+
+def test_the_title_of_an_axis_is_above_its_highest_tick():
+    found = Chart("c", "a chart", Axis(0, 1), Axis(0, 1, "percentage points")).html()
+    heights = {node.text: float(node.get("y")) for node in parsed(found).iter() if node.get("class") in ("title", "tick") and node.text}
+    assert heights["1.0"] - heights["percentage points"] > 12
+
+
 def test_a_label_is_nearest_to_its_own_point_or_not_drawn():
     long, star = Label(0.98, 100, "a-name-that-is-long", "long", "red"), Label(0.80, 130, "star", "star", "red")
     between = [Mark(0.88, y, 0, 200, "other") for y in range(0, 201, 20)]

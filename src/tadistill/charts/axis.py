@@ -39,9 +39,11 @@ def _fixed(value: float, step: float | None, most: int) -> str:
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
     """Return the ends (low, high) of an axis for these values. `pad` is the margin at each end, as a share of the values' range.
 
-    With `zero`, the axis includes 0, and an end at 0 has no margin.
+    With `zero`, the axis includes 0, and an end at 0 has no margin. If all values are 0, the axis is from 0 to 1.
     """
-    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    known = [value for value in values if math.isfinite(value)]
+    if not any(known):
+        return 0.0, 1.0
     low, high = min(known), max(known)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -48,15 +48,13 @@ class Chart:
         frame: False leaves out both axes and their lines.
     """
 
-    def __init__(self, name: str, summary: str, x: Axis, y: Axis, *, height: int = 280, head: int = 14, frame: bool = True):
+    def __init__(self, name: str, summary: str, x: Axis, y: Axis, *, height: int = 280, head: int = 24, frame: bool = True):
         self.name, self.summary, self.x, self.y = name, summary, x, y
         self.height, self.head, self.frame = height, head, frame
         self._layers: dict[str, list[str]] = {"back": [], "paths": [], "marks": [], "text": []}
-        self._labels: list[Label] = []
-        self._points: list[Mark] = []
-        self._ends: list[Label] = []
-        self._key: list[str] = []
-        self._moved = False
+        self._labels, self._ends = list[Label](), list[Label]()
+        self._points, self._across = list[Mark](), list[float]()  # `_across`: heights of horizontal lines
+        self._key, self._moved = list[str](), False
         self._data: dict[str, list[Any]] = {"lines": [], "points": [], "bars": []}
 
     # --- marks ----------------------------------------------------------------------------------------------------------
@@ -155,6 +153,7 @@ class Chart:
         kind: str = "",
     ) -> None:
         """Draw a straight line between two points (x, y)."""
+        self._across += [self._top(start[1])] if start[1] == end[1] else []
         ends = f'x1="{self._at(start[0])}" y1="{self._top(start[1]):.1f}" x2="{self._at(end[0])}" y2="{self._top(end[1]):.1f}"'
         dash = f";stroke-dasharray:{look.dash}" if look.dash else ""
         style = f"stroke:{look.colour};stroke-width:{width:g}{dash}"
@@ -164,6 +163,7 @@ class Chart:
         """Draw a straight line across the whole plot: vertical at `x`, or horizontal at `y`. `kind` is `zero` or `grid`."""
         if x is None:
             assert y is not None
+            self._across.append(self._top(y))
             ends = f'x1="0" x2="100%" y1="{self._top(y):.1f}" y2="{self._top(y):.1f}"'
         else:
             ends = f'x1="{self._at(x)}" x2="{self._at(x)}" y1="{self.head}" y2="{self.head + self.height}"'
@@ -259,7 +259,7 @@ class Chart:
 
     def _named(self) -> list[str]:
         box = (self.head, self.head + self.height)
-        placed = {f"at{width}": place_labels(self._labels, width, box, self._points) for width in WIDTHS if self._labels}
+        placed = {f"at{width}": place_labels(self._labels, width, box, self._points, self._across) for width in WIDTHS if self._labels}
         placed |= {"ends": label_column(self._ends, box)} if self._ends else {}
         return [f'<g class="labels {kind}">{"".join(labels)}</g>' for kind, labels in placed.items()]
 

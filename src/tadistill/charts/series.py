@@ -99,7 +99,9 @@ class Mark:
     name: str
 
 
-def place_labels(labels: Sequence[Label], width: int, box: tuple[int, int], marks: Sequence[Mark] = ()) -> list[str]:
+def place_labels(
+    labels: Sequence[Label], width: int, box: tuple[int, int], marks: Sequence[Mark] = (), across: Sequence[float] = ()
+) -> list[str]:
     """Return the labels as SVG. Each label is beside its point. If there is no room, it is farther away, with a thin line to the point.
 
     A label is left out if each free place is nearer to a point of another series, because it would seem to be the name of that point.
@@ -108,8 +110,10 @@ def place_labels(labels: Sequence[Label], width: int, box: tuple[int, int], mark
         width: width of the plot in pixels.
         box: top and bottom of the plot in pixels.
         marks: points and intervals. A label avoids them if there is another place near its point.
+        across: heights of horizontal lines in pixels. A label avoids them too.
     """
     thin = [_Box(mark.x * width - 4, mark.top, mark.x * width + 4, mark.bottom) for mark in marks]
+    thin += [_Box(0, y - 1, width, y + 1) for y in across]
     taken = [_Box(label.x * width - 7, label.y - 7, label.x * width + 7, label.y + 7) for label in labels]
     placed: list[str] = []
     for label in sorted(labels, key=lambda label: label.y):

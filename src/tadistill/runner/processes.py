@@ -23,11 +23,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from tadistill.constants import STAGES_PER_GPU
 from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError, TadistillError
@@ -260,6 +260,11 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
             error.add_note(report)  # the command prints it, unless another rank caused the failure
         pipe.send(error)
         code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    util._run_finalizers(0)  # type: ignore[attr-defined]  removes semaphores of libraries such as tqdm; Python would warn of those that are left
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: torch's own exit may wait for other ranks, and sometimes aborts if they are gone

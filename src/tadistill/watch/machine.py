@@ -36,16 +36,16 @@ class Use:
 
     host: str
     cores: int
-    cpu: float
-    """CPU load of the machine, in per cent of all cores."""
+    cpu: float | None
+    """CPU load of the machine, in per cent of all cores. None at the first measurement, because a load is a mean between two."""
     memory: int
     """Memory in use on the machine, in bytes."""
     total: int
     """All memory of the machine, in bytes."""
     own_processes: int
     """Number of the run's processes on this machine. If it is 0, the other values that begin with `own` are 0 too."""
-    own_cpu: float
-    """CPU time of the run's processes, in per cent of one core."""
+    own_cpu: float | None
+    """CPU time of the run's processes, in per cent of one core. None if all of them are new since the last measurement."""
     own_memory: int
     """Memory of the run's processes, in bytes."""
     gpus: tuple[Gpu, ...]
@@ -72,6 +72,7 @@ class Machine:
 
     def _look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
         running = [run for run in runs if run.state == "running"]
+        before = set(self._known)
         own = self._processes([run.pid for run in running if run.host == platform.node()])
         memory = psutil.virtual_memory()
         gpus, others = self._cards(), sorted({run.host for run in running} - {platform.node()})
@@ -88,11 +89,11 @@ class Machine:
         return Use(
             host=platform.node(),
             cores=psutil.cpu_count() or 1,
-            cpu=psutil.cpu_percent(),
+            cpu=None if self._last is None else psutil.cpu_percent(),
             memory=memory.total - memory.available,
             total=memory.total,
             own_processes=len(own),
-            own_cpu=cpu,
+            own_cpu=cpu if not own or before & set(self._known) else None,
             own_memory=used,
             gpus=gpus or (),
             note=" ".join(notes),

@@ -184,6 +184,23 @@ def test_the_figure_of_paths_shows_self_teaching_and_controls(tmp_path):
     ]
 
 
+def test_a_sloping_line_passes_below_the_name_of_its_student(tmp_path):
+    """The line from an additional teacher, or from the model that is pruned, ran through the student's name."""
+    arms = [ArmSpec("one", ("xl", "l", "s"), method="kd"), ArmSpec("dense", ("xl", "l", "s"), method="kd", text="xl > l > s, dense")]
+    figure = lattice_figure(build_study(tmp_path, StudySpec(arms, seeds=(1,))).read())
+    assert figure is not None
+    html = figure.html()
+    names = re.findall(r'y="([\d.]+)" dx="-12" dy="(-\d+)"[^>]*>(\w+)<', html)
+    texts = {name: (float(y), float(shift)) for y, shift, name in names}
+    lines = re.findall(r'class="edge"[^>]* y1="([\d.]+)"[^>]* y2="([\d.]+)"', html)
+    sloping = [(start, end) for start, end in lines if start != end]
+    assert sloping
+    for start, end in sloping:  # the line is not higher than at its start, and the whole name is above it
+        assert texts["dense"] == (float(end), -18)
+        assert float(start) >= sum(texts["dense"])
+    assert texts["one"][1] == -7
+
+
 def test_arms_of_equal_cost_stand_apart(tmp_path):
     arms = [ArmSpec(f"arm{i}", ("xl", "s"), flops=1e17 * (1 + 0.001 * i)) for i in range(5)] + [ArmSpec("sft", ("s",), flops=4e15)]
     results = read(build_study(tmp_path, StudySpec(arms, sets={"dolly": 12})))

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import util
 
 import pytest
 
 from tadistill import cli
 from tadistill.errors import ModelError
+from tadistill.runner import processes
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped, raising
 
 
@@ -103,3 +105,16 @@ def test_a_command_says_itself_what_an_interrupted_run_keeps(monkeypatch, capsys
         cli.main()
     found = capsys.readouterr()
     assert (ended.value.code, found.out, found.err) == (130, "interrupted; the replies are kept\n", "")
+
+
+def test_a_stage_removes_the_semaphores_of_libraries_before_it_ends_at_once():
+    """Python warned of leaked semaphore objects after a stage in which tqdm had made one."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        util.Finalize(None, os.write, (writer, b"removed"), exitpriority=0)
+        processes._leave(3)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    assert (os.waitstatus_to_exitcode(status), os.read(reader, 20)) == (3, b"removed")
+    os.close(reader)

@@ -218,6 +218,12 @@ def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
     use = machine.look(look(folder).runs, elsewhere=False)
     assert use.own_processes >= 1
     assert use.own_memory > 1 << 20
+    assert (use.cpu, use.own_cpu) == (None, None)  # a load is a mean between two measurements
+    assert "– of" in render(look(folder), use, (), ())["machine"]
+    machine._at = float("-inf")
+    again = machine.look(look(folder).runs, elsewhere=False)
+    assert again.cpu is not None
+    assert again.own_cpu is not None
     assert use.note == "There is no NVIDIA GPU on this machine, or no nvidia-smi."
     folder.run(S1, host="node7")
     machine = Machine()

@@ -22,7 +22,7 @@ from tadistill.results.number_text import flops_text, number, parameters_text, s
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import by_importance
 
-_ROW = 46  # height of a row in pixels
+_ROW, _HIGHER = 46, 8  # pixels: height of a row, and what is added if sloping lines pass below the names of students
 _ASIDE = 0.3  # share of a row: how far a model of an earlier path is above the row
 PRUNED = Look("var(--ink)", "circle", "2 5")
 """The look of a line from a model to the model that is pruned from it."""
@@ -158,14 +158,14 @@ def lattice_figure(results: Results) -> Chart | None:
     nodes = lattice(results)
     if not any(node.is_taught for node in nodes.values()):
         return None
-    rows = len(results.plan.arms)
-    models = results.plan.from_big(dict.fromkeys(node.model for node in nodes.values()))
+    rows, models = len(results.plan.arms), results.plan.from_big(dict.fromkeys(node.model for node in nodes.values()))
     place = {at: (float(models.index(node.model)), float(rows - 1 - node.row)) for at, node in nodes.items()}
     styles, dearest = line_looks(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
     marks = {float(i): model for i, model in enumerate(models)}
     x = Axis(-0.03, len(models) - 0.96, marks=marks, grid=False)
     summary = "Paths: " + "; ".join(f"{arm.name}: {arm.shown_path}" for arm in results.plan.arms)
-    chart = Chart("figure-paths", summary, x, rows_axis(rows), height=_ROW * rows, head=42, frame=False)
+    row = _ROW + (_HIGHER if any(node.others or node.start for node in nodes.values()) else 0)
+    chart = Chart("figure-paths", summary, x, rows_axis(rows), height=row * rows, head=42, frame=False)
     for at, model in marks.items():
         chart.rule(x=at, kind="grid")
         side = "start" if at == 0 else "end" if at == len(models) - 1 else "middle"
@@ -215,7 +215,7 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
     chart.mark(arm.name, (x, y), looks(results)[arm.name], size=6, tip=f"{arm.name}: {metric_title(metric)} {value}")
     left = chart.x.place(x) > 0.5  # the texts of the last column stand at its left, where a phone has room
     side, away = ("end", -12) if left else ("start", 12)
-    chart.text(x, y, arm.name, side=side, name=arm.name, kind="name", shift=(away, -7))
+    chart.text(x, y, arm.name, side=side, name=arm.name, kind="name", shift=(away, -18 if node.others or node.start else -7))
     chart.text(x, y, value, side=side, name=arm.name, shift=(away, 16))
 
 
