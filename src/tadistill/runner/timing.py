@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from tadistill.config import Recipe
@@ -57,7 +58,7 @@ _CALL = 2e-4
 _AROUND = 4
 """Embeddings, head, loss and sampling of a forward pass are assumed to take as long as this number of layer calls."""
 _START = 0.3
-"""Assumed seconds until a stage's process has loaded its models."""
+"""Assumed work of a stage that only loads models or reads rows, in seconds on the assumed machine."""
 _ROWS, _LAYERS, _PROMPT = 1000, 12, 64
 """Assumed values: the rows of a data set on the Hub, the layers of a model of unknown size, and the tokens of a prompt."""
 _EARLY = 0.05
@@ -79,12 +80,12 @@ class Workload:
 
     @property
     def total(self) -> float:
-        return _START + self.even + self.looks
+        return self.even + self.looks or _START
 
     def share(self, progress: float) -> float:
         """Convert `progress` (0 to 1), the finished share of updates or answers, to the finished share of all the work."""
         looked = 1.0 if progress >= 1 else progress // self.every * self.every
-        return (_START + self.even * progress + self.looks * looked) / self.total
+        return (self.even * progress + self.looks * looked) / self.total if self.even + self.looks else progress
 
 
 def workloads(plan: Plan) -> dict[str, Workload]:
@@ -199,11 +200,12 @@ class Estimate:
         self.stages, self.work, self.jobs = stages, work, jobs
         self._finished: dict[str, float] = {}
         self._running: dict[str, tuple[float, float]] = {}  # share of this run's work that is done, and seconds since the start
+        self._began: dict[str, float] = {}  # seconds from the start of a stage to its work: until then, it loads models and reads rows
         self._before: dict[str, float] = {}  # share of the work that earlier runs have done
 
     def begins(self, key: str, progress: float) -> None:
         """Record that a stage starts, and its `progress` (0 to 1), which is above 0 if an earlier run saved a state."""
-        self._before[key] = min(self.work[key].share(progress), 0.999) if progress > 0 else 0.0
+        self._before[key] = min(self.work[key].share(progress), 0.999)
 
     def finished(self, key: str, seconds: float) -> None:
         """Record that a stage has finished in this run."""
@@ -211,10 +213,12 @@ class Estimate:
         self._finished[key] = seconds
 
     def running(self, key: str, progress: float, seconds: float) -> None:
-        """Record the progress (0 to 1) of a stage, and the seconds since its start."""
+        """Record the progress (0 to 1) of a stage, and the seconds since its start. Work begins at the last call before any progress."""
         before = self._before.get(key, 0.0)
-        share = self.work[key].share(progress) if progress > 0 else 0.0
-        self._running[key] = max(share - before, 0.0) / (1 - before), seconds
+        done = max(self.work[key].share(progress) - before, 0.0) / (1 - before)
+        if done > 0:
+            self._began.setdefault(key, self._running.get(key, (0.0, 0.0))[1])
+        self._running[key] = done, seconds
 
     def dropped(self, key: str) -> None:
         """Record that a stage has failed or was stopped."""
@@ -237,11 +241,14 @@ class Estimate:
 
     def _left(self, key: str, speeds: _Speeds) -> float | None:
         share, seconds = self._running.get(key, (0.0, 0.0))
+        worked = seconds - self._began.get(key, seconds)
         if share > 2 * _EARLY:
-            return seconds / share * (1 - share)
+            return worked / share * (1 - share)
         done, took = speeds
         name = next((name for name in self._names(key) if name in done), None)
-        return None if name is None else max(self._work(key) * took[name] / done[name] - seconds, 0.0)
+        # the median, as one stage may tokenise the rows of all others
+        loads = 0.0 if key in self._began else max(median_low(self._began.values() or [0.0]) - seconds, 0.0)
+        return None if name is None else loads + max(self._work(key) * took[name] / done[name] - worked, 0.0)
 
     def _work(self, key: str) -> float:
         return self.work[key].total * (1 - self._before.get(key, 0.0))
@@ -255,7 +262,7 @@ class Estimate:
         for key, (share, seconds) in (shares | {k: v for k, v in self._running.items() if v[0] > _EARLY}).items():
             for name in self._names(key):
                 done[name] += share * self._work(key)
-                took[name] += seconds
+                took[name] += seconds - self._began.get(key, 0.0)
         return done, took
 
 

@@ -70,6 +70,7 @@ _TRIM_EVERY = 30.0  # seconds
 _CALIBRATION = 256  # number of training texts that decide what pruning keeps (Minitron used 1,024 texts of a web corpus)
 
 Progress = Callable[[int, int, str], None]
+"""Called with the finished and the whole work of the stage, and a text. Until the work begins (rows are tokenised …), 0 is finished."""
 AnySpec = TypeVar("AnySpec", bound=Spec)
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -258,7 +259,7 @@ class Context(Generic[AnySpec]):
             yield rows
 
     def _tokenised(self, total: int, done: int) -> None:
-        self.progress(done, total, "rows tokenised")
+        self.progress(0, self.task.spec.steps or 1, f"{done:,} of {total:,} rows tokenised")
         stop_if_asked(self)
 
     def own(self, planned: OwnCode) -> OwnFunction:

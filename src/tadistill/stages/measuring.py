@@ -83,7 +83,8 @@ def _tasks(context: Context[EvaluateSpec], subject: Subject, settings: Evaluate)
         part = context.folder / "parts" / f"task-{i}.json"
         if not part.is_file():
             stop_if_asked(context)
-            context.progress(i, len(tasks), f"running {name} of lm-eval")
+            # the progress of a stage with test sets is that of its answers
+            context.progress(*((0, 1) if context.spec.sets else (i, len(tasks))), f"running {name} of lm-eval ({i + 1} of {len(tasks)})")
             chat = context.spec.data.template == "chat"
             limits = {"fewshot": planned.fewshot, "limit": planned.limit, "batch": settings.batch, "chat": chat}
             result = lm_eval_tasks.read_samples(name, lm_eval_tasks.run_task(name, task, subject, **limits), settings.seeds[0])

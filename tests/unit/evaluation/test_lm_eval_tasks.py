@@ -152,15 +152,18 @@ def test_a_task_file_is_compared_with_the_plan_and_measured(tmp_path, monkeypatc
     (tmp_path / "sums.yaml").write_text(CHOICES)
     names = (str(tmp_path / "sums.yaml"),)
     planned = Tasks(names=names, files=tuple(digest for _, digest in task_files(names)), lm_eval="0")
-    spec = SimpleNamespace(tasks=planned, data=SimpleNamespace(template="plain"))
+    spec = SimpleNamespace(tasks=planned, sets=("tinyworld",), data=SimpleNamespace(template="plain"))
+    said: list[tuple[int, int, str]] = []
     stage = SimpleNamespace(
-        spec=spec, folder=tmp_path, task=SimpleNamespace(data_root=None), progress=lambda *now: None, stop=lambda: False
+        spec=spec, folder=tmp_path, task=SimpleNamespace(data_root=None), progress=lambda *now: said.append(now), stop=lambda: False
     )
     result = TaskResult(scores={"acc": [1.0]}, rows=[0], records=[], left_out=())
     for name, found in (("load_tasks", {"sums": None}), ("run_task", None), ("read_samples", result)):
         monkeypatch.setattr(lm_eval_tasks, name, lambda *_, found=found, **settings: found)
     found = measuring._tasks(stage, None, SimpleNamespace(batch=2, seeds=(1,)))  # type: ignore[arg-type]
     assert {name: each.scores for name, each in found.items()} == {"sums": result.scores}
+    # the stage's progress is that of its answers to the test set
+    assert said == [(0, 1, "loading tasks of lm-eval"), (0, 1, "running sums of lm-eval (1 of 1)")]
     (tmp_path / "sums.yaml").write_text(WRITTEN)
     with pytest.raises(StageFailed, match=r"sums.yaml has changed since this stage was planned"):
         measuring._tasks(stage, None, SimpleNamespace(batch=2, seeds=(1,)))  # type: ignore[arg-type]

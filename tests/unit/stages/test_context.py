@@ -63,3 +63,15 @@ def test_only_a_gpu_computes_gelu_in_one_kernel(tmp_path):
     assert (NewGELUActivation in on_cpu, torch.nn.GELU in on_cpu) == (True, False)
     assert (NewGELUActivation in on_gpu, torch.nn.GELU in on_gpu) == (False, True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tokenised_rows_are_no_progress_of_the_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "LARGE", 0)
+    plan = make_plan(parse(small("s"), [], source="small.yaml"))
+    task = next(make_task(plan, stage, Store(tmp_path)) for stage in plan.stages.values() if stage.spec.kind == "sft")
+    said: list[tuple[int, int, str]] = []
+    stage = context.Context(task, Store(tmp_path), tmp_path, lambda *now: said.append(now), print, lambda: False)
+    _, tokenizer = stage.model(task.spec.student, device=torch.device("cpu"))
+    stage.split(task.spec.train, tokenizer)
+    assert said[-1] == (0, task.spec.steps, "64 of 64 rows tokenised")
+    assert {now[:2] for now in said} == {(0, task.spec.steps)}
