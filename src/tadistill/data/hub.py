@@ -179,7 +179,9 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
 def _nor_here(repository: str) -> str:
     # `models/nope` can be meant as a path
     folder = Path(repository).parent
-    return f". As a path, {no_file(Path(repository), [folder])}" if folder.name and folder.is_dir() else ""
+    as_path = no_file(Path(repository), [folder])
+    meant = folder.is_dir() if folder.name else as_path.endswith("?")  # every name can be a path in the working directory
+    return f". As a path, {as_path}" if meant else ""
 
 
 def rows(repository: str, split: str, revision: str, *, stream: bool) -> Iterator[dict[str, Any]]:

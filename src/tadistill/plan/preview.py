@@ -1,5 +1,7 @@
 """The output of `tadistill plan`: tables of stages (FLOPs, time, memory) and of arms (paths of models, total FLOPs), and `plan.notes`."""
 
+from difflib import get_close_matches
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console, Group
@@ -8,21 +10,22 @@ from rich.table import Table
 
 from tadistill.config import Recipe
 from tadistill.config.arm import direct_arm, marked, routed
+from tadistill.config.recipe_files import placed
 from tadistill.data import hub
-from tadistill.errors import ModelError
+from tadistill.errors import Gathering, ModelError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.graph import Stage, distinct_labels, total_flops, with_ancestors
 from tadistill.plan.notes import ASKED, counts_asked, plan_notes
 from tadistill.plan.paths import lossy_steps
-from tadistill.plan.task import process_bytes
+from tadistill.plan.task import check_sources, process_bytes
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
-_LARGEST = 3  # number of stages whose parts are shown
+_LARGEST = 3  # number of stages whose parts are shown, and of models that a message names
 _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels
 
 
@@ -49,16 +52,46 @@ def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | No
     console.print(preview(plan, store, console.width, accelerator))
 
 
+@placed
 def fetch_descriptions(recipe: Recipe, console: Terminal) -> None:
-    """Download the missing config.json of each hub model, if the Hub can be reached. A plan needs no other file of a model."""
+    """Download the missing config.json of each hub model, if the Hub can be reached. A plan needs no other file of a model.
+
+    Raises:
+        DataError, ModelError: a model or data set does not exist. A hub id that cannot be found is such a model if there are models with
+            similar paths on this disk.
+    """
+    found = Gathering()
+    with found.about():
+        check_sources(recipe)
     for name, model in recipe.models.items():
-        if not model.load or sources.parse_source(model.load).kind not in ("hub", "adapter"):
-            continue
-        if sources.description_file(model.load, model.revision) is None and hub.reachable():
+        with found.about(f"models.{name}"):
+            if not model.load or sources.parse_source(model.load).kind not in ("hub", "adapter"):
+                continue
+            if sources.description_file(model.load, model.revision) is not None:
+                continue
             try:
-                sources.description_file(model.load, model.revision, download=True)
+                if hub.reachable():
+                    sources.description_file(model.load, model.revision, download=True)
+                    continue
             except ModelError as error:
                 console.say(f"models.{name}: {error}")
+            _check_not_a_path(model.load)
+    found.finish()
+
+
+def _check_not_a_path(load: str) -> None:
+    # refuses a hub id that is not on this disk, if it can be a mistyped path: models are in the folder ORG here, or an id without ORG is
+    # similar to the name of a model's folder
+    path = Path(load)
+    folder = path.parent
+    models = [each.name for each in folder.iterdir() if (each / "config.json").is_file()] if folder.is_dir() else []
+    close = get_close_matches(path.name, models, n=1) or (sorted(models)[:_LARGEST] if folder.name else [])
+    if close:
+        meant = " or ".join(f"`{folder / name}`" for name in close)
+        raise ModelError(
+            f"`{load}` is neither a folder here nor a model in the cache of the Hub; did you mean {meant}? To download it, run "
+            "`tadistill fetch RECIPE`"
+        )
 
 
 def threads(plan: Plan) -> int:

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from tadistill.config import load, parse
+from tadistill.config import DataRef, load, parse
 from tadistill.data import hub
-from tadistill.errors import ConfigError, ModelError, NotHere
+from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 from tadistill.models import sources
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
@@ -119,6 +119,29 @@ def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):
     monkeypatch.setattr(sources, "description_file", lambda load, revision, *, download=False: asked.append(load) if download else None)
     preview.fetch_descriptions(load(RECIPE), Terminal(file=io.StringIO()))
     assert len(asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("load", "meant"),
+    [("llama-small", "`llama-s`"), ("models/large", "`models/l` or `models/xl`"), ("org/name", ""), ("gpt2", "")],
+)
+def test_a_hub_id_that_can_be_a_mistyped_path_is_refused(load, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("llama-s", "models/xl", "models/l"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(GPT2))
+    recipe = parse(SMALL.format(xl="seed: 1").replace("org/xl", load), source="r")
+    if not meant:
+        preview.fetch_descriptions(recipe, Terminal())
+        return
+    wrong = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": DataRef(load="trian.jsonl")})})
+    with pytest.raises(DataError) as error:
+        preview.fetch_descriptions(wrong, Terminal())
+    assert "data set `trian.jsonl` does not exist" in error.value.problems[0]
+    assert (
+        f"models.xl: `{load}` is neither a folder here nor a model in the cache of the Hub; did you mean {meant}?"
+        in error.value.problems[1]
+    )
 
 
 def test_labels_are_whole_at_80_columns(tmp_path):
