@@ -177,14 +177,16 @@ def _needs(recipe: Recipe, positions: int | None, texts: Texts) -> dict[str, tup
     longest = texts.longest
     by_arm = {name: _longest_sample(recipe.model_copy(update={"arms": {name: arm}})) for name, arm in recipe.arms.items()}
     sampled = max(by_arm.values(), default=0)
-    new, of, fix = max(recipe.evaluate.max_new_tokens, sampled), "", "lower data.max_prompt or max_new_tokens"
+    new, key = max((recipe.evaluate.max_new_tokens, "evaluate.max_new_tokens"), (sampled, "sampler.max_new_tokens"))
+    of, left = "", (positions or 0) - longest.prompt
+    fix = f"set {key} to at most {left}" if left > 0 else "lower data.max_prompt"
     controls = {name: recipe.arms[name].controls for name, length in by_arm.items() if length == new > recipe.evaluate.max_new_tokens}
     if positions and longest.prompt < positions and controls and all(c and c.kind == "no_teacher" for c in controls.values()):
         name = next(iter(controls))  # `fair: true` gives it a sampler that the recipe does not show
         of = f" of the control {name}"
         fix = f"write arms.{name}: {{control: {recipe.arms[name].control}, sampler: {{max_new_tokens: {positions - longest.prompt}}}}}"
     return {
-        f"the longest prompt ({counted(longest.prompt, 'token')}) plus max_new_tokens ({new}){of} needs": (longest.prompt + new, fix),
+        f"the longest prompt ({counted(longest.prompt, 'token')}) plus {key} ({new}){of} needs": (longest.prompt + new, fix),
         "the longest prompt with its reference response needs": (longest.whole, "lower data.max_length"),
         f"the teacher's longest prompt ({counted(longest.context, 'token')}, with `context`) and the response need": (
             max(longest.context_whole, longest.context and longest.context + sampled),

@@ -111,6 +111,8 @@ def test_answers_longer_than_a_model_can_read_are_refused_by_the_plan():
         ConfigError, match=r"models.s: the model has 64 positions, but a prompt plus evaluate.max_new_tokens .64. needs more"
     ):
         make_plan(parse(text, ["evaluate.max_new_tokens=64"], source="r"), partial=True)
+    with pytest.raises(ConfigError, match=r"but a prompt plus sampler.max_new_tokens .64. needs more; lower sampler.max_new_tokens"):
+        make_plan(parse(text, ["method.sampler={type: student, max_new_tokens: 64}"], source="r"), partial=True)
 
 
 def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):

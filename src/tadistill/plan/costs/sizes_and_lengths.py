@@ -9,8 +9,10 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal, Self, cast
 
 from tadistill.config import DataRef, Recipe
+from tadistill.config.common import Decoding
 from tadistill.config.data import Turns
 from tadistill.config.method_parts import TeacherContext
+from tadistill.config.recipe import methods
 from tadistill.constants import PACKED_FAMILIES
 from tadistill.data import datasets, hub, tinyworld
 from tadistill.data.encoding import Counts, Encoded, encode
@@ -84,13 +86,18 @@ class SizesAndLengths:
             assert model.load is not None
             found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
             config = parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
-            positions, new = shapes.positions_of(config) if config else None, self.recipe.evaluate.max_new_tokens
-            if positions and new >= positions:  # `runner.preflight` also counts the tokens of the longest prompt
-                raise ConfigError(
-                    f"the model has {positions} positions, but a prompt plus evaluate.max_new_tokens ({new}) needs more; lower "
-                    "evaluate.max_new_tokens"
-                )
+            positions = shapes.positions_of(config) if config else None
+            for key, new in self._new_tokens.items() if positions else ():
+                if new >= (positions or 0):  # `runner.preflight` also counts the tokens of the longest prompt
+                    raise ConfigError(f"the model has {positions} positions, but a prompt plus {key} ({new}) needs more; lower {key}")
             return config
+
+    @cached_property
+    def _new_tokens(self) -> dict[str, int]:
+        # the longest answers of the recipe, by the key that sets them; a check before a run names the key of a control's sampler
+        recipe = self.recipe.model_copy(update={"arms": {name: arm for name, arm in self.recipe.arms.items() if not arm.controls}})
+        sampled = [method.sampler.max_new_tokens for method in methods(recipe) if isinstance(method.sampler, Decoding)]
+        return {"evaluate.max_new_tokens": recipe.evaluate.max_new_tokens, "sampler.max_new_tokens": max(sampled, default=0)}
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
