@@ -28,7 +28,7 @@ def test_commands_that_come_next(tmp_path):
     watch, export, more = said
     assert watch == f"tadistill watch demo {place}"
     assert export in (f"tadistill export demo {arm.name} ./{arm.name} {place}" for arm in SMALL)
-    assert more == "tadistill run 'my demo.yaml' 'seeds=[10,20,30,40]' optim.lr=2"
+    assert more == "tadistill run 'my demo.yaml' 'seeds=[10,20,30]' optim.lr=2"
     assert f"report: {study.study_dir / 'report.html'}" in out
 
 
