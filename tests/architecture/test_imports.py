@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TORCH = {"torch", "transformers", "accelerate", "datasets"}
 HEAVY = TORCH | {"scipy", "nltk", "rouge_score", "gguf", "submitit", "peft"}
 """Libraries that take long to import; plan and doctor have a second in all."""
-UNUSED = {"numpy", "psutil", "filelock", "tokenizers", "multiprocessing"}
+UNUSED = {"numpy", "psutil", "filelock", "multiprocessing"}
 """Libraries that planning this recipe has no use for."""
 QUICK = [
     ("from typer.testing import CliRunner; from tadistill.cli import app; run = CliRunner().invoke; run(app, ['--help'])", HEAVY),
