@@ -72,14 +72,16 @@ def recipe(family: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", COUNTED["FAMILIES"])
 def test_meter_and_prediction_agree_with_torch(family, tmp_path):
-    found = {}
-    for stage, flops, manifest in COUNTED["counted"](make_plan(validate(recipe(family))), tmp_path):
+    settings, found = recipe(family), {}
+    if family == "gpt2":  # its layers have formulas of their own; which passes a method needs does not depend on the family
+        settings["arms"] = {name: settings["arms"][name] for name in ("kd", "packed", "minillm", "speculative")}
+    for stage, flops, manifest in COUNTED["counted"](make_plan(validate(settings)), tmp_path):
         parts = manifest["ledger"]["parts"]
         assert sum(part["flops"] for part in parts.values()) == pytest.approx(flops, rel=0.02), stage.label
         assert stage.cost.total == pytest.approx(flops, rel=0.15), stage.label
         assert set(stage.cost.parts) == set(parts), stage.label
         found[stage.label] = stage.cost.total / flops
-    assert len(found) == 2 + len(ARMS)  # the teacher's SFT, and t > a
+    assert len(found) == len(settings["arms"]) + (1 if family == "gpt2" else 2)  # the teacher's SFT, and t > a of the arm `dense`
 
 
 @pytest.mark.slow
