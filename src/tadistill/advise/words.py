@@ -123,8 +123,7 @@ def notes(
     if past.left_out:
         first = past.left_out[0].rstrip(".")
         found.append(
-            f"{counted(len(past.left_out), 'arm or seed', 'arms or seeds')} of earlier studies could not be used. The first reason: "
-            f"{first}."
+            f"{counted(len(past.left_out), 'arm or seed', 'arms or seeds')} of earlier studies could not be used, for instance: {first}."
         )
     if (n := measures.models[0].loss.n) < prompts:
         found.append(

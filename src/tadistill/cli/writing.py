@@ -150,7 +150,7 @@ def _moved(text: str, file: Path) -> str:
     if path.is_absolute() or not path.exists():
         return text
     moved = os.path.relpath(path, file.absolute().parent)
-    return moved if path.is_file() or "/" in moved or not text.startswith(".") else f"./{moved}"
+    return moved if path.is_file() or moved.startswith(".") or "/" in moved or not text.startswith(".") else f"./{moved}"
 
 
 def _template(teacher: str) -> str:

@@ -249,7 +249,11 @@ def store(root: Path) -> list[Check]:
     else:
         checks.append(Check("locks", "ok", "file locking works"))
     fix = "no action is needed, but the times of files and jobs will look wrong" if abs(skew) > _SKEW else ""
-    checks.append(Check("clock", "warning" if fix else "ok", f"the disk's clock differs from this machine's clock by {skew:+.1f} s", fix))
+    checks.append(
+        Check(
+            "clock", "warning" if fix else "ok", f"the disk's clock differs from this machine's clock by {round(skew, 1) + 0.0:+.1f} s", fix
+        )
+    )
     return checks
 
 

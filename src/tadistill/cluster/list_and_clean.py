@@ -181,7 +181,7 @@ def print_studies(runs: Path, store: Store, console: Terminal) -> None:
     """Print a table of the studies in a runs directory, and the size of the stored results that no study needs."""
     rows, loose = studies(runs, store), unneeded(runs, store)
     if not rows:
-        console.say(f"there is no study in {runs}; start one with `tadistill run RECIPE`")
+        console.say(f"there is no study in {runs.absolute()}; start one with `tadistill run RECIPE`, or give its directory with --runs")
     else:
         table = Table(box=None)
         for column in ("study", "started", "stages done", "size", "state"):

@@ -67,7 +67,9 @@ def read(recipe: str | Path) -> tuple[str, Path]:
         raise ConfigError(f"there is no recipe `{path}`: {broken}")
     if not path.is_file():
         names = [p.name for p in path.absolute().parent.glob("*.y*ml")]
-        close = [f"{path.name}.yaml"] if f"{path.name}.yaml" in names else difflib.get_close_matches(path.name, names, n=1)
+        stems = {Path(name).stem: name for name in names}  # the suffix makes all names similar
+        near = difflib.get_close_matches(path.stem, stems, n=1)
+        close = [f"{path.name}.yaml"] if f"{path.name}.yaml" in names else [stems[stem] for stem in near]
         close = [str(path.parent / name) for name in close] or difflib.get_close_matches(
             path.as_posix().removesuffix(path.suffix), shipped(), n=1
         )

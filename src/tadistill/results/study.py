@@ -300,8 +300,9 @@ def find_study(study: str, root: Path) -> Path:
         raise early
     if study.endswith((".yaml", ".yml")) and recipe is None:
         raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
-    hint = f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
-    raise ConfigError(f"there is no study `{name}` in {root}; {hint if recipe else did_you_mean(name, studies(root), hint)}")
+    searched, start = root / (recipe or name) / "search.json", f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
+    hint = f"its search is finished, and `tadistill search RECIPE` shows the result ({searched})" if searched.is_file() else start
+    raise ConfigError(f"there is no study `{name}` in {root.absolute()}; {hint if recipe else did_you_mean(name, studies(root), hint)}")
 
 
 def studies(root: Path) -> list[str]:

@@ -69,10 +69,15 @@ def _planned(recipe: Recipe, store: Store, console: Terminal) -> tuple[Plan, lis
         plan = make_plan(recipe)
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
     if not missing:
+        console.note(f"{recipe.study}: {_all(len(plan.stages))} finished before; nothing is run")
         return plan, missing, 0
     jobs = check_first(plan, store, console, missing)
     console.note(_beginning(plan, store, missing, jobs))
     return plan, missing, jobs
+
+
+def _all(stages: int) -> str:
+    return "its only stage was" if stages == 1 else f"all {stages} stages were"
 
 
 def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:

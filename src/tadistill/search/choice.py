@@ -1,6 +1,7 @@
 """The result of a search for a path: a table, search.json, and a recipe that tests the chosen path again (confirm.yaml)."""
 
 import functools
+import math
 import operator
 import os
 import shlex
@@ -124,12 +125,13 @@ def choice_table(choice: Choice) -> Table:
     several = len(choice.tried[0].values) > 1
     for column in ("path", "trainings", "× direct", f"dev {choice.metric}", *["range over seeds"] * several, "front", ""):
         table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
-    front = choice.front()
+    front, largest = choice.front(), max(abs(t.mean) for t in choice.tried)
+    digits = max(0, 3 - math.floor(math.log10(largest))) if largest else 0  # four digits of the largest, so that the others align with it
     for i, tried in enumerate(choice.tried):
         cost = choice.cost(tried)
         seeds = [f"{min(tried.values):.4g} … {max(tried.values):.4g}"] * several
         marks = ("yes" if tried in front else "", "[bold green]chosen[/]" if i == 0 else "")
-        numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.4g}", *seeds)
+        numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.{digits}f}", *seeds)
         table.add_row(escape(path_text(tried.path)), *numbers, *marks)
     return table
 
@@ -156,8 +158,8 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
     if k > 1:
         unit = "" if chance is None else f", here up to {chance:.2g}"
         notes.append(
-            f"If all {k} paths were equally good, chance alone would raise the best dev value by {expected_best_of(k):.2f} standard "
-            f"errors{unit}. The dev value of the chosen path above is therefore too optimistic."
+            f"The dev value of the chosen path is too optimistic, because it is the best of {k}: if all paths were equally good, by "
+            f"{expected_best_of(k):.2f} standard errors{unit}."
         )
     if confirm is None:
         return [*notes, "The direct path is the best on dev, so there is no path with assistants to confirm."]

@@ -54,8 +54,8 @@ def test_cautions(study):
     assert "xl > s 0.5" in said(measures(mass=0.5))
     assert "--prompts is 256, but the dev set has only 20 prompts that are short enough" in said(measures(), prompts=256)
     assert "`last`, which cannot compare" in said(measures(), metric="last")
-    assert "2 arms or seeds of earlier studies could not be used. The first reason: a." in said(measures(), past=History((), ("a", "b")))
-    assert "could not be used. The first reason: ../runs/x/plan.json is damaged." in said(
+    assert "2 arms or seeds of earlier studies could not be used, for instance: a." in said(measures(), past=History((), ("a", "b")))
+    assert "could not be used, for instance: ../runs/x/plan.json is damaged." in said(
         measures(), past=History((), ("../runs/x/plan.json is damaged.",))
     )
     models = found.models | {"l": found.models["l"].model_copy(update={"load": "gpt2", "config": {}, "sft": None})}

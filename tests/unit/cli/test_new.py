@@ -1,6 +1,7 @@
 """`tadistill new`: four answers become a recipe that can be planned."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from tests.byte_models import CHATML, ROWS, byte_model, byte_tokenizer, save, wr
 from typer.testing import CliRunner
 
 from tadistill.cli import app
+from tadistill.cli.writing import recipe_text
 from tadistill.config import load
 from tadistill.config.method import METHODS
 from tadistill.config.schema import recipe_schema, schema_file
@@ -122,3 +124,10 @@ def test_data_becomes_three_sets_with_paths_from_the_recipe(inputs, data, loads,
 def test_the_template_is_that_of_the_teacher(tmp_path, teacher, template):
     new(str(tmp_path / "a.yaml"), *flags(teacher=teacher))
     assert yaml.safe_load((tmp_path / "a.yaml").read_text())["data"]["template"] == template
+
+
+def test_the_working_directory_is_written_as_a_dot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").touch()
+    assert "\n  train: ." in (text := recipe_text(Path("a.yaml"), "gpt2", "gpt2", ".", "kd"))
+    assert "./." not in text

@@ -513,3 +513,11 @@ def test_odd_keys_and_names_are_named_with_their_line(change, words):
     text = yaml.safe_dump({**change, **{k: v for k, v in yaml.safe_load(RECIPE).items() if k not in change}}, sort_keys=False)
     with pytest.raises(ConfigError, match=words):
         parse(text, source="r.yaml")
+
+
+@pytest.mark.parametrize(("given", "hint"), [("nothere.yaml", "give the path"), ("sfft.yaml", "did you mean `sft.yaml`")])
+def test_a_recipe_that_does_not_exist_is_compared_by_its_name_without_suffix(given, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft.yaml").write_text("study: a")
+    with pytest.raises(ConfigError, match=hint):
+        load(given)

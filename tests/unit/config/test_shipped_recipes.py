@@ -61,7 +61,7 @@ def test_an_unknown_name_gets_a_hint(elsewhere, name, hint):
 
 
 def test_a_study_is_found_by_the_shipped_recipe_of_its_run(elsewhere):
-    with pytest.raises(ConfigError, match=r"there is no study `methods/gkd` in runs; start one with `tadistill run methods/gkd`"):
+    with pytest.raises(ConfigError, match=r"there is no study `methods/gkd` in \S+/runs; start one with `tadistill run methods/gkd`"):
         find_study("methods/gkd", Path("runs"))
     with pytest.raises(ConfigError, match=r"nothing.yaml is not a recipe that can be read"):
         find_study("nothing.yaml", Path("runs"))

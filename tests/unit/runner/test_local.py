@@ -274,6 +274,10 @@ def test_a_study_is_found_by_its_recipe(study, tmp_path):
     recipe.write_text("study: nowhere")
     with pytest.raises(ConfigError, match="there is no study `nowhere`"):
         find_study(str(recipe), tmp_path)
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "search.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"there is no study `nowhere` .*; its search is finished, and `tadistill search RECIPE` shows"):
+        find_study(str(recipe), tmp_path)
 
 
 def refuse() -> int:

@@ -122,7 +122,7 @@ def test_c_search_counts_every_stage_once(finished):
     )
     assert "The search cost (C_search) is" in text
     assert "It pays for 12 distillations" in text
-    assert "chance alone would raise the best dev value" in text
+    assert "too optimistic, because it is the best of" in text
 
 
 def test_a_second_run_trains_nothing_and_writes_the_same(finished, monkeypatch):
