@@ -205,7 +205,6 @@ def detail_tables(results: Results) -> list[Table]:
         _group(results, "text", "Text"),
         *(_decodings(results, metric) for metric in main),
         _buckets(results),
-        _published(results),
         _cost(results),
         _ledger(results),
     ]
@@ -255,22 +254,6 @@ def _buckets(results: Results) -> Table | None:
         return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket in shown]
 
     return _by_arm(results, "buckets", title, note, columns, cells)
-
-
-def _published(results: Results) -> Table | None:
-    metric, published = "rouge_l", {arm.name: arm.published for arm in results.plan.arms if arm.published}
-    sets = [name for name in sets_with(results, metric) if any(name in found.rouge_l for found in published.values())]
-    columns = tuple(Column(name, what) for name in sets for what in ("published", "here"))
-
-    def cells(arm: str) -> list[Cell]:
-        if arm not in published:
-            return [Cell()]
-        values = published[arm].rouge_l
-        said = [Cell(number(values[name], metric)) if name in values else Cell() for name in sets]
-        return [cell for name, value in zip(sets, said, strict=True) for cell in (value, mean_cell(results, arm, metric, name))]
-
-    note = "Sources: " + "; ".join(f"{arm}: {found.source}" for arm, found in published.items()) + "."
-    return _by_arm(results, "published", f"{metric_title(metric)} compared with published values", note, columns, cells)
 
 
 def _cost(results: Results) -> Table:
