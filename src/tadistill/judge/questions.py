@@ -14,7 +14,7 @@ from typing import Any
 from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_prompt
 from tadistill.errors import ConfigError, DataError
-from tadistill.results.measured import load_predictions
+from tadistill.results.measured import first_answers, load_predictions
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.store import Store
 
@@ -70,7 +70,8 @@ def read_answers(
         everywhere = dict.fromkeys(seed for arm in chosen for seed in arm.evaluate)
         seeds = tuple(seed for seed in everywhere if all(store.finished(arm.evaluate.get(seed, "")) for arm in chosen))
     names = tuple(arm.name for arm in chosen)
-    tables = {(arm.name, seed): _first_answers(store, arm.evaluate[seed]) for arm in chosen for seed in seeds}
+    first = {(arm.name, seed): first_answers(load_predictions(store, arm.evaluate[seed])) for arm in chosen for seed in seeds}
+    tables = {at: {(row["set"], row["index"]): row for row in rows} for at, rows in first.items()}
     return Answers(plan, names, seeds, _items(tables, names, seeds, sets, limit), unfinished)
 
 
@@ -98,14 +99,6 @@ def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> 
     if len(unfinished) == len(arms):
         raise DataError(f"the study {plan.study} has no answers for training seed {seed} yet; run `{plan.command}` to generate them")
     return [arm for arm in arms if arm.name not in unfinished], unfinished
-
-
-def _first_answers(store: Store, key: str) -> dict[tuple[str, int], dict[str, Any]]:
-    rows = load_predictions(store, key)
-    lowest: dict[str, int] = {}
-    for row in rows:
-        lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
-    return {(row["set"], row["index"]): row for row in rows if row["seed"] == lowest[row["set"]]}
 
 
 def _items(

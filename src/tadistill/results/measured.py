@@ -92,6 +92,14 @@ def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
     return read_jsonl(store.artifact(key, "predictions.jsonl"), fix=store.redo(key))
 
 
+def first_answers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the predictions of each test set's lowest decoding seed."""
+    lowest: dict[str, int] = {}
+    for row in rows:
+        lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
+    return [row for row in rows if row["seed"] == lowest[row["set"]]]
+
+
 @dataclass(frozen=True)
 class StageManifest:
     """The facts about a finished stage that a report shows. They are in its manifest.json."""

@@ -13,7 +13,7 @@ from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Numbers, Reader, Results, once, with_passes
-from tadistill.results.measured import Scores, load_predictions, places
+from tadistill.results.measured import Scores, first_answers, load_predictions, places
 from tadistill.results.number_text import number
 from tadistill.results.study import ArmRecord, StudyPlan
 from tadistill.results.verdict import by_importance
@@ -41,8 +41,8 @@ def samples(results: Results) -> Samples:
         finished = results.scores[arm.name]
         if not finished:
             continue
-        rows = load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])
-        for row in _first_answers([row for row in rows if row["set"] in shared and row["index"] in shared[row["set"]]]):
+        rows = first_answers(load_predictions(results.store, arm.evaluate[arm.first_seed(finished)]))
+        for row in _first_prompts([row for row in rows if row["set"] in shared and row["index"] in shared[row["set"]]]):
             kept = {name: row[name] for name in ("index", "prompt", "references")} | {"turns": _turns(row, chat), "answers": {}}
             prompt = by_set[row["set"]].setdefault(row["index"], kept)
             thinking, text = split_thought(row["prediction"], row["prompt"])
@@ -112,13 +112,10 @@ def _how_many(found: Samples) -> int:
     return _PROMPTS
 
 
-def _first_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _first_prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen: list[dict[str, Any]] = []
     for name in dict.fromkeys(row["set"] for row in rows):
-        of_set = [row for row in rows if row["set"] == name]
-        seed = min(row["seed"] for row in of_set)
-        first = sorted((row for row in of_set if row["seed"] == seed), key=lambda row: row["index"])
-        chosen += first[:_PROMPTS]
+        chosen += sorted((row for row in rows if row["set"] == name), key=lambda row: row["index"])[:_PROMPTS]
     return chosen
 
 
