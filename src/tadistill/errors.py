@@ -31,16 +31,16 @@ class TadistillError(Exception):
         return "\n".join(self.args)
 
 
-def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
+def did_you_mean(given: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
     """Return the end of a sentence about a name that does not exist: the nearest known name, or `otherwise` if none is near."""
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
     return f"did you mean `{close[0]}`?" if close else otherwise
 
 
 def did_you_mean_then(given: str, known: Iterable[str], rest: str, *, cutoff: float = 0.6) -> str:
     """Return the end of a sentence about a name that does not exist: the nearest known name, if one is near, and then the text `rest`."""
-    close = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
-    return f"did you mean `{close[0]}`? {rest[0].upper()}{rest[1:]}" if close else rest
+    near = did_you_mean(given, known, "", cutoff=cutoff)
+    return f"{near} {rest[0].upper()}{rest[1:]}" if near else rest
 
 
 def leads_nowhere(path: Path) -> str:

@@ -289,7 +289,7 @@ def _next(results: Results, kind: Kind) -> tuple[str, int | None]:
     compared = comparisons(results)
     if any(pair.other is None for pair in pairs(results)):
         return "Next: add the arm to compare with, and run the recipe again; finished stages are kept.", None
-    if any(c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM for c in compared):
+    if any(c.few_seeds for c in compared):
         return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept.", SEEDS_FOR_A_CLAIM
     if kind not in ("open", "unfinished") or not any(c.trained for c in compared):
         return "", None

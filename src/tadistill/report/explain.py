@@ -80,7 +80,7 @@ def few_text(seeds: int) -> str:
 
 def doubt_text(c: Comparison) -> str:
     """Return sentences on an undecided comparison: why its difference may be chance, and which differences the study may miss."""
-    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
+    if c.few_seeds:
         return few_text(len(c.seeds))
     if c.difference.one_prompt:
         return "A test set has only one prompt, so the difference cannot be tested."

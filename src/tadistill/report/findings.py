@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tadistill.metrics import metric_of, metric_title
+from tadistill.metrics import metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.analysis import clear_against_sft
 from tadistill.report.answer import VERBS
@@ -63,7 +63,7 @@ def against(results: Results) -> str:
     named = {(c.arm, c.other) for c in decided}
     more = [row for row in _clear(results, rows) if (row.arm.name, row.other.name) not in named]
     said = [_decided(results, decided)]
-    said += [_beyond(more, other, primary_metric(results)) for other in dict.fromkeys(row.other.name for row in more)]
+    said += [_beyond(more, other) for other in dict.fromkeys(row.other.name for row in more)]
     return "; ".join(said)
 
 
@@ -87,10 +87,9 @@ def _decided(results: Results, found: Sequence[Comparison]) -> str:
     return said + (f" ({some(unequal)}: not at equal compute)" if unequal else "")
 
 
-def _beyond(rows: list[ForestRow], other: str, metric: str) -> str:
-    sign = -1 if metric_of(metric).better == "lower" else 1
+def _beyond(rows: list[ForestRow], other: str) -> str:
     mine = [row for row in rows if row.other.name == other]
-    better = [row.arm.name for row in mine if sign * row.difference.mean > 0]
+    better = [row.arm.name for row in mine if row.difference.mean > 0]
     sides = {"better": better, "worse": [row.arm.name for row in mine if row.arm.name not in better]}
     return f"{listed([f'{_named(names)} clearly {side}' for side, names in sides.items() if names])} than {other}"
 
@@ -125,8 +124,6 @@ def over_compute(results: Results) -> str:
     found = list(zip(gaps, _holm([gap for _, gap in gaps]), strict=True))
     clear = [(name, gap.mean > 0) for (name, gap), p in found if is_clear(gap, p, enough=True)]
     better, worse = ([name for name, is_above in clear if is_above == above] for above in (True, False))
-    if metric_of(primary_metric(results)).better == "lower":
-        better, worse = worse, better
     if not better and not worse:
         return f"None of {counted(len(gaps), 'comparison')} with {curves[0].name} at the same budget is clear"
     against = f"Against {curves[0].name} at the same budget"

@@ -103,6 +103,11 @@ class Comparison:
         """True if `arm` is a chain, and the two arms had different compute."""
         return self.against in ("off budget", "plain direct")
 
+    @property
+    def few_seeds(self) -> bool:
+        """True if the arms have too few common training seeds for a claim."""
+        return self.trained and len(self.seeds) < SEEDS_FOR_A_CLAIM
+
 
 @dataclass(frozen=True)
 class ComparedPair:

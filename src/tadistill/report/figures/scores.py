@@ -13,7 +13,7 @@ from tadistill.results.compare import MAIN, compare, differences_per_seed, direc
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.number_text import MINUS, gap_text, number, p_text, summary_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, Comparison, comparisons, control_pairs
+from tadistill.results.verdict import SHOWN, Comparison, comparisons, control_pairs
 from tadistill.statistics import Difference
 from tadistill.text import counted
 
@@ -81,7 +81,7 @@ def differences(results: Results) -> list[ForestRow]:
 def _word(c: Comparison) -> str:
     if c.word != "no evidence":
         return SHOWN[c.word]
-    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
+    if c.few_seeds:
         return f"not clear, {counted(len(c.seeds), 'seed')}"
     return f"not clear, {p_text(c.p_holm)}"
 
