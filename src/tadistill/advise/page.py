@@ -20,7 +20,7 @@ from tadistill.advise.words import (
 from tadistill.charts import GREY, PLAIN, Axis, Chart, Look, Point, look, nice_span
 from tadistill.config.arm import path_text
 from tadistill.glossary import GLOSSARY
-from tadistill.report.page import html_templates, markup
+from tadistill.report.page import markup
 from tadistill.results import number_text
 
 _COLUMNS = (
@@ -43,7 +43,7 @@ _BLUE, _RED, _GREEN = Look("var(--c0)"), Look("var(--worse)"), Look("var(--bette
 
 def render_advice(report: Report) -> str:
     looks = {path_text(path): found for path, found in path_looks(report).items()}
-    environment = html_templates("tadistill.advise", "tadistill.report")
+    environment = charts.html_templates("tadistill.advise", "tadistill.report")
     environment.filters.update(signed=signed_number, estimate=plus_minus, names=_names, few=_few)
     return environment.get_template("advice.html.j2").render(
         report=report,

@@ -11,9 +11,12 @@ an arm in all figures.
 
 from importlib.resources import files
 
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
 from tadistill.charts.axis import Axis, nice_span
 from tadistill.charts.chart import Chart, Point, Strip, embedded
 from tadistill.charts.series import COLOURS, GREY, PLAIN, Look, glyph, look
+from tadistill.text import visible_parts
 
 __all__ = [
     "COLOURS",
@@ -26,11 +29,24 @@ __all__ = [
     "Strip",
     "embedded",
     "glyph",
+    "html_templates",
     "look",
     "nice_span",
     "script",
     "style",
 ]
+
+
+def html_templates(*packages: str) -> Environment:
+    """Return the templates of the packages. They escape all values, and show hidden characters of values as escapes."""
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
+        autoescape=True,
+        finalize=visible_parts,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def style() -> str:

@@ -279,12 +279,12 @@ class Chart:
         return f"{100 * self.x.place(x):.2f}%"
 
 
-def embedded(value: Any, **form: Any) -> str:
+def embedded(value: Any, **form: Any) -> Markup:
     """Return a value as JSON that can stand inside a ``<script>`` element. `form` has further arguments of `json.dumps`."""
     encoded = json.dumps(visible_parts(value), ensure_ascii=False, **form)
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")
-    return encoded
+    return Markup(encoded)
 
 
 def _tip(text: str) -> str:

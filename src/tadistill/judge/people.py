@@ -17,15 +17,14 @@ from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from tadistill.charts import embedded, html_templates
 from tadistill.disk import read_json, write_json, write_text
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge.questions import Answers
 from tadistill.judge.scores import Row, pair_rows, rounded, with_mean
 from tadistill.statistics import macro_interval
-from tadistill.text import guarded, visible_parts
+from tadistill.text import guarded
 
 SCALE = (1, 5)
 _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")
@@ -86,12 +85,9 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
 
 def render_sheet(sheet: Sheet) -> str:
     """Return the page of a sheet as HTML. The page needs no network and no other file."""
-    environment = Environment(
-        loader=PackageLoader("tadistill.judge"), autoescape=True, finalize=visible_parts, undefined=StrictUndefined, trim_blocks=True
-    )
     data = {"sheet": sheet.identity, "scale": SCALE, "items": sheet.shown}
-    embedded = Markup(json.dumps(visible_parts(data), ensure_ascii=True).replace("<", "\\u003c"))
-    return environment.get_template("sheet.html.j2").render(data=embedded, count=len(sheet.shown), low=SCALE[0], high=SCALE[1])
+    template = html_templates("tadistill.judge").get_template("sheet.html.j2")
+    return template.render(data=embedded(data), count=len(sheet.shown), low=SCALE[0], high=SCALE[1])
 
 
 def _table(sheet: Sheet) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tadistill import charts
@@ -45,7 +44,7 @@ from tadistill.results.curves import learning_curves
 from tadistill.results.sample_answers import Samples, judgements, references, samples, shown_first
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
-from tadistill.text import counted, visible, visible_parts
+from tadistill.text import counted, visible
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,9 @@ class ArmGroup:
     rows: tuple[ArmRow, ...]
 
 
-def html_templates(*packages: str) -> Environment:
-    """Return the templates of the packages. They escape all values, and show hidden characters of values as escapes."""
-    return Environment(
-        loader=ChoiceLoader([PackageLoader(package) for package in packages]),
-        autoescape=True,
-        finalize=visible_parts,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def render_page(results: Results) -> str:
-    environment = html_templates("tadistill.report")
-    environment.filters.update(embedded=lambda value: Markup(charts.embedded(value)), prose=_prose)
+    environment = charts.html_templates("tadistill.report")
+    environment.filters.update(embedded=charts.embedded, prose=_prose)
     shown = {**_first(results), **_sections(results), **_samples(results, samples(results))}
     return environment.get_template("report.html.j2").render(charts=charts, **shown)
 
