@@ -213,6 +213,13 @@ def test_figures_tables_and_sentences_are_those_of_results_json(browser, study):
     assert [text for text in sentences if " ".join(text.replace("`", "").split()) not in " ".join(said.split())] == []
     script = "[...document.querySelectorAll('#arms [data-row]')].map((row) => [row.dataset.row, row.querySelector('.words').innerText])"
     assert dict(page.evaluate(script)) == {row["arm"]: row["words"] for row in content["arms"]}
+    script = "Object.fromEntries([...document.querySelectorAll('td[data-arm-mean]')].map((c) => [c.dataset.armMean, c.textContent.trim()]))"
+    assert page.evaluate(script) == {arm: number(numbers.mean(arm)["value"], numbers.metric) for arm in numbers.arms}
+    script = "[...document.querySelectorAll('#analysis [data-difference]')].map((c) => [...c.dataset.difference.split('|'), c.textContent])"
+    pairs = {(e["arm"], e["other"]) for e in content["explanations"]}
+    rows = [row for row in content["differences"] if (row["arm"], row["other"]) in pairs]
+    wanted = [[row["metric"], row["where"], signed(row["mean"], row["metric"])] for row in rows]
+    assert sorted(page.evaluate(script)) == sorted(wanted)
     for row in content["paths"]:
         text = f"{row['method']}: {flops_text(row['flops'])} FLOPs of one seed, for {', '.join(row['arms'])}"
         assert page.locator(f'#figure-paths [data-tip="{text}"]').count() >= 1
