@@ -28,6 +28,7 @@ from tadistill.report.figures import MANY, behaviour, compute, looks, paths, sco
 from tadistill.report.path_words import arm_words, route, steps
 from tadistill.report.tables import (
     CostRow,
+    best_arms,
     comparison_table,
     cost_rows,
     counted_text,
@@ -132,15 +133,10 @@ def arm_groups(results: Results) -> list[ArmGroup]:
         words = {arm.name: f"{number_text.parameters_text(parameters[arm.model])} parameters" for arm in results.plan.arms}
         rows = [_arm_row(results, costs[arm.name], words[arm.name], strip, best=False) for arm in _ranked(results, results.plan.arms)]
         return [ArmGroup("", "", "", tuple(rows))]
-    groups: list[ArmGroup] = []
+    groups, best = list[ArmGroup](), best_arms(results, MEAN, metric)
     for model in sorted(dict.fromkeys(arm.model for arm in results.plan.arms), key=lambda model: (model != student, parameters[model])):
         arms = _ranked(results, [arm for arm in results.plan.arms if arm.model == model])
-        found = [results.summaries.get((arm.name, MEAN, metric)) for arm in arms]
-        means = [number_text.number(s.mean, metric) for s in found if s]
-        single = len(means) > 1 and means.count(means[0]) == 1
-        rows = [
-            _arm_row(results, costs[arm.name], words.get(arm.name, ""), strip, best=single and index == 0) for index, arm in enumerate(arms)
-        ]
+        rows = [_arm_row(results, costs[arm.name], words.get(arm.name, ""), strip, best=arm.name in best) for arm in arms]
         groups.append(ArmGroup(model, roles(results).get(model, ""), number_text.parameters_text(parameters[model]), tuple(rows)))
     return groups
 

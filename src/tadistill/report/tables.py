@@ -68,10 +68,11 @@ def score_table(results: Results, metric: str) -> ScoreTable:
     columns = (MEAN, *sets) if len(sets) > 1 else sets
     every = [(of, arm) for of in (results, references(results)) if of for arm in of.plan.arms]
     rows = tuple((arm, tuple(of.summaries.get((arm.name, column, metric)) for column in columns)) for of, arm in every)
-    return ScoreTable(metric, columns, rows, tuple(_best(results, column, metric) for column in columns))
+    return ScoreTable(metric, columns, rows, tuple(best_arms(results, column, metric) for column in columns))
 
 
-def _best(results: Results, column: str, metric: str) -> frozenset[str]:
+def best_arms(results: Results, column: str, metric: str) -> frozenset[str]:
+    """Return the arms with the best mean among arms of the same model, as it is shown. Without a single best arm, a model has none."""
     groups: dict[str, dict[str, str]] = {}
     for arm in results.plan.arms:
         if (summary := results.summaries.get((arm.name, column, metric))) is not None:

@@ -215,7 +215,7 @@ def test_figures_tables_and_sentences_are_those_of_results_json(browser, study):
     assert dict(page.evaluate(script)) == {row["arm"]: row["words"] for row in content["arms"]}
     script = "Object.fromEntries([...document.querySelectorAll('td[data-arm-mean]')].map((c) => [c.dataset.armMean, c.textContent.trim()]))"
     assert page.evaluate(script) == {arm: number(numbers.mean(arm)["value"], numbers.metric) for arm in numbers.arms}
-    script = "[...document.querySelectorAll('#analysis [data-difference]')].map((c) => [...c.dataset.difference.split('|'), c.textContent])"
+    script = "[...document.querySelectorAll('.analysis [data-difference]')].map((c) => [...c.dataset.difference.split('|'), c.textContent])"
     pairs = {(e["arm"], e["other"]) for e in content["explanations"]}
     rows = [row for row in content["differences"] if (row["arm"], row["other"]) in pairs]
     wanted = [[row["metric"], row["where"], signed(row["mean"], row["metric"])] for row in rows]
