@@ -77,7 +77,9 @@ class Models:
             terms: a function that returns the terms of a batch.
         """
         read = [batch.of_share(i) for i in range(len(batch.shares))] or [batch]
-        each = [(own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]]
+        each: list[tuple[Sequence[Term], tuple[Target, ...]]] = [
+            (own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]
+        ]
         hidden = self.student.hidden(model, batch)
         if batch.aligned is None:
             return self._over_tokens(hidden, batch, each, per)
