@@ -4,7 +4,9 @@ Axes in names: S training seeds, N prompts, K decoding seeds. The summary of an 
 has the unfinished evaluations, and every report lists them.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
@@ -125,6 +127,19 @@ def once(make: Callable[Concatenate[Results, P], T]) -> Callable[Concatenate[Res
     return first
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    # what is read has no cycles, but the collector looks through all of it again and again
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_without_garbage_collection()
 def read_results(study_dir: Path, store: Store) -> Results:
     """Read the plan of a study and all its finished evaluations.
 
@@ -139,8 +154,6 @@ def read_results(study_dir: Path, store: Store) -> Results:
     store.check((key for stage in plan.stages if store.finished(key := stage.key)), READ)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
     numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
-    lengths: dict[str, NDArray[np.int64]] = {}
-    unseen: dict[str, float] = {}
     pass_at = plan.recipe["evaluate"].get("pass_at", ())
     finished = {(a.name, seed) for a in plan.arms for seed in a.evaluate if all(store.finished(key) for key in a.measured_by(seed))}
     read = Reader(store)
@@ -152,11 +165,9 @@ def read_results(study_dir: Path, store: Store) -> Results:
                 continue
             chosen = {name: places(of_set, shared[name]) for name, of_set in rows[key].items()}
             scores[arm.name][seed] = {of: with_passes(table, pass_at) for of, table in read.scores(arm, seed, chosen).items()}
-            found = read.corpora[key]
-            numbers[arm.name][seed] = {name: of_set["numbers"] for name, of_set in found.items()}
-            for name, of_set in found.items():
-                lengths.setdefault(name, np.asarray(of_set["reference_length"], dtype=np.int64)[chosen[name]])
-                unseen.setdefault(name, float(of_set.get("unseen", 0.0)))
+            numbers[arm.name][seed] = read.numbers[key]
+    lengths = {name: of_set["reference_length"][places(rows[key][name], shared[name])] for name, (key, of_set) in read.first.items()}
+    unseen = {name: float(of_set.get("unseen", 0.0)) for name, (_, of_set) in read.first.items()}
     all_tables = [tables for by_seed in scores.values() for tables in by_seed.values()]
     sets = tuple(dict.fromkeys(name for tables in all_tables for name in tables))
     metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
@@ -179,20 +190,28 @@ class Reader:
     def __init__(self, store: Store):
         self.store = store
         self.loaded: dict[str, Scores] = {}
-        self.corpora: dict[str, dict[str, dict[str, Any]]] = {}
+        self.numbers: dict[str, Numbers] = {}
+        """The values of whole test sets, by the key of an evaluation."""
+        self.answered: dict[str, dict[str, int]] = {}
+        """The number of answered prompts of each test set, by the key of an evaluation."""
+        self.first: dict[str, tuple[str, dict[str, Any]]] = {}
+        """Maps a test set to the key of the first evaluation with this set, and to its values in corpus.json."""
 
     def rows(self, key: str) -> dict[str, NDArray[np.int64]]:
-        self.corpora[key] = load_corpus(self.store, key)
-        return measured.load_rows(self.store, key, self.corpora[key])
+        corpus = load_corpus(self.store, key)
+        self.numbers[key] = {name: found["numbers"] for name, found in corpus.items()}
+        self.answered[key] = {name: len(found["reference_length"]) for name, found in corpus.items()}
+        for name, found in corpus.items():
+            self.first.setdefault(name, (key, found | {"reference_length": np.asarray(found["reference_length"], dtype=np.int64)}))
+        return measured.load_rows(self.store, key, corpus)
 
     def scores(self, arm: ArmRecord, seed: int, chosen: Mapping[str, NDArray[np.intp]]) -> Scores:
-        corpus = self.corpora[arm.evaluate[seed]]
         keys = {arm.evaluate[seed]: "", **({arm.analyse[seed]: ""} if seed in arm.analyse else {})}
         keys |= {of_seed[seed]: f"@{decoding}" for decoding, of_seed in arm.also.items()}
         found: Scores = {name: {} for name in chosen}
         for key, suffix in keys.items():
             for name, table in self._of(key).items():
-                answered = len(corpus[name]["reference_length"])
+                answered = self.answered[arm.evaluate[seed]][name]
                 for metric, values_NK in table.items():
                     if len(values_NK) != answered:
                         reason = f"{name}/{metric} has {len(values_NK)} prompts, but the evaluation answered {answered}"

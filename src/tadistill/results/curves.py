@@ -62,7 +62,7 @@ def learning_curves(results: Results) -> list[Curve]:
             groups.setdefault((None, _without_seed(stage.label)), {})[stage.seed] = stage.key
     curves: list[Curve] = []
     for (arm_name, name), keys in groups.items():
-        logs = {s: load_metrics(results.store, k) for s, k in keys.items() if results.store.finished(k)}
+        logs = {s: _read_log(results, k) for s, k in keys.items() if results.store.finished(k)}
         for metric in in_order(name for log in logs.values() for name in log):
             by_seed = {seed: log[metric] for seed, log in logs.items() if metric in log}
             if by_seed:
@@ -78,10 +78,23 @@ def last_dev_value(results: Results, arm: str, model: str, metric: str) -> float
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm in stage.arms and stage.model == model and stage.kind in TRAINING
         if trains_it and results.store.finished(stage.key):
-            points = load_metrics(results.store, stage.key).get(f"dev/{metric}")
-            if points:
-                last[stage.seed] = points[max(points)]
+            if stage.key not in (known := _last_values(results)):
+                _read_log(results, stage.key)
+            if (value := known[stage.key].get(f"dev/{metric}")) is not None:
+                last[stage.seed] = value
     return float(np.mean(list(last.values()))) if last else None
+
+
+@once
+def _last_values(results: Results) -> dict[str, dict[str, float]]:
+    # the last dev values in the logs that `_read_log` has read, by the key of the training, so that no log is read twice
+    return {}
+
+
+def _read_log(results: Results, key: str) -> dict[str, dict[int, float]]:
+    log = load_metrics(results.store, key)
+    _last_values(results)[key] = {name: points[max(points)] for name, points in log.items() if name.startswith("dev/")}
+    return log
 
 
 def _without_seed(label: str) -> str:

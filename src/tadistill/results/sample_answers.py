@@ -96,7 +96,7 @@ def references(results: Results) -> Results | None:
             if rows.keys() == compared.keys() and all(np.isin(compared[of], rows[of]).all() for of in rows):
                 found = read.scores(arm, seed, {of: places(rows[of], compared[of]) for of in rows})
                 scores[name][seed] = {of: with_passes(table, pass_at) for of, table in found.items()}
-                numbers[name][seed] = {of: corpus["numbers"] for of, corpus in read.corpora[key].items()}
+                numbers[name][seed] = read.numbers[key]
         arms += [arm] if scores[name] else []
     measured = {metric for by_seed in scores.values() for tables in by_seed.values() for table in tables.values() for metric in table}
     metrics, plan = tuple(metric for metric in results.metrics if metric in measured), replace(results.plan, arms=tuple(arms))

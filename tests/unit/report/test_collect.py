@@ -1,6 +1,7 @@
 """results.json against numbers computed from the synthetic scores, missing evaluations, and damaged files."""
 
 import csv
+import gc
 import io
 import json
 from dataclasses import replace
@@ -193,6 +194,22 @@ def test_two_arms_may_share_an_evaluation(tmp_path):
     (study.study_dir / "plan.json").write_text(json.dumps(plan))
     results = study.read()
     assert results.summaries["same", MEAN, "loss"] == results.summaries["direct", MEAN, "loss"]
+
+
+def test_the_garbage_collector_rests_while_results_are_read(study, monkeypatch):
+    found, load = list[bool](), collect.load_corpus
+
+    def damaged(store, key):
+        raise StoreError("damaged")
+
+    monkeypatch.setattr(collect, "load_corpus", lambda store, key: found.append(gc.isenabled()) or load(store, key))
+    study.read()
+    assert set(found) == {False}
+    assert gc.isenabled()
+    monkeypatch.setattr(collect, "load_corpus", damaged)
+    with pytest.raises(StoreError, match="damaged"):
+        study.read()
+    assert gc.isenabled()
 
 
 def test_no_study_says_what_to_run(tmp_path):

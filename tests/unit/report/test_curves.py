@@ -1,11 +1,12 @@
 """Learning curves: what they average, how they are thinned, and which stages they show."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tadistill.results.curves import last_dev_value, learning_curves
+from tadistill.results.curves import last_dev_value, learning_curves, load_metrics
 
 from .builder import SMALL, StudySpec, build_study, key_of
 
@@ -71,3 +72,11 @@ def test_last_dev_value_of_a_teacher_assistant(shared):
         last.append(json.loads(text.splitlines()[-1])["dev/rouge_l"])
     assert last_dev_value(results, "chain", "l", "rouge_l") == pytest.approx(np.mean(last))
     assert last_dev_value(results, "chain", "xl", "rouge_l") is None
+
+
+def test_each_log_is_read_once(shared, monkeypatch):
+    results, read = replace(shared.results, kept={}), list[str]()
+    monkeypatch.setattr("tadistill.results.curves.load_metrics", lambda store, key: read.append(key) or load_metrics(store, key))
+    assert learning_curves(results)
+    assert last_dev_value(results, "chain", "l", "rouge_l") == last_dev_value(shared.results, "chain", "l", "rouge_l")
+    assert len(read) == len({*read})
