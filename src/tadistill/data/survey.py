@@ -207,7 +207,7 @@ def key_of_rows(rows: SplitRows, content: str, *code: Any) -> str:
     the rows. `content` is the digest of the rows."""
     ref, scored = rows.ref, rows.role != "train"  # a row with which answers are compared must have a text
     settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction, "extra": ref.extra, "scored": scored}
-    return key_of([__version__, content, settings, rows.limit, *(sha256(Path(module.__file__)) for module in (reading, *code))])
+    return key_of([__version__, content, settings, rows.limit, *(sha256(Path(str(module.__file__))) for module in (reading, *code))])
 
 
 def _stored(rows: SplitRows, file: Path) -> Survey:

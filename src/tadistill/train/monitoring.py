@@ -273,8 +273,9 @@ def _of_teachers(step: Step, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
         found = [-(q.exp() * q).sum(-1), objectives.token_log_probs(logits, tokens[rows])]
         if targets:
             target = targets[0] if mixture is None else mixture.logits(targets)
-            top, p = target.topk(min(_TOP, target.shape[-1]), dim=-1).indices, objectives.log_probs(target)
-            found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows]), -(p.exp() * p).sum(-1)]
+            top, p = target.topk(min(_TOP, target.shape[-1]), dim=-1).indices, objectives.log_probs(target).exp()
+            entropy = torch.special.entr(p).sum(-1)  # 0 where the teacher's logit is -inf
+            found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows]), entropy]
         return torch.stack(found)
 
     weights = torch.ones(5 if beside else 2, 1, device=hidden.device)
