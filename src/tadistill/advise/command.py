@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tadistill.advise import words
-from tadistill.advise.decide import Advice, advise, improvement, improvement_unit
+from tadistill.advise.decide import Advice, advise, improvement
 from tadistill.advise.history import MEASURES, Candidate, Edge, EdgeMeasures, History, edge_record, family_of, history, path_edges
 from tadistill.advise.measures import (
     TOP_K,
@@ -215,8 +215,7 @@ def print_advice(report: Report, console: Console) -> None:
     console.print(_pairs(report, "teacher and learner compared on the dev references (measured)", ON_REFERENCES))
     console.print(_paths(report))
     for step in report.steps:
-        unit = improvement_unit(report.metric)
-        gain = "" if step.gain is None else f", and is expected to improve the chosen path by {step.gain:.3g} {unit}".rstrip()
+        gain = "" if step.gain is None else f". {words.gain_text(step.gain, report)}"
         cost = f": costs as much compute as {step.cost:.1f} direct runs of one seed{gain}" if step.command else ""
         console.print(Text(f"{step.text}{cost}"))
         if step.command:

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tadistill import charts
-from tadistill.advise.decide import improvement, improvement_unit
+from tadistill.advise.decide import improvement
 from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
     Report,
     basis_line,
+    gain_text,
     measure_name,
     option_interval,
     plus_minus,
@@ -58,7 +59,7 @@ def render_advice(report: Report) -> str:
         interval=option_interval,
         units=number_text,
         improvement=improvement(report.metric),
-        unit=improvement_unit(report.metric),
+        gain_text=gain_text,
         columns=_COLUMNS,
         heatmaps=[(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],
         cost=markup(cost_figure(report)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
-from tadistill.advise.decide import Advice, Option
+from tadistill.advise.decide import Advice, Option, improvement_unit
 from tadistill.advise.history import History
 from tadistill.advise.measures import TOP_K, Ladder, Mean, Measures, PathCost, twin_name
 from tadistill.config import Recipe
@@ -316,6 +316,12 @@ def basis_line(report: Report) -> str:
     chains, families = counted(advice.pairs, "chain"), counted(advice.families, "family", "families")
     studies = ", ".join("this study" if study == report.study else study for study in report.studies)
     return f"history: {chains} compared with direct at equal compute, of {families} ({studies})"
+
+
+def gain_text(gain: float, report: Report) -> str:
+    """Return a sentence without its period about the improvement that is expected from an experiment, and what this number is based on."""
+    basis, digits = (": ", 2) if report.advice.pairs else (", from the prior alone: about ", 1)
+    return f"Expected improvement of the chosen path{basis}{float(f'{gain:.{digits}g}'):g} {improvement_unit(report.metric)}".rstrip()
 
 
 def signed_number(value: float) -> str:

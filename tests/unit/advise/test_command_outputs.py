@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from tests.unit.advise.example import report
 from tadistill.advise.command import decided, edge_measures, measured, print_advice
 from tadistill.advise.history import load_measures
 from tadistill.advise.page import render_advice
-from tadistill.advise.words import reason
+from tadistill.advise.words import gain_text, reason
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,19 @@ def test_the_terminal_fits_80_columns_but_for_commands():
     for pair in report().measures.pairs.values():
         row = next(line for line in lines if line.strip().startswith(f"{pair.teacher} > {pair.learner} ") and "±" in line)
         assert len(re.findall("±", row)) == 5
+
+
+def test_an_expected_improvement_says_that_only_the_prior_is_behind_it(page):
+    """It was given with three digits, and without this word."""
+    found = report()
+    said = io.StringIO()
+    print_advice(found, Console(file=said, width=80))
+    text = "Expected improvement of the chosen path, from the prior alone: about "
+    assert f" direct runs of one seed. {text}" in " ".join(said.getvalue().split())
+    assert text in page
+    assert gain_text(0.00885, found) == f"{text}0.009 points"
+    learned = replace(found, metric="loss", advice=replace(found.advice, pairs=1))
+    assert gain_text(0.00885, learned) == "Expected improvement of the chosen path: 0.0089 nats/token"
 
 
 def test_what_is_written_is_what_history_reads(tmp_path):
