@@ -22,7 +22,7 @@ from tadistill.models import sources
 from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Stage, distinct_labels
+from tadistill.plan.graph import Stage
 from tadistill.plan.notes import approximations, own_settings, phases_text, seen_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_entries, check_sources
@@ -35,7 +35,7 @@ from tadistill.text import changes, counted, listed
 
 SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 """MiniLLM's five test sets."""
-_NAMED = 3  # stages or settings that are named in one sentence
+_NAMED = 3  # settings that are named in one sentence
 
 
 @placed
@@ -81,15 +81,12 @@ def _all(stages: int) -> str:
 
 
 def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
-    """Return sentences that say what the run will do, and at which update it continues."""
-    labels = distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
-    places = {stage.key: store.continues(stage.key, stage.steps) for stage in missing}
-    begun = [f"{labels[key]} {where}" for key, where in places.items() if where]
-    total, done, new = len(plan.stages), len(plan.stages) - len(missing), len(missing) - len(begun)
+    """Return sentences that say how many stages the run will continue and start. `Screen` says where each of them continues."""
+    begun = sum(bool(store.continues(stage.key, stage.steps)) for stage in missing)
+    total, done, new = len(plan.stages), len(plan.stages) - len(missing), len(missing) - begun
     if not done and not begun:
         return f"{plan.recipe.study}: {counted(total, 'stage')}, {total} to run, {jobs} at a time"
-    more = f" and {len(begun) - _NAMED} more" if len(begun) > _NAMED else ""
-    goes_on = f" {len(begun)} will be continued: {', '.join(begun[:_NAMED])}{more}." if begun else ""
+    goes_on = f" {begun} will be continued." if begun else ""
     finished = f"{done} of {counted(total, 'stage is', 'stages are')} finished"
     return f"{plan.recipe.study}: {finished}.{goes_on} {new} will be started. {jobs} run at a time."
 

@@ -234,8 +234,7 @@ def test_a_stage_that_continues_says_so(plan, study, monkeypatch, capsys):
     key = next(iter(plan.stages))
     save_state(study, key, 5)
     beginning = _beginning(plan, Store(study.parent / "store"), [*plan.stages.values()], 2)
-    sentences = "1 will be continued: sft s, seed 1 at update 5 of 8. 1 will be started. 2 run at a time."
-    assert beginning == f"small: 0 of 2 stages are finished. {sentences}"
+    assert beginning == "small: 0 of 2 stages are finished. 1 will be continued. 1 will be started. 2 run at a time."
     out, _ = shown(plan, study, monkeypatch)
     assert "continues sft s, seed 1 at update 5 of 8" in out.splitlines()
     assert f"continues: sft s, seed 1 ({key}) at update 5 of 8" in (study / "run.log").read_text()
