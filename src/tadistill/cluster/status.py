@@ -14,7 +14,7 @@ from rich.table import Table
 from tadistill.cluster import slurm
 from tadistill.cluster.job import read_record, report_name
 from tadistill.disk import damaged, read_json
-from tadistill.plan.graph import distinct_labels
+from tadistill.plan.graph import distinct_labels, table_lines
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, LocalRun, StageProgress, about_planning, described, local_runs
 from tadistill.store import FAILURE, RECORD, Store, command_for
@@ -172,13 +172,17 @@ def print_status(study: Path, store: Store, console: Terminal) -> None:
     beside = console.width >= _NARROW
     for column in ("stage", "job", "state", "elapsed", *(("last",) if beside else ())):
         table.add_column(column, overflow="fold", no_wrap=column == "state", ratio={"stage": 3, "last": 2}.get(column))
-    for row in found:
+    rows = {row.label: row for row in found}
+    for text, labels in table_lines({label: row.state for label, row in rows.items()}):
+        row = rows[labels[0]] if len(labels) == 1 else StatusRow(text, "", rows[labels[0]].state, "", "")
         colour = _COLOUR.get(row.state, "dim")
         stage = escape(row.label) if beside or not row.last else f"{escape(row.label)}\n  [dim]{escape(row.last)}[/]"
         table.add_row(stage, row.job, f"[{colour}]{row.state}[/]", row.elapsed, *([escape(row.last)] if beside else []))
     counts = Counter(row.state for row in found)
     summary = ", ".join(f"{n} {state}" for state, n in counts.most_common())
     console.print(table)
+    if table.row_count < len(found):
+        console.say(f"a line of several seeds stands for their stages; {command_for('watch', study)} shows each")
     for line in ("", summary, *map(_about, runs), _advice(counts, study, runs)):
         console.say(line)
 

@@ -124,6 +124,8 @@ def scores_of(*sets: Split) -> dict[str, Any]:
 
 _BRACKETS = re.compile(r" \((?!turn |phase )[^()]*\)")
 _UPDATES = re.compile(r", \d+ updates?")
+_SEED = re.compile(r",?\s*seed \d+")
+_MANY = 200  # stages; a table of more has one line for the seeds of a stage
 
 
 @dataclass
@@ -251,3 +253,19 @@ def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short
         counts = Counter(left.values())
         found |= {key: text for key, text in left.items() if counts[text] == 1 and text not in used}
     return {key: found[key] for key in full}
+
+
+def without_seed(label: str) -> str:
+    return _SEED.sub("", label)
+
+
+def table_lines(states: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """Return the lines of a table of stages: a text, and the labels of its stages. `states` maps the label of each stage to its state.
+
+    If there are more than 200 stages, those that differ only in their seed share a line if all are done, or none has begun.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for label, state in states.items():
+        together = len(states) > _MANY and state in ("done", "to run", "waiting")
+        groups.setdefault((without_seed(label) if together else label, state), []).append(label)
+    return [(labels[0] if len(labels) == 1 else f"{text}, {len(labels)} seeds", labels) for (text, _), labels in groups.items()]

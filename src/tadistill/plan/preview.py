@@ -16,7 +16,7 @@ from tadistill.errors import Gathering, ModelError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
-from tadistill.plan.graph import Stage, distinct_labels, total_flops, with_ancestors
+from tadistill.plan.graph import Stage, distinct_labels, table_lines, total_flops, with_ancestors
 from tadistill.plan.notes import ASKED, counts_asked, plan_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_sources, process_bytes
@@ -120,18 +120,27 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     table.columns[0].min_width, table.columns[1].min_width = 16 if wide else 8, 6
     table.columns[5].no_wrap, table.columns[5].overflow = False, "fold"  # a cut label could lose the method or the seed
     labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=not wide)
-    for stage in plan.stages.values():
-        done = store.finished(stage.key)
-        parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
-        unknown = stage.cost is not None and stage.cost.elsewhere
-        flops = "–" if stage.spec.measures else "?" if unknown else _flops(stage.flops)
+    by_label = {labels[key]: stage for key, stage in plan.stages.items()}
+    states = {label: "done" if store.finished(stage.key) else "to run" for label, stage in by_label.items()}
+    for text, members in table_lines(states):
+        stages, done = [by_label[label] for label in members], states[members[0]] == "done"
+        first = stages[0]
+        parents = " ".join(key[:6] for key in dict.fromkeys(first.parents.values()))
+        unknown = first.cost is not None and first.cost.elsewhere
+        total = None if first.flops is None else sum(stage.flops or 0.0 for stage in stages)
+        flops = "–" if first.spec.measures else "?" if unknown else _flops(total)
         state = "[green]done[/]" if done else "[yellow]to run[/]"
-        needs = process_bytes(plan, stage, cuda=throughput.gpus() > 0)
+        needs = process_bytes(plan, first, cuda=throughput.gpus() > 0)
         memory = f"{needs / 1e9:.2g} GB" if needs else "–"
-        key = stage.key if wide else stage.key[:8]
-        takes = store.manifest(stage.key).get("seconds") if done else throughput.seconds(stage.cost, speeds)
-        cells = [key, state, flops, "–" if takes is None else throughput.spoken(takes), memory, escape(labels[stage.key])]
-        table.add_row(*cells, *([parents] if wide else []))
+        each = [store.manifest(s.key).get("seconds") if done else throughput.seconds(s.cost, speeds) for s in stages]
+        known = [seconds for seconds in each if seconds is not None]
+        takes = throughput.spoken(sum(known)) if len(known) == len(each) else "–"
+        alone = len(stages) == 1
+        cells = [(first.key if wide else first.key[:8]) if alone else "", state, flops, takes, memory, escape(text)]
+        table.add_row(*cells, *([parents if alone else ""] if wide else []))
+    if table.row_count < len(states):
+        table.caption = "A line of several seeds has the sums of FLOPs and time. With one seed, such as `seeds=[1]`, each stage has a line."
+        table.caption_justify = "left"
     return table
 
 

@@ -1,6 +1,5 @@
 """Read the curves of a study: training logs, exposure bias by position, and calibration by confidence."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from tadistill.disk import read_json, read_jsonl
 from tadistill.metrics import in_order
+from tadistill.plan.graph import without_seed
 from tadistill.plan.kinds import TRAINING
 from tadistill.results.collect import Results, once
 from tadistill.results.measured import load_corpus
@@ -59,7 +59,7 @@ def learning_curves(results: Results) -> list[Curve]:
                 finals.add(key)
     for stage in results.plan.stages:
         if stage.kind in TRAINING and stage.key not in finals:
-            groups.setdefault((None, _without_seed(stage.label)), {})[stage.seed] = stage.key
+            groups.setdefault((None, without_seed(stage.label)), {})[stage.seed] = stage.key
     curves: list[Curve] = []
     for (arm_name, name), keys in groups.items():
         logs = {s: _read_log(results, k) for s, k in keys.items() if results.store.finished(k)}
@@ -95,10 +95,6 @@ def _read_log(results: Results, key: str) -> dict[str, dict[int, float]]:
     log = load_metrics(results.store, key)
     _last_values(results)[key] = {name: points[max(points)] for name, points in log.items() if name.startswith("dev/")}
     return log
-
-
-def _without_seed(label: str) -> str:
-    return re.sub(r",?\s*seed \d+", "", label)
 
 
 def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:

@@ -21,6 +21,7 @@ from tadistill import charts
 from tadistill.cluster.status import BAD
 from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
+from tadistill.plan.graph import without_seed
 from tadistill.runner.local import spoken
 from tadistill.text import visible
 from tadistill.watch.logs import Point, TrainingLog, thinned
@@ -49,7 +50,6 @@ ROW, GUTTER = 82, 42
 """In the list: height of a node's row, and width of the margin for the arcs, in pixels."""
 _ROWS = 8
 _At = tuple[int, int]  # x and y of a node's top left corner, in pixels
-_SEED = re.compile(r",?\s*seed \d+")
 _COMMA = re.compile(r", (?![^(]*\))")  # not one between brackets
 
 
@@ -243,13 +243,13 @@ def nodes_of(stages: Iterable[StageState]) -> list[Node]:
         if stage.measures:
             name = home.get(stage.parents.get("model", ""), f"as it is: {stage.model}")
         else:
-            name = f"{stage.kind} {_SEED.sub('', stage.label)}"
+            name = f"{stage.kind} {without_seed(stage.label)}"
         groups.setdefault(name, ([], []))[stage.measures].append(stage)
         home[stage.key] = name
     ids = {name: (own or measures)[0].key for name, (own, measures) in groups.items()}
     nodes = []
     for name, (own, measures) in sorted(groups.items(), key=lambda group: not group[1][0]):  # models that are not trained come last
-        title, *detail = _COMMA.split(_SEED.sub("", own[0].label), maxsplit=1) if own else (name.removeprefix("as it is: "), "as it is")
+        title, *detail = _COMMA.split(without_seed(own[0].label), maxsplit=1) if own else (name.removeprefix("as it is: "), "as it is")
         above = dict.fromkeys(home[key] for stage in own for key in stage.parents.values() if key in home)
         parents = tuple(ids[other] for other in above if other != name)
         nodes.append(Node(ids[name], title, "".join(detail), tuple(own), tuple(measures), parents))

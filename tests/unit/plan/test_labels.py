@@ -1,6 +1,6 @@
 """Labels of stages: short, and never equal for two stages."""
 
-from tadistill.plan.graph import distinct_labels
+from tadistill.plan.graph import distinct_labels, table_lines
 
 KD = "distill xl -> s, forward_kl on dataset, 60 updates, seed 1"
 MINILLM = "distill xl -> s, minillm on teacher_mixed (rounds of 256, 16 updates each), 160 updates, seed 1"
@@ -35,3 +35,14 @@ def test_equal_labels_name_arms_and_else_keys():
     assert labels((KD, {"kd"}), (KD, {"low", "high"})) == [f"{brief} (kd)", f"{brief} (high, low)"]
     assert labels((KD, ()), (KD, ())) == [f"{brief} (0)", f"{brief} (1)"]
     assert labels((KD, {"kd"}), (KD, {"low"}), short=False) == [f"{brief} (kd)", f"{brief} (low)"]
+
+
+def test_a_table_of_many_stages_has_one_line_for_the_seeds_of_a_stage_in_one_state():
+    few = {f"sft s, seed {i}": "done" for i in range(200)}
+    assert table_lines(few) == [(label, [label]) for label in few]
+    begun = {"sft m, seed 1": "running", "sft m, seed 2": "running", "sft m, seed 3": "waiting", "eval sft s, seed 1, greedy": "done"}
+    assert table_lines(few | {"sft s, seed 200": "waiting", "sft s, seed 201": "waiting"} | begun) == [
+        ("sft s, 200 seeds", [*few]),
+        ("sft s, 2 seeds", ["sft s, seed 200", "sft s, seed 201"]),
+        *((label, [label]) for label in begun),
+    ]

@@ -541,6 +541,20 @@ def test_the_plan_shows_the_time_of_finished_stages(tmp_path):
     assert "No time is known yet. `tadistill plan RECIPE --measure` measures the speed" in " ".join(console.file.getvalue().split())
 
 
+def test_the_seeds_of_a_stage_share_a_line_in_a_large_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("tadistill.plan.graph._MANY", 2)
+    found, store, console = plan(seeds=[1, 2, 3], arms={"direct": "xl > s"}), Store(tmp_path), Console(file=io.StringIO(), width=200)
+    keys = [key for key, stage in found.stages.items() if stage.kind == "distill"]
+    for key in keys[:2]:
+        store.begin(key, {})
+        store.finish(key, {"key": key, "seconds": 30.0})
+    preview.print_plan(found, store, console)
+    done = next(line for line in console.file.getvalue().splitlines() if "  distill xl -> s" in line)
+    total = sum(found.stages[key].flops for key in keys[:2])
+    assert done.split()[:4] == ["done", f"{total:.2e}", "60", "s"]
+    assert ", 2 seeds " in done
+
+
 def test_a_plan_counts_the_stages_without_a_known_time(tmp_path, monkeypatch):
     found = plan(seeds=[1])
     todo = [stage.cost for stage in found.stages.values() if stage.cost and stage.cost.parts]

@@ -75,6 +75,14 @@ def test_status_of_a_stage_that_stopped(plan, study):
     assert [row.state for row in status_rows(study, store)] == ["stopped", "waiting"]
 
 
+def test_status_of_many_stages_has_one_line_for_the_seeds_of_a_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("tadistill.plan.graph._MANY", 3)
+    study = save_plan(make_plan(parse(RECIPE, ["seeds=[1,2]"], source="small.yaml")), tmp_path, recipe_text="", command="tadistill run")
+    lines = [line.split() for line in status(study).splitlines()]
+    assert ["sft", "s,", "2", "seeds", "waiting"] in lines
+    assert "a line of several seeds stands for their stages; tadistill watch small --runs" in status(study)
+
+
 def save_state(study, key, step):
     files = Checkpoints(Store(study.parent / "store").folder(key))
     files.directory.mkdir(parents=True, exist_ok=True)
