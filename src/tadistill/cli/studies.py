@@ -32,14 +32,14 @@ from tadistill.text import counted
 app = typer.Typer()
 
 
-def _located(study: str, runs: Path | None) -> tuple[Path, Store]:
+def _located(study: str, runs: Path | None, *, searches: bool = False) -> tuple[Path, Store]:
     """Return the directory of a study, and the store of the runs directory. If `study` is a recipe that has changed since the study's last
     run, print a note."""
     from tadistill.config.load import read, study_in
     from tadistill.results.study import find_study, load_plan
 
     root = runs_directory(runs)
-    directory, recipe = find_study(study, root), Path(study)
+    directory, recipe = find_study(study, root, searches=searches), Path(study)
     if study_in(recipe):
         with contextlib.suppress(TadistillError):  # the command itself says what is damaged
             plan = load_plan(directory)
@@ -290,11 +290,11 @@ def submit(
 
 @app.command()
 def status(study: StudyName, runs: Runs = None) -> None:
-    """Show every stage of a study: its process or Slurm job, state, time, newest numbers and time left."""
+    """Show every stage of a study or a search: its process or Slurm job, state, time, newest numbers and time left."""
     from tadistill.cluster.status import print_status
 
     try:
-        found = _located(study, runs)
+        found = _located(study, runs, searches=True)
     except NotPlanned as early:  # not a mistake, but the state of the study
         console.say(str(early))
         return
@@ -303,7 +303,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
 
 @app.command("list")
 def list_(runs: Runs = None) -> None:
-    """List the studies of the runs directory with their date, stages, size and state."""
+    """List the studies and searches of the runs directory with their date, stages, size and state."""
     from tadistill.cluster.list_and_clean import print_studies
 
     root = runs_directory(runs)

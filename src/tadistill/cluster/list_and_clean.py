@@ -19,9 +19,9 @@ from rich.table import Table
 
 from tadistill.cluster import slurm
 from tadistill.cluster.fetch import size
-from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, study_state, unfinished
+from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, search_plan, study_state, unfinished
 from tadistill.errors import ConfigError, StoreError
-from tadistill.runner.local import local_runs
+from tadistill.runner.local import LOG, SEARCH, is_search, local_runs
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 from tadistill.text import counted
@@ -44,7 +44,7 @@ class StudyRow:
     bytes: int
     """Size of the study's folder and of all its stages. Studies may share stages."""
     state: str
-    """As `study_state` returns it, or `plan.json is damaged`."""
+    """As `study_state` returns it, after the word `search` if no run of the study has a plan, or which file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,39 @@ def studies(runs: Path, store: Store) -> list[StudyRow]:
             raise asked[0]
         return asked[0]
 
-    return sorted((_row(path, store, queue) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
+    found = (path for path in _folders(runs) if (path / "plan.json").is_file() or is_search(path))
+    return sorted((_row(path, store, queue) for path in found), key=lambda row: row.created)
 
 
 def _row(study: Path, store: Store, queue: Queue) -> StudyRow:
+    search = not (study / "plan.json").is_file()
     try:
-        plan = read_plan(study)
+        plan = search_plan(study, store) | {"created": _began(study)} if search else read_plan(study)
         updates, created = {stage["key"]: stage.get("steps") for stage in plan["stages"]}, str(plan["created"])
     except (StoreError, KeyError, TypeError, AttributeError):
-        when = datetime.datetime.fromtimestamp(study.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
-        return StudyRow(study.name, when, 0, 0, _size(study), "plan.json is damaged")
+        return StudyRow(study.name, _changed(study), 0, 0, _size(study), f"{'search' if search else 'plan'}.json is damaged")
     left, runs = [key for key in updates if not store.finished(key)], local_runs(study)
     here, jobs = local_rows(runs), dict[str, StatusRow]()
     with contextlib.suppress(ConfigError):  # squeue does not answer
         jobs = job_rows(store, left, here, queue)
     states = [unfinished(store, key, updates[key], newest(here.get(key), jobs.get(key))).state for key in left]
     used = _size(study) + sum(_size(store.folder(key)) for key in updates)
-    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, study_state(states, runs))
+    if search and not (study / SEARCH).is_file():
+        states.append("waiting")  # a path is chosen only at the end
+    state = f"{'search ' * search}{study_state(states, runs)}"
+    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, state)
+
+
+def _began(study: Path) -> str:
+    try:
+        with (study / LOG).open(encoding="utf-8") as log:
+            return datetime.datetime.strptime(log.read(19), "%Y-%m-%d %H:%M:%S").astimezone(datetime.UTC).isoformat(timespec="seconds")
+    except (OSError, ValueError):  # all stages of the search were finished before
+        return _changed(study)
+
+
+def _changed(study: Path) -> str:
+    return datetime.datetime.fromtimestamp(study.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
 
 
 def unneeded(runs: Path, store: Store) -> list[Unneeded]:

@@ -2,8 +2,9 @@
 
 import json
 import math
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from rich.table import Table
 
 from tadistill.cluster import slurm
 from tadistill.cluster.job import read_record, report_name
+from tadistill.config.arm import path_text
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels, table_lines
 from tadistill.plan.throughput import spoken
-from tadistill.runner.local import LOG, LocalRun, StageProgress, about_planning, described, local_runs
+from tadistill.runner.local import LOG, SEARCH, LocalRun, StageProgress, about_planning, described, local_runs
 from tadistill.store import FAILURE, RECORD, Store, command_for
 from tadistill.terminal import Terminal
 from tadistill.text import counted
@@ -25,6 +27,7 @@ BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_mem
 """States in which a stage needs the user's attention."""
 _COLOUR = {"done": "green", "running": "cyan", "queued": "yellow", **dict.fromkeys(BAD, "red")}
 _OF_SLURM = {"pending": "queued", "configuring": "queued", "requeued": "queued", "completing": "running"}
+_PLAN = "plan.json"
 _METRICS = "metrics.jsonl"
 _TAIL = 64 << 10  # bytes at the end of a log, in which the newest line is
 _NARROW = 100  # columns; on a narrower screen a stage has two lines
@@ -56,7 +59,7 @@ class StatusRow:
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
     """Return one row for each stage of a study, in the order of the plan."""
-    stages = planned_stages(study)
+    stages = planned_stages(study) if (study / _PLAN).is_file() else search_plan(study, store)["stages"]
     labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in stages)
     done = {s["key"] for s in stages if store.finished(s["key"])}
     here = local_rows(local_runs(study))
@@ -181,9 +184,9 @@ def print_status(study: Path, store: Store, console: Terminal) -> None:
     counts = Counter(row.state for row in found)
     summary = ", ".join(f"{n} {state}" for state, n in counts.most_common())
     console.print(table)
-    if table.row_count < len(found):
+    if table.row_count < len(found) and (study / _PLAN).is_file():
         console.say(f"a line of several seeds stands for their stages; {command_for('watch', study)} shows each")
-    for line in ("", summary, *map(_about, runs), _advice(counts, study, runs)):
+    for line in ("", summary, *map(_about, runs), *_choice(study), _advice(counts, study, runs)):
         console.say(line)
 
 
@@ -202,15 +205,36 @@ def _about(run: LocalRun) -> str:
 
 
 def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
-    if set(counts) == {"done"}:
+    search = not (study / _PLAN).is_file()
+    running = any(run.state == "running" for run in runs)
+    if set(counts) == {"done"} and not search:
         return f"all stages are done; {report_text(study)}"
-    if any(run.state == "running" for run in runs):
-        return f"the log of the run is {study / LOG}; {command_for('watch', study)} shows the run in a browser"
+    if running:
+        page = "a search has no page to watch" if search else f"{command_for('watch', study)} shows the run in a browser"
+        return f"the log of the run is {study / LOG}; {page}"
+    if search:
+        command = next((run.command for run in reversed(runs) if run.searches), "tadistill search RECIPE")
+        finished = set(counts) == {"done"} and (study / SEARCH).is_file()
+        return f"`{command}` {'shows all paths, and trains nothing' if finished else 'continues the search'}"
     if {"queued", "running"} & set(counts):
         return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
     if runs:
         return f"nothing is running; continue with `{runs[-1].command}`"
     return f"nothing is queued or running; continue with `{read_plan(study).get('command') or 'tadistill run RECIPE'}`"
+
+
+def _choice(study: Path) -> Iterator[str]:
+    """Return sentences about the path that a search has chosen."""
+    if not (found := _search_result(study)):
+        return
+    (best, *_), compared = found["paths"], found["expected_best_of"]["k"]
+    yield f"the search chose {path_text(best['path'])} (dev {found['metric']} {best['mean']:.4g}), the best of {counted(compared, 'path')}"
+    confirm = study / "confirm.yaml"
+    if confirm.is_file():
+        command = shlex.join(["tadistill", "run", str(confirm), "--runs", str(study.parent)])
+        yield f"compare it with direct training of equal compute on new seeds: `{command}`"
+    else:
+        yield "this is the direct path, so there is no path with assistants to confirm"
 
 
 def report_text(study: Path) -> str:
@@ -240,12 +264,33 @@ def planned_stages(study: Path) -> list[dict[str, Any]]:
 
 def read_plan(study: Path) -> dict[str, Any]:
     """Return plan.json, which has a list of stages with their keys. Raises StoreError if the file is missing or damaged."""
-    path = study / "plan.json"
+    path = study / _PLAN
     fix = "run or submit the recipe again to rewrite it"
     content = read_json(path, fix=fix)
     if not isinstance(content, dict) or "stages" not in content:
         raise damaged(path, "it has no list of stages", fix)
     return content
+
+
+def search_plan(study: Path, store: Store) -> dict[str, Any]:
+    """Return the stages of a search that are known so far, in the form of `read_plan`."""
+    keys = [key for run in local_runs(study) if run.searches for key in run.needs]
+
+    def stage(key: str) -> dict[str, Any]:
+        path = store.folder(key) / "stage.json"
+        record = read_json(path, fix="delete its folder and search again") if path.is_file() else {}
+        optim = record.get("spec", {}).get("optim") or {}
+        return {"key": key, "label": record.get("label", "a stage that has not started"), "steps": optim.get("steps")}
+
+    return {"stages": [stage(key) for key in dict.fromkeys([*_search_result(study).get("stages", ()), *keys])]}
+
+
+def _search_result(study: Path) -> dict[str, Any]:
+    path, fix = study / SEARCH, "search again to rewrite it"
+    found = read_json(path, fix=fix) if path.is_file() else {}
+    if not isinstance(found, dict) or (path.is_file() and not found.get("paths")):
+        raise damaged(path, "it has no list of paths", fix)
+    return found
 
 
 def _metric(folder: Path, updates: int | None) -> str:

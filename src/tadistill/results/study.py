@@ -15,8 +15,8 @@ from tadistill.config.recipe_files import located
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, did_you_mean
 from tadistill.metrics import declare
-from tadistill.runner.local import not_planned
-from tadistill.store import Store
+from tadistill.runner.local import is_search, not_planned
+from tadistill.store import Store, command_for
 
 
 @dataclass(frozen=True)
@@ -284,25 +284,24 @@ def _by_seed(keys: Mapping[str, str]) -> dict[int, str]:
     return {int(seed): key for seed, key in keys.items()}
 
 
-def find_study(study: str, root: Path) -> Path:
+def find_study(study: str, root: Path, *, searches: bool = False) -> Path:
     """Return a study's directory. `study` is its name, its directory, or its recipe (a file, or the name of a recipe of the package).
-
-    Raises:
-        ConfigError: there is no such study. NotPlanned: a process is just planning it.
-    """
-    recipe = study_in(located(study))
-    name = study_in(Path(study)) or study
+    Raises ConfigError if there is no such study, or only a search without `searches`, and NotPlanned if a process is just planning it."""
+    recipe, name = study_in(located(study)), study_in(Path(study)) or study
     folders = (Path(name), root / name, root / (recipe or name))
     early = not_planned(*folders)  # asked first, because the plan may be written in between
     if found := next((folder for folder in folders if (folder / "plan.json").is_file()), None):
         return found
     if early:
         raise early
+    if found := next(filter(is_search, folders), None):
+        if searches:
+            return found
+        raise ConfigError(f"{found.name} is a search, which has no page and no report; `{command_for('status', found)}` shows it")
     if study.endswith((".yaml", ".yml")) and recipe is None:
         raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
-    searched, start = root / (recipe or name) / "search.json", f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
-    hint = f"its search is finished, and `tadistill search RECIPE` shows the result ({searched})" if searched.is_file() else start
-    raise ConfigError(f"there is no study `{name}` in {root.absolute()}; {hint if recipe else did_you_mean(name, studies(root), hint)}")
+    start = f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
+    raise ConfigError(f"there is no study `{name}` in {root.absolute()}; {start if recipe else did_you_mean(name, studies(root), start)}")
 
 
 def studies(root: Path) -> list[str]:

@@ -23,6 +23,8 @@ from tadistill.errors import NotPlanned, StoreError
 from tadistill.plan.throughput import spoken
 
 LOG = "run.log"
+SEARCH = "search.json"
+"""Name of a study's file with the result of `tadistill search`."""
 _RECORDS = "local"
 _EVERY = 5.0
 """The record is written again after this number of seconds, even if no stage has started or ended."""
@@ -79,6 +81,11 @@ class LocalRun:
         return f"{self.host}:{self.pid}"
 
     @property
+    def searches(self) -> bool:
+        """True if the run is one of `tadistill search`."""
+        return self.command.startswith("tadistill search ")
+
+    @property
     def planning(self) -> bool:
         """True if the process still plans the study, or checks its models and data, so it has no stages yet."""
         return self.state == "running" and not self.total
@@ -104,6 +111,11 @@ def local_runs(study: Path) -> list[LocalRun]:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # a damaged record is skipped, because it only shows the state of a run
     return sorted(found, key=lambda run: run.seen)
+
+
+def is_search(study: Path) -> bool:
+    """Return True if `tadistill search` has begun or finished in a study's directory."""
+    return (study / SEARCH).is_file() or any(run.searches for run in local_runs(study))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from tadistill.data.hub import NAMED
 from tadistill.disk import write_json, write_text
 from tadistill.plan.paths import with_parents
 from tadistill.plan.task import split_entry
+from tadistill.runner.local import SEARCH
 from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
 from tadistill.text import counted
@@ -108,7 +109,7 @@ def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None
 
     confirm.yaml is a recipe that compares this path with direct distillation on new seeds.
     """
-    write_json(directory / "search.json", _record(choice))
+    write_json(directory / SEARCH, _record(choice))
     confirm = directory / "confirm.yaml"
     if len(choice.path) == 2:
         confirm.unlink(missing_ok=True)  # an earlier search may have left a confirm.yaml

@@ -96,3 +96,31 @@ def test_version_help_and_completion():
     assert "White-box distillation" in run(app, ["-h"]).output
     assert "RECIPE" in run(app, ["plan", "-h"]).output
     assert "--show-completion" in run(app, ["-h"]).output
+
+
+def test_a_search_is_shown_from_its_first_stage_on(store, tmp_path, monkeypatch):
+    """`list` left it out, and `status` knew nothing of it, because it has no plan.json."""
+    monkeypatch.setattr("sys.argv", ["tadistill", "search", "my.yaml"])
+    study = tmp_path / "found"
+    run = Journal(study, done=1, total=2, complain=pytest.fail, needs=["c" * 16, "e" * 16])
+    run.log("start")
+    for ended in ("interrupted", "finished"):
+        run.run.ended = ended
+        run.save()
+        said = " ".join(tadistill(store, "status", "found").output.split())
+        assert "stage [c]" in said
+        assert "a stage that has not started" in said
+        assert "`tadistill search my.yaml` continues the search" in said
+        assert re.search(rf"found .* 1/2 .* search {'not running' if ended == 'finished' else ended}", tadistill(store, "list").output)
+    result = {"stages": ["c" * 16], "metric": "loss", "paths": [{"path": ["l", "s"], "mean": 1.0}], "expected_best_of": {"k": 3}}
+    store.finish("e" * 16, {})
+    (study / "search.json").write_text(json.dumps(result))
+    said = " ".join(tadistill(store, "status", "found").output.split())
+    assert "the search chose l > s (dev loss 1), the best of 3 paths this is the direct path, so there is" in said
+    assert "`tadistill search my.yaml` shows all paths, and trains nothing" in said
+    (study / "confirm.yaml").touch()
+    assert "confirm.yaml --runs" in tadistill(store, "status", "found").output
+    assert re.search("found .* 2/2 .* search finished", tadistill(store, "list").output)
+    assert "found is a search, which has no page" in str(tadistill(store, "watch", "found").exception)
+    (study / "search.json").write_text("{")
+    assert re.search("found .* search.json is damaged", tadistill(store, "list").output)

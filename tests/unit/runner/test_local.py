@@ -283,8 +283,9 @@ def test_a_study_is_found_by_its_recipe(study, tmp_path):
         find_study(str(recipe), tmp_path)
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "search.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"there is no study `nowhere` .*; its search is finished, and `tadistill search RECIPE` shows"):
+    with pytest.raises(ConfigError, match=r"nowhere is a search, which has no page and no report; `tadistill status nowhere .*` shows it"):
         find_study(str(recipe), tmp_path)
+    assert find_study(str(recipe), tmp_path, searches=True) == tmp_path / "nowhere"
 
 
 def refuse() -> int:
