@@ -75,7 +75,12 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_sft(method: Any) -> bool:
-    return method == "sft" or (isinstance(method, dict) and method.get("name") == "sft" and not method.get("phases"))
+    # the arm without a teacher trains with the settings of `sft`, so that all others would be lost
+    if not isinstance(method, dict):
+        return method == "sft"
+    plain = {"sampler": {"type": "dataset"}} | METHODS["sft"]
+    others = [part for part in ("phases", *PARTS) if part not in ("optim", "select")]
+    return method.get("name") == "sft" and all(method.get(part) in (None, [], plain.get(part)) for part in others)
 
 
 def _without_dev(method: Any, methods: Any) -> Any:

@@ -37,8 +37,24 @@ def test_sft_needs_no_teacher():
     assert ([*found.models], found.arms["student"].text, trained.kind) == (["student"], "student", "sft")
     assert trained.key in make_plan(validate(SHORT | {"teacher": MODEL | {"sft": {"optim": {"steps": 2}}}})).stages
     assert validate(rest | {"method": "sft"}).arms == found.arms
+    plain = {"objective": {"type": "cross_entropy"}, "phases": []}
+    assert validate(rest | {"method": {"name": "sft", **plain}}).arms == found.arms
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"phases": ["kd"]},
+        {"objective": {"type": "reverse_kl"}},
+        {"sampler": {"type": "student"}},
+        {"context": "hi {prompt}"},
+        {"dense": {}},
+        {"ema": 0},
+    ],
+)
+def test_sft_with_settings_of_a_teacher_needs_one(more):
     with pytest.raises(ConfigError, match="has a `student` but no `teacher`"):
-        validate(rest | {"method": {"name": "sft", "phases": ["kd"]}})
+        validate({key: value for key, value in SHORT.items() if key != "teacher"} | {"method": {"name": "sft", **more}})
 
 
 def test_one_name_is_all_sets_and_settings_may_be_added():
