@@ -157,9 +157,14 @@ def _merged(
     for item in overrides:
         name, sign, text = item.partition("=")
         at = _levels(name)
-        if not sign or not at:
+        if not sign or not name:
             lacks = "key before the `=`" if sign else "`=`"
             raise ConfigError(f"override `{item}` has no {lacks}; write key.sub=value, for instance {example}")
+        if not at:
+            raise ConfigError(
+                f"override `{item}`: `{name}` is not a key; write one dot between two names, and a name with dots in brackets, as in "
+                "arms[2.D].path"
+            )
         if "${" in item:
             raise ConfigError(f"override `{item}` {NO_REFERENCES}")
         if len(at) > DEEPEST:
@@ -217,8 +222,13 @@ def _changed(old: Any, new: Any) -> Any:
     return new
 
 
+_PLAIN, _BRACKETS = r"[^.\[\]]+", r"\[[^\[\]]+\]"
+_KEY = re.compile(rf"({_PLAIN}|{_BRACKETS})(\.{_PLAIN}|\.?{_BRACKETS})*")
+
+
 def _levels(key: str) -> tuple[str, ...]:
-    return tuple(inner or plain for inner, plain in re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", key))
+    # the names in a key such as arms[2.D].path; none if it is malformed
+    return tuple(name.strip("[]") for name in re.findall(rf"{_PLAIN}|{_BRACKETS}", key)) if _KEY.fullmatch(key) else ()
 
 
 def _leaves(at: tuple, value: Any) -> Iterator[tuple]:

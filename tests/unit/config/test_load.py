@@ -31,6 +31,7 @@ arms:
   a: xl > s
   b: {path: xl > s, compute: as a}
 """
+MALFORMED = (".study", "study.", "models..s.load", "models[s]load", "models]s", "models[s", "models[].load", "arms[a[b]]", "[")
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_an_empty_mapping_empties(recipe):
         ("data.test.0=x", ["override `data.test.0=x` changes a part of the list `data.test`"]),
         ("data.train=?", ["override `data.train=?` has a key without a name; write its name, or put the value in quotes"]),
         ("data.train=*a", ["override `data.train=*a`, line 1, column 1, cannot be read as YAML: YAML reads a value that begins with *"]),
-        ("[=1", ["override `[=1` has no key before the `=`"]),
+        *((f"{key}=x", [f"override `{key}=x`: `{key}` is not a key; write one dot"]) for key in MALFORMED),
         ("nonsense", ["has no `=`"]),
         ("=5", ["has no key before the `=`"]),
         ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
