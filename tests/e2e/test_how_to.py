@@ -41,7 +41,7 @@ SAYS = {
     "custom-sampler": "ramp",
     "lora": "models/with-lora",
     "out-of-memory": "signal",
-    "resume": "continues distill teacher -> student, forward_kl on dataset, seed 10 at update",
+    "resume": "1 will be continued.",
     "slurm": "#SBATCH",
     "stop-early": "done",
     "watch": "http://127.0.0.1:",
