@@ -165,8 +165,8 @@ def test_paths_are_those_beside_the_recipe_and_keys_stay(folder, monkeypatch):
     (folder.parent / "chat.jsonl").write_text(ROW)  # other rows at the same path of another working directory
     monkeypatch.chdir(folder.parent)
     assert [*make_plan(load("study/my.yaml")).stages] == here
-    with pytest.raises(ConfigError, match=r"no recipe `study/mi.yaml` in .*; did you mean `study/my.yaml`\?"):
-        load("study/mi.yaml")
+    with pytest.raises(ConfigError, match=r"no recipe `study/myy.yaml` in .*; did you mean `study/my.yaml`\?"):
+        load("study/myy.yaml")
     (folder / "chat.jsonl").rename(folder.parent / "chat.jsonl")  # not beside the recipe: in the working directory
     assert [*make_plan(load("study/my.yaml")).stages] == here
 
