@@ -106,7 +106,7 @@ def _own(sentence: str, key: tuple, raw: Any, value: Any) -> tuple[tuple, str]:
         return named, f" {rest.rstrip('.')}."
     if key and first.strip("`") == key[-1]:
         return key, f" {rest.rstrip('.')}."
-    named = isinstance(value, str) and sentence.startswith(f"`{value}` ")
+    named = sentence.startswith(f"`{value}` ")
     shown = f" is {_shown(value)}:" if not named and isinstance(value, (str, int, float, bool)) else ":"
     return key, f"{shown} {sentence}." if key else f" {sentence}."
 

@@ -151,7 +151,7 @@ def _merged(
     given: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str, model: type[BaseModel]
 ) -> tuple[dict[str, Any], Lines]:
     content, lines = contents(given, source) if isinstance(given, str) else (given, {})
-    tree = _plain(content, source)
+    tree = _plain(content, source, lines)
     if not isinstance(tree, dict):
         raise ConfigError(f"{source} is not a recipe; write a YAML mapping with the keys study, seeds, models, data and arms")
     for item in overrides:
@@ -169,25 +169,26 @@ def _merged(
             raise ConfigError(f"override `{item}` {NO_REFERENCES}")
         if len(at) > DEEPEST:
             raise ConfigError(f"override `{item}` has a key with more than {DEEPEST} levels, which no recipe needs; correct the key")
-        value = _plain(contents(text, f"override `{item}`", check_keys=False)[0], f"override `{item}`")
+        value = _plain(contents(text, f"override `{item}`", check_keys=False)[0], f"override `{item}`", {}, at)
         _set(tree, at, value, model, item)
         for key in _leaves(at, value):
             lines = {other: line for other, line in lines.items() if other[: len(key)] != key} | {key: item, at: item}
     return tree, lines
 
 
-def _plain(value: Any, what: str) -> Any:
+def _plain(value: Any, what: str, lines: Lines, at: tuple = ()) -> Any:
     # a copy; YAML reads an arm called 2.1 as a number, but an override does not
     if isinstance(value, dict):
         if None in value:
             raise ConfigError(f"{what} has a key without a name; write its name, or put the value in quotes if it is a text")
-        return {str(name): _plain(part, what) for name, part in value.items()}
+        return {str(name): _plain(part, what, lines, (*at, str(name))) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part, what) for part in value]
+        return [_plain(part, what, lines, (*at, i)) for i, part in enumerate(value)]
     if isinstance(value, Path):  # in a dict from Python
         return str(value)
     if value is not None and not isinstance(value, str | int | float):
-        raise ConfigError(f"{what} contains {value!r}, but a value is a text, a number, true, false, a list or a group of keys")
+        place = where(what, lines, at).removesuffix(":")
+        raise ConfigError(f"{place} is {value!r}, but a value is a text, a number, true, false, a list or a group of keys")
     return value
 
 

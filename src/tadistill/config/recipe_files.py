@@ -117,7 +117,11 @@ def where(source: str, lines: Lines, key: tuple) -> str:
         return f"override `{line if isinstance(line, str) else inside[0]}`:{shown}"
     few = f"`{'`, `'.join(inside)}`" if len(inside) <= _NAMED else f"`{inside[0]}` and {len(inside) - 1} more"
     changed = f" with {'override' if len(inside) == 1 else 'overrides'} {few}" if inside else ""
-    return f"{source}{f', line {line}' if line else ''}{changed}:{shown}"
+    return f"{_place(source, line)}{changed}:{shown}"
+
+
+def _place(source: str, line: int | None) -> str:
+    return source if line is None or source.startswith("override `") else f"{source}, line {line}"  # an override is short
 
 
 # --- YAML -----------------------------------------------------------------------------------------------------------------
@@ -169,37 +173,38 @@ def _read(kind: Any, text: str, what: str, check_keys: bool) -> tuple[Any, Lines
 
     def walk(node: yaml.Node, at: tuple) -> float:
         # returns the number of values in a node, with its aliases written out
+        if sizes.get(id(node)) == math.inf:
+            raise ConfigError(f"{where(what, lines, at)} is a reference to a part of the recipe that contains it; write the value itself")
         if id(node) in sizes:
             return sizes[id(node)]
-        sizes[id(node)] = math.inf  # for an alias within its own anchor
+        sizes[id(node)] = math.inf  # until its parts are counted
         size = 1.0
         if isinstance(node, yaml.ScalarNode) and "${" in node.value:
             raise ConfigError(f"{where(what, lines, at)} is `{node.value}`: it {NO_REFERENCES}")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 line, inside = key.start_mark.line + 1, (*at, str(key.value))
+                place = _place(what, line)
                 if check_keys:
-                    _check_key(key, loader, f"{what}, line {line}")
+                    _check_key(key, loader, place)
                 if inside in lines and key.value != "<<":
-                    raise ConfigError(f"{what}, line {line}: the key `{key.value}` is already in line {lines[inside]}; keep one of the two")
+                    raise ConfigError(f"{place}: the key `{key.value}` is already in line {lines[inside]}; keep one of the two")
                 lines[inside] = line
                 size += walk(key, at) + walk(value, inside)
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):
                 lines[(*at, i)] = value.start_mark.line + 1
                 size += walk(value, (*at, i))
+        if size > _MOST:
+            place = where(what, lines, at).removesuffix(":")
+            raise ConfigError(f"{place} has more than {_MOST:,} keys and values, with what its references `*NAME` stand for; write fewer")
         sizes[id(node)] = size
         return size
 
     _check_depth(text, what, kind)
     loader = kind(text)
     node = loader.get_single_node()
-    if node and walk(node, ()) > _MOST:
-        raise ConfigError(
-            f"{what} has more than {_MOST:,} keys and values, counted with what its references `*NAME` stand for; no recipe needs so many, "
-            "so write fewer"
-        )
-    return node and loader.construct_document(node), lines
+    return node and walk(node, ()) and loader.construct_document(node), lines
 
 
 def _check_key(key: yaml.Node, loader: yaml.SafeLoader, place: str) -> None:
@@ -247,7 +252,7 @@ def _check_depth(text: str, what: str, loader: Any) -> None:
     for event in yaml.parse(text, Loader=loader):  # yaml.parse does not recurse, unlike the steps after this check
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            place = f"{what}, line {event.start_mark.line + 1}"
+            place = _place(what, event.start_mark.line + 1)
             raise ConfigError(f"{place}: keys are nested in more than {DEEPEST} levels, which no recipe needs; correct the brackets")
 
 
