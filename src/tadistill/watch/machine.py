@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -61,7 +62,7 @@ class Machine:
         self._gpus: tuple[float, tuple[Gpu, ...] | None] = (float("-inf"), None)
         self._lock, self._at = threading.Lock(), float("-inf")
         self._last: Use | None = None
-        psutil.cpu_percent()  # the first call has no load to return
+        self._times: tuple[float, float] | None = None
 
     def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
         """Return the load now, or the last measurement if it is less than a second old. `elsewhere` is True if Slurm runs stages."""
@@ -89,7 +90,7 @@ class Machine:
         return Use(
             host=platform.node(),
             cores=psutil.cpu_count() or 1,
-            cpu=None if self._last is None else psutil.cpu_percent(),
+            cpu=self._cpu(),
             memory=memory.total - memory.available,
             total=memory.total,
             own_processes=len(own),
@@ -98,6 +99,14 @@ class Machine:
             gpus=gpus or (),
             note=" ".join(notes),
         )
+
+    def _cpu(self) -> float | None:
+        # psutil.cpu_percent measures since the last call of the same thread, and each request to the page has a thread of its own
+        last, self._times = self._times, _core_seconds(psutil.cpu_times())
+        if last is None or self._times[1] <= last[1]:
+            return None
+        busy, total = (now - before for now, before in zip(self._times, last, strict=True))
+        return min(max(100 * busy / total, 0.0), 100.0)
 
     def _processes(self, roots: Iterable[int]) -> list[psutil.Process]:
         found: dict[tuple[int, float], psutil.Process] = {}
@@ -117,6 +126,13 @@ class Machine:
             out = output_of("nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits", seconds=_CARDS_PAUSE)
             self._gpus = time.monotonic(), read_gpus(out or "") or None
         return self._gpus[1]
+
+
+def _core_seconds(times: Any) -> tuple[float, float]:
+    """Return the seconds in which cores were busy, and all seconds of all cores, from a value of `psutil.cpu_times`."""
+    spent: dict[str, float] = times._asdict()
+    total = sum(seconds for name, seconds in spent.items() if name not in ("guest", "guest_nice"))  # `user` and `nice` contain them
+    return total - spent["idle"] - spent.get("iowait", 0.0), total
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:

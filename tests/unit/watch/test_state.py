@@ -3,7 +3,11 @@
 import json
 import re
 import time
+from collections import namedtuple
+from queue import Queue
+from threading import Event, Thread
 
+import psutil
 import pytest
 
 from tadistill.cluster import slurm
@@ -221,6 +225,7 @@ def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
     assert (use.cpu, use.own_cpu) == (None, None)  # a load is a mean between two measurements
     assert "– of" in render(look(folder), use, (), ())["machine"]
     machine._at = float("-inf")
+    time.sleep(0.02)  # Linux counts the time of cores in hundredths of a second
     again = machine.look(look(folder).runs, elsewhere=False)
     assert again.cpu is not None
     assert again.own_cpu is not None
@@ -229,6 +234,27 @@ def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
     machine = Machine()
     use = machine.look([run for run in look(folder).runs if run.host == "node7"], elsewhere=False)
     assert (use.own_processes, use.note.startswith("The run is on node7, but the load is that of")) == (0, True)
+
+
+def test_the_load_is_the_same_for_all_threads(monkeypatch):
+    """It was 0 in each thread that measured for the first time, and each request to the page has a thread of its own."""
+    monkeypatch.setenv("PATH", "")
+    spent = iter([(100.0, 900.0, 50.0, 50.0), (190.0, 905.0, 55.0, 140.0), (190.0, 905.0, 55.0, 140.0)])
+    names = namedtuple("names", "user idle iowait guest")
+    monkeypatch.setattr(psutil, "cpu_times", lambda: names(*next(spent)))
+    machine, said, end = Machine(), Queue[float | None](), Event()
+
+    def request() -> None:
+        machine._at = float("-inf")
+        said.put(machine.look((), elsewhere=False).cpu)
+        end.wait()
+
+    found = []
+    for _ in range(3):
+        Thread(target=request).start()
+        found.append(said.get(timeout=10))
+    end.set()
+    assert found == [None, 90.0, None]  # the first has none before it, and no time has passed before the third
 
 
 def test_a_stage_that_waits_names_the_first_stage_that_needs_attention(folder):
