@@ -222,7 +222,7 @@ def _born(pid: int, *, in_epoch: bool = False) -> str | float | None:
         return None
 
 
-def described(stage: StageProgress, *, ended: bool = False) -> str:
-    """Return a stage's progress in one line: how much is done, the newest note, and the time left (except for a run that has ended)."""
-    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None and not ended else ""]
+def described(stage: StageProgress) -> str:
+    """Return a stage's progress in one line: how much is done, the newest note, and the time left if it is known."""
+    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None else ""]
     return ", ".join(part for part in parts if part)

@@ -61,11 +61,11 @@ def test_a_stage_shows_the_update_at_which_the_next_run_continues_it(folder):
     files.save(TrainState(step=52))
     folder.run(S1, dead=True)
     killed = look(folder).stages[1]
-    assert (killed.state, killed.done) == ("killed", 52)
+    assert (killed.state, killed.done, killed.left) == ("killed", 52, None)
     assert killed.note == "loss 2.000, 120 tokens/s; the next run continues at update 52 of 100"
     folder.run(S1, ended="interrupted")
     stopped = look(folder).stages[1]
-    assert (stopped.state, stopped.done, stopped.note) == ("stopped", 52, killed.note)
+    assert (stopped.state, stopped.done, stopped.left, stopped.note) == ("stopped", 52, None, killed.note)
     folder.run()  # another run works on other stages
     assert look(folder).stages[1].state == "stopped"
     alerts = render(look(folder), Use("here", 1, 0.0, 1, 1, 0, 0.0, 0, (), ""), (), ())["alerts"]
