@@ -4,7 +4,6 @@ A stage is needed in two cases: a JSON file in a study's folder contains its key
 contains the keys of all stages of a study. `advise` and `search` also write files with keys.
 """
 
-import contextlib
 import datetime
 import json
 import re
@@ -44,7 +43,8 @@ class StudyRow:
     bytes: int
     """Size of the study's folder and of all its stages. Studies may share stages."""
     state: str
-    """As `study_state` returns it, after the word `search` if no run of the study has a plan, or which file is damaged."""
+    """As `study_state` returns it, after the word `search` if no run of the study has a plan. It can also say that the state is not known,
+    or which file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ def studies(runs: Path, store: Store) -> list[StudyRow]:
                 asked.append(slurm.queued())
             except ConfigError as error:
                 asked.append(error)
-        if isinstance(asked[0], ConfigError):
+        if not isinstance(asked[0], ConfigError):
+            return asked[0]
+        if strict:
             raise asked[0]
-        return asked[0]
+        return {}
 
     found = (path for path in _folders(runs) if (path / "plan.json").is_file() or is_search(path))
     return sorted((_row(path, store, queue) for path in found), key=lambda row: row.created)
@@ -82,15 +84,18 @@ def _row(study: Path, store: Store, queue: Queue) -> StudyRow:
     except (StoreError, KeyError, TypeError, AttributeError):
         return StudyRow(study.name, _changed(study), 0, 0, _size(study), f"{'search' if search else 'plan'}.json is damaged")
     left, runs = [key for key in updates if not store.finished(key)], local_runs(study)
-    here, jobs = local_rows(runs), dict[str, StatusRow]()
-    with contextlib.suppress(ConfigError):  # squeue does not answer
+    here, jobs, known = local_rows(runs), dict[str, StatusRow](), True
+    try:
         jobs = job_rows(store, left, here, queue)
+    except ConfigError:
+        known = False
     states = [unfinished(store, key, updates[key], newest(here.get(key), jobs.get(key))).state for key in left]
     used = _size(study) + sum(_size(store.folder(key)) for key in updates)
     if search and not (study / SEARCH).is_file():
         states.append("waiting")  # a path is chosen only at the end
-    state = f"{'search ' * search}{study_state(states, runs)}"
-    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, state)
+    state = study_state(states, runs)
+    shown = state if known or state == "running" else "not known (squeue does not answer)"
+    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, f"{'search ' * search}{shown}")
 
 
 def _began(study: Path) -> str:

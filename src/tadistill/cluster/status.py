@@ -26,7 +26,9 @@ from tadistill.text import counted
 BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_memory", "node_fail", "preempted", "boot_fail", "deadline"})
 """States in which a stage needs the user's attention."""
 _COLOUR = {"done": "green", "running": "cyan", "queued": "yellow", **dict.fromkeys(BAD, "red")}
-_OF_SLURM = {"pending": "queued", "configuring": "queued", "requeued": "queued", "completing": "running"}
+_STARTED = frozenset({"running", "completing", "suspended", "stopped", "signaling", "stage_out", "resizing"})
+"""States of jobs in Slurm's queue that have started. Jobs in other states will start, such as `pending` and `requeue_hold`."""
+_USUAL = frozenset({"running", "completing", "pending", "configuring", "requeued"})
 _PLAN = "plan.json"
 _METRICS = "metrics.jsonl"
 _TAIL = 64 << 10  # bytes at the end of a log, in which the newest line is
@@ -124,8 +126,8 @@ def local_rows(runs: Iterable[LocalRun]) -> dict[str, StatusRow]:
         if state in ("running", "killed", "stopped"):
             at = math.inf if state == "running" else run.seen
             for key, stage in run.stages.items():
-                last = described(stage, ended=state != "running")
-                rows[key] = StatusRow("", run.name, state, _time(stage.seconds), last, at, stage)
+                now = stage if state == "running" else replace(stage, left=None)
+                rows[key] = StatusRow("", run.name, state, _time(now.seconds), described(now), at, now)
         found |= {key: newest(row, found.get(key)) or row for key, row in rows.items()}
     return found
 
@@ -148,8 +150,10 @@ def job_rows(store: Store, keys: Iterable[str], here: Mapping[str, StatusRow], q
 
 def _job(folder: Path, job: str, live: slurm.Entry | None, gone: slurm.Entry | None) -> StatusRow:
     if live:
-        state = _OF_SLURM.get(live.state.lower(), live.state.lower())
-        return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason, math.inf)
+        word = live.state.lower()
+        state = "running" if word in _STARTED else word if word in BAD else "queued"  # with SQUEUE_STATES, squeue also shows ended jobs
+        notes = "" if word in _USUAL | BAD else f"{word} in Slurm", "" if state == "running" else live.reason
+        return StatusRow("", job, state, live.elapsed, ", ".join(filter(None, notes)), math.inf)
     reason, submitted = folder / FAILURE, _submitted(folder)
     if reason.is_file():
         text, at = reason.read_text(encoding="utf-8").strip(), max(submitted, reason.stat().st_mtime)

@@ -1,5 +1,6 @@
 """What Slurm says, from commands that only pretend; tests/slurm asks a real one."""
 
+import io
 import json
 import os
 import time
@@ -14,12 +15,13 @@ from tadistill.cluster.job import Job, JobRecord, Place, arrays, read_record
 from tadistill.cluster.list_and_clean import studies
 from tadistill.cluster.sbatch import Request
 from tadistill.cluster.slurm import Entry
-from tadistill.cluster.status import status_rows
+from tadistill.cluster.status import print_status, status_rows
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.plan.graph import Stage
 from tadistill.runner.local import LocalRun, StageProgress
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
 
@@ -163,6 +165,37 @@ def test_a_job_in_the_queue_counts_more_than_a_run_that_has_ended(programs, tmp_
     local(time.time(), stages={"k": StageProgress("k")})  # it runs there now
     programs("squeue", "exit 1")
     assert state() == ("running", "running")
+
+
+STARTED = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "POWER_UP_NODE")
+
+
+@pytest.mark.parametrize(("word", "state"), [*((word, "running") for word in STARTED), *((word, "queued") for word in WAITING)])
+def test_a_job_in_the_queue_runs_or_is_queued(word, state, tmp_path, monkeypatch):
+    """A suspended job was "not running", and a stopped one "starts at update 0", so a user started a second run."""
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    write_json(study / "plan.json", {"created": "", "stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
+    JobRecord("1", None, "n", "study").write(store, "k")
+    monkeypatch.setattr(slurm, "queued", lambda **_: {"1": Entry("1", word, "0:05", "n", "None" if state == "running" else "Held")})
+    (row,), (listed,) = status_rows(study, store), studies(tmp_path, store)
+    assert (row.state, listed.state) == (state, state)
+    unusual = "" if word in ("RUNNING", "COMPLETING", "PENDING", "CONFIGURING", "REQUEUED") else f"{word.lower()} in Slurm"
+    assert row.last == ", ".join(filter(None, (unusual, "Held" if state == "queued" else "")))
+    output = io.StringIO()
+    print_status(study, store, Terminal(file=output, width=200))
+    assert "jobs are queued or running; cancel them with" in output.getvalue()
+
+
+def test_list_knows_no_state_of_jobs_if_squeue_does_not_answer(programs, tmp_path):
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    write_json(study / "plan.json", {"created": "", "stages": [{"key": "k", "kind": "sft", "label": "k", "steps": 10}]})
+    assert [row.state for row in studies(tmp_path, store)] == ["not running"]
+    JobRecord("1", None, "n", "study").write(store, "k")
+    assert [row.state for row in studies(tmp_path, store)] == ["not known (squeue does not answer)"]
+    run = LocalRun(1, "elsewhere", 1.0, "", "", seen=time.time() + 5, ended="failed", failed={"k": "it broke"})
+    write_json(study / "local" / "elsewhere-1.json", asdict(run))  # after the job
+    assert [row.state for row in studies(tmp_path, store)] == ["failed"]
 
 
 def test_without_slurm_a_run_after_the_last_job_has_the_state(programs, tmp_path):  # `programs`: there is no squeue
