@@ -115,7 +115,7 @@ def offline(error: type[TadistillError], kind: str, name: str, revision: str) ->
     """Return the error for a repository that is not in the local cache, if HF_HUB_OFFLINE=1 forbids its download."""
     return error(
         f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
-        f"run `tadistill fetch RECIPE` on a machine with network access{_nor_here(name)}"
+        f"run `tadistill fetch RECIPE` on a machine with network access{as_path(name)}"
     )
 
 
@@ -165,23 +165,30 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
     except errors.RepositoryNotFoundError as cause:
         raise error(
             f"the Hub has no {kind} `{repository}` that you can read; correct the id; if the repository is private, log in with "
-            f"`hf auth login`{_nor_here(repository)}"
+            f"`hf auth login`{as_path(repository)}"
         ) from cause
     except errors.RemoteEntryNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
     except (errors.HfHubHTTPError, OSError) as cause:
         why = "the Hub does not answer" if isinstance(cause, errors.LocalEntryNotFoundError) else type(cause).__name__
         raise error(
-            f"{where} at revision `{revision}` cannot be downloaded ({why}); check its name and the network{_nor_here(repository)}"
+            f"{where} at revision `{revision}` cannot be downloaded ({why}); check its name and the network{as_path(repository)}"
         ) from cause
 
 
-def _nor_here(repository: str) -> str:
-    # `models/nope` can be meant as a path
+def as_path(repository: str) -> str:
+    """Return the end of a message: what is wrong with a hub id if it is meant as a path. Empty if nothing here is similar to this path."""
     folder = Path(repository).parent
-    as_path = no_file(Path(repository), [folder])
-    meant = folder.is_dir() if folder.name else as_path.endswith("?")  # every name can be a path in the working directory
-    return f". As a path, {as_path}" if meant else ""
+    wrong = no_file(Path(repository), [folder])
+    meant = folder.is_dir() if folder.name else wrong.endswith("?")  # every name can be a path in the working directory
+    return f". As a path, {wrong}" if meant else ""
+
+
+def has_none(error: TadistillError) -> bool:
+    """Return True if an error of `explained` says that the Hub has no such repository."""
+    from huggingface_hub import errors
+
+    return isinstance(error.__cause__, errors.RepositoryNotFoundError) and not isinstance(error.__cause__, errors.GatedRepoError)
 
 
 def rows(repository: str, split: str, revision: str, *, stream: bool) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """The output of `tadistill plan`: tables of stages (FLOPs, time, memory) and of arms (paths of models, total FLOPs), and `plan.notes`."""
 
-from difflib import get_close_matches
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console, Group
@@ -25,7 +23,7 @@ from tadistill.store import Store
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
-_LARGEST = 3  # number of stages whose parts are shown, and of models that a message names
+_LARGEST = 3  # number of stages whose parts are shown
 _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels
 
 
@@ -57,8 +55,8 @@ def fetch_descriptions(recipe: Recipe, console: Terminal) -> None:
     """Download the missing config.json of each hub model, if the Hub can be reached. A plan needs no other file of a model.
 
     Raises:
-        DataError, ModelError: a model or data set does not exist. A hub id that cannot be found is such a model if there are models with
-            similar paths on this disk.
+        DataError, ModelError: a model or data set does not exist. A hub id is such a model if the Hub has none of this name, and if it can
+            be meant as a path. If the Hub cannot be reached, a note says so.
     """
     found = Gathering()
     with found.about():
@@ -69,29 +67,17 @@ def fetch_descriptions(recipe: Recipe, console: Terminal) -> None:
                 continue
             if sources.description_file(model.load, model.revision) is not None:
                 continue
+            if not hub.reachable():
+                if other := hub.as_path(model.load):
+                    console.say(f"models.{name}: model `{model.load}` is not on this disk, and the Hub cannot be reached{other}")
+                continue
             try:
-                if hub.reachable():
-                    sources.description_file(model.load, model.revision, download=True)
-                    continue
+                sources.description_file(model.load, model.revision, download=True)
             except ModelError as error:
+                if hub.has_none(error) and hub.as_path(model.load):
+                    raise
                 console.say(f"models.{name}: {error}")
-            _check_not_a_path(model.load)
     found.finish()
-
-
-def _check_not_a_path(load: str) -> None:
-    # refuses a hub id that is not on this disk, if it can be a mistyped path: models are in the folder ORG here, or an id without ORG is
-    # similar to the name of a model's folder
-    path = Path(load)
-    folder = path.parent
-    models = [each.name for each in folder.iterdir() if (each / "config.json").is_file()] if folder.is_dir() else []
-    close = get_close_matches(path.name, models, n=1) or (sorted(models)[:_LARGEST] if folder.name else [])
-    if close:
-        meant = " or ".join(f"`{folder / name}`" for name in close)
-        raise ModelError(
-            f"`{load}` is neither a folder here nor a model in the cache of the Hub; did you mean {meant}? To download it, run "
-            "`tadistill fetch RECIPE`"
-        )
 
 
 def threads(plan: Plan) -> int:

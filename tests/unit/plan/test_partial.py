@@ -3,8 +3,10 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 
 from tadistill.config import DataRef, load, parse
 from tadistill.data import hub
@@ -123,27 +125,56 @@ def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):
     assert len(asked) == 5
 
 
-@pytest.mark.parametrize(
-    ("load", "meant"),
-    [("llama-small", "`llama-s`"), ("models/large", "`models/l` or `models/xl`"), ("org/name", ""), ("gpt2", "")],
-)
-def test_a_hub_id_that_can_be_a_mistyped_path_is_refused(load, meant, tmp_path, monkeypatch):
+@pytest.fixture
+def mistyped(tmp_path, monkeypatch):
+    """Returns a function: a recipe whose model `xl` has a source. Beside it are the folders llama-s, models/xl and models/l."""
     monkeypatch.chdir(tmp_path)
     for folder in ("llama-s", "models/xl", "models/l"):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "config.json").write_text(json.dumps(GPT2))
-    recipe = parse(SMALL.format(xl="seed: 1").replace("org/xl", load), source="r")
-    if not meant:
-        preview.fetch_descriptions(recipe, Terminal())
+    return lambda load: parse(SMALL.format(xl="seed: 1").replace("org/xl", load), source="r")
+
+
+PATHS = [("llama-small", "did you mean `llama-s`?"), ("models/x", "did you mean `xl`?"), ("models/large", "correct the path")]
+
+
+@pytest.mark.parametrize(("load", "meant"), [*PATHS, ("org/name", ""), ("gpt2", "")])
+def test_a_hub_id_that_can_be_a_mistyped_path_is_named_without_the_hub(load, meant, mistyped):
+    """The id can be right, so the plan is shown."""
+    preview.fetch_descriptions(mistyped(load), console := Terminal(file=io.StringIO()))
+    said = console.file.getvalue()
+    assert (
+        said.startswith(f"models.xl: model `{load}` is not on this disk, and the Hub cannot be reached. As a path, ") if meant else not said
+    )
+    assert meant in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "load", "refused"),
+    [
+        *(("RepositoryNotFoundError", load, True) for load, _ in PATHS),
+        ("RepositoryNotFoundError", "org/name", False),
+        ("GatedRepoError", "models/x", False),
+        ("HfHubHTTPError", "models/x", False),
+    ],
+)
+def test_a_mistyped_path_that_the_hub_does_not_have_is_refused(kind, load, refused, mistyped, monkeypatch):
+    def answer(name, file, **_):
+        raise getattr(errors, kind)("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
+    recipe, console = mistyped(load), Terminal(file=io.StringIO())
+    if not refused:
+        preview.fetch_descriptions(recipe, console)
+        assert console.file.getvalue().startswith("models.xl: ")
         return
     wrong = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": DataRef(load="trian.jsonl")})})
     with pytest.raises(DataError) as error:
-        preview.fetch_descriptions(wrong, Terminal())
+        preview.fetch_descriptions(wrong, console)
     assert "data set `trian.jsonl` does not exist" in error.value.problems[0]
-    assert (
-        f"models.xl: `{load}` is neither a folder here nor a model in the cache of the Hub; did you mean {meant}?"
-        in error.value.problems[1]
-    )
+    assert f"models.xl: the Hub has no model `{load}` that you can read" in error.value.problems[1]
+    assert ". As a path, there is no `" in error.value.problems[1]
+    assert not console.file.getvalue()
 
 
 def test_labels_are_whole_at_80_columns(tmp_path):
