@@ -117,8 +117,7 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> 
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    plan = make_plan(recipe)
-    jobs = check_first(plan, store, console, [*plan.stages.values()])
+    jobs = check_first(make_plan(recipe), store, console, missing)
     console.note(
         f"{recipe.study}: {counted(len(probes.plan.stages), 'stage measures', 'stages measure')} models; "
         f"{counted(len(missing), 'of them still has', 'of them still have')} to run, {jobs} at a time"

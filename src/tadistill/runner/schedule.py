@@ -41,8 +41,12 @@ _PATIENCE = 120.0
 
 
 def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[Stage]) -> int:
-    """Check that stages can run on this machine, and return how many may run at the same time. Print what a user must know before: cautions
-    about the plan, and the number and the price of requests to APIs.
+    """Check that a plan can run on this machine, and return how many stages may run at the same time. Print what a user must know before:
+    cautions about the plan, and the number and the price of requests to APIs.
+
+    Args:
+        stages: the stages that will run. Only their servers and APIs are asked. Budgets are mentioned only if they belong to arms, and
+            test sets only if they measure arms.
 
     Raises:
         TadistillError: as `preflight.check_study` and `remote.announced`.
@@ -52,7 +56,10 @@ def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[St
 
         jobs = check_study(plan, console, stages)
         asked = [*announced(plan, store, (s for s in stages if not store.finished(s.key)))]
-    for sentence in (*plan.tokens.cautions(), *off_budget(plan), *seen_notes(plan.recipe)):
+    of_arms = [stage for stage in stages if stage.arms]
+    budgets = off_budget(plan) if of_arms else ()
+    seen = seen_notes(plan.recipe) if any(stage.spec.measures for stage in of_arms) else ()
+    for sentence in (*plan.tokens.cautions(), *budgets, *seen):
         console.note(sentence, problem=True)
     for sentence in asked:
         console.note(sentence)

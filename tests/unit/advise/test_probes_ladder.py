@@ -1,13 +1,19 @@
 """The ladder of a recipe, what its paths cost, the stages that probe it, and mistakes, which are one sentence before any work."""
 
+import io
+import re
 from pathlib import Path
 
 import pytest
 
+from tadistill.advise import command
 from tadistill.advise.measures import TOP_K, costs, ladder, probe_plan, with_search
 from tadistill.config import load
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.plan.arms import make_plan
+from tadistill.runner import preflight, schedule
+from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 RECIPE = Path(__file__).parents[2] / "e2e" / "advice.yaml"
 ALL = "search={teacher: xl, assistants: [l, m], student: s}"
@@ -51,6 +57,29 @@ def test_limits_leave_paths_out():
     assert list(one) == PATHS[:3]
     cheap = costs(recipe("search={teacher: xl, assistants: [l, m], student: s, budget: 1.2}"))[1]
     assert list(cheap) == [("xl", "s"), ("xl", "m", "s")]
+
+
+def test_before_the_probes_nothing_is_said_about_stages_that_advise_does_not_run(tmp_path, monkeypatch):
+    """It named test sets with training prompts, and the budgets of arms, but it only measures models on dev prompts."""
+    found = recipe()
+    probes, plan, store, asked = probe_plan(found, ladder(found), 256), make_plan(found), Store(tmp_path), []
+    monkeypatch.setattr(preflight, "check_study", lambda plan, console, stages: asked.append([s.key for s in stages]) or 1)
+    monkeypatch.setattr(schedule, "announced", lambda plan, store, stages: (f"{s.kind} is priced." for s in stages if s.kind == "distill"))
+    monkeypatch.setattr(schedule, "seen_notes", lambda recipe: ["a test set is a training set."])
+    monkeypatch.setattr(schedule, "off_budget", lambda plan: ["an arm misses its budget."])
+    monkeypatch.setattr(command, "run_stages", lambda *_, **__: None)
+
+    def said(check) -> list[str]:
+        output = io.StringIO()
+        check(Terminal(file=output, width=200))
+        return re.findall("priced|training set|budget", output.getvalue())
+
+    assert said(lambda console: command._run(found, probes, store, console)) == []
+    assert asked == [list(probes.plan.stages)]
+    every = [*plan.stages.values()]
+    trains = [stage for stage in every if not stage.spec.measures]  # as `search`
+    assert said(lambda console: schedule.check_first(plan, store, console, trains)) == ["budget", "priced"]
+    assert said(lambda console: schedule.check_first(plan, store, console, every)) == ["budget", "training set", "priced"]
 
 
 def test_probes_stand_on_the_studys_own_fine_tuning():
