@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.added_arms import Budgets, with_controls
-from tadistill.config.arm import Arm, teachers_of
-from tadistill.config.common import MOST, Name, Seeds, Strict
+from tadistill.config.arm import Arm, flat, teachers_of
+from tadistill.config.common import MOST, Decoding, Name, Seeds, Strict
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.machine import Resources, Runtime
@@ -22,7 +22,7 @@ from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
 from tadistill.config.remote import Api
 from tadistill.config.shorthand import with_methods
-from tadistill.errors import ConfigError, did_you_mean_then
+from tadistill.errors import ConfigError, about, did_you_mean_then
 from tadistill.metrics import RECORD
 
 if TYPE_CHECKING:
@@ -192,6 +192,24 @@ def methods(recipe: Recipe) -> list[Method]:
     targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.learners or (arm.last if arm.objective else ()))]
     found = [(apply(recipe.method, recipe.models[model].distill, arm.patch), arm) for model, arm in targets]
     return [part for method, arm in found for part, _ in (phases_of(method) if arm.learners else [(method, 1.0)])]
+
+
+def sampled_tokens(recipe: Recipe, model: str) -> int:
+    """Return the largest `max_new_tokens` of the samplers of all distillations in which a model teaches, learns or writes the text.
+
+    Raises:
+        ConfigError: parts of a method do not fit together.
+    """
+    most = 0
+    for name, arm in recipe.arms.items():
+        for teachers, learner in ((path[:i], path[i]) for path in arm.path for i in range(1, len(path))):
+            with about(f"arms.{name}"):
+                parts = phases_of(apply(recipe.method, recipe.models[learner].distill, arm.patch))
+            for part, _ in parts:
+                taught = (*(teachers if part.dense else teachers[-1:]), learner, *(arm.last[-1:] if part.recorded_text else ()))
+                if isinstance(part.sampler, Decoding) and model in flat(taught):
+                    most = max(most, part.sampler.max_new_tokens)
+    return most
 
 
 def trains(recipe: Recipe) -> bool:

@@ -8,9 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import DataRef, Recipe
-from tadistill.config.common import Decoding
 from tadistill.config.method import Select
-from tadistill.config.recipe import methods, trains
+from tadistill.config.recipe import methods, sampled_tokens, trains
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
@@ -148,11 +147,12 @@ def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, ru
 
 
 def check_texts(
-    recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts, shared: int
+    recipe: Recipe, name: str, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts, shared: int
 ) -> None:
     """Check that each token has an embedding, and that no text is longer than the model can read.
 
     Args:
+        name: the model's name in the recipe.
         rows: number of the model's embeddings.
         config: the model's configuration.
         tokenizer: the tokenizer that encoded the texts.
@@ -169,13 +169,13 @@ def check_texts(
             f"{texts.where} contains the token {token!r} ({top}), but some models of the path "
             f"have only the first {shared} tokens; remove it from the texts, or set `tokenizer:` of all these models to one tokenizer"
         )
-    check_lengths(config, _needs(recipe, positions_of(config), texts))
+    check_lengths(config, _needs(recipe, name, positions_of(config), texts))
 
 
-def _needs(recipe: Recipe, positions: int | None, texts: Texts) -> dict[str, tuple[int, str]]:
+def _needs(recipe: Recipe, model: str, positions: int | None, texts: Texts) -> dict[str, tuple[int, str]]:
     # the positions that the texts need, as `check_lengths` takes them
     longest = texts.longest
-    by_arm = {name: _longest_sample(recipe.model_copy(update={"arms": {name: arm}})) for name, arm in recipe.arms.items()}
+    by_arm = {name: sampled_tokens(recipe.model_copy(update={"arms": {name: arm}}), model) for name, arm in recipe.arms.items()}
     sampled = max(by_arm.values(), default=0)
     new, key = max((recipe.evaluate.max_new_tokens, "evaluate.max_new_tokens"), (sampled, "sampler.max_new_tokens"))
     of, left = "", (positions or 0) - longest.prompt
@@ -194,10 +194,6 @@ def _needs(recipe: Recipe, positions: int | None, texts: Texts) -> dict[str, tup
         ),
         "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
     }
-
-
-def _longest_sample(recipe: Recipe) -> int:
-    return max((m.sampler.max_new_tokens for m in methods(recipe) if isinstance(m.sampler, Decoding)), default=0)
 
 
 def check_readable(read: Mapping[str, Read]) -> None:

@@ -109,12 +109,12 @@ def check_inputs(plan: Plan, console: Terminal | None = None) -> None:
             rows, config = _check_model(recipe, name, tokenizers[name])
             _check_packing(recipe, name, config)
             try:
-                check_texts(recipe, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
+                check_texts(recipe, name, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
             except (ConfigError, ModelError):
                 if not read[reader].unread:
                     raise
                 read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
-                check_texts(recipe, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
+                check_texts(recipe, name, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
     with found.about():
         unread = dict.fromkeys(of.unread for of in read.values() if of.unread)
         notes = [*unread, *rows_notes(read), *script_notes(recipe)]

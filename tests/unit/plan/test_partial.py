@@ -9,12 +9,14 @@ import pytest
 from huggingface_hub import errors
 
 from tadistill.config import DataRef, load, parse
+from tadistill.config.recipe import sampled_tokens
 from tadistill.data import hub
 from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 from tadistill.models import sources
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import name_of
+from tadistill.runner.preflight import check_inputs
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -115,6 +117,39 @@ def test_answers_longer_than_a_model_can_read_are_refused_by_the_plan():
         make_plan(parse(text, ["evaluate.max_new_tokens=64"], source="r"), partial=True)
     with pytest.raises(ConfigError, match=r"but a prompt plus sampler.max_new_tokens .64. needs more; lower sampler.max_new_tokens"):
         make_plan(parse(text, ["method.sampler={type: student, max_new_tokens: 64}"], source="r"), partial=True)
+
+
+WIDE = "{load: 'scratch:gpt2', tokenizer: tinyworld, config: {n_embd: 8, n_layer: 1, n_head: 1, n_positions: 512}}"
+OTHERS = [f"models.xl={WIDE}", f"models.l={WIDE}", "models.c={init: {from: s, layers: [0]}}"]
+LONG, RECORDED = "{type: student, max_new_tokens: 64}", "{type: student, max_new_tokens: 64, recorded: true}"
+DENSE = "dense: {}, objective: {type: reverse_kl}"
+
+
+@pytest.mark.parametrize("path", [pytest.param("xl > l", marks=pytest.mark.slow), "xl > s", "s > l", "xl > c"])
+def test_sampled_answers_must_fit_the_models_of_their_distillation(path):
+    """Other models of the recipe can have fewer positions."""
+    recipe = parse(SMALL.format(xl="seed: 1"), [*OTHERS, f"arms.op={{path: {path}, sampler: {LONG}}}"], source="r")
+    if path == "xl > l":
+        return check_inputs(make_plan(recipe))
+    with pytest.raises(ConfigError, match=rf"^models.{'c' if 'c' in path else 's'}: the model has 64 positions"):
+        make_plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("arm", "sampler", "models"),
+    [
+        ("{path: s > xl > l}", LONG, ["xl", "l"]),
+        (f"{{path: s > xl > l, {DENSE}}}", LONG, ["xl", "s", "l"]),
+        ("{path: xl > l > s}", LONG, ["xl", "l"]),
+        ("{path: xl > l > s}", RECORDED, ["xl", "s", "l"]),
+        ("{path: xl > l > s, phases: [kd, gkd]}", "{type: dataset}", ["xl", "s", "l"]),
+        ("{path: xl > s}", LONG, []),
+    ],
+)
+def test_sampled_answers_concern_who_teaches_learns_or_writes(arm, sampler, models):
+    given = [*OTHERS, f"models.l.distill.sampler={sampler}", f"arms={{op: {arm}}}"]
+    recipe = parse(SMALL.format(xl="seed: 1"), given, source="r")
+    assert [name for name in recipe.models if sampled_tokens(recipe, name)] == models
 
 
 def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):

@@ -4,15 +4,15 @@ Sizes come from the models' configurations. Texts are tokenised without transfor
 `data.encoding.encode` applies the template, cuts long texts and leaves rows out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Self, cast
 
 from tadistill.config import DataRef, Recipe
-from tadistill.config.common import Decoding
 from tadistill.config.data import Turns
 from tadistill.config.method_parts import TeacherContext
-from tadistill.config.recipe import methods
+from tadistill.config.recipe import sampled_tokens
 from tadistill.constants import PACKED_FAMILIES
 from tadistill.data import datasets, hub, tinyworld
 from tadistill.data.encoding import Counts, Encoded, encode
@@ -68,10 +68,20 @@ class SizesAndLengths:
 
     def config(self, name: str) -> dict | None:
         """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
+        config = self._config(name)
+        positions = shapes.positions_of(config) if config else None
+        for key, new in self._new_tokens(name) if positions else ():
+            if new >= (positions or 0):  # `runner.preflight` also counts the tokens of the longest prompt
+                raise ConfigError(
+                    f"models.{name}: the model has {positions} positions, but a prompt plus {key} ({new}) needs more; lower {key}"
+                )
+        return config
+
+    def _config(self, name: str) -> dict | None:
         model = self.recipe.models[name]
         with about(f"models.{name}"):
             if model.parent:
-                parent = self.config(model.parent)
+                parent = self._config(model.parent)
                 if parent is None or model.init is None:
                     return parent
                 if not model.init.measured:
@@ -85,19 +95,14 @@ class SizesAndLengths:
                 return None
             assert model.load is not None
             found = vocabulary(model.tokenizer, model.revision, self.recipe.data.world) if model.tokenizer else None
-            config = parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
-            positions = shapes.positions_of(config) if config else None
-            for key, new in self._new_tokens.items() if positions else ():
-                if new >= (positions or 0):  # `runner.preflight` also counts the tokens of the longest prompt
-                    raise ConfigError(f"the model has {positions} positions, but a prompt plus {key} ({new}) needs more; lower {key}")
-            return config
+            return parameter_counts.read_config(model.load, model.revision, model.config, found.size if found else None)
 
-    @cached_property
-    def _new_tokens(self) -> dict[str, int]:
-        # the longest answers of the recipe, by the key that sets them; a check before a run names the key of a control's sampler
+    def _new_tokens(self, model: str) -> Iterator[tuple[str, int]]:
+        # the longest answers that a model writes or reads, by the key that sets them; a check before a run names the key of a control's
+        # sampler
+        yield "evaluate.max_new_tokens", self.recipe.evaluate.max_new_tokens
         recipe = self.recipe.model_copy(update={"arms": {name: arm for name, arm in self.recipe.arms.items() if not arm.controls}})
-        sampled = [method.sampler.max_new_tokens for method in methods(recipe) if isinstance(method.sampler, Decoding)]
-        return {"evaluate.max_new_tokens": recipe.evaluate.max_new_tokens, "sampler.max_new_tokens": max(sampled, default=0)}
+        yield "sampler.max_new_tokens", sampled_tokens(recipe, model)
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
