@@ -277,8 +277,7 @@ def prepared(text: str) -> Recipe:
 
     recipe = parse(text, source="r.yaml")
     check_entries(recipe)
-    make_plan(recipe)
-    check_study(recipe)
+    check_study(make_plan(recipe))
     return recipe
 
 

@@ -22,8 +22,9 @@ import page
 PREFLIGHT = """
 from pathlib import Path
 from tadistill.config import load
+from tadistill.plan.arms import make_plan
 from tadistill.runner.preflight import check_study
-check_study(load(Path({recipe!r})))
+check_study(make_plan(load(Path({recipe!r}))))
 """
 TOKENISE = """
 from pathlib import Path
