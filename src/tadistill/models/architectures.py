@@ -68,10 +68,18 @@ def read_config(directory: Path, load: str) -> PreTrainedConfig:
     Raises:
         ModelError: the file cannot be read, or models of its type need code of their own or cannot be distilled.
     """
+    config = parse_config(directory, load)
+    check_architecture(config, load)
+    return config
+
+
+def parse_config(directory: Path, load: str) -> PreTrainedConfig:
+    """Read the config.json of a model, also of one that only gives its tokenizer and cannot be distilled. Raises a ModelError in the other
+    cases of `read_config`."""
     described = read_description(directory / "config.json", load)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+            return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # a damaged file can make transformers raise any error
         refuse_code(directory, load, error)
         refuse_field(described, load, error)
@@ -79,8 +87,21 @@ def read_config(directory: Path, load: str) -> PreTrainedConfig:
         raise ModelError(
             f"config.json of model `{load}` cannot be read ({first_line(error)}); correct the file, or download the model again"
         ) from error
-    check_architecture(config, load)
-    return config
+
+
+def check_config(directory: Path, load: str) -> None:
+    """Check that transformers can build a model from its config.json. No weights are needed.
+
+    Raises:
+        ModelError: as `read_config`, or transformers cannot build the model, or a package that the model needs is missing.
+    """
+    config = read_config(directory, load)
+    try:
+        build_on_meta(config)
+    except Exception as error:  # the code of a model family can raise any error
+        refuse_field(config.to_dict(), load, error)
+        fix = "install it" if isinstance(error, ImportError) else "correct the file"
+        raise ModelError(f"transformers cannot build model `{load}` from its config.json ({first_line(error)}); {fix}") from error
 
 
 def refuse_field(config: Mapping[str, Any], load: str, error: Exception) -> None:

@@ -33,7 +33,17 @@ from tadistill.data import tinyworld
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.architectures import first_line, is_full, quiet, read_config, refuse_code, refuse_field, scratch_config, scratch_model
+from tadistill.models.architectures import (
+    check_config,
+    first_line,
+    is_full,
+    parse_config,
+    quiet,
+    read_config,
+    refuse_code,
+    scratch_config,
+    scratch_model,
+)
 from tadistill.models.model_files import check_files, read_or_empty
 from tadistill.models.tokens import check_ends, end_tokens
 from tadistill.text import counted, form
@@ -159,7 +169,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
         except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
             refuse_code(directory, load, error)
             if (directory / "config.json").is_file():
-                read_config(directory, load)
+                parse_config(directory, load)
             if not any((directory / name).is_file() for name in _VOCABULARIES):
                 raise ModelError(
                     f"model `{load}` has no tokenizer (tokenizer.json); save its tokenizer into the same directory, or set `tokenizer:`"
@@ -194,7 +204,7 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
             distilled.
     """
     check_files(directory, load)
-    config = read_config(directory, load)
+    read_config(directory, load)
     options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
     with quiet():
         try:
@@ -205,9 +215,10 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
         except Exception as error:  # a damaged file can make transformers raise any error
             if is_full(error):
                 raise
-            refuse_field(config.to_dict(), load, error)
-            fix = "install it" if isinstance(error, ImportError) else "download it again"
-            raise ModelError(f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); {fix}") from error
+            check_config(directory, load)
+            raise ModelError(
+                f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); download it again"
+            ) from error
     model, info = loaded
     check_ends(directory, load)
     _check_weights(load, info)

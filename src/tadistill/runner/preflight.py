@@ -15,7 +15,7 @@ from tadistill.data import datasets, survey
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import MEAN
-from tadistill.models.architectures import check_scratch, read_config, scratch_config
+from tadistill.models.architectures import check_config, check_scratch, scratch_config
 from tadistill.models.flops_and_memory import available_memory, check_memory
 from tadistill.models.forward import check_packing
 from tadistill.models.loading import check_model, load_tokenizer
@@ -175,7 +175,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
         rows = head_shape(config)[0]
     else:
         if described := description_file(root.load, root.revision):
-            read_config(described.parent, root.load)  # before its weights are downloaded
+            check_config(described.parent, root.load)  # before its weights are downloaded
         read: Any = check_model(root.load, root.revision)
         config, rows = read.config, read.get_input_embeddings().weight.shape[0]
     _pruned(recipe, name, config)

@@ -7,8 +7,8 @@ import pytest
 from tests.families import tiny_config
 
 from tadistill.errors import ModelError
-from tadistill.models.architectures import count_parameters, read_config, scratch_config
-from tadistill.models.loading import check_model, load_model
+from tadistill.models.architectures import check_config, count_parameters, read_config, scratch_config
+from tadistill.models.loading import check_model, load_model, load_tokenizer
 from tadistill.models.model_files import read_description
 from tadistill.models.shapes import REFUSED
 
@@ -40,7 +40,7 @@ def test_refused_types_are_named_with_the_reason(kind, folder):
         ({"model_type": "xlm"}, 'unless its config.json has "causal": true'),
         ({"model_type": "llama", "hidden_size": "wide"}, "config.json of model `.*` cannot be read .*'hidden_size' expected int, got str"),
         ({"model_type": "llama", "hidden_act": "none"}, "hidden_act is `none`, which transformers does not know; known values are gelu"),
-        ({"model_type": "gemma3n"}, "cannot be loaded as a causal language model .*(?i:timm).*; install it"),
+        ({"model_type": "gemma3n"}, "transformers cannot build model .*(?i:timm).*; install it"),
         ({}, "is of type None"),
         ({"model_type": "nope"}, "is of type nope, which is not a causal language model of this version of transformers"),
         (
@@ -54,6 +54,31 @@ def test_the_sentence_names_the_model_and_what_is_wrong(config, what, folder):
     with pytest.raises(ModelError, match=what) as found:
         check_model(load)
     assert f"`{load}`" in str(found.value)
+
+
+SMALL = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL |= {"intermediate_size": 8, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (SMALL | {"hidden_act": "silux"}, "config.json of model `.*`: hidden_act is `silux`, .*did you mean `silu`"),
+        (SMALL | {"rope_scaling": {"rope_type": "yarnx"}}, "did you mean `yarn`"),
+        (
+            SMALL | {"hidden_size": -8},
+            "cannot build model `.*` from its config.json .*negative dimension.*; correct the file$",
+        ),
+        (SMALL | {"pad_token_id": 100}, "transformers cannot build model .*; correct the file$"),
+        ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 1}, "must be divisible by num_heads.*; correct the file$"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_without_its_weights(config, what, folder):
+    """And in the same words when its weights are read."""
+    load = str(folder(config))
+    for check in (lambda: check_config(folder(config), load), lambda: check_model(load)):
+        with pytest.raises(ModelError, match=what):
+            check()
 
 
 @pytest.mark.parametrize("config", [{"model_type": "bert", "is_decoder": True}, {"model_type": "gpt_neox"}, {"model_type": "mamba"}])
@@ -75,3 +100,11 @@ def test_loading_refuses_before_it_reads_weights(folder, tokenizer):
         load_model(folder({"model_type": "roberta"}))
     with pytest.raises(ModelError, match=r"^model `scratch:bert` is of type bert, which reads text in both directions"):
         scratch_config("bert", {}, tokenizer)
+
+
+def test_a_damaged_tokenizer_is_named_also_beside_a_model_that_cannot_be_distilled(folder):
+    """The folder may serve only as `tokenizer:`."""
+    load = str(folder({"model_type": "t5"}))
+    (folder({"model_type": "t5"}) / "tokenizer.json").write_text('{"a": 1}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"^the tokenizer of model `.*` cannot be read \(.*\); download it again, or set `tokenizer:`"):
+        load_tokenizer(load)

@@ -38,13 +38,24 @@ def recipe(jobs: int = 1, precision: str = "fp32"):
 
 def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_path):
     """Its config.json is enough; the file of weights is whole, but holds none."""
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}')
+    with pytest.raises(ModelError, match=r"models\.s: model `.*` is of type bert, which reads text in both directions"):
+        check_study(with_student(tmp_path, {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}))
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "check_model", lambda *_: pytest.fail("this downloads the weights"))
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ModelError, match=r"models\.s: config.json of model `.*`: hidden_act is `silux`, .*did you mean `silu`"):
+        check_study(with_student(tmp_path, config | {"num_key_value_heads": 2, "vocab_size": 64, "hidden_act": "silux"}))
+
+
+def with_student(tmp_path, config: dict):
+    """The recipe with a student in a folder."""
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     changed = recipe()
     student = changed.models["s"].model_copy(update={"load": str(tmp_path), "config": {}})
-    changed = changed.model_copy(update={"models": changed.models | {"s": student}})
-    with pytest.raises(ModelError, match=r"models\.s: model `.*` is of type bert, which reads text in both directions"):
-        check_study(changed)
+    return changed.model_copy(update={"models": changed.models | {"s": student}})
 
 
 PRUNED = {"init": {"from": "l", "layers": [0, 2, 3]}}
