@@ -78,7 +78,7 @@ def written(
 
     roles = tuple(str(m.get("role")) for m in messages)
     try:
-        return _text(_of_tools(tokenizer, tools), messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, prompt=prompt)
+        return _text(template_for(tokenizer, tools), messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, prompt=prompt)
     except TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
@@ -101,7 +101,7 @@ def marked(
 ) -> list[tuple[int, int]] | None:
     """Return the parts of `written(...)` that the chat template marks with {% generation %}, as (start, end) in characters. Return None if
     the template has no such tag."""
-    template = _of_tools(tokenizer, tools)
+    template = template_for(tokenizer, tools)
     if not _GENERATION.search(template):
         return None
     found, length = list[tuple[int, int]](), 0
@@ -122,7 +122,7 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
     """
     if not settings or not tokenizer.chat_template:
         return
-    known = _variables(_of_tools(tokenizer, ())) | _variables(_of_tools(tokenizer, [{}]))
+    known = _variables(template_for(tokenizer, ())) | _variables(template_for(tokenizer, [{}]))
     for name in settings:
         if name not in known:
             raise ModelError(
@@ -199,11 +199,23 @@ def dated(template: str | None, variables: Mapping[str, Any]) -> bool:
 
 
 def default_template(given: Any) -> str | None:
-    """Return the chat template for conversations without tools. `given` is one template, or several templates by name."""
+    """Return the chat template for conversations without tools, or the one for tools if it is the only one. `given` is one template, or
+    several templates by name."""
     if isinstance(given, list):  # as in tokenizer_config.json
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-    found = given.get("default") if isinstance(given, dict) else given
+    found = given.get("default") or given.get("tool_use") if isinstance(given, dict) else given
     return found if isinstance(found, str) else None
+
+
+def template_for(tokenizer: "PreTrainedTokenizerBase", tools: Seq[Mapping[str, Any]]) -> str:
+    """Return the chat template for a conversation with these tools, or without any. Empty if the tokenizer has none.
+
+    Some tokenizers have a second template for conversations with tools.
+    """
+    given: Any = tokenizer.chat_template
+    if isinstance(given, dict):
+        given = (tools and given.get("tool_use")) or given.get("default")
+    return given or ""
 
 
 def _texts(specials: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -234,13 +246,6 @@ def _rendered(template: str | None, turns: Seq[tuple[str, str]], variables: Mapp
         return _text(template or "", messages, variables, prompt=prompt)
     except Exception:  # a template may raise any error; `render` reports it for a row of the data
         return None
-
-
-def _of_tools(tokenizer: "PreTrainedTokenizerBase", tools: Seq[Mapping[str, Any]]) -> str:
-    # some tokenizers have a second template for conversations with tools
-    given: Any = tokenizer.chat_template
-    named = given.get("tool_use" if tools else "default") if isinstance(given, dict) else None
-    return named or default_template(given) or ""
 
 
 @lru_cache
@@ -277,8 +282,10 @@ def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
 @lru_cache
 def _compiled(template: str, marks: tuple[str, str]) -> "Template":
     import jinja2.ext  # not transformers: planning must start quickly
+    from jinja2.exceptions import SecurityError
     from jinja2.nodes import CallBlock
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class Marks(jinja2.ext.Extension):
         tags = {"generation"}
@@ -291,6 +298,24 @@ def _compiled(template: str, marks: tuple[str, str]) -> "Template":
         def mark(self, caller: Callable[[], str]) -> str:
             return f"{marks[0]}{caller()}{marks[1]}"
 
+    class Names(Namespace):  # anybody may write a template: names of Python's own attributes stay closed
+        def __init__(*given: Any, **named: Any) -> None:  # without `self`, which a template may use as a name
+            Namespace.__init__(given[0])  # type: ignore[arg-type]
+            for name, value in dict(*given[1:], **named).items():
+                given[0][name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if str(name).startswith("_"):
+                raise SecurityError(f"a namespace of a chat template cannot have the name {name!r}, because it begins with `_`")
+            super().__setitem__(name, value)
+
+    class Dicts:  # `dict` without the other attributes of the class
+        def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
+            return dict(*given, **named)
+
+        def fromkeys(self, *given: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*given)
+
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -299,5 +324,6 @@ def _compiled(template: str, marks: tuple[str, str]) -> "Template":
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, jinja2.ext.loopcontrols])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {"dict": Dicts(), "namespace": Names}
     environment.filters["tojson"] = as_json
     return environment.from_string(template)

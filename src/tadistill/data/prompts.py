@@ -62,7 +62,7 @@ def render(
 
 def check_template(example: Example, tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
     """Raise a ModelError if the tokenizer has no chat template. The example must be one whose prompt a chat template writes (`in_chat`)."""
-    if not chat.default_template(tokenizer.chat_template):
+    if not chat.template_for(tokenizer, example.tools):
         why = "its rows are conversations" if example.messages else "data.template is chat"
         raise ModelError(
             f"{where}: {why}, but the tokenizer has no chat template; set `tokenizer:` of the models to one that has a chat template"
@@ -152,7 +152,7 @@ def render_for_teacher(
     if not chats:
         assert context.template is not None, "no chat template writes the teacher's prompt, so context.template must be set"
         return context.filled(_columns(context, example, prompt, where))
-    if not chat.default_template(tokenizer.chat_template):
+    if not chat.template_for(tokenizer, example.tools):
         raise ModelError(
             f"{where}: the `context` needs a chat template, but the tokenizer has none; set `tokenizer:` of the models to one that has a "
             "chat template, or set context.chat: false"

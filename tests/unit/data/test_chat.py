@@ -1,6 +1,9 @@
 """Chat templates of other people: what they refuse, leave out or lack, and the token with which they end an answer."""
 
+from dataclasses import replace
+
 import pytest
+from jinja2 import TemplateError
 from tests.byte_models import BOS, CHATML, EOS, IM_END, LLAMA2, TURNS, byte_tokenizer
 from tests.chat_templates import QWEN3
 
@@ -88,6 +91,35 @@ def test_conversations_need_a_chat_template(template):
     row = [Example("", "", ("yo",), messages=(USER,))]
     with pytest.raises(ModelError, match="row 1: its rows are conversations, but the tokenizer has no chat template; set `tokenizer:`"):
         encode(row, byte_tokenizer(template), Rules(99, 199, template="plain"))
+
+
+def test_one_template_for_tools_is_enough_for_rows_with_tools():
+    tokenizer, tools = byte_tokenizer({"tool_use": QWEN3}), ({"type": "function", "function": {"name": "f"}},)
+    row = Example("", "", ("yo",), messages=(USER,), tools=tools)
+    assert encode([row], tokenizer, Rules(999, 1099, template="plain"))[0][0].response[-1] == IM_END
+    with pytest.raises(ModelError, match="row 1: its rows are conversations, but the tokenizer has no chat template"):
+        encode([replace(row, tools=())], tokenizer, Rules(999, 1099, template="plain"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ namespace(_x=1) }}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ dict.keys({'a': 1}) }}",
+        "{% set ns = namespace({'a': 1}, self=2) %}{% set ns.b = 3 %}{{ ns.a }}{{ ns.self }}{{ ns.b }}",
+        "{{ dict(a=1) }}{{ dict([['b', 2]]) }}{{ dict.fromkeys('ab', 1) }}{{ dict['fromkeys']('ab') }}{{ dict.update }}",
+    ],
+)
+def test_templates_reach_as_little_of_python_as_in_transformers(template):
+    tokenizer = byte_tokenizer(template)
+    try:
+        theirs = tokenizer.apply_chat_template([USER], tokenize=False)
+    except TemplateError:
+        with pytest.raises(DataError, match="row 1: the tokenizer's chat template refuses the turns user"):
+            chat.written([USER], tokenizer, "row 1")
+    else:
+        assert chat.written([USER], tokenizer, "row 1") == theirs
 
 
 @pytest.mark.parametrize(
