@@ -60,15 +60,18 @@ def record(
 ) -> None:
     """Write the teacher's outputs at every token of `sequences` that counts in the loss. Files that already exist are not written again.
 
-    Several processes write different files: `share` is the rank of this process and the number of processes. After each batch, and after
-    each file, `tick` is called with the number of sequences that are done.
+    Several processes write different files: `share` is the rank of this process and the number of processes. Before and after each new
+    file, and after each batch, `tick` is called with the number of sequences that are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(outputs, config, vocab, folder)
     for number, start in enumerate(range(0, len(sequences), _PART)):
         path = folder / f"{start:08d}.safetensors"
         chunk = [s.of_teacher for s in sequences[start : start + _PART]]
-        if number % share[1] == share[0] and not path.is_file():
+        if path.is_file():
+            continue
+        tick(start)
+        if number % share[1] == share[0]:
             writer.write(path, chunk, start, lambda done, start=start: tick(start + done))
         tick(start + len(chunk))
 

@@ -46,6 +46,8 @@ class Screen:
         self.saved: dict[str, int] = {}
         """For each stage that was started, the update from which it continues, by key. The value is 0 if no state was saved, and for stages
         that train nothing."""
+        self.resumed: set[str] = set()
+        """Keys of running stages that continue after finished parts, and have not yet reported how much of their work these parts are."""
         self.reminded = False
         self._minute = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -92,6 +94,8 @@ class Screen:
         self.saved[key] = saved
         self.run.stages[key] = StageProgress(label, saved, steps or 1, f"continues {where}" if where else "starting")
         self.estimate.begins(key, saved / (steps or 1))
+        if where and not steps:
+            self.resumed.add(key)
         self.board.start(key)
         if self.live:
             self.live.refresh()  # the first process may take seconds to start
@@ -113,6 +117,9 @@ class Screen:
         stage = self.run.stages[key]
         done, stage.total, stage.note = message
         stage.done = done or self.saved[key]  # until a stage has read its saved state, it reports 0
+        if done and key in self.resumed:
+            self.resumed.remove(key)
+            self.estimate.begins(key, done / max(stage.total, 1))
         self.board.progress(key, stage.note)
         self.estimate.running(key, stage.done / max(stage.total, 1), time.monotonic() - self.started[key])
 

@@ -326,8 +326,9 @@ class Done:
         """Do a part of the work, and write its result to a JSON file. If an earlier attempt has written the file, only count the part."""
         self.part(size)
         if file.is_file():
-            self(size)
+            self.done += size
         else:
+            self.context.progress(self.done, self.total, self.unit)
             stop_if_asked(self.context)
             write_json(file, work())
 

@@ -19,6 +19,7 @@ from tests.unit.runner.small import small
 
 from tadistill.cluster.status import print_status, status_rows
 from tadistill.config import load, parse
+from tadistill.disk import write_json
 from tadistill.errors import ConfigError, NotPlanned, StageFailed
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
@@ -261,6 +262,20 @@ def test_a_stage_that_continues_shows_its_saved_update_until_it_has_loaded_its_m
         assert (mine.run.stages[key].done, mine.run.stages[key].note) == (5, "loading model")
         mine.show(key, (4, 8, "the state before"))  # the newest state was damaged
         assert mine.run.stages[key].done == 4
+
+
+def test_finished_parts_are_the_start_of_a_stage_and_no_work_of_this_run(plan, study, monkeypatch):
+    """They were counted in an instant, so the time left was far too short."""
+    key = list(plan.stages)[1]  # the evaluation
+    store = Store(study.parent / "store")
+    write_json(store.folder(key) / "parts" / "own-1.json", [])
+    clock = [100.0]
+    monkeypatch.setattr(screen, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with Screen(plan, store, Terminal(file=io.StringIO()), todo=[key], jobs=1) as mine:
+        mine.start(key)
+        for clock[0], done in ((101.0, 0), (110.0, 60), (120.0, 70)):
+            mine.show(key, (done, 100, "answers"))
+        assert mine.estimate.left(key) == pytest.approx(30)  # ten answers took ten seconds
 
 
 def test_a_terminal_gets_a_table_and_one_line_at_the_end(plan, study, monkeypatch):

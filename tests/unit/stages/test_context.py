@@ -44,7 +44,9 @@ def test_a_saved_part_is_counted_and_not_worked_on_again(tmp_path):
         done = context.Done(stage, 5, "answers")  # type: ignore[arg-type]
         done.save(tmp_path / "parts" / "0.json", 3, partial(work, done))
         assert read_json(tmp_path / "parts" / "0.json") == ["a"]
-    assert shown == 2 * [(0, 5, "answers"), (3, 5, "answers")]
+    assert shown == [(0, 5, "answers"), (0, 5, "answers"), (3, 5, "answers"), (0, 5, "answers")]
+    done.save(tmp_path / "parts" / "1.json", 2, lambda: done(2) or ["b"])
+    assert shown[-2:] == [(3, 5, "answers"), (5, 5, "answers")]  # first what an earlier attempt has done
 
 
 def test_only_a_gpu_computes_gelu_in_one_kernel(tmp_path):
