@@ -219,7 +219,7 @@ SAMPLER = Walk(
         ("plan/costs/ledger.py", "    samplers.PairSampler: Ledger._pair,\n", "@    samplers.FreshSampler: Ledger._fresh,\n"),
     ),
     use=TRAINS.format(method="objective: {type: reverse_kl}, sampler: {type: fresh, max_new_tokens: 4}"),
-    forgotten="fresh",
+    forgotten="FreshSampler",
 )
 
 WALKS = {"metric": METRIC, "objective": OBJECTIVE, "sampler": SAMPLER, "stage kind": KIND}

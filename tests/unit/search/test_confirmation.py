@@ -15,12 +15,12 @@ RECIPE = """
 study: STUDY
 seeds: [1]
 models:
-  t: {load: "scratch:gpt2", tokenizer: tinyworld, seed: 1, config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128},
+  t: {load: "scratch:gpt2", tokenizer: tinyworld, seed: 1, config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 512},
       sft: {optim: {steps: 4}, select: {metric: last}, keep: [2], sets: [maths]}}
   big: {checkpoint: {of: t, step: 2}}
   a: {init: {from: big, layers: 1}, sft: {optim: {steps: 4}, select: {metric: last}}}
-  b: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 128}, distill: mine}
-  s: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 8, n_layer: 1, n_head: 2, n_positions: 128}}
+  b: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 512}, distill: mine}
+  s: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 8, n_layer: 1, n_head: 2, n_positions: 512}}
   cool: {temper: {of: t, like: direct}}
 data:
   train: {maths: {load: maths.jsonl, weight: 1}, chat: {load: sets/chat, weight: 3}}
