@@ -138,8 +138,8 @@ def model_of(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, padding:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     common = ids | {"vocab_size": len(tokenizer) + padding}
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=1, n_head=2, n_positions=160, **common))
-    shape = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 160}
+        return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=1, n_head=2, n_positions=512, **common))
+    shape = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512}
     if kind == "opt":
         return OPTForCausalLM(OPTConfig(ffn_dim=2 * width, word_embed_proj_dim=width, **shape, **common))
     shape |= {"intermediate_size": 2 * width, "num_key_value_heads": 1}
@@ -190,7 +190,6 @@ def test_is_read_and_planned_without_network(path, data, stand_in):
     changes = [f"models.{n}.load={stand_in('llama', 'deep' if pruned else 'base')}" for n in packaged]
     kept = {n: max(m.sft.keep) for n, m in given.models.items() if m.sft and m.sft.keep}
     changes += ["data.template=plain"] if given.data.template == "chat" and packaged else []  # the stand-ins have no chat template
-    changes += ["evaluate.max_new_tokens=32"] if packaged else []  # the stand-ins have 160 positions
     changes += [f"models.{n}.sft.optim.{s}" for n, steps in kept.items() for s in ("epochs=null", f"steps={steps}")]
     recipe = load(path, [f"data.root={data}", *changes])
     plan = make_plan(recipe)

@@ -79,7 +79,7 @@ def studies(runs: Path, store: Store) -> list[StudyRow]:
 def _row(study: Path, store: Store, queue: Queue) -> StudyRow:
     search = not (study / "plan.json").is_file()
     try:
-        plan = search_plan(study, store) | {"created": _began(study)} if search else read_plan(study)
+        plan: dict[str, Any] = {**search_plan(study, store), "created": _began(study)} if search else read_plan(study)
         updates, created = {stage["key"]: stage.get("steps") for stage in plan["stages"]}, str(plan["created"])
     except (StoreError, KeyError, TypeError, AttributeError):
         return StudyRow(study.name, _changed(study), 0, 0, _size(study), f"{'search' if search else 'plan'}.json is damaged")
