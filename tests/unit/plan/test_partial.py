@@ -15,6 +15,7 @@ from tadistill.errors import ConfigError, DataError, ModelError, NotHere
 from tadistill.models import sources
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import sizes_and_lengths
 from tadistill.plan.task import name_of
 from tadistill.runner.preflight import check_inputs
 from tadistill.store import Store
@@ -106,6 +107,14 @@ def test_sizes_in_the_recipe_are_enough(tmp_path, monkeypatch):
         make_plan(parse(SMALL.format(xl=xl), source="r"), partial=True)
     with pytest.raises(ConfigError, match="has no `model_type`; add this key, or remove `config`"):
         parse(SMALL.format(xl="config: {n_layer: 48}"), source="r")
+
+
+def test_the_samplers_of_all_arms_are_read_once_for_each_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sizes_and_lengths, "sampled_tokens", lambda recipe, model: asked.append(model) or 8)
+    sizes = sizes_and_lengths.SizesAndLengths(parse(SMALL.format(xl="seed: 1"), ["evaluate.max_new_tokens=8"], source="r"))
+    assert [sizes.config("s") for _ in range(3)] == [sizes.config("s")] * 3
+    assert asked == ["s"]
 
 
 def test_answers_longer_than_a_model_can_read_are_refused_by_the_plan():

@@ -49,6 +49,7 @@ class SizesAndLengths:
         self.readers: tuple[str, ...] = ()
         self.teachers: tuple[str, ...] = ()
         self._others: dict[tuple, Self] = {}
+        self._fit: set[str] = set()  # models whose positions have been compared with the lengths of answers
 
     def unknown(self) -> list[str]:
         """Return the models whose config.json is not on this disk, as `NAME (SOURCE)`."""
@@ -70,11 +71,13 @@ class SizesAndLengths:
         """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
         config = self._config(name)
         positions = shapes.positions_of(config) if config else None
-        for key, new in self._new_tokens(name) if positions else ():
-            if new >= (positions or 0):  # `runner.preflight` also counts the tokens of the longest prompt
-                raise ConfigError(
-                    f"models.{name}: the model has {positions} positions, but a prompt plus {key} ({new}) needs more; lower {key}"
-                )
+        if positions and name not in self._fit:
+            for key, new in self._new_tokens(name):
+                if new >= positions:  # `runner.preflight` also counts the tokens of the longest prompt
+                    raise ConfigError(
+                        f"models.{name}: the model has {positions} positions, but a prompt plus {key} ({new}) needs more; lower {key}"
+                    )
+            self._fit.add(name)
         return config
 
     def _config(self, name: str) -> dict | None:
