@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, convert_outputs_to_fp32, gather_object
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tadistill import rng
@@ -103,63 +105,49 @@ def train_stage(
             f"optim.batch is {optim.batch}, but it must be a multiple of the {accelerator.num_processes} processes; change one of the two "
             "numbers"
         )
-    steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
+    steps, log_every = optim.steps, max(1, optim.steps // LOG_POINTS)
     patience = math.inf if select.patience is None else select.patience
     model = _prepare_sharded(student, accelerator) if sharding.sharded(student) else _prepare_whole(student, accelerator)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
     step = replace(step, phase=meter.phase)
-    files = Checkpoints(directory, checkpoint_seconds)
     alarms = Alarms(minillm=step.clip is not None, precise=optim.precision == "fp32")
-    run = _Run(student, step, sampler, optimizer, accelerator, files, alarms, meter)
-    state = run.resume(hooks.alarm)
+    files = Checkpoints(directory, checkpoint_seconds)
+    run = _Run(student, step, sampler, optim, optimizer, accelerator, files, alarms, meter, hooks)
+    state = run.resume()
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
-    since = _Averages(state.pending)
+    averages = _Averages(state.pending)
     hooks.progress(state.step, f"continues at update {state.step} of {steps}" if state.step else "training")
     # dropout depends on the rank, so two runs with equal numbers of processes have equal dropout; rank 0 has that of a run with one process
-    others = [accelerator.process_index] if accelerator.process_index else []
+    rank = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
         if sampler.wants_dev:
-            sampler.observe(run.dev(hooks))
+            sampler.observe(run.evaluate())
         while state.step < steps and state.misses < patience:
-            stop, due = _anywhere(accelerator, hooks.stop(), accelerator.is_main_process and files.due())
-            if stop or due:
-                run.save(state)
-            if stop:
-                accelerator.wait_for_everyone()  # a process that ends early would end the others before the state is saved
-                raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
+            run.save_or_stop(state)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)
-            samples = sampler.samples(state.step)
-            with meter.timed("sampling"), sharding.whole(student, *sampler.guides, when=samples):
-                batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
-            meter.saw(batches)
+            batches = run.sample(state.step)
             with meter.timed("watching"):
-                watched = run.watch(batches, samples) if state.step % max(every, WATCH_EVERY) == 0 else {}
-                if watched:
-                    hooks.sampled(state.step, batches[0].first(WATCHED_ROWS))
-            for line in run.alarms.check(state.step, watched, watched.pop("apart", None)):
+                watched = run.watch(batches, state.step) if state.step % max(log_every, WATCH_EVERY) == 0 else {}
+            for line in alarms.check(state.step, watched, watched.pop("apart", None)):
                 hooks.alarm(line)
-            torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *others))
+            torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *rank))
             with meter.timed("training"):
-                since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
+                averages.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
                 if step.average:
                     step.average.update()
             state.step += 1
             if state.step in hooks.kept:
-                kept = sharding.weights(student)
+                whole = sharding.weights(student)
                 if accelerator.is_main_process:
-                    hooks.keep(state.step, kept)
-            chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
-            if state.step % every == 0 or chosen:
-                metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
-                if chosen:
-                    hooks.progress(state.step, "evaluating on dev")
-                    dev = run.dev(hooks)
-                    run.keep_best(state, dev[select.metric], select)
-                    sampler.observe(dev)
-                    metrics |= {f"dev/{name}": v for name, v in dev.items()}
-                    since.start = time.monotonic()
+                    hooks.keep(state.step, whole)
+            selects = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
+            if selects or state.step % log_every == 0:
+                metrics = averages.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
+                if selects:
+                    metrics |= run.select(state, select)
+                    averages.start = time.monotonic()
                 hooks.progress(state.step, training_text(metrics["train/loss"], metrics["train/tokens_per_second"]))
                 if log:
                     log.write(state.step, metrics)
@@ -171,7 +159,7 @@ def train_stage(
     return state
 
 
-def _prepare_whole(student: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+def _prepare_whole(student: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes > 1:
         # By default, DDP waits for the gradients of all parameters, also of those that no text uses, and has a copy of all gradients
         unused = _anywhere(accelerator, not sharding.uses_all(student))[0]
@@ -193,32 +181,67 @@ class _Run:
     student: PreTrainedModel
     step: Step
     sampler: Sampler
-    optimizer: torch.optim.Optimizer
+    optim: Optim
+    optimizer: Optimizer
     accelerator: Accelerator
     files: Checkpoints
     alarms: Alarms
     meter: Meter
+    hooks: Hooks
 
-    def dev(self, hooks: Hooks) -> dict[str, float]:
+    def sample(self, done: int) -> list[Batch]:
+        samples = self.sampler.samples(done)
+        with self.meter.timed("sampling"), sharding.whole(self.student, *self.sampler.guides, when=samples):
+            sampled = self.sampler.micro_batches(done)
+            batches = self.step.prepare(sampled, done, lambda values: _sum(self.accelerator, values).cpu())
+        self.meter.saw(batches)
+        return batches
+
+    def watch(self, batches: list[Batch], done: int) -> dict[str, float]:
+        main = self.accelerator.is_main_process
+        if not main and not any(map(sharding.sharded, self.step.models.here)):  # sharded models need all processes
+            return {}
+        with self.accelerator.autocast():
+            fresh = self.sampler.samples(done) and not self.sampler.mixes and not self.student.training
+            watched = watch(self.step, [b.to(self.accelerator.device) for b in batches], fresh=fresh)
+        if not (main and watched):
+            return {}
+        if self.sampler.apart is not None:
+            watched["apart"] = self.sampler.apart
+        self.hooks.sampled(done, batches[0].first(WATCHED_ROWS))
+        return watched
+
+    def evaluate(self) -> dict[str, float]:
         with self.meter.timed("selection"), sharding.whole(self.student):
             was_training = self.student.training
             self.student.eval()
-            metrics = [hooks.evaluate()]
+            metrics = [self.hooks.evaluate()]
             self.student.train(was_training)
             if self.accelerator.num_processes > 1:
                 broadcast_object_list(metrics)
             return metrics[0]
 
-    def watch(self, batches: list[Batch], samples: bool) -> dict[str, float]:
-        main = self.accelerator.is_main_process
-        if not main and not any(map(sharding.sharded, self.step.models.here)):  # sharded models need all processes
-            return {}
-        with self.accelerator.autocast():
-            fresh = samples and not self.sampler.mixes and not self.student.training
-            found = watch(self.step, [b.to(self.accelerator.device) for b in batches], fresh=fresh)
-        if found and self.sampler.apart is not None:
-            found["apart"] = self.sampler.apart
-        return found if main else {}
+    def select(self, state: TrainState, select: Select) -> dict[str, float]:
+        self.hooks.progress(state.step, "evaluating on dev")
+        dev = self.evaluate()
+        value, sign = dev[select.metric], 1 if higher_is_better(select.metric) else -1
+        if state.best_value is None or sign * value > sign * state.best_value:
+            state.best_value, state.best_step, state.misses = value, state.step, 0
+            best = sharding.weights(self.student)
+            if self.accelerator.is_main_process:
+                self.files.keep_best(state.step, best)
+        else:
+            state.misses += 1
+        self.sampler.observe(dev)
+        return {f"dev/{name}": value for name, value in dev.items()}
+
+    def save_or_stop(self, state: TrainState) -> None:
+        stop, due = _anywhere(self.accelerator, self.hooks.stop(), self.accelerator.is_main_process and self.files.due())
+        if stop or due:
+            self.save(state)
+        if stop:
+            self.accelerator.wait_for_everyone()  # a process that ends early would end the others before the state is saved
+            raise Interrupted(f"stopped at update {state.step} of {self.optim.steps}; the state is saved")
 
     def save(self, state: TrainState) -> None:
         model, optimizer = sharding.weights(self.student), sharding.gathered(self.optimizer.state_dict())
@@ -232,8 +255,8 @@ class _Run:
         self.files.save(state)
         state.release()
 
-    def resume(self, alarm: Callable[[str], None]) -> TrainState:
-        state = self.files.load(alarm)
+    def resume(self) -> TrainState:
+        state = self.files.load(self.hooks.alarm)
         if state is None:
             return TrainState()
         sharding.load_weights(self.student, state.model)
@@ -248,32 +271,15 @@ class _Run:
         state.release()
         return state
 
-    def keep_best(self, state: TrainState, value: float, select: Select) -> None:
-        sign = 1 if higher_is_better(select.metric) else -1
-        if state.best_value is None or sign * value > sign * state.best_value:
-            state.best_value, state.best_step, state.misses = value, state.step, 0
-            best = sharding.weights(self.student)
-            if self.accelerator.is_main_process:
-                self.files.keep_best(state.step, best)
-        else:
-            state.misses += 1
-
 
 def _update(
-    model: torch.nn.Module,
-    step: Step,
-    batches: list[Batch],
-    optimizer: torch.optim.Optimizer,
-    optim: Optim,
-    accelerator: Accelerator,
-    done: int,
+    model: nn.Module, step: Step, batches: list[Batch], optimizer: Optimizer, optim: Optim, accelerator: Accelerator, done: int
 ) -> dict[str, float]:
     total = counts(batches)
     count = dict(zip(total, _sum(accelerator, torch.tensor([*total.values()])).tolist(), strict=True))
     # DDP and FSDP average gradients over the ranks, but the count already includes all ranks, so it is divided by their number
     per = {name: max(n, 1) / accelerator.num_processes for name, n in count.items()}
-    logged = torch.zeros(0)
-    names: list[str] = []
+    logged, names = torch.zeros(0), list[str]()
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         # gradients of a sharded model are summed over the processes in every micro-batch, because whole gradients would not fit
