@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,6 +71,27 @@ def check_study(plan: Plan, console: Terminal | None = None, stages: Iterable[St
 def check_inputs(plan: Plan, console: Terminal | None = None) -> None:
     """Check everything that does not depend on the machine: data, tokenizers and models. Raises the same errors as `check_study`."""
     found, recipe = Gathering(), plan.recipe
+    _check_without_models(plan, found)
+    tokenizers = _load_tokenizers(plan, found)
+    found.finish()
+    families = _families(plan, tokenizers)
+    read = _read_data(plan, families)
+    with found.about():
+        _check_top_k(recipe, min((family.shared for family in families), default=0))
+    for name in tokenizers:
+        with found.about(f"models.{name}"):
+            _check_model_and_texts(plan, name, tokenizers[name], next(family for family in families if name in family.models), read)
+    with found.about():
+        unread = dict.fromkeys(of.unread for of in read.values() if of.unread)
+        notes = [*unread, *rows_notes(read), *script_notes(recipe)]
+    found.finish()
+    for note in notes:
+        if console:
+            console.say(note)
+
+
+def _check_without_models(plan: Plan, found: Gathering) -> None:
+    recipe = plan.recipe
     with found.about():
         survey.check(recipe)
     with found.about():
@@ -81,59 +103,73 @@ def check_inputs(plan: Plan, console: Terminal | None = None) -> None:
     for stage in plan.stages.values() if recipe.resources else vllm_stages(plan.stages.values()):
         with found.about():
             layout(recipe, stage)
-    teacher, used, tokenizers = original_teacher(recipe), _used(recipe), {}
-    for name in used:
-        with found.about(f"models.{name}"):
-            tokenizers[name] = _tokenizer(recipe, name, plan.tokens)
-    found.finish()
+
+
+def _load_tokenizers(plan: Plan, found: Gathering) -> dict[str, PreTrainedTokenizerBase]:
+    # the tokenizer of each model that runs here
+    tokenizers, teacher = dict[str, PreTrainedTokenizerBase](), original_teacher(plan.recipe)
+    for name, model in plan.recipe.models.items():
+        if model.api is None and (name == teacher or any(name in arm.models for arm in plan.recipe.arms.values())):
+            with found.about(f"models.{name}"):
+                tokenizers[name] = _tokenizer(plan.recipe, name, plan.tokens)
+    return tokenizers
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Models that share a tokenizer."""
+
+    models: list[str]
+    reader: str
+    """The model whose tokenizer encodes the texts for all of them. It has the most tokens, so that a text with a token that only some of
+    the models have is found."""
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer of the reader."""
+    shared: int
+    """The number of tokens that all models have."""
+
+
+def _families(plan: Plan, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[_Family]:
     # without a teacher, models are only evaluated, and each one may have its own tokenizer
-    alike = dict.fromkeys(plan.tokens.family(name) if teacher else (name,) for name in used)
-    families = [[name for name in family if name in used] for family in alike]
-    for family in families:
-        check_same_tokenizer({name: tokenizers[name] for name in family})
-    # the tokenizer with the most tokens encodes the texts for all models of a family, so that a text with a token that only some of them
-    # have is found
-    readers = {name: max(family, key=lambda name: len(tokenizers[name])) for family in families for name in family}
+    teacher, families = original_teacher(plan.recipe), list[_Family]()
+    for family in dict.fromkeys(plan.tokens.family(name) if teacher else (name,) for name in tokenizers):
+        of_models = {name: tokenizers[name] for name in family if name in tokenizers}
+        check_same_tokenizer(of_models)
+        reader = max(of_models, key=lambda name: len(tokenizers[name]))
+        shared = min(vocabulary(tokenizer).size for tokenizer in of_models.values())
+        families.append(_Family([*of_models], reader, tokenizers[reader], shared))
+    return families
+
+
+def _read_data(plan: Plan, families: list[_Family]) -> dict[str, Read]:
+    # the splits as the reader of each family tokenises them
     read: dict[str, Read] = {}
-    for name in dict.fromkeys(readers.values()):
-        with about(f"models.{name}" if len(families) > 1 else ""):
-            read[name] = read_splits(recipe, tokenizers[name], plan.tokens, name)
-    if teacher:
+    for family in families:
+        with about(f"models.{family.reader}" if len(families) > 1 else ""):
+            read[family.reader] = read_splits(plan.recipe, family.tokenizer, plan.tokens, family.reader)
+    if original_teacher(plan.recipe):
         check_readable(read)
-    shared = {name: min(vocabulary(tokenizers[n]).size for n in family) for family in families for name in family}
-    with found.about():
-        _check_top_k(recipe, min(shared.values(), default=0))
-    for name in used:
-        reader = readers[name]
-        with found.about(f"models.{name}"):
-            rows, config = _check_model(recipe, name, tokenizers[name])
-            _check_packing(recipe, name, config)
-            try:
-                check_texts(recipe, name, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
-            except (ConfigError, ModelError):
-                if not read[reader].unread:
-                    raise
-                read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
-                check_texts(recipe, name, rows, config, tokenizers[reader], read[reader].texts_of(name), shared[name])
-    with found.about():
-        unread = dict.fromkeys(of.unread for of in read.values() if of.unread)
-        notes = [*unread, *rows_notes(read), *script_notes(recipe)]
-    found.finish()
-    for note in notes:
-        if console:
-            console.say(note)
+    return read
+
+
+def _check_model_and_texts(plan: Plan, name: str, tokenizer: PreTrainedTokenizerBase, family: _Family, read: dict[str, Read]) -> None:
+    recipe, reader = plan.recipe, family.reader
+    rows, config = _check_model(recipe, name, tokenizer)
+    _check_packing(recipe, name, config)
+    try:
+        check_texts(recipe, name, rows, config, family.tokenizer, read[reader].texts_of(name), family.shared)
+    except (ConfigError, ModelError):
+        if not read[reader].unread:
+            raise
+        # a training set was not tokenised yet: only upper limits of its lengths and ids were checked
+        read[reader] = read_splits(recipe, family.tokenizer, plan.tokens, reader, all_rows=True)
+        check_texts(recipe, name, rows, config, family.tokenizer, read[reader].texts_of(name), family.shared)
 
 
 def _check_top_k(recipe: Recipe, vocab: int) -> None:
     for method in methods(recipe):
         if isinstance(method.objective, TopKForwardKL | TopKReverseKL) and method.objective.k > vocab:
             raise ConfigError(f"objective.k is {method.objective.k}, but the models share only {vocab} tokens; write at most {vocab}")
-
-
-def _used(recipe: Recipe) -> list[str]:
-    teacher = original_teacher(recipe)
-    here = [name for name, model in recipe.models.items() if model.api is None]
-    return [name for name in here if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
 
 
 def _check_peft(recipe: Recipe) -> None:
