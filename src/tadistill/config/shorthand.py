@@ -46,14 +46,10 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"the recipe has `student` (a key of the short form) and also `{both[0]}`; remove one of these two keys")
     alone = "teacher" not in raw and _is_sft(raw.get("method"))
     if missing := [key for key in SHORT_KEYS if key not in raw and not (alone and key == "teacher")]:
-        other = "student" if missing == ["teacher"] else "teacher"
-        close = difflib.get_close_matches(missing[0], [key for key in raw if key not in SHORT_KEYS], n=1, cutoff=0.8)
-        fix = f"did you mean it with `{close[0]}`?" if close else f"add the key `{missing[0]}` with a model"
-        fix += ", or write `method: sft` to fine-tune the student without a teacher" if missing == ["teacher"] and not close else ""
-        raise ConfigError(f"the recipe has a `{other}` but no `{missing[0]}`; {fix}")
+        raise ConfigError(_missing(raw, missing[0]))
     models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS if name in raw}
     rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
-    evaluate = rest.pop("evaluate", None)
+    evaluate = rest.pop("evaluate", None) or {}
     data, method = rest.pop("data", None), rest.pop("method", {})
     data = dict.fromkeys(("train", "dev", "test"), data) if isinstance(data, str) else data
     method = {"name": method} if isinstance(method, str) else method
@@ -69,9 +65,18 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
         "models": models,
         **({} if data is None else {"data": data}),
         "method": method,
-        "evaluate": {"seeds": [10], "also": {}} | evaluate if isinstance(evaluate, dict) else evaluate or {"seeds": [10], "also": {}},
+        "evaluate": {"seeds": [10], "also": {}} | evaluate if isinstance(evaluate, dict) else evaluate,
         "arms": {"student": {"path": "student", "method": "sft"} if alone else "teacher > student"},
     }
+
+
+def _missing(raw: dict[str, Any], key: str) -> str:
+    # the message for a recipe that has only one of the keys `teacher` and `student`
+    close = difflib.get_close_matches(key, [other for other in raw if other not in SHORT_KEYS], n=1, cutoff=0.8)
+    fix = f"did you mean it with `{close[0]}`?" if close else f"add the key `{key}` with a model"
+    if key == "teacher" and not close:
+        fix += ", or write `method: sft` to fine-tune the student without a teacher"
+    return f"the recipe has a `{'student' if key == 'teacher' else 'teacher'}` but no `{key}`; {fix}"
 
 
 def _is_sft(method: Any) -> bool:
