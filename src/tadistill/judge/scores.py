@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-_REFUSALS = 3  # after so many refusals and no answer, the run assumes that the endpoint refuses everything
+_REFUSALS = 3  # after refusals for so many prompts and no answer, the run assumes that the endpoint refuses everything
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
 Scores = tuple[float, float]
@@ -116,12 +116,14 @@ def ask_all(
     Raises:
         JudgeFailed: the endpoint stopped answering. The replies to all requests that were sent are awaited and saved first.
     """
-    texts = list(dict.fromkeys(question.text for question in questions))
-    run = _Run(settings, cache, ask, tick)
+    texts = {question.text: (question.set, question.index) for question in questions}
+    run = _Run(settings, cache, ask, tick, texts)
     futures = in_threads(texts, run.settle, threads=settings.jobs, stop=run.stop)
     for future in futures:
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error
+    if run.verdicts.refused and not run.answers:
+        run.refuses_all(next(iter(run.verdicts.refused.values())))
     if run.failure:
         done = sum(_settled(text, settings, cache) for text in texts)
         raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(texts)))
@@ -134,9 +136,19 @@ def stopped(reason: str, done: int, total: int) -> str:
 
 
 class _Run:
-    def __init__(self, settings: Judge, cache: Cache, ask: Callable[[str], Reply], tick: Callable[[], None]):
-        self.settings, self.cache, self.ask, self.tick = settings, cache, ask, tick
+    def __init__(
+        self,
+        settings: Judge,
+        cache: Cache,
+        ask: Callable[[str], Reply],
+        tick: Callable[[], None],
+        prompts: Mapping[str, tuple[str, int]],
+    ):
+        """`prompts` maps the text of each question to its prompt: the set and the index."""
+        self.settings, self.cache, self.ask, self.tick, self.prompts = settings, cache, ask, tick, prompts
         self.stop, self.lock, self.verdicts, self.failure = threading.Event(), threading.Lock(), Verdicts(), ""
+        self.answers = any(cache.get(question_key(settings, text)) for text in prompts)
+        """True if the endpoint has answered at least one of the questions, in this run or an earlier one."""
 
     def settle(self, text: str) -> None:
         found = None
@@ -150,6 +162,7 @@ class _Run:
                 if reply is None:
                     return
                 self.cache.put(key, reply)
+                self.answers = True
             found = parse_scores(reply.text)
             if found is not None:
                 break
@@ -167,13 +180,17 @@ class _Run:
             with self.lock:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
-                if self.verdicts.scores or self.verdicts.unparsed or len(self.verdicts.refused) < _REFUSALS:
+                # one prompt that is filtered or too long has a question for each arm and order
+                if self.answers or len({self.prompts[refused] for refused in self.verdicts.refused}) < _REFUSALS:
                     return None
-            self._fail(f"it has refused all questions so far, because {error}")
+            self.refuses_all(str(error))
             raise Unavailable(str(error)) from error
         except Unavailable as error:
             self._fail(str(error))
             raise
+
+    def refuses_all(self, why: str) -> None:
+        self._fail(f"it has refused all questions so far, because {why}")
 
     def _fail(self, reason: str) -> None:
         with self.lock:

@@ -225,6 +225,27 @@ def test_a_refused_question_does_not_stop_the_others(judged):
     assert "refused 2 of 16 questions (it answers 400 (too long))" in " ".join(judged.said.split())
 
 
+def test_a_refused_first_prompt_of_all_arms_does_not_stop_the_others(judged):
+    with serve(lambda number, text: error(400, "filtered") if "reference 0" in text else honest(number, text)) as fake:
+        found = judged(fake.url, sets=["dolly"], jobs=1)
+        assert (found["missing"], {r["arm"]: r["n"] for r in found["rows"]}) == (4, {"good": 3, "bad": 3})
+        assert judged(fake.url, sets=["dolly"], jobs=1)["rows"] == found["rows"]  # the same command asks only the refused ones again
+    assert len(fake.asked) == 16 + 4
+
+
+def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged):
+    with serve(honest) as fake:
+        judged(fake.url, sets=["facts"], limit=1)
+    with serve(lambda number, text: error(400, "filtered")) as fake:
+        found = judged(fake.url, sets=["facts"], jobs=1)
+        assert (found["missing"], {r["arm"]: r["n"] for r in found["rows"]}) == (20, {"good": 1, "bad": 1})
+        with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 16 questions are answered"):
+            judged(fake.url, sets=["dolly"], jobs=1)
+        assert len(fake.asked) == 20 + 9  # the first question of the third prompt is the last one
+        with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 4 questions are answered"):
+            judged(fake.url, sets=["dolly"], limit=1)  # fewer prompts than the limit: nothing is rated
+
+
 def test_newer_name_of_the_token_limit(judged):
     def modern(number, text):
         if "max_tokens" in fake.bodies[number]:
