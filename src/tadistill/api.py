@@ -204,8 +204,7 @@ def load_student(
     """
     from tadistill.models.loading import load_model, load_tokenizer
 
-    root = runs_directory(runs)
-    directory, store = (study.directory, study._store) if isinstance(study, Study) else (find_study(str(study), root), store_of(root))
+    directory, store = (study.directory, study._store) if isinstance(study, Study) else find_study(str(study), runs)
     folder, _ = trained_model(load_plan(directory), store, arm, seed)
     return load_model(folder), load_tokenizer(folder)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.disk import digest, from_home, read_json, sha256, sync, write_json
-from tadistill.errors import StoreError
+from tadistill.errors import ConfigError, StoreError
 from tadistill.text import counted
 
 if TYPE_CHECKING:
@@ -57,10 +57,44 @@ def store_of(runs: Path) -> "Store":
     return Store(runs / "store")
 
 
+def runs_of(study: Path) -> Path:
+    """Return the runs directory in which a study's folder lies. The folder of an earlier report is RUNS/STUDY/earlier/KEY."""
+    above = study.absolute().parents
+    earlier = above[0].name == "earlier" and (above[1] / "plan.json").is_file()
+    return above[2] if earlier else study.parent
+
+
+def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Store"]:
+    """Return a study's folder and the store of its stages: the store of the runs directory in which the folder lies.
+
+    A link leads to the folder that it names if no store is beside the link. A folder without a store beside it, for instance a copy, is
+    read with the store of `runs`.
+
+    Raises:
+        ConfigError: `runs` is given, but the study lies in another runs directory.
+    """
+    root, place = runs_directory(runs), study if study.name not in ("", "..") else study.resolve()
+    found = [(folder, runs_of(folder)) for folder in (place, place.resolve())]
+    for folder, home in found:
+        if home.resolve() == root.resolve():
+            return folder, store_of(root)
+    elsewhere = next(((folder, home) for folder, home in found if store_of(home).root.is_dir()), None)
+    if not elsewhere:
+        return place, store_of(root)
+    folder, home = elsewhere
+    if runs:
+        raise ConfigError(
+            f"study {study} lies in the runs directory {home}, but {root} was given; leave out --runs (in Python `runs`), or give only the "
+            "name of a study"
+        )
+    return folder, store_of(home)
+
+
 def command_for(verb: str, study: Path, *more: str) -> str:
     """Return the command `tadistill VERB STUDY MORE…`, with --runs if the study is not in the default runs directory."""
-    place = [] if study.parent.resolve() == runs_directory().resolve() else ["--runs", str(study.parent)]
-    return shlex.join(["tadistill", verb, study.name, *more, *place])
+    runs = runs_of(study)
+    place = [] if runs.resolve() == runs_directory().resolve() else ["--runs", str(runs)]
+    return shlex.join(["tadistill", verb, str(study.absolute().relative_to(runs.absolute())), *more, *place])
 
 
 class Store:

@@ -76,7 +76,7 @@ def test_real_server(served, tmp_path):
     def run(limit: int) -> dict:
         settings = Judge(model=model, base_url=url, limit=limit, max_tokens=8, jobs=2, timeout=60, name="real")
         console = Terminal(file=said, width=200)
-        path = judge("demo", settings, root=tmp_path / "runs", console=console, confirm=lambda _: True, command="test")
+        path = judge("demo", settings, runs=tmp_path / "runs", console=console, confirm=lambda _: True, command="test")
         assert path is not None
         return json.loads(path.read_text())
 

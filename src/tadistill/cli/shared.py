@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from tadistill.errors import ConfigError
+from tadistill.disk import read_json
+from tadistill.errors import ConfigError, TadistillError
 from tadistill.runner.interruption import Stopped, ignore
 from tadistill.store import Store, command_for, runs_directory, store_of
 from tadistill.terminal import Terminal
@@ -46,12 +47,13 @@ def complete_study(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def complete_arm(ctx: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: return names of the arms of a study. The study is the one named earlier on the command line."""
-    from tadistill.results.study import arms, find_study
+    from tadistill.results.study import find_study
 
     study = ctx.params.get("study") or next(iter(ctx.args), "")  # while an option lacks its value, the study is in `ctx.args`
     try:
-        return _beginning(incomplete, arms(find_study(study, runs_directory(ctx.params.get("runs")))))
-    except ConfigError:
+        plan, _ = find_study(study, ctx.params.get("runs"))
+        return _beginning(incomplete, [arm["name"] for arm in read_json(plan / "plan.json")["arms"]])
+    except (TadistillError, KeyError, TypeError):  # a damaged plan too
         return []
 
 

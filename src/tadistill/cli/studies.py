@@ -25,6 +25,7 @@ from tadistill.cli.shared import (
     read_recipe,
     report_study,
 )
+from tadistill.disk import from_home
 from tadistill.errors import ConfigError, NotPlanned, TadistillError
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.text import counted
@@ -33,19 +34,17 @@ app = typer.Typer()
 
 
 def _located(study: str, runs: Path | None, *, searches: bool = False) -> tuple[Path, Store]:
-    """Return the directory of a study, and the store of the runs directory. If `study` is a recipe that has changed since the study's last
-    run, print a note."""
+    """Return the directory and the store of a study. If `study` is a recipe that has changed since the study's last run, print a note."""
     from tadistill.config.load import read, study_in
     from tadistill.results.study import find_study, load_plan
 
-    root = runs_directory(runs)
-    directory, recipe = find_study(study, root, searches=searches), Path(study)
+    recipe, (directory, store) = from_home(study, "the study"), find_study(study, runs, searches=searches)
     if study_in(recipe):
         with contextlib.suppress(TadistillError):  # the command itself says what is damaged
             plan = load_plan(directory)
             if plan.recipe_text and plan.recipe_text != read(recipe)[0]:
                 console.say(f"{recipe} has changed since the last run of the study, `{plan.command}`; the following is about that run")
-    return directory, store_of(root)
+    return directory, store
 
 
 # --- results --------------------------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def judge(
     chosen = read_settings(Judge, options, settings or [], source="tadistill judge")
     confirm, command = (lambda _: True) if yes else typer.confirm, shlex.join(["tadistill", *sys.argv[1:]])
     with interruptible(kept="the replies are kept. Run the same command again to continue"):
-        commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
+        commands.judge(study, chosen, runs=runs, console=console, confirm=confirm, command=command)
 
 
 @app.command()
@@ -194,17 +193,16 @@ def human(
     from tadistill.config.load import read_settings
     from tadistill.judge import commands
 
-    root = runs_directory(runs)
     if files:
         if arm or on or limit or reference or seed:
             raise ConfigError(
                 "with filled-in sheets, only --name and --runs can be used; remove the other options, which are for writing a new sheet"
             )
-        commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
+        commands.read_sheets(study, files, runs=runs, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
         return
     options = {"name": name, "arms": arm or [], "sets": comma_separated(on), "limit": limit, "reference": reference, "seed": seed}
     sheet = read_settings(BlindSheet, options, (), source="tadistill human")
-    commands.export_sheet(study, sheet, root=root, console=console)
+    commands.export_sheet(study, sheet, runs=runs, console=console)
 
 
 # --- a cluster, and the runs directory ------------------------------------------------------------------------------------

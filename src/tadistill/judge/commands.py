@@ -17,7 +17,6 @@ from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all,
 from tadistill.models.chat_api import Unavailable, check_address, connect, knock
 from tadistill.models.chat_api_replies import Cache, open_cache
 from tadistill.results.study import find_study
-from tadistill.store import store_of
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 
-def judge(study: str, settings: Judge, *, root: Path, console: Terminal, confirm: Callable[[str], bool], command: str) -> Path | None:
+def judge(
+    study: str, settings: Judge, *, runs: Path | None, console: Terminal, confirm: Callable[[str], bool], command: str
+) -> Path | None:
     """Let a model rate the answers of a study. Return the path of the summary, or None if the user does not confirm.
 
-    `root` is the directory of all studies (`--runs`). `confirm` asks the user before the first request is sent.
+    `runs` is the option `--runs`, or None. `confirm` asks the user before the first request is sent.
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.
@@ -36,11 +37,11 @@ def judge(study: str, settings: Judge, *, root: Path, console: Terminal, confirm
     """
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
-    directory = find_study(study, root)
+    directory, store = find_study(study, runs)
     name = settings.name or f"{mode}-{model.strip('/')}" + ("" if against == REFERENCE else f"-vs-{against}")
     path = directory / "judge" / f"judge-{_file_name(name)}.json"
     wanted = [*settings.arms, against] if settings.arms and against != REFERENCE else settings.arms
-    answers = read_answers(directory, store_of(root), arms=wanted, sets=settings.sets, all_seeds=settings.all_seeds, limit=settings.limit)
+    answers = read_answers(directory, store, arms=wanted, sets=settings.sets, all_seeds=settings.all_seeds, limit=settings.limit)
     questions = make_questions(answers, mode=mode, against=against)
     client = connect(base_url, timeout=settings.timeout)
     with open_cache(directory / "judge" / "replies.jsonl") as cache:
@@ -66,10 +67,10 @@ def judge(study: str, settings: Judge, *, root: Path, console: Terminal, confirm
     return path
 
 
-def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Terminal) -> Path:
+def export_sheet(study: str, sheet: BlindSheet, *, runs: Path | None, console: Terminal) -> Path:
     """Write a sheet (page, CSV and key) for raters who do not see which arm wrote an answer. Return the path of the page."""
-    directory = find_study(study, root)
-    answers = read_answers(directory, store_of(root), arms=sheet.arms, sets=sheet.sets, limit=sheet.limit)
+    directory, store = find_study(study, runs)
+    answers = read_answers(directory, store, arms=sheet.arms, sets=sheet.sets, limit=sheet.limit)
     name = _file_name(sheet.name)
     made = make_sheet(answers, name=name, with_reference=sheet.reference, seed=sheet.seed)
     page = write_sheet(directory / "judge", made, name=name)
@@ -81,9 +82,9 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Terminal
     return page
 
 
-def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Terminal, command: str, name: str = "blind") -> Path:
+def read_sheets(study: str, files: Sequence[Path], *, runs: Path | None, console: Terminal, command: str, name: str = "blind") -> Path:
     """Read the sheets that raters filled in, write a summary of the ratings to ``judge-human-NAME.json``, and return its path."""
-    directory, name = find_study(study, root) / "judge", _file_name(name)
+    directory, name = find_study(study, runs)[0] / "judge", _file_name(name)
     key = load_key(directory / f"sheet-{name}.key.json")
     summary = summarise_ratings(read_ratings(files, key), key)
     path = directory / f"judge-human-{name}.json"

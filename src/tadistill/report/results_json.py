@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,14 @@ from tadistill.results.sample_answers import references
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 from tadistill.text import guarded
+
+
+def has_scores(study_dir: Path) -> bool:
+    """Return True if a study's results.json has at least one number."""
+    try:
+        return bool(json.loads((study_dir / "results.json").read_text(encoding="utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_results(results: Results) -> None:

@@ -1,7 +1,7 @@
 """Find a study on this disk, read its plan, and find the models that it trained. A stage is one step of a study, such as a training."""
 
-import json
 import math
+import shlex
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,11 @@ from tadistill.config.data import drawn_text, training_refs, training_shares
 from tadistill.config.evaluate import OwnMetric
 from tadistill.config.load import study_in
 from tadistill.config.recipe_files import located
-from tadistill.disk import read_json
+from tadistill.disk import from_home, read_json
 from tadistill.errors import ConfigError, StoreError, did_you_mean
 from tadistill.metrics import declare
 from tadistill.runner.local import is_search, not_planned
-from tadistill.store import Store, command_for
+from tadistill.store import Store, command_for, runs_directory, with_store
 
 
 @dataclass(frozen=True)
@@ -284,37 +284,31 @@ def _by_seed(keys: Mapping[str, str]) -> dict[int, str]:
     return {int(seed): key for seed, key in keys.items()}
 
 
-def find_study(study: str, root: Path, *, searches: bool = False) -> Path:
-    """Return a study's directory. `study` is its name, its directory, or its recipe (a file, or the name of a recipe of the package).
+def find_study(study: str, runs: str | Path | None, *, searches: bool = False) -> tuple[Path, Store]:
+    """Return a study's directory and its store. `study` is its name, its directory, or its recipe (a file, or a name of the package).
     Raises ConfigError if there is no such study, or only a search without `searches`, and NotPlanned if a process is just planning it."""
-    recipe, name = study_in(located(study)), study_in(Path(study)) or study
-    folders = (Path(name), root / name, root / (recipe or name))
+    root, given = runs_directory(runs), from_home(study, "the study")
+    recipe, name = study_in(located(given)), study_in(given) or str(given)
+    here, there = [Path(name)], [root / name, root / (recipe or name)]
+    folders = [*there, *here] if runs else [*here, *there]
     early = not_planned(*folders)  # asked first, because the plan may be written in between
     if found := next((folder for folder in folders if (folder / "plan.json").is_file()), None):
-        return found
+        return with_store(found, runs)
     if early:
         raise early
     if found := next(filter(is_search, folders), None):
         if searches:
-            return found
+            return with_store(found, runs)
         raise ConfigError(f"{found.name} is a search, which has no page and no report; `{command_for('status', found)}` shows it")
     if study.endswith((".yaml", ".yml")) and recipe is None:
         raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
-    start = f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
+    start = f"start one with `tadistill run {shlex.quote(study) if recipe else 'RECIPE'}`"
     raise ConfigError(f"there is no study `{name}` in {root.absolute()}; {start if recipe else did_you_mean(name, studies(root), start)}")
 
 
 def studies(root: Path) -> list[str]:
     """Return the names of all studies in a runs directory."""
     return sorted(path.parent.name for path in root.glob("*/plan.json"))
-
-
-def arms(study_dir: Path) -> list[str]:
-    """Return the names of a study's arms (paths of models). The result is empty if the plan cannot be read."""
-    try:
-        return [arm["name"] for arm in json.loads((study_dir / "plan.json").read_text(encoding="utf-8"))["arms"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def trained_model(plan: StudyPlan, store: Store, name: str, seed: int | None) -> tuple[Path, int]:

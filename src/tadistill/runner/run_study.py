@@ -29,7 +29,7 @@ from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.local import planning
 from tadistill.runner.schedule import check_first, run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
-from tadistill.store import Store, key_of, store_of
+from tadistill.store import Store, command_for, key_of, store_of
 from tadistill.terminal import Terminal
 from tadistill.text import changes, counted, listed
 
@@ -126,8 +126,8 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
     kept, changed = _keep_report(study, content), _changed(old, content) if old else []
     sentences = [f"{study.name} has other settings than in its last run: {listed(changed)}"] if changed else []
     if kept:
-        name = f"{study.name}/{kept.parent.relative_to(study)}"
-        sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; `tadistill export {name} ARM` works")
+        copied = command_for("export", kept.parent, "ARM")
+        sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; `{copied}` works")
     if sentences:
         (console or Terminal()).note(". ".join(sentences))
     write_json(path, content)

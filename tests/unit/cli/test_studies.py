@@ -1,15 +1,20 @@
 """Commands about a finished study."""
 
 import json
+import shutil
+from pathlib import Path
 
+import pytest
 from tests.e2e.inprocess import tadistill
+from tests.unit.report.builder import SMALL, StudySpec, build_study
 from tests.unit.runner.small import small
 
 from tadistill.config import parse
 from tadistill.metrics import METRICS
 from tadistill.plan.arms import make_plan
-from tadistill.results.study import load_plan
+from tadistill.results.study import find_study, load_plan
 from tadistill.runner.run_study import save_plan
+from tadistill.store import command_for
 
 RECIPE = small("s")
 
@@ -41,3 +46,74 @@ def test_a_study_whose_metric_has_a_name_that_is_refused_today_can_be_read(tmp_p
     content["recipe"]["metrics"] = [{"function": "own:turns"}]
     (study / "plan.json").write_text(json.dumps(content))
     assert load_plan(study).study == "small"
+
+
+def reported(place: str, *options: str) -> str:
+    """What `tadistill report` says about a study."""
+    done = tadistill("report", place, *options)
+    return " ".join((done.out + done.err).split())
+
+
+def rows(study: Path) -> int:
+    return len(json.loads((study / "results.json").read_text())["rows"])
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A finished study in the runs directory `work`; the working directory is another one, with a runs directory of its own."""
+    study = build_study(tmp_path / "work", StudySpec(SMALL)).study_dir
+    (tmp_path / "elsewhere" / "runs" / "store").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return study
+
+
+@pytest.mark.slow
+def test_a_study_is_read_with_the_store_beside_it(elsewhere):
+    Path("link").symlink_to(elsewhere)
+    said = reported("../work/demo")
+    assert "tadistill watch demo --runs ../work" in said
+    assert rows(elsewhere) > 0
+    (elsewhere / "results.json").write_text('{"rows": []}')  # as an earlier version emptied it
+    assert "tadistill watch demo --runs" in reported("link")
+    assert rows(elsewhere) > 0
+
+
+@pytest.mark.parametrize("command", ["report", "status", "watch", "export", "human", "cancel"])
+def test_a_study_in_another_runs_directory_than_the_given_one_is_refused(elsewhere, command):
+    arguments = [command, str(elsewhere), *(["chain", "copy"] if command == "export" else []), "--runs", "runs"]
+    done = tadistill(*arguments)
+    assert f"study {elsewhere} lies in the runs directory {elsewhere.parent}, but runs was given; leave out --runs" in done.err
+    assert done.code == 2
+
+
+def test_an_empty_report_never_replaces_one_with_scores(elsewhere):
+    (elsewhere / "results.json").write_text('{"rows": [{"value": 1}]}')
+    shutil.copytree(elsewhere, "runs/demo")  # without the stages
+    said = reported("demo")
+    assert "has scores, but no evaluation of study demo is in the store at runs/store, so the report is not replaced by an empty" in said
+    assert rows(Path("runs/demo")) == 1
+
+
+def test_where_a_study_is(tmp_path, monkeypatch):
+    study, other = tmp_path / "a" / "s", tmp_path / "b" / "s"
+    earlier = study / "earlier" / "0123abcd"
+    for folder in (study, earlier, other):
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text("{}")
+        (folder.parent / "store").mkdir()
+    (study / "earlier" / "store").rmdir()
+    monkeypatch.chdir(study.parent)
+    store = study.parent / "store"
+
+    def found(name: str, runs: str | None = None) -> tuple[Path, Path]:
+        folder, of = find_study(name, runs)
+        return folder.resolve(), of.root.resolve()
+
+    assert found("s") == found("../a/s") == found("s", "../a") == found(str(study)) == (study, store)
+    assert found("s/earlier/0123abcd") == found("s/earlier/0123abcd", ".") == (earlier, store)
+    assert found("s", "../b") == (other, tmp_path / "b" / "store")  # the given directory comes before a folder of this name
+    monkeypatch.chdir(study)
+    assert found(".") == (study, store)
+    assert command_for("export", earlier, "ARM") == f"tadistill export s/earlier/0123abcd ARM --runs {study.parent}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/a/s") == (study, store)

@@ -55,7 +55,7 @@ class Judged:
         settings = read_settings(Judge, given, (), source="tadistill judge")
         root, command = self.study.study_dir.parent, "tadistill judge demo"
         try:
-            path = commands.judge("demo", settings, root=root, console=console, confirm=lambda _: yes, command=command)
+            path = commands.judge("demo", settings, runs=root, console=console, confirm=lambda _: yes, command=command)
         finally:
             self.said = text.getvalue()
         return path if path is None else json.loads(path.read_text())

@@ -17,12 +17,12 @@ from tadistill.terminal import Terminal
 
 
 def export(study, **options) -> Path:
-    return commands.export_sheet("demo", BlindSheet(**options), root=study.study_dir.parent, console=Terminal(file=io.StringIO()))
+    return commands.export_sheet("demo", BlindSheet(**options), runs=study.study_dir.parent, console=Terminal(file=io.StringIO()))
 
 
 def read(study, *files: Path, **options) -> dict:
     console = Terminal(file=io.StringIO(), width=120)
-    path = commands.read_sheets("demo", files, root=study.study_dir.parent, console=console, command="tadistill human demo", **options)
+    path = commands.read_sheets("demo", files, runs=study.study_dir.parent, console=console, command="tadistill human demo", **options)
     return json.loads(path.read_text())
 
 

@@ -186,7 +186,7 @@ def test_a_study_is_found_by_its_recipe(folder):
     (folder / "my.yaml").write_text(RECIPE)
     (folder / "runs" / "my").mkdir(parents=True)
     (folder / "runs" / "my" / "plan.json").write_text("{}")
-    assert find_study("my.yaml", folder / "runs") == folder / "runs" / "my"
+    assert find_study("my.yaml", folder / "runs")[0] == folder / "runs" / "my"
     with pytest.raises(ConfigError, match=r"no study `mya` in .*; did you mean `my`\?"):
         find_study("mya", folder / "runs")
 

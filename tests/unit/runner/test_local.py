@@ -292,7 +292,7 @@ def test_a_terminal_gets_a_table_and_one_line_at_the_end(plan, study, monkeypatc
 def test_a_study_is_found_by_its_recipe(study, tmp_path):
     recipe = tmp_path / "other name.yaml"
     recipe.write_text(RECIPE)
-    assert find_study(str(recipe), tmp_path) == find_study("small", tmp_path) == study
+    assert find_study(str(recipe), tmp_path)[0] == find_study("small", tmp_path)[0] == study
     recipe.write_text("study: nowhere")
     with pytest.raises(ConfigError, match="there is no study `nowhere`"):
         find_study(str(recipe), tmp_path)
@@ -300,7 +300,7 @@ def test_a_study_is_found_by_its_recipe(study, tmp_path):
     (tmp_path / "nowhere" / "search.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"nowhere is a search, which has no page and no report; `tadistill status nowhere .*` shows it"):
         find_study(str(recipe), tmp_path)
-    assert find_study(str(recipe), tmp_path, searches=True) == tmp_path / "nowhere"
+    assert find_study(str(recipe), tmp_path, searches=True)[0] == tmp_path / "nowhere"
 
 
 def refuse() -> int:

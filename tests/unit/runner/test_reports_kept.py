@@ -53,7 +53,8 @@ def test_the_settings_that_differ_from_the_last_run_are_named(tmp_path):
     (folder,) = (tmp_path / "kept" / "earlier").iterdir()
     first = "kept has other settings than in its last run: evaluate.temperature 1.0 → 0.0 and arms.b (new). "
     assert said.startswith(first)
-    assert said.endswith(f"was moved to {folder / 'report.html'}; `tadistill export kept/earlier/{folder.name} ARM` works\n")
+    command = f"tadistill export kept/earlier/{folder.name} ARM --runs {tmp_path}"
+    assert said.endswith(f"was moved to {folder / 'report.html'}; `{command}` works\n")
     assert "seeds [1, 2] → [3], evaluate.temperature 0.0 → 1.0, arms.b (removed) and 1 more. " in save(tmp_path, "margin=0.4", "seeds=[3]")
     plan = tmp_path / "kept" / "plan.json"
     content = json.loads(plan.read_text())
