@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.step import make_step
 
 _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
+_Save = Callable[[Path, dict[str, torch.Tensor]], None]
 
 
 class Across:
@@ -112,57 +113,87 @@ def _answers(context: Context[Any], split: Split, file: Path, rows: Seq[Encoded]
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     """Train the student, and save its selected checkpoint as a Hugging Face directory. The result contains values for the stage's
     manifest.json."""
-    spec = context.spec
-    method, optim = spec.method, spec.optim
-    distill = spec if isinstance(spec, DistillSpec) else None
+    spec, method, optim = context.spec, context.spec.method, context.spec.optim
     accelerator = Accelerator(cpu=context.device.type == "cpu", mixed_precision="bf16" if optim.precision == "bf16" else "no")
-    student, tokenizer, save = _student(context)
-    handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
-    average = None
-    if method.ema is not None:  # a sharded model cannot be copied, and has no adapters
-        twin = context.frozen(spec.student)[0] if sharded(student) else frozen_copy(student)
-        average = MovingAverage(student, twin, method.ema)
-    loaded = [] if average else [*map(context.teacher, handles)]
-    teachers = (average.teacher,) if average else tuple(teacher for teacher, _ in loaded)
-    for model in (student, *(teacher.model for teacher in teachers if teacher.model is not None)) if optim.packed else ():
-        pack_rows(model)
-    recorded = (distill.signal, *distill.assistant_signals) if distill and distill.signal else ()
-    signals = tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded)
-    other = distill.teacher_data if distill else None  # not None if the teacher has another tokenizer
-    subject = context.subject(student, tokenizer, *(() if other else teachers))
-    subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in signals if read.head)]))
-    across = Across(context, subject, *loaded[0], other) if other else None
-    vocab = across.again if across else subject.vocab
     ranks = Shard(accelerator.process_index, accelerator.num_processes)
-    sampler = _sampler(context, subject, teachers, signals, ranks, across)
+    student, tokenizer, save = _student(context)
+    teachers = _teachers(context, student)
+    for model in (student, *teachers.models) if optim.packed else ():
+        pack_rows(model)
+    subject = context.subject(student, tokenizer, *(() if teachers.other else teachers.running))
+    subject = replace(subject, vocab=min([subject.vocab, *(len(read.head.weight) for read in teachers.signals if read.head)]))
+    across = Across(context, subject, *teachers.other) if teachers.other else None
+    sampler = _sampler(context, subject, teachers, ranks, across)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not method.sampler.on_policy)
-    own = context.own(distill.own).call if distill and distill.own else None
-    hooks = Hooks(
-        evaluate=_dev(context, subject, teachers[0] if teachers else None, ranks),
-        progress=lambda done, text: context.progress(done, optim.steps or 1, text),
-        alarm=context.alarm,
-        sampled=lambda step, batch: write_rollouts(context.folder / ROLLOUTS, step, batch, tokenizer),
-        stop=context.stop,
-        keep=lambda step, whole: save(context.folder / f"{MODEL}-{step}", whole),
-        kept=frozenset(spec.keep if isinstance(spec, SftSpec) else ()),
-    )
+    vocab = across.again if across else subject.vocab
+    own = context.own(spec.own).call if isinstance(spec, DistillSpec) and spec.own else None
+    step = make_step(method, student, teachers.running, vocab, seed=spec.seed, own=own, recorded=len(teachers.signals))
     state = train_stage(
         student,
-        replace(make_step(method, student, teachers, vocab, seed=spec.seed, own=own, recorded=len(signals)), average=average),
+        replace(step, average=teachers.average),
         sampler,
         optim=optim,
         select=spec.select,
         seed=spec.seed,
         accelerator=accelerator,
         directory=context.folder,
-        hooks=hooks,
+        hooks=_hooks(context, subject, teachers, ranks, save),
         checkpoint_seconds=context.task.checkpoint_seconds,
     )
     whole = weights(student)
     if accelerator.is_main_process:
         save(context.folder / MODEL, whole)
     return _facts(context, state, accelerator.num_processes)
+
+
+@dataclass(frozen=True)
+class _Teachers:
+    """The teachers of a training. It has none for fine-tuning, and for a method that only reads what a teacher wrote."""
+
+    running: tuple[Teacher, ...] = ()
+    """The teachers that run during training, the original one first."""
+    other: tuple[Teacher, PreTrainedTokenizerBase, Encoding] | None = None
+    """The teacher, its tokenizer and its rules of encoding, if its tokenizer is not that of the student."""
+    average: MovingAverage | None = None
+    """The moving average of the student, if it is the teacher."""
+    signals: tuple[Signals, ...] = ()
+    """The recorded outputs of teachers that do not run."""
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The models of the teachers that run in this process."""
+        return tuple(teacher.model for teacher in self.running if teacher.model is not None)
+
+
+def _teachers(context: Context[TrainingSpec], student: PreTrainedModel) -> _Teachers:
+    spec = context.spec
+    if not isinstance(spec, DistillSpec):
+        return _Teachers()
+    if spec.ema is not None:  # a sharded model cannot be copied, and has no adapters
+        twin = context.frozen(spec.student)[0] if sharded(student) else frozen_copy(student)
+        average = MovingAverage(student, twin, spec.ema)
+        return _Teachers((average.teacher,), average=average)
+    loaded = [context.teacher(handle) for handle in (spec.teacher, *spec.assistants)] if spec.method.runs_teacher else []
+    recorded = (spec.signal, *spec.assistant_signals) if spec.signal else ()
+    return _Teachers(
+        running=tuple(teacher for teacher, _ in loaded),
+        other=(*loaded[0], spec.teacher_data) if spec.teacher_data else None,
+        signals=tuple(Signals(context.store.folder(output.stage) / SIGNAL, context.device) for output in recorded),
+    )
+
+
+def _hooks(context: Context[TrainingSpec], subject: Subject, teachers: _Teachers, ranks: Shard, save: _Save) -> Hooks:
+    spec = context.spec
+    return Hooks(
+        evaluate=_dev(context, subject, teachers.running[0] if teachers.running else None, ranks),
+        progress=lambda done, text: context.progress(done, spec.optim.steps or 1, text),
+        alarm=context.alarm,
+        sampled=lambda step, batch: write_rollouts(context.folder / ROLLOUTS, step, batch, subject.tokenizer),
+        stop=context.stop,
+        keep=lambda step, whole: save(context.folder / f"{MODEL}-{step}", whole),
+        kept=frozenset(spec.keep if isinstance(spec, SftSpec) else ()),
+    )
 
 
 def _facts(context: Context[TrainingSpec], state: TrainState, devices: int) -> dict[str, Any]:
@@ -195,9 +226,6 @@ def write_rollouts(path: Path, step: int, batch: Batch, tokenizer: PreTrainedTok
     write_json(path, {"step": step, "rows": rows})
 
 
-_Save = Callable[[Path, dict[str, torch.Tensor]], None]
-
-
 def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
     spec = context.spec
     fsdp = context.task.resources.parallel == "fsdp"
@@ -216,8 +244,7 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
 def _sampler(
     context: Context[TrainingSpec],
     subject: Subject,
-    teachers: tuple[Teacher, ...],
-    signals: tuple[Signals, ...],
+    teachers: _Teachers,
     shard: Shard,
     across: Across | None,
 ) -> Sampler:
@@ -236,15 +263,15 @@ def _sampler(
     again = across and across.again
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training, "again": again}
     if not (method.samples and isinstance(config, OnPolicy)):
-        return FixedSequences(texts, method.optim, signals=signals, **common)
-    context.say_if_slower(*(teacher.model for teacher in teachers[:1] if config.guided and teacher.model is not None))
+        return FixedSequences(texts, method.optim, signals=teachers.signals, **common)
+    context.say_if_slower(*(teacher.model for teacher in teachers.running[:1] if config.guided and teacher.model is not None))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     # sample with a bfloat16 copy; not if FSDP owns the weights, and not on a CPU, where it would change the numbers of finished stages
     half = spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
     adapts = "chunk" not in config.model_fields_set
     native = Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
     common |= {"engine": context.engine(native), "vocab": subject.vocab, "corpus": plain}
-    return on_policy(method, texts, joined(sets), teachers=teachers, **common)
+    return on_policy(method, texts, joined(sets), teachers=teachers.running, **common)
 
 
 def _texts(context: Context[TrainingSpec], training: TrainingSets, sets: list[Seq[Encoded]]) -> Seq[Sequence]:

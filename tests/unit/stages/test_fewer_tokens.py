@@ -49,7 +49,7 @@ def sampler_of(folder, answered: list[int], *, context: bool, alarms: list[str])
     method = SimpleNamespace(sampler=spec.sampler, optim=spec.optim, samples=False, uses_teacher=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillSpec, "method", method)
-        return training._sampler(stage, SimpleNamespace(tokenizer=None, pad=0), (), (), Shard(), None)  # type: ignore[arg-type]
+        return training._sampler(stage, SimpleNamespace(tokenizer=None, pad=0), training._Teachers(), Shard(), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("answered", [[5, 6, 8, 10], [*range(3, 11)]], ids=["fewer answers than rows", "more answers than rows"])
