@@ -286,24 +286,24 @@ def against_sft(results: Results) -> str:
         student = student_of(results)
         return f"The study does not compare distillation with plain fine-tuning (SFT), because no arm only fine-tunes {student}."
     gaps = _gaps(results, tuned.name, distilled)
-    known = {way: [gap for gap in gaps if gap.way == way] for way in dict.fromkeys(gap.way for gap in gaps)}
-    if not known:
+    if not gaps:
         return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: no finished training seed is common to both."
-    wins = [way for way, of_way in known.items() if any(gap.clear and gap.difference.mean > 0 for gap in of_way)]
-    worse = {way: [gap.arm for gap in of_way if gap.clear and gap.difference.mean < 0] for way, of_way in known.items()}
-    all_worse = all(len(worse[way]) == len(distilled) for way in known)
+    ways = {way: [gap for gap in gaps if gap.way == way] for way in dict.fromkeys(gap.way for gap in gaps)}
+    wins = [way for way, of_way in ways.items() if any(gap.clear and gap.difference.mean > 0 for gap in of_way)]
+    worse = {way: [gap.arm for gap in of_way if gap.clear and gap.difference.mean < 0] for way, of_way in ways.items()}
+    all_worse = all(len(names) == len(distilled) for names in worse.values())
     claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
-    only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(known) else ""
+    only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(ways) else ""
     few = "" if any(gap.enough for gap in gaps) else f": {few_text(max(gap.seeds for gap in gaps)).removesuffix('.')}"
-    near = [] if wins else [gap for gap in gaps if gap.enough and gap.difference.mean > 0 and not gap.difference.covers_zero]
-    after = f" {_near_text(near, len(gaps))}" if near else ""
-    bad = "".join(
-        f" With {way} answers, {some(names)} {form(len(names), 'is', 'are')} clearly worse than {tuned.name}."
-        for way, names in worse.items()
-        if names and len(distilled) > 1
-    )
-    differs = " ".join(_way_text(of_way, primary_metric(results), first=not i) for i, of_way in enumerate(known.values()))
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}{few}. {differs}{after}{bad}"
+    sentences = [f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}{few}."]
+    sentences += [_way_text(of_way, primary_metric(results), first=not i) for i, of_way in enumerate(ways.values())]
+    near = [gap for gap in gaps if gap.enough and gap.difference.mean > 0 and not gap.difference.covers_zero]
+    if near and not wins:
+        sentences.append(_near_text(near, len(gaps)))
+    for way, names in worse.items() if len(distilled) > 1 else ():
+        if names:
+            sentences.append(f"With {way} answers, {some(names)} {form(len(names), 'is', 'are')} clearly worse than {tuned.name}.")
+    return " ".join(sentences)
 
 
 @once
@@ -341,10 +341,9 @@ def _way_text(gaps: Sequence[_Gap], metric: str, *, first: bool) -> str:
     return f"With {best.way} answers, {who} differs by {size}."
 
 
-def _near_text(near: Iterable[_Gap], count: int) -> str:
-    above = list(near)
-    first = min(above, key=lambda gap: gap.p)
+def _near_text(near: Sequence[_Gap], count: int) -> str:
+    first = min(near, key=lambda gap: gap.p)
     return (
-        f"Of {count} such differences (one for each arm and kind of answer), {len(above)} {form(len(above), 'has', 'have')} an interval "
+        f"Of {count} such differences (one for each arm and kind of answer), {len(near)} {form(len(near), 'has', 'have')} an interval "
         f"above 0, but none is clear after correction for {first.family} comparisons (smallest p = {first.p:.3f})."
     )

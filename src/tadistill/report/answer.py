@@ -102,30 +102,36 @@ def sized(results: Results, model: str, *, words: bool = False) -> str:
 
 def _question(results: Results) -> str:
     arms = results.plan.arms
-    chains = [arm for arm in arms if arm.has_assistant]
     if not any(arm.is_trained for arm in arms):
         return f"How good is {arms[0].name}?" if len(arms) == 1 else f"Which of {len(arms)} models is {_best(arms, 'better', 'the best')}?"
-    student = sized(results, student_of(results), words=True)
-    if not chains:
-        trained = [arm for arm in arms if arm.is_trained and arm.model == student_of(results)]
-        if len(trained) > 1:
-            return f"Which of {len(trained)} ways to train {student} gives the {_best(trained, 'better', 'best')} model?"
-        made = [f" after distillation from {sized(results, arm.path[0])}" if len(arm.path) > 1 else " after fine-tuning" for arm in trained]
-        return f"How good is {student}{made[0] if made else ''}?"
-    teacher = sized(results, teacher_of(results, chains[0]))
-    assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (teacher_of(results, arm), arm.model)))
-    through = listed([sized(results, model) for model in assistants])
-    found, plain = pairs(results), all(arm.is_plain for arm in chains)
+    student, chains = sized(results, student_of(results), words=True), [arm for arm in arms if arm.has_assistant]
+    return _question_on_paths(results, student, chains) if chains else _question_on_ways(results, student)
+
+
+def _question_on_ways(results: Results, student: str) -> str:
+    trained = [arm for arm in results.plan.arms if arm.is_trained and arm.model == student_of(results)]
+    if len(trained) > 1:
+        return f"Which of {len(trained)} ways to train {student} gives the {_best(trained, 'better', 'best')} model?"
+    made = [f" after distillation from {sized(results, arm.path[0])}" if len(arm.path) > 1 else " after fine-tuning" for arm in trained]
+    return f"How good is {student}{made[0] if made else ''}?"
+
+
+def _question_on_paths(results: Results, student: str, chains: Sequence[ArmRecord]) -> str:
+    found = pairs(results)
     equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""
-    with_assistants = f"{'through' if plain else 'with the help of'} {through}"  # an assistant may do other things than teach the student
     if route := next((arm for arm in chains if arm.is_routed), None):
-        alone = [arm.path[0] for arm in arms if len(arm.path) > 1 and not arm.is_routed]
+        alone = [arm.path[0] for arm in results.plan.arms if len(arm.path) > 1 and not arm.is_routed]
         asked = f"Is {student} better" if alone else f"How good is {student}"
         than = f" than when {alone[0]} teaches it directly{equal}" if alone else ""
         return f"{asked} when each training set has its own teacher ({in_words(route.path[0])}){than}?"
+    teacher = sized(results, teacher_of(results, chains[0]))
+    assistants = dict.fromkeys(model for arm in chains for model in arm.models if model not in (teacher_of(results, arm), arm.model))
+    # an assistant may do other things than teach the student
+    through = "through" if all(arm.is_plain for arm in chains) else "with the help of"
+    by_chain = f"{teacher} teaches it {through} {listed([sized(results, model) for model in assistants])}"
     if not any(pair.other for pair in found):
-        return f"How good is {student} when {teacher} teaches it {with_assistants}?"
-    return f"Is {student} better when {teacher} teaches it {with_assistants} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
+        return f"How good is {student} when {by_chain}?"
+    return f"Is {student} better when {by_chain} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
 
 
 def _best(compared: Sequence[object], of_two: str, of_many: str) -> str:
@@ -261,25 +267,35 @@ def _unit(metric: str) -> str:
 
 
 def _cost(results: Results) -> str:
+    spent, training = _spent(results), _training_cost(results)
+    if spent and training:
+        return f"{training}; the study's {spent}."
+    return f"{spent or training}." if spent or training else ""
+
+
+def _spent(results: Results) -> str:
     seconds = [row.manifest.seconds for row in stage_rows(results) if row.manifest]
     total = len(results.plan.stages)
     done = counted(total, "stage") if len(seconds) == total else f"{counted(len(seconds), 'finished stage')} (of {total})"
-    spent = f"{done} took {spoken(sum(seconds))} of computing" if seconds else ""
+    return f"{done} took {spoken(sum(seconds))} of computing" if seconds else ""
+
+
+def _training_cost(results: Results) -> str:
+    # the cost of the most expensive compared arm, and how many times that of direct distillation and of its equal-compute arm it is
     found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
-    known = [arm for arm in found if arm.flops is not None]
-    if not known:
-        return f"{spent}." if spent else ""
-    arm = max(known, key=lambda arm: arm.flops or 0.0)
-    direct = direct_of(results, arm)
-    times = ""
+    costs = [(arm.flops, arm) for arm in found if arm.flops is not None]
+    if not costs:
+        return ""
+    flops, arm = max(costs, key=lambda cost: cost[0])
+    times, direct = list[str](), direct_of(results, arm)
     if direct and direct.flops and direct.name != arm.name:
-        times = f", {(arm.flops or 0.0) / direct.flops:.2f} times direct distillation ({direct.name})"
+        times.append(f"{flops / direct.flops:.2f} times direct distillation ({direct.name})")
     equal = next((p.other for p in pairs(results) if p.arm is arm and p.other and p.against == "equal compute"), None)
     if equal and equal.flops and abs((relative_compute(arm, equal) or 1.0) - 1) >= _NOT_EXACTLY:
         rule = f"up to {100 * OFF_BUDGET:.0f} % more or less counts as the same compute"
-        times += f"{' and' if times else ','} {(arm.flops or 0.0) / equal.flops:.2f} times the compute of {equal.name} ({rule})"
-    first = f"Training {arm.name} with one seed costs {flops_text(arm.flops)} FLOPs{times}"
-    return f"{first}; the study's {spent}." if spent else f"{first}."
+        times.append(f"{flops / equal.flops:.2f} times the compute of {equal.name} ({rule})")
+    first = f"Training {arm.name} with one seed costs {flops_text(flops)} FLOPs"
+    return f"{first}, {listed(times)}" if times else first
 
 
 def _next(results: Results, kind: Kind) -> tuple[str, int | None]:

@@ -152,29 +152,31 @@ def read_results(study_dir: Path, store: Store) -> Results:
     store = Store(store.root, plan.command)
     plan = measured.with_spent(plan, store)
     store.check((key for stage in plan.stages if store.finished(key := stage.key)), READ)
+    finished, missing = list[tuple[ArmRecord, int, str]](), list[Missing]()
+    for arm in plan.arms:
+        for seed, key in arm.evaluate.items():
+            if all(map(store.finished, arm.measured_by(seed))):
+                finished.append((arm, seed, key))
+            else:
+                missing.append(Missing(arm.name, seed, key))
+    read = Reader(store)
+    rows = {key: read.rows(key) for *_, key in finished}
+    shared = shared_rows(rows, store)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
     numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
     pass_at = plan.recipe["evaluate"].get("pass_at", ())
-    finished = {(a.name, seed) for a in plan.arms for seed in a.evaluate if all(store.finished(key) for key in a.measured_by(seed))}
-    read = Reader(store)
-    rows = {key: read.rows(key) for arm in plan.arms for seed, key in arm.evaluate.items() if (arm.name, seed) in finished}
-    shared = shared_rows(rows, store)
-    for arm in plan.arms:
-        for seed, key in arm.evaluate.items():
-            if (arm.name, seed) not in finished:
-                continue
-            chosen = {name: places(of_set, shared[name]) for name, of_set in rows[key].items()}
-            scores[arm.name][seed] = {of: with_passes(table, pass_at) for of, table in read.scores(arm, seed, chosen).items()}
-            numbers[arm.name][seed] = read.numbers[key]
+    for arm, seed, key in finished:
+        chosen = {name: places(of_set, shared[name]) for name, of_set in rows[key].items()}
+        scores[arm.name][seed] = {of: with_passes(table, pass_at) for of, table in read.scores(arm, seed, chosen).items()}
+        numbers[arm.name][seed] = read.numbers[key]
     lengths = {name: of_set["reference_length"][places(rows[key][name], shared[name])] for name, (key, of_set) in read.first.items()}
     unseen = {name: float(of_set.get("unseen", 0.0)) for name, (_, of_set) in read.first.items()}
     all_tables = [tables for by_seed in scores.values() for tables in by_seed.values()]
     sets = tuple(dict.fromkeys(name for tables in all_tables for name in tables))
     metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
-    missing = tuple(Missing(arm.name, s, key) for arm in plan.arms for s, key in arm.evaluate.items() if (arm.name, s) not in finished)
     compared = {name: np.sort(of_set) for name, of_set in shared.items()}
     used = measured.count_rows(plan, store, rows, compared)
-    return Results(study_dir, plan, store, sets, metrics, missing, scores, numbers, lengths, unseen, compared, used)
+    return Results(study_dir, plan, store, sets, metrics, tuple(missing), scores, numbers, lengths, unseen, compared, used)
 
 
 def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:
