@@ -33,6 +33,8 @@ from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
 from tadistill.text import counted
 
+_FILES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv")
+
 
 def export(results: Results, arm: str, seed: int | None, target: Path, *, name: str = "") -> Path:
     """Copy an arm's trained model to ``target``, write a model card as README.md, and return ``target``.
@@ -70,7 +72,7 @@ def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: s
     size = parameters_text(plan.parameters[arm.model])
     analysis = [sentence for a in analyses(results) if a.arm == arm.name for said in a.explanations.values() for sentence in said]
     blocks = [
-        f"---\n{yaml.safe_dump(_front_matter(results, arm), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(_front_matter(results, arm, seed), sort_keys=False, allow_unicode=True)}---",
         f"# {escape_markdown(arm.name)} of study {escape_markdown(plan.study)}, seed {seed}",
         _made(results, arm, size),
         "## How to use it\n\n" + usage(results, arm, folder, name),
@@ -123,13 +125,13 @@ def _beginning(model: dict[str, Any], pruned_from: str | None) -> tuple[str, str
     return f"{'made with random weights: ' if load.startswith('scratch:') else ''}{code(load)}", None
 
 
-def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
-    plan = results.plan
+def _front_matter(results: Results, arm: ArmRecord, seed: int) -> dict[str, Any]:
+    plan, on_hub = results.plan, _on_hub(results, arm, seed)
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    base = _hub_id(plan.recipe["models"], arm.model, plan.bases)
+    base = _hub_id(plan.recipe["models"], arm.model, plan.bases, on_hub)
     if base:
         content["base_model"] = base
-    datasets = _datasets(plan.recipe["data"])
+    datasets = _datasets(plan.recipe["data"], on_hub)
     if datasets:
         content["datasets"] = datasets
     present = {metric for name, _, metric in results.summaries if name == arm.name}
@@ -137,10 +139,27 @@ def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
     return content | {"metrics": metrics, "tags": ["distillation", "tadistill"]}
 
 
-def _hub_id(models: dict[str, Any], name: str, bases: Mapping[str, str]) -> str | None:
-    model = models[_origin(models, name)]
-    source = sources.parse_source(bases.get(_origin(models, name), model["load"]))
-    return source.name if source.kind == "hub" else None
+Place = tuple[Literal["model", "data"], str]  # a source as the recipe names it
+
+
+def _on_hub(results: Results, arm: ArmRecord, seed: int) -> dict[Place, bool]:
+    """Return for each source of an arm if it was on the Hub when the study was planned. Local sources may be gone, or elsewhere, by now."""
+    found: dict[Place, bool] = {}
+    files = [results.store.folder(stage.key) / "stage.json" for stage in results.plan.ancestors(arm.final[seed])]
+    todo: list[Any] = [read_json(file)["spec"] for file in files if file.is_file()]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict) and "fingerprint" in part and ("load" in part or "ref" in part):
+            place: Place = ("model", part["load"]) if "load" in part else ("data", part["ref"]["load"])
+            found[place] = part["fingerprint"].startswith("hub:") and found.get(place, True)
+        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    return found
+
+
+def _hub_id(models: dict[str, Any], name: str, bases: Mapping[str, str], on_hub: Mapping[Place, bool]) -> str | None:
+    origin = _origin(models, name)
+    source = bases.get(origin, models[origin]["load"])
+    return source if on_hub.get(("model", source), sources.parse_source(source).kind == "hub") else None
 
 
 def _origin(models: dict[str, Any], name: str) -> str:
@@ -150,15 +169,18 @@ def _origin(models: dict[str, Any], name: str) -> str:
     return name
 
 
-def _datasets(data: dict[str, Any]) -> list[str]:
-    found: list[str] = []
-    for ref in (*training_refs(data), data.get("corpus")):
-        load = ref["load"] if ref else ""
-        if load in NAMED:
-            found.append(NAMED[load].hub)
-        elif load.count("/") == 1 and not load.startswith((".", "/", "~")) and not Path(load).exists():
-            found.append(load)
-    return found
+def _datasets(data: dict[str, Any], on_hub: Mapping[Place, bool]) -> list[str]:
+    loads = [ref["load"] for ref in (*training_refs(data), data.get("corpus")) if ref]
+    found = [
+        NAMED[load].hub if load in NAMED else load for load in loads if load in NAMED or on_hub.get(("data", load), _may_be_on_hub(load))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _may_be_on_hub(load: str) -> bool:
+    # for stages of earlier versions, and for a corpus that no stage of the arm reads
+    named = load.count("/") == 1 and not load.startswith((".", "/", "~")) and not load.endswith(_FILES)
+    return named and not Path(load).exists()
 
 
 def _verdict(results: Results, arm: ArmRecord) -> list[str]:

@@ -227,7 +227,11 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
 
 def _base(model: ModelConfig) -> dict[str, str]:
     base = sources.adapter_base(model.load, model.revision) if model.load else None
-    return {"base": base[0]} if base else {}
+    if not base:
+        return {}
+    # a local base is written as a path, so that it is none of the Hub in any directory
+    is_name = sources.parse_source(base[0]).kind != "hub" and not base[0].startswith((".", "/", "~"))
+    return {"base": f"./{base[0]}" if is_name else base[0]}
 
 
 def _parameters(ledger: Ledger, name: str) -> int:

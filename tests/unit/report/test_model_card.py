@@ -6,12 +6,14 @@ import shutil
 import pytest
 import yaml
 
+from tadistill.config.model import ModelConfig
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
 from tadistill.report.explain import verdict_text
 from tadistill.report.model_card import export, model_card
 from tadistill.results.number_text import number
 from tadistill.results.verdict import comparisons
+from tadistill.runner.run_study import _base
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 
@@ -83,6 +85,46 @@ def test_the_base_model_is_found_through_what_a_model_is_made_from(study, tmp_pa
     _, front, text = (target / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(front).get("base_model") == base
     assert said in text
+
+
+@pytest.mark.parametrize(
+    ("recorded", "there", "base", "data"),
+    [
+        (("directory:1", "file:1"), False, None, None),
+        (("hub:m/sft@main", "hub:data/dolly@main:train"), True, "m/sft", ["data/dolly"]),
+        (None, False, "m/sft", ["data/dolly"]),  # an earlier version may have recorded nothing
+        (None, True, None, None),
+    ],
+)
+def test_a_source_is_on_the_hub_if_it_was_when_the_study_was_planned(study, tmp_path, monkeypatch, recorded, there, base, data):
+    monkeypatch.chdir(tmp_path)
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    plan["recipe"]["models"]["s"]["load"] = "m/sft"
+    plan["recipe"]["data"] = {"train": {"load": "data/dolly"}, "corpus": {"load": "texts/corpus.txt"}}
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    if there:
+        for name in ("m/sft/config.json", "data/dolly/train.jsonl"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_text("{}")
+    if recorded:
+        key = key_of("sft", ("s",), 10, "")
+        train = {"ref": {"load": "data/dolly"}, "fingerprint": recorded[1]}
+        spec = {"model": {"of": {"load": "m/sft", "fingerprint": recorded[0]}}, "train": [train]}
+        (study.store_dir / key[:2] / key / "stage.json").write_text(json.dumps({"spec": spec}))
+    front = yaml.safe_load(model_card(study.read(), "chain", 10, tmp_path, "out").split("---\n")[1])
+    assert (front.get("base_model"), front.get("datasets")) == (base, data)
+
+
+@pytest.mark.parametrize(("written", "recorded"), [("m/base", "./m/base"), ("../other/m", "../other/m"), ("org/base", "org/base")])
+def test_a_local_base_of_an_adapter_is_recorded_as_a_path(tmp_path, monkeypatch, written, recorded):
+    (tmp_path / "work" / "lora").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": written}
+    (tmp_path / "work" / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    if written != "org/base":
+        (tmp_path / "work" / written).mkdir(parents=True)
+        (tmp_path / "work" / written / "config.json").write_text("{}")
+    assert _base(ModelConfig(load="./lora")) == {"base": recorded}
 
 
 def test_a_card_tells_a_negative_result(tmp_path):
