@@ -7,12 +7,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.segment import Segment
+from rich.text import Text
 
 from tadistill.text import visible
 
@@ -72,16 +73,19 @@ class Terminal(Console):
         self.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def working(self, text: str) -> Iterator[None]:
-        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text once."""
+    def working(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text once.
+
+        The block gets a function that shows how far the work is, behind the text.
+        """
         if self.events or self.detail == "problems":
-            yield
+            yield lambda progress: None
         elif not self.is_interactive:
             self.note(f"{text} …")
-            yield
+            yield lambda progress: None
         else:
-            with self.status(text):
-                yield
+            with self.status(Text(text)) as shown:
+                yield lambda progress: shown.update(Text(f"{text}: {progress}"))
 
     def render(self, *given: Any, **options: Any) -> Iterable[Segment]:
         for segment in super().render(*given, **options):

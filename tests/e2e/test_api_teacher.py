@@ -95,7 +95,9 @@ def test_a_study_whose_api_breaks_down(tmp_path):
 
 def test_a_login_node_asks_so_that_jobs_need_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        remote, "run_in_processes", lambda task, threads, alarm: run_stage(task, progress=lambda *_: None, alarm=alarm, stop=lambda: False)
+        remote,
+        "run_in_processes",
+        lambda task, alarm, **_: run_stage(task, progress=lambda *_: None, alarm=alarm, stop=lambda: False),
     )
     with serve(answer) as fake:
         path = written(tmp_path, fake.url)

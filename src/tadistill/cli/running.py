@@ -62,7 +62,7 @@ def plan(
 
         # before the measurements, which would be lost if a GPU cannot be used; in a new process, because this one never uses CUDA
         accelerator = next((gpu.name for gpu in inspect_gpus()), None)
-        speeds = time_stages(found, preview.threads(found), lambda text: console.say(f"timing {text}"))
+        speeds = time_stages(found, preview.threads(found), console)
         throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
     for sentence in missing_trackers(loaded):
         console.say(sentence)

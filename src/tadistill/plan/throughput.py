@@ -2,7 +2,7 @@
 
 Speeds are FLOP/s, by kind of stage and by span. A span is a timed part of the training loop: sampling, training, watching (metrics of
 sampled text) or selection (dev evaluations). `tadistill plan --measure` writes speeds to RUNS/store/throughput.json. Without them, the
-speeds of stages that finished on this machine are used.
+speeds of the plan's own stages that finished on this machine are used.
 """
 
 import json
@@ -63,7 +63,7 @@ def save_throughput(store: Store, where: str, speeds: Speeds) -> None:
 
 
 def load_throughput(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
-    """Return the speeds of this machine. Speeds from `plan --measure` are preferred to those of finished stages."""
+    """Return the speeds of this machine. Speeds from `plan --measure` are preferred to those of finished stages among `stages`."""
     here, found = machine(threads, accelerator), {}
     for stage in stages.values():
         if stage.cost and store.finished(stage.key):
@@ -79,10 +79,16 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. Return None if the speed is unknown for a part with more than 1 % of the FLOPs."""
+    """Predict the seconds of a stage. Return None if the speed is unknown for a part with more than 1 % of the FLOPs.
+
+    Few updates are watched, and only if they train on sampled text. So a measurement may have watched none. Watching is then assumed to
+    be as fast as training, because both read whole texts.
+    """
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0
+    if "training" in known:
+        known = {"watching": known["training"]} | known
     for span, flops in spans(cost.phases()).items():
         if span in known:
             total += flops / known[span]

@@ -188,8 +188,16 @@ class StageProcesses:
         self.ended = True
 
 
-def run_in_processes(task: Task, *, threads: int, alarm: Callable[[str], None] = lambda text: None) -> None:
+def _ignore(text: str) -> None:
+    pass
+
+
+def run_in_processes(
+    task: Task, *, threads: int, progress: Callable[[str], None] = _ignore, alarm: Callable[[str], None] = _ignore
+) -> None:
     """Run a stage like `stages.execute.run_stage`, but in new processes. If one process fails, the others are killed.
+
+    `progress` is called with texts such as `3/20 loss 2.345`.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
@@ -203,6 +211,8 @@ def run_in_processes(task: Task, *, threads: int, alarm: Callable[[str], None] =
             for message in stage.attend():
                 if isinstance(message, str):
                     alarm(message)
+                else:
+                    progress("{}/{} {}".format(*message))
     finally:
         stage.end()
     if stage.error:

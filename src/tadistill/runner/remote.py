@@ -251,5 +251,5 @@ def ask_now(recipe: Recipe, store: Store, console: Terminal) -> None:
     for sentence in announced(plan, store, stages):
         console.note(sentence)
     for stage in stages:
-        with console.working(stage.label):
-            run_in_processes(make_task(plan, stage, store), threads=1, alarm=console.note)
+        with console.working(stage.label) as show:
+            run_in_processes(make_task(plan, stage, store), threads=1, progress=show, alarm=console.note)

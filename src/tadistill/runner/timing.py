@@ -5,7 +5,7 @@ is given in seconds on an assumed machine. It is the time for the FLOPs, plus a 
 when single tokens are decoded, most of the time is spent on the calls. Only the ratios between stages matter, so the assumed values need
 not be exact.
 
-To measure a speed, a training makes only twenty updates, in a temporary directory. The models are not trained first, because speed does
+To measure a speed, a training makes at most twenty updates, in a temporary directory. The models are not trained first, because speed does
 not depend on the values of weights.
 """
 
@@ -50,6 +50,7 @@ from tadistill.plan.kinds import (
 from tadistill.plan.task import Task
 from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 _SPEED = 1e11
 """FLOP/s of the assumed machine."""
@@ -272,7 +273,7 @@ _UPDATES = 20
 _FEW_ROWS = 128  # training rows of a stage that writes or reads a teacher's answers or recorded outputs
 
 
-def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
+def time_stages(plan: Plan, threads: int, console: Terminal) -> throughput.Speeds:
     """Measure one stage of each kind in the plan. For each kind, return the FLOP/s of its parts, such as training or sampling."""
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
@@ -280,9 +281,9 @@ def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> through
             kinds.setdefault(stage.cost.kind, stage)
     found: throughput.Speeds = {}
     for number, (kind, stage) in enumerate(kinds.items(), 1):
-        say(f"{number} of {len(kinds)}: {stage.label}")
-        with tempfile.TemporaryDirectory() as directory:
-            manifest = _run(plan, stage, Path(directory), threads)
+        text = f"timing {number} of {len(kinds)}: {stage.label}"
+        with console.working(text) as show, tempfile.TemporaryDirectory() as directory:
+            manifest = _run(plan, stage, Path(directory), threads, show)
         if "ledger" in manifest:
             found[kind] = throughput.measured_throughput(manifest["ledger"])
         else:
@@ -292,11 +293,12 @@ def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> through
     return found
 
 
-def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, Any]:
+def _run(plan: Plan, stage: Stage, directory: Path, threads: int, show: Callable[[str], None]) -> dict[str, Any]:
     graph, root = Graph(), plan.recipe.data.root
     last = graph.add(_reduced(plan, stage.spec, graph), stage.label, stage.model, stage.seed, None)
     for each in graph.stages.values():
-        run_in_processes(Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9), threads=threads)
+        task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9)
+        run_in_processes(task, threads=threads, progress=show)
     return Store(directory).manifest(last)
 
 
@@ -309,11 +311,9 @@ def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
             changes["responses"] = _reduced_output(plan, spec.responses, graph)
         return spec.model_copy(update=changes)
     assert isinstance(spec, TrainingSpec)
-    changes = {
-        "student": _origin(plan, spec.student),
-        "optim": spec.optim.model_copy(update={"steps": _UPDATES}),
-        "select": spec.select.model_copy(update={"every": _UPDATES}),
-    }
+    updates = min(_UPDATES, spec.steps or _UPDATES)
+    optim, select = spec.optim.model_copy(update={"steps": updates}), spec.select.model_copy(update={"every": updates})
+    changes = {"student": _origin(plan, spec.student), "optim": optim, "select": select}
     if isinstance(spec, DistillSpec):
         changes["teacher"] = _origin(plan, spec.teacher)
         changes["assistants"] = tuple(_origin(plan, handle) for handle in spec.assistants)

@@ -199,10 +199,13 @@ def _worked(work: _Work, context: Context) -> dict[str, Any]:
             raise
         used = (str(error).splitlines() or [""])[0].split(". ", 2)[:2]
         changes = context.spec.saves_memory(context.task.resources.processes)
-        advice = f"set `{'`, or `'.join(changes)}`, or use" if changes else "use"
+        advice, kept = "use", "finished stages are kept"
+        if changes:
+            advice = f"set `{'`, or `'.join(changes)}`, or use"
+            kept += ', but those with a setting that you change run again (the page "Fit a run into memory" of the documentation)'
         raise StageFailed(
             f"{context.device} has too little memory for this stage ({'; '.join(used)}); {advice} a device with more memory, and run the "
-            "same command again: finished stages are kept"
+            f"same command again: {kept}"
         ) from error
     except SystemExit as error:  # by the user's own code, or code of a task; the process would end as if the stage were finished
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -15,6 +15,7 @@ from tadistill.config.objective import Contrastive, ForwardKL
 from tadistill.config.sampling import Sampler, StudentSampler, TeacherMixedSampler, TeacherSampler
 from tadistill.data import tinyworld
 from tadistill.models import sources
+from tadistill.models.flops_and_memory import Cost, CostPart
 from tadistill.plan import throughput
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger, minillm_flops, passes
@@ -205,6 +206,14 @@ def test_a_unigram_tokenizer_gives_the_size_of_a_scratch_model(tmp_path):
     settings = recipe("llama")
     settings["models"]["s"] |= {"tokenizer": str(tmp_path)}
     assert Ledger(validate(settings)).config("s")["vocab_size"] == len(pieces)
+
+
+def test_watching_is_as_fast_as_training_if_no_update_was_watched():
+    parts = {"training/student": CostPart(300.0), "rollout/student": CostPart(80.0), "watching/student": CostPart(20.0)}
+    cost = Cost(parts, kind="gkd")
+    assert throughput.seconds(cost, {"gkd": {"training": 10.0, "sampling": 2.0}}) == 30 + 40 + 2
+    assert throughput.seconds(cost, {"gkd": {"training": 10.0, "sampling": 2.0, "watching": 4.0}}) == 30 + 40 + 5
+    assert throughput.seconds(cost, {"gkd": {"training": 10.0}}) is None
 
 
 def test_wall_clock_fills_all_workers():

@@ -312,7 +312,9 @@ def test_a_full_gpu_is_one_sentence_with_the_keys_to_change(error, words, tmp_pa
     monkeypatch.setattr("tadistill.stages.execute.work_of", lambda spec: full)
     monkeypatch.setattr("tadistill.stages.execute.Context.close", lambda _: freed.append(freed[0]() is None))
     sft, evaluate = tasks(tmp_path)
-    with pytest.raises(StageFailed, match=rf"{re.escape(words)}\).*`optim.micro_batch: \d+`, or `optim.grad"):
+    with pytest.raises(
+        StageFailed, match=rf"{re.escape(words)}\).*`optim.micro_batch: \d+`, or `optim.grad.*but those with a setting that you"
+    ):
         run(sft)
     assert freed[1]  # before the unused memory of the GPU is given back
     assert evaluate.spec.saves_memory(1) == [f"evaluate.batch: {evaluate.spec.decoding.batch // 2}"]

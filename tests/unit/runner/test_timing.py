@@ -1,5 +1,6 @@
 """The predicted time left; and what `tadistill plan --measure` runs: a few updates or rows of every kind of stage."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from tadistill.plan.kinds import DistillSpec, TrainingSpec
 from tadistill.runner import timing
 from tadistill.runner.timing import Estimate, Workload
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 
 def stage(kind, *parents):
@@ -110,14 +112,15 @@ def tasks(monkeypatch):
 
 
 def test_short_stages_from_untrained_weights(tasks):
-    plan = make_plan(load(RECIPE, ["data.limit.train=null"]))
-    speeds = timing.time_stages(plan, 1, lambda text: None)
+    plan = make_plan(load(RECIPE, ["data.limit.train=null", "method.optim.steps=24"]))
+    updates = {stage.label: stage.spec.steps for stage in plan.stages.values()}
+    speeds = timing.time_stages(plan, 1, Terminal(quiet=True))
     assert speeds.keys() == {stage.cost.kind for stage in plan.stages.values() if stage.cost and stage.cost.parts}
     assert {task.spec.kind for task in tasks} == {"sft", "distill", "generate", "signal"}
     for at, task in enumerate(tasks):
         assert all(stage_of(model) is None for model in task.spec.models.values())
         if isinstance(task.spec, TrainingSpec):
-            assert (task.spec.steps, task.spec.select.every) == (20, 20)
+            assert task.spec.steps == task.spec.select.every == min(20, updates[task.label])
         reads = isinstance(task.spec, DistillSpec) and (task.spec.signal or task.spec.responses)
         if reads or not isinstance(task.spec, TrainingSpec):
             assert task.spec.train.limit == 128
@@ -129,5 +132,21 @@ def test_short_stages_from_untrained_weights(tasks):
             if task.spec.signal and task.spec.responses:  # the teacher reads the text that the student wrote
                 assert [*before[-1].spec.parents.values()] == [before[0].key]
     assert any(isinstance(task.spec, DistillSpec) and task.spec.assistants for task in tasks)
+    assert {20, 8} <= {task.spec.steps for task in tasks}
     # a teacher at the temperature of another model's entropy is timed as it was loaded
     assert all(isinstance(task.spec.teacher, Loaded) for task in tasks if isinstance(task.spec, DistillSpec))
+
+
+def test_a_measurement_shows_how_far_it_is(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Terminal, "working", lambda self, text: nullcontext(lambda progress: shown.append(f"{text}: {progress}")))
+
+    def run(task, progress, **_):
+        progress("3/8 loss 2.345")
+        Store(Path(task.store)).begin(task.key, {})
+        Store(Path(task.store)).finish(task.key, {"seconds": 2.0})
+
+    monkeypatch.setattr(timing, "run_in_processes", run)
+    timing.time_stages(make_plan(load(RECIPE)), 1, Terminal(quiet=True))
+    assert shown[0].startswith("timing 1 of ")
+    assert shown[0].endswith(": 3/8 loss 2.345")
