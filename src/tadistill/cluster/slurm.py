@@ -83,7 +83,9 @@ class Profile(Strict):
     account: str = ""
     """Regular expression that account names must match. Empty if jobs need no account."""
     internet: Literal["none", "proxy", "full"] = "none"
-    """Network access of compute nodes. It decides whether W&B can log online. Models and data are never downloaded in jobs."""
+    """Network access of compute nodes. Jobs download nothing, and log to no tracker. Unless it is `full`, the user's own code in a job gets
+    WANDB_MODE=offline.
+    """
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
     """How jobs can use the home folder. `read-only`: jobs cannot write there, so the runs directory must be elsewhere. `no-jobs`: no job
     can be submitted from it.

@@ -76,8 +76,8 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
 def ask(context: Context[AskSpec]) -> dict[str, Any]:
     """Ask a model behind an API for the answer to every training prompt. After an interruption, all answers so far are kept.
 
-    All answers of a model are in one file of the store, `api/MODEL.jsonl`. Every study of the runs directory reads it, and one process at a
-    time adds to it. So a request that was answered once is never sent again.
+    All answers of a model are in one file of the store, `api/MODEL-XXXXXXXX.jsonl`. Every study of the runs directory reads it, and one
+    process at a time adds to it. So a request that was answered once is never sent again.
 
     The result has the numbers of tokens that the API reports. They are None if the API does not report them for all answers.
 
