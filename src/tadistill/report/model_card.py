@@ -5,6 +5,7 @@ The card describes the study. It also shows how to use the model: its prompt for
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -128,11 +129,9 @@ def _beginning(model: dict[str, Any], pruned_from: str | None) -> tuple[str, str
 def _front_matter(results: Results, arm: ArmRecord, seed: int) -> dict[str, Any]:
     plan, on_hub = results.plan, _on_hub(results, arm, seed)
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    base = _hub_id(plan.recipe["models"], arm.model, plan.bases, on_hub)
-    if base:
+    if base := _hub_id(plan.recipe["models"], arm.model, plan.bases, on_hub):
         content["base_model"] = base
-    datasets = _datasets(plan.recipe["data"], on_hub)
-    if datasets:
+    if datasets := _datasets(plan.recipe["data"], on_hub):
         content["datasets"] = datasets
     present = {metric for name, _, metric in results.summaries if name == arm.name}
     metrics = list(dict.fromkeys(m.hub for m in METRICS.values() if m.hub and m.name in present))
@@ -179,8 +178,7 @@ def _datasets(data: dict[str, Any], on_hub: Mapping[Place, bool]) -> list[str]:
 
 def _may_be_on_hub(load: str) -> bool:
     # for stages of earlier versions, and for a corpus that no stage of the arm reads
-    named = load.count("/") == 1 and not load.startswith((".", "/", "~")) and not load.endswith(_FILES)
-    return named and not Path(load).exists()
+    return load.count("/") == 1 and not load.startswith((".", "/", "~")) and not load.endswith(_FILES) and not Path(load).exists()
 
 
 def _verdict(results: Results, arm: ArmRecord) -> list[str]:
@@ -251,10 +249,8 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
     sentences += [f"T{sentence[1:]}." for sentence in arm.inexact]
     sentences += [text for text in [results.plan.drawn, rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]
     if trained < len(arm.evaluate):
-        sentences.append(
-            f"The study is not finished: {trained} of {counted(len(arm.evaluate), 'seed of this arm is', 'seeds of this arm are')} "
-            "evaluated."
-        )
+        seeds = counted(len(arm.evaluate), "seed of this arm is", "seeds of this arm are")
+        sentences.append(f"The study is not finished: {trained} of {seeds} evaluated.")
     return sentences
 
 
@@ -288,20 +284,25 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     """Return the name of the format of the prompts on which a model was trained.
 
-    The format is the recipe's template, unless the first evaluated prompt is not written in this template. In that case, the rows of the
-    data have a format of their own: the result is `chat` if the model's tokenizer has a chat template, else `verbatim`.
+    The format is the recipe's template, unless the first evaluated row has a format of its own: a conversation (`chat`), or a whole prompt
+    (`verbatim`). If an earlier version evaluated the model, `chat` means only that the tokenizer has a chat template.
     """
-    finished = results.scores[arm.name]
-    key = arm.evaluate[arm.first_seed(finished)] if finished else None
+    key = arm.evaluate[arm.first_seed(finished)] if (finished := results.scores[arm.name]) else None
     spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}
     template = spec["data"]["template"]
     if template == "chat" or key is None:
         return template
-    prompt = load_predictions(results.store, key)[0]["prompt"]
-    written = split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n")
+    row = load_predictions(results.store, key)[0]
+    if "turns" in row:
+        return "chat"
+    prompt = row["prompt"]
+    asked = row.get("instruction", prompt) + row.get("input", "")
+    # the tokenizer may not give back words and spaces of the template, but what it gives back is more than the row
+    added = Counter("".join(prompt.lower().split())) - Counter(asked.lower())
+    written = added or split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n")
     if written or not prompt:
         return template
-    return "chat" if tokens.read(folder, folder).template else "verbatim"
+    return "chat" if "instruction" not in row and tokens.read(folder, folder).template else "verbatim"
 
 
 def _data(results: Results) -> dict[str, Any]:

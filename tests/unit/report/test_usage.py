@@ -9,7 +9,7 @@ from tests.byte_models import CHATML, byte_model, byte_tokenizer, save
 
 from tadistill.data.prompts import render
 from tadistill.data.rows import Example
-from tadistill.report.model_card import export
+from tadistill.report.model_card import export, prompt_format
 from tadistill.results.collect import Results
 
 from .builder import ArmSpec, StudySpec, build_study
@@ -71,6 +71,27 @@ def test_the_program_of_a_card_runs_on_the_prompts_of_the_training(tmp_path, cap
     else:
         prompt = render(Example(QUESTION, "", ("",), verbatim=written == "verbatim"), template, tokenizer)
         assert text == ("<bos>" if adds_bos else "") + prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "row", "template", "chats", "format_"),
+    [
+        ("is that a a the\n\nsay it\n\n", {"instruction": "say it", "input": ""}, "alpaca", False, "alpaca"),
+        ("below is an instruction\nsay it\nnow\nresponse :", {"instruction": "Say it", "input": "now"}, "alpaca", True, "alpaca"),
+        ("say it - >", {"instruction": "Say  it ->", "input": ""}, "alpaca", True, "verbatim"),
+        ("say it ->", {"instruction": "say it ->", "input": ""}, "plain", True, "verbatim"),
+        ("user\nsay it\nassistant\n", {"instruction": "user: say it", "input": "", "turns": [{}]}, "plain", True, "chat"),
+    ],
+)
+def test_the_format_is_told_from_the_row_though_the_tokenizer_changes_texts(tmp_path, prompt, row, template, chats, format_):
+    study = build_study(tmp_path, StudySpec([ArmSpec("one", ("xl", "s"))], (10,), {"dolly": 2}, (), 1, also={}, template=template))
+    key = study.results.arm("one").evaluate[10]
+    path = study.store_dir / key[:2] / key / "predictions.jsonl"
+    rows = [json.loads(line) | {"prompt": prompt} | row for line in path.read_text().split("\n") if line]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    save(tmp_path / "model", byte_model(), byte_tokenizer(CHATML if chats else None))
+    results = study.read()
+    assert prompt_format(results, results.arm("one"), tmp_path / "model") == format_
 
 
 def test_the_program_decodes_as_the_study_did(tmp_path):
