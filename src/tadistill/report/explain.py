@@ -14,7 +14,7 @@ from tadistill.plan.graph import distinct_labels
 from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
-from tadistill.results.measured import load_manifest, one_row_text, rows_text
+from tadistill.results.measured import one_row_text, rows_text
 from tadistill.results.number_text import number, p_text, ratio_text, span, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, ComparedPair, Comparison, by_importance
@@ -344,6 +344,6 @@ def _by_token_text(results: Results) -> str:
 def _handed_text(results: Results) -> str:
     texts = []
     for stage in results.plan.stages:
-        manifest = load_manifest(results.store, stage.key) if stage.kind in ("retokenise", "analyse") else None
+        manifest = results.manifests.get(stage.key) if stage.kind in ("retokenise", "analyse") else None
         texts += [f"{stage.label}: {'; '.join(manifest.notes)}"] if manifest and manifest.notes else []
     return f"{'. '.join(texts)}." if texts else ""

@@ -28,7 +28,7 @@ from tadistill.report.path_words import route
 from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
-from tadistill.results.measured import load_manifest, load_predictions, rows_text
+from tadistill.results.measured import load_predictions, rows_text
 from tadistill.results.number_text import number, parameters_text, summary_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
@@ -229,8 +229,7 @@ def _provenance(results: Results, arm: ArmRecord, seed: int) -> str:
     stages = plan.ancestors(arm.final[seed])[::-1]
     versions: dict[str, str] = {}
     for stage in stages:
-        manifest = load_manifest(results.store, stage.key)
-        versions |= manifest.versions if manifest else {}
+        versions |= results.manifests[stage.key].versions if stage.key in results.manifests else {}
     listed = [[f"`{stage.key}`", stage.label] for stage in stages]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     ran_on = f"\n\nVersions: {packages}." if packages else ""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
-from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric, sets_with
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title, difference, direct_of
-from tadistill.results.measured import StageManifest, load_manifest
+from tadistill.results.measured import StageManifest
 from tadistill.results.number_text import (
     DASH,
     MINUS,
@@ -96,10 +96,9 @@ def cost_rows(results: Results) -> list[CostRow]:
     return rows
 
 
-@once
 def stage_rows(results: Results) -> list[StageRow]:
-    """Return all stages of the plan with the records of their runs (manifests). Each manifest is read once."""
-    return [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages]
+    """Return all stages of the plan with the records of their runs (manifests)."""
+    return [StageRow(stage, results.manifests.get(stage.key)) for stage in results.plan.stages]
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tadistill.disk import damaged
 from tadistill.metrics import MEAN, metric_of, sorted_names
 from tadistill.results import measured
-from tadistill.results.measured import READ, Scores, UsedRows, load_corpus, load_scores, places, shared_rows
+from tadistill.results.measured import READ, Scores, StageManifest, UsedRows, load_corpus, load_manifests, load_scores, places, shared_rows
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.statistics import macro_interval, pass_at_k
 from tadistill.store import Store
@@ -81,6 +81,8 @@ class Results:
     study_dir: Path
     plan: StudyPlan
     store: Store
+    manifests: Mapping[str, StageManifest]
+    """The manifests of the finished stages, by the key of the stage."""
     sets: tuple[str, ...]
     metrics: tuple[str, ...]
     missing: tuple[Missing, ...]
@@ -150,12 +152,13 @@ def read_results(study_dir: Path, store: Store) -> Results:
     """
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
-    plan = measured.with_spent(plan, store)
-    store.check((key for stage in plan.stages if store.finished(key := stage.key)), READ)
+    manifests = load_manifests(store, plan.stages)
+    plan = measured.with_spent(plan, manifests)
+    store.check(manifests, READ)
     finished, missing = list[tuple[ArmRecord, int, str]](), list[Missing]()
     for arm in plan.arms:
         for seed, key in arm.evaluate.items():
-            if all(map(store.finished, arm.measured_by(seed))):
+            if all(stage in manifests for stage in arm.measured_by(seed)):
                 finished.append((arm, seed, key))
             else:
                 missing.append(Missing(arm.name, seed, key))
@@ -175,8 +178,8 @@ def read_results(study_dir: Path, store: Store) -> Results:
     sets = tuple(dict.fromkeys(name for tables in all_tables for name in tables))
     metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
     compared = {name: np.sort(of_set) for name, of_set in shared.items()}
-    used = measured.count_rows(plan, store, rows, compared)
-    return Results(study_dir, plan, store, sets, metrics, tuple(missing), scores, numbers, lengths, unseen, compared, used)
+    used = measured.count_rows(plan, manifests, rows, compared)
+    return Results(study_dir, plan, store, manifests, sets, metrics, tuple(missing), scores, numbers, lengths, unseen, compared, used)
 
 
 def with_passes(table: dict[str, NDArray[np.float64]], pass_at: Sequence[int]) -> dict[str, NDArray[np.float64]]:

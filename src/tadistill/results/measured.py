@@ -11,8 +11,8 @@ arms may have different rows. Scores are therefore paired by the number of the r
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,20 @@ class StageManifest:
     """Number of dev evaluations of a stage that stopped early. None for other stages."""
     notes: tuple[str, ...] = ()
     """Sentences of the stage about its result, without a full stop."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Maps a test set to the number of rows that were left out. An earlier version recorded only this number, without `counts`."""
 
 
-def load_manifest(store: Store, key: str) -> StageManifest | None:
-    if not store.finished(key):
-        return None
+def load_manifests(store: Store, stages: Iterable[StageRecord]) -> dict[str, StageManifest]:
+    """Read the manifests of all finished stages. The result maps the key of a stage to its manifest.
+
+    Raises:
+        StoreError: a manifest is damaged.
+    """
+    return {stage.key: _load_manifest(store, stage.key) for stage in stages if store.finished(stage.key)}
+
+
+def _load_manifest(store: Store, key: str) -> StageManifest:
     path = store.folder(key) / MANIFEST
     content = read_json(path)
     try:
@@ -129,7 +138,8 @@ def load_manifest(store: Store, key: str) -> StageManifest | None:
         counts = {(row.pop("role"), row.pop("set")): Counts(**row) for row in rows}
         metered_flops = Cost(metered).learning if metered else None
         early = int(content["checkpoints"]) if content.get("stopped_early") else None
-        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early, tuple(map(str, content.get("notes", ()))))
+        notes, left_out = tuple(map(str, content.get("notes", ()))), content.get("left_out", {})
+        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early, notes, left_out)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
 
@@ -218,12 +228,16 @@ def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
     return order[np.isin(answered[order], chosen)]
 
 
-def count_rows(plan: StudyPlan, store: Store, rows: Mapping[str, Mapping[str, Rows]], shared: Mapping[str, Rows]) -> tuple[UsedRows, ...]:
+def count_rows(
+    plan: StudyPlan, manifests: Mapping[str, StageManifest], rows: Mapping[str, Mapping[str, Rows]], shared: Mapping[str, Rows]
+) -> tuple[UsedRows, ...]:
     """Count the rows that finished trainings and evaluations read, for every split."""
     found: dict[tuple[str, str], dict[Counts, dict[str, None]]] = {}
     for stage in plan.stages:
-        of_stage = rows.get(stage.key)
-        for (role, name), counts in _counts(plan, store, stage.key, of_stage).items():
+        if stage.key not in manifests:
+            continue
+        manifest, of_stage = manifests[stage.key], rows.get(stage.key)
+        for (role, name), counts in (manifest.counts or _counts_of_earlier(plan, manifest, of_stage or {})).items():
             if role != "test" or of_stage is not None:
                 found.setdefault((role, name), {}).setdefault(counts, {}).update(dict.fromkeys(stage.arms))
     used: list[UsedRows] = []
@@ -234,12 +248,8 @@ def count_rows(plan: StudyPlan, store: Store, rows: Mapping[str, Mapping[str, Ro
     return tuple(used)
 
 
-def _counts(plan: StudyPlan, store: Store, key: str, rows: Mapping[str, Rows] | None) -> Mapping[tuple[str, str], Counts]:
-    manifest = load_manifest(store, key)
-    if manifest is None or manifest.counts or rows is None:
-        return manifest.counts if manifest else {}
-    # an earlier version recorded only how many rows were left out
-    left_out, data = store.manifest(key).get("left_out", {}), plan.recipe["data"]
+def _counts_of_earlier(plan: StudyPlan, manifest: StageManifest, rows: Mapping[str, Rows]) -> Mapping[tuple[str, str], Counts]:
+    left_out, data = manifest.left_out, plan.recipe["data"]
     limits = {"limit": int(data.get("max_prompt", 0)), "max_length": int(data.get("max_length", 0))}
     return {("test", n): Counts(len(of_set) + left_out.get(n, 0), long=left_out.get(n, 0), **limits) for n, of_set in rows.items()}
 
@@ -264,14 +274,14 @@ def one_row_text(compared: Mapping[str, NDArray[np.int64]], arms: int) -> str:
     )
 
 
-def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:
+def with_spent(plan: StudyPlan, manifests: Mapping[str, StageManifest]) -> StudyPlan:
     """Return the plan with measured values (FLOPs, number of checkpoints) for trainings that stopped early.
 
     A training with `select.patience` may stop before its last update.
     """
     early: dict[str, StageRecord] = {}
     for stage in plan.stages:
-        found = load_manifest(store, stage.key) if stage.checkpoints else None
+        found = manifests.get(stage.key) if stage.checkpoints else None
         if found is not None and found.checkpoints is not None:
             early[stage.key] = replace(stage, checkpoints=found.checkpoints, flops=None if stage.flops is None else found.flops)
     if not early:

@@ -193,9 +193,9 @@ def test_nothing_to_say_of_an_arm_alone(tmp_path):
     assert found == {}
 
 
-def test_what_stages_say_of_cut_answers_is_in_the_report_of_one_tokenizer_too(monkeypatch):
+def test_what_stages_say_of_cut_answers_is_in_the_report_of_one_tokenizer_too():
     notes = {"a": "7 answers are left out", "b": "2 answers contain a token", "c": "of another kind"}
-    monkeypatch.setattr(explain, "load_manifest", lambda store, key: SimpleNamespace(notes=(notes[key],)))
     stages = [SimpleNamespace(kind=kind, key=key, label=kind) for kind, key in (("retokenise", "a"), ("analyse", "b"), ("distill", "c"))]
-    results = SimpleNamespace(plan=SimpleNamespace(tokenizers=[("t", "s")], stages=stages), store=None)
+    manifests = {key: SimpleNamespace(notes=(note,)) for key, note in notes.items()}
+    results = SimpleNamespace(plan=SimpleNamespace(tokenizers=[("t", "s")], stages=stages), manifests=manifests)
     assert explain.vocabulary_texts(results) == ["retokenise: 7 answers are left out. analyse: 2 answers contain a token."]  # type: ignore[arg-type]
