@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from tadistill.results.study import find_study, load_plan, trained_model
 from tadistill.runner.run_study import evaluation_recipe, run_study
 from tadistill.store import Store, runs_directory, store_of
 from tadistill.terminal import Terminal
-from tadistill.text import counted
+from tadistill.text import counted, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,15 +175,19 @@ def compare(
         ConfigError: there are fewer than two models, or a setting is wrong.
         TadistillError: a model or a test set cannot be read.
     """
+    if not isinstance(teacher, str | Path | None):
+        raise ConfigError(f"`teacher` is {shown(teacher)}; give the directory or the hub id of one model")
     sources, sets, teacher = _listed("models", models), _listed("on", on), str(teacher) if teacher else None
     if len(sources) < 2:
-        raise ConfigError(f"`models` is {models!r}, but compare needs a list of two models or more; for one model use `tadistill eval`")
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
-        raise ConfigError(f"`seeds` is {seeds!r}; give a list of numbers, for instance [10]")
-    text = evaluation_recipe(sources, sets, seeds=list(seeds), teacher=teacher)
+        raise ConfigError(f"`models` is {shown(models)}, but compare needs a list of two models or more; for one use `tadistill eval`")
+    given = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str | Mapping) else []
+    numbers = [int(number) for number in given if isinstance(number, Integral) and not isinstance(number, bool)]  # NumPy's too
+    if not numbers or len(numbers) < len(given):
+        raise ConfigError(f"`seeds` is {shown(seeds)}; give a list of numbers, for instance [10]")
+    text = evaluation_recipe(sources, sets, seeds=numbers, teacher=teacher)
     chosen = [part for item in _checked(overrides) for part in ("--set", item)] + (["--teacher", teacher] if teacher else [])
     where = ["--runs", str(runs)] if runs else []
-    command = ["tadistill", "compare", *sources, "--on", ",".join(sets), "--seeds", ",".join(map(str, seeds)), *chosen, *where]
+    command = ["tadistill", "compare", *sources, "--on", ",".join(sets), "--seeds", ",".join(map(str, numbers)), *chosen, *where]
     root = runs_directory(runs)
     loaded = parse(text, overrides, source="tadistill.compare")
     return _reported(run_study(loaded, runs=root, recipe_text=text, command=shlex.join(command)), root)
@@ -204,6 +209,10 @@ def load_student(
     """
     from tadistill.models.loading import load_model, load_tokenizer
 
+    if not isinstance(study, Study | str | Path):
+        raise ConfigError(f"`study` is {shown(study)}; give what tadistill.run returned, or a study's name, directory or recipe")
+    if not isinstance(seed, Integral | None):
+        raise ConfigError(f"`seed` is {shown(seed)}; give a training seed, which is a whole number")
     directory, store = (study.directory, study._store) if isinstance(study, Study) else find_study(str(study), runs)
     folder, _ = trained_model(load_plan(directory), store, arm, seed)
     return load_model(folder), load_tokenizer(folder)
@@ -241,7 +250,7 @@ def evaluate(
     from tadistill.models.forward import evaluating
     from tadistill.models.tokens import end_tokens, shared_vocabulary
 
-    sets = _listed("on", on)
+    sets = _listed("on", on, str | Path | Mapping)
     content = {"train": sets[0], "dev": sets[0], "test": sets, "root": data_root, "template": template, "limit": {"test": limit}}
     data = read_settings(Data, content, (), source="tadistill.evaluate")
     if not isinstance(settings, Evaluate | Mapping | None):
@@ -311,34 +320,31 @@ def _reported(directory: Path, root: Path) -> Study:
 def _read(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
     if isinstance(recipe, Recipe):
         if _checked(overrides):
-            raise ConfigError(
-                f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change the `Recipe`, or give the file's path"
-            )
+            raise ConfigError(f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change it, or give the file")
         return recipe, _yaml(recipe), "recipe"
     if isinstance(recipe, Path) or (isinstance(recipe, str) and "\n" not in recipe):
         return load(recipe, _checked(overrides)), read(recipe)[0], repr(str(recipe))
     if not isinstance(recipe, str | Mapping):
-        raise ConfigError(
-            f"`recipe` is a {type(recipe).__name__}; give a path, the name of a recipe of the package, YAML text, a dict or a Recipe"
-        )
+        raise ConfigError(f"`recipe` is {shown(recipe)}; give a path, the name of a recipe, YAML text, a dict or a Recipe")
     loaded = parse(recipe if isinstance(recipe, str) else dict(recipe), _checked(overrides), source="recipe", folder=Path.cwd())
     return loaded, recipe if isinstance(recipe, str) else _yaml(loaded), "recipe"
 
 
-def _listed(name: str, given: Any) -> list[Any]:
+def _listed(name: str, given: Any, kinds: Any = str | Path) -> list[Any]:
     """Return what was given for the argument `name`, one item or several, as a list in which paths are texts."""
     items = [given] if isinstance(given, str | Path | Mapping) else list(given) if isinstance(given, Iterable) else []
-    if not items:
-        raise ConfigError(f"`{name}` is {given!r}; give a list of names, paths or hub ids")
+    wrong = [item for item in items if not isinstance(item, kinds) or item == ""]
+    if wrong or not items:
+        what = f"has {shown(wrong[0])}" if wrong and len(items) > 1 else f"is {shown(given)}"
+        raise ConfigError(f"`{name}` {what}; give a list of names, paths or hub ids")
     return [str(item) if isinstance(item, Path) else item for item in items]
 
 
 def _checked(overrides: Sequence[str]) -> Sequence[str]:
-    if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides) or isinstance(overrides, Mapping):
-        raise ConfigError(f"overrides are {overrides!r}; give a list of texts KEY=VALUE, for instance ['seeds=[10]']")
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence) or not all(isinstance(item, str) for item in overrides):
+        raise ConfigError(f"overrides are {shown(overrides)}; give a list of texts KEY=VALUE, for instance ['seeds=[10]']")
     return overrides
 
 
 def _yaml(recipe: Recipe) -> str:
-    content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True), sort_keys=False, allow_unicode=True)

@@ -46,6 +46,8 @@ def from_home(path: str | Path, what: str) -> Path:
     """
     try:
         return Path(path).expanduser()
+    except TypeError as error:
+        raise ConfigError(f"{what} is {path!r}; give a path") from error
     except RuntimeError as error:
         raise ConfigError(f"{what} is `{path}`, but there is no home folder of this user; write the whole path") from error
 

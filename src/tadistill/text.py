@@ -7,6 +7,7 @@ one_line(text)          -> also shows line breaks as escapes
 shortened(sentence)     -> cuts every quoted value at 200 characters
 counted(1, "stage")     -> "1 stage"; counted(3, "stage") -> "3 stages"
 listed(["a", "b"])      -> "a and b"
+shown(3)                -> "3"; shown(a model) -> "a LlamaForCausalLM"
 changes({"lr": 1}, {"lr": 2}) -> yields "lr 1 → 2"
 named("Paris", text)  -> yields the places where a text has these words
 numbers("2 or 1,000") -> [Decimal(2), Decimal(1000)]
@@ -78,6 +79,12 @@ def counted(number: int, one: str, many: str = "") -> str:
 def form(number: int, one: str, many: str) -> str:
     """Return the form of a word for a number: `one` for 1, else `many`."""
     return one if number == 1 else many
+
+
+def shown(value: Any) -> str:
+    """Return a value of a user's program for a sentence: as Python writes it, or only its type if that is long or has several lines."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE and "\n" not in text else f"a {type(value).__name__}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -63,6 +64,8 @@ def test_overrides_need_a_file(commands):
         api.run(parse(RECIPE, [], source="r.yaml"), ["seeds=[2]"])
     assert commands == []
 
+
+MODEL = torch.nn.TransformerEncoderLayer(2, 1, 2)  # its text has several lines
 
 # --- a study that is run ------------------------------------------------------------------------------------------------
 
@@ -164,6 +167,12 @@ def test_paths_are_given_as_texts_or_as_paths(study, commands, tmp_path):
     assert commands == [f"tadistill compare {a} {b} --on {rows} --seeds 10 --teacher {t}"]
 
 
+@pytest.mark.parametrize("seeds", [range(1, 3), (1, 2), np.array([1, 2]), [np.int64(1), np.int32(2)]])
+def test_seeds_are_whole_numbers_of_python_or_numpy(commands, seeds):
+    api.compare(["a", "b"], seeds=seeds)
+    assert commands == ["tadistill compare a b --on dolly --seeds 1,2"]
+
+
 def test_scoring_adds_no_handler_to_the_root_logger(monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     text_scores._scorer.cache_clear()
@@ -245,10 +254,29 @@ def test_the_names_are_offered_and_others_are_not():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: tadistill.run(3), "`recipe` is a int; give a path, the name of a recipe"),
+        (lambda: tadistill.run(3), "`recipe` is 3; give a path, the name of a recipe"),
         (lambda: tadistill.run(TINY, "seeds=[2]"), r"overrides are 'seeds=\[2\]'; give a list"),
         (lambda: tadistill.run("study: x\nmodel: y\n"), "recipe, line 2: `model` is not a known key; did you mean `models`"),
         (lambda: tadistill.plan("quikstart"), "did you mean `quickstart`"),
+        (lambda: tadistill.run(TINY, 3), r"overrides are 3; give a list"),
+        (lambda: tadistill.run(TINY, None), r"overrides are None; give a list"),
+        (lambda: tadistill.run(TINY, runs=3), r"the runs directory is 3; give a path"),
+        (lambda: tadistill.compare(MODEL), "`models` is a TransformerEncoderLayer; give a list of names, paths or hub ids"),
+        (lambda: tadistill.compare([MODEL, "gpt2"]), "`models` has a TransformerEncoderLayer; give a list of names, paths or hub ids"),
+        (lambda: tadistill.compare([None, "gpt2"]), "`models` has None; give a list"),
+        (lambda: tadistill.compare(["", "gpt2"]), "`models` has ''; give a list"),
+        (lambda: tadistill.compare(["a", "b"], {"load": "x"}), "`on` is {'load': 'x'}; give a list of names, paths"),
+        (lambda: tadistill.compare(["a", "b"], ["dolly", {"load": "x"}]), "`on` has {'load': 'x'}; give a list of names, paths"),
+        (
+            lambda: tadistill.compare(["a", "b"], teacher=MODEL),
+            "`teacher` is a TransformerEncoderLayer; give the directory or the hub id of one model",
+        ),
+        (lambda: tadistill.compare(["a", "b"], seeds=[]), r"`seeds` is \[\]; give a list of numbers"),
+        (lambda: tadistill.compare(["a", "b"], seeds=[1, True]), r"`seeds` is \[1, True\]; give a list of numbers"),
+        (lambda: tadistill.compare(["a", "b"], seeds=np.array([1.5])), r"`seeds` is array\(\[1.5\]\); give a list of numbers"),
+        (lambda: tadistill.load_student(None, "a"), "`study` is None; give what tadistill.run returned, or a study's name"),
+        (lambda: tadistill.load_student("tiny", "a", "1"), "`seed` is '1'; give a training seed, which is a whole number"),
+        (lambda: tadistill.evaluate(None, None, [3]), r"`on` is \[3\]; give a list"),
         (lambda: tadistill.compare("gpt2"), "compare needs a list of two models or more"),
         (lambda: tadistill.compare(["gpt2", "gpt2"]), "gpt2"),
         (lambda: tadistill.compare(["a", "b"], 3), "`on` is 3; give a list of names, paths or hub ids"),
