@@ -144,7 +144,7 @@ def sorted_names(measured: Iterable[str], keep: Callable[[Metric], bool]) -> tup
     order = {name: i for i, name in enumerate(METRICS)}
     names = [name for name in dict.fromkeys(measured) if "@" not in name and keep(metric_of(name))]
     parts = {name: name.partition("/")[::2] for name in names}
-    return tuple(sorted(names, key=lambda name: (order[parts[name][0]], int(part) if (part := parts[name][1]).isdigit() else -1, part)))
+    return tuple(sorted(names, key=lambda name: (order[parts[name][0]], int(part) if (part := parts[name][1]).isdecimal() else -1, part)))
 
 
 def higher_is_better(name: str) -> bool:

@@ -209,7 +209,7 @@ def _evaluate(
     tasks = measured[1]
     on = measured[0] if measured[0] is not None else "" if tasks else ",".join(SUITE)
     numbers = comma_separated(seeds)
-    if not numbers or not all(part.isdigit() for part in numbers):
+    if not numbers or not all(part.isdecimal() for part in numbers):
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
     text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher, tasks=_sets(tasks))
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])

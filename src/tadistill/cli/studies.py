@@ -102,6 +102,7 @@ def export(
 
     if target is None and push is None:
         raise ConfigError("`tadistill export` needs a directory for the copy, or --push REPO; give one of them")
+    target = from_home(target, "the directory for the copy") if target else None
     name = hub.full_name(push) if push else ""
     results = read_results(*_located(study, runs))
     with contextlib.nullcontext(target) if target else tempfile.TemporaryDirectory() as folder:
@@ -198,6 +199,7 @@ def human(
             raise ConfigError(
                 "with filled-in sheets, only --name and --runs can be used; remove the other options, which are for writing a new sheet"
             )
+        files = [from_home(file, "the sheet") for file in files]
         commands.read_sheets(study, files, runs=runs, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
         return
     options = {"name": name, "arms": arm or [], "sets": comma_separated(on), "limit": limit, "reference": reference, "seed": seed}

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 import yaml
 
 from tadistill.cli.shared import complete_key, complete_method, console
+from tadistill.disk import from_home
 from tadistill.errors import ConfigError, TadistillError
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def new(
     from tadistill.config.load import parse
     from tadistill.config.method import METHODS, no_method
 
+    file = from_home(file, "the new recipe")
     if file.exists() or file.is_symlink():
         raise ConfigError(f"{file} already exists; choose another name for the new recipe")
     given = {"teacher": teacher, "student": student, "data": data, "method": method}
@@ -63,7 +66,7 @@ def new(
             f"{file} cannot be written ({error.strerror}); give a file in an existing folder with write permission"
         ) from error
     console.say(f"wrote {file}")
-    console.say(f"next: tadistill plan {file}")
+    console.say(f"next: {shlex.join(['tadistill', 'plan', str(file)])}")
 
 
 def _at_terminal() -> bool:
@@ -94,11 +97,11 @@ def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) 
     study = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "distillation"
     models = {"teacher": _moved(teacher, file), "student": _moved(student, file)}
     objective = "\n  objective: {pt_weight: 0}   # no language modelling on plain text; to use it, give data.corpus and remove this line"
-    rows = [_row(role, *_set(data, role, file)) for role in _ROLES]
+    rows, name = [_row(role, *_set(data, role, file)) for role in _ROLES], shlex.quote(file.name)
     return f"""# yaml-language-server: $schema={schema_file().as_uri()}
 # One distillation: the teacher teaches the student. The student is then measured on the test set.
-#   tadistill plan {file.name}     # shows what will be done, and what it costs
-#   tadistill run {file.name}      # does this work, and writes runs/{study}/report.html
+#   tadistill plan {name}     # shows what will be done, and what it costs
+#   tadistill run {name}      # does this work, and writes runs/{study}/report.html
 # `tadistill explain KEY` explains a key, for instance optim.lr. The page "The recipe" of the documentation explains all keys.
 study: {_scalar(study)}
 seeds: [10]                   # one student for each training seed; several seeds show how much the result varies
@@ -109,7 +112,7 @@ data:
   max_prompt: 256             # rows with a longer prompt, in tokens, are left out and counted
   max_length: 512             # tokens of a prompt with its answer; a longer answer is cut
 method:
-  name: {method:<22}# {", ".join(METHODS)}{objective if method in _NO_CORPUS else ""}
+  name: {method:<21} # {", ".join(METHODS)}{objective if method in _NO_CORPUS else ""}
   optim:
     lr: 2e-5                  # peak learning rate; small models often need a higher one
     epochs: 1                 # passes over the training rows; or use `steps`, the number of updates
@@ -130,14 +133,16 @@ def _row(role: str, content: Any, same: bool) -> str:
     if same:
         why = "a checkpoint must be chosen on other rows" if role == "dev" else "scores on them mean little"
         text = f"CHANGE THIS: these are the training rows; {why}"
-    return f"  {f'{role}: {_scalar(content)}':<28}# {text}\n"
+    return f"  {f'{role}: {_scalar(content)}':<27} # {text}\n"  # without the space, a long value would contain the comment
 
 
 def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
     path = Path(os.path.expanduser(data))
     if path.is_dir():
-        there = (path / f"{role}.jsonl").is_file()
-        return (_moved(data, file), False) if there else ({"load": _moved(data, file), "split": "train"}, role != "train")
+        names = sorted(found.stem for found in path.glob("*.jsonl"))
+        others = [name for name in names if name not in _ROLES]
+        split = others[0] if len(others) == 1 and "train" not in names else "train"
+        return (_moved(data, file), False) if role in names else ({"load": _moved(data, file), "split": split}, role != "train")
     if path.is_file():
         other = path.with_name(path.name.replace("train", role))
         there = other.is_file() and (role == "train" or other != path)

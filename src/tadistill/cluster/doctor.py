@@ -200,7 +200,7 @@ def quota(places: Mapping[str, Path]) -> list[Check]:
 
 def _lustre(place: str, line: str) -> str:
     numbers = [part.rstrip("*") for part in line.split()[1:]]
-    if len(numbers) < 7 or not all(numbers[i].isdigit() for i in (0, 2, 4, 6)):
+    if len(numbers) < 7 or not all(numbers[i].isdecimal() for i in (0, 2, 4, 6)):
         return ""
     return f"{place} {numbers[0]}k/{numbers[2]}k {numbers[4]}/{numbers[6]}"
 

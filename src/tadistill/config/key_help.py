@@ -84,7 +84,7 @@ def _missing(pattern: list[str], words: list[str]) -> int | None:
         tries.append(_missing(before, words[:-1]))
     if last == NAME:
         tries.append(_missing(before, words))
-    if words[-1].isdigit():
+    if words[-1].isdecimal():
         tries.append(_missing(pattern, words[:-1]))
     return min((each for each in tries if each is not None), default=None)
 

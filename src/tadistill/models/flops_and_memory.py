@@ -318,7 +318,7 @@ def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
 def _number(path: Path) -> int | None:
     # a control file contains a number of bytes, or `max`
     text = _text(path).strip()
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _text(path: Path) -> str:

@@ -267,7 +267,7 @@ def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[st
     settings, file = read_or_empty(directory / "tokenizer_config.json"), directory / "tokenizer.json"
     decoder = settings.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
-    declared = {text: int(i) for i, entry in entries if str(i).isdigit() and (text := _content(entry))}
+    declared = {text: int(i) for i, entry in entries if str(i).isdecimal() and (text := _content(entry))}
     if file.is_file():  # then transformers reads neither vocab.json nor add_bos_token
         added, vocabulary, first = _tokenizer_json(file, file.stat().st_mtime_ns)
         return settings, declared | added, vocabulary, first

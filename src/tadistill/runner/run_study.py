@@ -302,12 +302,15 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     """
     if not on and not tasks:
         raise ConfigError(f"--on names no test set; give at least one, for instance --on {','.join(SUITE[:2])}")
-    sources = list(models) + ([teacher] if teacher and teacher not in models else [])
+    places = [*map(_place, models)]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"a model is given twice in {', '.join(models)}; give each model once")
+    sources = list(models) + ([teacher] if teacher and _place(teacher) not in places else [])
     names = _names(sources)
     arms = names[: len(models)]
     unused = {"load": "tinyworld_open", "split": "test"}
     content: dict[str, Any] = {
-        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{_identity(models)}",
+        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{key_of(places)[:6]}",
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
         # nothing is trained, but a recipe must name a training set and a dev set
@@ -317,18 +320,17 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         "arms": dict(zip(arms, arms, strict=True)),
     }
     if teacher:
-        content["teacher"] = names[sources.index(teacher)]
+        content["teacher"] = names[[*map(_place, sources)].index(_place(teacher))]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _identity(models: Seq[str]) -> str:
-    places = [str(path.resolve()) if (path := Path(os.path.expanduser(model))).exists() else model.rstrip("/") for model in models]
-    return key_of(places)[:6]
+def _place(model: str) -> str:
+    """Return the same text for all spellings of a model's path or hub id."""
+    path = Path(os.path.expanduser(model))
+    return str(path.resolve()) if path.exists() else model.rstrip("/")
 
 
 def _names(models: Seq[str]) -> list[str]:
-    if len(set(models)) < len(models):
-        raise ConfigError(f"a model is given twice in {', '.join(models)}; give each model once")
     short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(m.rstrip("/")).name).strip("-.") or "model" for m in models]
     names: list[str] = []
     for name in short:

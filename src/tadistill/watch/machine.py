@@ -140,7 +140,7 @@ def read_gpus(text: str) -> tuple[Gpu, ...]:
     found = []
     for line in text.splitlines():
         name, *rest = (part.strip() for part in line.split(","))
-        values = [float(part) if part.replace(".", "", 1).isdigit() else None for part in rest]
+        values = [float(part) if part.replace(".", "", 1).isdecimal() else None for part in rest]
         if len(values) == 4:
             used, memory, total, celsius = values
             found.append(Gpu(name, used, memory and memory * 2**20, total and total * 2**20, celsius))

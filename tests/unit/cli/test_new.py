@@ -126,6 +126,48 @@ def test_the_template_is_that_of_the_teacher(tmp_path, teacher, template):
     assert yaml.safe_load((tmp_path / "a.yaml").read_text())["data"]["template"] == template
 
 
+def write(folder: Path, **given: str) -> tuple[str, dict]:
+    text = recipe_text(folder / "a.yaml", **{"teacher": "gpt2", "student": "gpt2", "data": "dolly", "method": "kd"} | given)
+    return text, yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("data", ["HuggingFaceH4/ultrachat_200k", "some/very/long/path/of/a/data/set/on/this/disk"])
+def test_a_comment_is_no_part_of_a_long_value(tmp_path, data):
+    text, content = write(tmp_path, data=data)
+    assert [content["data"][role] for role in ("train", "dev", "test")] == [data] * 3
+    assert text.count(f": {data} # ") == 3
+    assert write(tmp_path, method=max(METHODS, key=len))[1]["method"]["name"] == max(METHODS, key=len)
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (["all"], ["all", "all", "all"]),
+        (["rows", "dev", "test"], ["rows", None, None]),
+        (["train", "more"], [None, "train", "train"]),
+        (["test"], ["train", "train", None]),
+        (["a", "b"], ["train", "train", "train"]),
+    ],
+)
+def test_the_split_of_a_folder_is_the_file_that_it_has(tmp_path, files, splits):
+    for name in files:
+        (tmp_path / f"{name}.jsonl").touch()
+    text, content = write(tmp_path, data=str(tmp_path))
+    sets = [content["data"][role] for role in ("train", "dev", "test")]
+    assert sets == [{"load": str(tmp_path), "split": split} if split else str(tmp_path) for split in splits]
+    assert text.count("CHANGE THIS") == sum(split is not None for split in splits[1:])
+
+
+def test_commands_with_a_space_in_the_name_can_be_copied(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sub").mkdir()
+    found = new("~/sub/my kd.yaml", *flags())
+    file = tmp_path / "sub" / "my kd.yaml"
+    assert f"next: tadistill plan '{file}'" in found.output.replace("\n", "")
+    assert "#   tadistill run 'my kd.yaml'      # does" in file.read_text()
+    assert not Path("~").exists()
+
+
 def test_the_working_directory_is_written_as_a_dot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").touch()

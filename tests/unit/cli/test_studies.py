@@ -117,3 +117,18 @@ def test_where_a_study_is(tmp_path, monkeypatch):
     assert command_for("export", earlier, "ARM") == f"tadistill export s/earlier/0123abcd ARM --runs {study.parent}"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert found("~/a/s") == (study, store)
+
+
+@pytest.mark.parametrize("seeds", ["²", "1,²", "one", ""])
+def test_seeds_that_are_no_numbers(seeds):
+    done = tadistill("eval", "gpt2", "--on", "dolly", "--seeds", seeds)
+    assert (done.code, f"--seeds is `{seeds}`; give whole numbers separated by commas" in done.err) == (2, True)
+
+
+def test_a_copy_can_go_to_the_home_folder(tmp_path, monkeypatch):
+    study = build_study(tmp_path / "runs", StudySpec(SMALL)).study_dir
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tadistill.report.model_card.export", lambda results, arm, seed, target, **_: copied.append(target))
+    copied: list[Path] = []
+    tadistill("export", str(study), "chain", "~/copy")
+    assert copied == [tmp_path / "home" / "copy"]

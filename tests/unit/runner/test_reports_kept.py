@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tadistill.config import parse
+from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.runner.run_study import _REPORT, evaluation_recipe, save_plan
@@ -92,6 +93,16 @@ def test_models_of_one_name_have_studies_of_their_own(tmp_path, monkeypatch):
     assert study("org-a/model") != study("org-b/model")
     assert study("one/final", "two/final") != study("two/final", "one/final")
     assert len(study("org/" + "x" * 300)) <= 80
+
+
+def test_a_model_is_the_same_in_all_spellings_of_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m" / "sft").mkdir(parents=True)
+    for other in ("m/sft", "./m/sft", "m/sft/", str(tmp_path / "m" / "sft")):
+        with pytest.raises(ConfigError, match="a model is given twice in m/sft, "):
+            evaluation_recipe(["m/sft", other], ["dolly"], seeds=[1])
+    content = yaml.safe_load(evaluation_recipe(["org/a", "m/sft"], ["dolly"], seeds=[1], teacher="./m/sft"))
+    assert (content["teacher"], [*content["models"]]) == ("sft", ["a", "sft"])
 
 
 def test_an_evaluation_reads_no_set_but_those_it_tests(tmp_path):
