@@ -158,8 +158,9 @@ class Judge(Strict):
     base_url: str = "https://api.openai.com/v1"
     """URL of an OpenAI-compatible endpoint."""
     mode: Literal["pair", "score"] = "pair"
-    """`pair`: the judge compares two answers in both orders. An answer wins if the judge prefers it in both. `score`: the judge rates each
-    answer alone. The result is the answer's score in percent of the score of the reference answer."""
+    """How the judge's scores are used. In both modes, the judge sees two answers, in both orders, and gives each a score. `pair`: an answer
+    wins if it has the higher score in both orders. `score`: the result is the sum of the arm's scores in percent of the sum of the
+    reference's scores."""
     arms: tuple[str, ...] = ()
     """Arms whose answers are judged. By default, the answers of all arms are judged."""
     against: str = REFERENCE
