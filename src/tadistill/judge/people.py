@@ -139,16 +139,16 @@ def load_key(path: Path) -> dict[str, Any]:
 def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
     """Read the ratings of all files. Answers without a rating are skipped.
 
-    The column `rater` names the rater of a row. A file without this column counts as one rater.
+    The column `rater` names the rater of a row. A file without this column counts as one rater. A file that is given twice is read once.
 
     Raises:
         DataError: a file is not a filled-in copy of this sheet. The message names the file, the line and the problem.
     """
     ratings: dict[tuple[str, str, str], Rating] = {}
-    for path in paths:
+    for path, name in _raters(paths).items():
         before = len(ratings)
         for line, row in _rows(path):
-            rating = _rating(f"{path}, line {line}", row, key, rater=path.stem)
+            rating = _rating(f"{path}, line {line}", row, key, rater=name)
             if rating is None:
                 continue
             place = (rating.rater, rating.item, rating.letter)
@@ -223,6 +223,18 @@ def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, A
         value = krippendorff.alpha(reliability_data=shared, value_domain=domain, level_of_measurement="ordinal")
         found["value"] = round(float(value), 4)
     return found
+
+
+def _raters(paths: Sequence[Path]) -> dict[Path, str]:
+    # the name of a file's rater is the shortest end of its path that no other file has: `ann`, or `ann/answers` beside `bob/answers`
+    files = {path.resolve(): path for path in reversed(paths)}
+    ends = {path: _ends(path.absolute()) for path in reversed(files.values())}
+    return {path: next(end for end in own if sum(end in other for other in ends.values()) == 1) for path, own in ends.items()}
+
+
+def _ends(path: Path) -> list[str]:
+    folders = ["/".join(path.parts[n:-1]) for n in range(len(path.parts) - 1, -1, -1)]
+    return [str(Path(folder, name)) for folder in folders for name in (path.stem, path.name)]
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:

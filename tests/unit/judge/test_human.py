@@ -137,6 +137,19 @@ def test_two_raters(study, tmp_path, delimiter):
     assert -1 <= found["agreement"]["value"] < 1
 
 
+def test_every_file_is_a_rater_whatever_its_name(study, tmp_path):
+    page = export(study)
+    names = ("a/answers.csv", "b/answers.csv", "b/answers.txt", "bob.csv")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    files = [fill(page, tmp_path / name, lambda item, arm: 3) for name in names]
+    again = tmp_path / "b" / ".." / "a" / "answers.csv"
+    found = read(study, *files, again)
+    assert found["raters"] == ["a/answers", "answers.txt", "b/answers.csv", "bob"]
+    assert found["missing"] == 0
+    assert found == read(study, *files) | {"created": found["created"]}
+
+
 def test_agreement_on_a_published_example():
     """Krippendorff's example of four observers and twelve units (2011, "Computing Krippendorff's Alpha-Reliability"): 0.815 ordinal."""
     observers = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3", ". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
