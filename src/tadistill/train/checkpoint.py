@@ -162,6 +162,35 @@ def _state(path: Path) -> TrainState:
     return state
 
 
+class Averages:
+    """Collects the metrics of updates, for the next line of the log."""
+
+    def __init__(self, rows: list[dict[str, float]]):
+        """`rows` is the list `TrainState.pending`, so that a checkpoint contains the metrics."""
+        self.rows = rows
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Do not count the time since the last update."""
+        self.start = time.monotonic()
+
+    def add(self, row: dict[str, float]) -> None:
+        """Add the metrics of an update, with its number of `tokens`."""
+        now = time.monotonic()
+        # the seconds are in the row, so that after a resume the tokens of earlier updates are divided by the seconds that they took
+        self.rows.append(row | {"seconds": now - self.start})
+        self.start = now
+
+    def pop(self) -> dict[str, float]:
+        """Return the mean of each metric and the tokens per second, and begin anew."""
+        rows = list(self.rows)
+        self.rows.clear()
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("tokens", "seconds"))  # not every update is watched
+        means = {name: sum(found := [r[name] for r in rows if name in r]) / len(found) for name in names}
+        speed = sum(r["tokens"] for r in rows) / max(sum(r["seconds"] for r in rows), 1e-9)
+        return means | {"train/tokens_per_second": speed}
+
+
 class RunLog:
     """The log of one training. When a training resumes after update `resume_step`, the lines of later updates are removed."""
 

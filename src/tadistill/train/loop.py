@@ -7,7 +7,6 @@ neither the loss nor the learning rate: gradient_accumulation_steps is 1, and th
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from tadistill.metrics import higher_is_better, training_text
 from tadistill.models import sharding
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, spans
-from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
+from tadistill.train.checkpoint import Averages, Checkpoints, RunLog, TrainState
 from tadistill.train.monitoring import Alarms, Meter, watch
 from tadistill.train.step import Step, counts
 
@@ -113,41 +112,28 @@ def train_stage(
     step = replace(step, phase=meter.phase)
     alarms = Alarms(minillm=step.clip is not None, precise=optim.precision == "fp32")
     files = Checkpoints(directory, checkpoint_seconds)
-    run = _Run(student, step, sampler, optim, optimizer, accelerator, files, alarms, meter, hooks)
+    run = _Run(student, model, step, sampler, optim, optimizer, seed, accelerator, files, alarms, meter, hooks)
     state = run.resume()
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
-    averages = _Averages(state.pending)
+    averages = Averages(state.pending)
     hooks.progress(state.step, f"continues at update {state.step} of {steps}" if state.step else "training")
-    # dropout depends on the rank, so two runs with equal numbers of processes have equal dropout; rank 0 has that of a run with one process
-    rank = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
         if sampler.wants_dev:
             sampler.observe(run.evaluate())
         while state.step < steps and state.misses < patience:
             run.save_or_stop(state)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optim, state.step, steps)
             batches = run.sample(state.step)
             with meter.timed("watching"):
                 watched = run.watch(batches, state.step) if state.step % max(log_every, WATCH_EVERY) == 0 else {}
-            for line in alarms.check(state.step, watched, watched.pop("apart", None)):
-                hooks.alarm(line)
-            torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *rank))
-            with meter.timed("training"):
-                averages.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
-                if step.average:
-                    step.average.update()
+            averages.add(run.update(batches, state.step) | watched)
             state.step += 1
-            if state.step in hooks.kept:
-                whole = sharding.weights(student)
-                if accelerator.is_main_process:
-                    hooks.keep(state.step, whole)
+            run.keep(state.step)
             selects = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
             if selects or state.step % log_every == 0:
                 metrics = averages.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
                 if selects:
                     metrics |= run.select(state, select)
-                    averages.start = time.monotonic()
+                    averages.restart_clock()
                 hooks.progress(state.step, training_text(metrics["train/loss"], metrics["train/tokens_per_second"]))
                 if log:
                     log.write(state.step, metrics)
@@ -155,7 +141,7 @@ def train_stage(
         accelerator.wait_for_everyone()
         sharding.load_weights(student, checkpoint.load(files.best(state.best_step)))
     student.eval()
-    state.alarms, state.ledger = run.alarms.state(), meter.state(partial(_gather, accelerator))
+    state.alarms, state.ledger = alarms.state(), meter.state(partial(_gather, accelerator))
     return state
 
 
@@ -179,10 +165,13 @@ def _prepare_sharded(student: PreTrainedModel, accelerator: Accelerator) -> PreT
 @dataclass
 class _Run:
     student: PreTrainedModel
+    model: nn.Module
+    """The student, or DDP's wrapper around it."""
     step: Step
     sampler: Sampler
     optim: Optim
     optimizer: Optimizer
+    seed: int
     accelerator: Accelerator
     files: Checkpoints
     alarms: Alarms
@@ -206,10 +195,30 @@ class _Run:
             watched = watch(self.step, [b.to(self.accelerator.device) for b in batches], fresh=fresh)
         if not (main and watched):
             return {}
-        if self.sampler.apart is not None:
-            watched["apart"] = self.sampler.apart
+        apart = watched.pop("apart", None)
+        for line in self.alarms.check(done, watched, apart if self.sampler.apart is None else self.sampler.apart):
+            self.hooks.alarm(line)
         self.hooks.sampled(done, batches[0].first(WATCHED_ROWS))
         return watched
+
+    def update(self, batches: list[Batch], done: int) -> dict[str, float]:
+        assert self.optim.steps is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.optim, done, self.optim.steps)
+        # runs with equal numbers of processes have equal dropout; the first process has that of a run with one process
+        rank = self.accelerator.process_index
+        torch.manual_seed(rng.torch_seed(self.seed, "dropout", done, *([rank] if rank else [])))
+        with self.meter.timed("training"):
+            row = _update(self.model, self.step, batches, self.optimizer, self.optim, self.accelerator, done)
+            if self.step.average:
+                self.step.average.update()
+        return row
+
+    def keep(self, done: int) -> None:
+        if done in self.hooks.kept:
+            whole = sharding.weights(self.student)
+            if self.accelerator.is_main_process:
+                self.hooks.keep(done, whole)
 
     def evaluate(self) -> dict[str, float]:
         with self.meter.timed("selection"), sharding.whole(self.student):
@@ -328,23 +337,3 @@ def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
 
 def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return list(flags) if accelerator.num_processes == 1 else (_sum(accelerator, torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
-
-
-class _Averages:
-    def __init__(self, rows: list[dict[str, float]]):
-        self.rows = rows  # the same list as `TrainState.pending`, so a checkpoint contains it
-        self.start = time.monotonic()
-
-    def add(self, row: dict[str, float]) -> None:
-        now = time.monotonic()
-        # the seconds are in the row, so that after a resume the tokens of earlier updates are divided by the seconds that they took
-        self.rows.append(row | {"seconds": now - self.start})
-        self.start = now
-
-    def pop(self) -> dict[str, float]:
-        rows = list(self.rows)
-        self.rows.clear()
-        names = dict.fromkeys(name for row in rows for name in row if name not in ("tokens", "seconds"))  # not every update is watched
-        means = {name: sum(found := [r[name] for r in rows if name in r]) / len(found) for name in names}
-        speed = sum(r["tokens"] for r in rows) / max(sum(r["seconds"] for r in rows), 1e-9)
-        return means | {"train/tokens_per_second": speed}

@@ -15,7 +15,7 @@ from tadistill.config.objective import CrossEntropy, ForwardKL, ReverseKL, Taid
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import StageFailed
 from tadistill.rollout.samplers import FixedSequences
-from tadistill.train import loop
+from tadistill.train import checkpoint, loop
 from tadistill.train.loop import Hooks, Interrupted, learning_rate, train_stage
 from tadistill.train.step import counts, make_step
 
@@ -46,11 +46,11 @@ def train(directory, *, kind="gpt2", steps=8, select=None, dev=None, stop=lambda
 def test_the_speed_after_a_resume_counts_the_seconds_of_earlier_updates(monkeypatch):
     """10 tokens a second before and after an interruption of an hour: the first line after it says 10 a second."""
     clock = iter([0, 1, 2, 3600, 3601, 3601, 3601])
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    before = loop._Averages([])
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    before = checkpoint.Averages([])
     before.add({"train/loss": 1.0, "tokens": 10})
     before.add({"train/loss": 2.0, "tokens": 10})
-    after = loop._Averages([dict(row) for row in before.rows])  # as a checkpoint gives them back
+    after = checkpoint.Averages([dict(row) for row in before.rows])  # as a checkpoint gives them back
     after.add({"train/loss": 6.0, "tokens": 10})
     assert after.pop() == {"train/loss": 3.0, "train/tokens_per_second": 10.0}
     assert after.rows == []
