@@ -20,9 +20,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tadistill.data.encoding import Encoded, Encoder
 from tadistill.data.encoding_rules import Counts, Rules
@@ -48,20 +48,35 @@ class Answer:
     ended: bool
 
 
-def said(row: int, ids: Seq[int], writer: TokenBytes) -> tuple[Answer, str | None]:
-    """Return the text of sampled token ids, and the reason if the text was cut: `bytes` (not UTF-8), `token` (a special token) or None."""
+class Said(NamedTuple):
+    """The text of a model's sampled tokens."""
+
+    answer: Answer
+    why: str | None
+    """The reason if the text was cut: `bytes` (not UTF-8) or `token` (a special token). None if it was not cut."""
+    tokens: int
+    """Number of the first tokens whose text is in the answer. If the answer has ended, the end token is one of them."""
+    size: int
+    """Number of bytes of these tokens. It is smaller than that of the text if the first token after them is only partly text."""
+
+
+def said(row: int, ids: Seq[int], writer: TokenBytes) -> Said:
+    """Return the text of sampled token ids up to the first place that is not text."""
     ended = bool(ids) and ids[-1] in writer.ends
     body = [*ids[:-1]] if ended else [*ids]
     ordinary = next((k for k, i in enumerate(body) if not _is_text(i, writer)), len(body))
     why = "token" if ordinary < len(body) else None
     if writer.spelled:
-        data = b"".join(piece for i in body[:ordinary] if isinstance(piece := writer.pieces[i], bytes))
-        text, whole = valid_runs(data)[0] if data else (b"", True)
-        if not whole or len(text) < len(data):
+        pieces = [piece for i in body[:ordinary] if isinstance(piece := writer.pieces[i], bytes)]
+        data = b"".join(pieces)
+        first, whole = valid_runs(data)[0] if data else (b"", True)
+        text = first if whole else b""
+        ends = [end for end in accumulate(map(len, pieces)) if end <= len(text)]
+        if len(text) < len(data):
             why = "bytes"
-        return Answer(row, text.decode() if whole else "", ended and why is None), why
-    text = writer.tokenizer.decode(body[:ordinary], clean_up_tokenization_spaces=False)
-    return Answer(row, str(text), ended and why is None), why
+        return Said(Answer(row, text.decode(), ended and why is None), why, len(ends) + (ended and why is None), max(ends, default=0))
+    text = str(writer.tokenizer.decode(body[:ordinary], clean_up_tokenization_spaces=False))
+    return Said(Answer(row, text, ended and why is None), why, ordinary + (ended and why is None), len(text.encode()))
 
 
 def _is_text(token: int, writer: TokenBytes) -> bool:

@@ -161,12 +161,12 @@ class CrossReading:
     """The bits per byte of N answers for two models: the writer, which sampled the answers, and the reader, which has another tokenizer."""
 
     writer: np.ndarray
-    """(N,) the bits per byte for the writer, of the tokens that it sampled."""
+    """(N,) the bits per byte for the writer, of the tokens that it sampled, up to the first place that is not text."""
     reader: np.ndarray
     """(N,) the bits per byte for the reader. The text of each answer is encoded with its own tokenizer, after its own prompt."""
     early: int
     """Number of answers that contain something other than text: a special token before the end, or bytes that are not UTF-8, such as half a
-    character. The reader gets only the text before this place."""
+    character. Only what is before this place counts for both models."""
     unknown: int
     """Number of the reader's tokens of the answers that are its unknown token."""
 
@@ -184,17 +184,18 @@ def cross_read(
     """
     own = token_bytes(writer.tokenizer, writer.eos)
     texts = [said(row, answer.response, own) for row, answer in answers.items()]
-    written = likelihood(writer, [*answers.values()], batch=batch)["loss"]
+    losses = likelihood(writer, [*answers.values()], batch=batch)["loss"]
+    written = [loss[: text.tokens] for loss, text in zip(losses, texts, strict=True)]
     rules, found = replace(rules, long_responses="cut"), Retokenised((), Counts(0), 0, 0)
     encoded: dict[int, Encoded] = {}
-    for found in retokenised(data.examples, [answer for answer, _ in texts], reader.tokenizer, rules, name=f"data set `{data.name}`"):
+    for found in retokenised(data.examples, [text.answer for text in texts], reader.tokenizer, rules, name=f"data set `{data.name}`"):
         encoded |= {e.row: e for e in found.encoded}
     read = dict(zip(encoded, likelihood(reader, references([*encoded.values()]), batch=batch)["loss"], strict=True))
-    assert all(answer.row in encoded or not (answer.text or answer.ended) for answer, _ in texts)
-    sizes = [len(answer.text.encode()) for answer, _ in texts]
-    theirs = [_kept(answer, encoded.get(answer.row), reader, rules) for answer, _ in texts]
-    nats = [read.get(answer.row, np.zeros(0)) for answer, _ in texts]
-    return CrossReading(bits_per_byte(written, sizes), bits_per_byte(nats, theirs), sum(bool(why) for _, why in texts), found.unknown)
+    assert all(answer.row in encoded or not (answer.text or answer.ended) for answer, *_ in texts)
+    theirs = [_kept(answer, encoded.get(answer.row), reader, rules) for answer, *_ in texts]
+    nats = [read.get(answer.row, np.zeros(0)) for answer, *_ in texts]
+    mine = bits_per_byte(written, [text.size for text in texts])
+    return CrossReading(mine, bits_per_byte(nats, theirs), sum(bool(text.why) for text in texts), found.unknown)
 
 
 def _kept(answer: Answer, encoded: Encoded | None, reader: Subject, rules: Rules) -> int:

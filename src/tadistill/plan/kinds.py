@@ -294,6 +294,9 @@ class AnalyseSpec(_OnTestSets):
     of the two models scores the other's answers as text, and nothing is compared token by token."""
     tokens: int | None = None  # number of the model's tokens, if the teacher has more: the teacher's answers may contain them
 
+    def content(self) -> dict[str, Any]:
+        return super().content() | ({"across_tokenizers": 2} if self.of_teacher else {})
+
     def saves_memory(self, processes: int) -> list[str]:
         return [f"evaluate.batch: {self.batch // 2}"] if self.batch > 1 else []
 

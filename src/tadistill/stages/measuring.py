@@ -208,6 +208,11 @@ def _read_each_other(context: Context[AnalyseSpec], of_teacher: Encoding) -> dic
         scores[mine.name] = {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", dict.fromkeys(scores))
+    if notes["early"]:
+        context.alarm(
+            f"{counted(notes['early'], 'answer has', 'answers have')} something other than text before the end (a special token, or bytes "
+            "that are not UTF-8); only the text before it is compared, and not how the answer goes on or ends"
+        )
     if notes["unknown"]:
         context.alarm(
             f"{counted(notes['unknown'], 'token of the answers is', 'tokens of the answers are')} unknown to the model that reads them, so "

@@ -146,7 +146,7 @@ def _write_texts(context: Context[RetokeniseSpec], writer: TokenizerFiles, file:
 
     def texts() -> Iterator[Mapping[str, Any]]:
         for encoded, (_, answer) in zip(asked.encoded, answers, strict=True):
-            found, why = said(encoded.row, answer["response"], read)
+            found, why, *_ = said(encoded.row, answer["response"], read)
             if why:
                 early[why] += 1
             yield asdict(found)

@@ -38,15 +38,17 @@ def ids(text: str | bytes) -> list[int]:
     ],
 )
 def test_the_text_is_the_bytes_that_the_model_wrote(tokens, text, ended, why):
-    assert said(3, tokens, BYTES) == (Answer(3, text, ended), why)
+    found = said(3, tokens, BYTES)
+    assert found[:2] == (Answer(3, text, ended), why)
+    assert (found.tokens, found.size) == (len(text.encode()) + ended, len(text.encode()))  # a token is a byte
 
 
 def test_words_without_bytes_of_their_own_are_decoded():
     words = word_tokenizer()
     read = token_bytes(words)
-    assert said(0, [5, 9, 1], read) == (Answer(0, "w2 w6", True), None)
-    assert said(0, [5, 2, 9, 1], read) == (Answer(0, "w2", False), "token")  # <unk> is no text
-    assert said(0, [5, 999], read) == (Answer(0, "w2", False), "token")
+    assert said(0, [5, 9, 1], read) == (Answer(0, "w2 w6", True), None, 3, 5)
+    assert said(0, [5, 2, 9, 1], read) == (Answer(0, "w2", False), "token", 1, 2)  # <unk> is no text
+    assert said(0, [5, 999], read) == (Answer(0, "w2", False), "token", 1, 2)
 
 
 def parts(answers, rules=RULES, rows=ROWS, tokenizer=STUDENT):

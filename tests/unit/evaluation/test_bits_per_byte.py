@@ -144,11 +144,16 @@ def test_answers_without_an_end_and_without_text():
     assert nothing.reader.tolist() == nothing.writer.tolist() == [0.0, 0.0]
 
 
-def test_text_stops_before_half_a_character():
-    pieces, of_pieces = prepared("tinyworld-bpe", ("x",))
-    half = pieces.tokenizer("a猫", add_special_tokens=False)["input_ids"][:-1]
-    found = cross_read(
-        pieces, pieces, of_pieces, Rules(60, 200, template="plain"), {0: Sequence(of_pieces.encoded[0].prompt, tuple(half))}, batch=1
-    )
-    assert found.early == 1
-    assert found.reader[0] < found.writer[0]  # the text that is read is only `a`
+@pytest.mark.parametrize("source", tinyworld.TOKENIZERS)
+def test_both_models_are_measured_on_the_text_before_the_first_thing_that_is_no_text(source):
+    subject, data = prepared(source, ("x",) * 3)
+    words, more = (answers_of(subject, data, [text] * 3, ends=False)[0].response for text in (f"{NAME} is", f"{PLACE} . {NAME}"))
+    special = int(subject.tokenizer.unk_token_id or subject.tokenizer.pad_token_id)
+    half = subject.tokenizer("猫", add_special_tokens=False)["input_ids"][:-1] if source == "tinyworld-bpe" else [special]
+    answers = [(*words, *half), (*words, special, *more, *subject.eos), (*half, *more)]
+    own = {e.row: Sequence(e.prompt, ids) for e, ids in zip(data.encoded, answers, strict=True)}
+    found = cross_read(subject, subject, data, RULES, own, batch=2)
+    assert found.early == 3
+    np.testing.assert_allclose(found.writer, found.reader, rtol=1e-5)  # one model has one value for one text
+    assert found.writer[0] == pytest.approx(direct(subject, own[0].prompt, words, f"{NAME} is"), rel=1e-5)
+    assert found.writer[2] == 0  # no text at all
