@@ -136,23 +136,12 @@ def texts(
         found |= {"responses": answers[0], "assistant_responses": tuple(answers[1:])}
     if method.signal is None or not method.objective.needs_teacher:
         return found
-    of_text: dict[str, Any] = {"text_of": found["text_of"]} if method.recorded_text else {}
-    place, outputs = f" on the text of {writer}" if of_text else "", list[Output]()
-    for number, (name, teacher) in enumerate(teachers):
+    signals: list[Output] = []
+    for number, teacher in enumerate(teachers):
         mine = number if route else 0
-        spec = kinds.SignalSpec(
-            data=stages.encoding(name, samples=False, responses=not of_text, context=method.context),
-            teacher=teacher,
-            signal=method.signal,
-            precision=method.optim.precision,
-            responses=answers[mine] if of_text else None,
-            tokens=None if method.signal.type == "hidden" else stages.tokens.fewer(learner[0], name),
-            **stages.training(sets[mine]),
-            **of_text,
-        )
-        label = f"{method.signal.type} signal of {name}{place}{on_sets(sets[mine])}, seed {seed}"
-        outputs.append(Output(stage=stages.add(spec, label, name, seed)))
-    return found | {"signal": outputs[0], "assistant_signals": tuple(outputs[1:])}
+        text = {"text_of": found["text_of"], "responses": answers[mine]} if method.recorded_text else {}
+        signals.append(_signal(stages, teacher, method, seed, learner[0], sets[mine], **text))
+    return found | {"signal": signals[0], "assistant_signals": tuple(signals[1:])}
 
 
 def on_sets(sets: Sequence[str]) -> str:
@@ -204,6 +193,33 @@ def _taught(stages: "StageBuilder", teacher: tuple[str, Handle], learner: str, m
         return answers
     label = f"answers of {writer}, retokenised for {learner}, seed {seed}"
     return _retokenised(stages, answers, learner, label, seed, tokens.files(writer), stages.asking(writer, context=context))
+
+
+def _signal(
+    stages: "StageBuilder",
+    teacher: tuple[str, Handle],
+    method: Method,
+    seed: int,
+    learner: str,
+    sets: Sequence[str],
+    *,
+    text_of: kinds.TextOf = None,
+    responses: Output | None = None,
+) -> Output:
+    (name, handle), signal = teacher, method.signal
+    assert signal is not None
+    spec = kinds.SignalSpec(
+        data=stages.encoding(name, samples=False, responses=not text_of, context=method.context),
+        teacher=handle,
+        signal=signal,
+        precision=method.optim.precision,
+        responses=responses,
+        text_of=text_of,
+        tokens=None if signal.type == "hidden" else stages.tokens.fewer(learner, name),
+        **stages.training(sets),
+    )
+    place = f" on the text of {text_of[0]}" if text_of else ""
+    return Output(stage=stages.add(spec, f"{signal.type} signal of {name}{place}{on_sets(sets)}, seed {seed}", name, seed))
 
 
 def _retokenised(
