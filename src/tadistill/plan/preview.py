@@ -1,5 +1,6 @@
 """The output of `tadistill plan`: tables of stages (FLOPs, time, memory) and of arms (paths of models, total FLOPs), and `plan.notes`."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
@@ -110,24 +111,34 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     states = {label: "done" if store.finished(stage.key) else "to run" for label, stage in by_label.items()}
     for text, members in table_lines(states):
         stages, done = [by_label[label] for label in members], states[members[0]] == "done"
-        first = stages[0]
-        parents = " ".join(key[:6] for key in dict.fromkeys(first.parents.values()))
-        unknown = first.cost is not None and first.cost.elsewhere
-        total = None if first.flops is None else sum(stage.flops or 0.0 for stage in stages)
-        flops = "–" if first.spec.measures else "?" if unknown else _flops(total)
+        first, alone = stages[0], len(stages) == 1
+        key = (first.key if wide else first.key[:8]) if alone else ""
         state = "[green]done[/]" if done else "[yellow]to run[/]"
         needs = process_bytes(plan, first, cuda=throughput.gpus() > 0)
         memory = f"{needs / 1e9:.2g} GB" if needs else "–"
-        each = [store.manifest(s.key).get("seconds") if done else throughput.seconds(s.cost, speeds) for s in stages]
-        known = [seconds for seconds in each if seconds is not None]
-        takes = throughput.spoken(sum(known)) if len(known) == len(each) else "–"
-        alone = len(stages) == 1
-        cells = [(first.key if wide else first.key[:8]) if alone else "", state, flops, takes, memory, escape(text)]
-        table.add_row(*cells, *([parents if alone else ""] if wide else []))
+        seconds = [store.manifest(s.key).get("seconds") if done else throughput.seconds(s.cost, speeds) for s in stages]
+        parents = " ".join(key[:6] for key in dict.fromkeys(first.parents.values())) if alone else ""
+        cells = [key, state, _flops_of(stages), _time(seconds), memory, escape(text)]
+        table.add_row(*cells, *([parents] if wide else []))
     if table.row_count < len(states):
         table.caption = "A line of several seeds has the sums of FLOPs and time. With one seed, such as `seeds=[1]`, each stage has a line."
         table.caption_justify = "left"
     return table
+
+
+def _flops_of(stages: Sequence[Stage]) -> str:
+    # the sum over the seeds of a stage
+    first = stages[0]
+    if first.spec.measures:
+        return "–"
+    if first.cost is not None and first.cost.elsewhere:
+        return "?"
+    return _flops(None if first.flops is None else sum(stage.flops or 0.0 for stage in stages))
+
+
+def _time(seconds: Sequence[float | None]) -> str:
+    known = [each for each in seconds if each is not None]
+    return throughput.spoken(sum(known)) if len(known) == len(seconds) else "–"
 
 
 def _arms(plan: Plan) -> Table:

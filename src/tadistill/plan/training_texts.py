@@ -140,7 +140,7 @@ def texts(
     for number, teacher in enumerate(teachers):
         mine = number if route else 0
         text = {"text_of": found["text_of"], "responses": answers[mine]} if method.recorded_text else {}
-        signals.append(_signal(stages, teacher, method, seed, learner[0], sets[mine], **text))
+        signals.append(_signal(stages, teacher, method, seed, learner[0], sets[mine], text))
     return found | {"signal": signals[0], "assistant_signals": tuple(signals[1:])}
 
 
@@ -202,23 +202,21 @@ def _signal(
     seed: int,
     learner: str,
     sets: Sequence[str],
-    *,
-    text_of: kinds.TextOf = None,
-    responses: Output | None = None,
+    text: Mapping[str, Any],
 ) -> Output:
+    # `text`: the fields of the recorded text; empty if the training sets have the text
     (name, handle), signal = teacher, method.signal
     assert signal is not None
     spec = kinds.SignalSpec(
-        data=stages.encoding(name, samples=False, responses=not text_of, context=method.context),
+        data=stages.encoding(name, samples=False, responses=not text, context=method.context),
         teacher=handle,
         signal=signal,
         precision=method.optim.precision,
-        responses=responses,
-        text_of=text_of,
         tokens=None if signal.type == "hidden" else stages.tokens.fewer(learner, name),
         **stages.training(sets),
+        **text,
     )
-    place = f" on the text of {text_of[0]}" if text_of else ""
+    place = f" on the text of {text['text_of'][0]}" if text else ""
     return Output(stage=stages.add(spec, f"{signal.type} signal of {name}{place}{on_sets(sets)}, seed {seed}", name, seed))
 
 
