@@ -1,4 +1,5 @@
-"""Settings of the machines on which a study runs: processes, devices, memory and vLLM. They change results only by rounding errors."""
+"""Settings of the machines on which a study runs: processes, devices, memory and vLLM. They change results only by rounding errors, and by
+the masks of dropout."""
 
 import os
 import shutil
@@ -48,7 +49,8 @@ class Runtime(Strict):
 
 
 class Resources(Strict):
-    """Devices and limits of stages (single steps of work). A change affects only rounding errors, so stored results stay valid.
+    """Devices and limits of stages (single steps of work). A change affects only rounding errors, and the masks of dropout, so
+    stored results stay valid.
 
         resources:
           default: {hours: 3}
