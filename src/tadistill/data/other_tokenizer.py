@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from tadistill.data.encoding import Encoded
 
 Row = TypeVar("Row", "Sequence", "Encoded")
-SPELLED, STRIPPED, CHANGED = 0, 1, 2
-"""How the bytes that a token has in a text differ from the token's own bytes: not at all, by a missing first space, or in another way."""
+SPELLED, STRIPPED, CHANGED, UNKNOWN = 0, 1, 2, 3
+"""How the bytes that a token has in a text differ from the token's own bytes: not at all, by a missing first space, or in another way.
+`UNKNOWN` is the unknown token, which can stand for any bytes."""
 _BYTES = 256
 _KEPT = 50_000  # number of a data set's second readings in memory; one has about 2 KB for an answer of 200 tokens
 
@@ -52,7 +53,7 @@ class SecondReading:
     matched: np.ndarray
     """One bool per token of the response. True if its span is one token of each model, and both are the same token (`shared_tokens`)."""
     student_marks: np.ndarray
-    """For each token of the response, int8: `SPELLED`, `STRIPPED` or `CHANGED`."""
+    """For each token of the response, int8: `SPELLED`, `STRIPPED`, `CHANGED` or `UNKNOWN`."""
     teacher_marks: np.ndarray
     """The marks of each of the teacher's tokens, int8."""
     lone: int = 0
@@ -168,7 +169,7 @@ class Behind(Lazy[Row]):
 
 
 def marks(reading: Reading, vocabulary: TokenBytes, size: int) -> np.ndarray:
-    """Return `SPELLED`, `STRIPPED` or `CHANGED` for each token of a text. Only the first word of a text may be `STRIPPED`.
+    """Return `SPELLED`, `STRIPPED`, `CHANGED` or `UNKNOWN` for each token of a text. Only the first word of a text may be `STRIPPED`.
 
     Args:
         size: the model's number of logits. Larger token ids are `CHANGED`.
@@ -176,6 +177,7 @@ def marks(reading: Reading, vocabulary: TokenBytes, size: int) -> np.ndarray:
     found = np.full(len(reading.ids), CHANGED, np.int8)
     for k, (token, piece, exact) in enumerate(zip(reading.ids, reading.pieces, reading.exact, strict=True)):
         if not exact or token >= size:
+            found[k] = UNKNOWN if token == vocabulary.tokenizer.unk_token_id and token < size else CHANGED
             continue
         written = vocabulary.piece(token)
         if written == piece:
@@ -255,14 +257,19 @@ class Aligned:
     follows: np.ndarray
     """One bool per span. True if the span before it is in the same row, and no token of student or teacher lies between the two spans."""
     found: Mapping[str, int]
-    """Counts for the log. `spans` counts all spans, `single` the spans of one shared token, `unspelled` the spans with a `CHANGED` token.
-    `tokens` counts the student's tokens that count in the loss, and `left_out` those of them that are in no span. `lone`, `changed` and
-    `dropped` count bytes, as in `SecondReading`."""
+    """Counts for the log. `spans` counts all spans, `single` the spans of one shared token, `unspelled` the spans with a token that is
+    `CHANGED` or `UNKNOWN`. `tokens` counts the student's tokens that count in the loss, and `left_out` those of them that are in no span.
+    `lone`, `changed` and `dropped` count bytes, as in `SecondReading`."""
 
     @property
     def count(self) -> int:
         """Number of spans."""
         return sum(self.of_rows)
+
+    @property
+    def unknown(self) -> np.ndarray:
+        """One bool per span. True if one of its tokens is an `UNKNOWN` one."""
+        return np.isin(np.arange(self.count), np.concatenate([text.spans[text.marks == UNKNOWN] for text in self.texts]))
 
     @classmethod
     def of(cls, sequences: Seq["Sequence"]) -> "Aligned":
@@ -324,7 +331,7 @@ def _of_row(s: "Sequence") -> Aligned:
         follows[1:] &= places[first[1:]] == places[after[:-1] - 1] + 1
     follows[:1] = False
     parts = (np.array(s.response, np.int64), mine, second.student_marks), (second.ids.astype(np.int64), theirs, second.teacher_marks)
-    unspelled = [spans[places][marks[places] == CHANGED] for (_, spans, marks), places in zip(parts, kept, strict=True)]
+    unspelled = [spans[places][marks[places] >= CHANGED] for (_, spans, marks), places in zip(parts, kept, strict=True)]
     found = {"spans": len(follows), "single": int((second.matched & (mine >= 0)).sum())}
     found |= {
         "unspelled": len(np.unique(np.concatenate(unspelled))),

@@ -132,7 +132,8 @@ class DistillSpec(TrainingSpec):
         """Return the stage as plain data. Objective and sampler are in an entry `method`."""
         found = super().content()
         method = {name: found.pop(name) for name in ("objective", "sampler")}
-        versions = ({"over_spans": 2} if self.teacher_data else {}) | ({"behaviour": 2} if self.method.keeps_behaviour else {})
+        over_spans = {"over_spans": 3 if self.objective.type in ("minillm", "uld", "gold") else 2} if self.teacher_data else {}
+        versions = over_spans | ({"behaviour": 2} if self.method.keeps_behaviour else {})
         return found | {"method": method} | versions
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:

@@ -51,8 +51,10 @@ def divergence(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
     weights = torch.full((aligned.count,), term.weight / per_span, dtype=torch.float32, device=sides.student.device)
-    shared = sides.again.shared_vocabulary
+    shared, unknown = sides.again.shared_vocabulary, torch.from_numpy(aligned.unknown)
     settings: dict[str, Any] = {**term.settings, "weights": weights, "temperature": term.temperature}
+    if term.divergence in (sorted_distance, hybrid_distance):
+        settings["weights"] = weights.masked_fill(unknown.to(weights.device), 0)
     if term.divergence is sorted_distance:
         return fused_span_distance(sorted_distance, student, teacher, shared.sizes, **settings)[0]
     if term.divergence is hybrid_distance:
@@ -68,10 +70,10 @@ def divergence(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -
 def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVocabulary]) -> SpelledPair:
     compared = np.ones(aligned.count, bool)
     for text in aligned.texts:
-        compared[text.spans[text.marks == CHANGED]] = False
+        compared[text.spans[text.marks >= CHANGED]] = False
     # the id of a changed token (one that does not spell its text) can be beyond the head; its span is not compared, so 0 can replace the id
     mine, theirs = (
-        SpelledText(v, np.where(t.marks == CHANGED, 0, t.ids), t.spans, t.marks == STRIPPED, np.zeros(len(t.ids), bool))
+        SpelledText(v, np.where(t.marks >= CHANGED, 0, t.ids), t.spans, t.marks == STRIPPED, np.zeros(len(t.ids), bool))
         for v, t in zip(vocabularies, aligned.texts, strict=True)
     )
     return SpelledPair.of(mine, theirs, aligned.follows, compared)
@@ -82,12 +84,22 @@ def rewards(batch: Batch) -> Tensor:
 
     `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is placed at the
     first token after the span, because this token of the student can still change where the span ends.
+
+    A span with the teacher's unknown token has the mean reward per token of the other spans of its row, times its number of tokens. So a
+    word that the teacher cannot read changes no mean: it neither pays nor costs.
     """
     assert batch.aligned is not None
+    log_q, log_p = batch.values["student"], batch.values["teacher"]
     spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)
     first_B1 = torch.where(spans_BT < 0, batch.aligned.count, spans_BT).amin(1, keepdim=True)
     of_row = torch.where(spans_BT < 0, spans_BT, spans_BT - first_B1)
-    return span_rewards(batch.values["student"], of_row, batch.values["teacher"], of_row, delay=_DELAY)
+    unknown = np.append(batch.aligned.unknown, False)  # the last element (index -1) is for tokens without a span
+    if unknown.any():
+        unknown_BT = torch.from_numpy(unknown).to(spans_BT.device)[spans_BT]
+        known_BT = (spans_BT >= 0) & ~unknown_BT
+        mean_B1 = torch.where(known_BT, log_p - log_q, 0.0).sum(1, keepdim=True) / known_BT.sum(1, keepdim=True).clamp(min=1)
+        log_p = torch.where(unknown_BT, log_q + mean_B1, log_p)
+    return span_rewards(log_q, of_row, log_p, of_row, delay=_DELAY)
 
 
 def summed(aligned: Aligned, values: Tensor) -> Tensor:
@@ -118,7 +130,8 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
 
     spans           number of spans
     single          share of the spans that consist of one token, which is in both vocabularies
-    unspelled       share of the spans with a token that does not spell its text. Divergences leave these spans out
+    unspelled       share of the spans with a token that does not spell its text. Divergences leave these spans out, and `uld` and `gold`
+                    those with an unknown token
     left_out        share of the student's tokens that are in no span
     lone            number of bytes that are not valid UTF-8
     changed         number of bytes that their tokens do not spell

@@ -478,3 +478,41 @@ def test_rows_without_a_span_have_no_reward_and_no_nan():
     assert all(map(np.isfinite, found.values())), found
     assert found["rollout/left_out"] == 1
     assert not {"rollout/reward", "rollout/reverse_kl"} & found.keys()
+
+
+def read_by_words(text: str) -> tuple[Rereader, Sequence]:
+    """A teacher of words, which reads other words as its unknown token, and a text in the tokens of a student of parts of words."""
+    own, other = (token_bytes(tinyworld.tokenizer(name, people=12)) for name in ("tinyworld-bpe", "tinyworld"))
+    again = Rereader(own, other, (len(own.tokens), len(other.tokens)))
+    return again, again(Sequence(ids(own, "the home is "), (*ids(own, text), *own.ends), teacher_prompt=ids(other, "the home is ")))
+
+
+@pytest.mark.parametrize("name", ["uld", "gold"])
+def test_a_word_that_the_teacher_cannot_read_has_no_distance(name):
+    again, sequence = read_by_words(" the xqzv .")
+    batch = collate([sequence], pad=0)
+    (span,) = np.flatnonzero(batch.aligned.unknown)
+    assert batch.aligned.found["unspelled"] == 1
+    assert again.teacher.tokenizer.convert_ids_to_tokens(batch.aligned.tokens.tolist())[span] == "<unk>"
+    student, teacher = (tiny_model("llama", vocab=size, seed=k) for k, size in enumerate(again.sizes))
+    made = make_step(Method.model_validate({"objective": {"type": name}}), student, (teacher.requires_grad_(False),), again)
+    states = made.models.student.hidden(student, batch).detach().requires_grad_()
+    sides = spans.Sides(states, made.models.student.head, *made.models.targets(batch), again)
+    spans.divergence(sides, batch, made.terms(batch)[0], 1.0).backward()
+    has_loss = states.grad.abs().sum(-1) > 0
+    assert has_loss.tolist() == (batch.aligned.student != span).tolist()
+
+
+@pytest.mark.parametrize("text", [" the xqzv .", " xqzv"])
+@pytest.mark.parametrize("gap", [-3.0, 0.5])
+def test_a_word_that_the_teacher_cannot_read_neither_pays_nor_costs(text, gap):
+    """The mean reward per token is that of the other tokens, whatever probability the teacher gives to its unknown token."""
+    _, sequence = read_by_words(text)
+    aligned = collate([sequence], pad=0).aligned
+    unknown, last = aligned.unknown[aligned.student], np.flatnonzero(np.diff(aligned.student, append=-1))
+    scores = np.zeros(len(unknown), np.float32)
+    scores[last] = np.where(unknown[last], gap, -2.5)
+    values = {"student": np.full(len(scores), -1.0, np.float32), "teacher": scores}
+    rewards = spans.rewards(collate([replace(sequence, values=values)], pad=0))
+    assert unknown.any()
+    assert float(rewards.sum()) / len(scores) == pytest.approx(float((scores + 1)[~unknown].mean()), rel=1e-5)
