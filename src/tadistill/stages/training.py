@@ -241,37 +241,41 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
     return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder, ends=ends)
 
 
-def _sampler(
-    context: Context[TrainingSpec],
-    subject: Subject,
-    teachers: _Teachers,
-    shard: Shard,
-    across: Across | None,
-) -> Sampler:
-    spec = context.spec
-    method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
-    sets = [context.split(split, subject.tokenizer, contexts=True).encoded for split in spec.sets]
-    answered, config = distill.responses if distill else None, method.sampler
-    file = context.store.folder(answered.stage) / RESPONSES if answered else None
-    texts = across.answers(file, joined(sets), spec.train) if across and file else None  # there is only one set
-    sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)] if across else sets
-    route = distill.route if distill and method.uses_teacher else ()
-    training = TrainingSets(tuple(map(len, sets)), spec.weights, route)
-    texts = _texts(context, training, sets) if texts is None else texts
-    if len(sets) == 1:  # a row can have no answer, because the answer did not fit into the student's tokens
-        training = replace(training, sizes=(len(texts),))
+def _sampler(context: Context[TrainingSpec], subject: Subject, teachers: _Teachers, shard: Shard, across: Across | None) -> Sampler:
+    spec, method, config = context.spec, context.spec.method, context.spec.method.sampler
+    sets, training, texts = _training_texts(context, subject, across)
     again = across and across.again
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard, "sets": training, "again": again}
     if not (method.samples and isinstance(config, OnPolicy)):
         return FixedSequences(texts, method.optim, signals=teachers.signals, **common)
     context.say_if_slower(*(teacher.model for teacher in teachers.running[:1] if config.guided and teacher.model is not None))
-    plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
+    corpus = context.corpus(spec.corpus if isinstance(spec, DistillSpec) else None, subject.tokenizer)
     # sample with a bfloat16 copy; not if FSDP owns the weights, and not on a CPU, where it would change the numbers of finished stages
     half = spec.optim.precision == "bf16" and context.device.type == "cuda" and context.task.resources.parallel == "ddp"
     adapts = "chunk" not in config.model_fields_set
     native = Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk, adapts=adapts, half=half)
-    common |= {"engine": context.engine(native), "vocab": subject.vocab, "corpus": plain}
+    common |= {"engine": context.engine(native), "vocab": subject.vocab, "corpus": corpus}
     return on_policy(method, texts, joined(sets), teachers=teachers.running, **common)
+
+
+def _training_texts(
+    context: Context[TrainingSpec], subject: Subject, across: Across | None
+) -> tuple[list[Seq[Encoded]], TrainingSets, Seq[Sequence]]:
+    # the rows of each training set, the rule by which updates draw from the sets, and the responses to all rows
+    spec = context.spec
+    distill = spec if isinstance(spec, DistillSpec) else None
+    sets = [context.split(split, subject.tokenizer, contexts=True).encoded for split in spec.sets]
+    texts: Seq[Sequence] | None = None
+    if across:
+        if distill and distill.responses:  # there is only one set
+            texts = across.answers(context.store.folder(distill.responses.stage) / RESPONSES, joined(sets), spec.train)
+        sets = [across.rows(each, split) for each, split in zip(sets, spec.sets, strict=True)]
+    training = TrainingSets(tuple(map(len, sets)), spec.weights, distill.route if distill and spec.method.uses_teacher else ())
+    if texts is None:
+        texts = _texts(context, training, sets)
+    if len(sets) == 1:  # a row can have no answer, because the answer did not fit into the student's tokens
+        training = replace(training, sizes=(len(texts),))
+    return sets, training, texts
 
 
 def _texts(context: Context[TrainingSpec], training: TrainingSets, sets: list[Seq[Encoded]]) -> Seq[Sequence]:
