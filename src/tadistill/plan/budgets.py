@@ -140,14 +140,7 @@ class Budgets:
             raise ConfigError(f"arms.{name} trains no model, so `compute: {arm.compute}` has no effect; remove `compute`")
         trial = self.trial(name, arm, budget)
         self._check_patience(name, arm, like, trial)
-        total, target = trial.graph.flops(trial.final), like.flops
-        if times is None and budget.taught is None:
-            parts = [trial.graph.stages[key].flops for key in trial.trained]
-            scaled = None if None in parts else sum(part for part in parts if part is not None)
-        else:
-            twice = self.trial(name, arm, budget._replace(updates=2.0))
-            doubled = twice.graph.flops(twice.final)
-            scaled = None if total is None or doubled is None else doubled - total
+        target, total, scaled = like.flops, trial.graph.flops(trial.final), self._scaled(name, arm, budget, trial)
         if target is None or total is None or scaled is None:
             raise self._unknown_cost(name, f"compute: {arm.compute}")
         if not scaled:
@@ -169,6 +162,16 @@ class Budgets:
                 f"before its distillation; {fix}"
             )
         return (target - fixed) / scaled
+
+    def _scaled(self, name: str, arm: Arm, budget: Budget, trial: Trial) -> float | None:
+        # the part of the trial's FLOPs that grows with the updates; None if it is not known
+        assert arm.like is not None
+        if arm.like[0] is None and budget.taught is None:
+            parts = [trial.graph.stages[key].flops for key in trial.trained]
+            return None if None in parts else sum(part for part in parts if part is not None)
+        twice = self.trial(name, arm, budget._replace(updates=2.0))
+        total, doubled = trial.graph.flops(trial.final), twice.graph.flops(twice.final)
+        return None if total is None or doubled is None else doubled - total
 
     def _of_teachers(self, names: set[str], graph: Graph, final: str | None) -> float:
         # the FLOPs of these teachers' own training, if this model depends on it
