@@ -1,7 +1,7 @@
 """Monitor a training without changing it: count its tokens and FLOPs, and measure the text that the student samples.
 
-The loss does not show that sampled text becomes short or repeats itself. The reverse KL may even fall at the same time, as in MiniLLM's
-ablation without length normalisation. If the text gets worse, alarms say what to change.
+The loss does not show that sampled text becomes short or repeats itself. The reverse KL may even fall meanwhile, as in MiniLLM's ablation
+without length normalisation. If the text gets worse, alarms say what to change.
 """
 
 import time
@@ -45,14 +45,13 @@ class Meter:
     """A counter for the tokens and FLOPs of a student and its teachers, separately for each part of the work, such as sampling.
 
         meter = Meter(student, (teacher,))
-        with meter.counting():
-            with meter.timed("sampling"):
-                ...                                 # counts every call of a model and every fused head
+        with meter.counting(), meter.timed("sampling"):
+            ...                                     # counts every call of a model and every fused head
         meter.state()                               # plain numbers, for a checkpoint and for the manifest
 
-    Counting uses only the shapes of tensors, so it never waits for the GPU. Two things are counted: matrix products with weights, and
-    attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes or, with
-    LoRA adapters, as `models.parameter_counts` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
+    Counting uses only the shapes of tensors, so it never waits for the GPU. Matrix products with weights and attention are counted; norms,
+    softmax, rotary tables, the optimizer and vLLM are not. A backward pass counts as two forward passes or, with LoRA adapters, as
+    `models.parameter_counts` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
     `models.flops_and_memory` names the parts of the work.
     """
 
@@ -191,21 +190,20 @@ def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
 
 
 def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str, float]:
-    """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
+    """Return metrics of this process's sampled sequences in an update. Return an empty dict if the text was not sampled in this run.
 
     If all text is `fresh`, sampled from the present student, `apart` is the `difference` of log q between sampling and training.
-
     p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
     the distribution from which the text was sampled.
 
     Over all sequences:
     length              tokens per response
     repetition          share of 4-grams that occurred earlier in the same response
-    left_out            share of the student's tokens that are in no span (see below), so no loss compares them with the teacher
+    left_out            share of tokens in no span (text between token boundaries that both models have), if the tokenizers differ
 
-    Over the first 8 sequences:
+    Over the first 8 sequences of the first micro-batch:
     reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
-    reward              mean of log p - log q_old over tokens (nats)
+    reward              mean of log p - log q_old over tokens (nats); with `dense`, MiniLLM's log p is not normalised
     entropy             entropy of the student's next token (nats)
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
     teacher_entropy     entropy of the teacher's next token (nats)
@@ -214,8 +212,7 @@ def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str,
     clip_fraction       share of tokens with the ratio that the objective clips outside its interval [1 - clip, 1 + clip]. The ratio is
                         q / behaviour, or q / q_old with `clip_weight: false`
 
-    If the teacher has another tokenizer, reverse_kl and reward are means over spans (texts between token boundaries that both models have),
-    and there are no values of the teacher's tokens. Only then is there `left_out`.
+    If the tokenizers differ, reverse_kl and reward are means over spans without the teacher's unknown token; its tokens have no values.
     """
     if "student" not in batches[0].values:
         return {}
@@ -234,11 +231,14 @@ def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str,
     if part.aligned is not None:
         count = spans.counts([b.aligned for b in batches if b.aligned is not None])
         found["left_out"] = count["left_out"] / max(count["tokens"], 1)
-        log_q, old, behaviour = (spans.summed(part.aligned, values) for values in (log_q, old, behaviour))
+        known = torch.from_numpy(~part.aligned.unknown).to(old.device)
+        log_q, old, behaviour = (spans.summed(part.aligned, values)[known] for values in (log_q, old, behaviour))
+        log_p = scored["log_p"][known]
     if log_p is not None and len(log_p):  # these rows can be without a span
         ratio = (log_q - behaviour).exp()
         found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
-        found["reward"] = float((log_p - old).mean())
+        own = part.values.get("teacher") if step.clip is not None and part.aligned is None else None  # of which MiniLLM's reward is made
+        found["reward"] = float(((log_p if own is None else part.counted(own)) - old).mean())
     found |= {name: float(scored[name].mean()) for name in ("teacher_top_mass", "teacher_entropy") if name in scored}
     apart = {"apart": difference(part.counted(part.values["student"]), scored["log_q"])} if fresh else {}
     return {f"rollout/{name}": value for name, value in found.items()} | apart

@@ -12,6 +12,7 @@ from tadistill.config.sampling import StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.teachers import teacher_of
 from tadistill.objectives import TargetMixture
+from tadistill.train.monitoring import watch
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((5, 6), (7, 8, 9, 0)), Sequence((4,), (11, 0)), Sequence((1, 2, 3), (17, 18, 19, 20, 0))]
@@ -115,6 +116,7 @@ def test_rollouts_keep_every_teacher(sampler, inner_epochs):
     tokens = batch.targets_BT[mask].unsqueeze(1)
     reward = sum(w * p.gather(1, tokens).squeeze(1) for w, p in zip((0.75, 0.25), log_p, strict=True))
     torch.testing.assert_close(prepared.values["teacher"][mask], reward, atol=1e-4, rtol=1e-4)
+    assert watch(step, [prepared])["rollout/reward"] == pytest.approx(float((reward - batch.values["student"][mask]).mean()), abs=1e-4)
     for kept, expected in zip(prepared.targets, log_p, strict=True):
         torch.testing.assert_close(kept.head.logits(kept.states).log_softmax(-1), expected, atol=1e-4, rtol=1e-4)
     found = step.loss(source.engine.student, prepared, {"response": float(mask.sum())})

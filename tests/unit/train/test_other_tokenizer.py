@@ -507,7 +507,7 @@ def test_a_word_that_the_teacher_cannot_read_has_no_distance(name):
 @pytest.mark.parametrize("gap", [-3.0, 0.5])
 def test_a_word_that_the_teacher_cannot_read_neither_pays_nor_costs(text, gap):
     """The mean reward per token is that of the other tokens, whatever probability the teacher gives to its unknown token."""
-    _, sequence = read_by_words(text)
+    again, sequence = read_by_words(text)
     aligned = collate([sequence], pad=0).aligned
     unknown, last = aligned.unknown[aligned.student], np.flatnonzero(np.diff(aligned.student, append=-1))
     scores = np.zeros(len(unknown), np.float32)
@@ -516,3 +516,6 @@ def test_a_word_that_the_teacher_cannot_read_neither_pays_nor_costs(text, gap):
     rewards = spans.rewards(collate([replace(sequence, values=values)], pad=0))
     assert unknown.any()
     assert float(rewards.sum()) / len(scores) == pytest.approx(float((scores + 1)[~unknown].mean()), rel=1e-5)
+    made = make_step(Method.model_validate({"objective": {"type": "sampled_kl"}}), tiny_model("llama", vocab=again.sizes[0]), (), again)
+    found = watch(made, [collate([replace(sequence, values=values | {"behaviour": values["student"]})], pad=0)])
+    assert found["rollout/reward"] == pytest.approx(float((scores + 1)[~unknown].sum()) / (~aligned.unknown).sum(), rel=1e-5)
