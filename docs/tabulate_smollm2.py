@@ -16,7 +16,7 @@ from results_page import HERE, cell, gap, read_study, table, write_page
 from tadistill.results.collect import MEAN, Results
 from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
-from tadistill.results.measured import load_manifest, rows_text
+from tadistill.results.measured import rows_text
 from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text
 from tadistill.results.sample_answers import samples
 from tadistill.results.study import ArmRecord
@@ -98,7 +98,7 @@ def stages_table(results: Results) -> str:
     steps = {stage["key"]: stage["steps"] for stage in plan["stages"]}
     rows = []
     for stage in results.plan.stages:
-        manifest = load_manifest(results.store, stage.key) if results.store.finished(stage.key) else None
+        manifest = results.manifests.get(stage.key)
         if manifest is None or stage.kind not in ("sft", "distill"):
             continue
         curve = next((c for c in learning_curves(results) if c.metric == "dev/loss" and stage.key in _keys(results, c.arm, c.name)), None)
