@@ -147,9 +147,9 @@ class Taid(Divergence):
 
     type: Literal["taid"] = "taid"
     start: Share = 0.4
-    """Weight t of the teacher in the target at the first update."""
+    """Weight t of the teacher in the target at the first two updates. Then t rises after every update."""
     end: Share = 1.0
-    """Weight t of the teacher in the target at the last update."""
+    """Weight t of the teacher in the target that is reached after the last update, or earlier by the adaptive rise (`rate`)."""
     rate: float = Field(default=5e-4, ge=0)
     """Upper bound of the adaptive rise of t in one update, as a fraction of 1 - t. The faster the loss falls, the larger is this rise. If t
     would be below the straight line from `start` to `end`, it takes the value on this line."""

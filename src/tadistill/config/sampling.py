@@ -85,8 +85,8 @@ class TopKSignal(Strict):
     """Treatment of all tokens except the k most probable ones. `lump` treats them as one token. `drop` removes them and renormalises the
     probabilities."""
     dtype: Literal["packed", "float32"] = "packed"
-    """Number format on disk. `packed`: rounded log-probabilities, at most 150 bytes per position with k = 64. `float32`: 8 k + 4 bytes per
-    position."""
+    """Number format on disk. `packed`: rounded log-probabilities, with k = 64 from 138 (50,257 tokens) to 156 bytes (262,144 tokens) per
+    position. `float32`: 8 k + 4 bytes per position."""
 
     def inexact(self, given: str) -> str | None:
         rest = "count as one" if self.tail == "lump" else "are left out"

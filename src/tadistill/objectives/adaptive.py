@@ -82,7 +82,8 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperatur
 class TaidSchedule:
     """The teacher's weight t in TAID's target during training. It rises at least linearly, and faster while the loss falls.
 
-    Call `update` once per optimizer update. The first call only stores the loss. Source: Shing et al. 2025 (TAID), Algorithm 1.
+    Call `update` once after each optimizer update. The first call only stores the loss, so t is `start` in two updates. The line from
+    `start` reaches `end` with the last call, whose t no update uses. Source: Shing et al. 2025 (TAID), Algorithm 1.
     """
 
     def __init__(self, *, start: float = 0.4, end: float = 1.0, rate: float = 5e-4, decay: float = 0.99):

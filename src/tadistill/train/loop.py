@@ -318,8 +318,8 @@ def _update(
     row = {f"train/{n}": v for n, v in zip(names, mean, strict=True)}
     if step.schedule:
         assert optim.steps is not None
-        step.schedule.update(row["train/taid"], done + 1, optim.steps)
         row["train/taid_t"] = step.schedule.t
+        step.schedule.update(row["train/taid"], done + 1, optim.steps)
     return row | spans.metrics(count) | {"train/grad_norm": norm, "tokens": max(count["response"], 1)}
 
 

@@ -97,9 +97,9 @@ def test_taids_schedule_resumes_to_the_bit(tmp_path):
     ts = [line["train/taid_t"] for line in lines]
     assert ts == sorted(ts)
     assert ts == [json.loads(line)["train/taid_t"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert ts[0] == 0.2  # the first update only stores the loss
-    linear = [0.2 + 0.8 * step / 8 for step in range(2, 9)]
-    assert all(t >= at for t, at in zip(ts[1:], linear, strict=True))
+    assert ts[:2] == [0.2, 0.2]  # the first two updates: t changes after an update, and the first one only stores its loss
+    linear = [0.2 + 0.8 * step / 8 for step in range(2, 8)]
+    assert all(at <= t < 1 for t, at in zip(ts[2:], linear, strict=True))  # t is `end` only after the last update
     assert any(t > at + 0.1 for t, at in zip(ts[1:], linear, strict=True))
 
 
