@@ -74,7 +74,7 @@ class LocalRun:
     failed: dict[str, str] = field(default_factory=dict)
     """Failed stages by key, each with the reason."""
     needs: list[str] = field(default_factory=list)
-    """Keys of all stages that the process has planned so far, which `tadistill clean` keeps."""
+    """Keys of all stages of the run, for a search also those of its earlier rounds, which `tadistill clean` keeps."""
 
     @property
     def name(self) -> str:
@@ -156,10 +156,10 @@ class Journal:
         self._start, self._written = time.monotonic(), float("-inf")
         self.run.needs = list(needs)
         for old in local_runs(study):
-            if old.name == self.run.name and old.born == self.run.born:  # written by this process in an earlier round of a search
-                self.run.needs = [*dict.fromkeys((*old.needs, *self.run.needs))]
-            elif old.state != "running":
-                _record(study, old).unlink(missing_ok=True)
+            own = old.name == self.run.name and old.born == self.run.born  # of an earlier round of a search
+            if old.state != "running" and not own:
+                with contextlib.suppress(OSError):  # if nothing can be written, `save` says so
+                    _record(study, old).unlink(missing_ok=True)
 
     def log(self, text: str) -> None:
         """Add a line to run.log."""

@@ -14,7 +14,7 @@ The main process never uses CUDA, because a process that uses CUDA occupies a fe
 
 import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -66,8 +66,11 @@ def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[St
     return jobs
 
 
-def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> None:
+def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal, needs: Iterable[str] = ()) -> None:
     """Run every stage that is not in the store, `jobs` stages at a time.
+
+    Args:
+        needs: keys of stages of earlier plans, which `tadistill clean` must also keep while this plan runs.
 
     Raises:
         StageFailed: a stage failed. All stages that do not depend on the failed stage have been run.
@@ -76,7 +79,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> Non
     todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
     if not todo:
         return
-    screen = Screen(plan, store, console, todo=list(todo), jobs=jobs)
+    screen = Screen(plan, store, console, todo=list(todo), jobs=jobs, needs=needs)
     flag = StopFlag(*ENDING, told=screen.remind)
     try:
         with screen, contextlib.closing(Trackers(plan, store, screen.say)) as trackers:

@@ -29,12 +29,12 @@ _MINUTE = 60.0
 class Screen:
     """The output of one run. Use it as a context manager. At the end of the block, it prints and logs how the run ended."""
 
-    def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int):
+    def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int, needs: Iterable[str] = ()):
         self.plan, self.store, self.terminal, self.jobs = plan, store, terminal, jobs
         self.labels = distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
         done = len(plan.stages) - len(todo)
         study = store.root.parent / plan.recipe.study
-        self.journal = Journal(study, done=done, total=len(plan.stages), complain=self.say, needs=plan.stages)
+        self.journal = Journal(study, done=done, total=len(plan.stages), complain=self.say, needs=dict.fromkeys([*needs, *plan.stages]))
         self.run = self.journal.run
         self.estimate = Estimate(plan.stages, workloads(plan), jobs)
         self.board = Board(plan, self.labels, todo)

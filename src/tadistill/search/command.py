@@ -241,7 +241,7 @@ class _Training:
         text = f"round {len(self.rounds) + 1}: {count}, {counted(len(stages), 'stage')}, {missing} to run"
         self.console.note(text)
         if missing:
-            run_stages(replace(plan, stages=stages), self.store, jobs=self.jobs, console=self.console)
+            run_stages(replace(plan, stages=stages), self.store, jobs=self.jobs, console=self.console, needs=self.stages)
         self.stages |= stages
         finals = {path: [k for k in arm.final.values() if k] for path, arm in zip(asked.paths, plan.arms, strict=True)}
         means = {path: sum(self.values(keys)) / len(keys) for path, keys in finals.items()}

@@ -147,6 +147,24 @@ def test_a_new_run_deletes_the_records_of_ended_runs(study):
     assert [run.host for run in local_runs(study)] == [local.platform.node()]
 
 
+def test_a_search_keeps_the_stages_of_earlier_rounds(plan, study):
+    """The record named only those of the newest round after a resume, so `tadistill clean` deleted the others under the search."""
+    first, second = plan.stages
+    store, console = Store(study.parent / "store"), Terminal(file=io.StringIO())
+    for needs in ((), ("f" * 16, first)):
+        with Screen(plan, store, console, todo=[second], jobs=1, needs=needs):
+            (run,) = local_runs(study)
+            assert run.needs == [*dict.fromkeys([*needs, first, second])]
+
+
+def test_an_old_record_that_cannot_be_deleted_ends_nothing(study, monkeypatch):
+    old = journal(study)
+    old.run.host, old.run.ended = "elsewhere", "failed"
+    old.save()
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    assert journal(study).run.state == "running"
+
+
 def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     said = []

@@ -63,7 +63,7 @@ def manifests(runs: Path) -> dict[str, str]:
     return {m["key"]: m["kind"] for m in found}
 
 
-def run_here(plan, store, *, jobs, console):
+def run_here(plan, store, *, jobs, console, needs):
     """Stages one by one in this process: starting workers would take most of the time (tests/e2e has a search with workers)."""
     for stage in plan.stages.values():
         run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=pytest.fail, stop=lambda: False)
@@ -161,8 +161,16 @@ def test_a_stopped_search_goes_on_to_the_same_choice(finished, tmp_path, monkeyp
         find(tmp_path)
     first = manifests(tmp_path)
     assert Counter(first.values())["distill"] == 6
-    monkeypatch.setattr(module, "run_stages", run_here)
+    kept = []
+
+    def resumed(plan, store, *, needs, **options):
+        kept.append({*needs, *plan.stages})
+        run_here(plan, store, needs=needs, **options)
+
+    monkeypatch.setattr(module, "run_stages", resumed)
     again, _ = find(tmp_path)
+    assert set(first) <= kept[0]  # round 1 has nothing to run, but `tadistill clean` must keep its stages while round 2 runs
+    assert kept[-1] == set(done)
     assert manifests(tmp_path) == done
     assert set(first) < set(done)
     assert (again.path, again.tried) == (choice.path, choice.tried)
